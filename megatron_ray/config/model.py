@@ -1,0 +1,92 @@
+"""Shape of a GPT-class model. Owns: architecture only. Must not know: parallelism, data, devices."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_ray.config.base import Config
+from megatron_ray.config.presets import PRESETS
+
+
+class ModelConfig(Config):
+    """A decoder-only transformer. `{preset: NAME}` fills every field; fields given beside it win."""
+
+    preset: str | None = None
+    """Name of a published or test shape that filled the fields not given here."""
+    num_layers: int = Field(ge=1, le=1024)
+    """Transformer blocks."""
+    hidden_size: int = Field(ge=8, le=65536)
+    """Width of the residual stream."""
+    num_attention_heads: int = Field(ge=1, le=1024)
+    """Query heads."""
+    num_query_groups: int | None = Field(default=None, ge=1, le=1024)
+    """Key/value heads (grouped-query attention); as many as query heads when not given."""
+    head_dim: int | None = Field(default=None, ge=2, le=1024)
+    """Width of one head; hidden_size / num_attention_heads when not given."""
+    ffn_hidden_size: int | None = Field(default=None, ge=8, le=1 << 20)
+    """Width inside the MLP; 4 x hidden_size when not given."""
+    vocab_size: int | None = Field(default=None, ge=2, le=1 << 22)
+    """Rows of the embedding that mean something; the tokenizer's size when not given."""
+    max_sequence_length: int = Field(default=2048, ge=1, le=1 << 24)
+    """Longest sequence the model is meant for; the size of the table of learned positions."""
+    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
+    """MLP non-linearity; `swiglu` gates, `gelu_tanh` is GPT-2's approximation."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """Normalisation before attention, before the MLP and at the end."""
+    norm_eps: float = Field(default=1e-5, gt=0, le=0.1)
+    """Added to the variance inside the normalisation."""
+    position_embedding: Literal["rope", "learned", "none"] = "rope"
+    """Rotary positions, a table of learned ones, or none."""
+    rope_theta: float = Field(default=10000.0, gt=1)
+    """Base of the rotary frequencies."""
+    linear_bias: bool = False
+    """Adds a bias to every linear layer of the blocks (GPT-2 does, Llama does not)."""
+    tie_embeddings: bool = False
+    """Uses the word embedding as the output head too."""
+    init_std: float = Field(default=0.02, gt=0, le=1)
+    """Standard deviation of the initial weights; layers that write to the residual stream use init_std / sqrt(2 x layers)."""
+    vocab_multiple: int = Field(default=128, ge=1, le=65536)
+    """The embedding is padded to a multiple of this times tp; padding rows are zero and never saved."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
+            return given
+        name = given["preset"]
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
+        return {**PRESETS[name], **given}
+
+    @model_validator(mode="after")
+    def _fill_derived(self) -> "ModelConfig":
+        derived = {
+            "num_query_groups": self.num_query_groups or self.num_attention_heads,
+            "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
+            "ffn_hidden_size": self.ffn_hidden_size or 4 * self.hidden_size,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)  # the instance is frozen for everybody else
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, resolved."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head, resolved."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Width inside the MLP, resolved."""
+        return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Vocabulary size; raises ValueError while the tokenizer has not told it yet."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size is not known before the tokenizer is")
+        return self.vocab_size

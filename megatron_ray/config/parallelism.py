@@ -1,0 +1,32 @@
+"""How a model is spread over ranks. Owns: degrees. Must not know: nodes, GPUs, the model."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megatron_ray.config.base import Config
+
+
+class ParallelismConfig(Config):
+    """Degrees of each parallel axis; the world is tp x cp x dp x pp ranks."""
+
+    tp: int = Field(default=1, ge=1, le=1024)
+    """Tensor parallel: ranks that share every layer's matrices."""
+    pp: int = Field(default=1, ge=1, le=1024)
+    """Pipeline parallel: stages of layers."""
+    vpp: int = Field(default=1, ge=1, le=64)
+    """Virtual stages (model chunks) per pipeline rank."""
+    cp: int = Field(default=1, ge=1, le=1024)
+    """Context parallel: ranks that share one sequence."""
+    ep: int = Field(default=1, ge=1, le=4096)
+    """Expert parallel: ranks that share the experts of a mixture."""
+    etp: int | None = Field(default=None, ge=1, le=1024)
+    """Tensor parallel degree inside an expert; tp when not given."""
+    dp: int | Literal["auto"] = "auto"
+    """Data parallel replicas; `auto` takes as many as the cluster has room for and the batch divides into."""
+    sequence_parallel: bool = False
+    """Cuts activations between tensor-parallel regions along the sequence; has no meaning, and resolves to false, at tp=1."""
+    zero: Literal[0, 1] = 1
+    """ZeRO stage: 1 shards the optimizer state over the data-parallel ranks, 0 keeps a copy on each."""
+    bucket_elements: int | None = Field(default=None, ge=1)
+    """Gradients are reduced in buckets of about this many elements; max(40e6, 1e6 x dp) as in Megatron when not given."""

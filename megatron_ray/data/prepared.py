@@ -1,0 +1,33 @@
+"""The manifest of prepared data. Owns: what `prepare` hands to training, as values. Must not know: how it was made."""
+
+from megatron_ray.config.base import Config
+
+
+class PreparedCorpus(Config):
+    """One corpus as Megatron's .bin/.idx pair."""
+
+    prefix: str
+    """Path or URI without the .bin/.idx suffix."""
+    weight: float
+    """Share in the blend."""
+    num_tokens: int
+    """Tokens in the .bin file, end-of-document tokens included."""
+    num_documents: int
+    """Documents."""
+
+
+class PreparedData(Config):
+    """Everything a rank needs to read samples; small, passed as JSON."""
+
+    train: tuple[PreparedCorpus, ...]
+    """Corpora to train on."""
+    validation: tuple[PreparedCorpus, ...]
+    """Corpora to evaluate on; may be empty."""
+    tokenizer_path: str
+    """tokenizer.json that turns the tokens back into text."""
+    vocab_size: int
+    """Tokens the tokenizer knows."""
+    end_of_document: int
+    """Token id that ends a document."""
+    unigram_nats: float | None = None
+    """Cross entropy, nats per token, of the validation tokens under their own unigram frequencies: the baseline to beat."""

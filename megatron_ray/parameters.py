@@ -1,0 +1,195 @@
+"""The table of parameters: what exists, how big, who holds which box. Owns: names, shapes, boxes, init, reduction, decay.
+
+Everything that touches weights (initialisation, fused layers, buckets, clipping, checkpoints, conversion, planning) reads
+this table, and nothing derives it anew. Pure Python. Must not know: torch, process groups.
+"""
+
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Literal
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.parallel_dims import ParallelDims
+
+
+@dataclass(frozen=True)
+class Box:
+    """An n-dimensional block of a logical tensor."""
+
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements inside."""
+        return prod(self.size)
+
+
+@dataclass(frozen=True)
+class Init:
+    """How a logical tensor starts."""
+
+    kind: Literal["normal", "ones", "zeros"]
+    std: float = 0.0
+
+
+@dataclass(frozen=True)
+class LogicalParameter:
+    """One unfused tensor as a checkpoint names it, whatever the layout."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Full shape, vocabulary padding left out."""
+    init: Init
+    shard_dim: int | None
+    """Dimension cut over tp; None: every tp rank holds the whole tensor."""
+    decay: bool
+    """Whether weight decay applies."""
+    sum_over_tp: bool = False
+    """Under sequence parallelism each tp rank sees only its tokens, so this replicated tensor's gradient is summed over tp."""
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of the full tensor."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A logical tensor's box inside a rank's (possibly fused) tensor; parts lie one after another along dim 0."""
+
+    logical: LogicalParameter
+    box: Box
+    start: int
+    """First row of the part in the local tensor."""
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """One tensor as a rank holds it: the name of the module's parameter, its shape, and the boxes fused in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Local shape; rows beyond the last part are vocabulary padding, always zero."""
+    parts: tuple[Part, ...]
+
+    @property
+    def decay(self) -> bool:
+        """Parts share one decay group."""
+        return self.parts[0].logical.decay
+
+    @property
+    def tp_sharded(self) -> bool:
+        """Whether each tp rank holds different elements."""
+        return self.parts[0].logical.shard_dim is not None
+
+    @property
+    def sum_over_tp(self) -> bool:
+        """Whether gradients need a sum over tp under sequence parallelism."""
+        return self.parts[0].logical.sum_over_tp
+
+    @property
+    def num_elements(self) -> int:
+        """Elements a rank holds, padding included."""
+        return prod(self.shape)
+
+
+def padded_vocabulary(model: ModelConfig, tp: int) -> int:
+    """Rows of the embedding with padding: the next multiple of vocab_multiple x tp (Megatron's rule)."""
+    multiple = model.vocab_multiple * tp
+    return -(-model.vocabulary // multiple) * multiple
+
+
+def local_parameters(model: ModelConfig, dims: ParallelDims, rank: int, *, sequence_parallel: bool = False) -> tuple[LocalParameter, ...]:
+    """The tensors of one rank, in the order in which the forward pass uses them.
+
+    Raises ValueError when tp does not divide a sharded dimension (validation says it better, with the remedy).
+    """
+    builder = _LocalTable(model, dims.tp, dims.coordinates(rank)["tp"], sequence_parallel)
+    return builder.build()
+
+
+def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
+    """Every logical tensor of the model, in forward order."""
+    return tuple(part.logical for local in local_parameters(model, ParallelDims(), 0) for part in local.parts)
+
+
+class _LocalTable:
+    """Collects one rank's tensors; the only place that knows which dimension of what is cut."""
+
+    def __init__(self, model: ModelConfig, tp: int, tp_rank: int, sequence_parallel: bool) -> None:
+        self.model, self.tp, self.tp_rank, self.sequence_parallel = model, tp, tp_rank, sequence_parallel
+        self.found: list[LocalParameter] = []
+        self.normal = Init("normal", model.init_std)
+        self.to_residual = Init("normal", model.init_std / sqrt(2 * model.num_layers))
+
+    def build(self) -> tuple[LocalParameter, ...]:
+        model = self.model
+        self._vocabulary("embedding.weight")
+        if model.position_embedding == "learned":
+            shape = (model.max_sequence_length, model.hidden_size)
+            self._replicated("position_embedding.weight", shape, self.normal, decay=True)
+        for layer in range(model.num_layers):
+            self._block(f"layers.{layer}.")
+        self._norm("final_norm")
+        if not model.tie_embeddings:
+            self._vocabulary("head.weight")
+        return tuple(self.found)
+
+    def _block(self, prefix: str) -> None:
+        model = self.model
+        hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_width, model.kv_heads * model.head_width
+        self._norm(prefix + "attention_norm")
+        self._column(prefix + "attention.qkv", {"attention.q": heads, "attention.k": kv, "attention.v": kv}, hidden, prefix)
+        self._row(prefix + "attention.o", hidden, heads)
+        self._norm(prefix + "mlp_norm")
+        names = ("mlp.gate", "mlp.up") if model.activation == "swiglu" else ("mlp.up",)
+        fused = "mlp.gate_up" if model.activation == "swiglu" else "mlp.up"
+        self._column(prefix + fused, dict.fromkeys(names, model.ffn_width), hidden, prefix)
+        self._row(prefix + "mlp.down", hidden, model.ffn_width)
+
+    def _norm(self, name: str) -> None:
+        shape = (self.model.hidden_size,)
+        self._replicated(name + ".weight", shape, Init("ones"), decay=False)
+        if self.model.norm == "layernorm":
+            self._replicated(name + ".bias", shape, Init("zeros"), decay=False)
+
+    def _replicated(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool) -> None:
+        logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=self.sequence_parallel)
+        self.found.append(LocalParameter(name, shape, (Part(logical, Box((0,) * len(shape), shape), 0),)))
+
+    def _vocabulary(self, name: str) -> None:
+        rows, hidden = self.model.vocabulary, self.model.hidden_size
+        local = padded_vocabulary(self.model, self.tp) // self.tp
+        first = min(self.tp_rank * local, rows)
+        held = min(first + local, rows) - first
+        logical = LogicalParameter(name, (rows, hidden), self.normal, 0, decay=True)
+        self.found.append(LocalParameter(name, (local, hidden), (Part(logical, Box((first, 0), (held, hidden)), 0),)))
+
+    def _column(self, fused: str, outputs: dict[str, int], inputs: int, prefix: str) -> None:
+        """Output rows cut over tp; several logical tensors lie one after another."""
+        weights, biases, start = [], [], 0
+        for name, out in outputs.items():
+            rows = self._cut(prefix + name, out)
+            weight = LogicalParameter(f"{prefix}{name}.weight", (out, inputs), self.normal, 0, decay=True)
+            weights.append(Part(weight, Box((rows * self.tp_rank, 0), (rows, inputs)), start))
+            bias = LogicalParameter(f"{prefix}{name}.bias", (out,), Init("zeros"), 0, decay=False)
+            biases.append(Part(bias, Box((rows * self.tp_rank,), (rows,)), start))
+            start += rows
+        self.found.append(LocalParameter(fused + ".weight", (start, inputs), tuple(weights)))
+        if self.model.linear_bias:
+            self.found.append(LocalParameter(fused + ".bias", (start,), tuple(biases)))
+
+    def _row(self, name: str, outputs: int, inputs: int) -> None:
+        """Input columns cut over tp; the bias is whole on every rank and added after the reduction."""
+        columns = self._cut(name, inputs)
+        weight = LogicalParameter(name + ".weight", (outputs, inputs), self.to_residual, 1, decay=True)
+        box = Box((0, columns * self.tp_rank), (outputs, columns))
+        self.found.append(LocalParameter(name + ".weight", (outputs, columns), (Part(weight, box, 0),)))
+        if self.model.linear_bias:
+            self._replicated(name + ".bias", (outputs,), Init("zeros"), decay=False)
+
+    def _cut(self, name: str, size: int) -> int:
+        if size % self.tp:
+            raise ValueError(f"{name}: {size} is not divisible by tp={self.tp}")
+        return size // self.tp

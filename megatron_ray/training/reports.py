@@ -1,0 +1,72 @@
+"""What a rank says while it trains. Owns: the records' fields and their JSON form. Must not know: who listens. Torch-free."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, as every rank sees it; losses are means over the step's tokens of the whole world."""
+
+    kind: ClassVar[str] = "step"
+    step: int
+    """Number of the update, from 1."""
+    loss: float
+    """Mean negative log-likelihood in nats per token."""
+    grad_norm: float
+    """Global L2 norm before clipping."""
+    lr: float
+    num_tokens: int
+    """Tokens that counted in the loss, all ranks."""
+    consumed_samples: int
+    """Samples used since the start of the job, this step included."""
+    step_s: float
+    tokens_per_s: float
+    mfu: float
+    """Model FLOPs utilisation against the device's peak; 0 where the peak is not known."""
+    memory_bytes: int
+    """Peak device memory (RSS on CPU)."""
+    split_s: dict[str, float] = field(default_factory=dict)
+    """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
+
+
+@dataclass(frozen=True)
+class EvalReport:
+    """One pass over (part of) a split."""
+
+    kind: ClassVar[str] = "eval"
+    step: int
+    split: str
+    loss: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """A rank's part of a checkpoint is durable; the checkpoint counts once somebody has committed it."""
+
+    kind: ClassVar[str] = "checkpoint_written"
+    step: int
+    path: str
+    """Folder of the checkpoint."""
+    bytes_written: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """A rank's start-up reached a phase: rendezvous, model, data, load, first_step ..."""
+
+    kind: ClassVar[str] = "phase"
+    phase: str
+    seconds: float
+    """Since the previous phase of this rank."""
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+Report = StepReport | EvalReport | CheckpointReport | PhaseReport
+
+
+def to_record(report: Report) -> dict[str, Any]:
+    """JSON-ready mapping with the report's `kind`."""
+    return {"kind": report.kind, **asdict(report)}

@@ -1,0 +1,138 @@
+"""Every cross-field rule. Owns: (config, world) -> problems, each with field, rule, numbers and remedy.
+
+Single-field bounds live in the config's types; what needs two fields lives here, and only here. Pure. Must not know: Ray, HTTP.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ray.config.train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a spec."""
+
+    pointer: str
+    """JSON pointer of the field to change."""
+    code: str
+    """Stable name of the rule."""
+    detail: str
+    """What is wrong, with the numbers, and what to do about it."""
+
+
+_LATER = {
+    "pp": "pipeline parallelism",
+    "vpp": "virtual pipeline stages",
+    "cp": "context parallelism",
+    "ep": "expert parallelism",
+}
+
+
+def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
+    """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
+    problems = [*_degrees(config), *_tensor_parallel(config), *_lengths(config), *_schedule(config)]
+    if not problems:
+        problems += _batch(config, world_size)
+    return problems
+
+
+def resolve_dp(config: TrainConfig, max_world: int) -> int:
+    """dp for `auto`: the largest number of replicas that fits into `max_world` ranks and divides the batch; at least 1."""
+    parallel, training = config.parallel, config.training
+    if parallel.dp != "auto":
+        return parallel.dp
+    model = parallel.tp * parallel.pp * parallel.cp
+    most = max(1, max_world // model)
+    groups = training.global_batch_size // training.micro_batch_size
+    return next(dp for dp in range(most, 0, -1) if groups % dp == 0)
+
+
+def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
+    """Fills what depends on the world: dp, and sequence parallelism (false at tp=1)."""
+    parallel = config.parallel.model_copy(
+        update={
+            "dp": resolve_dp(config, max_world),
+            "sequence_parallel": config.parallel.sequence_parallel and config.parallel.tp > 1,
+        }
+    )
+    return config.model_copy(update={"parallel": parallel})
+
+
+def world_size(config: TrainConfig) -> int:
+    """Ranks of a resolved config."""
+    parallel = config.parallel
+    if parallel.dp == "auto":
+        raise ValueError("parallel.dp is not resolved")
+    return parallel.tp * parallel.pp * parallel.cp * parallel.dp
+
+
+def _degrees(config: TrainConfig) -> list[Problem]:
+    found = []
+    for name, words in _LATER.items():
+        degree = getattr(config.parallel, name)
+        if degree != 1:
+            text = f"{name}={degree}: {words} is not available in this version; use {name}=1 with tp and dp"
+            found.append(Problem(f"/parallel/{name}", "not_available", text))
+    if config.parallel.etp not in (None, 1, config.parallel.tp):
+        found.append(Problem("/parallel/etp", "not_available", "etp needs experts, which are not available in this version; leave it out"))
+    return found
+
+
+def _tensor_parallel(config: TrainConfig) -> list[Problem]:
+    model, tp = config.model, config.parallel.tp
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.kv_heads,
+        "ffn_hidden_size": model.ffn_width,
+    }
+    found = [
+        Problem("/parallel/tp", "tp_divides", f"tp={tp} does not divide model.{name}={size}; use a tp that divides both, or another {name}")
+        for name, size in sizes.items()
+        if size % tp
+    ]
+    if config.parallel.sequence_parallel and config.training.seq_length % tp:
+        text = f"sequence_parallel cuts seq_length={config.training.seq_length} into tp={tp} parts; use a multiple of {tp}, or turn it off"
+        found.append(Problem("/training/seq_length", "sequence_parallel_divides", text))
+    return found
+
+
+def _lengths(config: TrainConfig) -> list[Problem]:
+    model, training, found = config.model, config.training, []
+    if model.head_dim is not None and model.position_embedding == "rope" and model.head_width % 2:
+        text = f"rotary positions need an even head_dim, not {model.head_width}; change hidden_size, num_attention_heads or head_dim"
+        found.append(Problem("/model/head_dim", "rope_even", text))
+    if model.num_attention_heads % model.kv_heads:
+        text = f"num_query_groups={model.kv_heads} does not divide num_attention_heads={model.num_attention_heads}"
+        found.append(Problem("/model/num_query_groups", "groups_divide", text))
+    if model.position_embedding == "learned" and training.seq_length > model.max_sequence_length:
+        text = (
+            f"seq_length={training.seq_length} is longer than the {model.max_sequence_length} learned positions;"
+            " shorten it or raise model.max_sequence_length"
+        )
+        found.append(Problem("/training/seq_length", "positions", text))
+    tokenizer = config.data.tokenizer
+    if tokenizer.kind == "bpe" and model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
+        text = f"the tokenizer's {tokenizer.vocab_size} tokens do not fit into model.vocab_size={model.vocab_size}; lower the first or raise the second"
+        found.append(Problem("/data/tokenizer/vocab_size", "vocab_fits", text))
+    return found
+
+
+def _schedule(config: TrainConfig) -> list[Problem]:
+    schedule, lr = config.schedule, config.optimizer.lr
+    if schedule.min_lr > lr:
+        return [Problem("/schedule/min_lr", "min_lr", f"min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}; lower it")]
+    return []
+
+
+def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
+    parallel, training, found = config.parallel, config.training, []
+    model = parallel.tp * parallel.pp * parallel.cp
+    micro, batch = training.micro_batch_size, training.global_batch_size
+    dp = 1 if parallel.dp == "auto" else parallel.dp
+    if batch % (micro * dp):
+        text = f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x {dp}; make it one"
+        found.append(Problem("/training/global_batch_size", "batch_divides", text))
+    if world is not None and model * dp > world:
+        text = f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"
+        found.append(Problem("/parallel", "world_fits", text + "; lower a degree or add nodes"))
+    return found

@@ -1,0 +1,97 @@
+"""States of jobs and attempts. Owns: the one table of legal transitions and the closed set of reasons. Pure."""
+
+from enum import StrEnum
+
+
+class JobState(StrEnum):
+    """Observed state of a job; wanted state is kept apart (`DesiredState`)."""
+
+    PREPARING = "preparing"
+    QUEUED = "queued"
+    SCHEDULING = "scheduling"
+    STARTING = "starting"
+    RUNNING = "running"
+    RECOVERING = "recovering"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    RESIZING = "resizing"
+    CANCELLING = "cancelling"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Terminal states never change."""
+        return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
+
+    @property
+    def holds_resources(self) -> bool:
+        """Whether the job counts against the cluster's room."""
+        return self not in (JobState.PREPARING, JobState.QUEUED, JobState.PAUSED) and not self.is_terminal
+
+
+class DesiredState(StrEnum):
+    """What the user (or admission) wants of a job's driver."""
+
+    PREPARE = "prepare"
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class AttemptState(StrEnum):
+    """Life of one rendezvous of one world."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class StatusReason(StrEnum):
+    """Why a job is where it is; a closed set that clients may switch on."""
+
+    WAITING_AGENT = "waiting_agent"
+    WAITING_QUOTA = "waiting_quota"
+    WAITING_GANG = "waiting_gang"
+    PREPARING_DATA = "preparing_data"
+    WORKER_DIED = "worker_died"
+    NODE_LOST = "node_lost"
+    HANG = "hang"
+    PREEMPTED = "preempted"
+    OOM = "oom"
+    NAN_LOSS = "nan_loss"
+    NO_PROGRESS = "no_progress"
+    BUDGET_SPENT = "budget_spent"
+    USER_CANCELLED = "user_cancelled"
+    SPEC_INVALID = "spec_invalid"
+    STORAGE_ERROR = "storage_error"
+    DEADLINE = "deadline"
+    INTERNAL = "internal"
+
+
+_S = JobState
+_END = frozenset({_S.FAILED, _S.CANCELLED})
+
+TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    _S.PREPARING: frozenset({_S.QUEUED, _S.CANCELLING}) | _END,
+    _S.QUEUED: frozenset({_S.SCHEDULING, _S.CANCELLING, _S.PAUSED}) | _END,
+    _S.SCHEDULING: frozenset({_S.STARTING, _S.QUEUED, _S.CANCELLING, _S.PAUSING}) | _END,
+    _S.STARTING: frozenset({_S.RUNNING, _S.RECOVERING, _S.CANCELLING, _S.PAUSING, _S.QUEUED, _S.SUCCEEDED}) | _END,
+    _S.RUNNING: frozenset({_S.SUCCEEDED, _S.RECOVERING, _S.PAUSING, _S.RESIZING, _S.CANCELLING}) | _END,
+    _S.RECOVERING: frozenset({_S.STARTING, _S.RUNNING, _S.QUEUED, _S.SCHEDULING, _S.CANCELLING, _S.PAUSING, _S.SUCCEEDED}) | _END,
+    _S.PAUSING: frozenset({_S.PAUSED, _S.SUCCEEDED, _S.CANCELLING}) | _END,
+    _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLING}) | _END,
+    _S.RESIZING: frozenset({_S.STARTING, _S.RUNNING, _S.RECOVERING, _S.CANCELLING}) | _END,
+    _S.CANCELLING: frozenset({_S.SUCCEEDED}) | _END,
+    _S.SUCCEEDED: frozenset(),
+    _S.FAILED: frozenset(),
+    _S.CANCELLED: frozenset(),
+}
+
+
+def may_follow(current: JobState, new: JobState) -> bool:
+    """Whether a job may go from one state to another (staying put is no transition and is always allowed)."""
+    return new == current or new in TRANSITIONS[current]
