@@ -1,0 +1,62 @@
+# What a newcomer types. Every target sets up .venv first; that is quick when nothing has changed.
+#   make demo    train a small GPT through the service and look at it
+#   make test    the tests
+#   make check   what CI runs: format, lint, types, import contracts, then the tests
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+BENCH  ?=
+TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
+
+.PHONY: setup demo test check bench parity chaos
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/.installed
+
+demo: setup
+	@$(BIN)/megatron-ray demo
+
+test: setup
+	$(BIN)/pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+bench: setup
+	@$(BIN)/python -m tests.bench $(BENCH)
+
+parity: setup
+	$(BIN)/pytest -m parity
+
+chaos: setup
+	$(BIN)/pytest -m chaos
+
+# .building marks an installation under way. When it was interrupted half-written packages may look installed, so the
+# next run starts from an empty environment; after an ordinary failure (no network, say) what is there stays.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "megatron-ray needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@stopped=; trap 'stopped=1' INT TERM HUP; \
+	clear=; if [ -e $(VENV)/.building ]; then clear=--clear; fi; \
+	run() { echo "+ $$*"; "$$@" && [ -z "$$stopped" ]; }; \
+	give_up() { [ -n "$$stopped" ] || rm -f $(VENV)/.building; exit 1; }; \
+	if [ -n "$$clear" ] || [ ! -x $(BIN)/pip ]; then run $(PYTHON) -m venv $$clear $(VENV) || exit 1; fi; \
+	touch $(VENV)/.building; \
+	if command -v nvidia-smi >/dev/null 2>&1; then \
+	  run $(BIN)/pip install -c constraints.txt torch || give_up; \
+	else \
+	  echo "no GPU here: looking for a CPU build of torch $(TORCH)"; \
+	  run $(BIN)/pip install -q -c constraints.txt 'torch==$(TORCH)+cpu' 2>/dev/null \
+	  || { [ -z "$$stopped" ] && run $(BIN)/pip install -q -c constraints.txt --retries 1 --timeout 15 \
+	       --extra-index-url https://download.pytorch.org/whl/cpu 'torch==$(TORCH)+cpu' 2>/dev/null; } \
+	  || { [ -z "$$stopped" ] && run $(BIN)/pip install -c constraints.txt torch; } || give_up; \
+	fi; \
+	run $(BIN)/pip install -c constraints.txt -e '.[dev]' || give_up; \
+	rm -f $(VENV)/.building
+	@touch $@
