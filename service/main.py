@@ -1,0 +1,98 @@
+"""The service as a process: `python -m service.main`. Owns: socket, port file, uvicorn. Must not know: routes, database."""
+
+import ipaddress
+import logging
+import os
+import socket
+from pathlib import Path
+
+import uvicorn
+
+from service.app import create_app
+from service.auth import has_configured_token
+from service.hub import Hub
+from service.settings import Settings, SettingsError
+
+GRACEFUL_SHUTDOWN_S = 3
+
+
+def run(settings: Settings) -> None:
+    """Serves until SIGINT or SIGTERM. Raises SettingsError for settings that cannot or must not be served."""
+    refuse_open_bind(settings)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    listener = bind(settings.host, settings.port)
+    app = create_app(settings)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        timeout_keep_alive=75,
+    )
+    server = Server(config, app.state.hub, settings.port_file)
+    server.run(sockets=[listener])
+    if not server.started:
+        raise SystemExit("megatron-ray service: start-up failed, the reason is in the log above")
+
+
+def refuse_open_bind(settings: Settings) -> None:
+    """Raises SettingsError when the address is open to others and no token is configured."""
+    if not is_loopback(settings.host) and not has_configured_token(settings):
+        raise SettingsError(
+            f"refusing to listen on {settings.host}: no token is configured; set MEGATRON_RAY_TOKENS_FILE to a file"
+            ' {"user": "<token>", "agent": "<token>"}, or listen on 127.0.0.1'
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether every address the host name stands for is loopback. Raises SettingsError for an unknown host."""
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host or None, None, flags=socket.AI_PASSIVE)}
+    except OSError as error:
+        raise SettingsError(f"MEGATRON_RAY_HOST={host!r}: {error.strerror or error}; use an address of this machine") from error
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound TCP socket; port 0 lets the kernel choose. Raises SettingsError when the address cannot be had."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family, backlog=2048)  # type: ignore[arg-type]
+    except OSError as error:
+        text = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another MEGATRON_RAY_PORT, or 0 for any free one"
+        raise SettingsError(text) from error
+
+
+class Server(uvicorn.Server):
+    """Writes the port once requests are answered; ends open streams and long polls before waiting for connections."""
+
+    def __init__(self, config: uvicorn.Config, hub: Hub, port_file: Path | None) -> None:
+        super().__init__(config)
+        self.hub, self.port_file = hub, port_file
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's hook: called with the listening sockets before the first request."""
+        await super().startup(sockets=sockets)
+        if self.started and self.port_file is not None and sockets:
+            self.port_file.parent.mkdir(parents=True, exist_ok=True)
+            temporary = self.port_file.with_name(f".{self.port_file.name}.{os.getpid()}")
+            temporary.write_text(f"{sockets[0].getsockname()[1]}\n")
+            temporary.replace(self.port_file)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's hook: called once on the way out."""
+        self.hub.close()
+        await super().shutdown(sockets=sockets)
+
+
+def main() -> None:
+    """Runs with settings from the environment; a wrong setting ends the process with one line on stderr."""
+    try:
+        run(Settings.from_environment())
+    except SettingsError as error:
+        raise SystemExit(f"megatron-ray service: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
