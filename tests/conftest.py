@@ -1,0 +1,14 @@
+"""Fixtures that every part's tests may use."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_ranks as _run_ranks
+
+
+@pytest.fixture(scope="session")
+def run_ranks() -> Callable[..., list[Any]]:
+    """`run_ranks(fn, world_size, *args, timeout_s=60)`: a module-level function on real gloo ranks, see tests/ranks.py."""
+    return _run_ranks
