@@ -1,0 +1,84 @@
+"""Command line and environment of a local Ray head. Owns: its ports, its temp dir, its token. Never imports ray.
+
+Ray's ports are open on all interfaces whatever address it is given, hence token mode, always, with the token in the
+environment only.
+"""
+
+import math
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+# Unix socket paths end at 107 bytes; Ray puts about 65 behind its temp dir.
+MAX_TEMP_DIR_LENGTH = 40
+
+_PORT_OPTIONS = {
+    "ray_gcs": "--port",
+    "ray_node_manager": "--node-manager-port",
+    "ray_object_manager": "--object-manager-port",
+    "ray_client": "--ray-client-server-port",
+    "ray_dashboard": "--dashboard-port",
+    "ray_dashboard_agent_grpc": "--dashboard-agent-grpc-port",
+    "ray_dashboard_agent_http": "--dashboard-agent-listen-port",
+    "ray_metrics": "--metrics-export-port",
+    "ray_runtime_env_agent": "--runtime-env-agent-port",
+}
+PORT_NAMES: tuple[str, ...] = tuple(_PORT_OPTIONS)
+
+_OBJECT_STORE_BYTES = 256 << 20  # training never puts tensors there; Ray's default would be a third of the machine
+
+
+def free_ports(names: Sequence[str]) -> dict[str, int]:
+    """One port per name, free on all interfaces a moment ago, picked by the kernel; all held at once, so all differ."""
+    sockets = [socket.socket() for _ in names]
+    try:
+        for held in sockets:
+            held.bind(("", 0))
+        return {name: held.getsockname()[1] for name, held in zip(names, sockets, strict=True)}
+    finally:
+        for held in sockets:
+            held.close()
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this loopback port now."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def head_command(ports: dict[str, int], temp_dir: Path, num_cpus: int) -> list[str]:
+    """`ray start --head`, staying in the foreground so that its process leads the session for as long as Ray lives."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
+    command += [f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    command += [f"--num-cpus={num_cpus}"]
+    return command + [f"{option}={ports[name]}" for name, option in _PORT_OPTIONS.items()]
+
+
+def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use, a container's quota included; at least 2, so that a two-rank job fits on any machine."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = quota_file.read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no quota
+    return max(2, cores)
+
+
+def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
+    """What every process that starts or joins this Ray needs."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": token,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": None,  # another cluster's address would be taken for this one's
+        "TMPDIR": str(temp_dir),  # killed processes leave sockets behind; here they go with the temp dir
+    }
