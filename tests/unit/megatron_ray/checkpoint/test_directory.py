@@ -1,0 +1,142 @@
+"""Checkpoint folders: what counts, what is kept, what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ray.checkpoint.directory import (
+    CheckpointError,
+    apply_retention,
+    checkpoint_path,
+    commit,
+    delete_checkpoint,
+    latest_committed,
+    list_checkpoints,
+    read_manifest,
+)
+from megatron_ray.checkpoint.storage import open_storage
+
+
+def write(root: Path, step: int, attempt: int = 1, *, committed: bool = True, loss: float | None = None) -> str:
+    path = checkpoint_path(str(root), step, attempt)
+    storage = open_storage(path)
+    storage.write_bytes_atomic("index.json", b"{}")
+    storage.write_bytes_atomic("data/rank-00000.bin", b"12345678")
+    if committed:
+        commit(path, {"step": step, "attempt": attempt, "loss": loss}, [{"kind": "step", "step": step}])
+    return path
+
+
+def steps(root: Path) -> list[tuple[int, int]]:
+    return [info.order for info in list_checkpoints(str(root))]
+
+
+def test_paths_carry_step_and_attempt() -> None:
+    assert checkpoint_path("s3://bucket/job/", 50, 1) == "s3://bucket/job/checkpoints/step-00000050-a0001"
+
+
+def test_a_committed_checkpoint_has_reports_manifest_and_loss(tmp_path: Path) -> None:
+    path = write(tmp_path, 50, loss=2.5)
+    (info,) = list_checkpoints(str(tmp_path))
+    assert (info.step, info.attempt, info.path, info.committed, info.loss) == (50, 1, path, True, 2.5)
+    assert info.bytes > 10
+    manifest = read_manifest(path)
+    assert manifest["files"] == {"index.json": 2, "data/rank-00000.bin": 8, "reports.jsonl": 29}
+    assert json.loads(Path(path, "reports.jsonl").read_text()) == {"kind": "step", "step": 50}
+
+
+def test_no_checkpoints_is_an_empty_list(tmp_path: Path) -> None:
+    assert list_checkpoints(str(tmp_path / "none")) == []
+    assert latest_committed(str(tmp_path)) is None
+    assert apply_retention(str(tmp_path), 1) == []
+
+
+def test_other_folders_are_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    assert steps(tmp_path) == [(1, 1)]
+
+
+def test_the_latest_is_by_step_and_attempt_and_skips_torn_ones(tmp_path: Path) -> None:
+    write(tmp_path, 9)
+    write(tmp_path, 100, 1)
+    write(tmp_path, 100, 2)
+    write(tmp_path, 200, committed=False)
+    damaged = write(tmp_path, 150)
+    Path(damaged, "data/rank-00000.bin").write_bytes(b"123")
+    latest = latest_committed(str(tmp_path))
+    assert latest is not None and latest.order == (100, 2)
+
+
+def test_a_marker_without_manifest_does_not_count(tmp_path: Path) -> None:
+    path = write(tmp_path, 9)
+    Path(path, "manifest.json").write_text("[1]")
+    assert latest_committed(str(tmp_path)) is None
+    with pytest.raises(CheckpointError, match=r"cannot load .*a0001: manifest.json is missing or not readable"):
+        read_manifest(path)
+
+
+def test_committing_twice_changes_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path, 9)
+    commit(path, {"step": 10}, [])
+    assert read_manifest(path)["step"] == 9
+
+
+def test_commit_needs_the_common_part(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot commit .*: index.json is missing, rank 0 has not written its part"):
+        commit(str(tmp_path / "empty"), {}, [])
+
+
+def test_torn_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot load .*a0001: it is not committed \(no COMMITTED marker\)"):
+        read_manifest(write(tmp_path, 5, committed=False))
+    path = write(tmp_path, 6)
+    Path(path, "data/rank-00000.bin").write_bytes(b"1234")
+    with pytest.raises(CheckpointError, match=r"its file data/rank-00000.bin has 4 bytes, 8 were written"):
+        read_manifest(path)
+    Path(path, "data/rank-00000.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"its file data/rank-00000.bin is missing"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("version", [2, None, "1"])
+def test_newer_formats_are_refused(tmp_path: Path, version: object) -> None:
+    path = write(tmp_path, 5)
+    manifest = json.loads(Path(path, "manifest.json").read_text())
+    Path(path, "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
+    with pytest.raises(CheckpointError, match=rf"format_version is {version}, this program reads up to 1; use the newer program"):
+        read_manifest(path)
+
+
+def test_retention_keeps_the_newest_and_what_may_be_in_the_making(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        write(tmp_path, step)
+    write(tmp_path, 25, committed=False)
+    write(tmp_path, 50, committed=False)
+    write(tmp_path, 30, 2, committed=False)  # a later attempt that went back
+    deleted = apply_retention(str(tmp_path), 2)
+    assert sorted(path.rpartition("/")[2] for path in deleted) == ["step-00000010-a0001", "step-00000020-a0001", "step-00000025-a0001"]
+    assert steps(tmp_path) == [(30, 1), (30, 2), (40, 1), (50, 1)]
+    assert apply_retention(str(tmp_path), 2) == []
+
+
+def test_the_only_committed_checkpoint_stays(tmp_path: Path) -> None:
+    write(tmp_path, 10)
+    write(tmp_path, 20, committed=False)
+    assert apply_retention(str(tmp_path), 1) == []
+    with pytest.raises(ValueError, match="keep_last=0 must be at least 1: the only committed checkpoint is never deleted"):
+        apply_retention(str(tmp_path), 0)
+
+
+def test_deleting_takes_the_marker_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, 10)
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "disk gone")
+
+    monkeypatch.setattr("shutil.rmtree", fail)
+    with pytest.raises(Exception, match="disk gone"):
+        delete_checkpoint(str(tmp_path), list_checkpoints(str(tmp_path))[0])
+    assert Path(path, "index.json").exists()
+    assert latest_committed(str(tmp_path)) is None
