@@ -1,6 +1,7 @@
 """Local paths and URIs behind one face. Owns: pyarrow filesystems for data. Must not know: what the files hold."""
 
 import errno
+import io
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import IO, Any
 from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs as arrow_fs
+
+_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def place(path: str) -> Place:
     if is_local(path):
         plain = unquote(urlsplit(path).path) if path.startswith("file://") else path
         return Place(arrow_fs.LocalFileSystem(), str(Path(plain).expanduser().absolute()), True)
-    filesystem, inner = arrow_fs.FileSystem.from_uri(path)
+    filesystem, inner = _from_uri(path)
     return Place(filesystem, inner, False)
 
 
@@ -76,8 +79,10 @@ def walk(folder: Place) -> Iterator[FileStat]:
 
 def open_stream(where: Place) -> IO[bytes]:
     """A file's bytes from the start, undecoded. Raises OSError."""
-    stream: IO[bytes] = where.filesystem.open_input_stream(where.path, compression=None)
-    return stream
+    if where.local:
+        return Path(where.path).open("rb")
+    # Arrow's streams cannot read lines; Python's buffer over them can.
+    return io.BufferedReader(where.filesystem.open_input_stream(where.path, compression=None), _BUFFER_BYTES)
 
 
 def read_bytes(where: Place) -> bytes:
@@ -111,6 +116,11 @@ def probe_writable(where: Place) -> None:
     finally:
         if exists(probe):
             probe.filesystem.delete_file(probe.path)
+
+
+def _from_uri(uri: str) -> tuple[Any, str]:
+    filesystem, path = arrow_fs.FileSystem.from_uri(uri)
+    return filesystem, path
 
 
 def _file_stat(info: Any) -> FileStat:

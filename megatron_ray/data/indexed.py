@@ -5,6 +5,7 @@ int32 lengths, N int64 byte positions in `.bin`, D int64 document starts (first 
 so an index may select sequences of a `.bin` that it shares (`write_index`).
 """
 
+import copy
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -137,6 +138,12 @@ class IndexedDataset:
             return self._map[start : start + length * self.itemsize].view(self.table.dtype)
         content = b"" if self._file is None else self._file.read_at(length * self.itemsize, start)
         return np.frombuffer(content, self.table.dtype)
+
+    def view(self, table: IndexTable) -> Self:
+        """The same .bin seen through another index."""
+        other = copy.copy(self)
+        other.table = table
+        return other
 
     def __getitem__(self, sequence: int) -> IntArray:
         """One whole sequence."""
