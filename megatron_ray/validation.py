@@ -58,6 +58,15 @@ def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
     return config.model_copy(update={"parallel": parallel})
 
 
+def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
+    """Fills model.vocab_size from the tokenizer. Raises ValueError when the model's own is too small for it."""
+    given = config.model.vocab_size
+    if given is not None and given < vocab_size:
+        raise ValueError(f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}; raise it, or leave it out")
+    model = config.model.model_copy(update={"vocab_size": given or vocab_size})
+    return config.model_copy(update={"model": model})
+
+
 def world_size(config: TrainConfig) -> int:
     """Ranks of a resolved config."""
     parallel = config.parallel

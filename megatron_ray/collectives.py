@@ -1,0 +1,117 @@
+"""Typed wrappers over torch.distributed. Owns: which torch version names a collective how. The group is always an argument;
+`None` is a group of one rank, for which everything is the identity. Must not know: axes, layers, buckets.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+# torch 2.13 renamed the flat collectives; both names mean the same operation.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def wait(self) -> object: ...
+
+
+class _Done:
+    def wait(self) -> object:
+        return None
+
+
+DONE: Pending = _Done()
+
+
+def size(group: Group) -> int:
+    """Ranks in the group."""
+    return 1 if group is None else group.size()
+
+
+def rank(group: Group) -> int:
+    """This process's index in the group."""
+    return 0 if group is None else group.rank()
+
+
+def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduces in place and returns the same tensor."""
+    if group is not None:
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def start_all_reduce(tensor: Tensor, group: Group) -> Pending:
+    """Starts a sum in place; the tensor is the result after `wait`."""
+    if group is None:
+        return DONE
+    return dist.all_reduce(tensor, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
+def all_gather_rows(tensor: Tensor, group: Group) -> Tensor:
+    """Concatenates along dim 0 in group order."""
+    gathered, pending = start_all_gather_rows(tensor, group)
+    pending.wait()
+    return gathered
+
+
+def start_all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pending]:
+    """Starts a concatenation along dim 0; the first item is complete after `wait`."""
+    if group is None:
+        return tensor, DONE
+    gathered = tensor.new_empty((tensor.shape[0] * group.size(), *tensor.shape[1:]))
+    return gathered, start_all_gather_into(gathered, tensor.contiguous(), group)
+
+
+def start_all_gather_into(output: Tensor, shard: Tensor, group: Group) -> Pending:
+    """Fills flat `output` with every rank's shard; `shard` may be this rank's part of `output`."""
+    if group is None:
+        return DONE
+    return _all_gather(output, shard, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
+def reduce_scatter_rows(tensor: Tensor, group: Group) -> Tensor:
+    """Sums over the group and keeps this rank's rows of dim 0."""
+    scattered, pending = start_reduce_scatter_rows(tensor, group)
+    pending.wait()
+    return scattered
+
+
+def start_reduce_scatter_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pending]:
+    """Starts a sum over the group of which this rank keeps its rows of dim 0."""
+    if group is None:
+        return tensor, DONE
+    scattered = tensor.new_empty((tensor.shape[0] // group.size(), *tensor.shape[1:]))
+    return scattered, start_reduce_scatter_into(scattered, tensor.contiguous(), group)
+
+
+def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pending:
+    """Starts a sum of flat `tensor` of which `shard` receives this rank's equal part."""
+    if group is None:
+        return DONE
+    return _reduce_scatter(shard, tensor, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
+def local_rows(tensor: Tensor, group: Group) -> Tensor:
+    """This rank's equal part of dim 0 (a view)."""
+    if group is None:
+        return tensor
+    rows = tensor.shape[0] // group.size()
+    return tensor.narrow(0, rows * group.rank(), rows)
+
+
+def broadcast(tensor: Tensor, group: Group, source: int = 0) -> Tensor:
+    """Copies from the group's rank `source`, in place."""
+    if group is not None:
+        dist.broadcast(tensor, group=group, group_src=source)
+    return tensor
+
+
+def barrier(group: Group, device: torch.device) -> None:
+    """One all-reduce of one number: proves that the group works, and opens its connections."""
+    all_reduce(torch.ones(1, device=device), group)

@@ -1,0 +1,86 @@
+"""Which parameter lies where in the flat buffers, and how they are cut into buckets. Owns: that plan, a pure function of the spec.
+
+Never of arrival order, so that sums are the same in every run. Torch-free. Must not know: gradients, groups.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from megatron_ray.parameters import LocalParameter
+
+# Start of every parameter in elements: 256 bytes in fp32, what vector units and copy engines like.
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One parameter's range in the flat buffers."""
+
+    parameter: LocalParameter
+    start: int
+
+    @property
+    def end(self) -> int:
+        """One past the last element."""
+        return self.start + prod(self.parameter.shape)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A contiguous range that is reduced at once; its length is a multiple of dp."""
+
+    index: int
+    start: int
+    end: int
+    placed: tuple[Placed, ...]
+
+    def shard(self, dp_rank: int, dp: int) -> tuple[int, int]:
+        """The equal part that one data-parallel rank owns under ZeRO-1."""
+        length = (self.end - self.start) // dp
+        return self.start + dp_rank * length, self.start + (dp_rank + 1) * length
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Buckets in the order in which a backward pass completes them."""
+
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Length of the flat buffers."""
+        return self.buckets[-1].end if self.buckets else 0
+
+    @property
+    def placed(self) -> Iterable[Placed]:
+        """Every parameter's place, in buffer order."""
+        return (placed for bucket in self.buckets for placed in bucket.placed)
+
+
+def default_bucket_elements(dp: int) -> int:
+    """Megatron's default: large enough for bandwidth, growing with the ring."""
+    return max(40_000_000, 1_000_000 * dp)
+
+
+def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None) -> BucketPlan:
+    """Reverse table order (a backward pass goes from the head to the embedding); a bucket closes once it is full enough."""
+    limit = bucket_elements or default_bucket_elements(dp)
+    buckets: list[Bucket] = []
+    placed: list[Placed] = []
+    bucket_start = cursor = 0
+    for parameter in reversed(list(parameters)):
+        placed.append(Placed(parameter, cursor))
+        cursor = _round_up(placed[-1].end, ALIGNMENT)
+        if cursor - bucket_start >= limit:
+            cursor = bucket_start + _round_up(cursor - bucket_start, ALIGNMENT * dp)
+            buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
+            bucket_start, placed = cursor, []
+    if placed:
+        cursor = bucket_start + _round_up(cursor - bucket_start, ALIGNMENT * dp)
+        buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
+    return BucketPlan(tuple(buckets))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,119 @@
+"""Contiguous memory for parameters and main gradients, and the overlapped reduction of its buckets.
+
+Owns: flat buffers, views into them, starting a bucket's collective the moment its last gradient is complete. Must not know: the
+optimizer's arithmetic, scaling (gradients stay sums over tokens here).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ray import collectives
+from megatron_ray.collectives import Group, Pending
+from megatron_ray.data_parallel.bucket_plan import Bucket, BucketPlan
+from megatron_ray.tensor_parallel.layers import SlottedModule
+from megatron_ray.tensor_parallel.weight_grad import GradSlot, WeightGradSink
+
+
+@dataclass(frozen=True)
+class FlatBuffers:
+    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut by the same plan; padding is zero."""
+
+    plan: BucketPlan
+    parameters: Tensor
+    gradients: Tensor
+
+    @classmethod
+    def allocate(cls, plan: BucketPlan, dtype: torch.dtype, device: torch.device) -> "FlatBuffers":
+        """Zero-filled buffers."""
+        length = plan.num_elements
+        return cls(plan, torch.zeros(length, dtype=dtype, device=device), torch.zeros(length, device=device))
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """Each parameter's tensor inside a flat buffer."""
+        return {
+            placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape) for placed in self.plan.placed
+        }
+
+
+def adopt_parameters(model: nn.Module, buffers: FlatBuffers) -> None:
+    """Replaces the model's (meta) parameters by views into the flat buffer. Raises ValueError when names or shapes disagree."""
+    views = buffers.views(buffers.parameters)
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    offered = {name: tuple(view.shape) for name, view in views.items()}
+    if expected != offered:
+        wrong = sorted(set(expected.items()) ^ set(offered.items()))
+        raise ValueError(f"the model and the parameter table disagree: {wrong[:4]}")
+    replaced = {parameter: nn.Parameter(views[name]) for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, replaced[parameter])
+
+
+def attach_slots(model: nn.Module, buffers: FlatBuffers, sink: WeightGradSink) -> None:
+    """Gives every layer the slots of its trainable parameters; a parameter that two layers share expects two contributions."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    gradients = buffers.views(buffers.gradients)
+    slots: dict[str, GradSlot] = {}
+    for module in model.modules():
+        if not isinstance(module, SlottedModule):
+            continue
+        for local_name, parameter in module.named_parameters(recurse=False):
+            name = names[parameter]
+            if name in slots:
+                slots[name].uses += 1
+            elif parameter.requires_grad:
+                slots[name] = sink.register(name, gradients[name])
+            if name in slots:
+                module.slots[local_name] = slots[name]
+
+
+class GradReducer:
+    """Sums main gradients over the data-parallel group, bucket by bucket, while the backward pass goes on.
+
+    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place; the rest of the bucket is then meaningless.
+    """
+
+    def __init__(
+        self, buffers: FlatBuffers, group: Group, *, sharded: bool, on_start: Callable[[Bucket], None] | None = None
+    ) -> None:
+        self.buffers, self.group, self.sharded = buffers, group, sharded
+        self._on_start = on_start
+        self._bucket_of = {placed.parameter.name: bucket for bucket in buffers.plan.buckets for placed in bucket.placed}
+        self._missing: dict[int, int] = {}
+        self._pending: list[Pending] = []
+
+    def begin_step(self, trainable: set[str]) -> None:
+        """Expects each trainable parameter once; buckets without any are never reduced."""
+        self._missing = {
+            bucket.index: sum(placed.parameter.name in trainable for placed in bucket.placed) for bucket in self.buffers.plan.buckets
+        }
+        self._pending = []
+
+    def ready(self, slot: GradSlot) -> None:
+        """A parameter's gradient is complete; starts the bucket's collective when it was the last one."""
+        bucket = self._bucket_of[slot.name]
+        self._missing[bucket.index] -= 1
+        if self._missing[bucket.index] == 0:
+            if self._on_start is not None:
+                self._on_start(bucket)
+            self._pending.append(self._start(bucket))
+
+    def finish(self) -> None:
+        """Waits for every bucket. Raises RuntimeError when a gradient never came: the sum would be silently wrong."""
+        left = [bucket.index for bucket in self.buffers.plan.buckets if self._missing[bucket.index] > 0]
+        if left:
+            absent = [placed.parameter.name for placed in self.buffers.plan.buckets[left[0]].placed]
+            raise RuntimeError(f"{len(left)} gradient buckets were never complete; the first holds {absent[:4]}")
+        for pending in self._pending:
+            pending.wait()
+        self._pending = []
+
+    def _start(self, bucket: Bucket) -> Pending:
+        whole = self.buffers.gradients[bucket.start : bucket.end]
+        if not self.sharded or self.group is None:
+            return collectives.start_all_reduce(whole, self.group)
+        low, high = bucket.shard(collectives.rank(self.group), collectives.size(self.group))
+        return collectives.start_reduce_scatter_into(self.buffers.gradients[low:high], whole, self.group)

@@ -1,0 +1,43 @@
+"""CPU and CUDA behind one face. Owns: device choice, memory statistics, peak FLOP/s. Must not know: models, groups."""
+
+import resource
+
+import torch
+
+# Dense bf16 peaks in FLOP/s by a part of the device's name (vendor data sheets); fp32 figures are not given there.
+_BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+
+
+def select(kind: str, local_index: int = 0) -> torch.device:
+    """The torch device of `cpu` or `cuda`; makes the CUDA one current for this thread."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local_index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def backend_for(device: torch.device) -> str:
+    """torch.distributed backend string: NCCL beside gloo on CUDA, gloo alone on CPU."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory used so far: allocator peak on CUDA, resident set of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of the device; None where no data sheet is known (every CPU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device's queue; a no-op on CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

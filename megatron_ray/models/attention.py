@@ -1,0 +1,81 @@
+"""Causal self-attention with grouped key/value heads. Owns: the maths of one attention layer. Must not know: ranks, groups.
+
+Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head width. Head counts are read off the tensors, so
+tensor parallelism shrinks them unseen.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.layers import Layers
+from megatron_ray.models.rope import RotateQKV, split_qkv
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of the tokens so far, [B, G, S, D] with room for `capacity` tokens; one per layer."""
+
+    keys: Tensor
+    values: Tensor
+    length: int = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores new [B, G, S, D] entries and returns everything so far. Raises ValueError when there is no room."""
+        end = self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"the cache has room for {self.keys.shape[2]} tokens, {end} are needed")
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What attention needs to know of a batch: its shape and, with rotary positions, the angles [B or 1, S, 1, D/2]."""
+
+    batch: int
+    sequence: int
+    cos: Tensor | None
+    sin: Tensor | None
+
+
+class Attention(nn.Module):
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V)."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.head_width = config.head_width
+        self.queries_per_group = config.num_attention_heads // config.kv_heads
+        heads, groups = config.num_attention_heads, config.kv_heads
+        self.qkv = layers.column(config.hidden_size, (heads + 2 * groups) * self.head_width, config.linear_bias)
+        self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+        qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
+        groups = qkv.shape[-1] // (self.head_width * (self.queries_per_group + 2))
+        heads = groups * self.queries_per_group
+        if positions.cos is not None:
+            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
+        else:
+            q, k, v = split_qkv(qkv, heads, groups, self.head_width)
+        attended = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)
+        merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
+        output: Tensor = self.o(merged, residual_TH)
+        return output
+
+    def _attend(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache | None) -> Tensor:
+        mask = None
+        if cache is not None:
+            seen = cache.length
+            k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
+            if seen:
+                # Rows of the mask are the new tokens, which see everything before them.
+                new, total = q_BNSD.shape[2], k_BGSD.shape[2]
+                mask = torch.ones(new, total, dtype=torch.bool, device=q_BNSD.device).tril(diagonal=seen)
+        return nn.functional.scaled_dot_product_attention(
+            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.queries_per_group > 1
+        )

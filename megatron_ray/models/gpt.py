@@ -1,0 +1,58 @@
+"""A GPT-class decoder. Owns: the order of its parts. Must not know: ranks, groups, where a batch comes from.
+
+Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.attention import KeyValueCache, Positions
+from megatron_ray.models.block import Block
+from megatron_ray.models.layers import Layers
+from megatron_ray.models.rope import rotary_angles
+
+
+class GPT(nn.Module):
+    """Embedding, blocks, norm, head; parameter names are those of the parameter table."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = layers.embedding(config.hidden_size)
+        if config.position_embedding == "learned":
+            self.position_embedding = layers.position_embedding(config.max_sequence_length, config.hidden_size)
+        # A dictionary, so that a layer keeps its name when a pipeline cut leaves only some of them.
+        self.layers = nn.ModuleDict({str(index): Block(config, layers) for index in range(config.num_layers)})
+        self.final_norm = layers.norm(config.hidden_size)
+        self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
+
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, position_ids: Tensor) -> Tensor:
+        """Sum over tokens of loss_mask x -log p(label), fp32 scalar. `position_ids` is [B, S], or [1, S] for all rows alike."""
+        hidden_TH = self.hidden(tokens_BS, position_ids)
+        loss: Tensor = self.head(hidden_TH, labels_BS.reshape(-1), loss_mask_BS.reshape(-1))
+        return loss
+
+    def hidden(self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Activations [T, H] after the last norm."""
+        batch, sequence = tokens_BS.shape
+        hidden_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
+        if self.config.position_embedding == "learned":
+            hidden_TH = hidden_TH + self.position_embedding(position_ids.expand(batch, sequence).reshape(-1))
+        positions = self._positions(batch, sequence, position_ids, hidden_TH)
+        for index, block in enumerate(self.layers.values()):
+            hidden_TH = block(hidden_TH, positions, caches[index] if caches is not None else None)
+        output: Tensor = self.final_norm(hidden_TH)
+        return output
+
+    def logits(self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """[B, S, V], for inference and judges."""
+        logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
+        return logits.reshape(*tokens_BS.shape, -1)
+
+    def _positions(self, batch: int, sequence: int, position_ids: Tensor, like: Tensor) -> Positions:
+        if self.config.position_embedding != "rope":
+            return Positions(batch, sequence, None, None)
+        cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
+        return Positions(batch, sequence, cos, sin)

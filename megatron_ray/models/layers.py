@@ -1,0 +1,46 @@
+"""What a model asks its layers to be. Owns: the protocol between the model and whoever knows the layout. Must not know: any layout.
+
+A model names full sizes; the factory answers with layers that may hold a part.
+"""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+class Head(Protocol):
+    """Output head: loss for training, logits for inference."""
+
+    def __call__(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor: ...
+
+    def logits(self, hidden_TH: Tensor) -> Tensor:
+        """[T, vocabulary]."""
+        ...
+
+
+class Layers(Protocol):
+    """Makes each layer of a model from its full size."""
+
+    def embedding(self, width: int) -> nn.Module:
+        """Token ids [T] -> [T, width]."""
+        ...
+
+    def position_embedding(self, rows: int, width: int) -> nn.Module:
+        """Position ids [T] -> [T, width]."""
+        ...
+
+    def norm(self, width: int) -> nn.Module:
+        """[T, width] -> [T, width]."""
+        ...
+
+    def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """[T, inputs] -> [T, outputs], outputs cut over tp."""
+        ...
+
+    def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        """([T, inputs cut over tp], residual [T, outputs]) -> [T, outputs]."""
+        ...
+
+    def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
+        """A `Head`; shares the embedding's weight when one is given."""
+        ...

@@ -1,0 +1,57 @@
+"""The feed-forward half of a block. Owns: its maths. Must not know: ranks, groups. Shapes: T tokens, F inner width, H hidden."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.layers import Layers
+
+
+class GatedMLP(nn.Module):
+    """x -> residual + down(silu(gate(x)) * up(x)), SwiGLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.gate_up = layers.column(config.hidden_size, 2 * config.ffn_width, config.linear_bias)
+        self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+        output: Tensor = self.down(_SwiGLU.apply(self.gate_up(x_TH)), residual_TH)  # type: ignore[no-untyped-call]
+        return output
+
+
+class PlainMLP(nn.Module):
+    """x -> residual + down(gelu(up(x)))."""
+
+    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+        super().__init__()
+        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.up = layers.column(config.hidden_size, config.ffn_width, config.linear_bias)
+        self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+        output: Tensor = self.down(nn.functional.gelu(self.up(x_TH), approximate=self.approximate), residual_TH)
+        return output
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up over a fused [T, 2F] whose first half is the gate; the backward fills one fused gradient in place."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad_gate_up = torch.empty_like(gate_up)
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+        torch.mul(grad, nn.functional.silu(gate), out=grad_up)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+        return grad_gate_up

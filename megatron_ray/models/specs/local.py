@@ -1,0 +1,53 @@
+"""The `local` spec: layers on plain torch, for any device. Owns: which class fills which slot. Must not know: who builds what when."""
+
+import torch
+from torch import nn
+
+from megatron_ray.collectives import Group
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.parameters import padded_vocabulary
+from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
+from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, PositionEmbedding, RowParallelLinear, VocabParallelEmbedding
+from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
+
+
+class LocalLayers:
+    """`models.layers.Layers` for a tensor-parallel group (None: one rank)."""
+
+    def __init__(self, config: ModelConfig, group: Group, tp: int, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
+        self.rows = padded_vocabulary(config, tp)
+
+    def embedding(self, width: int) -> nn.Module:
+        return VocabParallelEmbedding(
+            self.rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+        )
+
+    def position_embedding(self, rows: int, width: int) -> nn.Module:
+        return PositionEmbedding(rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+
+    def norm(self, width: int) -> nn.Module:
+        kind = RMSNorm if self.config.norm == "rmsnorm" else LayerNorm
+        return kind(width, self.config.norm_eps, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+
+    def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        return ColumnParallelLinear(
+            inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+        )
+
+    def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
+        return RowParallelLinear(
+            inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+        )
+
+    def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
+        tied = embedding.weight if embedding is not None else None
+        return VocabParallelHead(
+            self.rows,
+            width,
+            self.config.vocabulary,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+            tied=tied,  # type: ignore[arg-type]
+        )

@@ -1,0 +1,84 @@
+"""After the backward pass: from sums in buckets to gradients ready for the update. Owns: the one reduction rule.
+
+Losses are sums over valid tokens; every reduction is a sum in the group that the parameter table names; the one factor
+1/global_tokens is applied here, once, together with clipping. Must not know: the update rule, who reads the numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ray import collectives
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.parallelize import ParallelModel
+
+# A norm over this many elements at a time stays exact enough in fp32; the squares are added in fp64.
+_NORM_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """Device scalars of one step, fp64, the same on every rank."""
+
+    values: Tensor
+    """[loss sum, tokens, squared gradient norm of the sums, flags added up over the ranks ...]."""
+
+
+def finalize_grads(
+    model: ParallelModel, optimizer: ShardedOptimizer, mesh: ParallelMesh, loss_sum: Tensor, num_tokens: int, flags: Sequence[float] = ()
+) -> StepStats:
+    """Completes the reductions and adds up the step's numbers over the world in one small all-reduce; scales nothing yet.
+
+    `num_tokens` are this replica's; `flags` are summed over all ranks, a way to agree on something without a collective of its own.
+    """
+    model.reducer.finish()
+    _sum_over_tp(optimizer, mesh)
+    values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
+    if mesh.tp_rank == 0:
+        values[0], values[1] = loss_sum, num_tokens
+    values[2] = _squared_norm(optimizer, mesh)
+    if any(flags):  # a copy from the host, so only when there is something to say
+        values[3:] = torch.tensor(flags, dtype=torch.float64)
+    return StepStats(collectives.all_reduce(values, mesh.world_group))
+
+
+def scale_and_clip(optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm: float) -> None:
+    """Multiplies the gradient shard by 1/global_tokens and by Megatron's clipping factor min(1, limit / (norm + 1e-6))."""
+    factor = 1.0 / stats.values[1].clamp(min=1.0)
+    if clip_grad_norm > 0:
+        norm = stats.values[2].sqrt() * factor
+        factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = factor.float()
+    for run in optimizer.runs:
+        optimizer.gradient(run).mul_(factor)
+
+
+def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
+    """Whole tensors of which each tp rank has seen only its tokens (norms under sequence parallelism), in one all-reduce."""
+    if mesh.tp_group is None:
+        return
+    gradients = optimizer.buffers.gradients
+    views = [gradients[piece.start : piece.end] for piece in optimizer.pieces if piece.placed.parameter.sum_over_tp]
+    if not views:
+        return
+    flat = collectives.all_reduce(torch.cat(views), mesh.tp_group)
+    for view, summed in zip(views, flat.split([view.numel() for view in views]), strict=True):
+        view.copy_(summed)
+
+
+def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
+    """Sum of squares of the elements that this rank answers for, so that the world counts each logical element once."""
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    if not optimizer.sharded and mesh.dp_rank != 0:
+        return total
+    for run in optimizer.runs:
+        if not run.counts_once and mesh.tp_rank != 0:
+            continue
+        gradient = optimizer.gradient(run)
+        body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
+        norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
+        total += norms.double().square().sum() + gradient[body:].double().square().sum()
+    return total

@@ -1,0 +1,72 @@
+"""Which elements of the flat buffers a rank updates. Owns: the `flat` strategy (equal ranges, parameter borders ignored).
+
+Pure; torch-free. Must not know: gradients, arithmetic of the update.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_ray.data_parallel.bucket_plan import Bucket, BucketPlan, Placed
+
+
+@dataclass(frozen=True)
+class Run:
+    """A contiguous range of the flat buffers that this rank updates with one set of rules."""
+
+    start: int
+    end: int
+    shard_start: int
+    """Where the range begins in this rank's shard, which is its runs one after another."""
+    decay: bool
+    counts_once: bool
+    """Whether every tp rank holds other elements here; otherwise only one of them adds to the global norm."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part of one parameter that lies in one run."""
+
+    placed: Placed
+    start: int
+    end: int
+    shard_start: int
+
+
+def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tuple[int, int]:
+    """What one rank updates of a bucket: its equal part under ZeRO-1, everything otherwise."""
+    return bucket.shard(dp_rank, dp) if sharded else (bucket.start, bucket.end)
+
+
+def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tuple[Run, ...]:
+    """Neighbouring parameters with the same rules make one run; alignment gaps belong to the run before them."""
+    runs: list[Run] = []
+    shard_start = 0
+    for bucket in plan.buckets:
+        low, high = owned_range(bucket, dp_rank, dp, sharded=sharded)
+        for start, end, placed in _spans(bucket, low, high):
+            rules = placed.parameter.decay, placed.parameter.tp_sharded
+            if runs and runs[-1].end == start and (runs[-1].decay, runs[-1].counts_once) == rules:
+                last = runs.pop()
+                runs.append(Run(last.start, end, last.shard_start, *rules))
+            else:
+                runs.append(Run(start, end, shard_start, *rules))
+            shard_start += end - start
+    return tuple(runs)
+
+
+def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
+    """Every parameter's parts in the runs, in buffer order."""
+    for placed in plan.placed:
+        for run in runs:
+            start, end = max(placed.start, run.start), min(placed.end, run.end)
+            if start < end:
+                yield Piece(placed, start, end, run.shard_start + start - run.start)
+
+
+def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Placed]]:
+    """The bucket's parameters cut to [low, high), each stretched over the gap that follows it."""
+    for index, placed in enumerate(bucket.placed):
+        stretched = bucket.placed[index + 1].start if index + 1 < len(bucket.placed) else bucket.end
+        start, end = max(placed.start, low), min(stretched, high)
+        if start < end:
+            yield start, end, placed

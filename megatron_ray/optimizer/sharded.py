@@ -1,0 +1,144 @@
+"""AdamW over this rank's shard of the flat buffers, with fp32 main parameters. Owns: main parameters, moments, the update, the
+gather of updated weights. Must not know: the model, microbatches, files.
+
+ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every bucket. In fp32 the main parameters are
+the model's own memory; in bf16 they are a separate fp32 shard.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ray import collectives
+from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
+from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
+from megatron_ray.collectives import Group
+from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.data_parallel.buffers import FlatBuffers
+from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
+from megatron_ray.parameters import Box
+
+
+class ShardedOptimizer:
+    """Update rule over runs of the flat buffers; `state` tensors are flat shards in run order."""
+
+    def __init__(self, config: OptimizerConfig, buffers: FlatBuffers, group: Group, *, sharded: bool) -> None:
+        self.buffers, self.group = buffers, group
+        self.sharded = sharded and group is not None
+        dp_rank, dp = collectives.rank(group), collectives.size(group)
+        self.runs = flat_runs(buffers.plan, dp_rank, dp, sharded=self.sharded)
+        self._owned = [owned_range(bucket, dp_rank, dp, sharded=self.sharded) for bucket in buffers.plan.buckets]
+        length = sum(run.end - run.start for run in self.runs)
+        device = buffers.parameters.device
+        self.main_is_model = buffers.parameters.dtype == torch.float32
+        self._main_shard = None if self.main_is_model else torch.zeros(length, device=device)
+        self.state = {name: torch.zeros(length, device=device) for name in ("exp_avg", "exp_avg_sq")}
+        self._placed = {placed.parameter.name: placed for placed in buffers.plan.placed}
+        self.pieces = tuple(pieces(buffers.plan, self.runs))
+        self._pieces_of: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            self._pieces_of.setdefault(piece.placed.parameter.name, []).append(piece)
+        self._adamw = self._build(config)
+
+    def _build(self, config: OptimizerConfig) -> torch.optim.AdamW:
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for run in self.runs:
+            parameter = nn.Parameter(self.main(run))
+            parameter.grad = self.gradient(run)
+            groups[run.decay].append(parameter)
+            shard = slice(run.shard_start, run.shard_start + run.end - run.start)
+            moments = {name: flat[shard] for name, flat in self.state.items()}
+            state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+        adamw = torch.optim.AdamW(
+            [
+                {"params": groups[True], "weight_decay": config.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            fused=True,
+        )
+        adamw.state.update(state)  # preset, so that the moments lie in two flat tensors
+        return adamw
+
+    def main(self, run: Run) -> Tensor:
+        """fp32 main parameters of a run."""
+        if self._main_shard is None:
+            return self.buffers.parameters[run.start : run.end]
+        return self._main_shard[run.shard_start : run.shard_start + run.end - run.start]
+
+    def gradient(self, run: Run) -> Tensor:
+        """fp32 main gradients of a run."""
+        return self.buffers.gradients[run.start : run.end]
+
+    def step(self, lr: float) -> None:
+        """One update with the gradients as they are, then the new weights on every rank."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        self.publish()
+
+    def set_steps_taken(self, steps: int) -> None:
+        """After loading a checkpoint: bias correction goes on from here."""
+        for values in self._adamw.state.values():
+            values["step"].fill_(float(steps))
+
+    def publish(self) -> None:
+        """Main parameters -> model weights of every rank (after an update, a load, or initialisation of the shard)."""
+        if self._main_shard is not None:
+            for run in self.runs:
+                self.buffers.parameters[run.start : run.end].copy_(self.main(run))
+        if not self.sharded:
+            return
+        flat = self.buffers.parameters
+        pending = [
+            collectives.start_all_gather_into(flat[bucket.start : bucket.end], flat[low:high], self.group)
+            for bucket, (low, high) in zip(self.buffers.plan.buckets, self._owned, strict=True)
+        ]
+        for gather in pending:
+            gather.wait()
+
+    def initialise(self, name: str, value: Tensor) -> None:
+        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main parameters."""
+        flat = value.reshape(-1)
+        self._model_range(name).copy_(flat)
+        if self._main_shard is None:
+            return
+        for piece in self._pieces_of.get(name, ()):
+            offset, length = piece.start - piece.placed.start, piece.end - piece.start
+            self._main_shard[piece.shard_start : piece.shard_start + length].copy_(flat[offset : offset + length])
+
+    def _model_range(self, name: str) -> Tensor:
+        placed = self._placed[name]
+        return self.buffers.parameters[placed.start : placed.end]
+
+    def sharded_state(self) -> ShardedState:
+        """Live views of what this rank holds: `model/...` are the fp32 main parameters, `optimizer/...` the moments."""
+        state: ShardedState = {}
+        for piece in self.pieces:
+            length = piece.end - piece.start
+            if self._main_shard is None:
+                main = self.buffers.parameters[piece.start : piece.end]
+            else:
+                main = self._main_shard[piece.shard_start : piece.shard_start + length]
+            _add_boxes(state, "model/", piece, main)
+            for name, flat in self.state.items():
+                _add_boxes(state, f"optimizer/{name}/", piece, flat[piece.shard_start : piece.shard_start + length])
+        return state
+
+
+def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
+    """Cuts the flat range of a piece into boxes of the logical tensors fused in its parameter; padding rows fall out."""
+    parameter = piece.placed.parameter
+    row_elements = parameter.num_elements // parameter.shape[0]
+    for part in parameter.parts:
+        part_start = piece.placed.start + part.start * row_elements
+        start, end = max(piece.start, part_start), min(piece.end, part_start + part.box.num_elements)
+        if start >= end:
+            continue
+        entry = state.setdefault(prefix + part.logical.name, ShardedTensor(part.logical.shape, []))
+        for box, low, high in flat_range_to_boxes(part.box.size, start - part_start, end - part_start):
+            offset = tuple(outer + inner for outer, inner in zip(part.box.offset, box.offset, strict=True))
+            view = flat[part_start + low - piece.start : part_start + high - piece.start].view(box.size)
+            entry.boxes.append(TensorBox(Box(offset, box.size), view))

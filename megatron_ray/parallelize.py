@@ -1,0 +1,61 @@
+"""From a config and a mesh to a model on this rank, its buffers and its gradient path. Owns: the order of assembly.
+
+The only place that sees both the model and the layout. Must not know: the optimizer's arithmetic, data, the loop.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
+from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, adopt_parameters, attach_slots
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.gpt import GPT
+from megatron_ray.models.specs.local import LocalLayers
+from megatron_ray.parameters import LocalParameter, local_parameters
+from megatron_ray.tensor_parallel.weight_grad import WeightGradSink
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ParallelModel:
+    """This rank's model with everything that its gradients flow through."""
+
+    module: GPT
+    parameters: tuple[LocalParameter, ...]
+    buffers: FlatBuffers
+    sink: WeightGradSink
+    reducer: GradReducer
+
+    def begin_step(self) -> None:
+        """Forgets the last step's gradients."""
+        self.sink.begin_step()
+        self.reducer.begin_step(set(self.sink.slots))
+
+
+def build_model(config: ModelConfig, mesh: ParallelMesh, *, sequence_parallel: bool, dtype: torch.dtype) -> GPT:
+    """The rank's part of the model on device `meta`: nothing is allocated yet."""
+    layers = LocalLayers(config, mesh.tp_group, mesh.dims.tp, sequence_parallel=sequence_parallel, dtype=dtype)
+    with torch.device("meta"):
+        return GPT(config, layers)
+
+
+def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None) -> ParallelModel:
+    """Builds the model, places its parameters in flat buffers (zeros) and wires gradients to the buckets.
+
+    `on_reduce` hears of every bucket whose reduction starts (tests and traces).
+    """
+    parallel, dtype = config.parallel, DTYPES[config.training.precision]
+    module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype)
+    table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel)
+    plan = plan_buckets(table, mesh.dims.dp, parallel.bucket_elements)
+    buffers = FlatBuffers.allocate(plan, dtype, mesh.device)
+    adopt_parameters(module, buffers)
+    reducer = GradReducer(buffers, mesh.dp_group, sharded=parallel.zero == 1, on_start=on_reduce)
+    sink = WeightGradSink(reducer.ready)
+    attach_slots(module, buffers, sink)
+    return ParallelModel(module, table, buffers, sink, reducer)

@@ -1,0 +1,229 @@
+"""Column- and row-parallel linear layers, vocabulary-parallel embedding, norms. Owns: the tensor-parallel forward and backward.
+
+The f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence parallelism (Korthikanti et al. 2022), in the form of whole layers
+because the overlap of communication with the weight gradient needs both in one backward. Activations are flat tokens
+[T, width], so the sequence-parallel cut is along dim 0 whatever the batch. Every layer takes its group as an argument. Must not
+know: the model, data parallelism.
+
+Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs, H hidden, V vocabulary rows.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from megatron_ray import collectives
+from megatron_ray.collectives import Group
+from megatron_ray.matmul import forward_product, forward_product_plus, input_grad_product, weight_grad_product
+from megatron_ray.tensor_parallel.weight_grad import GradSlot
+
+
+class SlottedModule(nn.Module):
+    """A layer whose backward hands its weight gradients to slots; without slots it is an ordinary module (inference)."""
+
+    def __init__(self, group: Group, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.group = group
+        self.sequence_group = group if sequence_parallel else None
+        self.slots: dict[str, GradSlot] = {}
+
+    def slot(self, name: str) -> GradSlot | None:
+        """Slot of the parameter, or None where nobody collects gradients."""
+        return self.slots.get(name)
+
+
+class ColumnParallelLinear(SlottedModule):
+    """Y = X W^T + b with the rows of W cut over the group: [T or t, I] -> [T, O/tp]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        super().__init__(group, sequence_parallel)
+        local = outputs // collectives.size(group)
+        self.weight = nn.Parameter(torch.empty(local, inputs, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(local, dtype=dtype)) if bias else None
+
+    def forward(self, inputs_TI: Tensor) -> Tensor:
+        return _Column.apply(inputs_TI, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class RowParallelLinear(SlottedModule):
+    """Y = residual + sum over ranks of X W^T, + b, with the columns of W cut over the group: [T, I/tp] -> [T or t, O]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        super().__init__(group, sequence_parallel)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs // collectives.size(group), dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
+
+    def forward(self, inputs_TI: Tensor, residual_TO: Tensor) -> Tensor:
+        return _Row.apply(inputs_TI, residual_TO, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class VocabParallelEmbedding(SlottedModule):
+    """Rows of the table cut over the group: ids [T] -> [T or t, H]."""
+
+    def __init__(self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        super().__init__(group, sequence_parallel)
+        self.weight = nn.Parameter(torch.empty(rows // collectives.size(group), width, dtype=dtype))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        return _VocabEmbedding.apply(ids_T, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class PositionEmbedding(SlottedModule):
+    """A table that every rank holds whole: position ids [T] -> [T or t, H]."""
+
+    def __init__(self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        super().__init__(group, sequence_parallel)
+        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
+
+    def forward(self, ids_T: Tensor) -> Tensor:
+        ids = collectives.local_rows(ids_T, self.sequence_group)
+        return _Lookup.apply(ids, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _needs_grad(module: SlottedModule, name: str) -> bool:
+    parameter = getattr(module, name)
+    return parameter is not None and parameter.requires_grad
+
+
+def deliver_linear(module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor) -> Tensor | None:
+    """Weight gradient to the slot, or as a tensor for autograd where there is no slot."""
+    if not _needs_grad(module, "weight"):
+        return None
+    slot = module.slot("weight")
+    if slot is None:
+        return weight_grad_product(grad_TO, inputs_TI)
+    slot.linear(inputs_TI, grad_TO)
+    return None
+
+
+def deliver(module: SlottedModule, name: str, gradient: Tensor) -> Tensor | None:
+    """A ready gradient to the slot, or back for autograd where there is no slot."""
+    slot = module.slot(name)
+    if slot is None:
+        return gradient.to(getattr(module, name).dtype)
+    slot.add(gradient)
+    return None
+
+
+def _deliver_bias(module: SlottedModule, grad_TO: Tensor) -> Tensor | None:
+    if not _needs_grad(module, "bias"):
+        return None
+    return deliver(module, "bias", grad_TO.sum(0, dtype=torch.float32))
+
+
+class _Column(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, bias: Tensor | None, module: ColumnParallelLinear) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.module = module  # type: ignore[attr-defined]
+        gathered = collectives.all_gather_rows(inputs, module.sequence_group)
+        output = forward_product(gathered, weight)
+        return output.add_(bias) if bias is not None else output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        module: ColumnParallelLinear = ctx.module
+        grad = grad.contiguous()
+        # Gathering the inputs again (instead of keeping them) hides behind the input gradient's product.
+        gathered, arriving = collectives.start_all_gather_rows(inputs, module.sequence_group)
+        grad_inputs = input_grad_product(grad, weight)
+        if module.sequence_group is not None:
+            arriving.wait()
+            reduced, pending = collectives.start_reduce_scatter_rows(grad_inputs, module.sequence_group)
+        else:
+            reduced, pending = grad_inputs, collectives.start_all_reduce(grad_inputs, module.group)
+        grad_weight = deliver_linear(module, gathered, grad)  # overlaps with the reduction
+        grad_bias = _deliver_bias(module, grad)
+        pending.wait()
+        return reduced, grad_weight, grad_bias, None
+
+
+class _Row(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, inputs: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, module: RowParallelLinear
+    ) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.module = module  # type: ignore[attr-defined]
+        if module.group is None:
+            output = forward_product_plus(inputs, weight, residual)
+        else:
+            partial = forward_product(inputs, weight)
+            if module.sequence_group is not None:
+                output = collectives.reduce_scatter_rows(partial, module.sequence_group)
+            else:
+                output = collectives.all_reduce(partial, module.group)
+            output.add_(residual)
+        return output.add_(bias) if bias is not None else output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        module: RowParallelLinear = ctx.module
+        grad = grad.contiguous()
+        gathered = collectives.all_gather_rows(grad, module.sequence_group)
+        grad_inputs = input_grad_product(gathered, weight)
+        grad_weight = deliver_linear(module, inputs, gathered)
+        return grad_inputs, grad, grad_weight, _deliver_bias(module, grad), None
+
+
+class _VocabEmbedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor, module: VocabParallelEmbedding) -> Tensor:
+        ctx.module = module  # type: ignore[attr-defined]
+        ctx.save_for_backward(ids, weight)
+        rows, outside = _local_ids(ids, module)
+        found = torch.nn.functional.embedding(rows, weight)
+        if outside is None:
+            return found
+        found.masked_fill_(outside[:, None], 0)
+        if module.sequence_group is not None:
+            return collectives.reduce_scatter_rows(found, module.sequence_group)
+        return collectives.all_reduce(found, module.group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        module: VocabParallelEmbedding = ctx.module
+        ids, weight = ctx.saved_tensors
+        if not _needs_grad(module, "weight"):
+            return None, None, None
+        grad = collectives.all_gather_rows(grad.contiguous(), module.sequence_group)
+        rows, outside = _local_ids(ids, module)
+        if outside is not None:
+            grad = grad.masked_fill(outside[:, None], 0)
+        return None, _deliver_rows(module, weight, rows, grad), None
+
+
+def _local_ids(ids: Tensor, module: VocabParallelEmbedding) -> tuple[Tensor, Tensor | None]:
+    """Ids as local rows; those of other ranks point at row 0 and are marked in the mask."""
+    if module.group is None:
+        return ids, None
+    local = ids - module.group.rank() * module.weight.shape[0]
+    outside = (local < 0) | (local >= module.weight.shape[0])
+    return local.masked_fill(outside, 0), outside
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor, module: PositionEmbedding) -> Tensor:
+        ctx.module = module  # type: ignore[attr-defined]
+        ctx.save_for_backward(ids, weight)
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, weight = ctx.saved_tensors
+        if not _needs_grad(ctx.module, "weight"):
+            return None, None, None
+        return None, _deliver_rows(ctx.module, weight, ids, grad), None
+
+
+def _deliver_rows(module: SlottedModule, weight: Tensor, rows: Tensor, grad: Tensor) -> Tensor | None:
+    slot = module.slot("weight")
+    if slot is None:
+        return torch.zeros_like(weight).index_add_(0, rows, grad)
+    slot.add_rows(rows, grad)
+    return None

@@ -1,0 +1,81 @@
+"""RMSNorm and LayerNorm whose weight gradients go to slots. Owns: their forward and backward. Must not know: the model.
+
+Weights are whole on every rank; under sequence parallelism each rank sees its own tokens only, and the parameter table says that the
+gradients are then summed over tp. Arithmetic is fp32 whatever the type of the activations. Shapes: T tokens, H hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from megatron_ray.collectives import Group
+from megatron_ray.tensor_parallel.layers import SlottedModule, deliver
+
+
+class RMSNorm(SlottedModule):
+    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        super().__init__(group, sequence_parallel)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return _RMSNorm.apply(x_TH, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class LayerNorm(SlottedModule):
+    """y = (x - mean) / sqrt(var + eps) * w + b."""
+
+    def __init__(self, width: int, eps: float, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        super().__init__(group, sequence_parallel)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(width, dtype=dtype))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        return _LayerNorm.apply(x_TH, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, module: RMSNorm) -> Tensor:
+        wide = x.float()
+        # vector_norm and not mean(x*x): one pass, nothing of size [T, H] in between.
+        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(module.eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        ctx.module = module  # type: ignore[attr-defined]
+        return (wide * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rstd = ctx.saved_tensors
+        grad_wide, normed = grad.float(), x.float() * rstd
+        projected = grad_wide * normed
+        grad_weight = deliver(ctx.module, "weight", projected.sum(0)) if weight.requires_grad else None
+        # dx = rstd * (g w - n mean(g w n))
+        coefficient = torch.mv(projected, weight.float()).div_(-x.shape[-1]).unsqueeze_(-1)
+        grad_x = normed.mul_(coefficient).addcmul_(grad_wide, weight.float()).mul_(rstd)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, module: LayerNorm) -> Tensor:
+        output, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, module.eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        ctx.module = module  # type: ignore[attr-defined]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        mask = [True, weight.requires_grad, bias.requires_grad]
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), x, [x.shape[-1]], mean, rstd, weight, bias, mask
+        )
+        delivered_weight = deliver(ctx.module, "weight", grad_weight) if weight.requires_grad else None
+        delivered_bias = deliver(ctx.module, "bias", grad_bias) if bias.requires_grad else None
+        return grad_x, delivered_weight, delivered_bias, None

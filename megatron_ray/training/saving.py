@@ -1,0 +1,72 @@
+"""The loop's checkpoints. Owns: what a checkpoint of a training run contains, saving and resuming. Must not know: who commits.
+
+Shapes on disk are logical and layout-free; what only this rank knows (its random stream) goes into its own part.
+"""
+
+import base64
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
+from megatron_ray.checkpoint.load import load_into, read_train_state
+from megatron_ray.checkpoint.writer import CheckpointWriter
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.training.loop import Progress
+from megatron_ray.training.reports import CheckpointReport
+
+
+class TrainingSaver:
+    """Writes the optimizer's shard and the run's progress; `on_written` hears when this rank's part is durable."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: ParallelMesh,
+        optimizer: ShardedOptimizer,
+        *,
+        attempt: int,
+        on_written: Callable[[CheckpointReport], None],
+    ) -> None:
+        if config.storage is None:
+            raise ValueError("storage.path is not set; checkpoints have nowhere to go")
+        self._config, self._optimizer, self._attempt = config, optimizer, attempt
+        self._storage_path = config.storage.path
+        self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
+
+    def save(self, progress: Progress) -> None:
+        """Copies the shard and lets the background write it; waits for a save that is still under way."""
+        path = checkpoint_path(self._storage_path, progress.step, self._attempt)
+        self._writer.save(progress.step, path, self._optimizer.sharded_state(), self._train_state(progress))
+
+    def wait(self) -> None:
+        """Until this rank's part of the last save is durable; raises what went wrong in the background."""
+        self._writer.wait()
+
+    def close(self) -> None:
+        """Ends the writer."""
+        self._writer.close()
+
+    def _train_state(self, progress: Progress) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "step": progress.step,
+            "consumed_samples": progress.consumed_samples,
+            "config": self._config.model_dump(mode="json"),
+            "rng": {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
+        }
+
+
+def resume(path: str, optimizer: ShardedOptimizer, rank: int) -> Progress:
+    """Loads main parameters and moments from any layout, publishes the weights and says how far the job was."""
+    load_into(path, optimizer.sharded_state())
+    state = read_train_state(path, rank)
+    optimizer.set_steps_taken(state["step"])
+    optimizer.publish()
+    if "rng" in state:  # absent for a rank that the saving layout did not have: it keeps its seed's stream
+        raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
+        torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
+    return Progress(state["step"], state["consumed_samples"])

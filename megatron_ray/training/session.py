@@ -1,0 +1,124 @@
+"""Putting a run together: mesh -> model -> optimizer -> data -> checkpoint -> loop. Owns: that order, and the ten-line API.
+
+Must not know: Ray, HTTP, the environment. Data are prepared before (megatron_ray.data.prepare), so a session starts in
+seconds; process groups are the caller's, so a session can be ended and another begun in the same process.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from megatron_ray import validation
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.datasets import build_dataset
+from megatron_ray.data.loader import Batch, StepLoader, evaluation_batches
+from megatron_ray.data.prepared import PreparedData
+from megatron_ray.initialization import draw_local
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.parallelize import ParallelModel, parallelize
+from megatron_ray.training.commands import Command
+from megatron_ray.training.loop import Outcome, Parts, Progress, train
+from megatron_ray.training.reports import PhaseReport, Report
+from megatron_ray.training.saving import TrainingSaver, resume
+
+
+def ignore(_: Report) -> None:
+    """A report that nobody wants."""
+
+
+def never() -> Command:
+    """A poll that asks for nothing."""
+    return Command.CONTINUE
+
+
+class TrainingSession:
+    """One rank's run of a resolved config.
+
+    `report` gets a StepReport per step, EvalReports, a CheckpointReport when this rank's part of a checkpoint is durable (from the
+    writer's thread) and PhaseReports of the start-up. `poll` is asked once a step on every rank and must return at once.
+    `resume_from` is the path of a committed checkpoint, of any layout.
+
+    Raises ValueError when the config contradicts the mesh or the data.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: ParallelMesh,
+        data: PreparedData,
+        *,
+        report: Callable[[Report], None] = ignore,
+        poll: Callable[[], Command] = never,
+        attempt: int = 1,
+        resume_from: str | None = None,
+    ) -> None:
+        self.config = validation.with_vocabulary(validation.resolve(config, mesh.world_size), data.vocab_size)
+        _refuse(self.config, mesh)
+        self.mesh, self._report, self._poll = mesh, report, poll
+        self._phase_start = time.monotonic()
+        torch.use_deterministic_algorithms(self.config.training.deterministic)
+        torch.manual_seed(self.config.training.seed)
+        self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None)
+        self._phase("model")
+        self._saver = TrainingSaver(self.config, mesh, self.optimizer, attempt=attempt, on_written=report)
+        self.progress = Progress() if resume_from is None else resume(resume_from, self.optimizer, mesh.rank)
+        self._phase("load" if resume_from else "saver")
+        self._parts = Parts(
+            self.config, mesh, self.model, self.optimizer, self._loader(data), self._evaluation(data), self._saver
+        )
+        self._phase("data")
+
+    def run(self) -> Outcome:
+        """Trains to the end or to an agreed stop; the last checkpoint is durable when it returns."""
+        try:
+            return train(self._parts, self.progress, self._report, self._poll)
+        finally:
+            self._saver.close()
+
+    def _phase(self, name: str) -> None:
+        now = time.monotonic()
+        self._report(PhaseReport(name, now - self._phase_start))
+        self._phase_start = now
+
+    def _loader(self, data: PreparedData) -> StepLoader:
+        training, mesh = self.config.training, self.mesh
+        needed = training.steps * training.global_batch_size
+        dataset = build_dataset(data.train, needed, training.seq_length, training.seed, self._cache)
+        return StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+
+    def _evaluation(self, data: PreparedData) -> Callable[[], Sequence[Batch]] | None:
+        training, mesh = self.config.training, self.mesh
+        available = (sum(corpus.num_tokens for corpus in data.validation) - 1) // training.seq_length
+        count = min(training.eval_samples, available)
+        if count < 1:
+            return None
+        dataset = build_dataset(data.validation, count, training.seq_length, training.seed, self._cache)
+        return lambda: list(
+            evaluation_batches(dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+        )
+
+    @property
+    def _cache(self) -> str | None:
+        if self.config.data.cache is not None:
+            return self.config.data.cache
+        return None if self.config.storage is None else f"{self.config.storage.path.rstrip('/')}/data"
+
+
+def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -> tuple[ParallelModel, ShardedOptimizer]:
+    """Model and optimizer of one rank; weights are drawn from the seed, or left zero for a checkpoint to fill."""
+    model = parallelize(config, mesh)
+    optimizer = ShardedOptimizer(config.optimizer, model.buffers, mesh.dp_group, sharded=config.parallel.zero == 1)
+    if initialise:
+        for parameter in model.parameters:
+            optimizer.initialise(parameter.name, draw_local(parameter, config.training.seed))
+    return model, optimizer
+
+
+def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:
+    problems = validation.check(config, mesh.world_size)
+    if problems:
+        raise ValueError("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+    if validation.world_size(config) != mesh.world_size:
+        raise ValueError(f"the config wants {validation.world_size(config)} ranks, the mesh has {mesh.world_size}")

@@ -1,0 +1,71 @@
+"""One optimizer step on one rank. Owns: forward and backward over the microbatches, and reading the step's numbers late.
+
+Must not know: schedules of learning rate or checkpoints, who listens.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ray.data.loader import Batch
+from megatron_ray.parallelize import ParallelModel
+
+
+def forward_backward(model: ParallelModel, batches: Sequence[Batch]) -> Tensor:
+    """Sum of the losses of this replica's microbatches; gradients end up as sums in the main gradients, reductions under way."""
+    model.begin_step()
+    total: Tensor | None = None
+    for index, batch in enumerate(batches):
+        model.sink.begin_microbatch(last=index == len(batches) - 1)
+        loss = model.module(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids)
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    if total is None:
+        raise ValueError("a step needs at least one microbatch")
+    return total
+
+
+def read_later(values: Tensor) -> Callable[[], list[float]]:
+    """Starts copying device scalars to the host; calling the result waits for the copy. On CPU there is nothing to wait for."""
+    if values.device.type != "cuda":
+        return values.tolist
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()  # type: ignore[no-any-return]
+
+    return read
+
+
+class StepTimer:
+    """Wall time of a step and its parts. On CUDA the parts are launch times; the whole is right once the queue is full."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._step_start = self._last
+        self._parts: dict[str, float] = {}
+
+    def mark(self, part: str) -> None:
+        """Ends a part of the step."""
+        now = time.perf_counter()
+        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def finish(self) -> tuple[float, dict[str, float]]:
+        """Seconds since the last `finish` and their split; starts the next step."""
+        now = time.perf_counter()
+        seconds, parts = now - self._step_start, self._parts
+        self._step_start = self._last = now
+        self._parts = {}
+        return seconds, parts
+
+    def restart(self) -> None:
+        """Leaves out what happened since the last `finish` (evaluation, saving)."""
+        self._step_start = self._last = time.perf_counter()
+        self._parts = {}
