@@ -199,7 +199,7 @@ class LocalStack:
             self._launch("ray", head_command(ports, ray_dir, self.options.num_cpus or available_cpus()), self._ray_environment())
             if self._wait_for_ray(dashboard):
                 return
-            kill_sessions([self._children["ray"].gated.session])
+            self._kill("ray")
         raise StackError("Ray did not start", self.log_tail("ray"))
 
     def _wait_for_ray(self, dashboard: str) -> bool:
@@ -282,8 +282,13 @@ class LocalStack:
             child.restart_at = None
             self._restart(name)
 
+    def _kill(self, name: Name) -> None:
+        gated = self._children[name].gated
+        kill_sessions([gated.session])
+        gated.process.wait()
+
     def _restart(self, name: Name) -> None:
-        kill_sessions([self._children[name].gated.session])
+        self._kill(name)
         if name == "agent":
             self._start_agent()
         elif name == "ray":
@@ -308,7 +313,10 @@ class LocalStack:
             if self.record is None:
                 return TeardownReport(was_up=False)
             record, self.record = self.record, None
-            return end_recorded(record, self.say, self.options.job_grace_s, hurry=lambda: self.interruption.urgent)
+            report = end_recorded(record, self.say, self.options.job_grace_s, hurry=lambda: self.interruption.urgent)
+            for child in self._children.values():
+                child.gated.process.wait()
+            return report
         finally:
             if self._lock is not None:
                 self._lock.close()

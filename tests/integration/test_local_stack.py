@@ -1,0 +1,202 @@
+"""A real Ray head, started and ended in every way there is; service and agent are stand-ins, so only the stack is on trial."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.local_stack.interruption import Interruption, StackError
+from service.local_stack.record import StackRecord, read_record
+from service.local_stack.sessions import Session, members
+from service.local_stack.stack import LocalStack
+from service.local_stack.teardown import TeardownReport, down
+
+sys.path.insert(0, str(Path(__file__).parent))
+from stand_in_stack import stand_in_options  # noqa: E402
+
+pytestmark = pytest.mark.ray
+SCRIPT = Path(__file__).parent / "stand_in_stack.py"
+
+
+class Watched:
+    """`up` in a process group of its own, and every session that it ever recorded."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        self.seen: set[Session] = set()
+        self.temp_dirs: set[Path] = set()
+        self.process = subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(data_dir)], process_group=0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    def look(self) -> StackRecord | None:
+        record = read_record(self.data_dir)
+        if record is not None:
+            self.seen.update(entry.session for entry in record.sessions)
+            self.temp_dirs.add(Path(record.temp_dir))
+        return record
+
+    def watch_for(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            self.look()
+            time.sleep(0.01)
+
+    def wait_until_ready(self) -> StackRecord:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            record = self.look()
+            if record is not None and record.phase == "ready":
+                return record
+            time.sleep(0.02)
+        raise AssertionError("not ready")
+
+    def signal(self, number: signal.Signals) -> None:
+        os.killpg(self.process.pid, number)
+
+    def assert_nothing_left(self) -> None:
+        assert members(self.seen) == []
+        assert [path for path in self.temp_dirs if path.exists()] == []
+        assert read_record(self.data_dir) is None
+        assert processes_that_name(str(self.data_dir)) == []
+        for temp_dir in self.temp_dirs:
+            assert processes_that_name(str(temp_dir)) == []
+
+
+def processes_that_name(text: str) -> list[int]:
+    """Pids whose command line or environment holds the text, this process and its parents aside."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) in (os.getpid(), os.getppid()):
+            continue
+        for name in ("cmdline", "environ"):
+            try:
+                held = (entry / name).read_bytes()
+            except OSError:
+                continue
+            if text.encode() in held:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    stack = Watched(tmp_path / "data")
+    yield stack
+    stack.process.kill()
+    stack.process.wait()
+    down(stack.data_dir, lambda text: None, job_grace_s=0)
+
+
+def end_quietly(data_dir: Path) -> TeardownReport:
+    return down(data_dir, lambda text: None, job_grace_s=0)
+
+
+def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
+    said: list[str] = []
+    stack = LocalStack(stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption())
+    try:
+        record = stack.start()
+        sessions = {entry.name: entry.session for entry in record.sessions}
+        assert set(sessions) == {"ray", "service", "agent"}
+        assert len({port for port in record.ports.values()}) == 10
+        assert (tmp_path / "data" / "stack.json").stat().st_mode & 0o777 == 0o600
+        assert (tmp_path / "data" / "tokens.json").stat().st_mode & 0o777 == 0o600
+        assert len(members([sessions["ray"]])) > 5
+        assert httpx.get(f"{record.dashboard_url}/api/version", trust_env=False).status_code == 401, "Ray must ask for its token"
+        headers = {"Authorization": f"Bearer {record.ray_token}"}
+        assert httpx.get(f"{record.dashboard_url}/api/version", headers=headers, trust_env=False).status_code == 200
+        arguments = b"".join(Path(f"/proc/{process.pid}/cmdline").read_bytes() for process in members(sessions.values()))
+        assert record.ray_token.encode() not in arguments and record.token.encode() not in arguments
+
+        with pytest.raises(StackError, match="already up at http://127.0.0.1:.*megatron-ray down"):
+            LocalStack(stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption()).start()
+
+        os.kill(sessions["service"].sid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        stack.supervise(until=lambda: time.monotonic() > deadline or (len(said) > 0 and _answers(record.url)))
+        assert "the service ended (signal 9)" in said[0]
+        assert _answers(record.url), "the service comes back at the same address"
+        assert members([sessions["service"]]) == [], "what the old service had started is gone"
+    finally:
+        report = stack.end()
+    assert report.was_up and report.processes_killed > 5
+    assert members(entry.session for entry in record.sessions) == []
+    assert not Path(record.temp_dir).exists()
+    assert read_record(tmp_path / "data") is None
+    assert end_quietly(tmp_path / "data") == TeardownReport(was_up=False), "ending again is harmless"
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@pytest.mark.parametrize("moment_s", [0.2, 0.6, 2.0])
+def test_sigkill_of_up_then_down_leaves_nothing(watched: Watched, moment_s: float) -> None:
+    watched.watch_for(moment_s)
+    watched.signal(signal.SIGKILL)
+    watched.process.wait()
+    watched.look()
+    end_quietly(watched.data_dir)
+    watched.assert_nothing_left()
+
+
+@pytest.mark.parametrize("moment_s", [0.3, 1.0, 3.0])
+def test_sigint_to_the_group_leaves_nothing(watched: Watched, moment_s: float) -> None:
+    watched.watch_for(moment_s)
+    watched.signal(signal.SIGINT)
+    watched.look()
+    watched.process.wait(timeout=30)
+    watched.assert_nothing_left()
+
+
+def test_down_ends_a_living_up_and_leaves_nothing(watched: Watched) -> None:
+    record = watched.wait_until_ready()
+    report = end_quietly(watched.data_dir)
+    assert report.ended_by_up
+    assert watched.process.wait(timeout=5) == 0
+    assert not Path(record.temp_dir).exists()
+    watched.assert_nothing_left()
+
+
+def test_up_cleans_up_after_one_that_was_killed(watched: Watched) -> None:
+    first = watched.wait_until_ready()
+    watched.signal(signal.SIGKILL)
+    watched.process.wait()
+    again = Watched(watched.data_dir)
+    try:
+        deadline = time.monotonic() + 60
+        while (second := again.look()) is None or second.stack_id == first.stack_id or second.phase != "ready":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert second.url == first.url, "a data dir keeps its address while the port is free"
+        assert members(entry.session for entry in first.sessions) == []
+        assert not Path(first.temp_dir).exists()
+    finally:
+        again.signal(signal.SIGTERM)
+        again.process.wait(timeout=30)
+    again.assert_nothing_left()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_any_moment_will_do(watched: Watched, number: signal.Signals, seed: int) -> None:
+    watched.watch_for(random.Random(f"{seed}{number}").uniform(0.0, 7.0))
+    watched.signal(number)
+    watched.look()
+    watched.process.wait(timeout=30)
+    watched.look()
+    if number == signal.SIGKILL:
+        end_quietly(watched.data_dir)
+    watched.assert_nothing_left()
