@@ -231,13 +231,18 @@ class _LocalInput:
 
 
 def _walk(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
-    for found in os.scandir(folder):
+    """What is deleted by another process meanwhile is simply not there."""
+    try:
+        entries = list(os.scandir(folder))
+    except FileNotFoundError:
+        return
+    for found in entries:
         if found.name.endswith(_PARTIAL):
             continue
         try:
             is_folder, size = found.is_dir(), found.stat().st_size
         except FileNotFoundError:
-            continue  # another rank deleted it meanwhile
+            continue
         yield Entry(prefix + found.name, is_folder, 0 if is_folder else size)
         if recursive and is_folder:
             yield from _walk(Path(found.path), f"{prefix}{found.name}/", recursive)

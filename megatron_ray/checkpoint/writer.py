@@ -1,0 +1,135 @@
+"""Saving a rank's part of a checkpoint, in the background. Owns: the host copy, the writing thread, errors that surface late.
+
+A save blocks for the copy into host memory only. The thread writes that memory in large blocks, without collectives, so a rank
+that dies meanwhile holds up nobody; the checkpoint then simply never counts. Must not know: who commits, what is saved.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import torch
+
+from megatron_ray.checkpoint.directory import INDEX
+from megatron_ray.checkpoint.index import RankPlan, data_file, plan_save
+from megatron_ray.checkpoint.load import TRAIN_STATE, rank_state_file
+from megatron_ray.checkpoint.sharded_state import ShardedState
+from megatron_ray.checkpoint.storage import open_storage
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.training.reports import CheckpointReport
+
+BLOCK_BYTES = 16 * 1024 * 1024
+RANK_KEYS = ("rng",)
+"""Keys of the train state that differ between ranks."""
+
+
+class CheckpointWriter:
+    """One per rank. `on_written` is called when the rank's part is durable: from the writing thread in `async` mode.
+
+    The layout of the state (names, boxes, dtypes) is fixed by the first save, which plans collectively.
+    """
+
+    def __init__(self, mesh: ParallelMesh, mode: Literal["async", "sync"], on_written: Callable[[CheckpointReport], None]) -> None:
+        self._mesh, self._on_written = mesh, on_written
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
+        self._pending: Future[None] | None = None
+        self._layout: Sequence[tuple[object, ...]] = ()
+        self._plan: RankPlan | None = None
+        self._host = torch.empty(0, dtype=torch.uint8)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still being written."""
+        return self._pending is not None and not self._pending.done()
+
+    def save(self, step: int, path: str, state: ShardedState, train_state: Mapping[str, Any]) -> None:
+        """Copies this rank's part to host memory and has it written to the folder `path`; every rank must call it.
+
+        The live memory may change as soon as it returns. Waits first for a save that is under way and raises its error.
+        Raises ValueError when the state's layout changed or its boxes do not cover the tensors.
+        """
+        self.wait()
+        start = time.monotonic()
+        plan = self._planned(state)
+        copied = self._copy(plan, state)
+        small = self._small_files(plan, train_state)
+        if self._thread is None:
+            self._write(step, path, small, copied, start)
+        else:
+            self._pending = self._thread.submit(self._write, step, path, small, copied, start)
+
+    def wait(self) -> None:
+        """Until the last save is durable. Raises the error that ended it, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits and ends the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            if self._mesh.device.type == "cuda" and self._plan is not None:
+                _unlock(self._host)
+            self._plan, self._host = None, torch.empty(0, dtype=torch.uint8)
+
+    def _planned(self, state: ShardedState) -> RankPlan:
+        layout = [(fqn, tensor.shape, held.box, held.tensor.dtype) for fqn, tensor in state.items() for held in tensor.boxes]
+        if self._plan is None:
+            self._plan, self._layout = plan_save(state, self._mesh.world_group), layout
+            self._host = _host_memory(self._plan.num_bytes, self._mesh.device)
+        elif layout != self._layout:
+            raise ValueError("the layout of the state changed since the first save; a new layout needs a new CheckpointWriter")
+        return self._plan
+
+    def _copy(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
+        """On CUDA the copies are queued before any later work of this stream; the event says when they are done."""
+        for slot in plan.slots:
+            target = self._host[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.size)
+            target.copy_(state[slot.fqn].__get_tensor_shard__(slot.index), non_blocking=True)
+        if self._mesh.device.type != "cuda":
+            return None
+        event: torch.cuda.Event = torch.cuda.current_stream(self._mesh.device).record_event()
+        return event
+
+    def _small_files(self, plan: RankPlan, train_state: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+        """Made before `save` returns: the caller may go on changing its state. The index comes last."""
+        rank = self._mesh.rank
+        own = {key: train_state[key] for key in RANK_KEYS if key in train_state}
+        files = [(rank_state_file(rank), json.dumps(own).encode())]
+        if plan.index is not None:
+            common = {key: value for key, value in train_state.items() if key not in RANK_KEYS}
+            files += [(TRAIN_STATE, json.dumps(common).encode()), (INDEX, plan.index)]
+        return files
+
+    def _write(self, step: int, path: str, small: list[tuple[str, bytes]], copied: torch.cuda.Event | None, start: float) -> None:
+        if copied is not None:
+            copied.synchronize()
+        storage = open_storage(path)
+        memory = self._host.numpy().data
+        with storage.open_output(data_file(self._mesh.rank)) as file:
+            for position in range(0, len(memory), BLOCK_BYTES):
+                file.write(memory[position : position + BLOCK_BYTES])
+        for name, data in small:
+            storage.write_bytes_atomic(name, data)
+        num_bytes = len(memory) + sum(len(data) for _, data in small)
+        self._on_written(CheckpointReport(step, path, num_bytes, time.monotonic() - start))
+
+
+def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Reused by every save. Page-locked for CUDA, by registering it: the pinned allocator would round up to a power of two."""
+    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    if device.type == "cuda" and num_bytes:
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
+        if status:
+            raise MemoryError(f"cannot page-lock {num_bytes} bytes of host memory for checkpoints (CUDA error {status})")
+    return memory
+
+
+def _unlock(memory: torch.Tensor) -> None:
+    if memory.numel():
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
