@@ -31,7 +31,7 @@ class FieldProblem:
     detail: str
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: raising writes the traceback into it
 class ServiceError(Exception):
     """The service refused, or could not be reached (`code` is then `unreachable` and `status` 0)."""
 

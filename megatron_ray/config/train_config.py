@@ -72,5 +72,8 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
                 raise ValueError(f"--set {override!r}: {key!r} is a value, not a group of fields")
-        node[leaf] = yaml.safe_load(raw)
+        try:
+            node[leaf] = yaml.safe_load(raw)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--set {override!r}: the value is not valid YAML; put it in quotes") from error
     return result  # type: ignore[no-any-return]

@@ -1,5 +1,6 @@
 """Job specs from files. Owns: reading, --set, relative paths. Must not know: the service, which validates."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,15 +22,27 @@ def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
         values = read_mapping(path)
     except OSError as error:
         raise Failure(f"cannot read the job spec {path}: {error.strerror}", remedy="name a YAML or JSON file", exit_code=2) from error
+    except UnicodeDecodeError as error:
+        raise Failure(f"{path} is not text", remedy="name a YAML or JSON file", exit_code=2) from error
     except (ValueError, RecursionError) as error:
         raise Failure(str(error), remedy="see deploy/jobs/stdlib-tp2.yaml for a spec that works", exit_code=2) from error
+    _require_json(values, path)
     try:
         values = apply_overrides(values, overrides or ())
-    except TypeError as error:
-        raise Failure(f"{path} holds a value that JSON cannot: {error}", remedy="put it in quotes", exit_code=2) from error
     except ValueError as error:
         raise Failure(str(error), remedy="for example --set training.steps=10", exit_code=2) from error
+    _require_json(values, "--set")
     return anchor_paths(values, Path.cwd())
+
+
+def _require_json(values: dict[str, Any], source: Path | str) -> None:
+    """YAML has dates, infinities and loops, which no request can carry."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Failure(
+            f"{source} holds a value that JSON cannot: {error}", remedy="write a number, or text in quotes", exit_code=2
+        ) from error
 
 
 def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         record = stack.start()
         sessions = {entry.name: entry.session for entry in record.sessions}
         assert set(sessions) == {"ray", "service", "agent"}
-        assert len({port for port in record.ports.values()}) == 10
+        assert len(set(record.ports.values())) == 10
         assert (tmp_path / "data" / "stack.json").stat().st_mode & 0o777 == 0o600
         assert (tmp_path / "data" / "tokens.json").stat().st_mode & 0o777 == 0o600
         assert len(members([sessions["ray"]])) > 5

@@ -1,0 +1,91 @@
+"""Who may import whom, and what must be importable without torch and Ray."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Everything a service, a validation or a plan needs. `megatron_ray.data.loader` is the one file of data/ that may see torch.
+TORCH_FREE_PACKAGES = ("service", "megatron_ray/config", "megatron_ray/data", "megatron_ray/schedules", "megatron_ray/planning")
+TORCH_FREE_FILES = (
+    "megatron_ray/validation.py",
+    "megatron_ray/parallel_dims.py",
+    "megatron_ray/parameters.py",
+    "megatron_ray/flops.py",
+    "megatron_ray/checkpoint/storage.py",
+    "megatron_ray/checkpoint/directory.py",
+    "megatron_ray/training/reports.py",
+    "megatron_ray/training/commands.py",
+    "workers/job.py",
+    "workers/states.py",
+    "workers/wire.py",
+    "workers/placement.py",
+    "workers/policies.py",
+    "workers/journal.py",
+    "workers/spool.py",
+    "workers/rank_env.py",
+)
+NOT_TORCH_FREE = {"megatron_ray.data.loader"}
+
+_IMPORT_ALL = """
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "ray"):
+            raise ImportError(name + " is blocked in this test")
+sys.meta_path.insert(0, Blocked())
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+"""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def test_import_contracts_hold() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-logo"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_service_and_pure_modules_import_with_torch_and_ray_blocked() -> None:
+    files = [path for path in python_files(*TORCH_FREE_PACKAGES) if "versions" not in path.parts and path.name != "env.py"]
+    names = {module_name(path) for path in [*files, *(ROOT / name for name in TORCH_FREE_FILES)]} - NOT_TORCH_FREE
+    names = {name for name in names if not name.endswith("__main__")}
+    done = subprocess.run([sys.executable, "-c", _IMPORT_ALL, *sorted(names)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# specs/ is the table that fills a model's slots with parallel layers, so it names them.
+MODEL_FILES = [path for path in python_files("megatron_ray/models") if "specs" not in path.parts]
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
+def test_a_model_file_contains_only_the_model(path: Path) -> None:
+    forbidden = ("torch.distributed", "megatron_ray.mesh", "megatron_ray.collectives")
+    found = [name for name in imported_names(path) if name.startswith(forbidden)]
+    assert found == [], f"{path.name} reaches for ranks or collectives: {found}"
+    assert "torch.distributed" not in attribute_chains(path)
+
+
+def imported_names(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def attribute_chains(path: Path) -> set[str]:
+    return {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}

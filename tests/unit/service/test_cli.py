@@ -1,0 +1,442 @@
+"""Every command against a scripted HTTP service: output, JSON, exit codes, and the one message that a mistake is worth."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.cli import generate as generate_module
+from service.cli import main as main_module
+from service.cli.failure import Failure
+
+SPEC = """
+name: tiny
+model: {preset: gpt-tiny}
+data: {train: [{path: corpus.txt}], tokenizer: {kind: bytes}}
+training: {seq_length: 64, global_batch_size: 4, steps: 10}
+optimizer: {lr: 0.001}
+"""
+JOB: dict[str, Any] = {
+    "object": "job",
+    "id": "job-abc",
+    "name": "tiny",
+    "status": "running",
+    "status_reason": None,
+    "message": "",
+    "created_at": "2026-11-20T20:00:00+00:00",
+    "attempt": 1,
+    "failures": 0,
+    "progress": {"step": 5, "steps": 10, "loss": 3.25, "tokens_per_s": 1000.0, "eta_s": 12, "val_loss": None},
+    "storage_path": "/data/jobs/job-abc",
+    "last_checkpoint": {"step": 5, "path": "/data/jobs/job-abc/checkpoints/step-00000005-a0001"},
+    "problem": None,
+    "resolved_spec": {"training": {"steps": 10, "global_batch_size": 4, "seq_length": 64}},
+}
+
+
+class FakeService:
+    """Routes `METHOD /path` to (status, body); a list of bodies is given out in turn, the last one repeats."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, tuple[int, Any]] = {}
+        self.requests: list[tuple[str, Any]] = []
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def _answer(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                sent = self.rfile.read(length)
+                fake.requests.append((f"{self.command} {self.path}", json.loads(sent) if sent else None))
+                missing = (404, {"code": "not_found", "detail": f"there is no {self.path}"})
+                status, body = fake.routes.get(f"{self.command} {self.path.partition('?')[0]}", missing)
+                if isinstance(body, list):
+                    body = body.pop(0) if len(body) > 1 else body[0]
+                payload = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "text/event-stream" if isinstance(body, str) else "application/json")
+                self.send_header("Content-Length", str(len(payload)))
+                self.end_headers()
+                self.wfile.write(payload)
+
+            do_GET = do_POST = _answer
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def running_service() -> Iterator[FakeService]:
+    fake = FakeService()
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def service(running_service: FakeService) -> FakeService:
+    running_service.routes.clear()
+    running_service.requests.clear()
+    running_service.routes["GET /v1/jobs/job-abc"] = (200, JOB)
+    return running_service
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEGATRON_RAY_DATA_DIR", str(tmp_path / "nothing-here"))
+    monkeypatch.setenv("COLUMNS", "200")
+    (tmp_path / "spec.yaml").write_text(SPEC)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["megatron-ray", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main_module.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.out + captured.err
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def stream(*events: tuple[str, Any]) -> str:
+    return "".join(f"event: {name}\nid: {index}.0\ndata: {json.dumps(data)}\n\n" for index, (name, data) in enumerate(events, 1))
+
+
+def test_submit_sends_the_spec_with_overrides_and_absolute_paths(run: Run, service: FakeService, tmp_path: Path) -> None:
+    service.routes["POST /v1/jobs"] = (201, JOB)
+    code, out, _ = run("submit", "spec.yaml", "--set", "training.steps=20", "--set", "parallel.tp=2", "--url", service.url)
+    assert code == 0 and "job-abc" in out
+    sent = service.requests[0][1]
+    assert sent["training"]["steps"] == 20 and sent["parallel"] == {"tp": 2}
+    assert sent["data"]["train"][0]["path"] == str(tmp_path / "corpus.txt")
+
+
+def test_builtin_and_remote_paths_stay_as_they_are(run: Run, service: FakeService) -> None:
+    service.routes["POST /v1/jobs"] = (201, JOB)
+    run(
+        "submit",
+        "spec.yaml",
+        "--set",
+        "data.train=[{path: builtin://python-stdlib}]",
+        "--set",
+        "storage.path=s3://b/x",
+        "--url",
+        service.url,
+    )
+    sent = service.requests[0][1]
+    assert sent["data"]["train"][0]["path"] == "builtin://python-stdlib" and sent["storage"]["path"] == "s3://b/x"
+
+
+def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> None:
+    problem = {
+        "detail": "the spec has 1 problem",
+        "code": "invalid_spec",
+        "status": 422,
+        "errors": [{"pointer": "/parallel/tp", "code": "tp_divides", "detail": "tp=3 does not divide 4; use a tp that does"}],
+    }
+    service.routes["POST /v1/jobs"] = (422, problem)
+    code, out, err = run("submit", "spec.yaml", "--url", service.url)
+    assert code == 1 and out == ""
+    assert err.splitlines() == ["error: the spec has 1 problem", "  /parallel/tp: tp=3 does not divide 4; use a tp that does"]
+    code, out, err = run("submit", "spec.yaml", "--url", service.url, "--json")
+    assert code == 1 and out == "" and json.loads(err) == problem
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.yaml"], "cannot read the job spec missing.yaml: No such file or directory"),
+        (["broken.yaml"], "broken.yaml is not valid YAML or JSON"),
+        (["list.yaml"], "list.yaml holds list, expected a mapping of fields"),
+        (["binary.yaml"], "binary.yaml is not text"),
+        (["date.yaml"], "holds a value that JSON cannot"),
+        (["spec.yaml", "--set", "training.steps"], "--set 'training.steps': expected path.to.field=value"),
+        (["spec.yaml", "--set", "name.x=1"], "'name' is a value, not a group of fields"),
+        (["spec.yaml", "--set", "training.steps=[1"], "--set 'training.steps=[1': the value is not valid YAML"),
+        (["spec.yaml", "--set", "name=2026-11-20"], "--set holds a value that JSON cannot"),
+        (["spec.yaml", "--set", "optimizer.lr=.nan"], "--set holds a value that JSON cannot"),
+    ],
+)
+def test_unreadable_specs(run: Run, service: FakeService, tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "broken.yaml").write_text("a: [1")
+    (tmp_path / "list.yaml").write_text("- 1")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
+    (tmp_path / "date.yaml").write_text("name: 2026-11-20")
+    code, out, err = run("submit", *arguments, "--url", service.url)
+    assert code == 2 and message in err and "->" in err and out == ""
+    assert service.requests == []
+
+
+def test_no_service_named_and_none_up(run: Run, tmp_path: Path) -> None:
+    code, _, err = run("jobs")
+    assert code == 1
+    assert f"no local stack is up (data dir {tmp_path}/nothing-here)" in err and "megatron-ray up" in err
+
+
+def test_unreachable_service_says_what_to_do(run: Run) -> None:
+    code, _, err = run("jobs", "--url", "http://127.0.0.1:9")
+    assert code == 1 and "no service answers at http://127.0.0.1:9" in err and "megatron-ray up" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["jobs", "--url", "localhost:1"], "--url localhost:1: not an address"),
+        (["jobs", "--token", "@no-such-file"], "--token @no-such-file: No such file or directory"),
+    ],
+)
+def test_wrong_connection_options(run: Run, arguments: list[str], message: str) -> None:
+    code, _, err = run(*arguments)
+    assert code == 1 and message in err and "->" in err
+
+
+def test_wrong_token_names_the_remedy(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs"] = (401, {"code": "unauthorized", "status": 401, "detail": "wrong token"})
+    code, _, err = run("jobs", "--url", service.url, "--token", "x")
+    assert code == 1 and "wrong token" in err and "--token" in err
+
+
+def test_unreadable_stack_record(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "nothing-here"
+    folder.mkdir()
+    (folder / "stack.json").write_text("{}")
+    code, _, err = run("jobs")
+    assert code == 1 and "written by another version" in err
+    code, _, err = run("down")
+    assert code == 1 and "written by another version" in err
+
+
+def test_wrong_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEGATRON_RAY_PORT", "many")
+    code, _, err = run("jobs")
+    assert code == 1 and "MEGATRON_RAY_PORT" in err
+
+
+def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
+    first = {"object": "list", "data": [JOB], "first_id": "job-abc", "last_id": "job-abc", "has_more": True}
+    second = {"object": "list", "data": [{**JOB, "id": "job-def"}], "last_id": "job-def", "has_more": False}
+    service.routes["GET /v1/jobs"] = (200, [first, second])
+    code, out, _ = run("jobs", "--url", service.url)
+    assert code == 0 and "job-abc" in out and "job-def" in out and "5/10" in out
+    assert [path for path, _ in service.requests] == ["GET /v1/jobs?limit=20", "GET /v1/jobs?limit=19&after=job-abc"]
+    service.routes["GET /v1/jobs"] = (200, {"data": [], "has_more": False})
+    assert "no jobs yet" in run("jobs", "--url", service.url)[1]
+
+
+def test_show_and_its_json(run: Run, service: FakeService) -> None:
+    code, out, _ = run("show", "job-abc", "--url", service.url)
+    assert code == 0 and "running" in out and "5/10" in out and "step-00000005-a0001" in out
+    assert json.loads(run("show", "job-abc", "--url", service.url, "--json")[1]) == JOB
+    code, _, err = run("show", "job-none", "--url", service.url)
+    assert code == 1 and "there is no /v1/jobs/job-none" in err and "megatron-ray jobs" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "entry", "words"),
+    [
+        (
+            "events",
+            {"seq": 1, "id": "ev-1", "created_at": "T", "type": "job.created", "message": "made [by] hand"},
+            ["job.created", "made [by] hand"],
+        ),
+        ("metrics", {"step": 3, "attempt": 1, "loss": 2.5, "grad_norm": None}, ["3", "2.5"]),
+        ("checkpoints", {"step": 5, "attempt": 1, "loss": 2.5, "bytes": 3 << 20, "path": "/x/step-5"}, ["3.0 MiB", "/x/step-5"]),
+        (
+            "ranks",
+            {"rank": 0, "slot": 1, "address": "10.0.0.1", "gpu": None, "pid": 7, "coordinates": {"tp": 0, "dp": 1}},
+            ["10.0.0.1", "tp0 dp1"],
+        ),
+    ],
+)
+def test_listings(run: Run, service: FakeService, command: str, entry: dict[str, Any], words: list[str]) -> None:
+    page = {"object": "list", "data": [entry], "has_more": False}
+    service.routes[f"GET /v1/jobs/job-abc/{command}"] = (200, page)
+    code, out, _ = run(command, "job-abc", "--url", service.url)
+    assert code == 0 and [word for word in words if word not in out] == []
+    assert json.loads(run(command, "job-abc", "--url", service.url, "--json")[1])["data"] == [entry]
+
+
+def test_cancel_waits_for_the_end(run: Run, service: FakeService) -> None:
+    service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
+    service.routes["GET /v1/jobs/job-abc"] = (200, [{**JOB, "status": "cancelling"}, {**JOB, "status": "cancelled"}])
+    code, out, _ = run("cancel", "job-abc", "--url", service.url)
+    assert code == 0 and "job-abc cancelled" in out
+    assert run("cancel", "job-abc", "--no-wait", "--url", service.url)[0] == 0
+
+
+def test_cancel_fails_when_the_job_ended_otherwise_or_not_at_all(run: Run, service: FakeService) -> None:
+    service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "succeeded"})
+    code, _, err = run("cancel", "job-abc", "--url", service.url)
+    assert code == 1 and "had succeeded before it could be cancelled" in err
+    service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
+    code, _, err = run("cancel", "job-abc", "--timeout-s", "0", "--url", service.url)
+    assert code == 1 and "still cancelling after 0 s" in err
+
+
+def test_logs_follow_until_the_job_ends(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.look.time.sleep", lambda seconds: None)
+    pieces = [
+        {"data": "one\n", "next_offset": 4},
+        {"data": "", "next_offset": 4},
+        {"data": "two\n", "next_offset": 8},
+        {"data": "", "next_offset": 8},
+    ]
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, pieces)
+    service.routes["GET /v1/jobs/job-abc"] = (200, [JOB, JOB, {**JOB, "status": "succeeded"}])
+    code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
+    assert code == 0 and out == "one\ntwo\n"
+
+
+def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, {"data": "", "next_offset": 0})
+    code, _, err = run("logs", "job-abc", "--rank", "3", "--url", service.url)
+    assert code == 1 and "rank 3 of job-abc has written no log yet" in err
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_plan(run: Run, service: FakeService, fits: bool) -> None:
+    answer = {
+        "object": "plan",
+        "resolved_spec": {"parallel": {"tp": 2, "dp": 1}},
+        "world_size": 2,
+        "ranks": [{"rank": 0, "island": 0, "coordinates": {"tp": 0}}],
+        "memory": {"parameters_bytes": 4 << 20},
+        "fits": fits,
+        "problems": [] if fits else [{"pointer": "/parallel", "detail": "2 ranks, but there is room for 1; add nodes"}],
+    }
+    service.routes["POST /v1/plans"] = (200, answer)
+    code, out, err = run("plan", "spec.yaml", "--url", service.url)
+    assert "2 ranks" in out and "tp=2 x dp=1" in out and "4.0 MiB" in out
+    assert code == (0 if fits else 1)
+    assert ("/parallel: 2 ranks, but there is room for 1; add nodes" in err) is not fits
+    assert list(service.requests[0][1]) == ["spec"]
+
+
+WATCHED = stream(
+    ("state", {**JOB, "status": "running"}),
+    ("metrics", {"rows": [{"step": 9, "attempt": 1, "loss": 3.5, "tokens_per_s": 2000.0}]}),
+    ("checkpoint.committed", {"message": "checkpoint of step 10", "level": "info"}),
+    ("metrics", {"rows": [{"step": 10, "attempt": 1, "loss": 3.25, "tokens_per_s": 2000.0}]}),
+    ("state", {**JOB, "status": "succeeded"}),
+    ("end", {}),
+)
+
+
+def test_watch_prints_plain_lines_without_a_terminal(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, WATCHED)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
+    code, out, _ = run("watch", "job-abc", "--url", service.url)
+    assert code == 0
+    assert out.splitlines() == [
+        "running",
+        "step 9/10  loss 3.5000  2,000 tokens/s  ETA 0:00",
+        "checkpoint of step 10",
+        "step 10/10  loss 3.2500  2,000 tokens/s  ETA 0:00",
+        "succeeded",
+    ]
+
+
+def test_submit_watch_fails_with_the_job(run: Run, service: FakeService) -> None:
+    failed = {**JOB, "status": "failed", "message": "rank 1 died of a signal"}
+    service.routes["POST /v1/jobs"] = (201, JOB)
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, stream(("state", failed), ("end", {})))
+    service.routes["GET /v1/jobs/job-abc"] = (200, failed)
+    code, out, err = run("submit", "spec.yaml", "--watch", "--url", service.url)
+    assert code == 1 and "submitted job-abc" in out
+    assert "job-abc failed: rank 1 died of a signal" in err and "megatron-ray logs job-abc" in err
+
+
+def test_watch_json_is_one_event_a_line(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, WATCHED)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
+    code, out, _ = run("watch", "job-abc", "--json", "--url", service.url)
+    assert code == 0 and [json.loads(line)["event"] for line in out.splitlines()][-1] == "end"
+
+
+def test_interrupted_watch_says_that_the_job_goes_on(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("service.client.Client.stream", interrupt)
+    code, _, err = run("watch", "job-abc", "--url", service.url)
+    assert code == 130 and "job-abc goes on" in err
+
+
+def test_generate_takes_the_newest_checkpoint_of_a_job(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, dict[str, Any]]] = []
+
+    def generated(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+        asked.append((checkpoint, prompt, options))
+        return {"prompt": prompt, "text": "(self):"}
+
+    monkeypatch.setattr(generate_module, "run_generation", generated)
+    page = {"data": [{"step": 5, "attempt": 1, "path": "/old"}, {"step": 10, "attempt": 2, "path": "/new"}]}
+    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, page)
+    code, out, _ = run("generate", "job-abc", "--prompt", "def f", "--seed", "7", "--url", service.url)
+    assert code == 0 and out == "def f(self):\n"
+    assert asked[0][:2] == ("/new", "def f") and asked[0][2]["--seed"] == 7
+    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": []})
+    assert "no committed checkpoint yet" in run("generate", "job-abc", "--url", service.url)[2]
+
+
+def test_generation_that_fails_gives_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_module, "_MODULE", "service.no_such_module")
+    with pytest.raises(Failure, match="No module named service.no_such_module"):
+        generate_module.run_generation("/x", "", {})
+
+
+def test_data_prepare_checks_the_spec_here(run: Run) -> None:
+    code, _, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--set", "training.stepz=1")
+    assert code == 2 and "/training/stepz" in err
+    code, _, err = run("data", "prepare", "spec.yaml")
+    assert code == 2 and "--cache" in err
+    code, _, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--json")
+    assert code == 2 and json.loads(err)["errors"][0]["pointer"] == "/data/train/0/path"
+
+
+def test_data_prepare(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"document {index} " + "word " * 200 for index in range(50)))
+    code, out, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--json", "--set", "data.validation_fraction=0")
+    assert code == 0, err
+    assert json.loads(out)["vocab_size"] >= 257
+
+
+def test_down_when_nothing_is_up(run: Run) -> None:
+    code, out, _ = run("down")
+    assert code == 0 and "nothing is up" in out
+    assert json.loads(run("down", "--json")[1])["was_up"] is False
+
+
+def test_demo_without_its_spec(run: Run) -> None:
+    code, _, err = run("demo", "--spec", "nowhere.yaml")
+    assert code == 2 and "cannot read the job spec nowhere.yaml" in err
+
+
+def test_a_data_dir_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("up", "--data-dir", "file/below")
+    assert code == 1 and "cannot write to the data dir" in err and "--data-dir" in err
+    code, _, err = run("up", "--detach", "--data-dir", "file/below")
+    assert code == 1 and "cannot write to the data dir" in err
+
+
+def test_usage_mistakes_end_with_code_2(run: Run) -> None:
+    assert run("submit")[0] == 2
+    assert run("nonsense")[0] == 2
+    assert run("jobs", "--limit", "0")[0] == 2
