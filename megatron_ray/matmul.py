@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _onednn(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and torch._C._has_mkldnn
 
 
 def forward_product(inputs_TI: Tensor, weight_OI: Tensor) -> Tensor:

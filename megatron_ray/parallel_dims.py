@@ -76,7 +76,7 @@ class ParallelDims:
         """Every group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
         wanted = tuple(axes)
         others = [axis for axis in self.order if axis not in wanted]
-        leaders = [{}]
+        leaders: list[dict[str, int]] = [{}]
         for axis in reversed(others):
             leaders = [{**leader, axis: index} for leader in leaders for index in range(self.size(axis))]
         return tuple(sorted(self.group_of(self.rank_at(**leader), wanted) for leader in leaders))

@@ -142,6 +142,8 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
         text = f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x {dp}; make it one"
         found.append(Problem("/training/global_batch_size", "batch_divides", text))
     if world is not None and model * dp > world:
-        text = f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"
+        text = (
+            f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"
+        )
         found.append(Problem("/parallel", "world_fits", text + "; lower a degree or add nodes"))
     return found

@@ -1,6 +1,6 @@
 """How a model is spread over ranks. Owns: degrees. Must not know: nodes, GPUs, the model."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,7 @@ class ParallelismConfig(Config):
     """Expert parallel: ranks that share the experts of a mixture."""
     etp: int | None = Field(default=None, ge=1, le=1024)
     """Tensor parallel degree inside an expert; tp when not given."""
-    dp: int | Literal["auto"] = "auto"
+    dp: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = "auto"
     """Data parallel replicas; `auto` takes as many as the cluster has room for and the batch divides into."""
     sequence_parallel: bool = False
     """Cuts activations between tensor-parallel regions along the sequence; has no meaning, and resolves to false, at tp=1."""

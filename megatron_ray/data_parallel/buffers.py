@@ -33,9 +33,7 @@ class FlatBuffers:
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Each parameter's tensor inside a flat buffer."""
-        return {
-            placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape) for placed in self.plan.placed
-        }
+        return {placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape) for placed in self.plan.placed}
 
 
 def adopt_parameters(model: nn.Module, buffers: FlatBuffers) -> None:
@@ -76,9 +74,7 @@ class GradReducer:
     With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place; the rest of the bucket is then meaningless.
     """
 
-    def __init__(
-        self, buffers: FlatBuffers, group: Group, *, sharded: bool, on_start: Callable[[Bucket], None] | None = None
-    ) -> None:
+    def __init__(self, buffers: FlatBuffers, group: Group, *, sharded: bool, on_start: Callable[[Bucket], None] | None = None) -> None:
         self.buffers, self.group, self.sharded = buffers, group, sharded
         self._on_start = on_start
         self._bucket_of = {placed.parameter.name: bucket for bucket in buffers.plan.buckets for placed in bucket.placed}

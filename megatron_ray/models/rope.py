@@ -15,7 +15,7 @@ from torch.autograd.function import FunctionCtx
 def rotary_angles(position_ids_BS: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, each [B or 1, S, 1, D/2]; computed in fp32, cast to the activations' type."""
     exponents = torch.arange(0, head_width, 2, device=position_ids_BS.device, dtype=torch.float32) / head_width
-    angles = position_ids_BS[:, :, None, None].float() * theta**-exponents
+    angles = position_ids_BS[:, :, None, None].float() * (1.0 / theta**exponents)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -62,8 +62,8 @@ class RotateQKV(torch.autograd.Function):
 
 def _split(qkv: Tensor, heads: int, groups: int, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
     """Views [B, S, heads, D] of the three parts."""
-    split = qkv.unflatten(-1, (heads + 2 * groups, head_width))
-    q, k, v = split.split((heads, groups, groups), dim=2)
+    split = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
+    q, k, v = torch.split(split, [heads, groups, groups], dim=2)
     return q, k, v
 
 

@@ -65,7 +65,7 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     if not views:
         return
     flat = collectives.all_reduce(torch.cat(views), mesh.tp_group)
-    for view, summed in zip(views, flat.split([view.numel() for view in views]), strict=True):
+    for view, summed in zip(views, torch.split(flat, [view.numel() for view in views]), strict=True):
         view.copy_(summed)
 
 

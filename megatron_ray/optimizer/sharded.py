@@ -41,7 +41,7 @@ class ShardedOptimizer:
 
     def _build(self, config: OptimizerConfig) -> torch.optim.AdamW:
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        state: dict[nn.Parameter, dict[str, Tensor]] = {}
+        state: dict[Tensor, dict[str, Tensor]] = {}
         for run in self.runs:
             parameter = nn.Parameter(self.main(run))
             parameter.grad = self.gradient(run)
@@ -117,14 +117,18 @@ class ShardedOptimizer:
         """Live views of what this rank holds: `model/...` are the fp32 main parameters, `optimizer/...` the moments."""
         state: ShardedState = {}
         for piece in self.pieces:
-            length = piece.end - piece.start
-            if self._main_shard is None:
-                main = self.buffers.parameters[piece.start : piece.end]
-            else:
-                main = self._main_shard[piece.shard_start : piece.shard_start + length]
+            shard = slice(piece.shard_start, piece.shard_start + piece.end - piece.start)
+            main = self.buffers.parameters[piece.start : piece.end] if self._main_shard is None else self._main_shard[shard]
             _add_boxes(state, "model/", piece, main)
             for name, flat in self.state.items():
-                _add_boxes(state, f"optimizer/{name}/", piece, flat[piece.shard_start : piece.shard_start + length])
+                _add_boxes(state, f"optimizer/{name}/", piece, flat[shard])
+        return state
+
+    def sharded_gradients(self) -> ShardedState:
+        """Live views of the gradients this rank updates with, by logical name: what layouts are compared by."""
+        state: ShardedState = {}
+        for piece in self.pieces:
+            _add_boxes(state, "", piece, self.buffers.gradients[piece.start : piece.end])
         return state
 
 

@@ -18,6 +18,7 @@ from megatron_ray import collectives
 from megatron_ray.collectives import Group
 from megatron_ray.matmul import forward_product, input_grad_product
 from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear
+from megatron_ray.tensor_parallel.norm import widened
 
 # fp32 logits worked on at a time: about one core's second-level cache on CPU; enough to fill the machine on CUDA.
 _CHUNK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 64 * 1024 * 1024}
@@ -27,7 +28,15 @@ class VocabParallelHead(SlottedModule):
     """Logits and loss. `weight` may be the word embedding's (tied)."""
 
     def __init__(
-        self, rows: int, width: int, vocabulary: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype, tied: nn.Parameter | None
+        self,
+        rows: int,
+        width: int,
+        vocabulary: int,
+        *,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        tied: nn.Parameter | None,
     ) -> None:
         super().__init__(group, sequence_parallel)
         local = rows // collectives.size(group)
@@ -67,7 +76,9 @@ class _HeadLoss(torch.autograd.Function):
         want_grad = any(ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
         losses = [
             _softmax_loss_(chunk, chunk_labels, chunk_mask, module, want_grad)
-            for chunk, chunk_labels, chunk_mask in zip(logits.split(rows), labels.split(rows), mask.split(rows), strict=True)
+            for chunk, chunk_labels, chunk_mask in zip(
+                torch.split(logits, rows), torch.split(labels, rows), torch.split(mask, rows), strict=True
+            )
         ]
         if want_grad:
             ctx.save_for_backward(gathered, weight, logits)
@@ -90,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
 
 def _softmax_loss_(logits: Tensor, labels: Tensor, mask: Tensor, module: VocabParallelHead, want_grad: bool) -> Tensor:
     """Loss of one chunk of tokens; overwrites `logits` [rows, V] with their gradient when it is wanted."""
-    wide = logits.float()  # the same memory when the logits are fp32 already
+    wide = widened(logits)  # the same memory when the logits are fp32 already
     largest = collectives.all_reduce(wide.amax(1), module.group, dist.ReduceOp.MAX)
     wide.sub_(largest[:, None])
     local = labels - module.first_row
@@ -104,7 +115,7 @@ def _softmax_loss_(logits: Tensor, labels: Tensor, mask: Tensor, module: VocabPa
     wide.exp_()
     sums = torch.stack([wide.sum(1), predicted])
     total, predicted = collectives.all_reduce(sums, module.group)
-    loss = total.log().sub_(predicted).mul_(mask).sum()
+    loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
     if want_grad:
         wide.mul_((mask / total)[:, None])
         hit = mask if owned is None else mask * owned

@@ -39,25 +39,31 @@ class LayerNorm(SlottedModule):
         return _LayerNorm.apply(x_TH, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """fp32 for shorter types; fp32 and fp64 as they are."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, module: RMSNorm) -> Tensor:
-        wide = x.float()
+        wide = widened(x)
         # vector_norm and not mean(x*x): one pass, nothing of size [T, H] in between.
         rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(module.eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
         ctx.module = module  # type: ignore[attr-defined]
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        normed: Tensor = wide * rstd
+        return normed.mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_wide, normed = grad.float(), x.float() * rstd
+        grad_wide, normed = widened(grad), widened(x) * rstd
         projected = grad_wide * normed
         grad_weight = deliver(ctx.module, "weight", projected.sum(0)) if weight.requires_grad else None
         # dx = rstd * (g w - n mean(g w n))
-        coefficient = torch.mv(projected, weight.float()).div_(-x.shape[-1]).unsqueeze_(-1)
-        grad_x = normed.mul_(coefficient).addcmul_(grad_wide, weight.float()).mul_(rstd)
+        coefficient = torch.mv(projected, widened(weight)).div_(-x.shape[-1]).unsqueeze_(-1)
+        grad_x = normed.mul_(coefficient).addcmul_(grad_wide, widened(weight)).mul_(rstd)
         return grad_x.to(x.dtype), grad_weight, None
 
 

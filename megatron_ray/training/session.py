@@ -65,9 +65,7 @@ class TrainingSession:
         self._saver = TrainingSaver(self.config, mesh, self.optimizer, attempt=attempt, on_written=report)
         self.progress = Progress() if resume_from is None else resume(resume_from, self.optimizer, mesh.rank)
         self._phase("load" if resume_from else "saver")
-        self._parts = Parts(
-            self.config, mesh, self.model, self.optimizer, self._loader(data), self._evaluation(data), self._saver
-        )
+        self._parts = Parts(self.config, mesh, self.model, self.optimizer, self._loader(data), self._evaluation(data), self._saver)
         self._phase("data")
 
     def run(self) -> Outcome:
@@ -95,9 +93,7 @@ class TrainingSession:
         if count < 1:
             return None
         dataset = build_dataset(data.validation, count, training.seq_length, training.seed, self._cache)
-        return lambda: list(
-            evaluation_batches(dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
-        )
+        return lambda: list(evaluation_batches(dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device))
 
     @property
     def _cache(self) -> str | None:

@@ -33,12 +33,13 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record()
 
     def read() -> list[float]:
         copied.synchronize()
-        return host.tolist()  # type: ignore[no-any-return]
+        values: list[float] = host.tolist()
+        return values
 
     return read
 

@@ -19,9 +19,7 @@ class LocalLayers:
         self.rows = padded_vocabulary(config, tp)
 
     def embedding(self, width: int) -> nn.Module:
-        return VocabParallelEmbedding(
-            self.rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
-        )
+        return VocabParallelEmbedding(self.rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
 
     def position_embedding(self, rows: int, width: int) -> nn.Module:
         return PositionEmbedding(rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
@@ -36,9 +34,7 @@ class LocalLayers:
         )
 
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        return RowParallelLinear(
-            inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
-        )
+        return RowParallelLinear(inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

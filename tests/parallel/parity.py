@@ -1,0 +1,193 @@
+"""Trains one tiny model under any layout and brings home what layouts are compared by: initial weights, first gradients, losses,
+norms, weights. Runs inside real ranks; results are numpy, reassembled by logical name in the parent."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_ray.checkpoint.sharded_state import ShardedState
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.training.commands import Command
+from megatron_ray.training.loop import Parts, Progress, train
+from megatron_ray.training.reports import Report, StepReport
+from megatron_ray.training.session import build
+from megatron_ray.training.step import forward_backward
+
+LLAMA: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 96,
+    "vocab_size": 259,
+    "max_sequence_length": 32,
+    "vocab_multiple": 32,
+}
+GPT2 = LLAMA | {
+    "num_query_groups": 4,
+    "activation": "gelu_tanh",
+    "norm": "layernorm",
+    "position_embedding": "learned",
+    "linear_bias": True,
+    "tie_embeddings": True,
+}
+
+
+class RandomDataset:
+    """Sample i is a pure function of i."""
+
+    def __init__(self, vocabulary: int, seq_length: int) -> None:
+        self.vocabulary, self.seq_length = vocabulary, seq_length
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        rng = np.random.default_rng((99, index))
+        first = rng.integers(0, self.vocabulary)
+        # Half predictable, so that there is something to learn and gradients do not die out.
+        steps = np.where(rng.random(self.seq_length + 1) < 0.5, 1, rng.integers(0, self.vocabulary, self.seq_length + 1))
+        return (first + np.cumsum(steps)) % self.vocabulary
+
+
+class NoSaver:
+    """Stands in for checkpoints."""
+
+    def save(self, progress: Progress) -> None:
+        pass
+
+    def wait(self) -> None:
+        pass
+
+
+@dataclass
+class RankResult:
+    """What one rank brings home; boxes are (logical name, offset, values)."""
+
+    initial: list[tuple[str, tuple[int, ...], np.ndarray]]
+    gradients: list[tuple[str, tuple[int, ...], np.ndarray]]
+    weights: list[tuple[str, tuple[int, ...], np.ndarray]]
+    losses: list[float]
+    grad_norms: list[float]
+    state_bytes: int
+    model_bytes: int
+
+
+def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32") -> TrainConfig:
+    return TrainConfig.from_mapping(
+        {
+            "model": model,
+            "parallel": parallel,
+            "data": {"train": [{"path": "unused"}]},
+            "training": {
+                "seq_length": 32,
+                "micro_batch_size": 2,
+                "global_batch_size": 8,
+                "steps": steps,
+                "precision": precision,
+                "seed": 7,
+            },
+            "optimizer": {"lr": 3e-3, "eps": 1e-5, "weight_decay": 0.1, "clip_grad_norm": 1.0},
+            "schedule": {"kind": "cosine", "warmup_steps": 3},
+        }
+    )
+
+
+def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
+    dims = ParallelDims.for_world(world_size, tp=config.parallel.tp)
+    return ParallelMesh.create(dims, World(rank, world_size, 0, "cpu"))
+
+
+def boxes(state: ShardedState, prefix: str = "") -> list[tuple[str, tuple[int, ...], np.ndarray]]:
+    found = []
+    for name, entry in state.items():
+        if name.startswith(prefix):
+            found += [(name.removeprefix(prefix), box.box.offset, box.tensor.detach().clone().numpy()) for box in entry.boxes]
+    return found
+
+
+def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: int = 5) -> RankResult:
+    """The first step's gradients, then the real loop from the same start."""
+    torch.set_num_threads(1)
+    mesh = make_mesh(rank, world_size, config)
+    training = config.training
+    dataset = RandomDataset(config.model.vocabulary, training.seq_length)
+    loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+
+    model, optimizer = build(config, mesh)
+    initial = boxes(optimizer.sharded_state(), "model/")
+    batches = loader.step(0)
+    loss = forward_backward(model, batches)
+    stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+    scale_and_clip(optimizer, stats, clip_grad_norm=0)
+    gradients = boxes(optimizer.sharded_gradients())
+
+    model, optimizer = build(config, mesh)
+    weights: list[tuple[str, tuple[int, ...], np.ndarray]] = []
+    reports: list[StepReport] = []
+
+    def note(report: Report) -> None:
+        assert isinstance(report, StepReport)
+        reports.append(report)
+
+    def poll() -> Command:
+        if len(reports) == weights_after:
+            weights.extend(boxes(optimizer.sharded_state(), "model/"))
+        return Command.CONTINUE
+
+    assert train(Parts(config, mesh, model, optimizer, loader, None, NoSaver()), Progress(), note, poll) == "finished"
+    return RankResult(
+        initial,
+        gradients,
+        weights,
+        [report.loss for report in reports],
+        [report.grad_norm for report in reports],
+        sum(flat.numel() * flat.element_size() for flat in optimizer.state.values()),
+        model.buffers.parameters.numel() * model.buffers.parameters.element_size(),
+    )
+
+
+def assemble(config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], np.ndarray]]]) -> dict[str, np.ndarray]:
+    """Full tensors from every rank's boxes; replicas must agree to the bit, and everything must be covered."""
+    from megatron_ray.parameters import logical_parameters
+
+    full = {parameter.name: np.full(parameter.shape, np.nan, dtype=np.float32) for parameter in logical_parameters(config.model)}
+    for rank_boxes in parts:
+        for name, offset, values in rank_boxes:
+            where = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+            before = full[name][where]
+            known = ~np.isnan(before)
+            assert np.array_equal(before[known], values[known]), f"replicas of {name} differ"
+            full[name][where] = values
+    for name, tensor in full.items():
+        assert not np.isnan(tensor).any(), f"{name} is not covered"
+    return full
+
+
+def relative_l2(measured: np.ndarray, reference: np.ndarray, floor: float) -> float:
+    """||measured - reference|| / max(||reference||, floor), in float64."""
+    wide = reference.astype(np.float64)
+    return float(np.linalg.norm(measured.astype(np.float64) - wide) / max(np.linalg.norm(wide), floor))
+
+
+def worst_relative_l2(measured: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> tuple[float, str]:
+    """Largest per-tensor distance and its name; the floor is 1e-8 of the largest norm."""
+    floor = 1e-8 * max(float(np.linalg.norm(tensor)) for tensor in reference.values())
+    return max((relative_l2(measured[name], tensor, floor), name) for name, tensor in reference.items())
+
+
+def split_vanishing(config: TrainConfig, gradients: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(all others, those that are zero in exact arithmetic and hence only rounding): without rotary positions a key bias shifts all
+    scores of a query alike, which softmax does not see."""
+    rotary = config.model.position_embedding == "rope"
+    vanishing = {name for name in gradients if name.endswith("attention.k.bias") and not rotary}
+    return (
+        {name: tensor for name, tensor in gradients.items() if name not in vanishing},
+        {name: tensor for name, tensor in gradients.items() if name in vanishing},
+    )

@@ -1,0 +1,68 @@
+"""Every layout equals one rank: initial weights, gradients, losses, norms, weights."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel import parity
+from tests.parallel.parity import GPT2, LLAMA, RankResult, assemble, make_config, split_vanishing, worst_relative_l2
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.parallel
+
+MODELS = {"llama": LLAMA, "gpt2": GPT2}
+STEPS = 20
+SMALL_BUCKETS = {"bucket_elements": 8000}
+
+LAYOUTS = {
+    "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "dp2-zero1": {"dp": 2},
+    "dp2-zero0": {"dp": 2, "zero": 0},
+    "tp2-dp2-zero1": {"tp": 2, "dp": 2},
+    "tp2-sp-dp2-zero1": {"tp": 2, "dp": 2, "sequence_parallel": True},
+    "tp2-sp-dp2-zero0": {"tp": 2, "dp": 2, "sequence_parallel": True, "zero": 0},
+    "tp2-dp2-zero0": {"tp": 2, "dp": 2, "zero": 0},
+}
+
+
+def world(parallel: dict[str, Any]) -> int:
+    return int(parallel.get("tp", 1)) * int(parallel.get("dp", 1))
+
+
+@cache
+def reference(model: str) -> RankResult:
+    return run_ranks(parity.run_layout, 1, make_config(MODELS[model], {"dp": 1}, steps=STEPS))[0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_equals_one_rank(model: str, layout: str) -> None:
+    parallel = {"dp": 1} | LAYOUTS[layout] | SMALL_BUCKETS
+    config = make_config(MODELS[model], parallel, steps=STEPS)
+    results = run_ranks(parity.run_layout, world(parallel), config)
+    one = reference(model)
+
+    def whole(choose: Callable[[RankResult], Any], ranks: list[RankResult]) -> dict[str, np.ndarray]:
+        return assemble(config, [choose(result) for result in ranks])
+
+    initial = whole(lambda result: result.initial, results)
+    for name, tensor in whole(lambda result: result.initial, [one]).items():
+        assert np.array_equal(initial[name], tensor), f"{name} starts differently"
+    gradients, vanishing = split_vanishing(config, whole(lambda r: r.gradients, results))
+    expected, _ = split_vanishing(config, whole(lambda r: r.gradients, [one]))
+    distance = worst_relative_l2(gradients, expected)
+    assert distance[0] <= 5e-6, distance
+    largest = max(float(np.linalg.norm(tensor)) for tensor in expected.values())
+    assert all(np.linalg.norm(tensor) <= 1e-6 * largest for tensor in vanishing.values())
+    for result in results:
+        np.testing.assert_allclose(result.losses, one.losses, rtol=1e-5)
+        np.testing.assert_allclose(result.grad_norms, one.grad_norms, rtol=1e-5)
+    weights, expected = (whole(lambda r: r.weights, ranks) for ranks in (results, [one]))
+    assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
+    distance = worst_relative_l2(split_vanishing(config, weights)[0], split_vanishing(config, expected)[0])
+    assert distance[0] <= 1e-5, distance
+    assert one.losses[-1] < one.losses[0] - 0.1, "nothing was learnt, so nothing was compared"
