@@ -58,7 +58,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A bound TCP socket; port 0 lets the kernel choose. Raises SettingsError when the address cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)  # type: ignore[arg-type]
+        return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         text = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another MEGATRON_RAY_PORT, or 0 for any free one"
         raise SettingsError(text) from error

@@ -1,0 +1,63 @@
+"""The service as an ASGI app. Owns: putting the parts together at start and apart at the end. Must not know: what routes do."""
+
+import contextlib
+from collections.abc import AsyncIterator
+
+from fastapi import FastAPI
+from starlette.concurrency import run_in_threadpool
+
+from service import errors, idempotency
+from service.agents import Agents
+from service.api import checkpoints, cluster, events, health, internal, jobs, logs, metrics, plans
+from service.auth import Authenticator
+from service.context import Context
+from service.gate import Gate
+from service.hub import Hub
+from service.settings import Settings
+from service.store import Store
+from service.telemetry import Telemetry
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The app; database, tokens and key are opened when it starts, not here."""
+    hub = Hub()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        hub.attach()
+        context = await run_in_threadpool(_open, settings, hub)
+        app.state.context = context
+        yield
+        hub.close()
+        await run_in_threadpool(context.store.close)
+
+    app = FastAPI(
+        title="megatron-ray",
+        version="1",
+        description="Trains GPT-class models on Ray clusters. Errors are application/problem+json.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.hub = hub
+    app.add_middleware(Gate, context=lambda: app.state.context)
+    errors.install(app)
+    for part in (jobs, plans, events, metrics, logs, checkpoints, cluster, health, internal):
+        app.include_router(part.router)
+    return app
+
+
+def _open(settings: Settings, hub: Hub) -> Context:
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    store = Store.open(settings.url, hub.notify)
+    idempotency.forget_old(store)
+    return Context(
+        settings=settings,
+        store=store,
+        hub=hub,
+        agents=Agents(settings.agent_lost_s),
+        auth=Authenticator.load(store, settings),
+        telemetry=Telemetry(),
+        deployment=store.deployment(),
+    )

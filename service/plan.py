@@ -1,0 +1,78 @@
+"""How a job would run, before anything is started. Owns: rank map, bytes per rank. Pure. Must not know: HTTP, the database."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parameters import local_parameters
+
+BYTE_VOCABULARY = 257
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest rank. Weights, gradients and optimizer state are counted; activations are estimated."""
+
+    parameters_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    """Moments, and fp32 main parameters under bf16; a rank's share where they are sharded over dp."""
+    activations_bytes_estimate: int
+    """Peak of one microbatch, from tensor shapes; kernels and allocator may need more or less."""
+    total_bytes_estimate: int
+    vocab_size: int
+    """Vocabulary the numbers are for."""
+
+
+def dims_of(config: TrainConfig) -> ParallelDims:
+    """The grid of a resolved config."""
+    parallel = config.parallel
+    assert parallel.dp != "auto"
+    return ParallelDims(tp=parallel.tp, cp=parallel.cp, dp=parallel.dp, pp=parallel.pp)
+
+
+def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
+    """Every rank with its coordinates and its island: ranks of one island share a node."""
+    dims = dims_of(config)
+    return [{"rank": rank, "coordinates": dims.coordinates(rank), "island": rank // dims.tp} for rank in range(dims.world_size)]
+
+
+def vocabulary(config: TrainConfig) -> int | None:
+    """Tokens the model will know; None when only the tokenizer's file can tell."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    return {"bpe": config.data.tokenizer.vocab_size, "bytes": BYTE_VOCABULARY}.get(config.data.tokenizer.kind)
+
+
+def memory(config: TrainConfig) -> Memory | None:
+    """Bytes per rank of a resolved config; None while the vocabulary is not known."""
+    vocab_size = vocabulary(config)
+    if vocab_size is None:
+        return None
+    model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), dims_of(config)
+    local = local_parameters(model, dims, 0, sequence_parallel=config.parallel.sequence_parallel)
+    elements = sum(parameter.num_elements for parameter in local)
+    sharded = -(-elements // dims.dp) if config.parallel.zero == 1 else elements
+    bf16 = config.training.precision == "bf16"
+    parameters, gradients = elements * (2 if bf16 else 4), elements * 4
+    optimizer = sharded * (12 if bf16 else 8)
+    activations = _activations(config, model)
+    return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
+
+
+def _activations(config: TrainConfig, model: ModelConfig) -> int:
+    """What autograd keeps of one microbatch without recomputation, attention scores not materialised.
+
+    Counts tensors per token and layer after Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4.
+    """
+    tp = config.parallel.tp
+    whole = tp if config.parallel.sequence_parallel else 1
+    tokens = config.training.seq_length * config.training.micro_batch_size
+    attention = (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_width
+    mlp = (4 if model.activation == "swiglu" else 2) * model.ffn_width
+    layer = 4 * model.hidden_size // whole + (attention + mlp) // tp
+    width = 2 if config.training.precision == "bf16" else 4
+    logits = tokens * (model.vocabulary // tp) * (width + 4)  # as computed, and their fp32 softmax
+    return tokens * layer * model.num_layers * width + logits

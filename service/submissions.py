@@ -1,0 +1,145 @@
+"""From a submitted spec to one that can run. Owns: what the service itself checks, resolving against the cluster's room.
+
+Pure but for `settle`. Must not know: HTTP.
+"""
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from megatron_ray import validation
+from megatron_ray.config.checkpoint import StorageConfig
+from megatron_ray.validation import Problem
+from service import jobs
+from service.room import Need, Room, need_of
+from service.schema import ClusterRow, JobRow
+from service.settings import Settings
+from service.spec_problems import pointer_to
+from workers.job import JobSpec
+from workers.states import JobState, StatusReason
+from workers.wire import AgentReport
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A spec with nothing left open."""
+
+    spec: JobSpec
+    world_size: int
+
+
+def room_of(session: Session, cluster: str) -> Room:
+    """The cluster as last reported; empty (`known` is false) before that."""
+    row = session.get(ClusterRow, cluster)
+    return Room(()) if row is None or row.report is None else Room(AgentReport.model_validate(row.report).nodes)
+
+
+def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
+    """What is wrong with a spec wherever it runs."""
+    return [*_names(spec, settings), *_texts(spec.model_dump(mode="json"), ()), *_storage(spec), *validation.check(spec)]
+
+
+def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
+    """Why the cluster cannot hold the job, even when it is empty; nothing while the cluster is not known."""
+    if not room.known:
+        return []
+    need = _least(spec, room)
+    if need.gpu and not room.has_gpus:
+        text = f"accelerator=gpu, but no node of cluster {spec.cluster!r} has a GPU; use cpu or auto, or add nodes"
+        return [Problem("/resources/accelerator", "no_gpus", text)]
+    if not need.gpu and need.cpus_per_rank > room.most_cpus:
+        text = f"cpus_per_rank={need.cpus_per_rank:g}, but the largest node has {room.most_cpus:g} CPUs; lower it or add nodes"
+        return [Problem("/resources/cpus_per_rank", "cpus_fit", text)]
+    ranks = room.ranks(need)
+    if ranks == 0:
+        single = room.ranks(Need(1, 1, need.cpus_per_rank, need.gpu))
+        text = f"tp={spec.parallel.tp} ranks must share a node, and no node has room for them ({single} ranks in the whole cluster)"
+        return [Problem("/parallel/tp", "island_fits", text + "; lower tp or add larger nodes")]
+    return [problem for problem in validation.check(spec, ranks) if problem.code == "world_fits"]
+
+
+def resolve(spec: JobSpec, room: Room, job_dir: str) -> Resolved:
+    """Fills dp, sequence parallelism, accelerator and storage. An unknown cluster counts as one replica's room, without GPUs."""
+    need = _least(spec, room)
+    full = validation.resolve(spec, room.ranks(need) if room.known else need.ranks)
+    assert isinstance(full, JobSpec)
+    accelerator = full.resources.model_copy(update={"accelerator": "gpu" if need.gpu else "cpu"})
+    full = full.model_copy(update={"resources": accelerator, "storage": StorageConfig(path=job_dir)})
+    return Resolved(full, validation.world_size(full))
+
+
+def settle(session: Session, cluster: ClusterRow) -> None:
+    """The agent has spoken: nobody waits for it any more, and jobs that came before the cluster was known are resolved.
+
+    Those that the cluster cannot hold end with a problem.
+    """
+    room = room_of(session, cluster.name)
+    if not room.known:
+        return
+    preparing = JobRow.cluster == cluster.name, JobRow.status == JobState.PREPARING
+    waiting = JobRow.status_reason == StatusReason.WAITING_AGENT, JobRow.world_size.is_not(None)
+    for job in session.scalars(sa.select(JobRow).where(*preparing, *waiting)):
+        job.status_reason, job.message = StatusReason.PREPARING_DATA, ""
+    for job in session.scalars(sa.select(JobRow).where(*preparing, JobRow.world_size.is_(None)).order_by(JobRow.number)):
+        spec = JobSpec.model_validate(job.resolved_spec)
+        problems = check_fit(spec, room)
+        if problems:
+            jobs.fail(session, job, problems, jobs.Fact("job.failed", "the cluster cannot hold the job", "error"))
+            continue
+        found = resolve(spec, room, job.job_dir)
+        job.resolved_spec, job.world_size = found.spec.model_dump(mode="json"), found.world_size
+        job.status_reason, job.message = StatusReason.PREPARING_DATA, ""
+        text = f"resolved to {found.world_size} ranks"
+        jobs.add_event(session, job, jobs.Fact("job.resolved", text, data={"world_size": found.world_size}))
+        jobs.changed(session, job)
+
+
+def _least(spec: JobSpec, room: Room) -> Need:
+    parallel = spec.parallel
+    dp = 1 if parallel.dp == "auto" else parallel.dp
+    return need_of(spec, parallel.tp * parallel.pp * parallel.cp * dp, has_gpus=room.has_gpus)
+
+
+def _names(spec: JobSpec, settings: Settings) -> list[Problem]:
+    found = []
+    for name, given, allowed in (
+        ("cluster", (spec.cluster,), settings.clusters),
+        ("image", (spec.image,), settings.images),
+        ("credentials", spec.credentials, settings.credentials),
+    ):
+        for index, value in enumerate(given):
+            if value not in allowed:
+                known = f"known: {', '.join(allowed)}" if allowed else "none is set up here; leave it out"
+                pointer = f"/{name}/{index}" if name == "credentials" else f"/{name}"
+                found.append(Problem(pointer, "unknown_name", f"{name} {value[:80]!r} is not set up here; {known}"))
+    return found
+
+
+def _texts(node: Any, parts: tuple[str | int, ...]) -> list[Problem]:
+    if isinstance(node, str) and "\0" in node:
+        return [Problem(pointer_to(parts), "nul_character", "text may not contain NUL characters; remove them")]
+    if isinstance(node, dict):
+        keys = (
+            [Problem(pointer_to(parts), "nul_character", "keys may not contain NUL characters; remove them")]
+            if "\0" in "".join(node)
+            else []
+        )
+        return keys + [problem for key, value in node.items() for problem in _texts(value, (*parts, key))]
+    if isinstance(node, list):
+        return [problem for index, value in enumerate(node) for problem in _texts(value, (*parts, index))]
+    return []
+
+
+def _storage(spec: JobSpec) -> list[Problem]:
+    path = "" if spec.storage is None else spec.storage.path
+    if not path or "://" in path:
+        return []
+    if not path.startswith("/"):
+        text = f"{path[:80]!r} is relative, and nodes share no working directory; give an absolute path or a URI, or leave storage out"
+        return [Problem("/storage/path", "absolute", text)]
+    if ".." in PurePosixPath(path).parts:
+        return [Problem("/storage/path", "absolute", f"{path[:80]!r} contains '..'; write the path out")]
+    return []
