@@ -29,8 +29,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# pytest is here because a child re-imports the program that started its parent.
-_PRELOAD = ["torch", "torch.distributed", "torch.distributed.checkpoint", "numpy", "pydantic", "pytest"]
+# pytest is here because a child re-imports the program that started its parent; of the project only what takes long to import.
+_PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torch.distributed.checkpoint.default_planner",
+    "numpy",
+    "pyarrow.fs",
+    "pytest",
+    "megatron_ray.config.train_config",
+]
 _GRACE_S = 1.5
 
 

@@ -77,18 +77,27 @@ def latest_committed(storage_path: str) -> CheckpointInfo | None:
 def commit(path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str, Any]]) -> None:
     """Makes a checkpoint count: reports, then the manifest with all files, then the marker. Committing again changes nothing.
 
-    All ranks must have said that their part is durable. Raises CheckpointError when the common part is missing.
+    All ranks must have said that their part is durable. Raises CheckpointError when the common part or a rank's part is missing.
     """
     storage = open_storage(path)
     if storage.exists(COMMITTED):
         return
-    if not storage.exists(INDEX):
-        raise CheckpointError("commit", path, f"{INDEX} is missing, rank 0 has not written its part")
+    _check_parts(storage, path)
     storage.write_bytes_atomic(REPORTS, b"".join(json.dumps(dict(report)).encode() + b"\n" for report in reports))
     files = {entry.name: entry.size for entry in storage.list(recursive=True) if not entry.is_folder and entry.name != MANIFEST}
     body = {**manifest, "format_version": FORMAT_VERSION, "files": files}
     storage.write_bytes_atomic(MANIFEST, json.dumps(body, indent=2).encode())
     storage.write_bytes_atomic(COMMITTED, b"")
+
+
+def _check_parts(storage: Storage, path: str) -> None:
+    """Whether every rank's file is there with the size that was planned."""
+    try:
+        index = json.loads(storage.read_bytes(INDEX))
+    except MissingFile as error:
+        raise CheckpointError("commit", path, f"{INDEX} is missing, rank 0 has not written its part") from error
+    if damage := _damage(index, {entry.name: entry.size for entry in storage.list(recursive=True)}):
+        raise CheckpointError("commit", path, damage)
 
 
 def read_manifest(path: str) -> dict[str, Any]:

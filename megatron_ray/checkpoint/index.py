@@ -57,7 +57,11 @@ class RankPlan:
     @property
     def num_bytes(self) -> int:
         """Size of the rank's file."""
-        return self.slots[-1].start + self.slots[-1].num_bytes if self.slots else 0
+        return _end(self.slots)
+
+
+def _end(slots: Sequence[Slot]) -> int:
+    return slots[-1].start + slots[-1].num_bytes if slots else 0
 
 
 def data_file(rank: int) -> str:
@@ -125,7 +129,8 @@ def _index_json(slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, 
             name = str(slot.dtype).removeprefix("torch.")
             entry = tensors.setdefault(slot.fqn, {"dtype": name, "shape": shapes[slot.fqn], "chunks": []})
             entry["chunks"].append([slot.offset, slot.size, rank, slot.start])
-    return json.dumps({"format_version": FORMAT_VERSION, "tensors": tensors}).encode()
+    files = {data_file(rank): _end(mine) for rank, mine in enumerate(slots)}
+    return json.dumps({"format_version": FORMAT_VERSION, "files": files, "tensors": tensors}).encode()
 
 
 @dataclass(frozen=True)

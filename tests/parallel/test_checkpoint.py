@@ -1,5 +1,6 @@
 """Checkpoints on real ranks: any layout in, any layout out, bit for bit; what is torn or fails is seen."""
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ray.checkpoint.directory import CheckpointError, checkpoint_path, commit, read_manifest
+from megatron_ray.checkpoint.directory import CheckpointError, checkpoint_path, commit, latest_committed, read_manifest
 from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
 from megatron_ray.checkpoint.load import load_into, read_train_state
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
@@ -18,6 +19,7 @@ from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import Box
 from megatron_ray.training.reports import CheckpointReport
+from tests.ranks import RankFailed
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
@@ -122,6 +124,25 @@ def test_an_uncommitted_checkpoint_is_refused(run_ranks: Run, tmp_path: Path) ->
         run_ranks(load, 1, "whole", path)
     with pytest.raises(CheckpointError, match="it is not committed"):
         read_train_state(path, 0)
+
+
+def die_while_writing(rank: int, world_size: int, path: str) -> None:
+    if rank == 1:
+        os.fsync = lambda _: os._exit(9)  # killed when the bytes are written and not yet durable
+    save(rank, world_size, "rows", path)
+
+
+def test_a_rank_that_dies_while_writing_leaves_nothing_that_counts(run_ranks: Run, tmp_path: Path) -> None:
+    path = checkpoint_path(str(tmp_path), 5, 1)
+    with pytest.raises(RankFailed, match="rank 1 died with exit code 9"):
+        run_ranks(die_while_writing, 2, path)
+    assert not Path(path, "data", "rank-00001.bin").exists()
+    with pytest.raises(CheckpointError, match=r"cannot commit .*: its file data/rank-00001.bin is missing"):
+        commit(path, {}, [])
+    assert latest_committed(str(tmp_path)) is None
+    run_ranks(save, 2, "rows", path)
+    commit(path, {}, [])
+    assert run_ranks(load, 1, "whole", path) == [[]]
 
 
 def uncovered(rank: int, world_size: int, path: str) -> None:

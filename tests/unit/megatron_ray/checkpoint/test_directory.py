@@ -21,7 +21,7 @@ from megatron_ray.checkpoint.storage import open_storage
 def write(root: Path, step: int, attempt: int = 1, *, committed: bool = True, loss: float | None = None) -> str:
     path = checkpoint_path(str(root), step, attempt)
     storage = open_storage(path)
-    storage.write_bytes_atomic("index.json", b"{}")
+    storage.write_bytes_atomic("index.json", b'{"files": {"data/rank-00000.bin": 8}}')
     storage.write_bytes_atomic("data/rank-00000.bin", b"12345678")
     if committed:
         commit(path, {"step": step, "attempt": attempt, "loss": loss}, [{"kind": "step", "step": step}])
@@ -42,7 +42,7 @@ def test_a_committed_checkpoint_has_reports_manifest_and_loss(tmp_path: Path) ->
     assert (info.step, info.attempt, info.path, info.committed, info.loss) == (50, 1, path, True, 2.5)
     assert info.bytes > 10
     manifest = read_manifest(path)
-    assert manifest["files"] == {"index.json": 2, "data/rank-00000.bin": 8, "reports.jsonl": 29}
+    assert manifest["files"] == {"index.json": 37, "data/rank-00000.bin": 8, "reports.jsonl": 29}
     assert json.loads(Path(path, "reports.jsonl").read_text()) == {"kind": "step", "step": 50}
 
 
@@ -86,6 +86,14 @@ def test_committing_twice_changes_nothing(tmp_path: Path) -> None:
 def test_commit_needs_the_common_part(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot commit .*: index.json is missing, rank 0 has not written its part"):
         commit(str(tmp_path / "empty"), {}, [])
+
+
+def test_commit_needs_every_rank(tmp_path: Path) -> None:
+    path = write(tmp_path, 5, committed=False)
+    Path(path, "data/rank-00000.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"cannot commit .*: its file data/rank-00000.bin is missing"):
+        commit(path, {}, [])
+    assert not Path(path, "COMMITTED").exists()
 
 
 def test_torn_checkpoints_are_refused(tmp_path: Path) -> None:

@@ -86,10 +86,13 @@ def test_partly_held_tensors_cannot_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b"{", "index.json is not readable"),
-        (b'{"format_version": 1}', "index.json is not readable: 'tensors'"),
-        (b'{"format_version": 1, "tensors": {"x": {"dtype": "Tensor", "shape": [], "chunks": []}}}', "x: unknown dtype 'Tensor'"),
-        (b'{"format_version": 2, "tensors": {}}', "format_version is 2, this program reads up to 1"),
+        (b'{"format_version": 1, "files": {}, "tensors": []}', "index.json is not readable"),
+        (b'{"format_version": 1, "files": {}}', "index.json is not readable: 'tensors'"),
+        (
+            b'{"format_version": 1, "files": {}, "tensors": {"x": {"dtype": "Tensor", "shape": [], "chunks": []}}}',
+            "x: unknown dtype 'Tensor'",
+        ),
+        (b'{"format_version": 2, "files": {}, "tensors": {}}', "format_version is 2, this program reads up to 1"),
     ],
 )
 def test_a_bad_index_is_refused(tmp_path: Path, index: bytes, message: str) -> None:
@@ -101,7 +104,7 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: bytes, message: str) -> N
 
 @pytest.mark.parametrize(("text", "message"), [("{", "train_state.json is not readable"), ('{"format_version": 9}', "format_version is 9")])
 def test_a_bad_train_state_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    LocalStorage(str(tmp_path)).write_bytes_atomic("c/index.json", b"{}")
+    LocalStorage(str(tmp_path)).write_bytes_atomic("c/index.json", b'{"files": {}}')
     Path(tmp_path, "c", "train_state.json").write_text(text)
     commit(str(tmp_path / "c"), {}, [])
     with pytest.raises(CheckpointError, match=message):
