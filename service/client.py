@@ -138,12 +138,13 @@ class Client:
         return self._object("GET", "/v1/cluster")
 
     def ready(self) -> tuple[bool, Json]:
-        """Whether everything is there, and what the service says about it; (False, {}) when it does not answer."""
+        """Whether service, agents and Ray are all there, and what the service says; (False, {}) when it does not answer."""
         try:
             response = self._http.get("/readyz", timeout=5.0)
         except httpx.HTTPError:
             return False, {}
-        return response.status_code == 200, _body(response)
+        body = _body(response)
+        return response.status_code == 200 and body.get("status") == "ok", body
 
     # ---- streams
 

@@ -30,7 +30,8 @@ class Failure(Exception):
 
 def from_service(error: ServiceError) -> Failure:
     """A refusal in words: one line per wrong field."""
-    lines = [error.detail]
+    # With wrong fields the detail repeats the first of them, so the title says better what this is about.
+    lines = [str(error.problem.get("title") or error.detail) if error.errors else error.detail]
     lines += [f"  {problem.pointer or '/'}: {problem.detail}" for problem in error.errors]
     remedy = _REMEDIES.get(error.code) or _REMEDIES.get(f"http_{error.status}", "")
     if error.status >= 500 and error.request_id:

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import Failure
-from service.cli.output import AsJson, console, duration, number, print_json, print_table, size, styled_status
+from service.cli.output import AsJson, console, number, print_json, print_table, size, styled_status
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 from service.cli.watching import TERMINAL, watch_job
 from service.client import Client
@@ -103,15 +103,16 @@ def _print_plan(answer: Mapping[str, Any]) -> None:
     parallel = (answer.get("resolved_spec") or {}).get("parallel") or {}
     degrees = " x ".join(f"{axis}={parallel[axis]}" for axis in ("tp", "cp", "ep", "dp", "pp") if axis in parallel)
     out.print(f"[bold]{answer.get('world_size', '?')} ranks[/bold]  {degrees}")
-    memory = answer.get("memory")
-    if isinstance(memory, Mapping):
-        out.print("memory of a rank")
-        for name, amount in memory.items():
-            if isinstance(amount, int | float):
-                text = size(amount) if name.endswith("bytes") or isinstance(amount, int) else number(amount)
-                out.print(f"  {name.removesuffix('_bytes'):24} {text}")
-    if isinstance(answer.get("step_time_s"), int | float):
-        out.print(f"a step takes about {answer['step_time_s']:.3g} s, the job {duration(answer.get('job_time_s'))}")
+    memory = answer.get("memory") or {}
+    if memory:
+        out.print("fullest rank")
+    for name, amount in memory.items():
+        words = name.replace("_bytes", "").replace("_", " ")
+        out.print(f"  {words:24} {size(amount) if '_bytes' in name else number(amount)}")
+    if answer.get("room") is not None:
+        out.print(f"room for {answer['room']} ranks of this kind")
+    for note in answer.get("notes") or ():
+        out.print(f"[dim]{escape(str(note))}[/dim]")
     rows = [
         [
             str(rank.get("rank")),

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from rich.markup import escape
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import Failure
 from service.cli.jobs import JobId
-from service.cli.output import AsJson, console, duration, nested, number, print_json, print_table, size, styled_status
+from service.cli.output import AsJson, console, duration, nested, number, print_json, print_json_line, print_table, size, styled_status
 from service.cli.watching import TERMINAL, watch_job
 from service.client import Client
 
@@ -197,25 +198,49 @@ def _id(entry: Mapping[str, Any]) -> str:
     return str(entry["id"])
 
 
+@dataclass
+class _LogReader:
+    """Reads one rank's log piece by piece, from one attempt into the next when none was asked for."""
+
+    client: Client
+    job_id: str
+    rank: int
+    attempt: int | None
+    newest: bool = True
+    offset: int = 0
+    wrote: bool = False
+
+    def read(self, as_json: bool) -> bool:
+        """Prints all there is; whether the job had ended before (what is written later is then none)."""
+        job = self.client.show(self.job_id)
+        current = int(job.get("attempt") or 0)
+        if self.attempt is None or (self.newest and current > self.attempt):
+            if self.attempt:
+                self._drain(as_json)
+            self.attempt, self.offset = current or None, 0
+        if self.attempt:
+            self._drain(as_json)
+        return job["status"] in TERMINAL
+
+    def _drain(self, as_json: bool) -> None:
+        while True:
+            piece = self.client.logs(self.job_id, rank=self.rank, attempt=self.attempt, offset=self.offset)
+            text, offset = str(piece.get("data") or ""), int(piece.get("next_offset") or self.offset)
+            if offset <= self.offset:
+                return
+            self.offset, self.wrote = offset, True
+            if as_json:
+                print_json_line(piece)
+            else:
+                sys.stdout.write(text)
+                sys.stdout.flush()
+
+
 def _print_log(client: Client, job_id: str, *, rank: int, attempt: int | None, follow: bool, as_json: bool) -> None:
-    offset = 0
-    while True:
-        ended = client.show(job_id)["status"] in TERMINAL  # asked first: what is written later is read below
-        piece = client.logs(job_id, rank=rank, attempt=attempt, offset=offset)
-        text = str(piece.get("data") or "")
-        if as_json and text:
-            print_json(piece)
-        else:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        moved = int(piece.get("next_offset") or offset) > offset
-        offset = max(offset, int(piece.get("next_offset") or 0))
-        if moved:
-            continue
-        if not follow or ended:
-            break
+    reader = _LogReader(client, job_id, rank, attempt, newest=attempt is None)
+    while not reader.read(as_json) and follow:
         time.sleep(_LOG_POLL_S)
-    if offset == 0 and not as_json:
+    if not reader.wrote:
         raise Failure(f"rank {rank} of {job_id} has written no log yet", remedy=f"`megatron-ray show {job_id}` says where the job is")
 
 

@@ -40,9 +40,7 @@ def _require_json(values: dict[str, Any], source: Path | str) -> None:
     try:
         json.dumps(values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise Failure(
-            f"{source} holds a value that JSON cannot: {error}", remedy="write a number, or text in quotes", exit_code=2
-        ) from error
+        raise Failure(f"{source} holds a value that JSON cannot: {error}", remedy="write a number, or quote it", exit_code=2) from error
 
 
 def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:

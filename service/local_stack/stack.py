@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Any, Literal
 
 import httpx
 
@@ -243,7 +243,7 @@ class LocalStack:
                 ready, state = client.ready()
                 if ready:
                     return
-                self.progress(f"waiting for the agent{_waiting_for(state)}")
+                self.progress(f"almost there{_waiting_for(state)}")
                 self._pause()
                 for name, child in self._children.items():
                     if child.has_ended():
@@ -365,6 +365,9 @@ def _ending(code: int | None) -> str:
     return f"signal {-code}"
 
 
-def _waiting_for(state: Mapping[str, object]) -> str:
-    missing = state.get("detail") or state.get("message") or ""
-    return f": {missing}" if missing else ""
+def _waiting_for(state: Mapping[str, Any]) -> str:
+    """What /readyz still misses, in words."""
+    if state.get("status") == "unavailable":
+        return ": the database does not answer"
+    live = any(agent.get("live") for agent in state.get("agents") or ())
+    return ": the agent has spoken but sees no Ray node yet" if live else ": the agent has not spoken yet"

@@ -18,7 +18,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(json.dumps({"data": [], "pid": os.getpid()}).encode())
+        self.wfile.write(json.dumps({"status": "ok", "data": []}).encode())
     def log_message(self, *args): pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["MEGATRON_RAY_PORT"])), Handler)
 pathlib.Path(os.environ["MEGATRON_RAY_PORT_FILE"]).write_text(str(server.server_address[1]))

@@ -145,15 +145,16 @@ def test_builtin_and_remote_paths_stay_as_they_are(run: Run, service: FakeServic
 
 def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> None:
     problem = {
-        "detail": "the spec has 1 problem",
-        "code": "invalid_spec",
+        "title": "The job spec cannot be run as it is",
+        "detail": "/parallel/tp: tp=3 does not divide 4; use a tp that does",
+        "code": "spec_invalid",
         "status": 422,
         "errors": [{"pointer": "/parallel/tp", "code": "tp_divides", "detail": "tp=3 does not divide 4; use a tp that does"}],
     }
     service.routes["POST /v1/jobs"] = (422, problem)
     code, out, err = run("submit", "spec.yaml", "--url", service.url)
     assert code == 1 and out == ""
-    assert err.splitlines() == ["error: the spec has 1 problem", "  /parallel/tp: tp=3 does not divide 4; use a tp that does"]
+    assert err.splitlines() == ["error: The job spec cannot be run as it is", "  /parallel/tp: tp=3 does not divide 4; use a tp that does"]
     code, out, err = run("submit", "spec.yaml", "--url", service.url, "--json")
     assert code == 1 and out == "" and json.loads(err) == problem
 
@@ -298,9 +299,21 @@ def test_logs_follow_until_the_job_ends(run: Run, service: FakeService, monkeypa
         {"data": "", "next_offset": 8},
     ]
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, pieces)
-    service.routes["GET /v1/jobs/job-abc"] = (200, [JOB, JOB, {**JOB, "status": "succeeded"}])
+    waiting = {**JOB, "status": "queued", "attempt": 0}
+    service.routes["GET /v1/jobs/job-abc"] = (200, [waiting, JOB, {**JOB, "status": "succeeded"}])
     code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
     assert code == 0 and out == "one\ntwo\n"
+
+
+def test_logs_go_on_with_the_next_attempt(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.look.time.sleep", lambda seconds: None)
+    pieces = [{"data": "one\n", "next_offset": 4}, {"data": "", "next_offset": 4}] * 2
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, [*pieces, {"data": "again\n", "next_offset": 6}, {"data": "", "next_offset": 6}])
+    service.routes["GET /v1/jobs/job-abc"] = (200, [JOB, {**JOB, "attempt": 2, "status": "succeeded"}])
+    code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
+    assert code == 0 and out == "one\nagain\n"
+    asked = [path.partition("?")[2] for path, _ in service.requests if "/logs" in path]
+    assert asked[0] == "rank=0&attempt=1&offset=0" and asked[-1].startswith("rank=0&attempt=2&")
 
 
 def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:

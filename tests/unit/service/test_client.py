@@ -115,9 +115,10 @@ def test_an_answer_that_is_no_object_is_refused() -> None:
         client_for(Script(httpx.Response(200, text="hello"))).cluster()
 
 
-def test_ready_says_what_is_missing() -> None:
-    assert client_for(Script(httpx.Response(200, json={"status": "ready"}))).ready() == (True, {"status": "ready"})
-    assert client_for(Script(httpx.Response(503, json={"detail": "no agent"}))).ready() == (False, {"detail": "no agent"})
+def test_ready_means_that_agents_and_ray_are_there_too() -> None:
+    assert client_for(Script(httpx.Response(200, json={"status": "ok"}))).ready() == (True, {"status": "ok"})
+    assert client_for(Script(httpx.Response(200, json={"status": "degraded"}))).ready() == (False, {"status": "degraded"})
+    assert client_for(Script(httpx.Response(503, json={"status": "unavailable"}))).ready() == (False, {"status": "unavailable"})
     assert client_for(Script(httpx.ConnectError("no"))).ready() == (False, {})
 
 
