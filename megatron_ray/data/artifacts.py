@@ -1,25 +1,21 @@
-"""Finished work under the cache folder. Owns: all-or-nothing appearance, reuse, leftovers. Must not know: what is made.
+"""Finished work under the cache folder. Owns: reuse, completeness. Must not know: what is made.
 
-An artifact is a folder with `complete.json`, which describes it and lists its files' sizes. Locally the whole folder appears in
-one rename; in an object store, where there is none, `complete.json` is uploaded last. A killed maker leaves only a work folder
-with a dot in front, which nothing reads and a later maker removes. Makers of one name do equal work, so either may win.
+An artifact is a folder with `complete.json`, which describes it and lists its files' sizes. Locally the whole folder appears at
+once (`work_folders`); in an object store, which cannot rename, `complete.json` is uploaded last.
 """
 
 import contextlib
 import json
-import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_ray.data.files import Place, read_bytes, stat, upload
-from megatron_ray.data.index_cache import publish
+from megatron_ray.data.work_folders import WORK, appearing
 
 COMPLETE = "complete.json"
-_STALE_S = 24 * 3600.0
 
 Description = dict[str, Any]
 
@@ -37,19 +33,12 @@ def produce(cache: Place, name: str, make: Callable[[Path], Description]) -> Des
                 upload(file, target / file.name)
         return description
     folder = Path(target.path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(folder.parent)
-    work_folder = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex}")
-    work_folder.mkdir()
-    try:
+    with appearing(folder) as work_folder:
         description = _made(work_folder, make)
         if folder.is_dir() and complete(target) is None:
             # Somebody has damaged it; out of the way in one rename, so that no reader sees half of it go.
             with contextlib.suppress(FileNotFoundError):
-                folder.rename(folder.with_name(f".tmp-damaged-{uuid.uuid4().hex}"))
-        publish(work_folder, folder)
-    finally:
-        shutil.rmtree(work_folder, ignore_errors=True)
+                folder.rename(folder.with_name(f"{WORK}damaged-{uuid.uuid4().hex}"))
     return complete(target) or description
 
 
@@ -71,14 +60,3 @@ def _made(work: Path, make: Callable[[Path], Description]) -> Description:
     description["files"] = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
     (work / COMPLETE).write_text(json.dumps(description, sort_keys=True))
     return description
-
-
-def _remove_stale(folder: Path) -> None:
-    """Removes work folders of makers that died: nothing written for a day."""
-    for work in folder.glob(".tmp-*"):
-        try:
-            newest = max(path.stat().st_mtime for path in (work, *work.iterdir()))
-        except OSError:
-            continue  # its maker has just finished
-        if time.time() - newest > _STALE_S:
-            shutil.rmtree(work, ignore_errors=True)

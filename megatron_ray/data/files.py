@@ -47,11 +47,16 @@ def is_local(path: str) -> bool:
 
 def place(path: str) -> Place:
     """Where a path or URI is. Raises ValueError when the scheme is unknown or the URI is malformed, OSError without credentials."""
-    if is_local(path):
-        plain = unquote(urlsplit(path).path) if path.startswith("file://") else path
+    if not is_local(path):
+        filesystem, inner = _from_uri(path)
+        return Place(filesystem, inner, False)
+    plain = unquote(urlsplit(path).path) if path.startswith("file://") else path
+    if not plain or "\0" in plain:
+        raise ValueError("the path is empty or holds a NUL character")
+    try:
         return Place(arrow_fs.LocalFileSystem(), str(Path(plain).expanduser().absolute()), True)
-    filesystem, inner = _from_uri(path)
-    return Place(filesystem, inner, False)
+    except RuntimeError as error:
+        raise ValueError(f"the home folder in {plain} is not known") from error
 
 
 def stat(where: Place) -> FileStat | None:

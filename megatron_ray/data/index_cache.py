@@ -1,10 +1,7 @@
-"""Built index arrays on disk. Owns: atomic appearance, memory mapping. Must not know: what the arrays mean."""
+"""Built index arrays on disk. Owns: keys, memory mapping. Must not know: what the arrays mean."""
 
 import hashlib
 import json
-import os
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ray.data.files import is_local, place
+from megatron_ray.data.work_folders import appearing
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -25,47 +23,14 @@ def cache_key(fields: Mapping[str, object]) -> str:
 def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
     """The arrays under `key`, built when missing and then memory-mapped.
 
-    A folder appears under its name in one rename, so a reader sees all of it or nothing. Ranks that build at the same time do equal
-    work; the first rename wins and the others use it. Without a local cache the arrays stay in memory. Raises OSError.
+    A reader sees the whole folder or none. Ranks that build at the same time do equal work, and all use the first to appear. Without a local cache the arrays stay in memory. Raises OSError.
     """
     if cache_dir is None or not is_local(cache_dir):
         return build()
     folder = Path(place(cache_dir).path) / key
     if not folder.is_dir():
-        _save(folder, build())
+        arrays = build()
+        with appearing(folder) as work:
+            for name, array in arrays.items():
+                np.save(work / f"{name}.npy", array)
     return {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
-
-
-def publish(work: Path, folder: Path) -> None:
-    """Moves a finished work folder to its name, durably; when another process was first, its equal folder stays. Raises OSError."""
-    for file in work.iterdir():
-        if not file.is_symlink():
-            _sync(file)
-    _sync(work)
-    try:
-        work.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-        shutil.rmtree(work, ignore_errors=True)
-        return
-    _sync(folder.parent)
-
-
-def _save(folder: Path, arrays: Arrays) -> None:
-    work = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
-    work.mkdir(parents=True)
-    try:
-        for name, array in arrays.items():
-            np.save(work / f"{name}.npy", array)
-        publish(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

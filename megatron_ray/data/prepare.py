@@ -4,6 +4,7 @@ Everything made is an artifact named by a hash of what it is made from (`artifac
 a few small files, and a change of one source redoes that source only.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -30,6 +31,9 @@ from megatron_ray.validation import Problem
 _FORMAT = 1
 _SAMPLE_CHARS = 32 << 20
 
+_Owned = tuple[str, FoundSource]
+"""A source and its JSON pointer."""
+
 
 class DataProblem(Exception):
     """The data cannot be prepared as asked; `problems` say which fields to change and how."""
@@ -50,11 +54,11 @@ def prepare(data: DataConfig, cache: str, *, seq_length: int, progress: Progress
     mend, at JSON pointers below /data (or /storage/path when the default cache cannot be written).
     """
     with _cache_errors(data, cache):
-        where = place(cache)
+        where = _open_cache(cache)
         found = find_all(data)
         if found.problems:
             raise DataProblem(found.problems)
-        tokenizer, tokenizer_path = _tokenizer(data.tokenizer, [source for _, source in found.train], where, cache, progress)
+        tokenizer, tokenizer_path = _tokenizer(data.tokenizer, found.train, where, cache, progress)
         maker = _Maker(where, cache, tokenizer, progress)
         fraction = 0.0 if data.validation else data.validation_fraction
         train = [maker.make(owner, source, fraction) for owner, source in found.train]
@@ -123,11 +127,11 @@ class _Maker:
         return _Made(owner, found.source, self._cache / name, f"{self._uri}/{name}", description)
 
 
-def _tokenizer(config: TokenizerConfig, train: Sequence[FoundSource], cache: Place, uri: str, progress: Progress) -> tuple[Tokenizer, str]:
+def _tokenizer(config: TokenizerConfig, train: Sequence[_Owned], cache: Place, uri: str, progress: Progress) -> tuple[Tokenizer, str]:
     """The tokenizer and the path of its tokenizer.json in the cache."""
     if config.kind == "bpe":
-        parts = [fingerprint(source) for source in train]
-        name = f"tokenizers/bpe-{_digest(parts, [source.source.weight for source in train], config.vocab_size, tokenizers.__version__)}"
+        parts = [(fingerprint(source), source.source.weight) for _, source in train]
+        name = f"tokenizers/bpe-{_digest(parts, config.vocab_size, tokenizers.__version__)}"
 
         def text() -> str:
             progress(f"training a tokenizer of {config.vocab_size} tokens")
@@ -163,19 +167,21 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise DataProblem([Problem("/data/tokenizer/path", "unreadable", text)]) from error
 
 
-def _sample(train: Sequence[FoundSource]) -> Iterator[str]:
+def _sample(train: Sequence[_Owned]) -> Iterator[str]:
     """At most 32 Mi characters to train a tokenizer on: each source its weight's share, whole files in a fixed mixed order."""
-    total = sum(source.source.weight for source in train)
-    for source in train:
-        left = int(_SAMPLE_CHARS * source.source.weight / total)
-        for file in in_sampling_order(source):
-            for piece in file_pieces(source, file):
-                yield piece.text[:left]
-                left -= len(piece.text)
-                if left <= 0:
-                    break
-            if left <= 0:
-                break
+    total = sum(source.source.weight for _, source in train)
+    for owner, source in train:
+        with _pointing(owner):
+            yield from _head(source, int(_SAMPLE_CHARS * source.source.weight / total))
+
+
+def _head(source: FoundSource, chars: int) -> Iterator[str]:
+    for file in in_sampling_order(source):
+        for piece in file_pieces(source, file):
+            yield piece.text[:chars]
+            chars -= len(piece.text)
+            if chars <= 0:
+                return
 
 
 def _require_length(made: Sequence[_Made], split: str, needed: int) -> None:
@@ -215,6 +221,13 @@ def _pointing(owner: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataProblem([error.problem(owner)]) from error
+
+
+def _open_cache(cache: str) -> Place:
+    try:
+        return place(cache)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, str(error)) from error
 
 
 @contextmanager

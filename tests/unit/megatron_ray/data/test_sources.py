@@ -115,6 +115,8 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
     refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
     refused(tmp_path / "half", "incomplete_prefix", "half.bin is missing beside its neighbour")
     refused("builtin://shakespeare", "unknown_builtin", "the only one is builtin://python-stdlib")
+    refused("~nobody-of-this-name/x", "bad_uri", "the home folder in ~nobody-of-this-name/x is not known")
+    refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
     refused("nowhere://bucket/x", "bad_uri", "nowhere://bucket/x cannot be understood")
 
 
