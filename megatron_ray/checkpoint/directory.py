@@ -107,6 +107,8 @@ def read_manifest(path: str) -> dict[str, Any]:
     """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
+        if not storage.list():
+            raise CheckpointError("load", path, "there is no checkpoint at this path")
         raise CheckpointError("load", path, "it is not committed (no COMMITTED marker): the save did not finish, use an older checkpoint")
     manifest = _manifest(storage, "")
     if manifest is None:

@@ -20,6 +20,8 @@ from megatron_ray.checkpoint.storage import Readable, open_storage
 
 SCRATCH_BYTES = 16 * 1024 * 1024
 TRAIN_STATE = "train_state.json"
+TOKENIZER = "tokenizer.json"
+"""Put beside the tensors by a run that trains on text, so that a checkpoint can speak by itself."""
 
 
 def rank_state_file(rank: int) -> str:

@@ -44,8 +44,12 @@ class CheckpointWriter:
         """Whether a save is still being written."""
         return self._pending is not None and not self._pending.done()
 
-    def save(self, step: int, path: str, state: ShardedState, train_state: Mapping[str, Any]) -> None:
+    def save(
+        self, step: int, path: str, state: ShardedState, train_state: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+    ) -> None:
         """Copies this rank's part to host memory and has it written to the folder `path`; every rank must call it.
+
+        Rank 0 writes `files` (name -> content, small) beside the tensors, for readers that have only the checkpoint.
 
         The live memory may change as soon as it returns. Waits first for a save that is under way and raises its error.
         Raises ValueError when the state's layout changed or its boxes do not cover the tensors.
@@ -54,7 +58,7 @@ class CheckpointWriter:
         start = time.monotonic()
         plan = self._planned(state)
         copied = self._copy(plan, state)
-        small = self._small_files(plan, train_state)
+        small = self._small_files(plan, train_state, files or {})
         if self._thread is None:
             self._write(step, path, small, copied, start)
         else:
@@ -96,15 +100,15 @@ class CheckpointWriter:
         event: torch.cuda.Event = torch.cuda.current_stream(self._mesh.device).record_event()
         return event
 
-    def _small_files(self, plan: RankPlan, train_state: Mapping[str, Any]) -> list[tuple[str, bytes]]:
+    def _small_files(self, plan: RankPlan, train_state: Mapping[str, Any], extra: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
         """Made before `save` returns: the caller may go on changing its state. The index comes last."""
         rank = self._mesh.rank
         own = {key: train_state[key] for key in RANK_KEYS if key in train_state}
-        files = [(rank_state_file(rank), json.dumps(own).encode())]
+        small = [(rank_state_file(rank), json.dumps(own).encode())]
         if plan.index is not None:
             common = {key: value for key, value in train_state.items() if key not in RANK_KEYS}
-            files += [(TRAIN_STATE, json.dumps(common).encode()), (INDEX, plan.index)]
-        return files
+            small += [*extra.items(), (TRAIN_STATE, json.dumps(common).encode()), (INDEX, plan.index)]
+        return small
 
     def _write(self, step: int, path: str, small: list[tuple[str, bytes]], copied: torch.cuda.Event | None, start: float) -> None:
         if copied is not None:

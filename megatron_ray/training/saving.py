@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
-from megatron_ray.checkpoint.load import load_into, read_train_state
+from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
+from megatron_ray.checkpoint.storage import open_storage
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.prepared import PreparedData
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.training.loop import Progress
@@ -27,6 +29,7 @@ class TrainingSaver:
         config: TrainConfig,
         mesh: ParallelMesh,
         optimizer: ShardedOptimizer,
+        data: PreparedData,
         *,
         attempt: int,
         on_written: Callable[[CheckpointReport], None],
@@ -35,12 +38,15 @@ class TrainingSaver:
             raise ValueError("storage.path is not set; checkpoints have nowhere to go")
         self._config, self._optimizer, self._attempt = config, optimizer, attempt
         self._storage_path = config.storage.path
+        self._end_of_document = data.end_of_document
+        # A checkpoint can then be sampled from wherever it is copied to.
+        self._files = {TOKENIZER: _read_file(data.tokenizer_path)} if mesh.rank == 0 else {}
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
 
     def save(self, progress: Progress) -> None:
         """Copies the shard and lets the background write it; waits for a save that is still under way."""
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
-        self._writer.save(progress.step, path, self._optimizer.sharded_state(), self._train_state(progress))
+        self._writer.save(progress.step, path, self._optimizer.sharded_state(), self._train_state(progress), self._files)
 
     def wait(self) -> None:
         """Until this rank's part of the last save is durable; raises what went wrong in the background."""
@@ -56,8 +62,14 @@ class TrainingSaver:
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
             "config": self._config.model_dump(mode="json"),
+            "end_of_document": self._end_of_document,
             "rng": {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
         }
+
+
+def _read_file(path: str) -> bytes:
+    folder, _, name = path.rpartition("/")
+    return open_storage(folder or ".").read_bytes(name)
 
 
 def resume(path: str, optimizer: ShardedOptimizer, rank: int) -> Progress:

@@ -62,7 +62,7 @@ class TrainingSession:
         torch.manual_seed(self.config.training.seed)
         self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None)
         self._phase("model")
-        self._saver = TrainingSaver(self.config, mesh, self.optimizer, attempt=attempt, on_written=report)
+        self._saver = TrainingSaver(self.config, mesh, self.optimizer, data, attempt=attempt, on_written=report)
         self.progress = Progress() if resume_from is None else resume(resume_from, self.optimizer, mesh.rank)
         self._phase("load" if resume_from else "saver")
         self._parts = Parts(self.config, mesh, self.model, self.optimizer, self._loader(data), self._evaluation(data), self._saver)

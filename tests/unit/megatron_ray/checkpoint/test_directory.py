@@ -97,6 +97,8 @@ def test_commit_needs_every_rank(tmp_path: Path) -> None:
 
 
 def test_torn_checkpoints_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"cannot load .*/nowhere: there is no checkpoint at this path"):
+        read_manifest(str(tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=r"cannot load .*a0001: it is not committed \(no COMMITTED marker\)"):
         read_manifest(write(tmp_path, 5, committed=False))
     path = write(tmp_path, 6)
