@@ -191,3 +191,33 @@ def split_vanishing(config: TrainConfig, gradients: dict[str, np.ndarray]) -> tu
         {name: tensor for name, tensor in gradients.items() if name not in vanishing},
         {name: tensor for name, tensor in gradients.items() if name in vanishing},
     )
+
+
+def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[str, np.ndarray]:
+    """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no buckets, no reductions."""
+    from megatron_ray.initialization import draw_local
+    from megatron_ray.parallelize import build_model
+    from megatron_ray.parameters import local_parameters
+
+    mesh = ParallelMesh.single()
+    module = build_model(config.model, mesh, sequence_parallel=False, dtype=torch.float64).to_empty(device="cpu")
+    if config.model.tie_embeddings:
+        module.head.weight = module.embedding.weight  # to_empty has made two of the shared one
+    table = local_parameters(config.model, mesh.dims, 0)
+    parameters = dict(module.named_parameters())
+    for local in table:
+        parameters[local.name].data.copy_(draw_local(local, config.training.seed))
+    training = config.training
+    dataset = RandomDataset(config.model.vocabulary, training.seq_length)
+    loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, mesh.device)
+    batches = loader.step(0)
+    for batch in batches:
+        module(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS.double(), batch.position_ids).backward()
+    tokens = sum(batch.num_tokens for batch in batches)
+    found = {}
+    for local in table:
+        gradient = parameters[local.name].grad
+        assert gradient is not None
+        for part in local.parts:
+            found[part.logical.name] = (gradient.narrow(0, part.start, part.box.size[0]) / tokens).numpy()
+    return found

@@ -66,3 +66,25 @@ def test_layout_equals_one_rank(model: str, layout: str) -> None:
     distance = worst_relative_l2(split_vanishing(config, weights)[0], split_vanishing(config, expected)[0])
     assert distance[0] <= 1e-5, distance
     assert one.losses[-1] < one.losses[0] - 0.1, "nothing was learnt, so nothing was compared"
+
+
+def distance_from(truth: dict[str, np.ndarray], measured: dict[str, np.ndarray]) -> float:
+    """Relative L2 of all gradients together."""
+    squared = sum(float(np.square(measured[name].astype(np.float64) - tensor).sum()) for name, tensor in truth.items())
+    return float(np.sqrt(squared / sum(float(np.square(tensor).sum()) for tensor in truth.values())))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(model: str) -> None:
+    one = make_config(MODELS[model], {"dp": 1}, steps=2, precision="bf16")
+    truth = run_ranks(parity.float64_gradients, 1, one)[0]
+
+    def distance(parallel: dict[str, Any]) -> float:
+        config = make_config(MODELS[model], {"dp": 1} | parallel | SMALL_BUCKETS, steps=2, precision="bf16")
+        results = run_ranks(parity.run_layout, world(parallel), config, 1)
+        return distance_from(truth, assemble(config, [result.gradients for result in results]))
+
+    allowed = 1.3 * distance({})
+    assert allowed < 0.1
+    for parallel in LAYOUTS.values():
+        assert distance(parallel) <= allowed, parallel
