@@ -37,17 +37,20 @@ chaos: setup
 	$(BIN)/pytest -m chaos
 
 # .building marks an installation under way. When it was interrupted half-written packages may look installed, so the
-# next run starts from an empty environment; after an ordinary failure (no network, say) what is there stays.
+# next run starts from an empty environment; after an ordinary failure (no network, say) what is there stays. Temporary
+# files go below .venv, so that an interruption leaves none elsewhere.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "megatron-ray needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)." >&2; \
 	  echo "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@stopped=; trap 'stopped=1' INT TERM HUP; \
-	clear=; if [ -e $(VENV)/.building ]; then clear=--clear; fi; \
+	if [ -e $(VENV)/.building ]; then rm -rf $(VENV); fi; \
+	mkdir -p $(VENV)/.tmp && touch $(VENV)/.building || exit 1; \
+	export TMPDIR="$(CURDIR)/$(VENV)/.tmp"; \
 	run() { echo "+ $$*"; "$$@" && [ -z "$$stopped" ]; }; \
-	give_up() { [ -n "$$stopped" ] || rm -f $(VENV)/.building; exit 1; }; \
-	if [ -n "$$clear" ] || [ ! -x $(BIN)/pip ]; then run $(PYTHON) -m venv $$clear $(VENV) || exit 1; fi; \
-	touch $(VENV)/.building; \
+	give_up() { rm -rf $(VENV)/.tmp; [ -n "$$stopped" ] || rm -f $(VENV)/.building; exit 1; }; \
+	if [ ! -x $(BIN)/pip ]; then run $(PYTHON) -m venv $(VENV) 2>$(VENV)/.tmp/venv.log \
+	  || { [ -n "$$stopped" ] || cat $(VENV)/.tmp/venv.log >&2; stopped=1; give_up; }; fi; \
 	if command -v nvidia-smi >/dev/null 2>&1; then \
 	  run $(BIN)/pip install -c constraints.txt torch || give_up; \
 	else \
@@ -57,6 +60,6 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	       --extra-index-url https://download.pytorch.org/whl/cpu 'torch==$(TORCH)+cpu' 2>/dev/null; } \
 	  || { [ -z "$$stopped" ] && run $(BIN)/pip install -c constraints.txt torch; } || give_up; \
 	fi; \
-	run $(BIN)/pip install -c constraints.txt -e '.[dev]' || give_up; \
-	rm -f $(VENV)/.building
+	run $(BIN)/pip install -q -c constraints.txt -e '.[dev]' || give_up; \
+	rm -rf $(VENV)/.tmp $(VENV)/.building
 	@touch $@

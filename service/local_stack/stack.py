@@ -231,7 +231,7 @@ class LocalStack:
     def _start_agent(self) -> None:
         tokens = read_or_create_tokens(self.options.data_dir / "tokens.json")
         known = self._known
-        command = [*self.options.agent_command, "--service-url", known.url, "--ray-address", known.ray_address, "--cluster", "default"]
+        command = [*self.options.agent_command, "--service", known.url, "--address", known.ray_address, "--cluster", "default"]
         secret = {"MEGATRON_RAY_AGENT_TOKEN": tokens["agent"], "MEGATRON_RAY_AGENT_TOKEN_FILE": None}
         environment: dict[str, str | None] = {**self._ray_environment(), **secret}
         self._launch("agent", command, environment)
