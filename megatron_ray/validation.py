@@ -89,11 +89,9 @@ def _degrees(config: TrainConfig) -> list[Problem]:
 
 def _tensor_parallel(config: TrainConfig) -> list[Problem]:
     model, tp = config.model, config.parallel.tp
-    sizes = {
-        "num_attention_heads": model.num_attention_heads,
-        "num_query_groups": model.kv_heads,
-        "ffn_hidden_size": model.ffn_width,
-    }
+    sizes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_width}
+    if model.kv_heads != model.num_attention_heads:
+        sizes["num_query_groups"] = model.kv_heads
     found = [
         Problem("/parallel/tp", "tp_divides", f"tp={tp} does not divide model.{name}={size}; use a tp that divides both, or another {name}")
         for name, size in sizes.items()
@@ -107,7 +105,7 @@ def _tensor_parallel(config: TrainConfig) -> list[Problem]:
 
 def _lengths(config: TrainConfig) -> list[Problem]:
     model, training, found = config.model, config.training, []
-    if model.head_dim is not None and model.position_embedding == "rope" and model.head_width % 2:
+    if model.position_embedding == "rope" and model.head_width % 2:
         text = f"rotary positions need an even head_dim, not {model.head_width}; change hidden_size, num_attention_heads or head_dim"
         found.append(Problem("/model/head_dim", "rope_even", text))
     if model.num_attention_heads % model.kv_heads:

@@ -1,0 +1,70 @@
+"""The parameter table: boxes of all ranks tile every logical tensor exactly."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.flops import flops_per_token, matmul_parameters
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parameters import local_parameters, logical_parameters, padded_vocabulary
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 8,
+        "num_query_groups": 4,
+        "ffn_hidden_size": 96,
+        "vocab_size": 259,
+    },
+    "gpt2": {"preset": "gpt2-tiny", "vocab_size": 1000},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_boxes_cover_each_logical_tensor_once_per_replica(shape: str, tp: int) -> None:
+    model = ModelConfig.model_validate(SHAPES[shape])
+    dims = ParallelDims(tp=tp)
+    covered = {parameter.name: np.zeros(parameter.shape, dtype=int) for parameter in logical_parameters(model)}
+    for rank in range(tp):
+        for local in local_parameters(model, dims, rank):
+            rows = 0
+            for part in local.parts:
+                where = tuple(slice(start, start + size) for start, size in zip(part.box.offset, part.box.size, strict=True))
+                covered[part.logical.name][where] += 1
+                assert part.start == rows
+                rows += part.box.size[0]
+            assert rows <= local.shape[0]
+    for parameter in logical_parameters(model):
+        expected = 1 if parameter.shard_dim is not None else tp
+        assert (covered[parameter.name] == expected).all(), parameter.name
+
+
+def test_sizes_of_published_models() -> None:
+    total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": "gpt2-124m"})))
+    assert total == 124_439_808
+    total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": "llama3-8b"})))
+    assert total == 8_030_261_248
+
+
+def test_vocabulary_is_padded_to_a_multiple_times_tp() -> None:
+    model = ModelConfig.model_validate(SHAPES["llama"])
+    assert [padded_vocabulary(model, tp) for tp in (1, 2, 4)] == [384, 512, 512]
+    (embedding,) = [p for p in local_parameters(model, ParallelDims(tp=4), 3) if p.name == "embedding.weight"]
+    assert embedding.parts[0].box.size == (0, 64)
+
+
+def test_a_degree_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="attention.q: 64 is not divisible by tp=3"):
+        local_parameters(ModelConfig.model_validate(SHAPES["llama"]), ParallelDims(tp=3), 0)
+
+
+def test_flops_of_the_reference_model() -> None:
+    model = ModelConfig.model_validate(
+        {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 768, "vocab_size": 8192}
+    )
+    assert matmul_parameters(model) == 5_505_024
+    assert flops_per_token(model, 256) == 6 * 5_505_024 + 12 * 4 * 256 * 256

@@ -1,0 +1,101 @@
+"""Every cross-field rule gives one problem that names field, numbers and remedy."""
+
+from typing import Any
+
+import pytest
+
+from megatron_ray import validation
+from megatron_ray.config.train_config import TrainConfig
+
+BASE: dict[str, Any] = {
+    "model": {"preset": "gpt-tiny"},
+    "data": {"train": [{"path": "builtin://python-stdlib"}]},
+    "training": {"seq_length": 256, "micro_batch_size": 4, "global_batch_size": 16, "steps": 10},
+    "optimizer": {"lr": 1e-3},
+}
+
+
+def config(**groups: dict[str, Any]) -> TrainConfig:
+    return TrainConfig.from_mapping({**BASE, **{name: {**BASE.get(name, {}), **fields} for name, fields in groups.items()}})
+
+
+def test_a_good_config_has_no_problem() -> None:
+    assert validation.check(config(parallel={"tp": 2, "sequence_parallel": True}), 2) == []
+
+
+@pytest.mark.parametrize(
+    ("groups", "world", "pointer", "words"),
+    [
+        ({"parallel": {"pp": 2}}, None, "/parallel/pp", "pp=2: pipeline parallelism is not available in this version; use pp=1"),
+        ({"parallel": {"cp": 2}}, None, "/parallel/cp", "cp=2: context parallelism is not available"),
+        ({"parallel": {"ep": 2}}, None, "/parallel/ep", "ep=2: expert parallelism is not available"),
+        ({"parallel": {"vpp": 2}}, None, "/parallel/vpp", "virtual pipeline stages is not available"),
+        ({"parallel": {"etp": 4}}, None, "/parallel/etp", "etp needs experts"),
+        ({"parallel": {"tp": 3}}, None, "/parallel/tp", "tp=3 does not divide model.num_attention_heads=4; use a tp that divides both"),
+        ({"model": {"num_query_groups": 2}, "parallel": {"tp": 4}}, None, "/parallel/tp", "tp=4 does not divide model.num_query_groups=2"),
+        ({"model": {"ffn_hidden_size": 386}, "parallel": {"tp": 4}}, None, "/parallel/tp", "does not divide model.ffn_hidden_size=386"),
+        (
+            {"parallel": {"tp": 2, "sequence_parallel": True}, "training": {"seq_length": 255}},
+            None,
+            "/training/seq_length",
+            "sequence_parallel cuts seq_length=255 into tp=2 parts; use a multiple of 2, or turn it off",
+        ),
+        ({"model": {"head_dim": 31}}, None, "/model/head_dim", "rotary positions need an even head_dim, not 31"),
+        ({"model": {"num_query_groups": 3}}, None, "/model/num_query_groups", "num_query_groups=3 does not divide num_attention_heads=4"),
+        (
+            {"model": {"position_embedding": "learned", "max_sequence_length": 128}},
+            None,
+            "/training/seq_length",
+            "seq_length=256 is longer than the 128 learned positions",
+        ),
+        (
+            {"model": {"vocab_size": 1000}},
+            None,
+            "/data/tokenizer/vocab_size",
+            "the tokenizer's 4096 tokens do not fit into model.vocab_size=1000",
+        ),
+        ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
+        (
+            {"parallel": {"dp": 3}},
+            None,
+            "/training/global_batch_size",
+            "global_batch_size=16 is not a multiple of micro_batch_size x dp = 4 x 3",
+        ),
+        (
+            {"parallel": {"tp": 4, "dp": 2}},
+            4,
+            "/parallel",
+            "= 4 x 1 x 1 x 2 = 8 ranks, but there is room for 4; lower a degree or add nodes",
+        ),
+    ],
+)
+def test_each_rule(groups: dict[str, Any], world: int | None, pointer: str, words: str) -> None:
+    problems = validation.check(config(**groups), world)
+    assert [problem.pointer for problem in problems] == [pointer]
+    assert words in problems[0].detail
+
+
+def test_an_odd_head_is_refused_even_when_it_is_derived() -> None:
+    problems = validation.check(config(model={"hidden_size": 60, "num_attention_heads": 4}))
+    assert [problem.code for problem in problems] == ["rope_even"]
+
+
+@pytest.mark.parametrize(("world", "dp"), [(1, 1), (2, 2), (3, 2), (8, 4), (100, 4)])
+def test_auto_dp_is_the_largest_that_fits_and_divides(world: int, dp: int) -> None:
+    assert validation.resolve(config(), world).parallel.dp == dp
+
+
+def test_sequence_parallel_means_nothing_without_tp() -> None:
+    assert not validation.resolve(config(parallel={"sequence_parallel": True}), 4).parallel.sequence_parallel
+
+
+def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
+    assert validation.with_vocabulary(config(), 300).model.vocab_size == 300
+    assert validation.with_vocabulary(config(model={"vocab_size": 5000}), 300).model.vocab_size == 5000
+    with pytest.raises(ValueError, match="model.vocab_size=200 is smaller than the tokenizer's 300"):
+        validation.with_vocabulary(config(model={"vocab_size": 200}), 300)
+
+
+def test_a_world_must_be_resolved_before_it_is_counted() -> None:
+    with pytest.raises(ValueError, match="parallel.dp is not resolved"):
+        validation.world_size(config())
