@@ -1,0 +1,78 @@
+"""A run's checkpoints end to end: resume is bit-exact in the same layout, goes on in another, and one process can speak from them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ray.checkpoint.directory import commit, latest_committed, list_checkpoints
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.prepare import prepare
+from megatron_ray.data.prepared import PreparedData
+from megatron_ray.inference.generate import generate, load_model
+from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.training.reports import Report, StepReport
+from megatron_ray.training.session import TrainingSession
+
+pytestmark = pytest.mark.parallel
+Run = Callable[..., list[Any]]
+
+MODEL = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 64,
+    "max_sequence_length": 32,
+    "vocab_multiple": 64,
+}
+
+
+def config(folder: Path, tp: int, dp: int) -> TrainConfig:
+    return TrainConfig.from_mapping(
+        {
+            "model": MODEL,
+            "parallel": {"tp": tp, "dp": dp, "sequence_parallel": tp > 1},
+            "data": {"train": [{"path": str(folder / "corpus.txt")}], "tokenizer": {"kind": "bytes"}, "cache": str(folder / "cache")},
+            "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "steps": 8},
+            "optimizer": {"lr": 0.01},
+            "checkpoint": {"every_steps": 4},
+            "storage": {"path": str(folder / f"tp{tp}")},
+        }
+    )
+
+
+def train(rank: int, world_size: int, settings: TrainConfig, data: PreparedData, attempt: int, resume_from: str | None) -> Any:
+    """Losses and norms by step, as rank 0 saw them."""
+    parallel = settings.parallel
+    dims = ParallelDims.for_world(world_size, tp=parallel.tp)
+    reports: list[Report] = []
+    mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
+    TrainingSession(settings, mesh, data, report=reports.append, attempt=attempt, resume_from=resume_from).run()
+    return {report.step: (report.loss, report.grad_norm) for report in reports if isinstance(report, StepReport)}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> PreparedData:
+    (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
+    return prepare(config(tmp_path, 1, 1).data, str(tmp_path / "cache"), seq_length=32)
+
+
+def test_resuming_is_exact_and_other_layouts_go_on(run_ranks: Run, tmp_path: Path, corpus: PreparedData) -> None:
+    settings = config(tmp_path, 2, 2)
+    whole = run_ranks(train, 4, settings, corpus, 1, None)[0]
+    assert sorted(whole) == list(range(1, 9))
+    saved = [info.path for info in list_checkpoints(str(tmp_path / "tp2"))]
+    assert [path.rpartition("/")[2] for path in saved] == ["step-00000004-a0001", "step-00000008-a0001"]
+    for path in saved:
+        commit(path, {}, [])
+    again = run_ranks(train, 4, settings, corpus, 2, saved[0])[0]
+    assert again == {step: whole[step] for step in range(5, 9)}, "bit for bit"
+    other = run_ranks(train, 2, config(tmp_path, 1, 2), corpus, 3, saved[0])[0]
+    for step, values in other.items():
+        assert values == pytest.approx(whole[step], rel=1e-5)
+    newest = latest_committed(str(tmp_path / "tp2"))
+    assert newest is not None and newest.path == saved[1]
+    model, tokenizer = load_model(newest.path)
+    assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
