@@ -1,0 +1,87 @@
+"""CPU work that runs as Ray tasks: data, storage checks, files of dead ranks. Owns: the bodies, plain functions. Torch- and ray-free.
+
+Each returns plain values, a user's mistake included, so that nothing of the library needs to be pickled.
+"""
+
+import secrets
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_ray.checkpoint.storage import StorageError, open_storage
+from megatron_ray.data.check import check_data
+from megatron_ray.data.prepare import DataProblem, prepare
+from megatron_ray.data.prepared import PreparedData
+from megatron_ray.validation import Problem
+from workers.job import JobSpec
+from workers.spool import Line, SpoolReader
+
+NONCE_FOLDER = ".megatron-ray"
+
+
+def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -> PreparedData:
+    """The data of a spec with a storage path, prepared under it or in data.cache. Raises DataProblem, StorageError."""
+    if spec.storage is None:
+        raise ValueError("storage.path is not resolved")
+    cache = spec.data.cache or f"{spec.storage.path.rstrip('/')}/data"
+    length = spec.training.seq_length
+    if progress is None:
+        return prepare(spec.data, cache, seq_length=length)
+    return prepare(spec.data, cache, seq_length=length, progress=progress)
+
+
+def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
+    """`{"prepared": PreparedData}` or `{"problems": [...]}`; anything else that goes wrong is raised."""
+    try:
+        return {"prepared": prepare_data(JobSpec.from_mapping(spec)).model_dump(mode="json")}
+    except DataProblem as found:
+        return {"problems": problem_rows(found.problems)}
+
+
+def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
+    """What is wrong with a spec's paths, seen from the cluster; quick, nothing is tokenized."""
+    try:
+        job = JobSpec.from_mapping(spec)
+    except ValidationError as error:
+        return [{"pointer": "/" + "/".join(map(str, row["loc"])), "code": str(row["type"]), "detail": row["msg"]} for row in error.errors()]
+    return problem_rows(check_data(job.data, job.training.seq_length, storage_path))
+
+
+def problem_rows(problems: list[Problem]) -> list[dict[str, str]]:
+    """Problems as wire.ProblemMessage fields."""
+    return [{"pointer": problem.pointer, "code": problem.code, "detail": problem.detail} for problem in problems]
+
+
+def write_nonce(root: str) -> tuple[str, str]:
+    """Writes a random word below the storage root; returns (file name, word). Raises StorageError."""
+    name, word = f"{NONCE_FOLDER}/nonce-{secrets.token_hex(4)}", secrets.token_hex(16)
+    open_storage(root).write_bytes_atomic(name, word.encode())
+    return name, word
+
+
+def nonce_matches(root: str, name: str, word: str) -> bool:
+    """Whether this node reads the word that the agent wrote: the storage is one namespace."""
+    try:
+        return open_storage(root).read_bytes(name).decode() == word
+    except (StorageError, UnicodeDecodeError):
+        return False
+
+
+def salvage_task(report_file: str, after: int, log_file: str, log_offset: int, log_bytes: int) -> tuple[list[Line], bytes]:
+    """What a dead rank left on its node: reports beyond the cursor, and the rest of its log."""
+    lines = SpoolReader(Path(report_file)).read(after, limit=1_000_000)
+    try:
+        with open(log_file, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(min(size, max(log_offset, size - log_bytes)))
+            return lines, file.read(log_bytes)
+    except OSError:
+        return lines, b""
+
+
+def sweep_task(folder: str) -> None:
+    """Removes a job's files on a node."""
+    shutil.rmtree(folder, ignore_errors=True)

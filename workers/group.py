@@ -1,0 +1,286 @@
+"""A job's actors and placement group. Owns: get-or-create by name, one outstanding call per rank, ends by name.
+
+Every name is derived from job and slot, so that a restarted driver finds what an earlier one made. Decides nothing.
+Must not know: HTTP, torch, policies.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from megatron_ray.training.commands import Command
+from workers.cluster import NODE_ID_LABEL
+from workers.orders import Fence, Fenced, NextReply, Poll, StartOrder
+from workers.placement import PlacementPlan, SlotFacts
+from workers.rendezvous import StoreServer
+
+GONE_S = 10.0
+"""How long a killed actor's name may linger."""
+
+
+class GroupProblem(Exception):
+    """Actors that did not come up; `dead_slots` names those that must be made anew."""
+
+    def __init__(self, message: str, dead_slots: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.dead_slots = tuple(dead_slots)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of one rank's outstanding call: a reply, or the sentence that says how its process ended."""
+
+    rank: int
+    reply: NextReply | None = None
+    death: str | None = None
+
+
+def driver_name(job_id: str) -> str:
+    """Name of a job's driver actor."""
+    return f"{job_id}/driver"
+
+
+def worker_name(job_id: str, slot: int) -> str:
+    """Name of a slot's worker actor."""
+    return f"{job_id}/w{slot}"
+
+
+def store_name(job_id: str) -> str:
+    """Name of a job's store actor."""
+    return f"{job_id}/store"
+
+
+def find_actor(name: str, namespace: str) -> Any | None:
+    """The living actor of that name, or None."""
+    try:
+        return ray.get_actor(name, namespace=namespace)
+    except ValueError:
+        return None
+
+
+class WorkerGroup:
+    """Workers by slot; ranks come with the map, after placement."""
+
+    def __init__(self, job_id: str, namespace: str, worker_class: type) -> None:
+        self._job_id, self._namespace, self._worker_class = job_id, namespace, worker_class
+        self._slots: dict[int, Any] = {}
+        self._calls: dict[Any, int] = {}
+
+    # ---- placement
+
+    def placement_group(self, plan: PlacementPlan) -> Any:
+        """The job's placement group (Ray's handle), made unless it is there."""
+        try:
+            return ray.util.get_placement_group(self._job_id)
+        except ValueError:
+            selector = {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"} if plan.avoid_nodes else {}
+            return ray.util.placement_group(
+                [dict(bundle.resources) for bundle in plan.bundles],
+                strategy="PACK",
+                name=self._job_id,
+                lifetime="detached",
+                bundle_label_selector=[selector] * len(plan.bundles) if selector else None,
+            )
+
+    def remove_placement_group(self) -> None:
+        """Gives the resources back; what still runs in them is killed by Ray."""
+        with contextlib.suppress(ValueError):
+            ray.util.remove_placement_group(ray.util.get_placement_group(self._job_id))
+
+    # ---- workers
+
+    def ensure_workers(self, plan: PlacementPlan, num_threads: int) -> None:
+        """One worker per slot, each in its bundle; living ones are kept."""
+        group = self.placement_group(plan)
+        remote_class: Any = ray.remote(self._worker_class)
+        for bundle in plan.bundles:
+            for slot in bundle.slots:
+                if slot in self._slots:
+                    continue
+                options = {
+                    "name": worker_name(self._job_id, slot),
+                    "namespace": self._namespace,
+                    "lifetime": "detached",
+                    "get_if_exists": True,
+                    "max_restarts": 0,
+                    "concurrency_groups": {"poll": 2},
+                    "num_cpus": plan.worker_resources["CPU"],
+                    "num_gpus": plan.worker_resources.get("GPU", 0),
+                    "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index),
+                }
+                self._slots[slot] = remote_class.options(**options).remote(self._job_id, slot, bundle.index, num_threads)
+
+    def adopt(self, slots: Iterable[int]) -> tuple[int, ...]:
+        """Finds living workers by name; returns the slots that have none."""
+        missing = []
+        for slot in slots:
+            actor = find_actor(worker_name(self._job_id, slot), self._namespace)
+            if actor is None:
+                missing.append(slot)
+            else:
+                self._slots[slot] = actor
+        return tuple(missing)
+
+    def probe(self, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
+        """Where each worker is. Raises GroupProblem naming the slots that died or did not come up."""
+        return self._all({slot: actor.probe.remote(fence) for slot, actor in self._slots.items()}, timeout_s, stop)
+
+    def start(self, fence: Fence, orders: Mapping[int, StartOrder], timeout_s: float, stop: Callable[[], None]) -> None:
+        """Starts the attempt, orders by slot. Raises GroupProblem."""
+        self._all({slot: self._slots[slot].start.remote(fence, order) for slot, order in orders.items()}, timeout_s, stop)
+
+    def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
+        """The job's TCPStore, made unless it is there. Raises GroupProblem."""
+        remote_class: Any = ray.remote(StoreServer)
+        for _ in range(2):
+            actor = remote_class.options(
+                name=store_name(self._job_id),
+                namespace=self._namespace,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+            ).remote()
+            try:
+                host, port = self._all({0: actor.address.remote()}, timeout_s, stop)[0]
+                return str(host), int(port)
+            except GroupProblem as problem:
+                failure = problem
+                kill(actor)
+                self._await_gone(store_name(self._job_id))
+        raise GroupProblem(f"the store did not come up: {failure}")
+
+    def _all(self, calls: Mapping[int, Any], timeout_s: float, stop: Callable[[], None]) -> list[Any]:
+        """Results in slot order; `stop` may raise to end the wait."""
+        deadline = time.monotonic() + timeout_s
+        waiting = list(calls.values())
+        while waiting and time.monotonic() < deadline:
+            stop()
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(0.2, max(0.0, deadline - time.monotonic())))
+        late = [slot for slot, call in calls.items() if call in waiting]
+        if late:
+            raise GroupProblem(f"slots {late} did not answer within {timeout_s:g} s", late)
+        results, dead = [], {}
+        for slot in sorted(calls):
+            try:
+                results.append(ray.get(calls[slot]))
+            except RayTaskError as error:
+                raise_if_fenced(error)
+                dead[slot] = str(error.cause)
+            except RayError as error:
+                dead[slot] = words_of_death(error)
+        if dead:
+            slot, text = next(iter(dead.items()))
+            raise GroupProblem(f"slot {slot}: {text}", dead)
+        return results
+
+    # ---- the one outstanding call per rank
+
+    def poll(self, slot: int, rank: int, fence: Fence, poll: Poll) -> None:
+        """Makes the rank's next call."""
+        self._calls[self._slots[slot].next.remote(fence, poll)] = rank
+
+    def collect(self, timeout_s: float) -> list[Answer]:
+        """Calls that came back, in the order of their arrival as far as Ray tells. Raises Fenced when this driver was replaced."""
+        if not self._calls:
+            time.sleep(timeout_s)
+            return []
+        done, _ = ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        if done:
+            done, _ = ray.wait(list(self._calls), num_returns=len(self._calls), timeout=0)
+        return [self._answer(call, self._calls.pop(call)) for call in done]
+
+    def drop_calls(self) -> None:
+        """Forgets outstanding calls: their attempt is over."""
+        self._calls.clear()
+
+    def _answer(self, call: Any, rank: int) -> Answer:
+        try:
+            return Answer(rank, reply=ray.get(call))
+        except RayTaskError as error:
+            raise_if_fenced(error)
+            return Answer(rank, death=f"its worker failed: {error.cause}")
+        except RayError as error:
+            return Answer(rank, death=words_of_death(error))
+
+    def command(self, slot: int, fence: Fence, command: Command) -> None:
+        """Sends a command; whether it arrived shows in what the rank does."""
+        self._slots[slot].command.remote(fence, command)
+
+    # ---- ends
+
+    def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
+        """Asks all workers to leave their groups, at once; returns the slots whose process may be used again."""
+        calls = {actor.leave.remote(fence): slot for slot, actor in self._slots.items()}
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+        free = []
+        for call in done:
+            try:
+                if ray.get(call, timeout=0):
+                    free.append(calls[call])
+            except RayTaskError as error:
+                raise_if_fenced(error)
+            except RayError:
+                continue  # dead: to be replaced
+        return tuple(sorted(free))
+
+    def kill_slots(self, slots: Sequence[int]) -> None:
+        """Ends the workers of some slots and waits until their names are free."""
+        for slot in slots:
+            actor = self._slots.pop(slot, None) or find_actor(worker_name(self._job_id, slot), self._namespace)
+            if actor is not None:
+                kill(actor)
+        for slot in slots:
+            self._await_gone(worker_name(self._job_id, slot))
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots with a worker."""
+        return tuple(self._slots)
+
+    def remove_all(self, world_size: int) -> None:
+        """Ends every actor of the job but its driver, and gives the placement group back."""
+        self.drop_calls()
+        names = [worker_name(self._job_id, slot) for slot in range(world_size)] + [store_name(self._job_id)]
+        with ThreadPoolExecutor(max_workers=16) as pool:
+            found = pool.map(lambda name: (name, find_actor(name, self._namespace)), names)
+        killed = [(name, actor) for name, actor in found if actor is not None]
+        for _, actor in killed:
+            kill(actor)
+        for name, _ in killed:
+            self._await_gone(name)
+        self._slots.clear()
+        self.remove_placement_group()
+
+    def _await_gone(self, name: str) -> None:
+        deadline = time.monotonic() + GONE_S
+        while find_actor(name, self._namespace) is not None and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def kill(actor: Any) -> None:
+    """Ends an actor for good; nothing happens when it is dead."""
+    with contextlib.suppress(RayError, ValueError):
+        ray.kill(actor, no_restart=True)
+
+
+def raise_if_fenced(error: RayTaskError) -> None:
+    """A worker that knows a newer driver says so through Ray's wrapper."""
+    if isinstance(error.cause, Fenced):
+        raise error.cause from error
+
+
+def words_of_death(error: RayError) -> str:
+    """The part of Ray's long text that a person wants."""
+    for line in str(error).splitlines():
+        for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
+            if mark in line:
+                text = line[line.index(mark) :].removeprefix("Worker exit detail:").strip()
+                return f"its process died: {text}" if "process" not in text.lower()[:20] else text
+    return f"its process died: {type(error).__name__}"

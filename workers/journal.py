@@ -1,0 +1,100 @@
+"""What a job's driver must remember to go on after its own death. Owns: job_dir/attempts/NNNN.json and the epoch.
+
+Written whole before acting, read by the next incarnation. The database says what is wanted and what happened; the journal says
+how it runs, so that recovery goes on while the service is away. Never holds a token. Must not know: Ray, torch, HTTP.
+"""
+
+import json
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_ray.checkpoint.storage import Storage, open_storage
+from workers.placement import RankPlace
+
+FOLDER = "attempts"
+FORMAT_VERSION = 1
+
+
+class JournalProblem(Exception):
+    """A journal that cannot be used; the text names the file and why."""
+
+
+class Phase(StrEnum):
+    """How far the driver had come when it wrote the entry."""
+
+    PREPARING = "preparing"
+    READY = "ready"
+    SCHEDULING = "scheduling"
+    STARTING = "starting"
+    RUNNING = "running"
+    RECOVERING = "recovering"
+    ENDING = "ending"
+
+
+class Ending(BaseModel):
+    """How the job ends; written before the clean-up, so that a restarted driver ends it the same way."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: str
+    reason: str | None = None
+    message: str = ""
+    told: bool = False
+    """Whether the service has heard it already, in the words of another record."""
+
+
+class JournalEntry(BaseModel):
+    """State of one attempt; attempt 0 is the time before the first."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format_version: int = Field(default=FORMAT_VERSION, le=FORMAT_VERSION)
+    job_id: str
+    attempt: int = 0
+    epoch: int = 1
+    phase: Phase = Phase.PREPARING
+    code_version: str = ""
+    spec: dict[str, Any] | None = None
+    """Resolved JobSpec as JSON; None until the agent has told it."""
+    prepared: dict[str, Any] | None = None
+    """PreparedData as JSON, once the data are ready."""
+    accelerator: str | None = None
+    ranks: tuple[RankPlace, ...] = ()
+    store: tuple[str, int] | None = None
+    """Host and port of the TCPStore."""
+    failures: int = 0
+    preemptions: int = 0
+    commits_at_failure: tuple[int, ...] = ()
+    """Highest committed step when each failed attempt ended, oldest first."""
+    last_commit: int = 0
+    """Step of the newest committed checkpoint; 0: none."""
+    resumed_from: str | None = None
+    ending: Ending | None = None
+
+
+class Journal:
+    """The entries of one job under its folder. Methods raise StorageError when the storage does."""
+
+    def __init__(self, job_dir: str) -> None:
+        self._storage: Storage = open_storage(job_dir)
+
+    def write(self, entry: JournalEntry) -> None:
+        """Replaces the entry of its attempt, atomically and durably."""
+        self._storage.write_bytes_atomic(_name(entry.attempt), entry.model_dump_json(indent=1).encode())
+
+    def latest(self) -> JournalEntry | None:
+        """The entry of the highest attempt; None for a new job. Raises JournalProblem when it cannot be read as one."""
+        names = [entry.name for entry in self._storage.list(FOLDER) if entry.name.endswith(".json") and entry.name[:-5].isdigit()]
+        if not names:
+            return None
+        name = f"{FOLDER}/{max(names, key=lambda name: int(name[:-5]))}"
+        try:
+            return JournalEntry.model_validate(json.loads(self._storage.read_bytes(name)))
+        except (ValueError, ValidationError) as error:
+            raise JournalProblem(f"{self._storage.uri(name)} is not a journal entry of format {FORMAT_VERSION}: {error}") from error
+
+
+def _name(attempt: int) -> str:
+    return f"{FOLDER}/{attempt:04d}.json"

@@ -1,0 +1,58 @@
+"""Files of ranks on their nodes. Owns: fetching what dead ranks left, removing what a job leaves. Best effort, beside the recovery."""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from workers.data_tasks import salvage_task, sweep_task
+from workers.joblogs import JobLogs
+from workers.outbox import Outbox
+from workers.placement import RankPlace
+from workers.supervision import relayed
+from workers.tasks import on_node, result_or_none
+from workers.worker import log_file, report_file
+
+_SALVAGE_S = 20.0
+_SWEEP_S = 5.0
+_LOG_BYTES = 1 << 20
+_NOTHING = 1 << 62
+
+
+class Leftovers:
+    """Of one job."""
+
+    def __init__(self, outbox: Outbox, logs: JobLogs) -> None:
+        self._outbox, self._logs = outbox, logs
+        self._threads: list[threading.Thread] = []
+
+    def salvage(self, attempt: int, places: Sequence[RankPlace]) -> None:
+        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of logs."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        for place in places:
+            thread = threading.Thread(target=self._salvage_rank, args=(attempt, place), name=f"salvage-{place.rank}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def wait(self) -> None:
+        """Until what was started has ended."""
+        for thread in self._threads:
+            thread.join(_SALVAGE_S)
+
+    def sweep(self, places: Sequence[RankPlace]) -> None:
+        """Removes the job's folder on every node of an attempt."""
+        folders = {(place.node_id, place.local_dir) for place in places if place.local_dir}
+        for call in [on_node(node, sweep_task, folder) for node, folder in folders]:
+            result_or_none(call, _SWEEP_S)
+
+    def _salvage_rank(self, attempt: int, place: RankPlace) -> None:
+        folder, source = Path(place.local_dir), f"a{attempt}/r0"
+        offset = self._logs.size(attempt, place.rank)
+        reports, log = report_file(folder, attempt, place.rank), log_file(folder, attempt, place.rank)
+        after = self._outbox.last(source) if place.rank == 0 else _NOTHING
+        call = on_node(place.node_id, salvage_task, str(reports), after, str(log), offset, _LOG_BYTES)
+        found = result_or_none(call, _SALVAGE_S)
+        if found is not None:
+            lines, data = found
+            if place.rank == 0:
+                self._outbox.relay(source, [relayed(line) for line in lines])
+            self._logs.write(attempt, place.rank, offset, data)
