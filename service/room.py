@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import floor
+from math import floor, inf
 
 from workers.job import JobSpec
 from workers.wire import NodeInfo
@@ -19,7 +19,7 @@ class Need:
     """Ranks that must share a node: a tensor-parallel group."""
     cpus_per_rank: float
     gpu: bool
-    """One GPU per rank; otherwise CPUs only."""
+    """One GPU per rank, beside its CPUs."""
 
 
 @dataclass
@@ -29,14 +29,12 @@ class _Node:
     gpus: float
 
     def islands(self, need: Need) -> int:
-        free, per_rank = (self.gpus, 1.0) if need.gpu else (self.cpus, need.cpus_per_rank)
-        return max(0, floor(free / (per_rank * need.island) + _ROUNDING))
+        ranks = min(self.cpus / need.cpus_per_rank, self.gpus if need.gpu else inf)
+        return max(0, floor(ranks / need.island + _ROUNDING))
 
     def take(self, need: Need, ranks: int) -> None:
-        if need.gpu:
-            self.gpus -= ranks
-        else:
-            self.cpus -= ranks * need.cpus_per_rank
+        self.cpus -= ranks * need.cpus_per_rank
+        self.gpus -= ranks if need.gpu else 0
 
 
 class Room:

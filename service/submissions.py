@@ -50,7 +50,7 @@ def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
     if need.gpu and not room.has_gpus:
         text = f"accelerator=gpu, but no node of cluster {spec.cluster!r} has a GPU; use cpu or auto, or add nodes"
         return [Problem("/resources/accelerator", "no_gpus", text)]
-    if not need.gpu and need.cpus_per_rank > room.most_cpus:
+    if need.cpus_per_rank > room.most_cpus:
         text = f"cpus_per_rank={need.cpus_per_rank:g}, but the largest node has {room.most_cpus:g} CPUs; lower it or add nodes"
         return [Problem("/resources/cpus_per_rank", "cpus_fit", text)]
     ranks = room.ranks(need)

@@ -26,8 +26,9 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @router.get("/agent/hello")
 async def hello(service: Service) -> dict[str, object]:
-    """What an agent asks first: the namespace of everything it may touch."""
-    return {"protocol": PROTOCOL, "namespace": service.deployment.namespace, "deployment_id": service.deployment.id}
+    """What an agent asks first: the namespace of everything it may touch, and the folder that every node must see."""
+    deployment, root = service.deployment, service.settings.data_dir / "jobs"
+    return {"protocol": PROTOCOL, "namespace": deployment.namespace, "deployment_id": deployment.id, "storage_root": str(root)}
 
 
 @router.post("/agent/report")
