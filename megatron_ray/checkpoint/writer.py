@@ -6,7 +6,7 @@ that dies meanwhile holds up nobody; the checkpoint then simply never counts. Mu
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -28,14 +28,14 @@ RANK_KEYS = ("rng",)
 class CheckpointWriter:
     """One per rank. `on_written` is called when the rank's part is durable: from the writing thread in `async` mode.
 
-    The layout of the state (names, boxes, dtypes) is fixed by the first save, which plans collectively.
+    The layout of the state (names, boxes, dtypes) is fixed by `prepare`, which plans collectively.
     """
 
     def __init__(self, mesh: ParallelMesh, mode: Literal["async", "sync"], on_written: Callable[[CheckpointReport], None]) -> None:
         self._mesh, self._on_written = mesh, on_written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
         self._pending: Future[None] | None = None
-        self._layout: Sequence[tuple[object, ...]] = ()
+        self._layout: list[tuple[object, ...]] = []
         self._plan: RankPlan | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
 
@@ -43,6 +43,21 @@ class CheckpointWriter:
     def busy(self) -> bool:
         """Whether a save is still being written."""
         return self._pending is not None and not self._pending.done()
+
+    def prepare(self, state: ShardedState) -> None:
+        """Plans and takes the host memory; every rank must call it. Optional: the first save does it otherwise, and takes longer.
+
+        Raises ValueError when the boxes of all ranks do not cover the tensors.
+        """
+        if self._plan is None:
+            self._plan, self._layout = plan_save(state, self._mesh.world_group), _layout(state)
+            self._host = _host_memory(self._plan.num_bytes, self._mesh.device)
+
+    def _planned(self, state: ShardedState) -> RankPlan:
+        self.prepare(state)
+        if self._plan is None or _layout(state) != self._layout:
+            raise ValueError("the layout of the state changed since the first save; a new layout needs a new CheckpointWriter")
+        return self._plan
 
     def save(
         self, step: int, path: str, state: ShardedState, train_state: Mapping[str, Any], files: Mapping[str, bytes] | None = None
@@ -81,15 +96,6 @@ class CheckpointWriter:
                 _unlock(self._host)
             self._plan, self._host = None, torch.empty(0, dtype=torch.uint8)
 
-    def _planned(self, state: ShardedState) -> RankPlan:
-        layout = [(fqn, tensor.shape, held.box, held.tensor.dtype) for fqn, tensor in state.items() for held in tensor.boxes]
-        if self._plan is None:
-            self._plan, self._layout = plan_save(state, self._mesh.world_group), layout
-            self._host = _host_memory(self._plan.num_bytes, self._mesh.device)
-        elif layout != self._layout:
-            raise ValueError("the layout of the state changed since the first save; a new layout needs a new CheckpointWriter")
-        return self._plan
-
     def _copy(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
         """On CUDA the copies are queued before any later work of this stream; the event says when they are done."""
         for slot in plan.slots:
@@ -124,9 +130,17 @@ class CheckpointWriter:
         self._on_written(CheckpointReport(step, path, num_bytes, time.monotonic() - start))
 
 
+def _layout(state: ShardedState) -> list[tuple[object, ...]]:
+    """What must stay the same between saves."""
+    return [(fqn, tensor.shape, held.box, held.tensor.dtype) for fqn, tensor in state.items() for held in tensor.boxes]
+
+
 def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Reused by every save. Page-locked for CUDA, by registering it: the pinned allocator would round up to a power of two."""
-    memory = torch.empty(num_bytes, dtype=torch.uint8)
+    """Reused by every save; filled, so that the first one does not wait for the kernel to find its pages.
+
+    Page-locked for CUDA by registering it: the pinned allocator would round up to a power of two.
+    """
+    memory = torch.empty(num_bytes, dtype=torch.uint8).zero_()
     if device.type == "cuda" and num_bytes:
         status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
         if status:

@@ -42,6 +42,7 @@ class TrainingSaver:
         # A checkpoint can then be sampled from wherever it is copied to.
         self._files = {TOKENIZER: _read_file(data.tokenizer_path)} if mesh.rank == 0 else {}
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
+        self._writer.prepare(optimizer.sharded_state())
 
     def save(self, progress: Progress) -> None:
         """Copies the shard and lets the background write it; waits for a save that is still under way."""

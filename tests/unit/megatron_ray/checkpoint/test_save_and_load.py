@@ -120,6 +120,7 @@ def test_the_train_state_is_what_was_given_at_the_save(tmp_path: Path) -> None:
 
 def test_a_changed_layout_needs_a_new_writer(tmp_path: Path) -> None:
     writer = CheckpointWriter(ParallelMesh.single(), "sync", lambda _: None)
+    writer.prepare({"model/x": one(torch.ones(3))})
     writer.save(1, str(tmp_path / "1"), {"model/x": one(torch.ones(3))}, {})
     with pytest.raises(ValueError, match="the layout of the state changed since the first save"):
         writer.save(2, str(tmp_path / "2"), {"model/x": one(torch.ones(4))}, {})
