@@ -1,6 +1,8 @@
 """Checkpoint folders: what counts, what is kept, what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,8 @@ def test_deleting_takes_the_marker_first(tmp_path: Path, monkeypatch: pytest.Mon
         delete_checkpoint(str(tmp_path), list_checkpoints(str(tmp_path))[0])
     assert Path(path, "index.json").exists()
     assert latest_committed(str(tmp_path)) is None
+
+
+def test_drivers_need_no_torch_to_commit() -> None:
+    code = "import sys; sys.modules['torch'] = None; import megatron_ray.checkpoint.directory, megatron_ray.checkpoint.flat_boxes"
+    subprocess.run([sys.executable, "-c", code], check=True)
