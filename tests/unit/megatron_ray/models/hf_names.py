@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.parallelize import ParallelModel
 
 
 def llama_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -58,3 +60,15 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     for parameter in model.parameters():
         noise = torch.empty_like(parameter).normal_(0, 0.1 if parameter.dim() == 1 else 0.03, generator=generator)
         parameter.data.add_(noise)
+
+
+def fill(model: ParallelModel, optimizer: ShardedOptimizer, logical: dict[str, Tensor]) -> None:
+    """Sets every parameter from full logical tensors."""
+    for local in model.parameters:
+        value = torch.zeros(local.shape)
+        for part in local.parts:
+            source = logical[part.logical.name].detach().float()
+            for dim, (offset, size) in enumerate(zip(part.box.offset, part.box.size, strict=True)):
+                source = source.narrow(dim, offset, size)
+            value.narrow(0, part.start, part.box.size[0]).copy_(source)
+        optimizer.initialise(local.name, value)

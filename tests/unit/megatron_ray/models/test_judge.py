@@ -12,11 +12,9 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import make_batch
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
-from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.parallelize import ParallelModel
 from megatron_ray.training.session import build
 from megatron_ray.training.step import forward_backward
-from tests.unit.megatron_ray.models.hf_names import gpt2_logical, llama_logical, perturb
+from tests.unit.megatron_ray.models.hf_names import fill, gpt2_logical, llama_logical, perturb
 
 VOCABULARY, SEQUENCE = 211, 48
 SHAPE = {"num_layers": 3, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCABULARY, "max_sequence_length": SEQUENCE}
@@ -58,18 +56,6 @@ def gpt2() -> tuple[torch.nn.Module, dict[str, Any], Callable[..., dict[str, Ten
         "tie_embeddings": True,
     }
     return GPT2LMHeadModel(config), ours, gpt2_logical
-
-
-def fill(model: ParallelModel, optimizer: ShardedOptimizer, logical: dict[str, Tensor]) -> None:
-    """Sets every parameter from full logical tensors."""
-    for local in model.parameters:
-        value = torch.zeros(local.shape)
-        for part in local.parts:
-            source = logical[part.logical.name].detach().float()
-            for dim, (offset, size) in enumerate(zip(part.box.offset, part.box.size, strict=True)):
-                source = source.narrow(dim, offset, size)
-            value.narrow(0, part.start, part.box.size[0]).copy_(source)
-        optimizer.initialise(local.name, value)
 
 
 def relative(measured: Tensor, reference: Tensor, floor: float = 0.0) -> float:

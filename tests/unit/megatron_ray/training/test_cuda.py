@@ -1,0 +1,82 @@
+"""The same code on CUDA: equal to the CPU, without a host-device synchronisation in a step."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.training.commands import Command
+from megatron_ray.training.loop import Parts, Progress, train
+from megatron_ray.training.reports import Report, StepReport
+from megatron_ray.training.session import build
+from megatron_ray.training.step import forward_backward
+from tests.parallel.parity import GPT2, LLAMA, NoSaver, RandomDataset, make_config
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def losses_and_norms(config: TrainConfig, kind: str) -> tuple[list[float], list[float]]:
+    mesh = ParallelMesh.single(kind)
+    model, optimizer = build(config, mesh)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, mesh.device)
+    reports: list[StepReport] = []
+
+    def note(report: Report) -> None:
+        assert isinstance(report, StepReport)
+        reports.append(report)
+
+    train(Parts(config, mesh, model, optimizer, loader, None, NoSaver()), Progress(), note, lambda: Command.CONTINUE)
+    assert [report.step for report in reports] == list(range(1, config.training.steps + 1))
+    return [report.loss for report in reports], [report.grad_norm for report in reports]
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2])
+def test_fp32_equals_the_cpu(model: dict[str, Any]) -> None:
+    config = make_config(model, {"dp": 1}, steps=20)
+    cpu, cuda = losses_and_norms(config, "cpu"), losses_and_norms(config, "cuda")
+    np.testing.assert_allclose(cuda[0], cpu[0], rtol=1e-5)
+    np.testing.assert_allclose(cuda[1], cpu[1], rtol=5e-5)
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2])
+def test_bf16_follows_the_cpu(model: dict[str, Any]) -> None:
+    config = make_config(model, {"dp": 1}, steps=20, precision="bf16")
+    np.testing.assert_allclose(losses_and_norms(config, "cuda")[0], losses_and_norms(config, "cpu")[0], rtol=1.5e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_never_waits_for_the_device(precision: str) -> None:
+    config = make_config(LLAMA, {"dp": 1}, steps=4, precision=precision)
+    mesh = ParallelMesh.single("cuda")
+    model, optimizer = build(config, mesh)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, mesh.device)
+    for step in range(3):
+        batches = loader.step(8 * step)
+        if step == 2:  # the first steps compile and allocate
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = forward_backward(model, batches)
+            stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+            scale_and_clip(optimizer, stats, 1.0)
+            optimizer.step(1e-3)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_deterministic_runs_are_bit_equal() -> None:
+    fields = make_config(LLAMA, {"dp": 1}, steps=10, precision="bf16").model_dump()
+    fields["training"]["deterministic"] = True
+    config = TrainConfig.from_mapping(fields)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert losses_and_norms(config, "cuda") == losses_and_norms(config, "cuda")
+    finally:
+        torch.use_deterministic_algorithms(False)
