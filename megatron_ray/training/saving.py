@@ -62,7 +62,8 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
-            "config": self._config.model_dump(mode="json"),
+            # Only the run's own tree: whoever wraps it (a job) may have fields that a reader of checkpoints need not know.
+            "config": self._config.model_dump(mode="json", include=set(TrainConfig.model_fields)),
             "end_of_document": self._end_of_document,
             "rng": {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
         }
