@@ -16,11 +16,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 from service.cli.failure import Failure
 from service.cli.output import duration, nested, number, print_json_line, styled_status
 from service.client import Client, StreamEvent
+from workers.states import JobState
 
-TERMINAL = ("succeeded", "failed", "cancelled")
+TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
 
 _PLAIN_LINE_EVERY_S = 5.0
 _SMOOTHING = 0.1  # weight of the newest step in the throughput that the ETA is made from
+_STATE_EVENTS = frozenset(f"job.{state.value}" for state in JobState)
 _LEVELS = {"warn": "yellow", "error": "red"}
 
 
@@ -36,6 +38,7 @@ class Watcher:
     loss: float | None = None
     tokens_per_s: float | None = None
     _smooth: float | None = field(default=None, repr=False)
+    _said: str = field(default="", repr=False)
 
     def learn(self, job: Mapping[str, Any]) -> None:
         """Takes what a Job object says about size and progress."""
@@ -55,10 +58,12 @@ class Watcher:
             return []
         if event.event == "state":
             return self._take_state(data)
-        if event.event == "end" or not data.get("message"):
+        message, level = str(data.get("message") or ""), str(data.get("level"))
+        if event.event == "end" or not message or (level not in _LEVELS and _is_detail(event.event)):
             return []
-        style = _LEVELS.get(str(data.get("level")), "dim")
-        return [f"[{style}]{escape(str(data['message']))}[/{style}]"]
+        self._said = message
+        style = _LEVELS.get(level, "dim")
+        return [f"[{style}]{escape(message)}[/{style}]"]
 
     @property
     def eta_s(self) -> float | None:
@@ -86,8 +91,15 @@ class Watcher:
         if not status or status == self.status:
             return []
         self.status = status
-        text = job.get("message") or job.get("status_reason") or ""
-        return [f"{styled_status(status)}{f'  {escape(str(text))}' if text else ''}"]
+        text = str(job.get("message") or job.get("status_reason") or "")
+        if text == self._said:
+            text = ""  # the event that led here has said it
+        return [f"{styled_status(status)}{f'  {escape(text)}' if text else ''}"]
+
+
+def _is_detail(event_type: str) -> bool:
+    """Whether `megatron-ray events` is the place for it: single ranks' doings, and state changes, which have lines of their own."""
+    return event_type.startswith("rank.") or event_type in _STATE_EVENTS
 
 
 def watch_job(client: Client, job_id: str, *, as_json: bool = False, out: Console | None = None) -> dict[str, Any]:

@@ -61,6 +61,15 @@ def test_evaluation_rows_without_loss_do_not_hide_the_loss() -> None:
     assert (watcher.step, watcher.loss) == (10, 3.0)
 
 
+def test_details_and_repetitions_are_left_to_the_events_command() -> None:
+    watcher = Watcher()
+    assert watcher.take(StreamEvent("rank.phase", "1.0", {"message": "model took 0.8 s", "level": "info"})) == []
+    assert watcher.take(StreamEvent("rank.died", "2.0", {"message": "rank 1 died", "level": "error"})) == ["[red]rank 1 died[/red]"]
+    assert watcher.take(StreamEvent("job.queued", "3.0", {"message": "ready to run", "level": "info"})) == []
+    assert watcher.take(StreamEvent("job.admitted", "4.0", {"message": "2 ranks", "level": "info"})) == ["[dim]2 ranks[/dim]"]
+    assert watcher.take(StreamEvent("state", None, {**JOB, "status": "queued", "message": "2 ranks"})) == ["queued"]
+
+
 def test_unknown_events_pass() -> None:
     watcher = Watcher()
     assert watcher.take(StreamEvent("something.new", "1.0", {"no": "message"})) == []
