@@ -94,7 +94,7 @@ def apply(store: Store, session: Session, batch: RecordBatch) -> int:
     for expected, (index, record) in enumerate(new, start=row.stored + 1):
         if record.n != expected:
             text = f"record {index} of source {batch.source} has n={record.n}, but {row.stored} are stored"
-            text += f"; send from {expected} on, without holes"
+            text += f"; send from {row.stored + 1} on, without holes"
             raise ProblemError("gap", text, stored=row.stored)
     _Applier(store, session, job, batch.source).apply(new)
     row.stored += len(new)

@@ -114,7 +114,8 @@ async def stream_job(
             if news.summary is None or news.summary.status.is_terminal:
                 yield ServerSentEvent(data={"status": news.summary.status if news.summary else "deleted"}, event="end", id=str(position))
                 return
-            await ticket.wait(service.settings.ping_s)
+            if not await ticket.wait(service.settings.ping_s):
+                yield ServerSentEvent(comment="ping")
 
 
 def _read(service: Context, job_id: str, position: Position) -> _News:
