@@ -28,23 +28,44 @@ LAYOUTS = {
     "tp2-dp2-zero0": {"tp": 2, "dp": 2, "zero": 0},
 }
 
+LONG_LAYOUTS = {
+    "tp4-sp": {"tp": 4, "sequence_parallel": True},
+    "dp4-zero1": {"dp": 4},
+    "dp4-zero0": {"dp": 4, "zero": 0},
+    "tp2-sp-dp4-zero1": {"tp": 2, "dp": 4, "sequence_parallel": True},
+    "tp4-sp-dp2-zero1": {"tp": 4, "dp": 2, "sequence_parallel": True},
+    "tp4-dp2-zero0": {"tp": 4, "dp": 2, "zero": 0},
+}
+LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}
+
 
 def world(parallel: dict[str, Any]) -> int:
     return int(parallel.get("tp", 1)) * int(parallel.get("dp", 1))
 
 
 @cache
-def reference(model: str) -> RankResult:
-    return run_ranks(parity.run_layout, 1, make_config(MODELS[model], {"dp": 1}, steps=STEPS))[0]
+def reference(models: str, model: str) -> RankResult:
+    shape = {"short": MODELS, "long": LONG_MODELS}[models][model]
+    return run_ranks(parity.run_layout, 1, make_config(shape, {"dp": 1}, steps=STEPS))[0]
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_equals_one_rank(model: str, layout: str) -> None:
-    parallel = {"dp": 1} | LAYOUTS[layout] | SMALL_BUCKETS
-    config = make_config(MODELS[model], parallel, steps=STEPS)
-    results = run_ranks(parity.run_layout, world(parallel), config)
-    one = reference(model)
+    compare(MODELS[model], LAYOUTS[layout], reference("short", model))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model", LONG_MODELS)
+@pytest.mark.parametrize("layout", LONG_LAYOUTS)
+def test_larger_layout_equals_one_rank(model: str, layout: str) -> None:
+    compare(LONG_MODELS[model], LONG_LAYOUTS[layout], reference("long", model))
+
+
+def compare(model: dict[str, Any], layout: dict[str, Any], one: RankResult) -> None:
+    parallel = {"dp": 1} | layout | SMALL_BUCKETS
+    config = make_config(model, parallel, steps=STEPS)
+    results = run_ranks(parity.run_layout, world(parallel), config, timeout_s=180)
 
     def whole(choose: Callable[[RankResult], Any], ranks: list[RankResult]) -> dict[str, np.ndarray]:
         return assemble(config, [choose(result) for result in ranks])
