@@ -22,6 +22,8 @@ from workers.wire import DesiredJob, DriverStatus
 from workers.worker import RankWorker
 
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_MOST_BUGS = 4
+"""Unexpected errors of the driver itself after which the job is failed instead of entered again."""
 
 
 class JobDriver:
@@ -56,10 +58,10 @@ class JobDriver:
 
     def _main(self) -> None:
         """Runs the job's life; after trouble (storage away, a bug) it is entered again from the journal."""
-        failures = 0
+        failures = bugs = 0
         while True:
             try:
-                self._live()
+                self._live(give_up=bugs >= _MOST_BUGS)
                 break
             except (DriverReplaced, Fenced) as why:
                 sys.stderr.write(f"this driver was replaced and ends: {why}\n")
@@ -70,6 +72,7 @@ class JobDriver:
                 self._trouble = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; the journal says where to go on
                 self._trouble = f"{type(error).__name__}: {error}"
+                bugs += 1
                 traceback.print_exc()
             finally:
                 if self._life is not None:
@@ -78,12 +81,11 @@ class JobDriver:
             failures += 1
         kill(ray.get_runtime_context().current_actor)
 
-    def _live(self) -> None:
+    def _live(self, give_up: bool) -> None:
         namespace = ray.get_runtime_context().namespace
-        life = JobLife(self._job_id, self._job_dir, namespace, type(self).worker_class)
+        life = JobLife(self._job_id, self._job_dir, namespace, type(self).worker_class, self._trouble)
         with self._lock:
             self._life = life
             if self._attached is not None:
                 life.outbox.attach(*self._attached)
-        life.run()
-        self._trouble = ""
+        life.run(give_up)

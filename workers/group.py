@@ -99,7 +99,8 @@ class WorkerGroup:
     def ensure_workers(self, plan: PlacementPlan, num_threads: int) -> None:
         """One worker per slot, each in its bundle; living ones are kept."""
         group = self.placement_group(plan)
-        remote_class: Any = ray.remote(self._worker_class)
+        as_actor: Any = ray.remote
+        remote_class = as_actor(concurrency_groups={"poll": 2})(self._worker_class)
         for bundle in plan.bundles:
             for slot in bundle.slots:
                 if slot in self._slots:
@@ -110,7 +111,6 @@ class WorkerGroup:
                     "lifetime": "detached",
                     "get_if_exists": True,
                     "max_restarts": 0,
-                    "concurrency_groups": {"poll": 2},
                     "num_cpus": plan.worker_resources["CPU"],
                     "num_gpus": plan.worker_resources.get("GPU", 0),
                     "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index),

@@ -59,13 +59,13 @@ class BackToQueue(Exception):
 
 
 class JobLife:
-    """One incarnation's work on one job. `worker_class` is what runs the ranks."""
+    """One incarnation's work on one job. `worker_class` is what runs the ranks; `trouble` is what ended the incarnation before."""
 
-    def __init__(self, job_id: str, job_dir: str, namespace: str, worker_class: type) -> None:
+    def __init__(self, job_id: str, job_dir: str, namespace: str, worker_class: type, trouble: str = "") -> None:
         self.job_id, self._job_dir = job_id, job_dir
         self._journal = Journal(job_dir)
         found = self._journal.latest()
-        self._found = found
+        self._found, self._trouble = found, trouble
         self._entry = found or JournalEntry(job_id=job_id, epoch=0)
         self._entry = self._entry.model_copy(update={"epoch": self._entry.epoch + 1})
         self._journal.write(self._entry)
@@ -83,13 +83,19 @@ class JobLife:
         """Where the job is, for the agent's report."""
         return f"attempt {self._entry.attempt}, {self._entry.phase.value}"
 
-    def run(self) -> None:
-        """To the end of the job; returns when the service has stored the last record. Raises DriverReplaced."""
+    def run(self, give_up: bool = False) -> None:
+        """To the end of the job (at once, as failed, with `give_up`); returns when the service has stored the last record.
+
+        Raises DriverReplaced.
+        """
         if self._found is not None:
-            self._say.event(
-                "driver.restarted", f"driver incarnation {self._entry.epoch} took over in phase {self._found.phase.value}", "warn"
-            )
+            why = f" after: {self._trouble}" if self._trouble else ""
+            text = f"driver incarnation {self._entry.epoch} took over in phase {self._found.phase.value}{why}"
+            self._say.event("driver.restarted", text, "warn")
         ending = self._entry.ending
+        if ending is None and give_up:
+            text = f"the job's driver cannot go on: {self._trouble}"
+            ending = Ending(state=JobState.FAILED.value, reason=StatusReason.INTERNAL.value, message=text)
         if ending is None:
             try:
                 self._through_phases()

@@ -1,0 +1,43 @@
+"""A small Ray cluster and a stand-in for the service."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+from tests.integration.fake_service import NAMESPACE, FakeService
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[str]:
+    """Address of a cluster of this module's own: 4 CPUs, no dashboard, gone afterwards."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_AUTH_MODE", "disabled")
+        import ray
+
+        folder = tempfile.mkdtemp(prefix="mr-", dir="/tmp")
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            namespace=NAMESPACE,
+            _temp_dir=folder,
+            object_store_memory=100 << 20,
+        )
+        try:
+            yield context.address_info["address"]
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def fake_service() -> Iterator[FakeService]:
+    service = FakeService()
+    service.up()
+    yield service
+    if service._server is not None:
+        service.down()

@@ -1,0 +1,69 @@
+"""A training loop of ten lines behind the real driver and workers: gloo all-reduce per step, checkpoints, planned accidents."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ray.checkpoint.directory import checkpoint_path
+from megatron_ray.training.commands import Command
+from megatron_ray.training.reports import CheckpointReport, Report, StepReport
+from workers.driver import JobDriver
+from workers.job import JobSpec
+from workers.orders import StartOrder
+from workers.rank import process_group
+from workers.worker import RankWorker
+
+
+def fake_train(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+    spec = JobSpec.from_mapping(order.spec)
+    plan, rank = spec.metadata, order.env.rank
+    step = int(order.resume_from.rpartition("step-")[2].split("-")[0]) if order.resume_from else 0
+    with process_group(order):
+        while step < spec.training.steps:
+            step += 1
+            time.sleep(float(plan.get("step_s", "0.02")))
+            accident(plan, order, rank, step)
+            values = torch.tensor([float(poll()), float(rank + step)])
+            if order.env.world_size > 1:
+                dist.all_reduce(values, dist.ReduceOp.MAX)
+            command = Command(int(values[0]))
+            report(StepReport(step, 10.0 / step, 1.0, 0.1, 64, step, 0.02, 100.0, 0.0, 0))
+            every = spec.checkpoint.every_steps
+            saves = command in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP)
+            if saves or step == spec.training.steps or (every and step % every == 0):
+                save(spec, order, step, report)
+            if command >= Command.STOP:
+                return "stopped"
+    return "finished"
+
+
+def accident(plan: dict[str, str], order: StartOrder, rank: int, step: int) -> None:
+    if (plan.get("fail_rank"), plan.get("fail_step")) == (str(rank), str(step)) and order.attempt <= int(plan.get("fail_attempts", "1")):
+        if plan.get("fail_kind") == "exit":
+            os.abort()
+        raise LookupError(f"planned accident at step {step}")
+
+
+def save(spec: JobSpec, order: StartOrder, step: int, report: Callable[[Report], None]) -> None:
+    assert spec.storage is not None
+    folder = Path(checkpoint_path(spec.storage.path, step, order.attempt))
+    folder.mkdir(parents=True, exist_ok=True)
+    if order.env.rank == 0:
+        files = {f"rank-{rank}": 100 for rank in range(order.env.world_size)}
+        (folder / "index.json").write_text(json.dumps({"files": files}))
+    (folder / f"rank-{order.env.rank}").write_text("x" * 100)
+    report(CheckpointReport(step, str(folder), 100, 0.01))
+
+
+class FakeWorker(RankWorker):
+    train = staticmethod(fake_train)
+
+
+class FakeDriver(JobDriver):
+    worker_class: Any = FakeWorker

@@ -1,0 +1,268 @@
+"""A job on a real Ray cluster: driver, workers, store and placement group are real; only the training loop is ten lines."""
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.integration.fake_service import NAMESPACE, FakeService
+
+pytestmark = pytest.mark.ray
+
+Submit = Callable[..., str]
+
+
+def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
+    return {
+        "name": "fake",
+        "model": {"preset": "gpt-tiny"},
+        "parallel": {"tp": 2, "dp": 1},
+        "data": {"train": [{"path": "corpus.txt"}], "tokenizer": {"kind": "bytes"}, "validation_fraction": 0.0},
+        "training": {"seq_length": 16, "global_batch_size": 2, "steps": steps},
+        "optimizer": {"lr": 0.001},
+        "checkpoint": {"every_steps": 5, "keep_last": 2},
+        "resources": {"accelerator": "cpu", "placement_timeout_s": 20},
+        "restart": {"max_failures": 2, "backoff_s": 0.1},
+        "metadata": metadata,
+        "grace_s": 5,
+    }
+
+
+@pytest.fixture
+def submit(ray_cluster: str, fake_service: FakeService, tmp_path: Path) -> Iterator[Submit]:
+    """Does for one job what agent and service do: makes the driver, attaches it, admits the job once its data are ready."""
+    import ray
+
+    from tests.integration.fake_job import FakeDriver
+    from workers.agent_jobs import DriverRegistry
+    from workers.wire import DesiredReply
+
+    registry = DriverRegistry(fake_service.url, NAMESPACE, FakeDriver)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+
+    def reconcile() -> None:
+        jobs = [job for job in fake_service.jobs.values() if job["job_id"] not in fake_service.terminal]
+        registry.want(DesiredReply.model_validate({"revision": 1, "jobs": jobs, "terminal": sorted(fake_service.terminal)}))
+        registry.reconcile()
+
+    def run(body: dict[str, Any], *, start: bool = True) -> str:
+        job_id = f"job-{uuid.uuid4().hex[:12]}"
+        folder = str(tmp_path / job_id)
+        body = {**body, "storage": {"path": folder}, "data": {**body["data"], "train": [{"path": str(corpus)}]}}
+        fake_service.want(job_id, desired="prepare", spec=body, job_dir=folder)
+        reconcile()
+        if start:
+            fake_service.wait("prepared data", lambda: fake_service.stored(job_id, kind="prepared"))
+            fake_service.want(job_id, desired="run")
+        return job_id
+
+    run.reconcile = reconcile  # type: ignore[attr-defined]
+    yield run
+    for name in ray.util.list_named_actors():
+        ray.kill(ray.get_actor(name), no_restart=True)
+
+
+def actors(job_id: str) -> list[str]:
+    import ray
+
+    return sorted(name for name in ray.util.list_named_actors() if name.startswith(job_id))
+
+
+def rank_pids(service: FakeService, job_id: str) -> list[int]:
+    return [row["pid"] for row in service.stored(job_id, kind="ranks")[-1]["data"]["ranks"]]
+
+
+def committed(service: FakeService, job_id: str) -> list[tuple[int, int]]:
+    """(attempt, step) of each commit told."""
+    found = service.stored(job_id, kind="checkpoint")
+    return [(record["attempt"], record["data"]["step"]) for record in found if record["data"]["action"] == "committed"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def assert_nothing_left(service: FakeService, job_id: str, pids: list[int]) -> None:
+    import ray
+
+    service.wait("the driver's end", lambda: actors(job_id) == [], 15)
+    service.wait("the processes' end", lambda: not any(alive(pid) for pid in pids), 15)
+    with pytest.raises(ValueError, match="placement group"):
+        ray.util.get_placement_group(job_id)
+
+
+def assert_gap_free(service: FakeService, job_id: str) -> None:
+    for (job, _), records in service.records.items():
+        if job == job_id:
+            assert [record["n"] for record in records] == list(range(1, len(records) + 1))
+
+
+def test_job_runs_to_succeeded(submit: Submit, fake_service: FakeService, tmp_path: Path) -> None:
+    job_id = submit(spec())
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
+    assert fake_service.states(job_id) == ["preparing", "scheduling", "starting", "running", "succeeded"]
+    assert fake_service.steps(job_id, 1) == list(range(1, 21))
+    assert_gap_free(fake_service, job_id)
+    checkpoints = [(r["data"]["action"], r["data"]["step"]) for r in fake_service.stored(job_id, kind="checkpoint")]
+    assert [step for action, step in checkpoints if action == "committed"] == [5, 10, 15, 20]
+    assert [step for action, step in checkpoints if action == "deleted"] == [5, 10]
+    rows = fake_service.stored(job_id, kind="ranks")[0]["data"]["ranks"]
+    assert [(row["rank"], row["coordinates"]["tp"]) for row in rows] == [(0, 0), (1, 1)]
+    assert_nothing_left(fake_service, job_id, [row["pid"] for row in rows])
+    assert (tmp_path / job_id / "checkpoints" / "step-00000020-a0001" / "COMMITTED").exists()
+
+
+def test_killed_rank_goes_on_from_the_last_commit(submit: Submit, fake_service: FakeService) -> None:
+    job_id = submit(spec(steps=40, step_s="0.05"))
+    fake_service.wait("a commit", lambda: fake_service.stored(job_id, kind="checkpoint"))
+    before = rank_pids(fake_service, job_id)
+    os.kill(before[1], signal.SIGKILL)
+    killed = time.monotonic()
+    fake_service.wait("a step of attempt 2", lambda: fake_service.steps(job_id, 2))
+    assert time.monotonic() - killed < 15
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
+    after = rank_pids(fake_service, job_id)
+    assert after[0] == before[0], "the survivor's process is used again"
+    assert after[1] != before[1]
+    commits = [step for attempt, step in committed(fake_service, job_id) if attempt == 1]
+    assert fake_service.steps(job_id, 2) == list(range(commits[-1] + 1, 41))
+    assert fake_service.states(job_id)[-3:] == ["recovering", "running", "succeeded"]
+    failed = fake_service.events(job_id, "attempt.failed")[0]
+    assert failed["ranks"] == [1]
+    assert failed["data"]["kind"] == "process_died"
+    assert_gap_free(fake_service, job_id)
+    assert_nothing_left(fake_service, job_id, before + after)
+
+
+def test_killed_driver_adopts_the_same_processes(submit: Submit, fake_service: FakeService) -> None:
+    import ray
+
+    job_id = submit(spec(steps=80, step_s="0.05"))
+    fake_service.wait("a commit", lambda: fake_service.stored(job_id, kind="checkpoint"))
+    before = rank_pids(fake_service, job_id)
+    pid = ray.get(ray.get_actor(f"{job_id}/driver").pid.remote())
+    os.kill(pid, signal.SIGKILL)
+    fake_service.wait("adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"))  # type: ignore[attr-defined]
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
+    assert fake_service.events(job_id, "driver.adopted")[0]["data"]["pids"] == before
+    assert fake_service.steps(job_id, 1) == list(range(1, 81))
+    assert fake_service.steps(job_id, 2) == []
+    assert fake_service.epochs[job_id] == 2
+    assert_gap_free(fake_service, job_id)
+    assert sorted({step for _, step in committed(fake_service, job_id)}) == list(range(5, 81, 5))
+    assert_nothing_left(fake_service, job_id, before)
+
+
+def test_service_away_loses_nothing(submit: Submit, fake_service: FakeService) -> None:
+    job_id = submit(spec(steps=60, step_s="0.03"))
+    fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 5)
+    fake_service.down()
+    seen = len(fake_service.steps(job_id, 1))
+    time.sleep(3)
+    assert len(fake_service.steps(job_id, 1)) <= seen + 1
+    fake_service.up()  # on another port: the agent says where
+    submit_url(submit, fake_service)
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
+    assert fake_service.steps(job_id, 1) == list(range(1, 61))
+    assert_gap_free(fake_service, job_id)
+    assert_nothing_left(fake_service, job_id, rank_pids(fake_service, job_id))
+
+
+def submit_url(submit: Submit, service: FakeService) -> None:
+    from tests.integration.fake_job import FakeDriver
+    from workers.agent_jobs import DriverRegistry
+    from workers.wire import DesiredReply
+
+    registry = DriverRegistry(service.url, NAMESPACE, FakeDriver)
+    registry.want(DesiredReply.model_validate({"revision": 1, "jobs": list(service.jobs.values())}))
+    registry.reconcile()
+
+
+@pytest.mark.parametrize("final_checkpoint", [True, False])
+def test_cancel_leaves_nothing(submit: Submit, fake_service: FakeService, final_checkpoint: bool) -> None:
+    job_id = submit(spec(steps=2000, step_s="0.05"))
+    fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 2)
+    pids = rank_pids(fake_service, job_id)
+    commits = len(fake_service.stored(job_id, kind="checkpoint"))
+    fake_service.want(job_id, desired="cancel", final_checkpoint=final_checkpoint)
+    asked = time.monotonic()
+    fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 10)
+    assert time.monotonic() - asked < 8
+    assert_nothing_left(fake_service, job_id, pids)
+    last = fake_service.steps(job_id, 1)[-1]
+    found = fake_service.stored(job_id, kind="checkpoint")[commits:]
+    assert any(r["data"]["step"] == last for r in found) == (final_checkpoint or last % 5 == 0)
+
+
+def test_cancel_while_waiting_for_room(submit: Submit, fake_service: FakeService) -> None:
+    body = spec()
+    body["resources"] = {"accelerator": "cpu", "cpus_per_rank": 64, "placement_timeout_s": 60}
+    job_id = submit(body)
+    fake_service.wait("an explanation", lambda: fake_service.events(job_id, "placement.waiting"))
+    assert "128 CPU" in fake_service.events(job_id, "placement.waiting")[0]["message"]
+    fake_service.want(job_id, desired="cancel")
+    fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 10)
+    assert_nothing_left(fake_service, job_id, [])
+
+
+def test_no_room_in_time_goes_back_to_the_queue(submit: Submit, fake_service: FakeService) -> None:
+    body = spec()
+    body["resources"] = {"accelerator": "cpu", "cpus_per_rank": 64, "placement_timeout_s": 1}
+    job_id = submit(body)
+    fake_service.wait("queued", lambda: "queued" in fake_service.states(job_id))
+    said = fake_service.stored(job_id, kind="state")[-1]["data"]
+    assert said["reason"] == "waiting_gang"
+    assert "no room within 1 s: asked for 1 x 128 CPU" in said["message"]
+    fake_service.want(job_id, desired="run")
+    fake_service.wait("a second try", lambda: fake_service.states(job_id).count("scheduling") == 2)
+
+
+def test_failing_rank_is_the_cause_and_its_log_is_there(submit: Submit, fake_service: FakeService, tmp_path: Path) -> None:
+    body = spec(fail_rank="1", fail_step="3", fail_attempts="9")
+    body["restart"] = {"max_failures": 0}
+    job_id = submit(body)
+    fake_service.wait("failure", lambda: "failed" in fake_service.states(job_id))
+    said = fake_service.stored(job_id, kind="state")[-1]["data"]
+    assert said["message"].startswith("rank 1: LookupError: planned accident at step 3")
+    failed = fake_service.events(job_id, "attempt.failed")[0]
+    assert "planned accident" in failed["data"]["traceback"]
+    log = tmp_path / job_id / "logs" / "attempt-0001" / "rank-00001.log"
+    assert "LookupError: planned accident at step 3" in log.read_text()
+    assert_nothing_left(fake_service, job_id, rank_pids(fake_service, job_id))
+
+
+def test_native_crash_leaves_its_log_and_is_tried_again(submit: Submit, fake_service: FakeService) -> None:
+    job_id = submit(spec(fail_rank="0", fail_step="8", fail_kind="exit"))
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
+    assert fake_service.steps(job_id, 1) == list(range(1, 8)), "steps that only the dead rank's file had are there too"
+    assert fake_service.steps(job_id, 2) == list(range(6, 21))
+    assert_gap_free(fake_service, job_id)
+
+
+def test_crash_loop_ends_with_no_progress(submit: Submit, fake_service: FakeService) -> None:
+    body = spec(fail_rank="1", fail_step="3", fail_attempts="9")
+    body["restart"] = {"max_failures": 10, "backoff_s": 0.1}
+    job_id = submit(body)
+    fake_service.wait("failure", lambda: "failed" in fake_service.states(job_id))
+    assert fake_service.stored(job_id, kind="state")[-1]["data"]["reason"] == "no_progress"
+    assert len(fake_service.events(job_id, "attempt.failed")) == 3
+
+
+def test_missing_data_is_the_users_problem(submit: Submit, fake_service: FakeService) -> None:
+    body = spec()
+    body["data"] = {**body["data"], "tokenizer": {"kind": "file", "path": "/nowhere/tokenizer.json"}}
+    job_id = submit(body, start=False)
+    found = fake_service.wait("a problem", lambda: fake_service.stored(job_id, kind="problem"))
+    assert found[0]["data"]["problems"][0]["pointer"] == "/data/tokenizer/path"
+    fake_service.wait("the driver's end", lambda: actors(job_id) == [], 15)
+    assert "failed" not in fake_service.states(job_id)

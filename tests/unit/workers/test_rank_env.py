@@ -1,0 +1,70 @@
+"""The environment: torchrun's words, tokens from files, gloo's interface."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from workers.rank_env import AGENT_TOKEN, AGENT_TOKEN_FILE, EnvironmentProblem, RankEnv, agent_token, interface_of, prepare_process
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "GROUP_RANK": "1",
+    "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_what_torchrun_says_round_trips() -> None:
+    env = RankEnv.from_environ(TORCHRUN)
+    assert env == RankEnv(3, 4, 1, 2, 1, "10.0.0.1", 29500)
+    assert RankEnv.from_environ(env.to_environ()) == env
+
+
+def test_without_torchrun_there_is_one_rank() -> None:
+    assert RankEnv.from_environ({}) == RankEnv(0, 1, 0, 1)
+    assert "MASTER_ADDR" not in RankEnv(0, 1, 0, 1).to_environ()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"RANK": "x"}, "RANK='x' is not a whole number; start ranks with torchrun"),
+        ({"RANK": "4"}, "RANK=4 is outside WORLD_SIZE=4"),
+        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set although others of torchrun's variables are"),
+    ],
+)
+def test_half_an_environment_is_refused(change: dict[str, str | None], text: str) -> None:
+    values = {key: value for key, value in {**TORCHRUN, **change}.items() if value is not None}
+    with pytest.raises(EnvironmentProblem, match=text):
+        RankEnv.from_environ(values)
+
+
+def test_token_from_file_before_environment(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    assert agent_token(tmp_path / "token", {}) == "secret"
+    assert agent_token(None, {AGENT_TOKEN_FILE: str(tmp_path / "token"), AGENT_TOKEN: "other"}) == "secret"
+    assert agent_token(None, {AGENT_TOKEN: " other "}) == "other"
+    with pytest.raises(EnvironmentProblem, match="no agent token: give --token-file"):
+        agent_token(None, {})
+    with pytest.raises(EnvironmentProblem, match="cannot read the agent's token file .*: No such file"):
+        agent_token(tmp_path / "none", {})
+
+
+def test_interface_of_an_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("203.0.113.77") is None
+
+
+def test_threads_are_set_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")
+    monkeypatch.setenv("MKL_NUM_THREADS", "9")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    prepare_process(2, "127.0.0.1")
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ["TOKENIZERS_PARALLELISM"] == "true", "an operator's own choice wins"
