@@ -57,9 +57,8 @@ def demo(
         screen.show_cursor()  # a progress bar cut short has hidden it
     if not story.succeeded:
         raise Failure("interrupted; nothing is left running", exit_code=INTERRUPTED)
-    screen.print(
-        f"Everything is kept in {escape(str(options.data_dir))}; `megatron-ray up --data-dir {escape(str(folder))}` serves it again."
-    )
+    words = f"Everything is kept in {options.data_dir}; `megatron-ray up --data-dir {folder}` serves it again."
+    screen.print(escape(words), soft_wrap=True)
 
 
 @dataclass
@@ -104,17 +103,27 @@ class DemoStory:
             raise Failure(
                 f"{job['id']} reported no validation loss or no unigram baseline", remedy="validation needs data.validation_fraction > 0"
             )
-        sample = run_generation(
-            str(checkpoint["path"]), _PROMPT, {"--max-new-tokens": SAMPLE_CHARACTERS, "--temperature": 0.8, "--seed": 1}
-        )
+        text = sample(str(checkpoint["path"]))
         newest = client.checkpoints(job["id"])["data"]
         stored = next((entry.get("bytes") for entry in newest if entry["path"] == checkpoint["path"]), None)
-        for line in closing_lines(job, record, stored, sample["prompt"] + sample["text"]):
+        for line in closing_lines(job, record, stored, text):
             self.screen.print(line, soft_wrap=True)
         if baseline - loss < MIN_GAIN_NATS:
             raise Failure(
                 f"the model beats the unigram baseline by {baseline - loss:.2f} nat/token only, expected at least {MIN_GAIN_NATS}"
             )
+
+
+def sample(checkpoint: str) -> str:
+    """The prompt and 300 generated characters; a model may end its document sooner, so up to five seeds are tried."""
+    longest = ""
+    for seed in range(1, 6):
+        options = {"--max-new-tokens": SAMPLE_CHARACTERS, "--temperature": 0.8, "--top-k": 50, "--seed": seed}
+        generated = str(run_generation(checkpoint, _PROMPT, options)["text"])
+        longest = max(longest, generated, key=len)
+        if len(longest) >= SAMPLE_CHARACTERS:
+            break
+    return _PROMPT + longest[:SAMPLE_CHARACTERS]
 
 
 def closing_lines(job: dict[str, Any], record: StackRecord, checkpoint_bytes: int | None, text: str) -> list[str]:
@@ -131,7 +140,7 @@ def closing_lines(job: dict[str, Any], record: StackRecord, checkpoint_bytes: in
         f"                   {escape(record.dashboard_url)} (Ray's dashboard)",
         f"{SAMPLE_CHARACTERS} characters generated from the checkpoint:",
         "",
-        *(f"    {escape(line)}" for line in text[:SAMPLE_CHARACTERS].splitlines()),
+        *(f"    {escape(line)}" for line in text.splitlines()),
         "",
     ]
 

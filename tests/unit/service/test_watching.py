@@ -120,7 +120,7 @@ def test_demo_ends_with_everything_asked_for() -> None:
         dashboard_url="http://127.0.0.1:2",
     )
     job = {**JOB, "progress": {"val_loss": 3.25, "unigram_nats": 6.5}, "last_checkpoint": {"path": "/runs/demo/c", "step": 200}}
-    text = "\n".join(closing_lines(job, record, 3 << 20, "x" * 500))
+    text = "\n".join(closing_lines(job, record, 3 << 20, "x" * 300))
     for expected in (
         "3.250",
         "6.500",
