@@ -4,9 +4,9 @@ import argparse
 import json
 import sys
 
-from tests.bench import gpu, throughput
+from tests.bench import gpu, save, throughput
 
-BENCHES = {"throughput": throughput.run, "gpu": gpu.run}
+BENCHES = {"throughput": throughput.run, "gpu": gpu.run, "save": save.run}
 
 
 def main() -> None:
