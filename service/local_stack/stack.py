@@ -293,9 +293,13 @@ class LocalStack:
             self._start_agent()
         elif name == "ray":
             self._start_ray()
-            self._restart("agent")  # the address is a new one
+            self._restart_agent()  # the address is a new one
         else:
             self._restart_service()
+
+    def _restart_agent(self) -> None:
+        self._restart("agent")
+        self.say("the agent is started again")
 
     def _restart_service(self) -> None:
         old_url = self._known.url
@@ -303,7 +307,7 @@ class LocalStack:
         self._wait_for_service()
         if self._known.url != old_url:
             self.say(f"the service is now at {self._known.url}")
-            self._restart("agent")
+            self._restart_agent()
 
     # ---- end
 

@@ -125,6 +125,16 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         assert "the service ended (signal 9)" in said[0]
         assert _answers(record.url), "the service comes back at the same address"
         assert members([sessions["service"]]) == [], "what the old service had started is gone"
+
+        gcs = next(process for process in members([sessions["ray"]]) if b"gcs_server" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+        os.kill(gcs.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        stack.supervise(until=lambda: time.monotonic() > deadline or "the agent is started again" in said)
+        again = read_record(tmp_path / "data")
+        assert again is not None and again.ray_address != record.ray_address
+        assert _answers(f"{again.dashboard_url}/api/gcs_healthz"), "a Ray that dies is replaced whole"
+        assert members([sessions["ray"], sessions["agent"]]) == []
+        record = again
     finally:
         report = stack.end()
     assert report.was_up and report.processes_killed > 5
