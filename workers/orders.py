@@ -23,6 +23,10 @@ class RankState(StrEnum):
         return self in (RankState.FINISHED, RankState.STOPPED, RankState.FAILED)
 
 
+class UserMistake(Exception):
+    """Something the user wrote cannot work; the text says what and how to mend it. Never retried, never shown with a traceback."""
+
+
 class Fenced(Exception):
     """A caller with an (attempt, epoch) lower than one already seen; it has been replaced and must end."""
 

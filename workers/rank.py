@@ -24,17 +24,13 @@ from megatron_ray.training.commands import Command
 from megatron_ray.training.reports import PhaseReport, Report
 from megatron_ray.training.session import TrainingSession
 from workers.job import JobSpec
-from workers.orders import StartOrder
+from workers.orders import StartOrder, UserMistake
 from workers.placement import dims_of
 from workers.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 Outcome = Literal["finished", "stopped"]
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
-
-
-class UserMistake(Exception):
-    """Something the user wrote cannot work; the text says what and how to mend it. Never retried, never shown with a traceback."""
 
 
 def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome:

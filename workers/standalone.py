@@ -26,8 +26,8 @@ from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseRep
 from workers.commit import CheckpointLedger, commit_whole
 from workers.data_tasks import prepare_data
 from workers.job import JobSpec
-from workers.orders import StartOrder
-from workers.rank import Outcome, UserMistake, connect_store, train
+from workers.orders import StartOrder, UserMistake
+from workers.rank import Outcome, connect_store, train
 from workers.rank_env import EnvironmentProblem, RankEnv
 from workers.spool import Spool
 from workers.stores import PrefixStore, Store
