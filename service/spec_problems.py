@@ -12,6 +12,7 @@ from megatron_ray.validation import Problem
 from workers.job import JobSpec
 
 LONGEST_VALUE = 80
+_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")
 
 
 def from_pydantic(
@@ -30,7 +31,8 @@ def from_pydantic(
             earlier = found[pointer]
             found[pointer] = Problem(pointer, earlier.code, f"{earlier.detail}; or {text}")
         else:
-            found[pointer] = Problem(pointer, error["type"], text)
+            code = "model_type" if error["type"] in _NO_OBJECT else error["type"]
+            found[pointer] = Problem(pointer, code, text)
     return list(found.values())
 
 
@@ -64,6 +66,8 @@ def _detail(error: ErrorDetails | dict[str, Any], location: Sequence[str | int],
         return f"unknown field {_short(name)}; {hint}"
     if kind == "missing":
         return f"{name} is required; add it"
+    if kind in _NO_OBJECT:
+        return f"an object of fields is expected, not {_short(value)}"
     text = str(error["msg"]).removeprefix("Value error, ")
     if kind == "value_error" and isinstance(value, dict | list):
         return text

@@ -231,3 +231,14 @@ def make_node() -> Callable[..., Json]:
 @pytest.fixture
 def make_step() -> Callable[..., Json]:
     return step_row
+
+
+@pytest.fixture(scope="session")
+def start_service() -> Callable[[Settings], Running]:
+    """For fixtures of a wider scope, which stop what they start."""
+    return Running
+
+
+@pytest.fixture(scope="session")
+def new_node() -> Callable[..., Json]:
+    return node
