@@ -1,5 +1,6 @@
 """The service as a process: `python -m service.main`. Owns: socket, port file, uvicorn. Must not know: routes, database."""
 
+import contextlib
 import ipaddress
 import logging
 import os
@@ -31,7 +32,8 @@ def run(settings: Settings) -> None:
         timeout_keep_alive=75,
     )
     server = Server(config, app.state.hub, settings.port_file)
-    server.run(sockets=[listener])
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+        server.run(sockets=[listener])
     if not server.started:
         raise SystemExit("megatron-ray service: start-up failed, the reason is in the log above")
 
@@ -48,7 +50,7 @@ def refuse_open_bind(settings: Settings) -> None:
 def is_loopback(host: str) -> bool:
     """Whether every address the host name stands for is loopback. Raises SettingsError for an unknown host."""
     try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host or None, None, flags=socket.AI_PASSIVE)}
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
     except OSError as error:
         raise SettingsError(f"MEGATRON_RAY_HOST={host!r}: {error.strerror or error}; use an address of this machine") from error
     return all(ipaddress.ip_address(address).is_loopback for address in found)
@@ -57,7 +59,7 @@ def is_loopback(host: str) -> bool:
 def bind(host: str, port: int) -> socket.socket:
     """A bound TCP socket; port 0 lets the kernel choose. Raises SettingsError when the address cannot be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address[:2], family=family, backlog=2048)
     except OSError as error:
         text = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another MEGATRON_RAY_PORT, or 0 for any free one"

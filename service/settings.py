@@ -26,7 +26,7 @@ class Settings(BaseModel):
     """Folder of the embedded database, the service's key and, unless a spec says otherwise, the jobs."""
     database_url: str | None = None
     """SQLAlchemy URL; an SQLite file in `data_dir` when not given."""
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     """Address to listen on; anything but loopback needs a configured token."""
     port: int = Field(default=8470, ge=0, le=65535)
     """Port to listen on; 0 lets the kernel choose."""

@@ -1,0 +1,66 @@
+"""Plans: the same numbers as the parameter table, and nothing started."""
+
+from typing import Any
+
+import pytest
+
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parameters import local_parameters
+from workers.job import JobSpec
+
+
+def plan(service: Any, spec: dict[str, Any]) -> dict[str, Any]:
+    response = service.user.post("/v1/plans", json={"spec": spec})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+@pytest.mark.parametrize(("precision", "weight", "state"), [("fp32", 4, 8), ("bf16", 2, 12)])
+@pytest.mark.parametrize("zero", [0, 1])
+def test_bytes_are_counted_from_the_parameter_table(
+    service: Any, spec: dict[str, Any], make_node: Any, precision: str, weight: int, state: int, zero: int
+) -> None:
+    service.agent.report(make_node(cpus=4))
+    spec["training"]["precision"] = precision
+    spec["parallel"] = {"tp": 2, "sequence_parallel": True, "zero": zero}
+    found = plan(service, spec)
+    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(update={"vocab_size": 1024})
+    elements = sum(item.num_elements for item in local_parameters(model, ParallelDims(tp=2, dp=2), 0))
+    memory = found["memory"]
+    assert (found["world_size"], found["fits"], found["room"], found["problems"]) == (4, True, 4, [])
+    assert memory["parameters_bytes"] == weight * elements and memory["gradients_bytes"] == 4 * elements
+    assert memory["optimizer_bytes"] == state * (-(-elements // 2) if zero else elements) and memory["vocab_size"] == 1024
+    assert memory["total_bytes_estimate"] == sum(memory[name] for name in memory if name not in ("total_bytes_estimate", "vocab_size"))
+    assert found["ranks"][3] == {"rank": 3, "coordinates": {"tp": 1, "cp": 0, "dp": 1, "pp": 0}, "island": 1}
+    assert service.user.get("/v1/jobs").json()["data"] == []
+
+
+def test_a_plan_larger_than_the_cluster_says_by_how_much(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+    service.agent.report(make_node(cpus=2))
+    found = plan(service, spec | {"parallel": {"dp": 4}})
+    assert (found["world_size"], found["fits"], found["room"], len(found["ranks"])) == (4, False, 2, 4)
+    assert found["problems"][0]["pointer"] == "/parallel" and "room for 2" in found["problems"][0]["detail"]
+
+
+def test_an_unknown_cluster_is_said_to_be_unknown(service: Any, spec: dict[str, Any]) -> None:
+    found = plan(service, spec)
+    assert (found["world_size"], found["fits"], found["room"]) == (1, None, None)
+    assert "has not been reported yet" in found["notes"][0] and "not checked" in found["notes"][1]
+
+
+def test_vocabularies(service: Any, spec: dict[str, Any]) -> None:
+    assert plan(service, spec | {"data": {**spec["data"], "tokenizer": {"kind": "bytes"}}})["memory"]["vocab_size"] == 257
+    file = spec | {"data": {**spec["data"], "tokenizer": {"kind": "file", "path": "/t.json"}}}
+    found = plan(service, file)
+    assert found["memory"] is None and "set model.vocab_size" in found["notes"][-1]
+    assert plan(service, file | {"model": {"preset": "gpt-tiny", "vocab_size": 99}})["memory"]["vocab_size"] == 99
+
+
+def test_seventy_billion_parameters_are_planned_in_no_time(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+    service.agent.report(*(make_node(f"n{i}", cpus=96, gpus=8) for i in range(256)))
+    training = {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 1024, "steps": 10, "precision": "bf16"}
+    found = plan(
+        service, spec | {"model": {"preset": "llama3-70b"}, "parallel": {"tp": 8, "sequence_parallel": True}, "training": training}
+    )
+    assert found["world_size"] == 2048 and found["fits"] and found["ranks"][2047]["island"] == 255
+    assert found["memory"]["parameters_bytes"] == pytest.approx(2 * 70.55e9 / 8, rel=0.01)

@@ -1,0 +1,204 @@
+"""Settings, start-up, database file, and the service as a process."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import sqlalchemy as sa
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from service.auth import Scope, adopt_tokens, create_token, fingerprint, has_configured_token, read_tokens, service_key, write_tokens
+from service.main import bind, is_loopback, refuse_open_bind
+from service.schema import Table, TokenRow
+from service.settings import Settings, SettingsError
+from service.store import Store
+
+
+def test_settings_come_from_the_environment(tmp_path: Path) -> None:
+    found = Settings.from_environment(
+        {
+            "MEGATRON_RAY_DATA_DIR": str(tmp_path),
+            "MEGATRON_RAY_PORT": "0",
+            "MEGATRON_RAY_CLUSTERS": "a, b",
+            "MEGATRON_RAY_HOST": "",
+            "HOME": "/x",
+        }
+    )
+    assert (found.data_dir, found.port, found.clusters, found.host) == (tmp_path, 0, ("a", "b"), "127.0.0.1")
+    assert found.url == f"sqlite:///{tmp_path}/service.db"
+
+
+def test_wrong_settings_name_their_variable() -> None:
+    with pytest.raises(SettingsError, match="MEGATRON_RAY_PORT: Input should be less than or equal to 65535"):
+        Settings.from_environment({"MEGATRON_RAY_PORT": "70000"})
+    with pytest.raises(SettingsError, match="MEGATRON_RAY_CLUSTERS"):
+        Settings.from_environment({"MEGATRON_RAY_CLUSTERS": " , "})
+
+
+@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)])
+def test_loopback(host: str, loopback: bool) -> None:
+    assert is_loopback(host) is loopback
+
+
+def test_open_addresses_need_a_configured_token(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, host="0.0.0.0")
+    with pytest.raises(SettingsError, match=r"refusing to listen on 0.0.0.0: no token is configured; set MEGATRON_RAY_TOKENS_FILE"):
+        refuse_open_bind(settings)
+    refuse_open_bind(settings.model_copy(update={"host": "127.0.0.1"}))
+    write_tokens(tmp_path / "tokens.json")
+    refuse_open_bind(settings.model_copy(update={"tokens_file": tmp_path / "tokens.json"}))
+    store = Store.open(settings.url)
+    create_token(store, Scope.AGENT, "agent")
+    assert not has_configured_token(settings), "an agent's token lets no user in"
+    token = create_token(store, Scope.USER, "me")
+    with store.read() as session:
+        assert {row.sha256 for row in session.scalars(sa.select(TokenRow)) if row.scope == "user"} == {fingerprint(token)}
+    store.close()
+    refuse_open_bind(settings)
+
+
+def test_unknown_hosts_and_taken_ports_are_said_plainly() -> None:
+    with pytest.raises(SettingsError, match="use an address of this machine"):
+        is_loopback("no such host")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: .*; choose another MEGATRON_RAY_PORT, or 0"):
+            bind("127.0.0.1", port)
+
+
+def test_tokens_file(tmp_path: Path) -> None:
+    path = tmp_path / "t" / "tokens.json"
+    tokens = write_tokens(path)
+    assert read_tokens(path) == tokens and path.stat().st_mode & 0o777 == 0o600 and len(set(tokens.values())) == 2
+    with pytest.raises(FileExistsError):
+        write_tokens(path)
+    secret = "s" * 20
+    for content in ("", "[]", "{}", '{"root": "x"}', json.dumps({"user": secret}), '{"user": 7}', json.dumps({"user": "a.b" * 20})):
+        path.write_text(content)
+        with pytest.raises(SettingsError, match="MEGATRON_RAY_TOKENS_FILE") as caught:
+            read_tokens(path)
+        assert secret not in str(caught.value)
+    with pytest.raises(SettingsError, match="No such file"):
+        read_tokens(tmp_path / "missing")
+
+
+def test_a_changed_tokens_file_revokes_the_old_tokens_and_keeps_others(tmp_path: Path) -> None:
+    store = Store.open(f"sqlite:///{tmp_path}/s.db")
+    kept = create_token(store, Scope.USER, "made by hand")
+    adopt_tokens(store, {Scope.USER: "1" * 40, Scope.AGENT: "2" * 40})
+    adopt_tokens(store, {Scope.USER: "3" * 40})
+    with store.read() as session:
+        assert set(session.scalars(sa.select(TokenRow.sha256))) == {fingerprint(kept), fingerprint("3" * 40)}
+    store.close()
+
+
+def test_a_damaged_key_is_refused(tmp_path: Path) -> None:
+    key = service_key(tmp_path)
+    assert service_key(tmp_path) == key and len(key) == 32
+    (tmp_path / "service.key").write_bytes(b"short")
+    with pytest.raises(SettingsError, match="5 bytes instead of 32; delete it"):
+        service_key(tmp_path)
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "nonsense", "nosuch://x/y", "postgresql+nodriver://x/y"])
+def test_unusable_databases_are_refused(url: str) -> None:
+    with pytest.raises(SettingsError, match="MEGATRON_RAY_DATABASE_URL"):
+        Store.open(url)
+
+
+def test_migrations_make_exactly_the_tables_of_the_code(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/with space/100%/s.db"
+    Store.open(url).close()
+    store = Store.open(url)
+    store.close()
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
+    engine.dispose()
+
+
+def test_a_failed_transaction_leaves_nothing_and_wakes_nobody(tmp_path: Path) -> None:
+    woken: list[str] = []
+    store = Store.open(f"sqlite:///{tmp_path}/s.db", lambda *topics: woken.extend(topics))
+    with pytest.raises(RuntimeError), store.write() as session:
+        session.add(TokenRow(sha256="x", scope="user", name="n", created_at=0))
+        session.flush()
+        session.info["wake"] = {"topic"}
+        raise RuntimeError
+    with store.read() as session:
+        assert session.scalars(sa.select(TokenRow)).all() == [] and woken == []
+    store.close()
+
+
+def start_process(tmp_path: Path, **more: str) -> subprocess.Popen[str]:
+    write_tokens(tmp_path / "tokens.json")
+    variables = {
+        "MEGATRON_RAY_DATA_DIR": str(tmp_path / "data"),
+        "MEGATRON_RAY_PORT": "0",
+        "MEGATRON_RAY_PORT_FILE": str(tmp_path / "port"),
+        "MEGATRON_RAY_TOKENS_FILE": str(tmp_path / "tokens.json"),
+    }
+    environment = {**os.environ, **variables, **more}
+    return subprocess.Popen([sys.executable, "-m", "service.main"], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_process_writes_its_port_and_ends_promptly_with_open_streams(tmp_path: Path, spec: dict[str, Any], number: signal.Signals) -> None:
+    process = start_process(tmp_path)
+    port_file = tmp_path / "port"
+    while not port_file.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    url, token = f"http://127.0.0.1:{port_file.read_text().strip()}", read_tokens(tmp_path / "tokens.json")[Scope.USER]
+    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
+        job_id = client.post("/v1/jobs", json=spec).json()["id"]
+        with client.stream("GET", f"/v1/jobs/{job_id}/stream") as response:
+            lines = response.iter_lines()
+            next(lines)
+            began = time.monotonic()
+            process.send_signal(number)
+            _, log = process.communicate(timeout=20)
+    assert time.monotonic() - began < 3
+    assert "Traceback" not in log and "ERROR" not in log and token not in log and "/stream" not in log
+    assert process.returncode in (0, -number)
+
+
+def test_a_wrong_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:
+    process = start_process(tmp_path, MEGATRON_RAY_PORT="x")
+    _, log = process.communicate(timeout=30)
+    assert process.returncode == 1 and log.startswith("megatron-ray service: MEGATRON_RAY_PORT: ") and log.count("\n") == 1
+
+
+def test_service_imports_with_torch_and_ray_blocked() -> None:
+    code = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; import service.main, service.app; print('ok')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "ok\n", done.stderr
+
+
+def test_a_killed_service_loses_nothing_it_has_answered(tmp_path: Path, spec: dict[str, Any]) -> None:
+    made: list[str] = []
+    for attempt in range(2):
+        (tmp_path / "tokens.json").unlink(missing_ok=True)
+        (tmp_path / "port").unlink(missing_ok=True)
+        process = start_process(tmp_path)
+        while not (tmp_path / "port").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        token = read_tokens(tmp_path / "tokens.json")[Scope.USER]
+        url = f"http://127.0.0.1:{(tmp_path / 'port').read_text().strip()}"
+        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
+            listed = [job["id"] for job in client.get("/v1/jobs").json()["data"]]
+            assert sorted(listed) == sorted(made), f"start {attempt}"
+            made += [client.post("/v1/jobs", json=spec).json()["id"] for _ in range(5)]
+            process.kill()
+            process.communicate(timeout=10)
