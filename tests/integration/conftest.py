@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests.integration.fake_service import NAMESPACE, FakeService
+from tests.integration.road import road
+
+__all__ = ["road"]
 
 
 @pytest.fixture(scope="module")

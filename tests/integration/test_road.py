@@ -1,108 +1,19 @@
 """The whole road on one machine: the local stack as a user starts it, jobs through the public API, things killed on the way."""
 
-import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from service.client import Client
-from service.local_stack.record import StackRecord, read_record
-from service.local_stack.sessions import Session, members
+from tests.integration.road import CLI, Road
 
 pytestmark = pytest.mark.ray
-
-CLI = Path(sys.executable).with_name("megatron-ray")
-SPEC: dict[str, Any] = {
-    "name": "road",
-    "model": {"preset": "gpt-tiny", "num_layers": 2, "hidden_size": 64},
-    "parallel": {"tp": 2, "sequence_parallel": True},
-    "training": {"seq_length": 64, "micro_batch_size": 4, "global_batch_size": 8, "steps": 60, "eval_samples": 8},
-    "optimizer": {"lr": 3e-3},
-    "checkpoint": {"every_steps": 20},
-}
-
-
-class Road:
-    """A running stack and shorthands for looking at it."""
-
-    def __init__(self, data_dir: Path, corpus: Path) -> None:
-        self.data_dir, self.corpus = data_dir, corpus
-        self.client = Client(self.record.url, self.record.token)
-
-    @property
-    def record(self) -> StackRecord:
-        record = read_record(self.data_dir)
-        assert record is not None
-        return record
-
-    def spec(self, **groups: Any) -> dict[str, Any]:
-        spec = {**SPEC, "data": {"train": [{"path": str(self.corpus)}], "tokenizer": {"kind": "bytes"}}}
-        for name, fields in groups.items():
-            spec[name] = {**spec.get(name, {}), **fields} if isinstance(fields, dict) else fields
-        return spec
-
-    def wait(self, job_id: str, reached: Callable[[dict[str, Any]], bool], timeout_s: float = 120) -> dict[str, Any]:
-        """Polls until it is so; a service that is away for a moment is no failure."""
-        deadline, job = time.monotonic() + timeout_s, {}
-        while time.monotonic() < deadline:
-            try:
-                response = httpx.get(f"{self.record.url}/v1/jobs/{job_id}", headers=self.headers, timeout=5)
-                job = response.json()
-                if response.status_code == 200 and reached(job):
-                    return job
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"not reached in {timeout_s} s: {json.dumps(job)[:2000]}")
-
-    def finish(self, job_id: str) -> dict[str, Any]:
-        return self.wait(job_id, lambda job: job["status"] in ("succeeded", "failed", "cancelled"))
-
-    def step(self, job_id: str, step: int) -> dict[str, Any]:
-        return self.wait(job_id, lambda job: ((job["progress"] or {}).get("step") or 0) >= step)
-
-    @property
-    def headers(self) -> dict[str, str]:
-        return {"Authorization": f"Bearer {self.record.token}"}
-
-    def rows(self, job_id: str) -> list[dict[str, Any]]:
-        data: list[dict[str, Any]] = self.client.metrics(job_id, keys="loss,grad_norm")["data"]
-        return data
-
-    def pids(self, job_id: str) -> list[int]:
-        return [entry["pid"] for entry in self.client.ranks(job_id)["data"]]
-
-    def service_session(self) -> Session:
-        (entry,) = [entry for entry in self.record.sessions if entry.name == "service"]
-        return entry.session
-
-
-@pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
-    folder = tmp_path_factory.mktemp("road")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for index in range(60):
-        (corpus / f"{index}.txt").write_text(" ".join(str(index * number % 97) for number in range(400)))
-    data_dir = folder / "stack"
-    subprocess.run([CLI, "up", "--detach", "--cpus", "2", "--data-dir", data_dir], check=True, timeout=180, stdout=subprocess.DEVNULL)
-    sessions = []
-    try:
-        started = Road(data_dir, corpus)
-        with started.client:
-            yield started
-        sessions = [entry.session for entry in started.record.sessions]
-    finally:
-        subprocess.run([CLI, "down", "--data-dir", data_dir], check=True, timeout=120, stdout=subprocess.DEVNULL)
-    assert members(set(sessions)) == []
 
 
 @pytest.fixture(scope="module")
