@@ -105,6 +105,11 @@ def _tensor_parallel(config: TrainConfig) -> list[Problem]:
 
 def _lengths(config: TrainConfig) -> list[Problem]:
     model, training, found = config.model, config.training, []
+    if model.head_width < 2:
+        text = f"hidden_size={model.hidden_size} over num_attention_heads={model.num_attention_heads} leaves a head {model.head_width} wide"
+        found.append(
+            Problem("/model/num_attention_heads", "head_width", text + "; use fewer heads, a larger hidden_size, or give head_dim")
+        )
     if model.position_embedding == "rope" and model.head_width % 2:
         text = f"rotary positions need an even head_dim, not {model.head_width}; change hidden_size, num_attention_heads or head_dim"
         found.append(Problem("/model/head_dim", "rope_even", text))

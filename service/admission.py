@@ -1,7 +1,8 @@
 """Who may ask Ray for resources next. Owns: the queue's rule. Pure. Must not know: the database, HTTP, Ray.
 
 Higher priority first, then first come, first served. A job that must wait holds back those behind it that want the same kind
-of rank (with a GPU or without), so a large job is never starved by small ones. A job that the whole cluster could not hold holds back nobody.
+of rank (with a GPU or without), so a large job is never starved by small ones. A job that the whole cluster could not hold
+holds back nobody.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

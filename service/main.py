@@ -15,6 +15,7 @@ from service.hub import Hub
 from service.settings import Settings, SettingsError
 
 GRACEFUL_SHUTDOWN_S = 3
+BACKLOG = 2048
 
 
 def run(settings: Settings) -> None:
@@ -57,13 +58,22 @@ def is_loopback(host: str) -> bool:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound TCP socket; port 0 lets the kernel choose. Raises SettingsError when the address cannot be had."""
+    """A listening TCP socket; port 0 lets the kernel choose. Raises SettingsError when the address cannot be had."""
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=2048)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # The protocol is named because asyncio turns Nagle's algorithm off only then: without it each small answer takes 40 ms.
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen(BACKLOG)
+        except OSError:
+            listener.close()
+            raise
     except OSError as error:
         text = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another MEGATRON_RAY_PORT, or 0 for any free one"
         raise SettingsError(text) from error
+    return listener
 
 
 class Server(uvicorn.Server):

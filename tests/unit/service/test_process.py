@@ -75,6 +75,11 @@ def test_unknown_hosts_and_taken_ports_are_said_plainly() -> None:
             bind("127.0.0.1", port)
 
 
+def test_small_answers_are_not_held_back() -> None:
+    with bind("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP, "asyncio sets TCP_NODELAY on such sockets only"
+
+
 def test_tokens_file(tmp_path: Path) -> None:
     path = tmp_path / "t" / "tokens.json"
     tokens = write_tokens(path)

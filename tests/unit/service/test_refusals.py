@@ -51,6 +51,7 @@ FIELDS = [
     ("/training/global_batch_size", 7, "/training/global_batch_size", "make it one"),
     ("/model", {"preset": "gpt-9"}, "/model", "unknown preset 'gpt-9'; known:"),
     ("/model", 7, "/model", "an object of fields is expected, not 7"),
+    ("/model", {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1024}, "/model/num_attention_heads", "use fewer heads"),
     ("/data/train", [{"path": ""}], "/data/train/0/path", "at least 1 character"),
     ("/data/train", [], "/data/train", "at least 1 item"),
     ("/data/train", [{"path": "a\0b"}], "/data/train/0/path", "NUL"),
