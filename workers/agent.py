@@ -8,8 +8,10 @@ again; jobs run on without it. Must not know: torch, how a job runs, the databas
 
 import argparse
 import logging
+import os
 import queue
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -32,6 +34,8 @@ _LOG = logging.getLogger("megatron_ray.agent")
 _TICK_S = 2.0
 _POLL_S = 20.0
 _RETRY_S = 1.0
+_CONNECT_S = 5.0
+_RAY_AWAY_S = 10.0
 EXIT_RAY_LOST = 3
 EXIT_BAD_START = 2
 
@@ -69,17 +73,18 @@ class Agent:
             return 0
         try:
             self._dashboard_url = connect_ray(self._options.ray_address, hello.namespace)
-        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        except (RayError, OSError, RuntimeError, ValueError) as error:
             _LOG.error("cannot reach Ray at %s: %s", self._options.ray_address, error)
             return EXIT_RAY_LOST
         threading.Thread(target=self._follow, name="desired", daemon=True).start()
+        threading.Thread(target=watch_ray, args=(self._options.ray_address,), name="ray", daemon=True).start()
         registry = DriverRegistry(self._options.service_url, hello.namespace)
         checks = CheckDesk(link)
         storage = StorageChecks(self._options.storage_root or hello.storage_root)
         _LOG.info("cluster %s at %s, namespace %s", self._options.cluster, self._options.ray_address, hello.namespace)
         try:
             self._loop(link, hello, registry, checks, storage)
-        except (RayError, ConnectionError, RuntimeError) as error:
+        except (RayError, OSError, RuntimeError) as error:
             _LOG.error("Ray is lost: %s", error)
             return EXIT_RAY_LOST
         return 0
@@ -151,9 +156,32 @@ class Agent:
 
 
 def connect_ray(address: str, namespace: str) -> str | None:
-    """Connects this process to a running cluster; returns its dashboard's URL, when it has one. Raises ConnectionError or Ray's own."""
+    """Connects this process to a running cluster; returns its dashboard's URL, when it has one. Raises OSError or Ray's own."""
+    knock(address)  # Ray itself would try for minutes before it says that nobody is there
     context = ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
+
+
+def knock(address: str) -> None:
+    """Raises OSError when nobody listens at host:port."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+
+
+def watch_ray(address: str) -> None:
+    """Ends the process when Ray's head has been away for a while: calls into Ray block for a minute before they fail."""
+    away_since: float | None = None
+    while True:
+        time.sleep(_TICK_S)
+        try:
+            knock(address)
+            away_since = None
+        except OSError as error:
+            now = time.monotonic()
+            away_since = away_since or now
+            if now - away_since > _RAY_AWAY_S:
+                _LOG.error("Ray at %s is lost: %s", address, error)
+                os._exit(EXIT_RAY_LOST)
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[AgentOptions, Path | None]:

@@ -15,7 +15,7 @@ from megatron_ray.checkpoint.storage import StorageError, open_storage
 from megatron_ray.data.check import check_data
 from megatron_ray.data.prepare import DataProblem, prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.validation import Problem
+from megatron_ray.validation import Problem, with_vocabulary
 from workers.job import JobSpec
 from workers.spool import Line, SpoolReader
 
@@ -23,14 +23,23 @@ NONCE_FOLDER = ".megatron-ray"
 
 
 def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -> PreparedData:
-    """The data of a spec with a storage path, prepared under it or in data.cache. Raises DataProblem, StorageError."""
+    """The data of a spec with a storage path, prepared under it or in data.cache; its tokens fit the model.
+
+    Raises DataProblem, StorageError.
+    """
     if spec.storage is None:
         raise ValueError("storage.path is not resolved")
     cache = spec.data.cache or f"{spec.storage.path.rstrip('/')}/data"
     length = spec.training.seq_length
     if progress is None:
-        return prepare(spec.data, cache, seq_length=length)
-    return prepare(spec.data, cache, seq_length=length, progress=progress)
+        found = prepare(spec.data, cache, seq_length=length)
+    else:
+        found = prepare(spec.data, cache, seq_length=length, progress=progress)
+    try:
+        with_vocabulary(spec, found.vocab_size)
+    except ValueError as error:
+        raise DataProblem([Problem("/model/vocab_size", "vocab_fits", str(error))]) from error
+    return found
 
 
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:

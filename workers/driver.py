@@ -15,9 +15,10 @@ import ray
 
 from megatron_ray.checkpoint.storage import StorageError
 from workers.group import kill
-from workers.job_life import DriverReplaced, JobLife
+from workers.job_life import JobLife
 from workers.journal import JournalProblem
 from workers.orders import Fenced
+from workers.ways_out import DriverReplaced
 from workers.wire import DesiredJob, DriverStatus
 from workers.worker import RankWorker
 

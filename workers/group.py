@@ -281,6 +281,6 @@ def words_of_death(error: RayError) -> str:
     for line in str(error).splitlines():
         for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
             if mark in line:
-                text = line[line.index(mark) :].removeprefix("Worker exit detail:").strip()
+                text = line[line.index(mark) :].removeprefix("Worker exit detail:").partition("Some common causes")[0].strip()
                 return f"its process died: {text}" if "process" not in text.lower()[:20] else text
     return f"its process died: {type(error).__name__}"

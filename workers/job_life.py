@@ -20,42 +20,22 @@ from workers.group import GroupProblem, WorkerGroup
 from workers.job import JobSpec
 from workers.job_records import JobRecords
 from workers.joblogs import JobLogs
-from workers.journal import Ending, Journal, JournalEntry, Phase
+from workers.journal import Ending, Journal, JournalEntry, Phase, start_orders
 from workers.leftovers import Leftovers
-from workers.orders import Fence, StartOrder
+from workers.orders import Fence
 from workers.outbox import Outbox, RecordBook
-from workers.placement import PlacementPlan, RankPlace, SlotFacts, assign_ranks, plan_placement
+from workers.placement import PlacementPlan, assign_ranks, plan_placement
 from workers.policies import Failure, FailureKind, RestartHistory
-from workers.rank_env import RankEnv
 from workers.states import AttemptState, DesiredState, JobState, StatusReason
 from workers.supervision import AttemptEnd, AttemptPlan, EndKind, Supervision
 from workers.tasks import TaskFailed
 from workers.version import code_version
+from workers.ways_out import BackToQueue, DriverReplaced, JobEnds
 from workers.wire import DesiredJob
 
 _START_TIMEOUT_S = 180.0
 _LEAVE_TIMEOUT_S = 6.0
 _EXPLAIN_EVERY_S = 15.0
-
-
-class JobEnds(Exception):
-    """Ends the road through the phases; carries how."""
-
-    def __init__(self, state: JobState, reason: StatusReason | None = None, message: str = "", *, told: bool = False) -> None:
-        super().__init__(message)
-        self.ending = Ending(state=state.value, reason=reason.value if reason else None, message=message, told=told)
-
-
-class DriverReplaced(Exception):
-    """A newer incarnation drives this job."""
-
-
-class BackToQueue(Exception):
-    """The resources are given back; the job waits until it is wanted again at a revision above `revision`."""
-
-    def __init__(self, state: JobState, reason: StatusReason | None, message: str, revision: int) -> None:
-        super().__init__(message)
-        self.state, self.reason, self.revision = state, reason, revision
 
 
 class JobLife:
@@ -284,38 +264,21 @@ class JobLife:
         return self._supervise()
 
     def _start_ranks(self, plan: PlacementPlan) -> None:
+        """Workers, store, places, orders; each in the journal before the next. Raises GroupProblem."""
         marks = [time.monotonic()]
-        threads = max(1, int(self._spec.resources.cpus_per_rank))
-        self._group.ensure_workers(plan, threads)
+        self._group.ensure_workers(plan, max(1, int(self._spec.resources.cpus_per_rank)))
         store = self._group.store_address(_START_TIMEOUT_S, self._stop_if_cancelled)
         marks.append(time.monotonic())
-        facts: list[SlotFacts] = self._group.probe(self._fence, _START_TIMEOUT_S, self._stop_if_cancelled)
+        facts = self._group.probe(self._fence, _START_TIMEOUT_S, self._stop_if_cancelled)
         marks.append(time.monotonic())
         places = assign_ranks(facts, plan.dims)
         self._write(ranks=places, store=store)
         self._say.ranks(places)
-        orders = {place.slot: self._order(place, plan, store) for place in places}
-        self._group.start(self._fence, orders, _START_TIMEOUT_S, self._stop_if_cancelled)
+        self._group.start(self._fence, start_orders(self._entry, plan.accelerator), _START_TIMEOUT_S, self._stop_if_cancelled)
         self._write(phase=Phase.RUNNING)
         marks.append(time.monotonic())
         spans = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("store", "probe", "start"))}
         self._say.event("attempt.started", f"{len(places)} ranks started", data=spans)
-
-    def _order(self, place: RankPlace, plan: PlacementPlan, store: tuple[str, int]) -> StartOrder:
-        assert self._entry.spec is not None and self._entry.prepared is not None
-        env = RankEnv(
-            rank=place.rank,
-            world_size=plan.dims.world_size,
-            local_rank=place.local_rank,
-            local_world_size=place.local_world_size,
-            node_rank=place.node_rank,
-            master_addr=store[0],
-            master_port=store[1],
-        )
-        # Ray shows a worker its own GPU only, so that is always number 0 there.
-        device = "cuda" if plan.accelerator == "gpu" else "cpu"
-        spec, data = self._entry.spec, self._entry.prepared
-        return StartOrder(env, spec, data, self._entry.attempt, device, 0, store, self._entry.resumed_from)
 
     def _adopt(self, entry: JournalEntry) -> AttemptEnd | None:
         """Takes over living ranks; None when the attempt had not come so far that this makes sense."""

@@ -11,7 +11,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_ray.checkpoint.storage import Storage, open_storage
+from workers.orders import StartOrder
 from workers.placement import RankPlace
+from workers.rank_env import RankEnv
 
 FOLDER = "attempts"
 FORMAT_VERSION = 1
@@ -94,6 +96,34 @@ class Journal:
             return JournalEntry.model_validate(json.loads(self._storage.read_bytes(name)))
         except (ValueError, ValidationError) as error:
             raise JournalProblem(f"{self._storage.uri(name)} is not a journal entry of format {FORMAT_VERSION}: {error}") from error
+
+
+def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartOrder]:
+    """What each slot's worker is told, from the journal alone. Raises ValueError before the rank map and the data are known."""
+    if entry.spec is None or entry.prepared is None or entry.store is None:
+        raise ValueError(f"attempt {entry.attempt} has no spec, data or store yet")
+    # Ray shows a worker its own GPU only, so that is always number 0 there.
+    device = "cuda" if accelerator == "gpu" else "cpu"
+    return {
+        place.slot: StartOrder(
+            env=RankEnv(
+                rank=place.rank,
+                world_size=len(entry.ranks),
+                local_rank=place.local_rank,
+                local_world_size=place.local_world_size,
+                node_rank=place.node_rank,
+                master_addr=entry.store[0],
+                master_port=entry.store[1],
+            ),
+            spec=entry.spec,
+            data=entry.prepared,
+            attempt=entry.attempt,
+            device=device,
+            store=entry.store,
+            resume_from=entry.resumed_from,
+        )
+        for place in entry.ranks
+    }
 
 
 def _name(attempt: int) -> str:

@@ -86,9 +86,9 @@ class RankAttempt:
     def _run(self) -> None:
         started = time.monotonic()
         try:
-            import torch  # noqa: F401 - its import is a phase of its own
+            import workers.rank  # noqa: F401 - torch and the library: a phase of its own
 
-            self.report(PhaseReport("import_torch", time.monotonic() - started))
+            self.report(PhaseReport("import", time.monotonic() - started))
             outcome = self._train(self.order, self.report, self.inbox.take)
             self.spool.append("ended", {"outcome": outcome, "step": self.step})
             self.state = RankState.FINISHED if outcome == "finished" else RankState.STOPPED
@@ -154,7 +154,7 @@ class RankWorker:
         self._guard = threading.Lock()
         self._attempt: RankAttempt | None = None
         self._polled_at = time.monotonic()
-        for work in (_import_torch, self._watch_lease):
+        for work in (_preload, self._watch_lease):
             threading.Thread(target=work, daemon=True).start()
 
     def probe(self, fence: Fence) -> SlotFacts:
@@ -251,7 +251,7 @@ def log_file(folder: Path, attempt: int, rank: int) -> Path:
     return folder / f"attempt-{attempt:04d}" / f"rank-{rank:05d}.log"
 
 
-def _import_torch() -> None:
-    """Imports torch while the driver is still probing; a failure is reported by the training thread, which tries again."""
+def _preload() -> None:
+    """Imports torch and the library while the driver is still probing; a failure is the training thread's to report."""
     with contextlib.suppress(ImportError):
-        import torch  # noqa: F401
+        import workers.rank  # noqa: F401

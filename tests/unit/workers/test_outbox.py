@@ -1,0 +1,111 @@
+"""What a driver says while the service comes and goes."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.fake_service import FakeService
+from workers.link import Replaced, ServiceAway, ServiceLink, ServiceRefused
+from workers.outbox import Outbox, RecordBook
+from workers.spool import Line
+from workers.wire import DesiredJob, RecordBatch
+
+JOB = "job-a"
+
+
+@pytest.fixture
+def service() -> Iterator[FakeService]:
+    fake = FakeService()
+    fake.want(JOB, desired="run", spec={}, job_dir="/nowhere")
+    fake.up()
+    yield fake
+    if fake._server is not None:
+        fake.down()
+
+
+def attach(outbox: Outbox, service: FakeService) -> None:
+    outbox.attach(service.url, f"token-{JOB}", DesiredJob.model_validate(service.jobs[JOB]))
+
+
+def line(n: int) -> Line:
+    record = {"n": n, "at": 1.0, "kind": "step", "attempt": 1, "data": {"step": n}}
+    return Line(n, "step", json.dumps(record).encode())
+
+
+def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(tmp_path: Path, service: FakeService) -> None:
+    first = Outbox(JOB, RecordBook(str(tmp_path)), epoch=1)
+    for index in range(205):
+        first.say("event", {"type": "t", "index": index}, 1)
+    first.close()
+    assert len(list((tmp_path / "driver").iterdir())) == 3
+    second = Outbox(JOB, RecordBook(str(tmp_path)), epoch=2)
+    second.say("event", {"type": "t", "index": 205}, 1)
+    assert not second.flush(timeout_s=0.2), "nobody has said where the service is"
+    attach(second, service)
+    assert second.flush(timeout_s=10)
+    assert [record["data"]["index"] for record in service.stored(JOB)] == list(range(206))
+    assert second.stored("driver") == 206
+    second.close()
+
+
+def test_lines_wait_for_the_service_and_come_once(tmp_path: Path, service: FakeService) -> None:
+    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=1)
+    attach(outbox, service)
+    outbox.relay("a1/r0", [line(1), line(2)])
+    assert outbox.flush(timeout_s=10)
+    service.down()
+    outbox.relay("a1/r0", [line(2), line(3)])
+    assert outbox.last("a1/r0") == 3
+    assert not outbox.flush(timeout_s=0.5)
+    service.up()
+    attach(outbox, service)
+    assert outbox.flush(timeout_s=10)
+    assert service.steps(JOB, 1) == [1, 2, 3]
+    outbox.close()
+
+
+def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeService) -> None:
+    service.records[(JOB, "a1/r0")] = [{"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)]
+    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=2)
+    outbox.relay("a1/r0", [line(1), line(2), line(3)])
+    attach(outbox, service)
+    assert outbox.flush(timeout_s=10)
+    assert service.steps(JOB, 1) == [1, 2, 3]
+    outbox.close()
+
+
+def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> None:
+    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=1)
+    attach(outbox, service)
+    service.want(JOB, desired="cancel")
+    deadline = time.monotonic() + 10
+    while outbox.desired is None or outbox.desired.desired != "cancel":
+        assert time.monotonic() < deadline
+        outbox.wait(0.1)
+    outbox.attach(service.url, f"token-{JOB}", outbox.desired.model_copy(update={"revision": 0, "desired": "run"}))
+    assert outbox.desired.desired == "cancel", "an older wish does not undo a newer one"
+    outbox.close()
+
+
+def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) -> None:
+    service.epochs[JOB] = 5
+    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=4)
+    outbox.say("event", {"type": "t"}, 1)
+    attach(outbox, service)
+    assert not outbox.flush(timeout_s=10)
+    assert outbox.replaced == "epoch 4 is over"
+    outbox.close()
+
+
+def test_failures_of_the_link_have_classes(service: FakeService) -> None:
+    with ServiceLink(service.url, "wrong") as link, pytest.raises(ServiceRefused, match="refused .401 unauthorized.: wrong token"):
+        link.hello()
+    with ServiceLink(service.url, f"token-{JOB}") as link:
+        assert link.cursor(JOB, 3).stored == {}
+        with pytest.raises(Replaced, match="epoch 2 is over"):
+            link.records(RecordBatch(job_id=JOB, epoch=2, source="driver"))
+    with ServiceLink("http://127.0.0.1:1", "x") as link, pytest.raises(ServiceAway, match=r"GET http://127.0.0.1:1/.*Connect"):
+        link.hello()
