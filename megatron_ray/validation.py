@@ -20,6 +20,8 @@ class Problem:
     """What is wrong, with the numbers, and what to do about it."""
 
 
+MOST_SAMPLES = 1 << 31
+
 _LATER = {
     "pp": "pipeline parallelism",
     "vpp": "virtual pipeline stages",
@@ -30,7 +32,7 @@ _LATER = {
 
 def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
-    problems = [*_degrees(config), *_tensor_parallel(config), *_lengths(config), *_schedule(config)]
+    problems = [*_degrees(config), *_tensor_parallel(config), *_lengths(config), *_samples(config), *_schedule(config)]
     if not problems:
         problems += _batch(config, world_size)
     return problems
@@ -103,6 +105,16 @@ def _tensor_parallel(config: TrainConfig) -> list[Problem]:
     return found
 
 
+def _samples(config: TrainConfig) -> list[Problem]:
+    """The order of samples is an index in memory-mapped files: 12 bytes a sample, built before the first step."""
+    training = config.training
+    samples = training.steps * training.global_batch_size
+    if samples <= MOST_SAMPLES:
+        return []
+    text = f"steps x global_batch_size = {training.steps} x {training.global_batch_size} = {samples} samples, at most {MOST_SAMPLES}"
+    return [Problem("/training/steps", "too_many_samples", text + " can be ordered; lower steps, or use longer sequences")]
+
+
 def _lengths(config: TrainConfig) -> list[Problem]:
     model, training, found = config.model, config.training, []
     if model.head_width < 2:
@@ -124,7 +136,8 @@ def _lengths(config: TrainConfig) -> list[Problem]:
         found.append(Problem("/training/seq_length", "positions", text))
     tokenizer = config.data.tokenizer
     if tokenizer.kind == "bpe" and model.vocab_size is not None and tokenizer.vocab_size > model.vocab_size:
-        text = f"the tokenizer's {tokenizer.vocab_size} tokens do not fit into model.vocab_size={model.vocab_size}; lower the first or raise the second"
+        text = f"the tokenizer's {tokenizer.vocab_size} tokens do not fit into model.vocab_size={model.vocab_size}"
+        text += "; lower the first or raise the second"
         found.append(Problem("/data/tokenizer/vocab_size", "vocab_fits", text))
     return found
 

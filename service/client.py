@@ -88,7 +88,7 @@ class Client:
 
     def plan(self, spec: Mapping[str, Any]) -> Json:
         """How a job would run: resolved spec, rank map, memory; nothing is started."""
-        return self._object("POST", "/v1/plans", json={"spec": dict(spec)}, headers={"Idempotency-Key": str(uuid.uuid4())}, repeat=True)
+        return self._object("POST", "/v1/plans", json=dict(spec), headers={"Idempotency-Key": str(uuid.uuid4())}, repeat=True)
 
     def jobs(self, *, limit: int | None = None, after: str | None = None, status: str | None = None) -> Json:
         """One page of jobs, newest first; `after` takes the last id of the page before."""

@@ -115,7 +115,7 @@ async def _on_validation(request: Request, error: Exception) -> Response:
         return _respond(request, ProblemError("json_invalid", problem.detail, errors=[problem]))
     in_body = [item for item in details if item["loc"][:1] == ("body",)]
     if in_body:
-        if getattr(request.scope.get("route"), "path", "").endswith("/jobs"):
+        if getattr(request.scope.get("route"), "path", "").endswith(("/jobs", "/plans")):  # their body is a job spec
             return _respond(request, spec_invalid(from_pydantic(in_body, error.body, skip=1)))
         found = from_pydantic(in_body, error.body, skip=1, model=None)
         return _respond(

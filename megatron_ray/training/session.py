@@ -54,8 +54,10 @@ class TrainingSession:
         attempt: int = 1,
         resume_from: str | None = None,
     ) -> None:
-        self.config = validation.with_vocabulary(validation.resolve(config, mesh.world_size), data.vocab_size)
-        _refuse(self.config, mesh)
+        resolved = validation.resolve(config, mesh.world_size)
+        _refuse(resolved, mesh)
+        # Only now: a BPE trained on little text may have fewer tokens than it was asked for, which is no mistake.
+        self.config = validation.with_vocabulary(resolved, data.vocab_size)
         self.mesh, self._report, self._poll = mesh, report, poll
         self._phase_start = time.monotonic()
         torch.use_deterministic_algorithms(self.config.training.deterministic)

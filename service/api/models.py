@@ -205,13 +205,6 @@ class Plan(Body):
     """What had to be assumed."""
 
 
-class PlanRequest(Body):
-    """A spec to think about."""
-
-    spec: dict[str, Any]
-    """A job spec, as for POST /v1/jobs."""
-
-
 class CancelRequest(Body):
     """How to end."""
 

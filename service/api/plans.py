@@ -1,20 +1,17 @@
 """/v1/plans: how a job would run, with nothing started."""
 
 from dataclasses import asdict
-from typing import Any
 
 from fastapi import APIRouter
-from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.validation import Problem
 from service import plan, submissions
 from service.api import intake
-from service.api.models import FieldError, Plan, PlanMemory, PlanRank, PlanRequest
+from service.api.models import FieldError, Plan, PlanMemory, PlanRank
 from service.context import Service
 from service.errors import spec_invalid
 from service.room import Room, need_of
-from service.spec_problems import from_pydantic
 from workers.job import JobSpec
 
 MOST_RANKS = 65536
@@ -22,9 +19,11 @@ router = APIRouter(prefix="/v1", tags=["plans"])
 
 
 @router.post("/plans")
-async def make_plan(body: PlanRequest, service: Service) -> Plan:
-    """Resolved spec, rank map and memory. A spec that is wrong is refused; one that is right but does not fit says so in `problems`."""
-    spec = _parse(body.spec)
+async def make_plan(spec: JobSpec, service: Service) -> Plan:
+    """Resolved spec, rank map and memory; the body is a job spec.
+
+    One that is wrong is refused; one that is right but does not fit says so in `problems`.
+    """
     problems = submissions.check_rules(spec, service.settings)
     if problems:
         raise spec_invalid(problems)
@@ -48,13 +47,6 @@ async def make_plan(body: PlanRequest, service: Service) -> Plan:
         problems=[FieldError(**asdict(problem)) for problem in (*unfit, *(wrong_paths or ()))],
         notes=_notes(spec, room, paths_known=wrong_paths is not None, memory_known=memory is not None),
     )
-
-
-def _parse(given: dict[str, Any]) -> JobSpec:
-    try:
-        return JobSpec.model_validate(given)
-    except ValidationError as error:
-        raise spec_invalid(from_pydantic(error.errors(), given)) from error
 
 
 def _room(service: Service, cluster: str) -> Room:

@@ -157,3 +157,11 @@ def test_all_ranks_stop_at_the_step_that_one_asked_for(corpus: tuple[TrainConfig
     for losses, _, _, written, outcome in run_ranks(train_session, 2, config, data, None, 7):
         assert outcome == "stopped" and len(losses) == 7
         assert [path[-11:] for path in written] == ["00005-a0001", "00007-a0001"]
+
+
+def test_a_bpe_that_ended_with_fewer_tokens_than_asked_for_trains(corpus: tuple[TrainConfig, PreparedData], tmp_path: Path) -> None:
+    config, data = corpus
+    fields = with_layout(config, tmp_path, {}, steps=1).model_dump()
+    fields["data"]["tokenizer"] = {"kind": "bpe", "vocab_size": 4096}
+    session = TrainingSession(TrainConfig.from_mapping(fields), make_mesh(0, 1, config), data)
+    assert session.config.model.vocab_size == data.vocab_size < 4096 and session.run() == "finished"

@@ -54,6 +54,12 @@ def test_a_good_config_has_no_problem() -> None:
             "/data/tokenizer/vocab_size",
             "the tokenizer's 4096 tokens do not fit into model.vocab_size=1000",
         ),
+        (
+            {"training": {"steps": 1 << 30}},
+            None,
+            "/training/steps",
+            "steps x global_batch_size = 1073741824 x 16 = 17179869184 samples, at most 2147483648 can be ordered",
+        ),
         ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
         (
             {"parallel": {"dp": 3}},

@@ -321,7 +321,7 @@ def test_agents_look_at_the_paths_refuses_before_anything_is_stored(
     with service.agent as agent:
         agent.answer_checks(problem)
         response = service.user.post("/v1/jobs", json=spec)
-        plan = service.user.post("/v1/plans", json={"spec": spec}).json()
+        plan = service.user.post("/v1/plans", json=spec).json()
     assert response.status_code == 422 and response.json()["errors"] == [problem]
     assert service.user.get("/v1/jobs").json()["data"] == []
     assert plan["problems"] == [problem] and plan["fits"] is True and plan["notes"] == []

@@ -10,7 +10,7 @@ from workers.job import JobSpec
 
 
 def plan(service: Any, spec: dict[str, Any]) -> dict[str, Any]:
-    response = service.user.post("/v1/plans", json={"spec": spec})
+    response = service.user.post("/v1/plans", json=spec)
     assert response.status_code == 200, response.text
     return response.json()
 

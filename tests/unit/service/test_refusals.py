@@ -76,7 +76,7 @@ FIELDS = [
 @pytest.mark.parametrize(("path", "value", "pointer", "words"), FIELDS, ids=[f"{field[0]}-{i}" for i, field in enumerate(FIELDS)])
 def test_wrong_fields_are_named_with_a_remedy(shared: Any, spec: Json, path: str, value: Any, pointer: str, words: str) -> None:
     wrong = change(spec, path, value)
-    for response in (shared.user.post("/v1/jobs", json=wrong), shared.user.post("/v1/plans", json={"spec": wrong})):
+    for response in (shared.user.post("/v1/jobs", json=wrong), shared.user.post("/v1/plans", json=wrong)):
         if response.status_code == 200:  # a plan tells why it would not fit, instead of being refused
             errors = response.json()["problems"]
             assert response.json()["fits"] is False
@@ -167,7 +167,7 @@ def test_bodies_of_other_routes(with_job: tuple[Any, str]) -> None:
     service, job_id = with_job
     body = assert_problem(service.user.post(f"/v1/jobs/{job_id}/cancel", json={"chekpoint": True}), "request_invalid")
     assert body["errors"][0]["pointer"] == "/chekpoint" and "leave it out" in body["detail"]
-    assert assert_problem(service.user.post("/v1/plans", json={}), "request_invalid")["errors"][0]["pointer"] == "/spec"
+    assert assert_problem(service.user.post("/v1/plans", json={}), "spec_invalid")["errors"][0]["pointer"] == "/model"
 
 
 def test_keys_with_another_body_are_refused(with_job: tuple[Any, str], spec: Json) -> None:
@@ -335,7 +335,7 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(shared: Any, full_
         if not paths(spec):
             break
     content = json.dumps(spec).encode()
-    response = shared.user.post("/v1/plans", content=b'{"spec": ' + content + b"}", headers={"Content-Type": "application/json"})
+    response = shared.user.post("/v1/plans", content=content, headers={"Content-Type": "application/json"})
     if response.status_code == 200:
         body = response.json()
         assert len(body["ranks"]) == body["world_size"] >= 1 and json.dumps(body["resolved_spec"])
