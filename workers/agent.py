@@ -36,6 +36,7 @@ _POLL_S = 20.0
 _RETRY_S = 1.0
 _CONNECT_S = 5.0
 _RAY_AWAY_S = 10.0
+_STOP_S = 3.0
 EXIT_RAY_LOST = 3
 EXIT_BAD_START = 2
 
@@ -64,6 +65,11 @@ class Agent:
         """Ends `run` soon; jobs are not touched."""
         self._stopping.set()
         self._inbox.put(None)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping.is_set()
 
     def run(self) -> int:
         """Until stopped (0) or until Ray is lost (EXIT_RAY_LOST). Raises ServiceRefused when the service will not have this agent."""
@@ -227,8 +233,13 @@ def _run_until_signal(agent: Agent) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     thread.start()
+    stopped_at: float | None = None
     while thread.is_alive():
         thread.join(0.2)
+        if agent.stopping:
+            stopped_at = stopped_at or time.monotonic()
+            if time.monotonic() - stopped_at > _STOP_S:
+                os._exit(0)  # a call into Ray that does not come back; there is nothing to lose
     return outcome[0] if outcome else 1
 
 
