@@ -18,8 +18,8 @@ def select(kind: str, local_index: int = 0) -> torch.device:
 
 
 def backend_for(device: torch.device) -> str:
-    """torch.distributed backend string: NCCL beside gloo on CUDA, gloo alone on CPU."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "cpu:gloo"
+    """torch.distributed backend string: NCCL beside gloo on CUDA, gloo alone on CPU (where `cpu:gloo` would warn of a missing default)."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
