@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,77 +12,17 @@ import httpx
 import pytest
 
 from service.local_stack.interruption import Interruption, StackError
-from service.local_stack.record import StackRecord, read_record
-from service.local_stack.sessions import Session, members
+from service.local_stack.record import read_record
+from service.local_stack.sessions import members
 from service.local_stack.stack import LocalStack
 from service.local_stack.teardown import TeardownReport, down
 
 sys.path.insert(0, str(Path(__file__).parent))
 from stand_in_stack import stand_in_options  # noqa: E402
 
+from tests.integration.watched import Watched  # noqa: E402
+
 pytestmark = pytest.mark.ray
-SCRIPT = Path(__file__).parent / "stand_in_stack.py"
-
-
-class Watched:
-    """`up` in a process group of its own, and every session that it ever recorded."""
-
-    def __init__(self, data_dir: Path) -> None:
-        self.data_dir = data_dir
-        self.seen: set[Session] = set()
-        self.temp_dirs: set[Path] = set()
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(data_dir)], process_group=0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-
-    def look(self) -> StackRecord | None:
-        record = read_record(self.data_dir)
-        if record is not None:
-            self.seen.update(entry.session for entry in record.sessions)
-            self.temp_dirs.add(Path(record.temp_dir))
-        return record
-
-    def watch_for(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline and self.process.poll() is None:
-            self.look()
-            time.sleep(0.01)
-
-    def wait_until_ready(self) -> StackRecord:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            record = self.look()
-            if record is not None and record.phase == "ready":
-                return record
-            time.sleep(0.02)
-        raise AssertionError("not ready")
-
-    def signal(self, number: signal.Signals) -> None:
-        os.killpg(self.process.pid, number)
-
-    def assert_nothing_left(self) -> None:
-        assert members(self.seen) == []
-        assert [path for path in self.temp_dirs if path.exists()] == []
-        assert read_record(self.data_dir) is None
-        assert processes_that_name(str(self.data_dir)) == []
-        for temp_dir in self.temp_dirs:
-            assert processes_that_name(str(temp_dir)) == []
-
-
-def processes_that_name(text: str) -> list[int]:
-    """Pids whose command line or environment holds the text, this process and its parents aside."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) in (os.getpid(), os.getppid()):
-            continue
-        for name in ("cmdline", "environ"):
-            try:
-                held = (entry / name).read_bytes()
-            except OSError:
-                continue
-            if text.encode() in held:
-                found.append(int(entry.name))
-    return found
 
 
 @pytest.fixture
