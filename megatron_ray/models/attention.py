@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.attention_blocks import blocks_are_faster, causal_attention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import RotateQKV, split_qkv
 
@@ -35,7 +36,7 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of a batch: its shape and, with rotary positions, the angles [B or 1, S, 1, D/2]."""
+    """What attention needs to know of a batch: its shape and, with rotary positions, the cos and sin [B or 1, S, 1, D]."""
 
     batch: int
     sequence: int
@@ -62,12 +63,14 @@ class Attention(nn.Module):
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        attended = self._attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cache)
+        attended = self._attend(q, k, v, cache)
         merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
         output: Tensor = self.o(merged, residual_TH)
         return output
 
     def _attend(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache | None) -> Tensor:
+        if cache is None and blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
+            return causal_attention(q_BNSD, k_BGSD, v_BGSD)
         mask = None
         if cache is not None:
             seen = cache.length
