@@ -20,8 +20,8 @@ from megatron_ray.matmul import forward_product, input_grad_product
 from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear
 from megatron_ray.tensor_parallel.norm import widened
 
-# fp32 logits worked on at a time: about one core's second-level cache on CPU; enough to fill the machine on CUDA.
-_CHUNK_ELEMENTS = {"cpu": 512 * 1024, "cuda": 64 * 1024 * 1024}
+# fp32 logits worked on at a time: a share of the last-level cache on CPU; enough to fill the machine on CUDA.
+_CHUNK_ELEMENTS = {"cpu": 1024 * 1024, "cuda": 64 * 1024 * 1024}
 
 
 class VocabParallelHead(SlottedModule):
@@ -101,25 +101,46 @@ class _HeadLoss(torch.autograd.Function):
 
 def _softmax_loss_(logits: Tensor, labels: Tensor, mask: Tensor, module: VocabParallelHead, want_grad: bool) -> Tensor:
     """Loss of one chunk of tokens; overwrites `logits` [rows, V] with their gradient when it is wanted."""
-    wide = widened(logits)  # the same memory when the logits are fp32 already
-    largest = collectives.all_reduce(wide.amax(1), module.group, dist.ReduceOp.MAX)
-    wide.sub_(largest[:, None])
+    # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
+    source = widened(logits) if logits.device.type == "cpu" else logits
+    own_largest = widened(source.amax(1))
+    largest = collectives.all_reduce(own_largest.clone(), module.group, dist.ReduceOp.MAX)
     local = labels - module.first_row
     owned = None
     if module.group is not None:
-        owned = (local >= 0) & (local < wide.shape[1])
+        owned = (local >= 0) & (local < logits.shape[1])
         local = local.masked_fill(~owned, 0)
-    predicted = wide.gather(1, local[:, None]).squeeze(1)
+    predicted = widened(source.gather(1, local[:, None]).squeeze(1)).sub(largest)
     if owned is not None:
         predicted.masked_fill_(~owned, 0)
-    wide.exp_()
-    sums = torch.stack([wide.sum(1), predicted])
-    total, predicted = collectives.all_reduce(sums, module.group)
+    if module.valid_rows > 0:
+        shares, unit, own_total = _exponentials(source, own_largest, rounded=logits.dtype.itemsize < 4)
+        rescale = (own_largest - largest).exp_()
+        unit, own_total = unit * rescale, own_total * rescale
+    else:  # a rank with nothing but padding
+        shares, unit, own_total = torch.zeros_like(source, dtype=largest.dtype), torch.zeros_like(largest), torch.zeros_like(largest)
+    total, predicted = collectives.all_reduce(torch.stack([own_total, predicted]), module.group)
     loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
     if want_grad:
-        wide.mul_((mask / total)[:, None])
+        shares.mul_((unit / total * mask)[:, None])
         hit = mask if owned is None else mask * owned
-        wide.scatter_add_(1, local[:, None], -hit[:, None])
-        if wide is not logits:
-            logits.copy_(wide)
+        shares.scatter_add_(1, local[:, None], -hit[:, None])
+        if shares is not logits:
+            logits.copy_(shares)
     return loss
+
+
+def _exponentials(logits: Tensor, largest: Tensor, *, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(shares [rows, V], unit [rows], total [rows]): exp(logits - largest) = shares x unit, and total is its sum; fp32 or wider.
+
+    A softmax takes one pass for difference, exponential, sum and quotient, and the largest logit's exponential is one, so its share
+    tells the sum. But its exponential on CPU is off by up to 20 units in the last place: good for what is rounded to bf16, not for fp32.
+    `rounded` says that the result will be; on CPU it overwrites the logits.
+    """
+    on_cpu = logits.device.type == "cpu"
+    if on_cpu and not rounded:
+        shares = logits.sub_(largest[:, None]).exp_()
+        return shares, torch.ones_like(largest), shares.sum(1)
+    shares = torch.softmax(logits, 1, out=logits) if on_cpu else torch.softmax(logits, 1, dtype=largest.dtype)
+    total = shares.amax(1).reciprocal_()
+    return shares, total, total
