@@ -38,6 +38,7 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
     spec = JobSpec.from_mapping(order.spec)
     data = PreparedData.model_validate(order.data)
     if order.device == "cpu":
+        device.keep_freed_memory()
         torch.set_num_threads(max(1, int(spec.resources.cpus_per_rank)))
     started = time.monotonic()
     with process_group(order):

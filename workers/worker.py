@@ -6,6 +6,7 @@ whoever has the highest (attempt, epoch). Torch is imported after the log is cap
 
 import contextlib
 import os
+import socket
 import threading
 import time
 import traceback
@@ -79,18 +80,27 @@ class RankAttempt:
         self.spool.append(item.kind, vars(item))
         if isinstance(item, StepReport):
             self.step = item.step
-        elif isinstance(item, CheckpointReport | PhaseReport):
+        else:
+            self._log(_in_words(item))
+        if isinstance(item, CheckpointReport | PhaseReport):
             self._urgent.set()
         self._news.set()
 
+    def _log(self, text: str) -> None:
+        """A line in the rank's log; never one a step, which the report file has."""
+        os.write(2, f"{time.strftime('%H:%M:%S')} {text}\n".encode())
+
     def _run(self) -> None:
         started = time.monotonic()
+        env = self.order.env
+        self._log(f"rank {env.rank} of {env.world_size}, attempt {self.order.attempt}, pid {os.getpid()} on {socket.gethostname()}")
         try:
             import workers.rank  # noqa: F401 - torch and the library: a phase of its own
 
             self.report(PhaseReport("import", time.monotonic() - started))
             outcome = self._train(self.order, self.report, self.inbox.take)
             self.spool.append("ended", {"outcome": outcome, "step": self.step})
+            self._log(f"{outcome} at step {self.step}")
             self.state = RankState.FINISHED if outcome == "finished" else RankState.STOPPED
         except BaseException as error:  # noqa: BLE001 - whatever ends a rank is told to the driver
             text = "".join(traceback.format_exception(error))
@@ -249,6 +259,17 @@ def report_file(folder: Path, attempt: int, rank: int) -> Path:
 def log_file(folder: Path, attempt: int, rank: int) -> Path:
     """A rank's log on its node."""
     return folder / f"attempt-{attempt:04d}" / f"rank-{rank:05d}.log"
+
+
+def _in_words(item: Report) -> str:
+    """A report as a line of the log."""
+    if isinstance(item, PhaseReport):
+        return f"{item.phase} took {item.seconds:.2f} s"
+    if isinstance(item, CheckpointReport):
+        return f"wrote {item.bytes_written} bytes of the checkpoint of step {item.step} in {item.seconds:.2f} s: {item.path}"
+    if isinstance(item, EvalReport):
+        return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
+    return f"step {item.step}: loss {item.loss:.4f}"
 
 
 def _preload() -> None:

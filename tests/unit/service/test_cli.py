@@ -338,7 +338,7 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     assert "2 ranks" in out and "tp=2 x dp=1" in out and "4.0 MiB" in out
     assert code == (0 if fits else 1)
     assert ("/parallel: 2 ranks, but there is room for 1; add nodes" in err) is not fits
-    assert list(service.requests[0][1]) == ["spec"]
+    assert service.requests[0][1]["name"] == "tiny"
 
 
 WATCHED = stream(
