@@ -7,6 +7,7 @@ put is atomic by itself. Torch-free. Must not know: what the files mean.
 import os
 import secrets
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Entry:
     """Bytes; 0 for a folder."""
 
 
-class Storage:
+class Storage(ABC):
     """Files under one root; every name is relative to it, `/` between parts. All methods raise StorageError."""
 
     def __init__(self, root: str) -> None:
@@ -68,38 +69,38 @@ class Storage:
         """The root joined with a name: accepted by `open_storage`, meant for people too."""
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
+    @abstractmethod
     def read_bytes(self, name: str) -> bytes:
         """The whole file. Raises MissingFile when there is none."""
-        raise NotImplementedError
 
     def write_bytes_atomic(self, name: str, data: bytes) -> None:
         """Writes the file whole or not at all, durable on return; makes parent folders."""
         with self.open_output(name) as file:
             file.write(data)
 
+    @abstractmethod
     def open_output(self, name: str) -> AbstractContextManager[Writable]:
         """Context manager yielding a Writable; the file appears, durable, at a normal exit and (locally) never otherwise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def open_input(self, name: str) -> AbstractContextManager[Readable]:
         """Context manager yielding a Readable. Raises MissingFile when there is no such file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exists(self, name: str) -> bool:
         """Whether a file or folder is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
         """Entries of a folder, sorted by name; empty when it does not exist. Unfinished writes are left out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delete_file(self, name: str) -> None:
         """Deletes a file; nothing happens when there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def delete_tree(self, name: str) -> None:
         """Deletes a folder with all below it; nothing happens when there is none. Refuses the root itself."""
-        raise NotImplementedError
 
     def _inside(self, name: str) -> str:
         if not name or name.startswith("/") or ".." in name.split("/"):
