@@ -4,9 +4,15 @@ import argparse
 import json
 import sys
 
-from tests.bench import gpu, save, throughput
+from tests.bench import first_step, gpu, recovery, save, throughput
 
-BENCHES = {"throughput": throughput.run, "gpu": gpu.run, "save": save.run}
+BENCHES = {
+    "first_step": first_step.run,
+    "gpu": gpu.run,
+    "recovery": recovery.run,
+    "save": save.run,
+    "throughput": throughput.run,
+}
 
 
 def main() -> None:

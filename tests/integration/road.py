@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,9 @@ class Road:
         return entry.session
 
 
-@pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
-    folder = tmp_path_factory.mktemp("road")
+@contextmanager
+def stack(folder: Path) -> Iterator[Road]:
+    """A stack of two CPUs in a fresh folder, with a small corpus; taken down at the end, and nothing may be left."""
     corpus = folder / "corpus"
     corpus.mkdir()
     for index in range(60):
@@ -99,3 +100,9 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     finally:
         subprocess.run([CLI, "down", "--data-dir", data_dir], check=True, timeout=120, stdout=subprocess.DEVNULL)
     assert members(set(sessions)) == []
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
+    with stack(tmp_path_factory.mktemp("road")) as started:
+        yield started
