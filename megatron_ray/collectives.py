@@ -105,13 +105,6 @@ def local_rows(tensor: Tensor, group: Group) -> Tensor:
     return tensor.narrow(0, rows * group.rank(), rows)
 
 
-def broadcast(tensor: Tensor, group: Group, source: int = 0) -> Tensor:
-    """Copies from the group's rank `source`, in place."""
-    if group is not None:
-        dist.broadcast(tensor, group=group, group_src=source)
-    return tensor
-
-
 def barrier(group: Group, device: torch.device) -> None:
     """One all-reduce of one number: proves that the group works, and opens its connections."""
     all_reduce(torch.ones(1, device=device), group)

@@ -27,9 +27,9 @@ def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -
 
     Raises DataProblem, StorageError.
     """
-    if spec.storage is None:
+    cache = spec.data_cache
+    if cache is None:
         raise ValueError("storage.path is not resolved")
-    cache = spec.data.cache or f"{spec.storage.path.rstrip('/')}/data"
     length = spec.training.seq_length
     if progress is None:
         found = prepare(spec.data, cache, seq_length=length)

@@ -113,7 +113,6 @@ class Supervision:
         self._dead: set[int] = set()
         self._step_n: dict[int, int] = {}
         self._stepped = False
-        self._asked: Command = Command.CONTINUE
         self._deadline: float | None = None
         self._checkpoint_requests: int | None = None
         self._committer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")

@@ -37,6 +37,13 @@ class TrainConfig(Config):
     storage: StorageConfig | None = Field(default=None)
     """Where to write; whoever starts the run fills it when not given."""
 
+    @property
+    def data_cache(self) -> str | None:
+        """Folder of prepared data and indices; None where neither data.cache nor storage.path is given."""
+        if self.data.cache or self.storage is None:
+            return self.data.cache or None
+        return f"{self.storage.path.rstrip('/')}/data"
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
         """Validates a mapping; raises pydantic.ValidationError with one entry per wrong field."""

@@ -17,7 +17,7 @@ from torch.autograd.function import FunctionCtx
 from megatron_ray import collectives
 from megatron_ray.collectives import Group
 from megatron_ray.matmul import forward_product, input_grad_product
-from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear
+from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear, start_input_grad_reduction
 from megatron_ray.tensor_parallel.norm import widened
 
 # fp32 logits worked on at a time: a share of the last-level cache on CPU; enough to fill the machine on CUDA.
@@ -90,10 +90,7 @@ class _HeadLoss(torch.autograd.Function):
         gathered, weight, grad_logits = ctx.saved_tensors
         module: VocabParallelHead = ctx.module
         grad_hidden = input_grad_product(grad_logits, weight)
-        if module.sequence_group is not None:
-            reduced, pending = collectives.start_reduce_scatter_rows(grad_hidden, module.sequence_group)
-        else:
-            reduced, pending = grad_hidden, collectives.start_all_reduce(grad_hidden, module.group)
+        reduced, pending = start_input_grad_reduction(module, grad_hidden)
         grad_weight = deliver_linear(module, gathered, grad_logits)
         pending.wait()
         return reduced, grad_weight, None, None, None

@@ -87,6 +87,13 @@ def _needs_grad(module: SlottedModule, name: str) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
+def start_input_grad_reduction(module: SlottedModule, grad_TI: Tensor) -> tuple[Tensor, collectives.Pending]:
+    """Starts the sum of a column-cut product's input gradient over tp; each rank keeps its tokens under sequence parallelism."""
+    if module.sequence_group is not None:
+        return collectives.start_reduce_scatter_rows(grad_TI, module.sequence_group)
+    return grad_TI, collectives.start_all_reduce(grad_TI, module.group)
+
+
 def deliver_linear(module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor) -> Tensor | None:
     """Weight gradient to the slot, or as a tensor for autograd where there is no slot."""
     if not _needs_grad(module, "weight"):
@@ -130,11 +137,8 @@ class _Column(torch.autograd.Function):
         # Gathering the inputs again (instead of keeping them) hides behind the input gradient's product.
         gathered, arriving = collectives.start_all_gather_rows(inputs, module.sequence_group)
         grad_inputs = input_grad_product(grad, weight)
-        if module.sequence_group is not None:
-            arriving.wait()
-            reduced, pending = collectives.start_reduce_scatter_rows(grad_inputs, module.sequence_group)
-        else:
-            reduced, pending = grad_inputs, collectives.start_all_reduce(grad_inputs, module.group)
+        arriving.wait()
+        reduced, pending = start_input_grad_reduction(module, grad_inputs)
         grad_weight = deliver_linear(module, gathered, grad)  # overlaps with the reduction
         grad_bias = _deliver_bias(module, grad)
         pending.wait()

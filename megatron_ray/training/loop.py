@@ -5,7 +5,7 @@ empty. Ranks agree on commands through the step's own small reduction, and act o
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal, Protocol
@@ -52,7 +52,7 @@ class Parts:
     model: ParallelModel
     optimizer: ShardedOptimizer
     loader: StepLoader
-    evaluation: Callable[[], Sequence[Batch]] | None
+    evaluation: Callable[[], Iterable[Batch]] | None
     """Batches of the validation split, anew for each evaluation; None: there is no such split."""
     saver: Saver
 

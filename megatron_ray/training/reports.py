@@ -1,6 +1,6 @@
-"""What a rank says while it trains. Owns: the records' fields and their JSON form. Must not know: who listens. Torch-free."""
+"""What a rank says while it trains. Owns: the records' fields. Must not know: who listens. Torch-free."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 
@@ -65,8 +65,3 @@ class PhaseReport:
 
 
 Report = StepReport | EvalReport | CheckpointReport | PhaseReport
-
-
-def to_record(report: Report) -> dict[str, Any]:
-    """JSON-ready mapping with the report's `kind`."""
-    return {"kind": report.kind, **asdict(report)}

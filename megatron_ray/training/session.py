@@ -5,7 +5,7 @@ seconds; process groups are the caller's, so a session can be ended and another 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -85,23 +85,17 @@ class TrainingSession:
     def _loader(self, data: PreparedData) -> StepLoader:
         training, mesh = self.config.training, self.mesh
         needed = training.steps * training.global_batch_size
-        dataset = build_dataset(data.train, needed, training.seq_length, training.seed, self._cache)
+        dataset = build_dataset(data.train, needed, training.seq_length, training.seed, self.config.data_cache)
         return StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
 
-    def _evaluation(self, data: PreparedData) -> Callable[[], Sequence[Batch]] | None:
+    def _evaluation(self, data: PreparedData) -> Callable[[], Iterable[Batch]] | None:
         training, mesh = self.config.training, self.mesh
         available = (sum(corpus.num_tokens for corpus in data.validation) - 1) // training.seq_length
         count = min(training.eval_samples, available)
         if count < 1:
             return None
-        dataset = build_dataset(data.validation, count, training.seq_length, training.seed, self._cache)
-        return lambda: list(evaluation_batches(dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device))
-
-    @property
-    def _cache(self) -> str | None:
-        if self.config.data.cache is not None:
-            return self.config.data.cache
-        return None if self.config.storage is None else f"{self.config.storage.path.rstrip('/')}/data"
+        dataset = build_dataset(data.validation, count, training.seq_length, training.seed, self.config.data_cache)
+        return lambda: evaluation_batches(dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
 
 
 def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -> tuple[ParallelModel, ShardedOptimizer]:
