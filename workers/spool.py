@@ -5,7 +5,6 @@ training thread some microseconds and survives the death of the process. A torn 
 """
 
 import json
-import math
 import os
 import sys
 import threading
@@ -14,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import PydanticSerializationError, to_json
 
 SEGMENT_BYTES = 16 << 20
 """A spool goes on in a new file at this size; files that nobody needs any more are deleted."""
@@ -158,20 +159,21 @@ def segments(path: Path) -> list[tuple[int, Path]]:
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
+    """JSON has no infinities and no NaN: they become null. pydantic's encoder, because json's takes seven times as long."""
     try:
-        return json.dumps(record, separators=(",", ":"), allow_nan=False).encode()
-    except ValueError:
-        return json.dumps(_finite(record), separators=(",", ":"), allow_nan=False).encode()
+        return to_json(record, inf_nan_mode="null")
+    except PydanticSerializationError:
+        return to_json(_encodable(record), inf_nan_mode="null")
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinities and no NaN: they become null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+def _encodable(value: Any) -> Any:
+    """An error's text may hold half a character (a file name that is no UTF-8): it is written as its escape."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_encodable(item) for item in value]
     return value
 
 

@@ -1,13 +1,17 @@
 """Report and log files: numbers, cursors, torn lines, segments, caps."""
 
 import json
+import math
 import os
+import random
+import struct
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from workers.spool import LogFile, Spool, SpoolReader, parse_line, segments
@@ -60,6 +64,27 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     spool.append("step", {"loss": float("nan"), "split_s": {"a": float("inf"), "b": 1.0}, "list": [float("-inf"), 2]})
     (line,) = SpoolReader(spool.path).read(0)
     assert line.value()["data"] == {"loss": None, "split_s": {"a": None, "b": 1.0}, "list": [None, 2]}
+
+
+def test_every_number_comes_back_exactly(tmp_path: Path) -> None:
+    rng = random.Random(7)
+    floats = [value for value in (struct.unpack("d", rng.randbytes(8))[0] for _ in range(2000)) if math.isfinite(value)]
+    data = {"floats": [*floats, 0.1, 1e16, 5e-324, -0.0, np.float64(1 / 3)], "whole": [0, -1, 2**63, 10**25]}
+    spool = Spool(tmp_path / "r.jsonl", 1)
+    spool.append("step", data)
+    (line,) = SpoolReader(spool.path).read(0)
+    assert line.value()["data"] == data
+    assert [math.copysign(1, value) for value in line.value()["data"]["floats"]][-2] == -1
+
+
+def test_any_text_is_one_line(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "r.jsonl", 1)
+    texts = ["two\nlines\r\n", "\u2028 \x85 \x00", 'quotes " and \\', "ä 漢 \U0001f600", "half a character: \udc80"]
+    for text in texts:
+        spool.append("failed", {"message": text, text: [text]})
+    read = [line.value()["data"] for line in SpoolReader(spool.path).read(0)]
+    assert [data["message"] for data in read] == [*texts[:-1], "half a character: \\udc80"]
+    assert [data[data["message"]] for data in read] == [[data["message"]] for data in read]
 
 
 def test_segments_are_followed_and_released(tmp_path: Path) -> None:
