@@ -7,13 +7,11 @@ and the job's id, so it can be told to the agent again and again without being s
 import contextlib
 import hashlib
 import hmac
-import json
 import os
 import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -22,19 +20,11 @@ from service.errors import ProblemError
 from service.schema import TokenRow
 from service.settings import Settings, SettingsError
 from service.store import Store
+from service.tokens import Scope, new_token, read_tokens
 
-SHORTEST_TOKEN = 32
 FROM_FILE = "tokens file"
 OPEN_ADDRESSES = frozenset({"/healthz", "/readyz", "/openapi.json"})
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="megatron-ray"'}
-
-
-class Scope(StrEnum):
-    """What a token is for."""
-
-    USER = "user"
-    AGENT = "agent"
-    JOB = "job"
 
 
 @dataclass(frozen=True)
@@ -104,11 +94,6 @@ def required_scope(path: str) -> Scope | None:
     return Scope.AGENT if path.startswith("/internal/") else Scope.USER
 
 
-def new_token() -> str:
-    """256 random bits."""
-    return secrets.token_urlsafe(32)
-
-
 def fingerprint(token: str) -> str:
     """What is stored of a token."""
     return hashlib.sha256(token.encode()).hexdigest()
@@ -120,31 +105,6 @@ def create_token(store: Store, scope: Scope, name: str) -> str:
     with store.write() as session:
         session.add(TokenRow(sha256=fingerprint(token), scope=scope, name=name, created_at=time.time()))
     return token
-
-
-def write_tokens(path: Path) -> dict[Scope, str]:
-    """Makes a tokens file (mode 0600) with one token for the local user and one for the agent. Raises FileExistsError."""
-    tokens = {scope: new_token() for scope in (Scope.USER, Scope.AGENT)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(tokens, file)
-    return tokens
-
-
-def read_tokens(path: Path) -> dict[Scope, str]:
-    """Reads a tokens file. Raises SettingsError with what is wrong and never with a token."""
-    wanted = 'a JSON object {"user": "<token>", "agent": "<token>"}'
-    try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
-        raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path}: {reason}; it must hold {wanted}") from None
-    if not isinstance(given, dict) or not given or not set(given) <= {Scope.USER, Scope.AGENT}:
-        raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path} must hold {wanted}")
-    if not all(isinstance(token, str) and len(token) >= SHORTEST_TOKEN and "." not in token for token in given.values()):
-        remedy = "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path}: a token has at least {SHORTEST_TOKEN} characters and no dots; {remedy}")
-    return {Scope(scope): token for scope, token in given.items()}
 
 
 def adopt_tokens(store: Store, tokens: Mapping[Scope, str]) -> None:

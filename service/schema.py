@@ -9,6 +9,8 @@ from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, S
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
+REVISION = "0001"
+"""The newest migration: a database that stands there has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere; SQLite numbers rows by itself only when the type is called INTEGER."""
 

@@ -4,7 +4,6 @@ SQLite in WAL mode by default: readers never wait, one writer at a time, every c
 """
 
 import contextlib
-import importlib.resources
 import secrets
 import threading
 import time
@@ -13,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config as AlembicConfig
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.orm import Session
 
-from service.schema import DeploymentRow
+from service.schema import REVISION, DeploymentRow
 from service.settings import SettingsError
 
 BUSY_TIMEOUT_S = 30
@@ -80,9 +76,8 @@ class Store:
         """Inserts rows whose key is not there yet; returns how many were."""
         if not rows:
             return 0
-        insert = sqlite.insert if self._engine.dialect.name == "sqlite" else postgresql.insert
-        result = session.connection().execute(insert(table).on_conflict_do_nothing(), rows)
-        return result.rowcount
+        statement = _sqlite_insert(table) if self._engine.dialect.name == "sqlite" else _postgresql_insert(table)
+        return session.connection().execute(statement, rows).rowcount
 
     def deployment(self) -> DeploymentRow:
         """Who this service is; made on first use and the same ever after."""
@@ -104,13 +99,34 @@ class Store:
         self._engine.dispose()
 
     def _migrate(self) -> None:
-        config = AlembicConfig()
-        config.set_main_option("script_location", str(importlib.resources.files("service") / "migrations").replace("%", "%%"))
         with self._lock, self._writing.begin() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-            config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            if _revision(connection) != REVISION:
+                # Imported here because Alembic takes a fifth of a start, and nearly every start finds nothing to do.
+                from service.migrations.upgrade import upgrade
+
+                upgrade(connection)
+
+
+def _revision(connection: Connection) -> str | None:
+    """The migration that the database stands at; None for a new one."""
+    if not sa.inspect(connection).has_table("alembic_version"):
+        return None
+    found: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    return found
+
+
+def _sqlite_insert(table: sa.Table) -> sa.Insert:
+    from sqlalchemy.dialects.sqlite import insert
+
+    return insert(table).on_conflict_do_nothing()
+
+
+def _postgresql_insert(table: sa.Table) -> sa.Insert:
+    from sqlalchemy.dialects.postgresql import insert  # only where it is spoken: it loads every driver's dialect
+
+    return insert(table).on_conflict_do_nothing()
 
 
 def _sqlite_engine(url: sa.URL) -> Engine:

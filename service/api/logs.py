@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from service import job_files, jobs
+from service import jobs
 from service.api.models import Log
 from service.context import Service
 from service.errors import ProblemError
@@ -28,6 +28,8 @@ def read_log(
         number = attempt or job.attempt
         row = session.get(AttemptRow, (job.number, number))
     _refuse_unknown(job, row, number, rank)
+    from service import job_files  # here because pyarrow takes a fifth of the service's start, and only logs need it
+
     size, data, next_offset = job_files.read_log(job.job_dir, number, rank, offset, limit)
     return Log(rank=rank, attempt=number, offset=offset, next_offset=next_offset, size=size, data=data)
 

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 import httpx
 
 from service.client import Client
+from service.local_stack.backoff import Restart, after_end
 from service.local_stack.interruption import Interruption, StackError, StartInterrupted
 from service.local_stack.ray_head import MAX_TEMP_DIR_LENGTH, PORT_NAMES, available_cpus, free_ports, head_command, is_free, ray_environment
 from service.local_stack.record import (
@@ -31,16 +32,17 @@ from service.local_stack.record import (
 )
 from service.local_stack.sessions import GatedProcess, kill_sessions, read_process
 from service.local_stack.teardown import TeardownReport, end_recorded
-from service.local_stack.tokens import read_or_create_tokens
+from service.settings import SettingsError
+from service.tokens import Scope, read_or_create_tokens
 
 Say = Callable[[str], None]
 Name = Literal["ray", "service", "agent"]
 
 _POLL_S = 0.1
+_LOOK_S = 0.03  # between looks that cost nothing
 _RAY_TRIES = 3  # a port found free may be taken before Ray binds it
 _RAY_START_S = 90.0
-_RESTART_WAITS_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-_STEADY_S = 60.0
+_AGENT_SETTLES_S = 10.0  # it has no sign of its own that it works, and importing Ray alone may take this long
 _LOG_TAIL_LINES = 20
 _LAST_PORT = "service.port"
 
@@ -65,11 +67,15 @@ class _Child:
 
     gated: GatedProcess
     started: float
-    failures: int = 0
+    crashes: int = 0
+    ready_at: float | None = None
     restart_at: float | None = None
 
     def has_ended(self) -> bool:
         return self.gated.process.poll() is not None
+
+    def after_end(self, now: float) -> Restart:
+        return after_end(self.crashes, now - self.started, None if self.ready_at is None else now - self.ready_at)
 
 
 @dataclass
@@ -97,8 +103,7 @@ class LocalStack:
         self._keep(self._new_record(data_dir))
         Path(self._known.temp_dir).mkdir(mode=0o700)
         self._rotate_logs()
-        tokens = read_or_create_tokens(data_dir / "tokens.json")
-        self._keep(self._known.model_copy(update={"token": tokens["user"], "ray_token": secrets.token_hex(32)}))
+        self._keep(self._known.model_copy(update={"token": self._tokens()[Scope.USER], "ray_token": secrets.token_hex(32)}))
 
         self.progress("starting Ray and the service")
         self._start_service(port=self._last_port())
@@ -160,7 +165,7 @@ class LocalStack:
     def _launch(self, name: Name, command: list[str], environment: Mapping[str, str | None]) -> None:
         """At the gate, recorded, released: in this order a kill at any moment leaves nothing that `down` does not know."""
         self._check_interrupted()
-        failures = self._children[name].failures if name in self._children else 0
+        crashes = self._children[name].crashes if name in self._children else 0
         gated = GatedProcess(command, log=self._log(name))
         try:
             self._keep(self._known.with_session(name, gated.session))
@@ -168,7 +173,7 @@ class LocalStack:
             gated.abandon()
             raise
         gated.release(environment)
-        self._children[name] = _Child(gated, started=time.monotonic(), failures=failures)
+        self._children[name] = _Child(gated, started=time.monotonic(), crashes=crashes)
 
     def _last_port(self) -> int:
         """The port this data dir's service had before, if it is free, so that addresses stay good; else 0, the kernel's choice."""
@@ -185,7 +190,7 @@ class LocalStack:
             "MEGATRON_RAY_HOST": "127.0.0.1",
             "MEGATRON_RAY_PORT": str(port),
             "MEGATRON_RAY_PORT_FILE": str(self._port_file),
-            "MEGATRON_RAY_TOKENS_FILE": str(self.options.data_dir / "tokens.json"),
+            "MEGATRON_RAY_TOKENS_FILE": str(self._tokens_file),
         }
         self._launch("service", list(self.options.service_command), environment)
 
@@ -210,6 +215,7 @@ class LocalStack:
                 return False
             try:
                 if httpx.get(f"{dashboard}/api/gcs_healthz", timeout=2.0, trust_env=False).status_code == 200:
+                    self._children["ray"].ready_at = time.monotonic()
                     return True
             except httpx.HTTPError:
                 pass  # not listening yet
@@ -218,23 +224,25 @@ class LocalStack:
     def _wait_for_service(self) -> None:
         deadline = time.monotonic() + self.options.ready_timeout_s
         while not self._port_file.exists():
-            self._pause()
+            self._pause(_LOOK_S)
             if self._children["service"].has_ended():
                 raise StackError("the service ended while starting", self.log_tail("service"))
             if time.monotonic() > deadline:
+                self._kill("service")
                 raise StackError("the service did not start in time", self.log_tail("service"))
+        self._children["service"].ready_at = time.monotonic()
         port = int(self._port_file.read_text())
         (self.options.data_dir / _LAST_PORT).write_text(f"{port}\n")
         ports = {**self._known.ports, "service": port}
         self._keep(self._known.model_copy(update={"url": f"http://127.0.0.1:{port}", "ports": ports}))
 
     def _start_agent(self) -> None:
-        tokens = read_or_create_tokens(self.options.data_dir / "tokens.json")
         known = self._known
         command = [*self.options.agent_command, "--service", known.url, "--address", known.ray_address, "--cluster", "default"]
-        secret = {"MEGATRON_RAY_AGENT_TOKEN": tokens["agent"], "MEGATRON_RAY_AGENT_TOKEN_FILE": None}
+        secret = {"MEGATRON_RAY_AGENT_TOKEN": self._tokens()[Scope.AGENT], "MEGATRON_RAY_AGENT_TOKEN_FILE": None}
         environment: dict[str, str | None] = {**self._ray_environment(), **secret}
         self._launch("agent", command, environment)
+        self._children["agent"].ready_at = time.monotonic() + _AGENT_SETTLES_S
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.options.ready_timeout_s
@@ -257,7 +265,7 @@ class LocalStack:
     def supervise(self, until: Callable[[], bool] = lambda: False) -> None:
         """Restarts what ends, with back-off, until `until()` or a signal."""
         while not until() and not self.interruption.asked:
-            time.sleep(_POLL_S)
+            time.sleep(_LOOK_S)
             for name in list(self._children):
                 try:
                     self._look_after(name)
@@ -269,16 +277,15 @@ class LocalStack:
     def _look_after(self, name: Name) -> None:
         child, now = self._children[name], time.monotonic()
         if not child.has_ended():
-            if child.failures and now - child.started > _STEADY_S:
-                child.failures = 0
             return
         if child.restart_at is None:
-            wait_s = _RESTART_WAITS_S[min(child.failures, len(_RESTART_WAITS_S) - 1)]
-            child.restart_at = now + wait_s
+            restart = child.after_end(now)
+            child.crashes, child.restart_at = restart.crashes, now + restart.wait_s
             code = child.gated.process.returncode
-            self.say(f"{_LABELS[name]} ended ({_ending(code)}); restarting" + (f" in {wait_s:.0f} s" if wait_s else ""))
-        elif now >= child.restart_at:
-            child.failures += 1
+            self.say(
+                f"{_LABELS[name]} ended ({_ending(code)}); restarting" + (f" in {restart.wait_s:.0f} s" if restart.wait_s >= 1 else "")
+            )
+        if now >= child.restart_at:
             child.restart_at = None
             self._restart(name)
 
@@ -331,12 +338,22 @@ class LocalStack:
         if self.interruption.asked:
             raise StartInterrupted
 
-    def _pause(self) -> None:
+    def _pause(self, seconds: float = _POLL_S) -> None:
         self._check_interrupted()
-        time.sleep(_POLL_S)
+        time.sleep(seconds)
 
     def _ray_environment(self) -> dict[str, str | None]:
         return ray_environment(self._known.ray_token, Path(self._known.temp_dir))
+
+    @property
+    def _tokens_file(self) -> Path:
+        return self.options.data_dir / "tokens.json"
+
+    def _tokens(self) -> dict[Scope, str]:
+        try:
+            return read_or_create_tokens(self._tokens_file)
+        except SettingsError as error:
+            raise StackError(str(error)) from error
 
     @property
     def _port_file(self) -> Path:

@@ -1,5 +1,6 @@
 """Settings, start-up, database file, and the service as a process."""
 
+import importlib.resources
 import json
 import os
 import signal
@@ -15,12 +16,14 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 
-from service.auth import Scope, adopt_tokens, create_token, fingerprint, has_configured_token, read_tokens, service_key, write_tokens
+from service.auth import adopt_tokens, create_token, fingerprint, has_configured_token, service_key
 from service.main import bind, is_loopback, refuse_open_bind
-from service.schema import Table, TokenRow
+from service.schema import REVISION, Table, TokenRow
 from service.settings import Settings, SettingsError
 from service.store import Store
+from service.tokens import Scope, read_or_create_tokens, read_tokens, write_tokens
 
 
 def test_settings_come_from_the_environment(tmp_path: Path) -> None:
@@ -86,6 +89,7 @@ def test_tokens_file(tmp_path: Path) -> None:
     assert read_tokens(path) == tokens and path.stat().st_mode & 0o777 == 0o600 and len(set(tokens.values())) == 2
     with pytest.raises(FileExistsError):
         write_tokens(path)
+    assert read_tokens(path) == tokens and list(path.parent.iterdir()) == [path], "no rest of the second try"
     secret = "s" * 20
     for content in ("", "[]", "{}", '{"root": "x"}', json.dumps({"user": secret}), '{"user": 7}', json.dumps({"user": "a.b" * 20})):
         path.write_text(content)
@@ -94,6 +98,15 @@ def test_tokens_file(tmp_path: Path) -> None:
         assert secret not in str(caught.value)
     with pytest.raises(SettingsError, match="No such file"):
         read_tokens(tmp_path / "missing")
+
+
+def test_a_stack_makes_its_tokens_once_and_needs_both(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.json"
+    tokens = read_or_create_tokens(path)
+    assert read_or_create_tokens(path) == tokens and set(tokens) == {Scope.USER, Scope.AGENT}
+    path.write_text(json.dumps({"user": "u" * 40}))
+    with pytest.raises(SettingsError, match="both tokens; delete it"):
+        read_or_create_tokens(path)
 
 
 def test_a_changed_tokens_file_revokes_the_old_tokens_and_keeps_others(tmp_path: Path) -> None:
@@ -130,6 +143,27 @@ def test_migrations_make_exactly_the_tables_of_the_code(tmp_path: Path) -> None:
         assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
     engine.dispose()
+
+
+def test_the_newest_migration_is_the_one_the_code_names(tmp_path: Path) -> None:
+    folder = str(importlib.resources.files("service") / "migrations")
+    assert ScriptDirectory(folder).get_current_head() == REVISION
+
+
+def test_a_current_database_is_opened_without_alembic(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/s.db"
+    Store.open(url).close()
+    code = f"import sys; from service.store import Store; Store.open({url!r}).close(); print('alembic' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_starting_imports_nothing_that_only_some_requests_need() -> None:
+    code = (
+        "import sys; import service.main; print([name for name in ('alembic', 'pyarrow', 'numpy', 'typer', 'rich') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_a_failed_transaction_leaves_nothing_and_wakes_nobody(tmp_path: Path) -> None:

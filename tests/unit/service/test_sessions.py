@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 
 from service.local_stack import record as record_module
-from service.local_stack.interruption import StackError
 from service.local_stack.ray_head import PORT_NAMES, available_cpus, free_ports, head_command, is_free, ray_environment
 from service.local_stack.record import RecordUnreadableError, StackRecord, forget, read_record, record_path, write_record
 from service.local_stack.sessions import GatedProcess, Session, is_running, kill_sessions, members, read_process, send_signal
 from service.local_stack.teardown import down, remove_temp_dir
-from service.local_stack.tokens import read_or_create_tokens
 
 
 @pytest.fixture
@@ -161,16 +159,6 @@ def test_only_temp_dirs_of_stacks_are_removed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a temp dir of a local stack"):
         remove_temp_dir(tmp_path)
     assert tmp_path.exists()
-
-
-def test_tokens_are_made_once(tmp_path: Path) -> None:
-    path = tmp_path / "tokens.json"
-    tokens = read_or_create_tokens(path)
-    assert path.stat().st_mode & 0o777 == 0o600
-    assert read_or_create_tokens(path) == tokens and len(set(tokens.values())) == 2
-    path.write_text("{}")
-    with pytest.raises(StackError, match="delete it, and `up` makes new ones"):
-        read_or_create_tokens(path)
 
 
 def test_ray_is_told_every_port_and_no_secret() -> None:

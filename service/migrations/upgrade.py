@@ -1,0 +1,15 @@
+"""Bringing a database up to date. Owns: Alembic's configuration. Must not know: when that is due (`service.store` decides)."""
+
+import importlib.resources
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy.engine import Connection
+
+
+def upgrade(connection: Connection) -> None:
+    """Runs every migration that the database lacks, inside the caller's transaction."""
+    config = Config()
+    config.set_main_option("script_location", str(importlib.resources.files("service") / "migrations").replace("%", "%%"))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "head")
