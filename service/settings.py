@@ -20,7 +20,7 @@ class SettingsError(ValueError):
 class Settings(BaseModel):
     """All settings; a field `data_dir` is read from MEGATRON_RAY_DATA_DIR, and so on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     data_dir: Path = Path("~/.megatron-ray")
     """Folder of the embedded database, the service's key and, unless a spec says otherwise, the jobs."""

@@ -40,6 +40,10 @@ def test_settings_come_from_the_environment(tmp_path: Path) -> None:
     assert found.url == f"sqlite:///{tmp_path}/service.db"
 
 
+def test_the_data_dir_is_in_the_home_folder_when_none_is_given() -> None:
+    assert Settings.from_environment({}).data_dir == Path.home() / ".megatron-ray"
+
+
 def test_wrong_settings_name_their_variable() -> None:
     with pytest.raises(SettingsError, match="MEGATRON_RAY_PORT: Input should be less than or equal to 65535"):
         Settings.from_environment({"MEGATRON_RAY_PORT": "70000"})
