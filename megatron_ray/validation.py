@@ -20,6 +20,10 @@ class Problem:
     """What is wrong, with the numbers, and what to do about it."""
 
 
+class ConfigProblem(ValueError):
+    """A config that contradicts itself, its data or its world: the user's to mend, so nothing is gained by trying again."""
+
+
 MOST_SAMPLES = 1 << 31
 
 _LATER = {
@@ -61,10 +65,10 @@ def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
 
 
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
-    """Fills model.vocab_size from the tokenizer. Raises ValueError when the model's own is too small for it."""
+    """Fills model.vocab_size from the tokenizer. Raises ConfigProblem when the model's own is too small for it."""
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
-        raise ValueError(f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}; raise it, or leave it out")
+        raise ConfigProblem(f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}; raise it, or leave it out")
     model = config.model.model_copy(update={"vocab_size": given or vocab_size})
     return config.model_copy(update={"model": model})
 

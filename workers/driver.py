@@ -16,8 +16,9 @@ import ray
 from megatron_ray.checkpoint.storage import StorageError
 from workers.group import kill
 from workers.job_life import JobLife
-from workers.journal import JournalProblem
+from workers.journal import Ending, ForeignJournal, JournalProblem
 from workers.orders import Fenced
+from workers.states import JobState, StatusReason
 from workers.ways_out import DriverReplaced
 from workers.wire import DesiredJob, DriverStatus
 from workers.worker import RankWorker
@@ -37,6 +38,7 @@ class JobDriver:
         self._attached: tuple[str, str, DesiredJob] | None = None
         self._life: JobLife | None = None
         self._trouble = ""
+        self._ending: Ending | None = None
         self._lock = threading.Lock()
         threading.Thread(target=self._main, name="job", daemon=True).start()
 
@@ -62,19 +64,26 @@ class JobDriver:
         failures = bugs = 0
         while True:
             try:
-                self._live(give_up=bugs >= _MOST_BUGS)
+                self._live()
                 break
             except (DriverReplaced, Fenced) as why:
                 sys.stderr.write(f"this driver was replaced and ends: {why}\n")
                 sys.stderr.flush()
                 # Not ray.kill: that would end the newer incarnation, which has the same actor id.
                 os._exit(0)
+            except ForeignJournal as foreign:
+                ending = Ending(state=JobState.FAILED.value, reason=StatusReason.SPEC_INVALID.value, message=f"/storage/path: {foreign}")
+                self._job_dir, self._ending = f"{self._job_dir}/refused-{self._job_id}", ending
+                continue
             except (StorageError, JournalProblem) as error:
                 self._trouble = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; the journal says where to go on
                 self._trouble = f"{type(error).__name__}: {error}"
                 bugs += 1
                 traceback.print_exc()
+                if bugs == _MOST_BUGS:
+                    text = f"the job's driver cannot go on: {self._trouble}"
+                    self._ending = Ending(state=JobState.FAILED.value, reason=StatusReason.INTERNAL.value, message=text)
             finally:
                 if self._life is not None:
                     self._life.outbox.close()
@@ -82,11 +91,12 @@ class JobDriver:
             failures += 1
         kill(ray.get_runtime_context().current_actor)
 
-    def _live(self, give_up: bool) -> None:
+    def _live(self) -> None:
         namespace = ray.get_runtime_context().namespace
         life = JobLife(self._job_id, self._job_dir, namespace, type(self).worker_class, self._trouble)
+        self._trouble = ""
         with self._lock:
             self._life = life
             if self._attached is not None:
                 life.outbox.attach(*self._attached)
-        life.run(give_up)
+        life.run(self._ending)

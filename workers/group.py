@@ -1,7 +1,7 @@
 """A job's actors and placement group. Owns: get-or-create by name, one outstanding call per rank, ends by name.
 
 Every name is derived from job and slot, so that a restarted driver finds what an earlier one made. Decides nothing.
-Must not know: HTTP, torch, policies.
+Must not know: HTTP, torch, what follows a death.
 """
 
 import contextlib
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.training.commands import Command
 from workers.cluster import NODE_ID_LABEL
 from workers.orders import Fence, Fenced, NextReply, Poll, StartOrder
 from workers.placement import PlacementPlan, SlotFacts
+from workers.policies import FailureKind
 from workers.rendezvous import StoreServer
 
 GONE_S = 10.0
@@ -26,20 +27,28 @@ GONE_S = 10.0
 
 
 class GroupProblem(Exception):
-    """Actors that did not come up; `dead_slots` names those that must be made anew."""
+    """Actors that did not come up; `dead_slots` names those that must be made anew, `kind` says of what they died."""
 
-    def __init__(self, message: str, dead_slots: Iterable[int] = ()) -> None:
+    def __init__(self, message: str, dead_slots: Iterable[int] = (), kind: FailureKind = FailureKind.START) -> None:
         super().__init__(message)
-        self.dead_slots = tuple(dead_slots)
+        self.dead_slots, self.kind = tuple(dead_slots), kind
+
+
+@dataclass(frozen=True)
+class Death:
+    """How an actor ended, as far as Ray tells."""
+
+    kind: FailureKind
+    words: str
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of one rank's outstanding call: a reply, or the sentence that says how its process ended."""
+    """What came of one rank's outstanding call: a reply, or how its process ended."""
 
     rank: int
     reply: NextReply | None = None
-    death: str | None = None
+    death: Death | None = None
 
 
 def driver_name(job_id: str) -> str:
@@ -172,12 +181,12 @@ class WorkerGroup:
                 results.append(ray.get(calls[slot]))
             except RayTaskError as error:
                 raise_if_fenced(error)
-                dead[slot] = str(error.cause)
+                dead[slot] = Death(FailureKind.START, str(error.cause))
             except RayError as error:
-                dead[slot] = words_of_death(error)
+                dead[slot] = death_of(error)
         if dead:
-            slot, text = next(iter(dead.items()))
-            raise GroupProblem(f"slot {slot}: {text}", dead)
+            slot, death = next(iter(dead.items()))
+            raise GroupProblem(f"slot {slot}: {death.words}", dead, death.kind)
         return results
 
     # ---- the one outstanding call per rank
@@ -205,9 +214,9 @@ class WorkerGroup:
             return Answer(rank, reply=ray.get(call))
         except RayTaskError as error:
             raise_if_fenced(error)
-            return Answer(rank, death=f"its worker failed: {error.cause}")
+            return Answer(rank, death=Death(FailureKind.PROCESS_DIED, f"its worker failed: {error.cause}"))
         except RayError as error:
-            return Answer(rank, death=words_of_death(error))
+            return Answer(rank, death=death_of(error))
 
     def command(self, slot: int, fence: Fence, command: Command) -> None:
         """Sends a command; whether it arrived shows in what the rank does."""
@@ -276,11 +285,23 @@ def raise_if_fenced(error: RayTaskError) -> None:
         raise error.cause from error
 
 
-def words_of_death(error: RayError) -> str:
-    """The part of Ray's long text that a person wants."""
-    for line in str(error).splitlines():
+def death_of(error: RayError) -> Death:
+    """Kind, and the part of Ray's long text that a person wants."""
+    text = str(error)
+    words = _words_of_death(text) or f"its process died: {type(error).__name__}"
+    if isinstance(error, RayActorError) and error.preempted:
+        return Death(FailureKind.PREEMPTED, f"its node was preempted: {words}")
+    if "node has died" in text or "node is dead" in text or "node was terminated" in text:
+        return Death(FailureKind.NODE_LOST, words)
+    if "running low on memory" in text or "OutOfMemory" in text:
+        return Death(FailureKind.NODE_MEMORY, f"Ray ended it because the node was running out of memory: {words}")
+    return Death(FailureKind.PROCESS_DIED, words)
+
+
+def _words_of_death(text: str) -> str | None:
+    for line in text.splitlines():
         for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
             if mark in line:
-                text = line[line.index(mark) :].removeprefix("Worker exit detail:").partition("Some common causes")[0].strip()
-                return f"its process died: {text}" if "process" not in text.lower()[:20] else text
-    return f"its process died: {type(error).__name__}"
+                words = line[line.index(mark) :].removeprefix("Worker exit detail:").partition("Some common causes")[0].strip()
+                return f"its process died: {words}" if "process" not in words.lower()[:20] else words
+    return None

@@ -13,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_ray.checkpoint.storage import Storage, open_storage
 from workers.orders import StartOrder
 from workers.placement import RankPlace
+from workers.policies import FailureKind
 from workers.rank_env import RankEnv
+from workers.states import DesiredState
 
 FOLDER = "attempts"
 FORMAT_VERSION = 1
@@ -21,6 +23,14 @@ FORMAT_VERSION = 1
 
 class JournalProblem(Exception):
     """A journal that cannot be used; the text names the file and why."""
+
+
+class ForeignJournal(Exception):
+    """The folder holds another job: its checkpoints and records must not be mixed with this one's."""
+
+    def __init__(self, job_dir: str, owner: str) -> None:
+        super().__init__(f"{job_dir} belongs to {owner}; give this job a storage.path of its own, or leave it out")
+        self.owner = owner
 
 
 class Phase(StrEnum):
@@ -45,6 +55,29 @@ class Ending(BaseModel):
     message: str = ""
     told: bool = False
     """Whether the service has heard it already, in the words of another record."""
+
+
+class FailedAttempt(BaseModel):
+    """Why the current attempt ended, until it is decided what follows: a driver that dies in between goes on from here."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: FailureKind
+    message: str
+    rank: int | None = None
+    detail: str = ""
+    dead_ranks: tuple[int, ...] = ()
+
+
+class GivenBack(BaseModel):
+    """The resources are given back, or about to be; the job waits for a wish newer than `revision`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: str
+    reason: str | None
+    message: str
+    revision: int
 
 
 class JournalEntry(BaseModel):
@@ -73,6 +106,12 @@ class JournalEntry(BaseModel):
     last_commit: int = 0
     """Step of the newest committed checkpoint; 0: none."""
     resumed_from: str | None = None
+    checkpoint_requests: int = 0
+    """Wishes for a checkpoint that have been passed on to the ranks."""
+    stopping: DesiredState | None = None
+    """Why the ranks of this attempt were told to stop."""
+    failed: FailedAttempt | None = None
+    given_back: GivenBack | None = None
     ending: Ending | None = None
 
 

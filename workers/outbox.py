@@ -64,10 +64,10 @@ class _Source:
 class Outbox:
     """Pushes records in the background; `desired` is what the service last asked for."""
 
-    def __init__(self, job_id: str, book: RecordBook, epoch: int) -> None:
+    def __init__(self, job_id: str, book: RecordBook, said: Iterable[Record], epoch: int) -> None:
+        """`said`: what the book holds; the service may lack some of it."""
         self._job_id, self._book, self._epoch = job_id, book, epoch
-        self._sources: dict[str, _Source] = {DRIVER: _Source()}
-        self._sources[DRIVER].pending.extend(book.load())
+        self._sources: dict[str, _Source] = {DRIVER: _Source(deque(said))}
         self._changed = threading.Condition()
         self._address: tuple[str, str] | None = None
         self._synced = False

@@ -34,6 +34,7 @@ class FailureKind(StrEnum):
     STORAGE = "storage"
     PROCESS_DIED = "process_died"
     NODE_LOST = "node_lost"
+    NODE_MEMORY = "node_memory"
     PREEMPTED = "preempted"
     SILENT = "silent"
     HANG = "hang"
@@ -49,6 +50,7 @@ RANKED = (
     FailureKind.STORAGE,
     FailureKind.PREEMPTED,
     FailureKind.NODE_LOST,
+    FailureKind.NODE_MEMORY,
     FailureKind.PROCESS_DIED,
     FailureKind.SILENT,
     FailureKind.START,
@@ -63,6 +65,7 @@ _REASONS = {
     FailureKind.STORAGE: StatusReason.STORAGE_ERROR,
     FailureKind.PROCESS_DIED: StatusReason.WORKER_DIED,
     FailureKind.NODE_LOST: StatusReason.NODE_LOST,
+    FailureKind.NODE_MEMORY: StatusReason.OOM,  # of the whole node, perhaps another's doing: tried again, unlike a rank's own
     FailureKind.SILENT: StatusReason.NODE_LOST,
     FailureKind.PREEMPTED: StatusReason.PREEMPTED,
     FailureKind.HANG: StatusReason.HANG,
@@ -84,7 +87,7 @@ _COLLATERAL_TEXTS = (
     "read error",
     "write error",
 )
-_USER_TYPES = ("DataProblem", "UserMistake", "ValidationError")
+_USER_TYPES = ("ConfigProblem", "DataProblem", "UserMistake", "ValidationError")
 _OOM_TYPES = ("OutOfMemoryError", "MemoryError")
 _STORAGE_TYPES = ("StorageError", "MissingFile")
 _NAN_TYPES = ("NonFiniteLoss",)

@@ -6,19 +6,18 @@ restart anything: it returns how the attempt ended. Must not know: HTTP, torch, 
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_ray.checkpoint.storage import StorageError
 from megatron_ray.training.commands import Command
 from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseReport, StepReport
 from workers import policies
 from workers.commit import CheckpointLedger, WholeCheckpoint, commit_whole
-from workers.gauges import TrainingGauges
-from workers.group import Answer, WorkerGroup
+from workers.group import Answer, Death, WorkerGroup
 from workers.joblogs import JobLogs
 from workers.orders import Fence, NextReply, Poll, RankState
 from workers.outbox import Outbox
@@ -68,6 +67,10 @@ class AttemptPlan:
     grace_s: float
     manifest: dict[str, Any]
     last_commit: int
+    checkpoint_requests: int = 0
+    """Wishes for a checkpoint that the ranks have heard before."""
+    stopping: DesiredState | None = None
+    """Why they were told to stop before, by an earlier incarnation."""
     renew: bool = False
     """Stop at a checkpoint and end: this code is another version than the one that started the ranks."""
 
@@ -87,8 +90,20 @@ class RankView:
     """Number of its report that it wrote a checkpoint, by step."""
 
 
+class Listener(Protocol):
+    """Who keeps the books of the attempt; called in the driver's thread."""
+
+    def stepped(self, data: dict[str, Any]) -> None: ...
+
+    def phase(self, data: dict[str, Any]) -> None: ...
+
+    def committed(self, whole: WholeCheckpoint, deleted: Sequence[str]) -> None: ...
+
+    def commanded(self, *, stopping: DesiredState | None = None, checkpoint_requests: int | None = None) -> None: ...
+
+
 class Supervision:
-    """Runs one attempt to its end. `committed(whole, deleted)` is called for each commit, in the driver's thread."""
+    """Runs one attempt to its end."""
 
     def __init__(
         self,
@@ -96,12 +111,9 @@ class Supervision:
         group: WorkerGroup,
         outbox: Outbox,
         logs: JobLogs,
-        gauges: TrainingGauges,
-        committed: Callable[[WholeCheckpoint, Sequence[str]], None],
-        first_step: Callable[[], None],
+        listener: Listener,
     ) -> None:
-        self._plan, self._group, self._outbox, self._logs, self._gauges = plan, group, outbox, logs, gauges
-        self._committed, self._first_step = committed, first_step
+        self._plan, self._group, self._outbox, self._logs, self._listener = plan, group, outbox, logs, listener
         now = time.monotonic()
         self.views = {
             place.rank: RankView(place, now, cursor=None, log_offset=logs.size(plan.attempt, place.rank)) for place in plan.places
@@ -114,7 +126,7 @@ class Supervision:
         self._step_n: dict[int, int] = {}
         self._stepped = False
         self._deadline: float | None = None
-        self._checkpoint_requests: int | None = None
+        self._checkpoint_requests = plan.checkpoint_requests
         self._committer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self._committing: Future[Sequence[str]] | None = None
         self._commit_of: WholeCheckpoint | None = None
@@ -168,7 +180,7 @@ class Supervision:
         view = self.views[answer.rank]
         view.heard_at = time.monotonic()
         if answer.reply is None:
-            self._died(answer.rank, answer.death or "its process died")
+            self._died(answer.rank, answer.death or Death(FailureKind.PROCESS_DIED, "its process died"))
             return
         reply = answer.reply
         self._take_lines(view, reply.lines)
@@ -194,6 +206,8 @@ class Supervision:
         rank = view.place.rank
         for line in lines:
             data = json.loads(line.text)["data"]
+            if rank == 0 and line.kind == PhaseReport.kind:
+                self._listener.phase(data)
             if line.kind == CheckpointReport.kind and data["step"] > self._plan.last_commit:
                 view.written_n[data["step"]] = line.n
                 self._ledger.written(rank, data["step"], data["path"], data["bytes_written"])
@@ -206,17 +220,15 @@ class Supervision:
 
     def _take_step(self, n: int, data: dict[str, Any]) -> None:
         self._step_n[data["step"]] = n
-        self._gauges.show(data)
-        if not self._stepped:
-            self._stepped = True
-            self._first_step()
+        self._stepped = True
+        self._listener.stepped(data)
 
-    def _died(self, rank: int, words: str) -> None:
+    def _died(self, rank: int, death: Death) -> None:
         place = self.views[rank].place
         where = f"pid {place.pid} on node {place.address}" + ("" if place.gpu is None else f", GPU {place.gpu}")
         self._dead.add(rank)
         self.views[rank].state = RankState.FAILED
-        self._fail(FailureKind.PROCESS_DIED, f"{words} ({where})", rank)
+        self._fail(death.kind, f"{death.words} ({where})", rank)
 
     def _fail(self, kind: FailureKind, message: str, rank: int | None, detail: str = "") -> None:
         self._failures.append(Failure(kind, message, rank, len(self._failures), detail))
@@ -236,16 +248,18 @@ class Supervision:
     # ---- acting
 
     def _obey(self, desired: DesiredJob | None) -> None:
-        stop = self._plan.renew or (desired is not None and desired.desired in (DesiredState.CANCEL, DesiredState.PAUSE))
-        if stop and self._deadline is None:
-            save = self._plan.renew or desired is None or desired.final_checkpoint
+        wish = desired.desired if desired is not None else self._plan.stopping
+        unwanted = wish in (DesiredState.CANCEL, DesiredState.PAUSE)
+        if (unwanted or self._plan.renew) and self._deadline is None:
+            save = desired is None or desired.final_checkpoint or not unwanted
+            if unwanted and wish is not self._plan.stopping:
+                self._listener.commanded(stopping=wish)
             self._command(Command.CHECKPOINT_AND_STOP if save else Command.STOP)
             self._deadline = time.monotonic() + self._plan.grace_s
-        elif desired is not None and not stop:
-            seen = self._checkpoint_requests
+        elif desired is not None and desired.checkpoint_requests > self._checkpoint_requests:
+            self._command(Command.CHECKPOINT)
             self._checkpoint_requests = desired.checkpoint_requests
-            if seen is not None and desired.checkpoint_requests > seen:
-                self._command(Command.CHECKPOINT)
+            self._listener.commanded(checkpoint_requests=self._checkpoint_requests)
 
     def _command(self, command: Command) -> None:
         """To rank 0 alone: the ranks agree on the largest command in the step's own reduction."""
@@ -273,7 +287,7 @@ class Supervision:
             self._fail(FailureKind.STORAGE, f"the checkpoint of step {whole.step} cannot be committed: {error}", None)
             return
         self._release(whole.step)
-        self._committed(whole, deleted)
+        self._listener.committed(whole, deleted)
 
     def _release(self, step: int) -> None:
         """Reports up to a commit are in the checkpoint; what the service has stored too may go from the ranks' files."""

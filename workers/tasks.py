@@ -7,6 +7,8 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+_END_S = 5.0
+
 
 class TaskFailed(Exception):
     """A task that raised or whose process died; the text is one sentence."""
@@ -28,6 +30,13 @@ def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
 def is_done(call: Any) -> bool:
     """Whether the result (or failure) is there."""
     return bool(ray.wait([call], timeout=0)[0])
+
+
+def end(call: Any) -> None:
+    """Ends the task's process unless it is done; nothing of it runs on."""
+    if not is_done(call):
+        ray.cancel(call, force=True)
+        ray.wait([call], timeout=_END_S)
 
 
 def result(call: Any) -> Any:

@@ -19,6 +19,7 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.training.loop import Progress
 from megatron_ray.training.reports import CheckpointReport
+from megatron_ray.validation import ConfigProblem
 
 
 class TrainingSaver:
@@ -35,7 +36,7 @@ class TrainingSaver:
         on_written: Callable[[CheckpointReport], None],
     ) -> None:
         if config.storage is None:
-            raise ValueError("storage.path is not set; checkpoints have nowhere to go")
+            raise ConfigProblem("storage.path is not set; checkpoints have nowhere to go")
         self._config, self._optimizer, self._attempt = config, optimizer, attempt
         self._storage_path = config.storage.path
         self._end_of_document = data.end_of_document

@@ -40,7 +40,7 @@ class TrainingSession:
     writer's thread) and PhaseReports of the start-up. `poll` is asked once a step on every rank and must return at once.
     `resume_from` is the path of a committed checkpoint, of any layout.
 
-    Raises ValueError when the config contradicts the mesh or the data.
+    Raises ConfigProblem when the config contradicts the mesh or the data.
     """
 
     def __init__(
@@ -111,6 +111,6 @@ def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:
     problems = validation.check(config, mesh.world_size)
     if problems:
-        raise ValueError("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+        raise validation.ConfigProblem("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
     if validation.world_size(config) != mesh.world_size:
-        raise ValueError(f"the config wants {validation.world_size(config)} ranks, the mesh has {mesh.world_size}")
+        raise validation.ConfigProblem(f"the config wants {validation.world_size(config)} ranks, the mesh has {mesh.world_size}")

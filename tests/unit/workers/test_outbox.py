@@ -26,6 +26,11 @@ def service() -> Iterator[FakeService]:
         fake.down()
 
 
+def open_outbox(folder: Path, epoch: int) -> Outbox:
+    book = RecordBook(str(folder))
+    return Outbox(JOB, book, book.load(), epoch)
+
+
 def attach(outbox: Outbox, service: FakeService) -> None:
     outbox.attach(service.url, f"token-{JOB}", DesiredJob.model_validate(service.jobs[JOB]))
 
@@ -36,12 +41,12 @@ def line(n: int) -> Line:
 
 
 def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(tmp_path: Path, service: FakeService) -> None:
-    first = Outbox(JOB, RecordBook(str(tmp_path)), epoch=1)
+    first = open_outbox(tmp_path, epoch=1)
     for index in range(205):
         first.say("event", {"type": "t", "index": index}, 1)
     first.close()
     assert len(list((tmp_path / "driver").iterdir())) == 3
-    second = Outbox(JOB, RecordBook(str(tmp_path)), epoch=2)
+    second = open_outbox(tmp_path, epoch=2)
     second.say("event", {"type": "t", "index": 205}, 1)
     assert not second.flush(timeout_s=0.2), "nobody has said where the service is"
     attach(second, service)
@@ -52,7 +57,7 @@ def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(tmp_path: 
 
 
 def test_lines_wait_for_the_service_and_come_once(tmp_path: Path, service: FakeService) -> None:
-    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=1)
+    outbox = open_outbox(tmp_path, epoch=1)
     attach(outbox, service)
     outbox.relay("a1/r0", [line(1), line(2)])
     assert outbox.flush(timeout_s=10)
@@ -69,7 +74,7 @@ def test_lines_wait_for_the_service_and_come_once(tmp_path: Path, service: FakeS
 
 def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeService) -> None:
     service.records[(JOB, "a1/r0")] = [{"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)]
-    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=2)
+    outbox = open_outbox(tmp_path, epoch=2)
     outbox.relay("a1/r0", [line(1), line(2), line(3)])
     attach(outbox, service)
     assert outbox.flush(timeout_s=10)
@@ -78,7 +83,7 @@ def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeSer
 
 
 def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> None:
-    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=1)
+    outbox = open_outbox(tmp_path, epoch=1)
     attach(outbox, service)
     service.want(JOB, desired="cancel")
     deadline = time.monotonic() + 10
@@ -92,7 +97,7 @@ def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> 
 
 def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) -> None:
     service.epochs[JOB] = 5
-    outbox = Outbox(JOB, RecordBook(str(tmp_path)), epoch=4)
+    outbox = open_outbox(tmp_path, epoch=4)
     outbox.say("event", {"type": "t"}, 1)
     attach(outbox, service)
     assert not outbox.flush(timeout_s=10)
