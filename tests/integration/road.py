@@ -17,6 +17,7 @@ from service.local_stack.record import StackRecord, read_record
 from service.local_stack.sessions import Session, members
 
 CLI = Path(sys.executable).with_name("megatron-ray")
+ENDS = ("succeeded", "failed", "cancelled")
 SPEC: dict[str, Any] = {
     "name": "road",
     "model": {"preset": "gpt-tiny", "num_layers": 2, "hidden_size": 64},
@@ -32,7 +33,22 @@ class Road:
 
     def __init__(self, data_dir: Path, corpus: Path) -> None:
         self.data_dir, self.corpus = data_dir, corpus
-        self.client = Client(self.record.url, self.record.token)
+        self._client: Client | None = None
+
+    @property
+    def client(self) -> Client:
+        """Of the service, wherever it is now."""
+        record = self.record
+        if self._client is None or self._client.url != record.url:
+            self.close()
+            self._client = Client(record.url, record.token)
+        return self._client
+
+    def close(self) -> None:
+        """Gives the client's connections back."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
 
     @property
     def record(self) -> StackRecord:
@@ -60,8 +76,8 @@ class Road:
             time.sleep(0.1)
         raise AssertionError(f"not reached in {timeout_s} s: {json.dumps(job)[:2000]}")
 
-    def finish(self, job_id: str) -> dict[str, Any]:
-        return self.wait(job_id, lambda job: job["status"] in ("succeeded", "failed", "cancelled"))
+    def finish(self, job_id: str, timeout_s: float = 120) -> dict[str, Any]:
+        return self.wait(job_id, lambda job: job["status"] in ENDS, timeout_s)
 
     def step(self, job_id: str, step: int) -> dict[str, Any]:
         return self.wait(job_id, lambda job: ((job["progress"] or {}).get("step") or 0) >= step)
@@ -94,8 +110,10 @@ def stack(folder: Path) -> Iterator[Road]:
     sessions = []
     try:
         started = Road(data_dir, corpus)
-        with started.client:
+        try:
             yield started
+        finally:
+            started.close()
         sessions = [entry.session for entry in started.record.sessions]
     finally:
         subprocess.run([CLI, "down", "--data-dir", data_dir], check=True, timeout=120, stdout=subprocess.DEVNULL)

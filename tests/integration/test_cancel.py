@@ -1,0 +1,176 @@
+"""A job is cancelled in each of its states: it ends in time, with a last checkpoint where there was something to save."""
+
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from tests.integration.chaos_road import Observer, assert_nothing_left, busy_workers, dice, history, kill, observed, story, until
+from tests.integration.road import Road
+
+pytestmark = pytest.mark.ray
+
+DEMO = Path(__file__).parents[2] / "deploy/jobs/stdlib-tp2.yaml"
+GRACE_S = 60.0
+DEMO_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def observer(road: Road) -> Iterator[Observer]:
+    with observed(road) as found:
+        yield found
+
+
+def endless(road: Road, **groups: Any) -> dict[str, Any]:
+    """A job that ends only when it is told to, and writes no checkpoint by itself."""
+    return road.spec(training={"steps": 100_000}, checkpoint={"every_steps": 100_000}, restart={"backoff_s": 0.2}, **groups)
+
+
+@contextmanager
+def preparing(road: Road, observer: Observer) -> Iterator[str]:
+    """Megabytes to learn a vocabulary from take their time."""
+    words = random.Random(7)
+    path = road.data_dir / f"large-{time.monotonic_ns()}.txt"
+    path.write_text(" ".join("".join(words.choices("abcdefghij", k=words.randint(3, 9))) for _ in range(700_000)))
+    job_id = road.client.submit(road.spec(data={"train": [{"path": str(path)}], "tokenizer": {"kind": "bpe", "vocab_size": 8192}}))["id"]
+    until("the task that prepares the data", lambda: any("prepare" in title for _, title in busy_workers(road)), 60)
+    yield job_id
+
+
+@contextmanager
+def queued(road: Road, observer: Observer) -> Iterator[str]:
+    """Another job has the room."""
+    holder = road.client.submit(endless(road))["id"]
+    road.wait(holder, lambda job: job["status"] in ("scheduling", "starting", "running"))
+    job_id = road.client.submit(endless(road))["id"]
+    road.wait(job_id, lambda job: job["status"] == "queued")
+    yield job_id
+    cancel(road, holder)
+    assert road.finish(holder)["status"] == "cancelled"
+
+
+@contextmanager
+def scheduling(road: Road, observer: Observer) -> Iterator[str]:
+    """Somebody of whom the service knows nothing has a CPU."""
+    observer.hold()
+    try:
+        job_id = road.client.submit(endless(road))["id"]
+        until("a job that waits for room", lambda: seen(road, job_id, "placement.waiting"), 60)
+        yield job_id
+    finally:
+        observer.release()
+
+
+@contextmanager
+def starting(road: Road, observer: Observer) -> Iterator[str]:
+    job_id = road.client.submit(endless(road))["id"]
+    until("starting", lambda: seen(road, job_id, "job.starting"), 60)
+    yield job_id
+
+
+@contextmanager
+def running(road: Road, observer: Observer) -> Iterator[str]:
+    job_id = road.client.submit(endless(road))["id"]
+    road.step(job_id, 5)
+    yield job_id
+
+
+@contextmanager
+def recovering(road: Road, observer: Observer) -> Iterator[str]:
+    with running(road, observer) as job_id:
+        kill(road.pids(job_id)[1])
+        road.wait(job_id, lambda job: job["status"] == "recovering")
+        yield job_id
+
+
+@contextmanager
+def cancelling(road: Road, observer: Observer) -> Iterator[str]:
+    with running(road, observer) as job_id:
+        cancel(road, job_id)
+        yield job_id
+
+
+STATES: dict[str, Callable[[Road, Observer], Any]] = {
+    state.__name__: state for state in (preparing, queued, scheduling, starting, running, recovering, cancelling)
+}
+
+
+def seen(road: Road, job_id: str, kind: str) -> bool:
+    return any(event["type"] == kind for event in history(road, job_id))
+
+
+def cancel(road: Road, job_id: str, **body: Any) -> None:
+    """As a user does; without a body, or with one."""
+    url = f"{road.record.url}/v1/jobs/{job_id}/cancel"
+    assert httpx.post(url, json=body or None, headers=road.headers, timeout=20, trust_env=False).status_code == 202
+
+
+def end(road: Road, observer: Observer, job_id: str, **body: Any) -> float:
+    """Cancels a job, and sees that it ends as it should with nothing left; seconds that it took."""
+    before = road.client.show(job_id)["status"]
+    started = time.monotonic()
+    cancel(road, job_id, **body)
+    job = road.finish(job_id)
+    seconds = time.monotonic() - started
+    said = story(road, job_id)
+    assert job["status"] == "cancelled" and job["status_reason"] == "user_cancelled", said
+    assert seconds <= GRACE_S, said
+    if before == "running":
+        last, rows = job["last_checkpoint"], road.rows(job_id)
+        if body.get("checkpoint", True):
+            assert last is not None and last["step"] == rows[-1]["step"], said
+        else:
+            assert last is None, said
+    assert_nothing_left(road, observer, [job_id])
+    sys.stdout.write(f"cancelled in {seconds:.2f} s from {before} {body or ''}\n")
+    return seconds
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_from_each_state(road: Road, observer: Observer, state: str) -> None:
+    with STATES[state](road, observer) as job_id:
+        assert road.client.show(job_id)["status"] == state
+        end(road, observer, job_id)
+
+
+def test_without_a_last_checkpoint(road: Road, observer: Observer) -> None:
+    with running(road, observer) as job_id:
+        end(road, observer, job_id, checkpoint=False)
+
+
+# ---- the long forms
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", range(20))
+def test_at_any_moment(road: Road, observer: Observer, number: int) -> None:
+    chance = dice(f"cancel {number}")
+    state = list(STATES)[number % len(STATES)]
+    body = chance.choice(({}, {"checkpoint": True}, {"checkpoint": False}))
+    delay_s = chance.uniform(0.0, 1.5)
+    with ExitStack() as held:
+        job_id = held.enter_context(STATES[state](road, observer))
+        time.sleep(delay_s)
+        sys.stdout.write(f"{delay_s:.2f} s after {state}: ")
+        end(road, observer, job_id, **({} if state == "cancelling" else body))
+
+
+@pytest.mark.chaos
+def test_the_demos_spec_ends_quickly(road: Road, observer: Observer) -> None:
+    chance = dice("cancel the demo")
+    spec = {**yaml.safe_load(DEMO.read_text())}
+    taken = []
+    for _ in range(5):
+        job_id = road.client.submit(spec)["id"]
+        road.wait(job_id, lambda job: job["status"] == "running", 600)
+        road.step(job_id, chance.randint(1, 20))
+        taken.append(end(road, observer, job_id))
+    sys.stdout.write(f"seconds from POST to cancelled: {[round(seconds, 2) for seconds in taken]}\n")
+    assert max(taken) <= DEMO_S

@@ -1,0 +1,231 @@
+"""Anything of a stack is killed while a job lives; the job goes on as if nothing had happened."""
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from megatron_ray.checkpoint.directory import latest_committed
+from tests.integration.chaos_road import (
+    Observer,
+    RankFile,
+    assert_as_undisturbed,
+    assert_nothing_left,
+    dice,
+    history,
+    kill,
+    kill_session,
+    observed,
+    service_away,
+    session,
+    until,
+    values,
+)
+from tests.integration.road import ENDS, Road
+
+pytestmark = pytest.mark.ray
+
+STEPS, EVERY = 300, 100
+AWAY_S, AWAY_STEPS = 10.0, 200
+RUNS_AGAIN_S = 15.0
+MOST_GAP = 3.0
+"""Longest pause between two steps, in medians."""
+
+PHASES = ("job.created", "job.scheduling", "job.starting", "ranks.assigned", "attempt.running", "checkpointing", "recovering")
+VICTIMS = ("service", "driver", "agent", "store", "rank", "ray")
+
+
+@pytest.fixture(scope="module")
+def observer(road: Road) -> Iterator[Observer]:
+    with observed(road) as found:
+        yield found
+
+
+def quick(road: Road, **groups: Any) -> dict[str, Any]:
+    """A job of short steps."""
+    groups["training"] = {"steps": STEPS, "global_batch_size": 4, **groups.get("training", {})}
+    groups["checkpoint"] = {"every_steps": EVERY, **groups.get("checkpoint", {})}
+    return road.spec(**groups)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(road: Road) -> list[dict[str, Any]]:
+    """Loss and norm of every step when nobody disturbs it."""
+    job = road.finish(road.client.submit(quick(road))["id"])
+    assert job["status"] == "succeeded", job
+    rows = road.rows(job["id"])
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return rows
+
+
+def gaps(file: RankFile) -> tuple[float, float]:
+    """(median, longest) time between two steps, by the rank's own clock."""
+    found = [after["at"] - before["at"] for before, after in pairwise(file.steps())]
+    return statistics.median(found), max(found)
+
+
+def living(observer: Observer, job_id: str, role: str) -> int:
+    """The pid of a role, once there is one."""
+    return int(until(f"a living {role}", lambda: observer.actors(job_id).get(role), 60))
+
+
+def stay_away(road: Road, observer: Observer, job_id: str, file: RankFile, seconds: float) -> None:
+    """The service is away so long, and for 200 steps, a checkpoint and a SIGKILL of the driver."""
+    driver = living(observer, job_id, "driver")
+    with service_away(road):
+        gone_at, before = time.monotonic(), file.steps()[-1]["step"]
+        file.reached(before + 20)
+        kill(driver)
+        file.reached(before + AWAY_STEPS)
+        assert any(line["kind"] == "checkpoint_written" and line["data"]["step"] > before for line in file.lines())
+        time.sleep(max(0.0, seconds - (time.monotonic() - gone_at)))
+
+
+def test_the_service_is_away_and_the_driver_dies(road: Road, observer: Observer, undisturbed: list[dict[str, Any]]) -> None:
+    job_id = road.client.submit(quick(road))["id"]
+    with RankFile(road, job_id) as file:
+        file.reached(10)
+        road.step(job_id, 1)
+        pids = road.pids(job_id)
+        stay_away(road, observer, job_id, file, AWAY_S)
+        job = road.finish(job_id)
+    assert_as_undisturbed(road, job, undisturbed)
+    assert job["attempt"] == 1 and road.pids(job_id) == pids
+    assert values(file.steps()) == values(road.rows(job_id))
+    median, longest = gaps(file)
+    sys.stdout.write(f"steps: median {median:.4f} s, longest gap {longest:.4f} s, {longest / median:.1f} medians\n")
+    assert longest <= MOST_GAP * median
+    assert_nothing_left(road, observer, [job_id])
+
+
+def test_agent_and_store_die_and_then_a_rank(road: Road, observer: Observer, undisturbed: list[dict[str, Any]]) -> None:
+    job_id = road.client.submit(quick(road))["id"]
+    with RankFile(road, job_id) as file:
+        file.reached(10)
+        before = living(observer, job_id, "w0"), living(observer, job_id, "w1")
+        agent = session(road, "agent")
+        kill_session(agent)
+        kill(living(observer, job_id, "store"))
+        until("another agent", lambda: session(road, "agent") != agent, 30)
+        file.reached(EVERY + 20)
+        after = observer.actors(job_id)
+        assert (after["w0"], after["w1"]) == before and {row["attempt"] for row in file.steps()} == {1}
+        kill(before[1])
+        job = road.finish(job_id)
+    assert job["attempt"] == 2 and job["failures"] == 1
+    assert_as_undisturbed(road, job, undisturbed)
+    assert_nothing_left(road, observer, [job_id])
+
+
+def test_a_rank_dies_while_the_service_is_away(road: Road, observer: Observer, undisturbed: list[dict[str, Any]]) -> None:
+    job_id = road.client.submit(quick(road))["id"]
+    with RankFile(road, job_id) as file:
+        file.reached(EVERY + 10)
+        folder = road.client.show(job_id)["storage_path"]
+        until("a commit", lambda: latest_committed(folder), 30)
+        rank = living(observer, job_id, "w1")
+        with service_away(road):
+            newest = latest_committed(folder)
+            assert newest is not None
+            killed_at = time.time()
+            kill(rank)
+            file.reached(newest.step + 1, RUNS_AGAIN_S, attempt=2)
+            first = file.steps(2)[0]
+            sys.stdout.write(f"running again after {first['at'] - killed_at:.2f} s from step {newest.step}\n")
+        job = road.finish(job_id)
+    assert first["step"] == newest.step + 1 and first["at"] - killed_at <= RUNS_AGAIN_S
+    assert job["attempt"] == 2 and job["failures"] == 1
+    assert_as_undisturbed(road, job, undisturbed)
+    assert_nothing_left(road, observer, [job_id])
+
+
+# ---- the long forms
+
+
+@pytest.mark.chaos
+def test_the_service_is_away_for_half_a_minute(road: Road, observer: Observer) -> None:
+    spec = quick(road, training={"steps": 2000})
+    plain = road.finish(road.client.submit(spec)["id"], 600)
+    job_id = road.client.submit(spec)["id"]
+    with RankFile(road, job_id) as file:
+        file.reached(10)
+        road.step(job_id, 1)
+        pids = road.pids(job_id)
+        stay_away(road, observer, job_id, file, 30.0)
+        job = road.finish(job_id, 600)
+    assert_as_undisturbed(road, job, road.rows(plain["id"]))
+    assert job["attempt"] == 1 and road.pids(job_id) == pids
+    assert values(file.steps()) == values(road.rows(job_id))
+    median, longest = gaps(file)
+    sys.stdout.write(f"steps: median {median:.4f} s, longest gap {longest:.4f} s, {longest / median:.1f} medians\n")
+    assert longest <= MOST_GAP * median
+    assert_nothing_left(road, observer, [job_id])
+
+
+@pytest.mark.chaos
+def test_rays_head_dies(road: Road, observer: Observer, undisturbed: list[dict[str, Any]]) -> None:
+    job_id = road.client.submit(quick(road))["id"]
+    with RankFile(road, job_id) as file:
+        file.reached(EVERY + 10)
+        folder = road.client.show(job_id)["storage_path"]
+        newest = until("a commit", lambda: latest_committed(folder), 30)
+        kill_session(session(road, "ray"))
+        job = road.finish(job_id, 300)
+        assert file.steps(job["attempt"])[0]["step"] > newest.step
+    assert_as_undisturbed(road, job, undisturbed)
+    assert_nothing_left(road, observer, [job_id])
+
+
+def strike(road: Road, observer: Observer, job_id: str, victim: str, chance: random.Random) -> str:
+    """Kills one thing; says what was hit."""
+    if victim == "service":
+        seconds = chance.uniform(0.5, 10.0)
+        with service_away(road):
+            time.sleep(seconds)
+        return f"service away for {seconds:.1f} s"
+    if victim in ("ray", "agent"):
+        kill_session(session(road, "ray" if victim == "ray" else "agent"))
+        return victim
+    role = f"w{chance.randrange(2)}" if victim == "rank" else victim
+    pid = observer.actors(job_id).get(role)
+    if pid is None:
+        return f"{role} was not there"
+    kill(pid)
+    return role
+
+
+def reach(road: Road, job_id: str, file: RankFile, phase: str) -> None:
+    """Waits for a phase of the job's life."""
+    if phase == "checkpointing":
+        file.reached(EVERY)
+    elif phase == "recovering":
+        file.reached(EVERY + 1)
+        kill(road.pids(job_id)[0])
+    else:
+        until(phase, lambda: any(event["type"] == phase for event in history(road, job_id)), 120)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("number", range(20))
+def test_anything_at_any_moment(road: Road, observer: Observer, undisturbed: list[dict[str, Any]], number: int) -> None:
+    chance = dice(f"moment {number}")
+    phase, delay_s = PHASES[number % len(PHASES)], chance.uniform(0.0, 1.5)
+    victims = chance.sample(VICTIMS, chance.choice((1, 2)))
+    spec = quick(road, restart={"max_failures": 20, "backoff_s": 0.2})
+    job_id = road.client.submit(spec)["id"]
+    with RankFile(road, job_id) as file:
+        reach(road, job_id, file, phase)
+        time.sleep(delay_s)
+        for victim in victims:
+            said = strike(road, observer, job_id, victim, chance)
+            sys.stdout.write(f"{delay_s:.2f} s after {phase}: {said}\n")
+            time.sleep(chance.uniform(0.0, 2.0))
+        job = road.finish(job_id, 300)
+    assert job["status"] in ENDS
+    assert_as_undisturbed(road, job, undisturbed)
+    assert_nothing_left(road, observer, [job_id], 40)
