@@ -4,11 +4,12 @@ import argparse
 import json
 import sys
 
-from tests.bench import first_step, gpu, recovery, save, throughput
+from tests.bench import first_step, gpu, overhead, recovery, save, throughput
 
 BENCHES = {
     "first_step": first_step.run,
     "gpu": gpu.run,
+    "overhead": overhead.run,
     "recovery": recovery.run,
     "save": save.run,
     "throughput": throughput.run,
