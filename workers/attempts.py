@@ -58,6 +58,7 @@ class Attempts:
         if found.phase not in (Phase.STARTING, Phase.RUNNING, Phase.RECOVERING):
             return None
         missing = self._group.adopt(range(self._job.world_size))
+        self._tell_checkpoints()
         if found.phase is Phase.RECOVERING:
             return self._unfinished_recovery(found)
         if found.phase is Phase.STARTING or not found.ranks:
@@ -71,7 +72,6 @@ class Attempts:
             text = f"its process was gone when the driver came back (pid {dead[0].pid} on node {dead[0].address})"
             cause = Failure(FailureKind.PROCESS_DIED, text, dead[0].rank)
             return AttemptEnd(EndKind.FAILED, cause, tuple(place.rank for place in dead))
-        self._tell_checkpoints(found)
         pids = [place.pid for place in found.ranks]
         self._job.say.event("driver.adopted", f"{len(pids)} running ranks adopted", data={"pids": pids})
         return self._supervise(renew=found.code_version != code_version())
@@ -84,14 +84,13 @@ class Attempts:
         cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
         return AttemptEnd(EndKind.FAILED, cause, failed.dead_ranks)
 
-    def _tell_checkpoints(self, found: JournalEntry) -> None:
+    def _tell_checkpoints(self) -> None:
         """Commits and deletions that the earlier incarnation made and did not live to tell."""
         there = {info.path: info for info in list_checkpoints(self._job.job_dir) if info.committed}
         for path in self._job.say.kept_checkpoints.keys() - there.keys():
             self._job.say.deleted(path)
         for info in sorted(there.values(), key=lambda info: info.order):
-            if info.attempt == found.attempt:
-                self._record_commit(info.step, info.path, info.bytes, info.loss)
+            self._record_commit(info.step, info.path, info.bytes, info.loss)
 
     # ---- after an attempt
 
@@ -154,10 +153,11 @@ class Attempts:
         data["preemptions"] = spent.preemptions
         words = f"trying again from step {entry.last_commit}" if decision.retry else "giving up"
         job.say.event("policy.decision", f"{words}: {decision.message}", "warn" if decision.retry else "error", data)
+        if decision.retry:
+            job.say.state(JobState.RECOVERING, decision.reason, decision.message)
         job.write(failures=spent.failures, preemptions=spent.preemptions, commits_at_failure=spent.commits_at_failure, failed=None)
         if not decision.retry:
             raise JobEnds(JobState.FAILED, decision.reason, decision.message)
-        job.say.state(JobState.RECOVERING, decision.reason, decision.message)
         until = time.monotonic() + decision.delay_s
         while (left := until - time.monotonic()) > 0:
             job.stop_if_unwanted()

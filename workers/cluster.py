@@ -58,3 +58,8 @@ def session_folder(node_id: str) -> Path:
         if node["NodeID"] == node_id and node.get("RayletSocketName"):
             return Path(node["RayletSocketName"]).parent.parent
     return Path(tempfile.gettempdir())
+
+
+def job_folder(node_id: str, job_id: str) -> Path:
+    """Where a job's ranks write on a node, whoever asks."""
+    return session_folder(node_id) / "megatron-ray" / job_id

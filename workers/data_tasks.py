@@ -17,6 +17,7 @@ from megatron_ray.data.prepare import DataProblem, prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.validation import Problem, with_vocabulary
 from workers.job import JobSpec
+from workers.journal import Journal, JournalProblem
 from workers.spool import Line, SpoolReader
 
 NONCE_FOLDER = ".megatron-ray"
@@ -56,7 +57,22 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
         return [{"pointer": "/" + "/".join(map(str, row["loc"])), "code": str(row["type"]), "detail": row["msg"]} for row in error.errors()]
-    return problem_rows(check_data(job.data, job.training.seq_length, storage_path))
+    return problem_rows([*check_data(job.data, job.training.seq_length, storage_path), *_taken(storage_path)])
+
+
+def _taken(storage_path: str) -> list[Problem]:
+    """A new job's folder must not hold another job: its checkpoints would be taken for this one's, and its records overwritten."""
+    try:
+        found = Journal(storage_path).latest()
+        owner = found.job_id if found else None
+    except JournalProblem as problem:
+        owner = str(problem)
+    except StorageError:
+        return []  # already said by the check for writing
+    if owner is None:
+        return []
+    text = f"{storage_path} holds another job already ({owner}); give this job a folder of its own, or leave storage.path out"
+    return [Problem("/storage/path", "in_use", text)]
 
 
 def problem_rows(problems: list[Problem]) -> list[dict[str, str]]:

@@ -98,6 +98,11 @@ class WorkerGroup:
                 bundle_label_selector=[selector] * len(plan.bundles) if selector else None,
             )
 
+    def placed_nodes(self, plan: PlacementPlan) -> tuple[str, ...]:
+        """Ids of the nodes that the ready placement group lies on."""
+        table: dict[str, Any] = ray.util.placement_group_table(self.placement_group(plan))
+        return tuple(sorted(set(table["bundles_to_node_id"].values())))
+
     def remove_placement_group(self) -> None:
         """Gives the resources back; what still runs in them is killed by Ray."""
         with contextlib.suppress(ValueError):

@@ -21,6 +21,7 @@ class JobContext:
 
     def __init__(self, job_id: str, job_dir: str) -> None:
         self.job_id, self.job_dir = job_id, job_dir
+        self._spec: JobSpec | None = None
         self._journal = Journal(job_dir)
         self.found = self._journal.latest()
         """The entry that an earlier incarnation left; None for a new job."""
@@ -42,9 +43,11 @@ class JobContext:
     @property
     def spec(self) -> JobSpec:
         """The resolved spec. Raises ValueError before the agent has told it."""
-        if self.entry.spec is None:
-            raise ValueError("the job's spec is not known yet")
-        return JobSpec.from_mapping(self.entry.spec)
+        if self._spec is None:
+            if self.entry.spec is None:
+                raise ValueError("the job's spec is not known yet")
+            self._spec = JobSpec.from_mapping(self.entry.spec)
+        return self._spec
 
     @property
     def world_size(self) -> int:

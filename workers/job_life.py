@@ -149,7 +149,8 @@ class JobLife:
         """The placement group, ready. Raises BackToQueue at the deadline, JobEnds when cancelled."""
         job = self._job
         plan = plan_placement(job.spec, read_nodes(), job.entry.accelerator)
-        job.write(accelerator=plan.accelerator)
+        if plan.accelerator != job.entry.accelerator:
+            job.write(accelerator=plan.accelerator)
         placed = self._group.placement_group(plan)
         started, explain_at = time.monotonic(), time.monotonic() + 2.0
         limit = job.spec.resources.placement_timeout_s
@@ -164,6 +165,9 @@ class JobLife:
             if now - started > limit:
                 text = f"no room within {limit:g} s: {plan.explanation}"
                 raise BackToQueue(JobState.QUEUED, StatusReason.WAITING_GANG, text, job.revision)
+        nodes = {*job.entry.nodes, *self._group.placed_nodes(plan)}
+        if len(nodes) > len(job.entry.nodes):
+            job.write(nodes=tuple(sorted(nodes)))
         return plan
 
     # ---- ends
@@ -176,7 +180,7 @@ class JobLife:
             self._group.remove_all(job.world_size)
         self._leftovers.wait()
         self._logs.flush()
-        self._leftovers.sweep(job.entry.ranks)
+        self._leftovers.sweep(job.job_id, job.entry.nodes)
         job.outbox.flush()
         if not ending.told:
             job.say.state(JobState(ending.state), StatusReason(ending.reason) if ending.reason else None, ending.message)

@@ -96,6 +96,8 @@ class JournalEntry(BaseModel):
     prepared: dict[str, Any] | None = None
     """PreparedData as JSON, once the data are ready."""
     accelerator: str | None = None
+    nodes: tuple[str, ...] = ()
+    """Every node that was ever given to the job, for the clean-up."""
     ranks: tuple[RankPlace, ...] = ()
     store: tuple[str, int] | None = None
     """Host and port of the TCPStore."""

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from workers.cluster import job_folder, read_nodes
 from workers.data_tasks import salvage_task, sweep_task
 from workers.joblogs import JobLogs
 from workers.outbox import Outbox
@@ -38,9 +39,10 @@ class Leftovers:
         for thread in self._threads:
             thread.join(_SALVAGE_S)
 
-    def sweep(self, places: Sequence[RankPlace]) -> None:
-        """Removes the job's folder on every node of an attempt."""
-        folders = {(place.node_id, place.local_dir) for place in places if place.local_dir}
+    def sweep(self, job_id: str, nodes: Sequence[str]) -> None:
+        """Removes the job's folder on every node that it was ever on and that still lives."""
+        alive = {node.node_id for node in read_nodes() if node.alive}
+        folders = [(node, str(job_folder(node, job_id))) for node in nodes if node in alive]
         for call in [on_node(node, sweep_task, folder) for node, folder in folders]:
             result_or_none(call, _SWEEP_S)
 

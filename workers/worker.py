@@ -18,7 +18,7 @@ import ray
 
 from megatron_ray.training.commands import Command
 from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
-from workers.cluster import domain_of, node_info, own_address, ray_nodes, session_folder
+from workers.cluster import domain_of, job_folder, node_info, own_address, ray_nodes
 from workers.orders import Busy, Fence, Fenced, NextReply, Poll, RankState, StartOrder
 from workers.placement import SlotFacts
 from workers.rank_env import prepare_process
@@ -156,7 +156,7 @@ class RankWorker:
         context = ray.get_runtime_context()
         self._node_id = context.get_node_id()
         self._address = own_address()
-        self._folder = session_folder(self._node_id) / "megatron-ray" / job_id
+        self._folder = job_folder(self._node_id, job_id)
         self._log = LogFile(self._folder / f"slot-{slot:05d}-{os.getpid()}.log")
         self._log.capture()
         prepare_process(num_threads, self._address)

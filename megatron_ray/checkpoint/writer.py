@@ -5,6 +5,7 @@ that dies meanwhile holds up nobody; the checkpoint then simply never counts. Mu
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,10 @@ RANK_KEYS = ("rng",)
 """Keys of the train state that differ between ranks."""
 
 
+class Abandoned(Exception):
+    """The save was given up half-way; what it has written never counts."""
+
+
 class CheckpointWriter:
     """One per rank. `on_written` is called when the rank's part is durable: from the writing thread in `async` mode.
 
@@ -35,6 +40,7 @@ class CheckpointWriter:
         self._mesh, self._on_written = mesh, on_written
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
         self._pending: Future[None] | None = None
+        self._abandoned = threading.Event()
         self._layout: list[tuple[object, ...]] = []
         self._plan: RankPlan | None = None
         self._host = torch.empty(0, dtype=torch.uint8)
@@ -90,11 +96,23 @@ class CheckpointWriter:
         try:
             self.wait()
         finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-            if self._mesh.device.type == "cuda" and self._plan is not None:
-                _unlock(self._host)
-            self._plan, self._host = None, torch.empty(0, dtype=torch.uint8)
+            self._end()
+
+    def abandon(self) -> None:
+        """Returns at once; a save that is under way ends with the block that it is writing, and never counts.
+
+        For a run that has failed and is wanted again soon.
+        """
+        self._abandoned.set()
+        self._pending = None
+        self._end(wait=False)
+
+    def _end(self, *, wait: bool = True) -> None:
+        if self._thread is not None:
+            self._thread.shutdown(wait=wait)
+        if self._mesh.device.type == "cuda" and self._plan is not None:
+            _unlock(self._host)
+        self._plan, self._host = None, torch.empty(0, dtype=torch.uint8)
 
     def _copy(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
         """On CUDA the copies are queued before any later work of this stream; the event says when they are done."""
@@ -123,9 +141,13 @@ class CheckpointWriter:
         memory = self._host.numpy().data
         with storage.open_output(data_file(self._mesh.rank)) as file:
             for position in range(0, len(memory), BLOCK_BYTES):
+                if self._abandoned.is_set():
+                    raise Abandoned
                 file.write(memory[position : position + BLOCK_BYTES])
         for name, data in small:
             storage.write_bytes_atomic(name, data)
+        if self._abandoned.is_set():
+            raise Abandoned
         num_bytes = len(memory) + sum(len(data) for _, data in small)
         self._on_written(CheckpointReport(step, path, num_bytes, time.monotonic() - start))
 

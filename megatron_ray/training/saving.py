@@ -58,6 +58,10 @@ class TrainingSaver:
         """Ends the writer."""
         self._writer.close()
 
+    def abandon(self) -> None:
+        """Ends the writer without finishing a save that is under way."""
+        self._writer.abandon()
+
     def _train_state(self, progress: Progress) -> dict[str, Any]:
         return {
             "format_version": FORMAT_VERSION,

@@ -73,9 +73,12 @@ class TrainingSession:
     def run(self) -> Outcome:
         """Trains to the end or to an agreed stop; the last checkpoint is durable when it returns."""
         try:
-            return train(self._parts, self.progress, self._report, self._poll)
-        finally:
-            self._saver.close()
+            outcome = train(self._parts, self.progress, self._report, self._poll)
+        except BaseException:
+            self._saver.abandon()  # a rank that has lost its peers must not wait for slow storage before it can begin again
+            raise
+        self._saver.close()
+        return outcome
 
     def _phase(self, name: str) -> None:
         now = time.monotonic()

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from workers.journal import Journal, JournalEntry, JournalProblem, Phase
+from workers.data_tasks import check_task
+from workers.job_context import JobContext
+from workers.journal import ForeignJournal, Journal, JournalEntry, JournalProblem, Phase
 
 
 def test_the_highest_attempt_is_the_latest(tmp_path: Path) -> None:
@@ -34,3 +36,28 @@ def test_what_is_no_entry_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "attempts" / "0003.json").write_text(text)
     with pytest.raises(JournalProblem, match=r"attempts/0003.json is not a journal entry of format 1"):
         Journal(str(tmp_path)).latest()
+
+
+def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
+    Journal(str(tmp_path)).write(JournalEntry(job_id="job-old", epoch=3))
+    with pytest.raises(ForeignJournal, match=r"belongs to job-old; give this job a storage.path of its own, or leave it out"):
+        JobContext("job-new", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["attempts"]
+    latest = Journal(str(tmp_path)).latest()
+    assert latest is not None and latest.epoch == 3, "nothing was touched"
+
+
+def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    Journal(str(storage)).write(JournalEntry(job_id="job-old"))
+    (tmp_path / "corpus.txt").write_text("some words " * 1000)
+    spec = {
+        "model": {"preset": "gpt-tiny"},
+        "data": {"train": [{"path": str(tmp_path / "corpus.txt")}], "tokenizer": {"kind": "bytes"}},
+        "training": {"seq_length": 16, "global_batch_size": 2, "steps": 1},
+        "optimizer": {"lr": 0.001},
+    }
+    (problem,) = check_task(spec, str(storage))
+    assert (problem["pointer"], problem["code"]) == ("/storage/path", "in_use")
+    assert "holds another job already (job-old); give this job a folder of its own" in problem["detail"]
+    assert check_task(spec, str(tmp_path / "fresh")) == []

@@ -19,6 +19,7 @@ def decide(cause: Failure = DIED, history: RestartHistory | None = None, commit:
     ("type_name", "message", "kind"),
     [
         ("DataProblem", "/data/train/0/path: nothing there", FailureKind.USER),
+        ("ConfigProblem", "model.vocab_size=10 is smaller than the tokenizer's 256", FailureKind.USER),
         ("OutOfMemoryError", "CUDA out of memory", FailureKind.OOM),
         ("RuntimeError", "[enforce fail] DefaultCPUAllocator: can't allocate memory", FailureKind.OOM),
         ("RuntimeError", "[gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]", FailureKind.COLLATERAL),

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,27 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     writer.wait()
     assert written == [1, 2] and not writer.busy
     writer.close()
+
+
+def test_an_abandoned_save_neither_counts_nor_holds_anybody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reached, gate, written = threading.Event(), threading.Event(), list[CheckpointReport]()
+
+    def slow(storage: LocalStorage, name: str, data: bytes) -> None:
+        reached.set()
+        gate.wait(10)
+
+    monkeypatch.setattr(LocalStorage, "write_bytes_atomic", slow)
+    writer = CheckpointWriter(ParallelMesh.single(), "async", written.append)
+    writer.save(1, str(tmp_path / "1"), {"model/x": one(torch.ones(3))}, {})
+    assert reached.wait(10)
+    started = time.monotonic()
+    writer.abandon()
+    assert time.monotonic() - started < 1
+    gate.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith("checkpoint"):
+            thread.join(10)
+    assert written == []
 
 
 def test_an_error_in_the_thread_is_raised_by_wait_once(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""What Ray says of an actor's end, in our words."""
+
+import pytest
+from ray.exceptions import ActorDiedError, ActorUnavailableError
+
+from workers.group import death_of
+from workers.policies import FailureKind
+
+SIGKILL = (
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: RankWorker\n"
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits"
+    " with a connection error code 2. End of file. Some common causes include: (1) the process was killed by the OOM killer"
+)
+
+
+class Said(ActorDiedError):
+    def __init__(self, text: str, preempted: bool = False) -> None:
+        super().__init__()
+        self.error_msg, self._preempted = text, preempted
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (Said(SIGKILL), FailureKind.PROCESS_DIED, "Worker unexpectedly exits"),
+        (Said("The actor died because its node has died. Node Id: 12ab"), FailureKind.NODE_LOST, "its node has died. Node Id: 12ab"),
+        (Said("The actor died because its node has died.", preempted=True), FailureKind.PREEMPTED, "its node was preempted"),
+        (
+            Said("The actor died because Task was killed due to the node running low on memory."),
+            FailureKind.NODE_MEMORY,
+            "because the node was running out of memory",
+        ),
+        (ActorUnavailableError("no answer", b"1" * 16), FailureKind.PROCESS_DIED, "ActorUnavailableError"),
+    ],
+)
+def test_deaths_are_told_apart(error: ActorDiedError, kind: FailureKind, words: str) -> None:
+    death = death_of(error)
+    assert death.kind is kind and words in death.words
+    assert "common causes" not in death.words
