@@ -1,4 +1,8 @@
-"""Seconds from POST to the first training step, by phase, with Ray up: `cold` prepares the data, `warm` finds them prepared."""
+"""Seconds from POST to the first training step, by phase, with Ray up: `cold` prepares the data, `warm` finds them prepared.
+
+`phases_s` add up to the whole, by the times of the history's events. `parts_s` look into the last two of them: what the driver waited
+for (store, probe: until the workers' processes answer, start) and what rank 0 did after its order.
+"""
 
 import statistics
 import tempfile
@@ -20,7 +24,7 @@ def run() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-road-") as folder, stack(Path(folder)) as road:
         for case, goal in GOALS.items():
             measured = [measure(road, f"{folder}/cache-{number if case == 'cold' else 'shared'}") for number in range(JOBS + 1)]
-            seconds = [total for total, _ in measured[1:]]  # the first one warms Ray up, and the shared cache
+            seconds = [total for total, _, _ in measured[1:]]  # the first one warms Ray up, and the shared cache
             low, middle, high = statistics.quantiles(seconds, n=4)
             yield {
                 "bench": "first_step",
@@ -30,20 +34,30 @@ def run() -> Iterator[dict[str, Any]]:
                 "baseline": None,
                 "goal": goal,
                 "quartiles": [round(low, 2), round(high, 2)],
-                "phases_s": {phase: round(statistics.median(parts[phase] for _, parts in measured[1:]), 2) for phase in PHASES},
+                "phases_s": medians([phases for _, phases, _ in measured[1:]]),
+                "parts_s": medians([parts for _, _, parts in measured[1:]]),
             }
 
 
-def measure(road: Road, cache: str) -> tuple[float, dict[str, float]]:
-    """One job, ended again; total, and seconds of each phase by the service's history."""
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """By name."""
+    return {name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]}
+
+
+def measure(road: Road, cache: str) -> tuple[float, dict[str, float], dict[str, float]]:
+    """One job, ended again: total, and seconds of each phase and part by the service's history."""
     spec = road.spec(training={"steps": 5000}, data={"tokenizer": {"kind": "bpe", "vocab_size": 512}, "cache": cache})
     posted = time.time()
     job_id = road.client.submit(spec)["id"]
     road.step(job_id, 1)
-    seen = {
-        event["type"]: datetime.fromisoformat(event["created_at"]).timestamp() for event in road.client.events(job_id, limit=100)["data"]
-    }
-    ends = [posted, *(seen[name] for name in PHASES.values())]
+    events = road.client.events(job_id, limit=100)["data"]
     road.client.cancel(job_id)
     road.finish(job_id)
-    return ends[-1] - posted, {phase: ends[index + 1] - ends[index] for index, phase in enumerate(PHASES)}
+    seen = {event["type"]: datetime.fromisoformat(event["created_at"]).timestamp() for event in events}
+    ends = [posted, *(seen[name] for name in PHASES.values())]
+    phases = {phase: ends[index + 1] - ends[index] for index, phase in enumerate(PHASES)}
+    (driver,) = [event["data"] for event in events if event["type"] == "attempt.started"]
+    rank = {event["data"]["phase"]: event["data"]["seconds"] for event in events if event["type"] == "rank.phase"}
+    parts = {"place": phases["place and start"] - driver["store"] - driver["probe"], **driver, **rank}
+    parts["step"] = phases["first step"] - driver["start"] - sum(rank.values())
+    return ends[-1] - posted, phases, parts

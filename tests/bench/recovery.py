@@ -1,77 +1,127 @@
-"""Seconds from a SIGKILL to work going on: of a rank, to the next new step; of the service, to serving again."""
+"""What a SIGKILL costs: of a rank, until there is a step beyond all done before; of the service, until it serves again; of the driver,
+the longest pause between two steps, in medians.
+
+A rank's times are those of its own report file, by the clock of the machine. `rank` strikes at a random step between two checkpoints.
+"""
 
 import os
+import random
 import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from tests.integration.chaos_road import RankFile, answers, busy_workers, history, until
 from tests.integration.road import Road, stack
 
 KILLS = 10
-GOALS = {"rank": 5.0, "service": 3.0}
+EVERY_STEPS = 50
+"""Steps between checkpoints of the job that loses ranks."""
+PAUSE_S = 3.0
+"""Between two kills of the service, which serves meanwhile."""
+WATCHED_S = 15.0
+"""How long a job's steps are looked at after its driver is killed."""
+# The training thread and what it does are the library's reference shape: a step of 20 to 50 ms at tp=2 on two cores.
+STEP = {
+    "model": {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384},
+    "training": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 4, "steps": 1_000_000},
+}
+Measured = tuple[float, dict[str, float]]
+"""A value, and its parts."""
 
 
 def run() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-road-") as folder, stack(Path(folder)) as road:
-        for case, kill in {"rank": kill_rank, "service": kill_service}.items():
-            spec = road.spec(training={"steps": 100_000}, checkpoint={"every_steps": 20}, restart={"max_failures": 1000, "backoff_s": 0})
-            job_id = road.client.submit(spec)["id"]
-            road.wait(job_id, lambda job: job["last_checkpoint"] is not None)
-            seconds = [kill(road, job_id) for _ in range(KILLS)]
-            road.client.cancel(job_id)
-            road.finish(job_id)
-            low, middle, high = statistics.quantiles(seconds, n=4)
-            yield {
-                "bench": "recovery",
-                "case": case,
-                "value": round(middle, 2),
-                "unit": "seconds from SIGKILL to going on",
-                "baseline": None,
-                "goal": GOALS[case],
-                "quartiles": [round(low, 2), round(high, 2)],
-                "worst": round(max(seconds), 2),
-            }
+        spec = road.spec(**STEP, checkpoint={"every_steps": EVERY_STEPS}, restart={"max_failures": 1000, "backoff_s": 0})
+        yield line("rank", "seconds from SIGKILL to a step beyond all before, tp=2", 5.0, measured(road, spec, kill_rank))
+        yield line("service", "seconds from SIGKILL to serving again", 3.0, measured(road, spec, kill_service))
+        # No checkpoint and no evaluation falls between the steps that are looked at.
+        spec = road.spec(**STEP, checkpoint={"every_steps": None}, restart={"max_failures": 1000, "backoff_s": 0})
+        yield line("driver", "longest pause between two steps after SIGKILL, in medians, tp=2", 3.0, measured(road, spec, kill_driver))
 
 
-def kill_rank(road: Road, job_id: str) -> float:
-    """The last rank dies; over when the newest step there is comes from the next attempt, so beyond all that was done before."""
-    job = road.client.show(job_id)
-    attempt, reached = job["attempt"], job["progress"]["step"]
-    os.kill(road.pids(job_id)[-1], signal.SIGKILL)
-    started = time.monotonic()
-    until(lambda: road.client.metrics(job_id, from_step=reached)["data"][-1]["attempt"] > attempt)
-    taken = time.monotonic() - started
-    road.step(job_id, road.client.show(job_id)["progress"]["step"] + 25)  # past the next checkpoint: no crash loop
-    return taken
+def measured(road: Road, spec: dict[str, Any], kill: Callable[[Road, str, RankFile], Measured]) -> list[Measured]:
+    """One job for all kills; ended at last."""
+    job_id = road.client.submit(spec)["id"]
+    with RankFile(road, job_id) as file:
+        file.reached(EVERY_STEPS + 10)
+        found = [kill(road, job_id, file) for _ in range(KILLS)]
+        road.client.cancel(job_id)
+        road.finish(job_id)
+    return found
 
 
-def kill_service(road: Road, job_id: str) -> float:
-    """Over when the API answers again."""
+def line(case: str, unit: str, goal: float, found: list[Measured]) -> dict[str, Any]:
+    """Median, quartiles and worst; medians of the parts."""
+    values = [value for value, _ in found]
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {
+        "bench": "recovery",
+        "case": case,
+        "value": round(middle, 3),
+        "unit": unit,
+        "baseline": None,
+        "goal": goal,
+        "quartiles": [round(low, 3), round(high, 3)],
+        "worst": round(max(values), 3),
+        **{part: round(statistics.median(parts[part] for _, parts in found), 4) for part in found[0][1]},
+    }
+
+
+def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
+    """The last rank dies. Detection is what the driver's own account of the recovery leaves over."""
+    commits = (road.client.show(job_id)["last_checkpoint"] or {"step": 0})["step"]
+    road.wait(job_id, lambda job: job["last_checkpoint"]["step"] > commits)  # else it would look like a crash loop
+    steps = file.steps()
+    attempt = steps[-1]["attempt"]
+    file.reached(steps[-1]["step"] + random.randrange(EVERY_STEPS), attempt=attempt)
+    pid, said = road.pids(job_id)[-1], history(road, job_id)[-1]["id"]
+    killed = time.time()
+    os.kill(pid, signal.SIGKILL)
+    recovered = until("the driver's account of the recovery", lambda: account(road, job_id, said), 120)
+    seen, split = datetime.fromisoformat(recovered["created_at"]).timestamp(), recovered["data"]
+    (new,) = [row for row in file.steps() if row["attempt"] > attempt and row["step"] == split["step"]]
+    total = new["at"] - killed
+    parts = {part: split[part] for part in ("rebuild_s", "load_s", "recompute_s")}
+    return total, {"detect_s": seen - split["seconds"] - killed, **parts, "steps_again": split["step"] - 1 - split["from_step"]}
+
+
+def account(road: Road, job_id: str, after: str) -> dict[str, Any] | None:
+    """The event that says how long it took to do new work."""
+    found = road.client.events(job_id, limit=1000, after=after)["data"]
+    return next((event for event in found if event["type"] == "job.recovered"), None)
+
+
+def kill_service(road: Road, job_id: str, file: RankFile) -> Measured:
+    """Over when the API answers again; the job trains on meanwhile."""
     before = road.service_session()
-    os.kill(before.sid, signal.SIGKILL)
     started = time.monotonic()
-    until(lambda: road.service_session() != before and answers(road))
+    os.kill(before.sid, signal.SIGKILL)
+    until("the service serving again", lambda: road.service_session() != before and answers(road), 120)
     taken = time.monotonic() - started
-    time.sleep(3)  # `up` waits longer before each restart in a row
-    return taken
+    time.sleep(PAUSE_S)
+    return taken, {}
 
 
-def answers(road: Road) -> bool:
-    try:
-        return httpx.get(f"{road.record.url}/healthz", timeout=2).status_code == 200
-    except httpx.TransportError:
-        return False
+def kill_driver(road: Road, job_id: str, file: RankFile) -> Measured:
+    """Adopted by the next driver within the time that is looked at; the ranks go on."""
+    (pid,) = [pid for pid, title in busy_workers(road) if title.startswith("ray::JobDriver")]
+    pids, first = road.pids(job_id), file.steps()[-1]["step"]
+    os.kill(pid, signal.SIGKILL)
+    killed = time.time()
+    time.sleep(WATCHED_S)  # nothing else, so that looking disturbs nothing
+    until("the next driver", lambda: pid not in (found := drivers(road)) and found, 60)
+    assert road.pids(job_id) == pids, "the same ranks go on"
+    rows = [row["at"] for row in file.steps() if row["step"] >= first and row["at"] <= killed + WATCHED_S]
+    gaps = [later - earlier for earlier, later in zip(rows, rows[1:], strict=False)]
+    median = statistics.median(gaps)
+    return max(gaps) / median, {"median_step_s": median, "longest_s": max(gaps)}
 
 
-def until(done: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not done():
-        if time.monotonic() > deadline:
-            raise TimeoutError("it did not go on in 120 s")
-        time.sleep(0.02)
+def drivers(road: Road) -> list[int]:
+    """Pids of living drivers."""
+    return [pid for pid, title in busy_workers(road) if title.startswith("ray::JobDriver")]
