@@ -18,6 +18,7 @@ from workers.group import kill
 from workers.job_life import JobLife
 from workers.journal import Ending, ForeignJournal, JournalProblem
 from workers.orders import Fenced
+from workers.rank_env import let_ranks_go_first
 from workers.states import JobState, StatusReason
 from workers.ways_out import DriverReplaced
 from workers.wire import DesiredJob, DriverStatus
@@ -34,6 +35,7 @@ class JobDriver:
     worker_class: ClassVar[type] = RankWorker
 
     def __init__(self, job_id: str, job_dir: str) -> None:
+        let_ranks_go_first()
         self._job_id, self._job_dir = job_id, job_dir
         self._attached: tuple[str, str, DesiredJob] | None = None
         self._life: JobLife | None = None

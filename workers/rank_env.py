@@ -1,9 +1,10 @@
-"""The process environment of agent, driver and ranks. Owns: reading and writing it. Must not know: torch, Ray's API, HTTP.
+"""The process environment of agent, driver and ranks. Owns: reading and writing it, priorities. Must not know: torch, Ray's API, HTTP.
 
 No other file under workers/ or megatron_ray/ touches the environment. System names cannot come from a job spec, and secrets
 come from mounted files, so neither Ray's dashboard nor a log ever shows one.
 """
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -93,6 +94,21 @@ def prepare_process(num_threads: int, address: str | None = None) -> None:
     if interface:
         # Else gloo asks the host name for an address, which pods and laptops often answer wrongly.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def run_before_others() -> None:
+    """Gives the calling thread, and those it starts, the ordinary priority back where that is permitted.
+
+    Ray starts its workers at niceness 15, so that anything else on a node takes the processor from a rank and, with it, from
+    every other rank. Where a process may not raise itself the cluster must be started with RAY_worker_niceness=0.
+    """
+    with contextlib.suppress(PermissionError):
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+
+
+def let_ranks_go_first() -> None:
+    """Lowers the calling thread, and those it starts, below the ranks on its node."""
+    os.nice(10)
 
 
 def interface_of(address: str) -> str | None:

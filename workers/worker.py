@@ -21,7 +21,7 @@ from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseRep
 from workers.cluster import domain_of, job_folder, node_info, own_address, ray_nodes
 from workers.orders import Busy, Fence, Fenced, NextReply, Poll, RankState, StartOrder
 from workers.placement import SlotFacts
-from workers.rank_env import prepare_process
+from workers.rank_env import prepare_process, run_before_others
 from workers.spool import LogFile, Spool, SpoolReader
 
 LEASE_S = 300.0
@@ -92,6 +92,7 @@ class RankAttempt:
 
     def _run(self) -> None:
         started = time.monotonic()
+        run_before_others()
         env = self.order.env
         self._log(f"rank {env.rank} of {env.world_size}, attempt {self.order.attempt}, pid {os.getpid()} on {socket.gethostname()}")
         try:
@@ -152,6 +153,7 @@ class RankWorker:
     train: ClassVar[Train] = staticmethod(train_for_real)
 
     def __init__(self, job_id: str, slot: int, bundle: int, num_threads: int) -> None:
+        run_before_others()
         self._job_id, self._slot, self._bundle = job_id, slot, bundle
         context = ray.get_runtime_context()
         self._node_id = context.get_node_id()

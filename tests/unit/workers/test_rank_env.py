@@ -1,11 +1,22 @@
 """The environment: torchrun's words, tokens from files, gloo's interface."""
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
-from workers.rank_env import AGENT_TOKEN, AGENT_TOKEN_FILE, EnvironmentProblem, RankEnv, agent_token, interface_of, prepare_process
+from workers.rank_env import (
+    AGENT_TOKEN,
+    AGENT_TOKEN_FILE,
+    EnvironmentProblem,
+    RankEnv,
+    agent_token,
+    interface_of,
+    let_ranks_go_first,
+    prepare_process,
+    run_before_others,
+)
 
 TORCHRUN = {
     "RANK": "3",
@@ -68,3 +79,22 @@ def test_threads_are_set_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_NUM_THREADS"] == "2"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true", "an operator's own choice wins"
+
+
+def test_a_thread_that_steps_back_and_one_that_comes_forward() -> None:
+    """Priorities belong to threads here: those of the test's own process stay what they were."""
+    seen: list[int] = []
+
+    def work() -> None:
+        let_ranks_go_first()
+        seen.append(os.getpriority(os.PRIO_PROCESS, 0))
+        run_before_others()  # does nothing where it is not permitted
+        seen.append(os.getpriority(os.PRIO_PROCESS, 0))
+
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen[0] == min(19, before + 10)
+    assert seen[1] in (0, seen[0])
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
