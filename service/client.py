@@ -3,6 +3,7 @@
 Returns the JSON bodies as they come; what they hold is documented in the service's OpenAPI. Must not know: torch, ray, terminals.
 """
 
+import contextlib
 import json
 import time
 import uuid
@@ -17,7 +18,7 @@ Json = dict[str, Any]
 
 _RETRY_WAITS_S = (0.2, 0.5, 1.0)
 _STREAM_READ_TIMEOUT_S = 45.0  # the service sends a comment every 15 s
-_STREAM_BACKOFF_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+_STREAM_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 _BUSY = (429, 502, 503, 504)
 
 
@@ -103,9 +104,23 @@ class Client:
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         return self._object("POST", f"/v1/jobs/{job_id}/cancel", headers=headers, repeat=True)
 
-    def events(self, job_id: str, *, limit: int | None = None, after: str | None = None) -> Json:
-        """One page of a job's history, oldest first."""
-        return self._object("GET", f"/v1/jobs/{job_id}/events", params=_given(limit=limit, after=after))
+    def events(
+        self,
+        job_id: str,
+        *,
+        limit: int | None = None,
+        after: str | None = None,
+        types: str | None = None,
+        levels: str | None = None,
+        newest_first: bool = False,
+    ) -> Json:
+        """One page of a job's history, oldest first unless told otherwise; `types` and `levels` are comma-separated lists."""
+        params = _given(limit=limit, after=after, type=types, level=levels, order="desc" if newest_first else None)
+        return self._object("GET", f"/v1/jobs/{job_id}/events", params=params)
+
+    def attempts(self, job_id: str) -> Json:
+        """Every attempt of a job, oldest first."""
+        return self._object("GET", f"/v1/jobs/{job_id}/attempts")
 
     def metrics(
         self,
@@ -156,11 +171,13 @@ class Client:
         seen, failures, away_since = last_event_id, 0, time.monotonic()
         while True:
             try:
-                for event in self._one_stream(f"/v1/jobs/{job_id}/stream", seen):
-                    seen, failures, away_since = event.id or seen, 0, time.monotonic()
-                    yield event
-                    if event.event == "end":
-                        return
+                with self._open_stream(f"/v1/jobs/{job_id}/stream", seen) as lines:
+                    failures = 0  # it answers: what breaks from here on is the connection, and is soon made again
+                    for event in parse_stream(lines):
+                        seen, away_since = event.id or seen, time.monotonic()
+                        yield event
+                        if event.event == "end":
+                            return
             except httpx.HTTPError as error:
                 if time.monotonic() - away_since > give_up_after_s:
                     raise _unreachable(self.url, error) from error
@@ -170,14 +187,16 @@ class Client:
             time.sleep(_STREAM_BACKOFF_S[min(failures, len(_STREAM_BACKOFF_S) - 1)])
             failures += 1
 
-    def _one_stream(self, path: str, last_event_id: str | None) -> Iterator[StreamEvent]:
+    @contextlib.contextmanager
+    def _open_stream(self, path: str, last_event_id: str | None) -> Iterator[Iterator[str]]:
+        """The lines of one connection."""
         headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
         timeout = httpx.Timeout(10.0, read=_STREAM_READ_TIMEOUT_S)
         with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
             if response.status_code != 200:
                 response.read()
                 raise _refusal(response)
-            yield from parse_stream(response.iter_lines())
+            yield _lines(response.iter_bytes())
 
     # ---- one request
 
@@ -230,6 +249,14 @@ def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
             name = value
         elif key == "id":
             identity = value
+
+
+def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
+    """Whole lines, ended by a line feed: JSON may hold others of the characters that `str.splitlines` takes for ends."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(b"\n")
+        yield from (line.removesuffix(b"\r").decode() for line in whole)
 
 
 def _given(**params: Any) -> dict[str, Any]:

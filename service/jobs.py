@@ -26,7 +26,7 @@ from service.schema import (
 )
 from service.store import wake
 from workers.job import JobSpec
-from workers.states import DesiredState, JobState, StatusReason, may_follow
+from workers.states import AttemptState, DesiredState, JobState, StatusReason, may_follow
 from workers.wire import AgentReport, NodeInfo
 
 SERVICE = "service"
@@ -153,10 +153,18 @@ def transition(session: Session, job: JobRow, new: JobState, reason: StatusReaso
         _enqueue(session, job)
     if new.is_terminal:
         job.ended_at = at
+        _close_attempts(session, job)
     add_event(session, job, fact)
     if new.is_terminal or new is JobState.QUEUED:
         changed(session, job)
     return True
+
+
+def _close_attempts(session: Session, job: JobRow) -> None:
+    """What has no end by now gets the job's: a driver that is cancelled or killed may never tell it."""
+    state = AttemptState.SUCCEEDED if job.status == JobState.SUCCEEDED else AttemptState.STOPPED
+    for row in session.scalars(sa.select(AttemptRow).where(AttemptRow.job == job.number, AttemptRow.ended_at.is_(None))):
+        row.state, row.reason, row.ended_at = state, job.status_reason, job.ended_at
 
 
 def fail(session: Session, job: JobRow, problems: list[Problem], fact: Fact) -> None:

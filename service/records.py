@@ -180,9 +180,10 @@ class _Applier:
                 job.preemptions += 1
             else:
                 job.failures += 1
-        row.state, row.reason, row.message = given.state, given.reason, given.message
         row.world_size = given.world_size or row.world_size
-        row.ended_at = record.at if ended else None
+        if ended or not JobState(job.status).is_terminal:  # a late word does not open what the job's end has closed
+            row.state, row.reason, row.message = given.state, given.reason, given.message
+            row.ended_at = record.at if ended else None
         type_ = "attempt.ended" if ended else f"attempt.{'started' if given.state is AttemptState.STARTING else 'running'}"
         level = "warn" if given.state is AttemptState.FAILED else "info"
         jobs.add_event(self.session, job, self._fact(record, type_, given.message, level))
@@ -252,9 +253,9 @@ class _Applier:
     def _attempt_row(self, record: Record) -> AttemptRow:
         row = self.session.get(AttemptRow, (self.job.number, record.attempt))
         if row is None:
-            row = AttemptRow(
-                job=self.job.number, attempt=record.attempt, state=AttemptState.STARTING, message="", started_at=record.at, ranks=[]
-            )
+            over = JobState(self.job.status).is_terminal
+            row = AttemptRow(job=self.job.number, attempt=record.attempt, message="", started_at=record.at, ranks=[])
+            row.state, row.ended_at = (AttemptState.STOPPED, record.at) if over else (AttemptState.STARTING, None)
             self.session.add(row)
             self.session.flush()
         self._see_attempt(record.attempt)

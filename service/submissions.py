@@ -61,6 +61,18 @@ def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
     return [problem for problem in validation.check(spec, ranks) if problem.code == "world_fits"]
 
 
+def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
+    """Whether another job that is not over writes to the folder asked for: two would tear each other's checkpoints and reports."""
+    if spec.storage is None:
+        return []
+    wanted = _folder(spec.storage.path)
+    for other, job_dir in session.execute(sa.select(JobRow.id, JobRow.job_dir).where(JobRow.status.not_in(jobs.TERMINAL))):
+        if _folder(job_dir) == wanted:
+            text = f"{other} is writing to {job_dir}; choose another folder, leave storage out, or wait for that job's end"
+            return [Problem("/storage/path", "in_use", text)]
+    return []
+
+
 def resolve(spec: JobSpec, room: Room, job_dir: str) -> Resolved:
     """Fills dp, sequence parallelism, accelerator and storage. An unknown cluster counts as one replica's room, without GPUs."""
     need = _least(spec, room)
@@ -131,6 +143,13 @@ def _texts(node: Any, parts: tuple[str | int, ...]) -> list[Problem]:
     if isinstance(node, list):
         return [problem for index, value in enumerate(node) for problem in _texts(value, (*parts, index))]
     return []
+
+
+def _folder(path: str) -> str:
+    """One spelling of a folder or URI."""
+    scheme, separator, rest = path.removeprefix("file://").rpartition("://")
+    spelt = str(PurePosixPath(rest))
+    return f"{scheme}://{spelt}" if separator else "/" + spelt.lstrip("/")
 
 
 def _storage(spec: JobSpec) -> list[Problem]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query
@@ -20,6 +20,8 @@ from service.errors import ProblemError
 from service.schema import EventRow, JobRow
 
 MOST_ROWS, MOST_EVENTS = 1000, 500
+ROWS_PER_MESSAGE = 50
+"""Small enough that a reader whose connection breaks all the time still gets on: what is cut is sent again whole."""
 _STREAM_ID = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?")
 router = APIRouter(prefix="/v1", tags=["history"])
 
@@ -31,14 +33,18 @@ def list_events(
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(description="Id or seq of the last event of the page before.")] = None,
     type: Annotated[str | None, Query(description="Types, separated by commas.", max_length=1000)] = None,
+    level: Annotated[str | None, Query(description="Levels (info, warn, error), separated by commas.", max_length=100)] = None,
+    order: Annotated[Literal["asc", "desc"], Query(description="desc: newest first.")] = "asc",
 ) -> Page[Event]:
-    """A job's history, oldest first. `seq` has no gaps and counts on across attempts and restarts."""
+    """A job's history, oldest first unless told otherwise. `seq` has no gaps and counts on across attempts and restarts."""
     with service.store.read() as session:
         job = jobs.find(session, job_id)
-        statement = _events_after(job, _seq(after, job_id)).limit(limit + 1)
+        statement = _newest_first(job, after) if order == "desc" else _events_after(job, _seq(after, job_id))
+        if level is not None:
+            statement = statement.where(EventRow.level.in_(level.split(",")))
         if type is not None:
             statement = statement.where(EventRow.type.in_(type.split(",")))
-        rows = list(session.scalars(statement))
+        rows = list(session.scalars(statement.limit(limit + 1)))
     found = [render.event(job_id, row) for row in rows[:limit]]
     return render.page(found, [item.id for item in found], has_more=len(rows) > limit)
 
@@ -100,9 +106,10 @@ async def stream_job(
         position, shown = start, None
         while not service.hub.closed:
             news = await run_in_threadpool(_read, service, job_id, position)
-            if news.rows:
-                position = Position(position.seq, news.rows[-1]["cursor"])
-                yield ServerSentEvent(data={"rows": [_without_cursor(row) for row in news.rows]}, event="metrics", id=str(position))
+            for first in range(0, len(news.rows), ROWS_PER_MESSAGE):
+                rows = news.rows[first : first + ROWS_PER_MESSAGE]
+                position = Position(position.seq, rows[-1]["cursor"])
+                yield ServerSentEvent(data={"rows": [_without_cursor(row) for row in rows]}, event="metrics", id=str(position))
             for event in news.events:
                 position = Position(event.seq, position.cursor)
                 yield ServerSentEvent(data=event, event=event.type, id=str(position))
@@ -138,6 +145,11 @@ def _without_cursor(row: dict[str, Any]) -> dict[str, Any]:
 
 def _events_after(job: JobRow, seq: int) -> sa.Select[EventRow]:
     return sa.select(EventRow).where(EventRow.job == job.number, EventRow.seq > seq).order_by(EventRow.seq)
+
+
+def _newest_first(job: JobRow, after: str | None) -> sa.Select[EventRow]:
+    statement = sa.select(EventRow).where(EventRow.job == job.number).order_by(EventRow.seq.desc())
+    return statement if after is None else statement.where(EventRow.seq < _seq(after, job.id))
 
 
 def _seq(after: str | None, job_id: str) -> int:

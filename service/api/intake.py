@@ -8,8 +8,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import sqlalchemy as sa
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.validation import Problem
@@ -42,10 +40,10 @@ def new_job_id() -> str:
 
 async def submit(context: Context, spec: JobSpec, given: dict[str, Any], repeat: Repeatable) -> Answer:
     """Makes a job. Raises ProblemError spec_invalid with everything wrong at once, idempotency_key_reused."""
-    earlier, room = await run_in_threadpool(_look, context, spec, repeat)
+    earlier, room, taken = await run_in_threadpool(_look, context, spec, repeat)
     if earlier is not None:
         return earlier
-    problems = check(context, spec, room)
+    problems = [*check(context, spec, room), *taken]
     if problems:
         raise spec_invalid(problems)
     job_id = new_job_id()
@@ -88,10 +86,11 @@ def _raise_revision(context: Context, cluster: str) -> None:
         jobs.raise_revision(session, cluster)
 
 
-def _look(context: Context, spec: JobSpec, repeat: Repeatable) -> tuple[Answer | None, Room]:
+def _look(context: Context, spec: JobSpec, repeat: Repeatable) -> tuple[Answer | None, Room, list[Problem]]:
     with context.store.read() as session:
         earlier = repeat.earlier(session)
-        return (Answer(*earlier, replayed=True) if earlier else None), submissions.room_of(session, spec.cluster)
+        answer = Answer(*earlier, replayed=True) if earlier else None
+        return answer, submissions.room_of(session, spec.cluster), submissions.check_storage(session, spec)
 
 
 def _store(context: Context, spec: JobSpec, row: JobRow, repeat: Repeatable) -> Answer:
@@ -100,17 +99,11 @@ def _store(context: Context, spec: JobSpec, row: JobRow, repeat: Repeatable) -> 
         earlier = repeat.earlier(session)
         if earlier is not None:
             return Answer(*earlier, replayed=True)
-        _refuse_shared_storage(session, row)
+        taken = submissions.check_storage(session, spec)  # again: another may have come in the meantime
+        if taken:
+            raise spec_invalid(taken)
         jobs.create(session, row, spec.metadata, known=row.world_size is not None and context.agents.is_live(row.cluster))
         session.flush()
         body = render.job(session, row).model_dump(mode="json")
         repeat.remember(session, 201, body)
         return Answer(201, body)
-
-
-def _refuse_shared_storage(session: Session, row: JobRow) -> None:
-    same = JobRow.job_dir == row.job_dir, JobRow.status.not_in(jobs.TERMINAL)
-    other = session.scalars(sa.select(JobRow.id).where(*same)).first()
-    if other is not None:
-        text = f"{other} is writing to {row.job_dir}; choose another folder, leave storage out, or wait for that job's end"
-        raise spec_invalid([Problem("/storage/path", "in_use", text)])

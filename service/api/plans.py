@@ -24,10 +24,10 @@ async def make_plan(spec: JobSpec, service: Service) -> Plan:
 
     One that is wrong is refused; one that is right but does not fit says so in `problems`.
     """
-    problems = submissions.check_rules(spec, service.settings)
+    room, taken = await run_in_threadpool(_look, service, spec)
+    problems = [*submissions.check_rules(spec, service.settings), *taken]
     if problems:
         raise spec_invalid(problems)
-    room = await run_in_threadpool(_room, service, spec.cluster)
     job_dir = spec.storage.path if spec.storage is not None else str(service.settings.data_dir / "jobs" / "job-example")
     found = submissions.resolve(spec, room, job_dir)
     if found.world_size > MOST_RANKS:
@@ -49,9 +49,9 @@ async def make_plan(spec: JobSpec, service: Service) -> Plan:
     )
 
 
-def _room(service: Service, cluster: str) -> Room:
+def _look(service: Service, spec: JobSpec) -> tuple[Room, list[Problem]]:
     with service.store.read() as session:
-        return submissions.room_of(session, cluster)
+        return submissions.room_of(session, spec.cluster), submissions.check_storage(session, spec)
 
 
 def _notes(spec: JobSpec, room: Room, *, paths_known: bool, memory_known: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Commands that only look: jobs, show, watch, logs, events, metrics, checkpoints, ranks. They change nothing."""
+"""Commands that only look: jobs, watch, logs, events, metrics, checkpoints, ranks. They change nothing."""
 
 import sys
 import time
@@ -8,12 +8,12 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import Failure
 from service.cli.jobs import JobId
-from service.cli.output import AsJson, console, duration, nested, number, print_json, print_json_line, print_table, size, styled_status
+from service.cli.output import AsJson, Column, duration, nested, number, print_json_line, print_page, size
+from service.cli.show import EVENT_COLUMNS, event_style, show, step_of
 from service.cli.watching import TERMINAL, watch_job
 from service.client import Client
 
@@ -39,44 +39,15 @@ def jobs(
     """List jobs."""
     with connect(url, token, data_dir) as client:
         page = _pages(lambda after, size: client.jobs(limit=size, after=after, status=status), limit)
-    if as_json:
-        print_json(page)
-        return
-    rows = [
-        [job["id"], str(job.get("name")), job["status"], _step(job), number(nested(job, "progress.loss")), _ago(job)]
-        for job in page["data"]
-    ]
-    print_table(["id", "name", "status", "step", "loss", "age"], rows, empty="no jobs yet; `megatron-ray submit SPEC` makes one")
-
-
-def show(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
-    """Show one job."""
-    with connect(url, token, data_dir) as client:
-        job = client.show(job_id)
-    if as_json:
-        print_json(job)
-        return
-    out, progress = console(), job.get("progress") or {}
-    out.print(f"[bold]{escape(job['id'])}[/bold] {escape(str(job.get('name')))}  {styled_status(job['status'])}")
-    reason = " ".join(str(job[key]) for key in ("status_reason", "message") if job.get(key))
-    facts = {
-        "reason": reason,
-        "step": _step(job),
-        "loss": number(progress.get("loss")),
-        "validation loss": number(progress.get("val_loss")),
-        "tokens/s": number(progress.get("tokens_per_s"), 0),
-        "ETA": duration(progress.get("eta_s")),
-        "attempt": str(job.get("attempt") or "-"),
-        "failures": str(job.get("failures") or 0),
-        "created": str(job.get("created_at")),
-        "storage": str(job.get("storage_path")),
-        "last checkpoint": str(nested(job, "last_checkpoint.path") or "-"),
+    columns: dict[str, Column] = {
+        "id": lambda job: str(job["id"]),
+        "name": lambda job: str(job.get("name")),
+        "status": lambda job: str(job["status"]),
+        "step": step_of,
+        "loss": lambda job: number(nested(job, "progress.loss")),
+        "age": _ago,
     }
-    for name, value in facts.items():
-        if value:
-            out.print(f"  {name:16} {escape(value)}")
-    for error in nested(job, "problem.errors") or ():
-        out.print(f"  [red]{escape(str(error.get('pointer')))}[/red] {escape(str(error.get('detail')))}")
+    print_page(page, as_json, columns, empty="no jobs yet; `megatron-ray submit SPEC` makes one")
 
 
 def watch(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
@@ -105,7 +76,9 @@ def logs(
 
 def events(
     job_id: JobId,
-    limit: Annotated[int, typer.Option(min=1, help="How many, oldest first.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 1000,
+    level: Annotated[str | None, typer.Option(help="Only these levels, such as warn,error.")] = None,
+    newest: Annotated[bool, typer.Option("--newest", help="The newest ones first; else the oldest.")] = False,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -113,15 +86,8 @@ def events(
 ) -> None:
     """Print a job's history."""
     with connect(url, token, data_dir) as client:
-        page = _pages(lambda after, size: client.events(job_id, limit=size, after=after), limit)
-    if as_json:
-        print_json(page)
-        return
-    rows = [
-        [str(event["seq"]), str(event["created_at"]), str(event.get("attempt") or "-"), str(event["type"]), str(event.get("message") or "")]
-        for event in page["data"]
-    ]
-    print_table(["seq", "at", "attempt", "type", "message"], rows, empty="no events yet")
+        page = _pages(lambda after, size: client.events(job_id, limit=size, after=after, levels=level, newest_first=newest), limit)
+    print_page(page, as_json, EVENT_COLUMNS, empty="no events", style=event_style)
 
 
 def metrics(
@@ -138,47 +104,39 @@ def metrics(
     """Print a job's metrics by step."""
     with connect(url, token, data_dir) as client:
         page = client.metrics(job_id, keys=keys, from_step=from_step, max_points=max_points, attempt=attempt)
-    if as_json:
-        print_json(page)
-        return
     names = [name.strip() for name in keys.split(",") if name.strip()]
-    rows = [[str(row["step"]), str(row.get("attempt")), *(_cell(row.get(name)) for name in names)] for row in page["data"]]
-    print_table(["step", "attempt", *names], rows, empty="no metrics yet")
+    columns: dict[str, Column] = {"step": lambda row: str(row["step"]), "attempt": lambda row: str(row.get("attempt"))}
+    columns |= {name: lambda row, name=name: _cell(row.get(name)) for name in names}  # type: ignore[misc]
+    print_page(page, as_json, columns, empty="no metrics yet")
 
 
 def checkpoints(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """List a job's committed checkpoints."""
     with connect(url, token, data_dir) as client:
         page = client.checkpoints(job_id)
-    if as_json:
-        print_json(page)
-        return
-    rows = [
-        [str(entry["step"]), str(entry["attempt"]), number(entry.get("loss")), size(entry.get("bytes")), str(entry["path"])]
-        for entry in page["data"]
-    ]
-    print_table(["step", "attempt", "loss", "size", "path"], rows, empty="no committed checkpoint yet")
+    columns: dict[str, Column] = {
+        "step": lambda entry: str(entry["step"]),
+        "attempt": lambda entry: str(entry["attempt"]),
+        "loss": lambda entry: number(entry.get("loss")),
+        "size": lambda entry: size(entry.get("bytes")),
+        "path": lambda entry: str(entry["path"]),
+    }
+    print_page(page, as_json, columns, empty="no committed checkpoint yet")
 
 
 def ranks(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
     """Show which rank runs where."""
     with connect(url, token, data_dir) as client:
         page = client.ranks(job_id)
-    if as_json:
-        print_json(page)
-        return
-    rows = [
-        [
-            str(entry["rank"]),
-            str(entry.get("slot")),
-            str(entry.get("address")),
-            str(entry.get("gpu") if entry.get("gpu") is not None else "-"),
-            str(entry.get("pid")),
-            " ".join(f"{axis}{index}" for axis, index in (entry.get("coordinates") or {}).items()),
-        ]
-        for entry in page["data"]
-    ]
-    print_table(["rank", "slot", "address", "gpu", "pid", "coordinates"], rows, empty="no ranks yet")
+    columns: dict[str, Column] = {
+        "rank": lambda entry: str(entry["rank"]),
+        "slot": lambda entry: str(entry.get("slot")),
+        "address": lambda entry: str(entry.get("address")),
+        "gpu": lambda entry: str(entry.get("gpu") if entry.get("gpu") is not None else "-"),
+        "pid": lambda entry: str(entry.get("pid")),
+        "coordinates": lambda entry: " ".join(f"{axis}{index}" for axis, index in (entry.get("coordinates") or {}).items()),
+    }
+    print_page(page, as_json, columns, empty="no ranks yet")
 
 
 def _pages(fetch: Callable[[str | None, int], dict[str, Any]], limit: int) -> dict[str, Any]:
@@ -242,11 +200,6 @@ def _print_log(client: Client, job_id: str, *, rank: int, attempt: int | None, f
         time.sleep(_LOG_POLL_S)
     if not reader.wrote:
         raise Failure(f"rank {rank} of {job_id} has written no log yet", remedy=f"`megatron-ray show {job_id}` says where the job is")
-
-
-def _step(job: Mapping[str, Any]) -> str:
-    step, steps = nested(job, "progress.step"), nested(job, "progress.steps")
-    return f"{step or 0}/{steps}" if steps else "-"
 
 
 def _ago(job: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from service.cli.failure import Failure
-from service.cli.output import duration, nested, number, print_json_line, styled_status
+from service.cli.output import duration, nested, number, print_json_line, styled_level, styled_status
 from service.client import Client, StreamEvent
 from workers.states import JobState
 
@@ -23,7 +23,6 @@ TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
 _PLAIN_LINE_EVERY_S = 5.0
 _SMOOTHING = 0.1  # weight of the newest step in the throughput that the ETA is made from
 _STATE_EVENTS = frozenset(f"job.{state.value}" for state in JobState)
-_LEVELS = {"warn": "yellow", "error": "red"}
 
 
 @dataclass
@@ -59,10 +58,10 @@ class Watcher:
         if event.event == "state":
             return self._take_state(data)
         message, level = str(data.get("message") or ""), str(data.get("level"))
-        if event.event == "end" or not message or (level not in _LEVELS and _is_detail(event.event)):
+        if event.event == "end" or not message or (not styled_level(level) and _is_detail(event.event)):
             return []
         self._said = message
-        style = _LEVELS.get(level, "dim")
+        style = styled_level(level) or "dim"
         return [f"[{style}]{escape(message)}[/{style}]"]
 
     @property

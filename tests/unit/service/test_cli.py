@@ -90,6 +90,8 @@ def service(running_service: FakeService) -> FakeService:
     running_service.routes.clear()
     running_service.requests.clear()
     running_service.routes["GET /v1/jobs/job-abc"] = (200, JOB)
+    for listed in ("attempts", "events"):
+        running_service.routes[f"GET /v1/jobs/job-abc/{listed}"] = (200, {"object": "list", "data": [], "has_more": False})
     return running_service
 
 
@@ -246,6 +248,36 @@ def test_show_and_its_json(run: Run, service: FakeService) -> None:
     assert json.loads(run("show", "job-abc", "--url", service.url, "--json")[1]) == JOB
     code, _, err = run("show", "job-none", "--url", service.url)
     assert code == 1 and "there is no /v1/jobs/job-none" in err and "megatron-ray jobs" in err
+
+
+def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeService) -> None:
+    budget = {**JOB["resolved_spec"], "restart": {"max_failures": 3}}
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "attempt": 2, "failures": 1, "preemptions": 2, "resolved_spec": budget})
+    first = {"attempt": 1, "state": "failed", "reason": "worker_died", "message": "rank 1: killed by signal 9 (SIGKILL)"}
+    first |= {"started_at": "2026-11-21T03:10:00Z", "ended_at": "2026-11-21T03:12:05.123456Z"}
+    second = {"attempt": 2, "state": "running", "reason": None, "message": "", "started_at": "2026-11-21T03:12:06Z", "ended_at": None}
+    service.routes["GET /v1/jobs/job-abc/attempts"] = (200, {"object": "list", "data": [first, second], "has_more": False})
+    text = "steps go on at 121 (attempt 2), 3.3 s after the failure was noticed: rebuild 1.9 s, load 0.1 s, recompute 1.3 s"
+    recovered = {"seq": 9, "created_at": "2026-11-21T03:12:08Z", "attempt": 2, "level": "info", "type": "job.recovered", "message": text}
+    trouble = {
+        "seq": 7,
+        "created_at": "2026-11-21T03:12:05Z",
+        "attempt": 1,
+        "level": "error",
+        "type": "attempt.failed",
+        "message": "rank [1]",
+    }
+    pages = [{"object": "list", "data": [event], "has_more": False} for event in (recovered, trouble)]
+    service.routes["GET /v1/jobs/job-abc/events"] = (200, pages)
+    code, out, _ = run("show", "job-abc", "--url", service.url)
+    lines = {line[2:18].strip(): line[19:].strip() for line in out.splitlines() if line.startswith("  ")}
+    assert code == 0 and lines["attempt"] == "2 running, since 2026-11-21 03:12:06Z"
+    assert lines["restarts"] == "1 of 3 failures spent, 2 preemptions"
+    assert lines["last failure"] == "2026-11-21 03:12:05Z  attempt 1: rank 1: killed by signal 9 (SIGKILL) (worker_died)"
+    assert lines["last recovery"] == f"2026-11-21 03:12:08Z  {text}"
+    assert lines["last checkpoint"].startswith("step 5  /data")
+    table = out[out.index("newest warnings and errors") :].splitlines()
+    assert table[2].split() == ["7", "2026-11-21", "03:12:05Z", "1", "error", "attempt.failed", "rank", "[1]"]
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,19 @@ def test_stream_goes_on_after_the_last_event_id() -> None:
     assert [request.headers.get("Last-Event-ID") for request in script.requests] == [None, "1.0", "1.0", "1.0"]
 
 
+def test_stream_backs_off_from_a_service_that_is_away_and_not_from_one_whose_connections_break(no_waiting: list[float]) -> None:
+    def cut_at_once(request: httpx.Request) -> httpx.Response:
+        def body() -> Iterator[bytes]:
+            yield b"event: metr"
+            raise httpx.ReadError("cut")
+
+        return httpx.Response(200, content=body())
+
+    away = httpx.ConnectError("down")
+    list(client_for(Script(away, away, away, cut_at_once, cut_at_once, cut_at_once, sse(("end", "1.0", {})))).stream("job-1"))
+    assert no_waiting == [0.1, 0.2, 0.5, 0.1, 0.1, 0.1]
+
+
 def test_stream_starts_where_it_is_told_to() -> None:
     script = Script(sse(("end", "9.9", {})))
     list(client_for(script).stream("job-1", last_event_id="5.3"))
@@ -156,6 +169,16 @@ def test_stream_gives_up_on_a_service_that_stays_away() -> None:
     with pytest.raises(ServiceError) as caught:
         list(client_for(Script(httpx.ConnectError("down"))).stream("job-1", give_up_after_s=-1))
     assert caught.value.code == "unreachable"
+
+
+def test_only_line_feeds_end_the_lines_of_a_stream() -> None:
+    text = "event: a\r\nid: 1.0\r\ndata: " + json.dumps({"m": "x\u2028y\x85z\x1cä"}, ensure_ascii=False) + "\n\nevent: end\ndata: {}\n\n"
+
+    def in_small_pieces(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=(bytes([byte]) for byte in text.encode()))
+
+    events = list(client_for(Script(in_small_pieces)).stream("job-1"))
+    assert events == [StreamEvent("a", "1.0", {"m": "x\u2028y\x85z\x1cä"}), StreamEvent("end", "1.0", {})]
 
 
 def test_parse_stream() -> None:

@@ -200,6 +200,49 @@ def test_failures_and_preemptions_are_counted_apart(service: Any) -> None:
     assert (job["failures"], job["preemptions"], job["attempt"], job["status"]) == (1, 1, 2, "recovering")
 
 
+def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
+    job_id, driver = service.running_job()
+    for number in range(5):
+        driver.send(("event", {"type": "note", "level": ("info", "warn", "error")[number % 3], "message": str(number)}), attempt=1)
+    everything = [event["seq"] for event in service.events(job_id)]
+
+    def page(**query: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = service.user.get(f"/v1/jobs/{job_id}/events", params=query).json()["data"]
+        return found
+
+    newest = page(order="desc", limit=3)
+    assert [event["seq"] for event in newest] == everything[::-1][:3]
+    older = page(order="desc", limit=1000, after=newest[-1]["id"])
+    assert [event["seq"] for event in [*newest, *older]] == everything[::-1]
+    assert [event["message"] for event in page(level="warn,error", type="note")] == ["1", "2", "4"]
+    assert [event["message"] for event in page(level="warn,error", order="desc", limit=1)] == ["4"]
+
+
+def attempts(service: Any, job_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = service.user.get(f"/v1/jobs/{job_id}/attempts").json()["data"]
+    return found
+
+
+@pytest.mark.parametrize(("end", "state"), [("succeeded", "succeeded"), ("failed", "stopped"), ("cancelled", "stopped")])
+def test_an_attempt_whose_end_nobody_told_ends_with_its_job(service: Any, end: str, state: str) -> None:
+    job_id, driver = service.running_job()
+    (open_,) = attempts(service, job_id)
+    assert open_["ended_at"] is None
+    driver.states(end, attempt=1)
+    (closed,) = attempts(service, job_id)
+    assert closed["state"] == state and closed["ended_at"] == service.job(job_id)["ended_at"] is not None
+
+
+def test_late_words_leave_an_ended_job_s_attempts_closed(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.states("failed", reason="worker_died", attempt=1)
+    driver.send(("attempt", {"state": "running"}), attempt=1)
+    driver.send(("attempt", {"state": "starting", "world_size": 4}), ("ranks", {"ranks": [{"rank": 0}]}), attempt=2)
+    assert [(row["state"], row["ended_at"] is None) for row in attempts(service, job_id)] == [("stopped", False), ("stopped", False)]
+    driver.send(("attempt", {"state": "failed", "reason": "worker_died", "message": "rank 0 died"}), attempt=1)
+    assert attempts(service, job_id)[0]["message"] == "rank 0 died" and service.job(job_id)["failures"] == 1
+
+
 def test_checkpoint_now_raises_the_counter(service: Any) -> None:
     job_id, driver = service.running_job()
     revision = driver.desired()["revision"]

@@ -183,14 +183,30 @@ def test_keys_with_another_body_are_refused(with_job: tuple[Any, str], spec: Jso
         )
 
 
-def test_two_jobs_may_not_write_to_one_folder(with_job: tuple[Any, str], spec: Json, tmp_path: Path) -> None:
-    service, _ = with_job
-    spec["storage"] = {"path": str(tmp_path / "shared")}
-    first = service.submit(spec)["id"]
-    body = assert_problem(service.user.post("/v1/jobs", json=spec), "spec_invalid")
-    assert body["errors"][0]["pointer"] == "/storage/path" and first in body["detail"]
+@pytest.mark.parametrize("spelling", ["{0}", "{0}/", "/{0}", "file://{0}", "{0}/./"])
+def test_a_folder_that_an_active_job_writes_to_is_refused(service: Any, spec: Json, tmp_path: Path, spelling: str) -> None:
+    folder = str(tmp_path / "shared")
+    first = service.submit(spec | {"storage": {"path": folder}})["id"]
+    again = spec | {"storage": {"path": spelling.format(folder)}}
+    for address in ("/v1/jobs", "/v1/plans"):
+        response = service.user.post(address, json=again)
+        problem = response.json()
+        assert response.status_code == 422 and problem["code"] == "spec_invalid", problem
+        assert problem["errors"][0]["pointer"] == "/storage/path" and problem["errors"][0]["code"] == "in_use"
+        assert first in problem["detail"] and "wait for that job's end" in problem["detail"]
+    assert service.user.post("/v1/plans", json=spec | {"storage": {"path": folder + "2"}}).status_code == 200
     service.user.post(f"/v1/jobs/{first}/cancel")
-    assert service.user.post("/v1/jobs", json=spec).status_code == 201
+    assert service.user.post("/v1/plans", json=again).status_code == 200
+    assert service.user.post("/v1/jobs", json=again).status_code == 201
+
+
+def test_the_default_folder_of_an_active_job_is_refused_too(service: Any, spec: Json) -> None:
+    first = service.submit(spec)
+    response = service.user.post("/v1/jobs", json=spec | {"storage": {"path": first["storage_path"]}})
+    assert response.status_code == 422 and first["id"] in response.json()["detail"]
+    assert service.user.post("/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/x"}}).status_code == 201
+    assert service.user.post("/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/x/"}}).status_code == 422
+    assert service.user.post("/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/y"}}).status_code == 201
 
 
 def test_tokens_open_only_their_own_doors(service: Any) -> None:
