@@ -1,5 +1,6 @@
 """The service as an ASGI app. Owns: putting the parts together at start and apart at the end. Must not know: what routes do."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
@@ -27,8 +28,10 @@ def create_app(settings: Settings) -> FastAPI:
         hub.attach()
         context = await run_in_threadpool(_open, settings, hub)
         app.state.context = context
+        forgetting = asyncio.create_task(idempotency.forget_regularly(context.store))
         yield
         hub.close()
+        forgetting.cancel()
         await run_in_threadpool(context.store.close)
 
     app = FastAPI(

@@ -4,14 +4,17 @@ The answer is stored in the transaction that does the work, so either both are t
 once the second finds the first one's answer.
 """
 
+import asyncio
 import hashlib
 import json
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from service.errors import ProblemError
 from service.schema import IdempotencyRow
@@ -19,6 +22,8 @@ from service.store import Store
 
 LONGEST_KEY = 255
 KEPT_S = 7 * 86400
+FORGET_EVERY_S = 3600.0
+logger = logging.getLogger("service")
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,16 @@ class Repeatable:
 
 
 def forget_old(store: Store) -> None:
-    """Drops answers that nobody will ask for again; called at start-up."""
+    """Drops answers that nobody will ask for again."""
     with store.write() as session:
         session.execute(sa.delete(IdempotencyRow).where(IdempotencyRow.created_at < time.time() - KEPT_S))
+
+
+async def forget_regularly(store: Store) -> None:
+    """The same now and then, until cancelled: a service may live for months."""
+    while True:
+        await asyncio.sleep(FORGET_EVERY_S)
+        try:
+            await run_in_threadpool(forget_old, store)
+        except sa.exc.SQLAlchemyError:
+            logger.warning("old answers could not be dropped; trying again in %.0f s", FORGET_EVERY_S, exc_info=True)
