@@ -164,15 +164,25 @@ def service_away(road: Road) -> Iterator[None]:
         kill_session(session(road, "service"))
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            taken.bind(("127.0.0.1", record.ports["service"]))
-            taken.listen(0)  # a port that is only bound could be had with SO_REUSEADDR
+            # A killed process shows as a zombie while its threads still hold the port.
+            until("the service's port to be free", lambda: listens(taken, record.ports["service"]), 20)
             try:
                 yield
             finally:
                 send_signal(record.up_pid, record.up_start_ticks, signal.SIGCONT)
-                until("the service on another port", lambda: road.record.url != record.url and answers(road), 60)
+                until("the service on another port", lambda: road.record.url != record.url and answers(road), 120)
     finally:
         send_signal(record.up_pid, record.up_start_ticks, signal.SIGCONT)
+
+
+def listens(taken: socket.socket, port: int) -> bool:
+    """Takes a port; one that is only bound could still be had with SO_REUSEADDR, hence the listening."""
+    try:
+        taken.bind(("127.0.0.1", port))
+    except OSError:
+        return False
+    taken.listen(0)
+    return True
 
 
 def answers(road: Road) -> bool:
@@ -263,7 +273,7 @@ def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str,
     seen = observer.look()
     ours = [row for row in seen["actors"] if row["name"].partition("/")[0] in job_ids]
     others = {row["pid"] for row in seen["actors"] if row not in ours}
-    folders = [str(path) for job_id in job_ids for path in Path(road.record.temp_dir).glob(f"*/session_*/megatron-ray/{job_id}")]
+    folders = [str(path) for job_id in job_ids for path in Path(road.record.temp_dir).glob(f"*/session_latest/megatron-ray/{job_id}")]
     found = {
         "actors": ours,
         "groups": [row for row in seen["groups"] if row["name"] in job_ids],

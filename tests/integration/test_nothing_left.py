@@ -85,7 +85,7 @@ def is_mistaken(road: Road, observer: Observer) -> str:
 
 
 def diverges(road: Road, observer: Observer) -> str:
-    return submit(road, short(road, 200, optimizer={"lr": 1e30, "clip_grad_norm": 0.0}))
+    return submit(road, short(road, 200, optimizer={"lr": 100.0, "weight_decay": 1.0, "clip_grad_norm": 0.0}))
 
 
 def spends_its_budget(road: Road, observer: Observer) -> str:
