@@ -13,7 +13,7 @@ from workers.group import driver_name, find_actor, kill
 from workers.wire import DesiredJob, DesiredReply, DriverStatus
 
 _LOG = logging.getLogger("megatron_ray.agent")
-REAP_AFTER_S = 10.0
+REAP_AFTER_S = 90.0
 """A driver that has said its last word ends by itself; what is still there after so long is ended."""
 _ANSWER_S = 3.0
 

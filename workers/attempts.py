@@ -210,7 +210,7 @@ class Attempts:
         job.write(phase=Phase.RUNNING)
         marks.append(time.monotonic())
         spans = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("store", "probe", "start"))}
-        job.say.event("attempt.started", f"{len(places)} ranks started", data=spans)
+        job.say.event("ranks.started", f"{len(places)} ranks started", data=spans)
 
     def _supervise(self, renew: bool = False) -> AttemptEnd:
         job = self._job

@@ -258,6 +258,21 @@ class WorkerGroup:
         """Slots with a worker."""
         return tuple(self._slots)
 
+    def retire(self, fence: Fence, world_size: int, timeout_s: float) -> tuple[str, ...]:
+        """Has living workers remove the job's files; returns the nodes where that is done."""
+        self.adopt(slot for slot in range(world_size) if slot not in self._slots)
+        calls = [actor.retire.remote(fence) for actor in self._slots.values()]
+        done, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+        cleaned = set()
+        for call in done:
+            try:
+                cleaned.add(str(ray.get(call)))
+            except RayTaskError as error:
+                raise_if_fenced(error)
+            except RayError:
+                continue  # dead: another way must be found
+        return tuple(sorted(cleaned))
+
     def remove_all(self, world_size: int) -> None:
         """Ends every actor of the job but its driver, and gives the placement group back."""
         self.drop_calls()

@@ -23,6 +23,10 @@ from workers.version import code_version
 from workers.ways_out import BackToQueue, JobEnds
 
 _EXPLAIN_EVERY_S = 15.0
+_RETIRE_S = 2.0
+_SWEEP_S = 5.0
+_LATE_SWEEP_S = 60.0
+"""A node that is too busy to start a process for the clean-up holds nobody up: it may come after the last word."""
 
 
 class JobLife:
@@ -176,17 +180,20 @@ class JobLife:
         """Leaves nothing behind, says the last word last, and waits until the service has heard it."""
         job = self._job
         job.write(phase=Phase.ENDING, ending=ending)
-        if job.entry.spec is not None:
-            self._group.remove_all(job.world_size)
         self._leftovers.wait()
         self._logs.flush()
-        self._leftovers.sweep(job.job_id, job.entry.nodes)
+        if job.entry.spec is not None:
+            cleaned = self._group.retire(job.fence, job.world_size, _RETIRE_S)
+            self._group.remove_all(job.world_size)
+            self._leftovers.start_sweep(job.job_id, set(job.entry.nodes) - set(cleaned))
+        self._leftovers.await_sweep(_SWEEP_S)
         job.outbox.flush()
         if not ending.told:
             job.say.state(JobState(ending.state), StatusReason(ending.reason) if ending.reason else None, ending.message)
             job.outbox.flush()
         job.check_replaced()
         job.outbox.close()
+        self._leftovers.await_sweep(_LATE_SWEEP_S)
 
 
 def _given_back(back: BackToQueue) -> GivenBack:

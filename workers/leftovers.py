@@ -1,8 +1,10 @@
 """Files of ranks on their nodes. Owns: fetching what dead ranks left, removing what a job leaves. Best effort, beside the recovery."""
 
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from workers.cluster import job_folder, read_nodes
 from workers.data_tasks import salvage_task, sweep_task
@@ -14,7 +16,6 @@ from workers.tasks import on_node, result_or_none
 from workers.worker import log_file, report_file
 
 _SALVAGE_S = 20.0
-_SWEEP_S = 5.0
 _LOG_BYTES = 1 << 20
 _NOTHING = 1 << 62
 
@@ -25,6 +26,7 @@ class Leftovers:
     def __init__(self, outbox: Outbox, logs: JobLogs) -> None:
         self._outbox, self._logs = outbox, logs
         self._threads: list[threading.Thread] = []
+        self._sweeps: list[Any] = []
 
     def salvage(self, attempt: int, places: Sequence[RankPlace]) -> None:
         """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of logs."""
@@ -39,12 +41,16 @@ class Leftovers:
         for thread in self._threads:
             thread.join(_SALVAGE_S)
 
-    def sweep(self, job_id: str, nodes: Sequence[str]) -> None:
-        """Removes the job's folder on every node that it was ever on and that still lives."""
+    def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
+        """Begins to remove the job's folder on those of the nodes that still live."""
         alive = {node.node_id for node in read_nodes() if node.alive}
-        folders = [(node, str(job_folder(node, job_id))) for node in nodes if node in alive]
-        for call in [on_node(node, sweep_task, folder) for node, folder in folders]:
-            result_or_none(call, _SWEEP_S)
+        self._sweeps = [on_node(node, sweep_task, str(job_folder(node, job_id))) for node in nodes if node in alive]
+
+    def await_sweep(self, timeout_s: float) -> None:
+        """Until that is done, at most so long."""
+        deadline = time.monotonic() + timeout_s
+        for call in self._sweeps:
+            result_or_none(call, max(0.0, deadline - time.monotonic()))
 
     def _salvage_rank(self, attempt: int, place: RankPlace) -> None:
         folder, source = Path(place.local_dir), f"a{attempt}/r0"

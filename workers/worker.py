@@ -6,6 +6,7 @@ whoever has the highest (attempt, epoch). Torch is imported after the log is cap
 
 import contextlib
 import os
+import shutil
 import socket
 import threading
 import time
@@ -228,6 +229,12 @@ class RankWorker:
         attempt.inbox.put(Command.STOP)
         attempt.thread.join(wait_s)
         return not attempt.thread.is_alive()
+
+    def retire(self, fence: Fence) -> str:
+        """Removes the job's files on this node, for good: the job is over. Returns the node's id. Raises Fenced."""
+        self._admit(fence)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return self._node_id
 
     def _admit(self, fence: Fence) -> None:
         """Refuses whoever was replaced: a lower epoch, or a lower attempt in the same epoch."""

@@ -258,6 +258,10 @@ class PaperGroup:
     def slots(self) -> tuple[int, ...]:
         return tuple(sorted(self._slots))
 
+    def retire(self, fence: Fence, world_size: int, timeout_s: float) -> tuple[str, ...]:
+        self._mortality.act()
+        return ("node",)
+
     def remove_all(self, world_size: int) -> None:
         self._mortality.act()
         self._cluster.workers.clear()

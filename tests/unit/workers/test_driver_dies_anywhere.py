@@ -19,6 +19,13 @@ PREPARED = {"train": [], "validation": [], "tokenizer_path": "t", "vocab_size": 
 MOST_ACTS = 400
 
 
+def _nothing(*_: Any) -> None:
+    pass
+
+
+LEFTOVERS = SimpleNamespace(salvage=_nothing, wait=_nothing, start_sweep=_nothing, await_sweep=_nothing)
+
+
 class Paper:
     """One job, its cluster and its service; drivers come and go."""
 
@@ -54,7 +61,7 @@ class Paper:
             patch.setattr(LocalStorage, "write_bytes_atomic", write)
             patch.setattr(job_context, "Outbox", lambda job_id, book, said, epoch: PaperOutbox(self.service, book, said))
             patch.setattr(job_life, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
-            patch.setattr(job_life, "Leftovers", lambda *_: SimpleNamespace(salvage=_nothing, wait=_nothing, sweep=_nothing))
+            patch.setattr(job_life, "Leftovers", lambda *_: LEFTOVERS)
             patch.setattr(job_life, "read_nodes", lambda: (node,))
             patch.setattr(job_life.tasks, "anywhere", lambda *_: None)
             patch.setattr(job_life.tasks, "is_done", lambda _: True)
@@ -76,10 +83,6 @@ class Paper:
     def assert_nothing_left(self) -> None:
         assert self.cluster.workers == {} and not self.cluster.store and not self.cluster.placed
         assert self.service.ignored == []
-
-
-def _nothing(*_: Any) -> None:
-    pass
 
 
 def lives(tmp_path: Path, patch: pytest.MonkeyPatch, make: Callable[[Paper], None] = _nothing, **given: Any):
