@@ -165,7 +165,7 @@ def service_away(road: Road) -> Iterator[None]:
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # A killed process shows as a zombie while its threads still hold the port.
-            until("the service's port to be free", lambda: listens(taken, record.ports["service"]), 20)
+            until("the service's port to be free", lambda: listens(taken, httpx.URL(record.url).port or 0), 20)
             try:
                 yield
             finally:

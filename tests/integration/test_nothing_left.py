@@ -84,10 +84,6 @@ def is_mistaken(road: Road, observer: Observer) -> str:
     return job_id
 
 
-def diverges(road: Road, observer: Observer) -> str:
-    return submit(road, short(road, 200, optimizer={"lr": 100.0, "weight_decay": 1.0, "clip_grad_norm": 0.0}))
-
-
 def spends_its_budget(road: Road, observer: Observer) -> str:
     job_id = endless(road, restart={"max_failures": 0})
     kill_role(observer, job_id, "w0")
@@ -167,7 +163,6 @@ SOME: dict[Way, tuple[str, ...]] = {
 }
 ALL: dict[Way, tuple[str, ...]] = {
     **SOME,
-    diverges: ("failed",),
     crashes_in_a_loop: ("failed",),
     goes_on_without("w0"): ("succeeded",),
     goes_on_without("store"): ("succeeded",),
