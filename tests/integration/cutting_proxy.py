@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Self
 
 _PIECE = 4096
-_EARLY_CUTS = 5
+_EARLY_CUTS, _REPLAY_BYTES = 5, 200_000
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing sends RST instead of FIN
 
 
@@ -64,9 +64,7 @@ class CuttingProxy:
             requests.join(10)
 
     def _answers(self, server: socket.socket, client: socket.socket) -> None:
-        # Mostly within a few messages, so that cuts come thick; now and then within the head, and, later, after a long replay.
-        most = self._rng.choice((300, 3_000, 10_000, 200_000) if self.cuts >= _EARLY_CUTS else (300, 3_000, 10_000))
-        left = self._rng.randrange(1, most) if self.cuts < self._most_cuts else None
+        left = self._bytes_until_cut()
         server.settimeout(0.2)
         while not self._ended.is_set():
             try:
@@ -86,6 +84,14 @@ class CuttingProxy:
                 if self._rng.random() < 0.5:
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 return
+
+    def _bytes_until_cut(self) -> int | None:
+        """Few at first, within the replay and within heads; then enough for the whole replay; then few again, so that cuts come thick."""
+        if self.cuts >= self._most_cuts:
+            return None
+        if self.cuts == _EARLY_CUTS:
+            return _REPLAY_BYTES + self._rng.randrange(_REPLAY_BYTES)
+        return self._rng.randrange(1, self._rng.choice((300, 3_000, 10_000, 40_000)))
 
 
 def _pump(source: socket.socket, sink: socket.socket) -> None:

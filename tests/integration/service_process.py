@@ -59,6 +59,7 @@ class ServiceProcess:
             "MEGATRON_RAY_PORT": str(port),
             "MEGATRON_RAY_PORT_FILE": str(port_file),
             "MEGATRON_RAY_TOKENS_FILE": str(self.folder / "tokens.json"),
+            "MEGATRON_RAY_CHECK_WAIT_S": "0",  # no agent looks at paths here
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "service.main"], env={**os.environ, **variables}, stderr=log)

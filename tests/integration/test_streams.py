@@ -48,14 +48,14 @@ class Producer(threading.Thread):
         self.say(("attempt", {"state": "starting", "world_size": 4}), ("state", {"state": "starting"}), ("state", {"state": "running"}))
 
     def run(self) -> None:
-        while not self.finish.wait(0.02):
+        while not self.finish.wait(0.005):
             if self.second_attempt.is_set() and self.attempt == 1:
                 self.say(("state", {"state": "recovering", "reason": "worker_died", "message": "rank 1 died"}))
                 self.say(("attempt", {"state": "failed", "reason": "worker_died", "message": "rank 1 died"}))
                 self.attempt, self.step = 2, max(0, self.step - 70)
                 self.begin_attempt()
             if self.ahead() < 100:  # so that readers come to the live end of the stream, on the slowest machine too
-                self.work(rows=self.rng.randint(1, 5))
+                self.work(rows=self.rng.randint(3, 15))
         self.say(("attempt", {"state": "succeeded"}), ("state", {"state": "succeeded"}))
 
     def work(self, rows: int) -> None:
