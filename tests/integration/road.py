@@ -106,7 +106,12 @@ def stack(folder: Path) -> Iterator[Road]:
     for index in range(60):
         (corpus / f"{index}.txt").write_text(" ".join(str(index * number % 97) for number in range(400)))
     data_dir = folder / "stack"
-    subprocess.run([CLI, "up", "--detach", "--cpus", "2", "--data-dir", data_dir], check=True, timeout=180, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [CLI, "up", "--detach", "--cpus", "2", "--ready-timeout-s", "240", "--data-dir", data_dir],
+        check=True,
+        timeout=300,
+        stdout=subprocess.DEVNULL,
+    )
     sessions = []
     try:
         started = Road(data_dir, corpus)
