@@ -60,7 +60,8 @@ class TrainingSession:
         self.config = validation.with_vocabulary(resolved, data.vocab_size)
         self.mesh, self._report, self._poll = mesh, report, poll
         self._phase_start = time.monotonic()
-        torch.use_deterministic_algorithms(self.config.training.deterministic)
+        # Not use_deterministic_algorithms: that imports the compiler, a second of every start.
+        torch.set_deterministic_debug_mode("error" if self.config.training.deterministic else "default")
         torch.manual_seed(self.config.training.seed)
         self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None)
         self._phase("model")
