@@ -46,7 +46,8 @@ class _Attempt(_Data):
 
 
 class _Event(_Data):
-    type: str = Field(min_length=1, max_length=64)
+    type: str = Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*(\.[a-z0-9_]+)+$")
+    """Two words or more, so that it is never one of a stream's own (`metrics`, `state`, `end`)."""
     level: str = Field(default="info", pattern="^(info|warn|error)$")
     message: str = ""
     data: dict[str, Any] = Field(default_factory=dict)

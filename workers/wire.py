@@ -15,7 +15,7 @@ PROTOCOL = 1
 class Message(BaseModel):
     """Base: frozen, tolerant of fields it does not know."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class ProblemMessage(Message):

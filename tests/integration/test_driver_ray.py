@@ -266,3 +266,36 @@ def test_missing_data_is_the_users_problem(submit: Submit, fake_service: FakeSer
     assert found[0]["data"]["problems"][0]["pointer"] == "/data/tokenizer/path"
     fake_service.wait("the driver's end", lambda: actors(job_id) == [], 15)
     assert "failed" not in fake_service.states(job_id)
+
+
+@pytest.mark.chaos
+def test_a_frozen_rank_is_given_up(submit: Submit, fake_service: FakeService) -> None:
+    """Neither its process nor its node is gone, so only its silence (15 s) tells."""
+    job_id = submit(spec(steps=40, step_s="0.05"))
+    fake_service.wait("a commit", lambda: fake_service.stored(job_id, kind="checkpoint"))
+    before = rank_pids(fake_service, job_id)
+    os.kill(before[1], signal.SIGSTOP)
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id), 90)
+    failed = fake_service.events(job_id, "attempt.failed")[0]
+    assert (failed["ranks"], failed["data"]["kind"]) == ([1], "silent")
+    assert "has not answered for 15 s" in failed["message"]
+    assert fake_service.steps(job_id, 2)[-1] == 40
+    assert_nothing_left(fake_service, job_id, before)
+
+
+def test_a_wish_for_a_checkpoint_is_granted_once(submit: Submit, fake_service: FakeService) -> None:
+    import ray
+
+    body = spec(steps=2000, step_s="0.02")
+    body["checkpoint"] = {"every_steps": 1000, "keep_last": 2}
+    job_id = submit(body)
+    fake_service.wait("steps", lambda: fake_service.steps(job_id, 1))
+    fake_service.want(job_id, checkpoint_requests=1)
+    fake_service.wait("the checkpoint", lambda: committed(fake_service, job_id))
+    os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
+    fake_service.wait("adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"))  # type: ignore[attr-defined]
+    fake_service.want(job_id, checkpoint_requests=2)
+    fake_service.wait("the second", lambda: len(committed(fake_service, job_id)) > 1)
+    fake_service.want(job_id, desired="cancel", final_checkpoint=False)
+    fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 10)
+    assert len(committed(fake_service, job_id)) == 2

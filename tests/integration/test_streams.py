@@ -63,7 +63,7 @@ class Producer(threading.Thread):
         first, self.step, self.rows = self.step + 1, self.step + rows, self.rows + rows
         self.send(f"a{self.attempt}/r0", *(step_row(step, self.attempt) for step in range(first, self.step + 1)))
         if self.rng.random() < 0.3:
-            self.say(("event", {"type": "note", "level": self.rng.choice(("info", "warn")), "message": f"{ODD} {self.step}"}))
+            self.say(("event", {"type": "test.note", "level": self.rng.choice(("info", "warn")), "message": f"{ODD} {self.step}"}))
         if self.rng.random() < 0.1:
             self.say(("checkpoint", {"step": self.step, "path": f"checkpoints/{self.attempt}-{self.step}", "bytes": 7}))
 

@@ -203,7 +203,7 @@ def test_failures_and_preemptions_are_counted_apart(service: Any) -> None:
 def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
     job_id, driver = service.running_job()
     for number in range(5):
-        driver.send(("event", {"type": "note", "level": ("info", "warn", "error")[number % 3], "message": str(number)}), attempt=1)
+        driver.send(("event", {"type": "test.note", "level": ("info", "warn", "error")[number % 3], "message": str(number)}), attempt=1)
     everything = [event["seq"] for event in service.events(job_id)]
 
     def page(**query: Any) -> list[dict[str, Any]]:
@@ -214,7 +214,7 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
     assert [event["seq"] for event in newest] == everything[::-1][:3]
     older = page(order="desc", limit=1000, after=newest[-1]["id"])
     assert [event["seq"] for event in [*newest, *older]] == everything[::-1]
-    assert [event["message"] for event in page(level="warn,error", type="note")] == ["1", "2", "4"]
+    assert [event["message"] for event in page(level="warn,error", type="test.note")] == ["1", "2", "4"]
     assert [event["message"] for event in page(level="warn,error", order="desc", limit=1)] == ["4"]
 
 

@@ -24,7 +24,7 @@ def test_batches_sent_again_or_overlapping_change_nothing(service: Any, make_ste
     rows = service.user.get(f"/v1/jobs/{job_id}/metrics").json()["data"]
     assert [row["step"] for row in rows] == list(range(1, 101))
     before = service.events(job_id)
-    events = driver.number("driver", *(("event", {"type": "note", "message": str(i)}) for i in range(5)))
+    events = driver.number("driver", *(("event", {"type": "test.note", "message": str(i)}) for i in range(5)))
     for batch in (events[:3], events[:3], events[1:], events):
         driver.post("driver", batch)
     after = service.events(job_id)[len(before) :]
@@ -35,7 +35,7 @@ def test_batches_sent_again_or_overlapping_change_nothing(service: Any, make_ste
 def test_gaps_are_refused_and_leave_nothing_behind(service: Any) -> None:
     job_id, driver = service.running_job()
     before = service.events(job_id)
-    note = {"kind": "event", "at": 0, "data": {"type": "note"}}
+    note = {"kind": "event", "at": 0, "data": {"type": "test.note"}}
     for numbers in ([7], [6, 8], [6, 6], [6, 5]):
         response = driver.post("driver", [note | {"n": n} for n in numbers])
         body = response.json()
@@ -65,7 +65,7 @@ def test_lower_epochs_are_fenced_everywhere(service: Any) -> None:
 def test_a_batch_is_stored_whole_or_not_at_all(service: Any, make_step: Any) -> None:
     job_id, driver = service.running_job()
     before = service.job(job_id), service.events(job_id)
-    facts = (("event", {"type": "note"}), ("step", make_step(1)), ("step", {"loss": 1.0}))
+    facts = (("event", {"type": "test.note"}), ("step", make_step(1)), ("step", {"loss": 1.0}))
     response = driver.post("driver", driver.number("driver", *facts, attempt=1))
     assert response.status_code == 422
     assert [error["pointer"] for error in response.json()["errors"]] == ["/records/2/data/step"]
@@ -81,7 +81,9 @@ def test_a_batch_is_stored_whole_or_not_at_all(service: Any, make_step: Any) -> 
         ("state", {"state": "running", "reason": "mood"}, "/records/0/data/reason"),
         ("attempt", {"state": "odd"}, "/records/0/data/state"),
         ("event", {"type": ""}, "/records/0/data/type"),
-        ("event", {"type": "x", "level": "loud"}, "/records/0/data/level"),
+        ("event", {"type": "end"}, "/records/0/data/type"),
+        ("event", {"type": "two\nlines.of"}, "/records/0/data/type"),
+        ("event", {"type": "a.b", "level": "loud"}, "/records/0/data/level"),
         ("ranks", {}, "/records/0/data/ranks"),
         ("checkpoint", {"step": 1}, "/records/0/data/path"),
         ("checkpoint", {"step": 1, "path": "p", "action": "eaten"}, "/records/0/data/action"),

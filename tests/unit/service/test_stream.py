@@ -82,7 +82,7 @@ def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(service: Any, m
             attempt = 1 + step // 200
             driver.send(*(("step", make_step(s)) for s in range(step, step + 5)), source=f"a{attempt}/r0", attempt=attempt)
             if rng.random() < 0.3:
-                driver.send(("event", {"type": "note", "message": str(step)}), attempt=attempt)
+                driver.send(("event", {"type": "test.note", "message": str(step)}), attempt=attempt)
             if rng.random() < 0.1:
                 time.sleep(0.02)
         driver.states("succeeded", attempt=4)
