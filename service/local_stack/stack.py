@@ -198,7 +198,7 @@ class LocalStack:
         for attempt in range(1, _RAY_TRIES + 1):
             ports = free_ports(PORT_NAMES)
             dashboard = f"http://127.0.0.1:{ports['ray_dashboard']}"
-            update = {"ports": ports, "ray_address": f"127.0.0.1:{ports['ray_gcs']}", "dashboard_url": dashboard}
+            update = {"ports": {**self._known.ports, **ports}, "ray_address": f"127.0.0.1:{ports['ray_gcs']}", "dashboard_url": dashboard}
             self._keep(self._known.model_copy(update=update))
             ray_dir = Path(self._known.temp_dir) / str(attempt) if attempt > 1 else Path(self._known.temp_dir) / "ray"
             self._launch("ray", head_command(ports, ray_dir, self.options.num_cpus or available_cpus()), self._ray_environment())
