@@ -139,7 +139,7 @@ class Attempts:
         """All living ranks leave their groups; those that cannot are ended. Returns the slots that may be used again."""
         free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
         entry = self._job.entry
-        self._leftovers.salvage(entry.attempt, [place for place in entry.ranks if place.rank in dead_ranks])
+        self._leftovers.note(entry.attempt, [place for place in entry.ranks if place.rank in dead_ranks])
         self._group.kill_slots([slot for slot in self._group.slots if slot not in free])
         return free
 
@@ -210,6 +210,7 @@ class Attempts:
         job.write(phase=Phase.RUNNING)
         marks.append(time.monotonic())
         spans = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("store", "probe", "start"))}
+        self._leftovers.salvage()
         job.say.event("ranks.started", f"{len(places)} ranks started", data=spans)
 
     def _supervise(self, renew: bool = False) -> AttemptEnd:

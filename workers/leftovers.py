@@ -26,18 +26,25 @@ class Leftovers:
     def __init__(self, outbox: Outbox, logs: JobLogs) -> None:
         self._outbox, self._logs = outbox, logs
         self._threads: list[threading.Thread] = []
+        self._noted: list[tuple[int, RankPlace]] = []
         self._sweeps: list[Any] = []
 
-    def salvage(self, attempt: int, places: Sequence[RankPlace]) -> None:
-        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of logs."""
+    def note(self, attempt: int, places: Sequence[RankPlace]) -> None:
+        """Ranks that died: what they left is fetched later, since starting a process for it would hold up their successors."""
+        self._noted += [(attempt, place) for place in places]
+
+    def salvage(self) -> None:
+        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of logs of what was noted."""
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        for place in places:
+        noted, self._noted = self._noted, []
+        for attempt, place in noted:
             thread = threading.Thread(target=self._salvage_rank, args=(attempt, place), name=f"salvage-{place.rank}", daemon=True)
             thread.start()
             self._threads.append(thread)
 
-    def wait(self) -> None:
-        """Until what was started has ended."""
+    def finish(self) -> None:
+        """Until everything noted is fetched, or cannot be."""
+        self.salvage()
         for thread in self._threads:
             thread.join(_SALVAGE_S)
 

@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -27,8 +28,11 @@ from workers.spool import LogFile, Spool, SpoolReader
 
 LEASE_S = 300.0
 """A worker that no driver has asked for so long ends itself."""
-LINGER_S = 0.2
+LINGER_S = 0.5
 """Step reports wait so long for company: a call per step would cost more than the step of a small model."""
+SWITCH_S = 0.001
+"""A thread that answers the driver gives the interpreter back to the training thread after so long; Python's own 5 ms are a fifth of
+a short step."""
 LEAVE_S = 4.0
 """How long `leave` waits for the training thread to come out of its collectives."""
 
@@ -80,6 +84,8 @@ class RankAttempt:
         """Takes a report from the training thread or the checkpoint writer's: one write to a local file."""
         self.spool.append(item.kind, vars(item))
         if isinstance(item, StepReport):
+            if not self.step:
+                self._urgent.set()  # the first one makes the job a running one
             self.step = item.step
         else:
             self._log(_in_words(item))
@@ -163,6 +169,7 @@ class RankWorker:
         self._log = LogFile(self._folder / f"slot-{slot:05d}-{os.getpid()}.log")
         self._log.capture()
         prepare_process(num_threads, self._address)
+        sys.setswitchinterval(SWITCH_S)
         self._fence = Fence(0, 0)
         self._guard = threading.Lock()
         self._attempt: RankAttempt | None = None

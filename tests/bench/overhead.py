@@ -96,7 +96,7 @@ def job(road: Road, folder: str, ranks: int) -> dict[str, Any]:
     return road.spec(
         model=MODEL,
         parallel={"tp": ranks, "dp": 1},
-        training={"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 4, "steps": WARMUP + STEPS},
+        training={"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 1, "steps": WARMUP + STEPS},
         checkpoint={"every_steps": None},
         data={"train": [{"path": str(road.corpus)}], "tokenizer": {"kind": "bytes"}, "cache": f"{folder}/cache"},
         resources={"accelerator": "cpu", "cpus_per_rank": 1},

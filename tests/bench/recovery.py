@@ -28,7 +28,7 @@ WATCHED_S = 15.0
 # The training thread and what it does are the library's reference shape: a step of 20 to 50 ms at tp=2 on two cores.
 STEP = {
     "model": {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384},
-    "training": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 4, "steps": 1_000_000},
+    "training": {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1_000_000},
 }
 Measured = tuple[float, dict[str, float]]
 """A value, and its parts."""

@@ -23,7 +23,7 @@ def _nothing(*_: Any) -> None:
     pass
 
 
-LEFTOVERS = SimpleNamespace(salvage=_nothing, wait=_nothing, start_sweep=_nothing, await_sweep=_nothing)
+LEFTOVERS = SimpleNamespace(note=_nothing, salvage=_nothing, finish=_nothing, start_sweep=_nothing, await_sweep=_nothing)
 
 
 class Paper:
