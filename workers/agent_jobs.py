@@ -13,8 +13,10 @@ from workers.group import driver_name, find_actor, kill
 from workers.wire import DesiredJob, DesiredReply, DriverStatus
 
 _LOG = logging.getLogger("megatron_ray.agent")
-REAP_AFTER_S = 90.0
-"""A driver that has said its last word ends by itself; what is still there after so long is ended."""
+REAP_AFTER_S = 10.0
+"""What an ended job's driver has not taken down by then is ended."""
+REAP_DRIVER_AFTER_S = 90.0
+"""The driver itself ends by itself, but may wait for a busy node to be cleaned first."""
 _ANSWER_S = 3.0
 
 
@@ -26,6 +28,7 @@ class DriverRegistry:
         self._jobs: dict[str, DesiredJob] = {}
         self._terminal: dict[str, float] = {}
         self._reaped: set[str] = set()
+        self._reaped_drivers: set[str] = set()
         self._statuses: dict[str, DriverStatus] = {}
         self._known = False
 
@@ -84,18 +87,22 @@ class DriverRegistry:
         return [str(name) for name in ray.util.list_named_actors()]
 
     def _reap(self) -> None:
-        now = time.monotonic()
-        due = {job_id for job_id, since in self._terminal.items() if now - since > REAP_AFTER_S and job_id not in self._reaped}
-        if not due:
+        due, drivers_due = self._due(REAP_AFTER_S, self._reaped), self._due(REAP_DRIVER_AFTER_S, self._reaped_drivers)
+        if not due and not drivers_due:
             return
         for name in self._names():
-            if name.partition("/")[0] in due:
-                actor = find_actor(name, self._namespace)
-                if actor is not None:
-                    _LOG.warning("reaping %s: its job is over", name)
-                    kill(actor)
+            job_id, _, role = name.partition("/")
+            actor = find_actor(name, self._namespace) if job_id in (drivers_due if role == "driver" else due) else None
+            if actor is not None:
+                _LOG.warning("reaping %s: its job is over", name)
+                kill(actor)
         for job_id in due:
             with contextlib.suppress(ValueError):
                 ray.util.remove_placement_group(ray.util.get_placement_group(job_id))
                 _LOG.warning("reaped the placement group of %s", job_id)
         self._reaped = (self._reaped | due) & self._terminal.keys()
+        self._reaped_drivers = (self._reaped_drivers | drivers_due) & self._terminal.keys()
+
+    def _due(self, after_s: float, done: set[str]) -> set[str]:
+        now = time.monotonic()
+        return {job_id for job_id, since in self._terminal.items() if now - since > after_s and job_id not in done}
