@@ -24,6 +24,14 @@ class Box:
         """Elements inside."""
         return prod(self.size)
 
+    def intersection(self, other: "Box") -> "Box | None":
+        """What lies in both; None when they have no element in common. Both are of the same tensor."""
+        spans = list(zip(self.offset, self.size, other.offset, other.size, strict=True))
+        start = tuple(max(mine, theirs) for mine, _, theirs, _ in spans)
+        end = tuple(min(mine + length, theirs + extent) for mine, length, theirs, extent in spans)
+        size = tuple(high - low for low, high in zip(start, end, strict=True))
+        return Box(start, size) if all(length > 0 for length in size) else None
+
 
 @dataclass(frozen=True)
 class Init:

@@ -198,8 +198,10 @@ class Attempts:
     def _start_ranks(self, plan: PlacementPlan) -> None:
         """Workers, store, places, orders; each in the journal before the next. Raises GroupProblem."""
         job, marks = self._job, [time.monotonic()]
+        if job.world_size > 1:
+            self._group.ensure_store()  # first, for all ranks wait for it
         self._group.ensure_workers(plan, max(1, int(job.spec.resources.cpus_per_rank)))
-        store = self._group.store_address(_START_TIMEOUT_S, job.stop_if_unwanted)
+        store = self._group.store_address(_START_TIMEOUT_S, job.stop_if_unwanted) if job.world_size > 1 else None
         marks.append(time.monotonic())
         facts = self._group.probe(job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)
         marks.append(time.monotonic())

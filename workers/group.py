@@ -150,17 +150,16 @@ class WorkerGroup:
         """Starts the attempt, orders by slot. Raises GroupProblem."""
         self._all({slot: self._slots[slot].start.remote(fence, order) for slot, order in orders.items()}, timeout_s, stop)
 
-    def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
-        """The job's TCPStore, made unless it is there. Raises GroupProblem."""
+    def ensure_store(self) -> Any:
+        """The job's store actor (Ray's handle), made unless it is there; it need not be up yet."""
         remote_class: Any = ray.remote(StoreServer)
+        options = {"name": store_name(self._job_id), "namespace": self._namespace, "lifetime": "detached", "get_if_exists": True}
+        return remote_class.options(**options, num_cpus=0).remote()
+
+    def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
+        """Where the job's TCPStore answers; one that does not is made anew, once. Raises GroupProblem."""
         for _ in range(2):
-            actor = remote_class.options(
-                name=store_name(self._job_id),
-                namespace=self._namespace,
-                lifetime="detached",
-                get_if_exists=True,
-                num_cpus=0,
-            ).remote()
+            actor = self.ensure_store()
             try:
                 host, port = self._all({0: actor.address.remote()}, timeout_s, stop)[0]
                 return str(host), int(port)

@@ -141,8 +141,9 @@ class Journal:
 
 def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartOrder]:
     """What each slot's worker is told, from the journal alone. Raises ValueError before the rank map and the data are known."""
-    if entry.spec is None or entry.prepared is None or entry.store is None:
+    if entry.spec is None or entry.prepared is None or (entry.store is None and len(entry.ranks) > 1):
         raise ValueError(f"attempt {entry.attempt} has no spec, data or store yet")
+    master_addr, master_port = entry.store or (None, None)
     # Ray shows a worker its own GPU only, so that is always number 0 there.
     device = "cuda" if accelerator == "gpu" else "cpu"
     return {
@@ -153,8 +154,8 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartOrder]
                 local_rank=place.local_rank,
                 local_world_size=place.local_world_size,
                 node_rank=place.node_rank,
-                master_addr=entry.store[0],
-                master_port=entry.store[1],
+                master_addr=master_addr,
+                master_port=master_port,
             ),
             spec=entry.spec,
             data=entry.prepared,

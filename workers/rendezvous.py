@@ -4,14 +4,14 @@ Neither in the driver nor in rank 0: both may die without taking the rendezvous 
 """
 
 from workers.cluster import own_address
-from workers.rank_env import let_ranks_go_first, prepare_process
+from workers.rank_env import prepare_process, run_before_others
 
 
 class StoreServer:
     """Serves a torch TCPStore as long as the actor lives."""
 
     def __init__(self) -> None:
-        let_ranks_go_first()
+        run_before_others()  # the ranks wait for this start
         prepare_process(1)
         from workers.stores import TCPStore  # imports torch: only this process and the ranks pay for it
 

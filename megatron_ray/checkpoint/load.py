@@ -5,23 +5,32 @@ Every rank reads by itself what it needs; there is no collective. Must not know:
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_ray.checkpoint.directory import CheckpointError, check_format_version, read_manifest
-from megatron_ray.checkpoint.index import SavedTensor, Slot, read_index
+from megatron_ray.checkpoint.index import SavedTensor, Slot, overlaps, read_index
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor
 from megatron_ray.checkpoint.storage import Readable, open_storage
+from megatron_ray.parameters import Box
 
 SCRATCH_BYTES = 16 * 1024 * 1024
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer.json"
 """Put beside the tensors by a run that trains on text, so that a checkpoint can speak by itself."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """A part of a saved box and the memory that it belongs into."""
+
+    slot: Slot
+    part: Box
+    """In the logical tensor."""
+    target: torch.Tensor
 
 
 def rank_state_file(rank: int) -> str:
@@ -37,15 +46,15 @@ def load_into(path: str, state: ShardedState) -> None:
     read_manifest(path)
     storage = open_storage(path)
     saved = read_index(storage, path)
-    work: dict[str, list[tuple[Slot, ReadItem, torch.Tensor]]] = defaultdict(list)
+    work: dict[str, list[Read]] = defaultdict(list)
     for fqn, wanted in state.items():
-        for slot, file, item, target in _reads(path, fqn, saved.get(fqn), wanted):
-            work[file].append((slot, item, target))
+        for file, read in _reads(path, fqn, saved.get(fqn), wanted):
+            work[file].append(read)
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     for file, reads in work.items():
         with storage.open_input(file) as source:
-            for slot, item, target in sorted(reads, key=lambda read: read[0].start):
-                _read(source, slot, item, target, scratch)
+            for read in sorted(reads, key=lambda read: read.slot.start):
+                _read(source, read, scratch)
 
 
 def read_train_state(path: str, rank: int) -> dict[str, Any]:
@@ -66,37 +75,40 @@ def read_train_state(path: str, rank: int) -> dict[str, Any]:
     return state
 
 
-def _reads(path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor) -> list[tuple[Slot, str, ReadItem, torch.Tensor]]:
-    """Overlaps of what is wanted with what was saved."""
+def _reads(path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor) -> list[tuple[str, Read]]:
+    """Overlaps of what is wanted with what was saved, each with its file."""
     if saved is None:
         raise CheckpointError("load", path, f"it has no tensor {fqn!r}: it was saved from another model")
     if saved.shape != wanted.shape:
         raise CheckpointError("load", path, f"its tensor {fqn!r} has shape {saved.shape}, the model needs {wanted.shape}")
-    chunks = [ChunkStorageMetadata(torch.Size(slot.offset), torch.Size(slot.size)) for slot in saved.slots]
-    metadata = TensorStorageMetadata(TensorProperties(dtype=saved.slots[0].dtype), torch.Size(saved.shape), chunks)
-    items = create_read_items_for_chunk_list(fqn, metadata, wanted.__create_chunk_list__())
-    missing = sum(held.box.num_elements for held in wanted.held()) - sum(prod(item.lengths) for item in items)
+    slots = {slot.box: (file, slot) for file, slot in zip(saved.files, saved.slots, strict=True)}
+    memory = {held.box: held.tensor.detach() for held in wanted.held()}
+    reads, found = [], 0
+    for box, source in overlaps(list(memory), list(slots)):
+        file, slot = slots[source]
+        part = box.intersection(source)
+        assert part is not None
+        target = memory[box]
+        for dim, (offset, length) in enumerate(zip(part.offset, part.size, strict=True)):
+            target = target.narrow(dim, offset - box.offset[dim], length)
+        reads.append((file, Read(slot, part, target)))
+        found += part.num_elements
+    missing = sum(box.num_elements for box in memory) - found
     if missing:
         raise CheckpointError("load", path, f"its tensor {fqn!r} lacks {missing} elements of the boxes asked for")
-    found = {slot.offset: position for position, slot in enumerate(saved.slots)}
-    reads = []
-    for item in items:
-        position = found[tuple(item.storage_index.offset or ())]
-        target = wanted.__get_tensor_shard__(item.dest_index)
-        for dim, (offset, length) in enumerate(zip(item.dest_offsets, item.lengths, strict=True)):
-            target = target.narrow(dim, offset, length)
-        reads.append((saved.slots[position], saved.files[position], item, target))
     return reads
 
 
-def _read(source: Readable, slot: Slot, item: ReadItem, target: torch.Tensor, scratch: torch.Tensor) -> None:
+def _read(source: Readable, read: Read, scratch: torch.Tensor) -> None:
     """Whole rows go straight into the target's memory, everything else through `scratch`, some rows at a time."""
-    sizes, offsets, lengths = (slot.size or (1,), item.storage_offsets or (0,), item.lengths or (1,))
+    slot, target = read.slot, read.target
+    sizes, lengths = slot.box.size or (1,), read.part.size or (1,)
+    offsets = tuple(inner - outer for inner, outer in zip(read.part.offset, slot.box.offset, strict=True)) or (0,)
     target = target.reshape(1) if target.dim() == 0 else target
     row_bytes = prod(sizes[1:]) * slot.dtype.itemsize
     first = slot.start + offsets[0] * row_bytes
     in_place = target.dtype == slot.dtype and target.device.type == "cpu" and target.is_contiguous()
-    if in_place and tuple(lengths[1:]) == tuple(sizes[1:]):
+    if in_place and lengths[1:] == sizes[1:]:
         source.read_into(first, _memory(target))
         return
     if row_bytes > scratch.numel():

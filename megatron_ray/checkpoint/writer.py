@@ -117,8 +117,8 @@ class CheckpointWriter:
     def _copy(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
         """On CUDA the copies are queued before any later work of this stream; the event says when they are done."""
         for slot in plan.slots:
-            target = self._host[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.size)
-            target.copy_(state[slot.fqn].__get_tensor_shard__(slot.index), non_blocking=True)
+            target = self._host[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.box.size)
+            target.copy_(state[slot.fqn].memory(slot.box), non_blocking=True)
         if self._mesh.device.type != "cuda":
             return None
         event: torch.cuda.Event = torch.cuda.current_stream(self._mesh.device).record_event()

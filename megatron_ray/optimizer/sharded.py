@@ -2,11 +2,15 @@
 gather of updated weights. Must not know: the model, microbatches, files.
 
 ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every bucket. In fp32 the main parameters are
-the model's own memory; in bf16 they are a separate fp32 shard.
+the model's own memory; in bf16 they are a separate fp32 shard. The update is torch's functional AdamW: the class would import the
+compiler, a second of every start.
 """
 
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.adamw import adamw
 
 from megatron_ray import collectives
 from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
@@ -16,6 +20,18 @@ from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.data_parallel.buffers import FlatBuffers
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.parameters import Box
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one fused call updates: runs with the same weight decay, as views of flat memory."""
+
+    weight_decay: float
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    state_steps: list[Tensor]
 
 
 class ShardedOptimizer:
@@ -37,30 +53,20 @@ class ShardedOptimizer:
         self._pieces_of: dict[str, list[Piece]] = {}
         for piece in self.pieces:
             self._pieces_of.setdefault(piece.placed.parameter.name, []).append(piece)
-        self._adamw = self._build(config)
+        self._config = config
+        self._updates = [self._update(decay) for decay in (True, False)]
 
-    def _build(self, config: OptimizerConfig) -> torch.optim.AdamW:
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        state: dict[Tensor, dict[str, Tensor]] = {}
-        for run in self.runs:
-            parameter = nn.Parameter(self.main(run))
-            parameter.grad = self.gradient(run)
-            groups[run.decay].append(parameter)
-            shard = slice(run.shard_start, run.shard_start + run.end - run.start)
-            moments = {name: flat[shard] for name, flat in self.state.items()}
-            state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
-        adamw = torch.optim.AdamW(
-            [
-                {"params": groups[True], "weight_decay": config.weight_decay},
-                {"params": groups[False], "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            eps=config.eps,
-            fused=True,
+    def _update(self, decay: bool) -> Update:
+        runs = [run for run in self.runs if run.decay == decay]
+        shards = [slice(run.shard_start, run.shard_start + run.end - run.start) for run in runs]
+        return Update(
+            weight_decay=self._config.weight_decay if decay else 0.0,
+            params=[self.main(run) for run in runs],
+            grads=[self.gradient(run) for run in runs],
+            exp_avgs=[self.state["exp_avg"][shard] for shard in shards],
+            exp_avg_sqs=[self.state["exp_avg_sq"][shard] for shard in shards],
+            state_steps=[torch.zeros((), device=self.buffers.parameters.device) for _ in runs],
         )
-        adamw.state.update(state)  # preset, so that the moments lie in two flat tensors
-        return adamw
 
     def main(self, run: Run) -> Tensor:
         """fp32 main parameters of a run."""
@@ -72,17 +78,34 @@ class ShardedOptimizer:
         """fp32 main gradients of a run."""
         return self.buffers.gradients[run.start : run.end]
 
+    @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update with the gradients as they are, then the new weights on every rank."""
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
+        config = self._config
+        for update in self._updates:
+            adamw(
+                update.params,
+                update.grads,
+                update.exp_avgs,
+                update.exp_avg_sqs,
+                max_exp_avg_sqs=[],
+                state_steps=update.state_steps,
+                fused=True,
+                amsgrad=False,
+                beta1=config.beta1,
+                beta2=config.beta2,
+                lr=lr,
+                weight_decay=update.weight_decay,
+                eps=config.eps,
+                maximize=False,
+            )
         self.publish()
 
     def set_steps_taken(self, steps: int) -> None:
         """After loading a checkpoint: bias correction goes on from here."""
-        for values in self._adamw.state.values():
-            values["step"].fill_(float(steps))
+        for update in self._updates:
+            for taken in update.state_steps:
+                taken.fill_(float(steps))
 
     def publish(self) -> None:
         """Main parameters -> model weights of every rank (after an update, a load, or initialisation of the shard)."""

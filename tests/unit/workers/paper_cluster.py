@@ -195,9 +195,12 @@ class PaperGroup:
         self._slots |= wanted & self._cluster.workers.keys()
         return tuple(sorted(wanted - self._cluster.workers.keys()))
 
-    def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
+    def ensure_store(self) -> None:
         self._mortality.act()
         self._cluster.store = True
+
+    def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
+        self._mortality.act()
         return "paper", 1
 
     def probe(self, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
