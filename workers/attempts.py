@@ -21,6 +21,8 @@ from workers.leftovers import Leftovers
 from workers.placement import PlacementPlan, assign_ranks
 from workers.policies import Failure, FailureKind, RestartHistory
 from workers.recovery import RecoveryWatch
+from workers.staffing import Staff, fill_posts
+from workers.standby import Standbys
 from workers.states import AttemptState, DesiredState, JobState, StatusReason
 from workers.supervision import AttemptEnd, AttemptPlan, EndKind, Supervision
 from workers.version import code_version
@@ -28,6 +30,7 @@ from workers.ways_out import BackToQueue, JobEnds
 
 _START_TIMEOUT_S = 180.0
 _LEAVE_TIMEOUT_S = 6.0
+_LOOK_UP_S = 2.0
 
 
 class Attempts:
@@ -41,10 +44,11 @@ class Attempts:
         self._random = random.Random()
         self._reached = 0
         self._watch: RecoveryWatch | None = None
+        self._standbys: Standbys | None = None
 
     def run(self, plan: PlacementPlan, found: JournalEntry | None) -> None:
         """From the journal entry of an earlier incarnation, or anew. Raises JobEnds, BackToQueue, DriverReplaced."""
-        end = self._take_over(found) if found is not None else None
+        end = self._take_over(found, plan) if found is not None else None
         while True:
             if end is not None:
                 self._follow(end)
@@ -53,11 +57,11 @@ class Attempts:
 
     # ---- what an earlier incarnation has left
 
-    def _take_over(self, found: JournalEntry) -> AttemptEnd | None:
+    def _take_over(self, found: JournalEntry, plan: PlacementPlan) -> AttemptEnd | None:
         """The end of the attempt that was under way; None when there is none to speak of."""
         if found.phase not in (Phase.STARTING, Phase.RUNNING, Phase.RECOVERING):
             return None
-        missing = self._group.adopt(range(self._job.world_size))
+        missing = self._group.adopt(range(self._job.num_slots))
         self._tell_checkpoints()
         if found.phase is Phase.RECOVERING:
             return self._unfinished_recovery(found)
@@ -74,7 +78,7 @@ class Attempts:
             return AttemptEnd(EndKind.FAILED, cause, tuple(place.rank for place in dead))
         pids = [place.pid for place in found.ranks]
         self._job.say.event("driver.adopted", f"{len(pids)} running ranks adopted", data={"pids": pids})
-        return self._supervise(renew=found.code_version != code_version())
+        return self._supervise(plan, renew=found.code_version != code_version())
 
     def _unfinished_recovery(self, found: JournalEntry) -> AttemptEnd | None:
         if found.failed is None:  # already decided: on with the next attempt
@@ -175,7 +179,6 @@ class Attempts:
             code_version=code_version(),
             resumed_from=newest.path if newest else None,
             last_commit=newest.step if newest else 0,
-            ranks=(),
             stopping=None,
             failed=None,
         )
@@ -193,30 +196,43 @@ class Attempts:
             cause = Failure(problem.kind, f"the ranks did not start: {problem}")
             self._group.kill_slots(problem.dead_slots)
             return AttemptEnd(EndKind.FAILED, cause)
-        return self._supervise()
+        return self._supervise(plan)
 
     def _start_ranks(self, plan: PlacementPlan) -> None:
         """Workers, store, places, orders; each in the journal before the next. Raises GroupProblem."""
         job, marks = self._job, [time.monotonic()]
         if job.world_size > 1:
             self._group.ensure_store()  # first, for all ranks wait for it
-        self._group.ensure_workers(plan, max(1, int(job.spec.resources.cpus_per_rank)))
+        staff = self._staff(plan)
+        self._group.kill_slots(staff.dismissed)
+        self._group.create(plan, staff.recruits, max(1, int(job.spec.resources.cpus_per_rank)))
         store = self._group.store_address(_START_TIMEOUT_S, job.stop_if_unwanted) if job.world_size > 1 else None
         marks.append(time.monotonic())
-        facts = self._group.probe(job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)
+        facts = self._group.probe(staff.posts, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)
         marks.append(time.monotonic())
-        places = assign_ranks(facts, plan.dims)
+        places = assign_ranks(staff.posted(facts), plan.dims)
         job.write(ranks=places, store=store)
         job.say.ranks(places)
         self._group.start(job.fence, start_orders(job.entry, plan.accelerator), _START_TIMEOUT_S, job.stop_if_unwanted)
         job.write(phase=Phase.RUNNING)
         marks.append(time.monotonic())
-        spans = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("store", "probe", "start"))}
+        data: dict[str, Any] = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("store", "probe", "start"))}
         self._leftovers.salvage()
-        job.say.event("ranks.started", f"{len(places)} ranks started", data=spans)
+        stepped_in = [place for place in places if place.slot in staff.stepped_in]
+        data["stepped_in"] = [place.rank for place in stepped_in]
+        also = "".join(f"; rank {place.rank} in a process that stood by (pid {place.pid})" for place in stepped_in)
+        job.say.event("ranks.started", f"{len(places)} ranks started{also}", data=data)
 
-    def _supervise(self, renew: bool = False) -> AttemptEnd:
+    def _staff(self, plan: PlacementPlan) -> Staff:
+        """Who serves next, of those that live and that must be made."""
+        in_map = {place.slot for place in self._job.entry.ranks}
+        others = [slot for slot in self._group.slots if slot not in in_map]
+        found, _ = self._group.look_up(others, self._job.fence, _LOOK_UP_S)
+        return fill_posts(plan, self._job.entry.ranks, self._group.slots, found, self._group.nodes(plan))
+
+    def _supervise(self, placement: PlacementPlan, renew: bool = False) -> AttemptEnd:
         job = self._job
+        self._standbys = Standbys(job, self._group, placement)
         entry, spec = job.entry, job.spec
         plan = AttemptPlan(
             attempt=entry.attempt,
@@ -239,6 +255,8 @@ class Attempts:
         """A step of rank 0."""
         self._gauges.show(data)
         self._running()
+        if self._standbys is not None:
+            self._standbys.tend()
         self._reached = max(self._reached, data["step"])
         split = self._watch.step(data["step"], time.monotonic()) if self._watch is not None else None
         if split is not None:

@@ -21,6 +21,7 @@ from workers.orders import Fence, Fenced, NextReply, Poll, StartOrder
 from workers.placement import PlacementPlan, SlotFacts
 from workers.policies import FailureKind
 from workers.rendezvous import StoreServer
+from workers.staffing import Recruit
 
 GONE_S = 10.0
 """How long a killed actor's name may linger."""
@@ -98,10 +99,10 @@ class WorkerGroup:
                 bundle_label_selector=[selector] * len(plan.bundles) if selector else None,
             )
 
-    def placed_nodes(self, plan: PlacementPlan) -> tuple[str, ...]:
-        """Ids of the nodes that the ready placement group lies on."""
+    def nodes(self, plan: PlacementPlan) -> dict[int, str]:
+        """Id of the node that each bundle of the ready placement group lies on."""
         table: dict[str, Any] = ray.util.placement_group_table(self.placement_group(plan))
-        return tuple(sorted(set(table["bundles_to_node_id"].values())))
+        return dict(table["bundles_to_node_id"])
 
     def remove_placement_group(self) -> None:
         """Gives the resources back; what still runs in them is killed by Ray."""
@@ -110,26 +111,24 @@ class WorkerGroup:
 
     # ---- workers
 
-    def ensure_workers(self, plan: PlacementPlan, num_threads: int) -> None:
-        """One worker per slot, each in its bundle; living ones are kept."""
+    def create(self, plan: PlacementPlan, recruits: Iterable[Recruit], num_threads: int) -> None:
+        """Makes workers, each in its bundle; they need not be up yet."""
         group = self.placement_group(plan)
         as_actor: Any = ray.remote
         remote_class = as_actor(concurrency_groups={"poll": 2})(self._worker_class)
-        for bundle in plan.bundles:
-            for slot in bundle.slots:
-                if slot in self._slots:
-                    continue
-                options = {
-                    "name": worker_name(self._job_id, slot),
-                    "namespace": self._namespace,
-                    "lifetime": "detached",
-                    "get_if_exists": True,
-                    "max_restarts": 0,
-                    "num_cpus": plan.worker_resources["CPU"],
-                    "num_gpus": plan.worker_resources.get("GPU", 0),
-                    "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle.index),
-                }
-                self._slots[slot] = remote_class.options(**options).remote(self._job_id, slot, bundle.index, num_threads)
+        for recruit in recruits:
+            options = {
+                "name": worker_name(self._job_id, recruit.slot),
+                "namespace": self._namespace,
+                "lifetime": "detached",
+                "get_if_exists": True,
+                "max_restarts": 0,
+                "num_cpus": recruit.resources.get("CPU", 0),
+                "num_gpus": recruit.resources.get("GPU", 0),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=recruit.bundle),
+            }
+            actor = remote_class.options(**options).remote(self._job_id, recruit.slot, recruit.bundle, num_threads, recruit.standby)
+            self._slots[recruit.slot] = actor
 
     def adopt(self, slots: Iterable[int]) -> tuple[int, ...]:
         """Finds living workers by name; returns the slots that have none."""
@@ -142,9 +141,24 @@ class WorkerGroup:
                 self._slots[slot] = actor
         return tuple(missing)
 
-    def probe(self, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
-        """Where each worker is. Raises GroupProblem naming the slots that died or did not come up."""
-        return self._all({slot: actor.probe.remote(fence) for slot, actor in self._slots.items()}, timeout_s, stop)
+    def probe(self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
+        """Where some workers are. Raises GroupProblem naming the slots that died or did not come up."""
+        return self._all({slot: self._slots[slot].probe.remote(fence) for slot in slots}, timeout_s, stop)
+
+    def look_up(self, slots: Iterable[int], fence: Fence, timeout_s: float) -> tuple[list[SlotFacts], tuple[int, ...]]:
+        """Where those workers are that answer in time, and the slots of those that are dead. Raises Fenced."""
+        calls = {self._slots[slot].probe.remote(fence): slot for slot in slots}
+        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+        found, dead = [], []
+        for call in done:
+            try:
+                found.append(ray.get(call))
+            except RayTaskError as error:
+                raise_if_fenced(error)
+                dead.append(calls[call])
+            except RayError:
+                dead.append(calls[call])
+        return found, tuple(dead)
 
     def start(self, fence: Fence, orders: Mapping[int, StartOrder], timeout_s: float, stop: Callable[[], None]) -> None:
         """Starts the attempt, orders by slot. Raises GroupProblem."""
@@ -257,9 +271,9 @@ class WorkerGroup:
         """Slots with a worker."""
         return tuple(self._slots)
 
-    def retire(self, fence: Fence, world_size: int, timeout_s: float) -> tuple[str, ...]:
+    def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         """Has living workers remove the job's files; returns the nodes where that is done."""
-        self.adopt(slot for slot in range(world_size) if slot not in self._slots)
+        self.adopt(slot for slot in range(num_slots) if slot not in self._slots)
         calls = [actor.retire.remote(fence) for actor in self._slots.values()]
         done, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
         cleaned = set()
@@ -272,10 +286,10 @@ class WorkerGroup:
                 continue  # dead: another way must be found
         return tuple(sorted(cleaned))
 
-    def remove_all(self, world_size: int) -> None:
+    def remove_all(self, num_slots: int) -> None:
         """Ends every actor of the job but its driver, and gives the placement group back."""
         self.drop_calls()
-        names = [worker_name(self._job_id, slot) for slot in range(world_size)] + [store_name(self._job_id)]
+        names = [worker_name(self._job_id, slot) for slot in range(num_slots)] + [store_name(self._job_id)]
         with ThreadPoolExecutor(max_workers=16) as pool:
             found = pool.map(lambda name: (name, find_actor(name, self._namespace)), names)
         killed = [(name, actor) for name, actor in found if actor is not None]

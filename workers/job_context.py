@@ -11,6 +11,7 @@ from workers.journal import ForeignJournal, Journal, JournalEntry, Phase
 from workers.orders import Fence
 from workers.outbox import Outbox, RecordBook
 from workers.placement import dims_of
+from workers.staffing import num_slots
 from workers.states import DesiredState, JobState, StatusReason
 from workers.ways_out import BackToQueue, DriverReplaced, JobEnds
 from workers.wire import DesiredJob
@@ -53,6 +54,11 @@ class JobContext:
     def world_size(self) -> int:
         """Ranks of the job."""
         return dims_of(self.spec).world_size
+
+    @property
+    def num_slots(self) -> int:
+        """Worker processes that the job can ever have at once."""
+        return num_slots(dims_of(self.spec))
 
     @property
     def fence(self) -> Fence:

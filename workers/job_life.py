@@ -93,7 +93,7 @@ class JobLife:
         """Gives back what the journal says is not held any more."""
         back = self._job.entry.given_back
         if back is not None:
-            self._group.remove_all(self._job.world_size)
+            self._group.remove_all(self._job.num_slots)
             reason = StatusReason(back.reason) if back.reason else None
             self._job.say.state(JobState(back.state), reason, back.message)
 
@@ -146,7 +146,7 @@ class JobLife:
 
     def _place_anew(self) -> PlacementPlan:
         self._job.say.state(JobState.SCHEDULING)
-        self._job.write(phase=Phase.SCHEDULING, given_back=None)
+        self._job.write(phase=Phase.SCHEDULING, given_back=None, ranks=())
         return self._place()
 
     def _place(self) -> PlacementPlan:
@@ -169,7 +169,7 @@ class JobLife:
             if now - started > limit:
                 text = f"no room within {limit:g} s: {plan.explanation}"
                 raise BackToQueue(JobState.QUEUED, StatusReason.WAITING_GANG, text, job.revision)
-        nodes = {*job.entry.nodes, *self._group.placed_nodes(plan)}
+        nodes = {*job.entry.nodes, *self._group.nodes(plan).values()}
         if len(nodes) > len(job.entry.nodes):
             job.write(nodes=tuple(sorted(nodes)))
         return plan
@@ -183,8 +183,8 @@ class JobLife:
         self._leftovers.finish()
         self._logs.flush()
         if job.entry.spec is not None:
-            cleaned = self._group.retire(job.fence, job.world_size, _RETIRE_S)
-            self._group.remove_all(job.world_size)
+            cleaned = self._group.retire(job.fence, job.num_slots, _RETIRE_S)
+            self._group.remove_all(job.num_slots)
             self._leftovers.start_sweep(job.job_id, set(job.entry.nodes) - set(cleaned))
         self._leftovers.await_sweep(_SWEEP_S)
         job.outbox.flush()

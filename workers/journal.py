@@ -161,6 +161,7 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartOrder]
             data=entry.prepared,
             attempt=entry.attempt,
             device=device,
+            gpu=place.gpu,
             store=entry.store,
             resume_from=entry.resumed_from,
         )

@@ -56,6 +56,8 @@ class StartOrder:
     device: str
     """`cpu` or `cuda`."""
     device_index: int = 0
+    gpu: int | None = None
+    """Index on the node, for a process that Ray has not given one."""
     store: tuple[str, int] | None = None
     """Host and port of the TCPStore; None: the rendezvous that the environment names."""
     resume_from: str | None = None

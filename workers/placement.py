@@ -73,7 +73,9 @@ class SlotFacts(BaseModel):
     address: str
     pid: int
     gpu: int | None = None
-    """Index on its node; None on CPU."""
+    """Index on its node; None on CPU, and for a process that Ray has given none."""
+    standby: bool = False
+    """Made to wait until a rank dies."""
     gpu_uuid: str | None = None
     domain: str = ""
     """NVLink domain, where nodes carry such a label."""
@@ -88,6 +90,7 @@ class RankPlace(BaseModel):
 
     rank: int
     slot: int
+    bundle: int
     node_id: str
     address: str
     gpu: int | None
@@ -206,6 +209,7 @@ def _with_local_ranks(ranked: dict[int, SlotFacts], dims: ParallelDims) -> tuple
         place = RankPlace(
             rank=rank,
             slot=facts.slot,
+            bundle=facts.bundle,
             node_id=facts.node_id,
             address=facts.address,
             gpu=facts.gpu,

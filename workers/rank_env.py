@@ -96,6 +96,11 @@ def prepare_process(num_threads: int, address: str | None = None) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
+def see_gpu(index: int) -> None:
+    """Makes one GPU of the node this process's only one; before CUDA is used."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
+
+
 def run_before_others() -> None:
     """Gives the calling thread, and those it starts, the ordinary priority back where that is permitted.
 

@@ -23,7 +23,7 @@ from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseRep
 from workers.cluster import domain_of, job_folder, node_info, own_address, ray_nodes
 from workers.orders import Busy, Fence, Fenced, NextReply, Poll, RankState, StartOrder
 from workers.placement import SlotFacts
-from workers.rank_env import prepare_process, run_before_others
+from workers.rank_env import let_ranks_go_first, prepare_process, run_before_others, see_gpu
 from workers.spool import LogFile, Spool, SpoolReader
 
 LEASE_S = 300.0
@@ -159,9 +159,9 @@ class RankWorker:
 
     train: ClassVar[Train] = staticmethod(train_for_real)
 
-    def __init__(self, job_id: str, slot: int, bundle: int, num_threads: int) -> None:
+    def __init__(self, job_id: str, slot: int, bundle: int, num_threads: int, standby: bool = False) -> None:
         run_before_others()
-        self._job_id, self._slot, self._bundle = job_id, slot, bundle
+        self._job_id, self._slot, self._bundle, self._standby = job_id, slot, bundle, standby
         context = ray.get_runtime_context()
         self._node_id = context.get_node_id()
         self._address = own_address()
@@ -174,12 +174,13 @@ class RankWorker:
         self._guard = threading.Lock()
         self._attempt: RankAttempt | None = None
         self._polled_at = time.monotonic()
-        for work in (_preload, self._watch_lease):
+        for work in (self._preload, self._watch_lease):
             threading.Thread(target=work, daemon=True).start()
 
     def probe(self, fence: Fence) -> SlotFacts:
-        """Where this worker is."""
+        """Where this worker is. Keeps one alive that stands by."""
         self._admit(fence)
+        self._polled_at = time.monotonic()
         gpus = [int(gpu) for gpu in ray.get_gpu_ids()]
         nodes = [node_info(node, {}) for node in ray_nodes() if node["NodeID"] == self._node_id]
         return SlotFacts(
@@ -189,6 +190,7 @@ class RankWorker:
             address=self._address,
             pid=os.getpid(),
             gpu=gpus[0] if gpus else None,
+            standby=self._standby,
             domain=domain_of(nodes[0]) if nodes else "",
             local_dir=str(self._folder),
         )
@@ -203,6 +205,8 @@ class RankWorker:
             if current.thread.is_alive():
                 raise Busy(f"attempt {current.order.attempt} is still running")
             current.spool.close()
+        if order.gpu is not None and not ray.get_gpu_ids():
+            see_gpu(order.gpu)
         self._start_log(order)
         self._attempt = RankAttempt(order, type(self).train, self._folder)
         self._attempt.thread.start()
@@ -260,6 +264,13 @@ class RankWorker:
         self._log.close()
         self._log = log
 
+    def _preload(self) -> None:
+        """Imports torch and the library while the driver is still probing; a failure is the training thread's to report."""
+        if self._standby:
+            let_ranks_go_first()
+        with contextlib.suppress(ImportError):
+            import workers.rank  # noqa: F401
+
     def _watch_lease(self) -> None:
         while time.monotonic() - self._polled_at < LEASE_S:
             time.sleep(LEASE_S / 30)
@@ -286,9 +297,3 @@ def _in_words(item: Report) -> str:
     if isinstance(item, EvalReport):
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     return f"step {item.step}: loss {item.loss:.4f}"
-
-
-def _preload() -> None:
-    """Imports torch and the library while the driver is still probing; a failure is the training thread's to report."""
-    with contextlib.suppress(ImportError):
-        import workers.rank  # noqa: F401

@@ -21,13 +21,15 @@ from tests.integration.road import Road, stack
 KILLS = 10
 EVERY_STEPS = 50
 """Steps between checkpoints of the job that loses ranks."""
+WARM_S = 8.0
+"""From the birth of the process that stands by until it has surely imported everything."""
 PAUSE_S = 3.0
 """Between two kills of the service, which serves meanwhile."""
 WATCHED_S = 15.0
 """How long a job's steps are looked at after its driver is killed."""
 # The training thread and what it does are the library's reference shape: a step of 20 to 50 ms at tp=2 on two cores.
 STEP = {
-    "model": {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384},
+    "model": {"num_layers": 1, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384},
     "training": {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1_000_000},
 }
 Measured = tuple[float, dict[str, float]]
@@ -38,6 +40,8 @@ def run() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-road-") as folder, stack(Path(folder)) as road:
         spec = road.spec(**STEP, checkpoint={"every_steps": EVERY_STEPS}, restart={"max_failures": 1000, "backoff_s": 0})
         yield line("rank", "seconds from SIGKILL to a step beyond all before, tp=2", 5.0, measured(road, spec, kill_rank))
+        cold = {**spec, "restart": {**spec["restart"], "standby": False}}
+        yield line("rank-cold", "the same without a process that stands by", None, measured(road, cold, kill_rank))
         yield line("service", "seconds from SIGKILL to serving again", 3.0, measured(road, spec, kill_service))
         # No checkpoint and no evaluation falls between the steps that are looked at.
         spec = road.spec(**STEP, checkpoint={"every_steps": None}, restart={"max_failures": 1000, "backoff_s": 0})
@@ -55,7 +59,7 @@ def measured(road: Road, spec: dict[str, Any], kill: Callable[[Road, str, RankFi
     return found
 
 
-def line(case: str, unit: str, goal: float, found: list[Measured]) -> dict[str, Any]:
+def line(case: str, unit: str, goal: float | None, found: list[Measured]) -> dict[str, Any]:
     """Median, quartiles and worst; medians of the parts."""
     values = [value for value, _ in found]
     low, middle, high = statistics.quantiles(values, n=4)
@@ -74,6 +78,9 @@ def line(case: str, unit: str, goal: float, found: list[Measured]) -> dict[str, 
 
 def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
     """The last rank dies. Detection is what the driver's own account of the recovery leaves over."""
+    if road.client.show(job_id)["resolved_spec"]["restart"]["standby"]:
+        until("a process that stands by", lambda: len([title for _, title in busy_workers(road) if "RankWorker" in title]) == 3, 60)
+        time.sleep(WARM_S)
     commits = (road.client.show(job_id)["last_checkpoint"] or {"step": 0})["step"]
     road.wait(job_id, lambda job: job["last_checkpoint"]["step"] > commits)  # else it would look like a crash loop
     steps = file.steps()

@@ -283,6 +283,27 @@ def test_a_frozen_rank_is_given_up(submit: Submit, fake_service: FakeService) ->
     assert_nothing_left(fake_service, job_id, before)
 
 
+def test_one_stands_by_and_takes_a_dead_ranks_place(submit: Submit, fake_service: FakeService) -> None:
+    import ray
+
+    job_id = submit(spec(steps=100_000, step_s="0.02"))
+    fake_service.wait("one that stands by", lambda: f"{job_id}/w2" in actors(job_id), 40)
+    before = rank_pids(fake_service, job_id)
+    os.kill(before[1], signal.SIGKILL)
+    started = fake_service.wait("a second attempt", lambda: fake_service.events(job_id, "ranks.started")[1:])[0]
+    assert started["data"]["stepped_in"] == [1] and "; rank 1 in a process that stood by (pid " in started["message"]
+    fake_service.wait("its steps", lambda: fake_service.steps(job_id, 2))
+    after = rank_pids(fake_service, job_id)
+    assert after[0] == before[0] and after[1] != before[1]
+    os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
+    fake_service.wait("adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"))  # type: ignore[attr-defined]
+    assert rank_pids(fake_service, job_id) == after
+    fake_service.wait("another one that stands by", lambda: f"{job_id}/w1" in actors(job_id), 40)
+    fake_service.want(job_id, desired="cancel", final_checkpoint=False)
+    fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 20)
+    assert_nothing_left(fake_service, job_id, after)
+
+
 def test_a_wish_for_a_checkpoint_is_granted_once(submit: Submit, fake_service: FakeService) -> None:
     import ray
 

@@ -13,6 +13,7 @@ from workers.outbox import RecordBook
 from workers.placement import PlacementPlan, SlotFacts
 from workers.policies import FailureKind
 from workers.spool import Line
+from workers.staffing import Recruit
 from workers.states import DesiredState, JobState, may_follow
 from workers.wire import DesiredJob, Record
 
@@ -110,8 +111,8 @@ class PaperOutbox:
 
 
 class _Worker:
-    def __init__(self, slot: int, pid: int) -> None:
-        self.slot, self.pid = slot, pid
+    def __init__(self, slot: int, pid: int, standby: bool) -> None:
+        self.slot, self.pid, self.standby = slot, pid, standby
         self.order: StartOrder | None = None
         self.step, self.lines = 0, list[Line]()
         self.state = RankState.IDLE
@@ -179,16 +180,15 @@ class PaperGroup:
 
         return Ready()
 
-    def placed_nodes(self, plan: PlacementPlan) -> tuple[str, ...]:
-        return ("node",)
+    def nodes(self, plan: PlacementPlan) -> dict[int, str]:
+        return {bundle.index: "node" for bundle in plan.bundles}
 
-    def ensure_workers(self, plan: PlacementPlan, num_threads: int) -> None:
-        for slot in (slot for bundle in plan.bundles for slot in bundle.slots):
-            if slot not in self._slots:
-                self._mortality.act()
-                self._cluster.pids += 1
-                self._cluster.workers.setdefault(slot, _Worker(slot, self._cluster.pids))
-                self._slots.add(slot)
+    def create(self, plan: PlacementPlan, recruits: Iterable[Recruit], num_threads: int) -> None:
+        for recruit in recruits:
+            self._mortality.act()
+            self._cluster.pids += 1
+            self._cluster.workers.setdefault(recruit.slot, _Worker(recruit.slot, self._cluster.pids, recruit.standby))
+            self._slots.add(recruit.slot)
 
     def adopt(self, slots: Iterable[int]) -> tuple[int, ...]:
         wanted = set(slots)
@@ -203,9 +203,16 @@ class PaperGroup:
         self._mortality.act()
         return "paper", 1
 
-    def probe(self, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
-        node = {"bundle": 0, "node_id": "node", "address": "127.0.0.1", "gpu": None}
-        return [SlotFacts(slot=slot, pid=self._cluster.workers[slot].pid, **node) for slot in sorted(self._slots)]
+    def probe(self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
+        return [self._facts(slot) for slot in sorted(slots)]
+
+    def look_up(self, slots: Iterable[int], fence: Fence, timeout_s: float) -> tuple[list[SlotFacts], tuple[int, ...]]:
+        living = [slot for slot in slots if slot in self._cluster.workers]
+        return [self._facts(slot) for slot in living], tuple(set(slots) - set(living))
+
+    def _facts(self, slot: int) -> SlotFacts:
+        worker = self._cluster.workers[slot]
+        return SlotFacts(slot=slot, pid=worker.pid, standby=worker.standby, bundle=0, node_id="node", address="127.0.0.1")
 
     def start(self, fence: Fence, orders: Mapping[int, StartOrder], timeout_s: float, stop: Callable[[], None]) -> None:
         for slot, order in orders.items():
@@ -261,11 +268,11 @@ class PaperGroup:
     def slots(self) -> tuple[int, ...]:
         return tuple(sorted(self._slots))
 
-    def retire(self, fence: Fence, world_size: int, timeout_s: float) -> tuple[str, ...]:
+    def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         self._mortality.act()
         return ("node",)
 
-    def remove_all(self, world_size: int) -> None:
+    def remove_all(self, num_slots: int) -> None:
         self._mortality.act()
         self._cluster.workers.clear()
         self._mortality.act()

@@ -1,6 +1,7 @@
 """A driver that dies before or after any of its acts: the next one finishes the job, and the history is as if nobody had died."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from megatron_ray.checkpoint.storage import LocalStorage
 from tests.unit.workers.paper_cluster import DriverDies, Mortality, PaperCluster, PaperGroup, PaperOutbox, PaperService
-from workers import attempts, job_context, job_life
+from workers import attempts, job_context, job_life, standby, supervision
 from workers.job_life import JobLife
 from workers.journal import Journal
 from workers.states import DesiredState, JobState
@@ -24,6 +25,21 @@ def _nothing(*_: Any) -> None:
 
 
 LEFTOVERS = SimpleNamespace(note=_nothing, salvage=_nothing, finish=_nothing, start_sweep=_nothing, await_sweep=_nothing)
+
+
+class AtOnce:
+    """An executor in the caller's thread, so that every life goes the same way."""
+
+    def __init__(self, **_: Any) -> None:
+        pass
+
+    def submit(self, body: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(body(*args))
+        return future
+
+    def shutdown(self, wait: bool) -> None:
+        pass
 
 
 class Paper:
@@ -67,6 +83,7 @@ class Paper:
             patch.setattr(job_life.tasks, "is_done", lambda _: True)
             patch.setattr(job_life.tasks, "end", lambda _: None)
             patch.setattr(job_life.tasks, "result", lambda _: {"prepared": PREPARED})
+            patch.setattr(supervision, "ThreadPoolExecutor", AtOnce)
             patch.setattr(attempts, "TrainingGauges", lambda _: SimpleNamespace(show=_nothing))
             JobLife("job-p", str(self.folder), "paper", object).run()
 
@@ -99,8 +116,12 @@ def lives(tmp_path: Path, patch: pytest.MonkeyPatch, make: Callable[[Paper], Non
     raise AssertionError(f"the job takes more than {MOST_ACTS} acts")
 
 
-def test_a_job_with_a_failure_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stand_by", [False, True])
+def test_a_job_with_a_failure_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_by: bool) -> None:
     count = 0
+    if stand_by:
+        monkeypatch.setattr(standby, "AFTER_S", 0.0)
+        monkeypatch.setattr(standby, "EVERY_S", 0.0)
     for die_at, paper in lives(tmp_path, monkeypatch):
         service, where = paper.service, f"died at act {die_at}"
         paper.assert_nothing_left()
@@ -120,7 +141,10 @@ def test_a_job_with_a_failure_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert set(ended.values()) <= {"succeeded", "failed", "stopped"}, f"{where}: an attempt was left open"
         assert list(ended.values()).count("failed") == 1, where
         assert any(record.data["data"]["retry"] for record in service.events("policy.decision")), where
+        stepped_in = [rank for record in service.events("ranks.started") for rank in record.data["data"]["stepped_in"]]
+        assert stepped_in in ([[], [1]] if stand_by else [[]]), where
         count = die_at
+    assert stepped_in == ([1] if stand_by else []), "of the driver that nothing happened to"
     assert count > 60, "there are that many acts to die at"
 
 
