@@ -7,7 +7,7 @@ empty. Ranks agree on commands through the step's own small reduction, and act o
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Literal, Protocol
 
 from megatron_ray import device
@@ -35,6 +35,14 @@ class Progress:
     consumed_samples: int = 0
 
 
+class NonFiniteLoss(Exception):
+    """Loss or gradient norm of a step is no number; every rank raises it at the same step. Going on would only repeat it."""
+
+    def __init__(self, report: StepReport) -> None:
+        found = f"the loss of step {report.step} is {report.loss} and its gradient norm {report.grad_norm}"
+        super().__init__(f"{found}; lower optimizer.lr, lengthen schedule.warmup_steps or look at the data from an earlier checkpoint on")
+
+
 class Saver(Protocol):
     """Writes checkpoints; see training.saving."""
 
@@ -58,7 +66,7 @@ class Parts:
 
 
 def train(parts: Parts, progress: Progress, report: Callable[[Report], None], poll: Callable[[], Command]) -> Outcome:
-    """Runs from `progress` to the last step, or to the boundary at which all ranks have agreed to stop."""
+    """Runs from `progress` to the last step, or to the boundary at which all ranks have agreed to stop. Raises NonFiniteLoss."""
     config, optimizer = parts.config, parts.optimizer
     reading = _Reading(parts, report)
     while progress.step < config.training.steps:
@@ -81,6 +89,7 @@ def train(parts: Parts, progress: Progress, report: Callable[[Report], None], po
             report(evaluate(parts.model.module, parts.evaluation(), parts.mesh, step=progress.step, split="validation"))
             reading.timer.restart()
         if _save_due(config, progress) or command in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP):
+            command = max(command, reading.drain())  # weights that are no numbers any more are never saved
             parts.saver.save(progress)
         if command >= Command.STOP and not last:
             reading.drain()
@@ -125,22 +134,23 @@ class _Reading:
         return self.drain(keep=0 if drain else self._lag)
 
     def drain(self, keep: int = 0) -> Command:
-        """Reports everything that waits but the newest `keep`."""
+        """Reports everything that waits but the newest `keep`; the strongest command among them. Raises NonFiniteLoss."""
         return max([self._emit() for _ in range(len(self._waiting) - keep)], default=Command.CONTINUE)
 
     def _emit(self) -> Command:
         blank, read = self._waiting.popleft()
         loss_sum, tokens, squared_norm, *flags = read()
         rate = tokens / blank.step_s
-        self._report(
-            replace(
-                blank,
-                loss=loss_sum / max(tokens, 1.0),
-                grad_norm=sqrt(squared_norm) / max(tokens, 1.0),
-                num_tokens=int(tokens),
-                tokens_per_s=rate,
-                mfu=rate * self._mfu_per_rate,
-            )
+        step = replace(
+            blank,
+            loss=loss_sum / max(tokens, 1.0),
+            grad_norm=sqrt(squared_norm) / max(tokens, 1.0),
+            num_tokens=int(tokens),
+            tokens_per_s=rate,
+            mfu=rate * self._mfu_per_rate,
         )
+        self._report(step)
+        if not (isfinite(step.loss) and isfinite(step.grad_norm)):
+            raise NonFiniteLoss(step)
         asked = [command for command, count in zip(list(Command)[1:], flags, strict=True) if count]
         return max(asked, default=Command.CONTINUE)

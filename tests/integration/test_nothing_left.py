@@ -84,6 +84,10 @@ def is_mistaken(road: Road, observer: Observer) -> str:
     return job_id
 
 
+def diverges(road: Road, observer: Observer) -> str:
+    return submit(road, short(road, 100, optimizer={"lr": 1e30}))
+
+
 def spends_its_budget(road: Road, observer: Observer) -> str:
     job_id = endless(road, restart={"max_failures": 0})
     kill_role(observer, job_id, "w0")
@@ -100,7 +104,8 @@ def crashes_in_a_loop(road: Road, observer: Observer) -> str:
 
 def goes_on_without(role: str) -> Way:
     def way(road: Road, observer: Observer) -> str:
-        job_id = submit(road, short(road, 60))
+        two_ranks = {"parallel": {"tp": 2}} if role == "store" else {}  # a single rank needs no store
+        job_id = submit(road, {**short(road, 60), **two_ranks})
         road.step(job_id, 2)
         kill_role(observer, job_id, role)
         return job_id
@@ -157,6 +162,7 @@ def loses_its_storage(road: Road, observer: Observer) -> str:
 SOME: dict[Way, tuple[str, ...]] = {
     succeeds: ("succeeded",),
     is_mistaken: ("failed",),
+    diverges: ("failed",),
     spends_its_budget: ("failed",),
     goes_on_without("driver"): ("succeeded",),
     is_cancelled_when("job.running"): ("cancelled",),

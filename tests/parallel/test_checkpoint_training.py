@@ -13,6 +13,7 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.training.loop import NonFiniteLoss
 from megatron_ray.training.reports import Report, StepReport
 from megatron_ray.training.session import TrainingSession
 
@@ -57,6 +58,33 @@ def train(rank: int, world_size: int, settings: TrainConfig, data: PreparedData,
 def corpus(tmp_path: Path) -> PreparedData:
     (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
     return prepare(config(tmp_path, 1, 1).data, str(tmp_path / "cache"), seq_length=32)
+
+
+def diverge(rank: int, world_size: int, settings: TrainConfig, data: PreparedData) -> tuple[str, list[int]]:
+    """What ended the run, and the steps that were reported."""
+    reports: list[Report] = []
+    mesh = ParallelMesh.create(ParallelDims.for_world(world_size, tp=2), World(rank, world_size, rank, "cpu"))
+    try:
+        TrainingSession(settings, mesh, data, report=reports.append, attempt=1, resume_from=None).run()
+    except NonFiniteLoss as problem:
+        return str(problem), [report.step for report in reports if isinstance(report, StepReport)]
+    return "it went on", []
+
+
+def test_a_loss_that_is_no_number_ends_the_run_on_every_rank_and_is_never_saved(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
+    settings = config(tmp_path, 2, 1)
+    settings = settings.model_copy(
+        update={
+            "optimizer": settings.optimizer.model_copy(update={"lr": 1e30}),
+            "checkpoint": settings.checkpoint.model_copy(update={"every_steps": 1}),
+        }
+    )
+    (problem, steps), (same, _) = run_ranks(diverge, 2, settings, corpus)
+    assert problem == same and problem.startswith(f"the loss of step {steps[-1]} is ") and "its gradient norm nan; lower" in problem
+    saved = [info.step for info in list_checkpoints(str(tmp_path / "tp2"))]
+    assert saved == steps[:-1], "the step itself is reported, its weights are not kept"
 
 
 def test_resuming_is_exact_and_other_layouts_go_on(run_ranks: Run, tmp_path: Path, corpus: PreparedData) -> None:
