@@ -46,11 +46,11 @@ def show(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir 
 
 def _print_job(client: Client, job: Json) -> None:
     attempts = client.attempts(job["id"])["data"]
-    recovered = client.events(job["id"], types="job.recovered", newest_first=True, limit=1)["data"]
+    started, recovered = (_newest(client, job["id"], kind) for kind in ("attempt.started", "job.recovered"))
     troubles = client.events(job["id"], levels="warn,error", newest_first=True, limit=_NEWEST_TROUBLES)["data"]
     out = console()
     out.print(f"[bold]{escape(job['id'])}[/bold] {escape(str(job.get('name')))}  {styled_status(job['status'])}")
-    for name, value in {**_state(job), **_history(job, attempts, recovered), **_place(job)}.items():
+    for name, value in {**_state(job), **_history(job, attempts, started, recovered), **_place(job)}.items():
         if value:
             out.print(f"  {name:16} {escape(value)}")
     for error in nested(job, "problem.errors") or ():
@@ -58,6 +58,12 @@ def _print_job(client: Client, job: Json) -> None:
     if troubles:
         out.print("[bold]newest warnings and errors[/bold]")
         print_page({"data": troubles[::-1]}, False, EVENT_COLUMNS, empty="", style=event_style)
+
+
+def _newest(client: Client, job_id: str, kind: str) -> Json | None:
+    """The newest event of a type."""
+    found: list[Json] = client.events(job_id, types=kind, newest_first=True, limit=1)["data"]
+    return found[0] if found else None
 
 
 def event_style(event: Json) -> str:
@@ -83,21 +89,23 @@ def _state(job: Json) -> dict[str, str]:
     }
 
 
-def _history(job: Json, attempts: Sequence[Json], recovered: Sequence[Json]) -> dict[str, str]:
+def _history(job: Json, attempts: Sequence[Json], started: Json | None, recovered: Json | None) -> dict[str, str]:
     current = attempts[-1] if attempts else None
     failed = [attempt for attempt in attempts if attempt["state"] == "failed"]
     return {
-        "attempt": _attempt(current) if current is not None else str(job.get("attempt") or "-"),
+        "attempt": _attempt(current, started) if current is not None else str(job.get("attempt") or "-"),
         "restarts": _restarts(job),
         "last failure": _failure(failed[-1]) if failed else "",
-        "last recovery": f"{moment(recovered[0]['created_at'])}  {recovered[0]['message']}" if recovered else "",
+        "last recovery": f"{moment(recovered['created_at'])}  {recovered['message']}" if recovered else "",
     }
 
 
-def _attempt(attempt: Json) -> str:
+def _attempt(attempt: Json, started: Json | None) -> str:
+    """`started` is the newest event of a start, whose message is where from."""
+    origin = f" {started['message']}" if started is not None and started["attempt"] == attempt["attempt"] else ""
     since = f", since {moment(attempt['started_at'])}" if attempt.get("started_at") else ""
     ended = f", ended {moment(attempt['ended_at'])}" if attempt.get("ended_at") else ""
-    return f"{attempt['attempt']} {attempt['state']}{since}{ended}"
+    return f"{attempt['attempt']} {attempt['state']}{origin}{since}{ended}"
 
 
 def _failure(attempt: Json) -> str:

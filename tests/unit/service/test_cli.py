@@ -259,6 +259,7 @@ def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeSer
     service.routes["GET /v1/jobs/job-abc/attempts"] = (200, {"object": "list", "data": [first, second], "has_more": False})
     text = "steps go on at 121 (attempt 2), 3.3 s after the failure was noticed: rebuild 1.9 s, load 0.1 s, recompute 1.3 s"
     recovered = {"seq": 9, "created_at": "2026-11-21T03:12:08Z", "attempt": 2, "level": "info", "type": "job.recovered", "message": text}
+    started = {"seq": 8, "created_at": "T", "attempt": 2, "level": "info", "type": "attempt.started", "message": "from step 100"}
     trouble = {
         "seq": 7,
         "created_at": "2026-11-21T03:12:05Z",
@@ -267,11 +268,11 @@ def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeSer
         "type": "attempt.failed",
         "message": "rank [1]",
     }
-    pages = [{"object": "list", "data": [event], "has_more": False} for event in (recovered, trouble)]
+    pages = [{"object": "list", "data": [event], "has_more": False} for event in (started, recovered, trouble)]
     service.routes["GET /v1/jobs/job-abc/events"] = (200, pages)
     code, out, _ = run("show", "job-abc", "--url", service.url)
     lines = {line[2:18].strip(): line[19:].strip() for line in out.splitlines() if line.startswith("  ")}
-    assert code == 0 and lines["attempt"] == "2 running, since 2026-11-21 03:12:06Z"
+    assert code == 0 and lines["attempt"] == "2 running from step 100, since 2026-11-21 03:12:06Z"
     assert lines["restarts"] == "1 of 3 failures spent, 2 preemptions"
     assert lines["last failure"] == "2026-11-21 03:12:05Z  attempt 1: rank 1: killed by signal 9 (SIGKILL) (worker_died)"
     assert lines["last recovery"] == f"2026-11-21 03:12:08Z  {text}"

@@ -16,6 +16,7 @@ from workers.rank_env import (
     let_ranks_go_first,
     prepare_process,
     run_before_others,
+    see_gpu,
 )
 
 TORCHRUN = {
@@ -79,6 +80,12 @@ def test_threads_are_set_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["OMP_NUM_THREADS"] == "2"
     assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true", "an operator's own choice wins"
+
+
+def test_a_told_gpu_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    see_gpu(6)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
 def test_a_thread_that_steps_back_and_one_that_comes_forward() -> None:
