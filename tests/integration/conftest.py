@@ -13,8 +13,8 @@ __all__ = ["road"]
 
 
 @pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[str]:
-    """Address of a cluster of this module's own: 4 CPUs, no dashboard, gone afterwards."""
+def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Address of a cluster of this module's own: 4 CPUs, its NUM_GPUS in Ray's books, no dashboard, gone afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -25,6 +25,7 @@ def ray_cluster() -> Iterator[str]:
         context = ray.init(
             address="local",
             num_cpus=4,
+            num_gpus=getattr(request.module, "NUM_GPUS", 0),
             include_dashboard=False,
             log_to_driver=False,
             namespace=NAMESPACE,

@@ -65,5 +65,15 @@ class FakeWorker(RankWorker):
     train = staticmethod(fake_train)
 
 
+def tell_gpus(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+    """Writes which GPUs this process would see."""
+    Path(order.spec["said"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
+    return "finished"
+
+
+class GpuTeller(RankWorker):
+    train = staticmethod(tell_gpus)
+
+
 class FakeDriver(JobDriver):
     worker_class: Any = FakeWorker
