@@ -1,0 +1,21 @@
+"""Writes schedule_bubbles.json anew: `python -m tests.golden.schedule_bubbles`. A change of it is a change of a schedule: look at it."""
+
+import json
+
+from megatron_ray.schedules.actions import StageMap
+from megatron_ray.schedules.orders import compute_orders
+from megatron_ray.schedules.simulation import outcome
+from tests.unit.megatron_ray.schedules.test_schedules import GOLDEN, LARGE, SMALL, formula, key
+
+
+def main() -> None:
+    found = {}
+    for case in [*SMALL, *LARGE]:
+        if formula(case) is None:
+            name, pp, vpp, count = case
+            found[key(case)] = round(outcome(compute_orders(name, pp, count, vpp), StageMap(pp, vpp)).bubble, 6)
+    GOLDEN.write_text(json.dumps(found, indent=0) + "\n")
+
+
+if __name__ == "__main__":
+    main()
