@@ -1,82 +1,192 @@
-"""Degrees of the parallel axes and the arithmetic of ranks. Owns: who is in a group with whom.
+"""Degrees of the parallel axes and the arithmetic of ranks. Owns: who is in a group with whom, in the dense and the expert grid.
 
 Pure Python: placement, planning and the process groups all ask here, so they cannot disagree. Must not know: torch, nodes.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
-AXES = ("tp", "cp", "dp", "pp")
+ORDER = ("tp", "cp", "ep", "dp", "pp")
+"""Megatron's; the first axis varies fastest, so tp groups are neighbouring ranks."""
+_EXPERT_AXES = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Ranks in rows and columns: (axis, size) pairs, the axis that varies fastest first."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """By axis."""
+        return dict(self.axes)
+
+    @cached_property
+    def strides(self) -> dict[str, int]:
+        """Distance between neighbours along each axis."""
+        found, stride = {}, 1
+        for axis, size in self.axes:
+            found[axis] = stride
+            stride *= size
+        return found
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return prod(self.sizes.values())
+
+    def size(self, *axes: str) -> int:
+        """Ranks in a group spanning the axes."""
+        return prod(self.sizes[axis] for axis in axes)
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Axis -> index of a rank. Raises ValueError for one outside the world."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
+        found = {}
+        for axis, size in self.axes:
+            rank, found[axis] = divmod(rank, size)
+        return found
+
+    def rank_at(self, **coordinates: int) -> int:
+        """Inverse of `coordinates`; axes not named are at 0."""
+        return sum(index * self.strides[axis] for axis, index in coordinates.items())
+
+    def group_of(self, rank: int, axes: Iterable[str]) -> tuple[int, ...]:
+        """Ranks that differ from `rank` only along `axes`, in rank order."""
+        here = self.coordinates(rank)
+        members = [rank]
+        for axis in axes:
+            base = [member - here[axis] * self.strides[axis] for member in members]
+            members = [start + index * self.strides[axis] for start in base for index in range(self.sizes[axis])]
+        return tuple(sorted(members))
+
+    def groups(self, axes: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """Every group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
+        wanted = tuple(axes)
+        leaders = [0]
+        for axis, size in self.axes:
+            if axis not in wanted:
+                leaders = [leader + index * self.strides[axis] for leader in leaders for index in range(size)]
+        return tuple(self.group_of(leader, wanted) for leader in sorted(leaders))
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of the dense grid; the first axis of `order` varies fastest, so tp groups are neighbouring ranks.
+    """Sizes of all axes. tp x cp x dp x pp ranks make up the dense grid; the experts live on the same ranks, cut another way: etp x
+    ep x edp x pp, with edp what is left. `order` is of both (Megatron's `--order`).
 
-    Expert axes fold into dp and join with the expert grid; until then the order is Megatron's tp-cp-ep-dp-pp without ep.
+    Raises ValueError when an axis is below 1, the order is none, or the two grids do not fit each other.
     """
 
     tp: int = 1
     cp: int = 1
     dp: int = 1
     pp: int = 1
-    order: tuple[str, ...] = AXES
+    ep: int = 1
+    etp: int | None = None
+    """tp when not given."""
+    order: tuple[str, ...] = ORDER
 
     def __post_init__(self) -> None:
-        if sorted(self.order) != sorted(AXES):
-            raise ValueError(f"order {self.order} must name each of {AXES} once")
-        for axis in AXES:
-            if self.size(axis) < 1:
-                raise ValueError(f"{axis}={self.size(axis)} must be at least 1")
+        if sorted(self.order) != sorted(ORDER):
+            raise ValueError(f"order {'-'.join(self.order)} must name each of {', '.join(ORDER)} once")
+        for axis in (*ORDER, "etp"):
+            if (size := getattr(self, axis)) is not None and size < 1:
+                raise ValueError(f"{axis}={size} must be at least 1")
+        inside = self.expert_tp * self.ep * self.pp
+        if self.world_size % inside:
+            raise ValueError(
+                f"etp({self.expert_tp}) x ep({self.ep}) x pp({self.pp}) = {inside} must divide the world,"
+                f" tp({self.tp}) x cp({self.cp}) x dp({self.dp}) x pp({self.pp}) = {self.world_size} ranks"
+            )
+        if self.pp > 1 and self.dense.strides["pp"] != self.experts.strides["pp"]:
+            raise ValueError(
+                f"order {'-'.join(self.order)} puts the pipeline stages of dense layers and experts on different ranks, because"
+                f" dp={self.dp} and edp={self.expert_dp} differ; let the order end with pp"
+            )
 
     @classmethod
-    def for_world(cls, world_size: int, *, tp: int = 1, cp: int = 1, pp: int = 1, dp: int | None = None) -> "ParallelDims":
+    def for_world(
+        cls, world_size: int, *, tp: int = 1, cp: int = 1, pp: int = 1, dp: int | None = None, ep: int = 1, etp: int | None = None
+    ) -> "ParallelDims":
         """Derives or checks dp. Raises ValueError with the whole product when the world does not factor."""
         model = tp * cp * pp
         resolved = world_size // model if dp is None else dp
         if model * resolved != world_size:
             raise ValueError(f"tp({tp}) x cp({cp}) x dp({dp or 'auto'}) x pp({pp}) does not make up a world of {world_size} ranks")
-        return cls(tp=tp, cp=cp, dp=resolved, pp=pp)
+        return cls(tp=tp, cp=cp, dp=resolved, pp=pp, ep=ep, etp=etp)
 
-    def size(self, *axes: str) -> int:
-        """Ranks in a group spanning the axes."""
-        return prod(getattr(self, axis) for axis in axes)
+    @property
+    def expert_tp(self) -> int:
+        """Tensor parallel degree inside an expert."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of each expert."""
+        return self.world_size // (self.expert_tp * self.ep * self.pp)
 
     @property
     def world_size(self) -> int:
         """Ranks in all."""
-        return self.size(*AXES)
+        return self.tp * self.cp * self.dp * self.pp
+
+    @cached_property
+    def dense(self) -> Grid:
+        """Of everything but the experts: tp, cp, dp, pp."""
+        return Grid(tuple((axis, getattr(self, axis)) for axis in self.order if axis != "ep"))
+
+    @cached_property
+    def experts(self) -> Grid:
+        """Of the experts: etp, ep, edp, pp. Context-parallel ranks are replicas like any other there."""
+        sizes = {"etp": self.expert_tp, "ep": self.ep, "edp": self.expert_dp, "pp": self.pp}
+        names = [_EXPERT_AXES[axis] for axis in self.order if axis in _EXPERT_AXES]
+        return Grid(tuple((name, sizes[name]) for name in names))
+
+    def size(self, *axes: str) -> int:
+        """Ranks in a dense group spanning the axes."""
+        return self.dense.size(*axes)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Axis -> index of a rank."""
-        if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
-        found = {}
-        for axis in self.order:
-            rank, found[axis] = divmod(rank, self.size(axis))
-        return found
+        """Axis -> index of a rank in the dense grid."""
+        return self.dense.coordinates(rank)
 
     def rank_at(self, **coordinates: int) -> int:
         """Inverse of `coordinates`; axes not named are at 0."""
-        rank = 0
-        for axis in reversed(self.order):
-            rank = rank * self.size(axis) + coordinates.get(axis, 0)
-        return rank
+        return self.dense.rank_at(**coordinates)
 
     def group_of(self, rank: int, axes: Iterable[str]) -> tuple[int, ...]:
-        """Ranks that differ from `rank` only along `axes`, in rank order."""
-        here = self.coordinates(rank)
-        members = [here]
-        for axis in axes:
-            members = [{**member, axis: index} for member in members for index in range(self.size(axis))]
-        return tuple(sorted(self.rank_at(**member) for member in members))
+        """Ranks that differ from `rank` only along dense `axes`, in rank order."""
+        return self.dense.group_of(rank, axes)
 
     def groups(self, axes: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Every group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
-        wanted = tuple(axes)
-        others = [axis for axis in self.order if axis not in wanted]
-        leaders: list[dict[str, int]] = [{}]
-        for axis in reversed(others):
-            leaders = [{**leader, axis: index} for leader in leaders for index in range(self.size(axis))]
-        return tuple(sorted(self.group_of(self.rank_at(**leader), wanted) for leader in leaders))
+        """Every dense group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
+        return self.dense.groups(axes)
+
+    def embedding_groups(self) -> tuple[tuple[int, ...], ...]:
+        """First and last stage of each pipeline: who holds tied word embeddings. One rank each at pp=1."""
+        return tuple(group if len(group) == 1 else (group[0], group[-1]) for group in self.groups(("pp",)))
+
+    def context_levels(self, sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Context-parallel groups cut into a hierarchy, innermost level first: level l has groups of sizes[l] ranks.
+
+        Raises ValueError when the sizes do not multiply to cp.
+        """
+        if prod(sizes) != self.cp:
+            raise ValueError(f"hierarchical sizes {list(sizes)} multiply to {prod(sizes)}, not to cp={self.cp}")
+        levels = []
+        inner = 1
+        for size in sizes:
+            found = [
+                tuple(group[start + step * inner] for step in range(size))
+                for group in self.groups(("cp",))
+                for block in range(0, self.cp, inner * size)
+                for start in range(block, block + inner)
+            ]
+            levels.append(tuple(sorted(found)))
+            inner *= size
+        return tuple(levels)

@@ -21,6 +21,7 @@ from megatron_ray import device
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.training.commands import Command
+from megatron_ray.training.loop import NonFiniteLoss
 from megatron_ray.training.reports import PhaseReport, Report
 from megatron_ray.training.session import TrainingSession
 from workers.job import JobSpec
@@ -99,6 +100,9 @@ def main(
         if str(mistake):
             typer.echo(f"error: {mistake}", err=True)
         raise typer.Exit(2) from None
+    except NonFiniteLoss as problem:
+        typer.echo(f"error: {problem}", err=True)
+        raise typer.Exit(1) from None
     if outcome is not None:
         typer.echo(outcome)
 

@@ -85,7 +85,7 @@ def is_mistaken(road: Road, observer: Observer) -> str:
 
 
 def diverges(road: Road, observer: Observer) -> str:
-    return submit(road, short(road, 100, optimizer={"lr": 1e30}))
+    return submit(road, short(road, 100, optimizer={"lr": 100.0, "weight_decay": 1.0}))  # weights grow a hundredfold per step
 
 
 def spends_its_budget(road: Road, observer: Observer) -> str:

@@ -64,6 +64,13 @@ def test_a_mistake_is_one_message_and_exit_code_2(folder: Path) -> None:
     assert "Traceback" not in own
 
 
+def test_a_loss_that_is_no_number_is_one_message_and_exit_code_1(folder: Path) -> None:
+    overrides = ["--set", "optimizer.lr=100", "--set", "optimizer.weight_decay=1", "--set", "training.steps=100"]
+    command = [sys.executable, "-m", "workers.rank", "job.yaml", *overrides]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: the loss of step ") and len(done.stderr.splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

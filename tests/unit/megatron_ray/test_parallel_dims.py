@@ -16,9 +16,9 @@ def test_the_published_example_of_sixteen_ranks() -> None:
     assert dims.groups(("pp",)) == tuple((rank, rank + 4, rank + 8, rank + 12) for rank in range(4))
 
 
-@given(sizes, sizes, sizes, sizes, st.permutations(["tp", "cp", "dp", "pp"]))
+@given(sizes, sizes, sizes, sizes, st.permutations(["tp", "cp", "ep", "dp", "pp"]))
 def test_coordinates_and_groups_agree(tp: int, cp: int, dp: int, pp: int, order: list[str]) -> None:
-    dims = ParallelDims(tp, cp, dp, pp, tuple(order))
+    dims = ParallelDims(tp, cp, dp, pp, order=tuple(order)) if order[-1] == "pp" else ParallelDims(tp, cp, dp, order=tuple(order))
     for rank in range(dims.world_size):
         assert dims.rank_at(**dims.coordinates(rank)) == rank
     for axes in (("tp",), ("dp", "cp"), ("tp", "cp", "dp", "pp")):
@@ -40,7 +40,63 @@ def test_a_world_that_does_not_factor_shows_the_whole_product() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="tp=0 must be at least 1"):
         ParallelDims(tp=0)
-    with pytest.raises(ValueError, match="must name each of"):
+    with pytest.raises(ValueError, match="ep=0 must be at least 1"):
+        ParallelDims(ep=0)
+    with pytest.raises(ValueError, match="order tp-dp must name each of tp, cp, ep, dp, pp once"):
         ParallelDims(order=("tp", "dp"))
     with pytest.raises(ValueError, match="rank 4 is outside a world of 4"):
         ParallelDims(tp=4).coordinates(4)
+
+
+def test_the_expert_grid_lies_over_the_same_ranks() -> None:
+    """Megatron's example: tp2 dp4 with ep=4: experts' ranks are neighbours, and only one replica of each is left."""
+    dims = ParallelDims(tp=2, dp=4, ep=4, etp=2)
+    assert dims.expert_dp == 1 and dims.experts.groups(("ep",)) == ((0, 2, 4, 6), (1, 3, 5, 7))
+    dims = ParallelDims(tp=2, dp=4, ep=4, etp=1)
+    assert dims.expert_dp == 2 and dims.experts.groups(("ep",)) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert dims.experts.groups(("edp",)) == ((0, 4), (1, 5), (2, 6), (3, 7))
+
+
+@given(
+    sizes,
+    sizes,
+    sizes,
+    sizes,
+    st.sampled_from([1, 2, 3, 4, 6, 8]),
+    st.sampled_from([1, 2, 3, 4]),
+    st.permutations(["tp", "cp", "ep", "dp"]),
+)
+def test_both_grids_agree_on_the_stages(tp: int, cp: int, dp: int, pp: int, ep: int, etp: int, order: list[str]) -> None:
+    if tp * cp * dp % (ep * etp):
+        with pytest.raises(ValueError, match="must divide the world"):
+            ParallelDims(tp, cp, dp, pp, ep, etp, (*order, "pp"))
+        return
+    dims = ParallelDims(tp, cp, dp, pp, ep, etp, (*order, "pp"))
+    assert dims.experts.world_size == dims.world_size
+    assert all(dims.coordinates(rank)["pp"] == dims.experts.coordinates(rank)["pp"] for rank in range(dims.world_size))
+    assert dims.groups(("pp",)) == dims.experts.groups(("pp",))
+    for rank in range(dims.world_size):
+        assert dims.experts.rank_at(**dims.experts.coordinates(rank)) == rank
+
+
+def test_grids_whose_stages_differ_are_refused() -> None:
+    order = ("tp", "cp", "ep", "pp", "dp")
+    assert ParallelDims(tp=2, dp=2, pp=2, order=order).experts.groups(("pp",)) == ((0, 2), (1, 3), (4, 6), (5, 7))
+    with pytest.raises(ValueError, match=r"order tp-cp-ep-pp-dp .* dp=4 and edp=2 differ; let the order end with pp"):
+        ParallelDims(tp=2, dp=4, pp=2, ep=2, order=order)
+    with pytest.raises(
+        ValueError, match=r"etp\(2\) x ep\(3\) x pp\(2\) = 12 must divide the world, tp\(2\) x cp\(1\) x dp\(4\) x pp\(2\) = 16 ranks"
+    ):
+        ParallelDims(tp=2, dp=4, pp=2, ep=3)
+
+
+def test_embedding_groups_and_context_levels() -> None:
+    dims = ParallelDims(tp=2, pp=4)
+    assert dims.embedding_groups() == ((0, 6), (1, 7))
+    assert ParallelDims(tp=2).embedding_groups() == ((0,), (1,))
+    inner, middle, outer = ParallelDims(cp=16).context_levels((2, 2, 4))
+    assert inner == tuple((rank, rank + 1) for rank in range(0, 16, 2))
+    assert middle == ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 14), (13, 15))
+    assert outer == tuple((rank, rank + 4, rank + 8, rank + 12) for rank in range(4))
+    with pytest.raises(ValueError, match=r"hierarchical sizes \[2, 2\] multiply to 4, not to cp=8"):
+        ParallelDims(cp=8).context_levels((2, 2))
