@@ -20,10 +20,15 @@ class Pending(Protocol):
 
     def wait(self) -> object: ...
 
+    def is_completed(self) -> bool: ...
+
 
 class _Done:
     def wait(self) -> object:
         return None
+
+    def is_completed(self) -> bool:
+        return True
 
 
 DONE: Pending = _Done()
@@ -95,6 +100,23 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
     if group is None:
         return DONE
     return _reduce_scatter(shard, tensor, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
+def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
+    """Starts sending to a rank of the group; the tensor must stay as it is until `wait`.
+
+    Between two ranks sends and receives match in the order in which they are started, in both directions together (NCCL).
+    """
+    if group is None:
+        raise ValueError("a group of one rank has nobody to send to")
+    return dist.isend(tensor, group=group, group_dst=to)  # type: ignore[return-value]
+
+
+def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
+    """Starts receiving from a rank of the group; the tensor is complete after `wait`."""
+    if group is None:
+        raise ValueError("a group of one rank has nobody to receive from")
+    return dist.irecv(tensor, group=group, group_src=sender)  # type: ignore[return-value]
 
 
 def local_rows(tensor: Tensor, group: Group) -> Tensor:

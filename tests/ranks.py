@@ -33,7 +33,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 _PRELOAD = [
     "torch",
     "torch.distributed",
-    "torch.distributed.checkpoint.default_planner",
     "numpy",
     "pyarrow.fs",
     "pytest",

@@ -7,6 +7,7 @@ one mechanism, and autograd hooks have no part in it. Must not know: buckets' la
 Shapes: T tokens, I inputs, O outputs.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -43,11 +44,14 @@ class GradSlot:
 
 
 class WeightGradSink:
-    """Accumulates at once. `on_ready` is called with a slot when its gradient of the whole step is complete."""
+    """Accumulates at once, or later where a schedule puts that off. `on_ready` is called with a slot when its gradient of the whole
+    step is complete."""
 
     def __init__(self, on_ready: Callable[[GradSlot], None]) -> None:
         self._on_ready = on_ready
         self._last_microbatch = False
+        self._put_off: list[Callable[[], None]] | None = None
+        self._later: dict[object, list[Callable[[], None]]] = defaultdict(list)
         self.slots: dict[str, GradSlot] = {}
 
     def register(self, name: str, main_grad: Tensor, uses: int = 1) -> GradSlot:
@@ -60,24 +64,49 @@ class WeightGradSink:
         """Forgets the gradients of the previous step."""
         for slot in self.slots.values():
             slot.fresh, slot.seen = True, 0
-        self._last_microbatch = False
+        self._last_microbatch, self._put_off = False, None
+        self._later.clear()
 
     def begin_microbatch(self, *, last: bool) -> None:
         """Announces a microbatch; only in the last one gradients become ready."""
-        self._last_microbatch = last
+        self._last_microbatch, self._put_off = last, None
+
+    def put_off(self, key: object) -> None:
+        """Announces a microbatch whose weight products are computed later, by `catch_up` with the same key."""
+        self._put_off = self._later[key]
+
+    def catch_up(self, key: object) -> None:
+        """Computes what was put off, of the microbatch that was announced."""
+        for work in self._later.pop(key, ()):
+            work()
 
     def linear(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor) -> None:
         """grad^T @ inputs into the main gradient."""
-        accumulate_weight_grad(slot.main_grad, grad_TO, inputs_TI, fresh=slot.fresh)
-        self._done(slot)
+        self._now_or_later(lambda: self._linear(slot, inputs_TI, grad_TO))
 
     def add(self, slot: GradSlot, gradient: Tensor) -> None:
         """A ready-made gradient into the main gradient."""
-        self._accumulate(slot, gradient)
-        self._done(slot)
+        self._now_or_later(lambda: self._add(slot, gradient))
 
     def add_rows(self, slot: GradSlot, rows_T: Tensor, grad_TI: Tensor) -> None:
         """Scattered rows into the main gradient."""
+        self._now_or_later(lambda: self._add_rows(slot, rows_T, grad_TI))
+
+    def _now_or_later(self, work: Callable[[], None]) -> None:
+        if self._put_off is None:
+            work()
+        else:
+            self._put_off.append(work)
+
+    def _linear(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor) -> None:
+        accumulate_weight_grad(slot.main_grad, grad_TO, inputs_TI, fresh=slot.fresh)
+        self._done(slot)
+
+    def _add(self, slot: GradSlot, gradient: Tensor) -> None:
+        self._accumulate(slot, gradient)
+        self._done(slot)
+
+    def _add_rows(self, slot: GradSlot, rows_T: Tensor, grad_TI: Tensor) -> None:
         if slot.fresh:
             slot.main_grad.zero_()
         slot.main_grad.index_add_(0, rows_T, grad_TI.to(slot.main_grad.dtype))
