@@ -24,7 +24,9 @@ class DriverRegistry:
     """What the service wants of each job, and what the namespace holds. Acts only on jobs known to be active or terminal."""
 
     def __init__(self, service_url: str, namespace: str, driver_class: type = JobDriver) -> None:
-        self._url, self._namespace, self._driver_class = service_url, namespace, driver_class
+        self._url, self._namespace = service_url, namespace
+        # Once: each remote class that is made is sent to Ray's head and kept there and here.
+        self._driver_class: Any = ray.remote(driver_class)
         self._jobs: dict[str, DesiredJob] = {}
         self._terminal: dict[str, float] = {}
         self._reaped: set[str] = set()
@@ -67,8 +69,7 @@ class DriverRegistry:
         return tuple(name for name in self._names() if name.partition("/")[0] not in self._jobs.keys() | self._terminal.keys())
 
     def _driver(self, job: DesiredJob) -> Any:
-        remote_class: Any = ray.remote(self._driver_class)
-        return remote_class.options(
+        return self._driver_class.options(
             name=driver_name(job.job_id),
             namespace=self._namespace,
             lifetime="detached",

@@ -1,6 +1,7 @@
 """Plain functions as Ray tasks on CPU. Owns: how they are sent and how their failures read. Must not know: what they do."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import ray
@@ -16,15 +17,19 @@ class TaskFailed(Exception):
 
 def anywhere(body: Callable[..., Any], *args: Any) -> Any:
     """Runs a function on any node; it waits for no resources, so a full cluster still answers. Returns the reference."""
-    remote: Any = ray.remote(body)
-    return remote.options(num_cpus=0, scheduling_strategy="SPREAD").remote(*args)
+    return _remote(body).options(num_cpus=0, scheduling_strategy="SPREAD").remote(*args)
 
 
 def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
     """Runs a function on one node, once, without asking for resources; returns the reference."""
-    remote: Any = ray.remote(body)
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return remote.options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(*args)
+    return _remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(*args)
+
+
+@cache
+def _remote(body: Callable[..., Any]) -> Any:
+    """Ray's handle on a function; made once, since each is sent to Ray's head and kept."""
+    return ray.remote(body)
 
 
 def is_done(call: Any) -> bool:
