@@ -3,6 +3,7 @@
 The mesh is passed as an argument, always: a group read from a module's global once gave wrong numbers with no error elsewhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -35,6 +36,9 @@ class ParallelMesh:
     world_group: Group
     tp_group: Group
     dp_group: Group
+    pp_group: Group = None
+    embedding_group: Group = None
+    """First and last stage of this rank's pipeline, on those two."""
 
     @classmethod
     def create(cls, dims: ParallelDims, world: World, timeout: timedelta | None = None) -> "ParallelMesh":
@@ -46,11 +50,12 @@ class ParallelMesh:
         if dims.world_size != world.world_size:
             raise ValueError(f"the layout needs {dims.world_size} ranks, the world has {world.world_size}")
         chosen = device.select(world.device, world.local_rank)
-        groups = {axis: _create_group(dims, world.rank, axis, timeout) for axis in ("tp", "dp")}
+        tp, dp, pp = (_create_group(dims.groups((axis,)), world.rank, axis, timeout) for axis in ("tp", "dp", "pp"))
+        embedding = _create_group(dims.embedding_groups(), world.rank, "embedding", timeout)
         everyone = dist.group.WORLD if world.world_size > 1 else None
-        for group in (everyone, *groups.values()):
+        for group in (everyone, tp, dp, pp, embedding):
             collectives.barrier(group, chosen)
-        return cls(dims, world.rank, chosen, everyone, groups["tp"], groups["dp"])
+        return cls(dims, world.rank, chosen, everyone, tp, dp, pp, embedding)
 
     @classmethod
     def single(cls, kind: str = "cpu") -> "ParallelMesh":
@@ -68,18 +73,22 @@ class ParallelMesh:
         return collectives.rank(self.tp_group)
 
     @property
+    def pp_rank(self) -> int:
+        """Index along pp."""
+        return collectives.rank(self.pp_group)
+
+    @property
     def dp_rank(self) -> int:
         """Index along dp."""
         return collectives.rank(self.dp_group)
 
 
-def _create_group(dims: ParallelDims, rank: int, axis: str, timeout: timedelta | None) -> Group:
-    """Every rank must create every group, in the same order; returns the one this rank is in."""
-    if dims.size(axis) == 1:
-        return None
+def _create_group(groups: Sequence[Sequence[int]], rank: int, name: str, timeout: timedelta | None) -> Group:
+    """Every rank must create every group, in the same order; returns the one this rank is in, None where it would be alone."""
     mine: Group = None
-    for members in dims.groups((axis,)):
-        group = dist.new_group(list(members), timeout=timeout, group_desc=axis)
-        if rank in members:
-            mine = group
+    for members in groups:
+        if len(members) > 1:
+            group = dist.new_group(list(members), timeout=timeout, group_desc=name)
+            if rank in members:
+                mine = group
     return mine

@@ -3,7 +3,7 @@
 The only place that sees both the model and the layout. Must not know: the optimizer's arithmetic, data, the loop.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import LocalLayers
 from megatron_ray.parameters import LocalParameter, local_parameters
+from megatron_ray.schedules.actions import Order
+from megatron_ray.schedules.layout import StageContents
+from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.tensor_parallel.weight_grad import WeightGradSink
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -30,6 +33,15 @@ class ParallelModel:
     buffers: FlatBuffers
     sink: WeightGradSink
     reducer: GradReducer
+    pipeline: PipelinePlan
+    actions: Order
+    """This rank's list for a step; empty where there is one stage only."""
+    sequence_parallel: bool
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the last stage is here."""
+        return any(stage.loss for stage in self.module.held)
 
     def begin_step(self) -> None:
         """Forgets the last step's gradients."""
@@ -37,11 +49,13 @@ class ParallelModel:
         self.reducer.begin_step(set(self.sink.slots))
 
 
-def build_model(config: ModelConfig, mesh: ParallelMesh, *, sequence_parallel: bool, dtype: torch.dtype) -> GPT:
-    """The rank's part of the model on device `meta`: nothing is allocated yet."""
+def build_model(
+    config: ModelConfig, mesh: ParallelMesh, *, sequence_parallel: bool, dtype: torch.dtype, held: Sequence[StageContents] | None = None
+) -> GPT:
+    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet."""
     layers = LocalLayers(config, mesh.tp_group, mesh.dims.tp, sequence_parallel=sequence_parallel, dtype=dtype)
     with torch.device("meta"):
-        return GPT(config, layers)
+        return GPT(config, layers, held)
 
 
 def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None) -> ParallelModel:
@@ -49,13 +63,16 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
 
     `on_reduce` hears of every bucket whose reduction starts (tests and traces).
     """
-    parallel, dtype = config.parallel, DTYPES[config.training.precision]
-    module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype)
-    table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel)
+    parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
+    held = pipeline.held(mesh.pp_rank)
+    module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype, held=held)
+    table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
     plan = plan_buckets(table, mesh.dims.dp, parallel.bucket_elements)
     buffers = FlatBuffers.allocate(plan, dtype, mesh.device)
     adopt_parameters(module, buffers)
     reducer = GradReducer(buffers, mesh.dp_group, sharded=parallel.zero == 1, on_start=on_reduce)
     sink = WeightGradSink(reducer.ready)
     attach_slots(module, buffers, sink)
-    return ParallelModel(module, table, buffers, sink, reducer)
+    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
+    actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
+    return ParallelModel(module, table, buffers, sink, reducer, pipeline, actions, parallel.sequence_parallel)

@@ -4,12 +4,14 @@ Everything that touches weights (initialisation, fused layers, buckets, clipping
 this table, and nothing derives it anew. Pure Python. Must not know: torch, process groups.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Literal
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.schedules.layout import StageContents, cut_layers
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,10 @@ class LocalParameter:
     shape: tuple[int, ...]
     """Local shape; rows beyond the last part are vocabulary padding, always zero."""
     parts: tuple[Part, ...]
+    on_two_stages: bool = False
+    """A tied word embedding whose head is on another pipeline stage: both hold it, and their gradients are added up."""
+    counted: bool = True
+    """False for the second of those, so that the global norm has it once."""
 
     @property
     def decay(self) -> bool:
@@ -108,13 +114,21 @@ def padded_vocabulary(model: ModelConfig, tp: int) -> int:
     return -(-model.vocabulary // multiple) * multiple
 
 
-def local_parameters(model: ModelConfig, dims: ParallelDims, rank: int, *, sequence_parallel: bool = False) -> tuple[LocalParameter, ...]:
-    """The tensors of one rank, in the order in which the forward pass uses them.
+def local_parameters(
+    model: ModelConfig,
+    dims: ParallelDims,
+    rank: int,
+    *,
+    sequence_parallel: bool = False,
+    held: Sequence[StageContents] | None = None,
+) -> tuple[LocalParameter, ...]:
+    """The tensors of one rank, in the order in which the forward pass uses them. `held`: its pipeline stages; the whole model when
+    not given.
 
     Raises ValueError when tp does not divide a sharded dimension (validation says it better, with the remedy).
     """
     builder = _LocalTable(model, dims.tp, dims.coordinates(rank)["tp"], sequence_parallel)
-    return builder.build()
+    return builder.build(cut_layers(model.num_layers, 1) if held is None else held)
 
 
 def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
@@ -131,17 +145,23 @@ class _LocalTable:
         self.normal = Init("normal", model.init_std)
         self.to_residual = Init("normal", model.init_std / sqrt(2 * model.num_layers))
 
-    def build(self) -> tuple[LocalParameter, ...]:
+    def build(self, held: Sequence[StageContents]) -> tuple[LocalParameter, ...]:
         model = self.model
-        self._vocabulary("embedding.weight")
-        if model.position_embedding == "learned":
-            shape = (model.max_sequence_length, model.hidden_size)
-            self._replicated("position_embedding.weight", shape, self.normal, decay=True)
-        for layer in range(model.num_layers):
-            self._block(f"layers.{layer}.")
-        self._norm("final_norm")
-        if not model.tie_embeddings:
-            self._vocabulary("head.weight")
+        has_embedding, has_head = (any(getattr(stage, part) for stage in held) for part in ("embedding", "loss"))
+        if has_embedding:
+            self._vocabulary("embedding.weight", on_two_stages=model.tie_embeddings and not has_head)
+            if model.position_embedding == "learned":
+                shape = (model.max_sequence_length, model.hidden_size)
+                self._replicated("position_embedding.weight", shape, self.normal, decay=True)
+        for stage in held:
+            for layer in stage.layers:
+                self._block(f"layers.{layer}.")
+        if has_head:
+            self._norm("final_norm")
+            if not model.tie_embeddings:
+                self._vocabulary("head.weight")
+            elif not has_embedding:
+                self._vocabulary("head.weight", "embedding.weight", on_two_stages=True)
         return tuple(self.found)
 
     def _block(self, prefix: str) -> None:
@@ -166,13 +186,14 @@ class _LocalTable:
         logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=self.sequence_parallel)
         self.found.append(LocalParameter(name, shape, (Part(logical, Box((0,) * len(shape), shape), 0),)))
 
-    def _vocabulary(self, name: str) -> None:
+    def _vocabulary(self, name: str, logical_name: str = "", *, on_two_stages: bool = False) -> None:
         rows, hidden = self.model.vocabulary, self.model.hidden_size
         local = padded_vocabulary(self.model, self.tp) // self.tp
         first = min(self.tp_rank * local, rows)
         held = min(first + local, rows) - first
-        logical = LogicalParameter(name, (rows, hidden), self.normal, 0, decay=True)
-        self.found.append(LocalParameter(name, (local, hidden), (Part(logical, Box((first, 0), (held, hidden)), 0),)))
+        logical = LogicalParameter(logical_name or name, (rows, hidden), self.normal, 0, decay=True)
+        part = Part(logical, Box((first, 0), (held, hidden)), 0)
+        self.found.append(LocalParameter(name, (local, hidden), (part,), on_two_stages, counted=not logical_name))
 
     def _column(self, fused: str, outputs: dict[str, int], inputs: int, prefix: str) -> None:
         """Output rows cut over tp; several logical tensors lie one after another."""

@@ -6,6 +6,8 @@ Single-field bounds live in the config's types; what needs two fields lives here
 from dataclasses import dataclass
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.schedules.layout import LayoutError
+from megatron_ray.schedules.plan import plan_pipeline
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,6 @@ class ConfigProblem(ValueError):
 MOST_SAMPLES = 1 << 31
 
 _LATER = {
-    "pp": "pipeline parallelism",
-    "vpp": "virtual pipeline stages",
     "cp": "context parallelism",
     "ep": "expert parallelism",
 }
@@ -36,7 +36,7 @@ _LATER = {
 
 def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
-    problems = [*_degrees(config), *_tensor_parallel(config), *_lengths(config), *_samples(config), *_schedule(config)]
+    problems = [*_degrees(config), *_tensor_parallel(config), *_pipeline(config), *_lengths(config), *_samples(config), *_schedule(config)]
     if not problems:
         problems += _batch(config, world_size)
     return problems
@@ -86,7 +86,7 @@ def _degrees(config: TrainConfig) -> list[Problem]:
     for name, words in _LATER.items():
         degree = getattr(config.parallel, name)
         if degree != 1:
-            text = f"{name}={degree}: {words} is not available in this version; use {name}=1 with tp and dp"
+            text = f"{name}={degree}: {words} is not available in this version; use {name}=1 with tp, pp and dp"
             found.append(Problem(f"/parallel/{name}", "not_available", text))
     if config.parallel.etp not in (None, 1, config.parallel.tp):
         found.append(Problem("/parallel/etp", "not_available", "etp needs experts, which are not available in this version; leave it out"))
@@ -107,6 +107,27 @@ def _tensor_parallel(config: TrainConfig) -> list[Problem]:
         text = f"sequence_parallel cuts seq_length={config.training.seq_length} into tp={tp} parts; use a multiple of {tp}, or turn it off"
         found.append(Problem("/training/seq_length", "sequence_parallel_divides", text))
     return found
+
+
+def _pipeline(config: TrainConfig) -> list[Problem]:
+    parallel = config.parallel
+    if parallel.pp == 1:
+        given = [name for name in ("first_stage_layers", "last_stage_layers", "layout") if getattr(parallel, name) is not None]
+        if parallel.vpp > 1:
+            given.insert(0, "vpp")
+        return [
+            Problem(f"/parallel/{name}", "needs_pipeline", f"{name}={getattr(parallel, name)} needs pp > 1; raise pp, or leave it out")
+            for name in given
+        ]
+    if parallel.layout is not None and (parallel.first_stage_layers is not None or parallel.last_stage_layers is not None):
+        text = "layout says what each stage holds; leave out first_stage_layers and last_stage_layers"
+        return [Problem("/parallel/layout", "layout_or_sizes", text)]
+    try:
+        plan_pipeline(config)
+    except LayoutError as error:
+        field = "layout" if parallel.layout is not None else "schedule" if str(error).startswith("schedule") else "pp"
+        return [Problem(f"/parallel/{field}", "pipeline_layout", str(error))]
+    return []
 
 
 def _samples(config: TrainConfig) -> list[Problem]:

@@ -7,6 +7,9 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import local_parameters
+from megatron_ray.schedules.orders import compute_orders
+from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
+from megatron_ray.schedules.simulation import peak_activations
 
 BYTE_VOCABULARY = 257
 
@@ -52,14 +55,21 @@ def memory(config: TrainConfig) -> Memory | None:
     if vocab_size is None:
         return None
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), dims_of(config)
-    local = local_parameters(model, dims, 0, sequence_parallel=config.parallel.sequence_parallel)
-    elements = sum(parameter.num_elements for parameter in local)
+    pipeline = plan_pipeline(config)
+    elements = max(_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp))
     sharded = -(-elements // dims.dp) if config.parallel.zero == 1 else elements
     bf16 = config.training.precision == "bf16"
     parameters, gradients = elements * (2 if bf16 else 4), elements * 4
     optimizer = sharded * (12 if bf16 else 8)
     activations = _activations(config, model)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
+
+
+def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> int:
+    """Parameters that a rank of a pipeline stage holds."""
+    held = pipeline.held(pp_rank)
+    local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
+    return sum(parameter.num_elements for parameter in local)
 
 
 def _activations(config: TrainConfig, model: ModelConfig) -> int:
@@ -75,4 +85,16 @@ def _activations(config: TrainConfig, model: ModelConfig) -> int:
     layer = 4 * model.hidden_size // whole + (attention + mlp) // tp
     width = 2 if config.training.precision == "bf16" else 4
     logits = tokens * (model.vocabulary // tp) * (width + 4)  # as computed, and their fp32 softmax
-    return tokens * layer * model.num_layers * width + logits
+    return tokens * layer * _layers_at_once(config) * width + logits
+
+
+def _layers_at_once(config: TrainConfig) -> int:
+    """Layers times microbatches whose activations the first pipeline rank, which holds most, keeps at once."""
+    pipeline, dp = plan_pipeline(config), config.parallel.dp
+    assert dp != "auto"
+    most = max(len(stage.layers) for stage in pipeline.contents)
+    if pipeline.stages.num_stages == 1:
+        return most
+    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * dp)
+    order = compute_orders(pipeline.schedule, pipeline.stages.pp, num_microbatches, pipeline.stages.vpp)[0]
+    return most * peak_activations(order)

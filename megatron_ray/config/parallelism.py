@@ -16,6 +16,15 @@ class ParallelismConfig(Config):
     """Pipeline parallel: stages of layers."""
     vpp: int = Field(default=1, ge=1, le=64)
     """Virtual stages (model chunks) per pipeline rank."""
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1"] = "auto"
+    """Order of the pipeline's forward and backward passes; `auto` is 1f1b, interleaved where vpp is above 1. `zb-h1` computes weight
+    gradients apart, when a rank would wait."""
+    layout: str | None = Field(default=None, max_length=4096)
+    """Parts of each stage in Megatron's words, `Et*3|(tt|)*29,m|L`; equal numbers of layers when not given."""
+    first_stage_layers: int | None = Field(default=None, ge=0)
+    """Layers of the first stage, where they are not as many as those of the others."""
+    last_stage_layers: int | None = Field(default=None, ge=0)
+    """Layers of the last stage, likewise."""
     cp: int = Field(default=1, ge=1, le=1024)
     """Context parallel: ranks that share one sequence."""
     ep: int = Field(default=1, ge=1, le=4096)

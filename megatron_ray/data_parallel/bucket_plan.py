@@ -64,21 +64,30 @@ def default_bucket_elements(dp: int) -> int:
 
 
 def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None) -> BucketPlan:
-    """Reverse table order (a backward pass goes from the head to the embedding); a bucket closes once it is full enough."""
+    """Reverse table order (a backward pass goes from the head to the embedding); a bucket closes once it is full enough.
+
+    What two pipeline stages hold is alone in its bucket: its shards are then the same rows on both.
+    """
     limit = bucket_elements or default_bucket_elements(dp)
     buckets: list[Bucket] = []
     placed: list[Placed] = []
     bucket_start = cursor = 0
-    for parameter in reversed(list(parameters)):
-        placed.append(Placed(parameter, cursor))
-        cursor = _round_up(placed[-1].end, ALIGNMENT)
-        if cursor - bucket_start >= limit:
+
+    def close() -> None:
+        nonlocal bucket_start, cursor, placed
+        if placed:
             cursor = bucket_start + _round_up(cursor - bucket_start, ALIGNMENT * dp)
             buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
             bucket_start, placed = cursor, []
-    if placed:
-        cursor = bucket_start + _round_up(cursor - bucket_start, ALIGNMENT * dp)
-        buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
+
+    for parameter in reversed(list(parameters)):
+        if parameter.on_two_stages:
+            close()
+        placed.append(Placed(parameter, cursor))
+        cursor = _round_up(placed[-1].end, ALIGNMENT)
+        if cursor - bucket_start >= limit or parameter.on_two_stages:
+            close()
+    close()
     return BucketPlan(tuple(buckets))
 
 

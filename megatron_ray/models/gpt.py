@@ -12,34 +12,62 @@ from megatron_ray.models.attention import KeyValueCache, Positions
 from megatron_ray.models.block import Block
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotary_angles
+from megatron_ray.schedules.layout import StageContents, cut_layers
 
 
 class GPT(nn.Module):
     """Embedding, blocks, norm, head; parameter names are those of the parameter table."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, held: Sequence[StageContents] | None = None) -> None:
+        """With the parts of the pipeline stages `held`; all of them when not given."""
         super().__init__()
         self.config = config
-        self.embedding = layers.embedding(config.hidden_size)
-        if config.position_embedding == "learned":
+        self.held = cut_layers(config.num_layers, 1) if held is None else tuple(held)
+        self.embedding = layers.embedding(config.hidden_size) if any(stage.embedding for stage in self.held) else None
+        if self.embedding is not None and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(config.max_sequence_length, config.hidden_size)
         # A dictionary, so that a layer keeps its name when a pipeline cut leaves only some of them.
-        self.layers = nn.ModuleDict({str(index): Block(config, layers) for index in range(config.num_layers)})
-        self.final_norm = layers.norm(config.hidden_size)
-        self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
+        self.layers = nn.ModuleDict({str(index): Block(config, layers) for stage in self.held for index in stage.layers})
+        if any(stage.loss for stage in self.held):
+            self.final_norm = layers.norm(config.hidden_size)
+            self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
 
     def forward(self, tokens_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, position_ids: Tensor) -> Tensor:
         """Sum over tokens of loss_mask x -log p(label), fp32 scalar. `position_ids` is [B, S], or [1, S] for all rows alike."""
-        hidden_TH = self.hidden(tokens_BS, position_ids)
-        loss: Tensor = self.head(hidden_TH, labels_BS.reshape(-1), loss_mask_BS.reshape(-1))
+        (whole,) = self.held
+        return self.stage(whole, None, tokens_BS, labels_BS, loss_mask_BS, position_ids)
+
+    def stage(
+        self,
+        stage: StageContents,
+        received_TH: Tensor | None,
+        tokens_BS: Tensor,
+        labels_BS: Tensor,
+        loss_mask_BS: Tensor,
+        position_ids: Tensor,
+    ) -> Tensor:
+        """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
+        hidden_TH = self._embed(tokens_BS, position_ids) if received_TH is None else received_TH
+        batch, sequence = tokens_BS.shape
+        positions = self._positions(batch, sequence, position_ids, hidden_TH)
+        for index in stage.layers:
+            hidden_TH = self.layers[str(index)](hidden_TH, positions, None)
+        if not stage.loss:
+            return hidden_TH
+        loss: Tensor = self.head(self.final_norm(hidden_TH), labels_BS.reshape(-1), loss_mask_BS.reshape(-1))
         return loss
 
-    def hidden(self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
-        """Activations [T, H] after the last norm."""
-        batch, sequence = tokens_BS.shape
+    def _embed(self, tokens_BS: Tensor, position_ids: Tensor) -> Tensor:
+        assert self.embedding is not None
         hidden_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
         if self.config.position_embedding == "learned":
-            hidden_TH = hidden_TH + self.position_embedding(position_ids.expand(batch, sequence).reshape(-1))
+            hidden_TH = hidden_TH + self.position_embedding(position_ids.expand(tokens_BS.shape).reshape(-1))
+        return hidden_TH
+
+    def hidden(self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Activations [T, H] after the last norm, of a whole model."""
+        hidden_TH = self._embed(tokens_BS, position_ids)
+        batch, sequence = tokens_BS.shape
         positions = self._positions(batch, sequence, position_ids, hidden_TH)
         for index, block in enumerate(self.layers.values()):
             hidden_TH = block(hidden_TH, positions, caches[index] if caches is not None else None)

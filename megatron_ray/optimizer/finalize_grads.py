@@ -36,8 +36,9 @@ def finalize_grads(
     """
     model.reducer.finish()
     _sum_over_tp(optimizer, mesh)
+    _sum_tied_embedding(optimizer, mesh)
     values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
-    if mesh.tp_rank == 0:
+    if mesh.tp_rank == 0 and model.has_loss:
         values[0], values[1] = loss_sum, num_tokens
     values[2] = _squared_norm(optimizer, mesh)
     if any(flags):  # a copy from the host, so only when there is something to say
@@ -69,13 +70,20 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
         view.copy_(summed)
 
 
+def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
+    """The word embedding of the first stage and its tied head on the last one: each has its own bucket, cut alike."""
+    for piece in optimizer.pieces:
+        if piece.placed.parameter.on_two_stages:
+            collectives.all_reduce(optimizer.buffers.gradients[piece.start : piece.end], mesh.embedding_group)
+
+
 def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Sum of squares of the elements that this rank answers for, so that the world counts each logical element once."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if not optimizer.sharded and mesh.dp_rank != 0:
         return total
     for run in optimizer.runs:
-        if not run.counts_once and mesh.tp_rank != 0:
+        if not run.counted or (not run.counts_once and mesh.tp_rank != 0):
             continue
         gradient = optimizer.gradient(run)
         body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK

@@ -20,6 +20,8 @@ class Run:
     decay: bool
     counts_once: bool
     """Whether every tp rank holds other elements here; otherwise only one of them adds to the global norm."""
+    counted: bool = True
+    """Whether this pipeline stage adds to it."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tupl
     for bucket in plan.buckets:
         low, high = owned_range(bucket, dp_rank, dp, sharded=sharded)
         for start, end, placed in _spans(bucket, low, high):
-            rules = placed.parameter.decay, placed.parameter.tp_sharded
-            if runs and runs[-1].end == start and (runs[-1].decay, runs[-1].counts_once) == rules:
+            rules = placed.parameter.decay, placed.parameter.tp_sharded, placed.parameter.counted
+            if runs and runs[-1].end == start and (runs[-1].decay, runs[-1].counts_once, runs[-1].counted) == rules:
                 last = runs.pop()
                 runs.append(Run(last.start, end, last.shard_start, *rules))
             else:

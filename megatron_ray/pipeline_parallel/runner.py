@@ -16,13 +16,9 @@ from megatron_ray import collectives
 from megatron_ray.collectives import Group, Pending
 from megatron_ray.schedules.actions import Action, Op, Order, StageMap
 
-
-class Chunk(Protocol):
-    """A stage's part of the model."""
-
-    def __call__(self, received: Tensor | None, microbatch: int) -> Tensor:
-        """Activations for the next stage, or the last stage's loss (a scalar); the first stage receives None."""
-        ...
+Chunk = Callable[[Tensor | None, int], Tensor]
+"""A stage's part of the model: (activations received, microbatch) -> activations for the next stage, or the last stage's loss (a
+scalar). The first stage receives None."""
 
 
 class WeightGrads(Protocol):
@@ -71,6 +67,8 @@ class PipelineRunner:
     ) -> None:
         self._actions, self._stages, self._chunks, self._group = actions, stages, chunks, group
         self._rank, self._transfer, self._weight_grads, self._on_action = collectives.rank(group), transfer, weight_grads, on_action
+        self._keeps = any(action.op in (Op.BACKWARD, Op.BACKWARD_INPUT) for action in actions)
+        """Activations for a backward pass; an evaluation has none."""
         self._last = {action.chunk: place for place, action in enumerate(actions) if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)}
         self._forget()
 
@@ -113,10 +111,11 @@ class PipelineRunner:
     def _forward(self, place: int, action: Action) -> None:
         key = (action.chunk, action.microbatch)
         received = self._take(self._activations, Op.RECV_FORWARD, key)
-        if received is not None:
+        if received is not None and self._keeps:
             received.requires_grad_()
         output = self._chunks[action.chunk](received, action.microbatch)
-        self._stashes[key] = _Stash(received, output)
+        if self._keeps:
+            self._stashes[key] = _Stash(received, output)
         stage = self._stages.stage(self._rank, action.chunk)
         if stage + 1 == self._stages.num_stages:
             self._losses[action.microbatch] = output.detach()

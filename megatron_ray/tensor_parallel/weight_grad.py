@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from megatron_ray.matmul import accumulate_weight_grad
@@ -75,6 +76,7 @@ class WeightGradSink:
         """Announces a microbatch whose weight products are computed later, by `catch_up` with the same key."""
         self._put_off = self._later[key]
 
+    @torch.no_grad()
     def catch_up(self, key: object) -> None:
         """Computes what was put off, of the microbatch that was announced."""
         for work in self._later.pop(key, ()):

@@ -1,24 +1,39 @@
 """Loss over held-out samples. Owns: that. Must not know: when it is asked for."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 
 from megatron_ray import collectives
 from megatron_ray.data.loader import Batch
 from megatron_ray.mesh import ParallelMesh
-from megatron_ray.models.gpt import GPT
+from megatron_ray.parallelize import ParallelModel
 from megatron_ray.training.reports import EvalReport
+from megatron_ray.training.stages import run_stages
+
+_ROUNDS = 4
+"""Microbatches that are in the pipeline's hands at once, in multiples of its length."""
 
 
 @torch.no_grad()
-def evaluate(model: GPT, batches: Iterable[Batch], mesh: ParallelMesh, *, step: int, split: str) -> EvalReport:
+def evaluate(model: ParallelModel, batches: Iterable[Batch], mesh: ParallelMesh, *, step: int, split: str) -> EvalReport:
     """Mean loss in nats per token over every replica's batches; all ranks must call it, with equally many batches."""
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for batch in batches:
-        loss = model(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids)
-        if mesh.tp_rank == 0:
+    counts = mesh.tp_rank == 0 and model.has_loss
+    for some in _groups(batches, mesh):
+        if model.actions:
+            losses = run_stages(model, mesh, model.pipeline.evaluation_actions(len(some), mesh.pp_rank), some)
+        else:
+            losses = [model.module(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids) for batch in some]
+        for loss, batch in zip(losses if counts else (), some if counts else (), strict=True):
             sums[0] += loss
             sums[1] += batch.num_tokens
     loss_sum, num_tokens = collectives.all_reduce(sums, mesh.world_group).tolist()
     return EvalReport(step, split, loss_sum / max(num_tokens, 1.0), int(num_tokens))
+
+
+def _groups(batches: Iterable[Batch], mesh: ParallelMesh) -> Iterator[list[Batch]]:
+    left = iter(batches)
+    while some := list(islice(left, _ROUNDS * mesh.dims.pp)):
+        yield some

@@ -73,7 +73,7 @@ def train(parts: Parts, progress: Progress, report: Callable[[Report], None], po
         timer = reading.timer
         batches = parts.loader.step(progress.consumed_samples)
         timer.mark("data")
-        loss_sum = forward_backward(parts.model, batches)
+        loss_sum = forward_backward(parts.model, parts.mesh, batches)
         timer.mark("forward_backward")
         tokens = sum(batch.num_tokens for batch in batches)
         stats = finalize_grads(parts.model, optimizer, parts.mesh, loss_sum, tokens, _flags(poll()))
@@ -86,7 +86,7 @@ def train(parts: Parts, progress: Progress, report: Callable[[Report], None], po
         last = progress.step == config.training.steps
         command = reading.add(progress, stats, lr, drain=last)
         if _evaluation_due(config, progress) and parts.evaluation is not None:
-            report(evaluate(parts.model.module, parts.evaluation(), parts.mesh, step=progress.step, split="validation"))
+            report(evaluate(parts.model, parts.evaluation(), parts.mesh, step=progress.step, split="validation"))
             reading.timer.restart()
         if _save_due(config, progress) or command in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP):
             command = max(command, reading.drain())  # weights that are no numbers any more are never saved

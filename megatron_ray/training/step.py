@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from megatron_ray.data.loader import Batch
+from megatron_ray.mesh import ParallelMesh
 from megatron_ray.parallelize import ParallelModel
+from megatron_ray.training.stages import loss_sum, run_stages
 
 
-def forward_backward(model: ParallelModel, batches: Sequence[Batch]) -> Tensor:
-    """Sum of the losses of this replica's microbatches; gradients end up as sums in the main gradients, reductions under way."""
+def forward_backward(model: ParallelModel, mesh: ParallelMesh, batches: Sequence[Batch]) -> Tensor:
+    """Sum of the losses of this replica's microbatches, zero on pipeline ranks without the last stage; gradients end up as sums in
+    the main gradients, reductions under way."""
     model.begin_step()
+    if model.actions:
+        return loss_sum(run_stages(model, mesh, model.actions, batches), mesh)
     total: Tensor | None = None
     for index, batch in enumerate(batches):
         model.sink.begin_microbatch(last=index == len(batches) - 1)

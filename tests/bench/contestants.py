@@ -51,7 +51,7 @@ def ours(precision: str) -> Step:
 
     def step(rows: np.ndarray, number: int) -> tuple[float, float]:
         batches = [make_batch(rows[i : i + reference.MICRO_BATCH], mesh.device) for i in range(0, len(rows), reference.MICRO_BATCH)]
-        loss = forward_backward(model, batches)
+        loss = forward_backward(model, mesh, batches)
         stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
         scale_and_clip(optimizer, stats, 1.0)
         optimizer.step(reference.LEARNING_RATE)

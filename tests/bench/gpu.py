@@ -73,7 +73,7 @@ def measure(name: str, shape: dict[str, Any], micro_batch: int, goal: float) -> 
     for step in range(WARMUP + STEPS):
         device.synchronize(mesh.device)
         start = time.perf_counter()
-        loss = forward_backward(model, batches)
+        loss = forward_backward(model, mesh, batches)
         stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
         scale_and_clip(optimizer, stats, 1.0)
         optimizer.step(3e-4)

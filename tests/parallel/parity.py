@@ -100,7 +100,7 @@ def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, 
 
 
 def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
-    dims = ParallelDims.for_world(world_size, tp=config.parallel.tp)
+    dims = ParallelDims.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp)
     return ParallelMesh.create(dims, World(rank, world_size, 0, "cpu"))
 
 
@@ -123,7 +123,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
     model, optimizer = build(config, mesh)
     initial = boxes(optimizer.sharded_state(), "model/")
     batches = loader.step(0)
-    loss = forward_backward(model, batches)
+    loss = forward_backward(model, mesh, batches)
     stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
     scale_and_clip(optimizer, stats, clip_grad_norm=0)
     gradients = boxes(optimizer.sharded_gradients())

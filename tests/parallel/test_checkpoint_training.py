@@ -14,7 +14,7 @@ from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.training.loop import NonFiniteLoss
-from megatron_ray.training.reports import Report, StepReport
+from megatron_ray.training.reports import EvalReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
 
 pytestmark = pytest.mark.parallel
@@ -30,11 +30,11 @@ MODEL = {
 }
 
 
-def config(folder: Path, tp: int, dp: int) -> TrainConfig:
+def config(folder: Path, tp: int, dp: int, **parallel: Any) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
             "model": MODEL,
-            "parallel": {"tp": tp, "dp": dp, "sequence_parallel": tp > 1},
+            "parallel": {"tp": tp, "dp": dp, "sequence_parallel": tp > 1, **parallel},
             "data": {"train": [{"path": str(folder / "corpus.txt")}], "tokenizer": {"kind": "bytes"}, "cache": str(folder / "cache")},
             "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "steps": 8},
             "optimizer": {"lr": 0.01},
@@ -45,13 +45,14 @@ def config(folder: Path, tp: int, dp: int) -> TrainConfig:
 
 
 def train(rank: int, world_size: int, settings: TrainConfig, data: PreparedData, attempt: int, resume_from: str | None) -> Any:
-    """Losses and norms by step, as rank 0 saw them."""
+    """Losses and norms by step, as rank 0 saw them; 0 is the evaluation at the end."""
     parallel = settings.parallel
-    dims = ParallelDims.for_world(world_size, tp=parallel.tp)
+    dims = ParallelDims.for_world(world_size, tp=parallel.tp, pp=parallel.pp)
     reports: list[Report] = []
     mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
     TrainingSession(settings, mesh, data, report=reports.append, attempt=attempt, resume_from=resume_from).run()
-    return {report.step: (report.loss, report.grad_norm) for report in reports if isinstance(report, StepReport)}
+    steps = {report.step: (report.loss, report.grad_norm) for report in reports if isinstance(report, StepReport)}
+    return steps | dict([(0, (report.loss, 0.0)) for report in reports if isinstance(report, EvalReport)][-1:])
 
 
 @pytest.fixture
@@ -90,13 +91,13 @@ def test_a_loss_that_is_no_number_ends_the_run_on_every_rank_and_is_never_saved(
 def test_resuming_is_exact_and_other_layouts_go_on(run_ranks: Run, tmp_path: Path, corpus: PreparedData) -> None:
     settings = config(tmp_path, 2, 2)
     whole = run_ranks(train, 4, settings, corpus, 1, None)[0]
-    assert sorted(whole) == list(range(1, 9))
+    assert sorted(whole) == list(range(9))
     saved = [info.path for info in list_checkpoints(str(tmp_path / "tp2"))]
     assert [path.rpartition("/")[2] for path in saved] == ["step-00000004-a0001", "step-00000008-a0001"]
     for path in saved:
         commit(path, {}, [])
     again = run_ranks(train, 4, settings, corpus, 2, saved[0])[0]
-    assert again == {step: whole[step] for step in range(5, 9)}, "bit for bit"
+    assert again == {step: whole[step] for step in (0, *range(5, 9))}, "bit for bit"
     other = run_ranks(train, 2, config(tmp_path, 1, 2), corpus, 3, saved[0])[0]
     for step, values in other.items():
         assert values == pytest.approx(whole[step], rel=1e-5)
@@ -104,3 +105,21 @@ def test_resuming_is_exact_and_other_layouts_go_on(run_ranks: Run, tmp_path: Pat
     assert newest is not None and newest.path == saved[1]
     model, tokenizer = load_model(newest.path)
     assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
+
+
+@pytest.mark.parametrize("parallel", [{"pp": 2}, {"pp": 2, "vpp": 2, "layout": "E|t|t|L"}], ids=["pp2-tp2", "pp2-vpp2-tp2"])
+def test_pipelines_save_resume_evaluate_and_change_places(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData, parallel: dict[str, Any]
+) -> None:
+    one = run_ranks(train, 1, config(tmp_path / "one", 1, 1), corpus, 1, None)[0]
+    settings = config(tmp_path, 2, 1, **parallel)
+    piped = run_ranks(train, 4, settings, corpus, 1, None)[0]
+    for step, values in piped.items():
+        assert values == pytest.approx(one[step], rel=2e-5), "the evaluation too"
+    (half, _) = [info.path for info in list_checkpoints(str(tmp_path / "tp2"))]
+    commit(half, {}, [])
+    again = run_ranks(train, 4, settings, corpus, 2, half)[0]
+    assert again == {step: piped[step] for step in (0, *range(5, 9))}, "bit for bit"
+    flat = run_ranks(train, 2, config(tmp_path / "flat", 1, 2), corpus, 3, half)[0]
+    for step, values in flat.items():
+        assert values == pytest.approx(piped[step], rel=2e-5)

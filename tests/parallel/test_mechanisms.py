@@ -48,7 +48,7 @@ def record_overlap(rank: int, world_size: int, config: TrainConfig) -> tuple[lis
 
     model.sink._on_ready = note
     loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, mesh.dp_rank, mesh.dims.dp, mesh.device)
-    forward_backward(model, loader.step(0))
+    forward_backward(model, mesh, loader.step(0))
     inside = list(waits)
     reducer.finish()
     return events, len(reducer.buffers.plan.buckets), inside

@@ -26,6 +26,11 @@ LAYOUTS = {
     "tp2-sp-dp2-zero1": {"tp": 2, "dp": 2, "sequence_parallel": True},
     "tp2-sp-dp2-zero0": {"tp": 2, "dp": 2, "sequence_parallel": True, "zero": 0},
     "tp2-dp2-zero0": {"tp": 2, "dp": 2, "zero": 0},
+    "pp2": {"pp": 2},
+    "pp2-gpipe-dp2-zero0": {"pp": 2, "dp": 2, "schedule": "gpipe", "zero": 0},
+    "pp2-zb-dp2-zero1": {"pp": 2, "dp": 2, "schedule": "zb-h1"},
+    "pp2-tp2-sp": {"pp": 2, "tp": 2, "sequence_parallel": True},
+    "pp2-tp2-uneven": {"pp": 2, "tp": 2, "first_stage_layers": 2, "last_stage_layers": 0},
 }
 
 LONG_LAYOUTS = {
@@ -35,12 +40,16 @@ LONG_LAYOUTS = {
     "tp2-sp-dp4-zero1": {"tp": 2, "dp": 4, "sequence_parallel": True},
     "tp4-sp-dp2-zero1": {"tp": 4, "dp": 2, "sequence_parallel": True},
     "tp4-dp2-zero0": {"tp": 4, "dp": 2, "zero": 0},
+    "pp4-layout": {"pp": 4, "layout": "E|t|t|L"},
+    "pp2-vpp2-layout": {"pp": 2, "vpp": 2, "layout": "E|t|t|L"},
+    "pp2-vpp2-tp2-sp-dp2": {"pp": 2, "vpp": 2, "tp": 2, "dp": 2, "sequence_parallel": True, "layout": "Et||t|L"},
+    "pp4-zb-dp2-zero0": {"pp": 4, "dp": 2, "schedule": "zb-h1", "layout": "E|t|t|L", "zero": 0},
 }
 LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}
 
 
 def world(parallel: dict[str, Any]) -> int:
-    return int(parallel.get("tp", 1)) * int(parallel.get("dp", 1))
+    return int(parallel.get("tp", 1)) * int(parallel.get("dp", 1)) * int(parallel.get("pp", 1))
 
 
 @cache

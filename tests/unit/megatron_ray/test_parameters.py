@@ -9,6 +9,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.flops import flops_per_token, matmul_parameters
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import local_parameters, logical_parameters, padded_vocabulary
+from megatron_ray.schedules.layout import parse_layout
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -41,6 +42,21 @@ def test_boxes_cover_each_logical_tensor_once_per_replica(shape: str, tp: int) -
     for parameter in logical_parameters(model):
         expected = 1 if parameter.shard_dim is not None else tp
         assert (covered[parameter.name] == expected).all(), parameter.name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stages_hold_each_layer_once_and_a_tied_embedding_twice(shape: str) -> None:
+    model = ModelConfig.model_validate(SHAPES[shape])
+    layout = "E|" + "t|" * model.num_layers + "L"
+    stages = parse_layout(layout, model.num_layers)
+    dims = ParallelDims(pp=len(stages))
+    held = [local for rank, stage in enumerate(stages) for local in local_parameters(model, dims, rank, held=[stage])]
+    names = [part.logical.name for local in held for part in local.parts]
+    expected = [parameter.name for parameter in logical_parameters(model)] + (["embedding.weight"] if model.tie_embeddings else [])
+    assert sorted(names) == sorted(expected)
+    twice = [local.name for local in held if local.on_two_stages]
+    assert twice == (["embedding.weight", "head.weight"] if model.tie_embeddings else [])
+    assert [local.name for local in held if not local.counted] == twice[1:]
 
 
 def test_sizes_of_published_models() -> None:

@@ -26,10 +26,26 @@ def test_a_good_config_has_no_problem() -> None:
 @pytest.mark.parametrize(
     ("groups", "world", "pointer", "words"),
     [
-        ({"parallel": {"pp": 2}}, None, "/parallel/pp", "pp=2: pipeline parallelism is not available in this version; use pp=1"),
         ({"parallel": {"cp": 2}}, None, "/parallel/cp", "cp=2: context parallelism is not available"),
         ({"parallel": {"ep": 2}}, None, "/parallel/ep", "ep=2: expert parallelism is not available"),
-        ({"parallel": {"vpp": 2}}, None, "/parallel/vpp", "virtual pipeline stages is not available"),
+        ({"parallel": {"vpp": 2}}, None, "/parallel/vpp", "vpp=2 needs pp > 1; raise pp, or leave it out"),
+        ({"parallel": {"layout": "EttttL"}}, None, "/parallel/layout", "layout=EttttL needs pp > 1"),
+        ({"parallel": {"pp": 3}}, None, "/parallel/pp", "4 layers do not divide evenly into 3 stages; nearest: num_layers=3 or 6"),
+        (
+            {"parallel": {"pp": 2, "vpp": 2, "schedule": "1f1b"}},
+            None,
+            "/parallel/schedule",
+            "schedule=1f1b does not go with vpp=2 chunks per rank; use schedule=interleaved",
+        ),
+        ({"parallel": {"pp": 2, "schedule": "interleaved"}}, None, "/parallel/schedule", "raise vpp, or use 1f1b"),
+        ({"parallel": {"pp": 2, "layout": "Ett|t|tL"}}, None, "/parallel/layout", "has 3 stages, pp x vpp = 2 x 1 needs 2"),
+        ({"parallel": {"pp": 2, "layout": "Ett|tL"}}, None, "/parallel/layout", "has 3 decoder layers ('t'), the model has 4"),
+        (
+            {"parallel": {"pp": 2, "layout": "Ett|ttL", "first_stage_layers": 2}},
+            None,
+            "/parallel/layout",
+            "layout says what each stage holds",
+        ),
         ({"parallel": {"etp": 4}}, None, "/parallel/etp", "etp needs experts"),
         ({"parallel": {"tp": 3}}, None, "/parallel/tp", "tp=3 does not divide model.num_attention_heads=4; use a tp that divides both"),
         ({"model": {"num_query_groups": 2}, "parallel": {"tp": 4}}, None, "/parallel/tp", "tp=4 does not divide model.num_query_groups=2"),

@@ -47,7 +47,7 @@ FIELDS = [
     ("/parallel/dp", "lots", "/parallel/dp", "or input should be 'auto'"),
     ("/parallel/dp", 0, "/parallel/dp", "greater than or equal to 1"),
     ("/parallel/tp", 3, "/parallel/tp", "tp=3 does not divide model.num_attention_heads=4"),
-    ("/parallel/pp", 2, "/parallel/pp", "pipeline parallelism is not available in this version"),
+    ("/parallel/pp", 3, "/parallel/pp", "layers do not divide evenly into 3 stages; nearest: num_layers="),
     ("/training/global_batch_size", 7, "/training/global_batch_size", "make it one"),
     ("/model", {"preset": "gpt-9"}, "/model", "unknown preset 'gpt-9'; known:"),
     ("/model", 7, "/model", "an object of fields is expected, not 7"),

@@ -91,7 +91,7 @@ def test_logits_and_gradients_are_those_of_transformers(family: Callable[[], Any
 
     loss = torch.nn.functional.cross_entropy(expected.reshape(-1, VOCABULARY), batch.labels_BS.reshape(-1))
     loss.backward()
-    ours = forward_backward(model, [batch])
+    ours = forward_backward(model, mesh, [batch])
     scale_and_clip(optimizer, finalize_grads(model, optimizer, mesh, ours, batch.num_tokens), clip_grad_norm=0)
     assert abs(float(ours) / batch.num_tokens - float(loss.detach())) <= 1e-5
 
@@ -166,7 +166,7 @@ def bf16_distances(seed: int, sizes: dict[str, int], sharpness: float) -> dict[s
     their_logits, their_grads = run(judge, True)
     with torch.no_grad():
         our_logits = model.module.logits(tokens.tokens_BS, tokens.position_ids)
-    loss = forward_backward(model, [tokens])
+    loss = forward_backward(model, mesh, [tokens])
     scale_and_clip(optimizer, finalize_grads(model, optimizer, mesh, loss, tokens.num_tokens), clip_grad_norm=0)
     our_grads = {name: entry.boxes[0].tensor for name, entry in optimizer.sharded_gradients().items()}
 

@@ -63,7 +63,7 @@ def test_a_step_never_waits_for_the_device(precision: str) -> None:
         if step == 2:  # the first steps compile and allocate
             torch.cuda.set_sync_debug_mode("error")
         try:
-            loss = forward_backward(model, batches)
+            loss = forward_backward(model, mesh, batches)
             stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
             scale_and_clip(optimizer, stats, 1.0)
             optimizer.step(1e-3)

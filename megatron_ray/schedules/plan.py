@@ -1,0 +1,57 @@
+"""From a config to its pipeline. Owns: which schedule, which stages, who holds what. Pure; must not know: torch, groups."""
+
+from dataclasses import dataclass
+
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.schedules.actions import Action, Op, Order, StageMap
+from megatron_ray.schedules.layout import LayoutError, StageContents, cut_layers, parse_layout
+from megatron_ray.schedules.lowering import lower
+from megatron_ray.schedules.orders import ScheduleName, compute_orders
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """A config's stages and schedule."""
+
+    schedule: ScheduleName
+    stages: StageMap
+    contents: tuple[StageContents, ...]
+    """By stage."""
+
+    def held(self, pp_rank: int) -> tuple[StageContents, ...]:
+        """What a pipeline rank holds, by chunk."""
+        return tuple(self.contents[self.stages.stage(pp_rank, chunk)] for chunk in range(self.stages.vpp))
+
+    def training_actions(self, num_microbatches: int, pp_rank: int) -> Order:
+        """A rank's whole list for a step."""
+        orders = compute_orders(self.schedule, self.stages.pp, num_microbatches, self.stages.vpp)
+        return lower(orders, self.stages)[pp_rank]
+
+    def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
+        """A rank's whole list for forward passes only."""
+        kind: ScheduleName = "interleaved" if self.stages.vpp > 1 else "gpipe"
+        orders = compute_orders(kind, self.stages.pp, num_microbatches, self.stages.vpp)
+        forward = [[action for action in order if action.op is Op.FORWARD] for order in orders]
+        return [action for action in lower(forward, self.stages)[pp_rank] if not _is_reduction(action)]
+
+
+def _is_reduction(action: Action) -> bool:
+    return action.op is Op.REDUCE_GRADS
+
+
+def plan_pipeline(config: TrainConfig) -> PipelinePlan:
+    """Raises LayoutError when the layers cannot be cut as asked, or the schedule cannot have so many chunks."""
+    parallel, num_layers = config.parallel, config.model.num_layers
+    stages = StageMap(parallel.pp, parallel.vpp)
+    schedule: ScheduleName = parallel.schedule if parallel.schedule != "auto" else ("interleaved" if parallel.vpp > 1 else "1f1b")
+    if (schedule == "interleaved") != (parallel.vpp > 1):
+        remedy = "use schedule=interleaved, or leave it out" if parallel.vpp > 1 else "raise vpp, or use 1f1b"
+        raise LayoutError(f"schedule={schedule} does not go with vpp={parallel.vpp} chunks per rank; {remedy}")
+    if parallel.layout is None:
+        contents = cut_layers(num_layers, stages.num_stages, first=parallel.first_stage_layers, last=parallel.last_stage_layers)
+    else:
+        contents = parse_layout(parallel.layout, num_layers)
+        if len(contents) != stages.num_stages:
+            wanted = f"pp x vpp = {parallel.pp} x {parallel.vpp} needs {stages.num_stages}"
+            raise LayoutError(f"layout {parallel.layout!r} has {len(contents)} stages, {wanted}")
+    return PipelinePlan(schedule, stages, contents)

@@ -1,0 +1,38 @@
+"""A rank's pipeline stages at work on a list of microbatches. Owns: what a stage takes and what is sent. Must not know: schedules."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_ray.data.loader import Batch
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.parallelize import ParallelModel
+from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
+from megatron_ray.schedules.actions import Order
+from megatron_ray.schedules.layout import StageContents
+
+
+def run_stages(model: ParallelModel, mesh: ParallelMesh, actions: Order, batches: Sequence[Batch]) -> list[Tensor]:
+    """Executes a rank's list on these microbatches; the losses by microbatch where the last stage is, else none."""
+    chunks = [_chunk(model, stage, batches) for stage in model.module.held]
+    return PipelineRunner(actions, model.pipeline.stages, chunks, mesh.pp_group, _transfer(model, mesh, batches[0]), model.sink).step()
+
+
+def _chunk(model: ParallelModel, stage: StageContents, batches: Sequence[Batch]) -> Callable[[Tensor | None, int], Tensor]:
+    def run(received_TH: Tensor | None, microbatch: int) -> Tensor:
+        batch = batches[microbatch]
+        return model.module.stage(stage, received_TH, batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids)
+
+    return run
+
+
+def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfer:
+    """Between stages each tp rank sends its tokens only under sequence parallelism, and all of them otherwise."""
+    tokens = batch.tokens_BS.numel() // (mesh.dims.tp if model.sequence_parallel else 1)
+    return Transfer((tokens, model.module.config.hidden_size), model.buffers.parameters.dtype, mesh.device)
+
+
+def loss_sum(losses: Sequence[Tensor], mesh: ParallelMesh) -> Tensor:
+    """Their sum; zero on ranks that have none."""
+    return torch.stack(list(losses)).sum() if losses else torch.zeros((), device=mesh.device)
