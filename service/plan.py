@@ -7,9 +7,8 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import local_parameters
-from megatron_ray.schedules.orders import compute_orders
+from megatron_ray.schedules.orders import most_activations
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
-from megatron_ray.schedules.simulation import peak_activations
 
 BYTE_VOCABULARY = 257
 
@@ -96,5 +95,4 @@ def _layers_at_once(config: TrainConfig) -> int:
     if pipeline.stages.num_stages == 1:
         return most
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * dp)
-    order = compute_orders(pipeline.schedule, pipeline.stages.pp, num_microbatches, pipeline.stages.vpp)[0]
-    return most * peak_activations(order)
+    return most * most_activations(pipeline.schedule, pipeline.stages.pp, max(1, num_microbatches), pipeline.stages.vpp)

@@ -7,9 +7,11 @@ a stage, `*n` repeats what stands before it, parentheses group, commas and blank
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 _PARTS = "EtmL"
 _MOST_PARTS = 100_000
+_MOST_NESTING = 20
 
 
 class LayoutError(ValueError):
@@ -66,7 +68,7 @@ def cut_layers(
         )
     sizes = [others // middle if middle else 0] * middle
     sizes = ([first] if first is not None else []) + sizes + ([last] if last is not None else [])
-    starts = [sum(sizes[:index]) for index in range(num_stages)]
+    starts = accumulate(sizes[:-1], initial=0)
     end = num_stages - 1
     return tuple(
         StageContents(
@@ -116,6 +118,8 @@ class _Parser:
             if char in ", ":
                 continue
             if char == "(":
+                if depth == _MOST_NESTING:
+                    raise self._error(f"more than {_MOST_NESTING} groups inside each other")
                 item = self._sequence(depth + 1)
                 if self._at == len(self._text):
                     raise self._error("'(' without ')'")
@@ -125,9 +129,10 @@ class _Parser:
             else:
                 self._at -= 1
                 raise self._error(f"{char!r} is none of E, t, m, L, |, *, ( and )")
-            found += item * self._repeat()
-            if len(found) > _MOST_PARTS:
+            times = self._repeat()
+            if len(found) + len(item) * times > _MOST_PARTS:
                 raise self._error(f"more than {_MOST_PARTS} parts")
+            found += item * times
         return found
 
     def _repeat(self) -> int:

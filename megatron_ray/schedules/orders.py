@@ -32,6 +32,16 @@ def compute_orders(name: ScheduleName, pp: int, num_microbatches: int, vpp: int 
     return [order(pp, rank, num_microbatches) for rank in range(pp)]
 
 
+def most_activations(name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1) -> int:
+    """What the first rank, which holds most, holds at once at most: microbatches of a chunk. Without making the orders."""
+    if name == "gpipe":
+        return num_microbatches
+    if name == "interleaved":
+        largest = -(-num_microbatches // max(1, num_microbatches // pp))
+        return min(_interleaved_warmup(pp, 0, vpp, largest) + 1, num_microbatches * vpp)
+    return min(pp, num_microbatches)
+
+
 def _gpipe(pp: int, rank: int, count: int) -> Order:
     forwards = [Action(Op.FORWARD, 0, microbatch) for microbatch in range(count)]
     return forwards + [Action(Op.BACKWARD, 0, microbatch) for microbatch in range(count)]
@@ -66,10 +76,15 @@ def _interleaved(pp: int, rank: int, vpp: int, count: int, group: int) -> Order:
         for chunk in range(vpp)
         for microbatch in range(start, start + size)
     ]
-    warmup = min((pp - rank - 1) * 2 + (vpp - 1) * sizes[0], len(virtual))
+    warmup = min(_interleaved_warmup(pp, rank, vpp, sizes[0]), len(virtual))
     forwards = [Action(Op.FORWARD, chunk, microbatch) for chunk, microbatch in virtual]
     backwards = [Action(Op.BACKWARD, vpp - 1 - chunk, microbatch) for chunk, microbatch in virtual]
     return _steady(forwards, backwards, warmup)
+
+
+def _interleaved_warmup(pp: int, rank: int, vpp: int, group: int) -> int:
+    """Forwards before the first backward, as Megatron counts them."""
+    return (pp - rank - 1) * 2 + (vpp - 1) * group
 
 
 def _group_sizes(count: int, group: int) -> list[int]:

@@ -35,6 +35,8 @@ def test_groups_nest_and_stages_may_be_empty() -> None:
         ("Et*|L", r"position 4: '\*' must be followed by how often"),
         ("Et*9999999|L", "at most six digits"),
         ("Et*999999|L", "more than 100000 parts"),
+        ("E(t*9999)*999999|L", "more than 100000 parts"),
+        ("(" * 2000 + "E", "more than 20 groups inside each other"),
         ("Et|tt|L", r"has 3 decoder layers \('t'\), the model has 2"),
         ("Ett|m|L", r"has 1 multi-token-prediction layers \('m'\), the model has 0"),
         ("tEt|L", "must begin with the embedding"),

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ray.schedules.actions import Action, Op, StageMap
 from megatron_ray.schedules.lowering import lower
-from megatron_ray.schedules.orders import ScheduleName, compute_orders
+from megatron_ray.schedules.orders import ScheduleName, compute_orders, most_activations
 from megatron_ray.schedules.simulation import EQUAL, Costs, Outcome, ScheduleError, outcome, peak_activations, simulate
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "schedule_bubbles.json"
@@ -108,6 +108,13 @@ def test_what_is_held() -> None:
     assert [peak_activations(order) for order in compute_orders("1f1b", 4, 32)] == [4, 3, 2, 1]
     assert {peak_activations(order) for order in compute_orders("zb-h1", 4, 32)} == {4}
     assert [peak_activations(order) for order in compute_orders("interleaved", 4, 32, 2)] == [11, 9, 7, 5], "Megatron's warm-up, and one"
+
+
+def test_what_is_held_is_known_without_the_orders() -> None:
+    for name, pp, vpp, count in SMALL:
+        held = [peak_activations(order) for order in compute_orders(name, pp, count, vpp)]
+        assert most_activations(name, pp, count, vpp) == max(held) == held[0], (name, pp, vpp, count)
+    assert most_activations("interleaved", 2, 1 << 50, 2) == 5, "at once"
 
 
 def test_the_order_of_megatron() -> None:
