@@ -125,8 +125,7 @@ def _pipeline(config: TrainConfig) -> list[Problem]:
     try:
         plan_pipeline(config)
     except LayoutError as error:
-        field = "layout" if parallel.layout is not None else "schedule" if str(error).startswith("schedule") else "pp"
-        return [Problem(f"/parallel/{field}", "pipeline_layout", str(error))]
+        return [Problem(f"/parallel/{error.field}", "pipeline_layout", str(error))]
     return []
 
 

@@ -60,7 +60,7 @@ def memory(config: TrainConfig) -> Memory | None:
     bf16 = config.training.precision == "bf16"
     parameters, gradients = elements * (2 if bf16 else 4), elements * 4
     optimizer = sharded * (12 if bf16 else 8)
-    activations = _activations(config, model)
+    activations = _activations(config, model, pipeline)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
 
 
@@ -71,7 +71,7 @@ def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipel
     return sum(parameter.num_elements for parameter in local)
 
 
-def _activations(config: TrainConfig, model: ModelConfig) -> int:
+def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:
     """What autograd keeps of one microbatch without recomputation, attention scores not materialised.
 
     Counts tensors per token and layer after Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4.
@@ -84,12 +84,12 @@ def _activations(config: TrainConfig, model: ModelConfig) -> int:
     layer = 4 * model.hidden_size // whole + (attention + mlp) // tp
     width = 2 if config.training.precision == "bf16" else 4
     logits = tokens * (model.vocabulary // tp) * (width + 4)  # as computed, and their fp32 softmax
-    return tokens * layer * _layers_at_once(config) * width + logits
+    return tokens * layer * _layers_at_once(config, pipeline) * width + logits
 
 
-def _layers_at_once(config: TrainConfig) -> int:
+def _layers_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:
     """Layers times microbatches whose activations the first pipeline rank, which holds most, keeps at once."""
-    pipeline, dp = plan_pipeline(config), config.parallel.dp
+    dp = config.parallel.dp
     assert dp != "auto"
     most = max(len(stage.layers) for stage in pipeline.contents)
     if pipeline.stages.num_stages == 1:

@@ -205,7 +205,7 @@ class Attempts:
             self._group.ensure_store()  # first, for all ranks wait for it
         staff = self._staff(plan)
         self._group.kill_slots(staff.dismissed)
-        self._group.create(plan, staff.recruits, max(1, int(job.spec.resources.cpus_per_rank)))
+        self._group.create(plan, staff.recruits, job.spec.resources.num_threads)
         store = self._group.store_address(_START_TIMEOUT_S, job.stop_if_unwanted) if job.world_size > 1 else None
         marks.append(time.monotonic())
         facts = self._group.probe(staff.posts, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)

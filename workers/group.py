@@ -79,7 +79,11 @@ class WorkerGroup:
     """Workers by slot; ranks come with the map, after placement."""
 
     def __init__(self, job_id: str, namespace: str, worker_class: type) -> None:
-        self._job_id, self._namespace, self._worker_class = job_id, namespace, worker_class
+        self._job_id, self._namespace = job_id, namespace
+        # Once, as every remote class that is made stays in memory, here and with Ray's head.
+        as_actor: Any = ray.remote
+        self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
+        self._store_class: Any = ray.remote(StoreServer)
         self._slots: dict[int, Any] = {}
         self._calls: dict[Any, int] = {}
 
@@ -114,8 +118,6 @@ class WorkerGroup:
     def create(self, plan: PlacementPlan, recruits: Iterable[Recruit], num_threads: int) -> None:
         """Makes workers, each in its bundle; they need not be up yet."""
         group = self.placement_group(plan)
-        as_actor: Any = ray.remote
-        remote_class = as_actor(concurrency_groups={"poll": 2})(self._worker_class)
         for recruit in recruits:
             options = {
                 "name": worker_name(self._job_id, recruit.slot),
@@ -127,7 +129,7 @@ class WorkerGroup:
                 "num_gpus": recruit.resources.get("GPU", 0),
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=recruit.bundle),
             }
-            actor = remote_class.options(**options).remote(self._job_id, recruit.slot, recruit.bundle, num_threads, recruit.standby)
+            actor = self._worker_class.options(**options).remote(self._job_id, recruit.slot, recruit.bundle, num_threads, recruit.standby)
             self._slots[recruit.slot] = actor
 
     def adopt(self, slots: Iterable[int]) -> tuple[int, ...]:
@@ -147,18 +149,8 @@ class WorkerGroup:
 
     def look_up(self, slots: Iterable[int], fence: Fence, timeout_s: float) -> tuple[list[SlotFacts], tuple[int, ...]]:
         """Where those workers are that answer in time, and the slots of those that are dead. Raises Fenced."""
-        calls = {self._slots[slot].probe.remote(fence): slot for slot in slots}
-        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
-        found, dead = [], []
-        for call in done:
-            try:
-                found.append(ray.get(call))
-            except RayTaskError as error:
-                raise_if_fenced(error)
-                dead.append(calls[call])
-            except RayError:
-                dead.append(calls[call])
-        return found, tuple(dead)
+        found, dead = _in_time({self._slots[slot].probe.remote(fence): slot for slot in slots}, timeout_s)
+        return list(found.values()), dead
 
     def start(self, fence: Fence, orders: Mapping[int, StartOrder], timeout_s: float, stop: Callable[[], None]) -> None:
         """Starts the attempt, orders by slot. Raises GroupProblem."""
@@ -166,9 +158,8 @@ class WorkerGroup:
 
     def ensure_store(self) -> Any:
         """The job's store actor (Ray's handle), made unless it is there; it need not be up yet."""
-        remote_class: Any = ray.remote(StoreServer)
         options = {"name": store_name(self._job_id), "namespace": self._namespace, "lifetime": "detached", "get_if_exists": True}
-        return remote_class.options(**options, num_cpus=0).remote()
+        return self._store_class.options(**options, num_cpus=0).remote()
 
     def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
         """Where the job's TCPStore answers; one that does not is made anew, once. Raises GroupProblem."""
@@ -244,18 +235,8 @@ class WorkerGroup:
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
         """Asks all workers to leave their groups, at once; returns the slots whose process may be used again."""
-        calls = {actor.leave.remote(fence): slot for slot, actor in self._slots.items()}
-        done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
-        free = []
-        for call in done:
-            try:
-                if ray.get(call, timeout=0):
-                    free.append(calls[call])
-            except RayTaskError as error:
-                raise_if_fenced(error)
-            except RayError:
-                continue  # dead: to be replaced
-        return tuple(sorted(free))
+        left, _ = _in_time({actor.leave.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s)
+        return tuple(sorted(slot for slot, free in left.items() if free))
 
     def kill_slots(self, slots: Sequence[int]) -> None:
         """Ends the workers of some slots and waits until their names are free."""
@@ -274,17 +255,8 @@ class WorkerGroup:
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         """Has living workers remove the job's files; returns the nodes where that is done."""
         self.adopt(slot for slot in range(num_slots) if slot not in self._slots)
-        calls = [actor.retire.remote(fence) for actor in self._slots.values()]
-        done, _ = ray.wait(calls, num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
-        cleaned = set()
-        for call in done:
-            try:
-                cleaned.add(str(ray.get(call)))
-            except RayTaskError as error:
-                raise_if_fenced(error)
-            except RayError:
-                continue  # dead: another way must be found
-        return tuple(sorted(cleaned))
+        cleaned, _ = _in_time({actor.retire.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s)
+        return tuple(sorted(set(cleaned.values())))
 
     def remove_all(self, num_slots: int) -> None:
         """Ends every actor of the job but its driver, and gives the placement group back."""
@@ -304,6 +276,21 @@ class WorkerGroup:
         deadline = time.monotonic() + GONE_S
         while find_actor(name, self._namespace) is not None and time.monotonic() < deadline:
             time.sleep(0.02)
+
+
+def _in_time(calls: Mapping[Any, int], timeout_s: float) -> tuple[dict[int, Any], tuple[int, ...]]:
+    """Answers by slot, of those that come in time, and the slots whose call failed: most likely they are dead. Raises Fenced."""
+    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+    answers, failed = {}, []
+    for call in done:
+        try:
+            answers[calls[call]] = ray.get(call)
+        except RayTaskError as error:
+            raise_if_fenced(error)
+            failed.append(calls[call])
+        except RayError:
+            failed.append(calls[call])
+    return answers, tuple(failed)
 
 
 def kill(actor: Any) -> None:

@@ -20,6 +20,11 @@ class ResourceConfig(Config):
     placement_timeout_s: float = Field(default=300.0, gt=0, le=86400 * 7)
     """How long to wait for the placement group before the job goes back to the queue."""
 
+    @property
+    def num_threads(self) -> int:
+        """Torch threads of a rank: its whole cores, at least one."""
+        return max(1, int(self.cpus_per_rank))
+
 
 class RestartConfig(Config):
     """When to try again."""

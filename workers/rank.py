@@ -40,7 +40,7 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
     data = PreparedData.model_validate(order.data)
     if order.device == "cpu":
         device.keep_freed_memory()
-        torch.set_num_threads(max(1, int(spec.resources.cpus_per_rank)))
+        torch.set_num_threads(spec.resources.num_threads)
     started = time.monotonic()
     with process_group(order):
         env = order.env

@@ -6,7 +6,7 @@ map, and whoever takes over a dead rank's post holds no GPU in Ray's books and i
 so nobody else can be given it. Must not know: Ray, torch.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ray.parallel_dims import ParallelDims
@@ -55,6 +55,10 @@ def num_slots(dims: ParallelDims) -> int:
     return dims.world_size + dims.world_size // dims.tp
 
 
+def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
+    return (slot for slot in range(num_slots(plan.dims)) if slot not in living)
+
+
 def fill_posts(
     plan: PlacementPlan, places: Sequence[RankPlace], living: Collection[int], others: Sequence[SlotFacts], nodes: Mapping[int, str]
 ) -> Staff:
@@ -77,7 +81,7 @@ class _Filling:
     ) -> None:
         self._plan, self._places, self._living, self._nodes = plan, places, set(living), nodes
         self._others = {facts.slot: facts for facts in others}
-        self._numbers = iter([slot for slot in range(num_slots(plan.dims)) if slot not in self._living])
+        self._numbers = _free_slots(plan, self._living)
         self._posts: dict[int, Post | None] = {}
         self._recruits: list[Recruit] = []
         self._stepped_in: list[int] = []
@@ -109,16 +113,14 @@ class _Filling:
 
     def _fill_new(self, bundle: Bundle) -> None:
         """A bundle without a history, or moved to another node: its processes get their GPUs from Ray."""
-        holders = [
-            facts.slot for facts in self._others.values() if facts.bundle == bundle.index and self._holds_what_it_needs(facts, bundle)
-        ]
+        holders = [facts.slot for facts in self._others.values() if self._holds_what_it_needs(facts, bundle)]
         for _ in bundle.slots:
             slot = holders.pop() if holders else self._recruit(bundle, self._plan.worker_resources)
             self._posts[slot] = None
 
     def _holds_what_it_needs(self, facts: SlotFacts, bundle: Bundle) -> bool:
-        there = facts.node_id == self._nodes.get(bundle.index) and not facts.standby
-        return there and (facts.gpu is not None or self._plan.accelerator == "cpu")
+        at_home = facts.bundle == bundle.index and facts.node_id == self._nodes.get(bundle.index)
+        return at_home and not facts.standby and (facts.gpu is not None or self._plan.accelerator == "cpu")
 
     def _idle(self, node_id: str) -> int | None:
         """A process on the node that belongs to nobody and holds no GPU of its own."""
@@ -139,7 +141,7 @@ def standbys_wanted(
     plan: PlacementPlan, places: Sequence[RankPlace], living: Collection[int], standing: Mapping[int, str]
 ) -> list[Recruit]:
     """One process for each of the job's nodes where none stands by; `standing` is the node of each that does."""
-    numbers = iter([slot for slot in range(num_slots(plan.dims)) if slot not in living])
+    numbers = _free_slots(plan, living)
     bundles: dict[str, int] = {}
     for place in places:
         bundles.setdefault(place.node_id, place.bundle)

@@ -42,7 +42,8 @@ class Standbys:
             job.say.event("standby.given_up", text, "warn")
         elif standing is not None:
             wanted = standbys_wanted(self._plan, job.entry.ranks, self._group.slots, standing)
-            self._group.create(self._plan, wanted, max(1, int(job.spec.resources.cpus_per_rank)))
+            if wanted:
+                self._group.create(self._plan, wanted, job.spec.resources.num_threads)
 
     def _standing(self, now: float) -> dict[int, str] | None:
         """The node of each that stands by; None while one is still coming up. Those that are dead are forgotten."""

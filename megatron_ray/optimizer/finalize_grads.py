@@ -72,6 +72,8 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
 
 def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     """The word embedding of the first stage and its tied head on the last one: each has its own bucket, cut alike."""
+    if mesh.embedding_group is None:
+        return
     for piece in optimizer.pieces:
         if piece.placed.parameter.on_two_stages:
             collectives.all_reduce(optimizer.buffers.gradients[piece.start : piece.end], mesh.embedding_group)

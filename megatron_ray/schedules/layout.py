@@ -15,7 +15,11 @@ _MOST_NESTING = 20
 
 
 class LayoutError(ValueError):
-    """A layout that cannot be; the text says what is wrong and what would be right."""
+    """A layout that cannot be; the text says what is wrong and what would be right, `field` which of `parallel` to change."""
+
+    def __init__(self, text: str, field: str = "layout") -> None:
+        super().__init__(text)
+        self.field = field
 
 
 @dataclass(frozen=True)
@@ -59,12 +63,14 @@ def cut_layers(
     given = [size for size in (first, last) if size is not None]
     middle, others = num_stages - len(given), num_layers - sum(given)
     if middle < 0 or others < 0 or (middle == 0 and others):
-        raise LayoutError(f"first_stage_layers and last_stage_layers ({given}) do not make up {num_layers} layers in {num_stages} stages")
+        text = f"first_stage_layers and last_stage_layers ({given}) do not make up {num_layers} layers in {num_stages} stages"
+        raise LayoutError(text, field="pp")
     if middle and others % middle:
         near = sum(given) + others - others % middle
         raise LayoutError(
             f"{others} layers do not divide evenly into {middle} stages; nearest: num_layers={near} or {near + middle},"
-            " or give first_stage_layers, last_stage_layers or a layout"
+            " or give first_stage_layers, last_stage_layers or a layout",
+            field="pp",
         )
     sizes = [others // middle if middle else 0] * middle
     sizes = ([first] if first is not None else []) + sizes + ([last] if last is not None else [])

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.schedules.actions import Action, Op, Order, StageMap
+from megatron_ray.schedules.actions import Op, Order, StageMap
 from megatron_ray.schedules.layout import LayoutError, StageContents, cut_layers, parse_layout
 from megatron_ray.schedules.lowering import lower
 from megatron_ray.schedules.orders import ScheduleName, compute_orders
@@ -32,11 +32,7 @@ class PipelinePlan:
         kind: ScheduleName = "interleaved" if self.stages.vpp > 1 else "gpipe"
         orders = compute_orders(kind, self.stages.pp, num_microbatches, self.stages.vpp)
         forward = [[action for action in order if action.op is Op.FORWARD] for order in orders]
-        return [action for action in lower(forward, self.stages)[pp_rank] if not _is_reduction(action)]
-
-
-def _is_reduction(action: Action) -> bool:
-    return action.op is Op.REDUCE_GRADS
+        return lower(forward, self.stages)[pp_rank]
 
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
@@ -46,7 +42,7 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     schedule: ScheduleName = parallel.schedule if parallel.schedule != "auto" else ("interleaved" if parallel.vpp > 1 else "1f1b")
     if (schedule == "interleaved") != (parallel.vpp > 1):
         remedy = "use schedule=interleaved, or leave it out" if parallel.vpp > 1 else "raise vpp, or use 1f1b"
-        raise LayoutError(f"schedule={schedule} does not go with vpp={parallel.vpp} chunks per rank; {remedy}")
+        raise LayoutError(f"schedule={schedule} does not go with vpp={parallel.vpp} chunks per rank; {remedy}", field="schedule")
     if parallel.layout is None:
         contents = cut_layers(num_layers, stages.num_stages, first=parallel.first_stage_layers, last=parallel.last_stage_layers)
     else:

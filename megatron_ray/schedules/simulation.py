@@ -5,7 +5,7 @@ lists as NCCL would: a pair of ranks shares one queue, both sides put their send
 of one side is done when entry k of the other side is there too and matches; there are no tags and no buffers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ray.schedules.actions import Action, Op, Order, StageMap
@@ -24,10 +24,16 @@ class Costs:
     backward_weight: float = 1.0
     transfer: float = 0.0
 
-    def of(self, op: Op, vpp: int) -> float:
-        """One chunk's."""
+    def prices(self, vpp: int) -> dict[Op, float]:
+        """Of each action on one of a rank's chunks; what is not computing takes no time of the rank's."""
         both = self.backward_input + self.backward_weight
-        return {Op.FORWARD: self.forward, Op.BACKWARD: both, Op.BACKWARD_INPUT: self.backward_input}.get(op, self.backward_weight) / vpp
+        computing = {
+            Op.FORWARD: self.forward,
+            Op.BACKWARD: both,
+            Op.BACKWARD_INPUT: self.backward_input,
+            Op.BACKWARD_WEIGHT: self.backward_weight,
+        }
+        return {op: computing.get(op, 0.0) / vpp for op in Op}
 
     @property
     def microbatch(self) -> float:
@@ -58,7 +64,7 @@ def run_computing(orders: Sequence[Order], stages: StageMap, costs: Costs) -> tu
     """Ends of all forwards and input gradients, and of each rank. Raises ScheduleError when ranks wait for each other for ever."""
     ends: Ends = {}
     clocks, places = [0.0] * len(orders), [0] * len(orders)
-    prices = {op: costs.of(op, stages.vpp) for op in Op if op.is_compute}
+    prices = costs.prices(stages.vpp)
     waiting: dict[tuple[int, Op, int], int] = {}
     ready = list(range(len(orders)))
     while ready:
@@ -81,14 +87,16 @@ def run_computing(orders: Sequence[Order], stages: StageMap, costs: Costs) -> tu
                 if done in waiting:
                     ready.append(waiting.pop(done))
         clocks[rank], places[rank] = clock, place
-    stuck = [
-        f"rank {rank} at {_words(order[place])}"
-        for rank, (order, place) in enumerate(zip(orders, places, strict=True))
-        if place < len(order)
-    ]
-    if stuck:
-        raise ScheduleError("the schedule never ends: " + "; ".join(stuck[:4]))
+    _refuse_unfinished(orders, places, "at")
     return ends, clocks
+
+
+def _refuse_unfinished(lists: Sequence[Order], places: Sequence[int], where: str) -> None:
+    """Raises ScheduleError unless every rank has come to the end of its list."""
+    unfinished = [(rank, order[place]) for rank, (order, place) in enumerate(zip(lists, places, strict=True)) if place < len(order)]
+    if unfinished:
+        stuck = [f"rank {rank} {where} {_words(action)}" for rank, action in unfinished[:4]]
+        raise ScheduleError("the schedule never ends: " + "; ".join(stuck))
 
 
 def _need(op: Op, stage: int, microbatch: int, num_stages: int) -> tuple[int, Op, int] | None:
@@ -107,9 +115,12 @@ def _words(action: Action) -> str:
 def outcome(orders: Sequence[Order], stages: StageMap, costs: Costs = EQUAL) -> Outcome:
     """Of the computing actions, transfers free. Raises ScheduleError."""
     _, clocks = run_computing(orders, stages, costs)
-    prices = {op: costs.of(op, stages.vpp) for op in Op if op.is_compute}
-    work = min(sum(prices[action.op] for action in order if action.op.is_compute) for order in orders)
-    return Outcome(max(clocks), max(clocks) - work, tuple(peak_activations(order) for order in orders))
+    return _judge(orders, clocks, costs.prices(stages.vpp))
+
+
+def _judge(lists: Sequence[Order], clocks: Sequence[float], prices: Mapping[Op, float]) -> Outcome:
+    work = min(sum(prices[action.op] for action in order) for order in lists)
+    return Outcome(max(clocks), max(clocks) - work, tuple(peak_activations(order) for order in lists))
 
 
 def peak_activations(order: Order) -> int:
@@ -140,7 +151,7 @@ def simulate(lists: Sequence[Order], stages: StageMap, costs: Costs = EQUAL) -> 
 class _Machine:
     def __init__(self, lists: Sequence[Order], stages: StageMap, costs: Costs) -> None:
         self._lists, self._stages, self._costs = lists, stages, costs
-        self._prices = {op: costs.of(op, stages.vpp) if op.is_compute else 0.0 for op in Op}
+        self._prices = costs.prices(stages.vpp)
         self._clocks, self._places = [0.0] * len(lists), [0] * len(lists)
         self._queues: dict[tuple[int, int], _Queue] = {}
         self._arrived: dict[tuple[int, Op, int, int], float] = {}
@@ -150,16 +161,8 @@ class _Machine:
     def run(self) -> Outcome:
         while self._ready:
             self._advance(self._ready.pop())
-        stuck = [f"rank {rank} before {_words(order[place])}" for rank, (order, place) in self._unfinished()]
-        if stuck:
-            raise ScheduleError("the schedule never ends: " + "; ".join(stuck[:4]))
-        work = min(sum(self._prices[action.op] for action in order) for order in self._lists)
-        makespan = max(self._clocks)
-        return Outcome(makespan, makespan - work, tuple(peak_activations(order) for order in self._lists))
-
-    def _unfinished(self) -> list[tuple[int, tuple[Order, int]]]:
-        pairs = zip(self._lists, self._places, strict=True)
-        return [(rank, (order, place)) for rank, (order, place) in enumerate(pairs) if place < len(order)]
+        _refuse_unfinished(self._lists, self._places, "before")
+        return _judge(self._lists, self._clocks, self._prices)
 
     def _advance(self, rank: int) -> None:
         """As far as it comes without a message that is not there."""

@@ -1,6 +1,7 @@
 """Loss over held-out samples. Owns: that. Must not know: when it is asked for."""
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import islice
 
 import torch
@@ -21,14 +22,16 @@ def evaluate(model: ParallelModel, batches: Iterable[Batch], mesh: ParallelMesh,
     """Mean loss in nats per token over every replica's batches; all ranks must call it, with equally many batches."""
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     counts = mesh.tp_rank == 0 and model.has_loss
+    actions = cache(lambda num_microbatches: model.pipeline.evaluation_actions(num_microbatches, mesh.pp_rank))
     for some in _groups(batches, mesh):
         if model.actions:
-            losses = run_stages(model, mesh, model.pipeline.evaluation_actions(len(some), mesh.pp_rank), some)
+            losses = run_stages(model, mesh, actions(len(some)), some)
         else:
             losses = [model.module(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids) for batch in some]
-        for loss, batch in zip(losses if counts else (), some if counts else (), strict=True):
-            sums[0] += loss
-            sums[1] += batch.num_tokens
+        if counts:
+            for loss, batch in zip(losses, some, strict=True):
+                sums[0] += loss
+                sums[1] += batch.num_tokens
     loss_sum, num_tokens = collectives.all_reduce(sums, mesh.world_group).tolist()
     return EvalReport(step, split, loss_sum / max(num_tokens, 1.0), int(num_tokens))
 
