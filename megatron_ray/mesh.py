@@ -36,9 +36,22 @@ class ParallelMesh:
     world_group: Group
     tp_group: Group
     dp_group: Group
-    pp_group: Group = None
-    embedding_group: Group = None
+    """Who has other samples of the batch."""
+    cp_group: Group
+    """Who has other tokens of the same samples."""
+    replica_group: Group
+    """Who has the same dense parameters and other tokens: dp x cp."""
+    pp_group: Group
+    embedding_group: Group
     """First and last stage of this rank's pipeline, on those two."""
+    token_group: Group
+    """Who shares the tokens of a microbatch: tp x cp."""
+    ep_group: Group
+    """Who has the other experts."""
+    etp_group: Group
+    """Who has other parts of the same experts."""
+    expert_replica_group: Group
+    """Who has the same experts: edp."""
 
     @classmethod
     def create(cls, dims: ParallelDims, world: World, timeout: timedelta | None = None) -> "ParallelMesh":
@@ -50,12 +63,24 @@ class ParallelMesh:
         if dims.world_size != world.world_size:
             raise ValueError(f"the layout needs {dims.world_size} ranks, the world has {world.world_size}")
         chosen = device.select(world.device, world.local_rank)
-        tp, dp, pp = (_create_group(dims.groups((axis,)), world.rank, axis, timeout) for axis in ("tp", "dp", "pp"))
-        embedding = _create_group(dims.embedding_groups(), world.rank, "embedding", timeout)
+        groups = _Groups(world.rank, timeout)
         everyone = dist.group.WORLD if world.world_size > 1 else None
-        for group in (everyone, tp, dp, pp, embedding):
+        found = {
+            "world_group": everyone,
+            "tp_group": groups.get(dims.groups(("tp",)), "tp"),
+            "dp_group": groups.get(dims.groups(("dp",)), "dp"),
+            "cp_group": groups.get(dims.groups(("cp",)), "cp"),
+            "replica_group": groups.get(dims.groups(("dp", "cp")), "replica"),
+            "pp_group": groups.get(dims.groups(("pp",)), "pp"),
+            "embedding_group": groups.get(dims.embedding_groups(), "embedding"),
+            "token_group": groups.get(dims.groups(("tp", "cp")), "token"),
+            "ep_group": groups.get(dims.experts.groups(("ep",)), "ep"),
+            "etp_group": groups.get(dims.experts.groups(("etp",)), "etp"),
+            "expert_replica_group": groups.get(dims.experts.groups(("edp",)), "edp"),
+        }
+        for group in dict.fromkeys(found.values()):
             collectives.barrier(group, chosen)
-        return cls(dims, world.rank, chosen, everyone, tp, dp, pp, embedding)
+        return cls(dims, world.rank, chosen, **found)
 
     @classmethod
     def single(cls, kind: str = "cpu") -> "ParallelMesh":
@@ -82,13 +107,31 @@ class ParallelMesh:
         """Index along dp."""
         return collectives.rank(self.dp_group)
 
+    @property
+    def cp_rank(self) -> int:
+        """Index along cp."""
+        return collectives.rank(self.cp_group)
 
-def _create_group(groups: Sequence[Sequence[int]], rank: int, name: str, timeout: timedelta | None) -> Group:
-    """Every rank must create every group, in the same order; returns the one this rank is in, None where it would be alone."""
-    mine: Group = None
-    for members in groups:
-        if len(members) > 1:
-            group = dist.new_group(list(members), timeout=timeout, group_desc=name)
-            if rank in members:
+
+class _Groups:
+    """Every rank must create every group, in the same order. Axes that come down to the same groups share them: a group costs
+    connections and memory."""
+
+    def __init__(self, rank: int, timeout: timedelta | None) -> None:
+        self._rank, self._timeout = rank, timeout
+        self._known: dict[tuple[tuple[int, ...], ...], Group] = {}
+
+    def get(self, groups: Sequence[Sequence[int]], name: str) -> Group:
+        """The one of these groups that this rank is in, None where it would be alone."""
+        key = tuple(tuple(members) for members in groups if len(members) > 1)
+        if key not in self._known:
+            self._known[key] = self._create(key, name)
+        return self._known[key]
+
+    def _create(self, groups: Sequence[Sequence[int]], name: str) -> Group:
+        mine: Group = None
+        for members in groups:
+            group = dist.new_group(list(members), timeout=self._timeout, group_desc=name)
+            if self._rank in members:
                 mine = group
-    return mine
+        return mine

@@ -56,7 +56,7 @@ def memory(config: TrainConfig) -> Memory | None:
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), dims_of(config)
     pipeline = plan_pipeline(config)
     elements = max(_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp))
-    sharded = -(-elements // dims.dp) if config.parallel.zero == 1 else elements
+    sharded = -(-elements // dims.size("dp", "cp")) if config.parallel.zero == 1 else elements
     bf16 = config.training.precision == "bf16"
     parameters, gradients = elements * (2 if bf16 else 4), elements * 4
     optimizer = sharded * (12 if bf16 else 8)

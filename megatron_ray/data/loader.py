@@ -23,7 +23,7 @@ class Batch:
     loss_mask_BS: Tensor
     """fp32; 0 where a token does not count."""
     position_ids: Tensor
-    """[1, S]: every row counts from 0."""
+    """[B, S], or [1, S] for all rows alike."""
     num_tokens: int
     """Sum of the mask, known without asking the device."""
 

@@ -53,6 +53,7 @@ class Attention(nn.Module):
         self.queries_per_group = config.num_attention_heads // config.kv_heads
         heads, groups = config.num_attention_heads, config.kv_heads
         self.qkv = layers.column(config.hidden_size, (heads + 2 * groups) * self.head_width, config.linear_bias)
+        self.core = layers.attention()
         self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
@@ -63,22 +64,28 @@ class Attention(nn.Module):
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        attended = self._attend(q, k, v, cache)
+        attended = self.core(q, k, v, positions) if cache is None else self._attend_cached(q, k, v, cache)
         merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
         output: Tensor = self.o(merged, residual_TH)
         return output
 
-    def _attend(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache | None) -> Tensor:
-        if cache is None and blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
-            return causal_attention(q_BNSD, k_BGSD, v_BGSD)
-        mask = None
-        if cache is not None:
-            seen = cache.length
-            k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
-            if seen:
-                # Rows of the mask are the new tokens, which see everything before them.
-                new, total = q_BNSD.shape[2], k_BGSD.shape[2]
-                mask = torch.ones(new, total, dtype=torch.bool, device=q_BNSD.device).tril(diagonal=seen)
+    def _attend_cached(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache) -> Tensor:
+        mask, seen = None, cache.length
+        k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
+        if seen:
+            # Rows of the mask are the new tokens, which see everything before them.
+            new, total = q_BNSD.shape[2], k_BGSD.shape[2]
+            mask = torch.ones(new, total, dtype=torch.bool, device=q_BNSD.device).tril(diagonal=seen)
         return nn.functional.scaled_dot_product_attention(
             q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.queries_per_group > 1
         )
+
+
+class WholeAttention(nn.Module):
+    """Causal attention of sequences that lie whole on this rank."""
+
+    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
+        if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
+            return causal_attention(q_BNSD, k_BGSD, v_BGSD)
+        grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
+        return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.data.loader import Batch
 from megatron_ray.models.attention import KeyValueCache, Positions
 from megatron_ray.models.block import Block
 from megatron_ray.models.layers import Layers
@@ -32,29 +33,20 @@ class GPT(nn.Module):
             self.final_norm = layers.norm(config.hidden_size)
             self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
 
-    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, position_ids: Tensor) -> Tensor:
-        """Sum over tokens of loss_mask x -log p(label), fp32 scalar. `position_ids` is [B, S], or [1, S] for all rows alike."""
+    def forward(self, batch: Batch) -> Tensor:
+        """Sum over tokens of loss_mask x -log p(label), fp32 scalar."""
         (whole,) = self.held
-        return self.stage(whole, None, tokens_BS, labels_BS, loss_mask_BS, position_ids)
+        return self.stage(whole, None, batch)
 
-    def stage(
-        self,
-        stage: StageContents,
-        received_TH: Tensor | None,
-        tokens_BS: Tensor,
-        labels_BS: Tensor,
-        loss_mask_BS: Tensor,
-        position_ids: Tensor,
-    ) -> Tensor:
+    def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
-        hidden_TH = self._embed(tokens_BS, position_ids) if received_TH is None else received_TH
-        batch, sequence = tokens_BS.shape
-        positions = self._positions(batch, sequence, position_ids, hidden_TH)
+        hidden_TH = self._embed(batch.tokens_BS, batch.position_ids) if received_TH is None else received_TH
+        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH)
         for index in stage.layers:
             hidden_TH = self.layers[str(index)](hidden_TH, positions, None)
         if not stage.loss:
             return hidden_TH
-        loss: Tensor = self.head(self.final_norm(hidden_TH), labels_BS.reshape(-1), loss_mask_BS.reshape(-1))
+        loss: Tensor = self.head(self.final_norm(hidden_TH), batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1))
         return loss
 
     def _embed(self, tokens_BS: Tensor, position_ids: Tensor) -> Tensor:
@@ -67,8 +59,7 @@ class GPT(nn.Module):
     def hidden(self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Activations [T, H] after the last norm, of a whole model."""
         hidden_TH = self._embed(tokens_BS, position_ids)
-        batch, sequence = tokens_BS.shape
-        positions = self._positions(batch, sequence, position_ids, hidden_TH)
+        positions = self._positions(tokens_BS.shape, position_ids, hidden_TH)
         for index, block in enumerate(self.layers.values()):
             hidden_TH = block(hidden_TH, positions, caches[index] if caches is not None else None)
         output: Tensor = self.final_norm(hidden_TH)
@@ -79,7 +70,8 @@ class GPT(nn.Module):
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
-    def _positions(self, batch: int, sequence: int, position_ids: Tensor, like: Tensor) -> Positions:
+    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor) -> Positions:
+        batch, sequence = shape
         if self.config.position_embedding != "rope":
             return Positions(batch, sequence, None, None)
         cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)

@@ -41,6 +41,10 @@ class Layers(Protocol):
         """([T, inputs cut over tp], residual [T, outputs]) -> [T, outputs]."""
         ...
 
+    def attention(self) -> nn.Module:
+        """(q [B, N, S, D], k and v [B, G, S, D], Positions) -> causal attention [B, N, S, D], over whole sequences whoever holds them."""
+        ...
+
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         """A `Head`; shares the embedding's weight when one is given."""
         ...

@@ -27,7 +27,7 @@ def evaluate(model: ParallelModel, batches: Iterable[Batch], mesh: ParallelMesh,
         if model.actions:
             losses = run_stages(model, mesh, actions(len(some)), some)
         else:
-            losses = [model.module(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids) for batch in some]
+            losses = [model.module(batch) for batch in some]
         if counts:
             for loss, batch in zip(losses, some, strict=True):
                 sums[0] += loss

@@ -21,8 +21,7 @@ def run_stages(model: ParallelModel, mesh: ParallelMesh, actions: Order, batches
 
 def _chunk(model: ParallelModel, stage: StageContents, batches: Sequence[Batch]) -> Callable[[Tensor | None, int], Tensor]:
     def run(received_TH: Tensor | None, microbatch: int) -> Tensor:
-        batch = batches[microbatch]
-        return model.module.stage(stage, received_TH, batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids)
+        return model.module.stage(stage, received_TH, batches[microbatch])
 
     return run
 

@@ -24,7 +24,7 @@ def forward_backward(model: ParallelModel, mesh: ParallelMesh, batches: Sequence
     total: Tensor | None = None
     for index, batch in enumerate(batches):
         model.sink.begin_microbatch(last=index == len(batches) - 1)
-        loss = model.module(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS, batch.position_ids)
+        loss = model.module(batch)
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:

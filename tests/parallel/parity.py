@@ -1,7 +1,7 @@
 """Trains one tiny model under any layout and brings home what layouts are compared by: initial weights, first gradients, losses,
 norms, weights. Runs inside real ranks; results are numpy, reassembled by logical name in the parent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,7 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[s
     loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, mesh.device)
     batches = loader.step(0)
     for batch in batches:
-        module(batch.tokens_BS, batch.labels_BS, batch.loss_mask_BS.double(), batch.position_ids).backward()
+        module(replace(batch, loss_mask_BS=batch.loss_mask_BS.double())).backward()
     tokens = sum(batch.num_tokens for batch in batches)
     found = {}
     for local in table:

@@ -5,6 +5,7 @@ from torch import nn
 
 from megatron_ray.collectives import Group
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.attention import WholeAttention
 from megatron_ray.parameters import padded_vocabulary
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
 from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, PositionEmbedding, RowParallelLinear, VocabParallelEmbedding
@@ -35,6 +36,9 @@ class LocalLayers:
 
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         return RowParallelLinear(inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+
+    def attention(self) -> nn.Module:
+        return WholeAttention()
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         tied = embedding.weight if embedding is not None else None
