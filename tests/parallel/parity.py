@@ -79,7 +79,7 @@ class RankResult:
     model_bytes: int
 
 
-def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32") -> TrainConfig:
+def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32", batch: int = 8) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
             "model": model,
@@ -88,7 +88,7 @@ def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, 
             "training": {
                 "seq_length": 32,
                 "micro_batch_size": 2,
-                "global_batch_size": 8,
+                "global_batch_size": batch,
                 "steps": steps,
                 "precision": precision,
                 "seed": 7,
