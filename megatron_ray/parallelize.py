@@ -15,7 +15,7 @@ from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, adopt_p
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import LocalLayers
-from megatron_ray.parameters import LocalParameter, local_parameters
+from megatron_ray.parameters import LocalParameter, freeze, local_parameters
 from megatron_ray.schedules.actions import Order
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -67,9 +67,13 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     held = pipeline.held(mesh.pp_rank)
     module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype, held=held)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
+    table = freeze(table, config.optimizer.freeze)
+    trainable = {local.name for local in table if local.trainable}
     plan = plan_buckets(table, mesh.dims.size("dp", "cp"), parallel.bucket_elements)
     buffers = FlatBuffers.allocate(plan, dtype, mesh.device)
     adopt_parameters(module, buffers)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trainable)
     reducer = GradReducer(buffers, mesh.replica_group, sharded=parallel.zero == 1, on_start=on_reduce)
     sink = WeightGradSink(reducer.ready)
     attach_slots(module, buffers, sink)

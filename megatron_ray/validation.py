@@ -3,9 +3,13 @@
 Single-field bounds live in the config's types; what needs two fields lives here, and only here. Pure. Must not know: Ray, HTTP.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parameters import freeze, local_parameters
 from megatron_ray.schedules.layout import LayoutError
 from megatron_ray.schedules.plan import plan_pipeline
 
@@ -38,7 +42,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
     problems = [*_degrees(config), *_tensor_parallel(config), *_pipeline(config), *_lengths(config), *_samples(config), *_schedule(config)]
     if not problems:
-        problems += _batch(config, world_size)
+        problems += [*_frozen(config), *_batch(config, world_size)]
     return problems
 
 
@@ -171,6 +175,31 @@ def _schedule(config: TrainConfig) -> list[Problem]:
     if schedule.min_lr > lr:
         return [Problem("/schedule/min_lr", "min_lr", f"min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}; lower it")]
     return []
+
+
+def _frozen(config: TrainConfig) -> Iterator[Problem]:
+    patterns, pointer = config.optimizer.freeze, "/optimizer/freeze"
+    if not patterns:
+        return
+    model = config.model.model_copy(update={"vocab_size": config.model.vocab_size or 2})  # names do not depend on it
+    table = local_parameters(model, ParallelDims(), 0)
+    names = [part.logical.name for local in table for part in local.parts]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            block = next(name for name in names if name.startswith("layers."))
+            text = f"no parameter is called {pattern!r}; names are such as {names[0]!r} and {block!r}, and * stands for any characters"
+            yield Problem(pointer, "freeze_names", text)
+    for local in freeze(table, patterns):
+        parts = [part.logical.name for part in local.parts]
+        left = [name for name in parts if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if not local.trainable and left:
+            text = (
+                f"{', '.join(map(repr, parts))} are one tensor, and {', '.join(map(repr, left))} would still be trained; freeze all or none"
+            )
+            yield Problem(pointer, "freeze_whole", text)
+            return
+    if not any(local.trainable for local in freeze(table, patterns)):
+        yield Problem(pointer, "freeze_all", f"all {len(names)} parameters are frozen, so nothing would be trained; leave some out")
 
 
 def _batch(config: TrainConfig, world: int | None) -> list[Problem]:

@@ -6,7 +6,7 @@ from typing import Any
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import local_parameters
+from megatron_ray.parameters import freeze, local_parameters
 from megatron_ray.schedules.orders import most_activations
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 
@@ -55,20 +55,19 @@ def memory(config: TrainConfig) -> Memory | None:
         return None
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), dims_of(config)
     pipeline = plan_pipeline(config)
-    elements = max(_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp))
-    sharded = -(-elements // dims.size("dp", "cp")) if config.parallel.zero == 1 else elements
-    bf16 = config.training.precision == "bf16"
-    parameters, gradients = elements * (2 if bf16 else 4), elements * 4
-    optimizer = sharded * (12 if bf16 else 8)
+    parameters, gradients, optimizer = max((_state(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
     activations = _activations(config, model, pipeline)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
 
 
-def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> int:
-    """Parameters that a rank of a pipeline stage holds."""
-    held = pipeline.held(pp_rank)
+def _state(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> tuple[int, int, int]:
+    """Bytes of parameters, gradients and optimizer state on a rank of a pipeline stage; only what is trained has the last two."""
+    held, bf16 = pipeline.held(pp_rank), config.training.precision == "bf16"
     local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
-    return sum(parameter.num_elements for parameter in local)
+    elements = sum(parameter.num_elements for parameter in local)
+    trained = sum(parameter.num_elements for parameter in freeze(local, config.optimizer.freeze) if parameter.trainable)
+    sharded = -(-trained // dims.size("dp", "cp")) if config.parallel.zero == 1 else trained
+    return elements * (2 if bf16 else 4), trained * 4, sharded * (12 if bf16 else 8)
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:

@@ -79,7 +79,9 @@ class RankResult:
     model_bytes: int
 
 
-def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32", batch: int = 8) -> TrainConfig:
+def make_config(
+    model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32", batch: int = 8, micro_batch: int = 2
+) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
             "model": model,
@@ -87,7 +89,7 @@ def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, 
             "data": {"train": [{"path": "unused"}]},
             "training": {
                 "seq_length": 32,
-                "micro_batch_size": 2,
+                "micro_batch_size": micro_batch,
                 "global_batch_size": batch,
                 "steps": steps,
                 "precision": precision,

@@ -4,7 +4,11 @@ from collections import Counter
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
+from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 _aten = torch.ops.aten
 
@@ -38,6 +42,13 @@ class Products(TorchDispatchMode):
         """What has come since the last call."""
         taken, self.linear, self.attention = (self.linear, self.attention), Counter(), Counter()
         return taken
+
+
+def linear_layers(module: nn.Module, *, trained_only: bool = False) -> list[tuple[int, int]]:
+    """[O, I] of each weight that the module's forward multiplies with; embeddings are looked up."""
+    kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
+    layers = [part.weight for part in module.modules() if isinstance(part, kinds)]
+    return [(weight.shape[0], weight.shape[1]) for weight in layers if weight.requires_grad or not trained_only]
 
 
 def flops(products: Counter[Shape]) -> int:

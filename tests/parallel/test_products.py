@@ -9,29 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.schedules.actions import Action, Op
-from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
-from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_ray.training.session import build
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
-from tests.parallel.products import Products, Shape, flops
+from tests.parallel.products import Products, Shape, flops, linear_layers
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 TOKENS = 32
 
 Counts = tuple[Counter[Shape], Counter[str]]
-
-
-def linear_shapes(module: nn.Module) -> list[tuple[int, int]]:
-    """(O, I) of each product with a weight that the module's forward has; embeddings are looked up."""
-    linear = (ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
-    return [tuple(part.weight.shape) for part in module.modules() if isinstance(part, linear)]
 
 
 def count_by_action(rank: int, world_size: int, config: TrainConfig) -> tuple[list[tuple[Action, Counts]], list[tuple[int, int]]]:
@@ -53,13 +44,12 @@ def count_by_action(rank: int, world_size: int, config: TrainConfig) -> tuple[li
             lambda action: found.append((action, products.take())),
         )
         runner.step()
-    return found, linear_shapes(model.module)
+    return found, linear_layers(model.module)
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_a_zero_bubble_backward_is_cut_between_input_and_weight_gradients(model: dict[str, Any]) -> None:
-    config = make_config(model, {"dp": 1, "pp": 2, "schedule": "zb-h1"}, steps=1)
-    config = config.model_copy(update={"training": config.training.model_copy(update={"micro_batch_size": 1})})
+    config = make_config(model, {"dp": 1, "pp": 2, "schedule": "zb-h1"}, steps=1, micro_batch=1)
     for found, layers in run_ranks(count_by_action, 2, config):
         assert len(layers) >= 4 and all(TOKENS not in layer for layer in layers)
         expected = {

@@ -78,6 +78,19 @@ def test_a_good_config_has_no_problem() -> None:
         ),
         ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
         (
+            {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},
+            None,
+            "/optimizer/freeze",
+            "no parameter is called 'layers.4.*'; names are such as 'embedding.weight' and 'layers.0.attention_norm.weight'",
+        ),
+        (
+            {"optimizer": {"freeze": ["*.q.weight", "*.v.weight"]}},
+            None,
+            "/optimizer/freeze",
+            "are one tensor, and 'layers.0.attention.k.weight' would still be trained; freeze all or none",
+        ),
+        ({"optimizer": {"freeze": ["*"]}}, None, "/optimizer/freeze", "all 39 parameters are frozen, so nothing would be trained"),
+        (
             {"parallel": {"dp": 3}},
             None,
             "/training/global_batch_size",
