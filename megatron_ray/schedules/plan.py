@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.schedules.actions import Op, Order, StageMap
 from megatron_ray.schedules.layout import LayoutError, StageContents, cut_layers, parse_layout
-from megatron_ray.schedules.lowering import lower
+from megatron_ray.schedules.lowering import lower_one
 from megatron_ray.schedules.orders import ScheduleName, compute_orders
 
 
@@ -25,14 +25,14 @@ class PipelinePlan:
     def training_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """A rank's whole list for a step."""
         orders = compute_orders(self.schedule, self.stages.pp, num_microbatches, self.stages.vpp)
-        return lower(orders, self.stages)[pp_rank]
+        return lower_one(orders, self.stages, pp_rank)
 
     def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """A rank's whole list for forward passes only."""
         kind: ScheduleName = "interleaved" if self.stages.vpp > 1 else "gpipe"
         orders = compute_orders(kind, self.stages.pp, num_microbatches, self.stages.vpp)
         forward = [[action for action in order if action.op is Op.FORWARD] for order in orders]
-        return lower(forward, self.stages)[pp_rank]
+        return lower_one(forward, self.stages, pp_rank)
 
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ray.schedules.actions import Action, Op, StageMap
-from megatron_ray.schedules.lowering import lower
+from megatron_ray.schedules.lowering import lower, lower_one
 from megatron_ray.schedules.orders import ScheduleName, compute_orders, most_activations
 from megatron_ray.schedules.simulation import EQUAL, Costs, Outcome, ScheduleError, outcome, peak_activations, simulate
 
@@ -121,6 +121,12 @@ def test_the_order_of_megatron() -> None:
     order = compute_orders("interleaved", 2, 4, 2)[1]
     words = [f"{'F' if action.op is Op.FORWARD else 'B'}{action.chunk}{action.microbatch}" for action in order]
     assert words == "F00 F01 F10 B10 F11 B11 F02 B00 F03 B01 F12 B12 F13 B13 B02 B03".split()
+
+
+def test_one_ranks_list_is_that_of_all() -> None:
+    for name, pp, vpp, count in (("gpipe", 2, 1, 3), ("interleaved", 4, 3, 9), ("zb-h1", 3, 1, 7)):
+        orders, stages = compute_orders(name, pp, count, vpp), StageMap(pp, vpp)
+        assert [lower_one(orders, stages, rank) for rank in range(pp)] == lower(orders, stages)
 
 
 def test_a_chunks_gradients_are_reduced_once_behind_its_last_backward_and_its_send() -> None:
