@@ -17,6 +17,7 @@ from torch.distributed.pipelining import (
     ScheduleGPipe,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
 )
 
 from megatron_ray.config.train_config import TrainConfig
@@ -41,16 +42,16 @@ TORCHS: dict[str, Any] = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
     "zb-h1": ScheduleInterleavedZeroBubble,
+    "zb-v": ScheduleZBVZeroBubble,
 }
-PIPELINES: dict[int, list[dict[str, Any]]] = {
-    2: [{"schedule": "gpipe"}, {"schedule": "1f1b"}, {"schedule": "interleaved", "vpp": 2}, {"schedule": "zb-h1"}],
-    4: [
-        {"schedule": "gpipe"},
-        {"schedule": "1f1b"},
-        {"schedule": "interleaved", "vpp": 2, "layout": "E|t|t||t||t|L"},
-        {"schedule": "zb-h1"},
-    ],
-}
+SCHEDULES: list[dict[str, Any]] = [
+    {"schedule": "gpipe"},
+    {"schedule": "1f1b"},
+    {"schedule": "interleaved", "vpp": 2},
+    {"schedule": "zb-h1"},
+    {"schedule": "zb-v", "vpp": 2},
+]
+EIGHT_STAGES = "E|t|t||t||t|L"
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,10 @@ def distance(ours: Tensor, torchs: Tensor) -> float:
     return float((ours.double() - torchs.double()).norm() / torchs.double().norm())
 
 
-@pytest.mark.parametrize("pp", PIPELINES)
+@pytest.mark.parametrize("pp", [2, 4])
 def test_gradients_are_those_of_torchs_schedules(pp: int) -> None:
-    cases = [(model, parallel) for model in MODELS for parallel in PIPELINES[pp]]
+    cut = {"layout": EIGHT_STAGES} if pp == 4 else {}
+    cases = [(model, parallel | (cut if "vpp" in parallel else {})) for model in MODELS for parallel in SCHEDULES]
     configs = [make_config(MODELS[model], {"dp": 1, "pp": pp} | parallel, steps=1, batch=12) for model, parallel in cases]
     ranks = run_ranks(compare, pp, configs, timeout_s=120)
     for case, config, *by_rank in zip(cases, configs, *ranks, strict=True):

@@ -37,6 +37,12 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/schedule",
             "schedule=1f1b does not go with vpp=2 chunks per rank; use schedule=interleaved",
         ),
+        (
+            {"parallel": {"pp": 2, "schedule": "zb-v"}},
+            None,
+            "/parallel/schedule",
+            "schedule=zb-v has two chunks per rank, not vpp=1; use vpp=2",
+        ),
         ({"parallel": {"pp": 2, "schedule": "interleaved"}}, None, "/parallel/schedule", "raise vpp, or use 1f1b"),
         ({"parallel": {"pp": 2, "layout": "Ett|t|tL"}}, None, "/parallel/layout", "has 3 stages, pp x vpp = 2 x 1 needs 2"),
         ({"parallel": {"pp": 2, "layout": "Ett|tL"}}, None, "/parallel/layout", "has 3 decoder layers ('t'), the model has 4"),
