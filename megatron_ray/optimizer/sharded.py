@@ -158,9 +158,8 @@ class ShardedOptimizer:
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
     """Cuts the flat range of a piece into boxes of the logical tensors fused in its parameter; padding rows fall out."""
     parameter = piece.placed.parameter
-    row_elements = parameter.num_elements // parameter.shape[0]
     for part in parameter.parts:
-        part_start = piece.placed.start + part.start * row_elements
+        part_start = piece.placed.part_start(part)
         start, end = max(piece.start, part_start), min(piece.end, part_start + part.box.num_elements)
         if start >= end:
             continue

@@ -10,7 +10,13 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.parameters import padded_vocabulary
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
-from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, PositionEmbedding, RowParallelLinear, VocabParallelEmbedding
+from megatron_ray.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    PositionEmbedding,
+    QKVParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 
 
@@ -44,6 +50,11 @@ class LocalLayers:
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         return ColumnParallelLinear(
             inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+        )
+
+    def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKVParallelLinear:
+        return QKVParallelLinear(
+            inputs, heads, groups, head_width, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
         )
 
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
