@@ -107,7 +107,7 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
 def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Sum of squares of the elements that this rank answers for, so that the world counts each logical element once."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if not optimizer.sharded and collectives.rank(mesh.replica_group) != 0:
+    if not optimizer.sharded and collectives.rank(optimizer.group) != 0:
         return total
     for run in optimizer.runs:
         if not run.counted or (not run.counts_once and mesh.tp_rank != 0):

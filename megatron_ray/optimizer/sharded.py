@@ -6,6 +6,7 @@ the model's own memory; in bf16 they are a separate fp32 shard. The update is to
 compiler, a second of every start.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,11 @@ class Update:
 class ShardedOptimizer:
     """Update rule over runs of the flat buffers; `state` tensors are flat shards in run order."""
 
-    def __init__(self, config: OptimizerConfig, buffers: FlatBuffers, group: Group, *, sharded: bool) -> None:
+    def __init__(self, config: OptimizerConfig, buffers: FlatBuffers, group: Group, *, sharded: bool, adopt: Callable[[], None]) -> None:
+        """`group`: who has the same buffers; with `sharded` each updates its own part. `adopt` tells the model of new weights."""
         self.buffers, self.group = buffers, group
         self.sharded = sharded and group is not None
+        self._adopt = adopt
         dp_rank, dp = collectives.rank(group), collectives.size(group)
         self.runs = flat_runs(buffers.plan, dp_rank, dp, sharded=self.sharded)
         self._owned = [owned_range(bucket, dp_rank, dp, sharded=self.sharded) for bucket in buffers.plan.buckets]
@@ -112,6 +115,10 @@ class ShardedOptimizer:
         if self._main_shard is not None:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
+        self._gather()
+        self._adopt()
+
+    def _gather(self) -> None:
         if not self.sharded:
             return
         flat = self.buffers.parameters
