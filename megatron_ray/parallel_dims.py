@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from megatron_ray.config.parallelism import ParallelismConfig
+
 ORDER = ("tp", "cp", "ep", "dp", "pp")
 """Megatron's; the first axis varies fastest, so tp groups are neighbouring ranks."""
 _EXPERT_AXES = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}
@@ -90,6 +92,10 @@ class ParallelDims:
     etp: int | None = None
     """tp when not given."""
     order: tuple[str, ...] = ORDER
+    cp_sizes: tuple[int, ...] | None = None
+    """Context parallelism as a hierarchy, innermost first; one level when not given."""
+    zero_replicas: int = 1
+    """Copies of state that is sharded over dp x cp."""
 
     def __post_init__(self) -> None:
         if sorted(self.order) != sorted(ORDER):
@@ -97,6 +103,10 @@ class ParallelDims:
         for axis in (*ORDER, "etp"):
             if (size := getattr(self, axis)) is not None and size < 1:
                 raise ValueError(f"{axis}={size} must be at least 1")
+        if self.cp_sizes is not None and prod(self.cp_sizes) != self.cp:
+            raise ValueError(f"hierarchical sizes {list(self.cp_sizes)} multiply to {prod(self.cp_sizes)}, not to cp={self.cp}")
+        if self.size("dp", "cp") % self.zero_replicas:
+            raise ValueError(f"zero_replicas={self.zero_replicas} must divide dp x cp = {self.dp} x {self.cp}")
         inside = self.expert_tp * self.ep * self.pp
         if self.world_size % inside:
             raise ValueError(
@@ -119,6 +129,26 @@ class ParallelDims:
         if model * resolved != world_size:
             raise ValueError(f"tp({tp}) x cp({cp}) x dp({dp or 'auto'}) x pp({pp}) does not make up a world of {world_size} ranks")
         return cls(tp=tp, cp=cp, dp=resolved, pp=pp, ep=ep, etp=etp)
+
+    @classmethod
+    def of(cls, parallel: ParallelismConfig, world_size: int | None = None) -> "ParallelDims":
+        """The grid that a config describes; `world_size` is needed, and checked, where its dp is not resolved. Raises ValueError."""
+        dp = None if parallel.dp == "auto" else parallel.dp
+        if dp is None:
+            if world_size is None:
+                raise ValueError("parallel.dp is not resolved")
+            dp = cls.for_world(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp).dp
+        return cls(
+            tp=parallel.tp,
+            cp=parallel.cp,
+            dp=dp,
+            pp=parallel.pp,
+            ep=parallel.ep,
+            etp=parallel.etp,
+            order=tuple(parallel.order.split("-")),
+            cp_sizes=parallel.hierarchical_cp_sizes,
+            zero_replicas=parallel.zero_replicas,
+        )
 
     @property
     def expert_tp(self) -> int:
@@ -167,26 +197,26 @@ class ParallelDims:
         """Every dense group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
         return self.dense.groups(axes)
 
-    def embedding_groups(self) -> tuple[tuple[int, ...], ...]:
-        """First and last stage of each pipeline: who holds tied word embeddings. One rank each at pp=1."""
-        return tuple(group if len(group) == 1 else (group[0], group[-1]) for group in self.groups(("pp",)))
+    def embedding_group_of(self, rank: int) -> tuple[int, ...]:
+        """First and last stage of a rank's pipeline, who hold tied word embeddings; on the stages between, and at pp=1, the rank alone."""
+        stages = self.group_of(rank, ("pp",))
+        ends = (stages[0], stages[-1])
+        return ends if rank in ends and len(stages) > 1 else (rank,)
 
-    def context_levels(self, sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Context-parallel groups cut into a hierarchy, innermost level first: level l has groups of sizes[l] ranks.
+    def context_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """A rank's context-parallel group as the hierarchy `cp_sizes`, innermost level first: at level l it is one of cp_sizes[l] ranks."""
+        return _levels_of(rank, self.group_of(rank, ("cp",)), self.cp_sizes or (self.cp,))
 
-        Raises ValueError when the sizes do not multiply to cp.
-        """
-        if prod(sizes) != self.cp:
-            raise ValueError(f"hierarchical sizes {list(sizes)} multiply to {prod(sizes)}, not to cp={self.cp}")
-        levels = []
-        inner = 1
-        for size in sizes:
-            found = [
-                tuple(group[start + step * inner] for step in range(size))
-                for group in self.groups(("cp",))
-                for block in range(0, self.cp, inner * size)
-                for start in range(block, block + inner)
-            ]
-            levels.append(tuple(sorted(found)))
-            inner *= size
-        return tuple(levels)
+    def shard_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Who shares one copy of sharded state with a rank, and who has the same shard of another copy."""
+        return _levels_of(rank, self.group_of(rank, ("dp", "cp")), (self.size("dp", "cp") // self.zero_replicas, self.zero_replicas))
+
+
+def _levels_of(rank: int, group: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    levels = []
+    here, inner = group.index(rank), 1
+    for size in sizes:
+        start = here - here // inner % size * inner
+        levels.append(tuple(group[start + step * inner] for step in range(size)))
+        inner *= size
+    return tuple(levels)

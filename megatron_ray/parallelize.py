@@ -7,12 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from megatron_ray import collectives
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.context_parallel.exchange import ExchangeAttention
+from megatron_ray.context_parallel.gather import GatherAttention
+from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, adopt_parameters, attach_slots
+from megatron_ray.data_parallel.full_shard import FullShard, shard_rows
 from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import LocalLayers
 from megatron_ray.parameters import LocalParameter, freeze, local_parameters
@@ -32,11 +40,13 @@ class ParallelModel:
     parameters: tuple[LocalParameter, ...]
     buffers: FlatBuffers
     sink: WeightGradSink
-    reducer: GradReducer
+    reducer: GradReducer | FullShard
     pipeline: PipelinePlan
     actions: Order
     """This rank's list for a step; empty where there is one stage only."""
     sequence_parallel: bool
+    adopt: Callable[[], None] = lambda: None
+    """Takes over weights that were written to the flat buffers, where the model does not live in them."""
 
     @property
     def has_loss(self) -> bool:
@@ -50,12 +60,38 @@ class ParallelModel:
 
 
 def build_model(
-    config: ModelConfig, mesh: ParallelMesh, *, sequence_parallel: bool, dtype: torch.dtype, held: Sequence[StageContents] | None = None
+    config: ModelConfig,
+    mesh: ParallelMesh,
+    parallel: ParallelismConfig,
+    *,
+    dtype: torch.dtype,
+    held: Sequence[StageContents] | None = None,
 ) -> GPT:
     """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet."""
-    layers = LocalLayers(config, mesh.tp_group, mesh.dims.tp, sequence_parallel=sequence_parallel, dtype=dtype)
+    layers = LocalLayers(
+        config,
+        mesh.tp_group,
+        mesh.dims.tp,
+        sequence_parallel=parallel.sequence_parallel,
+        dtype=dtype,
+        attention=lambda: context_attention(parallel.cp_method, mesh),
+    )
     with torch.device("meta"):
         return GPT(config, layers, held)
+
+
+def context_attention(method: str, mesh: ParallelMesh) -> nn.Module:
+    """Attention over sequences that context-parallel ranks share, or that lie whole on this one."""
+    if mesh.cp_group is None:
+        return WholeAttention()
+    if method == "p2p":
+        return RingAttention(mesh.cp_group)
+    if method == "all_gather":
+        return GatherAttention(mesh.cp_group)
+    if method == "a2a":
+        return ExchangeAttention(mesh.cp_group, WholeAttention())
+    exchange, ring = mesh.cp_levels
+    return ExchangeAttention(exchange, RingAttention(ring))
 
 
 def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None) -> ParallelModel:
@@ -64,19 +100,25 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     `on_reduce` hears of every bucket whose reduction starts (tests and traces).
     """
     parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
-    held = pipeline.held(mesh.pp_rank)
-    module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype, held=held)
+    held, fully_sharded = pipeline.held(mesh.pp_rank), parallel.zero == 3 and mesh.shard_group is not None
+    module = build_model(config.model, mesh, parallel, dtype=torch.float32 if fully_sharded else dtype, held=held)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
     table = freeze(table, config.optimizer.freeze)
-    trainable = {local.name for local in table if local.trainable}
+    for local in table:
+        module.get_parameter(local.name).requires_grad_(local.trainable)
+    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
+    actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
+    if fully_sharded:
+        shards = FullShard(module, list(module.layers.values()), (mesh.shard_group, mesh.copy_group), dtype)
+        table = shard_rows(table, collectives.rank(mesh.shard_group), collectives.size(mesh.shard_group))
+        buffers = FlatBuffers.allocate(plan_buckets(table, 1, parallel.bucket_elements), torch.float32, mesh.device)
+        shards.attach(buffers)
+        sink = WeightGradSink(shards.ready)
+        return ParallelModel(module, table, buffers, sink, shards, pipeline, actions, parallel.sequence_parallel, shards.adopt)
     plan = plan_buckets(table, mesh.dims.size("dp", "cp"), parallel.bucket_elements)
     buffers = FlatBuffers.allocate(plan, dtype, mesh.device)
     adopt_parameters(module, buffers)
-    for name, parameter in module.named_parameters():
-        parameter.requires_grad_(name in trainable)
     reducer = GradReducer(buffers, mesh.replica_group, sharded=parallel.zero == 1, on_start=on_reduce)
     sink = WeightGradSink(reducer.ready)
     attach_slots(module, buffers, sink)
-    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
-    actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
     return ParallelModel(module, table, buffers, sink, reducer, pipeline, actions, parallel.sequence_parallel)

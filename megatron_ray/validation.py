@@ -6,9 +6,10 @@ Single-field bounds live in the config's types; what needs two fields lives here
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parallel_dims import ORDER, ParallelDims
 from megatron_ray.parameters import freeze, local_parameters
 from megatron_ray.schedules.layout import LayoutError
 from megatron_ray.schedules.plan import plan_pipeline
@@ -33,14 +34,22 @@ class ConfigProblem(ValueError):
 MOST_SAMPLES = 1 << 31
 
 _LATER = {
-    "cp": "context parallelism",
     "ep": "expert parallelism",
 }
 
 
 def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
-    problems = [*_degrees(config), *_tensor_parallel(config), *_pipeline(config), *_lengths(config), *_samples(config), *_schedule(config)]
+    problems = [
+        *_degrees(config),
+        *_tensor_parallel(config),
+        *_context_parallel(config),
+        *_sharding(config),
+        *_pipeline(config),
+        *_lengths(config),
+        *_samples(config),
+        *_schedule(config),
+    ]
     if not problems:
         problems += [*_frozen(config), *_batch(config, world_size)]
     return problems
@@ -54,7 +63,8 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
     model = parallel.tp * parallel.pp * parallel.cp
     most = max(1, max_world // model)
     groups = training.global_batch_size // training.micro_batch_size
-    return next(dp for dp in range(most, 0, -1) if groups % dp == 0)
+    legal = (dp for dp in range(most, 0, -1) if groups % dp == 0 and (dp * parallel.cp) % parallel.zero_replicas == 0)
+    return next(legal, 1)
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
@@ -92,6 +102,10 @@ def _degrees(config: TrainConfig) -> list[Problem]:
         if degree != 1:
             text = f"{name}={degree}: {words} is not available in this version; use {name}=1 with tp, pp and dp"
             found.append(Problem(f"/parallel/{name}", "not_available", text))
+    order = config.parallel.order.split("-")
+    if sorted(order) != sorted(ORDER):
+        text = f"order={config.parallel.order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
+        found.append(Problem("/parallel/order", "order", text))
     if config.parallel.etp not in (None, 1, config.parallel.tp):
         found.append(Problem("/parallel/etp", "not_available", "etp needs experts, which are not available in this version; leave it out"))
     return found
@@ -100,17 +114,58 @@ def _degrees(config: TrainConfig) -> list[Problem]:
 def _tensor_parallel(config: TrainConfig) -> list[Problem]:
     model, tp = config.model, config.parallel.tp
     sizes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_width}
-    if model.kv_heads != model.num_attention_heads:
-        sizes["num_query_groups"] = model.kv_heads
     found = [
         Problem("/parallel/tp", "tp_divides", f"tp={tp} does not divide model.{name}={size}; use a tp that divides both, or another {name}")
         for name, size in sizes.items()
         if size % tp
     ]
-    if config.parallel.sequence_parallel and config.training.seq_length % tp:
-        text = f"sequence_parallel cuts seq_length={config.training.seq_length} into tp={tp} parts; use a multiple of {tp}, or turn it off"
+    if not found and tp % model.kv_heads and model.kv_heads % tp:
+        text = f"tp={tp} is neither a multiple nor a divisor of model.num_query_groups={model.kv_heads}, so heads cannot be dealt out"
+        found.append(Problem("/parallel/tp", "tp_divides", f"{text}; use a tp that is one of both, or another num_query_groups"))
+    part = tp * config.parallel.cp
+    if config.parallel.sequence_parallel and config.training.seq_length % part:
+        text = f"sequence_parallel cuts seq_length={config.training.seq_length} into tp x cp = {tp} x {config.parallel.cp} parts"
+        text += f"; use a multiple of {part}, or turn it off"
         found.append(Problem("/training/seq_length", "sequence_parallel_divides", text))
     return found
+
+
+def _context_parallel(config: TrainConfig) -> list[Problem]:
+    parallel, seq_length, found = config.parallel, config.training.seq_length, []
+    cp, sizes = parallel.cp, parallel.hierarchical_cp_sizes
+    if sizes is not None and parallel.cp_method != "a2a+p2p":
+        text = f"hierarchical_cp_sizes goes with cp_method=a2a+p2p, not {parallel.cp_method}; leave it out, or change the method"
+        found.append(Problem("/parallel/hierarchical_cp_sizes", "hierarchical_cp", text))
+    elif parallel.cp_method == "a2a+p2p" and (sizes is None or prod(sizes) != cp):
+        given = "is missing" if sizes is None else f"= {sizes[0]} x {sizes[1]} is not cp={cp}"
+        text = f"hierarchical_cp_sizes {given}; give how many ranks exchange heads and how many such groups there are, with product {cp}"
+        found.append(Problem("/parallel/hierarchical_cp_sizes", "hierarchical_cp", text))
+    if cp == 1 or found:
+        return found
+    if seq_length % (2 * cp):
+        nearest = max(1, round(seq_length / (2 * cp))) * 2 * cp
+        text = f"cp={cp} cuts a sequence into 2 x cp = {2 * cp} chunks, and seq_length={seq_length} is no multiple of that; use {nearest}"
+        found.append(Problem("/training/seq_length", "context_divides", text))
+    exchange = {"a2a": cp, "a2a+p2p": sizes[0] if sizes else 1}.get(parallel.cp_method, 1)
+    heads = {"num_attention_heads": config.model.num_attention_heads, "num_query_groups": max(config.model.kv_heads, parallel.tp)}
+    for name, count in heads.items():
+        if count % (parallel.tp * exchange):
+            text = f"{name}={count} over tp={parallel.tp} cannot be dealt out to the {exchange} ranks that exchange heads"
+            text += f"; use a multiple of {parallel.tp * exchange}, or cp_method=p2p"
+            found.append(Problem("/parallel/cp_method", "heads_exchange", text))
+            break
+    return found
+
+
+def _sharding(config: TrainConfig) -> list[Problem]:
+    parallel = config.parallel
+    if parallel.zero_replicas > 1 and parallel.zero != 3:
+        text = f"zero_replicas={parallel.zero_replicas} goes with zero=3, not {parallel.zero}; leave it out, or use zero=3"
+        return [Problem("/parallel/zero_replicas", "needs_zero3", text)]
+    if parallel.zero == 3 and parallel.schedule.startswith("zb"):
+        text = f"schedule={parallel.schedule} computes weight gradients after torch has given a block's weights away under zero=3"
+        return [Problem("/parallel/schedule", "zero3_schedule", text + "; use 1f1b, or zero=1")]
+    return []
 
 
 def _pipeline(config: TrainConfig) -> list[Problem]:
@@ -210,6 +265,9 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     if batch % (micro * dp):
         text = f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x {dp}; make it one"
         found.append(Problem("/training/global_batch_size", "batch_divides", text))
+    if parallel.dp != "auto" and (dp * parallel.cp) % parallel.zero_replicas:
+        text = f"zero_replicas={parallel.zero_replicas} does not divide dp x cp = {dp} x {parallel.cp}; use a divisor of {dp * parallel.cp}"
+        found.append(Problem("/parallel/zero_replicas", "replicas_divide", text))
     if world is not None and model * dp > world:
         text = (
             f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"

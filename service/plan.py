@@ -28,17 +28,11 @@ class Memory:
     """Vocabulary the numbers are for."""
 
 
-def dims_of(config: TrainConfig) -> ParallelDims:
-    """The grid of a resolved config."""
-    parallel = config.parallel
-    assert parallel.dp != "auto"
-    return ParallelDims(tp=parallel.tp, cp=parallel.cp, dp=parallel.dp, pp=parallel.pp)
-
-
 def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
     """Every rank with its coordinates and its island: ranks of one island share a node."""
-    dims = dims_of(config)
-    return [{"rank": rank, "coordinates": dims.coordinates(rank), "island": rank // dims.tp} for rank in range(dims.world_size)]
+    dims = ParallelDims.of(config.parallel)
+    island = {rank: index for index, group in enumerate(dims.groups(("tp",))) for rank in group}
+    return [{"rank": rank, "coordinates": dims.coordinates(rank), "island": island[rank]} for rank in range(dims.world_size)]
 
 
 def vocabulary(config: TrainConfig) -> int | None:
@@ -53,7 +47,7 @@ def memory(config: TrainConfig) -> Memory | None:
     vocab_size = vocabulary(config)
     if vocab_size is None:
         return None
-    model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), dims_of(config)
+    model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     parameters, gradients, optimizer = max((_state(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
     activations = _activations(config, model, pipeline)
@@ -66,8 +60,10 @@ def _state(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline
     local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
     elements = sum(parameter.num_elements for parameter in local)
     trained = sum(parameter.num_elements for parameter in freeze(local, config.optimizer.freeze) if parameter.trainable)
-    sharded = -(-trained // dims.size("dp", "cp")) if config.parallel.zero == 1 else trained
-    return elements * (2 if bf16 else 4), trained * 4, sharded * (12 if bf16 else 8)
+    shards = {0: 1, 1: dims.size("dp", "cp"), 3: dims.size("dp", "cp") // dims.zero_replicas}[config.parallel.zero]
+    if config.parallel.zero == 3:  # main parameters are the model's own shard, and it is gathered from them
+        return -(-elements // shards) * 4, -(-trained // shards) * 4, -(-trained // shards) * 8
+    return elements * (2 if bf16 else 4), trained * 4, -(-trained // shards) * (12 if bf16 else 8)
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:

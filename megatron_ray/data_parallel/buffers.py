@@ -45,7 +45,7 @@ def adopt_parameters(model: nn.Module, buffers: FlatBuffers) -> None:
     if expected != offered:
         wrong = sorted(set(expected.items()) ^ set(offered.items()))
         raise ValueError(f"the model and the parameter table disagree: {wrong[:4]}")
-    replaced = {parameter: nn.Parameter(views[name]) for name, parameter in model.named_parameters()}
+    replaced = {parameter: nn.Parameter(views[name], parameter.requires_grad) for name, parameter in model.named_parameters()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, replaced[parameter])

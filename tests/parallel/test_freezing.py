@@ -17,7 +17,7 @@ from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import parallelize
 from megatron_ray.training.saving import resume
-from megatron_ray.training.session import build
+from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, RankResult, assemble, make_config, make_mesh, run_layout
 from tests.parallel.products import Products, Shape, linear_layers
@@ -39,7 +39,7 @@ def one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[int, Coun
     mesh = make_mesh(rank, world_size, config)
     reduced: list[int] = []
     model = parallelize(config, mesh, on_reduce=lambda bucket: reduced.append(4 * (bucket.end - bucket.start)))
-    loader = StepLoader(RandomDataset(config.model.vocabulary, TOKENS), 1, 4, mesh.dp_rank, mesh.dims.dp, mesh.device)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, TOKENS), 1, 4, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh))
     with Products() as products:
         forward_backward(model, mesh, loader.step(0))
     model.reducer.finish()
@@ -73,10 +73,11 @@ def reference(model: str) -> RankResult:
         ("llama", {"dp": 2}, 2),
         ("llama", {"tp": 2, "sequence_parallel": True}, 2),
         ("llama", {"pp": 2, "schedule": "zb-h1", "dp": 2, "zero": 0}, 4),
+        ("llama", {"dp": 2, "zero": 3}, 2),
         ("gpt2", {"dp": 2}, 2),
         ("gpt2", {"pp": 2}, 2),
     ],
-    ids=["llama-dp2-zero1", "llama-tp2-sp", "llama-pp2-zb-dp2-zero0", "gpt2-dp2-zero1", "gpt2-pp2"],
+    ids=["llama-dp2-zero1", "llama-tp2-sp", "llama-pp2-zb-dp2-zero0", "llama-dp2-zero3", "gpt2-dp2-zero1", "gpt2-pp2"],
 )
 def test_what_is_frozen_stays_and_the_rest_learns_as_on_one_rank(model: str, parallel: dict[str, Any], world: int) -> None:
     """In the pipelines all of the first stage is frozen."""
@@ -100,7 +101,7 @@ def save(rank: int, world_size: int, config: TrainConfig, path: str) -> list[tup
     """Trains one step and saves; this rank's weights, in fp32."""
     mesh = make_mesh(rank, world_size, config)
     model, optimizer = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, TOKENS), 2, 8, mesh.dp_rank, mesh.dims.dp, mesh.device)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, TOKENS), 2, 8, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh))
     stats = finalize_grads(model, optimizer, mesh, forward_backward(model, mesh, loader.step(0)), 8 * TOKENS // mesh.dims.dp)
     scale_and_clip(optimizer, stats, 1.0)
     optimizer.step(0.01)
@@ -127,7 +128,7 @@ def test_a_checkpoint_has_what_is_frozen_too(tmp_path: Path, precision: str) -> 
     written = frozen_config({"dp": 2}, precision=precision)
     before = assemble(written, run_ranks(save, 2, written, str(tmp_path)))
     commit(str(tmp_path), {}, [])
-    for parallel in ({"dp": 2}, {"tp": 2}, {"pp": 2}):
+    for parallel in ({"dp": 2, "zero": 3}, {"tp": 2}, {"pp": 2}):
         read = frozen_config(parallel, precision=precision)
         after = assemble(read, run_ranks(load, 2, read, str(tmp_path)))
         assert all(np.array_equal(after[name], values) and np.any(values) for name, values in before.items()), parallel

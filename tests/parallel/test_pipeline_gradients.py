@@ -28,7 +28,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parallelize import build_model
 from megatron_ray.parameters import local_parameters
 from megatron_ray.schedules.layout import StageContents
-from megatron_ray.training.session import build
+from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
 from tests.ranks import run_ranks
@@ -70,7 +70,7 @@ class Stage(nn.Module):
     def __init__(self, config: TrainConfig, mesh: ParallelMesh, contents: StageContents, weights: dict[str, Tensor]) -> None:
         super().__init__()
         self.contents = contents
-        self.part: GPT = build_model(config.model, mesh, sequence_parallel=False, dtype=torch.float32, held=[contents])
+        self.part: GPT = build_model(config.model, mesh, config.parallel, dtype=torch.float32, held=[contents])
         self.part.to_empty(device="cpu")
         for name, parameter in self.part.named_parameters():
             parameter.data.copy_(weights[name])
@@ -128,7 +128,7 @@ def compare(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Foun
 
 def compare_one(config: TrainConfig, mesh: ParallelMesh) -> Found:
     training, dataset = config.training, RandomDataset(config.model.vocabulary, config.training.seq_length)
-    batches = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, mesh.device).step(0)
+    batches = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh)).step(0)
     model, _ = build(config, mesh)
     loss = forward_backward(model, mesh, batches)
     ours, weights = model.buffers.views(model.buffers.gradients), model.buffers.views(model.buffers.parameters)

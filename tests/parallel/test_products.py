@@ -14,7 +14,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.schedules.actions import Action, Op
-from megatron_ray.training.session import build
+from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
 from tests.parallel.products import Products, Shape, flops, linear_layers
 from tests.ranks import run_ranks
@@ -29,7 +29,9 @@ def count_by_action(rank: int, world_size: int, config: TrainConfig) -> tuple[li
     """What each action of a step multiplied, and the linear layers of this rank."""
     mesh = make_mesh(rank, world_size, config)
     model, _ = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, TOKENS), 1, config.training.global_batch_size, 0, 1, mesh.device)
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, TOKENS), 1, config.training.global_batch_size, 0, 1, batch_maker(config, mesh)
+    )
     batches, (stage,) = loader.step(0), model.module.held
     model.begin_step()
     found: list[tuple[Action, Counts]] = []
