@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from megatron_ray import collectives
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
-from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, adopt_parameters, attach_slots
+from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import LocalLayers
@@ -30,9 +32,9 @@ class ParallelModel:
 
     module: GPT
     parameters: tuple[LocalParameter, ...]
-    buffers: FlatBuffers
+    families: tuple[ParameterFamily, ...]
+    """The dense parameters, then the experts where there are any."""
     sink: WeightGradSink
-    reducer: GradReducer
     pipeline: PipelinePlan
     actions: Order
     """This rank's list for a step; empty where there is one stage only."""
@@ -46,7 +48,8 @@ class ParallelModel:
     def begin_step(self) -> None:
         """Forgets the last step's gradients."""
         self.sink.begin_step()
-        self.reducer.begin_step(set(self.sink.slots))
+        for family in self.families:
+            family.reducer.begin_step(set(self.sink.slots))
 
 
 def build_model(
@@ -67,12 +70,31 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     held = pipeline.held(mesh.pp_rank)
     module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype, held=held)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
-    plan = plan_buckets(table, mesh.dims.size("dp", "cp"), parallel.bucket_elements)
-    buffers = FlatBuffers.allocate(plan, dtype, mesh.device)
-    adopt_parameters(module, buffers)
-    reducer = GradReducer(buffers, mesh.replica_group, sharded=parallel.zero == 1, on_start=on_reduce)
-    sink = WeightGradSink(reducer.ready)
-    attach_slots(module, buffers, sink)
+    families = _families(config, mesh, table, on_reduce)
+    adopt_parameters(module, _views(families, lambda buffers: buffers.parameters))
+    reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
+    sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
+    attach_slots(module, _views(families, lambda buffers: buffers.gradients), sink)
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
     actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
-    return ParallelModel(module, table, buffers, sink, reducer, pipeline, actions, parallel.sequence_parallel)
+    return ParallelModel(module, table, families, sink, pipeline, actions, parallel.sequence_parallel)
+
+
+def _families(
+    config: TrainConfig, mesh: ParallelMesh, table: Sequence[LocalParameter], on_reduce: Callable[[Bucket], None] | None
+) -> tuple[ParameterFamily, ...]:
+    """Flat buffers (zeros) of the dense parameters and of the experts, each with the reduction over its own replicas."""
+    found = []
+    for of_expert, group in ((False, mesh.replica_group), (True, mesh.expert_replica_group)):
+        parameters = [parameter for parameter in table if parameter.of_expert == of_expert]
+        if of_expert and not parameters:
+            continue
+        plan = plan_buckets(parameters, collectives.size(group), config.parallel.bucket_elements)
+        buffers = FlatBuffers.allocate(plan, DTYPES[config.training.precision], mesh.device)
+        reducer = GradReducer(buffers, group, sharded=config.parallel.zero == 1, on_start=on_reduce)
+        found.append(ParameterFamily(buffers, reducer, group))
+    return tuple(found)
+
+
+def _views(families: Sequence[ParameterFamily], choose: Callable[[FlatBuffers], Tensor]) -> dict[str, Tensor]:
+    return {name: view for family in families for name, view in family.buffers.views(choose(family.buffers)).items()}

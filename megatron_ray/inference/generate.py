@@ -76,7 +76,7 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
     buffers = FlatBuffers(plan, weights, torch.empty(0))  # nobody asks for gradients
     views = buffers.views(weights)
     load_into(checkpoint_path, _model_state([placed.parameter for placed in plan.placed], views))
-    adopt_parameters(model, buffers)
+    adopt_parameters(model, views)
     model.requires_grad_(False).eval()
     return model, _load_tokenizer(checkpoint_path, train_state.get("end_of_document"))
 

@@ -34,7 +34,8 @@ def finalize_grads(
 
     `num_tokens` are this replica's; `flags` are summed over all ranks, a way to agree on something without a collective of its own.
     """
-    model.reducer.finish()
+    for family in model.families:
+        family.reducer.finish()
     _sum_over_tp(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
     values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
@@ -53,16 +54,21 @@ def scale_and_clip(optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm
         norm = stats.values[2].sqrt() * factor
         factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     factor = factor.float()
-    for run in optimizer.runs:
-        optimizer.gradient(run).mul_(factor)
+    for shard in optimizer.shards:
+        for run in shard.runs:
+            shard.gradient(run).mul_(factor)
 
 
 def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     """Whole tensors of which each tp rank has seen only its tokens (norms under sequence parallelism), in one all-reduce."""
     if mesh.tp_group is None:
         return
-    gradients = optimizer.buffers.gradients
-    views = [gradients[piece.start : piece.end] for piece in optimizer.pieces if piece.placed.parameter.sum_over_tp]
+    views = [
+        shard.buffers.gradients[piece.start : piece.end]
+        for shard in optimizer.shards
+        for piece in shard.pieces
+        if piece.placed.parameter.sum_over_tp
+    ]
     if not views:
         return
     flat = collectives.all_reduce(torch.cat(views), mesh.tp_group)
@@ -74,21 +80,25 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
     """The word embedding of the first stage and its tied head on the last one: each has its own bucket, cut alike."""
     if mesh.embedding_group is None:
         return
-    for piece in optimizer.pieces:
-        if piece.placed.parameter.on_two_stages:
-            collectives.all_reduce(optimizer.buffers.gradients[piece.start : piece.end], mesh.embedding_group)
+    for shard in optimizer.shards:
+        for piece in shard.pieces:
+            if piece.placed.parameter.on_two_stages:
+                collectives.all_reduce(shard.buffers.gradients[piece.start : piece.end], mesh.embedding_group)
 
 
 def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Sum of squares of the elements that this rank answers for, so that the world counts each logical element once."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if not optimizer.sharded and collectives.rank(mesh.replica_group) != 0:
-        return total
-    for run in optimizer.runs:
-        if not run.counted or (not run.counts_once and mesh.tp_rank != 0):
+    for shard in optimizer.shards:
+        if not shard.sharded and collectives.rank(shard.group) != 0:
             continue
-        gradient = optimizer.gradient(run)
-        body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
-        norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
-        total += norms.double().square().sum() + gradient[body:].double().square().sum()
+        for run in shard.runs:
+            if run.counted and (run.counts_once or mesh.tp_rank == 0):
+                total += _squares(shard.gradient(run))
     return total
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
+    norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
+    return norms.double().square().sum() + gradient[body:].double().square().sum()

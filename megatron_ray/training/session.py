@@ -105,7 +105,7 @@ class TrainingSession:
 def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -> tuple[ParallelModel, ShardedOptimizer]:
     """Model and optimizer of one rank; weights are drawn from the seed, or left zero for a checkpoint to fill."""
     model = parallelize(config, mesh)
-    optimizer = ShardedOptimizer(config.optimizer, model.buffers, mesh.replica_group, sharded=config.parallel.zero == 1)
+    optimizer = ShardedOptimizer(config.optimizer, model.families, sharded=config.parallel.zero == 1)
     if initialise:
         for parameter in model.parameters:
             optimizer.initialise(parameter.name, draw_local(parameter, config.training.seed))

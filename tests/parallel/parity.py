@@ -148,8 +148,8 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
         weights,
         [report.loss for report in reports],
         [report.grad_norm for report in reports],
-        sum(flat.numel() * flat.element_size() for flat in optimizer.state.values()),
-        model.buffers.parameters.numel() * model.buffers.parameters.element_size(),
+        sum(flat.numel() * flat.element_size() for shard in optimizer.shards for flat in shard.state.values()),
+        sum(family.buffers.parameters.numel() * family.buffers.parameters.element_size() for family in model.families),
     )
 
 
