@@ -2,6 +2,7 @@
 `None` is a group of one rank, for which everything is the identity. Must not know: axes, layers, buckets.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -100,6 +101,48 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
     if group is None:
         return DONE
     return _reduce_scatter(shard, tensor, group=group, async_op=True)  # type: ignore[no-any-return]
+
+
+def all_gather_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
+    """Concatenates along dim 0 in group order, rank r having rows[r] of them. All send as many as the largest has, because gloo knows
+    nothing else; NCCL would broadcast one rank after another."""
+    if group is None:
+        return tensor
+    most = max(rows)
+    if min(rows) == most:
+        return all_gather_rows(tensor, group)
+    padded = tensor.new_zeros((most, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    return torch.cat([part[:count] for part, count in zip(torch.split(all_gather_rows(padded, group), most), rows, strict=True)])
+
+
+def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
+    """Sums over the group; rank r keeps its rows[r] rows of dim 0."""
+    if group is None:
+        return tensor
+    most = max(rows)
+    if min(rows) == most:
+        return reduce_scatter_rows(tensor, group)
+    padded = tensor.new_zeros((len(rows), most, *tensor.shape[1:]))
+    for part, mine, count in zip(torch.split(tensor, list(rows)), padded, rows, strict=True):
+        mine[:count] = part
+    return reduce_scatter_rows(padded.flatten(0, 1), group)[: rows[group.rank()]]
+
+
+def all_to_all_rows(tensor: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group) -> Tensor:
+    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order; equal parts where both are None."""
+    if group is None:
+        return tensor
+    rows = tensor.shape[0] if receive is None else sum(receive)
+    received = tensor.new_empty((rows, *tensor.shape[1:]))
+    dist.all_to_all_single(
+        received,
+        tensor.contiguous(),
+        None if receive is None else list(receive),
+        None if send is None else list(send),
+        group=group,
+    )
+    return received
 
 
 def start_send(tensor: Tensor, to: int, group: Group) -> Pending:

@@ -5,6 +5,7 @@ The only place that sees both the model and the layout. Must not know: the optim
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +15,10 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
+from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
-from megatron_ray.models.specs.local import LocalLayers
+from megatron_ray.models.specs.local import ExpertPlaces, LocalLayers
 from megatron_ray.parameters import LocalParameter, local_parameters
 from megatron_ray.schedules.actions import Order
 from megatron_ray.schedules.layout import StageContents
@@ -34,6 +36,8 @@ class ParallelModel:
     parameters: tuple[LocalParameter, ...]
     families: tuple[ParameterFamily, ...]
     """The dense parameters, then the experts where there are any."""
+    expert_biases: dict[str, ExpertBias]
+    """By logical name."""
     sink: WeightGradSink
     pipeline: PipelinePlan
     actions: Order
@@ -53,10 +57,17 @@ class ParallelModel:
 
 
 def build_model(
-    config: ModelConfig, mesh: ParallelMesh, *, sequence_parallel: bool, dtype: torch.dtype, held: Sequence[StageContents] | None = None
+    config: ModelConfig,
+    mesh: ParallelMesh,
+    *,
+    sequence_parallel: bool,
+    dtype: torch.dtype,
+    held: Sequence[StageContents] | None = None,
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall",
 ) -> GPT:
     """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet."""
-    layers = LocalLayers(config, mesh.tp_group, mesh.dims.tp, sequence_parallel=sequence_parallel, dtype=dtype)
+    experts = ExpertPlaces(mesh.ep_group, mesh.etp_group, mesh.token_group, dispatcher)
+    layers = LocalLayers(config, mesh.tp_group, mesh.dims.tp, sequence_parallel=sequence_parallel, dtype=dtype, experts=experts)
     with torch.device("meta"):
         return GPT(config, layers, held)
 
@@ -68,16 +79,27 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     """
     parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
     held = pipeline.held(mesh.pp_rank)
-    module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype, held=held)
+    module = build_model(
+        config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype, held=held, dispatcher=parallel.dispatcher
+    )
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
     families = _families(config, mesh, table, on_reduce)
     adopt_parameters(module, _views(families, lambda buffers: buffers.parameters))
     reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
     sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
     attach_slots(module, _views(families, lambda buffers: buffers.gradients), sink)
+    biases = allocate_expert_biases(module, mesh.device)
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
     actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
-    return ParallelModel(module, table, families, sink, pipeline, actions, parallel.sequence_parallel)
+    return ParallelModel(module, table, families, biases, sink, pipeline, actions, parallel.sequence_parallel)
+
+
+def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:
+    """The model's balancing biases by logical name, zero in real memory."""
+    found = {name: part for name, part in module.named_modules() if isinstance(part, ExpertBias)}
+    for bias in found.values():
+        bias.allocate(device)
+    return found
 
 
 def _families(

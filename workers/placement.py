@@ -105,7 +105,7 @@ class RankPlace(BaseModel):
 def dims_of(spec: JobSpec) -> ParallelDims:
     """The grid of a resolved spec. Raises ValueError when dp is not resolved."""
     parallel = spec.parallel
-    return ParallelDims.for_world(world_size(spec), tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
+    return ParallelDims.for_world(world_size(spec), tp=parallel.tp, cp=parallel.cp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp)
 
 
 def plan_placement(spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | None = None) -> PlacementPlan:

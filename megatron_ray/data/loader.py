@@ -26,6 +26,8 @@ class Batch:
     """[B, S], or [1, S] for all rows alike."""
     num_tokens: int
     """Sum of the mask, known without asking the device."""
+    expert_choices: Tensor | None = None
+    """[B, S, layers, experts per token] int64: what routers are to take instead of choosing (replay)."""
 
 
 def make_batch(samples: np.ndarray, device: torch.device, *, counted_rows: int | None = None) -> Batch:

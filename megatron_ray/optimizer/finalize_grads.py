@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray import collectives
+from megatron_ray.expert_parallel.layers import update_expert_biases
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel
@@ -38,6 +39,7 @@ def finalize_grads(
         family.reducer.finish()
     _sum_over_tp(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
+    update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
     values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0 and model.has_loss:
         values[0], values[1] = loss_sum, num_tokens
@@ -101,4 +103,5 @@ def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
 def _squares(gradient: Tensor) -> Tensor:
     body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
     norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
-    return norms.double().square().sum() + gradient[body:].double().square().sum()
+    total: Tensor = norms.double().square().sum() + gradient[body:].double().square().sum()
+    return total
