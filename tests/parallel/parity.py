@@ -9,7 +9,8 @@ import torch
 
 from megatron_ray.checkpoint.sharded_state import ShardedState
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import StepLoader
+from megatron_ray.data.loader import Batch, StepLoader
+from megatron_ray.data.sampler import sample_ids
 from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.parallel_dims import ParallelDims
@@ -77,6 +78,8 @@ class RankResult:
     grad_norms: list[float]
     state_bytes: int
     model_bytes: int
+    choices: list[tuple[int, np.ndarray]]
+    """What routers chose, microbatch by microbatch: (layer, experts [tokens, K])."""
 
 
 def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32") -> TrainConfig:
@@ -100,7 +103,8 @@ def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, 
 
 
 def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
-    dims = ParallelDims.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp)
+    parallel = config.parallel
+    dims = ParallelDims.for_world(world_size, tp=parallel.tp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp)
     return ParallelMesh.create(dims, World(rank, world_size, 0, "cpu"))
 
 
@@ -112,13 +116,32 @@ def boxes(state: ShardedState, prefix: str = "") -> list[tuple[str, tuple[int, .
     return found
 
 
-def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: int = 5) -> RankResult:
-    """The first step's gradients, then the real loop from the same start."""
+class Replay:
+    """Batches that tell routers what to choose: [steps, samples of a step, tokens, layers, K]."""
+
+    def __init__(self, loader: StepLoader, choices: np.ndarray) -> None:
+        self.loader, self.choices = loader, choices
+
+    def step(self, consumed_samples: int) -> list[Batch]:
+        loader, (step, rest) = self.loader, divmod(consumed_samples, self.choices.shape[1])
+        assert rest == 0
+        rows = sample_ids(0, loader.micro_batch_size, loader.dp_rank, loader.dp, loader.num_microbatches)
+        of_step = torch.from_numpy(self.choices[step])
+        return [
+            replace(batch, expert_choices=of_step[torch.as_tensor(ids)])
+            for batch, ids in zip(loader.step(consumed_samples), rows, strict=True)
+        ]
+
+
+def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: int = 5, choices: np.ndarray | None = None) -> RankResult:
+    """The first step's gradients, then the real loop from the same start; routers take `choices` (see `Replay`) where given."""
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
     training = config.training
     dataset = RandomDataset(config.model.vocabulary, training.seq_length)
-    loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+    loader: Any = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+    if choices is not None:
+        loader = Replay(loader, choices)
 
     model, optimizer = build(config, mesh)
     initial = boxes(optimizer.sharded_state(), "model/")
@@ -129,6 +152,8 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
     gradients = boxes(optimizer.sharded_gradients())
 
     model, optimizer = build(config, mesh)
+    chosen: list[tuple[int, np.ndarray]] = []
+    model.module.on_choice = lambda layer, experts: chosen.append((layer, experts.numpy().copy()))
     weights: list[tuple[str, tuple[int, ...], np.ndarray]] = []
     reports: list[StepReport] = []
 
@@ -150,6 +175,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
         [report.grad_norm for report in reports],
         sum(flat.numel() * flat.element_size() for shard in optimizer.shards for flat in shard.state.values()),
         sum(family.buffers.parameters.numel() * family.buffers.parameters.element_size() for family in model.families),
+        chosen,
     )
 
 
