@@ -32,6 +32,19 @@ class _Done:
         return True
 
 
+class _All:
+    def __init__(self, works: Sequence[Pending]) -> None:
+        self._works = works
+
+    def wait(self) -> object:
+        for work in self._works:
+            work.wait()
+        return None
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
 DONE: Pending = _Done()
 
 
@@ -129,22 +142,6 @@ def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group
     return reduce_scatter_rows(padded.flatten(0, 1), group)[: rows[group.rank()]]
 
 
-def all_to_all_rows(tensor: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group) -> Tensor:
-    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order; equal parts where both are None."""
-    if group is None:
-        return tensor
-    rows = tensor.shape[0] if receive is None else sum(receive)
-    received = tensor.new_empty((rows, *tensor.shape[1:]))
-    dist.all_to_all_single(
-        received,
-        tensor.contiguous(),
-        None if receive is None else list(receive),
-        None if send is None else list(send),
-        group=group,
-    )
-    return received
-
-
 def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
     """Starts sending to a rank of the group; the tensor must stay as it is until `wait`.
 
@@ -160,6 +157,27 @@ def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
     if group is None:
         raise ValueError("a group of one rank has nobody to receive from")
     return dist.irecv(tensor, group=group, group_src=sender)  # type: ignore[return-value]
+
+
+def start_exchange(outgoing: Tensor, to: int, incoming: Tensor, sender: int, group: Group) -> Pending:
+    """Starts a send and a receive that belong together, so that no order of ranks can block; both are done after `wait`."""
+    if group is None:
+        incoming.copy_(outgoing)
+        return DONE
+    sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
+    receiving = dist.P2POp(dist.irecv, incoming, group=group, group_peer=sender)
+    return _All(dist.batch_isend_irecv([sending, receiving]))
+
+
+def all_to_all_rows(tensor: Tensor, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None) -> Tensor:
+    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order; equal parts where the numbers are not given."""
+    if group is None:
+        return tensor
+    rows = tensor.shape[0] if receive is None else sum(receive)
+    received = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+    arriving, leaving = (None if given is None else list(given) for given in (receive, send))
+    dist.all_to_all_single(received, tensor.contiguous(), arriving, leaving, group=group)
+    return received
 
 
 def local_rows(tensor: Tensor, group: Group) -> Tensor:

@@ -104,7 +104,7 @@ class AllToAllDispatcher:
             gathered = [each * ep] * etp
             arriving = leaving.new_full((etp * ep, local), room.rows)
         else:
-            arriving = collectives.all_gather_rows(collectives.all_to_all_rows(leaving, None, None, self.ep_group), self.etp_group)
+            arriving = collectives.all_gather_rows(collectives.all_to_all_rows(leaving, self.ep_group), self.etp_group)
             numbers = torch.cat([leaving.sum(1), arriving.sum(1)]).tolist()  # the host waits here
             send, by_rank = numbers[:ep], numbers[ep:]
             first = ep * collectives.rank(self.etp_group)

@@ -107,12 +107,12 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group) -> Tensor:
         ctx.way = send, receive, group  # type: ignore[attr-defined]
-        return collectives.all_to_all_rows(rows, send, receive, group)
+        return collectives.all_to_all_rows(rows, group, send, receive)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         send, receive, group = ctx.way
-        return collectives.all_to_all_rows(grad, receive, send, group), None, None, None
+        return collectives.all_to_all_rows(grad, group, receive, send), None, None, None
 
 
 class _Gather(torch.autograd.Function):

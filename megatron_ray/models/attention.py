@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.data.loader import Packed
 from megatron_ray.models.attention_blocks import blocks_are_faster, causal_attention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import RotateQKV, split_qkv
@@ -37,12 +38,14 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Positions:
-    """What a block needs to know of a batch besides its activations: shape and, with rotary positions, cos and sin [B or 1, S, 1, D]."""
+    """What a block needs to know of a batch besides its activations: its shape, with rotary positions the cos and sin [B or 1, S, 1, D],
+    its documents, and what its routers are told or are to tell."""
 
     batch: int
     sequence: int
     cos: Tensor | None
     sin: Tensor | None
+    packed: Packed | None = None
     expert_choices: Tensor | None = None
     """[T, layers, K]: the experts that routers are to take instead of choosing."""
     on_choice: Callable[[int, Tensor], None] | None = None
@@ -55,21 +58,19 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
         self.head_width = config.head_width
-        self.queries_per_group = config.num_attention_heads // config.kv_heads
         heads, groups = config.num_attention_heads, config.kv_heads
-        self.qkv = layers.column(config.hidden_size, (heads + 2 * groups) * self.head_width, config.linear_bias)
+        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.linear_bias)
         self.core = layers.attention()
         self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
-        groups = qkv.shape[-1] // (self.head_width * (self.queries_per_group + 2))
-        heads = groups * self.queries_per_group
+        heads, groups = self.qkv.heads, self.qkv.groups
         if positions.cos is not None:
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        attended = self.core(q, k, v, positions) if cache is None else self._attend_cached(q, k, v, cache)
+        attended = self.core(q, k, v, positions.packed) if cache is None else self._attend_cached(q, k, v, cache)
         merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
         output: Tensor = self.o(merged, residual_TH)
         return output
@@ -82,15 +83,26 @@ class Attention(nn.Module):
             new, total = q_BNSD.shape[2], k_BGSD.shape[2]
             mask = torch.ones(new, total, dtype=torch.bool, device=q_BNSD.device).tril(diagonal=seen)
         return nn.functional.scaled_dot_product_attention(
-            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.queries_per_group > 1
+            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.qkv.heads > self.qkv.groups
         )
 
 
 class WholeAttention(nn.Module):
     """Causal attention of sequences that lie whole on this rank."""
 
-    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
-        if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
-            return causal_attention(q_BNSD, k_BGSD, v_BGSD)
-        grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
-        return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)
+    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
+        if packed is None:
+            return _whole(q_BNSD, k_BGSD, v_BGSD)
+        rows = []
+        for row, lengths in enumerate(packed.lengths):
+            documents = zip(*(torch.split(x[row : row + 1], list(lengths), dim=2) for x in (q_BNSD, k_BGSD, v_BGSD)), strict=True)
+            rows.append(torch.cat([_whole(*document) for document in documents], dim=2))
+        return torch.cat(rows)
+
+
+def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+    """Every row is one sequence."""
+    if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
+        return causal_attention(q_BNSD, k_BGSD, v_BGSD)
+    grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
+    return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)

@@ -4,6 +4,7 @@ Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -43,7 +44,8 @@ class GPT(nn.Module):
     def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
         hidden_TH = self._embed(batch.tokens_BS, batch.position_ids) if received_TH is None else received_TH
-        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH, batch.expert_choices)
+        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH)
+        positions = replace(positions, packed=batch.packed, expert_choices=_by_token(batch.expert_choices), on_choice=self.on_choice)
         for index in stage.layers:
             hidden_TH = self.layers[str(index)](hidden_TH, positions, None)
         if not stage.loss:
@@ -72,10 +74,13 @@ class GPT(nn.Module):
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
-    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor, expert_choices: Tensor | None = None) -> Positions:
+    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor) -> Positions:
         batch, sequence = shape
-        choices = expert_choices.flatten(0, 1) if expert_choices is not None else None
-        cos = sin = None
-        if self.config.position_embedding == "rope":
-            cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
-        return Positions(batch, sequence, cos, sin, choices, self.on_choice)
+        if self.config.position_embedding != "rope":
+            return Positions(batch, sequence, None, None)
+        cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
+        return Positions(batch, sequence, cos, sin)
+
+
+def _by_token(choices_BSLK: Tensor | None) -> Tensor | None:
+    return None if choices_BSLK is None else choices_BSLK.flatten(0, 1)

@@ -29,6 +29,17 @@ class Dispatcher(Protocol):
         ...
 
 
+class QKV(Protocol):
+    """Projection to queries, keys and values: [T, inputs] -> [T, (heads + 2 groups) x head_width], of the heads held here."""
+
+    heads: int
+    """Query heads here."""
+    groups: int
+    """Key/value heads here."""
+
+    def __call__(self, x_TH: Tensor) -> Tensor: ...
+
+
 class Layers(Protocol):
     """Makes each layer of a model from its full size."""
 
@@ -48,12 +59,16 @@ class Layers(Protocol):
         """[T, inputs] -> [T, outputs], outputs cut over tp."""
         ...
 
+    def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKV:
+        """[T, inputs] -> queries, keys and values of the heads here."""
+        ...
+
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         """([T, inputs cut over tp], residual [T, outputs]) -> [T, outputs]."""
         ...
 
     def attention(self) -> nn.Module:
-        """(q [B, N, S, D], k and v [B, G, S, D], Positions) -> causal attention [B, N, S, D], over whole sequences whoever holds them."""
+        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention [B, N, S, D], over whole sequences."""
         ...
 
     def router(self, width: int, num_experts: int) -> nn.Module:

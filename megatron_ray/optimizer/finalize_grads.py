@@ -38,6 +38,7 @@ def finalize_grads(
     for family in model.families:
         family.reducer.finish()
     _sum_over_tp(optimizer, mesh)
+    _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
     update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
     values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
@@ -65,12 +66,7 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     """Whole tensors of which each tp rank has seen only its tokens (norms under sequence parallelism), in one all-reduce."""
     if mesh.tp_group is None:
         return
-    views = [
-        shard.buffers.gradients[piece.start : piece.end]
-        for shard in optimizer.shards
-        for piece in shard.pieces
-        if piece.placed.parameter.sum_over_tp
-    ]
+    views = [gradient for piece, gradient in optimizer.gradients() if piece.placed.parameter.sum_over_tp]
     if not views:
         return
     flat = collectives.all_reduce(torch.cat(views), mesh.tp_group)
@@ -78,14 +74,37 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
         view.copy_(summed)
 
 
+def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
+    """Key/value heads that several tp ranks hold because there are fewer heads than ranks: each has seen its own query heads only.
+
+    One all-reduce over tp of all heads, where each rank fills in its own: cheaper than a group and a reduction for every head.
+    """
+    views, copies = [], 1
+    for piece, gradient in optimizer.gradients():
+        for part in piece.placed.parameter.parts:
+            first = piece.placed.part_start(part)
+            start, end = max(piece.start, first), min(piece.end, first + part.box.num_elements)
+            if part.copies > 1 and start < end:
+                views.append(gradient[start - piece.start : end - piece.start])
+                copies = part.copies
+    if not views:
+        return
+    own = torch.cat(views)
+    heads = own.new_zeros(mesh.dims.tp // copies, own.numel())
+    head = mesh.tp_rank // copies
+    heads[head] = own
+    collectives.all_reduce(heads, mesh.tp_group)
+    for view, summed in zip(views, torch.split(heads[head], [view.numel() for view in views]), strict=True):
+        view.copy_(summed)
+
+
 def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     """The word embedding of the first stage and its tied head on the last one: each has its own bucket, cut alike."""
     if mesh.embedding_group is None:
         return
-    for shard in optimizer.shards:
-        for piece in shard.pieces:
-            if piece.placed.parameter.on_two_stages:
-                collectives.all_reduce(shard.buffers.gradients[piece.start : piece.end], mesh.embedding_group)
+    for piece, gradient in optimizer.gradients():
+        if piece.placed.parameter.on_two_stages:
+            collectives.all_reduce(gradient, mesh.embedding_group)
 
 
 def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:

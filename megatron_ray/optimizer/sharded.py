@@ -6,7 +6,7 @@ the model's own memory; in bf16 they are a separate fp32 shard. The update is to
 compiler, a second of every start.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +164,10 @@ class ShardedOptimizer:
     def __init__(self, config: OptimizerConfig, families: Sequence[ParameterFamily], *, sharded: bool) -> None:
         self.shards = tuple(OptimizerShard(config, family.buffers, family.group, sharded=sharded) for family in families)
 
+    def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Every part of a parameter that this rank updates, in buffer order, and its flat main gradient."""
+        return ((piece, shard.buffers.gradients[piece.start : piece.end]) for shard in self.shards for piece in shard.pieces)
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update with the gradients as they are, then the new weights on every rank."""
@@ -199,9 +203,8 @@ class ShardedOptimizer:
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
     """Cuts the flat range of a piece into boxes of the logical tensors fused in its parameter; padding rows fall out."""
     parameter = piece.placed.parameter
-    row_elements = parameter.num_elements // parameter.shape[0]
     for part in parameter.parts:
-        part_start = piece.placed.start + part.start * row_elements
+        part_start = piece.placed.part_start(part)
         start, end = max(piece.start, part_start), min(piece.end, part_start + part.box.num_elements)
         if start >= end:
             continue

@@ -53,6 +53,9 @@ LONG_LAYOUTS: dict[str, dict[str, Any]] = {
     "etp4-tp2-dp2": SP | {"dp": 2, "etp": 4},
     "ep2-pp2": {"dp": 2, "ep": 2, "pp": 2},
     "ep2-pp2-zb": {"dp": 2, "ep": 2, "pp": 2, "schedule": "zb-h1"},
+    "ep2-cp2": {"cp": 2, "ep": 2},
+    "ep2-cp2-dp2-allgather": {"cp": 2, "dp": 2, "ep": 2, "dispatcher": "allgather"},
+    "ep2-tp2-cp2": SP | {"cp": 2, "ep": 2},
     "ep2-tp2-pp2": SP | {"dp": 2, "ep": 2, "pp": 2},
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,21 @@ LAYOUTS = {
     "pp2-tp2-uneven": {"pp": 2, "tp": 2, "first_stage_layers": 2, "last_stage_layers": 0},
 }
 
+CONTEXT_LAYOUTS = {
+    "cp2-p2p": {"cp": 2},
+    "cp2-all-gather-zero0": {"cp": 2, "cp_method": "all_gather", "zero": 0},
+    "cp2-a2a-dp2": {"cp": 2, "cp_method": "a2a", "dp": 2},
+    "cp2-p2p-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
+    "cp4-hierarchical": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)},
+}
+# Of 8 query heads and 2 key/value heads: each of these is on two ranks.
+SHARED_HEADS = {
+    "tp4": {"tp": 4},
+    "tp4-sp-zero0": {"tp": 4, "sequence_parallel": True, "zero": 0},
+    "tp4-sp-dp2": {"tp": 4, "sequence_parallel": True, "dp": 2},
+    "tp4-cp2": {"tp": 4, "cp": 2},
+}
+LAYOUTS |= CONTEXT_LAYOUTS
 LONG_LAYOUTS = {
     "tp4-sp": {"tp": 4, "sequence_parallel": True},
     "dp4-zero1": {"dp": 4},
@@ -50,7 +66,7 @@ LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}
 
 
 def world(parallel: dict[str, Any]) -> int:
-    return int(parallel.get("tp", 1)) * int(parallel.get("dp", 1)) * int(parallel.get("pp", 1))
+    return prod(int(parallel.get(axis, 1)) for axis in ("tp", "dp", "pp", "cp"))
 
 
 @cache
@@ -70,6 +86,14 @@ def test_layout_equals_one_rank(model: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LONG_LAYOUTS)
 def test_larger_layout_equals_one_rank(model: str, layout: str) -> None:
     compare(LONG_MODELS[model], LONG_LAYOUTS[layout], reference("long", model))
+
+
+@pytest.mark.parametrize("layout", [name if name == "tp4" else pytest.param(name, marks=pytest.mark.parity) for name in SHARED_HEADS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
+    model = LLAMA | {"num_attention_heads": 8, "num_query_groups": 2, "linear_bias": bias}
+    one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=STEPS))[0]
+    compare(model, SHARED_HEADS[layout], one)
 
 
 def compare(

@@ -1,5 +1,6 @@
 """The `local` spec: layers on plain torch, for any device. Owns: which class fills which slot. Must not know: who builds what when."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,13 @@ from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.layers import Dispatcher
 from megatron_ray.parameters import padded_vocabulary
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
-from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, PositionEmbedding, RowParallelLinear, VocabParallelEmbedding
+from megatron_ray.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    PositionEmbedding,
+    QKVParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 
 
@@ -34,10 +41,18 @@ class LocalLayers:
     """`models.layers.Layers` for a tensor-parallel group (None: one rank)."""
 
     def __init__(
-        self, config: ModelConfig, group: Group, tp: int, *, sequence_parallel: bool, dtype: torch.dtype, experts: ExpertPlaces
+        self,
+        config: ModelConfig,
+        group: Group,
+        tp: int,
+        *,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        experts: ExpertPlaces,
+        attention: Callable[[], nn.Module] = WholeAttention,
     ) -> None:
         self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
-        self.experts = experts
+        self.experts, self._attention = experts, attention
         self.rows = padded_vocabulary(config, tp)
 
     def embedding(self, width: int) -> nn.Module:
@@ -55,11 +70,16 @@ class LocalLayers:
             inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
         )
 
+    def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKVParallelLinear:
+        return QKVParallelLinear(
+            inputs, heads, groups, head_width, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+        )
+
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         return RowParallelLinear(inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
 
     def attention(self) -> nn.Module:
-        return WholeAttention()
+        return self._attention()
 
     def router(self, width: int, num_experts: int) -> nn.Module:
         return RouterLinear(width, num_experts, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
