@@ -1,13 +1,22 @@
 """Experts in every layout equal one rank. Routers replay one rank's choices, since a tie that falls the other way is another model."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_ray.checkpoint.directory import commit, list_checkpoints
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.prepare import prepare
+from megatron_ray.data.sampler import sample_ids
+from megatron_ray.inference.generate import generate, load_model
+from megatron_ray.parallel_dims import ParallelDims
 from tests.parallel import parity
 from tests.parallel.parity import LLAMA, RankResult, make_config
+from tests.parallel.test_checkpoint_training import config as checkpoint_config
+from tests.parallel.test_checkpoint_training import train
 from tests.parallel.test_parity import STEPS, compare
 from tests.ranks import run_ranks
 
@@ -32,12 +41,19 @@ MODELS = {
         },
     },
 }
+# Capacity is a share of a rank's tokens, so these are compared where ranks have as many tokens of a microbatch as one rank.
+DROPPING = {
+    "dropping": LLAMA | {"moe": MOE | {"capacity_factor": 0.75}},
+    "padded": LLAMA | {"moe": MOE | {"capacity_factor": 0.75, "pad_to_capacity": True, "drop_policy": "position"}},
+}
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ep2": ("softmax", {"dp": 2, "ep": 2}),
     "ep2-tp2-etp1": ("softmax", SP | {"ep": 2, "etp": 1}),
     "ep2-tp2-etp2-dp2": ("shared", SP | {"dp": 2, "ep": 2}),
     "ep2-pp2-zb": ("sigmoid", {"dp": 2, "ep": 2, "pp": 2, "schedule": "zb-h1"}),
+    "ep2-allgather": ("dropping", {"dp": 2, "ep": 2, "dispatcher": "allgather"}),
+    "ep2-padded": ("padded", {"dp": 2, "ep": 2}),
 }
 LONG_LAYOUTS: dict[str, dict[str, Any]] = {
     "dp2": {"dp": 2},
@@ -63,7 +79,7 @@ LONG_LAYOUTS: dict[str, dict[str, Any]] = {
 @cache
 def reference(model: str) -> tuple[RankResult, np.ndarray]:
     """One rank, choosing freely, and what it chose: [steps, samples, tokens, layers, K]; layers without experts are never asked."""
-    config = make_config(MODELS[model], {"dp": 1}, steps=STEPS)
+    config = make_config((MODELS | DROPPING)[model], {"dp": 1}, steps=STEPS)
     (one,) = run_ranks(parity.run_layout, 1, config)
     assert config.model.moe is not None
     training, layers = config.training, config.model.num_layers
@@ -82,7 +98,15 @@ def reference(model: str) -> tuple[RankResult, np.ndarray]:
 def test_experts_in_a_layout_equal_one_rank(layout: str) -> None:
     model, parallel = LAYOUTS[layout]
     one, choices = reference(model)
-    compare(MODELS[model], parallel, one, choices)
+    compare((MODELS | DROPPING)[model], parallel, one, choices)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("model", DROPPING)
+@pytest.mark.parametrize("layout", [name for name, parallel in LONG_LAYOUTS.items() if not parallel.keys() & {"tp", "cp"}])
+def test_full_experts_send_the_same_tokens_away_in_every_layout(layout: str, model: str) -> None:
+    one, choices = reference(model)
+    compare(DROPPING[model], LONG_LAYOUTS[layout], one, choices)
 
 
 @pytest.mark.parity
@@ -91,3 +115,47 @@ def test_experts_in_a_layout_equal_one_rank(layout: str) -> None:
 def test_experts_in_more_layouts_equal_one_rank(layout: str, model: str) -> None:
     one, choices = reference(model)
     compare(MODELS[model], LONG_LAYOUTS[layout], one, choices)
+
+
+@pytest.mark.parametrize(
+    "layout", [{"dp": 2, "ep": 2}, pytest.param(SP | {"dp": 2, "ep": 2, "etp": 1, "dispatcher": "allgather"}, marks=pytest.mark.parity)]
+)
+def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(layout: dict[str, Any]) -> None:
+    _, choices = reference("softmax")
+    config = make_config(MODELS["softmax"], layout, steps=1)
+    dims, training = ParallelDims.of(config.parallel), config.training
+    same = total = 0
+    for rank, result in enumerate(run_ranks(parity.run_layout, dims.world_size, config)):
+        place, size = dims.coordinates(rank), training.micro_batch_size
+        blocks = sample_ids(0, size, place["dp"], dims.dp, training.global_batch_size // (size * dims.dp))
+        for index, (layer, experts) in enumerate(result.choices):
+            rows = choices[0][blocks[index // config.model.num_layers], :, layer].reshape(-1, experts.shape[1])
+            expected = np.split(rows, dims.tp)[place["tp"]]
+            same += int((np.sort(experts) == np.sort(expected)).all(1).sum())
+            total += len(experts)
+    assert total == training.global_batch_size * training.seq_length * config.model.num_layers
+    assert same >= 0.999 * total
+
+
+def with_experts(settings: TrainConfig) -> TrainConfig:
+    fields = settings.model_dump()
+    fields["model"]["moe"] = MOE | {"score_function": "sigmoid", "expert_bias": True, "bias_update_rate": 0.01, "capacity_factor": 4.0}
+    return TrainConfig.from_mapping(fields)
+
+
+def test_experts_and_their_bias_resume_exactly_and_change_places(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
+    settings = with_experts(checkpoint_config(tmp_path, 1, 2, ep=2))
+    data = prepare(settings.data, str(tmp_path / "cache"), seq_length=32)
+    whole = run_ranks(train, 2, settings, data, 1, None)[0]
+    half = list_checkpoints(str(tmp_path / "tp1"))[0].path
+    commit(half, {}, [])
+    again = run_ranks(train, 2, settings, data, 2, half)[0]
+    assert again == {step: whole[step] for step in (0, *range(5, 9))}, "bit for bit"
+    other = run_ranks(train, 4, with_experts(checkpoint_config(tmp_path, 2, 2, ep=2, etp=2)), data, 3, half)[0]
+    for step, values in other.items():
+        assert values == pytest.approx(whole[step], rel=1e-5), "the evaluation too"
+    model, tokenizer = load_model(half)
+    moved = model.get_buffer("layers.1.moe.expert_bias.value")
+    assert 0.01 <= float(moved.abs().max()) <= 0.041, "four steps"
+    assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
