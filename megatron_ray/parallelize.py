@@ -18,6 +18,7 @@ from megatron_ray.context_parallel.gather import GatherAttention
 from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
+from megatron_ray.data_parallel.full_shard import FullShard, shard_rows
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
@@ -102,17 +103,25 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     `on_reduce` hears of every bucket whose reduction starts (tests and traces).
     """
     parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
-    held = pipeline.held(mesh.pp_rank)
-    module = build_model(config.model, mesh, parallel, dtype=dtype, held=held)
+    held, fully_sharded = pipeline.held(mesh.pp_rank), parallel.zero == 3 and mesh.shard_group is not None
+    module = build_model(config.model, mesh, parallel, dtype=torch.float32 if fully_sharded else dtype, held=held)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
-    families = _families(config, mesh, table, on_reduce)
-    adopt_parameters(module, _views(families, lambda buffers: buffers.parameters))
-    reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
-    sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
-    attach_slots(module, _views(families, lambda buffers: buffers.gradients), sink)
-    biases = allocate_expert_biases(module, mesh.device)
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
     actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
+    if fully_sharded:
+        shards = FullShard(module, list(module.layers.values()), (mesh.shard_group, mesh.copy_group), dtype)
+        table = shard_rows(table, collectives.rank(mesh.shard_group), collectives.size(mesh.shard_group))
+        buffers = FlatBuffers.allocate(plan_buckets(table, 1, parallel.bucket_elements), torch.float32, mesh.device)
+        shards.attach(buffers)
+        families: tuple[ParameterFamily, ...] = (ParameterFamily(buffers, shards, mesh.copy_group, shards.adopt),)
+        sink = WeightGradSink(shards.ready)
+    else:
+        families = _families(config, mesh, table, on_reduce)
+        adopt_parameters(module, _views(families, lambda buffers: buffers.parameters))
+        reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
+        sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
+        attach_slots(module, _views(families, lambda buffers: buffers.gradients), sink)
+    biases = allocate_expert_biases(module, mesh.device)
     return ParallelModel(module, table, families, biases, sink, pipeline, actions, parallel.sequence_parallel)
 
 

@@ -6,6 +6,7 @@ optimizer's arithmetic, scaling (gradients stay sums over tokens here).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -114,11 +115,23 @@ class GradReducer:
         return collectives.start_reduce_scatter_into(self.buffers.gradients[low:high], whole, self.group)
 
 
+class Reducer(Protocol):
+    """Brings a step's gradients of one set of buffers together; see `GradReducer` and `full_shard`."""
+
+    def begin_step(self, trainable: set[str]) -> None: ...
+
+    def ready(self, slot: GradSlot) -> None: ...
+
+    def finish(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class ParameterFamily:
     """Parameters that have the same replicas: the dense ones, or the experts."""
 
     buffers: FlatBuffers
-    reducer: GradReducer
+    reducer: Reducer
     group: Group
-    """The replicas."""
+    """Who has the same buffers."""
+    adopt: Callable[[], None] = lambda: None
+    """Takes over weights that were written to the flat buffers, where the model does not live in them."""

@@ -16,9 +16,8 @@ from torch.optim.adamw import adamw
 from megatron_ray import collectives
 from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.collectives import Group
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.data_parallel.buffers import FlatBuffers, ParameterFamily
+from megatron_ray.data_parallel.buffers import ParameterFamily
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.parameters import Box
 
@@ -38,9 +37,12 @@ class Update:
 class OptimizerShard:
     """What this rank updates of one family of parameters: runs of its flat buffers; `state` tensors are flat shards in run order."""
 
-    def __init__(self, config: OptimizerConfig, buffers: FlatBuffers, group: Group, *, sharded: bool) -> None:
-        self.buffers, self.group = buffers, group
-        self.sharded = sharded and group is not None
+    def __init__(self, config: OptimizerConfig, family: ParameterFamily, *, sharded: bool) -> None:
+        """With `sharded` each of those that have the same buffers updates its own part."""
+        self.buffers, self.group = family.buffers, family.group
+        self.sharded = sharded and self.group is not None
+        self._adopt = family.adopt
+        buffers, group = self.buffers, self.group
         dp_rank, dp = collectives.rank(group), collectives.size(group)
         self.runs = flat_runs(buffers.plan, dp_rank, dp, sharded=self.sharded)
         self._owned = [owned_range(bucket, dp_rank, dp, sharded=self.sharded) for bucket in buffers.plan.buckets]
@@ -111,6 +113,10 @@ class OptimizerShard:
         if self._main_shard is not None:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
+        self._gather()
+        self._adopt()
+
+    def _gather(self) -> None:
         if not self.sharded:
             return
         flat = self.buffers.parameters
@@ -162,7 +168,7 @@ class ShardedOptimizer:
     """All that this rank updates: one shard per family of parameters, since each family has replicas of its own."""
 
     def __init__(self, config: OptimizerConfig, families: Sequence[ParameterFamily], *, sharded: bool) -> None:
-        self.shards = tuple(OptimizerShard(config, family.buffers, family.group, sharded=sharded) for family in families)
+        self.shards = tuple(OptimizerShard(config, family, sharded=sharded) for family in families)
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
         """Every part of a parameter that this rank updates, in buffer order, and its flat main gradient."""

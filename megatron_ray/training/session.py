@@ -116,6 +116,8 @@ def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -
     if initialise:
         for parameter in model.parameters:
             optimizer.initialise(parameter.name, draw_local(parameter, config.training.seed))
+        for family in model.families:
+            family.adopt()
     return model, optimizer
 
 

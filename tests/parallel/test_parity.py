@@ -42,6 +42,14 @@ CONTEXT_LAYOUTS = {
     "cp2-p2p-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
     "cp4-hierarchical": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)},
 }
+FULL_SHARD = {
+    "dp2-zero3": {"dp": 2, "zero": 3},
+    "dp2-tp2-sp-zero3": {"dp": 2, "tp": 2, "sequence_parallel": True, "zero": 3},
+    "dp4-hsdp": {"dp": 4, "zero": 3, "zero_replicas": 2},
+    "dp2-pp2-zero3": {"dp": 2, "pp": 2, "zero": 3},
+    "dp2-cp2-zero3": {"dp": 2, "cp": 2, "zero": 3},
+}
+LAYOUTS |= {"dp2-zero3": FULL_SHARD["dp2-zero3"]}
 # Of 8 query heads and 2 key/value heads: each of these is on two ranks.
 SHARED_HEADS = {
     "tp4": {"tp": 4},
@@ -50,7 +58,7 @@ SHARED_HEADS = {
     "tp4-cp2": {"tp": 4, "cp": 2},
 }
 LAYOUTS |= CONTEXT_LAYOUTS
-LONG_LAYOUTS = {
+LONG_LAYOUTS = FULL_SHARD | {
     "tp4-sp": {"tp": 4, "sequence_parallel": True},
     "dp4-zero1": {"dp": 4},
     "dp4-zero0": {"dp": 4, "zero": 0},
