@@ -59,7 +59,7 @@ def accumulate_weight_grad(main_OI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, 
 
 def _one_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
     aligned = weight_EOI.shape[1] % 8 == 0 and weight_EOI.shape[2] % 8 == 0
-    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned
+    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
 
 
 def _by_expert(rows: Tensor, counts_E: Tensor) -> tuple[Tensor, ...]:
@@ -93,6 +93,8 @@ def accumulate_grouped_weight_grad(main_EOI: Tensor, grad_TO: Tensor, inputs_TI:
     """main (fp32) = or += each expert's grad^T @ inputs."""
     if _one_kernel(inputs_TI, main_EOI):
         product = torch.nn.functional.grouped_mm(grad_TO.t(), inputs_TI, offs=_ends(counts_E))
+        # On some GPUs the kernel leaves what it likes for an expert without rows (pytorch issue 172439).
+        product.masked_fill_((counts_E == 0)[:, None, None], 0)
         main_EOI.copy_(product) if fresh else main_EOI.add_(product)
         return
     for main, grad, inputs in zip(main_EOI, _by_expert(grad_TO, counts_E), _by_expert(inputs_TI, counts_E), strict=True):

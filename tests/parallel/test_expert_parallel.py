@@ -80,7 +80,7 @@ LONG_LAYOUTS: dict[str, dict[str, Any]] = {
 def reference(model: str) -> tuple[RankResult, np.ndarray]:
     """One rank, choosing freely, and what it chose: [steps, samples, tokens, layers, K]; layers without experts are never asked."""
     config = make_config((MODELS | DROPPING)[model], {"dp": 1}, steps=STEPS)
-    (one,) = run_ranks(parity.run_layout, 1, config)
+    (one,) = run_ranks(parity.run_layout, 1, config, timeout_s=180)
     assert config.model.moe is not None
     training, layers = config.training, config.model.num_layers
     samples, length = training.micro_batch_size, training.seq_length

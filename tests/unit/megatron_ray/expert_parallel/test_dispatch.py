@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ray import matmul
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher, Room
 from megatron_ray.expert_parallel.layers import GroupedLinear
 
@@ -59,6 +60,25 @@ def test_rows_of_an_expert_are_in_the_order_of_tokens() -> None:
     x = torch.arange(TOKENS, dtype=torch.float32)[:, None].expand(TOKENS, WIDTH)
     rows = AllToAllDispatcher(EXPERTS, None, None).dispatch(x, CHOICES, Room()).rows_RH[:, 0].tolist()
     assert rows == [0, 2, 3, 4, 1, 2, 4, 5, 6, 0, 1, 3, 5, 6]
+
+
+def test_one_kernel_multiplies_as_one_product_per_expert_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU the kernel has an implementation too, which nobody else uses: it shows that the arguments are right."""
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.tensor([5, 0, 7, 4])
+    x, weight, grad = (torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 32), (4, 24, 32), (16, 24)))
+
+    def products() -> list[Tensor]:
+        main = torch.full((4, 24, 32), 7.0)
+        for fresh in (True, False):
+            matmul.accumulate_grouped_weight_grad(main, grad, x, counts, fresh=fresh)
+        return [matmul.grouped_forward_product(x, weight, counts), matmul.grouped_input_grad_product(grad, weight, counts), main]
+
+    one_by_one = products()
+    monkeypatch.setattr(matmul, "_one_kernel", lambda *_: True)
+    for found, wanted in zip(products(), one_by_one, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert one_by_one[2][1].abs().max() == 0
 
 
 def test_nobody_may_go_anywhere() -> None:
