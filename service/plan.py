@@ -49,22 +49,24 @@ def memory(config: TrainConfig) -> Memory | None:
         return None
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
-    elements = max(_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp))
-    shards = {0: 1, 1: dims.size("dp", "cp"), 3: dims.size("dp", "cp") // dims.zero_replicas}[config.parallel.zero]
-    bf16, shard = config.training.precision == "bf16", -(-elements // shards)
-    if config.parallel.zero == 3:  # main parameters are the model's own shard, and it is gathered from them
+    dense, experts = max((_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
+    bf16, elements = config.training.precision == "bf16", dense + experts
+    if config.parallel.zero == 3:  # main parameters are the model's own shard, from which it is gathered
+        shard = -(-dense // (dims.size("dp", "cp") // dims.zero_replicas))
         parameters, gradients, optimizer = shard * 4, shard * 4, shard * 8
     else:
+        shard = elements if config.parallel.zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
         parameters, gradients, optimizer = elements * (2 if bf16 else 4), elements * 4, shard * (12 if bf16 else 8)
     activations = _activations(config, model, pipeline)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
 
 
-def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> int:
-    """Parameters that a rank of a pipeline stage holds."""
+def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> tuple[int, int]:
+    """Parameters that a rank of a pipeline stage holds: dense ones, and those of experts."""
     held = pipeline.held(pp_rank)
     local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
-    return sum(parameter.num_elements for parameter in local)
+    experts = sum(parameter.num_elements for parameter in local if parameter.of_expert)
+    return sum(parameter.num_elements for parameter in local) - experts, experts
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:
@@ -76,11 +78,20 @@ def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan
     whole = tp if config.parallel.sequence_parallel else 1
     tokens = config.training.seq_length * config.training.micro_batch_size
     attention = (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_width
-    mlp = (4 if model.activation == "swiglu" else 2) * model.ffn_width
+    mlp = max(_inside_mlp(model, index) for index in range(model.num_layers))
     layer = 4 * model.hidden_size // whole + (attention + mlp) // tp
     width = 2 if config.training.precision == "bf16" else 4
     logits = tokens * (model.vocabulary // tp) * (width + 4)  # as computed, and their fp32 softmax
     return tokens * layer * _layers_at_once(config, pipeline) * width + logits
+
+
+def _inside_mlp(model: ModelConfig, layer: int) -> int:
+    """Of one token in a layer; of each of its experts the input and the output too, since they are copies. Experts are taken to be
+    balanced."""
+    inner, moe = 4 if model.activation == "swiglu" else 2, model.experts_on(layer)
+    if moe is None:
+        return inner * model.ffn_width
+    return moe.top_k * (2 * model.hidden_size + inner * model.expert_width) + inner * (moe.shared_expert_ffn_hidden_size or 0)
 
 
 def _layers_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:

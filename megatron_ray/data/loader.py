@@ -39,6 +39,8 @@ class Batch:
     """Sum of the mask, known without asking the device."""
     packed: Packed | None = None
     """Given where documents are kept apart."""
+    expert_choices: Tensor | None = None
+    """[B, S, layers, experts per token] int64: what routers are to take instead of choosing (replay)."""
 
 
 @dataclass(frozen=True)
