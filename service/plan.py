@@ -56,14 +56,17 @@ def memory(config: TrainConfig) -> Memory | None:
 
 def _state(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> tuple[int, int, int]:
     """Bytes of parameters, gradients and optimizer state on a rank of a pipeline stage; only what is trained has the last two."""
-    held, bf16 = pipeline.held(pp_rank), config.training.precision == "bf16"
+    held, bf16, zero = pipeline.held(pp_rank), config.training.precision == "bf16", config.parallel.zero
     local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
     elements = sum(parameter.num_elements for parameter in local)
-    trained = sum(parameter.num_elements for parameter in freeze(local, config.optimizer.freeze) if parameter.trainable)
-    shards = {0: 1, 1: dims.size("dp", "cp"), 3: dims.size("dp", "cp") // dims.zero_replicas}[config.parallel.zero]
-    if config.parallel.zero == 3:  # main parameters are the model's own shard, and it is gathered from them
-        return -(-elements // shards) * 4, -(-trained // shards) * 4, -(-trained // shards) * 8
-    return elements * (2 if bf16 else 4), trained * 4, -(-trained // shards) * (12 if bf16 else 8)
+    trained = [parameter for parameter in freeze(local, config.optimizer.freeze) if parameter.trainable]
+    experts = sum(parameter.num_elements for parameter in trained if parameter.of_expert)
+    dense = sum(parameter.num_elements for parameter in trained) - experts
+    if zero == 3:  # main parameters are the model's own shard, from which it is gathered
+        shards = dims.size("dp", "cp") // dims.zero_replicas
+        return -(-elements // shards) * 4, -(-dense // shards) * 4, -(-dense // shards) * 8
+    shard = dense + experts if zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
+    return elements * (2 if bf16 else 4), (dense + experts) * 4, shard * (12 if bf16 else 8)
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:
@@ -75,11 +78,20 @@ def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan
     whole = tp if config.parallel.sequence_parallel else 1
     tokens = config.training.seq_length * config.training.micro_batch_size
     attention = (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_width
-    mlp = (4 if model.activation == "swiglu" else 2) * model.ffn_width
+    mlp = max(_inside_mlp(model, index) for index in range(model.num_layers))
     layer = 4 * model.hidden_size // whole + (attention + mlp) // tp
     width = 2 if config.training.precision == "bf16" else 4
     logits = tokens * (model.vocabulary // tp) * (width + 4)  # as computed, and their fp32 softmax
     return tokens * layer * _layers_at_once(config, pipeline) * width + logits
+
+
+def _inside_mlp(model: ModelConfig, layer: int) -> int:
+    """Of one token in a layer; of each of its experts the input and the output too, since they are copies. Experts are taken to be
+    balanced."""
+    inner, moe = 4 if model.activation == "swiglu" else 2, model.experts_on(layer)
+    if moe is None:
+        return inner * model.ffn_width
+    return moe.top_k * (2 * model.hidden_size + inner * model.expert_width) + inner * (moe.shared_expert_ffn_hidden_size or 0)
 
 
 def _layers_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:

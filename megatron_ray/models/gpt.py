@@ -3,12 +3,13 @@
 Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.data.loader import Batch, Packed
+from megatron_ray.data.loader import Batch
 from megatron_ray.models.attention import KeyValueCache, Positions
 from megatron_ray.models.block import Block
 from megatron_ray.models.layers import Layers
@@ -24,11 +25,13 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.held = cut_layers(config.num_layers, 1) if held is None else tuple(held)
+        self.on_choice: Callable[[int, Tensor], None] | None = None
+        """Hears of every router's choice, see `Positions`; for whoever records them."""
         self.embedding = layers.embedding(config.hidden_size) if any(stage.embedding for stage in self.held) else None
         if self.embedding is not None and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(config.max_sequence_length, config.hidden_size)
         # A dictionary, so that a layer keeps its name when a pipeline cut leaves only some of them.
-        self.layers = nn.ModuleDict({str(index): Block(config, layers) for stage in self.held for index in stage.layers})
+        self.layers = nn.ModuleDict({str(index): Block(config, layers, index) for stage in self.held for index in stage.layers})
         if any(stage.loss for stage in self.held):
             self.final_norm = layers.norm(config.hidden_size)
             self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
@@ -41,7 +44,8 @@ class GPT(nn.Module):
     def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
         hidden_TH = self._embed(batch.tokens_BS, batch.position_ids) if received_TH is None else received_TH
-        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH, batch.packed)
+        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH)
+        positions = replace(positions, packed=batch.packed, expert_choices=_by_token(batch.expert_choices), on_choice=self.on_choice)
         for index in stage.layers:
             hidden_TH = self.layers[str(index)](hidden_TH, positions, None)
         if not stage.loss:
@@ -70,9 +74,13 @@ class GPT(nn.Module):
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
-    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor, packed: Packed | None = None) -> Positions:
+    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor) -> Positions:
         batch, sequence = shape
         if self.config.position_embedding != "rope":
-            return Positions(batch, sequence, None, None, packed)
+            return Positions(batch, sequence, None, None)
         cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
-        return Positions(batch, sequence, cos, sin, packed)
+        return Positions(batch, sequence, cos, sin)
+
+
+def _by_token(choices_BSLK: Tensor | None) -> Tensor | None:
+    return None if choices_BSLK is None else choices_BSLK.flatten(0, 1)

@@ -13,31 +13,37 @@ from megatron_ray.models.layers import Layers
 class GatedMLP(nn.Module):
     """x -> residual + down(silu(gate(x)) * up(x)), SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
-        self.gate_up = layers.column(config.hidden_size, 2 * config.ffn_width, config.linear_bias)
-        self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
+        self.gate_up = layers.column(config.hidden_size, 2 * width, config.linear_bias)
+        self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        output: Tensor = self.down(_SwiGLU.apply(self.gate_up(x_TH)), residual_TH)  # type: ignore[no-untyped-call]
+        output: Tensor = self.down(SwiGLU.apply(self.gate_up(x_TH)), residual_TH)  # type: ignore[no-untyped-call]
         return output
 
 
 class PlainMLP(nn.Module):
     """x -> residual + down(gelu(up(x)))."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
-        self.up = layers.column(config.hidden_size, config.ffn_width, config.linear_bias)
-        self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
+        self.up = layers.column(config.hidden_size, width, config.linear_bias)
+        self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
         output: Tensor = self.down(nn.functional.gelu(self.up(x_TH), approximate=self.approximate), residual_TH)
         return output
 
 
-class _SwiGLU(torch.autograd.Function):
+def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | PlainMLP:
+    """The kind of MLP that the model has, `width` wide inside."""
+    kind = GatedMLP if config.activation == "swiglu" else PlainMLP
+    return kind(config, layers, width)
+
+
+class SwiGLU(torch.autograd.Function):
     """silu(gate) * up over a fused [T, 2F] whose first half is the gate; the backward fills one fused gradient in place."""
 
     @staticmethod

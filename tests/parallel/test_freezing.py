@@ -42,7 +42,8 @@ def one_step(rank: int, world_size: int, config: TrainConfig) -> tuple[int, Coun
     loader = StepLoader(RandomDataset(config.model.vocabulary, TOKENS), 1, 4, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh))
     with Products() as products:
         forward_backward(model, mesh, loader.step(0))
-    model.reducer.finish()
+    for family in model.families:
+        family.reducer.finish()
     return sum(reduced), products.linear, linear_layers(model.module, trained_only=True)
 
 
@@ -97,6 +98,28 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_on_one_rank(model: str, par
     assert one.state_bytes == pytest.approx(2 * 4 * trained, rel=0.15), "moments of what is trained, and padding"
 
 
+BUT_SOME_EXPERTS = (
+    "embedding.*",
+    "layers.0.[!m]*",
+    "layers.0.mlp_norm.*",
+    "*.router.*",
+    "*.down.*",
+    "layers.1.*",
+    "final_norm.*",
+    "head.*",
+)
+
+
+@pytest.mark.parametrize("freeze", [("*.experts.*",), BUT_SOME_EXPERTS], ids=["experts", "all-but-some-experts"])
+def test_experts_may_be_frozen_or_trained_alone(freeze: tuple[str, ...]) -> None:
+    model = LLAMA | {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48, "aux_loss_coeff": 0.02}}
+    config = frozen_config({"dp": 2, "ep": 2}, freeze, model)
+    ranks: list[RankResult] = run_ranks(run_layout, 2, config)
+    before, after = (assemble(config, boxes) for boxes in ([r.initial for r in ranks], [r.weights for r in ranks]))
+    for name, values in after.items():
+        assert np.array_equal(values, before[name]) == any(fnmatchcase(name, pattern) for pattern in freeze), name
+
+
 def save(rank: int, world_size: int, config: TrainConfig, path: str) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     """Trains one step and saves; this rank's weights, in fp32."""
     mesh = make_mesh(rank, world_size, config)
@@ -112,8 +135,8 @@ def save(rank: int, world_size: int, config: TrainConfig, path: str) -> list[tup
 
 
 def load(rank: int, world_size: int, config: TrainConfig, path: str) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
-    _, optimizer = build(config, make_mesh(rank, world_size, config), initialise=False)
-    resume(path, optimizer, rank)
+    model, optimizer = build(config, make_mesh(rank, world_size, config), initialise=False)
+    resume(path, model, optimizer, rank)
     return weights(optimizer)
 
 

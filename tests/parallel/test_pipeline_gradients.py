@@ -131,7 +131,8 @@ def compare_one(config: TrainConfig, mesh: ParallelMesh) -> Found:
     batches = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh)).step(0)
     model, _ = build(config, mesh)
     loss = forward_backward(model, mesh, batches)
-    ours, weights = model.buffers.views(model.buffers.gradients), model.buffers.views(model.buffers.parameters)
+    buffers = model.families[0].buffers
+    ours, weights = buffers.views(buffers.gradients), buffers.views(buffers.parameters)
     stages = model.pipeline.stages
     contents = {stages.stage(mesh.pp_rank, chunk): stage for chunk, stage in enumerate(model.module.held)}
     torchs_loss, torchs = torchs_gradients(config, mesh, contents, stages.num_stages, weights, batches)
