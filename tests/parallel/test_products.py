@@ -7,7 +7,6 @@ weight gradient, with T other than any O and I here. Attention's products have n
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import Batch, StepLoader
+from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.schedules.actions import Action, Op
@@ -38,8 +38,12 @@ class Counted:
     layers: list[list[tuple[int, int]]]
 
 
-def count_by_action(rank: int, world_size: int, config: TrainConfig) -> Counted:
-    mesh = make_mesh(rank, world_size, config)
+def count_by_action(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Counted]:
+    mesh = make_mesh(rank, world_size, configs[0])
+    return [count_one(config, mesh) for config in configs]
+
+
+def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
     model, _ = build(config, mesh)
     dataset, count = RandomDataset(config.model.vocabulary, TOKENS), config.training.global_batch_size
     batches = StepLoader(dataset, 1, count, 0, 1, batch_maker(config, mesh)).step(0)
@@ -64,27 +68,31 @@ def parts_of(module: GPT, stage: StageContents) -> nn.ModuleList:
     return nn.ModuleList([module.layers[str(index)] for index in stage.layers] + ([module.head] if stage.loss else []))
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("schedule", [{"schedule": "zb-h1"}, {"schedule": "zb-v", "vpp": 2, "layout": "E|t|t|L"}], ids=["zb-h1", "zb-v"])
-def test_a_zero_bubble_backward_is_cut_between_input_and_weight_gradients(model: dict[str, Any], schedule: dict[str, Any]) -> None:
-    config = make_config(model, {"dp": 1, "pp": 2} | schedule, steps=1, micro_batch=1)
-    counted = run_ranks(count_by_action, 2, config)
-    assert sum(len(layers) for rank in counted for layers in rank.layers) == 2 * 4 + 1
-    for rank in counted:
-        total = Counter[Op]()
-        for action, (linear, attention) in rank.actions:
-            layers = rank.layers[action.chunk]
-            expected = {
-                Op.FORWARD: Counter((TOKENS, inputs, outputs) for outputs, inputs in layers),
-                Op.BACKWARD_INPUT: Counter((TOKENS, outputs, inputs) for outputs, inputs in layers),
-                Op.BACKWARD_WEIGHT: Counter((outputs, TOKENS, inputs) for outputs, inputs in layers),
-            }
-            assert linear == expected.get(action.op, Counter()), action
-            has_attention = action.op in (Op.FORWARD, Op.BACKWARD_INPUT) and len(layers) >= 4
-            assert {"backward" in name for name in attention} == ({action.op is Op.BACKWARD_INPUT} if has_attention else set()), action
-            total[action.op] += flops(linear)
-        every = [layer for layers in rank.layers for layer in layers]
-        assert all(TOKENS not in layer for layer in every), "a product's kind is known by its shape"
-        forward = sum(2 * TOKENS * outputs * inputs for outputs, inputs in every) * config.training.global_batch_size
-        assert total[Op.FORWARD] == total[Op.BACKWARD_INPUT] == total[Op.BACKWARD_WEIGHT] == forward
-        assert sum(total.values()) == 3 * forward, "nothing is computed twice"
+def test_a_zero_bubble_backward_is_cut_between_input_and_weight_gradients() -> None:
+    schedules = ({"schedule": "zb-h1"}, {"schedule": "zb-v", "vpp": 2, "layout": "E|t|t|L"})
+    configs = [make_config(model, {"dp": 1, "pp": 2} | one, steps=1, micro_batch=1) for model in (LLAMA, GPT2) for one in schedules]
+    ranks = run_ranks(count_by_action, 2, configs)
+    for config, *counted in zip(configs, *ranks, strict=True):
+        assert sum(len(layers) for rank in counted for layers in rank.layers) == 2 * 4 + 1
+        for rank in counted:
+            check(rank, config.training.global_batch_size)
+
+
+def check(rank: Counted, num_microbatches: int) -> None:
+    total = Counter[Op]()
+    for action, (linear, attention) in rank.actions:
+        layers = rank.layers[action.chunk]
+        expected = {
+            Op.FORWARD: Counter((TOKENS, inputs, outputs) for outputs, inputs in layers),
+            Op.BACKWARD_INPUT: Counter((TOKENS, outputs, inputs) for outputs, inputs in layers),
+            Op.BACKWARD_WEIGHT: Counter((outputs, TOKENS, inputs) for outputs, inputs in layers),
+        }
+        assert linear == expected.get(action.op, Counter()), action
+        has_attention = action.op in (Op.FORWARD, Op.BACKWARD_INPUT) and len(layers) >= 4
+        assert {"backward" in name for name in attention} == ({action.op is Op.BACKWARD_INPUT} if has_attention else set()), action
+        total[action.op] += flops(linear)
+    every = [layer for layers in rank.layers for layer in layers]
+    assert all(TOKENS not in layer for layer in every), "a product's kind is known by its shape"
+    forward = sum(2 * TOKENS * outputs * inputs for outputs, inputs in every) * num_microbatches
+    assert total[Op.FORWARD] == total[Op.BACKWARD_INPUT] == total[Op.BACKWARD_WEIGHT] == forward
+    assert sum(total.values()) == 3 * forward, "nothing is computed twice"
