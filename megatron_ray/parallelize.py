@@ -16,6 +16,7 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import LocalLayers
 from megatron_ray.parameters import LocalParameter, local_parameters
+from megatron_ray.recompute import apply_recompute
 from megatron_ray.schedules.actions import Order
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -73,6 +74,7 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     reducer = GradReducer(buffers, mesh.replica_group, sharded=parallel.zero == 1, on_start=on_reduce)
     sink = WeightGradSink(reducer.ready)
     attach_slots(module, buffers, sink)
+    apply_recompute(module, config.training.recompute)
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
     actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
     return ParallelModel(module, table, buffers, sink, reducer, pipeline, actions, parallel.sequence_parallel)

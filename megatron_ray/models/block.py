@@ -1,5 +1,7 @@
 """One transformer block. Owns: pre-norm residual wiring. Must not know: ranks, groups."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
@@ -22,3 +24,10 @@ class Block(nn.Module):
         hidden_TH = self.attention(self.attention_norm(hidden_TH), hidden_TH, positions, cache)
         output: Tensor = self.mlp(self.mlp_norm(hidden_TH), hidden_TH)
         return output
+
+
+def one_after_another(blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
+    """Activations through a row of blocks."""
+    for block in blocks:
+        hidden_TH = block(hidden_TH, positions, None)
+    return hidden_TH

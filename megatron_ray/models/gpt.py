@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.data.loader import Batch
 from megatron_ray.models.attention import KeyValueCache, Positions
-from megatron_ray.models.block import Block
+from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotary_angles
 from megatron_ray.schedules.layout import StageContents, cut_layers
@@ -29,6 +29,8 @@ class GPT(nn.Module):
             self.position_embedding = layers.position_embedding(config.max_sequence_length, config.hidden_size)
         # A dictionary, so that a layer keeps its name when a pipeline cut leaves only some of them.
         self.layers = nn.ModuleDict({str(index): Block(config, layers) for stage in self.held for index in stage.layers})
+        self.through = one_after_another
+        """How activations go through the blocks of a stage; recomputation puts its own way here."""
         if any(stage.loss for stage in self.held):
             self.final_norm = layers.norm(config.hidden_size)
             self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
@@ -42,8 +44,7 @@ class GPT(nn.Module):
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
         hidden_TH = self._embed(batch.tokens_BS, batch.position_ids) if received_TH is None else received_TH
         positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH)
-        for index in stage.layers:
-            hidden_TH = self.layers[str(index)](hidden_TH, positions, None)
+        hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, positions)
         if not stage.loss:
             return hidden_TH
         loss: Tensor = self.head(self.final_norm(hidden_TH), batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1))

@@ -15,11 +15,12 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
+        self.activation = SwiGLU()
         self.gate_up = layers.column(config.hidden_size, 2 * config.ffn_width, config.linear_bias)
         self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        output: Tensor = self.down(_SwiGLU.apply(self.gate_up(x_TH)), residual_TH)  # type: ignore[no-untyped-call]
+        output: Tensor = self.down(self.activation(self.gate_up(x_TH)), residual_TH)
         return output
 
 
@@ -28,13 +29,20 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.up = layers.column(config.hidden_size, config.ffn_width, config.linear_bias)
         self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        output: Tensor = self.down(nn.functional.gelu(self.up(x_TH), approximate=self.approximate), residual_TH)
+        output: Tensor = self.down(self.activation(self.up(x_TH)), residual_TH)
         return output
+
+
+class SwiGLU(nn.Module):
+    """silu(gate) * up of a fused [T, 2F] whose first half is the gate."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -52,6 +52,8 @@ class RowParallelLinear(SlottedModule):
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__(group, sequence_parallel)
+        self.unread = False
+        """While true a forward leaves its result unwritten: a recomputation wants only what the backward needs."""
         self.weight = nn.Parameter(torch.empty(outputs, inputs // collectives.size(group), dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
 
@@ -152,6 +154,8 @@ class _Row(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.module = module  # type: ignore[attr-defined]
+        if module.unread:
+            return torch.empty_like(residual)
         if module.group is None:
             output = forward_product_plus(inputs, weight, residual)
         else:

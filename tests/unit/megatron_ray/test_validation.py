@@ -76,6 +76,48 @@ def test_a_good_config_has_no_problem() -> None:
             "/training/steps",
             "steps x global_batch_size = 1073741824 x 16 = 17179869184 samples, at most 2147483648 can be ordered",
         ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "method": "uniform"}}},
+            None,
+            "/training/recompute/method",
+            "method is for granularity=full, not for selective; leave it out, or change granularity",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "num_layers": 2}}},
+            None,
+            "/training/recompute/num_layers",
+            "num_layers is for granularity=full, not for selective",
+        ),
+        (
+            {"training": {"recompute": {"modules": ["norm"]}}},
+            None,
+            "/training/recompute/modules",
+            "modules is for granularity=selective, not for none",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "full", "num_layers": 1}}},
+            None,
+            "/training/recompute/method",
+            "granularity=full needs method; give uniform or block",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "full", "method": "block"}}},
+            None,
+            "/training/recompute/num_layers",
+            "granularity=full needs num_layers; say how many layers: 1 recomputes each by itself",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "full", "method": "block", "num_layers": 3}}, "parallel": {"pp": 2}},
+            None,
+            "/training/recompute/num_layers",
+            "num_layers=3 is more than the 2 layers of the largest stage; lower it",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "modules": ["mlp", "activation"]}}},
+            None,
+            "/training/recompute/modules",
+            "activation is a part of mlp, which is recomputed whole; leave out one of the two",
+        ),
         ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
         (
             {"parallel": {"dp": 3}},
