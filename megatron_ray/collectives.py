@@ -2,6 +2,7 @@
 `None` is a group of one rank, for which everything is the identity. Must not know: axes, layers, buckets.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -29,6 +30,19 @@ class _Done:
 
     def is_completed(self) -> bool:
         return True
+
+
+class _All:
+    def __init__(self, works: Sequence[Pending]) -> None:
+        self._works = works
+
+    def wait(self) -> object:
+        for work in self._works:
+            work.wait()
+        return None
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
 
 
 DONE: Pending = _Done()
@@ -117,6 +131,25 @@ def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
     if group is None:
         raise ValueError("a group of one rank has nobody to receive from")
     return dist.irecv(tensor, group=group, group_src=sender)  # type: ignore[return-value]
+
+
+def start_exchange(outgoing: Tensor, to: int, incoming: Tensor, sender: int, group: Group) -> Pending:
+    """Starts a send and a receive that belong together, so that no order of ranks can block; both are done after `wait`."""
+    if group is None:
+        incoming.copy_(outgoing)
+        return DONE
+    sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
+    receiving = dist.P2POp(dist.irecv, incoming, group=group, group_peer=sender)
+    return _All(dist.batch_isend_irecv([sending, receiving]))
+
+
+def all_to_all_rows(tensor: Tensor, group: Group) -> Tensor:
+    """Row r of dim 0 (one per rank) goes to rank r; the result's rows come from the ranks in order."""
+    if group is None:
+        return tensor
+    received = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    dist.all_to_all_single(received, tensor.contiguous(), group=group)
+    return received
 
 
 def local_rows(tensor: Tensor, group: Group) -> Tensor:

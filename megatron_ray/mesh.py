@@ -39,6 +39,8 @@ class ParallelMesh:
     """Who has other samples of the batch."""
     cp_group: Group
     """Who has other tokens of the same samples."""
+    cp_levels: tuple[Group, ...]
+    """The same ranks as a hierarchy, innermost groups first."""
     replica_group: Group
     """Who has the same dense parameters and other tokens: dp x cp."""
     pp_group: Group
@@ -64,6 +66,7 @@ class ParallelMesh:
             raise ValueError(f"the layout needs {dims.world_size} ranks, the world has {world.world_size}")
         chosen = device.select(world.device, world.local_rank)
         groups = _Groups(world.rank, timeout)
+        cp_levels = tuple(groups.get(level, "cp level") for level in dims.context_levels())
         everyone = dist.group.WORLD if world.world_size > 1 else None
         found = {
             "world_group": everyone,
@@ -78,9 +81,9 @@ class ParallelMesh:
             "etp_group": groups.get(dims.experts.groups(("etp",)), "etp"),
             "expert_replica_group": groups.get(dims.experts.groups(("edp",)), "edp"),
         }
-        for group in dict.fromkeys(found.values()):
+        for group in dict.fromkeys((*found.values(), *cp_levels)):
             collectives.barrier(group, chosen)
-        return cls(dims, world.rank, chosen, **found)
+        return cls(dims, world.rank, chosen, cp_levels=cp_levels, **found)
 
     @classmethod
     def single(cls, kind: str = "cpu") -> "ParallelMesh":

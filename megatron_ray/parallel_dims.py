@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
+from megatron_ray.config.parallelism import ParallelismConfig
+
 ORDER = ("tp", "cp", "ep", "dp", "pp")
 """Megatron's; the first axis varies fastest, so tp groups are neighbouring ranks."""
 _EXPERT_AXES = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}
@@ -90,6 +92,8 @@ class ParallelDims:
     etp: int | None = None
     """tp when not given."""
     order: tuple[str, ...] = ORDER
+    cp_sizes: tuple[int, ...] | None = None
+    """Context parallelism as a hierarchy, innermost first; one level when not given."""
 
     def __post_init__(self) -> None:
         if sorted(self.order) != sorted(ORDER):
@@ -97,6 +101,8 @@ class ParallelDims:
         for axis in (*ORDER, "etp"):
             if (size := getattr(self, axis)) is not None and size < 1:
                 raise ValueError(f"{axis}={size} must be at least 1")
+        if self.cp_sizes is not None and prod(self.cp_sizes) != self.cp:
+            raise ValueError(f"hierarchical sizes {list(self.cp_sizes)} multiply to {prod(self.cp_sizes)}, not to cp={self.cp}")
         inside = self.expert_tp * self.ep * self.pp
         if self.world_size % inside:
             raise ValueError(
@@ -119,6 +125,18 @@ class ParallelDims:
         if model * resolved != world_size:
             raise ValueError(f"tp({tp}) x cp({cp}) x dp({dp or 'auto'}) x pp({pp}) does not make up a world of {world_size} ranks")
         return cls(tp=tp, cp=cp, dp=resolved, pp=pp, ep=ep, etp=etp)
+
+    @classmethod
+    def of(cls, parallel: ParallelismConfig, world_size: int | None = None) -> "ParallelDims":
+        """The grid that a config describes; `world_size` is needed, and checked, where its dp is not resolved. Raises ValueError."""
+        dp = None if parallel.dp == "auto" else parallel.dp
+        if dp is None:
+            if world_size is None:
+                raise ValueError("parallel.dp is not resolved")
+            dp = cls.for_world(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp).dp
+        return cls(
+            tp=parallel.tp, cp=parallel.cp, dp=dp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp, cp_sizes=parallel.hierarchical_cp_sizes
+        )
 
     @property
     def expert_tp(self) -> int:
@@ -171,16 +189,11 @@ class ParallelDims:
         """First and last stage of each pipeline: who holds tied word embeddings. One rank each at pp=1."""
         return tuple(group if len(group) == 1 else (group[0], group[-1]) for group in self.groups(("pp",)))
 
-    def context_levels(self, sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Context-parallel groups cut into a hierarchy, innermost level first: level l has groups of sizes[l] ranks.
-
-        Raises ValueError when the sizes do not multiply to cp.
-        """
-        if prod(sizes) != self.cp:
-            raise ValueError(f"hierarchical sizes {list(sizes)} multiply to {prod(sizes)}, not to cp={self.cp}")
+    def context_levels(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Context-parallel groups cut into the hierarchy `cp_sizes`, innermost level first: level l has groups of cp_sizes[l] ranks."""
         levels = []
         inner = 1
-        for size in sizes:
+        for size in self.cp_sizes or (self.cp,):
             found = [
                 tuple(group[start + step * inner] for step in range(size))
                 for group in self.groups(("cp",))

@@ -7,12 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.context_parallel.exchange import ExchangeAttention
+from megatron_ray.context_parallel.gather import GatherAttention
+from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, adopt_parameters, attach_slots
 from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import LocalLayers
 from megatron_ray.parameters import LocalParameter, local_parameters
@@ -51,12 +57,38 @@ class ParallelModel:
 
 
 def build_model(
-    config: ModelConfig, mesh: ParallelMesh, *, sequence_parallel: bool, dtype: torch.dtype, held: Sequence[StageContents] | None = None
+    config: ModelConfig,
+    mesh: ParallelMesh,
+    parallel: ParallelismConfig,
+    *,
+    dtype: torch.dtype,
+    held: Sequence[StageContents] | None = None,
 ) -> GPT:
     """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet."""
-    layers = LocalLayers(config, mesh.tp_group, mesh.dims.tp, sequence_parallel=sequence_parallel, dtype=dtype)
+    layers = LocalLayers(
+        config,
+        mesh.tp_group,
+        mesh.dims.tp,
+        sequence_parallel=parallel.sequence_parallel,
+        dtype=dtype,
+        attention=lambda: context_attention(parallel.cp_method, mesh),
+    )
     with torch.device("meta"):
         return GPT(config, layers, held)
+
+
+def context_attention(method: str, mesh: ParallelMesh) -> nn.Module:
+    """Attention over sequences that context-parallel ranks share, or that lie whole on this one."""
+    if mesh.cp_group is None:
+        return WholeAttention()
+    if method == "p2p":
+        return RingAttention(mesh.cp_group)
+    if method == "all_gather":
+        return GatherAttention(mesh.cp_group)
+    if method == "a2a":
+        return ExchangeAttention(mesh.cp_group, WholeAttention())
+    exchange, ring = mesh.cp_levels
+    return ExchangeAttention(exchange, RingAttention(ring))
 
 
 def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None) -> ParallelModel:
@@ -66,7 +98,7 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     """
     parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
     held = pipeline.held(mesh.pp_rank)
-    module = build_model(config.model, mesh, sequence_parallel=parallel.sequence_parallel, dtype=dtype, held=held)
+    module = build_model(config.model, mesh, parallel, dtype=dtype, held=held)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
     plan = plan_buckets(table, mesh.dims.size("dp", "cp"), parallel.bucket_elements)
     buffers = FlatBuffers.allocate(plan, dtype, mesh.device)

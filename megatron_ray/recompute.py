@@ -77,8 +77,8 @@ class _RecomputedCore(nn.Module):
         super().__init__()
         self.core = core
 
-    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
-        return recomputed(lambda q, k, v: self.core(q, k, v, positions), q_BNSD, k_BGSD, v_BGSD)
+    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, about: object) -> Tensor:
+        return recomputed(lambda q, k, v: self.core(q, k, v, about), q_BNSD, k_BGSD, v_BGSD)
 
 
 def _mlp(block: Block) -> None:

@@ -4,6 +4,7 @@ Single-field bounds live in the config's types; what needs two fields lives here
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.schedules.layout import LayoutError
@@ -29,7 +30,6 @@ class ConfigProblem(ValueError):
 MOST_SAMPLES = 1 << 31
 
 _LATER = {
-    "cp": "context parallelism",
     "ep": "expert parallelism",
 }
 
@@ -39,6 +39,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     problems = [
         *_degrees(config),
         *_tensor_parallel(config),
+        *_context_parallel(config),
         *_pipeline(config),
         *_lengths(config),
         *_samples(config),
@@ -111,9 +112,38 @@ def _tensor_parallel(config: TrainConfig) -> list[Problem]:
         for name, size in sizes.items()
         if size % tp
     ]
-    if config.parallel.sequence_parallel and config.training.seq_length % tp:
-        text = f"sequence_parallel cuts seq_length={config.training.seq_length} into tp={tp} parts; use a multiple of {tp}, or turn it off"
+    part = tp * config.parallel.cp
+    if config.parallel.sequence_parallel and config.training.seq_length % part:
+        text = f"sequence_parallel cuts seq_length={config.training.seq_length} into tp x cp = {tp} x {config.parallel.cp} parts"
+        text += f"; use a multiple of {part}, or turn it off"
         found.append(Problem("/training/seq_length", "sequence_parallel_divides", text))
+    return found
+
+
+def _context_parallel(config: TrainConfig) -> list[Problem]:
+    parallel, seq_length, found = config.parallel, config.training.seq_length, []
+    cp, sizes = parallel.cp, parallel.hierarchical_cp_sizes
+    if sizes is not None and parallel.cp_method != "a2a+p2p":
+        text = f"hierarchical_cp_sizes goes with cp_method=a2a+p2p, not {parallel.cp_method}; leave it out, or change the method"
+        found.append(Problem("/parallel/hierarchical_cp_sizes", "hierarchical_cp", text))
+    elif parallel.cp_method == "a2a+p2p" and (sizes is None or prod(sizes) != cp):
+        given = "is missing" if sizes is None else f"= {sizes[0]} x {sizes[1]} is not cp={cp}"
+        text = f"hierarchical_cp_sizes {given}; give how many ranks exchange heads and how many such groups there are, with product {cp}"
+        found.append(Problem("/parallel/hierarchical_cp_sizes", "hierarchical_cp", text))
+    if cp == 1 or found:
+        return found
+    if seq_length % (2 * cp):
+        nearest = max(1, round(seq_length / (2 * cp))) * 2 * cp
+        text = f"cp={cp} cuts a sequence into 2 x cp = {2 * cp} chunks, and seq_length={seq_length} is no multiple of that; use {nearest}"
+        found.append(Problem("/training/seq_length", "context_divides", text))
+    exchange = {"a2a": cp, "a2a+p2p": sizes[0] if sizes else 1}.get(parallel.cp_method, 1)
+    heads = {"num_attention_heads": config.model.num_attention_heads, "num_query_groups": config.model.kv_heads}
+    for name, count in heads.items():
+        if count % (parallel.tp * exchange):
+            text = f"{name}={count} over tp={parallel.tp} cannot be dealt out to the {exchange} ranks that exchange heads"
+            text += f"; use a multiple of {parallel.tp * exchange}, or cp_method=p2p"
+            found.append(Problem("/parallel/cp_method", "heads_exchange", text))
+            break
     return found
 
 

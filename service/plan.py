@@ -29,16 +29,9 @@ class Memory:
     """Vocabulary the numbers are for."""
 
 
-def dims_of(config: TrainConfig) -> ParallelDims:
-    """The grid of a resolved config."""
-    parallel = config.parallel
-    assert parallel.dp != "auto"
-    return ParallelDims(tp=parallel.tp, cp=parallel.cp, dp=parallel.dp, pp=parallel.pp)
-
-
 def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
     """Every rank with its coordinates and its island: ranks of one island share a node."""
-    dims = dims_of(config)
+    dims = ParallelDims.of(config.parallel)
     return [{"rank": rank, "coordinates": dims.coordinates(rank), "island": rank // dims.tp} for rank in range(dims.world_size)]
 
 
@@ -54,7 +47,7 @@ def memory(config: TrainConfig) -> Memory | None:
     vocab_size = vocabulary(config)
     if vocab_size is None:
         return None
-    model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), dims_of(config)
+    model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     elements = max(_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp))
     sharded = -(-elements // dims.size("dp", "cp")) if config.parallel.zero == 1 else elements

@@ -5,12 +5,12 @@ Shared by the phases (`job_life`) and the attempts (`attempts`). Must not know: 
 
 from typing import Any
 
+from megatron_ray.parallel_dims import ParallelDims
 from workers.job import JobSpec
 from workers.job_records import JobRecords
 from workers.journal import ForeignJournal, Journal, JournalEntry, Phase
 from workers.orders import Fence
 from workers.outbox import Outbox, RecordBook
-from workers.placement import dims_of
 from workers.staffing import num_slots
 from workers.states import DesiredState, JobState, StatusReason
 from workers.ways_out import BackToQueue, DriverReplaced, JobEnds
@@ -53,12 +53,12 @@ class JobContext:
     @property
     def world_size(self) -> int:
         """Ranks of the job."""
-        return dims_of(self.spec).world_size
+        return ParallelDims.of(self.spec.parallel).world_size
 
     @property
     def num_slots(self) -> int:
         """Worker processes that the job can ever have at once."""
-        return num_slots(dims_of(self.spec))
+        return num_slots(ParallelDims.of(self.spec.parallel))
 
     @property
     def fence(self) -> Fence:

@@ -14,7 +14,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.validation import world_size
 from workers.job import JobSpec
 from workers.wire import NodeInfo
 
@@ -102,19 +101,13 @@ class RankPlace(BaseModel):
     local_dir: str = ""
 
 
-def dims_of(spec: JobSpec) -> ParallelDims:
-    """The grid of a resolved spec. Raises ValueError when dp is not resolved."""
-    parallel = spec.parallel
-    return ParallelDims.for_world(world_size(spec), tp=parallel.tp, cp=parallel.cp, pp=parallel.pp)
-
-
 def plan_placement(spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | None = None) -> PlacementPlan:
     """Bundles for a resolved spec and what the cluster could hold of them. `accelerator` repeats an earlier decision."""
     alive = [node for node in nodes if node.alive]
     kind = accelerator or spec.resources.accelerator
     if kind == "auto":
         kind = "gpu" if any(node.gpus >= 1 for node in alive) else "cpu"
-    dims = dims_of(spec)
+    dims = ParallelDims.of(spec.parallel)
     island = dims.tp
     per_rank = {"CPU": spec.resources.cpus_per_rank} | ({"GPU": 1.0} if kind == "gpu" else {})
     resources = {name: amount * island for name, amount in per_rank.items()}

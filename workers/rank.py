@@ -20,13 +20,13 @@ import typer
 from megatron_ray import device
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.training.commands import Command
 from megatron_ray.training.loop import NonFiniteLoss
 from megatron_ray.training.reports import PhaseReport, Report
 from megatron_ray.training.session import TrainingSession
 from workers.job import JobSpec
 from workers.orders import StartOrder, UserMistake
-from workers.placement import dims_of
 from workers.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 Outcome = Literal["finished", "stopped"]
@@ -45,7 +45,7 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
     with process_group(order):
         env = order.env
         world = World(env.rank, env.world_size, order.device_index, order.device)
-        mesh = ParallelMesh.create(dims_of(spec), world, timedelta(seconds=order.timeout_s))
+        mesh = ParallelMesh.create(ParallelDims.of(spec.parallel), world, timedelta(seconds=order.timeout_s))
         report(PhaseReport("rendezvous", time.monotonic() - started))
         session = TrainingSession(spec, mesh, data, report=report, poll=poll, attempt=order.attempt, resume_from=order.resume_from)
         return session.run()

@@ -48,5 +48,8 @@ class DataConfig(Config):
     """Share of the training documents held out when `validation` is empty; 0 evaluates nothing."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Text to tokens."""
+    separate_documents: bool = False
+    """Documents that share a sample do not see each other: attention and positions begin anew in each, and none is asked to predict the
+    next one's first token (Megatron's reset_attention_mask, reset_position_ids and eod_mask_loss together)."""
     cache: str | None = Field(default=None, max_length=4096)
     """Folder for prepared .bin/.idx and indices, shared by jobs; <storage>/data when not given."""

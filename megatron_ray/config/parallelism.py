@@ -27,6 +27,11 @@ class ParallelismConfig(Config):
     """Layers of the last stage, likewise."""
     cp: int = Field(default=1, ge=1, le=1024)
     """Context parallel: ranks that share one sequence."""
+    cp_method: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    """How they attend to each other's tokens: keys and values in a ring, gathered, heads exchanged for tokens, or an exchange among
+    neighbours inside a ring."""
+    hierarchical_cp_sizes: tuple[int, int] | None = None
+    """For a2a+p2p: how many ranks exchange heads, and how many such groups make up the ring; their product is cp."""
     ep: int = Field(default=1, ge=1, le=4096)
     """Expert parallel: ranks that share the experts of a mixture."""
     etp: int | None = Field(default=None, ge=1, le=1024)

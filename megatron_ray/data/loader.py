@@ -12,11 +12,22 @@ from torch import Tensor
 
 from megatron_ray.data.blend import SampleDataset
 from megatron_ray.data.sampler import sample_ids
+from megatron_ray.data.sequence_cut import SequenceCut
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Several documents in one sample, each by itself: nobody sees another document's tokens."""
+
+    documents_BS: Tensor
+    """int32 number of the document that a token belongs to, within its row; of whole sequences, also where a rank has only a part."""
+    lengths: tuple[tuple[int, ...], ...]
+    """Tokens of each document, by row; on the host."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One microbatch. Shapes: B samples, S tokens."""
+    """One microbatch. Shapes: B samples, S tokens of each (under context parallelism: those of this rank)."""
 
     tokens_BS: Tensor
     labels_BS: Tensor
@@ -26,40 +37,74 @@ class Batch:
     """[B, S], or [1, S] for all rows alike."""
     num_tokens: int
     """Sum of the mask, known without asking the device."""
+    packed: Packed | None = None
+    """Given where documents are kept apart."""
 
 
-def make_batch(samples: np.ndarray, device: torch.device, *, counted_rows: int | None = None) -> Batch:
-    """[B, S + 1] token ids -> batch; only the first `counted_rows` samples count in the loss."""
-    rows, length = samples.shape[0], samples.shape[1] - 1
-    counted = rows if counted_rows is None else counted_rows
-    tokens = torch.from_numpy(np.ascontiguousarray(samples, dtype=np.int64))
-    if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    mask = torch.ones(rows, length, device=device)
-    if counted < rows:
-        mask[counted:] = 0
-    positions = torch.arange(length, device=device)[None]
-    return Batch(tokens[:, :-1], tokens[:, 1:], mask, positions, counted * length)
+@dataclass(frozen=True)
+class BatchMaker:
+    """Samples to batches: shifts labels, tells documents apart, and cuts sequences, in that order."""
+
+    device: torch.device
+    cut: SequenceCut = SequenceCut()
+    """This rank's part of each sequence."""
+    end_of_document: int | None = None
+    """Given: documents are kept apart, positions count from 0 in each, and what follows its last token is no label."""
+
+    def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
+        """[B, S + 1] token ids -> batch; only the first `counted_rows` samples count in the loss."""
+        rows, length = samples.shape[0], samples.shape[1] - 1
+        mask = np.ones((rows, length), dtype=np.float32)
+        mask[rows if counted_rows is None else counted_rows :] = 0
+        positions, packed = np.arange(length, dtype=np.int64)[None], None
+        if self.end_of_document is not None:
+            ends = samples[:, :-1] == self.end_of_document
+            mask[ends] = 0
+            positions, packed = self._tell_apart(ends)
+        tokens = np.asarray(samples, dtype=np.int64)
+        if self.cut.cp == 1:
+            whole = self._move(tokens)
+            found = whole[:, :-1], whole[:, 1:]
+        else:
+            here = self.cut.positions(length)
+            found = self._move(tokens[:, here]), self._move(tokens[:, here + 1])
+            mask, positions = mask[:, here], positions[:, here]
+        return Batch(*found, self._move(mask), self._move(positions), int(mask.sum()), packed)
+
+    def _tell_apart(self, ends: np.ndarray) -> tuple[np.ndarray, Packed]:
+        """Positions [B, S] and documents, from where documents end [B, S]."""
+        rows, length = ends.shape
+        starts = np.zeros((rows, length), dtype=bool)
+        starts[:, 0] = True
+        starts[:, 1:] = ends[:, :-1]
+        index = np.arange(length, dtype=np.int64)
+        positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
+        lengths = tuple(tuple(np.diff(np.append(np.flatnonzero(row), length)).tolist()) for row in starts)
+        return positions, Packed(self._move(np.cumsum(starts, axis=1, dtype=np.int32)), lengths)
+
+    def _move(self, values: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
 
 class StepLoader:
     """The microbatches of a step for one data-parallel rank; a pure function of the consumed samples."""
 
     def __init__(
-        self, dataset: SampleDataset, micro_batch_size: int, global_batch_size: int, dp_rank: int, dp: int, device: torch.device
+        self, dataset: SampleDataset, micro_batch_size: int, global_batch_size: int, dp_rank: int, dp: int, make_batch: BatchMaker
     ) -> None:
-        self.dataset, self.micro_batch_size, self.device = dataset, micro_batch_size, device
+        self.dataset, self.micro_batch_size, self.make_batch = dataset, micro_batch_size, make_batch
         self.dp_rank, self.dp = dp_rank, dp
         self.num_microbatches = global_batch_size // (micro_batch_size * dp)
 
     def step(self, consumed_samples: int) -> list[Batch]:
         """Batches of the step that starts after `consumed_samples`."""
         ids = sample_ids(consumed_samples, self.micro_batch_size, self.dp_rank, self.dp, self.num_microbatches)
-        return [make_batch(np.stack([self.dataset[int(index)] for index in row]), self.device) for row in ids]
+        return [self.make_batch(np.stack([self.dataset[int(index)] for index in row])) for row in ids]
 
 
 def evaluation_batches(
-    dataset: SampleDataset, num_samples: int, micro_batch_size: int, dp_rank: int, dp: int, device: torch.device
+    dataset: SampleDataset, num_samples: int, micro_batch_size: int, dp_rank: int, dp: int, make_batch: BatchMaker
 ) -> Iterator[Batch]:
     """The first `num_samples` samples, dealt out over the replicas; every replica gets equally many batches, filled up with
     samples that do not count."""
@@ -69,7 +114,7 @@ def evaluation_batches(
         ids = range(start, start + micro_batch_size)
         counted = max(0, min(micro_batch_size, num_samples - start))
         rows = np.stack([_sample_or_filler(dataset, index, num_samples) for index in ids])
-        yield make_batch(rows, device, counted_rows=counted)
+        yield make_batch(rows, counted)
 
 
 def _sample_or_filler(dataset: SampleDataset, index: int, num_samples: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
 from megatron_ray.checkpoint.storage import MissingFile, StorageError, open_storage
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.data_parallel.bucket_plan import plan_buckets
@@ -70,7 +71,7 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
         raise CheckpointError("load", checkpoint_path, "it does not say which model it holds (no config in its train state)")
     config = TrainConfig.from_mapping(train_state["config"])
     mesh = ParallelMesh.single(device)
-    model = build_model(config.model, mesh, sequence_parallel=False, dtype=torch.float32)
+    model = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float32)
     plan = plan_buckets(local_parameters(config.model, mesh.dims, 0), 1, config.parallel.bucket_elements)
     weights = torch.zeros(plan.num_elements, device=mesh.device)
     buffers = FlatBuffers(plan, weights, torch.empty(0))  # nobody asks for gradients

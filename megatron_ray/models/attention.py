@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.data.loader import Packed
 from megatron_ray.models.attention_blocks import blocks_are_faster, causal_attention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import RotateQKV, split_qkv
@@ -36,12 +37,13 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of a batch: its shape and, with rotary positions, the cos and sin [B or 1, S, 1, D]."""
+    """What attention needs to know of a batch: its shape, with rotary positions the cos and sin [B or 1, S, 1, D], and its documents."""
 
     batch: int
     sequence: int
     cos: Tensor | None
     sin: Tensor | None
+    packed: Packed | None = None
 
 
 class Attention(nn.Module):
@@ -64,7 +66,7 @@ class Attention(nn.Module):
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        attended = self.core(q, k, v, positions) if cache is None else self._attend_cached(q, k, v, cache)
+        attended = self.core(q, k, v, positions.packed) if cache is None else self._attend_cached(q, k, v, cache)
         merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
         output: Tensor = self.o(merged, residual_TH)
         return output
@@ -84,8 +86,19 @@ class Attention(nn.Module):
 class WholeAttention(nn.Module):
     """Causal attention of sequences that lie whole on this rank."""
 
-    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
-        if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
-            return causal_attention(q_BNSD, k_BGSD, v_BGSD)
-        grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
-        return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)
+    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
+        if packed is None:
+            return _whole(q_BNSD, k_BGSD, v_BGSD)
+        rows = []
+        for row, lengths in enumerate(packed.lengths):
+            documents = zip(*(torch.split(x[row : row + 1], list(lengths), dim=2) for x in (q_BNSD, k_BGSD, v_BGSD)), strict=True)
+            rows.append(torch.cat([_whole(*document) for document in documents], dim=2))
+        return torch.cat(rows)
+
+
+def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+    """Every row is one sequence."""
+    if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
+        return causal_attention(q_BNSD, k_BGSD, v_BGSD)
+    grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
+    return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.data.loader import Batch
+from megatron_ray.data.loader import Batch, Packed
 from megatron_ray.models.attention import KeyValueCache, Positions
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.layers import Layers
@@ -43,7 +43,7 @@ class GPT(nn.Module):
     def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
         hidden_TH = self._embed(batch.tokens_BS, batch.position_ids) if received_TH is None else received_TH
-        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH)
+        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH, batch.packed)
         hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, positions)
         if not stage.loss:
             return hidden_TH
@@ -71,9 +71,9 @@ class GPT(nn.Module):
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
-    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor) -> Positions:
+    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor, packed: Packed | None = None) -> Positions:
         batch, sequence = shape
         if self.config.position_embedding != "rope":
-            return Positions(batch, sequence, None, None)
+            return Positions(batch, sequence, None, None, packed)
         cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
-        return Positions(batch, sequence, cos, sin)
+        return Positions(batch, sequence, cos, sin, packed)

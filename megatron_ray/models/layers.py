@@ -42,7 +42,7 @@ class Layers(Protocol):
         ...
 
     def attention(self) -> nn.Module:
-        """(q [B, N, S, D], k and v [B, G, S, D], Positions) -> causal attention [B, N, S, D], over whole sequences whoever holds them."""
+        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention [B, N, S, D], over whole sequences."""
         ...
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:

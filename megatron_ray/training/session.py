@@ -12,8 +12,9 @@ import torch
 from megatron_ray import validation
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
-from megatron_ray.data.loader import Batch, StepLoader, evaluation_batches
+from megatron_ray.data.loader import Batch, BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.data.sequence_cut import SequenceCut
 from megatron_ray.initialization import draw_local
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
@@ -87,19 +88,25 @@ class TrainingSession:
         self._phase_start = now
 
     def _loader(self, data: PreparedData) -> StepLoader:
-        training, mesh = self.config.training, self.mesh
+        training, mesh, make_batch = self.config.training, self.mesh, batch_maker(self.config, self.mesh, data.end_of_document)
         needed = training.steps * training.global_batch_size
         dataset = build_dataset(data.train, needed, training.seq_length, training.seed, self.config.data_cache)
-        return StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+        return StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, make_batch)
 
     def _evaluation(self, data: PreparedData) -> Callable[[], Iterable[Batch]] | None:
-        training, mesh = self.config.training, self.mesh
+        training, mesh, make_batch = self.config.training, self.mesh, batch_maker(self.config, self.mesh, data.end_of_document)
         available = (sum(corpus.num_tokens for corpus in data.validation) - 1) // training.seq_length
         count = min(training.eval_samples, available)
         if count < 1:
             return None
         dataset = build_dataset(data.validation, count, training.seq_length, training.seed, self.config.data_cache)
-        return lambda: evaluation_batches(dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+        return lambda: evaluation_batches(dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, make_batch)
+
+
+def batch_maker(config: TrainConfig, mesh: ParallelMesh, end_of_document: int | None = None) -> BatchMaker:
+    """How this rank turns samples into batches."""
+    cut = SequenceCut(mesh.dims.cp, mesh.cp_rank)
+    return BatchMaker(mesh.device, cut, end_of_document if config.data.separate_documents else None)
 
 
 def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -> tuple[ParallelModel, ShardedOptimizer]:

@@ -17,7 +17,7 @@ Step = Callable[[np.ndarray, int], tuple[float, float]]
 
 def ours(precision: str) -> Step:
     from megatron_ray.config.train_config import TrainConfig
-    from megatron_ray.data.loader import make_batch
+    from megatron_ray.data.loader import BatchMaker
     from megatron_ray.mesh import ParallelMesh
     from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
     from megatron_ray.training.session import build
@@ -50,7 +50,7 @@ def ours(precision: str) -> Step:
     fill(model, optimizer, llama_logical(reference.weights(), config.model))
 
     def step(rows: np.ndarray, number: int) -> tuple[float, float]:
-        batches = [make_batch(rows[i : i + reference.MICRO_BATCH], mesh.device) for i in range(0, len(rows), reference.MICRO_BATCH)]
+        batches = [BatchMaker(mesh.device)(rows[i : i + reference.MICRO_BATCH]) for i in range(0, len(rows), reference.MICRO_BATCH)]
         loss = forward_backward(model, mesh, batches)
         stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
         scale_and_clip(optimizer, stats, 1.0)

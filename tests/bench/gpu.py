@@ -14,7 +14,7 @@ import torch
 
 from megatron_ray import device
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import make_batch
+from megatron_ray.data.loader import BatchMaker
 from megatron_ray.flops import flops_per_token
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
@@ -68,7 +68,7 @@ def measure(name: str, shape: dict[str, Any], micro_batch: int, goal: float) -> 
     model, optimizer = build(config, mesh)
     rng = np.random.default_rng(0)
     rows = rng.integers(0, config.model.vocabulary, (micro_batch * MICROBATCHES, SEQUENCE + 1))
-    batches = [make_batch(rows[i : i + micro_batch], mesh.device) for i in range(0, len(rows), micro_batch)]
+    batches = [BatchMaker(mesh.device)(rows[i : i + micro_batch]) for i in range(0, len(rows), micro_batch)]
     seconds = []
     for step in range(WARMUP + STEPS):
         device.synchronize(mesh.device)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from megatron_ray.checkpoint.sharded_state import ShardedState
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh, World
@@ -16,9 +17,11 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.training.commands import Command
 from megatron_ray.training.loop import Parts, Progress, train
 from megatron_ray.training.reports import Report, StepReport
-from megatron_ray.training.session import build
+from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 
+END = 7
+"""Token that ends a document, where documents are kept apart."""
 LLAMA: dict[str, Any] = {
     "num_layers": 2,
     "hidden_size": 64,
@@ -42,8 +45,9 @@ GPT2 = LLAMA | {
 class RandomDataset:
     """Sample i is a pure function of i."""
 
-    def __init__(self, vocabulary: int, seq_length: int) -> None:
-        self.vocabulary, self.seq_length = vocabulary, seq_length
+    def __init__(self, vocabulary: int, seq_length: int, ends: float = 0.0) -> None:
+        """`ends`: how often a document ends."""
+        self.vocabulary, self.seq_length, self.ends = vocabulary, seq_length, ends
 
     def __len__(self) -> int:
         return 1 << 30
@@ -53,7 +57,8 @@ class RandomDataset:
         first = rng.integers(0, self.vocabulary)
         # Half predictable, so that there is something to learn and gradients do not die out.
         steps = np.where(rng.random(self.seq_length + 1) < 0.5, 1, rng.integers(0, self.vocabulary, self.seq_length + 1))
-        return (first + np.cumsum(steps)) % self.vocabulary
+        tokens = (first + np.cumsum(steps)) % self.vocabulary
+        return np.where(rng.random(self.seq_length + 1) < self.ends, END, tokens) if self.ends else tokens
 
 
 class NoSaver:
@@ -79,12 +84,14 @@ class RankResult:
     model_bytes: int
 
 
-def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32") -> TrainConfig:
+def make_config(
+    model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32", separate_documents: bool = False
+) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
             "model": model,
             "parallel": parallel,
-            "data": {"train": [{"path": "unused"}]},
+            "data": {"train": [{"path": "unused"}], "separate_documents": separate_documents},
             "training": {
                 "seq_length": 32,
                 "micro_batch_size": 2,
@@ -100,8 +107,7 @@ def make_config(model: dict[str, Any], parallel: dict[str, Any], *, steps: int, 
 
 
 def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
-    dims = ParallelDims.for_world(world_size, tp=config.parallel.tp, pp=config.parallel.pp)
-    return ParallelMesh.create(dims, World(rank, world_size, 0, "cpu"))
+    return ParallelMesh.create(ParallelDims.of(config.parallel, world_size), World(rank, world_size, 0, "cpu"))
 
 
 def boxes(state: ShardedState, prefix: str = "") -> list[tuple[str, tuple[int, ...], np.ndarray]]:
@@ -117,8 +123,10 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
     training = config.training
-    dataset = RandomDataset(config.model.vocabulary, training.seq_length)
-    loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, mesh.device)
+    dataset = RandomDataset(config.model.vocabulary, training.seq_length, ends=0.15 if config.data.separate_documents else 0.0)
+    loader = StepLoader(
+        dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh, END)
+    )
 
     model, optimizer = build(config, mesh)
     initial = boxes(optimizer.sharded_state(), "model/")
@@ -200,7 +208,7 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[s
     from megatron_ray.parameters import local_parameters
 
     mesh = ParallelMesh.single()
-    module = build_model(config.model, mesh, sequence_parallel=False, dtype=torch.float64).to_empty(device="cpu")
+    module = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float64).to_empty(device="cpu")
     if config.model.tie_embeddings:
         module.head.weight = module.embedding.weight  # to_empty has made two of the shared one
     table = local_parameters(config.model, mesh.dims, 0)
@@ -208,8 +216,8 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[s
     for local in table:
         parameters[local.name].data.copy_(draw_local(local, config.training.seed))
     training = config.training
-    dataset = RandomDataset(config.model.vocabulary, training.seq_length)
-    loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, mesh.device)
+    dataset = RandomDataset(config.model.vocabulary, training.seq_length, ends=0.15 if config.data.separate_documents else 0.0)
+    loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh, END))
     batches = loader.step(0)
     for batch in batches:
         module(replace(batch, loss_mask_BS=batch.loss_mask_BS.double())).backward()

@@ -46,8 +46,7 @@ def config(folder: Path, tp: int, dp: int, **parallel: Any) -> TrainConfig:
 
 def train(rank: int, world_size: int, settings: TrainConfig, data: PreparedData, attempt: int, resume_from: str | None) -> Any:
     """Losses and norms by step, as rank 0 saw them; 0 is the evaluation at the end."""
-    parallel = settings.parallel
-    dims = ParallelDims.for_world(world_size, tp=parallel.tp, pp=parallel.pp)
+    dims = ParallelDims.of(settings.parallel)
     reports: list[Report] = []
     mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
     TrainingSession(settings, mesh, data, report=reports.append, attempt=attempt, resume_from=resume_from).run()

@@ -18,7 +18,7 @@ from megatron_ray.parallelize import parallelize
 from megatron_ray.tensor_parallel.weight_grad import GradSlot
 from megatron_ray.training.commands import Command
 from megatron_ray.training.reports import CheckpointReport, Report, StepReport
-from megatron_ray.training.session import TrainingSession, build
+from megatron_ray.training.session import TrainingSession, batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import LLAMA, RandomDataset, boxes, make_config, make_mesh, run_layout
 from tests.ranks import run_ranks
@@ -47,7 +47,7 @@ def record_overlap(rank: int, world_size: int, config: TrainConfig) -> tuple[lis
         reducer._pending = [pending if isinstance(pending, Watched) else Watched(pending) for pending in reducer._pending]
 
     model.sink._on_ready = note
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, mesh.dp_rank, mesh.dims.dp, mesh.device)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh))
     forward_backward(model, mesh, loader.step(0))
     inside = list(waits)
     reducer.finish()

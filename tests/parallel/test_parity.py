@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,14 @@ LAYOUTS = {
     "pp2-tp2-uneven": {"pp": 2, "tp": 2, "first_stage_layers": 2, "last_stage_layers": 0},
 }
 
+CONTEXT_LAYOUTS = {
+    "cp2-p2p": {"cp": 2},
+    "cp2-all-gather-zero0": {"cp": 2, "cp_method": "all_gather", "zero": 0},
+    "cp2-a2a-dp2": {"cp": 2, "cp_method": "a2a", "dp": 2},
+    "cp2-p2p-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
+    "cp4-hierarchical": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)},
+}
+LAYOUTS |= CONTEXT_LAYOUTS
 LONG_LAYOUTS = {
     "tp4-sp": {"tp": 4, "sequence_parallel": True},
     "dp4-zero1": {"dp": 4},
@@ -49,7 +58,7 @@ LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}
 
 
 def world(parallel: dict[str, Any]) -> int:
-    return int(parallel.get("tp", 1)) * int(parallel.get("dp", 1)) * int(parallel.get("pp", 1))
+    return prod(int(parallel.get(axis, 1)) for axis in ("tp", "dp", "pp", "cp"))
 
 
 @cache

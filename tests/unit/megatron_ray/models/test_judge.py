@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import make_batch
+from megatron_ray.data.loader import BatchMaker
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.training.session import build
@@ -82,7 +82,7 @@ def test_logits_and_gradients_are_those_of_transformers(family: Callable[[], Any
     model, optimizer = build(config, mesh, initialise=False)
     fill(model, optimizer, to_logical(theirs.state_dict(), config.model))
     samples = torch.randint(0, VOCABULARY, (3, SEQUENCE + 1), generator=torch.Generator().manual_seed(2)).numpy()
-    batch = make_batch(samples, mesh.device)
+    batch = BatchMaker(mesh.device)(samples)
 
     expected = theirs(input_ids=batch.tokens_BS, use_cache=False).logits
     with torch.no_grad():
@@ -152,7 +152,7 @@ def bf16_distances(seed: int, sizes: dict[str, int], sharpness: float) -> dict[s
     model, optimizer = build(config, mesh, initialise=False)
     fill(model, optimizer, llama_logical(judge.state_dict(), config.model))
     samples = torch.randint(0, vocabulary, (batch, sequence + 1), generator=torch.Generator().manual_seed(seed)).numpy()
-    tokens = make_batch(samples, mesh.device)
+    tokens = BatchMaker(mesh.device)(samples)
 
     def run(module: torch.nn.Module, autocast: bool) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

@@ -13,7 +13,7 @@ from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.training.commands import Command
 from megatron_ray.training.loop import Parts, Progress, train
 from megatron_ray.training.reports import Report, StepReport
-from megatron_ray.training.session import build
+from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import GPT2, LLAMA, NoSaver, RandomDataset, make_config
 
@@ -26,7 +26,7 @@ pytestmark = [
 def losses_and_norms(config: TrainConfig, kind: str) -> tuple[list[float], list[float]]:
     mesh = ParallelMesh.single(kind)
     model, optimizer = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, mesh.device)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh))
     reports: list[StepReport] = []
 
     def note(report: Report) -> None:
@@ -57,7 +57,7 @@ def test_a_step_never_waits_for_the_device(precision: str) -> None:
     config = make_config(LLAMA, {"dp": 1}, steps=4, precision=precision)
     mesh = ParallelMesh.single("cuda")
     model, optimizer = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, mesh.device)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh))
     for step in range(3):
         batches = loader.step(8 * step)
         if step == 2:  # the first steps compile and allocate

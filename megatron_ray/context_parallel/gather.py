@@ -1,0 +1,91 @@
+"""Attention over gathered keys and values. Owns: that form of context parallelism (Llama 3's): one gather, then everything is local.
+
+Simpler than the ring and with fewer, larger messages, but each rank holds the keys and values of whole sequences for the length of one
+layer. Must not know: heads exchanged, layers. Shapes: as in ring; L = cp x S tokens of a whole sequence.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from megatron_ray import collectives
+from megatron_ray.collectives import Group
+from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward
+from megatron_ray.data.loader import Packed
+from megatron_ray.data.sequence_cut import SequenceCut
+
+
+class GatherAttention(nn.Module):
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of the whole group."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
+        documents = packed.documents_BS if packed is not None else None
+        return _Gather.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather_tiles(cut: SequenceCut, length: int) -> list[Tile]:
+    """What a rank's `length` queries see of keys in natural order: all chunks before each of its two, and their own by a triangle."""
+    chunk = length // 2
+    tiles = []
+    for place, number in enumerate(cut.chunks):
+        rows = slice(place * chunk, (place + 1) * chunk)
+        if number:
+            tiles.append(Tile(rows, slice(0, number * chunk)))
+        tiles.append(Tile(rows, slice(number * chunk, (number + 1) * chunk), causal=True))
+    return tiles
+
+
+def in_order(parts: Tensor, dim: int) -> Tensor:
+    """[cp, ...] the parts of all ranks, each two chunks along `dim` -> whole sequences along dim - 1 of the result, in natural order."""
+    early, late = parts.chunk(2, dim=dim)
+    return torch.cat([*early.unbind(0), *late.flip(0).unbind(0)], dim=dim - 1)
+
+
+def by_rank(whole: Tensor, cp: int, dim: int) -> Tensor:
+    """Inverse of `in_order`: [cp, ...], contiguous."""
+    chunks = whole.chunk(2 * cp, dim=dim - 1)
+    return torch.stack([torch.cat([chunks[number] for number in SequenceCut(cp, rank).chunks], dim=dim - 1) for rank in range(cp)])
+
+
+def _documents(cut: SequenceCut, documents: Tensor | None) -> Documents | None:
+    if documents is None:
+        return None
+    chunks = documents.chunk(2 * cut.cp, dim=1)
+    return Documents(torch.cat([chunks[number] for number in cut.chunks], dim=1), documents)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: Group) -> Tensor:
+        cut, so_far = SequenceCut(collectives.size(group), collectives.rank(group)), Attended.nothing(q)
+        own = torch.stack([k, v])
+        keys, values = _gathered(own, cut.cp, group)
+        attend(so_far, q, keys, values, gather_tiles(cut, q.shape[2]), _documents(cut, documents))
+        output = so_far.output.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        ctx.save_for_backward(q, own, output, so_far.lse)
+        ctx.cut, ctx.group, ctx.documents = cut, group, documents  # type: ignore[attr-defined]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, own, output, lse = ctx.saved_tensors
+        cut: SequenceCut = ctx.cut
+        whole = _gathered(own, cut.cp, ctx.group)
+        gradients = TileGradients(torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(whole, dtype=lse.dtype))
+        tiles = gather_tiles(cut, q.shape[2])
+        attend_backward(gradients, grad, q, whole[0], whole[1], (output, lse), tiles, _documents(cut, ctx.documents))
+        parts = by_rank(gradients.keys_values, cut.cp, dim=4)
+        grad_k, grad_v = collectives.reduce_scatter_rows(parts, ctx.group).squeeze(0).to(q.dtype).unbind(0)
+        return gradients.queries.to(q.dtype), grad_k, grad_v, None, None
+
+
+def _gathered(own_2BGSD: Tensor, cp: int, group: Group) -> Tensor:
+    """[2, B, G, L, D] in natural order."""
+    parts = collectives.all_gather_rows(own_2BGSD[None], group)
+    return in_order(parts, dim=4)

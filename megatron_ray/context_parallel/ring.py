@@ -1,0 +1,115 @@
+"""Ring attention: keys and values go round the context-parallel ranks, point to point (Liu et al. 2023). Owns: that order of hops.
+
+While a rank attends to one block of keys and values the next is on its way, so it never holds more than two. In the backward each block
+goes round once more, its gradient one hop behind it, so that it arrives home complete. Must not know: heads exchanged, layers.
+
+Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens: two chunks of every sequence (data.sequence_cut).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from megatron_ray import collectives
+from megatron_ray.collectives import Group
+from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward
+from megatron_ray.data.loader import Packed
+from megatron_ray.data.sequence_cut import SequenceCut
+
+
+def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
+    """What a rank's `length` queries see of the keys of `owner`; as much work for every pair but a rank and itself."""
+    half, everything = length // 2, slice(0, length)
+    if owner == rank:
+        return [Tile(everything, everything, causal=True)]
+    if owner < rank:  # its early chunk lies before both of ours, its late one after both
+        return [Tile(everything, slice(0, half))]
+    return [Tile(slice(half, length), everything)]
+
+
+class RingAttention(nn.Module):
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of the whole group."""
+
+    def __init__(self, group: Group) -> None:
+        super().__init__()
+        self.group = group
+
+    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
+        documents = packed.documents_BS if packed is not None else None
+        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Hops:
+    """Which block is here at which hop, and moving it to the next rank."""
+
+    def __init__(self, group: Group, documents: Tensor | None) -> None:
+        self.group, self.rank, self.size = group, collectives.rank(group), collectives.size(group)
+        self._documents = documents
+
+    def owner(self, hop: int) -> int:
+        return (self.rank - hop) % self.size
+
+    def start(self, tensor: Tensor) -> tuple[Tensor, collectives.Pending]:
+        """What the rank before sends is in the first item after `wait`; `tensor` must stay as it is until then."""
+        arriving = torch.empty_like(tensor)
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        return arriving, collectives.start_exchange(tensor, after, arriving, before, self.group)
+
+    def documents(self, owner: int) -> Documents | None:
+        if self._documents is None:
+            return None
+        mine, theirs = (self._of(rank, self._documents) for rank in (self.rank, owner))
+        return Documents(mine, theirs)
+
+    def _of(self, rank: int, documents: Tensor) -> Tensor:
+        chunks = documents.chunk(2 * self.size, dim=1)
+        return torch.cat([chunks[number] for number in SequenceCut(self.size, rank).chunks], dim=1)
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: Group) -> Tensor:
+        hops, so_far, length = _Hops(group, documents), Attended.nothing(q), q.shape[2]
+        own = torch.stack([k, v])
+        block = own
+        for hop in range(hops.size):
+            if hop + 1 < hops.size:
+                arriving, pending = hops.start(block)
+            owner = hops.owner(hop)
+            attend(so_far, q, block[0], block[1], ring_tiles(hops.rank, owner, length), hops.documents(owner))
+            if hop + 1 < hops.size:
+                pending.wait()
+                block = arriving
+        # Tokens first in memory, as the output projection reads them.
+        output = so_far.output.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        ctx.save_for_backward(q, own, output, so_far.lse)
+        ctx.hops = hops  # type: ignore[attr-defined]
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, block, output, lse = ctx.saved_tensors
+        hops: _Hops = ctx.hops
+        grad_q = torch.zeros_like(q, dtype=lse.dtype)
+        travelling: tuple[Tensor, collectives.Pending] | None = None
+        for hop in range(hops.size):
+            last = hop + 1 == hops.size
+            if not last:
+                next_block, pending = hops.start(block)
+            owner = hops.owner(hop)
+            gradients = TileGradients(grad_q, torch.zeros_like(block, dtype=lse.dtype))
+            tiles = ring_tiles(hops.rank, owner, q.shape[2])
+            attend_backward(gradients, grad, q, block[0], block[1], (output, lse), tiles, hops.documents(owner))
+            if travelling is not None:
+                travelling[1].wait()
+                gradients.keys_values += travelling[0]
+            if not last:
+                pending.wait()
+                block = next_block
+            travelling = hops.start(gradients.keys_values)
+        assert travelling is not None
+        travelling[1].wait()
+        grad_k, grad_v = travelling[0].to(q.dtype).unbind(0)
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None

@@ -1,0 +1,110 @@
+"""Context parallelism: what each method sends, what it holds, and that documents kept apart stay apart under every cut."""
+
+import gc
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ray.context_parallel import ring
+from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, attend
+from megatron_ray.data.sequence_cut import SequenceCut
+from megatron_ray.models.attention import WholeAttention
+from megatron_ray.parallelize import context_attention
+from tests.parallel.parity import LLAMA, make_config, make_mesh
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.parallel
+HIERARCHY = {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)}
+
+
+def attend_and_count(rank: int, world_size: int, parallel: dict[str, Any], dtype: torch.dtype) -> tuple[Counter[str], int, float]:
+    """Calls of torch.distributed by name in one forward and backward, most foreign blocks at once, worst distance from one rank."""
+    mesh = make_mesh(rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1))
+    torch.manual_seed(1)
+    batch, heads, groups, length, width = 2, 8, 4, 64, 16
+    q, k, v, grad = (torch.randn(batch, count, length, width, dtype=dtype) for count in (heads, groups, groups, heads))
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)
+    expected.backward(grad)
+    here = torch.from_numpy(SequenceCut(world_size, rank).positions(length))
+    mine = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
+    blocks: list[weakref.ref[Tensor]] = []
+    with counting(blocks) as (calls, most):
+        output = context_attention(parallel.get("cp_method", "p2p"), mesh)(*mine, None)
+        output.backward(grad[:, :, here])
+    pairs = [(output, expected[:, :, here]), *((part.grad, full.grad[:, :, here]) for part, full in zip(mine, whole, strict=True))]
+    return calls, most[0], max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+class counting:  # noqa: N801 - reads as a statement
+    """Counts calls of torch.distributed, and blocks of keys and values from other ranks that are alive together."""
+
+    def __init__(self, blocks: list[weakref.ref[Tensor]]) -> None:
+        self.blocks, self.calls, self.most = blocks, Counter[str](), [0]
+        self.names = ("batch_isend_irecv", "all_to_all_single", "all_gather_into_tensor", "all_gather_single", "all_reduce", "broadcast")
+
+    def __enter__(self) -> tuple[Counter[str], list[int]]:
+        self.originals = {name: getattr(dist, name) for name in self.names if hasattr(dist, name)}
+        for name, original in self.originals.items():
+            setattr(dist, name, self.counted(name, original))
+        self.start = start = ring._Hops.start
+
+        def watched(hops: Any, tensor: Tensor) -> Any:
+            arriving, pending = start(hops, tensor)
+            self.blocks.append(weakref.ref(arriving))
+            self.most[0] = max(self.most[0], sum(block() is not None for block in self.blocks))
+            return arriving, pending
+
+        ring._Hops.start = watched  # type: ignore[method-assign]
+        gc.collect()
+        return self.calls, self.most
+
+    def counted(self, name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_: object) -> None:
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+        ring._Hops.start = self.start  # type: ignore[method-assign]
+
+
+def test_the_ring_holds_two_foreign_blocks_and_sends_only_point_to_point() -> None:
+    for calls, most, distance in run_ranks(attend_and_count, 4, {"cp": 4}, torch.float32):
+        # Forward: keys and values three hops. Backward: the same, and their gradients four, to come home.
+        assert calls == {"batch_isend_irecv": 3 + 3 + 4}
+        assert most <= 2 + 2, "two blocks, and in the backward two gradients"
+        assert distance < 1e-6
+
+
+@pytest.mark.parametrize("parallel", [{"cp": 2, "cp_method": "all_gather"}, {"cp": 4, "cp_method": "a2a"}, HIERARCHY])
+def test_every_method_is_attention_over_the_whole_sequence(parallel: dict[str, Any]) -> None:
+    for calls, _, distance in run_ranks(attend_and_count, parallel["cp"], parallel, torch.float64):
+        assert distance < 1e-12
+        assert ("all_to_all_single" in calls) == ("a2a" in parallel["cp_method"])
+        assert ("batch_isend_irecv" in calls) == ("p2p" in parallel["cp_method"])
+
+
+def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it() -> None:
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    documents = Documents(torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    so_far = Attended.nothing(q)
+    for keys in (slice(0, 3), slice(3, 6)):
+        attend(so_far, q, k, v, [Tile(slice(0, 6), keys)], documents)
+    apart = torch.cat(
+        [nn.functional.scaled_dot_product_attention(*(x[:, :, part] for x in (q, k, v))) for part in (slice(3), slice(3, 6))], 2
+    )
+    torch.testing.assert_close(so_far.output, apart)
+
+
+def test_one_rank_attends_to_whole_sequences() -> None:
+    mesh = make_mesh(0, 1, make_config(LLAMA, {"dp": 1}, steps=1))
+    assert isinstance(context_attention("p2p", mesh), WholeAttention)
