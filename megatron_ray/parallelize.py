@@ -23,6 +23,7 @@ from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import LocalLayers
 from megatron_ray.parameters import LocalParameter, local_parameters
 from megatron_ray.recompute import apply_recompute
+from megatron_ray.rng import Streams
 from megatron_ray.schedules.actions import Order
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -63,8 +64,9 @@ def build_model(
     *,
     dtype: torch.dtype,
     held: Sequence[StageContents] | None = None,
+    seed: int = 0,
 ) -> GPT:
-    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet."""
+    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet. `seed` is dropout's."""
     layers = LocalLayers(
         config,
         mesh.tp_group,
@@ -72,6 +74,7 @@ def build_model(
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
         attention=lambda: context_attention(parallel.cp_method, mesh),
+        streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),
     )
     with torch.device("meta"):
         return GPT(config, layers, held)
@@ -98,7 +101,7 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     """
     parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
     held = pipeline.held(mesh.pp_rank)
-    module = build_model(config.model, mesh, parallel, dtype=dtype, held=held)
+    module = build_model(config.model, mesh, parallel, dtype=dtype, held=held, seed=config.training.seed)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
     plan = plan_buckets(table, mesh.dims.size("dp", "cp"), parallel.bucket_elements)
     buffers = FlatBuffers.allocate(plan, dtype, mesh.device)

@@ -69,7 +69,10 @@ def _layers(blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: Positions
 
 
 def _core_attention(block: Block) -> None:
-    block.attention.core = _RecomputedCore(block.attention.core)
+    attention = block.attention
+    attention.core = _RecomputedCore(attention.core)
+    if attention.dropping_core is not None:
+        attention.dropping_core = _RecomputedCore(attention.dropping_core)
 
 
 class _RecomputedCore(nn.Module):
@@ -84,8 +87,10 @@ class _RecomputedCore(nn.Module):
 def _mlp(block: Block) -> None:
     plain, last = block.mlp.forward, _last_product(block.mlp)
 
-    def forward(*inputs: Tensor) -> Tensor:
-        return recomputed(plain, *inputs, last=last)
+    def forward(x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
+        if residual_TH is None:
+            return recomputed(lambda x: plain(x, None), x_TH, last=last)
+        return recomputed(plain, x_TH, residual_TH, last=last)
 
     _replace_forward(block.mlp, forward)
 

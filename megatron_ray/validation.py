@@ -44,6 +44,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
         *_lengths(config),
         *_samples(config),
         *_schedule(config),
+        *_dropout(config),
         *_recompute(config),
     ]
     if not problems:
@@ -209,6 +210,14 @@ def _schedule(config: TrainConfig) -> list[Problem]:
     if schedule.min_lr > lr:
         return [Problem("/schedule/min_lr", "min_lr", f"min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}; lower it")]
     return []
+
+
+def _dropout(config: TrainConfig) -> list[Problem]:
+    rate, cp = config.model.attention_dropout, config.parallel.cp
+    if not rate or cp == 1:
+        return []
+    text = f"attention_dropout={rate:g} does not go with cp={cp}: attention over shared sequences keeps no probabilities to drop"
+    return [Problem("/model/attention_dropout", "attention_dropout", text + "; use 0 (hidden_dropout is free), or cp=1")]
 
 
 def _recompute(config: TrainConfig) -> list[Problem]:

@@ -13,16 +13,28 @@ from megatron_ray.models.mlp import GatedMLP, PlainMLP
 class Block(nn.Module):
     """hidden + attention(norm(hidden)), then + mlp(norm(.)); the residual is added inside each half's last product."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention_norm = layers.norm(config.hidden_size)
-        self.attention = Attention(config, layers)
+        self.attention = Attention(config, layers, f"layers.{index}.attention")
         self.mlp_norm = layers.norm(config.hidden_size)
         self.mlp = GatedMLP(config, layers) if config.activation == "swiglu" else PlainMLP(config, layers)
+        self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
+        self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
     def forward(self, hidden_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+        if self.attention_dropout is not None and self.mlp_dropout is not None and positions.first_sample is not None:
+            return self._dropping(hidden_TH, positions, positions.first_sample)
         hidden_TH = self.attention(self.attention_norm(hidden_TH), hidden_TH, positions, cache)
         output: Tensor = self.mlp(self.mlp_norm(hidden_TH), hidden_TH)
+        return output
+
+    def _dropping(self, hidden_TH: Tensor, positions: Positions, first_sample: int) -> Tensor:
+        """With dropout the residual is added after it, so not inside a product."""
+        assert self.attention_dropout is not None and self.mlp_dropout is not None
+        attended = self.attention(self.attention_norm(hidden_TH), None, positions)
+        hidden_TH = self.attention_dropout(attended, first_sample).add_(hidden_TH)
+        output: Tensor = self.mlp_dropout(self.mlp(self.mlp_norm(hidden_TH), None), first_sample).add_(hidden_TH)
         return output
 
 

@@ -19,7 +19,7 @@ class GatedMLP(nn.Module):
         self.gate_up = layers.column(config.hidden_size, 2 * config.ffn_width, config.linear_bias)
         self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
         output: Tensor = self.down(self.activation(self.gate_up(x_TH)), residual_TH)
         return output
 
@@ -33,7 +33,7 @@ class PlainMLP(nn.Module):
         self.up = layers.column(config.hidden_size, config.ffn_width, config.linear_bias)
         self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
         output: Tensor = self.down(self.activation(self.up(x_TH)), residual_TH)
         return output
 

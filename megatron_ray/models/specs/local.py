@@ -8,7 +8,9 @@ from torch import nn
 from megatron_ray.collectives import Group
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.dropout import Dropout, DroppingAttention
 from megatron_ray.parameters import padded_vocabulary
+from megatron_ray.rng import Streams
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
 from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, PositionEmbedding, RowParallelLinear, VocabParallelEmbedding
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
@@ -25,10 +27,11 @@ class LocalLayers:
         *,
         sequence_parallel: bool,
         dtype: torch.dtype,
+        streams: Streams,
         attention: Callable[[], nn.Module] = WholeAttention,
     ) -> None:
         self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
-        self._attention = attention
+        self._attention, self._streams = attention, streams
         self.rows = padded_vocabulary(config, tp)
 
     def embedding(self, width: int) -> nn.Module:
@@ -51,6 +54,15 @@ class LocalLayers:
 
     def attention(self) -> nn.Module:
         return self._attention()
+
+    def hidden_dropout(self, place: str) -> nn.Module | None:
+        cut_by = ("cp", "tp") if self.sequence_parallel else ("cp",)
+        rate = self.config.hidden_dropout
+        return Dropout(rate, self._streams.stream(place, cut_by)) if rate else None
+
+    def dropping_attention(self, place: str) -> nn.Module | None:
+        rate = self.config.attention_dropout
+        return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp"))) if rate else None
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.block import Block
 from megatron_ray.models.gpt import GPT
+from megatron_ray.models.mlp import SwiGLU
 from megatron_ray.planning import kept_activations
 from megatron_ray.recompute import recomputed
+from megatron_ray.tensor_parallel import layers
+from megatron_ray.tensor_parallel.norm import RMSNorm
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config
 
-LAYERS = 4
+LAYERS = 3
 MODELS = {"llama": LLAMA | {"num_layers": LAYERS}, "gpt2": GPT2 | {"num_layers": LAYERS}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -28,8 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "norm-activation": {"granularity": "selective", "modules": ["norm", "activation"]},
     "core-norm-mlp": {"granularity": "selective", "modules": ["core_attention", "norm", "mlp"]},
     "uniform1": {"granularity": "full", "method": "uniform", "num_layers": 1},
-    "uniform3": {"granularity": "full", "method": "uniform", "num_layers": 3},
-    "block3": {"granularity": "full", "method": "block", "num_layers": 3},
+    "uniform2": {"granularity": "full", "method": "uniform", "num_layers": 2},
+    "block2": {"granularity": "full", "method": "block", "num_layers": 2},
 }
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 
@@ -44,7 +49,7 @@ def gradients(config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Loss and main gradients of one step."""
     mesh = ParallelMesh.single()
     model, _ = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh))
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh))
     loss = forward_backward(model, mesh, loader.step(0))
     return loss, model.buffers.gradients
 
@@ -65,7 +70,11 @@ def blocks_of(config: TrainConfig) -> tuple[GPT, Tensor, Any]:
     model, _ = build(config, mesh)
     batch = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)).step(0)[0]
     hidden = model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
-    return model.module, hidden, model.module._positions(batch.tokens_BS.shape, batch.position_ids, hidden, batch.packed)
+    return (
+        model.module,
+        hidden,
+        model.module._positions(batch.tokens_BS.shape, batch.position_ids, hidden, batch.packed, batch.first_sample),
+    )
 
 
 def kept_bytes(config: TrainConfig) -> int:
@@ -84,36 +93,31 @@ def kept_bytes(config: TrainConfig) -> int:
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_bytes_kept_are_the_formula(setting: str, model: str, precision: str, dropout: bool) -> None:
-    config = config_of(setting, model, precision, dropout)
-    measured, formula = kept_bytes(config), kept_activations(config, LAYERS)
-    # The blocks of bf16 attention on CPU keep no logarithms of sums, which the formula grants every fused kernel.
-    allowed = 0.02 if precision == "bf16" and not dropout else 0.0
-    assert abs(measured - formula) <= allowed * formula
+def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -> None:
+    for setting in SETTINGS:
+        config = config_of(setting, model, precision, dropout)
+        measured, formula = kept_bytes(config), kept_activations(config, LAYERS)
+        # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16 LayerNorm short statistics; the formula is that of CUDA.
+        allowed = 0.025 if precision == "bf16" else 0.0
+        assert abs(measured - formula) <= allowed * formula, setting
 
 
 @pytest.mark.parametrize(
     ("setting", "layer_runs", "part_runs"),
     [
-        ("none", 4, {"core": 4, "norm": 8, "activation": 4}),
-        ("core", 4, {"core": 8, "norm": 8, "activation": 4}),
-        ("norm", 4, {"core": 4, "norm": 16, "activation": 4}),
-        ("activation", 4, {"core": 4, "norm": 8, "activation": 8}),
-        ("mlp", 4, {"core": 4, "norm": 8, "activation": 8}),
-        ("uniform1", 8, {"core": 8, "norm": 16, "activation": 8}),
-        ("uniform3", 8, {"core": 8, "norm": 16, "activation": 8}),
-        ("block3", 7, {"core": 7, "norm": 14, "activation": 7}),
+        ("none", 3, {"core": 3, "norm": 6, "activation": 3, "last": 3}),
+        ("core", 3, {"core": 6, "norm": 6, "activation": 3, "last": 3}),
+        ("norm", 3, {"core": 3, "norm": 12, "activation": 3, "last": 3}),
+        ("activation", 3, {"core": 3, "norm": 6, "activation": 6, "last": 3}),
+        ("mlp", 3, {"core": 3, "norm": 6, "activation": 6, "last": 3}),
+        ("uniform1", 6, {"core": 6, "norm": 12, "activation": 6, "last": 3}),
+        ("uniform2", 6, {"core": 6, "norm": 12, "activation": 6, "last": 4}),
+        ("block2", 5, {"core": 5, "norm": 10, "activation": 5, "last": 3}),
     ],
 )
-def test_each_part_runs_as_often_as_it_should(
+def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_once(
     monkeypatch: pytest.MonkeyPatch, setting: str, layer_runs: int, part_runs: dict[str, int]
 ) -> None:
-    from megatron_ray.models.attention import WholeAttention
-    from megatron_ray.models.block import Block
-    from megatron_ray.models.mlp import SwiGLU
-    from megatron_ray.tensor_parallel.norm import RMSNorm
-
     runs = Counter[str]()
 
     def counted(kind: type[nn.Module], name: str) -> None:
@@ -125,6 +129,13 @@ def test_each_part_runs_as_often_as_it_should(
 
         monkeypatch.setattr(kind, "forward", forward)
 
+    product = layers.forward_product_plus
+
+    def last_product(inputs: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+        runs["last"] += weight.shape[1] == LLAMA["ffn_hidden_size"]
+        return product(inputs, weight, addend)
+
+    monkeypatch.setattr(layers, "forward_product_plus", last_product)
     for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (SwiGLU, "activation")):
         counted(kind, name)
     model, hidden, positions = blocks_of(config_of(setting, "llama", "fp32", False))
