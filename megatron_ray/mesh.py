@@ -43,6 +43,10 @@ class ParallelMesh:
     """The same ranks as a hierarchy, innermost groups first."""
     replica_group: Group
     """Who has the same dense parameters and other tokens: dp x cp."""
+    shard_group: Group
+    """Those of them that share one copy of sharded state."""
+    copy_group: Group
+    """Those of them with the same shard of another copy."""
     pp_group: Group
     embedding_group: Group
     """First and last stage of this rank's pipeline, on those two."""
@@ -68,7 +72,10 @@ class ParallelMesh:
         groups = _Groups(world.rank, timeout)
         cp_levels = tuple(groups.get(level, "cp level") for level in dims.context_levels())
         everyone = dist.group.WORLD if world.world_size > 1 else None
+        shard, copy = (groups.get(level, "shard level") for level in dims.shard_levels())
         found = {
+            "shard_group": shard,
+            "copy_group": copy,
             "world_group": everyone,
             "tp_group": groups.get(dims.groups(("tp",)), "tp"),
             "dp_group": groups.get(dims.groups(("dp",)), "dp"),

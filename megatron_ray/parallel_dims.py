@@ -94,6 +94,8 @@ class ParallelDims:
     order: tuple[str, ...] = ORDER
     cp_sizes: tuple[int, ...] | None = None
     """Context parallelism as a hierarchy, innermost first; one level when not given."""
+    zero_replicas: int = 1
+    """Copies of state that is sharded over dp x cp."""
 
     def __post_init__(self) -> None:
         if sorted(self.order) != sorted(ORDER):
@@ -103,6 +105,8 @@ class ParallelDims:
                 raise ValueError(f"{axis}={size} must be at least 1")
         if self.cp_sizes is not None and prod(self.cp_sizes) != self.cp:
             raise ValueError(f"hierarchical sizes {list(self.cp_sizes)} multiply to {prod(self.cp_sizes)}, not to cp={self.cp}")
+        if self.size("dp", "cp") % self.zero_replicas:
+            raise ValueError(f"zero_replicas={self.zero_replicas} must divide dp x cp = {self.dp} x {self.cp}")
         inside = self.expert_tp * self.ep * self.pp
         if self.world_size % inside:
             raise ValueError(
@@ -135,7 +139,15 @@ class ParallelDims:
                 raise ValueError("parallel.dp is not resolved")
             dp = cls.for_world(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp).dp
         return cls(
-            tp=parallel.tp, cp=parallel.cp, dp=dp, pp=parallel.pp, ep=parallel.ep, etp=parallel.etp, cp_sizes=parallel.hierarchical_cp_sizes
+            tp=parallel.tp,
+            cp=parallel.cp,
+            dp=dp,
+            pp=parallel.pp,
+            ep=parallel.ep,
+            etp=parallel.etp,
+            order=tuple(parallel.order.split("-")),
+            cp_sizes=parallel.hierarchical_cp_sizes,
+            zero_replicas=parallel.zero_replicas,
         )
 
     @property
@@ -191,15 +203,23 @@ class ParallelDims:
 
     def context_levels(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Context-parallel groups cut into the hierarchy `cp_sizes`, innermost level first: level l has groups of cp_sizes[l] ranks."""
-        levels = []
-        inner = 1
-        for size in self.cp_sizes or (self.cp,):
-            found = [
-                tuple(group[start + step * inner] for step in range(size))
-                for group in self.groups(("cp",))
-                for block in range(0, self.cp, inner * size)
-                for start in range(block, block + inner)
-            ]
-            levels.append(tuple(sorted(found)))
-            inner *= size
-        return tuple(levels)
+        return _levels(self.groups(("cp",)), self.cp_sizes or (self.cp,))
+
+    def shard_levels(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Who shares one copy of sharded state, and who has the same shard of another copy."""
+        return _levels(self.groups(("dp", "cp")), (self.size("dp", "cp") // self.zero_replicas, self.zero_replicas))
+
+
+def _levels(groups: Iterable[tuple[int, ...]], sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    levels = []
+    inner = 1
+    for size in sizes:
+        found = [
+            tuple(group[start + step * inner] for step in range(size))
+            for group in groups
+            for block in range(0, len(group), inner * size)
+            for start in range(block, block + inner)
+        ]
+        levels.append(tuple(sorted(found)))
+        inner *= size
+    return tuple(levels)

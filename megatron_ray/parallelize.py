@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_ray import collectives
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
@@ -17,6 +18,7 @@ from megatron_ray.context_parallel.gather import GatherAttention
 from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, adopt_parameters, attach_slots
+from megatron_ray.data_parallel.full_shard import FullShard, shard_rows
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
@@ -40,11 +42,13 @@ class ParallelModel:
     parameters: tuple[LocalParameter, ...]
     buffers: FlatBuffers
     sink: WeightGradSink
-    reducer: GradReducer
+    reducer: GradReducer | FullShard
     pipeline: PipelinePlan
     actions: Order
     """This rank's list for a step; empty where there is one stage only."""
     sequence_parallel: bool
+    adopt: Callable[[], None] = lambda: None
+    """Takes over weights that were written to the flat buffers, where the model does not live in them."""
 
     @property
     def has_loss(self) -> bool:
@@ -100,16 +104,24 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     `on_reduce` hears of every bucket whose reduction starts (tests and traces).
     """
     parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
-    held = pipeline.held(mesh.pp_rank)
-    module = build_model(config.model, mesh, parallel, dtype=dtype, held=held, seed=config.training.seed)
+    held, fully_sharded = pipeline.held(mesh.pp_rank), parallel.zero == 3 and mesh.shard_group is not None
+    held_type = torch.float32 if fully_sharded else dtype
+    module = build_model(config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed)
+    apply_recompute(module, config.training.recompute)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
+    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
+    actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
+    if fully_sharded:
+        shards = FullShard(module, list(module.layers.values()), (mesh.shard_group, mesh.copy_group), dtype)
+        table = shard_rows(table, collectives.rank(mesh.shard_group), collectives.size(mesh.shard_group))
+        buffers = FlatBuffers.allocate(plan_buckets(table, 1, parallel.bucket_elements), torch.float32, mesh.device)
+        shards.attach(buffers)
+        sink = WeightGradSink(shards.ready)
+        return ParallelModel(module, table, buffers, sink, shards, pipeline, actions, parallel.sequence_parallel, shards.adopt)
     plan = plan_buckets(table, mesh.dims.size("dp", "cp"), parallel.bucket_elements)
     buffers = FlatBuffers.allocate(plan, dtype, mesh.device)
     adopt_parameters(module, buffers)
     reducer = GradReducer(buffers, mesh.replica_group, sharded=parallel.zero == 1, on_start=on_reduce)
     sink = WeightGradSink(reducer.ready)
     attach_slots(module, buffers, sink)
-    apply_recompute(module, config.training.recompute)
-    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
-    actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
     return ParallelModel(module, table, buffers, sink, reducer, pipeline, actions, parallel.sequence_parallel)

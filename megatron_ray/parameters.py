@@ -72,6 +72,10 @@ class Part:
     box: Box
     start: int
     """First row of the part in the local tensor."""
+    copies: int = 1
+    """Neighbouring tp ranks that hold this very box, where there are fewer key/value heads than ranks; each has a part of its gradient."""
+    counted: bool = True
+    """False but for the first of those, so that the global norm has it once."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,14 @@ class _LocalTable:
         model = self.model
         hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_width, model.kv_heads * model.head_width
         self._norm(prefix + "attention_norm")
-        self._column(prefix + "attention.qkv", {"attention.q": heads, "attention.k": kv, "attention.v": kv}, hidden, prefix)
+        copies = max(1, self.tp // model.kv_heads)
+        outputs = {"attention.q": (heads, 1), "attention.k": (kv, copies), "attention.v": (kv, copies)}
+        self._column(prefix + "attention.qkv", outputs, hidden, prefix)
         self._row(prefix + "attention.o", hidden, heads)
         self._norm(prefix + "mlp_norm")
         names = ("mlp.gate", "mlp.up") if model.activation == "swiglu" else ("mlp.up",)
         fused = "mlp.gate_up" if model.activation == "swiglu" else "mlp.up"
-        self._column(prefix + fused, dict.fromkeys(names, model.ffn_width), hidden, prefix)
+        self._column(prefix + fused, dict.fromkeys(names, (model.ffn_width, 1)), hidden, prefix)
         self._row(prefix + "mlp.down", hidden, model.ffn_width)
 
     def _norm(self, name: str) -> None:
@@ -195,15 +201,16 @@ class _LocalTable:
         part = Part(logical, Box((first, 0), (held, hidden)), 0)
         self.found.append(LocalParameter(name, (local, hidden), (part,), on_two_stages, counted=not logical_name))
 
-    def _column(self, fused: str, outputs: dict[str, int], inputs: int, prefix: str) -> None:
-        """Output rows cut over tp; several logical tensors lie one after another."""
+    def _column(self, fused: str, outputs: dict[str, tuple[int, int]], inputs: int, prefix: str) -> None:
+        """Output rows cut over tp; several logical tensors lie one after another. `outputs`: rows, and how many ranks share each part."""
         weights, biases, start = [], [], 0
-        for name, out in outputs.items():
-            rows = self._cut(prefix + name, out)
+        for name, (out, copies) in outputs.items():
+            rows = self._cut(prefix + name, out * copies)
+            first, counted = rows * (self.tp_rank // copies), self.tp_rank % copies == 0
             weight = LogicalParameter(f"{prefix}{name}.weight", (out, inputs), self.normal, 0, decay=True)
-            weights.append(Part(weight, Box((rows * self.tp_rank, 0), (rows, inputs)), start))
+            weights.append(Part(weight, Box((first, 0), (rows, inputs)), start, copies, counted))
             bias = LogicalParameter(f"{prefix}{name}.bias", (out,), Init("zeros"), 0, decay=False)
-            biases.append(Part(bias, Box((rows * self.tp_rank,), (rows,)), start))
+            biases.append(Part(bias, Box((first,), (rows,)), start, copies, counted))
             start += rows
         self.found.append(LocalParameter(fused + ".weight", (start, inputs), tuple(weights)))
         if self.model.linear_bias:

@@ -31,7 +31,8 @@ class LayerActivations:
     activation: int
     """w T F / tp"""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention, and 2 T H / s of masks with hidden dropout."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
+    dropout."""
 
     @property
     def whole(self) -> int:
@@ -59,7 +60,7 @@ def layer_activations(config: TrainConfig) -> LayerActivations:
     heads = tokens * model.num_attention_heads // tp
     scores = heads * training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * 4
     inner = width * tokens * model.ffn_width // tp
-    around = 2 * width * tokens * (model.num_attention_heads + model.kv_heads) * model.head_width // tp
+    around = 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
     return LayerActivations(
         layer_input=residual,
         norm=2 * residual + 2 * _STATISTICS[model.norm] * tokens // cut,

@@ -106,13 +106,14 @@ def _degrees(config: TrainConfig) -> list[Problem]:
 def _tensor_parallel(config: TrainConfig) -> list[Problem]:
     model, tp = config.model, config.parallel.tp
     sizes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_width}
-    if model.kv_heads != model.num_attention_heads:
-        sizes["num_query_groups"] = model.kv_heads
     found = [
         Problem("/parallel/tp", "tp_divides", f"tp={tp} does not divide model.{name}={size}; use a tp that divides both, or another {name}")
         for name, size in sizes.items()
         if size % tp
     ]
+    if not found and tp % model.kv_heads and model.kv_heads % tp:
+        text = f"tp={tp} is neither a multiple nor a divisor of model.num_query_groups={model.kv_heads}, so heads cannot be dealt out"
+        found.append(Problem("/parallel/tp", "tp_divides", f"{text}; use a tp that is one of both, or another num_query_groups"))
     part = tp * config.parallel.cp
     if config.parallel.sequence_parallel and config.training.seq_length % part:
         text = f"sequence_parallel cuts seq_length={config.training.seq_length} into tp x cp = {tp} x {config.parallel.cp} parts"
@@ -138,7 +139,7 @@ def _context_parallel(config: TrainConfig) -> list[Problem]:
         text = f"cp={cp} cuts a sequence into 2 x cp = {2 * cp} chunks, and seq_length={seq_length} is no multiple of that; use {nearest}"
         found.append(Problem("/training/seq_length", "context_divides", text))
     exchange = {"a2a": cp, "a2a+p2p": sizes[0] if sizes else 1}.get(parallel.cp_method, 1)
-    heads = {"num_attention_heads": config.model.num_attention_heads, "num_query_groups": config.model.kv_heads}
+    heads = {"num_attention_heads": config.model.num_attention_heads, "num_query_groups": max(config.model.kv_heads, parallel.tp)}
     for name, count in heads.items():
         if count % (parallel.tp * exchange):
             text = f"{name}={count} over tp={parallel.tp} cannot be dealt out to the {exchange} ranks that exchange heads"

@@ -40,7 +40,11 @@ class ParallelismConfig(Config):
     """Data parallel replicas; `auto` takes as many as the cluster has room for and the batch divides into."""
     sequence_parallel: bool = False
     """Cuts activations between tensor-parallel regions along the sequence; has no meaning, and resolves to false, at tp=1."""
-    zero: Literal[0, 1] = 1
-    """ZeRO stage: 1 shards the optimizer state over the data-parallel ranks, 0 keeps a copy on each."""
+    zero: Literal[0, 1, 3] = 1
+    """ZeRO stage: 1 shards the optimizer state over the data-parallel ranks, 3 the weights and gradients too, 0 nothing."""
+    zero_replicas: int = Field(default=1, ge=1)
+    """For ZeRO 3: how many copies of the sharded state there are (HSDP); the dp x cp ranks divided by this share one."""
+    order: str = "tp-cp-ep-dp-pp"
+    """Axes from the one whose ranks are neighbours to the one whose ranks are farthest apart."""
     bucket_elements: int | None = Field(default=None, ge=1)
     """Gradients are reduced in buckets of about this many elements; max(40e6, 1e6 x dp) as in Megatron when not given."""

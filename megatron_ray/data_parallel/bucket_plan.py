@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from megatron_ray.parameters import LocalParameter
+from megatron_ray.parameters import LocalParameter, Part
 
 # Start of every parameter in elements: 256 bytes in fp32, what vector units and copy engines like.
 ALIGNMENT = 64
@@ -24,6 +24,10 @@ class Placed:
     def end(self) -> int:
         """One past the last element."""
         return self.start + prod(self.parameter.shape)
+
+    def part_start(self, part: Part) -> int:
+        """First element of one of its parts."""
+        return self.start + part.start * prod(self.parameter.shape[1:])
 
 
 @dataclass(frozen=True)

@@ -54,17 +54,15 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, place: str) -> None:
         super().__init__()
         self.head_width = config.head_width
-        self.queries_per_group = config.num_attention_heads // config.kv_heads
         heads, groups = config.num_attention_heads, config.kv_heads
-        self.qkv = layers.column(config.hidden_size, (heads + 2 * groups) * self.head_width, config.linear_bias)
+        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.linear_bias)
         self.core = layers.attention()
         self.dropping_core = layers.dropping_attention(f"{place}.probabilities")
         self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
-        groups = qkv.shape[-1] // (self.head_width * (self.queries_per_group + 2))
-        heads = groups * self.queries_per_group
+        heads, groups = self.qkv.heads, self.qkv.groups
         if positions.cos is not None:
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
         else:
@@ -89,7 +87,7 @@ class Attention(nn.Module):
             new, total = q_BNSD.shape[2], k_BGSD.shape[2]
             mask = torch.ones(new, total, dtype=torch.bool, device=q_BNSD.device).tril(diagonal=seen)
         return nn.functional.scaled_dot_product_attention(
-            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.queries_per_group > 1
+            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.qkv.heads > self.qkv.groups
         )
 
 

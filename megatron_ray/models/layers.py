@@ -18,6 +18,17 @@ class Head(Protocol):
         ...
 
 
+class QKV(Protocol):
+    """Projection to queries, keys and values: [T, inputs] -> [T, (heads + 2 groups) x head_width], of the heads held here."""
+
+    heads: int
+    """Query heads here."""
+    groups: int
+    """Key/value heads here."""
+
+    def __call__(self, x_TH: Tensor) -> Tensor: ...
+
+
 class Layers(Protocol):
     """Makes each layer of a model from its full size."""
 
@@ -35,6 +46,10 @@ class Layers(Protocol):
 
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         """[T, inputs] -> [T, outputs], outputs cut over tp."""
+        ...
+
+    def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKV:
+        """[T, inputs] -> queries, keys and values of the heads here."""
         ...
 
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:

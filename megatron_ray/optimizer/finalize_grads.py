@@ -36,6 +36,7 @@ def finalize_grads(
     """
     model.reducer.finish()
     _sum_over_tp(optimizer, mesh)
+    _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
     values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0 and model.has_loss:
@@ -70,6 +71,30 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
         view.copy_(summed)
 
 
+def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
+    """Key/value heads that several tp ranks hold because there are fewer heads than ranks: each has seen its own query heads only.
+
+    One all-reduce over tp of all heads, where each rank fills in its own: cheaper than a group and a reduction for every head.
+    """
+    views, copies = [], 1
+    for piece in optimizer.pieces:
+        for part in piece.placed.parameter.parts:
+            first = piece.placed.part_start(part)
+            start, end = max(piece.start, first), min(piece.end, first + part.box.num_elements)
+            if part.copies > 1 and start < end:
+                views.append(optimizer.buffers.gradients[start:end])
+                copies = part.copies
+    if not views:
+        return
+    own = torch.cat(views)
+    heads = own.new_zeros(mesh.dims.tp // copies, own.numel())
+    head = mesh.tp_rank // copies
+    heads[head] = own
+    collectives.all_reduce(heads, mesh.tp_group)
+    for view, summed in zip(views, torch.split(heads[head], [view.numel() for view in views]), strict=True):
+        view.copy_(summed)
+
+
 def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     """The word embedding of the first stage and its tied head on the last one: each has its own bucket, cut alike."""
     if mesh.embedding_group is None:
@@ -82,7 +107,7 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
 def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Sum of squares of the elements that this rank answers for, so that the world counts each logical element once."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if not optimizer.sharded and collectives.rank(mesh.replica_group) != 0:
+    if not optimizer.sharded and collectives.rank(optimizer.group) != 0:
         return total
     for run in optimizer.runs:
         if not run.counted or (not run.counts_once and mesh.tp_rank != 0):

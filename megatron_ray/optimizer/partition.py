@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_ray.data_parallel.bucket_plan import Bucket, BucketPlan, Placed
+from megatron_ray.parameters import Part
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tupl
     shard_start = 0
     for bucket in plan.buckets:
         low, high = owned_range(bucket, dp_rank, dp, sharded=sharded)
-        for start, end, placed in _spans(bucket, low, high):
-            rules = placed.parameter.decay, placed.parameter.tp_sharded, placed.parameter.counted
+        for start, end, placed, part in _spans(bucket, low, high):
+            rules = placed.parameter.decay, placed.parameter.tp_sharded, placed.parameter.counted and part.counted
             if runs and runs[-1].end == start and (runs[-1].decay, runs[-1].counts_once, runs[-1].counted) == rules:
                 last = runs.pop()
                 runs.append(Run(last.start, end, last.shard_start, *rules))
@@ -57,7 +58,7 @@ def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tupl
 
 
 def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
-    """Every parameter's parts in the runs, in buffer order."""
+    """Every parameter's stretches in the runs, in buffer order."""
     for placed in plan.placed:
         for run in runs:
             start, end = max(placed.start, run.start), min(placed.end, run.end)
@@ -65,10 +66,11 @@ def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
                 yield Piece(placed, start, end, run.shard_start + start - run.start)
 
 
-def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Placed]]:
-    """The bucket's parameters cut to [low, high), each stretched over the gap that follows it."""
-    for index, placed in enumerate(bucket.placed):
-        stretched = bucket.placed[index + 1].start if index + 1 < len(bucket.placed) else bucket.end
-        start, end = max(placed.start, low), min(stretched, high)
+def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Placed, Part]]:
+    """The parts of the bucket's parameters cut to [low, high), each stretched over the gap that follows it."""
+    found = [(placed.part_start(part), placed, part) for placed in bucket.placed for part in placed.parameter.parts]
+    starts = [bucket.start, *(start for start, _, _ in found[1:]), bucket.end]
+    for (_, placed, part), first, stretched in zip(found, starts[:-1], starts[1:], strict=True):
+        start, end = max(first, low), min(stretched, high)
         if start < end:
-            yield start, end, placed
+            yield start, end, placed, part

@@ -6,6 +6,7 @@ the model's own memory; in bf16 they are a separate fp32 shard. The update is to
 compiler, a second of every start.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,9 +38,11 @@ class Update:
 class ShardedOptimizer:
     """Update rule over runs of the flat buffers; `state` tensors are flat shards in run order."""
 
-    def __init__(self, config: OptimizerConfig, buffers: FlatBuffers, group: Group, *, sharded: bool) -> None:
+    def __init__(self, config: OptimizerConfig, buffers: FlatBuffers, group: Group, *, sharded: bool, adopt: Callable[[], None]) -> None:
+        """`group`: who has the same buffers; with `sharded` each updates its own part. `adopt` tells the model of new weights."""
         self.buffers, self.group = buffers, group
         self.sharded = sharded and group is not None
+        self._adopt = adopt
         dp_rank, dp = collectives.rank(group), collectives.size(group)
         self.runs = flat_runs(buffers.plan, dp_rank, dp, sharded=self.sharded)
         self._owned = [owned_range(bucket, dp_rank, dp, sharded=self.sharded) for bucket in buffers.plan.buckets]
@@ -112,6 +115,10 @@ class ShardedOptimizer:
         if self._main_shard is not None:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
+        self._gather()
+        self._adopt()
+
+    def _gather(self) -> None:
         if not self.sharded:
             return
         flat = self.buffers.parameters
@@ -158,9 +165,8 @@ class ShardedOptimizer:
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
     """Cuts the flat range of a piece into boxes of the logical tensors fused in its parameter; padding rows fall out."""
     parameter = piece.placed.parameter
-    row_elements = parameter.num_elements // parameter.shape[0]
     for part in parameter.parts:
-        part_start = piece.placed.start + part.start * row_elements
+        part_start = piece.placed.part_start(part)
         start, end = max(piece.start, part_start), min(piece.end, part_start + part.box.num_elements)
         if start >= end:
             continue

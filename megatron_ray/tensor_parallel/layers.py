@@ -47,6 +47,28 @@ class ColumnParallelLinear(SlottedModule):
         return _Column.apply(inputs_TI, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class QKVParallelLinear(ColumnParallelLinear):
+    """Queries, keys and values of the heads of this rank, one after another. Where there are fewer key/value heads than ranks, several
+    ranks hold the same one."""
+
+    def __init__(
+        self,
+        inputs: int,
+        heads: int,
+        groups: int,
+        head_width: int,
+        *,
+        bias: bool,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        tp = collectives.size(group)
+        held = max(groups, tp)
+        super().__init__(inputs, (heads + 2 * held) * head_width, bias=bias, group=group, sequence_parallel=sequence_parallel, dtype=dtype)
+        self.heads, self.groups = heads // tp, held // tp
+
+
 class RowParallelLinear(SlottedModule):
     """Y = residual (if given) + sum over ranks of X W^T, + b, with the columns of W cut over the group: [T, I/tp] -> [T or t, O]."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from megatron_ray import validation
+from megatron_ray.collectives import Group
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.loader import Batch, BatchMaker, StepLoader, evaluation_batches
@@ -112,11 +113,19 @@ def batch_maker(config: TrainConfig, mesh: ParallelMesh, end_of_document: int | 
 def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -> tuple[ParallelModel, ShardedOptimizer]:
     """Model and optimizer of one rank; weights are drawn from the seed, or left zero for a checkpoint to fill."""
     model = parallelize(config, mesh)
-    optimizer = ShardedOptimizer(config.optimizer, model.buffers, mesh.replica_group, sharded=config.parallel.zero == 1)
+    optimizer = ShardedOptimizer(
+        config.optimizer, model.buffers, _state_group(config, mesh), sharded=config.parallel.zero == 1, adopt=model.adopt
+    )
     if initialise:
         for parameter in model.parameters:
             optimizer.initialise(parameter.name, draw_local(parameter, config.training.seed))
+        model.adopt()
     return model, optimizer
+
+
+def _state_group(config: TrainConfig, mesh: ParallelMesh) -> Group:
+    """Who has the very same buffers: under ZeRO-3 those with other shards are left out."""
+    return mesh.copy_group if config.parallel.zero == 3 else mesh.replica_group
 
 
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:

@@ -41,8 +41,23 @@ CONTEXT_LAYOUTS = {
     "cp2-p2p-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
     "cp4-hierarchical": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)},
 }
+FULL_SHARD = {
+    "dp2-zero3": {"dp": 2, "zero": 3},
+    "dp2-tp2-sp-zero3": {"dp": 2, "tp": 2, "sequence_parallel": True, "zero": 3},
+    "dp4-hsdp": {"dp": 4, "zero": 3, "zero_replicas": 2},
+    "dp2-pp2-zero3": {"dp": 2, "pp": 2, "zero": 3},
+    "dp2-cp2-zero3": {"dp": 2, "cp": 2, "zero": 3},
+}
+LAYOUTS |= {"dp2-zero3": FULL_SHARD["dp2-zero3"]}
+# Of 8 query heads and 2 key/value heads: each of these is on two ranks.
+SHARED_HEADS = {
+    "tp4": {"tp": 4},
+    "tp4-sp-zero0": {"tp": 4, "sequence_parallel": True, "zero": 0},
+    "tp4-sp-dp2": {"tp": 4, "sequence_parallel": True, "dp": 2},
+    "tp4-cp2": {"tp": 4, "cp": 2},
+}
 LAYOUTS |= CONTEXT_LAYOUTS
-LONG_LAYOUTS = {
+LONG_LAYOUTS = FULL_SHARD | {
     "tp4-sp": {"tp": 4, "sequence_parallel": True},
     "dp4-zero1": {"dp": 4},
     "dp4-zero0": {"dp": 4, "zero": 0},
@@ -78,6 +93,14 @@ def test_layout_equals_one_rank(model: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LONG_LAYOUTS)
 def test_larger_layout_equals_one_rank(model: str, layout: str) -> None:
     compare(LONG_MODELS[model], LONG_LAYOUTS[layout], reference("long", model))
+
+
+@pytest.mark.parametrize("layout", [name if name == "tp4" else pytest.param(name, marks=pytest.mark.parity) for name in SHARED_HEADS])
+@pytest.mark.parametrize("bias", [False, True])
+def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
+    model = LLAMA | {"num_attention_heads": 8, "num_query_groups": 2, "linear_bias": bias}
+    one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=STEPS))[0]
+    compare(model, SHARED_HEADS[layout], one)
 
 
 def compare(model: dict[str, Any], layout: dict[str, Any], one: RankResult) -> None:

@@ -12,7 +12,13 @@ from megatron_ray.models.dropout import Dropout, DroppingAttention
 from megatron_ray.parameters import padded_vocabulary
 from megatron_ray.rng import Streams
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
-from megatron_ray.tensor_parallel.layers import ColumnParallelLinear, PositionEmbedding, RowParallelLinear, VocabParallelEmbedding
+from megatron_ray.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    PositionEmbedding,
+    QKVParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 
 
@@ -47,6 +53,11 @@ class LocalLayers:
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         return ColumnParallelLinear(
             inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+        )
+
+    def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKVParallelLinear:
+        return QKVParallelLinear(
+            inputs, heads, groups, head_width, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
         )
 
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:

@@ -1,0 +1,127 @@
+"""ZeRO-3: parameters themselves sharded over the replicas, through torch's fully_shard. Owns: wrapping a model, and giving its shards to
+the flat buffers that everything else reads.
+
+Each rank keeps an equal number of rows of every tensor it would hold (Zhao et al. 2023, FSDP), in fp32; a block's weights are gathered for
+its forward and backward only, in the type of the model, and its gradients are scattered as sums in fp32. With fewer shards than replicas
+(HSDP) each shard has equals, and gradients are summed over those too. Which rows are whose comes from the parameter table; DTensor
+appears only here. Must not know: the optimizer's arithmetic, scaling.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_ray.collectives import Group
+from megatron_ray.data_parallel.buffers import FlatBuffers
+from megatron_ray.parameters import Box, LocalParameter, Part
+from megatron_ray.tensor_parallel.weight_grad import GradSlot
+
+
+def shard_rows(table: Iterable[LocalParameter], rank: int, shards: int) -> tuple[LocalParameter, ...]:
+    """The rows of each tensor that one of `shards` ranks keeps: blocks of ceil(rows / shards), the last ones shorter or none, as
+    torch.chunk cuts. Tensors of which it has none are left out."""
+    found = []
+    for parameter in table:
+        rows = parameter.shape[0]
+        block = -(-rows // shards)
+        start, end = min(rank * block, rows), min((rank + 1) * block, rows)
+        if start < end:
+            parts = tuple(part for whole in parameter.parts if (part := _rows_of(whole, start, end)) is not None)
+            found.append(replace(parameter, shape=(end - start, *parameter.shape[1:]), parts=parts or (_nothing_of(parameter),)))
+    return tuple(found)
+
+
+def _rows_of(part: Part, start: int, end: int) -> Part | None:
+    """What of a part lies in local rows [start, end), as a part of those."""
+    low, high = max(part.start, start), min(part.start + part.box.size[0], end)
+    if low >= high:
+        return None
+    box = Box((part.box.offset[0] + low - part.start, *part.box.offset[1:]), (high - low, *part.box.size[1:]))
+    return replace(part, box=box, start=low - start)
+
+
+def _nothing_of(parameter: LocalParameter) -> Part:
+    """Only padding rows: the rules of the parameter hold, and no element means anything."""
+    first = parameter.parts[0]
+    return replace(first, box=Box(first.box.offset, (0, *first.box.size[1:])), start=0)
+
+
+class FullShard:
+    """A model under fully_shard whose shards follow flat buffers: gradients are accumulated in them, and `adopt` takes the weights over."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], groups: tuple[Group, Group], dtype: torch.dtype) -> None:
+        """`model` is on device meta and of type fp32; `groups`: who has the other shards, and who has the same one."""
+        # Here, because it imports the compiler and DTensor: seconds of a start, which only such a job should pay.
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+        shard, replicate = groups
+        assert shard is not None
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for module in (*blocks, model):
+            fully_shard(module, mesh=_device_mesh(shard, replicate), mp_policy=policy)
+            assert isinstance(module, FSDPModule)
+            # Sums, as everywhere; gloo has no scaled sum either.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        register_fsdp_forward_method(model, "stage")
+        self.model = model
+        self._views: list[tuple[nn.Parameter, str]] = [(parameter, name) for name, parameter in model.named_parameters()]
+
+    def attach(self, buffers: FlatBuffers) -> None:
+        """Makes room for the shards on the buffers' device, and lets gradients be added up in the buffers. Raises ValueError when the
+        table and torch cut differently."""
+        self.model.to_empty(device=buffers.gradients.device)
+        self._buffers, self._weights, gradients = buffers, buffers.views(buffers.parameters), buffers.views(buffers.gradients)
+        for parameter, name in self._views:
+            local = _local(parameter)
+            if name in self._weights and self._weights[name].shape != local.shape:
+                raise ValueError(f"{name}: the table has {tuple(self._weights[name].shape)} here, torch {tuple(local.shape)}")
+            own = gradients[name] if name in gradients else torch.zeros_like(local)
+            parameter.grad = _like(parameter, own)
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        """The flat buffers' weights become the model's."""
+        for parameter, name in self._views:
+            if name in self._weights:
+                _local(parameter).copy_(self._weights[name])
+
+    def begin_step(self, trainable: set[str]) -> None:
+        """Gradients start from zero: torch adds to what is there."""
+        self._buffers.gradients.zero_()
+
+    def ready(self, slot: GradSlot) -> None:
+        """Gradients go through autograd here, never through slots."""
+        raise ValueError(f"{slot.name} has a slot, which ZeRO-3 has none of")
+
+    def finish(self) -> None:
+        """Reductions are waited for by torch at the end of each backward."""
+
+
+def _device_mesh(shard: dist.ProcessGroup, replicate: dist.ProcessGroup | None):  # type: ignore[no-untyped-def] # noqa: ANN202 - its class is not to be imported at the top
+    from torch.distributed.device_mesh import DeviceMesh
+
+    kind = "cuda" if dist.get_backend(shard) == "nccl" else "cpu"
+    if replicate is None:
+        return DeviceMesh.from_group(shard, kind, mesh_dim_names=("shard",))
+    members = torch.tensor([dist.get_process_group_ranks(shard)])
+    here = dist.get_process_group_ranks(replicate)
+    # Rows are the groups of shards; the distance between two of them is the same for every member.
+    mesh = members + torch.tensor([[rank - dist.get_rank()] for rank in here])
+    return DeviceMesh.from_group([replicate, shard], kind, mesh=mesh, mesh_dim_names=("replicate", "shard"))
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    return parameter._local_tensor  # type: ignore[no-any-return, attr-defined] # to_local() would be a node of autograd
+
+
+def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    return DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
