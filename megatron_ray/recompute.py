@@ -187,7 +187,9 @@ def give_back(producer: nn.Module, consumer: nn.Module) -> None:
             node, memory = under_way.pop()
             size = memory.nbytes()
             memory.resize_(0)
-            consumed.register_hook(lambda _: _write_again(node, memory, size))  # type: ignore[no-untyped-call]
+            assert consumed.grad_fn is not None
+            # Of the node and not of the tensor, whose hooks come before: under ZeRO-3 one of them gathers the weights.
+            consumed.grad_fn.register_prehook(lambda _: _write_again(node, memory, size))
 
     _replace_forward(producer, produce)
     consumer.register_forward_hook(after)

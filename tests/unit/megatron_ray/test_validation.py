@@ -117,6 +117,12 @@ def test_a_good_config_has_no_problem() -> None:
             "steps x global_batch_size = 1073741824 x 16 = 17179869184 samples, at most 2147483648 can be ordered",
         ),
         (
+            {"model": {"attention_dropout": 0.1}, "parallel": {"cp": 2}},
+            None,
+            "/model/attention_dropout",
+            "attention_dropout=0.1 does not go with cp=2: attention over shared sequences keeps no probabilities to drop; use 0",
+        ),
+        (
             {"training": {"recompute": {"granularity": "selective", "method": "uniform"}}},
             None,
             "/training/recompute/method",

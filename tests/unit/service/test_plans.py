@@ -64,3 +64,18 @@ def test_seventy_billion_parameters_are_planned_in_no_time(service: Any, spec: d
     )
     assert found["world_size"] == 2048 and found["fits"] and found["ranks"][2047]["island"] == 255
     assert found["memory"]["parameters_bytes"] == pytest.approx(2 * 70.55e9 / 8, rel=0.01)
+
+
+def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) -> None:
+    def activations(**recompute: Any) -> int:
+        training = spec["training"] | {"recompute": recompute}
+        estimate: int = plan(service, spec | {"training": training})["memory"]["activations_bytes_estimate"]
+        return estimate
+
+    settings = [
+        activations(),
+        activations(granularity="selective", modules=["norm", "activation"]),
+        activations(granularity="full", method="block", num_layers=3),
+        activations(granularity="full", method="uniform", num_layers=1),
+    ]
+    assert settings == sorted(set(settings), reverse=True)
