@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.parallel_dims import ORDER
 from megatron_ray.schedules.layout import LayoutError
 from megatron_ray.schedules.plan import plan_pipeline
 
@@ -40,6 +41,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
         *_degrees(config),
         *_tensor_parallel(config),
         *_context_parallel(config),
+        *_sharding(config),
         *_pipeline(config),
         *_lengths(config),
         *_samples(config),
@@ -60,7 +62,8 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
     model = parallel.tp * parallel.pp * parallel.cp
     most = max(1, max_world // model)
     groups = training.global_batch_size // training.micro_batch_size
-    return next(dp for dp in range(most, 0, -1) if groups % dp == 0)
+    legal = (dp for dp in range(most, 0, -1) if groups % dp == 0 and (dp * parallel.cp) % parallel.zero_replicas == 0)
+    return next(legal, 1)
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
@@ -98,6 +101,10 @@ def _degrees(config: TrainConfig) -> list[Problem]:
         if degree != 1:
             text = f"{name}={degree}: {words} is not available in this version; use {name}=1 with tp, pp and dp"
             found.append(Problem(f"/parallel/{name}", "not_available", text))
+    order = config.parallel.order.split("-")
+    if sorted(order) != sorted(ORDER):
+        text = f"order={config.parallel.order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
+        found.append(Problem("/parallel/order", "order", text))
     if config.parallel.etp not in (None, 1, config.parallel.tp):
         found.append(Problem("/parallel/etp", "not_available", "etp needs experts, which are not available in this version; leave it out"))
     return found
@@ -147,6 +154,17 @@ def _context_parallel(config: TrainConfig) -> list[Problem]:
             found.append(Problem("/parallel/cp_method", "heads_exchange", text))
             break
     return found
+
+
+def _sharding(config: TrainConfig) -> list[Problem]:
+    parallel = config.parallel
+    if parallel.zero_replicas > 1 and parallel.zero != 3:
+        text = f"zero_replicas={parallel.zero_replicas} goes with zero=3, not {parallel.zero}; leave it out, or use zero=3"
+        return [Problem("/parallel/zero_replicas", "needs_zero3", text)]
+    if parallel.zero == 3 and parallel.schedule.startswith("zb"):
+        text = f"schedule={parallel.schedule} computes weight gradients after torch has given a block's weights away under zero=3"
+        return [Problem("/parallel/schedule", "zero3_schedule", text + "; use 1f1b, or zero=1")]
+    return []
 
 
 def _pipeline(config: TrainConfig) -> list[Problem]:
@@ -271,6 +289,9 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     if batch % (micro * dp):
         text = f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x {dp}; make it one"
         found.append(Problem("/training/global_batch_size", "batch_divides", text))
+    if parallel.dp != "auto" and (dp * parallel.cp) % parallel.zero_replicas:
+        text = f"zero_replicas={parallel.zero_replicas} does not divide dp x cp = {dp} x {parallel.cp}; use a divisor of {dp * parallel.cp}"
+        found.append(Problem("/parallel/zero_replicas", "replicas_divide", text))
     if world is not None and model * dp > world:
         text = (
             f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"
