@@ -19,6 +19,7 @@ from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.models.attention import Positions
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.gpt import GPT
+from megatron_ray.models.mlp import GatedMLP, PlainMLP
 from megatron_ray.tensor_parallel.layers import RowParallelLinear
 
 
@@ -62,7 +63,7 @@ class _FirstLayers:
 
 
 def _layers(blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
-    return recomputed(lambda hidden: one_after_another(blocks, hidden, positions), hidden_TH, last=_last_product(blocks[-1].mlp))
+    return recomputed(lambda hidden: one_after_another(blocks, hidden, positions), hidden_TH, last=_last_product(blocks[-1]))
 
 
 # ---- some modules of every layer
@@ -85,7 +86,9 @@ class _RecomputedCore(nn.Module):
 
 
 def _mlp(block: Block) -> None:
-    plain, last = block.mlp.forward, _last_product(block.mlp)
+    if not isinstance(block.mlp, GatedMLP | PlainMLP):
+        return
+    plain, last = block.mlp.forward, _last_product(block)
 
     def forward(x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
         if residual_TH is None:
@@ -101,7 +104,8 @@ def _norm(block: Block) -> None:
 
 
 def _activation(block: Block) -> None:
-    give_back(block.mlp.activation, block.mlp.down)
+    if isinstance(block.mlp, GatedMLP | PlainMLP):
+        give_back(block.mlp.activation, block.mlp.down)
 
 
 _MODULES: dict[str, Callable[[Block], None]] = {"core_attention": _core_attention, "norm": _norm, "activation": _activation, "mlp": _mlp}
@@ -112,10 +116,10 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     module.forward = forward
 
 
-def _last_product(mlp: Any) -> RowParallelLinear | None:
-    """The product whose output is the MLP's, if there is such a one."""
-    last = getattr(mlp, "down", None)
-    return last if isinstance(last, RowParallelLinear) else None
+def _last_product(block: nn.Module) -> RowParallelLinear | None:
+    """The product whose output is the MLP's and hence, but for the residual, the block's, if there is such a one."""
+    mlp = block.mlp
+    return mlp.down if isinstance(mlp, GatedMLP | PlainMLP) and isinstance(mlp.down, RowParallelLinear) else None
 
 
 # ---- regions kept as their inputs

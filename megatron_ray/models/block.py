@@ -18,7 +18,7 @@ class Block(nn.Module):
         self.attention_norm = layers.norm(config.hidden_size)
         self.attention = Attention(config, layers, f"layers.{index}.attention")
         self.mlp_norm = layers.norm(config.hidden_size)
-        self.mlp = GatedMLP(config, layers) if config.activation == "swiglu" else PlainMLP(config, layers)
+        self.mlp: nn.Module = GatedMLP(config, layers) if config.activation == "swiglu" else PlainMLP(config, layers)
         self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
