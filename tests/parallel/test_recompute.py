@@ -9,8 +9,10 @@ from torch import Tensor
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.optimizer.finalize_grads import finalize_grads
+from megatron_ray.planning import kept_activations
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
+from tests.parallel.activations import kept_bytes
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
 from tests.ranks import run_ranks
 
@@ -60,6 +62,19 @@ def compare(model: str, parallel: dict[str, Any], precision: str, dropout: bool)
         assert expected.any()
         for setting, other in zip(SETTINGS, others, strict=True):
             assert torch.equal(other, expected), setting
+
+
+def bytes_kept(rank: int, world_size: int, configs: list[TrainConfig]) -> list[int]:
+    return [kept_bytes(config, make_mesh(rank, world_size, config)) for config in configs]
+
+
+@pytest.mark.parametrize("parallel", [{"tp": 2}, pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.parity)])
+def test_bytes_kept_on_a_rank_are_the_formula(parallel: dict[str, Any]) -> None:
+    dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
+    plain = [make_config(shape, {"dp": 1} | parallel, steps=1) for shape in (*MODELS.values(), MODELS["llama"] | dropout)]
+    configs = [with_recompute(config, setting) for config in plain for setting in ({}, *SETTINGS)]
+    for found in run_ranks(bytes_kept, 2, configs):
+        assert found == [kept_activations(config, config.model.num_layers) for config in configs]
 
 
 def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_change() -> None:

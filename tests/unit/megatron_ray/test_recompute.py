@@ -13,7 +13,6 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.block import Block
-from megatron_ray.models.gpt import GPT
 from megatron_ray.models.mlp import SwiGLU
 from megatron_ray.planning import kept_activations
 from megatron_ray.recompute import recomputed
@@ -21,6 +20,7 @@ from megatron_ray.tensor_parallel import layers
 from megatron_ray.tensor_parallel.norm import RMSNorm
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
+from tests.parallel.activations import blocks_of, kept_bytes
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config
 
 LAYERS = 3
@@ -74,39 +74,13 @@ def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precis
         assert torch.equal(again, loss) and torch.equal(found, expected), setting
 
 
-def blocks_of(config: TrainConfig) -> tuple[GPT, Tensor, Any]:
-    """A model, what its first block takes, and the positions."""
-    mesh = ParallelMesh.single()
-    model, _ = build(config, mesh)
-    batch = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)).step(0)[0]
-    hidden = model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
-    return (
-        model.module,
-        hidden,
-        model.module._positions(batch.tokens_BS.shape, batch.position_ids, hidden, batch.packed, batch.first_sample),
-    )
-
-
-def kept_bytes(config: TrainConfig) -> int:
-    """Storages that autograd holds between forward and backward of the blocks; parameters and the shared angles left out."""
-    model, hidden, positions = blocks_of(config)
-    held: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor) or tensor, lambda tensor: tensor):
-        output = model.through(model.layers.values(), hidden, positions)
-    shared = [*model.parameters(), *(angles for angles in (positions.cos, positions.sin) if angles is not None)]
-    not_counted = {tensor.untyped_storage()._cdata for tensor in shared}
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held}
-    assert output.requires_grad
-    return sum(size for storage, size in storages.items() if storage not in not_counted)
-
-
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -> None:
     for setting in SETTINGS:
         config = config_of(setting, model, precision, dropout)
-        measured, formula = kept_bytes(config), kept_activations(config, LAYERS)
+        measured, formula = kept_bytes(config, ParallelMesh.single()), kept_activations(config, LAYERS)
         # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16 LayerNorm short statistics; the formula is that of CUDA.
         allowed = 0.025 if precision == "bf16" else 0.0
         assert abs(measured - formula) <= allowed * formula, setting
@@ -148,16 +122,18 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
     monkeypatch.setattr(layers, "forward_product_plus", last_product)
     for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (SwiGLU, "activation")):
         counted(kind, name)
-    model, hidden, positions = blocks_of(config_of(setting, "llama", "fp32", False))
+    model, hidden, positions = blocks_of(config_of(setting, "llama", "fp32", False), ParallelMesh.single())
     runs.clear()
     model.through(model.layers.values(), hidden, positions).sum().backward()
     assert runs == {"layer": layer_runs, **part_runs}
 
 
 def test_an_evaluation_recomputes_nothing_and_frees_nothing() -> None:
-    model, hidden, positions = blocks_of(config_of("norm-activation", "llama", "fp32", False))
+    mesh = ParallelMesh.single()
+    model, hidden, positions = blocks_of(config_of("norm-activation", "llama", "fp32", False), mesh)
+    plain, _, _ = blocks_of(config_of("none", "llama", "fp32", False), mesh)
     with torch.no_grad():
-        expected = blocks_of(config_of("none", "llama", "fp32", False))[0].through(model.layers.values(), hidden, positions)
+        expected = plain.through(plain.layers.values(), hidden, positions)
         assert torch.equal(model.through(model.layers.values(), hidden, positions), expected)
 
 
