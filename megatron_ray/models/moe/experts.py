@@ -15,11 +15,12 @@ class GatedExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
+        self.activation = SwiGLU()
         self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
     def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        output: Tensor = self.down(SwiGLU.apply(self.gate_up(rows_RH, counts_L)), counts_L)  # type: ignore[no-untyped-call]
+        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts_L)), counts_L)
         return output
 
 
@@ -28,11 +29,10 @@ class PlainExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
     def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        inner = nn.functional.gelu(self.up(rows_RH, counts_L), approximate=self.approximate)
-        output: Tensor = self.down(inner, counts_L)
+        output: Tensor = self.down(self.activation(self.up(rows_RH, counts_L)), counts_L)
         return output
