@@ -3,7 +3,6 @@
 The mesh is passed as an argument, always: a group read from a module's global once gave wrong numbers with no error elsewhere.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -69,24 +68,23 @@ class ParallelMesh:
         if dims.world_size != world.world_size:
             raise ValueError(f"the layout needs {dims.world_size} ranks, the world has {world.world_size}")
         chosen = device.select(world.device, world.local_rank)
-        groups = _Groups(world.rank, timeout)
-        cp_levels = tuple(groups.get(level, "cp level") for level in dims.context_levels())
-        everyone = dist.group.WORLD if world.world_size > 1 else None
-        shard, copy = (groups.get(level, "shard level") for level in dims.shard_levels())
+        rank, groups = world.rank, _Groups(timeout)
+        cp_levels = tuple(groups.get(level, "cp level") for level in dims.context_levels_of(rank))
+        shard, copy = (groups.get(level, "shard level") for level in dims.shard_levels_of(rank))
         found = {
+            "world_group": dist.group.WORLD if world.world_size > 1 else None,
+            "tp_group": groups.get(dims.group_of(rank, ("tp",)), "tp"),
+            "dp_group": groups.get(dims.group_of(rank, ("dp",)), "dp"),
+            "cp_group": groups.get(dims.group_of(rank, ("cp",)), "cp"),
+            "replica_group": groups.get(dims.group_of(rank, ("dp", "cp")), "replica"),
             "shard_group": shard,
             "copy_group": copy,
-            "world_group": everyone,
-            "tp_group": groups.get(dims.groups(("tp",)), "tp"),
-            "dp_group": groups.get(dims.groups(("dp",)), "dp"),
-            "cp_group": groups.get(dims.groups(("cp",)), "cp"),
-            "replica_group": groups.get(dims.groups(("dp", "cp")), "replica"),
-            "pp_group": groups.get(dims.groups(("pp",)), "pp"),
-            "embedding_group": groups.get(dims.embedding_groups(), "embedding"),
-            "token_group": groups.get(dims.groups(("tp", "cp")), "token"),
-            "ep_group": groups.get(dims.experts.groups(("ep",)), "ep"),
-            "etp_group": groups.get(dims.experts.groups(("etp",)), "etp"),
-            "expert_replica_group": groups.get(dims.experts.groups(("edp",)), "edp"),
+            "pp_group": groups.get(dims.group_of(rank, ("pp",)), "pp"),
+            "embedding_group": groups.get(dims.embedding_group_of(rank), "embedding"),
+            "token_group": groups.get(dims.group_of(rank, ("tp", "cp")), "token"),
+            "ep_group": groups.get(dims.experts.group_of(rank, ("ep",)), "ep"),
+            "etp_group": groups.get(dims.experts.group_of(rank, ("etp",)), "etp"),
+            "expert_replica_group": groups.get(dims.experts.group_of(rank, ("edp",)), "edp"),
         }
         for group in dict.fromkeys((*found.values(), *cp_levels)):
             collectives.barrier(group, chosen)
@@ -124,24 +122,17 @@ class ParallelMesh:
 
 
 class _Groups:
-    """Every rank must create every group, in the same order. Axes that come down to the same groups share them: a group costs
-    connections and memory."""
+    """A rank makes the groups it is in and no others, in the same order of axes as everybody: work that does not grow with the world. Axes
+    that come down to the same ranks share a group: each costs connections and memory."""
 
-    def __init__(self, rank: int, timeout: timedelta | None) -> None:
-        self._rank, self._timeout = rank, timeout
-        self._known: dict[tuple[tuple[int, ...], ...], Group] = {}
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._timeout = timeout
+        self._known: dict[tuple[int, ...], Group] = {}
 
-    def get(self, groups: Sequence[Sequence[int]], name: str) -> Group:
-        """The one of these groups that this rank is in, None where it would be alone."""
-        key = tuple(tuple(members) for members in groups if len(members) > 1)
-        if key not in self._known:
-            self._known[key] = self._create(key, name)
-        return self._known[key]
-
-    def _create(self, groups: Sequence[Sequence[int]], name: str) -> Group:
-        mine: Group = None
-        for members in groups:
-            group = dist.new_group(list(members), timeout=self._timeout, group_desc=name)
-            if self._rank in members:
-                mine = group
-        return mine
+    def get(self, members: tuple[int, ...], name: str) -> Group:
+        """The group of these ranks, this one among them; None where it would be alone."""
+        if len(members) == 1:
+            return None
+        if members not in self._known:
+            self._known[members] = dist.new_group(list(members), timeout=self._timeout, group_desc=name, use_local_synchronization=True)
+        return self._known[members]

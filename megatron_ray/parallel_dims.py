@@ -197,29 +197,26 @@ class ParallelDims:
         """Every dense group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
         return self.dense.groups(axes)
 
-    def embedding_groups(self) -> tuple[tuple[int, ...], ...]:
-        """First and last stage of each pipeline: who holds tied word embeddings. One rank each at pp=1."""
-        return tuple(group if len(group) == 1 else (group[0], group[-1]) for group in self.groups(("pp",)))
+    def embedding_group_of(self, rank: int) -> tuple[int, ...]:
+        """First and last stage of a rank's pipeline, who hold tied word embeddings; on the stages between, and at pp=1, the rank alone."""
+        stages = self.group_of(rank, ("pp",))
+        ends = (stages[0], stages[-1])
+        return ends if rank in ends and len(stages) > 1 else (rank,)
 
-    def context_levels(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Context-parallel groups cut into the hierarchy `cp_sizes`, innermost level first: level l has groups of cp_sizes[l] ranks."""
-        return _levels(self.groups(("cp",)), self.cp_sizes or (self.cp,))
+    def context_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """A rank's context-parallel group as the hierarchy `cp_sizes`, innermost level first: at level l it is one of cp_sizes[l] ranks."""
+        return _levels_of(rank, self.group_of(rank, ("cp",)), self.cp_sizes or (self.cp,))
 
-    def shard_levels(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Who shares one copy of sharded state, and who has the same shard of another copy."""
-        return _levels(self.groups(("dp", "cp")), (self.size("dp", "cp") // self.zero_replicas, self.zero_replicas))
+    def shard_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
+        """Who shares one copy of sharded state with a rank, and who has the same shard of another copy."""
+        return _levels_of(rank, self.group_of(rank, ("dp", "cp")), (self.size("dp", "cp") // self.zero_replicas, self.zero_replicas))
 
 
-def _levels(groups: Iterable[tuple[int, ...]], sizes: tuple[int, ...]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+def _levels_of(rank: int, group: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     levels = []
-    inner = 1
+    here, inner = group.index(rank), 1
     for size in sizes:
-        found = [
-            tuple(group[start + step * inner] for step in range(size))
-            for group in groups
-            for block in range(0, len(group), inner * size)
-            for start in range(block, block + inner)
-        ]
-        levels.append(tuple(sorted(found)))
+        start = here - here // inner % size * inner
+        levels.append(tuple(group[start + step * inner] for step in range(size)))
         inner *= size
     return tuple(levels)

@@ -4,10 +4,11 @@ Single-field bounds live in the config's types; what needs two fields lives here
 """
 
 from dataclasses import dataclass
-from math import gcd, prod
+from math import gcd, lcm, prod
 
 from megatron_ray.config.moe import LayerPattern, MoEConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.parallel_dims import ORDER, ParallelDims
 from megatron_ray.schedules.layout import LayoutError
 from megatron_ray.schedules.plan import plan_pipeline
 
@@ -34,9 +35,11 @@ MOST_SAMPLES = 1 << 31
 def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
     problems = [
+        *_degrees(config),
         *_tensor_parallel(config),
         *_experts(config),
         *_context_parallel(config),
+        *_sharding(config),
         *_pipeline(config),
         *_lengths(config),
         *_samples(config),
@@ -49,19 +52,19 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
 
 def resolve_dp(config: TrainConfig, max_world: int) -> int:
     """dp for `auto`: the largest number of replicas that fits into `max_world` ranks, divides the batch and completes the experts' grid;
-    the least that does where none fits."""
+    the least that does where none of those fits."""
     parallel, training = config.parallel, config.training
     if parallel.dp != "auto":
         return parallel.dp
     model = parallel.tp * parallel.pp * parallel.cp
     most = max(1, max_world // model)
     groups = training.global_batch_size // training.micro_batch_size
-    step = least_dp(config)
+    step = lcm(_expert_step(config), parallel.zero_replicas // gcd(parallel.zero_replicas, parallel.cp))
     fitting = (dp for dp in range(most - most % step, 0, -step) if groups % dp == 0)
     return next(fitting, step if groups % step == 0 else 1)
 
 
-def least_dp(config: TrainConfig) -> int:
+def _expert_step(config: TrainConfig) -> int:
     """dp must be a multiple of this for etp x ep to divide tp x cp x dp."""
     parallel = config.parallel
     experts = _expert_tp(config) * parallel.ep
@@ -94,6 +97,14 @@ def world_size(config: TrainConfig) -> int:
     if parallel.dp == "auto":
         raise ValueError("parallel.dp is not resolved")
     return parallel.tp * parallel.pp * parallel.cp * parallel.dp
+
+
+def _degrees(config: TrainConfig) -> list[Problem]:
+    order = config.parallel.order.split("-")
+    if sorted(order) == sorted(ORDER):
+        return []
+    text = f"order={config.parallel.order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
+    return [Problem("/parallel/order", "order", text)]
 
 
 def _tensor_parallel(config: TrainConfig) -> list[Problem]:
@@ -220,6 +231,17 @@ def _context_parallel(config: TrainConfig) -> list[Problem]:
     return found
 
 
+def _sharding(config: TrainConfig) -> list[Problem]:
+    parallel = config.parallel
+    if parallel.zero_replicas > 1 and parallel.zero != 3:
+        text = f"zero_replicas={parallel.zero_replicas} goes with zero=3, not {parallel.zero}; leave it out, or use zero=3"
+        return [Problem("/parallel/zero_replicas", "needs_zero3", text)]
+    if parallel.zero == 3 and parallel.schedule.startswith("zb"):
+        text = f"schedule={parallel.schedule} computes weight gradients after torch has given a block's weights away under zero=3"
+        return [Problem("/parallel/schedule", "zero3_schedule", text + "; use 1f1b, or zero=1")]
+    return []
+
+
 def _pipeline(config: TrainConfig) -> list[Problem]:
     parallel = config.parallel
     if parallel.pp == 1:
@@ -288,14 +310,22 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     parallel, training, found = config.parallel, config.training, []
     model = parallel.tp * parallel.pp * parallel.cp
     micro, batch = training.micro_batch_size, training.global_batch_size
-    step = least_dp(config)
+    step = _expert_step(config)
     dp = step if parallel.dp == "auto" else parallel.dp
     if dp % step:
         text = f"etp x ep = {_expert_tp(config)} x {parallel.ep} must divide tp x cp x dp = {parallel.tp} x {parallel.cp} x {dp}"
         found.append(Problem("/parallel/ep", "expert_grid", f"{text}; use a dp that is a multiple of {step}, or lower ep or etp"))
+    elif (dp * parallel.cp) % parallel.zero_replicas == 0:
+        try:
+            ParallelDims.of(parallel.model_copy(update={"dp": dp}))
+        except ValueError as error:  # all that is left to say is that the stages of the two grids do not fit
+            found.append(Problem("/parallel/order", "expert_grid", str(error)))
     if batch % (micro * dp):
         text = f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x {dp}; make it one"
         found.append(Problem("/training/global_batch_size", "batch_divides", text))
+    if parallel.dp != "auto" and (dp * parallel.cp) % parallel.zero_replicas:
+        text = f"zero_replicas={parallel.zero_replicas} does not divide dp x cp = {dp} x {parallel.cp}; use a divisor of {dp * parallel.cp}"
+        found.append(Problem("/parallel/zero_replicas", "replicas_divide", text))
     if world is not None and model * dp > world:
         text = (
             f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"

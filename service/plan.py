@@ -31,7 +31,8 @@ class Memory:
 def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
     """Every rank with its coordinates and its island: ranks of one island share a node."""
     dims = ParallelDims.of(config.parallel)
-    return [{"rank": rank, "coordinates": dims.coordinates(rank), "island": rank // dims.tp} for rank in range(dims.world_size)]
+    island = {rank: index for index, group in enumerate(dims.groups(("tp",))) for rank in group}
+    return [{"rank": rank, "coordinates": dims.coordinates(rank), "island": island[rank]} for rank in range(dims.world_size)]
 
 
 def vocabulary(config: TrainConfig) -> int | None:
@@ -49,12 +50,13 @@ def memory(config: TrainConfig) -> Memory | None:
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     dense, experts = max((_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
-    elements = sharded = dense + experts
-    if config.parallel.zero == 1:
-        sharded = -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
-    bf16 = config.training.precision == "bf16"
-    parameters, gradients = elements * (2 if bf16 else 4), elements * 4
-    optimizer = sharded * (12 if bf16 else 8)
+    elements, replicas = dense + experts, dims.size("dp", "cp")
+    over_dense, over_experts = {0: (1, 1), 1: (replicas, dims.expert_dp), 3: (replicas // dims.zero_replicas, 1)}[config.parallel.zero]
+    bf16, shard = config.training.precision == "bf16", -(-dense // over_dense) + -(-experts // over_experts)
+    if config.parallel.zero == 3:  # main parameters are the model's own shard, and it is gathered from them
+        parameters, gradients, optimizer = shard * 4, shard * 4, shard * 8
+    else:
+        parameters, gradients, optimizer = elements * (2 if bf16 else 4), elements * 4, shard * (12 if bf16 else 8)
     activations = _activations(config, model, pipeline)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
 

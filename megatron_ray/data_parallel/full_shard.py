@@ -68,26 +68,33 @@ class FullShard:
             module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(model, "stage")
         self.model = model
-        self._views: list[tuple[nn.Parameter, str]] = [(parameter, name) for name, parameter in model.named_parameters()]
+        self._shards: list[tuple[nn.Parameter, Tensor]] = []
 
     def attach(self, buffers: FlatBuffers) -> None:
-        """Makes room for the shards on the buffers' device, and lets gradients be added up in the buffers. Raises ValueError when the
-        table and torch cut differently."""
-        self.model.to_empty(device=buffers.gradients.device)
-        self._buffers, self._weights, gradients = buffers, buffers.views(buffers.parameters), buffers.views(buffers.gradients)
-        for parameter, name in self._views:
-            local = _local(parameter)
-            if name in self._weights and self._weights[name].shape != local.shape:
-                raise ValueError(f"{name}: the table has {tuple(self._weights[name].shape)} here, torch {tuple(local.shape)}")
-            own = gradients[name] if name in gradients else torch.zeros_like(local)
-            parameter.grad = _like(parameter, own)
+        """Makes the buffers' memory that of shards and gradients. Raises ValueError when the table and torch cut differently."""
+        self._buffers = buffers
+        weights, gradients = buffers.views(buffers.parameters), buffers.views(buffers.gradients)
+        replaced = {}
+        for name, parameter in self.model.named_parameters():
+            shape = _local(parameter).shape
+            nothing = torch.zeros(shape, device=buffers.parameters.device)
+            weight, gradient = weights.get(name, nothing), gradients.get(name, nothing.clone())
+            if weight.shape != shape:
+                raise ValueError(f"{name}: the table has {tuple(weight.shape)} here, torch {tuple(shape)}")
+            replaced[parameter] = nn.Parameter(_like(parameter, weight))
+            replaced[parameter].grad = _like(parameter, gradient)
+            self._shards.append((replaced[parameter], weight))
+        for module in self.model.modules():
+            for local_name, parameter in module.named_parameters(recurse=False):
+                setattr(module, local_name, replaced[parameter])
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """The flat buffers' weights become the model's."""
-        for parameter, name in self._views:
-            if name in self._weights:
-                _local(parameter).copy_(self._weights[name])
+        """The flat buffers' weights become the model's: torch keeps a padded copy where rows do not divide evenly."""
+        for parameter, weight in self._shards:
+            own = _local(parameter)
+            if own.data_ptr() != weight.data_ptr():
+                own.copy_(weight)
 
     def begin_step(self, trainable: set[str]) -> None:
         """Gradients start from zero: torch adds to what is there."""

@@ -106,8 +106,12 @@ def test_resuming_is_exact_and_other_layouts_go_on(run_ranks: Run, tmp_path: Pat
     assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
 
 
-@pytest.mark.parametrize("parallel", [{"pp": 2}, {"pp": 2, "vpp": 2, "layout": "E|t|t|L"}], ids=["pp2-tp2", "pp2-vpp2-tp2"])
-def test_pipelines_save_resume_evaluate_and_change_places(
+@pytest.mark.parametrize(
+    "parallel",
+    [{"pp": 2}, {"pp": 2, "vpp": 2, "layout": "E|t|t|L"}, {"cp": 2, "zero": 3}],
+    ids=["pp2-tp2", "pp2-vpp2-tp2", "cp2-tp2-zero3"],
+)
+def test_every_layout_saves_resumes_evaluates_and_changes_places(
     run_ranks: Run, tmp_path: Path, corpus: PreparedData, parallel: dict[str, Any]
 ) -> None:
     one = run_ranks(train, 1, config(tmp_path / "one", 1, 1), corpus, 1, None)[0]

@@ -92,11 +92,14 @@ def test_grids_whose_stages_differ_are_refused() -> None:
 
 def test_embedding_groups_and_context_levels() -> None:
     dims = ParallelDims(tp=2, pp=4)
-    assert dims.embedding_groups() == ((0, 6), (1, 7))
-    assert ParallelDims(tp=2).embedding_groups() == ((0,), (1,))
-    inner, middle, outer = ParallelDims(cp=16, cp_sizes=(2, 2, 4)).context_levels()
-    assert inner == tuple((rank, rank + 1) for rank in range(0, 16, 2))
-    assert middle == ((0, 2), (1, 3), (4, 6), (5, 7), (8, 10), (9, 11), (12, 14), (13, 15))
-    assert outer == tuple((rank, rank + 4, rank + 8, rank + 12) for rank in range(4))
+    assert [dims.embedding_group_of(rank) for rank in range(8)] == [(0, 6), (1, 7), (2,), (3,), (4,), (5,), (0, 6), (1, 7)]
+    assert ParallelDims(tp=2).embedding_group_of(1) == (1,)
+    hierarchy = ParallelDims(cp=16, cp_sizes=(2, 2, 4))
+    assert hierarchy.context_levels_of(0) == ((0, 1), (0, 2), (0, 4, 8, 12))
+    assert hierarchy.context_levels_of(11) == ((10, 11), (9, 11), (3, 7, 11, 15))
+    assert ParallelDims(tp=2, cp=4).context_levels_of(5) == ((1, 3, 5, 7),)
+    assert ParallelDims(tp=2, dp=4, zero_replicas=2).shard_levels_of(5) == ((5, 7), (1, 5))
+    with pytest.raises(ValueError, match=r"zero_replicas=3 must divide dp x cp = 4 x 1"):
+        ParallelDims(dp=4, zero_replicas=3)
     with pytest.raises(ValueError, match=r"hierarchical sizes \[2, 2\] multiply to 4, not to cp=8"):
         ParallelDims(cp=8, cp_sizes=(2, 2))

@@ -62,6 +62,25 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/hierarchical_cp_sizes",
             "hierarchical_cp_sizes goes with cp_method=a2a+p2p, not p2p",
         ),
+        ({"parallel": {"order": "tp-pp-dp"}}, None, "/parallel/order", "order=tp-pp-dp must name each of tp, cp, ep, dp, pp once"),
+        (
+            {"parallel": {"zero_replicas": 2}},
+            None,
+            "/parallel/zero_replicas",
+            "zero_replicas=2 goes with zero=3, not 1; leave it out, or use zero=3",
+        ),
+        (
+            {"parallel": {"zero": 3, "dp": 4, "zero_replicas": 3}},
+            None,
+            "/parallel/zero_replicas",
+            "zero_replicas=3 does not divide dp x cp = 4 x 1; use a divisor of 4",
+        ),
+        (
+            {"parallel": {"pp": 2, "schedule": "zb-h1", "zero": 3}},
+            None,
+            "/parallel/schedule",
+            "schedule=zb-h1 computes weight gradients after torch has given a block's weights away under zero=3; use 1f1b",
+        ),
         ({"parallel": {"ep": 2}}, None, "/parallel/ep", "ep=2 needs a model with experts; give model.moe, or leave it out"),
         ({"parallel": {"vpp": 2}}, None, "/parallel/vpp", "vpp=2 needs pp > 1; raise pp, or leave it out"),
         ({"parallel": {"layout": "EttttL"}}, None, "/parallel/layout", "layout=EttttL needs pp > 1"),
@@ -204,6 +223,12 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
             {},
             "/model/moe/group_top_k",
             "group_top_k=3 must be at most num_groups=4 and divide top_k=2, and each of those groups of 2 experts",
+        ),
+        (
+            {},
+            {"ep": 2, "dp": 4, "pp": 2, "order": "tp-cp-ep-pp-dp"},
+            "/parallel/order",
+            "order tp-cp-ep-pp-dp puts the pipeline stages of dense layers and experts on different ranks",
         ),
         (
             {},
