@@ -59,4 +59,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
         "max_sequence_length": 8192,
     },
+    "llama3-405b": {
+        **_LLAMA,
+        "num_layers": 126,
+        "hidden_size": 16384,
+        "num_attention_heads": 128,
+        "num_query_groups": 8,
+        "ffn_hidden_size": 53248,
+        "vocab_size": 128256,
+        "rope_theta": 500000.0,
+        "max_sequence_length": 8192,
+    },
 }
