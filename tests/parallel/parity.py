@@ -187,6 +187,20 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
     )
 
 
+def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
+    """What the routers of one rank chose, as `Replay` wants it; -1 for layers without experts, which are never asked."""
+    assert config.model.moe is not None
+    training, layers, samples = config.training, config.model.num_layers, config.training.micro_batch_size
+    shape = (training.steps, training.global_batch_size, training.seq_length, layers, config.model.moe.top_k)
+    choices, seen = np.full(shape, -1, dtype=np.int64), dict.fromkeys(range(layers), 0)
+    for layer, experts in one.choices:
+        step, start = divmod(seen[layer], training.global_batch_size)
+        choices[step, start : start + samples, :, layer] = experts.reshape(samples, training.seq_length, -1)
+        seen[layer] += samples
+    assert set(seen.values()) <= {0, training.steps * training.global_batch_size}
+    return choices
+
+
 def assemble(config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], np.ndarray]]]) -> dict[str, np.ndarray]:
     """Full tensors from every rank's boxes; replicas must agree to the bit, and everything must be covered."""
     from megatron_ray.parameters import logical_parameters

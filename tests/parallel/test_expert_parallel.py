@@ -14,7 +14,7 @@ from megatron_ray.data.sampler import sample_ids
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims
 from tests.parallel import parity
-from tests.parallel.parity import LLAMA, RankResult, make_config
+from tests.parallel.parity import LLAMA, RankResult, make_config, record_choices
 from tests.parallel.test_checkpoint_training import config as checkpoint_config
 from tests.parallel.test_checkpoint_training import train
 from tests.parallel.test_parity import STEPS, compare
@@ -78,20 +78,10 @@ LONG_LAYOUTS: dict[str, dict[str, Any]] = {
 
 @cache
 def reference(model: str) -> tuple[RankResult, np.ndarray]:
-    """One rank, choosing freely, and what it chose: [steps, samples, tokens, layers, K]; layers without experts are never asked."""
+    """One rank, choosing freely, and what it chose."""
     config = make_config((MODELS | DROPPING)[model], {"dp": 1}, steps=STEPS)
     (one,) = run_ranks(parity.run_layout, 1, config, timeout_s=180)
-    assert config.model.moe is not None
-    training, layers = config.training, config.model.num_layers
-    samples, length = training.micro_batch_size, training.seq_length
-    choices = np.full((STEPS, training.global_batch_size, length, layers, config.model.moe.top_k), -1, dtype=np.int64)
-    seen = dict.fromkeys(range(layers), 0)
-    for layer, experts in one.choices:
-        step, start = divmod(seen[layer], training.global_batch_size)
-        choices[step, start : start + samples, :, layer] = experts.reshape(samples, length, -1)
-        seen[layer] += samples
-    assert set(seen.values()) <= {0, STEPS * training.global_batch_size}
-    return one, choices
+    return one, record_choices(config, one)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
