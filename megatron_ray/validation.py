@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import gcd, lcm, prod
 
 from megatron_ray.config.moe import LayerPattern, MoEConfig
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ORDER, ParallelDims
 from megatron_ray.schedules.layout import LayoutError
@@ -35,7 +36,7 @@ MOST_SAMPLES = 1 << 31
 def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
     problems = [
-        *_degrees(config),
+        *_order(config),
         *_tensor_parallel(config),
         *_experts(config),
         *_context_parallel(config),
@@ -59,16 +60,26 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
     model = parallel.tp * parallel.pp * parallel.cp
     most = max(1, max_world // model)
     groups = training.global_batch_size // training.micro_batch_size
-    step = lcm(_expert_step(config), parallel.zero_replicas // gcd(parallel.zero_replicas, parallel.cp))
+    step = least_dp(config)
     fitting = (dp for dp in range(most - most % step, 0, -step) if groups % dp == 0)
     return next(fitting, step if groups % step == 0 else 1)
 
 
+def least_dp(config: TrainConfig) -> int:
+    """dp must be a multiple of this, so that experts and copies of sharded state can be dealt out over the replicas."""
+    return lcm(_expert_step(config), _copies_step(config))
+
+
 def _expert_step(config: TrainConfig) -> int:
-    """dp must be a multiple of this for etp x ep to divide tp x cp x dp."""
+    """For etp x ep to divide tp x cp x dp."""
     parallel = config.parallel
     experts = _expert_tp(config) * parallel.ep
     return experts // gcd(experts, parallel.tp * parallel.cp)
+
+
+def _copies_step(config: TrainConfig) -> int:
+    """For zero_replicas to divide dp x cp."""
+    return config.parallel.zero_replicas // gcd(config.parallel.zero_replicas, config.parallel.cp)
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
@@ -99,11 +110,11 @@ def world_size(config: TrainConfig) -> int:
     return parallel.tp * parallel.pp * parallel.cp * parallel.dp
 
 
-def _degrees(config: TrainConfig) -> list[Problem]:
-    order = config.parallel.order.split("-")
-    if sorted(order) == sorted(ORDER):
+def _order(config: TrainConfig) -> list[Problem]:
+    order = config.parallel.order
+    if sorted(order.split("-")) == sorted(ORDER):
         return []
-    text = f"order={config.parallel.order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
+    text = f"order={order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
     return [Problem("/parallel/order", "order", text)]
 
 
@@ -311,7 +322,7 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     model = parallel.tp * parallel.pp * parallel.cp
     micro, batch = training.micro_batch_size, training.global_batch_size
     step = _expert_step(config)
-    dp = step if parallel.dp == "auto" else parallel.dp
+    dp = least_dp(config) if parallel.dp == "auto" else parallel.dp
     if dp % step:
         text = f"etp x ep = {_expert_tp(config)} x {parallel.ep} must divide tp x cp x dp = {parallel.tp} x {parallel.cp} x {dp}"
         found.append(Problem("/parallel/ep", "expert_grid", f"{text}; use a dp that is a multiple of {step}, or lower ep or etp"))
@@ -331,4 +342,13 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
             f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"
         )
         found.append(Problem("/parallel", "world_fits", text + "; lower a degree or add nodes"))
-    return found
+    return found or _grids(parallel.model_copy(update={"dp": dp}))
+
+
+def _grids(parallel: ParallelismConfig) -> list[Problem]:
+    """What is left to go wrong when dense layers and experts are dealt out: an order that separates their stages."""
+    try:
+        ParallelDims.of(parallel)
+    except ValueError as error:
+        return [Problem("/parallel/order", "grids", str(error))]
+    return []

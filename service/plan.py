@@ -50,12 +50,12 @@ def memory(config: TrainConfig) -> Memory | None:
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     dense, experts = max((_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
-    elements, replicas = dense + experts, dims.size("dp", "cp")
-    over_dense, over_experts = {0: (1, 1), 1: (replicas, dims.expert_dp), 3: (replicas // dims.zero_replicas, 1)}[config.parallel.zero]
-    bf16, shard = config.training.precision == "bf16", -(-dense // over_dense) + -(-experts // over_experts)
-    if config.parallel.zero == 3:  # main parameters are the model's own shard, and it is gathered from them
+    bf16, elements = config.training.precision == "bf16", dense + experts
+    if config.parallel.zero == 3:  # main parameters are the model's own shard, from which it is gathered
+        shard = -(-dense // (dims.size("dp", "cp") // dims.zero_replicas))
         parameters, gradients, optimizer = shard * 4, shard * 4, shard * 8
     else:
+        shard = elements if config.parallel.zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
         parameters, gradients, optimizer = elements * (2 if bf16 else 4), elements * 4, shard * (12 if bf16 else 8)
     activations = _activations(config, model, pipeline)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)

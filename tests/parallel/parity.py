@@ -188,14 +188,15 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
 
 
 def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
-    """What the routers of one rank chose, as `Replay` wants it; -1 for layers without experts, which are never asked."""
+    """What the routers of one rank chose: [steps, samples of a step, tokens, layers, K]; -1 for layers without experts."""
     assert config.model.moe is not None
-    training, layers, samples = config.training, config.model.num_layers, config.training.micro_batch_size
-    shape = (training.steps, training.global_batch_size, training.seq_length, layers, config.model.moe.top_k)
-    choices, seen = np.full(shape, -1, dtype=np.int64), dict.fromkeys(range(layers), 0)
+    training, layers = config.training, config.model.num_layers
+    samples, length = training.micro_batch_size, training.seq_length
+    choices = np.full((training.steps, training.global_batch_size, length, layers, config.model.moe.top_k), -1, dtype=np.int64)
+    seen = dict.fromkeys(range(layers), 0)
     for layer, experts in one.choices:
         step, start = divmod(seen[layer], training.global_batch_size)
-        choices[step, start : start + samples, :, layer] = experts.reshape(samples, training.seq_length, -1)
+        choices[step, start : start + samples, :, layer] = experts.reshape(samples, length, -1)
         seen[layer] += samples
     assert set(seen.values()) <= {0, training.steps * training.global_batch_size}
     return choices
