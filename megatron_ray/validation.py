@@ -45,6 +45,8 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
         *_lengths(config),
         *_samples(config),
         *_schedule(config),
+        *_dropout(config),
+        *_recompute(config),
     ]
     if not problems:
         problems += _batch(config, world_size)
@@ -315,6 +317,56 @@ def _schedule(config: TrainConfig) -> list[Problem]:
     if schedule.min_lr > lr:
         return [Problem("/schedule/min_lr", "min_lr", f"min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}; lower it")]
     return []
+
+
+def _dropout(config: TrainConfig) -> list[Problem]:
+    rate, cp = config.model.attention_dropout, config.parallel.cp
+    if not rate or cp == 1:
+        return []
+    text = f"attention_dropout={rate:g} does not go with cp={cp}: attention over shared sequences keeps no probabilities to drop"
+    return [Problem("/model/attention_dropout", "attention_dropout", text + "; use 0 (hidden_dropout is free), or cp=1")]
+
+
+def _recompute(config: TrainConfig) -> list[Problem]:
+    given = config.training.recompute
+    fields = {name: getattr(given, name) for name in ("method", "num_layers", "modules")}
+    # Without these words the rest says nothing.
+    uses = {"none": (), "selective": ("modules",), "full": ("method", "num_layers")}
+    meant_for = {"modules": "selective", "method": "full", "num_layers": "full"}
+    found = [
+        _recompute_problem(
+            name, f"{name} is for granularity={meant_for[name]}, not for {given.granularity}; leave it out, or change granularity"
+        )
+        for name, value in fields.items()
+        if value is not None and name not in uses[given.granularity]
+    ]
+    if given.granularity == "full":
+        remedies = {"method": "give uniform or block", "num_layers": "say how many layers: 1 recomputes each by itself"}
+        found += [
+            _recompute_problem(name, f"granularity=full needs {name}; {remedy}")
+            for name, remedy in remedies.items()
+            if fields[name] is None
+        ]
+        if not found:
+            found += _recomputed_layers(config)
+    if {"mlp", "activation"} <= set(given.modules or ()):
+        found.append(_recompute_problem("modules", "activation is a part of mlp, which is recomputed whole; leave out one of the two"))
+    return found
+
+
+def _recomputed_layers(config: TrainConfig) -> list[Problem]:
+    wanted = config.training.recompute.num_layers
+    try:
+        most = max(len(stage.layers) for stage in plan_pipeline(config).contents)
+    except LayoutError:
+        return []  # reported where it belongs
+    if wanted is None or wanted <= most:
+        return []
+    return [_recompute_problem("num_layers", f"num_layers={wanted} is more than the {most} layers of the largest stage; lower it")]
+
+
+def _recompute_problem(name: str, text: str) -> Problem:
+    return Problem(f"/training/recompute/{name}", "recompute", text)
 
 
 def _batch(config: TrainConfig, world: int | None) -> list[Problem]:

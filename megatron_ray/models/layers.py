@@ -99,6 +99,14 @@ class Layers(Protocol):
         """Sums in place over all who hold tokens of the same sequences, and returns it."""
         ...
 
+    def hidden_dropout(self, place: str) -> nn.Module | None:
+        """A `Dropout` of hidden states as they are held here: ([T, width], first sample) -> [T, width]. None: nothing is dropped."""
+        ...
+
+    def dropping_attention(self, place: str) -> nn.Module | None:
+        """As `attention`, with dropout on its probabilities: (q, k, v, (documents or None, first sample)). None: nothing is dropped."""
+        ...
+
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         """A `Head`; shares the embedding's weight when one is given."""
         ...

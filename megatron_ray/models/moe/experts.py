@@ -16,11 +16,12 @@ class GatedExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
+        self.activation = SwiGLU()
         self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
-        output: Tensor = self.down(SwiGLU.apply(self.gate_up(rows_RH, counts)), counts)  # type: ignore[no-untyped-call]
+        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts)), counts)
         return output
 
 
@@ -29,11 +30,10 @@ class PlainExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
-        inner = nn.functional.gelu(self.up(rows_RH, counts), approximate=self.approximate)
-        output: Tensor = self.down(inner, counts)
+        output: Tensor = self.down(self.activation(self.up(rows_RH, counts)), counts)
         return output
