@@ -55,7 +55,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
 
 def resolve_dp(config: TrainConfig, max_world: int) -> int:
     """dp for `auto`: the largest number of replicas that fits into `max_world` ranks, divides the batch and completes the experts' grid;
-    the least that does where none fits."""
+    the least that does where none of those fits."""
     parallel, training = config.parallel, config.training
     if parallel.dp != "auto":
         return parallel.dp
@@ -378,6 +378,11 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     if dp % step:
         text = f"etp x ep = {_expert_tp(config)} x {parallel.ep} must divide tp x cp x dp = {parallel.tp} x {parallel.cp} x {dp}"
         found.append(Problem("/parallel/ep", "expert_grid", f"{text}; use a dp that is a multiple of {step}, or lower ep or etp"))
+    elif (dp * parallel.cp) % parallel.zero_replicas == 0:
+        try:
+            ParallelDims.of(parallel.model_copy(update={"dp": dp}))
+        except ValueError as error:  # all that is left to say is that the stages of the two grids do not fit
+            found.append(Problem("/parallel/order", "expert_grid", str(error)))
     if batch % (micro * dp):
         text = f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x {dp}; make it one"
         found.append(Problem("/training/global_batch_size", "batch_divides", text))

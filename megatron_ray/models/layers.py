@@ -76,11 +76,11 @@ class Layers(Protocol):
         ...
 
     def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows expert by expert [R, inputs], rows per expert here) -> [R, outputs], outputs cut over etp."""
+        """(rows expert by expert [R, inputs], rows of each expert here) -> [R, outputs], outputs cut over etp."""
         ...
 
     def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows [R, inputs cut over etp], rows per expert here) -> [R, outputs], to be summed over etp on the way back."""
+        """(rows [R, inputs cut over etp], rows of each expert here) -> [R, outputs], to be summed over etp on the way back."""
         ...
 
     def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:

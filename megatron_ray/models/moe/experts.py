@@ -6,6 +6,7 @@ Shapes: R rows that lie expert by expert, L experts here, H hidden, F inner widt
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.matmul import Counts
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import SwiGLU
 
@@ -19,8 +20,8 @@ class GatedExperts(nn.Module):
         self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
-    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts_L)), counts_L)
+    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts)), counts)
         return output
 
 
@@ -33,6 +34,6 @@ class PlainExperts(nn.Module):
         self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
-    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        output: Tensor = self.down(self.activation(self.up(rows_RH, counts_L)), counts_L)
+    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        output: Tensor = self.down(self.activation(self.up(rows_RH, counts)), counts)
         return output

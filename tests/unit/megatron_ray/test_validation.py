@@ -274,6 +274,12 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
         ),
         (
             {},
+            {"ep": 2, "dp": 4, "pp": 2, "order": "tp-cp-ep-pp-dp"},
+            "/parallel/order",
+            "order tp-cp-ep-pp-dp puts the pipeline stages of dense layers and experts on different ranks",
+        ),
+        (
+            {},
             {"ep": 4, "dp": 2},
             "/parallel/ep",
             "etp x ep = 1 x 4 must divide tp x cp x dp = 1 x 1 x 2; use a dp that is a multiple of 4, or lower ep or etp",
