@@ -4,12 +4,11 @@ Each block of at most 4 Mi elements has its own generator, seeded by a hash, and
 of. So every layout starts equal, and no rank ever holds more than its shard plus one block.
 """
 
-import hashlib
-
 import torch
 from torch import Tensor
 
 from megatron_ray.parameters import Box, LocalParameter, LogicalParameter
+from megatron_ray.rng import generator
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 
@@ -35,15 +34,12 @@ def draw_box(logical: LogicalParameter, box: Box, seed: int) -> Tensor:
     for block in range(first // block_rows, -(-last // block_rows)):
         start = block * block_rows
         rows = min(block_rows, logical.shape[0] - start)
-        drawn = torch.empty((rows, *logical.shape[1:])).normal_(0.0, logical.init.std, generator=_generator(seed, logical.name, block))
+        drawn = torch.empty((rows, *logical.shape[1:])).normal_(
+            0.0, logical.init.std, generator=generator(f"{seed}/{logical.name}/{block}")
+        )
         low, high = max(first, start), min(last, start + rows)
         wanted = drawn[low - start : high - start]
         for dim in range(1, len(box.size)):
             wanted = wanted.narrow(dim, box.offset[dim], box.size[dim])
         value[low - first : high - first] = wanted
     return value
-
-
-def _generator(seed: int, name: str, block: int) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -25,6 +25,8 @@ from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import ExpertPlaces, LocalLayers
 from megatron_ray.parameters import LocalParameter, freeze, local_parameters
+from megatron_ray.recompute import apply_recompute
+from megatron_ray.rng import Streams
 from megatron_ray.schedules.actions import Order
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -68,8 +70,9 @@ def build_model(
     *,
     dtype: torch.dtype,
     held: Sequence[StageContents] | None = None,
+    seed: int = 0,
 ) -> GPT:
-    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet."""
+    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet. `seed` is dropout's."""
     layers = LocalLayers(
         config,
         mesh.tp_group,
@@ -78,6 +81,7 @@ def build_model(
         dtype=dtype,
         experts=ExpertPlaces(mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher),
         attention=lambda: context_attention(parallel.cp_method, mesh),
+        streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),
     )
     with torch.device("meta"):
         return GPT(config, layers, held)
@@ -104,7 +108,9 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     """
     parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
     held, fully_sharded = pipeline.held(mesh.pp_rank), parallel.zero == 3 and mesh.shard_group is not None
-    module = build_model(config.model, mesh, parallel, dtype=torch.float32 if fully_sharded else dtype, held=held)
+    held_type = torch.float32 if fully_sharded else dtype
+    module = build_model(config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed)
+    apply_recompute(module, config.training.recompute)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
     table = freeze(table, config.optimizer.freeze)
     for local in table:

@@ -7,6 +7,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import freeze, local_parameters
+from megatron_ray.planning import kept_activations, recomputed_activations
 from megatron_ray.schedules.orders import most_activations
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 
@@ -22,7 +23,7 @@ class Memory:
     optimizer_bytes: int
     """Moments, and fp32 main parameters under bf16; a rank's share where they are sharded over dp."""
     activations_bytes_estimate: int
-    """Peak of one microbatch, from tensor shapes; kernels and allocator may need more or less."""
+    """Peak of the microbatches under way, from tensor shapes and what is recomputed; kernels and allocator may need more or less."""
     total_bytes_estimate: int
     vocab_size: int
     """Vocabulary the numbers are for."""
@@ -70,36 +71,19 @@ def _state(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:
-    """What autograd keeps of one microbatch without recomputation, attention scores not materialised.
-
-    Counts tensors per token and layer after Korthikanti et al. 2022 (Reducing Activation Recomputation), section 4.
-    """
-    tp = config.parallel.tp
-    whole = tp if config.parallel.sequence_parallel else 1
-    tokens = config.training.seq_length * config.training.micro_batch_size
-    attention = (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_width
-    mlp = max(_inside_mlp(model, index) for index in range(model.num_layers))
-    layer = 4 * model.hidden_size // whole + (attention + mlp) // tp
+    """What autograd keeps of the microbatches under way, and what comes back when a part of one is recomputed."""
+    most = max(len(stage.layers) for stage in pipeline.contents)
+    tokens = config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
     width = 2 if config.training.precision == "bf16" else 4
-    logits = tokens * (model.vocabulary // tp) * (width + 4)  # as computed, and their fp32 softmax
-    return tokens * layer * _layers_at_once(config, pipeline) * width + logits
+    logits = tokens * (model.vocabulary // config.parallel.tp) * (width + 4)  # as computed, and their fp32 softmax
+    return _microbatches_at_once(config, pipeline) * kept_activations(config, most) + recomputed_activations(config, most) + logits
 
 
-def _inside_mlp(model: ModelConfig, layer: int) -> int:
-    """Of one token in a layer; of each of its experts the input and the output too, since they are copies. Experts are taken to be
-    balanced."""
-    inner, moe = 4 if model.activation == "swiglu" else 2, model.experts_on(layer)
-    if moe is None:
-        return inner * model.ffn_width
-    return moe.top_k * (2 * model.hidden_size + inner * model.expert_width) + inner * (moe.shared_expert_ffn_hidden_size or 0)
-
-
-def _layers_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:
-    """Layers times microbatches whose activations the first pipeline rank, which holds most, keeps at once."""
+def _microbatches_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:
+    """Microbatches of a stage whose activations the first pipeline rank, which holds most, keeps at once."""
     dp = config.parallel.dp
     assert dp != "auto"
-    most = max(len(stage.layers) for stage in pipeline.contents)
     if pipeline.stages.num_stages == 1:
-        return most
+        return 1
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * dp)
-    return most * most_activations(pipeline.schedule, pipeline.stages.pp, max(1, num_microbatches), pipeline.stages.vpp)
+    return most_activations(pipeline.schedule, pipeline.stages.pp, max(1, num_microbatches), pipeline.stages.vpp)

@@ -40,6 +40,11 @@ class ModelConfig(Config):
     """Rotary positions, a table of learned ones, or none."""
     rope_theta: float = Field(default=10000.0, gt=1)
     """Base of the rotary frequencies."""
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of activations set to zero in training: after the embedding, and of what attention and MLP add to the residual stream."""
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of attention probabilities set to zero in training. Above 0 the scores are made in full: fused attention cannot drop from
+    a stream of its own."""
     linear_bias: bool = False
     """Adds a bias to every linear layer of the blocks (GPT-2 does, Llama does not)."""
     tie_embeddings: bool = False

@@ -7,6 +7,27 @@ from pydantic import Field
 from megatron_ray.config.base import Config
 
 
+class RecomputeConfig(Config):
+    """Which activations the forward pass does not keep: the backward pass computes them again from what is kept."""
+
+    granularity: Literal["none", "selective", "full"] = "none"
+    """`selective` does so with some modules of every layer, `full` with whole layers, of which only the inputs are kept."""
+    method: Literal["uniform", "block"] | None = None
+    """`full` only: `uniform` cuts a stage's layers into chunks of `num_layers` and keeps the input of each chunk; `block` recomputes the
+    first `num_layers` layers of each stage one by one and keeps all of the others."""
+    num_layers: int | None = Field(default=None, ge=1, le=1024)
+    """`full` only: layers per chunk (`uniform`), or recomputed layers per stage (`block`)."""
+    modules: tuple[Literal["core_attention", "norm", "activation", "mlp"], ...] | None = Field(default=None, min_length=1)
+    """`selective` only; core_attention when not given. `norm` (before attention and before the MLP) and `activation` (the MLP's
+    non-linearity) give their output's memory back once it is used; `mlp` is the whole of it. Fused attention keeps no scores, so
+    there core_attention saves little; with model.attention_dropout it saves most."""
+
+    @property
+    def chosen_modules(self) -> tuple[str, ...]:
+        """What is recomputed in every layer, resolved."""
+        return (self.modules or ("core_attention",)) if self.granularity == "selective" else ()
+
+
 class TrainingConfig(Config):
     """The loop's numbers."""
 
@@ -20,6 +41,8 @@ class TrainingConfig(Config):
     """Optimizer updates in the whole job."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations; bf16 keeps fp32 main parameters, gradients and optimizer state."""
+    recompute: RecomputeConfig = RecomputeConfig()
+    """Trades arithmetic for memory: activations computed again instead of kept."""
     seed: int = Field(default=1234, ge=0, le=(1 << 63) - 1)
     """Seeds the weights, the data order and every random stream."""
     deterministic: bool = False

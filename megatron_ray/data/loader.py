@@ -4,7 +4,7 @@ The only file of this folder that sees torch. Must not know: the model, how corp
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class Batch:
     """Given where documents are kept apart."""
     expert_choices: Tensor | None = None
     """[B, S, layers, experts per token] int64: what routers are to take instead of choosing (replay)."""
+    first_sample: int | None = None
+    """Number within the run of the first sample: what dropout draws by. None: nothing is dropped (evaluation)."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class StepLoader:
     def step(self, consumed_samples: int) -> list[Batch]:
         """Batches of the step that starts after `consumed_samples`."""
         ids = sample_ids(consumed_samples, self.micro_batch_size, self.dp_rank, self.dp, self.num_microbatches)
-        return [self.make_batch(np.stack([self.dataset[int(index)] for index in row])) for row in ids]
+        return [replace(self.make_batch(np.stack([self.dataset[int(index)] for index in row])), first_sample=int(row[0])) for row in ids]
 
 
 def evaluation_batches(

@@ -50,30 +50,40 @@ class Positions:
     """[T, layers, K]: the experts that routers are to take instead of choosing."""
     on_choice: Callable[[int, Tensor], None] | None = None
     """Hears of every router's choice: (layer, experts [tokens of this rank, K])."""
+    first_sample: int | None = None
+    """Of the batch, where dropout is to drop."""
 
 
 class Attention(nn.Module):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V)."""
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, place: str) -> None:
         super().__init__()
         self.head_width = config.head_width
         heads, groups = config.num_attention_heads, config.kv_heads
         self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.linear_bias)
         self.core = layers.attention()
+        self.dropping_core = layers.dropping_attention(f"{place}.probabilities")
         self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
         heads, groups = self.qkv.heads, self.qkv.groups
         if positions.cos is not None:
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        attended = self.core(q, k, v, positions.packed) if cache is None else self._attend_cached(q, k, v, cache)
+        attended = self._attend(q, k, v, positions) if cache is None else self._attend_cached(q, k, v, cache)
         merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
         output: Tensor = self.o(merged, residual_TH)
         return output
+
+    def _attend(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
+        if self.dropping_core is None or positions.first_sample is None:
+            attended: Tensor = self.core(q_BNSD, k_BGSD, v_BGSD, positions.packed)
+        else:
+            attended = self.dropping_core(q_BNSD, k_BGSD, v_BGSD, (positions.packed, positions.first_sample))
+        return attended
 
     def _attend_cached(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache) -> Tensor:
         mask, seen = None, cache.length

@@ -1,5 +1,7 @@
 """One transformer block. Owns: pre-norm residual wiring. Must not know: ranks, groups."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
@@ -15,14 +17,36 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention_norm = layers.norm(config.hidden_size)
-        self.attention = Attention(config, layers)
+        self.attention = Attention(config, layers, f"layers.{index}.attention")
         self.mlp_norm = layers.norm(config.hidden_size)
         moe = config.experts_on(index)
         self.mlp = make_mlp(config, layers, config.ffn_width) if moe is None else None
         self.moe = MoE(config, moe, layers, index) if moe is not None else None
+        self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
+        self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
     def forward(self, hidden_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+        if self.attention_dropout is not None and self.mlp_dropout is not None and positions.first_sample is not None:
+            return self._dropping(hidden_TH, positions, positions.first_sample)
         hidden_TH = self.attention(self.attention_norm(hidden_TH), hidden_TH, positions, cache)
-        normed = self.mlp_norm(hidden_TH)
-        output: Tensor = self.moe(normed, hidden_TH, positions) if self.moe is not None else self.mlp(normed, hidden_TH)  # type: ignore[misc]
+        return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, positions)
+
+    def _feed_forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
+        output: Tensor = self.moe(x_TH, residual_TH, positions) if self.moe is not None else self.mlp(x_TH, residual_TH)  # type: ignore[misc]
         return output
+
+    def _dropping(self, hidden_TH: Tensor, positions: Positions, first_sample: int) -> Tensor:
+        """With dropout the residual is added after it, so not inside a product."""
+        assert self.attention_dropout is not None and self.mlp_dropout is not None
+        attended = self.attention(self.attention_norm(hidden_TH), None, positions)
+        hidden_TH = self.attention_dropout(attended, first_sample).add_(hidden_TH)
+        fed = self._feed_forward(self.mlp_norm(hidden_TH), None, positions)
+        output: Tensor = self.mlp_dropout(fed, first_sample).add_(hidden_TH)
+        return output
+
+
+def one_after_another(blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
+    """Activations through a row of blocks."""
+    for block in blocks:
+        hidden_TH = block(hidden_TH, positions, None)
+    return hidden_TH

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.data.loader import Batch
 from megatron_ray.models.attention import KeyValueCache, Positions
-from megatron_ray.models.block import Block
+from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotary_angles
 from megatron_ray.schedules.layout import StageContents, cut_layers
@@ -30,8 +30,11 @@ class GPT(nn.Module):
         self.embedding = layers.embedding(config.hidden_size) if any(stage.embedding for stage in self.held) else None
         if self.embedding is not None and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(config.max_sequence_length, config.hidden_size)
+        self.embedding_dropout = layers.hidden_dropout("embedding")
         # A dictionary, so that a layer keeps its name when a pipeline cut leaves only some of them.
         self.layers = nn.ModuleDict({str(index): Block(config, layers, index) for stage in self.held for index in stage.layers})
+        self.through = one_after_another
+        """How activations go through the blocks of a stage; recomputation puts its own way here."""
         if any(stage.loss for stage in self.held):
             self.final_norm = layers.norm(config.hidden_size)
             self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
@@ -43,21 +46,20 @@ class GPT(nn.Module):
 
     def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
-        hidden_TH = self._embed(batch.tokens_BS, batch.position_ids) if received_TH is None else received_TH
-        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH)
-        positions = replace(positions, packed=batch.packed, expert_choices=_by_token(batch.expert_choices), on_choice=self.on_choice)
-        for index in stage.layers:
-            hidden_TH = self.layers[str(index)](hidden_TH, positions, None)
+        hidden_TH = self._embed(batch.tokens_BS, batch.position_ids, batch.first_sample) if received_TH is None else received_TH
+        hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, self.positions_of(batch, hidden_TH))
         if not stage.loss:
             return hidden_TH
         loss: Tensor = self.head(self.final_norm(hidden_TH), batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1))
         return loss
 
-    def _embed(self, tokens_BS: Tensor, position_ids: Tensor) -> Tensor:
+    def _embed(self, tokens_BS: Tensor, position_ids: Tensor, first_sample: int | None = None) -> Tensor:
         assert self.embedding is not None
         hidden_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
         if self.config.position_embedding == "learned":
             hidden_TH = hidden_TH + self.position_embedding(position_ids.expand(tokens_BS.shape).reshape(-1))
+        if self.embedding_dropout is not None and first_sample is not None:
+            hidden_TH = self.embedding_dropout(hidden_TH, first_sample)
         return hidden_TH
 
     def hidden(self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
@@ -73,6 +75,16 @@ class GPT(nn.Module):
         """[B, S, V], for inference and judges."""
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
+
+    def positions_of(self, batch: Batch, like: Tensor) -> Positions:
+        """What blocks need to know of a batch; angles are on the device of `like` and fit its type."""
+        return replace(
+            self._positions(batch.tokens_BS.shape, batch.position_ids, like),
+            packed=batch.packed,
+            first_sample=batch.first_sample,
+            expert_choices=_by_token(batch.expert_choices),
+            on_choice=self.on_choice,
+        )
 
     def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor) -> Positions:
         batch, sequence = shape

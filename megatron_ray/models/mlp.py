@@ -15,11 +15,12 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
+        self.activation = SwiGLU()
         self.gate_up = layers.column(config.hidden_size, 2 * width, config.linear_bias)
         self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        output: Tensor = self.down(SwiGLU.apply(self.gate_up(x_TH)), residual_TH)  # type: ignore[no-untyped-call]
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
+        output: Tensor = self.down(self.activation(self.gate_up(x_TH)), residual_TH)
         return output
 
 
@@ -28,12 +29,12 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.up = layers.column(config.hidden_size, width, config.linear_bias)
         self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor) -> Tensor:
-        output: Tensor = self.down(nn.functional.gelu(self.up(x_TH), approximate=self.approximate), residual_TH)
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
+        output: Tensor = self.down(self.activation(self.up(x_TH)), residual_TH)
         return output
 
 
@@ -43,7 +44,14 @@ def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | Plai
     return kind(config, layers, width)
 
 
-class SwiGLU(torch.autograd.Function):
+class SwiGLU(nn.Module):
+    """silu(gate) * up of a fused [T, 2F] whose first half is the gate."""
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up over a fused [T, 2F] whose first half is the gate; the backward fills one fused gradient in place."""
 
     @staticmethod

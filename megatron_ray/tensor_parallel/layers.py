@@ -70,14 +70,16 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(SlottedModule):
-    """Y = residual + sum over ranks of X W^T, + b, with the columns of W cut over the group: [T, I/tp] -> [T or t, O]."""
+    """Y = residual (if given) + sum over ranks of X W^T, + b, with the columns of W cut over the group: [T, I/tp] -> [T or t, O]."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__(group, sequence_parallel)
+        self.unread = False
+        """While true a forward leaves its result unwritten: a recomputation wants only what the backward needs."""
         self.weight = nn.Parameter(torch.empty(outputs, inputs // collectives.size(group), dtype=dtype))
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
 
-    def forward(self, inputs_TI: Tensor, residual_TO: Tensor) -> Tensor:
+    def forward(self, inputs_TI: Tensor, residual_TO: Tensor | None) -> Tensor:
         return _Row.apply(inputs_TI, residual_TO, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -170,19 +172,22 @@ class _Column(torch.autograd.Function):
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, inputs: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, module: RowParallelLinear
+        ctx: FunctionCtx, inputs: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, module: RowParallelLinear
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.module = module  # type: ignore[attr-defined]
+        ctx.module, ctx.adds = module, residual is not None  # type: ignore[attr-defined]
+        if module.unread:
+            return inputs.new_empty(inputs.shape[0] // collectives.size(module.sequence_group), weight.shape[0])
         if module.group is None:
-            output = forward_product_plus(inputs, weight, residual)
+            output = forward_product(inputs, weight) if residual is None else forward_product_plus(inputs, weight, residual)
         else:
             partial = forward_product(inputs, weight)
             if module.sequence_group is not None:
                 output = collectives.reduce_scatter_rows(partial, module.sequence_group)
             else:
                 output = collectives.all_reduce(partial, module.group)
-            output.add_(residual)
+            if residual is not None:
+                output.add_(residual)
         return output.add_(bias) if bias is not None else output
 
     @staticmethod
@@ -193,7 +198,7 @@ class _Row(torch.autograd.Function):
         gathered = collectives.all_gather_rows(grad, module.sequence_group)
         grad_inputs = input_grad_product(gathered, weight)
         grad_weight = deliver_linear(module, inputs, gathered)
-        return grad_inputs, grad, grad_weight, _deliver_bias(module, grad), None
+        return grad_inputs, grad if ctx.adds else None, grad_weight, _deliver_bias(module, grad), None
 
 
 class _VocabEmbedding(torch.autograd.Function):

@@ -249,7 +249,7 @@ def split_vanishing(config: TrainConfig, gradients: dict[str, np.ndarray]) -> tu
     )
 
 
-def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[str, np.ndarray]:
+def float64_gradients(rank: int, world_size: int, config: TrainConfig, choices: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no buckets, no reductions."""
     from megatron_ray.initialization import draw_local
     from megatron_ray.parallelize import build_model
@@ -266,7 +266,7 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[s
     training = config.training
     dataset = RandomDataset(config.model.vocabulary, training.seq_length, ends=0.15 if config.data.separate_documents else 0.0)
     loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh, END))
-    batches = loader.step(0)
+    batches = (loader if choices is None else Replay(loader, choices)).step(0)
     for batch in batches:
         module(replace(batch, loss_mask_BS=batch.loss_mask_BS.double())).backward()
     tokens = sum(batch.num_tokens for batch in batches)

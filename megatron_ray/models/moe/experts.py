@@ -6,6 +6,7 @@ Shapes: R rows that lie expert by expert, L experts here, H hidden, F inner widt
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.matmul import Counts
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import SwiGLU
 
@@ -15,11 +16,12 @@ class GatedExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
+        self.activation = SwiGLU()
         self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
-    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        output: Tensor = self.down(SwiGLU.apply(self.gate_up(rows_RH, counts_L)), counts_L)  # type: ignore[no-untyped-call]
+    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts)), counts)
         return output
 
 
@@ -28,11 +30,10 @@ class PlainExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
-    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        inner = nn.functional.gelu(self.up(rows_RH, counts_L), approximate=self.approximate)
-        output: Tensor = self.down(inner, counts_L)
+    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        output: Tensor = self.down(self.activation(self.up(rows_RH, counts)), counts)
         return output

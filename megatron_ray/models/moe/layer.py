@@ -30,7 +30,7 @@ class MoE(nn.Module):
         self.shared = make_mlp(config, layers, shared) if shared is not None else None
         self.dispatcher = layers.dispatcher(moe.num_experts)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor, positions: Positions) -> Tensor:
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
         experts, weights = self._route(self.router(x_TH), positions)
         # A generated token must not depend on what else is in its batch, so only a model that is trained sends tokens away.
         most = router.capacity(self.moe, len(experts)) if self.training else None
@@ -40,8 +40,9 @@ class MoE(nn.Module):
         dispatched = self.dispatcher.dispatch(x_TH, experts, room)
         if self.shared is not None:
             residual_TH = self.shared(x_TH, residual_TH)
-        outputs: Tensor = self.experts(dispatched.rows_RH, dispatched.counts_L)
-        return residual_TH + dispatched.combine(outputs, weights)
+        outputs: Tensor = self.experts(dispatched.rows_RH, dispatched.counts)
+        combined = dispatched.combine(outputs, weights)
+        return combined if residual_TH is None else residual_TH + combined
 
     def _route(self, logits_TE: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         given = positions.expert_choices

@@ -13,8 +13,10 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, RouterLinear
 from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.dropout import Dropout, DroppingAttention
 from megatron_ray.models.layers import Dispatcher
 from megatron_ray.parameters import padded_vocabulary
+from megatron_ray.rng import Streams
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
 from megatron_ray.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -49,10 +51,11 @@ class LocalLayers:
         sequence_parallel: bool,
         dtype: torch.dtype,
         experts: ExpertPlaces,
+        streams: Streams,
         attention: Callable[[], nn.Module] = WholeAttention,
     ) -> None:
         self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
-        self.experts, self._attention = experts, attention
+        self.experts, self._attention, self._streams = experts, attention, streams
         self.rows = padded_vocabulary(config, tp)
 
     def embedding(self, width: int) -> nn.Module:
@@ -104,6 +107,15 @@ class LocalLayers:
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
         return collectives.all_reduce(tensor, self.experts.token_group)
+
+    def hidden_dropout(self, place: str) -> nn.Module | None:
+        cut_by = ("cp", "tp") if self.sequence_parallel else ("cp",)
+        rate = self.config.hidden_dropout
+        return Dropout(rate, self._streams.stream(place, cut_by)) if rate else None
+
+    def dropping_attention(self, place: str) -> nn.Module | None:
+        rate = self.config.attention_dropout
+        return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp"))) if rate else None
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

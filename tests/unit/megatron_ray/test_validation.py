@@ -141,6 +141,54 @@ def test_a_good_config_has_no_problem() -> None:
             "/training/steps",
             "steps x global_batch_size = 1073741824 x 16 = 17179869184 samples, at most 2147483648 can be ordered",
         ),
+        (
+            {"model": {"attention_dropout": 0.1}, "parallel": {"cp": 2}},
+            None,
+            "/model/attention_dropout",
+            "attention_dropout=0.1 does not go with cp=2: attention over shared sequences keeps no probabilities to drop; use 0",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "method": "uniform"}}},
+            None,
+            "/training/recompute/method",
+            "method is for granularity=full, not for selective; leave it out, or change granularity",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "num_layers": 2}}},
+            None,
+            "/training/recompute/num_layers",
+            "num_layers is for granularity=full, not for selective",
+        ),
+        (
+            {"training": {"recompute": {"modules": ["norm"]}}},
+            None,
+            "/training/recompute/modules",
+            "modules is for granularity=selective, not for none",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "full", "num_layers": 1}}},
+            None,
+            "/training/recompute/method",
+            "granularity=full needs method; give uniform or block",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "full", "method": "block"}}},
+            None,
+            "/training/recompute/num_layers",
+            "granularity=full needs num_layers; say how many layers: 1 recomputes each by itself",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "full", "method": "block", "num_layers": 3}}, "parallel": {"pp": 2}},
+            None,
+            "/training/recompute/num_layers",
+            "num_layers=3 is more than the 2 layers of the largest stage; lower it",
+        ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "modules": ["mlp", "activation"]}}},
+            None,
+            "/training/recompute/modules",
+            "activation is a part of mlp, which is recomputed whole; leave out one of the two",
+        ),
         ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
         (
             {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},
@@ -242,6 +290,12 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
             {},
             "/model/moe/group_top_k",
             "group_top_k=3 must be at most num_groups=4 and divide top_k=2, and each of those groups of 2 experts",
+        ),
+        (
+            {},
+            {"ep": 2, "dp": 4, "pp": 2, "order": "tp-cp-ep-pp-dp"},
+            "/parallel/order",
+            "order tp-cp-ep-pp-dp puts the pipeline stages of dense layers and experts on different ranks",
         ),
         (
             {},

@@ -89,3 +89,18 @@ def test_experts_are_shared_out_over_their_own_ranks(service: Any, spec: dict[st
 def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(service: Any, spec: dict[str, Any]) -> None:
     found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"ep": 4}})
     assert found["world_size"] == 4
+
+
+def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) -> None:
+    def activations(**recompute: Any) -> int:
+        training = spec["training"] | {"recompute": recompute}
+        estimate: int = plan(service, spec | {"training": training})["memory"]["activations_bytes_estimate"]
+        return estimate
+
+    settings = [
+        activations(),
+        activations(granularity="selective", modules=["norm", "activation"]),
+        activations(granularity="full", method="block", num_layers=3),
+        activations(granularity="full", method="uniform", num_layers=1),
+    ]
+    assert settings == sorted(set(settings), reverse=True)

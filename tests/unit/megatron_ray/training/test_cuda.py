@@ -52,9 +52,31 @@ def test_bf16_follows_the_cpu(model: dict[str, Any]) -> None:
     np.testing.assert_allclose(losses_and_norms(config, "cuda")[0], losses_and_norms(config, "cpu")[0], rtol=1.5e-2)
 
 
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+RECOMPUTE: list[dict[str, Any]] = [
+    {"granularity": "full", "method": "uniform", "num_layers": 1},
+    {"granularity": "selective", "modules": ["core_attention", "norm", "activation"]},
+]
+
+
+def with_recompute(config: TrainConfig, recompute: dict[str, Any]) -> TrainConfig:
+    fields = config.model_dump()
+    fields["training"]["recompute"] = recompute
+    return TrainConfig.from_mapping(fields)
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_recomputed_layers_drop_what_they_dropped(recompute: dict[str, Any]) -> None:
+    config = make_config(LLAMA | DROPOUT, {"dp": 1}, steps=10)
+    plain, again = losses_and_norms(config, "cuda"), losses_and_norms(with_recompute(config, recompute), "cuda")
+    np.testing.assert_allclose(again[0], plain[0], rtol=1e-5)
+    np.testing.assert_allclose(again[1], plain[1], rtol=5e-5)
+
+
+@pytest.mark.parametrize("recompute", [{}, *RECOMPUTE])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_waits_for_the_device(precision: str) -> None:
-    config = make_config(LLAMA, {"dp": 1}, steps=4, precision=precision)
+def test_a_step_never_waits_for_the_device(precision: str, recompute: dict[str, Any]) -> None:
+    config = with_recompute(make_config(LLAMA | (DROPOUT if recompute else {}), {"dp": 1}, steps=4, precision=precision), recompute)
     mesh = ParallelMesh.single("cuda")
     model, optimizer = build(config, mesh)
     loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh))

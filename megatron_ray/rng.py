@@ -1,0 +1,44 @@
+"""Random numbers as pure functions of what they are for. Owns: how a name becomes a generator, and the streams of each axis.
+
+A stream belongs to a place in the model and to this rank's coordinates along the axes that cut what is drawn for. So ranks that hold
+the same activations draw the same, and ranks that hold different parts draw apart; pipeline stages differ by place, data-parallel
+replicas by sample. Nothing is kept from draw to draw: a resumed run, a recomputed layer and a microbatch that ran elsewhere get the
+numbers they always would, no state is saved, and nobody else's generator is touched. Must not know: layers, what is drawn.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+def generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for this name, on the device that draws. CPUs take 32 bits of the seed, CUDA takes 63."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The numbers of one place in the model, by sample."""
+
+    name: str
+
+    def at(self, first_sample: int, device: torch.device) -> torch.Generator:
+        """For the microbatch that begins with this sample of the run."""
+        return generator(f"{self.name}/{first_sample}", device)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """A rank's streams."""
+
+    seed: int
+    coordinates: Mapping[str, int]
+    """This rank's index along each axis that may cut an activation."""
+
+    def stream(self, place: str, cut_by: tuple[str, ...]) -> Stream:
+        """For a place whose activations are cut along these axes, and the same along all others."""
+        where = ",".join(f"{axis}={self.coordinates[axis]}" for axis in cut_by)
+        return Stream(f"{self.seed}/{place}/{where}")

@@ -1,0 +1,143 @@
+"""What is recomputed is not kept, costs what it should, and changes no bit of a gradient."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.block import Block
+from megatron_ray.models.mlp import SwiGLU
+from megatron_ray.planning import kept_activations
+from megatron_ray.recompute import recomputed
+from megatron_ray.tensor_parallel import layers
+from megatron_ray.tensor_parallel.norm import RMSNorm
+from megatron_ray.training.session import batch_maker, build
+from megatron_ray.training.step import forward_backward
+from tests.parallel.activations import blocks_of, kept_bytes
+from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config
+
+LAYERS = 3
+MODELS = {"llama": LLAMA | {"num_layers": LAYERS}, "gpt2": GPT2 | {"num_layers": LAYERS}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "core": {"granularity": "selective"},
+    "norm": {"granularity": "selective", "modules": ["norm"]},
+    "activation": {"granularity": "selective", "modules": ["activation"]},
+    "mlp": {"granularity": "selective", "modules": ["mlp"]},
+    "norm-activation": {"granularity": "selective", "modules": ["norm", "activation"]},
+    "core-norm-mlp": {"granularity": "selective", "modules": ["core_attention", "norm", "mlp"]},
+    "uniform1": {"granularity": "full", "method": "uniform", "num_layers": 1},
+    "uniform2": {"granularity": "full", "method": "uniform", "num_layers": 2},
+    "block2": {"granularity": "full", "method": "block", "num_layers": 2},
+}
+DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
+
+
+def config_of(setting: str, model: str, precision: str, dropout: bool) -> TrainConfig:
+    fields = make_config(MODELS[model] | (DROPOUT if dropout else {}), {"dp": 1}, steps=1, precision=precision).model_dump()
+    fields["training"]["recompute"] = SETTINGS[setting]
+    return TrainConfig.from_mapping(fields)
+
+
+def gradients(config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """Loss and main gradients of one step."""
+    mesh = ParallelMesh.single()
+    model, _ = build(config, mesh)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh))
+    loss = forward_backward(model, mesh, loader.step(0))
+    return loss, model.families[0].buffers.gradients
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other make tiny products slow where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "dropout"), [("llama", "fp32", False), ("llama", "bf16", True), ("gpt2", "fp32", True), ("gpt2", "bf16", False)]
+)
+def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precision: str, dropout: bool) -> None:
+    loss, expected = gradients(config_of("none", model, precision, dropout))
+    for setting in SETTINGS:
+        again, found = gradients(config_of(setting, model, precision, dropout))
+        assert torch.equal(again, loss) and torch.equal(found, expected), setting
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -> None:
+    for setting in SETTINGS:
+        config = config_of(setting, model, precision, dropout)
+        measured, formula = kept_bytes(config, ParallelMesh.single()), kept_activations(config, LAYERS)
+        # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16 LayerNorm short statistics; the formula is that of CUDA.
+        allowed = 0.025 if precision == "bf16" else 0.0
+        assert abs(measured - formula) <= allowed * formula, setting
+
+
+@pytest.mark.parametrize(
+    ("setting", "layer_runs", "part_runs"),
+    [
+        ("none", 3, {"core": 3, "norm": 6, "activation": 3, "last": 3}),
+        ("core", 3, {"core": 6, "norm": 6, "activation": 3, "last": 3}),
+        ("norm", 3, {"core": 3, "norm": 12, "activation": 3, "last": 3}),
+        ("activation", 3, {"core": 3, "norm": 6, "activation": 6, "last": 3}),
+        ("mlp", 3, {"core": 3, "norm": 6, "activation": 6, "last": 3}),
+        ("uniform1", 6, {"core": 6, "norm": 12, "activation": 6, "last": 3}),
+        ("uniform2", 6, {"core": 6, "norm": 12, "activation": 6, "last": 4}),
+        ("block2", 5, {"core": 5, "norm": 10, "activation": 5, "last": 3}),
+    ],
+)
+def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_once(
+    monkeypatch: pytest.MonkeyPatch, setting: str, layer_runs: int, part_runs: dict[str, int]
+) -> None:
+    runs = Counter[str]()
+
+    def counted(kind: type[nn.Module], name: str) -> None:
+        plain = kind.forward
+
+        def forward(*arguments: Any) -> Any:
+            runs[name] += 1
+            return plain(*arguments)
+
+        monkeypatch.setattr(kind, "forward", forward)
+
+    product = layers.forward_product_plus
+
+    def last_product(inputs: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+        runs["last"] += weight.shape[1] == LLAMA["ffn_hidden_size"]
+        return product(inputs, weight, addend)
+
+    monkeypatch.setattr(layers, "forward_product_plus", last_product)
+    for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (SwiGLU, "activation")):
+        counted(kind, name)
+    model, hidden, positions = blocks_of(config_of(setting, "llama", "fp32", False), ParallelMesh.single())
+    runs.clear()
+    model.through(model.layers.values(), hidden, positions).sum().backward()
+    assert runs == {"layer": layer_runs, **part_runs}
+
+
+def test_an_evaluation_recomputes_nothing_and_frees_nothing() -> None:
+    mesh = ParallelMesh.single()
+    model, hidden, positions = blocks_of(config_of("norm-activation", "llama", "fp32", False), mesh)
+    plain, _, _ = blocks_of(config_of("none", "llama", "fp32", False), mesh)
+    with torch.no_grad():
+        expected = plain.through(plain.layers.values(), hidden, positions)
+        assert torch.equal(model.through(model.layers.values(), hidden, positions), expected)
+
+
+def test_a_region_whose_inputs_need_no_gradient_still_gives_its_parameters_theirs() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    recomputed(lambda x: x * weight, torch.arange(3.0)).sum().backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None and weight.grad.tolist() == [0, 1, 2]
