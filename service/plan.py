@@ -53,7 +53,7 @@ def memory(config: TrainConfig) -> Memory | None:
     dense, experts = max((_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
     bf16, elements = config.training.precision == "bf16", dense + experts
     if config.parallel.zero == 3:  # main parameters are the model's own shard, from which it is gathered
-        shard = -(-dense // (dims.size("dp", "cp") // dims.zero_replicas))
+        shard = -(-dense // (dims.size("dp", "cp") // dims.zero_replicas)) + -(-experts // dims.expert_dp)
         parameters, gradients, optimizer = shard * 4, shard * 4, shard * 8
     else:
         shard = elements if config.parallel.zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
