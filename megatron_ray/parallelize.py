@@ -25,7 +25,7 @@ from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 from megatron_ray.models.specs.local import ExpertPlaces, LocalLayers
-from megatron_ray.parameters import LocalParameter, local_parameters
+from megatron_ray.parameters import LocalParameter, freeze, local_parameters
 from megatron_ray.recompute import apply_recompute
 from megatron_ray.rng import Streams
 from megatron_ray.schedules.actions import Order
@@ -113,11 +113,13 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     module = build_model(config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed)
     apply_recompute(module, config.training.recompute)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
+    table = freeze(table, config.optimizer.freeze)
+    for local in table:
+        module.get_parameter(local.name).requires_grad_(local.trainable)
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
     actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
     if fully_sharded:
-        families = _fully_sharded(config, mesh, module, table)
-        table = tuple(placed.parameter for family in families for placed in family.buffers.plan.placed)
+        table, families = _fully_sharded(config, mesh, module, table)
         sink = WeightGradSink(families[0].reducer.ready)
     else:
         families = _families(config, mesh, table, on_reduce)
@@ -153,23 +155,28 @@ def _families(
     return tuple(found)
 
 
-def _fully_sharded(config: TrainConfig, mesh: ParallelMesh, module: GPT, table: Sequence[LocalParameter]) -> tuple[ParameterFamily, ...]:
-    """Both families as torch's fully_shard cuts them: dense parameters over dp x cp or, in copies, over a part of it; experts over edp."""
+def _fully_sharded(
+    config: TrainConfig, mesh: ParallelMesh, module: GPT, table: Sequence[LocalParameter]
+) -> tuple[tuple[LocalParameter, ...], tuple[ParameterFamily, ...]]:
+    """This rank's rows, and both families as torch's fully_shard cuts them: dense parameters over dp x cp, or a part of it where there
+    are copies, experts over edp."""
     experts = [part for part in module.modules() if isinstance(part, GatedExperts | PlainExperts)]
     dense = Shards([*module.layers.values(), module], mesh.shard_group, mesh.copy_group)
     of_experts = Shards(experts, mesh.expert_replica_group)
-    shards, families = FullShard(module, [of_experts, dense], DTYPES[config.training.precision]), []
+    shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
+    families, found = list[ParameterFamily](), list[LocalParameter]()
     for of_expert, part in ((False, dense), (True, of_experts)):
         mine = [parameter for parameter in table if parameter.of_expert == of_expert]
         rows = shard_rows(mine, collectives.rank(part.group), collectives.size(part.group))
         if of_expert and not experts:
             continue
+        found += rows
         buffers = FlatBuffers.allocate(plan_buckets(rows, 1, config.parallel.bucket_elements), torch.float32, mesh.device)
         adopt = shards.adopt if not of_expert else lambda: None
         families.append(ParameterFamily(buffers, TorchReducer(buffers), part.copies, adopt))
     weights, gradients = (_views(families, choose) for choose in (_weights, _gradients))
     shards.attach(weights, gradients, mesh.device)
-    return tuple(families)
+    return tuple(found), tuple(families)
 
 
 def _weights(buffers: FlatBuffers) -> Tensor:

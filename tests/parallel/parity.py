@@ -88,7 +88,14 @@ class RankResult:
 
 
 def make_config(
-    model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32", separate_documents: bool = False
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    *,
+    steps: int,
+    precision: str = "fp32",
+    batch: int = 8,
+    micro_batch: int = 2,
+    separate_documents: bool = False,
 ) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
@@ -97,8 +104,8 @@ def make_config(
             "data": {"train": [{"path": "unused"}], "separate_documents": separate_documents},
             "training": {
                 "seq_length": 32,
-                "micro_batch_size": 2,
-                "global_batch_size": 8,
+                "micro_batch_size": micro_batch,
+                "global_batch_size": batch,
                 "steps": steps,
                 "precision": precision,
                 "seed": 7,

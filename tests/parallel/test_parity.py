@@ -30,6 +30,7 @@ LAYOUTS = {
     "pp2": {"pp": 2},
     "pp2-gpipe-dp2-zero0": {"pp": 2, "dp": 2, "schedule": "gpipe", "zero": 0},
     "pp2-zb-dp2-zero1": {"pp": 2, "dp": 2, "schedule": "zb-h1"},
+    "pp2-zb-v": {"pp": 2, "vpp": 2, "schedule": "zb-v", "layout": "E|t|t|L"},
     "pp2-tp2-sp": {"pp": 2, "tp": 2, "sequence_parallel": True},
     "pp2-tp2-uneven": {"pp": 2, "tp": 2, "first_stage_layers": 2, "last_stage_layers": 0},
 }
@@ -67,6 +68,8 @@ LONG_LAYOUTS = FULL_SHARD | {
     "pp4-layout": {"pp": 4, "layout": "E|t|t|L"},
     "pp2-vpp2-layout": {"pp": 2, "vpp": 2, "layout": "E|t|t|L"},
     "pp2-vpp2-tp2-sp-dp2": {"pp": 2, "vpp": 2, "tp": 2, "dp": 2, "sequence_parallel": True, "layout": "Et||t|L"},
+    "pp4-zb-v": {"pp": 4, "vpp": 2, "schedule": "zb-v", "layout": "E|||t||t||L"},
+    "pp2-zb-v-tp2-sp-dp2": {"pp": 2, "vpp": 2, "tp": 2, "dp": 2, "sequence_parallel": True, "schedule": "zb-v", "layout": "Et||t|L"},
     "pp4-zb-dp2-zero0": {"pp": 4, "dp": 2, "schedule": "zb-h1", "layout": "E|t|t|L", "zero": 0},
 }
 LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}

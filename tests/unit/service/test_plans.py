@@ -35,6 +35,14 @@ def test_bytes_are_counted_from_the_parameter_table(
     assert service.user.get("/v1/jobs").json()["data"] == []
 
 
+def test_what_is_frozen_needs_memory_for_its_weights_only(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+    service.agent.report(make_node(cpus=4))
+    whole, half = (plan(service, spec | {"optimizer": {"lr": 1e-3, "freeze": names}})["memory"] for names in ([], ["layers.[01].*"]))
+    assert half["parameters_bytes"] == whole["parameters_bytes"]
+    left = half["gradients_bytes"] / whole["gradients_bytes"]
+    assert 0.5 < left < 0.7 and half["optimizer_bytes"] / whole["optimizer_bytes"] == pytest.approx(left, rel=1e-6)
+
+
 def test_a_plan_larger_than_the_cluster_says_by_how_much(service: Any, spec: dict[str, Any], make_node: Any) -> None:
     service.agent.report(make_node(cpus=2))
     found = plan(service, spec | {"parallel": {"dp": 4}})
