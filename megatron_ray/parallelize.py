@@ -18,11 +18,12 @@ from megatron_ray.context_parallel.gather import GatherAttention
 from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
-from megatron_ray.data_parallel.full_shard import FullShard, shard_rows
+from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer, shard_rows
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
+from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 from megatron_ray.models.specs.local import ExpertPlaces, LocalLayers
 from megatron_ray.parameters import LocalParameter, freeze, local_parameters
 from megatron_ray.recompute import apply_recompute
@@ -118,18 +119,14 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
     actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
     if fully_sharded:
-        shards = FullShard(module, list(module.layers.values()), (mesh.shard_group, mesh.copy_group), dtype)
-        table = shard_rows(table, collectives.rank(mesh.shard_group), collectives.size(mesh.shard_group))
-        buffers = FlatBuffers.allocate(plan_buckets(table, 1, parallel.bucket_elements), torch.float32, mesh.device)
-        shards.attach(buffers)
-        families: tuple[ParameterFamily, ...] = (ParameterFamily(buffers, shards, mesh.copy_group, shards.adopt),)
-        sink = WeightGradSink(shards.ready)
+        table, families = _fully_sharded(config, mesh, module, table)
+        sink = WeightGradSink(families[0].reducer.ready)
     else:
         families = _families(config, mesh, table, on_reduce)
-        adopt_parameters(module, _views(families, lambda buffers: buffers.parameters))
+        adopt_parameters(module, _views(families, _weights))
         reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
         sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
-        attach_slots(module, _views(families, lambda buffers: buffers.gradients), sink)
+        attach_slots(module, _views(families, _gradients), sink)
     biases = allocate_expert_biases(module, mesh.device)
     return ParallelModel(module, table, families, biases, sink, pipeline, actions, parallel.sequence_parallel)
 
@@ -156,6 +153,38 @@ def _families(
         reducer = GradReducer(buffers, group, sharded=config.parallel.zero == 1, on_start=on_reduce)
         found.append(ParameterFamily(buffers, reducer, group))
     return tuple(found)
+
+
+def _fully_sharded(
+    config: TrainConfig, mesh: ParallelMesh, module: GPT, table: Sequence[LocalParameter]
+) -> tuple[tuple[LocalParameter, ...], tuple[ParameterFamily, ...]]:
+    """This rank's rows, and both families as torch's fully_shard cuts them: dense parameters over dp x cp, or a part of it where there
+    are copies, experts over edp."""
+    experts = [part for part in module.modules() if isinstance(part, GatedExperts | PlainExperts)]
+    dense = Shards([*module.layers.values(), module], mesh.shard_group, mesh.copy_group)
+    of_experts = Shards(experts, mesh.expert_replica_group)
+    shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
+    families, found = list[ParameterFamily](), list[LocalParameter]()
+    for of_expert, part in ((False, dense), (True, of_experts)):
+        mine = [parameter for parameter in table if parameter.of_expert == of_expert]
+        rows = shard_rows(mine, collectives.rank(part.group), collectives.size(part.group))
+        if of_expert and not experts:
+            continue
+        found += rows
+        buffers = FlatBuffers.allocate(plan_buckets(rows, 1, config.parallel.bucket_elements), torch.float32, mesh.device)
+        adopt = shards.adopt if not of_expert else lambda: None
+        families.append(ParameterFamily(buffers, TorchReducer(buffers), part.copies, adopt))
+    weights, gradients = (_views(families, choose) for choose in (_weights, _gradients))
+    shards.attach(weights, gradients, mesh.device)
+    return tuple(found), tuple(families)
+
+
+def _weights(buffers: FlatBuffers) -> Tensor:
+    return buffers.parameters
+
+
+def _gradients(buffers: FlatBuffers) -> Tensor:
+    return buffers.gradients
 
 
 def _views(families: Sequence[ParameterFamily], choose: Callable[[FlatBuffers], Tensor]) -> dict[str, Tensor]:

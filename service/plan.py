@@ -1,12 +1,13 @@
 """How a job would run, before anything is started. Owns: rank map, bytes per rank. Pure. Must not know: HTTP, the database."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import freeze, local_parameters
+from megatron_ray.parameters import LocalParameter, freeze, local_parameters
 from megatron_ray.planning import kept_activations, recomputed_activations
 from megatron_ray.schedules.orders import most_activations
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -59,15 +60,20 @@ def _state(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline
     """Bytes of parameters, gradients and optimizer state on a rank of a pipeline stage; only what is trained has the last two."""
     held, bf16, zero = pipeline.held(pp_rank), config.training.precision == "bf16", config.parallel.zero
     local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
-    elements = sum(parameter.num_elements for parameter in local)
     trained = [parameter for parameter in freeze(local, config.optimizer.freeze) if parameter.trainable]
-    experts = sum(parameter.num_elements for parameter in trained if parameter.of_expert)
-    dense = sum(parameter.num_elements for parameter in trained) - experts
+    replicas = dims.size("dp", "cp") // dims.zero_replicas
     if zero == 3:  # main parameters are the model's own shard, from which it is gathered
-        shards = dims.size("dp", "cp") // dims.zero_replicas
-        return -(-elements // shards) * 4, -(-dense // shards) * 4, -(-dense // shards) * 8
-    shard = dense + experts if zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
-    return elements * (2 if bf16 else 4), (dense + experts) * 4, shard * (12 if bf16 else 8)
+        whole, shard = (_elements(parameters, replicas, dims.expert_dp) for parameters in (local, trained))
+        return whole * 4, shard * 4, shard * 8
+    shard = _elements(trained, 1, 1) if zero == 0 else _elements(trained, replicas, dims.expert_dp)
+    return _elements(local, 1, 1) * (2 if bf16 else 4), _elements(trained, 1, 1) * 4, shard * (12 if bf16 else 8)
+
+
+def _elements(parameters: Sequence[LocalParameter], shards: int, expert_shards: int) -> int:
+    """Of one shard of the dense parameters and one of the experts."""
+    experts = sum(parameter.num_elements for parameter in parameters if parameter.of_expert)
+    dense = sum(parameter.num_elements for parameter in parameters) - experts
+    return -(-dense // shards) + -(-experts // expert_shards)
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:

@@ -7,8 +7,8 @@ its forward and backward only, in the type of the model, and its gradients are s
 appears only here. Must not know: the optimizer's arithmetic, scaling.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -49,35 +49,44 @@ def _nothing_of(parameter: LocalParameter) -> Part:
     return replace(first, box=Box(first.box.offset, (0, *first.box.size[1:])), start=0)
 
 
+@dataclass(frozen=True)
+class Shards:
+    """Modules that are sharded among the same ranks."""
+
+    modules: Sequence[nn.Module]
+    group: Group
+    """Who has the other shards."""
+    copies: Group = None
+    """Who has the same one."""
+
+
 class FullShard:
     """A model under fully_shard whose shards follow flat buffers: gradients are accumulated in them, and `adopt` takes the weights over."""
 
-    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], groups: tuple[Group, Group], dtype: torch.dtype) -> None:
-        """`model` is on device meta and of type fp32; `groups`: who has the other shards, and who has the same one."""
+    def __init__(self, model: nn.Module, parts: Sequence[Shards], dtype: torch.dtype) -> None:
+        """`model` is on device meta and of type fp32, and the last module of `parts`, in which what lies inside another comes first."""
         # Here, because it imports the compiler and DTensor: seconds of a start, which only such a job should pay.
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-        shard, replicate = groups
-        assert shard is not None
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for module in (*blocks, model):
-            fully_shard(module, mesh=_device_mesh(shard, replicate), mp_policy=policy)
-            assert isinstance(module, FSDPModule)
-            # Sums, as everywhere; gloo has no scaled sum either.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+        for part in parts:
+            mesh = _device_mesh(part) if part.modules else None
+            for module in part.modules:
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+                assert isinstance(module, FSDPModule)
+                # Sums, as everywhere; gloo has no scaled sum either.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
         register_fsdp_forward_method(model, "stage")
         self.model = model
         self._shards: list[tuple[nn.Parameter, Tensor]] = []
 
-    def attach(self, buffers: FlatBuffers) -> None:
-        """Makes the buffers' memory that of shards and gradients. Raises ValueError when the table and torch cut differently."""
-        self._buffers = buffers
-        weights, gradients = buffers.views(buffers.parameters), buffers.views(buffers.gradients)
+    def attach(self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], device: torch.device) -> None:
+        """Makes the buffers' views the memory of shards and gradients. Raises ValueError when the table and torch cut differently."""
         replaced = {}
         for name, parameter in self.model.named_parameters():
             shape = _local(parameter).shape
-            nothing = torch.zeros(shape, device=buffers.parameters.device)
+            nothing = torch.zeros(shape, device=device)
             weight, gradient = weights.get(name, nothing), gradients.get(name, nothing.clone())
             if weight.shape != shape:
                 raise ValueError(f"{name}: the table has {tuple(weight.shape)} here, torch {tuple(shape)}")
@@ -97,6 +106,13 @@ class FullShard:
             if own.data_ptr() != weight.data_ptr():
                 own.copy_(weight)
 
+
+class TorchReducer:
+    """torch brings gradients together, into these buffers."""
+
+    def __init__(self, buffers: FlatBuffers) -> None:
+        self._buffers = buffers
+
     def begin_step(self, trainable: set[str]) -> None:
         """Gradients start from zero: torch adds to what is there."""
         self._buffers.gradients.zero_()
@@ -109,9 +125,12 @@ class FullShard:
         """Reductions are waited for by torch at the end of each backward."""
 
 
-def _device_mesh(shard: dist.ProcessGroup, replicate: dist.ProcessGroup | None):  # type: ignore[no-untyped-def] # noqa: ANN202 - its class is not to be imported at the top
+def _device_mesh(part: Shards):  # type: ignore[no-untyped-def] # noqa: ANN202 - its class is not to be imported at the top
     from torch.distributed.device_mesh import DeviceMesh
 
+    shard, replicate = part.group, part.copies
+    if shard is None:  # torch wants a group even where there is nothing to share out
+        shard = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     kind = "cuda" if dist.get_backend(shard) == "nccl" else "cpu"
     if replicate is None:
         return DeviceMesh.from_group(shard, kind, mesh_dim_names=("shard",))

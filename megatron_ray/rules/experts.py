@@ -37,8 +37,6 @@ def experts(config: TrainConfig) -> list[Problem]:
     if parallel.tp > 1 and not parallel.sequence_parallel:
         text = f"experts with tp={parallel.tp} need each rank to have tokens of its own; set sequence_parallel, or use tp=1"
         found.append(Problem("/parallel/sequence_parallel", "experts_need_sequence_parallel", text))
-    if parallel.zero == 3:
-        found.append(Problem("/parallel/zero", "experts_zero", "zero=3 does not shard experts in this version; use zero=1 with ep"))
     if model.linear_bias:
         found.append(Problem("/model/linear_bias", "experts_bias", "experts have no biases in this version; set linear_bias to false"))
     if not isinstance(moe.layer_pattern, LayerPattern) and len(moe.layer_pattern) != model.num_layers:

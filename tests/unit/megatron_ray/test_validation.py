@@ -271,7 +271,6 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
             "tp=4 does not divide shared_expert_ffn_hidden_size=90; use a multiple of 4",
         ),
         ({}, {"tp": 2}, "/parallel/sequence_parallel", "experts with tp=2 need each rank to have tokens of its own; set sequence_parallel"),
-        ({}, {"zero": 3}, "/parallel/zero", "zero=3 does not shard experts in this version; use zero=1 with ep"),
         ({"layer_pattern": [0, 1]}, {}, "/model/moe/layer_pattern", "layer_pattern has 2 entries for num_layers=4; give one per layer"),
         ({"top_k": 9}, {}, "/model/moe/top_k", "top_k=9 is more than num_experts=8; lower it"),
         ({"top_k": 1}, {}, "/model/moe/pre_softmax", "so the router would not learn; set pre_softmax"),
