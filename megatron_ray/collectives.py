@@ -116,6 +116,32 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
     return _reduce_scatter(shard, tensor, group=group, async_op=True)  # type: ignore[no-any-return]
 
 
+def all_gather_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
+    """Concatenates along dim 0 in group order, rank r having rows[r] of them. All send as many as the largest has, because gloo knows
+    nothing else; NCCL would broadcast one rank after another."""
+    if group is None:
+        return tensor
+    most = max(rows)
+    if min(rows) == most:
+        return all_gather_rows(tensor, group)
+    padded = tensor.new_zeros((most, *tensor.shape[1:]))
+    padded[: tensor.shape[0]] = tensor
+    return torch.cat([part[:count] for part, count in zip(torch.split(all_gather_rows(padded, group), most), rows, strict=True)])
+
+
+def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
+    """Sums over the group; rank r keeps its rows[r] rows of dim 0."""
+    if group is None:
+        return tensor
+    most = max(rows)
+    if min(rows) == most:
+        return reduce_scatter_rows(tensor, group)
+    padded = tensor.new_zeros((len(rows), most, *tensor.shape[1:]))
+    for part, mine, count in zip(torch.split(tensor, list(rows)), padded, rows, strict=True):
+        mine[:count] = part
+    return reduce_scatter_rows(padded.flatten(0, 1), group)[: rows[group.rank()]]
+
+
 def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
     """Starts sending to a rank of the group; the tensor must stay as it is until `wait`.
 
@@ -143,12 +169,14 @@ def start_exchange(outgoing: Tensor, to: int, incoming: Tensor, sender: int, gro
     return _All(dist.batch_isend_irecv([sending, receiving]))
 
 
-def all_to_all_rows(tensor: Tensor, group: Group) -> Tensor:
-    """Row r of dim 0 (one per rank) goes to rank r; the result's rows come from the ranks in order."""
+def all_to_all_rows(tensor: Tensor, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None) -> Tensor:
+    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order; equal parts where the numbers are not given."""
     if group is None:
         return tensor
-    received = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    dist.all_to_all_single(received, tensor.contiguous(), group=group)
+    rows = tensor.shape[0] if receive is None else sum(receive)
+    received = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
+    arriving, leaving = (None if given is None else list(given) for given in (receive, send))
+    dist.all_to_all_single(received, tensor.contiguous(), arriving, leaving, group=group)
     return received
 
 

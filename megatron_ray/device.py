@@ -10,9 +10,9 @@ _BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
 def select(kind: str, local_index: int = 0) -> torch.device:
-    """The torch device of `cpu` or `cuda`; makes the CUDA one current for this thread."""
-    if kind == "cpu":
-        return torch.device("cpu")
+    """The torch device of `cpu`, `cuda` or `meta`; makes the CUDA one current for this thread."""
+    if kind != "cuda":
+        return torch.device(kind)
     device = torch.device("cuda", local_index)
     torch.cuda.set_device(device)
     return device

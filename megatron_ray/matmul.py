@@ -4,7 +4,10 @@ On CUDA torch's own products are the right ones. On x86 CPUs torch hands fp32 pr
 of another maker (measured: 110 against 250 GFLOP/s on one core); oneDNN, which torch ships too and already uses for bf16, does
 not. Both are deterministic.
 
-Shapes: T tokens, I inputs, O outputs.
+The grouped products multiply rows that lie expert by expert, each expert's with its own matrix: one kernel on CUDA in bf16, which reads
+the counts on the device; elsewhere one product per expert, for which the host must know the counts (no wait on CPU).
+
+Shapes: T tokens, I inputs, O outputs, E experts.
 """
 
 import torch
@@ -52,3 +55,58 @@ def accumulate_weight_grad(main_OI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, 
         torch.mm(grad_TO.t(), inputs_TI, out=main_OI)
     else:
         main_OI.addmm_(grad_TO.t(), inputs_TI)
+
+
+def _one_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
+    aligned = weight_EOI.shape[1] % 8 == 0 and weight_EOI.shape[2] % 8 == 0
+    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
+
+
+def _by_expert(rows: Tensor, counts_E: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(rows, counts_E.tolist())
+
+
+def grouped_forward_product(inputs_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Each expert's inputs @ its weight^T: [T, O]."""
+    if _one_kernel(inputs_TI, weight_EOI):
+        return torch.nn.functional.grouped_mm(inputs_TI, weight_EOI.transpose(1, 2), offs=_ends(counts_E))
+    parts = zip(_by_expert(inputs_TI, counts_E), weight_EOI, strict=True)
+    return _joined([forward_product(rows, weight) for rows, weight in parts if len(rows)], inputs_TI, weight_EOI.shape[1])
+
+
+def grouped_input_grad_product(grad_TO: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Each expert's grad @ its weight: [T, I]."""
+    if _one_kernel(grad_TO, weight_EOI):
+        return torch.nn.functional.grouped_mm(grad_TO, weight_EOI, offs=_ends(counts_E))
+    parts = zip(_by_expert(grad_TO, counts_E), weight_EOI, strict=True)
+    return _joined([input_grad_product(rows, weight) for rows, weight in parts if len(rows)], grad_TO, weight_EOI.shape[2])
+
+
+def grouped_weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor, counts_E: Tensor) -> Tensor:
+    """Each expert's grad^T @ inputs: [E, O, I], zero for one without rows."""
+    product = grad_TO.new_zeros(counts_E.shape[0], grad_TO.shape[1], inputs_TI.shape[1])
+    accumulate_grouped_weight_grad(product, grad_TO, inputs_TI, counts_E, fresh=True)
+    return product
+
+
+def accumulate_grouped_weight_grad(main_EOI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, counts_E: Tensor, *, fresh: bool) -> None:
+    """main (fp32) = or += each expert's grad^T @ inputs."""
+    if _one_kernel(inputs_TI, main_EOI):
+        product = torch.nn.functional.grouped_mm(grad_TO.t(), inputs_TI, offs=_ends(counts_E))
+        # On some GPUs the kernel leaves what it likes for an expert without rows (pytorch issue 172439).
+        product.masked_fill_((counts_E == 0)[:, None, None], 0)
+        main_EOI.copy_(product) if fresh else main_EOI.add_(product)
+        return
+    for main, grad, inputs in zip(main_EOI, _by_expert(grad_TO, counts_E), _by_expert(inputs_TI, counts_E), strict=True):
+        if len(grad):
+            accumulate_weight_grad(main, grad, inputs, fresh=fresh)
+        elif fresh:
+            main.zero_()
+
+
+def _ends(counts_E: Tensor) -> Tensor:
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def _joined(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
+    return torch.cat(parts) if parts else like.new_empty(0, width)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ray import collectives
 from megatron_ray.config.model import ModelConfig
@@ -17,12 +17,13 @@ from megatron_ray.context_parallel.exchange import ExchangeAttention
 from megatron_ray.context_parallel.gather import GatherAttention
 from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
-from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, adopt_parameters, attach_slots
+from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
 from megatron_ray.data_parallel.full_shard import FullShard, shard_rows
+from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
-from megatron_ray.models.specs.local import LocalLayers
+from megatron_ray.models.specs.local import ExpertPlaces, LocalLayers
 from megatron_ray.parameters import LocalParameter, local_parameters
 from megatron_ray.recompute import apply_recompute
 from megatron_ray.rng import Streams
@@ -40,15 +41,15 @@ class ParallelModel:
 
     module: GPT
     parameters: tuple[LocalParameter, ...]
-    buffers: FlatBuffers
+    families: tuple[ParameterFamily, ...]
+    """The dense parameters, then the experts where there are any."""
+    expert_biases: dict[str, ExpertBias]
+    """By logical name."""
     sink: WeightGradSink
-    reducer: GradReducer | FullShard
     pipeline: PipelinePlan
     actions: Order
     """This rank's list for a step; empty where there is one stage only."""
     sequence_parallel: bool
-    adopt: Callable[[], None] = lambda: None
-    """Takes over weights that were written to the flat buffers, where the model does not live in them."""
 
     @property
     def has_loss(self) -> bool:
@@ -58,7 +59,8 @@ class ParallelModel:
     def begin_step(self) -> None:
         """Forgets the last step's gradients."""
         self.sink.begin_step()
-        self.reducer.begin_step(set(self.sink.slots))
+        for family in self.families:
+            family.reducer.begin_step(set(self.sink.slots))
 
 
 def build_model(
@@ -77,6 +79,7 @@ def build_model(
         mesh.dims.tp,
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
+        experts=ExpertPlaces(mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher),
         attention=lambda: context_attention(parallel.cp_method, mesh),
         streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),
     )
@@ -116,12 +119,41 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
         table = shard_rows(table, collectives.rank(mesh.shard_group), collectives.size(mesh.shard_group))
         buffers = FlatBuffers.allocate(plan_buckets(table, 1, parallel.bucket_elements), torch.float32, mesh.device)
         shards.attach(buffers)
+        families: tuple[ParameterFamily, ...] = (ParameterFamily(buffers, shards, mesh.copy_group, shards.adopt),)
         sink = WeightGradSink(shards.ready)
-        return ParallelModel(module, table, buffers, sink, shards, pipeline, actions, parallel.sequence_parallel, shards.adopt)
-    plan = plan_buckets(table, mesh.dims.size("dp", "cp"), parallel.bucket_elements)
-    buffers = FlatBuffers.allocate(plan, dtype, mesh.device)
-    adopt_parameters(module, buffers)
-    reducer = GradReducer(buffers, mesh.replica_group, sharded=parallel.zero == 1, on_start=on_reduce)
-    sink = WeightGradSink(reducer.ready)
-    attach_slots(module, buffers, sink)
-    return ParallelModel(module, table, buffers, sink, reducer, pipeline, actions, parallel.sequence_parallel)
+    else:
+        families = _families(config, mesh, table, on_reduce)
+        adopt_parameters(module, _views(families, lambda buffers: buffers.parameters))
+        reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
+        sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
+        attach_slots(module, _views(families, lambda buffers: buffers.gradients), sink)
+    biases = allocate_expert_biases(module, mesh.device)
+    return ParallelModel(module, table, families, biases, sink, pipeline, actions, parallel.sequence_parallel)
+
+
+def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:
+    """The model's balancing biases by logical name, zero in real memory."""
+    found = {name: part for name, part in module.named_modules() if isinstance(part, ExpertBias)}
+    for bias in found.values():
+        bias.allocate(device)
+    return found
+
+
+def _families(
+    config: TrainConfig, mesh: ParallelMesh, table: Sequence[LocalParameter], on_reduce: Callable[[Bucket], None] | None
+) -> tuple[ParameterFamily, ...]:
+    """Flat buffers (zeros) of the dense parameters and of the experts, each with the reduction over its own replicas."""
+    found = []
+    for of_expert, group in ((False, mesh.replica_group), (True, mesh.expert_replica_group)):
+        parameters = [parameter for parameter in table if parameter.of_expert == of_expert]
+        if of_expert and not parameters:
+            continue
+        plan = plan_buckets(parameters, collectives.size(group), config.parallel.bucket_elements)
+        buffers = FlatBuffers.allocate(plan, DTYPES[config.training.precision], mesh.device)
+        reducer = GradReducer(buffers, group, sharded=config.parallel.zero == 1, on_start=on_reduce)
+        found.append(ParameterFamily(buffers, reducer, group))
+    return tuple(found)
+
+
+def _views(families: Sequence[ParameterFamily], choose: Callable[[FlatBuffers], Tensor]) -> dict[str, Tensor]:
+    return {name: view for family in families for name, view in family.buffers.views(choose(family.buffers)).items()}

@@ -52,11 +52,13 @@ class LogicalParameter:
     """Full shape, vocabulary padding left out."""
     init: Init
     shard_dim: int | None
-    """Dimension cut over tp; None: every tp rank holds the whole tensor."""
+    """Dimension cut over tp (an expert's: over etp); None: every tp rank holds the whole tensor."""
     decay: bool
     """Whether weight decay applies."""
     sum_over_tp: bool = False
     """Under sequence parallelism each tp rank sees only its tokens, so this replicated tensor's gradient is summed over tp."""
+    of_expert: bool = False
+    """Lies in the expert grid: cut over etp, held by one ep rank, its gradient reduced over edp and not over dp x cp."""
 
     @property
     def num_elements(self) -> int:
@@ -98,13 +100,18 @@ class LocalParameter:
 
     @property
     def tp_sharded(self) -> bool:
-        """Whether each tp rank holds different elements."""
+        """Whether each tp rank holds different elements; so do all ranks but the replicas for those of experts."""
         return self.parts[0].logical.shard_dim is not None
 
     @property
     def sum_over_tp(self) -> bool:
         """Whether gradients need a sum over tp under sequence parallelism."""
         return self.parts[0].logical.sum_over_tp
+
+    @property
+    def of_expert(self) -> bool:
+        """Whether its replicas are those of the expert grid."""
+        return self.parts[0].logical.of_expert
 
     @property
     def num_elements(self) -> int:
@@ -131,7 +138,7 @@ def local_parameters(
 
     Raises ValueError when tp does not divide a sharded dimension (validation says it better, with the remedy).
     """
-    builder = _LocalTable(model, dims.tp, dims.coordinates(rank)["tp"], sequence_parallel)
+    builder = _LocalTable(model, dims, rank, sequence_parallel)
     return builder.build(cut_layers(model.num_layers, 1) if held is None else held)
 
 
@@ -143,8 +150,10 @@ def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
 class _LocalTable:
     """Collects one rank's tensors; the only place that knows which dimension of what is cut."""
 
-    def __init__(self, model: ModelConfig, tp: int, tp_rank: int, sequence_parallel: bool) -> None:
-        self.model, self.tp, self.tp_rank, self.sequence_parallel = model, tp, tp_rank, sequence_parallel
+    def __init__(self, model: ModelConfig, dims: ParallelDims, rank: int, sequence_parallel: bool) -> None:
+        self.model, self.dims, self.sequence_parallel = model, dims, sequence_parallel
+        self.tp, self.tp_rank = dims.tp, dims.coordinates(rank)["tp"]
+        self.expert_place = dims.experts.coordinates(rank)
         self.found: list[LocalParameter] = []
         self.normal = Init("normal", model.init_std)
         self.to_residual = Init("normal", model.init_std / sqrt(2 * model.num_layers))
@@ -159,7 +168,7 @@ class _LocalTable:
                 self._replicated("position_embedding.weight", shape, self.normal, decay=True)
         for stage in held:
             for layer in stage.layers:
-                self._block(f"layers.{layer}.")
+                self._block(layer)
         if has_head:
             self._norm("final_norm")
             if not model.tie_embeddings:
@@ -168,8 +177,8 @@ class _LocalTable:
                 self._vocabulary("head.weight", "embedding.weight", on_two_stages=True)
         return tuple(self.found)
 
-    def _block(self, prefix: str) -> None:
-        model = self.model
+    def _block(self, layer: int) -> None:
+        model, prefix = self.model, f"layers.{layer}."
         hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_width, model.kv_heads * model.head_width
         self._norm(prefix + "attention_norm")
         copies = max(1, self.tp // model.kv_heads)
@@ -177,10 +186,42 @@ class _LocalTable:
         self._column(prefix + "attention.qkv", outputs, hidden, prefix)
         self._row(prefix + "attention.o", hidden, heads)
         self._norm(prefix + "mlp_norm")
-        names = ("mlp.gate", "mlp.up") if model.activation == "swiglu" else ("mlp.up",)
-        fused = "mlp.gate_up" if model.activation == "swiglu" else "mlp.up"
-        self._column(prefix + fused, dict.fromkeys(names, (model.ffn_width, 1)), hidden, prefix)
-        self._row(prefix + "mlp.down", hidden, model.ffn_width)
+        moe = model.experts_on(layer)
+        if moe is None:
+            self._mlp(prefix + "mlp.", model.ffn_width)
+            return
+        self._replicated(prefix + "moe.router.weight", (moe.num_experts, hidden), self.normal, decay=True)
+        self._experts(prefix + "moe.experts.", moe.num_experts)
+        if moe.shared_expert_ffn_hidden_size is not None:
+            self._mlp(prefix + "moe.shared.", moe.shared_expert_ffn_hidden_size)
+
+    def _mlp(self, prefix: str, width: int) -> None:
+        fused, names = self._inputs_of_mlp()
+        self._column(prefix + fused, dict.fromkeys(names, (width, 1)), self.model.hidden_size, prefix)
+        self._row(prefix + "down", self.model.hidden_size, width)
+
+    def _inputs_of_mlp(self) -> tuple[str, tuple[str, ...]]:
+        """Name of the fused tensor, and what is fused in it."""
+        return ("gate_up", ("gate", "up")) if self.model.activation == "swiglu" else ("up", ("up",))
+
+    def _experts(self, prefix: str, num_experts: int) -> None:
+        """This rank's neighbouring experts one after another in two tensors; each is cut over etp as an MLP is over tp."""
+        hidden, ep, etp = self.model.hidden_size, self.dims.ep, self.dims.expert_tp
+        if num_experts % ep or self.model.expert_width % etp:
+            raise ValueError(f"{prefix}: {num_experts} experts {self.model.expert_width} wide do not divide by ep={ep} and etp={etp}")
+        each, width = num_experts // ep, self.model.expert_width // etp
+        fused, names = self._inputs_of_mlp()
+        first, inwards, outwards = width * self.expert_place["etp"], list[Part](), list[Part]()
+        for expert in range(each * self.expert_place["ep"], each * (self.expert_place["ep"] + 1)):
+            for name in names:
+                shape = (self.model.expert_width, hidden)
+                logical = LogicalParameter(f"{prefix}{expert}.{name}.weight", shape, self.normal, 0, decay=True, of_expert=True)
+                inwards.append(Part(logical, Box((first, 0), (width, hidden)), width * len(inwards)))
+            shape = (hidden, self.model.expert_width)
+            logical = LogicalParameter(f"{prefix}{expert}.down.weight", shape, self.to_residual, 1, decay=True, of_expert=True)
+            outwards.append(Part(logical, Box((0, first), (hidden, width)), hidden * len(outwards)))
+        self.found.append(LocalParameter(f"{prefix}{fused}.weight", (width * len(inwards), hidden), tuple(inwards)))
+        self.found.append(LocalParameter(f"{prefix}down.weight", (hidden * each, width), tuple(outwards)))
 
     def _norm(self, name: str) -> None:
         shape = (self.model.hidden_size,)

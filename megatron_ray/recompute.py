@@ -19,7 +19,6 @@ from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.models.attention import Positions
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.gpt import GPT
-from megatron_ray.models.mlp import GatedMLP, PlainMLP
 from megatron_ray.tensor_parallel.layers import RowParallelLinear
 
 
@@ -86,7 +85,7 @@ class _RecomputedCore(nn.Module):
 
 
 def _mlp(block: Block) -> None:
-    if not isinstance(block.mlp, GatedMLP | PlainMLP):
+    if block.mlp is None:
         return
     plain, last = block.mlp.forward, _last_product(block)
 
@@ -98,17 +97,40 @@ def _mlp(block: Block) -> None:
     _replace_forward(block.mlp, forward)
 
 
+def _moe(block: Block) -> None:
+    if block.moe is None:
+        return
+    plain = block.moe.forward
+
+    def forward(x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
+        if residual_TH is None:
+            return recomputed(lambda x: plain(x, None, positions), x_TH)
+        return recomputed(lambda x, residual: plain(x, residual, positions), x_TH, residual_TH)
+
+    _replace_forward(block.moe, forward)
+
+
 def _norm(block: Block) -> None:
     give_back(block.attention_norm, block.attention)
-    give_back(block.mlp_norm, block.mlp)
+    feed_forward = block.mlp if block.moe is None else block.moe
+    assert feed_forward is not None
+    give_back(block.mlp_norm, feed_forward)
 
 
 def _activation(block: Block) -> None:
-    if isinstance(block.mlp, GatedMLP | PlainMLP):
-        give_back(block.mlp.activation, block.mlp.down)
+    inside = [block.mlp] if block.moe is None else [block.moe.experts, block.moe.shared]
+    for part in inside:
+        if part is not None:
+            give_back(part.activation, part.down)
 
 
-_MODULES: dict[str, Callable[[Block], None]] = {"core_attention": _core_attention, "norm": _norm, "activation": _activation, "mlp": _mlp}
+_MODULES: dict[str, Callable[[Block], None]] = {
+    "core_attention": _core_attention,
+    "norm": _norm,
+    "activation": _activation,
+    "mlp": _mlp,
+    "moe": _moe,
+}
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -117,9 +139,9 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 
 def _last_product(block: nn.Module) -> RowParallelLinear | None:
-    """The product whose output is the MLP's and hence, but for the residual, the block's, if there is such a one."""
-    mlp = block.mlp
-    return mlp.down if isinstance(mlp, GatedMLP | PlainMLP) and isinstance(mlp.down, RowParallelLinear) else None
+    """The product that makes the output of a block's MLP; experts have none such."""
+    assert isinstance(block, Block)
+    return block.mlp.down if block.mlp is not None and isinstance(block.mlp.down, RowParallelLinear) else None
 
 
 # ---- regions kept as their inputs

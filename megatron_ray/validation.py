@@ -4,10 +4,12 @@ Single-field bounds live in the config's types; what needs two fields lives here
 """
 
 from dataclasses import dataclass
-from math import prod
+from math import gcd, lcm, prod
 
+from megatron_ray.config.moe import LayerPattern, MoEConfig
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.parallel_dims import ORDER
+from megatron_ray.parallel_dims import ORDER, ParallelDims
 from megatron_ray.schedules.layout import LayoutError
 from megatron_ray.schedules.plan import plan_pipeline
 
@@ -30,16 +32,13 @@ class ConfigProblem(ValueError):
 
 MOST_SAMPLES = 1 << 31
 
-_LATER = {
-    "ep": "expert parallelism",
-}
-
 
 def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
     """All problems at once, in field order; `world_size` adds the rules that need it (ranks available or started)."""
     problems = [
-        *_degrees(config),
+        *_order(config),
         *_tensor_parallel(config),
+        *_experts(config),
         *_context_parallel(config),
         *_sharding(config),
         *_pipeline(config),
@@ -55,15 +54,34 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
 
 
 def resolve_dp(config: TrainConfig, max_world: int) -> int:
-    """dp for `auto`: the largest number of replicas that fits into `max_world` ranks and divides the batch; at least 1."""
+    """dp for `auto`: the largest number of replicas that fits into `max_world` ranks, divides the batch and completes the experts' grid;
+    the least that does where none fits."""
     parallel, training = config.parallel, config.training
     if parallel.dp != "auto":
         return parallel.dp
     model = parallel.tp * parallel.pp * parallel.cp
     most = max(1, max_world // model)
     groups = training.global_batch_size // training.micro_batch_size
-    legal = (dp for dp in range(most, 0, -1) if groups % dp == 0 and (dp * parallel.cp) % parallel.zero_replicas == 0)
-    return next(legal, 1)
+    step = least_dp(config)
+    fitting = (dp for dp in range(most - most % step, 0, -step) if groups % dp == 0)
+    return next(fitting, step if groups % step == 0 else 1)
+
+
+def least_dp(config: TrainConfig) -> int:
+    """dp must be a multiple of this, so that experts and copies of sharded state can be dealt out over the replicas."""
+    return lcm(_expert_step(config), _copies_step(config))
+
+
+def _expert_step(config: TrainConfig) -> int:
+    """For etp x ep to divide tp x cp x dp."""
+    parallel = config.parallel
+    experts = _expert_tp(config) * parallel.ep
+    return experts // gcd(experts, parallel.tp * parallel.cp)
+
+
+def _copies_step(config: TrainConfig) -> int:
+    """For zero_replicas to divide dp x cp."""
+    return config.parallel.zero_replicas // gcd(config.parallel.zero_replicas, config.parallel.cp)
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
@@ -94,20 +112,12 @@ def world_size(config: TrainConfig) -> int:
     return parallel.tp * parallel.pp * parallel.cp * parallel.dp
 
 
-def _degrees(config: TrainConfig) -> list[Problem]:
-    found = []
-    for name, words in _LATER.items():
-        degree = getattr(config.parallel, name)
-        if degree != 1:
-            text = f"{name}={degree}: {words} is not available in this version; use {name}=1 with tp, pp and dp"
-            found.append(Problem(f"/parallel/{name}", "not_available", text))
-    order = config.parallel.order.split("-")
-    if sorted(order) != sorted(ORDER):
-        text = f"order={config.parallel.order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
-        found.append(Problem("/parallel/order", "order", text))
-    if config.parallel.etp not in (None, 1, config.parallel.tp):
-        found.append(Problem("/parallel/etp", "not_available", "etp needs experts, which are not available in this version; leave it out"))
-    return found
+def _order(config: TrainConfig) -> list[Problem]:
+    order = config.parallel.order
+    if sorted(order.split("-")) == sorted(ORDER):
+        return []
+    text = f"order={order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
+    return [Problem("/parallel/order", "order", text)]
 
 
 def _tensor_parallel(config: TrainConfig) -> list[Problem]:
@@ -127,6 +137,84 @@ def _tensor_parallel(config: TrainConfig) -> list[Problem]:
         text += f"; use a multiple of {part}, or turn it off"
         found.append(Problem("/training/seq_length", "sequence_parallel_divides", text))
     return found
+
+
+def _expert_tp(config: TrainConfig) -> int:
+    return config.parallel.etp or config.parallel.tp
+
+
+def _experts(config: TrainConfig) -> list[Problem]:
+    """Expert parallelism and the mixture itself."""
+    parallel, moe, model = config.parallel, config.model.moe, config.model
+    if moe is None:
+        given = {
+            "ep": parallel.ep if parallel.ep > 1 else None,
+            "etp": parallel.etp if parallel.etp not in (None, 1, parallel.tp) else None,
+        }
+        return [
+            Problem(f"/parallel/{name}", "needs_experts", f"{name}={degree} needs a model with experts; give model.moe, or leave it out")
+            for name, degree in given.items()
+            if degree is not None
+        ]
+    found = []
+    if moe.num_experts % parallel.ep:
+        text = f"ep={parallel.ep} does not divide model.moe.num_experts={moe.num_experts}; use an ep that does"
+        found.append(Problem("/parallel/ep", "ep_divides", text))
+    if model.expert_width % _expert_tp(config):
+        name = "etp" if parallel.etp else "tp"
+        text = f"{name}={_expert_tp(config)} does not divide the experts' ffn_hidden_size={model.expert_width}; use an etp that does"
+        found.append(Problem(f"/parallel/{name}", "etp_divides", text))
+    shared = moe.shared_expert_ffn_hidden_size
+    if shared is not None and shared % parallel.tp:
+        text = f"tp={parallel.tp} does not divide shared_expert_ffn_hidden_size={shared}; use a multiple of {parallel.tp}"
+        found.append(Problem("/model/moe/shared_expert_ffn_hidden_size", "tp_divides", text))
+    if parallel.tp > 1 and not parallel.sequence_parallel:
+        text = f"experts with tp={parallel.tp} need each rank to have tokens of its own; set sequence_parallel, or use tp=1"
+        found.append(Problem("/parallel/sequence_parallel", "experts_need_sequence_parallel", text))
+    if parallel.zero == 3:
+        found.append(Problem("/parallel/zero", "experts_zero", "zero=3 does not shard experts in this version; use zero=1 with ep"))
+    if model.linear_bias:
+        found.append(Problem("/model/linear_bias", "experts_bias", "experts have no biases in this version; set linear_bias to false"))
+    if not isinstance(moe.layer_pattern, LayerPattern) and len(moe.layer_pattern) != model.num_layers:
+        text = f"layer_pattern has {len(moe.layer_pattern)} entries for num_layers={model.num_layers}; give one per layer"
+        found.append(Problem("/model/moe/layer_pattern", "layer_pattern", text))
+    return found + _routing(moe)
+
+
+def _routing(moe: MoEConfig) -> list[Problem]:
+    found: list[tuple[str, str, str]] = []
+    if moe.top_k > moe.num_experts:
+        found.append(("top_k", "top_k", f"top_k={moe.top_k} is more than num_experts={moe.num_experts}; lower it"))
+    if moe.score_function == "softmax" and moe.top_k == 1 and not moe.pre_softmax:
+        text = "top_k=1 after softmax over the chosen experts gives weight 1 to all, so the router would not learn; set pre_softmax"
+        found.append(("pre_softmax", "router_learns", text))
+    if moe.score_function == "sigmoid" and moe.pre_softmax:
+        found.append(("pre_softmax", "pre_softmax", "pre_softmax has no meaning with score_function=sigmoid; leave it out"))
+    if moe.expert_bias and moe.score_function != "sigmoid":
+        found.append(
+            ("expert_bias", "bias_needs_sigmoid", "expert_bias needs score_function=sigmoid; set it, or use aux_loss_coeff instead")
+        )
+    if moe.pad_to_capacity and moe.capacity_factor is None:
+        found.append(("pad_to_capacity", "needs_capacity", "pad_to_capacity needs a capacity_factor; give one, or leave it out"))
+    found += _groups(moe)
+    return [Problem(f"/model/moe/{field}", code, text) for field, code, text in found]
+
+
+def _groups(moe: MoEConfig) -> list[tuple[str, str, str]]:
+    groups, chosen = moe.num_groups, moe.group_top_k
+    if groups is None or chosen is None:
+        missing = "group_top_k" if chosen is None else "num_groups"
+        given = groups is not None or chosen is not None
+        return [(missing, "groups", "num_groups and group_top_k belong together; give both, or none")] if given else []
+    if moe.num_experts % groups:
+        return [("num_groups", "groups", f"num_groups={groups} does not divide num_experts={moe.num_experts}; use one that does")]
+    if chosen > groups or moe.top_k % chosen or moe.top_k // chosen > moe.num_experts // groups:
+        text = (
+            f"group_top_k={chosen} must be at most num_groups={groups} and divide top_k={moe.top_k}, and each of those groups of"
+            f" {moe.num_experts // groups} experts must have top_k / group_top_k of them; change one"
+        )
+        return [("group_top_k", "groups", text)]
+    return []
 
 
 def _context_parallel(config: TrainConfig) -> list[Problem]:
@@ -261,8 +349,25 @@ def _recompute(config: TrainConfig) -> list[Problem]:
         ]
         if not found:
             found += _recomputed_layers(config)
-    if {"mlp", "activation"} <= set(given.modules or ()):
-        found.append(_recompute_problem("modules", "activation is a part of mlp, which is recomputed whole; leave out one of the two"))
+    return found + _recomputed_modules(config)
+
+
+def _recomputed_modules(config: TrainConfig) -> list[Problem]:
+    modules, found = config.training.recompute.chosen_modules, []
+    moe = config.model.moe
+    if moe is None:
+        with_experts = {False}
+    elif isinstance(moe.layer_pattern, list):
+        with_experts = {bool(entry) for entry in moe.layer_pattern}
+    else:
+        with_experts = {True, moe.layer_pattern.every == 1}
+    for name, experts in (("mlp", False), ("moe", True)):
+        if name in modules and experts not in with_experts:
+            kind = "have experts" if experts else "are without experts"
+            found.append(_recompute_problem("modules", f"{name} is for layers that {kind}, of which the model has none; leave it out"))
+        if name in modules and "activation" in modules:
+            text = f"activation is a part of {name}, which is recomputed whole; leave out one of the two"
+            found.append(_recompute_problem("modules", text))
     return found
 
 
@@ -285,7 +390,11 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     parallel, training, found = config.parallel, config.training, []
     model = parallel.tp * parallel.pp * parallel.cp
     micro, batch = training.micro_batch_size, training.global_batch_size
-    dp = 1 if parallel.dp == "auto" else parallel.dp
+    step = _expert_step(config)
+    dp = least_dp(config) if parallel.dp == "auto" else parallel.dp
+    if dp % step:
+        text = f"etp x ep = {_expert_tp(config)} x {parallel.ep} must divide tp x cp x dp = {parallel.tp} x {parallel.cp} x {dp}"
+        found.append(Problem("/parallel/ep", "expert_grid", f"{text}; use a dp that is a multiple of {step}, or lower ep or etp"))
     if batch % (micro * dp):
         text = f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x {dp}; make it one"
         found.append(Problem("/training/global_batch_size", "batch_divides", text))
@@ -297,4 +406,13 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
             f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = {model * dp} ranks, but there is room for {world}"
         )
         found.append(Problem("/parallel", "world_fits", text + "; lower a degree or add nodes"))
-    return found
+    return found or _grids(parallel.model_copy(update={"dp": dp}))
+
+
+def _grids(parallel: ParallelismConfig) -> list[Problem]:
+    """What is left to go wrong when dense layers and experts are dealt out: an order that separates their stages."""
+    try:
+        ParallelDims.of(parallel)
+    except ValueError as error:
+        return [Problem("/parallel/order", "grids", str(error))]
+    return []

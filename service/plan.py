@@ -50,31 +50,34 @@ def memory(config: TrainConfig) -> Memory | None:
         return None
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
-    elements = max(_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp))
-    shards = {0: 1, 1: dims.size("dp", "cp"), 3: dims.size("dp", "cp") // dims.zero_replicas}[config.parallel.zero]
-    bf16, shard = config.training.precision == "bf16", -(-elements // shards)
-    if config.parallel.zero == 3:  # main parameters are the model's own shard, and it is gathered from them
+    dense, experts = max((_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
+    bf16, elements = config.training.precision == "bf16", dense + experts
+    if config.parallel.zero == 3:  # main parameters are the model's own shard, from which it is gathered
+        shard = -(-dense // (dims.size("dp", "cp") // dims.zero_replicas))
         parameters, gradients, optimizer = shard * 4, shard * 4, shard * 8
     else:
+        shard = elements if config.parallel.zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
         parameters, gradients, optimizer = elements * (2 if bf16 else 4), elements * 4, shard * (12 if bf16 else 8)
     activations = _activations(config, model, pipeline)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
 
 
-def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> int:
-    """Parameters that a rank of a pipeline stage holds."""
+def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> tuple[int, int]:
+    """Parameters that a rank of a pipeline stage holds: dense ones, and those of experts."""
     held = pipeline.held(pp_rank)
     local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
-    return sum(parameter.num_elements for parameter in local)
+    experts = sum(parameter.num_elements for parameter in local if parameter.of_expert)
+    return sum(parameter.num_elements for parameter in local) - experts, experts
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:
     """What autograd keeps of the microbatches under way, and what comes back when a part of one is recomputed."""
-    most = max(len(stage.layers) for stage in pipeline.contents)
+    fullest = max((stage.layers for stage in pipeline.contents), key=lambda layers: kept_activations(config, layers))
     tokens = config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
     width = 2 if config.training.precision == "bf16" else 4
     logits = tokens * (model.vocabulary // config.parallel.tp) * (width + 4)  # as computed, and their fp32 softmax
-    return _microbatches_at_once(config, pipeline) * kept_activations(config, most) + recomputed_activations(config, most) + logits
+    kept = _microbatches_at_once(config, pipeline) * kept_activations(config, fullest)
+    return kept + recomputed_activations(config, fullest) + logits
 
 
 def _microbatches_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:

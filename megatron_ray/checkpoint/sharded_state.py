@@ -44,3 +44,9 @@ class ShardedTensor:
 
 ShardedState = dict[str, ShardedTensor]
 """`model/<logical name>`, `optimizer/exp_avg/<logical name>`, `optimizer/exp_avg_sq/<logical name>` -> what this rank holds."""
+
+
+def whole_tensor(tensor: torch.Tensor) -> ShardedTensor:
+    """Of a tensor that a rank holds whole."""
+    shape = tuple(tensor.shape)
+    return ShardedTensor(shape, [TensorBox(Box((0,) * len(shape), shape), tensor)])

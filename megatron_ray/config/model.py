@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.presets import PRESETS
 
 
@@ -52,6 +53,8 @@ class ModelConfig(Config):
     """Standard deviation of the initial weights; layers that write to the residual stream use init_std / sqrt(2 x layers)."""
     vocab_multiple: int = Field(default=128, ge=1, le=65536)
     """The embedding is padded to a multiple of this times tp; padding rows are zero and never saved."""
+    moe: MoEConfig | None = None
+    """Mixture of experts in the place of the MLP of some or all layers; none when not given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -65,11 +68,13 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _fill_derived(self) -> "ModelConfig":
-        derived = {
+        derived: dict[str, Any] = {
             "num_query_groups": self.num_query_groups or self.num_attention_heads,
             "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
             "ffn_hidden_size": self.ffn_hidden_size or 4 * self.hidden_size,
         }
+        if self.moe is not None and self.moe.ffn_hidden_size is None:
+            derived["moe"] = self.moe.model_copy(update={"ffn_hidden_size": derived["ffn_hidden_size"]})
         for name, value in derived.items():
             object.__setattr__(self, name, value)  # the instance is frozen for everybody else
         return self
@@ -88,6 +93,15 @@ class ModelConfig(Config):
     def ffn_width(self) -> int:
         """Width inside the MLP, resolved."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    def experts_on(self, layer: int) -> MoEConfig | None:
+        """The mixture of a layer; None where it has a plain MLP."""
+        return self.moe if self.moe is not None and self.moe.on_layer(layer) else None
+
+    @property
+    def expert_width(self) -> int:
+        """Width inside an expert, resolved."""
+        return (self.moe.ffn_hidden_size if self.moe is not None else None) or self.ffn_width
 
     @property
     def vocabulary(self) -> int:

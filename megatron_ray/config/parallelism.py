@@ -36,6 +36,9 @@ class ParallelismConfig(Config):
     """Expert parallel: ranks that share the experts of a mixture."""
     etp: int | None = Field(default=None, ge=1, le=1024)
     """Tensor parallel degree inside an expert; tp when not given."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens get to their experts: each to the ranks that hold them, or all tokens to all ranks, where every rank picks its own (no
+    more than a few experts per token makes the first cheaper)."""
     dp: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = "auto"
     """Data parallel replicas; `auto` takes as many as the cluster has room for and the batch divides into."""
     sequence_parallel: bool = False

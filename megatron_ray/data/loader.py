@@ -39,6 +39,8 @@ class Batch:
     """Sum of the mask, known without asking the device."""
     packed: Packed | None = None
     """Given where documents are kept apart."""
+    expert_choices: Tensor | None = None
+    """[B, S, layers, experts per token] int64: what routers are to take instead of choosing (replay)."""
     first_sample: int | None = None
     """Number within the run of the first sample: what dropout draws by. None: nothing is dropped (evaluation)."""
 
@@ -86,7 +88,7 @@ class BatchMaker:
 
     def _move(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
 
 class StepLoader:

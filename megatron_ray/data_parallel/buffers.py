@@ -4,8 +4,9 @@ Owns: flat buffers, views into them, starting a bucket's collective the moment i
 optimizer's arithmetic, scaling (gradients stay sums over tokens here).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,8 @@ class FlatBuffers:
         return {placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape) for placed in self.plan.placed}
 
 
-def adopt_parameters(model: nn.Module, buffers: FlatBuffers) -> None:
-    """Replaces the model's (meta) parameters by views into the flat buffer. Raises ValueError when names or shapes disagree."""
-    views = buffers.views(buffers.parameters)
+def adopt_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
+    """Replaces the model's (meta) parameters by views into flat buffers. Raises ValueError when names or shapes disagree."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     offered = {name: tuple(view.shape) for name, view in views.items()}
     if expected != offered:
@@ -50,10 +50,10 @@ def adopt_parameters(model: nn.Module, buffers: FlatBuffers) -> None:
             setattr(module, name, replaced[parameter])
 
 
-def attach_slots(model: nn.Module, buffers: FlatBuffers, sink: WeightGradSink) -> None:
-    """Gives every layer the slots of its trainable parameters; a parameter that two layers share expects two contributions."""
+def attach_slots(model: nn.Module, gradients: Mapping[str, Tensor], sink: WeightGradSink) -> None:
+    """Gives every layer the slots of its trainable parameters, onto these main gradients; a parameter that two layers share expects
+    two contributions."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    gradients = buffers.views(buffers.gradients)
     slots: dict[str, GradSlot] = {}
     for module in model.modules():
         if not isinstance(module, SlottedModule):
@@ -113,3 +113,25 @@ class GradReducer:
             return collectives.start_all_reduce(whole, self.group)
         low, high = bucket.shard(collectives.rank(self.group), collectives.size(self.group))
         return collectives.start_reduce_scatter_into(self.buffers.gradients[low:high], whole, self.group)
+
+
+class Reducer(Protocol):
+    """Brings a step's gradients of one set of buffers together; see `GradReducer` and `full_shard`."""
+
+    def begin_step(self, trainable: set[str]) -> None: ...
+
+    def ready(self, slot: GradSlot) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class ParameterFamily:
+    """Parameters that have the same replicas: the dense ones, or the experts."""
+
+    buffers: FlatBuffers
+    reducer: Reducer
+    group: Group
+    """Who has the same buffers."""
+    adopt: Callable[[], None] = lambda: None
+    """Takes over weights that were written to the flat buffers, where the model does not live in them."""

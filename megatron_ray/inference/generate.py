@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
+from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox, whole_tensor
 from megatron_ray.checkpoint.storage import MissingFile, StorageError, open_storage
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
@@ -25,7 +25,7 @@ from megatron_ray.data_parallel.buffers import FlatBuffers, adopt_parameters
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.gpt import GPT
-from megatron_ray.parallelize import build_model
+from megatron_ray.parallelize import allocate_expert_biases, build_model
 from megatron_ray.parameters import LocalParameter, local_parameters
 
 
@@ -76,8 +76,9 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
     weights = torch.zeros(plan.num_elements, device=mesh.device)
     buffers = FlatBuffers(plan, weights, torch.empty(0))  # nobody asks for gradients
     views = buffers.views(weights)
-    load_into(checkpoint_path, _model_state([placed.parameter for placed in plan.placed], views))
-    adopt_parameters(model, buffers)
+    adopt_parameters(model, views)
+    biases = {f"model/{name}": whole_tensor(bias.value) for name, bias in allocate_expert_biases(model, mesh.device).items()}
+    load_into(checkpoint_path, _model_state([placed.parameter for placed in plan.placed], views) | biases)
     model.requires_grad_(False).eval()
     return model, _load_tokenizer(checkpoint_path, train_state.get("end_of_document"))
 

@@ -4,6 +4,7 @@ Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads,
 tensor parallelism shrinks them unseen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,13 +38,18 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Positions:
-    """What attention needs to know of a batch: its shape, with rotary positions the cos and sin [B or 1, S, 1, D], and its documents."""
+    """What a block needs to know of a batch besides its activations: its shape, with rotary positions the cos and sin [B or 1, S, 1, D],
+    its documents, and what its routers are told or are to tell."""
 
     batch: int
     sequence: int
     cos: Tensor | None
     sin: Tensor | None
     packed: Packed | None = None
+    expert_choices: Tensor | None = None
+    """[T, layers, K]: the experts that routers are to take instead of choosing."""
+    on_choice: Callable[[int, Tensor], None] | None = None
+    """Hears of every router's choice: (layer, experts [tokens of this rank, K])."""
     first_sample: int | None = None
     """Of the batch, where dropout is to drop."""
 

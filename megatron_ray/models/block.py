@@ -7,18 +7,21 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.attention import Attention, KeyValueCache, Positions
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.mlp import GatedMLP, PlainMLP
+from megatron_ray.models.mlp import make_mlp
+from megatron_ray.models.moe.layer import MoE
 
 
 class Block(nn.Module):
-    """hidden + attention(norm(hidden)), then + mlp(norm(.)); the residual is added inside each half's last product."""
+    """hidden + attention(norm(hidden)), then + mlp(norm(.)), or + experts(norm(.)); a residual is added inside its half's last product."""
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention_norm = layers.norm(config.hidden_size)
         self.attention = Attention(config, layers, f"layers.{index}.attention")
         self.mlp_norm = layers.norm(config.hidden_size)
-        self.mlp: nn.Module = GatedMLP(config, layers) if config.activation == "swiglu" else PlainMLP(config, layers)
+        moe = config.experts_on(index)
+        self.mlp = make_mlp(config, layers, config.ffn_width) if moe is None else None
+        self.moe = MoE(config, moe, layers, index) if moe is not None else None
         self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
@@ -26,15 +29,23 @@ class Block(nn.Module):
         if self.attention_dropout is not None and self.mlp_dropout is not None and positions.first_sample is not None:
             return self._dropping(hidden_TH, positions, positions.first_sample)
         hidden_TH = self.attention(self.attention_norm(hidden_TH), hidden_TH, positions, cache)
-        output: Tensor = self.mlp(self.mlp_norm(hidden_TH), hidden_TH)
-        return output
+        return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, positions)
 
     def _dropping(self, hidden_TH: Tensor, positions: Positions, first_sample: int) -> Tensor:
         """With dropout the residual is added after it, so not inside a product."""
         assert self.attention_dropout is not None and self.mlp_dropout is not None
         attended = self.attention(self.attention_norm(hidden_TH), None, positions)
         hidden_TH = self.attention_dropout(attended, first_sample).add_(hidden_TH)
-        output: Tensor = self.mlp_dropout(self.mlp(self.mlp_norm(hidden_TH), None), first_sample).add_(hidden_TH)
+        output: Tensor = self._feed_forward(self.mlp_norm(hidden_TH), None, positions)
+        output = self.mlp_dropout(output, first_sample).add_(hidden_TH)
+        return output
+
+    def _feed_forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
+        if self.moe is not None:
+            output: Tensor = self.moe(x_TH, residual_TH, positions)
+        else:
+            assert self.mlp is not None
+            output = self.mlp(x_TH, residual_TH)
         return output
 
 

@@ -3,12 +3,13 @@
 Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.data.loader import Batch, Packed
+from megatron_ray.data.loader import Batch
 from megatron_ray.models.attention import KeyValueCache, Positions
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.layers import Layers
@@ -24,6 +25,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.held = cut_layers(config.num_layers, 1) if held is None else tuple(held)
+        self.on_choice: Callable[[int, Tensor], None] | None = None
+        """Hears of every router's choice, see `Positions`; for whoever records them."""
         self.embedding = layers.embedding(config.hidden_size) if any(stage.embedding for stage in self.held) else None
         if self.embedding is not None and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(config.max_sequence_length, config.hidden_size)
@@ -44,7 +47,7 @@ class GPT(nn.Module):
     def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
         hidden_TH = self._embed(batch.tokens_BS, batch.position_ids, batch.first_sample) if received_TH is None else received_TH
-        positions = self._positions(batch.tokens_BS.shape, batch.position_ids, hidden_TH, batch.packed, batch.first_sample)
+        positions = self.positions_of(batch, hidden_TH)
         hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, positions)
         if not stage.loss:
             return hidden_TH
@@ -74,16 +77,23 @@ class GPT(nn.Module):
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
-    def _positions(
-        self,
-        shape: tuple[int, ...],
-        position_ids: Tensor,
-        like: Tensor,
-        packed: Packed | None = None,
-        first_sample: int | None = None,
-    ) -> Positions:
+    def positions_of(self, batch: Batch, like: Tensor) -> Positions:
+        """What the blocks need to know of a batch; `like` has the activations' type."""
+        return replace(
+            self._positions(batch.tokens_BS.shape, batch.position_ids, like),
+            packed=batch.packed,
+            first_sample=batch.first_sample,
+            expert_choices=_by_token(batch.expert_choices),
+            on_choice=self.on_choice,
+        )
+
+    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor) -> Positions:
         batch, sequence = shape
         if self.config.position_embedding != "rope":
-            return Positions(batch, sequence, None, None, packed, first_sample)
+            return Positions(batch, sequence, None, None)
         cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
-        return Positions(batch, sequence, cos, sin, packed, first_sample)
+        return Positions(batch, sequence, cos, sin)
+
+
+def _by_token(choices_BSLK: Tensor | None) -> Tensor | None:
+    return None if choices_BSLK is None else choices_BSLK.flatten(0, 1)

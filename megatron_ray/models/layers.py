@@ -7,6 +7,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from megatron_ray.expert_parallel.dispatch import Dispatched, Room
+from megatron_ray.expert_parallel.layers import ExpertBias
+
 
 class Head(Protocol):
     """Output head: loss for training, logits for inference."""
@@ -15,6 +18,14 @@ class Head(Protocol):
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """[T, vocabulary]."""
+        ...
+
+
+class Dispatcher(Protocol):
+    """See expert_parallel.dispatch."""
+
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Room) -> Dispatched:
+        """Rows for the experts that are here, and the way back."""
         ...
 
 
@@ -66,6 +77,34 @@ class Layers(Protocol):
 
     def dropping_attention(self, place: str) -> nn.Module | None:
         """As `attention`, with dropout on its probabilities: (q, k, v, (documents or None, first sample)). None: nothing is dropped."""
+        ...
+
+    def router(self, width: int, num_experts: int) -> nn.Module:
+        """[T, width] -> logits [T, num_experts], at least fp32."""
+        ...
+
+    def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
+        """(rows expert by expert [R, inputs], rows per expert here) -> [R, outputs], outputs cut over etp."""
+        ...
+
+    def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
+        """(rows [R, inputs cut over etp], rows per expert here) -> [R, outputs], to be summed over etp on the way back."""
+        ...
+
+    def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
+        """What balances the choice of experts without a loss; a step moves it by `rate`."""
+        ...
+
+    def dispatcher(self, num_experts: int) -> Dispatcher:
+        """Brings tokens to their experts and back."""
+        ...
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        """Of something per token of this rank's sequences, [T, ...]: the rows of those tokens whose activations are here."""
+        ...
+
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        """Sums in place over all who hold tokens of the same sequences, and returns it."""
         ...
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:

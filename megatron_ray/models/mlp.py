@@ -13,11 +13,11 @@ from megatron_ray.models.layers import Layers
 class GatedMLP(nn.Module):
     """x -> residual + down(silu(gate(x)) * up(x)), SwiGLU (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
         self.activation = SwiGLU()
-        self.gate_up = layers.column(config.hidden_size, 2 * config.ffn_width, config.linear_bias)
-        self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
+        self.gate_up = layers.column(config.hidden_size, 2 * width, config.linear_bias)
+        self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
         output: Tensor = self.down(self.activation(self.gate_up(x_TH)), residual_TH)
@@ -27,15 +27,26 @@ class GatedMLP(nn.Module):
 class PlainMLP(nn.Module):
     """x -> residual + down(gelu(up(x)))."""
 
-    def __init__(self, config: ModelConfig, layers: Layers) -> None:
+    def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
-        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
-        self.up = layers.column(config.hidden_size, config.ffn_width, config.linear_bias)
-        self.down = layers.row(config.ffn_width, config.hidden_size, config.linear_bias)
+        self.activation = gelu(config)
+        self.up = layers.column(config.hidden_size, width, config.linear_bias)
+        self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
         output: Tensor = self.down(self.activation(self.up(x_TH)), residual_TH)
         return output
+
+
+def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | PlainMLP:
+    """The kind of MLP that the model has, `width` wide inside."""
+    kind = GatedMLP if config.activation == "swiglu" else PlainMLP
+    return kind(config, layers, width)
+
+
+def gelu(config: ModelConfig) -> nn.Module:
+    """The non-linearity of a model that does not gate."""
+    return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
 
 
 class SwiGLU(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray import collectives
+from megatron_ray.expert_parallel.layers import update_expert_biases
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel
@@ -34,10 +35,12 @@ def finalize_grads(
 
     `num_tokens` are this replica's; `flags` are summed over all ranks, a way to agree on something without a collective of its own.
     """
-    model.reducer.finish()
+    for family in model.families:
+        family.reducer.finish()
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
+    update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
     values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0 and model.has_loss:
         values[0], values[1] = loss_sum, num_tokens
@@ -54,16 +57,16 @@ def scale_and_clip(optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm
         norm = stats.values[2].sqrt() * factor
         factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     factor = factor.float()
-    for run in optimizer.runs:
-        optimizer.gradient(run).mul_(factor)
+    for shard in optimizer.shards:
+        for run in shard.runs:
+            shard.gradient(run).mul_(factor)
 
 
 def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     """Whole tensors of which each tp rank has seen only its tokens (norms under sequence parallelism), in one all-reduce."""
     if mesh.tp_group is None:
         return
-    gradients = optimizer.buffers.gradients
-    views = [gradients[piece.start : piece.end] for piece in optimizer.pieces if piece.placed.parameter.sum_over_tp]
+    views = [gradient for piece, gradient in optimizer.gradients() if piece.placed.parameter.sum_over_tp]
     if not views:
         return
     flat = collectives.all_reduce(torch.cat(views), mesh.tp_group)
@@ -77,12 +80,12 @@ def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     One all-reduce over tp of all heads, where each rank fills in its own: cheaper than a group and a reduction for every head.
     """
     views, copies = [], 1
-    for piece in optimizer.pieces:
+    for piece, gradient in optimizer.gradients():
         for part in piece.placed.parameter.parts:
             first = piece.placed.part_start(part)
             start, end = max(piece.start, first), min(piece.end, first + part.box.num_elements)
             if part.copies > 1 and start < end:
-                views.append(optimizer.buffers.gradients[start:end])
+                views.append(gradient[start - piece.start : end - piece.start])
                 copies = part.copies
     if not views:
         return
@@ -99,21 +102,25 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
     """The word embedding of the first stage and its tied head on the last one: each has its own bucket, cut alike."""
     if mesh.embedding_group is None:
         return
-    for piece in optimizer.pieces:
+    for piece, gradient in optimizer.gradients():
         if piece.placed.parameter.on_two_stages:
-            collectives.all_reduce(optimizer.buffers.gradients[piece.start : piece.end], mesh.embedding_group)
+            collectives.all_reduce(gradient, mesh.embedding_group)
 
 
 def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Sum of squares of the elements that this rank answers for, so that the world counts each logical element once."""
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if not optimizer.sharded and collectives.rank(optimizer.group) != 0:
-        return total
-    for run in optimizer.runs:
-        if not run.counted or (not run.counts_once and mesh.tp_rank != 0):
+    for shard in optimizer.shards:
+        if not shard.sharded and collectives.rank(shard.group) != 0:
             continue
-        gradient = optimizer.gradient(run)
-        body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
-        norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
-        total += norms.double().square().sum() + gradient[body:].double().square().sum()
+        for run in shard.runs:
+            if run.counted and (run.counts_once or mesh.tp_rank == 0):
+                total += _squares(shard.gradient(run))
+    return total
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
+    norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
+    total: Tensor = norms.double().square().sum() + gradient[body:].double().square().sum()
     return total

@@ -6,7 +6,7 @@ the model's own memory; in bf16 they are a separate fp32 shard. The update is to
 compiler, a second of every start.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,8 @@ from torch.optim.adamw import adamw
 from megatron_ray import collectives
 from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.collectives import Group
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.data_parallel.buffers import FlatBuffers
+from megatron_ray.data_parallel.buffers import ParameterFamily
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.parameters import Box
 
@@ -35,14 +34,15 @@ class Update:
     state_steps: list[Tensor]
 
 
-class ShardedOptimizer:
-    """Update rule over runs of the flat buffers; `state` tensors are flat shards in run order."""
+class OptimizerShard:
+    """What this rank updates of one family of parameters: runs of its flat buffers; `state` tensors are flat shards in run order."""
 
-    def __init__(self, config: OptimizerConfig, buffers: FlatBuffers, group: Group, *, sharded: bool, adopt: Callable[[], None]) -> None:
-        """`group`: who has the same buffers; with `sharded` each updates its own part. `adopt` tells the model of new weights."""
-        self.buffers, self.group = buffers, group
-        self.sharded = sharded and group is not None
-        self._adopt = adopt
+    def __init__(self, config: OptimizerConfig, family: ParameterFamily, *, sharded: bool) -> None:
+        """With `sharded` each of those that have the same buffers updates its own part."""
+        self.buffers, self.group = family.buffers, family.group
+        self.sharded = sharded and self.group is not None
+        self._adopt = family.adopt
+        buffers, group = self.buffers, self.group
         dp_rank, dp = collectives.rank(group), collectives.size(group)
         self.runs = flat_runs(buffers.plan, dp_rank, dp, sharded=self.sharded)
         self._owned = [owned_range(bucket, dp_rank, dp, sharded=self.sharded) for bucket in buffers.plan.buckets]
@@ -81,9 +81,8 @@ class ShardedOptimizer:
         """fp32 main gradients of a run."""
         return self.buffers.gradients[run.start : run.end]
 
-    @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with the gradients as they are, then the new weights on every rank."""
+        """One update with the gradients as they are; the new weights are not published yet."""
         config = self._config
         for update in self._updates:
             adamw(
@@ -102,7 +101,6 @@ class ShardedOptimizer:
                 eps=config.eps,
                 maximize=False,
             )
-        self.publish()
 
     def set_steps_taken(self, steps: int) -> None:
         """After loading a checkpoint: bias correction goes on from here."""
@@ -128,6 +126,10 @@ class ShardedOptimizer:
         ]
         for gather in pending:
             gather.wait()
+
+    def holds(self, name: str) -> bool:
+        """Whether a parameter is of this family."""
+        return name in self._placed
 
     def initialise(self, name: str, value: Tensor) -> None:
         """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main parameters."""
@@ -160,6 +162,48 @@ class ShardedOptimizer:
         for piece in self.pieces:
             _add_boxes(state, "", piece, self.buffers.gradients[piece.start : piece.end])
         return state
+
+
+class ShardedOptimizer:
+    """All that this rank updates: one shard per family of parameters, since each family has replicas of its own."""
+
+    def __init__(self, config: OptimizerConfig, families: Sequence[ParameterFamily], *, sharded: bool) -> None:
+        self.shards = tuple(OptimizerShard(config, family, sharded=sharded) for family in families)
+
+    def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
+        """Every part of a parameter that this rank updates, in buffer order, and its flat main gradient."""
+        return ((piece, shard.buffers.gradients[piece.start : piece.end]) for shard in self.shards for piece in shard.pieces)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update with the gradients as they are, then the new weights on every rank."""
+        for shard in self.shards:
+            shard.step(lr)
+        self.publish()
+
+    def set_steps_taken(self, steps: int) -> None:
+        """After loading a checkpoint: bias correction goes on from here."""
+        for shard in self.shards:
+            shard.set_steps_taken(steps)
+
+    def publish(self) -> None:
+        """Main parameters -> model weights of every rank (after an update, a load, or initialisation of the shard)."""
+        for shard in self.shards:
+            shard.publish()
+
+    def initialise(self, name: str, value: Tensor) -> None:
+        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main parameters."""
+        for shard in self.shards:
+            if shard.holds(name):
+                shard.initialise(name, value)
+
+    def sharded_state(self) -> ShardedState:
+        """Live views of what this rank holds: `model/...` are the fp32 main parameters, `optimizer/...` the moments."""
+        return {name: held for shard in self.shards for name, held in shard.sharded_state().items()}
+
+    def sharded_gradients(self) -> ShardedState:
+        """Live views of the gradients this rank updates with, by logical name: what layouts are compared by."""
+        return {name: held for shard in self.shards for name, held in shard.sharded_gradients().items()}
 
 
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:

@@ -4,7 +4,7 @@ A layer's backward computes only the input gradient and hands (input, output gra
 whether to multiply now or later, and counts the microbatches. So buckets, accumulation fusion and zero-bubble schedules share
 one mechanism, and autograd hooks have no part in it. Must not know: buckets' layout, groups, schedules.
 
-Shapes: T tokens, I inputs, O outputs.
+Shapes: T tokens, I inputs, O outputs, E experts.
 """
 
 from collections import defaultdict
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ray.matmul import accumulate_weight_grad
+from megatron_ray.matmul import accumulate_grouped_weight_grad, accumulate_weight_grad
 
 
 @dataclass(eq=False)
@@ -34,6 +34,10 @@ class GradSlot:
     def linear(self, inputs_TI: Tensor, grad_TO: Tensor) -> None:
         """Adds grad^T @ inputs, the gradient of a [O, I] weight."""
         self.sink.linear(self, inputs_TI, grad_TO)
+
+    def grouped(self, inputs_TI: Tensor, grad_TO: Tensor, counts_E: Tensor) -> None:
+        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; counts_E rows belong to each expert, one after another."""
+        self.sink.grouped(self, inputs_TI, grad_TO, counts_E)
 
     def add(self, gradient: Tensor) -> None:
         """Adds a gradient computed by the caller."""
@@ -86,6 +90,10 @@ class WeightGradSink:
         """grad^T @ inputs into the main gradient."""
         self._now_or_later(lambda: self._linear(slot, inputs_TI, grad_TO))
 
+    def grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts_E: Tensor) -> None:
+        """grad^T @ inputs of each expert into its part of the main gradient."""
+        self._now_or_later(lambda: self._grouped(slot, inputs_TI, grad_TO, counts_E))
+
     def add(self, slot: GradSlot, gradient: Tensor) -> None:
         """A ready-made gradient into the main gradient."""
         self._now_or_later(lambda: self._add(slot, gradient))
@@ -102,6 +110,11 @@ class WeightGradSink:
 
     def _linear(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor) -> None:
         accumulate_weight_grad(slot.main_grad, grad_TO, inputs_TI, fresh=slot.fresh)
+        self._done(slot)
+
+    def _grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts_E: Tensor) -> None:
+        main_EOI = slot.main_grad.view(counts_E.shape[0], -1, slot.main_grad.shape[1])
+        accumulate_grouped_weight_grad(main_EOI, grad_TO, inputs_TI, counts_E, fresh=slot.fresh)
         self._done(slot)
 
     def _add(self, slot: GradSlot, gradient: Tensor) -> None:

@@ -11,12 +11,14 @@ import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
 from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
+from megatron_ray.checkpoint.sharded_state import ShardedState, whole_tensor
 from megatron_ray.checkpoint.storage import open_storage
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.parallelize import ParallelModel
 from megatron_ray.training.loop import Progress
 from megatron_ray.training.reports import CheckpointReport
 from megatron_ray.validation import ConfigProblem
@@ -29,6 +31,7 @@ class TrainingSaver:
         self,
         config: TrainConfig,
         mesh: ParallelMesh,
+        model: ParallelModel,
         optimizer: ShardedOptimizer,
         data: PreparedData,
         *,
@@ -37,18 +40,18 @@ class TrainingSaver:
     ) -> None:
         if config.storage is None:
             raise ConfigProblem("storage.path is not set; checkpoints have nowhere to go")
-        self._config, self._optimizer, self._attempt = config, optimizer, attempt
+        self._config, self._model, self._optimizer, self._attempt = config, model, optimizer, attempt
         self._storage_path = config.storage.path
         self._end_of_document = data.end_of_document
         # A checkpoint can then be sampled from wherever it is copied to.
         self._files = {TOKENIZER: _read_file(data.tokenizer_path)} if mesh.rank == 0 else {}
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
-        self._writer.prepare(optimizer.sharded_state())
+        self._writer.prepare(training_state(model, optimizer))
 
     def save(self, progress: Progress) -> None:
         """Copies the shard and lets the background write it; waits for a save that is still under way."""
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
-        self._writer.save(progress.step, path, self._optimizer.sharded_state(), self._train_state(progress), self._files)
+        self._writer.save(progress.step, path, training_state(self._model, self._optimizer), self._train_state(progress), self._files)
 
     def wait(self) -> None:
         """Until this rank's part of the last save is durable; raises what went wrong in the background."""
@@ -79,9 +82,15 @@ def _read_file(path: str) -> bytes:
     return open_storage(folder or ".").read_bytes(name)
 
 
-def resume(path: str, optimizer: ShardedOptimizer, rank: int) -> Progress:
+def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
+    """Live views of everything that a checkpoint has of the model: main parameters, moments, balancing biases of experts."""
+    biases = {f"model/{name}": whole_tensor(bias.value) for name, bias in model.expert_biases.items()}
+    return optimizer.sharded_state() | biases
+
+
+def resume(path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: int) -> Progress:
     """Loads main parameters and moments from any layout, publishes the weights and says how far the job was."""
-    load_into(path, optimizer.sharded_state())
+    load_into(path, training_state(model, optimizer))
     state = read_train_state(path, rank)
     optimizer.set_steps_taken(state["step"])
     optimizer.publish()

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 import torch
 
 from megatron_ray import validation
-from megatron_ray.collectives import Group
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.loader import Batch, BatchMaker, StepLoader, evaluation_batches
@@ -67,8 +66,8 @@ class TrainingSession:
         torch.manual_seed(self.config.training.seed)
         self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None)
         self._phase("model")
-        self._saver = TrainingSaver(self.config, mesh, self.optimizer, data, attempt=attempt, on_written=report)
-        self.progress = Progress() if resume_from is None else resume(resume_from, self.optimizer, mesh.rank)
+        self._saver = TrainingSaver(self.config, mesh, self.model, self.optimizer, data, attempt=attempt, on_written=report)
+        self.progress = Progress() if resume_from is None else resume(resume_from, self.model, self.optimizer, mesh.rank)
         self._phase("load" if resume_from else "saver")
         self._parts = Parts(self.config, mesh, self.model, self.optimizer, self._loader(data), self._evaluation(data), self._saver)
         self._phase("data")
@@ -113,19 +112,13 @@ def batch_maker(config: TrainConfig, mesh: ParallelMesh, end_of_document: int | 
 def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -> tuple[ParallelModel, ShardedOptimizer]:
     """Model and optimizer of one rank; weights are drawn from the seed, or left zero for a checkpoint to fill."""
     model = parallelize(config, mesh)
-    optimizer = ShardedOptimizer(
-        config.optimizer, model.buffers, _state_group(config, mesh), sharded=config.parallel.zero == 1, adopt=model.adopt
-    )
+    optimizer = ShardedOptimizer(config.optimizer, model.families, sharded=config.parallel.zero == 1)
     if initialise:
         for parameter in model.parameters:
             optimizer.initialise(parameter.name, draw_local(parameter, config.training.seed))
-        model.adopt()
+        for family in model.families:
+            family.adopt()
     return model, optimizer
-
-
-def _state_group(config: TrainConfig, mesh: ParallelMesh) -> Group:
-    """Who has the very same buffers: under ZeRO-3 those with other shards are left out."""
-    return mesh.copy_group if config.parallel.zero == 3 else mesh.replica_group
 
 
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:

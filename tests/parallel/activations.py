@@ -18,7 +18,7 @@ def blocks_of(config: TrainConfig, mesh: ParallelMesh) -> tuple[GPT, Tensor, Pos
     dataset, size = RandomDataset(config.model.vocabulary, config.training.seq_length), config.training.micro_batch_size
     batch = StepLoader(dataset, size, size * mesh.dims.dp, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh)).step(0)[0]
     hidden = model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
-    positions = model.module._positions(batch.tokens_BS.shape, batch.position_ids, hidden, batch.packed, batch.first_sample)
+    positions = model.module.positions_of(batch, hidden)
     return model.module, hidden, positions
 
 

@@ -10,7 +10,8 @@ import torch
 from megatron_ray.checkpoint.sharded_state import ShardedState
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import StepLoader
+from megatron_ray.data.loader import Batch, StepLoader
+from megatron_ray.data.sampler import sample_ids
 from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.parallel_dims import ParallelDims
@@ -82,6 +83,8 @@ class RankResult:
     grad_norms: list[float]
     state_bytes: int
     model_bytes: int
+    choices: list[tuple[int, np.ndarray]]
+    """What routers chose, microbatch by microbatch: (layer, experts [tokens, K])."""
 
 
 def make_config(
@@ -118,15 +121,35 @@ def boxes(state: ShardedState, prefix: str = "") -> list[tuple[str, tuple[int, .
     return found
 
 
-def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: int = 5) -> RankResult:
-    """The first step's gradients, then the real loop from the same start."""
+class Replay:
+    """Batches that tell routers what to choose: [steps, samples of a step, tokens, layers, K]."""
+
+    def __init__(self, loader: StepLoader, choices: np.ndarray) -> None:
+        self.loader, self.choices = loader, choices
+
+    def step(self, consumed_samples: int) -> list[Batch]:
+        loader, (step, rest) = self.loader, divmod(consumed_samples, self.choices.shape[1])
+        assert rest == 0
+        rows = sample_ids(0, loader.micro_batch_size, loader.dp_rank, loader.dp, loader.num_microbatches)
+        cut = loader.make_batch.cut
+        of_step = torch.from_numpy(self.choices[step][:, cut.positions(self.choices.shape[2])])
+        return [
+            replace(batch, expert_choices=of_step[torch.as_tensor(ids)])
+            for batch, ids in zip(loader.step(consumed_samples), rows, strict=True)
+        ]
+
+
+def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: int = 5, choices: np.ndarray | None = None) -> RankResult:
+    """The first step's gradients, then the real loop from the same start; routers take `choices` (see `Replay`) where given."""
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
     training = config.training
     dataset = RandomDataset(config.model.vocabulary, training.seq_length, ends=0.15 if config.data.separate_documents else 0.0)
-    loader = StepLoader(
+    loader: Any = StepLoader(
         dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh, END)
     )
+    if choices is not None:
+        loader = Replay(loader, choices)
 
     model, optimizer = build(config, mesh)
     initial = boxes(optimizer.sharded_state(), "model/")
@@ -137,6 +160,8 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
     gradients = boxes(optimizer.sharded_gradients())
 
     model, optimizer = build(config, mesh)
+    chosen: list[tuple[int, np.ndarray]] = []
+    model.module.on_choice = lambda layer, experts: chosen.append((layer, experts.numpy().copy()))
     weights: list[tuple[str, tuple[int, ...], np.ndarray]] = []
     reports: list[StepReport] = []
 
@@ -156,9 +181,25 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
         weights,
         [report.loss for report in reports],
         [report.grad_norm for report in reports],
-        sum(flat.numel() * flat.element_size() for flat in optimizer.state.values()),
-        model.buffers.parameters.numel() * model.buffers.parameters.element_size(),
+        sum(flat.numel() * flat.element_size() for shard in optimizer.shards for flat in shard.state.values()),
+        sum(family.buffers.parameters.numel() * family.buffers.parameters.element_size() for family in model.families),
+        chosen,
     )
+
+
+def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
+    """What the routers of one rank chose: [steps, samples of a step, tokens, layers, K]; -1 for layers without experts."""
+    assert config.model.moe is not None
+    training, layers = config.training, config.model.num_layers
+    samples, length = training.micro_batch_size, training.seq_length
+    choices = np.full((training.steps, training.global_batch_size, length, layers, config.model.moe.top_k), -1, dtype=np.int64)
+    seen = dict.fromkeys(range(layers), 0)
+    for layer, experts in one.choices:
+        step, start = divmod(seen[layer], training.global_batch_size)
+        choices[step, start : start + samples, :, layer] = experts.reshape(samples, length, -1)
+        seen[layer] += samples
+    assert set(seen.values()) <= {0, training.steps * training.global_batch_size}
+    return choices
 
 
 def assemble(config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], np.ndarray]]]) -> dict[str, np.ndarray]:

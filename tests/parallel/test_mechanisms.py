@@ -31,7 +31,8 @@ def record_overlap(rank: int, world_size: int, config: TrainConfig) -> tuple[lis
     mesh = make_mesh(rank, world_size, config)
     events: list[str] = []
     model = parallelize(config, mesh, on_reduce=lambda bucket: events.append(f"reduce {bucket.index}"))
-    reducer, ready, waits = model.reducer, model.reducer.ready, []
+    reducer, waits = model.families[0].reducer, []
+    ready = reducer.ready
 
     class Watched:
         def __init__(self, pending: Any) -> None:

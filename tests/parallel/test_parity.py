@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_ray.config.train_config import TrainConfig
 from tests.parallel import parity
 from tests.parallel.parity import GPT2, LLAMA, RankResult, assemble, make_config, split_vanishing, worst_relative_l2
 from tests.ranks import run_ranks
@@ -103,10 +104,13 @@ def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
     compare(model, SHARED_HEADS[layout], one)
 
 
-def compare(model: dict[str, Any], layout: dict[str, Any], one: RankResult) -> None:
+def compare(
+    model: dict[str, Any], layout: dict[str, Any], one: RankResult, choices: np.ndarray | None = None
+) -> tuple[TrainConfig, list[RankResult]]:
+    """Trains in the layout, with the experts that are given, and compares with one rank."""
     parallel = {"dp": 1} | layout | SMALL_BUCKETS
     config = make_config(model, parallel, steps=STEPS)
-    results = run_ranks(parity.run_layout, world(parallel), config, timeout_s=180)
+    results = run_ranks(parity.run_layout, world(parallel), config, 5, choices, timeout_s=180)
 
     def whole(choose: Callable[[RankResult], Any], ranks: list[RankResult]) -> dict[str, np.ndarray]:
         return assemble(config, [choose(result) for result in ranks])
@@ -128,6 +132,7 @@ def compare(model: dict[str, Any], layout: dict[str, Any], one: RankResult) -> N
     distance = worst_relative_l2(split_vanishing(config, weights)[0], split_vanishing(config, expected)[0])
     assert distance[0] <= 1e-5, distance
     assert one.losses[-1] < one.losses[0] - 0.1, "nothing was learnt, so nothing was compared"
+    return config, results
 
 
 def distance_from(truth: dict[str, np.ndarray], measured: dict[str, np.ndarray]) -> float:

@@ -1,14 +1,20 @@
 """The `local` spec: layers on plain torch, for any device. Owns: which class fills which slot. Must not know: who builds what when."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from megatron_ray import collectives
 from megatron_ray.collectives import Group
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
+from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, RouterLinear
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.dropout import Dropout, DroppingAttention
+from megatron_ray.models.layers import Dispatcher
 from megatron_ray.parameters import padded_vocabulary
 from megatron_ray.rng import Streams
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
@@ -20,6 +26,17 @@ from megatron_ray.tensor_parallel.layers import (
     VocabParallelEmbedding,
 )
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
+
+
+@dataclass(frozen=True)
+class ExpertPlaces:
+    """Who has which experts, and how tokens get there."""
+
+    ep_group: Group = None
+    etp_group: Group = None
+    token_group: Group = None
+    """Who holds tokens of the same microbatch."""
+    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
 
 class LocalLayers:
@@ -34,10 +51,11 @@ class LocalLayers:
         sequence_parallel: bool,
         dtype: torch.dtype,
         streams: Streams,
+        experts: ExpertPlaces,
         attention: Callable[[], nn.Module] = WholeAttention,
     ) -> None:
         self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
-        self._attention, self._streams = attention, streams
+        self.experts, self._attention, self._streams = experts, attention, streams
         self.rows = padded_vocabulary(config, tp)
 
     def embedding(self, width: int) -> nn.Module:
@@ -74,6 +92,30 @@ class LocalLayers:
     def dropping_attention(self, place: str) -> nn.Module | None:
         rate = self.config.attention_dropout
         return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp"))) if rate else None
+
+    def router(self, width: int, num_experts: int) -> nn.Module:
+        return RouterLinear(width, num_experts, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+
+    def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
+        local = num_experts // collectives.size(self.experts.ep_group)
+        return GroupedLinear(local, inputs, outputs // collectives.size(self.experts.etp_group), dtype=self.dtype)
+
+    def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
+        local = num_experts // collectives.size(self.experts.ep_group)
+        return GroupedLinear(local, inputs // collectives.size(self.experts.etp_group), outputs, dtype=self.dtype)
+
+    def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
+        return ExpertBias(num_experts, rate)
+
+    def dispatcher(self, num_experts: int) -> Dispatcher:
+        kind = AllToAllDispatcher if self.experts.dispatcher == "alltoall" else AllGatherDispatcher
+        return kind(num_experts, self.experts.ep_group, self.experts.etp_group)
+
+    def own_rows(self, tensor: Tensor) -> Tensor:
+        return collectives.local_rows(tensor, self.group if self.sequence_parallel else None)
+
+    def sum_over_tokens(self, tensor: Tensor) -> Tensor:
+        return collectives.all_reduce(tensor, self.experts.token_group)
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

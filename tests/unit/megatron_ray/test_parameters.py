@@ -59,6 +59,42 @@ def test_stages_hold_each_layer_once_and_a_tied_embedding_twice(shape: str) -> N
     assert [local.name for local in held if not local.counted] == twice[1:]
 
 
+MIXTURE = SHAPES["llama"] | {"moe": {"num_experts": 4, "ffn_hidden_size": 48, "shared_expert_ffn_hidden_size": 32, "layer_pattern": [0, 1]}}
+
+
+@pytest.mark.parametrize(
+    "dims",
+    [
+        ParallelDims(dp=2, ep=2),
+        ParallelDims(tp=2, dp=4, ep=2),
+        ParallelDims(tp=2, dp=2, ep=4, etp=1),
+        ParallelDims(dp=4, ep=2, etp=2),
+        ParallelDims(cp=2, ep=2),
+    ],
+    ids=str,
+)
+def test_experts_lie_in_a_grid_of_their_own(dims: ParallelDims) -> None:
+    model = ModelConfig.model_validate(MIXTURE)
+    logical = {parameter.name: parameter for parameter in logical_parameters(model)}
+    assert [name for name in logical if name.startswith("layers.1.moe")][:4] == [
+        "layers.1.moe.router.weight",
+        "layers.1.moe.experts.0.gate.weight",
+        "layers.1.moe.experts.0.up.weight",
+        "layers.1.moe.experts.1.gate.weight",
+    ]
+    assert "layers.0.mlp.up.weight" in logical and "layers.1.moe.shared.down.weight" in logical
+    covered = {name: np.zeros(parameter.shape, dtype=int) for name, parameter in logical.items()}
+    for rank in range(dims.world_size):
+        for local in local_parameters(model, dims, rank, sequence_parallel=True):
+            assert local.of_expert == (".experts." in local.name)
+            for part in local.parts:
+                where = tuple(slice(start, start + size) for start, size in zip(part.box.offset, part.box.size, strict=True))
+                covered[part.logical.name][where] += 1
+    for name, parameter in logical.items():
+        replicas = dims.expert_dp if parameter.of_expert else dims.size("dp", "cp") * (dims.tp if parameter.shard_dim is None else 1)
+        assert (covered[name] == replicas).all(), name
+
+
 def test_sizes_of_published_models() -> None:
     total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": "gpt2-124m"})))
     assert total == 124_439_808
@@ -74,8 +110,17 @@ def test_vocabulary_is_padded_to_a_multiple_times_tp() -> None:
 
 
 def test_a_degree_that_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="4 experts 48 wide do not divide by ep=3 and etp=1"):
+        local_parameters(ModelConfig.model_validate(MIXTURE), ParallelDims(dp=3, ep=3), 0)
     with pytest.raises(ValueError, match="attention.q: 64 is not divisible by tp=3"):
         local_parameters(ModelConfig.model_validate(SHAPES["llama"]), ParallelDims(tp=3), 0)
+
+
+def test_a_token_is_multiplied_with_its_own_experts_only() -> None:
+    model = ModelConfig.model_validate(MIXTURE)
+    dense, experts = 3 * 96, 2 * 3 * 48 + 3 * 32
+    attention = 2 * 8 + 2 * 4
+    assert matmul_parameters(model) == 64 * (2 * attention * 8 + dense + experts + 4 + 259)
 
 
 def test_flops_of_the_reference_model() -> None:

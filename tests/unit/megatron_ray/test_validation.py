@@ -81,7 +81,7 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/schedule",
             "schedule=zb-h1 computes weight gradients after torch has given a block's weights away under zero=3; use 1f1b",
         ),
-        ({"parallel": {"ep": 2}}, None, "/parallel/ep", "ep=2: expert parallelism is not available"),
+        ({"parallel": {"ep": 2}}, None, "/parallel/ep", "ep=2 needs a model with experts; give model.moe, or leave it out"),
         ({"parallel": {"vpp": 2}}, None, "/parallel/vpp", "vpp=2 needs pp > 1; raise pp, or leave it out"),
         ({"parallel": {"layout": "EttttL"}}, None, "/parallel/layout", "layout=EttttL needs pp > 1"),
         ({"parallel": {"pp": 3}}, None, "/parallel/pp", "4 layers do not divide evenly into 3 stages; nearest: num_layers=3 or 6"),
@@ -100,7 +100,7 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/layout",
             "layout says what each stage holds",
         ),
-        ({"parallel": {"etp": 4}}, None, "/parallel/etp", "etp needs experts"),
+        ({"parallel": {"etp": 4}}, None, "/parallel/etp", "etp=4 needs a model with experts; give model.moe, or leave it out"),
         ({"parallel": {"tp": 3}}, None, "/parallel/tp", "tp=3 does not divide model.num_attention_heads=4; use a tp that divides both"),
         (
             {"model": {"num_attention_heads": 12, "num_query_groups": 6, "head_dim": 32, "ffn_hidden_size": 384}, "parallel": {"tp": 4}},
@@ -183,6 +183,12 @@ def test_a_good_config_has_no_problem() -> None:
             "/training/recompute/modules",
             "activation is a part of mlp, which is recomputed whole; leave out one of the two",
         ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "modules": ["moe"]}}},
+            None,
+            "/training/recompute/modules",
+            "moe is for layers that have experts, of which the model has none; leave it out",
+        ),
         ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
         (
             {"parallel": {"dp": 3}},
@@ -228,3 +234,76 @@ def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
 def test_a_world_must_be_resolved_before_it_is_counted() -> None:
     with pytest.raises(ValueError, match="parallel.dp is not resolved"):
         validation.world_size(config())
+
+
+def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) -> TrainConfig:
+    return config(model={"preset": "moe-tiny", "moe": {"num_experts": 8} | moe} | model, parallel=parallel)
+
+
+@pytest.mark.parametrize(
+    ("moe", "parallel", "pointer", "words"),
+    [
+        ({}, {"ep": 3}, "/parallel/ep", "ep=3 does not divide model.moe.num_experts=8; use an ep that does"),
+        ({"ffn_hidden_size": 90}, {"etp": 4}, "/parallel/etp", "etp=4 does not divide the experts' ffn_hidden_size=90"),
+        (
+            {"ffn_hidden_size": 90},
+            {"tp": 4, "sequence_parallel": True},
+            "/parallel/tp",
+            "tp=4 does not divide the experts' ffn_hidden_size=90; use an etp that does",
+        ),
+        (
+            {"shared_expert_ffn_hidden_size": 90},
+            {"tp": 4, "sequence_parallel": True},
+            "/model/moe/shared_expert_ffn_hidden_size",
+            "tp=4 does not divide shared_expert_ffn_hidden_size=90; use a multiple of 4",
+        ),
+        ({}, {"tp": 2}, "/parallel/sequence_parallel", "experts with tp=2 need each rank to have tokens of its own; set sequence_parallel"),
+        ({}, {"zero": 3}, "/parallel/zero", "zero=3 does not shard experts in this version; use zero=1 with ep"),
+        ({"layer_pattern": [0, 1]}, {}, "/model/moe/layer_pattern", "layer_pattern has 2 entries for num_layers=4; give one per layer"),
+        ({"top_k": 9}, {}, "/model/moe/top_k", "top_k=9 is more than num_experts=8; lower it"),
+        ({"top_k": 1}, {}, "/model/moe/pre_softmax", "so the router would not learn; set pre_softmax"),
+        (
+            {"score_function": "sigmoid", "pre_softmax": True},
+            {},
+            "/model/moe/pre_softmax",
+            "pre_softmax has no meaning with score_function=sigmoid; leave it out",
+        ),
+        ({"expert_bias": True}, {}, "/model/moe/expert_bias", "expert_bias needs score_function=sigmoid; set it, or use aux_loss_coeff"),
+        ({"pad_to_capacity": True}, {}, "/model/moe/pad_to_capacity", "pad_to_capacity needs a capacity_factor; give one"),
+        ({"num_groups": 2}, {}, "/model/moe/group_top_k", "num_groups and group_top_k belong together; give both, or none"),
+        ({"num_groups": 3, "group_top_k": 1}, {}, "/model/moe/num_groups", "num_groups=3 does not divide num_experts=8"),
+        (
+            {"num_groups": 4, "group_top_k": 3},
+            {},
+            "/model/moe/group_top_k",
+            "group_top_k=3 must be at most num_groups=4 and divide top_k=2, and each of those groups of 2 experts",
+        ),
+        (
+            {},
+            {"ep": 4, "dp": 2},
+            "/parallel/ep",
+            "etp x ep = 1 x 4 must divide tp x cp x dp = 1 x 1 x 2; use a dp that is a multiple of 4, or lower ep or etp",
+        ),
+    ],
+)
+def test_each_rule_of_experts(moe: dict[str, Any], parallel: dict[str, Any], pointer: str, words: str) -> None:
+    problems = validation.check(with_experts(moe, parallel))
+    assert [problem.pointer for problem in problems] == [pointer]
+    assert words in problems[0].detail
+
+
+def test_experts_have_no_biases() -> None:
+    problems = validation.check(with_experts({}, {}, linear_bias=True))
+    assert [problem.detail for problem in problems] == ["experts have no biases in this version; set linear_bias to false"]
+
+
+@pytest.mark.parametrize(("world", "dp"), [(1, 4), (4, 4), (7, 4), (100, 4)])
+def test_auto_dp_completes_the_grid_of_experts_even_beyond_the_room(world: int, dp: int) -> None:
+    assert validation.resolve(with_experts({}, {"ep": 4}), world).parallel.dp == dp
+    assert validation.resolve(with_experts({}, {"ep": 4, "tp": 2, "etp": 1, "sequence_parallel": True}), 2).parallel.dp == 2
+
+
+def test_good_experts_have_no_problem() -> None:
+    assert validation.check(with_experts({"layer_pattern": {"every": 2}}, {"ep": 4, "dp": 4}), 4) == []
+    grouped = {"num_groups": 4, "group_top_k": 2, "score_function": "sigmoid", "expert_bias": True, "top_k": 4}
+    assert validation.check(with_experts(grouped, {"tp": 2, "etp": 1, "ep": 4, "sequence_parallel": True, "dp": 2}), 4) == []

@@ -79,3 +79,20 @@ def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) ->
         activations(granularity="full", method="uniform", num_layers=1),
     ]
     assert settings == sorted(set(settings), reverse=True)
+
+
+def test_experts_are_shared_out_over_their_own_ranks(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+    service.agent.report(make_node(cpus=4))
+    found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2}})
+    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(update={"vocab_size": 1024})
+    table = local_parameters(model, ParallelDims(dp=4, ep=2), 0)
+    experts = sum(item.num_elements for item in table if item.of_expert)
+    dense = sum(item.num_elements for item in table) - experts
+    assert experts == 4 * 4 * 3 * 128 * 256
+    assert found["memory"]["parameters_bytes"] == 4 * (dense + experts)
+    assert found["memory"]["optimizer_bytes"] == 8 * (-(-dense // 4) + -(-experts // 2))
+
+
+def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(service: Any, spec: dict[str, Any]) -> None:
+    found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"ep": 4}})
+    assert found["world_size"] == 4

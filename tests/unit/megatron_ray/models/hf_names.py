@@ -1,4 +1,4 @@
-"""Logical parameter names <- Hugging Face state dicts of Llama and GPT-2 shape, for the judges."""
+"""Logical parameter names <- Hugging Face state dicts of Llama, Mixtral and GPT-2 shape, for the judges."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,22 @@ def llama_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Te
     }
     for layer in range(config.num_layers):
         for ours, theirs in names.items():
-            found[f"layers.{layer}.{ours}.weight"] = state[f"model.layers.{layer}.{theirs}.weight"]
+            if config.moe is None or not ours.startswith("mlp."):
+                found[f"layers.{layer}.{ours}.weight"] = state[f"model.layers.{layer}.{theirs}.weight"]
+    return found
+
+
+def mixtral_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights (or gradients) of a MixtralForCausalLM by logical name; it keeps the matrices of a layer's experts in two tensors."""
+    found = llama_logical(state, config)
+    for layer in range(config.num_layers):
+        theirs, ours = f"model.layers.{layer}.mlp.", f"layers.{layer}.moe."
+        found[ours + "router.weight"] = state[theirs + "gate.weight"]
+        for expert, (gate_up, down) in enumerate(
+            zip(state[theirs + "experts.gate_up_proj"], state[theirs + "experts.down_proj"], strict=True)
+        ):
+            gate, up = gate_up.chunk(2)
+            found |= {f"{ours}experts.{expert}.{name}.weight": part for name, part in (("gate", gate), ("up", up), ("down", down))}
     return found
 
 

@@ -1,0 +1,38 @@
+"""What an expert computes: an MLP, for many experts at once. Owns: its maths. Must not know: ranks, who sent the rows.
+
+Shapes: R rows that lie expert by expert, L experts here, H hidden, F inner width.
+"""
+
+from torch import Tensor, nn
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.layers import Layers
+from megatron_ray.models.mlp import SwiGLU, gelu
+
+
+class GatedExperts(nn.Module):
+    """down(silu(gate(x)) * up(x)) with the matrices of each row's expert."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
+        super().__init__()
+        self.activation = SwiGLU()
+        self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
+        self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
+
+    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
+        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts_L)), counts_L)
+        return output
+
+
+class PlainExperts(nn.Module):
+    """down(gelu(up(x))) with the matrices of each row's expert."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
+        super().__init__()
+        self.activation = gelu(config)
+        self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
+        self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
+
+    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
+        output: Tensor = self.down(self.activation(self.up(rows_RH, counts_L)), counts_L)
+        return output

@@ -1,0 +1,97 @@
+"""One whole step without a device, in worlds of any size: whatever names a device or waits for one fails here.
+
+Tensors are on device `meta` and collectives go through torch's fake process group, so nothing is computed and nothing sent.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.training.session import batch_maker, build
+from megatron_ray.training.step import forward_backward
+from tests.parallel.matrix import EXPERTS, Entry
+from tests.parallel.parity import END, LLAMA, make_config
+from tests.parallel.test_matrix import MATRIX
+
+LARGE: dict[str, Any] = {
+    "model": {"preset": "llama3-405b"},
+    "parallel": {"tp": 8, "cp": 2, "pp": 16, "dp": 64, "sequence_parallel": True, "first_stage_layers": 7, "last_stage_layers": 7},
+    "data": {"train": [{"path": "unused"}]},
+    "training": {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 256, "steps": 10, "precision": "bf16"},
+    "optimizer": {"lr": 8e-5},
+}
+
+
+class OneToken:
+    """Samples of whatever length, all alike."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return 1 << 30
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.full(self.length + 1, END)
+
+
+@contextmanager
+def world(rank: int, size: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def step(config: TrainConfig, rank: int, device: str) -> None:
+    dims, training = ParallelDims.of(config.parallel), config.training
+    with world(rank, dims.world_size):
+        mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, device))
+        model, optimizer = build(config, mesh, initialise=False)
+        make_batch = batch_maker(config, mesh, END)
+        loader = StepLoader(OneToken(training.seq_length), 1, training.global_batch_size, mesh.dp_rank, dims.dp, make_batch)
+        batches = loader.step(0)
+        loss = forward_backward(model, mesh, batches)
+        stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+        scale_and_clip(optimizer, stats, 1.0)
+        optimizer.step(1e-3)
+        assert stats.values.device.type == device
+
+
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in MATRIX])
+def test_every_layout_of_the_matrix_steps_without_a_device(entry: Entry) -> None:
+    fields = entry.config(steps=1).model_dump()
+    if entry.experts:  # rows sent between ranks are counted on the host; with full buffers there is nothing to count
+        fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
+    # torch's fully_shard takes no parameters on meta; with the fake group no other rank is needed all the same.
+    step(TrainConfig.from_mapping(fields), entry.world_size - 1, "cpu" if entry.parallel["zero"] == 3 else "meta")
+
+
+RECOMPUTE: list[dict[str, Any]] = [
+    {"granularity": "full", "method": "uniform", "num_layers": 1},
+    {"granularity": "selective", "modules": ["core_attention", "norm", "activation"]},
+]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE, ids=["full", "selective"])
+def test_recomputed_layers_with_dropout_step_without_a_device(recompute: dict[str, Any]) -> None:
+    fields = make_config(LLAMA | {"hidden_dropout": 0.1, "attention_dropout": 0.1}, {"dp": 1, "tp": 2, "pp": 2}, steps=1).model_dump()
+    fields["parallel"] |= {"sequence_parallel": True}
+    fields["training"] |= {"recompute": recompute, "micro_batch_size": 1}
+    step(TrainConfig.from_mapping(fields), 3, "meta")
+
+
+@pytest.mark.parametrize("rank", [5, 8 * 2 * 64 * 15 + 77], ids=["first stage", "last stage"])
+def test_a_rank_of_405b_on_16384_steps_without_a_device(rank: int) -> None:
+    step(TrainConfig.from_mapping(LARGE), rank, "meta")
