@@ -164,6 +164,9 @@ def start_exchange(outgoing: Tensor, to: int, incoming: Tensor, sender: int, gro
     if group is None:
         incoming.copy_(outgoing)
         return DONE
+    if outgoing.device.type != "cuda":  # gloo buffers what it is given; NCCL would wait for the other side with both sends first
+        sent = dist.isend(outgoing, group=group, group_dst=to)
+        return _All([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
     sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
     receiving = dist.P2POp(dist.irecv, incoming, group=group, group_peer=sender)
     return _All(dist.batch_isend_irecv([sending, receiving]))

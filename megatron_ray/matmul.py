@@ -57,55 +57,62 @@ def accumulate_weight_grad(main_OI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, 
         main_OI.addmm_(grad_TO.t(), inputs_TI)
 
 
+Counts = Tensor | int
+"""Rows of each expert [E], or the number that every one of them has: then nobody needs to ask the device."""
+
+
 def _one_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
     aligned = weight_EOI.shape[1] % 8 == 0 and weight_EOI.shape[2] % 8 == 0
     return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
 
 
-def _by_expert(rows: Tensor, counts_E: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(rows, counts_E.tolist())
+def _by_expert(rows: Tensor, counts: Counts) -> tuple[Tensor, ...]:
+    return torch.split(rows, counts if isinstance(counts, int) else counts.tolist())
 
 
-def grouped_forward_product(inputs_TI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_forward_product(inputs_TI: Tensor, weight_EOI: Tensor, counts: Counts) -> Tensor:
     """Each expert's inputs @ its weight^T: [T, O]."""
     if _one_kernel(inputs_TI, weight_EOI):
-        return torch.nn.functional.grouped_mm(inputs_TI, weight_EOI.transpose(1, 2), offs=_ends(counts_E))
-    parts = zip(_by_expert(inputs_TI, counts_E), weight_EOI, strict=True)
+        return torch.nn.functional.grouped_mm(inputs_TI, weight_EOI.transpose(1, 2), offs=_ends(counts, inputs_TI))
+    parts = zip(_by_expert(inputs_TI, counts), weight_EOI, strict=True)
     return _joined([forward_product(rows, weight) for rows, weight in parts if len(rows)], inputs_TI, weight_EOI.shape[1])
 
 
-def grouped_input_grad_product(grad_TO: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_input_grad_product(grad_TO: Tensor, weight_EOI: Tensor, counts: Counts) -> Tensor:
     """Each expert's grad @ its weight: [T, I]."""
     if _one_kernel(grad_TO, weight_EOI):
-        return torch.nn.functional.grouped_mm(grad_TO, weight_EOI, offs=_ends(counts_E))
-    parts = zip(_by_expert(grad_TO, counts_E), weight_EOI, strict=True)
+        return torch.nn.functional.grouped_mm(grad_TO, weight_EOI, offs=_ends(counts, grad_TO))
+    parts = zip(_by_expert(grad_TO, counts), weight_EOI, strict=True)
     return _joined([input_grad_product(rows, weight) for rows, weight in parts if len(rows)], grad_TO, weight_EOI.shape[2])
 
 
-def grouped_weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor, counts: Counts, num_experts: int) -> Tensor:
     """Each expert's grad^T @ inputs: [E, O, I], zero for one without rows."""
-    product = grad_TO.new_zeros(counts_E.shape[0], grad_TO.shape[1], inputs_TI.shape[1])
-    accumulate_grouped_weight_grad(product, grad_TO, inputs_TI, counts_E, fresh=True)
+    product = grad_TO.new_zeros(num_experts, grad_TO.shape[1], inputs_TI.shape[1])
+    accumulate_grouped_weight_grad(product, grad_TO, inputs_TI, counts, fresh=True)
     return product
 
 
-def accumulate_grouped_weight_grad(main_EOI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, counts_E: Tensor, *, fresh: bool) -> None:
+def accumulate_grouped_weight_grad(main_EOI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, counts: Counts, *, fresh: bool) -> None:
     """main (fp32) = or += each expert's grad^T @ inputs."""
     if _one_kernel(inputs_TI, main_EOI):
-        product = torch.nn.functional.grouped_mm(grad_TO.t(), inputs_TI, offs=_ends(counts_E))
+        product = torch.nn.functional.grouped_mm(grad_TO.t(), inputs_TI, offs=_ends(counts, inputs_TI))
         # On some GPUs the kernel leaves what it likes for an expert without rows (pytorch issue 172439).
-        product.masked_fill_((counts_E == 0)[:, None, None], 0)
+        if not isinstance(counts, int):
+            product.masked_fill_((counts == 0)[:, None, None], 0)
         main_EOI.copy_(product) if fresh else main_EOI.add_(product)
         return
-    for main, grad, inputs in zip(main_EOI, _by_expert(grad_TO, counts_E), _by_expert(inputs_TI, counts_E), strict=True):
+    for main, grad, inputs in zip(main_EOI, _by_expert(grad_TO, counts), _by_expert(inputs_TI, counts), strict=True):
         if len(grad):
             accumulate_weight_grad(main, grad, inputs, fresh=fresh)
         elif fresh:
             main.zero_()
 
 
-def _ends(counts_E: Tensor) -> Tensor:
-    return counts_E.cumsum(0).to(torch.int32)
+def _ends(counts: Counts, rows: Tensor) -> Tensor:
+    if isinstance(counts, int):
+        return torch.arange(counts, len(rows) + 1, counts, dtype=torch.int32, device=rows.device)
+    return counts.cumsum(0).to(torch.int32)
 
 
 def _joined(parts: list[Tensor], like: Tensor, width: int) -> Tensor:

@@ -24,7 +24,7 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.specs.local import ExpertPlaces, LocalLayers
-from megatron_ray.parameters import LocalParameter, local_parameters
+from megatron_ray.parameters import LocalParameter, freeze, local_parameters
 from megatron_ray.recompute import apply_recompute
 from megatron_ray.rng import Streams
 from megatron_ray.schedules.actions import Order
@@ -112,6 +112,9 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     module = build_model(config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed)
     apply_recompute(module, config.training.recompute)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
+    table = freeze(table, config.optimizer.freeze)
+    for local in table:
+        module.get_parameter(local.name).requires_grad_(local.trainable)
     num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
     actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
     if fully_sharded:

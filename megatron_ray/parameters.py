@@ -5,7 +5,8 @@ this table, and nothing derives it anew. Pure Python. Must not know: torch, proc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from math import prod, sqrt
 from typing import Literal
 
@@ -92,6 +93,8 @@ class LocalParameter:
     """A tied word embedding whose head is on another pipeline stage: both hold it, and their gradients are added up."""
     counted: bool = True
     """False for the second of those, so that the global norm has it once."""
+    trainable: bool = True
+    """False where it is frozen: no gradient, no optimizer state."""
 
     @property
     def decay(self) -> bool:
@@ -145,6 +148,16 @@ def local_parameters(
 def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
     """Every logical tensor of the model, in forward order."""
     return tuple(part.logical for local in local_parameters(model, ParallelDims(), 0) for part in local.parts)
+
+
+def freeze(table: Sequence[LocalParameter], patterns: Sequence[str]) -> tuple[LocalParameter, ...]:
+    """The table with those parameters frozen whose logical names match; parts of one tensor are frozen together or not at all
+    (validation refuses anything else)."""
+
+    def trainable(local: LocalParameter) -> bool:
+        return not any(fnmatchcase(part.logical.name, pattern) for part in local.parts for pattern in patterns)
+
+    return tuple(replace(local, trainable=trainable(local)) for local in table)
 
 
 class _LocalTable:

@@ -33,7 +33,7 @@ class LayerActivations:
     activation: int
     """w T F / tp"""
     experts: int
-    """2 w T K H / tp, copies of tokens to and from their experts; 0 in a layer without."""
+    """2 w T K H etp / s, copies of tokens to and from their experts; 0 in a layer without."""
     rest: int
     """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
     dropout."""
@@ -66,9 +66,12 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     residual = width * tokens * model.hidden_size // cut
     heads = tokens * model.num_attention_heads // tp
     scores = heads * training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * 4
-    moe = model.experts_on(index)
-    ffn = model.ffn_width if moe is None else moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)
-    inner = width * tokens * ffn // tp
+    moe, copies = model.experts_on(index), 0
+    if moe is None:
+        inner = width * tokens * model.ffn_width // tp
+    else:  # rows come gathered over etp and balanced over ep
+        inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
+        copies = 2 * moe.top_k * residual * (parallel.etp or tp)
     around = 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
     return LayerActivations(
         layer_input=residual,
@@ -76,7 +79,7 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
         core_attention=scores,
         pre_activation=inner * (2 if model.activation == "swiglu" else 1),
         activation=inner,
-        experts=2 * width * tokens * moe.top_k * model.hidden_size // tp if moe is not None else 0,
+        experts=copies,
         rest=residual + around + (2 * residual // width if model.hidden_dropout else 0),
     )
 

@@ -112,9 +112,9 @@ def _moe(block: Block) -> None:
 
 def _norm(block: Block) -> None:
     give_back(block.attention_norm, block.attention)
-    feed_forward = block.mlp if block.moe is None else block.moe
-    assert feed_forward is not None
-    give_back(block.mlp_norm, feed_forward)
+    second = block.mlp if block.moe is None else block.moe
+    assert second is not None
+    give_back(block.mlp_norm, second)
 
 
 def _activation(block: Block) -> None:

@@ -8,7 +8,7 @@ import time
 import uuid
 from typing import Any
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from workers.wire import CheckRequest
 
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service.spec_problems import from_pydantic
 
 MEDIA_TYPE = "application/problem+json"

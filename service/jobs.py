@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import admission
 from service.errors import ProblemError, document
 from service.room import need_of

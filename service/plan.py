@@ -6,7 +6,7 @@ from typing import Any
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import local_parameters
+from megatron_ray.parameters import freeze, local_parameters
 from megatron_ray.planning import kept_activations, recomputed_activations
 from megatron_ray.schedules.orders import most_activations
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -50,24 +50,24 @@ def memory(config: TrainConfig) -> Memory | None:
         return None
     model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
-    dense, experts = max((_elements(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
-    bf16, elements = config.training.precision == "bf16", dense + experts
-    if config.parallel.zero == 3:  # main parameters are the model's own shard, from which it is gathered
-        shard = -(-dense // (dims.size("dp", "cp") // dims.zero_replicas))
-        parameters, gradients, optimizer = shard * 4, shard * 4, shard * 8
-    else:
-        shard = elements if config.parallel.zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
-        parameters, gradients, optimizer = elements * (2 if bf16 else 4), elements * 4, shard * (12 if bf16 else 8)
+    parameters, gradients, optimizer = max((_state(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
     activations = _activations(config, model, pipeline)
     return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
 
 
-def _elements(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> tuple[int, int]:
-    """Parameters that a rank of a pipeline stage holds: dense ones, and those of experts."""
-    held = pipeline.held(pp_rank)
+def _state(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> tuple[int, int, int]:
+    """Bytes of parameters, gradients and optimizer state on a rank of a pipeline stage; only what is trained has the last two."""
+    held, bf16, zero = pipeline.held(pp_rank), config.training.precision == "bf16", config.parallel.zero
     local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
-    experts = sum(parameter.num_elements for parameter in local if parameter.of_expert)
-    return sum(parameter.num_elements for parameter in local) - experts, experts
+    elements = sum(parameter.num_elements for parameter in local)
+    trained = [parameter for parameter in freeze(local, config.optimizer.freeze) if parameter.trainable]
+    experts = sum(parameter.num_elements for parameter in trained if parameter.of_expert)
+    dense = sum(parameter.num_elements for parameter in trained) - experts
+    if zero == 3:  # main parameters are the model's own shard, from which it is gathered
+        shards = dims.size("dp", "cp") // dims.zero_replicas
+        return -(-elements // shards) * 4, -(-dense // shards) * 4, -(-dense // shards) * 8
+    shard = dense + experts if zero == 0 else -(-dense // dims.size("dp", "cp")) + -(-experts // dims.expert_dp)
+    return elements * (2 if bf16 else 4), (dense + experts) * 4, shard * (12 if bf16 else 8)
 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:

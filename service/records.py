@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.orm import Session
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import jobs, metrics_store
 from service.errors import ProblemError, document
 from service.jobs import Fact

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from workers.job import JobSpec
 
 LONGEST_VALUE = 80

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from megatron_ray import validation
 from megatron_ray.config.checkpoint import StorageConfig
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import jobs
 from service.room import Need, Room, need_of
 from service.schema import ClusterRow, JobRow

@@ -15,7 +15,8 @@ from megatron_ray.checkpoint.storage import StorageError, open_storage
 from megatron_ray.data.check import check_data
 from megatron_ray.data.prepare import DataProblem, prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.validation import Problem, with_vocabulary
+from megatron_ray.rules.problem import Problem
+from megatron_ray.validation import with_vocabulary
 from workers.job import JobSpec
 from workers.journal import Journal, JournalProblem
 from workers.spool import Line, SpoolReader

@@ -19,7 +19,7 @@ class Message(BaseModel):
 
 
 class ProblemMessage(Message):
-    """One thing wrong with a spec (validation.Problem on the wire)."""
+    """One thing wrong with a spec (rules.problem.Problem on the wire)."""
 
     pointer: str
     code: str

@@ -78,7 +78,7 @@ def read_train_state(path: str, rank: int) -> dict[str, Any]:
 def _reads(path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor) -> list[tuple[str, Read]]:
     """Overlaps of what is wanted with what was saved, each with its file."""
     if saved is None:
-        raise CheckpointError("load", path, f"it has no tensor {fqn!r}: it was saved from another model")
+        raise CheckpointError("load", path, f"it has no tensor {fqn!r}: it was saved from another model, or with that frozen")
     if saved.shape != wanted.shape:
         raise CheckpointError("load", path, f"its tensor {fqn!r} has shape {saved.shape}, the model needs {wanted.shape}")
     slots = {slot.box: (file, slot) for file, slot in zip(saved.files, saved.slots, strict=True)}

@@ -1,6 +1,6 @@
 """Optimizer and learning-rate schedule. Owns: their numbers. Must not know: sharding."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,9 @@ class OptimizerConfig(Config):
     """Decoupled decay, multiplied by the learning rate."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off (the norm is still reported)."""
+    freeze: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(default=(), max_length=64)
+    """Names of parameters that are not trained, with `*` for any characters: `embedding.weight`, `layers.0.*`. They have no gradients and
+    no optimizer state."""
 
 
 class ScheduleConfig(Config):

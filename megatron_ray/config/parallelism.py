@@ -16,9 +16,9 @@ class ParallelismConfig(Config):
     """Pipeline parallel: stages of layers."""
     vpp: int = Field(default=1, ge=1, le=64)
     """Virtual stages (model chunks) per pipeline rank."""
-    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1"] = "auto"
+    schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "auto"
     """Order of the pipeline's forward and backward passes; `auto` is 1f1b, interleaved where vpp is above 1. `zb-h1` computes weight
-    gradients apart, when a rank would wait."""
+    gradients apart, when a rank would wait; so does `zb-v`, with vpp=2 chunks per rank whose stages go down the ranks and back."""
     layout: str | None = Field(default=None, max_length=4096)
     """Parts of each stage in Megatron's words, `Et*3|(tt|)*29,m|L`; equal numbers of layers when not given."""
     first_stage_layers: int | None = Field(default=None, ge=0)

@@ -7,7 +7,7 @@ from megatron_ray.data.files import place, probe_writable
 from megatron_ray.data.indexed import IndexedDataset
 from megatron_ray.data.prepare import DataProblem, read_tokenizer
 from megatron_ray.data.sources import DataError, FoundSource, file_pieces, find_all
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 
 
 def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:

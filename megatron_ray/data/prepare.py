@@ -25,7 +25,7 @@ from megatron_ray.data.files import Place, place, read_bytes
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.sources import DataError, FoundSource, file_pieces, find_all, fingerprint, in_sampling_order
 from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 
 # Part of every cache key: raise it when the same input would be turned into something else.
 _FORMAT = 1

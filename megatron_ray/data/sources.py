@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from megatron_ray.config.data import DataConfig, DataSource
 from megatron_ray.data.files import FileStat, Place, is_folder, open_stream, place, stat, walk
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 
 STDLIB = "builtin://python-stdlib"
 

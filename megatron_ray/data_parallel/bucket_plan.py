@@ -47,19 +47,25 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Buckets in the order in which a backward pass completes them."""
+    """Buckets in the order in which a backward pass completes them, and behind them what is frozen."""
 
     buckets: tuple[Bucket, ...]
+    frozen: tuple[Placed, ...] = ()
+
+    @property
+    def num_trainable(self) -> int:
+        """Length of the flat gradients."""
+        return self.buckets[-1].end if self.buckets else 0
 
     @property
     def num_elements(self) -> int:
-        """Length of the flat buffers."""
-        return self.buckets[-1].end if self.buckets else 0
+        """Length of the flat parameters."""
+        return self.frozen[-1].end if self.frozen else self.num_trainable
 
     @property
     def placed(self) -> Iterable[Placed]:
         """Every parameter's place, in buffer order."""
-        return (placed for bucket in self.buckets for placed in bucket.placed)
+        return (*(placed for bucket in self.buckets for placed in bucket.placed), *self.frozen)
 
 
 def default_bucket_elements(dp: int) -> int:
@@ -84,7 +90,8 @@ def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements:
             buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
             bucket_start, placed = cursor, []
 
-    for parameter in reversed(list(parameters)):
+    table = list(parameters)
+    for parameter in reversed([parameter for parameter in table if parameter.trainable]):
         if parameter.on_two_stages:
             close()
         placed.append(Placed(parameter, cursor))
@@ -92,7 +99,12 @@ def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements:
         if cursor - bucket_start >= limit or parameter.on_two_stages:
             close()
     close()
-    return BucketPlan(tuple(buckets))
+    frozen: list[Placed] = []
+    for parameter in table:
+        if not parameter.trainable:
+            frozen.append(Placed(parameter, cursor))
+            cursor = _round_up(frozen[-1].end, ALIGNMENT)
+    return BucketPlan(tuple(buckets), tuple(frozen))
 
 
 def _round_up(value: int, multiple: int) -> int:

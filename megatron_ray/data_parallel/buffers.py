@@ -20,7 +20,8 @@ from megatron_ray.tensor_parallel.weight_grad import GradSlot, WeightGradSink
 
 @dataclass(frozen=True)
 class FlatBuffers:
-    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut by the same plan; padding is zero."""
+    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut by the same plan; padding is zero. The gradients
+    end where the frozen parameters begin."""
 
     plan: BucketPlan
     parameters: Tensor
@@ -29,12 +30,12 @@ class FlatBuffers:
     @classmethod
     def allocate(cls, plan: BucketPlan, dtype: torch.dtype, device: torch.device) -> "FlatBuffers":
         """Zero-filled buffers."""
-        length = plan.num_elements
-        return cls(plan, torch.zeros(length, dtype=dtype, device=device), torch.zeros(length, device=device))
+        return cls(plan, torch.zeros(plan.num_elements, dtype=dtype, device=device), torch.zeros(plan.num_trainable, device=device))
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """Each parameter's tensor inside a flat buffer."""
-        return {placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape) for placed in self.plan.placed}
+        """The tensor inside a flat buffer of each parameter that it reaches to."""
+        reached = [placed for placed in self.plan.placed if placed.end <= buffer.numel()]
+        return {placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape) for placed in reached}
 
 
 def adopt_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
@@ -44,7 +45,7 @@ def adopt_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
     if expected != offered:
         wrong = sorted(set(expected.items()) ^ set(offered.items()))
         raise ValueError(f"the model and the parameter table disagree: {wrong[:4]}")
-    replaced = {parameter: nn.Parameter(views[name]) for name, parameter in model.named_parameters()}
+    replaced = {parameter: nn.Parameter(views[name], parameter.requires_grad) for name, parameter in model.named_parameters()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, replaced[parameter])

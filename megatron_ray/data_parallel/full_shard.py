@@ -81,8 +81,9 @@ class FullShard:
             weight, gradient = weights.get(name, nothing), gradients.get(name, nothing.clone())
             if weight.shape != shape:
                 raise ValueError(f"{name}: the table has {tuple(weight.shape)} here, torch {tuple(shape)}")
-            replaced[parameter] = nn.Parameter(_like(parameter, weight))
-            replaced[parameter].grad = _like(parameter, gradient)
+            replaced[parameter] = nn.Parameter(_like(parameter, weight), parameter.requires_grad)
+            if parameter.requires_grad:
+                replaced[parameter].grad = _like(parameter, gradient)
             self._shards.append((replaced[parameter], weight))
         for module in self.model.modules():
             for local_name, parameter in module.named_parameters(recurse=False):

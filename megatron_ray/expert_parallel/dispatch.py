@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_ray import collectives
 from megatron_ray.collectives import Group
 from megatron_ray.expert_parallel.rows import exchange, gather, reorder, sum_and_scatter, take_tokens, weigh_and_sum
+from megatron_ray.matmul import Counts
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Dispatched:
     """Rows for this rank's experts, and the way back."""
 
     rows_RH: Tensor
-    counts_L: Tensor
-    """Rows of each expert, in the order in which they lie."""
+    counts: Counts
+    """Rows of each of this rank's experts, in the order in which they lie."""
     combine: Callable[[Tensor, Tensor], Tensor]
     """(the experts' outputs [R, H], weights [T, K]) -> weighted sums [T, H]."""
 
@@ -42,9 +43,9 @@ class Room:
     """Rows that each rank gives every expert, filled up with zeros; as many as there are when None."""
 
 
-def sort_slots(experts_TK: Tensor, num_experts: int, room: Room) -> tuple[Tensor, Tensor]:
-    """(slots [R], counts [E]): row r comes from slot slots[r] of the flattened choice, rows lie expert by expert and within one in the
-    order of tokens. An expert `num_experts` means none at all. Rows that are only padding come from slot T x K."""
+def sort_slots(experts_TK: Tensor, num_experts: int, room: Room) -> tuple[Tensor, Counts]:
+    """(slots [R], rows of each expert): row r comes from slot slots[r] of the flattened choice. Rows lie expert by expert, those of one in
+    the order of tokens. An expert `num_experts` means none at all. Rows that are only padding come from slot T x K."""
     flat = experts_TK.flatten()
     order = torch.argsort(flat, stable=True)
     in_order = flat[order]
@@ -54,7 +55,7 @@ def sort_slots(experts_TK: Tensor, num_experts: int, room: Room) -> tuple[Tensor
         places = in_order * room.rows + torch.arange(len(flat), device=flat.device) - torch.cat([starts, ends[-1:]])[in_order]
         slots = flat.new_full((num_experts * room.rows + 1,), len(flat))
         slots.index_copy_(0, places.clamp(max=num_experts * room.rows), order)
-        return slots[:-1], torch.full_like(ends, room.rows)
+        return slots[:-1], room.rows
     if not room.all_go:
         order = order[: int(ends[-1])]
     return order, ends - starts
@@ -70,7 +71,7 @@ class _Way:
     """Rows of each etp rank."""
     by_expert_R: Tensor
     back_R: Tensor
-    counts_L: Tensor
+    counts: Counts
 
 
 class AllToAllDispatcher:
@@ -85,35 +86,38 @@ class AllToAllDispatcher:
         rows = take_tokens(x_TH, slots, experts_TK.shape[1])
         if self.ep_group is None and self.etp_group is None:
             return Dispatched(rows, counts, lambda outputs, weights: weigh_and_sum(outputs, weights, slots))
-        way = self._way(counts, room)
+        way = self._counted_way(counts) if isinstance(counts, Tensor) else self._even_way(counts, slots.device)
         arrived = gather(exchange(rows, way.send, way.receive, self.ep_group), way.gathered, self.etp_group)
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
             summed = sum_and_scatter(reorder(outputs_RH, way.back_R), way.gathered, self.etp_group)
             return weigh_and_sum(exchange(summed, way.receive, way.send, self.ep_group), weights_TK, slots)
 
-        return Dispatched(reorder(arrived, way.by_expert_R), way.counts_L, combine)
+        return Dispatched(reorder(arrived, way.by_expert_R), way.counts, combine)
 
-    def _way(self, counts_E: Tensor, room: Room) -> _Way:
+    def _even_way(self, rows: int, device: torch.device) -> _Way:
+        """Every rank gives every expert as many rows."""
+        ep, etp = collectives.size(self.ep_group), collectives.size(self.etp_group)
+        local = self.num_experts // ep
+        of_row = torch.arange(local, device=device).repeat_interleave(rows).repeat(etp * ep)
+        return _way([rows * local] * ep, [rows * local] * ep, [rows * local * ep] * etp, of_row, rows * ep * etp)
+
+    def _counted_way(self, counts_E: Tensor) -> _Way:
         ep, etp = collectives.size(self.ep_group), collectives.size(self.etp_group)
         leaving = counts_E.view(ep, -1)
-        local = leaving.shape[1]
-        if room.rows is not None:
-            each = room.rows * local
-            send = receive = [each] * ep
-            gathered = [each * ep] * etp
-            arriving = leaving.new_full((etp * ep, local), room.rows)
-        else:
-            arriving = collectives.all_gather_rows(collectives.all_to_all_rows(leaving, self.ep_group), self.etp_group)
-            numbers = torch.cat([leaving.sum(1), arriving.sum(1)]).tolist()  # the host waits here
-            send, by_rank = numbers[:ep], numbers[ep:]
-            first = ep * collectives.rank(self.etp_group)
-            receive = by_rank[first : first + ep]
-            gathered = [sum(by_rank[start : start + ep]) for start in range(0, etp * ep, ep)]
-        experts = torch.arange(local, device=counts_E.device).repeat(etp * ep)
+        arriving = collectives.all_gather_rows(collectives.all_to_all_rows(leaving, self.ep_group), self.etp_group)
+        numbers = torch.cat([leaving.sum(1), arriving.sum(1)]).tolist()  # the host waits here
+        send, by_rank = numbers[:ep], numbers[ep:]
+        first = ep * collectives.rank(self.etp_group)
+        gathered = [sum(by_rank[start : start + ep]) for start in range(0, etp * ep, ep)]
+        experts = torch.arange(leaving.shape[1], device=counts_E.device).repeat(etp * ep)
         of_row = torch.repeat_interleave(experts, arriving.flatten(), output_size=sum(gathered))
-        by_expert = torch.argsort(of_row, stable=True)
-        return _Way(send, receive, gathered, by_expert, torch.argsort(by_expert), arriving.sum(0))
+        return _way(send, by_rank[first : first + ep], gathered, of_row, arriving.sum(0))
+
+
+def _way(send: list[int], receive: list[int], gathered: list[int], expert_of_row: Tensor, counts: Counts) -> _Way:
+    by_expert = torch.argsort(expert_of_row, stable=True)
+    return _Way(send, receive, gathered, by_expert, torch.argsort(by_expert), counts)
 
 
 class AllGatherDispatcher:

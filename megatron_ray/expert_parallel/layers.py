@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 from megatron_ray import collectives
 from megatron_ray.collectives import Group
 from megatron_ray.matmul import (
+    Counts,
     forward_product,
     grouped_forward_product,
     grouped_input_grad_product,
@@ -58,30 +59,30 @@ class GroupedLinear(SlottedModule):
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts * outputs, inputs, dtype=dtype))
 
-    def forward(self, inputs_RI: Tensor, counts_E: Tensor) -> Tensor:
-        return _Grouped.apply(inputs_RI, self.weight, counts_E, self)  # type: ignore[no-any-return, no-untyped-call]
+    def forward(self, inputs_RI: Tensor, counts: Counts) -> Tensor:
+        return _Grouped.apply(inputs_RI, self.weight, counts, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, counts: Tensor, module: GroupedLinear) -> Tensor:
-        ctx.save_for_backward(inputs, weight, counts)
-        ctx.module = module  # type: ignore[attr-defined]
+    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, counts: Counts, module: GroupedLinear) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.counts, ctx.module = counts, module  # type: ignore[attr-defined]
         return grouped_forward_product(inputs, weight.view(module.num_experts, -1, weight.shape[1]), counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, weight, counts = ctx.saved_tensors
-        module: GroupedLinear = ctx.module
+        inputs, weight = ctx.saved_tensors
+        counts, module = ctx.counts, ctx.module
         grad = grad.contiguous()
         grad_inputs = grouped_input_grad_product(grad, weight.view(module.num_experts, -1, weight.shape[1]), counts)
         grad_weight = None
         if weight.requires_grad:
             slot = module.slot("weight")
             if slot is None:
-                grad_weight = grouped_weight_grad_product(grad, inputs, counts).flatten(0, 1)
+                grad_weight = grouped_weight_grad_product(grad, inputs, counts, module.num_experts).flatten(0, 1)
             else:
-                slot.grouped(inputs, grad, counts)
+                slot.grouped(inputs, grad, counts, module.num_experts)
         return grad_inputs, grad_weight, None, None
 
 

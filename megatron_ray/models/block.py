@@ -31,21 +31,17 @@ class Block(nn.Module):
         hidden_TH = self.attention(self.attention_norm(hidden_TH), hidden_TH, positions, cache)
         return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, positions)
 
+    def _feed_forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
+        output: Tensor = self.moe(x_TH, residual_TH, positions) if self.moe is not None else self.mlp(x_TH, residual_TH)  # type: ignore[misc]
+        return output
+
     def _dropping(self, hidden_TH: Tensor, positions: Positions, first_sample: int) -> Tensor:
         """With dropout the residual is added after it, so not inside a product."""
         assert self.attention_dropout is not None and self.mlp_dropout is not None
         attended = self.attention(self.attention_norm(hidden_TH), None, positions)
         hidden_TH = self.attention_dropout(attended, first_sample).add_(hidden_TH)
-        output: Tensor = self._feed_forward(self.mlp_norm(hidden_TH), None, positions)
-        output = self.mlp_dropout(output, first_sample).add_(hidden_TH)
-        return output
-
-    def _feed_forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
-        if self.moe is not None:
-            output: Tensor = self.moe(x_TH, residual_TH, positions)
-        else:
-            assert self.mlp is not None
-            output = self.mlp(x_TH, residual_TH)
+        fed = self._feed_forward(self.mlp_norm(hidden_TH), None, positions)
+        output: Tensor = self.mlp_dropout(fed, first_sample).add_(hidden_TH)
         return output
 
 

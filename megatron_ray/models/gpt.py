@@ -47,8 +47,7 @@ class GPT(nn.Module):
     def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
         hidden_TH = self._embed(batch.tokens_BS, batch.position_ids, batch.first_sample) if received_TH is None else received_TH
-        positions = self.positions_of(batch, hidden_TH)
-        hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, positions)
+        hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, self.positions_of(batch, hidden_TH))
         if not stage.loss:
             return hidden_TH
         loss: Tensor = self.head(self.final_norm(hidden_TH), batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1))
@@ -78,7 +77,7 @@ class GPT(nn.Module):
         return logits.reshape(*tokens_BS.shape, -1)
 
     def positions_of(self, batch: Batch, like: Tensor) -> Positions:
-        """What the blocks need to know of a batch; `like` has the activations' type."""
+        """What blocks need to know of a batch; angles are on the device of `like` and fit its type."""
         return replace(
             self._positions(batch.tokens_BS.shape, batch.position_ids, like),
             packed=batch.packed,

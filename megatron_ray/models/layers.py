@@ -71,24 +71,16 @@ class Layers(Protocol):
         """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention [B, N, S, D], over whole sequences."""
         ...
 
-    def hidden_dropout(self, place: str) -> nn.Module | None:
-        """A `Dropout` of hidden states as they are held here: ([T, width], first sample) -> [T, width]. None: nothing is dropped."""
-        ...
-
-    def dropping_attention(self, place: str) -> nn.Module | None:
-        """As `attention`, with dropout on its probabilities: (q, k, v, (documents or None, first sample)). None: nothing is dropped."""
-        ...
-
     def router(self, width: int, num_experts: int) -> nn.Module:
         """[T, width] -> logits [T, num_experts], at least fp32."""
         ...
 
     def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows expert by expert [R, inputs], rows per expert here) -> [R, outputs], outputs cut over etp."""
+        """(rows expert by expert [R, inputs], rows of each expert here) -> [R, outputs], outputs cut over etp."""
         ...
 
     def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows [R, inputs cut over etp], rows per expert here) -> [R, outputs], to be summed over etp on the way back."""
+        """(rows [R, inputs cut over etp], rows of each expert here) -> [R, outputs], to be summed over etp on the way back."""
         ...
 
     def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
@@ -105,6 +97,14 @@ class Layers(Protocol):
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
         """Sums in place over all who hold tokens of the same sequences, and returns it."""
+        ...
+
+    def hidden_dropout(self, place: str) -> nn.Module | None:
+        """A `Dropout` of hidden states as they are held here: ([T, width], first sample) -> [T, width]. None: nothing is dropped."""
+        ...
+
+    def dropping_attention(self, place: str) -> nn.Module | None:
+        """As `attention`, with dropout on its probabilities: (q, k, v, (documents or None, first sample)). None: nothing is dropped."""
         ...
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:

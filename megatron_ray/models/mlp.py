@@ -29,7 +29,7 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
-        self.activation = gelu(config)
+        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.up = layers.column(config.hidden_size, width, config.linear_bias)
         self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
@@ -42,11 +42,6 @@ def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | Plai
     """The kind of MLP that the model has, `width` wide inside."""
     kind = GatedMLP if config.activation == "swiglu" else PlainMLP
     return kind(config, layers, width)
-
-
-def gelu(config: ModelConfig) -> nn.Module:
-    """The non-linearity of a model that does not gate."""
-    return nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
 
 
 class SwiGLU(nn.Module):

@@ -146,7 +146,8 @@ class OptimizerShard:
         return self.buffers.parameters[placed.start : placed.end]
 
     def sharded_state(self) -> ShardedState:
-        """Live views of what this rank holds: `model/...` are the fp32 main parameters, `optimizer/...` the moments."""
+        """Live views of what this rank holds: `model/...` are the fp32 main parameters, or the model's own where those are frozen;
+        `optimizer/...` the moments."""
         state: ShardedState = {}
         for piece in self.pieces:
             shard = slice(piece.shard_start, piece.shard_start + piece.end - piece.start)
@@ -154,6 +155,9 @@ class OptimizerShard:
             _add_boxes(state, "model/", piece, main)
             for name, flat in self.state.items():
                 _add_boxes(state, f"optimizer/{name}/", piece, flat[shard])
+        for placed in self.buffers.plan.frozen:
+            whole = Piece(placed, placed.start, placed.end, shard_start=0)
+            _add_boxes(state, "model/", whole, self.buffers.parameters[placed.start : placed.end])
         return state
 
     def sharded_gradients(self) -> ShardedState:

@@ -130,7 +130,8 @@ class PipelineRunner:
                 self._weight_grads.begin_microbatch(last=place == self._last[action.chunk])
             else:
                 self._weight_grads.put_off(key)
-        torch.autograd.backward(stash.output, gradient)
+        if stash.output.requires_grad:  # not where all of the first stage is frozen
+            torch.autograd.backward(stash.output, gradient)
         if stash.received is not None:
             assert stash.received.grad is not None
             stage = self._stages.stage(self._rank, action.chunk)

@@ -9,14 +9,13 @@ Pure; must not know: torch.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_ray.schedules.actions import Action, Op, Order, StageMap
 from megatron_ray.schedules.simulation import EQUAL, run_computing
 
 
-@dataclass(frozen=True, order=True)
-class _Message:
+class _Message(NamedTuple):
     """Sorted as a pair of ranks exchanges them."""
 
     time: float
@@ -35,6 +34,14 @@ def lower(orders: Sequence[Order], stages: StageMap) -> list[Order]:
         queues[message.source][message.target].append(message)
         queues[message.target][message.source].append(message)
     return [_place(rank, order, stages, queues[rank]) for rank, order in enumerate(orders)]
+
+
+def lower_one(orders: Sequence[Order], stages: StageMap, rank: int) -> Order:
+    """One rank's list of those; placing the others' is most of the work. Raises ScheduleError likewise."""
+    queues: dict[int, list[_Message]] = defaultdict(list)
+    for message in sorted(message for message in _messages(orders, stages) if rank in (message.source, message.target)):
+        queues[message.target if message.source == rank else message.source].append(message)
+    return _place(rank, orders[rank], stages, queues)
 
 
 def _messages(orders: Sequence[Order], stages: StageMap) -> Iterator[_Message]:

@@ -1,15 +1,22 @@
-"""In which order a pipeline rank computes. Owns: GPipe, 1F1B, interleaved, ZB-H1. Pure; must not know: sends, torch.
+"""In which order a pipeline rank computes. Owns: GPipe, 1F1B, interleaved, ZB-H1, ZB-V. Pure; must not know: sends, torch.
 
 GPipe: Huang et al. 2019. 1F1B and interleaving: Narayanan et al. 2021, with Megatron's warm-up counts. ZB-H1: Qi et al. 2023, which
-computes weight gradients apart, when nothing else is there to do, with no more activations than 1F1B's first rank holds.
+computes weight gradients apart, when nothing else is there to do, with no more activations than 1F1B's first rank holds. ZB-V (the
+same paper): so too, with two chunks per rank in a V, which halves what is left of the bubble.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from megatron_ray.schedules.actions import Action, Op, Order
+from megatron_ray.schedules.actions import Action, Op, Order, StageMap
 
-ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
+
+
+def stage_map(name: ScheduleName, pp: int, vpp: int) -> StageMap:
+    """Where a schedule wants the stages. Raises ValueError when it cannot have so many."""
+    return StageMap(pp, vpp, "v" if name == "zb-v" else "loop")
 
 
 def compute_orders(name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1, group: int | None = None) -> list[Order]:
@@ -24,6 +31,10 @@ def compute_orders(name: ScheduleName, pp: int, num_microbatches: int, vpp: int 
         if size < pp:
             raise ValueError(f"groups of {size} microbatches are smaller than the pipeline of {pp} ranks: the last one would wait")
         return [_interleaved(pp, rank, vpp, num_microbatches, size) for rank in range(pp)]
+    if name == "zb-v":
+        if vpp != 2:
+            raise ValueError(f"schedule zb-v has two chunks per rank, not vpp={vpp}")
+        return [_zb_v(pp, rank, num_microbatches) for rank in range(pp)]
     if vpp != 1:
         raise ValueError(f"schedule {name} has one chunk per rank; vpp={vpp} needs interleaved")
     if name == "zb-h1":
@@ -33,13 +44,14 @@ def compute_orders(name: ScheduleName, pp: int, num_microbatches: int, vpp: int 
 
 
 def most_activations(name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1) -> int:
-    """What the first rank, which holds most, holds at once at most: microbatches of a chunk. Without making the orders."""
+    """What the rank that holds most (the first one, but for a short ZB-V) holds at once at most: microbatches of a chunk. Without making
+    the orders."""
     if name == "gpipe":
         return num_microbatches
     if name == "interleaved":
         largest = -(-num_microbatches // max(1, num_microbatches // pp))
         return min(_interleaved_warmup(pp, 0, vpp, largest) + 1, num_microbatches * vpp)
-    return min(pp, num_microbatches)
+    return min(pp, num_microbatches) * vpp
 
 
 def _gpipe(pp: int, rank: int, count: int) -> Order:
@@ -117,3 +129,32 @@ def _zb_h1(pp: int, count: int) -> list[Order]:
         order += [Action(Op.BACKWARD_WEIGHT, 0, microbatch) for microbatch in range(done, count)]
         orders.append(order)
     return orders
+
+
+def _zb_v(pp: int, rank: int, count: int) -> Order:
+    """Stages go down the ranks and come back, so the last rank has its second chunk's input at once and the first one its loss.
+
+    Rank r fills up with 2 (pp - r) - 1 microbatches of its first chunk. By the time they have come back it goes round both chunks,
+    each with forward, input and weight gradient, and never waits again; weight gradients are put off only while the pipeline drains.
+    Of fewer than 2 pp microbatches it is the same order with the others left out.
+    """
+    full = max(count, 2 * pp)
+    order: Order = []
+    done: Counter[tuple[Op, int]] = Counter()
+
+    def take(times: int, *what: tuple[Op, int]) -> None:
+        for op, chunk in what * times:
+            order.append(Action(op, chunk, done[op, chunk]))
+            done[op, chunk] += 1
+
+    down, back = ([(op, chunk) for op in (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)] for chunk in (0, 1))
+    take(2 * (pp - rank) - 1, down[0])
+    take(rank, back[0], down[0])
+    take(pp - rank, *back)
+    take(full - done[down[0]], *down, *back)
+    take(full - done[back[0]], *down[1:], *back)
+    take(rank, down[1], back[1])
+    take(pp - rank, *down[1:])
+    take(full - done[back[2]], back[2])
+    take(full - done[down[2]], down[2])
+    return [action for action in order if action.microbatch < count]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.schedules.actions import Op, Order, StageMap
 from megatron_ray.schedules.layout import LayoutError, StageContents, cut_layers, parse_layout
-from megatron_ray.schedules.lowering import lower
-from megatron_ray.schedules.orders import ScheduleName, compute_orders
+from megatron_ray.schedules.lowering import lower_one
+from megatron_ray.schedules.orders import ScheduleName, compute_orders, stage_map
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,25 @@ class PipelinePlan:
     def training_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """A rank's whole list for a step."""
         orders = compute_orders(self.schedule, self.stages.pp, num_microbatches, self.stages.vpp)
-        return lower(orders, self.stages)[pp_rank]
+        return lower_one(orders, self.stages, pp_rank)
 
     def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """A rank's whole list for forward passes only."""
-        kind: ScheduleName = "interleaved" if self.stages.vpp > 1 else "gpipe"
-        orders = compute_orders(kind, self.stages.pp, num_microbatches, self.stages.vpp)
+        orders = compute_orders(self.schedule, self.stages.pp, num_microbatches, self.stages.vpp)
         forward = [[action for action in order if action.op is Op.FORWARD] for order in orders]
-        return lower(forward, self.stages)[pp_rank]
+        return lower_one(forward, self.stages, pp_rank)
 
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     """Raises LayoutError when the layers cannot be cut as asked, or the schedule cannot have so many chunks."""
     parallel, num_layers = config.parallel, config.model.num_layers
-    stages = StageMap(parallel.pp, parallel.vpp)
     schedule: ScheduleName = parallel.schedule if parallel.schedule != "auto" else ("interleaved" if parallel.vpp > 1 else "1f1b")
-    if (schedule == "interleaved") != (parallel.vpp > 1):
+    if schedule == "zb-v" and parallel.vpp != 2:
+        raise LayoutError(f"schedule=zb-v has two chunks per rank, not vpp={parallel.vpp}; use vpp=2", field="schedule")
+    if schedule != "zb-v" and (schedule == "interleaved") != (parallel.vpp > 1):
         remedy = "use schedule=interleaved, or leave it out" if parallel.vpp > 1 else "raise vpp, or use 1f1b"
         raise LayoutError(f"schedule={schedule} does not go with vpp={parallel.vpp} chunks per rank; {remedy}", field="schedule")
+    stages = stage_map(schedule, parallel.pp, parallel.vpp)
     if parallel.layout is None:
         contents = cut_layers(num_layers, stages.num_stages, first=parallel.first_stage_layers, last=parallel.last_stage_layers)
     else:

@@ -137,10 +137,10 @@ def peak_activations(order: Order) -> int:
 
 @dataclass
 class _Queue:
-    """Of two ranks: what each side has posted, and when the entries done so far were done."""
+    """Of two ranks: what each side has posted and when, and when the last entry that both have posted was done."""
 
     posted: dict[int, list[tuple[float, tuple[Op, int, int]]]]
-    done: list[float]
+    done: float = 0.0
 
 
 def simulate(lists: Sequence[Order], stages: StageMap, costs: Costs = EQUAL) -> Outcome:
@@ -191,22 +191,20 @@ class _Machine:
 
     def _post(self, rank: int, action: Action) -> None:
         pair = (min(rank, action.peer), max(rank, action.peer))
-        queue = self._queues.setdefault(pair, _Queue({pair[0]: [], pair[1]: []}, []))
-        queue.posted[rank].append((self._clocks[rank], (action.op, action.chunk, action.microbatch)))
+        queue = self._queues.setdefault(pair, _Queue({pair[0]: [], pair[1]: []}))
         ours, theirs = queue.posted[rank], queue.posted[action.peer]
-        while len(queue.done) < min(len(ours), len(theirs)):
-            self._complete(queue, rank, action.peer)
+        ours.append((self._clocks[rank], (action.op, action.chunk, action.microbatch)))
+        if len(ours) <= len(theirs):
+            self._complete(queue, len(ours) - 1, rank, action.peer)
 
-    def _complete(self, queue: _Queue, rank: int, peer: int) -> None:
-        number = len(queue.done)
-        sides = {side: queue.posted[side][number] for side in (rank, peer)}
-        sender = next((side for side, (_, what) in sides.items() if what[0].is_send), None)
-        if sender is None or sides[peer if sender == rank else rank][1][0].is_send:
-            raise ScheduleError(
-                f"operation {number} between ranks {rank} and {peer} is the same on both sides: {sides[rank][1]}, {sides[peer][1]}"
-            )
-        receiver = peer if sender == rank else rank
-        (_, (sent, chunk, microbatch)), (_, got) = sides[sender], sides[receiver]
+    def _complete(self, queue: _Queue, number: int, rank: int, peer: int) -> None:
+        """Entry `number`, which both sides have posted; those before it are done."""
+        (at, ours), (peer_at, theirs) = queue.posted[rank][number], queue.posted[peer][number]
+        sends = ours[0].is_send
+        if theirs[0].is_send == sends:
+            raise ScheduleError(f"operation {number} between ranks {rank} and {peer} is the same on both sides: {ours}, {theirs}")
+        sender, receiver = (rank, peer) if sends else (peer, rank)
+        (sent, chunk, microbatch), got = (ours, theirs) if sends else (theirs, ours)
         step = 1 if sent is Op.SEND_FORWARD else -1
         home, to = self._stages.home(self._stages.stage(sender, chunk) + step)
         wanted = (Op.RECV_FORWARD if step == 1 else Op.RECV_BACKWARD, to, microbatch)
@@ -214,9 +212,8 @@ class _Machine:
             raise ScheduleError(
                 f"rank {sender} sends {(sent.name, chunk, microbatch)}, but rank {receiver} waits for {(got[0].name, *got[1:])}"
             )
-        before = queue.done[-1] if queue.done else 0.0
-        queue.done.append(max(before, *(posted for posted, _ in sides.values())) + self._costs.transfer)
+        queue.done = max(queue.done, at, peer_at) + self._costs.transfer
         key = (receiver, *got)
-        self._arrived[key] = queue.done[-1]
+        self._arrived[key] = queue.done
         if key in self._waiting:
             self._ready.append(self._waiting.pop(key))

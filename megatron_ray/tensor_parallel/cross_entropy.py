@@ -72,7 +72,11 @@ class _HeadLoss(torch.autograd.Function):
         if module.valid_rows < logits.shape[1]:
             logits[:, module.valid_rows :] = -torch.inf
         # Under tensor parallelism one chunk: two collectives in all, not two per chunk.
-        rows = max(1, _CHUNK_ELEMENTS[logits.device.type] // logits.shape[1]) if module.group is None else logits.shape[0]
+        rows = (
+            max(1, _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS["cuda"]) // logits.shape[1])
+            if module.group is None
+            else logits.shape[0]
+        )
         want_grad = any(ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
         losses = [
             _softmax_loss_(chunk, chunk_labels, chunk_mask, module, want_grad)

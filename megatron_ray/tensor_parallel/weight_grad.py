@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ray.matmul import accumulate_grouped_weight_grad, accumulate_weight_grad
+from megatron_ray.matmul import Counts, accumulate_grouped_weight_grad, accumulate_weight_grad
 
 
 @dataclass(eq=False)
@@ -35,9 +35,9 @@ class GradSlot:
         """Adds grad^T @ inputs, the gradient of a [O, I] weight."""
         self.sink.linear(self, inputs_TI, grad_TO)
 
-    def grouped(self, inputs_TI: Tensor, grad_TO: Tensor, counts_E: Tensor) -> None:
-        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; counts_E rows belong to each expert, one after another."""
-        self.sink.grouped(self, inputs_TI, grad_TO, counts_E)
+    def grouped(self, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
+        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; each expert's rows lie together, in the order of experts."""
+        self.sink.grouped(self, inputs_TI, grad_TO, counts, num_experts)
 
     def add(self, gradient: Tensor) -> None:
         """Adds a gradient computed by the caller."""
@@ -90,9 +90,9 @@ class WeightGradSink:
         """grad^T @ inputs into the main gradient."""
         self._now_or_later(lambda: self._linear(slot, inputs_TI, grad_TO))
 
-    def grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts_E: Tensor) -> None:
+    def grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
         """grad^T @ inputs of each expert into its part of the main gradient."""
-        self._now_or_later(lambda: self._grouped(slot, inputs_TI, grad_TO, counts_E))
+        self._now_or_later(lambda: self._grouped(slot, inputs_TI, grad_TO, counts, num_experts))
 
     def add(self, slot: GradSlot, gradient: Tensor) -> None:
         """A ready-made gradient into the main gradient."""
@@ -112,9 +112,9 @@ class WeightGradSink:
         accumulate_weight_grad(slot.main_grad, grad_TO, inputs_TI, fresh=slot.fresh)
         self._done(slot)
 
-    def _grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts_E: Tensor) -> None:
-        main_EOI = slot.main_grad.view(counts_E.shape[0], -1, slot.main_grad.shape[1])
-        accumulate_grouped_weight_grad(main_EOI, grad_TO, inputs_TI, counts_E, fresh=slot.fresh)
+    def _grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
+        main_EOI = slot.main_grad.view(num_experts, -1, slot.main_grad.shape[1])
+        accumulate_grouped_weight_grad(main_EOI, grad_TO, inputs_TI, counts, fresh=slot.fresh)
         self._done(slot)
 
     def _add(self, slot: GradSlot, gradient: Tensor) -> None:

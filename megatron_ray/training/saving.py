@@ -19,9 +19,9 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel
+from megatron_ray.rules.problem import ConfigProblem
 from megatron_ray.training.loop import Progress
 from megatron_ray.training.reports import CheckpointReport
-from megatron_ray.validation import ConfigProblem
 
 
 class TrainingSaver:

@@ -19,6 +19,7 @@ from megatron_ray.initialization import draw_local
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel, parallelize
+from megatron_ray.rules.problem import ConfigProblem
 from megatron_ray.training.commands import Command
 from megatron_ray.training.loop import Outcome, Parts, Progress, train
 from megatron_ray.training.reports import PhaseReport, Report
@@ -124,6 +125,6 @@ def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:
     problems = validation.check(config, mesh.world_size)
     if problems:
-        raise validation.ConfigProblem("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+        raise ConfigProblem("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
     if validation.world_size(config) != mesh.world_size:
-        raise validation.ConfigProblem(f"the config wants {validation.world_size(config)} ranks, the mesh has {mesh.world_size}")
+        raise ConfigProblem(f"the config wants {validation.world_size(config)} ranks, the mesh has {mesh.world_size}")

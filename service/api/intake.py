@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import jobs, submissions
 from service.api import render
 from service.context import Context

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import jobs, records, submissions
 from service.context import Context, Service
 from service.errors import ProblemError

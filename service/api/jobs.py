@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.orm import Session
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import jobs
 from service.api import render
 from service.api.intake import submit

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import jobs, metrics_store
 from service.api.models import Page
 from service.context import Service

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.validation import Problem
+from megatron_ray.rules.problem import Problem
 from service import plan, submissions
 from service.api import intake
 from service.api.models import FieldError, Plan, PlanMemory, PlanRank

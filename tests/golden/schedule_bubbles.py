@@ -2,8 +2,7 @@
 
 import json
 
-from megatron_ray.schedules.actions import StageMap
-from megatron_ray.schedules.orders import compute_orders
+from megatron_ray.schedules.orders import compute_orders, stage_map
 from megatron_ray.schedules.simulation import outcome
 from tests.unit.megatron_ray.schedules.test_schedules import GOLDEN, LARGE, SMALL, formula, key
 
@@ -13,7 +12,7 @@ def main() -> None:
     for case in [*SMALL, *LARGE]:
         if formula(case) is None:
             name, pp, vpp, count = case
-            found[key(case)] = round(outcome(compute_orders(name, pp, count, vpp), StageMap(pp, vpp)).bubble, 6)
+            found[key(case)] = round(outcome(compute_orders(name, pp, count, vpp), stage_map(name, pp, vpp)).bubble, 6)
     GOLDEN.write_text(json.dumps(found, indent=0) + "\n")
 
 

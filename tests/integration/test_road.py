@@ -44,6 +44,22 @@ def test_a_job_goes_the_whole_road(road: Road, undisturbed: list[dict[str, Any]]
     assert text.stdout.startswith("1 2 3")
 
 
+def test_a_pipeline_trains_as_one_rank_does(road: Road) -> None:
+    def train(**parallel: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        spec = road.spec(parallel={"tp": 1, "sequence_parallel": False, "dp": 1} | parallel, training={"steps": 8})
+        job = road.finish(road.client.submit(spec)["id"])
+        assert job["status"] == "succeeded", job
+        return road.rows(job["id"]), road.client.ranks(job["id"])["data"]
+
+    (rows, ranks), (expected, alone) = train(pp=2), train()
+    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, 9))
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-5)
+    assert expected[-1]["loss"] < expected[0]["loss"] - 0.5
+    assert [entry["coordinates"] for entry in ranks] == [{"tp": 0, "cp": 0, "dp": 0, "pp": place} for place in range(2)]
+    assert len({entry["pid"] for entry in ranks}) == 2 and len(alone) == 1
+
+
 def test_the_service_may_die_while_a_job_trains(road: Road, undisturbed: list[dict[str, Any]]) -> None:
     job_id = road.client.submit(road.spec())["id"]
     road.step(job_id, 10)

@@ -79,7 +79,7 @@ class Entry:
             {
                 "model": model,
                 "parallel": {"dp": 1} if alone else self.parallel | {"bucket_elements": 8000},
-                "data": {"train": [{"path": "unused"}], "separate_documents": self.packed},
+                "data": {"train": [{"path": "unused"}], "tokenizer": {"kind": "bytes"}, "separate_documents": self.packed},
                 "training": training,
                 "optimizer": {"lr": 3e-3, "eps": 1e-5, "weight_decay": 0.1, "clip_grad_norm": 1.0},
                 "schedule": {"kind": "cosine", "warmup_steps": 3},

@@ -88,7 +88,14 @@ class RankResult:
 
 
 def make_config(
-    model: dict[str, Any], parallel: dict[str, Any], *, steps: int, precision: str = "fp32", separate_documents: bool = False
+    model: dict[str, Any],
+    parallel: dict[str, Any],
+    *,
+    steps: int,
+    precision: str = "fp32",
+    batch: int = 8,
+    micro_batch: int = 2,
+    separate_documents: bool = False,
 ) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
@@ -97,8 +104,8 @@ def make_config(
             "data": {"train": [{"path": "unused"}], "separate_documents": separate_documents},
             "training": {
                 "seq_length": 32,
-                "micro_batch_size": 2,
-                "global_batch_size": 8,
+                "micro_batch_size": micro_batch,
+                "global_batch_size": batch,
                 "steps": steps,
                 "precision": precision,
                 "seed": 7,
@@ -242,7 +249,7 @@ def split_vanishing(config: TrainConfig, gradients: dict[str, np.ndarray]) -> tu
     )
 
 
-def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[str, np.ndarray]:
+def float64_gradients(rank: int, world_size: int, config: TrainConfig, choices: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no buckets, no reductions."""
     from megatron_ray.initialization import draw_local
     from megatron_ray.parallelize import build_model
@@ -259,7 +266,7 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig) -> dict[s
     training = config.training
     dataset = RandomDataset(config.model.vocabulary, training.seq_length, ends=0.15 if config.data.separate_documents else 0.0)
     loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh, END))
-    batches = loader.step(0)
+    batches = (loader if choices is None else Replay(loader, choices)).step(0)
     for batch in batches:
         module(replace(batch, loss_mask_BS=batch.loss_mask_BS.double())).backward()
     tokens = sum(batch.num_tokens for batch in batches)

@@ -14,10 +14,10 @@ from megatron_ray.data.sampler import sample_ids
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims
 from tests.parallel import parity
-from tests.parallel.parity import LLAMA, RankResult, make_config, record_choices
+from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, record_choices
 from tests.parallel.test_checkpoint_training import config as checkpoint_config
 from tests.parallel.test_checkpoint_training import train
-from tests.parallel.test_parity import STEPS, compare
+from tests.parallel.test_parity import STEPS, compare, distance_from
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
@@ -78,7 +78,7 @@ LONG_LAYOUTS: dict[str, dict[str, Any]] = {
 
 @cache
 def reference(model: str) -> tuple[RankResult, np.ndarray]:
-    """One rank, choosing freely, and what it chose: [steps, samples, tokens, layers, K]; layers without experts are never asked."""
+    """One rank, choosing freely, and what it chose."""
     config = make_config((MODELS | DROPPING)[model], {"dp": 1}, steps=STEPS)
     (one,) = run_ranks(parity.run_layout, 1, config, timeout_s=180)
     return one, record_choices(config, one)
@@ -125,6 +125,24 @@ def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(layout
             total += len(experts)
     assert total == training.global_batch_size * training.seq_length * config.model.num_layers
     assert same >= 0.999 * total
+
+
+@pytest.mark.parametrize("layout", [{"dp": 2, "ep": 2}, pytest.param(SP | {"dp": 2, "ep": 2}, marks=pytest.mark.parity)])
+def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(layout: dict[str, Any]) -> None:
+    _, choices = reference("shared")
+
+    def config(parallel: dict[str, Any]) -> TrainConfig:
+        return make_config(MODELS["shared"], parallel, steps=2, precision="bf16")
+
+    truth = run_ranks(parity.float64_gradients, 1, config({"dp": 1}), choices)[0]
+
+    def distance(parallel: dict[str, Any]) -> float:
+        ranks = ParallelDims.of(config(parallel).parallel).world_size
+        results = run_ranks(parity.run_layout, ranks, config(parallel), 1, choices, timeout_s=180)
+        return distance_from(truth, assemble(config(parallel), [result.gradients for result in results]))
+
+    allowed = 1.3 * distance({"dp": 1})
+    assert allowed < 0.1 and distance(layout) <= allowed
 
 
 def with_experts(settings: TrainConfig) -> TrainConfig:

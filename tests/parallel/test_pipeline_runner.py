@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.schedules.actions import Action, StageMap
 from megatron_ray.schedules.lowering import lower
-from megatron_ray.schedules.orders import ScheduleName, compute_orders
+from megatron_ray.schedules.orders import ScheduleName, compute_orders, stage_map
 from megatron_ray.tensor_parallel.layers import ColumnParallelLinear
 from megatron_ray.tensor_parallel.weight_grad import GradSlot, WeightGradSink
 
@@ -50,7 +50,7 @@ def with_slots(parts: dict[int, Part], on_ready: Callable[[GradSlot], None]) -> 
 
 def piped(rank: int, world_size: int, name: ScheduleName, vpp: int, count: int, steps: int) -> tuple[Any, ...]:
     """Losses, gradients, whether the trace is the list, and the parameters in the order in which they became ready."""
-    stages = StageMap(world_size, vpp)
+    stages = stage_map(name, world_size, vpp)
     actions = lower(compute_orders(name, world_size, count, vpp), stages)[rank]
     numbers = [stages.stage(rank, chunk) for chunk in range(vpp)]
     parts = {stage: Part(stage, stage + 1 == stages.num_stages) for stage in numbers}
@@ -93,12 +93,15 @@ def whole(num_stages: int, count: int) -> tuple[list[float], dict[str, Tensor]]:
         ("interleaved", 4, 2, 6),
         ("zb-h1", 2, 1, 4),
         ("zb-h1", 4, 1, 7),
+        ("zb-v", 2, 2, 3),
+        ("zb-v", 4, 2, 9),
     ],
 )
 def test_every_schedule_is_one_process(run_ranks: Run, name: ScheduleName, pp: int, vpp: int, count: int) -> None:
     losses, gradients = whole(pp * vpp, count)
     found = run_ranks(piped, pp, name, vpp, count, 2)
-    assert found[-1][0] == losses and all(not ranks_losses for ranks_losses, *_ in found[:-1])
+    at, _ = stage_map(name, pp, vpp).home(pp * vpp - 1)
+    assert [ranks_losses for ranks_losses, *_ in found] == [losses if rank == at else [] for rank in range(pp)]
     for _, own, follows, ready in found:
         assert follows, "the trace is the list"
         assert sorted(ready) == sorted(own), "each gradient was ready once"

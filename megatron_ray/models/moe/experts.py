@@ -6,8 +6,9 @@ Shapes: R rows that lie expert by expert, L experts here, H hidden, F inner widt
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.matmul import Counts
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.mlp import SwiGLU, gelu
+from megatron_ray.models.mlp import SwiGLU
 
 
 class GatedExperts(nn.Module):
@@ -19,8 +20,8 @@ class GatedExperts(nn.Module):
         self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
-    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts_L)), counts_L)
+    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts)), counts)
         return output
 
 
@@ -29,10 +30,10 @@ class PlainExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
-        self.activation = gelu(config)
+        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
-    def forward(self, rows_RH: Tensor, counts_L: Tensor) -> Tensor:
-        output: Tensor = self.down(self.activation(self.up(rows_RH, counts_L)), counts_L)
+    def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        output: Tensor = self.down(self.activation(self.up(rows_RH, counts)), counts)
         return output

@@ -40,7 +40,7 @@ class MoE(nn.Module):
         dispatched = self.dispatcher.dispatch(x_TH, experts, room)
         if self.shared is not None:
             residual_TH = self.shared(x_TH, residual_TH)
-        outputs: Tensor = self.experts(dispatched.rows_RH, dispatched.counts_L)
+        outputs: Tensor = self.experts(dispatched.rows_RH, dispatched.counts)
         combined = dispatched.combine(outputs, weights)
         return combined if residual_TH is None else residual_TH + combined
 

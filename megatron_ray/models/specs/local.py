@@ -50,8 +50,8 @@ class LocalLayers:
         *,
         sequence_parallel: bool,
         dtype: torch.dtype,
-        streams: Streams,
         experts: ExpertPlaces,
+        streams: Streams,
         attention: Callable[[], nn.Module] = WholeAttention,
     ) -> None:
         self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
@@ -84,15 +84,6 @@ class LocalLayers:
     def attention(self) -> nn.Module:
         return self._attention()
 
-    def hidden_dropout(self, place: str) -> nn.Module | None:
-        cut_by = ("cp", "tp") if self.sequence_parallel else ("cp",)
-        rate = self.config.hidden_dropout
-        return Dropout(rate, self._streams.stream(place, cut_by)) if rate else None
-
-    def dropping_attention(self, place: str) -> nn.Module | None:
-        rate = self.config.attention_dropout
-        return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp"))) if rate else None
-
     def router(self, width: int, num_experts: int) -> nn.Module:
         return RouterLinear(width, num_experts, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
 
@@ -116,6 +107,15 @@ class LocalLayers:
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
         return collectives.all_reduce(tensor, self.experts.token_group)
+
+    def hidden_dropout(self, place: str) -> nn.Module | None:
+        cut_by = ("cp", "tp") if self.sequence_parallel else ("cp",)
+        rate = self.config.hidden_dropout
+        return Dropout(rate, self._streams.stream(place, cut_by)) if rate else None
+
+    def dropping_attention(self, place: str) -> nn.Module | None:
+        rate = self.config.attention_dropout
+        return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp"))) if rate else None
 
     def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

@@ -91,6 +91,12 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/schedule",
             "schedule=1f1b does not go with vpp=2 chunks per rank; use schedule=interleaved",
         ),
+        (
+            {"parallel": {"pp": 2, "schedule": "zb-v"}},
+            None,
+            "/parallel/schedule",
+            "schedule=zb-v has two chunks per rank, not vpp=1; use vpp=2",
+        ),
         ({"parallel": {"pp": 2, "schedule": "interleaved"}}, None, "/parallel/schedule", "raise vpp, or use 1f1b"),
         ({"parallel": {"pp": 2, "layout": "Ett|t|tL"}}, None, "/parallel/layout", "has 3 stages, pp x vpp = 2 x 1 needs 2"),
         ({"parallel": {"pp": 2, "layout": "Ett|tL"}}, None, "/parallel/layout", "has 3 decoder layers ('t'), the model has 4"),
@@ -191,6 +197,19 @@ def test_a_good_config_has_no_problem() -> None:
         ),
         ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
         (
+            {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},
+            None,
+            "/optimizer/freeze",
+            "no parameter is called 'layers.4.*'; names are such as 'embedding.weight' and 'layers.0.attention_norm.weight'",
+        ),
+        (
+            {"optimizer": {"freeze": ["*.q.weight", "*.v.weight"]}},
+            None,
+            "/optimizer/freeze",
+            "are one tensor, and 'layers.0.attention.k.weight' would still be trained; freeze all or none",
+        ),
+        ({"optimizer": {"freeze": ["*"]}}, None, "/optimizer/freeze", "all 39 parameters are frozen, so nothing would be trained"),
+        (
             {"parallel": {"dp": 3}},
             None,
             "/training/global_batch_size",
@@ -277,6 +296,12 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
             {},
             "/model/moe/group_top_k",
             "group_top_k=3 must be at most num_groups=4 and divide top_k=2, and each of those groups of 2 experts",
+        ),
+        (
+            {},
+            {"ep": 2, "dp": 4, "pp": 2, "order": "tp-cp-ep-pp-dp"},
+            "/parallel/order",
+            "order tp-cp-ep-pp-dp puts the pipeline stages of dense layers and experts on different ranks",
         ),
         (
             {},

@@ -35,6 +35,14 @@ def test_bytes_are_counted_from_the_parameter_table(
     assert service.user.get("/v1/jobs").json()["data"] == []
 
 
+def test_what_is_frozen_needs_memory_for_its_weights_only(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+    service.agent.report(make_node(cpus=4))
+    whole, half = (plan(service, spec | {"optimizer": {"lr": 1e-3, "freeze": names}})["memory"] for names in ([], ["layers.[01].*"]))
+    assert half["parameters_bytes"] == whole["parameters_bytes"]
+    left = half["gradients_bytes"] / whole["gradients_bytes"]
+    assert 0.5 < left < 0.7 and half["optimizer_bytes"] / whole["optimizer_bytes"] == pytest.approx(left, rel=1e-6)
+
+
 def test_a_plan_larger_than_the_cluster_says_by_how_much(service: Any, spec: dict[str, Any], make_node: Any) -> None:
     service.agent.report(make_node(cpus=2))
     found = plan(service, spec | {"parallel": {"dp": 4}})
@@ -66,21 +74,6 @@ def test_seventy_billion_parameters_are_planned_in_no_time(service: Any, spec: d
     assert found["memory"]["parameters_bytes"] == pytest.approx(2 * 70.55e9 / 8, rel=0.01)
 
 
-def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) -> None:
-    def activations(**recompute: Any) -> int:
-        training = spec["training"] | {"recompute": recompute}
-        estimate: int = plan(service, spec | {"training": training})["memory"]["activations_bytes_estimate"]
-        return estimate
-
-    settings = [
-        activations(),
-        activations(granularity="selective", modules=["norm", "activation"]),
-        activations(granularity="full", method="block", num_layers=3),
-        activations(granularity="full", method="uniform", num_layers=1),
-    ]
-    assert settings == sorted(set(settings), reverse=True)
-
-
 def test_experts_are_shared_out_over_their_own_ranks(service: Any, spec: dict[str, Any], make_node: Any) -> None:
     service.agent.report(make_node(cpus=4))
     found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2}})
@@ -96,3 +89,18 @@ def test_experts_are_shared_out_over_their_own_ranks(service: Any, spec: dict[st
 def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(service: Any, spec: dict[str, Any]) -> None:
     found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"ep": 4}})
     assert found["world_size"] == 4
+
+
+def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) -> None:
+    def activations(**recompute: Any) -> int:
+        training = spec["training"] | {"recompute": recompute}
+        estimate: int = plan(service, spec | {"training": training})["memory"]["activations_bytes_estimate"]
+        return estimate
+
+    settings = [
+        activations(),
+        activations(granularity="selective", modules=["norm", "activation"]),
+        activations(granularity="full", method="block", num_layers=3),
+        activations(granularity="full", method="uniform", num_layers=1),
+    ]
+    assert settings == sorted(set(settings), reverse=True)

@@ -45,8 +45,8 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: 
     linear.weight = torch.nn.Parameter(matrices.detach().clone())
     dispatched = kind(EXPERTS, None, None).dispatch(x, experts, room)
     counts = [int((experts == expert).sum()) for expert in range(EXPERTS)]
-    assert dispatched.counts_L.tolist() == ([5] * EXPERTS if room.rows else counts)
-    output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts_L), weights)
+    assert dispatched.counts == 5 if isinstance(dispatched.counts, int) else dispatched.counts.tolist() == counts
+    output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     truth = expected(x, weights, matrices, experts)
     torch.testing.assert_close(output, truth)
     along = torch.linspace(-1, 1, WIDTH)
@@ -86,6 +86,6 @@ def test_nobody_may_go_anywhere() -> None:
     nowhere = torch.full_like(CHOICES, EXPERTS)
     dispatched = AllToAllDispatcher(EXPERTS, None, None).dispatch(x, nowhere, Room(all_go=False))
     linear = GroupedLinear(EXPERTS, WIDTH, WIDTH, dtype=torch.float32)
-    output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts_L), weights)
+    output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     output.sum().backward()
     assert output.abs().sum() == 0 and linear.weight.grad is not None and linear.weight.grad.abs().sum() == 0

@@ -6,7 +6,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.data_parallel.bucket_plan import ALIGNMENT, default_bucket_elements, plan_buckets
 from megatron_ray.optimizer.partition import flat_runs, pieces
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import local_parameters
+from megatron_ray.parameters import freeze, local_parameters
 
 TABLE = local_parameters(ModelConfig.model_validate({"preset": "gpt2-tiny", "vocab_size": 300}), ParallelDims(tp=2), 0)
 
@@ -44,6 +44,17 @@ def test_buckets_come_in_backward_order_and_divide_evenly() -> None:
         assert (bucket.end - bucket.start) % (3 * ALIGNMENT) == 0
         assert all(placed.start % ALIGNMENT == 0 for placed in bucket.placed)
         assert [bucket.shard(rank, 3)[0] for rank in range(3)] == sorted(bucket.shard(rank, 3)[0] for rank in range(3))
+
+
+def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> None:
+    table = freeze(TABLE, ["embedding.weight", "layers.[01].mlp.*"])
+    plan = plan_buckets(table, 3, 20_000)
+    frozen = [parameter for parameter in table if not parameter.trainable]
+    assert [placed.parameter for placed in plan.frozen] == frozen and len(frozen) == 9
+    assert all(placed.start >= plan.num_trainable for placed in plan.frozen) and plan.num_elements == plan.frozen[-1].end
+    assert sum(run.end - run.start for rank in range(3) for run in flat_runs(plan, rank, 3, sharded=True)) == plan.num_trainable
+    everything = plan_buckets(freeze(TABLE, ["*"]), 2)
+    assert (everything.num_trainable, everything.buckets, flat_runs(everything, 0, 2, sharded=True)) == (0, (), ())
 
 
 def test_default_bucket_size_is_megatrons() -> None:
