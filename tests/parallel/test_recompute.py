@@ -93,6 +93,7 @@ def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_ch
         ("llama", {"pp": 2}, "fp32", False),
         ("gpt2", {"pp": 2, "schedule": "zb-h1"}, "fp32", False),
         ("gpt2", {"pp": 2, "vpp": 2}, "bf16", True),
+        ("llama", {"pp": 2, "vpp": 2, "schedule": "zb-v"}, "fp32", True),
         ("llama", {"dp": 2}, "bf16", False),
         ("llama", {"cp": 2}, "fp32", True),
         ("llama", {"cp": 2, "cp_method": "a2a"}, "bf16", False),

@@ -166,3 +166,12 @@ def test_a_region_whose_inputs_need_no_gradient_still_gives_its_parameters_their
     weight = torch.ones(3, requires_grad=True)
     recomputed(lambda x: x * weight, torch.arange(3.0)).sum().backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None and weight.grad.tolist() == [0, 1, 2]
+
+
+def test_frozen_embeddings_leave_the_gradients_of_recomputed_layers_as_they_are() -> None:
+    found = []
+    for setting in ("none", "uniform1", "norm-activation"):
+        fields = config_of(setting, "llama", "fp32", False).model_dump()
+        fields["optimizer"]["freeze"] = ["embedding.*"]
+        found.append(gradients(TrainConfig.from_mapping(fields))[1])
+    assert found[0].any() and all(torch.equal(found[0], other) for other in found[1:])
