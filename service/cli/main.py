@@ -35,7 +35,3 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # `megatron-ray jobs | head`: nobody listens any more
         raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    main()

@@ -156,7 +156,7 @@ def addresses(record: StackRecord) -> dict[str, Any]:
 
 def _up_detached(folder: Path, cpus: int | None, ready_timeout_s: float, interruption: Interruption, as_json: bool) -> None:
     """Runs `up` as a process of its own and waits until it is ready. It records itself before it starts anything."""
-    command = [sys.executable, "-m", "service.cli.main", "up", "--data-dir", str(folder), "--ready-timeout-s", str(ready_timeout_s)]
+    command = [sys.executable, "-m", "service.cli.entry", "up", "--data-dir", str(folder), "--ready-timeout-s", str(ready_timeout_s)]
     command += [] if cpus is None else ["--cpus", str(cpus)]
     log = folder / "logs" / "up.log"
     try:

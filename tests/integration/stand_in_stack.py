@@ -3,13 +3,16 @@
 import sys
 from pathlib import Path
 
-from rich.console import Console
+from service.cli.entry import importing
 
-from service.cli.failure import Failure
-from service.cli.stack import with_stack
-from service.local_stack.interruption import Interruption
-from service.local_stack.record import StackRecord
-from service.local_stack.stack import LocalStack, StackOptions
+with importing():
+    from rich.console import Console
+
+    from service.cli.failure import Failure
+    from service.cli.stack import with_stack
+    from service.local_stack.interruption import Interruption
+    from service.local_stack.record import StackRecord
+    from service.local_stack.stack import LocalStack, StackOptions
 
 SERVICE = """
 import http.server, json, os, pathlib, subprocess, sys

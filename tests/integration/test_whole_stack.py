@@ -32,7 +32,7 @@ class CommandLine:
         self.folder, self.data_dir = folder, folder / "data"
 
     def run(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "service.cli.main", *arguments, "--data-dir", str(self.data_dir)]
+        command = [sys.executable, "-m", "service.cli.entry", *arguments, "--data-dir", str(self.data_dir)]
         return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=timeout_s)
 
     def ok(self, *arguments: str) -> str:

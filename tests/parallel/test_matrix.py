@@ -18,6 +18,7 @@ from tests.parallel import parity
 from tests.parallel.matrix import AXES, ENTRIES, QUOTAS, SEED, Entry, draw
 from tests.parallel.parity import RankResult, assemble, record_choices, worst_relative_l2
 from tests.parallel.test_mechanisms import train_session
+from tests.parallel.test_parity import distance_from
 from tests.ranks import run_ranks
 
 STEPS = 10
@@ -32,11 +33,14 @@ def some(entries: tuple[Entry, ...]) -> list[Any]:
     return [pytest.param(entry, id=entry.name, marks=[] if entry in small else pytest.mark.parity) for entry in entries]
 
 
+def alone_config(experts: bool, packed: bool, **wanted: Any) -> TrainConfig:
+    return Entry({"dp": 1} | ({"ep": 1} if experts else {}), None, packed).config(alone=True, **wanted)
+
+
 @cache
 def alone(experts: bool, packed: bool) -> tuple[RankResult, np.ndarray | None]:
     """One rank with the same model and data, and what its routers chose."""
-    entry = Entry({"dp": 1} | ({"ep": 1} if experts else {}), None, packed)
-    config = entry.config(steps=STEPS, alone=True)
+    config = alone_config(experts, packed, steps=STEPS)
     (one,) = run_ranks(parity.run_layout, 1, config, timeout_s=300)
     return one, record_choices(config, one) if experts else None
 
@@ -64,6 +68,26 @@ def test_an_entry_equals_one_rank(entry: Entry) -> None:
         np.testing.assert_allclose(rank.grad_norms, one.grad_norms, rtol=2e-5)
     weights, expected = (assemble(config, [rank.weights for rank in ranks]) for ranks in (results, [one]))
     assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
+
+
+@cache
+def truth_and_bf16(experts: bool, packed: bool) -> tuple[dict[str, np.ndarray], float]:
+    """Gradients in float64, and how far from them one bf16 rank is."""
+    config = alone_config(experts, packed, steps=2, precision="bf16")
+    _, choices = alone(experts, packed)
+    truth = run_ranks(parity.float64_gradients, 1, config, choices, timeout_s=300)[0]
+    (one,) = run_ranks(parity.run_layout, 1, config, 1, choices, timeout_s=300)
+    return truth, distance_from(truth, assemble(config, [one.gradients]))
+
+
+@pytest.mark.parallel
+@pytest.mark.parity
+@pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in MATRIX])
+def test_an_entry_in_bf16_stays_as_close_to_float64_as_one_bf16_rank(entry: Entry) -> None:
+    truth, of_one = truth_and_bf16(entry.experts, entry.packed)
+    config, (_, choices) = entry.config(steps=2, precision="bf16"), alone(entry.experts, entry.packed)
+    results = run_ranks(parity.run_layout, entry.world_size, config, 1, choices, timeout_s=300)
+    assert distance_from(truth, assemble(config, [rank.gradients for rank in results])) <= 1.3 * of_one < 0.1
 
 
 @pytest.fixture(scope="module")
