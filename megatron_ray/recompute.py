@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.autograd.graph import get_gradient_edge
 
+from megatron_ray.backward import Backward
 from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.models.attention import Positions
 from megatron_ray.models.block import Block, one_after_another
@@ -170,8 +170,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = _leaves(ctx.saved_tensors)
         with torch.enable_grad(), _unread(ctx.last):
-            output = ctx.run(*inputs)
-        torch.autograd.backward(output, grad)
+            again = Backward(ctx.run(*inputs))
+        again.run(grad)
         return None, None, *(tensor.grad for tensor in inputs)
 
 
@@ -230,9 +230,9 @@ class _GivenBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, edge = ctx.again
+        inputs, again = ctx.again
         ctx.again = None
-        torch.autograd.backward((edge,), (grad,))
+        again.run(grad)
         return None, *(tensor.grad for tensor in inputs)
 
 
@@ -241,6 +241,6 @@ def _write_again(node: Any, memory: torch.UntypedStorage, size: int) -> None:
     inputs = _leaves(node.saved_tensors)
     with torch.enable_grad():
         output = node.run(*inputs)
+        node.again = inputs, Backward(output)
     memory.resize_(size)
     memory.copy_(output.untyped_storage())
-    node.again = inputs, get_gradient_edge(output)
