@@ -27,7 +27,7 @@ LARGE: dict[str, Any] = {
     "model": {"preset": "llama3-405b"},
     "parallel": {"tp": 8, "cp": 2, "pp": 16, "dp": 64, "sequence_parallel": True, "first_stage_layers": 7, "last_stage_layers": 7},
     "data": {"train": [{"path": "unused"}]},
-    "training": {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 256, "steps": 10, "precision": "bf16"},
+    "training": {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 128, "steps": 10, "precision": "bf16"},
     "optimizer": {"lr": 8e-5},
 }
 
