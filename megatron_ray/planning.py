@@ -4,12 +4,13 @@ Counts tensors, after Korthikanti et al. 2022 (Reducing Activation Recomputation
 as they are here: fused attention keeps no scores, and a norm, an activation and a product keep their inputs.
 
 Letters, per microbatch and rank: T = seq_length x micro_batch_size / cp tokens; s = tp under sequence parallelism, else 1; w bytes of an
-activation; H hidden_size, D head width, N and G query and key/value heads, F inner width of the MLP, f = 2 F where it is gated, else F.
+activation; H hidden_size, D head width, N and G query and key/value heads, F inner width of the MLP, f = 2 F where it is gated, else F. In
+a layer with experts F is the sum of the widths that a token meets, K of experts and a shared one; they are taken to be balanced.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 
 _STATISTICS = {"rmsnorm": 4, "layernorm": 8}
@@ -31,34 +32,33 @@ class LayerActivations:
     """w T f / tp"""
     activation: int
     """w T F / tp"""
+    experts: int
+    """2 w T K H etp / s, copies of tokens to and from their experts; 0 in a layer without."""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), 2 T H / s of masks with hidden
-    dropout, and what experts keep."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
+    dropout."""
 
     @property
     def whole(self) -> int:
         """Everything: none recomputed."""
-        return self.layer_input + self.norm + self.core_attention + self.pre_activation + self.activation + self.rest
+        inside = self.pre_activation + self.activation + self.experts
+        return self.layer_input + self.norm + self.core_attention + inside + self.rest
 
     def without(self, modules: tuple[str, ...]) -> int:
         """With these modules recomputed; see RecomputeConfig.modules."""
+        inside = self.pre_activation + self.activation + self.experts
         spared = {
             "core_attention": self.core_attention,
             "norm": self.norm,
             "activation": self.activation,
-            "mlp": self.pre_activation + self.activation,
+            "mlp": 0 if self.experts else inside,
+            "moe": inside if self.experts else 0,
         }
         return self.whole - sum(spared[name] for name in set(modules))
 
 
-def layer_activations(config: TrainConfig) -> LayerActivations:
-    """Of one layer on one rank; of the kind that keeps most, where some have experts."""
-    model = config.model
-    kinds = {model.experts_on(index) is not None for index in range(model.num_layers)}
-    return max((_of_kind(config, model.moe if experts else None) for experts in kinds), key=lambda layer: layer.whole)
-
-
-def _of_kind(config: TrainConfig, moe: MoEConfig | None) -> LayerActivations:
+def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
+    """Of a layer on one rank."""
     model, parallel, training = config.model, config.parallel, config.training
     tp, cut = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
     tokens = training.seq_length * training.micro_batch_size // parallel.cp
@@ -66,48 +66,42 @@ def _of_kind(config: TrainConfig, moe: MoEConfig | None) -> LayerActivations:
     residual = width * tokens * model.hidden_size // cut
     heads = tokens * model.num_attention_heads // tp
     scores = heads * training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * 4
-    inner = width * tokens * model.ffn_width // tp if moe is None else 0
+    moe, copies = model.experts_on(index), 0
+    if moe is None:
+        inner = width * tokens * model.ffn_width // tp
+    else:  # rows come gathered over etp and balanced over ep
+        inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
+        copies = 2 * moe.top_k * residual * (parallel.etp or tp)
     around = 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
-    gated = model.activation == "swiglu"
     return LayerActivations(
         layer_input=residual,
         norm=2 * residual + 2 * _STATISTICS[model.norm] * tokens // cut,
         core_attention=scores,
-        pre_activation=inner * (2 if gated else 1),
+        pre_activation=inner * (2 if model.activation == "swiglu" else 1),
         activation=inner,
-        rest=residual
-        + around
-        + _of_experts(config, moe, tokens // cut, 3 if gated else 2)
-        + (2 * residual // width if model.hidden_dropout else 0),
+        experts=copies,
+        rest=residual + around + (2 * residual // width if model.hidden_dropout else 0),
     )
 
 
-def _of_experts(config: TrainConfig, moe: MoEConfig | None, tokens: int, inner: int) -> int:
-    """Rows come gathered over etp and balanced over ep: of each its input, its output and `inner` times the width inside an expert."""
-    if moe is None:
-        return 0
-    model, tp = config.model, config.parallel.tp
-    etp, width = config.parallel.etp or tp, 2 if config.training.precision == "bf16" else 4
-    shared = inner * (moe.shared_expert_ffn_hidden_size or 0)
-    return width * tokens * (moe.top_k * (2 * model.hidden_size * etp + inner * model.expert_width) + shared)
-
-
-def kept_activations(config: TrainConfig, num_layers: int) -> int:
-    """Bytes that a stage of `num_layers` keeps of a microbatch until its backward pass."""
-    layer, recompute = layer_activations(config), config.training.recompute
+def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:
+    """Bytes that a stage with these layers keeps of a microbatch until its backward pass."""
+    recompute, found = config.training.recompute, [layer_activations(config, index) for index in layers]
     if recompute.granularity != "full":
-        return num_layers * layer.without(recompute.chosen_modules)
+        return sum(layer.without(recompute.chosen_modules) for layer in found)
     assert recompute.num_layers is not None
     if recompute.method == "uniform":
-        return -(-num_layers // recompute.num_layers) * layer.layer_input
-    recomputed = min(recompute.num_layers, num_layers)
-    return recomputed * layer.layer_input + (num_layers - recomputed) * layer.whole
+        return sum(layer.layer_input for layer in found[:: recompute.num_layers])
+    recomputed, whole = found[: recompute.num_layers], found[recompute.num_layers :]
+    return sum(layer.layer_input for layer in recomputed) + sum(layer.whole for layer in whole)
 
 
-def recomputed_activations(config: TrainConfig, num_layers: int) -> int:
+def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
     """Bytes that come back for a while in a backward pass: those of a whole chunk, or what one layer had done without."""
-    layer, recompute = layer_activations(config), config.training.recompute
+    recompute, found = config.training.recompute, [layer_activations(config, index) for index in layers]
     if recompute.granularity != "full":
-        return layer.whole - layer.without(recompute.chosen_modules)
+        return max((layer.whole - layer.without(recompute.chosen_modules) for layer in found), default=0)
     assert recompute.num_layers is not None
-    return layer.whole * (min(recompute.num_layers, num_layers) if recompute.method == "uniform" else 1)
+    size = recompute.num_layers if recompute.method == "uniform" else 1
+    chunks = [found[start : start + size] for start in range(0, len(found), size)]
+    return max((sum(layer.whole for layer in chunk) for chunk in chunks), default=0)

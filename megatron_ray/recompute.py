@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.autograd.graph import get_gradient_edge
 
+from megatron_ray.backward import Backward
 from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.models.attention import Positions
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.gpt import GPT
-from megatron_ray.models.mlp import GatedMLP, PlainMLP
 from megatron_ray.tensor_parallel.layers import RowParallelLinear
 
 
@@ -86,7 +85,7 @@ class _RecomputedCore(nn.Module):
 
 
 def _mlp(block: Block) -> None:
-    if not isinstance(block.mlp, GatedMLP | PlainMLP):
+    if block.mlp is None:
         return
     plain, last = block.mlp.forward, _last_product(block)
 
@@ -98,6 +97,19 @@ def _mlp(block: Block) -> None:
     _replace_forward(block.mlp, forward)
 
 
+def _moe(block: Block) -> None:
+    if block.moe is None:
+        return
+    plain = block.moe.forward
+
+    def forward(x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
+        if residual_TH is None:
+            return recomputed(lambda x: plain(x, None, positions), x_TH)
+        return recomputed(lambda x, residual: plain(x, residual, positions), x_TH, residual_TH)
+
+    _replace_forward(block.moe, forward)
+
+
 def _norm(block: Block) -> None:
     give_back(block.attention_norm, block.attention)
     second = block.mlp if block.moe is None else block.moe
@@ -106,11 +118,19 @@ def _norm(block: Block) -> None:
 
 
 def _activation(block: Block) -> None:
-    if isinstance(block.mlp, GatedMLP | PlainMLP):
-        give_back(block.mlp.activation, block.mlp.down)
+    inside = [block.mlp] if block.moe is None else [block.moe.experts, block.moe.shared]
+    for part in inside:
+        if part is not None:
+            give_back(part.activation, part.down)
 
 
-_MODULES: dict[str, Callable[[Block], None]] = {"core_attention": _core_attention, "norm": _norm, "activation": _activation, "mlp": _mlp}
+_MODULES: dict[str, Callable[[Block], None]] = {
+    "core_attention": _core_attention,
+    "norm": _norm,
+    "activation": _activation,
+    "mlp": _mlp,
+    "moe": _moe,
+}
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
@@ -119,9 +139,9 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 
 
 def _last_product(block: nn.Module) -> RowParallelLinear | None:
-    """The product whose output is the MLP's and hence, but for the residual, the block's, if there is such a one."""
-    mlp = block.mlp
-    return mlp.down if isinstance(mlp, GatedMLP | PlainMLP) and isinstance(mlp.down, RowParallelLinear) else None
+    """The product that makes the output of a block's MLP; experts have none such."""
+    assert isinstance(block, Block)
+    return block.mlp.down if block.mlp is not None and isinstance(block.mlp.down, RowParallelLinear) else None
 
 
 # ---- regions kept as their inputs
@@ -150,8 +170,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = _leaves(ctx.saved_tensors)
         with torch.enable_grad(), _unread(ctx.last):
-            output = ctx.run(*inputs)
-        torch.autograd.backward(output, grad)
+            again = Backward(ctx.run(*inputs))
+        again.run(grad)
         return None, None, *(tensor.grad for tensor in inputs)
 
 
@@ -210,9 +230,9 @@ class _GivenBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, edge = ctx.again
+        inputs, again = ctx.again
         ctx.again = None
-        torch.autograd.backward((edge,), (grad,))
+        again.run(grad)
         return None, *(tensor.grad for tensor in inputs)
 
 
@@ -221,6 +241,6 @@ def _write_again(node: Any, memory: torch.UntypedStorage, size: int) -> None:
     inputs = _leaves(node.saved_tensors)
     with torch.enable_grad():
         output = node.run(*inputs)
+        node.again = inputs, Backward(output)
     memory.resize_(size)
     memory.copy_(output.untyped_storage())
-    node.again = inputs, get_gradient_edge(output)

@@ -78,11 +78,12 @@ def _elements(parameters: Sequence[LocalParameter], shards: int, expert_shards: 
 
 def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:
     """What autograd keeps of the microbatches under way, and what comes back when a part of one is recomputed."""
-    most = max(len(stage.layers) for stage in pipeline.contents)
+    fullest = max((stage.layers for stage in pipeline.contents), key=lambda layers: kept_activations(config, layers))
     tokens = config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
     width = 2 if config.training.precision == "bf16" else 4
     logits = tokens * (model.vocabulary // config.parallel.tp) * (width + 4)  # as computed, and their fp32 softmax
-    return _microbatches_at_once(config, pipeline) * kept_activations(config, most) + recomputed_activations(config, most) + logits
+    kept = _microbatches_at_once(config, pipeline) * kept_activations(config, fullest)
+    return kept + recomputed_activations(config, fullest) + logits
 
 
 def _microbatches_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:

@@ -17,10 +17,10 @@ class RecomputeConfig(Config):
     first `num_layers` layers of each stage one by one and keeps all of the others."""
     num_layers: int | None = Field(default=None, ge=1, le=1024)
     """`full` only: layers per chunk (`uniform`), or recomputed layers per stage (`block`)."""
-    modules: tuple[Literal["core_attention", "norm", "activation", "mlp"], ...] | None = Field(default=None, min_length=1)
+    modules: tuple[Literal["core_attention", "norm", "activation", "mlp", "moe"], ...] | None = Field(default=None, min_length=1)
     """`selective` only; core_attention when not given. `norm` (before attention and before the MLP) and `activation` (the MLP's
-    non-linearity) give their output's memory back once it is used; `mlp` is the whole of it. Fused attention keeps no scores, so
-    there core_attention saves little; with model.attention_dropout it saves most."""
+    non-linearity, or its experts') give their output's memory back once it is used; `mlp` is the whole of a plain MLP, `moe` that of a
+    mixture. Fused attention keeps no scores, so there core_attention saves little; with model.attention_dropout it saves most."""
 
     @property
     def chosen_modules(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray import collectives
+from megatron_ray.backward import Backward
 from megatron_ray.collectives import Group, Pending
 from megatron_ray.schedules.actions import Action, Op, Order, StageMap
 
@@ -131,7 +132,7 @@ class PipelineRunner:
             else:
                 self._weight_grads.put_off(key)
         if stash.output.requires_grad:  # not where all of the first stage is frozen
-            torch.autograd.backward(stash.output, gradient)
+            torch.autograd.backward(stash.output) if gradient is None else Backward(stash.output).run(gradient)
         if stash.received is not None:
             assert stash.received.grad is not None
             stage = self._stages.stage(self._rank, action.chunk)

@@ -87,8 +87,24 @@ def recompute(config: TrainConfig) -> list[Problem]:
         ]
         if not found:
             found += _recomputed_layers(config)
-    if {"mlp", "activation"} <= set(given.modules or ()):
-        found.append(_recompute_problem("modules", "activation is a part of mlp, which is recomputed whole; leave out one of the two"))
+    return found + _recomputed_modules(config)
+
+
+def _recomputed_modules(config: TrainConfig) -> list[Problem]:
+    modules, moe, found = config.training.recompute.chosen_modules, config.model.moe, []
+    if moe is None:
+        with_experts = {False}
+    elif isinstance(moe.layer_pattern, list):
+        with_experts = {bool(entry) for entry in moe.layer_pattern}
+    else:
+        with_experts = {True, moe.layer_pattern.every == 1}
+    for name, experts in (("mlp", False), ("moe", True)):
+        if name in modules and experts not in with_experts:
+            kind = "have experts" if experts else "are without experts"
+            found.append(_recompute_problem("modules", f"{name} is for layers that {kind}, of which the model has none; leave it out"))
+        if name in modules and "activation" in modules:
+            text = f"activation is a part of {name}, which is recomputed whole; leave out one of the two"
+            found.append(_recompute_problem("modules", text))
     return found
 
 

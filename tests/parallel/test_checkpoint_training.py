@@ -108,8 +108,13 @@ def test_resuming_is_exact_and_other_layouts_go_on(run_ranks: Run, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "parallel",
-    [{"pp": 2}, {"pp": 2, "vpp": 2, "layout": "E|t|t|L"}, {"cp": 2, "zero": 3}],
-    ids=["pp2-tp2", "pp2-vpp2-tp2", "cp2-tp2-zero3"],
+    [
+        {"pp": 2},
+        {"pp": 2, "vpp": 2, "layout": "E|t|t|L"},
+        {"pp": 2, "vpp": 2, "schedule": "zb-v", "layout": "E|t|t|L"},
+        {"cp": 2, "zero": 3},
+    ],
+    ids=["pp2-tp2", "pp2-vpp2-tp2", "pp2-zb-v-tp2", "cp2-tp2-zero3"],
 )
 def test_every_layout_saves_resumes_evaluates_and_changes_places(
     run_ranks: Run, tmp_path: Path, corpus: PreparedData, parallel: dict[str, Any]

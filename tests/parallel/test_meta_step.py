@@ -20,7 +20,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.matrix import EXPERTS, Entry
-from tests.parallel.parity import END
+from tests.parallel.parity import END, LLAMA, make_config
 from tests.parallel.test_matrix import MATRIX
 
 LARGE: dict[str, Any] = {
@@ -76,6 +76,20 @@ def test_every_layout_of_the_matrix_steps_without_a_device(entry: Entry) -> None
         fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
     # torch's fully_shard takes no parameters on meta; with the fake group no other rank is needed all the same.
     step(TrainConfig.from_mapping(fields), entry.world_size - 1, "cpu" if entry.parallel["zero"] == 3 else "meta")
+
+
+RECOMPUTE: list[dict[str, Any]] = [
+    {"granularity": "full", "method": "uniform", "num_layers": 1},
+    {"granularity": "selective", "modules": ["core_attention", "norm", "activation"]},
+]
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE, ids=["full", "selective"])
+def test_recomputed_layers_with_dropout_step_without_a_device(recompute: dict[str, Any]) -> None:
+    fields = make_config(LLAMA | {"hidden_dropout": 0.1, "attention_dropout": 0.1}, {"dp": 1, "tp": 2, "pp": 2}, steps=1).model_dump()
+    fields["parallel"] |= {"sequence_parallel": True}
+    fields["training"] |= {"recompute": recompute, "micro_batch_size": 1}
+    step(TrainConfig.from_mapping(fields), 3, "meta")
 
 
 @pytest.mark.parametrize("rank", [5, 8 * 2 * 64 * 15 + 77], ids=["first stage", "last stage"])

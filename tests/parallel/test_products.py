@@ -5,15 +5,20 @@ weight gradient, with T other than any O and I here. Attention's products have n
 """
 
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import StepLoader
+from megatron_ray.data.loader import Batch, StepLoader
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.gpt import GPT
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.schedules.actions import Action, Op
+from megatron_ray.schedules.layout import StageContents
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
 from tests.parallel.products import Products, Shape, flops, linear_layers
@@ -25,46 +30,69 @@ TOKENS = 32
 Counts = tuple[Counter[Shape], Counter[str]]
 
 
-def count_by_action(rank: int, world_size: int, config: TrainConfig) -> tuple[list[tuple[Action, Counts]], list[tuple[int, int]]]:
-    """What each action of a step multiplied, and the linear layers of this rank."""
-    mesh = make_mesh(rank, world_size, config)
+@dataclass(frozen=True)
+class Counted:
+    """What each action of a step on one rank multiplied, and the linear layers of its chunks."""
+
+    actions: list[tuple[Action, Counts]]
+    layers: list[list[tuple[int, int]]]
+
+
+def count_by_action(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Counted]:
+    mesh = make_mesh(rank, world_size, configs[0])
+    return [count_one(config, mesh) for config in configs]
+
+
+def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
     model, _ = build(config, mesh)
-    loader = StepLoader(
-        RandomDataset(config.model.vocabulary, TOKENS), 1, config.training.global_batch_size, 0, 1, batch_maker(config, mesh)
-    )
-    batches, (stage,) = loader.step(0), model.module.held
-    model.begin_step()
+    dataset, count = RandomDataset(config.model.vocabulary, TOKENS), config.training.global_batch_size
+    batches = StepLoader(dataset, 1, count, 0, 1, batch_maker(config, mesh)).step(0)
+    module, transfer = model.module, Transfer((TOKENS, config.model.hidden_size), torch.float32, mesh.device)
+    chunks = [partial(run_stage, module, stage, batches) for stage in module.held]
     found: list[tuple[Action, Counts]] = []
+    model.begin_step()
     with Products() as products:
-        runner = PipelineRunner(
-            model.actions,
-            model.pipeline.stages,
-            [lambda received, microbatch: model.module.stage(stage, received, batches[microbatch])],
-            mesh.pp_group,
-            Transfer((TOKENS, config.model.hidden_size), torch.float32, mesh.device),
-            model.sink,
-            lambda action: found.append((action, products.take())),
-        )
-        runner.step()
-    return found, linear_layers(model.module)
+
+        def note(action: Action) -> None:
+            found.append((action, products.take()))
+
+        PipelineRunner(model.actions, model.pipeline.stages, chunks, mesh.pp_group, transfer, model.sink, note).step()
+    return Counted(found, [linear_layers(parts_of(module, stage)) for stage in module.held])
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_a_zero_bubble_backward_is_cut_between_input_and_weight_gradients(model: dict[str, Any]) -> None:
-    config = make_config(model, {"dp": 1, "pp": 2, "schedule": "zb-h1"}, steps=1, micro_batch=1)
-    for found, layers in run_ranks(count_by_action, 2, config):
-        assert len(layers) >= 4 and all(TOKENS not in layer for layer in layers)
+def run_stage(module: GPT, stage: StageContents, batches: list[Batch], received: Tensor | None, microbatch: int) -> Tensor:
+    return module.stage(stage, received, batches[microbatch])
+
+
+def parts_of(module: GPT, stage: StageContents) -> nn.ModuleList:
+    return nn.ModuleList([module.layers[str(index)] for index in stage.layers] + ([module.head] if stage.loss else []))
+
+
+def test_a_zero_bubble_backward_is_cut_between_input_and_weight_gradients() -> None:
+    schedules = ({"schedule": "zb-h1"}, {"schedule": "zb-v", "vpp": 2, "layout": "E|t|t|L"})
+    configs = [make_config(model, {"dp": 1, "pp": 2} | one, steps=1, micro_batch=1) for model in (LLAMA, GPT2) for one in schedules]
+    ranks = run_ranks(count_by_action, 2, configs)
+    for config, *counted in zip(configs, *ranks, strict=True):
+        assert sum(len(layers) for rank in counted for layers in rank.layers) == 2 * 4 + 1
+        for rank in counted:
+            check(rank, config.training.global_batch_size)
+
+
+def check(rank: Counted, num_microbatches: int) -> None:
+    total = Counter[Op]()
+    for action, (linear, attention) in rank.actions:
+        layers = rank.layers[action.chunk]
         expected = {
             Op.FORWARD: Counter((TOKENS, inputs, outputs) for outputs, inputs in layers),
             Op.BACKWARD_INPUT: Counter((TOKENS, outputs, inputs) for outputs, inputs in layers),
             Op.BACKWARD_WEIGHT: Counter((outputs, TOKENS, inputs) for outputs, inputs in layers),
         }
-        total = Counter[Op]()
-        for action, (linear, attention) in found:
-            assert linear == expected.get(action.op, Counter()), action
-            kinds = {"backward" in name for name in attention}
-            assert kinds == {Op.FORWARD: {False}, Op.BACKWARD_INPUT: {True}}.get(action.op, set()), (action, attention)
-            total[action.op] += flops(linear)
-        forward = sum(2 * TOKENS * outputs * inputs for outputs, inputs in layers) * config.training.global_batch_size
-        assert total[Op.FORWARD] == total[Op.BACKWARD_INPUT] == total[Op.BACKWARD_WEIGHT] == forward
-        assert sum(total.values()) == 3 * forward, "nothing is computed twice"
+        assert linear == expected.get(action.op, Counter()), action
+        has_attention = action.op in (Op.FORWARD, Op.BACKWARD_INPUT) and len(layers) >= 4
+        assert {"backward" in name for name in attention} == ({action.op is Op.BACKWARD_INPUT} if has_attention else set()), action
+        total[action.op] += flops(linear)
+    every = [layer for layers in rank.layers for layer in layers]
+    assert all(TOKENS not in layer for layer in every), "a product's kind is known by its shape"
+    forward = sum(2 * TOKENS * outputs * inputs for outputs, inputs in every) * num_microbatches
+    assert total[Op.FORWARD] == total[Op.BACKWARD_INPUT] == total[Op.BACKWARD_WEIGHT] == forward
+    assert sum(total.values()) == 3 * forward, "nothing is computed twice"

@@ -17,7 +17,7 @@ from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 
 
 class MoE(nn.Module):
-    """x -> residual + sum over a token's experts of weight x expert(x), + a shared expert where there is one."""
+    """x -> residual (if given) + sum over a token's experts of weight x expert(x), + a shared expert where there is one."""
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, layers: Layers, index: int) -> None:
         super().__init__()

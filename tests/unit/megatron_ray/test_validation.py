@@ -189,6 +189,12 @@ def test_a_good_config_has_no_problem() -> None:
             "/training/recompute/modules",
             "activation is a part of mlp, which is recomputed whole; leave out one of the two",
         ),
+        (
+            {"training": {"recompute": {"granularity": "selective", "modules": ["moe"]}}},
+            None,
+            "/training/recompute/modules",
+            "moe is for layers that have experts, of which the model has none; leave it out",
+        ),
         ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
         (
             {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},

@@ -44,7 +44,7 @@ FIELDS = [
     ("/training/steps", None, "/training/steps", "not null"),
     ("/training/steps", "many", "/training/steps", "not 'many'"),
     ("/training/steps", 0, "/training/steps", "greater than or equal to 1, not 0"),
-    ("/training/recompute", {"granularity": "selective", "modules": ["moe"]}, "/training/recompute/modules/0", "'core_attention'"),
+    ("/training/recompute", {"granularity": "selective", "modules": ["attn"]}, "/training/recompute/modules/0", "'core_attention'"),
     (
         "/training/recompute",
         {"granularity": "full", "method": "block"},
