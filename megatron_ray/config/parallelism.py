@@ -37,8 +37,8 @@ class ParallelismConfig(Config):
     etp: int | None = Field(default=None, ge=1, le=1024)
     """Tensor parallel degree inside an expert; tp when not given."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens get to their experts: each to the ranks that hold them, or all tokens to all ranks, where every rank picks its own (no
-    more than a few experts per token makes the first cheaper)."""
+    """How tokens get to their experts: each to the ranks that hold them, which moves less, or all tokens to all ranks, of which every one
+    picks its own."""
     dp: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = "auto"
     """Data parallel replicas; `auto` takes as many as the cluster has room for and the batch divides into."""
     sequence_parallel: bool = False

@@ -4,8 +4,8 @@ Owns: the two dispatchers, `alltoall` and `allgather`. Experts lie in order over
 (under tensor parallelism by sequence parallelism), so that a dispatch is the same whatever the layout of the dense layers. Must not
 know: what an expert computes, who chose.
 
-An expert's number of rows depends on the data and the host must know it to size messages: the one place in a step where it waits
-for the device. It does not where every expert has room for equally many rows (`room`).
+An expert's number of rows depends on the data and the host must know it to size messages and buffers: the one place in a step where it
+waits for the device. It does not where every expert has room for equally many rows (`room`).
 
 Shapes: T tokens of this rank, K experts of a token, E experts, L of them on this rank, H hidden, R rows.
 """

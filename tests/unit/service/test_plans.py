@@ -83,7 +83,10 @@ def test_experts_are_shared_out_over_their_own_ranks(service: Any, spec: dict[st
     dense = sum(item.num_elements for item in table) - experts
     assert experts == 4 * 4 * 3 * 128 * 256
     assert found["memory"]["parameters_bytes"] == 4 * (dense + experts)
-    assert found["memory"]["optimizer_bytes"] == 8 * (-(-dense // 4) + -(-experts // 2))
+    share = -(-dense // 4) + -(-experts // 2)
+    assert found["memory"]["optimizer_bytes"] == 8 * share
+    memory = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2, "zero": 3}})["memory"]
+    assert [memory[f"{kind}_bytes"] for kind in ("parameters", "gradients", "optimizer")] == [4 * share, 4 * share, 8 * share]
 
 
 def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(service: Any, spec: dict[str, Any]) -> None:
