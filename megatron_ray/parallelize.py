@@ -51,6 +51,8 @@ class ParallelModel:
     actions: Order
     """This rank's list for a step; empty where there is one stage only."""
     sequence_parallel: bool
+    dtype: torch.dtype
+    """Of activations; under ZeRO-3 not that of the buffers, whose fp32 weights are gathered in this type."""
 
     @property
     def has_loss(self) -> bool:
@@ -128,7 +130,7 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
         sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
         attach_slots(module, _views(families, _gradients), sink)
     biases = allocate_expert_biases(module, mesh.device)
-    return ParallelModel(module, table, families, biases, sink, pipeline, actions, parallel.sequence_parallel)
+    return ParallelModel(module, table, families, biases, sink, pipeline, actions, parallel.sequence_parallel, dtype)
 
 
 def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:

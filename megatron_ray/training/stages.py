@@ -29,7 +29,7 @@ def _chunk(model: ParallelModel, stage: StageContents, batches: Sequence[Batch])
 def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfer:
     """Between stages each tp rank sends its tokens only under sequence parallelism, and all of them otherwise."""
     tokens = batch.tokens_BS.numel() // (mesh.dims.tp if model.sequence_parallel else 1)
-    return Transfer((tokens, model.module.config.hidden_size), model.families[0].buffers.parameters.dtype, mesh.device)
+    return Transfer((tokens, model.module.config.hidden_size), model.dtype, mesh.device)
 
 
 def loss_sum(losses: Sequence[Tensor], mesh: ParallelMesh) -> Tensor:

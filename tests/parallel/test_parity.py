@@ -49,7 +49,7 @@ FULL_SHARD = {
     "dp2-pp2-zero3": {"dp": 2, "pp": 2, "zero": 3},
     "dp2-cp2-zero3": {"dp": 2, "cp": 2, "zero": 3},
 }
-LAYOUTS |= {"dp2-zero3": FULL_SHARD["dp2-zero3"]}
+LAYOUTS |= {"dp2-pp2-zero3": FULL_SHARD["dp2-pp2-zero3"]}
 # Of 8 query heads and 2 key/value heads: each of these is on two ranks.
 SHARED_HEADS = {
     "tp4": {"tp": 4},
@@ -63,7 +63,7 @@ IN_CHECK = {
     "tp2-sp",
     "dp2-zero1",
     "dp2-zero0",
-    "dp2-zero3",
+    "dp2-pp2-zero3",
     "tp2-sp-dp2-zero1",
     "pp2",
     "pp2-zb-dp2-zero1",
