@@ -111,7 +111,7 @@ def settle(session: Session, cluster: ClusterRow) -> None:
 
 def _least(spec: JobSpec, room: Room) -> Need:
     parallel = spec.parallel
-    dp = 1 if parallel.dp == "auto" else parallel.dp
+    dp = validation.least_dp(spec) if parallel.dp == "auto" else parallel.dp
     return need_of(spec, parallel.tp * parallel.pp * parallel.cp * dp, has_gpus=room.has_gpus)
 
 
