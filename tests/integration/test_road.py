@@ -118,7 +118,7 @@ def unwritable(road: Road) -> str:
 BAD: dict[str, tuple[Callable[[Road], dict[str, Any]], str]] = {
     "unknown field": (lambda road: {**road.spec(), "learning_rate": 1}, "/learning_rate"),
     "tp that does not divide": (lambda road: road.spec(parallel={"tp": 3}), "/parallel/tp"),
-    "context": (lambda road: road.spec(parallel={"cp": 2}), "/parallel/cp"),
+    "context": (lambda road: road.spec(parallel={"tp": 1, "cp": 3, "sequence_parallel": False}), "/training/seq_length"),
     "world too large": (lambda road: road.spec(parallel={"dp": 2}), "/parallel"),
     "missing data": (lambda road: road.spec(data={"train": [{"path": "/nowhere/at/all"}]}), "/data/train/0/path"),
     "data too short": (lambda road: road.spec(data={"train": [{"path": short_file(road)}]}), "/data/train"),

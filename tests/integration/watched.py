@@ -22,7 +22,14 @@ class Watched:
         self.data_dir = data_dir
         self.seen: set[Session] = set()
         self.temp_dirs: set[Path] = set()
-        self.process = subprocess.Popen([*command, str(data_dir)], process_group=0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        # A shell's background job ignores SIGINT and so would its children; what is handled here is at its default there.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                [*command, str(data_dir)], process_group=0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
 
     def look(self) -> StackRecord | None:
         record = read_record(self.data_dir)
