@@ -168,10 +168,10 @@ def _fully_sharded(
     shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
     families, found = list[ParameterFamily](), list[LocalParameter]()
     for of_expert, part in ((False, dense), (True, of_experts)):
-        mine = [parameter for parameter in table if parameter.of_expert == of_expert]
-        rows = shard_rows(mine, collectives.rank(part.group), collectives.size(part.group))
         if of_expert and not experts:
             continue
+        mine = [parameter for parameter in table if parameter.of_expert == of_expert]
+        rows = shard_rows(mine, collectives.rank(part.group), collectives.size(part.group))
         found += rows
         buffers = FlatBuffers.allocate(plan_buckets(rows, 1, config.parallel.bucket_elements), torch.float32, mesh.device)
         adopt = shards.adopt if not of_expert else lambda: None

@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_ray import collectives
 from megatron_ray.collectives import Group
-from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward
+from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward, chunks_of
 from megatron_ray.data.loader import Packed
 from megatron_ray.data.sequence_cut import SequenceCut
 
@@ -49,15 +49,11 @@ def in_order(parts: Tensor, dim: int) -> Tensor:
 
 def by_rank(whole: Tensor, cp: int, dim: int) -> Tensor:
     """Inverse of `in_order`: [cp, ...], contiguous."""
-    chunks = whole.chunk(2 * cp, dim=dim - 1)
-    return torch.stack([torch.cat([chunks[number] for number in SequenceCut(cp, rank).chunks], dim=dim - 1) for rank in range(cp)])
+    return torch.stack([chunks_of(whole, SequenceCut(cp, rank), dim - 1) for rank in range(cp)])
 
 
 def _documents(cut: SequenceCut, documents: Tensor | None) -> Documents | None:
-    if documents is None:
-        return None
-    chunks = documents.chunk(2 * cut.cp, dim=1)
-    return Documents(torch.cat([chunks[number] for number in cut.chunks], dim=1), documents)
+    return Documents(chunks_of(documents, cut, dim=1), documents) if documents is not None else None
 
 
 class _Gather(torch.autograd.Function):
@@ -67,7 +63,7 @@ class _Gather(torch.autograd.Function):
         own = torch.stack([k, v])
         keys, values = _gathered(own, cut.cp, group)
         attend(so_far, q, keys, values, gather_tiles(cut, q.shape[2]), _documents(cut, documents))
-        output = so_far.output.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        output = so_far.finished(q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
         ctx.cut, ctx.group, ctx.documents = cut, group, documents  # type: ignore[attr-defined]
         return output

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_ray import collectives
 from megatron_ray.collectives import Group
-from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward
+from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward, chunks_of
 from megatron_ray.data.loader import Packed
 from megatron_ray.data.sequence_cut import SequenceCut
 
@@ -60,12 +60,7 @@ class _Hops:
     def documents(self, owner: int) -> Documents | None:
         if self._documents is None:
             return None
-        mine, theirs = (self._of(rank, self._documents) for rank in (self.rank, owner))
-        return Documents(mine, theirs)
-
-    def _of(self, rank: int, documents: Tensor) -> Tensor:
-        chunks = documents.chunk(2 * self.size, dim=1)
-        return torch.cat([chunks[number] for number in SequenceCut(self.size, rank).chunks], dim=1)
+        return Documents(*(chunks_of(self._documents, SequenceCut(self.size, rank), dim=1) for rank in (self.rank, owner)))
 
 
 class _Ring(torch.autograd.Function):
@@ -82,8 +77,7 @@ class _Ring(torch.autograd.Function):
             if hop + 1 < hops.size:
                 pending.wait()
                 block = arriving
-        # Tokens first in memory, as the output projection reads them.
-        output = so_far.output.to(q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        output = so_far.finished(q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
         ctx.hops = hops  # type: ignore[attr-defined]
         return output

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ray.data.sequence_cut import SequenceCut
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -22,6 +24,12 @@ class Tile:
     queries: slice
     keys: slice
     causal: bool = False
+
+
+def chunks_of(whole: Tensor, cut: SequenceCut, dim: int) -> Tensor:
+    """A rank's two chunks of whole sequences, which lie along `dim`."""
+    chunks = whole.chunk(2 * cut.cp, dim=dim)
+    return torch.cat([chunks[number] for number in cut.chunks], dim=dim)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,10 @@ class Attended:
         """No key seen yet."""
         wide = torch.promote_types(q_BNQD.dtype, torch.float32)
         return cls(torch.zeros_like(q_BNQD, dtype=wide), q_BNQD.new_full(q_BNQD.shape[:-1], -torch.inf, dtype=wide))
+
+    def finished(self, dtype: torch.dtype) -> Tensor:
+        """The output in the type of the activations; tokens first in memory, as the output projection reads them."""
+        return self.output.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
     def join(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Adds keys that the queries in `rows` had not seen yet."""

@@ -45,7 +45,11 @@ def adopt_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
     if expected != offered:
         wrong = sorted(set(expected.items()) ^ set(offered.items()))
         raise ValueError(f"the model and the parameter table disagree: {wrong[:4]}")
-    replaced = {parameter: nn.Parameter(views[name], parameter.requires_grad) for name, parameter in model.named_parameters()}
+    replace_parameters(model, {old: nn.Parameter(views[name], old.requires_grad) for name, old in model.named_parameters()})
+
+
+def replace_parameters(model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Puts another in the place of each, wherever in the model it stands; one that two layers share stays shared."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, replaced[parameter])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ray.collectives import Group
-from megatron_ray.data_parallel.buffers import FlatBuffers
+from megatron_ray.data_parallel.buffers import FlatBuffers, replace_parameters
 from megatron_ray.parameters import Box, LocalParameter, Part
 from megatron_ray.tensor_parallel.weight_grad import GradSlot
 
@@ -86,17 +86,15 @@ class FullShard:
         replaced = {}
         for name, parameter in self.model.named_parameters():
             shape = _local(parameter).shape
-            nothing = torch.zeros(shape, device=device)
-            weight, gradient = weights.get(name, nothing), gradients.get(name, nothing.clone())
+            weight = weights[name] if name in weights else torch.zeros(shape, device=device)  # no rows of it are here
             if weight.shape != shape:
                 raise ValueError(f"{name}: the table has {tuple(weight.shape)} here, torch {tuple(shape)}")
             replaced[parameter] = nn.Parameter(_like(parameter, weight), parameter.requires_grad)
             if parameter.requires_grad:
+                gradient = gradients[name] if name in gradients else torch.zeros(shape, device=device)
                 replaced[parameter].grad = _like(parameter, gradient)
             self._shards.append((replaced[parameter], weight))
-        for module in self.model.modules():
-            for local_name, parameter in module.named_parameters(recurse=False):
-                setattr(module, local_name, replaced[parameter])
+        replace_parameters(self.model, replaced)
 
     @torch.no_grad()
     def adopt(self) -> None:

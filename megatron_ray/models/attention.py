@@ -1,7 +1,7 @@
 """Causal self-attention with grouped key/value heads. Owns: the maths of one attention layer. Must not know: ranks, groups.
 
-Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head width. Head counts are read off the tensors, so
-tensor parallelism shrinks them unseen.
+Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head width. How many heads are here is what the
+projection says, so tensor parallelism shrinks them unseen.
 """
 
 from collections.abc import Callable

@@ -10,20 +10,12 @@ from typing import Any
 
 from megatron_ray import validation
 from megatron_ray.config.train_config import TrainConfig
+from tests.parallel.parity import LLAMA
 
 SEED = 20261121
 MOST_RANKS = 8
 ENTRIES = 30
-SHAPE: dict[str, Any] = {
-    "num_layers": 4,
-    "hidden_size": 64,
-    "num_attention_heads": 8,
-    "num_query_groups": 4,
-    "ffn_hidden_size": 96,
-    "vocab_size": 259,
-    "max_sequence_length": 32,
-    "vocab_multiple": 32,
-}
+SHAPE = LLAMA | {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48, "aux_loss_coeff": 0.02}
 RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"granularity": "full", "method": "uniform", "num_layers": 1},
