@@ -23,19 +23,42 @@ def backend_for(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def keep_freed_memory() -> bool:
+class KeptMemory:
     """Makes glibc keep large freed blocks instead of returning them to the system: a fifth to a third of a CPU step is otherwise page
-    faults on fresh temporaries. For the whole process and all its threads, so only whoever owns the process calls it.
+    faults on fresh temporaries. For the whole process and all its threads, so only whoever owns the process makes one.
 
-    Returns False where the C library has no such switch.
+    What is kept falls to pieces in time, because an aligned block never fits the hole that one of its own size has left (glibc bug 14581)
+    unless the hole's neighbours are free too: with collectives in other threads three times of what a step needs was seen after 50 steps.
+    Hence `bound`.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD. One arena, because others cannot grow large blocks.
-    settings = {-8: 1, -3: 2**31 - 1, -1: 2**31 - 1, -2: 256 * 1024 * 1024}
-    done = [mallopt(name, value) for name, value in settings.items()]
-    return all(result == 1 for result in done)
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._usual: int | None = None
+        self._settling = 2
+        mallopt = getattr(self._libc, "mallopt", None)  # only in glibc
+        # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD. One arena, because others cannot grow large blocks.
+        settings = {-8: 1, -3: 2**31 - 1, -1: 2**31 - 1, -2: 256 * 1024 * 1024}
+        taken = [mallopt is not None and mallopt(name, value) == 1 for name, value in settings.items()]
+        self.keeps = all(taken)
+        """False where the C library has no such switch."""
+
+    def bound(self) -> None:
+        """Once a step: gives all that is free back when the process has grown by a quarter. The next step or two pay for it in faults."""
+        if not self.keeps:
+            return
+        resident = _resident_bytes()
+        if self._settling > 0:
+            self._settling -= 1
+            self._usual = resident
+        elif self._usual is not None and resident > 1.25 * self._usual:
+            self._libc.malloc_trim(0)
+            self._settling = 2
+
+
+def _resident_bytes() -> int:
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

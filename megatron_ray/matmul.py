@@ -1,8 +1,9 @@
 """The three matrix products of a linear layer. Owns: which library multiplies. Must not know: layers, groups.
 
-On CUDA torch's own products are the right ones. On x86 CPUs torch hands fp32 products to MKL, which runs at half speed on processors
-of another maker (measured: 110 against 250 GFLOP/s on one core); oneDNN, which torch ships too and already uses for bf16, does
-not. Both are deterministic.
+On CUDA torch's own products are the right ones. On x86 CPUs torch hands fp32 products to MKL, which has no use for the AVX-512 of another
+maker (measured: 110 against 250 GFLOP/s on one core); oneDNN, which torch ships too and already uses for bf16, has. Where there is only
+AVX2, MKL is the faster one (80 against 60). Both are deterministic. bf16 on a CPU without instructions for it is multiplied in fp32 and
+rounded once.
 
 The grouped products multiply rows that lie expert by expert, each expert's with its own matrix: one kernel on CUDA in bf16, which reads
 the counts on the device; elsewhere one product per expert, for which the host must know the counts (no wait on CPU).
@@ -15,11 +16,25 @@ from torch import Tensor
 
 
 def _onednn(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and torch._C._has_mkldnn
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch._C._has_mkldnn
+
+
+def multiplies_wide(device: str, dtype: torch.dtype) -> bool:
+    """Whether products are to be done in fp32: torch multiplies bf16 one by one where the processor cannot (measured: 1 to 20 GFLOP/s
+    for 80 in fp32)."""
+    return device == "cpu" and dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _wide(tensor: Tensor) -> bool:
+    return multiplies_wide(tensor.device.type, tensor.dtype)
 
 
 def forward_product(inputs_TI: Tensor, weight_OI: Tensor) -> Tensor:
     """inputs @ weight^T: [T, O]."""
+    if _wide(inputs_TI):
+        return forward_product(inputs_TI.float(), weight_OI.float()).to(inputs_TI.dtype)
     if _onednn(inputs_TI):
         return torch.ops.mkldnn._linear_pointwise(inputs_TI, weight_OI, None, "none", [], "")  # type: ignore[no-any-return]
     return torch.mm(inputs_TI, weight_OI.t())
@@ -27,6 +42,8 @@ def forward_product(inputs_TI: Tensor, weight_OI: Tensor) -> Tensor:
 
 def forward_product_plus(inputs_TI: Tensor, weight_OI: Tensor, addend_TO: Tensor) -> Tensor:
     """addend + inputs @ weight^T, rounded once: [T, O]."""
+    if _wide(inputs_TI):
+        return forward_product_plus(inputs_TI.float(), weight_OI.float(), addend_TO.float()).to(inputs_TI.dtype)
     if _onednn(inputs_TI):
         return torch.ops.mkldnn._linear_pointwise.binary(inputs_TI, addend_TO, weight_OI, None, "add")  # type: ignore[no-any-return]
     return torch.addmm(addend_TO, inputs_TI, weight_OI.t())
@@ -34,6 +51,8 @@ def forward_product_plus(inputs_TI: Tensor, weight_OI: Tensor, addend_TO: Tensor
 
 def input_grad_product(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
     """grad @ weight: [T, I]."""
+    if _wide(grad_TO):
+        return input_grad_product(grad_TO.float(), weight_OI.float()).to(grad_TO.dtype)
     if _onednn(grad_TO):
         return torch.ops.mkldnn._linear_pointwise(grad_TO, weight_OI.t(), None, "none", [], "")  # type: ignore[no-any-return]
     return torch.mm(grad_TO, weight_OI)
@@ -41,6 +60,8 @@ def input_grad_product(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
 
 def weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor) -> Tensor:
     """grad^T @ inputs: [O, I]."""
+    if _wide(grad_TO):
+        return weight_grad_product(grad_TO.float(), inputs_TI.float()).to(grad_TO.dtype)
     if _onednn(grad_TO):
         return torch.ops.mkldnn._linear_pointwise(grad_TO.t(), inputs_TI.t(), None, "none", [], "")  # type: ignore[no-any-return]
     return torch.mm(grad_TO.t(), inputs_TI)
@@ -48,6 +69,8 @@ def weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor) -> Tensor:
 
 def accumulate_weight_grad(main_OI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, *, fresh: bool) -> None:
     """main (fp32) = or += grad^T @ inputs, without a temporary where the library can."""
+    if _wide(inputs_TI):
+        inputs_TI, grad_TO = inputs_TI.float(), grad_TO.float()
     if inputs_TI.dtype != main_OI.dtype or _onednn(inputs_TI):
         product = weight_grad_product(grad_TO, inputs_TI)
         main_OI.copy_(product) if fresh else main_OI.add_(product)

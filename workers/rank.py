@@ -39,7 +39,7 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
     spec = JobSpec.from_mapping(order.spec)
     data = PreparedData.model_validate(order.data)
     if order.device == "cpu":
-        device.keep_freed_memory()
+        poll = _bounding(device.KeptMemory(), poll)
         torch.set_num_threads(spec.resources.num_threads)
     started = time.monotonic()
     with process_group(order):
@@ -49,6 +49,16 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
         report(PhaseReport("rendezvous", time.monotonic() - started))
         session = TrainingSession(spec, mesh, data, report=report, poll=poll, attempt=order.attempt, resume_from=order.resume_from)
         return session.run()
+
+
+def _bounding(memory: device.KeptMemory, poll: CommandSource) -> CommandSource:
+    """The loop polls once a step."""
+
+    def polled() -> Command:
+        memory.bound()
+        return poll()
+
+    return polled
 
 
 @contextmanager

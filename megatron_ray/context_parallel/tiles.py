@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_ray import fused_attention
 from megatron_ray.data.sequence_cut import SequenceCut
 
 
@@ -78,9 +79,9 @@ def attend(so_far: Attended, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, til
     """Lets the queries see the keys of these tiles."""
     for tile in tiles:
         q = q_BNQD[:, :, tile.queries]
-        k, v = (_for_each_query_head(x[:, :, tile.keys], q) for x in (k_BGKD, v_BGKD))
+        k, v = (fused_attention.for_each_query_head(x[:, :, tile.keys], q) for x in (k_BGKD, v_BGKD))
         bias = documents.bias(tile, q.dtype) if documents is not None else None
-        output, lse = _forward(q, k, v, tile.causal, bias)
+        output, lse = fused_attention.forward(q, k, v, tile.causal, bias)
         if bias is not None:  # the kernel says 0 for who sees nothing
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
         so_far.join(tile.queries, output, lse)
@@ -110,62 +111,9 @@ def attend_backward(
     for tile in tiles:
         rows = tile.queries
         q = q_BNQD[:, :, rows]
-        k, v = (_for_each_query_head(x[:, :, tile.keys], q) for x in (k_BGKD, v_BGKD))
+        k, v = (fused_attention.for_each_query_head(x[:, :, tile.keys], q) for x in (k_BGKD, v_BGKD))
         bias = documents.bias(tile, q.dtype) if documents is not None else None
-        found = _backward(grad_BNQD[:, :, rows], q, k, v, output[:, :, rows], lse[:, :, rows], tile.causal, bias)
+        found = fused_attention.backward(grad_BNQD[:, :, rows], q, k, v, output[:, :, rows], lse[:, :, rows], tile.causal, bias)
         gradients.queries[:, :, rows] += found[0]
         for place, grad in enumerate(found[1:]):
             gradients.keys_values[place, :, :, tile.keys] += grad.view(len(grad), groups, -1, *grad.shape[2:]).sum(2)
-
-
-def _for_each_query_head(x_BGKD: Tensor, q_BNQD: Tensor) -> Tensor:
-    """Each key/value head as often as query heads share it; as it is where none do."""
-    repeats = q_BNQD.shape[1] // x_BGKD.shape[1]
-    return x_BGKD if repeats == 1 else x_BGKD.repeat_interleave(repeats, dim=1)
-
-
-def _uses_flash(q: Tensor, bias: Tensor | None) -> bool:
-    return q.device.type == "cuda" and bias is None and q.dtype in (torch.float16, torch.bfloat16)
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(output, log-sum-exp) of one tile by the device's fused kernel, where it has one for the case."""
-    if _uses_flash(q, bias):
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
-        return output, lse
-    if q.device.type != "cuda":
-        masked = causal and bias is None
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, masked, attn_mask=bias)
-        return output, lse
-    scores = _scores(q, k, causal, bias)
-    lse = scores.logsumexp(-1)
-    p: Tensor = (scores - lse[..., None]).nan_to_num_(nan=-torch.inf).exp_()
-    return torch.matmul(p.to(v.dtype), v), lse
-
-
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _uses_flash(q, bias):
-        lengths = q.new_zeros(0, dtype=torch.int32)  # read only for batches without padding
-        seed = q.new_zeros(2, dtype=torch.uint64)
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, output, lse.contiguous(), lengths, lengths, q.shape[2], k.shape[2], 0.0, causal, seed, seed[:0]
-        )
-    if q.device.type != "cuda":
-        masked = causal and bias is None
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
-            grad, q, k, v, output, lse, 0.0, masked, attn_mask=bias
-        )
-    p = (_scores(q, k, causal, bias) - lse[..., None]).exp_()
-    grad_p = torch.matmul(grad.to(p.dtype), v.to(p.dtype).mT)
-    grad_s = p * (grad_p - (grad.to(p.dtype) * output).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
-    return torch.matmul(grad_s, k.to(p.dtype)), torch.matmul(grad_s.mT, q.to(p.dtype)), torch.matmul(p.mT, grad.to(p.dtype))
-
-
-def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
-    """fp32 scores [B, N, Q, K], for CUDA where no fused kernel fits (fp32, or a bias)."""
-    scores: Tensor = torch.matmul(q.float(), k.float().mT) * q.shape[-1] ** -0.5
-    if bias is not None:
-        return scores.add_(bias)
-    return scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf) if causal else scores

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.data.loader import Packed
+from megatron_ray.matmul import multiplies_wide
 from megatron_ray.models.attention_blocks import blocks_are_faster, causal_attention
+from megatron_ray.models.attention_wide import wide_causal_attention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import RotateQKV, split_qkv
 
@@ -112,6 +114,8 @@ class WholeAttention(nn.Module):
 
 def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
     """Every row is one sequence."""
+    if multiplies_wide(q_BNSD.device.type, q_BNSD.dtype):
+        return wide_causal_attention(q_BNSD, k_BGSD, v_BGSD)
     if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
         return causal_attention(q_BNSD, k_BGSD, v_BGSD)
     grouped = q_BNSD.shape[1] != k_BGSD.shape[1]

@@ -4,15 +4,15 @@ import argparse
 import json
 import sys
 
-from tests.bench import first_step, gpu, overhead, recovery, save, throughput
+from tests.bench import first_step, gpu, overhead, peers, recovery, save
 
 BENCHES = {
     "first_step": first_step.run,
     "gpu": gpu.run,
     "overhead": overhead.run,
+    "peers": peers.run,
     "recovery": recovery.run,
     "save": save.run,
-    "throughput": throughput.run,
 }
 
 

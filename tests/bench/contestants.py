@@ -1,29 +1,68 @@
-"""Two programs that train the reference model on one rank and one thread: this library, and a plain torch loop over Hugging Face
-transformers. Run as a child process, they take a number of steps per line of stdin and answer with losses, norms and seconds."""
+"""Programs that train the reference model: this library, a plain torch loop over Hugging Face transformers, and megatron-core (in a file of
+its own). Run as one child process per rank, they take a number of steps per line of stdin and answer with losses, norms and seconds."""
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from tests.bench import reference
 
-Step = Callable[[np.ndarray, int], tuple[float, float]]
-"""(tokens [samples, sequence + 1], number of the step from 0) -> loss, gradient norm."""
+Step = Callable[[np.ndarray, bool], tuple[float, float] | None]
+"""(tokens [samples, sequence + 1] of the global batch, whether the gradient norm has to be exact) -> loss, gradient norm before clipping;
+None where a rank does not know them."""
 
 
-def ours(precision: str) -> Step:
+@dataclass(frozen=True)
+class Terms:
+    """What both sides of a comparison have in common."""
+
+    precision: str
+    dp: int = 1
+    tp: int = 1
+    pp: int = 1
+    micro_batch: int = reference.MICRO_BATCH
+
+    @property
+    def world_size(self) -> int:
+        """One of the axes, so ranks count along it."""
+        return self.dp * self.tp * self.pp
+
+    def microbatches(self, rows: np.ndarray, rank: int) -> list[np.ndarray]:
+        """This rank's, in order."""
+        if self.dp > 1:
+            rows = np.split(rows, self.dp)[rank]
+        return [rows[start : start + self.micro_batch] for start in range(0, len(rows), self.micro_batch)]
+
+    @property
+    def checked(self) -> int:
+        """Steps whose losses are compared before any time is taken."""
+        return len(reference.LOSSES) if self.precision == "fp32" else 4
+
+    def to_json(self) -> str:
+        """For a command line."""
+        return json.dumps(asdict(self))
+
+
+def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
+    from megatron_ray import device
     from megatron_ray.config.train_config import TrainConfig
     from megatron_ray.data.loader import BatchMaker
-    from megatron_ray.mesh import ParallelMesh
+    from megatron_ray.mesh import ParallelMesh, World
     from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+    from megatron_ray.parallel_dims import ParallelDims
     from megatron_ray.training.session import build
     from megatron_ray.training.step import forward_backward
     from tests.unit.megatron_ray.models.hf_names import fill, llama_logical
 
+    degrees = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
     config = TrainConfig.from_mapping(
         {
             "model": {
@@ -33,35 +72,38 @@ def ours(precision: str) -> Step:
                 "ffn_hidden_size": reference.FFN,
                 "vocab_size": reference.VOCABULARY,
             },
-            "parallel": {"dp": 1},
+            "parallel": degrees,
             "data": {"train": [{"path": "unused"}]},
             "training": {
                 "seq_length": reference.SEQUENCE,
-                "micro_batch_size": reference.MICRO_BATCH,
+                "micro_batch_size": terms.micro_batch,
                 "global_batch_size": reference.GLOBAL_BATCH,
                 "steps": 1,
-                "precision": precision,
+                "precision": terms.precision,
+                "compile": "blocks" if compiled else "none",
             },
             "optimizer": {"lr": reference.LEARNING_RATE},
         }
     )
-    mesh = ParallelMesh.single()
+    mesh = ParallelMesh.create(ParallelDims(**degrees), World(rank, terms.world_size, rank, "cpu"))
     model, optimizer = build(config, mesh, initialise=False)
     fill(model, optimizer, llama_logical(reference.weights(), config.model))
+    make_batch, memory = BatchMaker(mesh.device), device.KeptMemory()
 
-    def step(rows: np.ndarray, number: int) -> tuple[float, float]:
-        batches = [BatchMaker(mesh.device)(rows[i : i + reference.MICRO_BATCH]) for i in range(0, len(rows), reference.MICRO_BATCH)]
+    def step(rows: np.ndarray, exact: bool) -> tuple[float, float]:
+        batches = [make_batch(part) for part in terms.microbatches(rows, rank)]
         loss = forward_backward(model, mesh, batches)
         stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
         scale_and_clip(optimizer, stats, 1.0)
         optimizer.step(reference.LEARNING_RATE)
+        memory.bound()
         loss_sum, tokens, squared_norm = stats.values.tolist()
         return loss_sum / tokens, squared_norm**0.5 / tokens
 
     return step
 
 
-def transformers(precision: str) -> Step:
+def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -81,18 +123,24 @@ def transformers(precision: str) -> Step:
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=reference.LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
 
-    def step(rows: np.ndarray, number: int) -> tuple[float, float]:
+    def microbatch_loss(part: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=terms.precision == "bf16"):
+            logits = model(input_ids=part[:, :-1], use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
+
+    if compiled:
+        microbatch_loss = torch.compile(microbatch_loss)
+
+    def step(rows: np.ndarray, exact: bool) -> tuple[float, float]:
         optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        microbatches = torch.from_numpy(rows).split(reference.MICRO_BATCH)
+        microbatches = [torch.from_numpy(part) for part in terms.microbatches(rows, rank)]
         for part in microbatches:
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                logits = model(input_ids=part[:, :-1], use_cache=False).logits
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten()) / len(microbatches)
+            loss = microbatch_loss(part) / len(microbatches)
             loss.backward()
             total += loss.item()
         # The library's own fp32 norm is off by up to 1e-4 on matrices of this size; the exact one is what is compared.
-        squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if number < 12 and parameter.grad is not None]
+        squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if exact and parameter.grad is not None]
         norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -101,22 +149,40 @@ def transformers(precision: str) -> Step:
     return step
 
 
+def megatron_core(terms: Terms, rank: int) -> Step:
+    from tests.bench import megatron_core
+
+    return megatron_core.program(terms, rank)
+
+
+PROGRAMS: dict[str, Callable[[Terms, int], Step]] = {
+    "ours": ours,
+    "ours-compiled": partial(ours, compiled=True),
+    "transformers": transformers,
+    "transformers-compiled": partial(transformers, compiled=True),
+    "megatron-core": megatron_core,
+}
+
+
 def main() -> None:
-    name, precision = sys.argv[1:]
+    name, given, rank, meeting_point = sys.argv[1], Terms(**json.loads(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    step = {"ours": ours, "transformers": transformers}[name](precision)
-    number = 0
+    if given.world_size > 1 or name == "megatron-core":
+        dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=given.world_size)
+    step, number = PROGRAMS[name](given, rank), 0
     for line in sys.stdin:
         losses, norms, seconds = [], [], []
         for _ in range(int(line)):
             rows = reference.samples(number)
             start = time.perf_counter()
-            loss, norm = step(rows, number)
+            known = step(rows, number < given.checked)
             seconds.append(time.perf_counter() - start)
-            losses.append(loss)
-            norms.append(norm)
+            if known is not None:
+                losses.append(known[0])
+                norms.append(known[1])
             number += 1
-        print(json.dumps({"losses": losses, "norms": norms, "seconds": seconds}), flush=True)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"losses": losses, "norms": norms, "seconds": seconds, "peak_mb": peak}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,72 @@
+"""The device's fused attention of one rectangle of queries and keys, as a forward and a backward. Owns: which kernel, in which type.
+
+Unlike torch's own function it says its log-sum-exp, by which parts of one attention are joined, and it can be asked to keep nothing. Must
+not know: who shares a sequence, autograd.
+
+Shapes: B batch, N query heads, G key/value heads, Q queries, K keys, D head width.
+"""
+
+import torch
+from torch import Tensor
+
+from megatron_ray.matmul import multiplies_wide
+
+
+def for_each_query_head(x_BGKD: Tensor, q_BNQD: Tensor) -> Tensor:
+    """Each key/value head as often as query heads share it; as it is where none do."""
+    repeats = q_BNQD.shape[1] // x_BGKD.shape[1]
+    return x_BGKD if repeats == 1 else x_BGKD.repeat_interleave(repeats, dim=1)
+
+
+def _uses_flash(q: Tensor, bias: Tensor | None) -> bool:
+    return q.device.type == "cuda" and bias is None and q.dtype in (torch.float16, torch.bfloat16)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused kernel, where it has one for the case; as many key/value
+    heads as query heads, `causal` for a square, `bias` [B, N or 1, Q, K] added to the scores. The output may be wider than the inputs."""
+    if multiplies_wide(q.device.type, q.dtype):
+        return forward(q.float(), k.float(), v.float(), causal, bias.float() if bias is not None else None)
+    if _uses_flash(q, bias):
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        return output, lse
+    if q.device.type != "cuda":
+        masked = causal and bias is None
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, masked, attn_mask=bias)
+        return output, lse
+    scores = _scores(q, k, causal, bias)
+    lse = scores.logsumexp(-1)
+    p: Tensor = (scores - lse[..., None]).nan_to_num_(nan=-torch.inf).exp_()
+    return torch.matmul(p.to(v.dtype), v), lse
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output; they may be wider than the inputs."""
+    if multiplies_wide(q.device.type, q.dtype):
+        grad, q, k, v, output = (x.float() for x in (grad, q, k, v, output))
+        return backward(grad, q, k, v, output, lse, causal, bias.float() if bias is not None else None)
+    if _uses_flash(q, bias):
+        lengths = q.new_zeros(0, dtype=torch.int32)  # read only for batches without padding
+        seed = q.new_zeros(2, dtype=torch.uint64)
+        return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
+            grad, q, k, v, output, lse.contiguous(), lengths, lengths, q.shape[2], k.shape[2], 0.0, causal, seed, seed[:0]
+        )
+    if q.device.type != "cuda":
+        masked = causal and bias is None
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore[no-any-return]
+            grad, q, k, v, output, lse, 0.0, masked, attn_mask=bias
+        )
+    p = (_scores(q, k, causal, bias) - lse[..., None]).exp_()
+    grad_p = torch.matmul(grad.to(p.dtype), v.to(p.dtype).mT)
+    grad_s = p * (grad_p - (grad.to(p.dtype) * output).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    return torch.matmul(grad_s, k.to(p.dtype)), torch.matmul(grad_s.mT, q.to(p.dtype)), torch.matmul(p.mT, grad.to(p.dtype))
+
+
+def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
+    """fp32 scores [B, N, Q, K], for CUDA where no fused kernel fits (fp32, or a bias)."""
+    scores: Tensor = torch.matmul(q.float(), k.float().mT) * q.shape[-1] ** -0.5
+    if bias is not None:
+        return scores.add_(bias)
+    return scores.masked_fill_(torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf) if causal else scores

@@ -1,0 +1,37 @@
+"""Causal attention of bf16 on a CPU that cannot multiply it: the fused kernel in fp32, of which only bf16 is kept for the backward.
+
+torch's own function takes 7 times as long there, forward and backward. Must not know: positions, caches, ranks.
+
+Shapes: B batch, S sequence, N query heads, G key/value heads, D head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from megatron_ray import fused_attention
+from megatron_ray.fused_attention import for_each_query_head
+
+
+def wide_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S, D], in memory [B, S, N, D]."""
+    return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _WideAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wide, lse = fused_attention.forward(q, for_each_query_head(k, q), for_each_query_head(v, q), causal=True, bias=None)
+        output = wide.to(q.dtype)
+        ctx.save_for_backward(q, k, v, output, lse)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, output, lse = ctx.saved_tensors
+        keys, values = (for_each_query_head(x, q) for x in (k, v))
+        grad_q, *shared = fused_attention.backward(grad, q, keys, values, output, lse, causal=True, bias=None)
+        grad_k, grad_v = (x.view(len(x), k.shape[1], -1, *x.shape[2:]).sum(2) for x in shared)
+        return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

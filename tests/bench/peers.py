@@ -1,0 +1,132 @@
+"""Tokens per second against other libraries on the same model, tokens and initial weights: one rank and one thread against Hugging Face
+transformers, eager and compiled, and two ranks of one thread against megatron-core.
+
+Both sides run as child processes with the same allocator environment and take turns, so that a noisy machine hits both alike. Their first
+losses must be each other's (and the reference's in fp32), else the comparison would be of different work.
+"""
+
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.bench import reference
+from tests.bench.contestants import Terms
+
+PAIRS, STEPS_A_TURN = 9, 4
+# glibc returns large blocks to the system at once by default; keeping them is worth a fifth of a step to either side.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two programs on the same terms."""
+
+    ours: str
+    peer: str
+    terms: Terms
+    goal: float
+
+
+def cases() -> dict[str, Case]:
+    """By name."""
+    found = {}
+    for precision, eager, compiled in (("fp32", 1.15, 1.05), ("bf16", 1.3, 1.3)):
+        found[f"eager-{precision}"] = Case("ours", "transformers", Terms(precision), eager)
+        found[f"compiled-{precision}"] = Case("ours-compiled", "transformers-compiled", Terms(precision), compiled)
+        for axis, degrees in (("dp2", {"dp": 2}), ("tp2", {"tp": 2}), ("pp2", {"pp": 2, "micro_batch": 1})):
+            found[f"{axis}-{precision}"] = Case("ours", "megatron-core", Terms(precision, **degrees), 1.25)
+    return found
+
+
+class Contestant:
+    """A program in one child process per rank that trains on request."""
+
+    def __init__(self, name: str, terms: Terms, folder: str) -> None:
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.bench.contestants", name, terms.to_json(), str(rank), f"{folder}/{name}"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=Path(__file__).parents[2],
+                env=os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
+            )
+            for rank in range(terms.world_size)
+        ]
+
+    def take(self, steps: int) -> dict[str, list[float]]:
+        """Every rank's answer, of which losses and norms come from the last, who has the loss, and the seconds are the longest's."""
+        for process in self.ranks:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        answers = []
+        for process in self.ranks:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"a contestant died: {process.args}")
+            answers.append(json.loads(line))
+        longest = max(answers, key=lambda answer: sum(answer["seconds"]))
+        memory = max(answer["peak_mb"] for answer in answers)
+        return answers[-1] | {"seconds": longest["seconds"], "peak_mb": [memory]}
+
+    def end(self) -> None:
+        for process in self.ranks:
+            assert process.stdin is not None
+            process.stdin.close()
+        for process in self.ranks:
+            process.wait()
+
+
+def run(only: str | None = None) -> Iterator[dict[str, Any]]:
+    there = importlib.util.find_spec("megatron") is not None
+    for name, case in cases().items():
+        if only is not None and not name.startswith(only):
+            continue
+        if case.peer == "megatron-core" and not there:
+            print(f"{name} is left out: pip install -c constraints.txt -e '.[peers]' brings megatron-core", file=sys.stderr)
+            continue
+        yield compare(name, case)
+
+
+def compare(name: str, case: Case) -> dict[str, Any]:
+    """Median of the ratios of the pairs, with quartiles."""
+    with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
+        ours, theirs = (Contestant(who, case.terms, folder) for who in (case.ours, case.peer))
+        try:
+            first, other = ours.take(case.terms.checked), theirs.take(case.terms.checked)
+            pairs = [(_rate(ours), _rate(theirs)) for _ in range(PAIRS)]
+            memory = [contestant.take(1)["peak_mb"][0] for contestant in (ours, theirs)]
+        finally:
+            ours.end()
+            theirs.end()
+    ratios = [mine / peer for mine, peer in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    losses = zip(first["losses"], other["losses"], reference.LOSSES, strict=False)
+    return {
+        "bench": "peers",
+        "case": name,
+        "value": round(middle, 3),
+        "unit": f"times the tokens/s of {case.peer}",
+        "baseline": round(statistics.median(peer for _, peer in pairs), 1),
+        "goal": case.goal,
+        "quartiles": [round(low, 3), round(high, 3)],
+        "tokens_per_s": round(statistics.median(mine for mine, _ in pairs), 1),
+        "peak_mb": memory,
+        "loss_differences": [max(abs(a - b) for a, b in pair) for pair in zip(*(((m, p), (m, r)) for m, p, r in losses), strict=True)],
+        "largest_norm_difference": max(abs(a / b - 1) for a, b in zip(first["norms"], other["norms"], strict=True)),
+    }
+
+
+def _rate(contestant: Contestant) -> float:
+    tokens = reference.GLOBAL_BATCH * reference.SEQUENCE
+    return tokens / statistics.median(contestant.take(STEPS_A_TURN)["seconds"])
