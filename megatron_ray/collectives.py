@@ -45,6 +45,36 @@ class _All:
         return all(work.is_completed() for work in self._works)
 
 
+class _DirectSum:
+    """A reduce-scatter on gloo, whose own is an all-reduce of a copy: every rank sends every other its part and adds up what it gets.
+
+    Half the bytes, measured at half the time. The sum begins with the rank's own part and goes on in the order of ranks.
+    """
+
+    def __init__(self, shard: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
+        size, rank = group.size(), group.rank()
+        parts = tensor.view(size, *shard.shape)
+        self._shard, self._own = shard, parts[rank]
+        self._received = torch.empty((size - 1, *shard.shape), dtype=shard.dtype, device=shard.device)
+        places = [other for other in range(size) if other != rank]
+        sent = [dist.isend(parts[other], group=group, group_dst=other) for other in places]
+        received = [dist.irecv(self._received[place], group=group, group_src=other) for place, other in enumerate(places)]
+        self._transfers = _All([*sent, *received])  # type: ignore[list-item]
+
+    def wait(self) -> object:
+        self._transfers.wait()
+        if self._shard.data_ptr() != self._own.data_ptr():
+            self._shard.copy_(self._own)
+        for part in self._received:
+            self._shard.add_(part)
+        self._received = self._received[:0]
+        return None
+
+    def is_completed(self) -> bool:
+        """The sum is made in `wait`."""
+        return len(self._received) == 0
+
+
 DONE: Pending = _Done()
 
 
@@ -110,9 +140,12 @@ def start_reduce_scatter_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pen
 
 
 def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pending:
-    """Starts a sum of flat `tensor` of which `shard` receives this rank's equal part."""
+    """Starts a sum of `tensor` of which `shard` receives this rank's equal part of dim 0; it may be that very part of `tensor`, the rest of
+    which must stay as it is until `wait`."""
     if group is None:
         return DONE
+    if tensor.device.type == "cpu":
+        return _DirectSum(shard, tensor, group)
     return _reduce_scatter(shard, tensor, group=group, async_op=True)  # type: ignore[no-any-return]
 
 

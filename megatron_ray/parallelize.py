@@ -20,6 +20,7 @@ from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
 from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer, shard_rows
 from megatron_ray.expert_parallel.layers import ExpertBias
+from megatron_ray.fusion import apply_fusions, compiled_fusions
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
@@ -113,6 +114,8 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
     held, fully_sharded = pipeline.held(mesh.pp_rank), parallel.zero == 3 and mesh.shard_group is not None
     held_type = torch.float32 if fully_sharded else dtype
     module = build_model(config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed)
+    if config.training.compile == "blocks":
+        apply_fusions(module, compiled_fusions())
     apply_recompute(module, config.training.recompute)
     table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
     table = freeze(table, config.optimizer.freeze)

@@ -11,6 +11,7 @@ a layer with experts F is the sum of the widths that a token meets, K of experts
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 
 _STATISTICS = {"rmsnorm": 4, "layernorm": 8}
@@ -33,7 +34,7 @@ class LayerActivations:
     activation: int
     """w T F / tp"""
     experts: int
-    """2 w T K H etp / s, copies of tokens to and from their experts; 0 in a layer without."""
+    """2 w T K H etp / s, copies of tokens to and from their experts, and what the router keeps (`_routing`); 0 in a layer without."""
     rest: int
     """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
     dropout."""
@@ -71,7 +72,7 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
         inner = width * tokens * model.ffn_width // tp
     else:  # rows come gathered over etp and balanced over ep
         inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
-        copies = 2 * moe.top_k * residual * (parallel.etp or tp)
+        copies = 2 * moe.top_k * residual * (parallel.etp or tp) + tokens // cut * _routing(moe)
     around = 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
     return LayerActivations(
         layer_input=residual,
@@ -82,6 +83,15 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
         experts=copies,
         rest=residual + around + (2 * residual // width if model.hidden_dropout else 0),
     )
+
+
+def _routing(moe: MoEConfig) -> int:
+    """Bytes per token: fp32 scores and logits of E experts, of which each loss keeps its own, and of K chosen ones their number, weight and
+    place in the order of dispatch."""
+    sigmoid, aux, z = moe.score_function == "sigmoid", moe.aux_loss_coeff > 0, moe.z_loss_coeff > 0
+    over_all = (sigmoid or moe.pre_softmax) + aux * (2 if sigmoid else 1) + z
+    alone = (sigmoid and moe.top_k > 1) + aux * sigmoid + z
+    return 4 * (over_all * moe.num_experts + alone) + moe.top_k * (8 + 4 + 8 + 4 + (moe.capacity_factor is not None))
 
 
 def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:

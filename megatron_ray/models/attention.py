@@ -16,7 +16,7 @@ from megatron_ray.matmul import multiplies_wide
 from megatron_ray.models.attention_blocks import blocks_are_faster, causal_attention
 from megatron_ray.models.attention_wide import wide_causal_attention
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.rope import RotateQKV, split_qkv
+from megatron_ray.models.rope import ROTATION, RotateQKV, split_qkv
 
 
 @dataclass
@@ -62,6 +62,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, place: str) -> None:
         super().__init__()
         self.head_width = config.head_width
+        self.rotation = ROTATION
         heads, groups = config.num_attention_heads, config.kv_heads
         self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.linear_bias)
         self.core = layers.attention()
@@ -72,7 +73,8 @@ class Attention(nn.Module):
         qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
         heads, groups = self.qkv.heads, self.qkv.groups
         if positions.cos is not None:
-            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, heads, groups, self.head_width)  # type: ignore[no-untyped-call]
+            sizes = heads, groups, self.head_width
+            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
         attended = self._attend(q, k, v, positions) if cache is None else self._attend_cached(q, k, v, cache)

@@ -24,7 +24,8 @@ class _WideAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide, lse = fused_attention.forward(q, for_each_query_head(k, q), for_each_query_head(v, q), causal=True, bias=None)
-        output = wide.to(q.dtype)
+        by_token = wide.transpose(1, 2)  # tokens first in memory, as the output projection reads them
+        output = torch.empty(by_token.shape, dtype=q.dtype, device=q.device).copy_(by_token).transpose(1, 2)
         ctx.save_for_backward(q, k, v, output, lse)
         return output
 

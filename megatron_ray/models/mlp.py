@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.kernel import Kernel
 from megatron_ray.models.layers import Layers
 
 
@@ -47,25 +48,41 @@ def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | Plai
 class SwiGLU(nn.Module):
     """silu(gate) * up of a fused [T, 2F] whose first half is the gate."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = SWIGLU
+
     def forward(self, gate_up: Tensor) -> Tensor:
-        return _SwiGLU.apply(gate_up)  # type: ignore[no-any-return, no-untyped-call]
+        return _SwiGLU.apply(gate_up, self.kernel)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    """[T, 2F] -> [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate).mul_(up)
+
+
+def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient of the fused [T, 2F], which is filled in place."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(grad, nn.functional.silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return grad_gate_up
+
+
+SWIGLU = Kernel(_swiglu, _swiglu_backward)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up over a fused [T, 2F] whose first half is the gate; the backward fills one fused gradient in place."""
-
     @staticmethod
-    def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, gate_up: Tensor, kernel: Kernel) -> Tensor:
         ctx.save_for_backward(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return nn.functional.silu(gate).mul_(up)
+        ctx.kernel = kernel  # type: ignore[attr-defined]
+        return kernel.forward(gate_up)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad, nn.functional.silu(gate), out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        return grad_gate_up
+        return ctx.kernel.backward(grad, gate_up), None

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megatron_ray.kernel import Kernel
+
 
 def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:
     """Whether the rotation widens first. On CPU that is faster, since bf16 arithmetic goes through fp32 anyway and whole heads rotate in
@@ -52,6 +54,36 @@ def _rotated_wide(x_BNSD: Tensor, cos: Tensor, sin: Tensor, direction: float) ->
     return wide.mul_(cos.transpose(1, 2)).addcmul_(exchanged, sin.transpose(1, 2), value=direction)
 
 
+def _rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotated q, rotated k and v, as RotateQKV returns them."""
+    q, k, v = _split(qkv, heads, groups, head_width)
+    if rotates_in_fp32(qkv.device.type, qkv.dtype):
+        wide_q, wide_k = (_rotated_wide(x.transpose(1, 2), cos, sin, 1.0) for x in (q, k))
+        return wide_q.to(qkv.dtype), wide_k.to(qkv.dtype), v.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    rotated_q, rotated_k = q.new_empty(q.shape), k.new_empty(k.shape)
+    _rotate_into(rotated_q, q, cos, sin, 1.0)
+    _rotate_into(rotated_k, k, cos, sin, 1.0)
+    # A copy of v, so that the whole of qkv need not be kept for the backward.
+    return rotated_q.transpose(1, 2), rotated_k.transpose(1, 2), v.clone().transpose(1, 2)
+
+
+def _rotate_qkv_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient of the fused [B, S, (N + 2 G) D]."""
+    (batch, heads, sequence, head_width), groups = grad_q.shape, grad_k.shape[1]
+    grad = grad_q.new_empty(batch, sequence, (heads + 2 * groups) * head_width)
+    q, k, v = _split(grad, heads, groups, head_width)
+    for part, rotated in ((q, grad_q), (k, grad_k)):
+        if rotates_in_fp32(grad.device.type, grad.dtype):
+            part.copy_(_rotated_wide(rotated, cos, sin, -1.0).transpose(1, 2))
+        else:
+            _rotate_into(part, rotated.transpose(1, 2), cos, sin, -1.0)
+    v.copy_(grad_v.transpose(1, 2))
+    return grad
+
+
+ROTATION = Kernel(_rotate_qkv, _rotate_qkv_backward)
+
+
 class RotateQKV(torch.autograd.Function):
     """Splits a fused [B, S, (N + 2 G) D] into rotated q [B, N, S, D], rotated k [B, G, S, D] and v [B, G, S, D].
 
@@ -61,34 +93,17 @@ class RotateQKV(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_width: int
+        ctx: FunctionCtx, qkv: Tensor, cos: Tensor, sin: Tensor, sizes: tuple[int, int, int], kernel: Kernel
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = _split(qkv, heads, groups, head_width)
+        """`sizes`: N, G, D."""
         ctx.save_for_backward(cos, sin)
-        ctx.sizes = heads, groups, head_width  # type: ignore[attr-defined]
-        if rotates_in_fp32(qkv.device.type, qkv.dtype):
-            wide_q, wide_k = (_rotated_wide(x.transpose(1, 2), cos, sin, 1.0) for x in (q, k))
-            return wide_q.to(qkv.dtype), wide_k.to(qkv.dtype), v.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        rotated_q, rotated_k = q.new_empty(q.shape), k.new_empty(k.shape)
-        _rotate_into(rotated_q, q, cos, sin, 1.0)
-        _rotate_into(rotated_k, k, cos, sin, 1.0)
-        # A copy of v, so that the whole of qkv need not be kept for the backward.
-        return rotated_q.transpose(1, 2), rotated_k.transpose(1, 2), v.clone().transpose(1, 2)
+        ctx.kernel = kernel  # type: ignore[attr-defined]
+        return kernel.forward(qkv, cos, sin, *sizes)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        heads, groups, head_width = ctx.sizes
-        batch, _, sequence, _ = grad_q.shape
-        grad = grad_q.new_empty(batch, sequence, (heads + 2 * groups) * head_width)
-        q, k, v = _split(grad, heads, groups, head_width)
-        for part, rotated in ((q, grad_q), (k, grad_k)):
-            if rotates_in_fp32(grad.device.type, grad.dtype):
-                part.copy_(_rotated_wide(rotated, cos, sin, -1.0).transpose(1, 2))
-            else:
-                _rotate_into(part, rotated.transpose(1, 2), cos, sin, -1.0)
-        v.copy_(grad_v.transpose(1, 2))
-        return grad, None, None, None, None, None
+        return ctx.kernel.backward(grad_q, grad_k, grad_v, cos, sin), None, None, None, None
 
 
 def _split(qkv: Tensor, heads: int, groups: int, head_width: int) -> tuple[Tensor, Tensor, Tensor]:

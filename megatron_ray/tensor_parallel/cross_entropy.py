@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_ray import collectives
 from megatron_ray.collectives import Group
+from megatron_ray.kernel import Kernel
 from megatron_ray.matmul import forward_product, input_grad_product
 from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear, start_input_grad_reduction
 from megatron_ray.tensor_parallel.norm import widened
@@ -46,6 +47,7 @@ class VocabParallelHead(SlottedModule):
         self.valid_rows = max(0, min(vocabulary - first, local))
         """Rows that are no padding."""
         self.vocabulary = vocabulary
+        self.kernel = LOSS
 
     def forward(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Sum over this data-parallel rank's tokens of mask x -log p(label), fp32, the same on every tp rank.
@@ -102,46 +104,56 @@ class _HeadLoss(torch.autograd.Function):
 
 def _softmax_loss_(logits: Tensor, labels: Tensor, mask: Tensor, module: VocabParallelHead, want_grad: bool) -> Tensor:
     """Loss of one chunk of tokens; overwrites `logits` [rows, V] with their gradient when it is wanted."""
-    # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
-    source = widened(logits) if logits.device.type == "cpu" else logits
-    own_largest = widened(source.amax(1))
-    largest = collectives.all_reduce(own_largest.clone(), module.group, dist.ReduceOp.MAX)
-    local = labels - module.first_row
-    owned = None
+    local, owned = labels - module.first_row, None
     if module.group is not None:
         owned = (local >= 0) & (local < logits.shape[1])
         local = local.masked_fill(~owned, 0)
-    predicted = widened(source.gather(1, local[:, None]).squeeze(1)).sub(largest)
+    own_largest, own_total, predicted, kept = module.kernel.forward(logits, local)
+    largest = collectives.all_reduce(own_largest.clone(), module.group, dist.ReduceOp.MAX)
+    rescale = (own_largest - largest).exp_()
+    own_total, predicted = own_total * rescale, predicted - largest
+    if module.valid_rows == 0:  # a rank with nothing but padding, whose largest logit is minus infinity
+        rescale, own_total = torch.zeros_like(rescale), torch.zeros_like(own_total)
     if owned is not None:
         predicted.masked_fill_(~owned, 0)
-    if module.valid_rows > 0:
-        shares, unit, own_total = _exponentials(source, own_largest, rounded=logits.dtype.itemsize < 4)
-        rescale = (own_largest - largest).exp_()
-        unit, own_total = unit * rescale, own_total * rescale
-    else:  # a rank with nothing but padding
-        shares, unit, own_total = torch.zeros_like(source, dtype=largest.dtype), torch.zeros_like(largest), torch.zeros_like(largest)
     total, predicted = collectives.all_reduce(torch.stack([own_total, predicted]), module.group)
     loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
     if want_grad:
-        shares.mul_((unit / total * mask)[:, None])
         hit = mask if owned is None else mask * owned
-        shares.scatter_add_(1, local[:, None], -hit[:, None])
-        if shares is not logits:
-            logits.copy_(shares)
+        module.kernel.backward(logits, own_largest, rescale / total * mask, hit, local, kept)
+        if module.valid_rows == 0:
+            logits.zero_()
     return loss
 
 
-def _exponentials(logits: Tensor, largest: Tensor, *, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(shares [rows, V], unit [rows], total [rows]): exp(logits - largest) = shares x unit, and total is its sum; fp32 or wider.
+def _exponentials(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Of logits [rows, V]: the largest [rows], the sum of exp(logits - largest), the logit at `local`, all fp32 or wider, and what the
+    gradient needs: (shares [rows, V], unit [rows]) with exp(logits - largest) = shares x unit.
 
     A softmax takes one pass for difference, exponential, sum and quotient, and the largest logit's exponential is one, so its share
-    tells the sum. But its exponential on CPU is off by up to 20 units in the last place: good for what is rounded to bf16, not for fp32.
-    `rounded` says that the result will be; on CPU it overwrites the logits.
+    tells the sum. But its exponential on CPU is off by up to 20 units in the last place: good for what is rounded to bf16, not for fp32,
+    where the logits are overwritten instead.
     """
-    on_cpu = logits.device.type == "cpu"
+    # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
+    on_cpu, rounded = logits.device.type == "cpu", logits.dtype.itemsize < 4
+    source = widened(logits) if on_cpu else logits
+    largest = widened(source.amax(1))
+    chosen = widened(source.gather(1, local[:, None]).squeeze(1))
     if on_cpu and not rounded:
-        shares = logits.sub_(largest[:, None]).exp_()
-        return shares, torch.ones_like(largest), shares.sum(1)
-    shares = torch.softmax(logits, 1, out=logits) if on_cpu else torch.softmax(logits, 1, dtype=largest.dtype)
+        shares = source.sub_(largest[:, None]).exp_()
+        return largest, shares.sum(1), chosen, (shares, torch.ones_like(largest))
+    shares = torch.softmax(source, 1, out=source) if on_cpu else torch.softmax(source, 1, dtype=largest.dtype)
     total = shares.amax(1).reciprocal_()
-    return shares, total, total
+    return largest, total, chosen, (shares, total)
+
+
+def _logits_gradient_(logits: Tensor, largest: Tensor, scale: Tensor, hit: Tensor, local: Tensor, kept: tuple[Tensor, Tensor]) -> None:
+    """Writes exp(logits - largest) x scale, less `hit` at `local`, over the logits; all but these and `kept` are [rows]."""
+    shares, unit = kept
+    shares.mul_((unit * scale)[:, None])
+    shares.scatter_add_(1, local[:, None], -hit[:, None])
+    if shares is not logits:
+        logits.copy_(shares)
+
+
+LOSS = Kernel(_exponentials, _logits_gradient_)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from megatron_ray.collectives import Group
+from megatron_ray.kernel import Kernel
 from megatron_ray.tensor_parallel.layers import SlottedModule, deliver
 
 
@@ -20,6 +21,7 @@ class RMSNorm(SlottedModule):
     def __init__(self, width: int, eps: float, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
         super().__init__(group, sequence_parallel)
         self.eps = eps
+        self.kernel = RMS_NORM
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x_TH: Tensor) -> Tensor:
@@ -44,27 +46,41 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(y, 1 / sqrt(mean(x^2) + eps) [T, 1])."""
+    wide = widened(x)
+    # vector_norm and not mean(x*x): one pass, nothing of size [T, H] in between.
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    normed: Tensor = wide * rstd
+    return normed.mul_(weight).to(x.dtype), rstd
+
+
+def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    """(gradient of x, that of the weight in fp32)."""
+    grad_wide, normed = widened(grad), widened(x) * rstd
+    projected = grad_wide * normed
+    # dx = rstd * (g w - n mean(g w n))
+    coefficient = torch.mv(projected, widened(weight)).div_(-x.shape[-1]).unsqueeze_(-1)
+    grad_x = normed.mul_(coefficient).addcmul_(grad_wide, widened(weight)).mul_(rstd)
+    return grad_x.to(x.dtype), projected.sum(0)
+
+
+RMS_NORM = Kernel(_rms_norm, _rms_norm_backward)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, module: RMSNorm) -> Tensor:
-        wide = widened(x)
-        # vector_norm and not mean(x*x): one pass, nothing of size [T, H] in between.
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(module.eps).rsqrt_()
+        output, rstd = module.kernel.forward(x, weight, module.eps)
         ctx.save_for_backward(x, weight, rstd)
         ctx.module = module  # type: ignore[attr-defined]
-        normed: Tensor = wide * rstd
-        return normed.mul_(weight).to(x.dtype)
+        return output  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_wide, normed = widened(grad), widened(x) * rstd
-        projected = grad_wide * normed
-        grad_weight = deliver(ctx.module, "weight", projected.sum(0)) if weight.requires_grad else None
-        # dx = rstd * (g w - n mean(g w n))
-        coefficient = torch.mv(projected, widened(weight)).div_(-x.shape[-1]).unsqueeze_(-1)
-        grad_x = normed.mul_(coefficient).addcmul_(grad_wide, widened(weight)).mul_(rstd)
-        return grad_x.to(x.dtype), grad_weight, None
+        grad_x, grad_weight = ctx.module.kernel.backward(grad, x, weight, rstd)
+        return grad_x, deliver(ctx.module, "weight", grad_weight) if weight.requires_grad else None, None
 
 
 class _LayerNorm(torch.autograd.Function):

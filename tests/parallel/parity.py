@@ -96,6 +96,7 @@ def make_config(
     batch: int = 8,
     micro_batch: int = 2,
     separate_documents: bool = False,
+    compiled: bool = False,
 ) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
@@ -108,6 +109,7 @@ def make_config(
                 "global_batch_size": batch,
                 "steps": steps,
                 "precision": precision,
+                "compile": "blocks" if compiled else "none",
                 "seed": 7,
             },
             "optimizer": {"lr": 3e-3, "eps": 1e-5, "weight_decay": 0.1, "clip_grad_norm": 1.0},

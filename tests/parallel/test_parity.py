@@ -120,10 +120,20 @@ def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
     compare(model, SHARED_HEADS[layout], one)
 
 
-def compare(model: dict[str, Any], layout: dict[str, Any], one: RankResult, choices: np.ndarray | None = None) -> None:
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name == "tp2-sp" else pytest.mark.parity) for name in ("tp2-sp", "pp2-zb-v", "cp2-p2p")]
+)
+def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
+    parallel = (LAYOUTS | CONTEXT_LAYOUTS)[layout]
+    compare(LLAMA, parallel, reference("short", "llama"), compiled=True)
+
+
+def compare(
+    model: dict[str, Any], layout: dict[str, Any], one: RankResult, choices: np.ndarray | None = None, *, compiled: bool = False
+) -> None:
     """Trains in the layout, with the experts that are given, and compares with one rank."""
     parallel = {"dp": 1} | layout | SMALL_BUCKETS
-    config = make_config(model, parallel, steps=STEPS)
+    config = make_config(model, parallel, steps=STEPS, compiled=compiled)
     results = run_ranks(parity.run_layout, world(parallel), config, 5, choices, timeout_s=180)
 
     def whole(choose: Callable[[RankResult], Any], ranks: list[RankResult]) -> dict[str, np.ndarray]:

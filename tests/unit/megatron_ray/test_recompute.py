@@ -98,16 +98,24 @@ def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precis
         assert torch.equal(again, loss) and torch.equal(found, expected), setting
 
 
+def without_capacity(config: TrainConfig) -> TrainConfig:
+    """The formula takes every token to reach its experts."""
+    fields = config.model_dump()
+    if fields["model"]["moe"] is not None:
+        fields["model"]["moe"]["capacity_factor"] = None
+    return TrainConfig.from_mapping(fields)
+
+
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", MODELS)
 def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -> None:
     for setting in SETTINGS:
-        config = config_of(setting, model, precision, dropout)
+        config = without_capacity(config_of(setting, model, precision, dropout))
         measured, formula = kept_bytes(config, ParallelMesh.single()), kept_activations(config, range(LAYERS))
         # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16 LayerNorm short statistics; the formula is that of CUDA.
-        # Of experts it leaves out what the router keeps.
-        allowed = 0.04 if model == "moe" else 0.025 if precision == "bf16" else 0.0
+        # Of a router it leaves out some sums.
+        allowed = 0.025 if precision == "bf16" else 0.002 if model == "moe" else 0.0
         assert abs(measured - formula) <= allowed * formula, setting
 
 

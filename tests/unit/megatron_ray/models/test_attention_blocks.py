@@ -1,10 +1,13 @@
-"""Attention by blocks against float64, and against torch's fused attention in the same bf16."""
+"""Attention by blocks, and in fp32, against float64, and against torch's fused attention in the same bf16."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_ray.models.attention_blocks import _LARGEST, _SCORES, _blocks, blocks_are_faster, causal_attention
+from megatron_ray.models.attention_wide import wide_causal_attention
 
 SHAPES = {  # batch, heads, key/value heads, sequence, head width, factor on the queries
     "one-block": (2, 4, 4, 48, 16, 1.0),
@@ -24,8 +27,9 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
 
 
+@pytest.mark.parametrize("attention", [causal_attention, wide_causal_attention])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_as_exact_as_fused_attention(shape: str) -> None:
+def test_is_as_exact_as_fused_attention(shape: str, attention: Callable[..., Tensor]) -> None:
     batch, heads, groups, sequence, width, factor = SHAPES[shape]
     generator = torch.Generator().manual_seed(3)
 
@@ -43,7 +47,7 @@ def test_is_as_exact_as_fused_attention(shape: str) -> None:
 
     truth, true_grads = run(fused, torch.float64)
     theirs, their_grads = run(fused, torch.bfloat16)
-    ours, our_grads = run(causal_attention, torch.bfloat16)
+    ours, our_grads = run(attention, torch.bfloat16)
     assert ours.dtype == torch.bfloat16 and ours.shape == theirs.shape
     assert ours.transpose(1, 2).is_contiguous(), "merging the heads would copy"
     assert relative(ours, truth) <= 1.3 * relative(theirs, truth)

@@ -1,0 +1,124 @@
+"""The formulas that are compiled against the kernels that they replace, plain and compiled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron_ray import fusion
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.kernel import Kernel
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.mlp import SWIGLU, SwiGLU
+from megatron_ray.models.rope import ROTATION, rotary_angles
+from megatron_ray.parallelize import build_model
+from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.tensor_parallel.cross_entropy import LOSS
+from megatron_ray.tensor_parallel.norm import RMS_NORM
+
+# A kernel rounds some intermediate result where a formula does not.
+ALLOWED = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.2e-2}
+BATCH, SEQUENCE, HEADS, GROUPS, WIDTH = 2, 24, 4, 2, 16
+TOKENS = BATCH * SEQUENCE
+
+
+def draw(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rms_norm(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+    x, weight, grad = draw(dtype, TOKENS, 48), draw(dtype, 48, seed=1), draw(dtype, TOKENS, 48, seed=2)
+    output, rstd = kernel.forward(x, weight, 1e-5)
+    return [output, rstd, *kernel.backward(grad, x, weight, rstd)]
+
+
+def swiglu(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+    gate_up = draw(dtype, TOKENS, 96)
+    return [kernel.forward(gate_up), kernel.backward(draw(dtype, TOKENS, 48, seed=1), gate_up)]
+
+
+def rotation(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+    cos, sin = rotary_angles(torch.arange(SEQUENCE)[None], WIDTH, 10_000.0, dtype)
+    qkv = draw(dtype, BATCH, SEQUENCE, (HEADS + 2 * GROUPS) * WIDTH)
+    found = kernel.forward(qkv, cos, sin, HEADS, GROUPS, WIDTH)
+    assert all(part.stride(-1) == 1 and part.data_ptr() != qkv.data_ptr() for part in found)
+    grads = [draw(dtype, BATCH, SEQUENCE, heads, WIDTH, seed=heads).transpose(1, 2) for heads in (HEADS, GROUPS, GROUPS)]
+    return [*found, kernel.backward(*grads, cos, sin)]
+
+
+def loss(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+    logits, local = 3 * draw(dtype, TOKENS, 100), torch.arange(TOKENS) * 2
+    hit = (torch.arange(TOKENS) % 3 > 0).to(torch.promote_types(dtype, torch.float32))
+    largest, total, chosen, kept = kernel.forward(logits, local)
+    found = [largest.clone(), total.clone(), chosen.clone()]
+    kernel.backward(logits, largest, hit / total, hit, local, kept)
+    return [*found, logits]
+
+
+CASES: dict[str, tuple[Callable[[Kernel, torch.dtype], list[Tensor]], Kernel, int]] = {
+    "rms_norm": (rms_norm, RMS_NORM, 0),
+    "swiglu": (swiglu, SWIGLU, 1),
+    "rotation": (rotation, ROTATION, 2),
+    "loss": (loss, LOSS, 3),
+}
+
+
+def close(measured: list[Tensor], expected: list[Tensor], allowed: float) -> None:
+    for one, two in zip(measured, expected, strict=True):
+        assert one.dtype == two.dtype and one.shape == two.shape
+        assert float((one.double() - two.double()).norm()) <= allowed * float(two.double().norm())
+
+
+@pytest.mark.parametrize("dtype", ALLOWED)
+@pytest.mark.parametrize("case", CASES)
+def test_a_formula_is_its_kernel(case: str, dtype: torch.dtype) -> None:
+    run, kernel, place = CASES[case]
+    close(run(fusion.formulas()[place], dtype), run(kernel, dtype), ALLOWED[dtype])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.parity)])
+def test_what_the_compiler_makes_of_a_formula_is_the_formula(dtype: torch.dtype) -> None:
+    fusions = fusion.compiled_fusions()
+    for (run, _, place), name in zip(CASES.values(), ("rms_norm", "swiglu", "rotation", "loss"), strict=True):
+        close(run(getattr(fusions, name), dtype), run(fusion.formulas()[place], dtype), ALLOWED[dtype])
+
+
+def test_every_part_of_a_model_but_its_routed_experts_is_replaced() -> None:
+    shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+    moe = {
+        "num_experts": 4,
+        "shared_expert_ffn_hidden_size": 48,
+    }
+    config = TrainConfig.from_mapping(
+        {
+            "model": shape | {"moe": moe},
+            "data": {"train": [{"path": "unused"}]},
+            "training": {"seq_length": 8, "global_batch_size": 1, "steps": 1},
+            "optimizer": {"lr": 1e-3},
+        }
+    )
+    model = build_model(config.model, ParallelMesh.single(), config.parallel, dtype=torch.float32)
+    mark = Kernel(lambda: None, lambda: None)
+    fusion.apply_fusions(model, fusion.Fusions(mark, mark, mark, mark))
+
+    def of(module: nn.Module) -> object:
+        return getattr(module, "rotation", getattr(module, "kernel", None))
+
+    replaced = [name for name, module in model.named_modules() if of(module) is mark]
+    kept = [name for name, module in model.named_modules() if isinstance(module, SwiGLU) and of(module) is not mark]
+    assert len(replaced) == 2 * 4 + 2 and kept == [f"layers.{layer}.moe.experts.activation" for layer in range(2)], (replaced, kept)
+
+
+def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.cpp_builder as builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def none() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", none)
+    with pytest.raises(ConfigProblem, match=r"/training/compile: blocks needs a C\+\+ compiler .* or set compile to none"):
+        fusion.compiled_fusions()
