@@ -129,10 +129,10 @@ def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.
 
 
 def start_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Starts a sum (or maximum) in place; the tensor is the result after `wait`, and must stay as it is until then."""
+    """Starts a sum (or maximum) in place; the tensor, contiguous, is the result after `wait` and must stay as it is until then."""
     if group is None:
         return DONE
-    if tensor.device.type == "cpu" and group.size() == 2 and tensor.is_contiguous():
+    if tensor.device.type == "cpu" and group.size() == 2:
         return _PairReduction(tensor, group, op)
     return dist.all_reduce(tensor, op=op, group=group, async_op=True)  # type: ignore[no-any-return]
 
