@@ -50,4 +50,5 @@ class ParallelismConfig(Config):
     order: str = "tp-cp-ep-dp-pp"
     """Axes from the one whose ranks are neighbours to the one whose ranks are farthest apart."""
     bucket_elements: int | None = Field(default=None, ge=1)
-    """Gradients are reduced in buckets of about this many elements; max(40e6, 1e6 x dp) as in Megatron when not given."""
+    """Gradients are reduced in buckets of about this many elements; when not given Megatron's max(40e6, 1e6 x dp), and in small models an
+    eighth of all but at least 1e6 x dp."""

@@ -68,9 +68,10 @@ class BucketPlan:
         return (*(placed for bucket in self.buckets for placed in bucket.placed), *self.frozen)
 
 
-def default_bucket_elements(dp: int) -> int:
-    """Megatron's default: large enough for bandwidth, growing with the ring."""
-    return max(40_000_000, 1_000_000 * dp)
+def default_bucket_elements(dp: int, trainable: int) -> int:
+    """Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an eighth of a small model, where one bucket would leave
+    nothing to overlap with, nor less than 1e6 x dp, below which a ring is bound by latency."""
+    return min(max(40_000_000, 1_000_000 * dp), max(trainable // 8, 1_000_000 * dp))
 
 
 def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None) -> BucketPlan:
@@ -78,7 +79,9 @@ def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements:
 
     What two pipeline stages hold is alone in its bucket: its shards are then the same rows on both.
     """
-    limit = bucket_elements or default_bucket_elements(dp)
+    table = list(parameters)
+    trainable = [parameter for parameter in reversed(table) if parameter.trainable]
+    limit = bucket_elements or default_bucket_elements(dp, sum(prod(parameter.shape) for parameter in trainable))
     buckets: list[Bucket] = []
     placed: list[Placed] = []
     bucket_start = cursor = 0
@@ -90,8 +93,7 @@ def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements:
             buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
             bucket_start, placed = cursor, []
 
-    table = list(parameters)
-    for parameter in reversed([parameter for parameter in table if parameter.trainable]):
+    for parameter in trainable:
         if parameter.on_two_stages:
             close()
         placed.append(Placed(parameter, cursor))

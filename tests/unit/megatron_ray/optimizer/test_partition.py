@@ -57,8 +57,10 @@ def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> Non
     assert (everything.num_trainable, everything.buckets, flat_runs(everything, 0, 2, sharded=True)) == (0, (), ())
 
 
-def test_default_bucket_size_is_megatrons() -> None:
-    assert default_bucket_elements(8) == 40_000_000 and default_bucket_elements(100) == 100_000_000
+def test_default_bucket_size_is_megatrons_but_for_small_models() -> None:
+    assert default_bucket_elements(8, 10**9) == 40_000_000 and default_bucket_elements(100, 10**9) == 100_000_000
+    assert default_bucket_elements(4, 80_000_000) == 10_000_000
+    assert default_bucket_elements(4, 8_000_000) == 4_000_000
 
 
 def test_without_sharding_every_rank_owns_everything() -> None:
