@@ -2,7 +2,7 @@
 `None` is a group of one rank, for which everything is the identity. Must not know: axes, layers, buckets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -61,52 +61,45 @@ def _start_messages(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], grou
     return _All([*sent, *received])  # type: ignore[list-item]
 
 
-class _PairReduction:
-    """An all-reduce of two ranks: each sends all it has and adds, which gives both the same bits."""
+class _Then:
+    """Transfers, and what is to be done once with what has come; that is done in `wait`."""
 
-    def __init__(self, tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> None:
-        self._tensor, self._add = tensor, op == dist.ReduceOp.SUM
-        self._other = torch.empty_like(tensor)
-        self._transfers = _start_messages([tensor] * 2, [self._other] * 2, group)
-        self._done = False
+    def __init__(self, transfers: Pending, finish: Callable[[], object]) -> None:
+        self._transfers, self._finish, self._done = transfers, finish, False
 
     def wait(self) -> object:
-        self._transfers.wait()
         if not self._done:
-            self._tensor.add_(self._other) if self._add else torch.maximum(self._tensor, self._other, out=self._tensor)
-        self._done = True
+            self._transfers.wait()
+            self._finish()
+            self._done = True
         return None
 
     def is_completed(self) -> bool:
-        """The sum is made in `wait`."""
         return self._done
 
 
-class _DirectReduceScatter:
+def _start_pair_reduction(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Pending:
+    """An all-reduce of two ranks: each sends all it has and adds, which gives both the same bits."""
+    other = torch.empty_like(tensor)
+
+    def add() -> None:
+        tensor.add_(other) if op == dist.ReduceOp.SUM else torch.maximum(tensor, other, out=tensor)
+
+    return _Then(_start_messages([tensor] * 2, [other] * 2, group), add)
+
+
+def _start_direct_reduce_scatter(shard: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Pending:
     """Every rank sends every other its part and adds up what it gets, beginning with its own and going on in the order of ranks."""
+    parts, rank = tensor.view(group.size(), *shard.shape), group.rank()
+    received = torch.empty((group.size() - 1, *shard.shape), dtype=shard.dtype, device=shard.device)
 
-    def __init__(self, shard: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> None:
-        parts = tensor.view(group.size(), *shard.shape)
-        self._shard, self._own, self._rank = shard, parts[group.rank()], group.rank()
-        self._received = torch.empty((group.size() - 1, *shard.shape), dtype=shard.dtype, device=shard.device)
-        incoming = [*self._received[: self._rank], shard, *self._received[self._rank :]]
-        self._transfers = _start_messages(list(parts), incoming, group)
-        self._done = False
+    def add_up() -> None:
+        if shard.data_ptr() != parts[rank].data_ptr():
+            shard.copy_(parts[rank])
+        for part in received:
+            shard.add_(part)
 
-    def wait(self) -> object:
-        self._transfers.wait()
-        if self._done:
-            return None
-        if self._shard.data_ptr() != self._own.data_ptr():
-            self._shard.copy_(self._own)
-        for part in self._received:
-            self._shard.add_(part)
-        self._done, self._received = True, self._received[:0]
-        return None
-
-    def is_completed(self) -> bool:
-        """The sum is made in `wait`."""
-        return self._done
+    return _Then(_start_messages(list(parts), [*received[:rank], shard, *received[rank:]], group), add_up)
 
 
 DONE: Pending = _Done()
@@ -133,7 +126,7 @@ def start_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType =
     if group is None:
         return DONE
     if tensor.device.type == "cpu" and group.size() == 2:
-        return _PairReduction(tensor, group, op)
+        return _start_pair_reduction(tensor, group, op)
     return dist.all_reduce(tensor, op=op, group=group, async_op=True)  # type: ignore[no-any-return]
 
 
@@ -185,7 +178,7 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
     if group is None:
         return DONE
     if tensor.device.type == "cpu":
-        return _DirectReduceScatter(shard, tensor, group)
+        return _start_direct_reduce_scatter(shard, tensor, group)
     return _reduce_scatter(shard, tensor, group=group, async_op=True)  # type: ignore[no-any-return]
 
 

@@ -27,15 +27,13 @@ class KeptMemory:
     """Makes glibc keep large freed blocks instead of returning them to the system: a fifth to a third of a CPU step is otherwise page
     faults on fresh temporaries. For the whole process and all its threads, so only whoever owns the process makes one.
 
-    What is kept falls to pieces in time, because an aligned block never fits the hole that one of its own size has left (glibc bug 14581)
-    unless the hole's neighbours are free too: with collectives in other threads three times of what a step needs was seen after 50 steps.
-    Hence `bound`.
+    What is kept can fall to pieces that fit nothing: with collectives in other threads a rank held three times of what a step needs after
+    50 steps (measured; not so where glibc maps large blocks one by one). Hence `bound`.
     """
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
-        self._usual: int | None = None
-        self._settling = 2
+        self._usual, self._settling = 0, 2
         mallopt = getattr(self._libc, "mallopt", None)  # only in glibc
         # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD. One arena, because others cannot grow large blocks.
         settings = {-8: 1, -3: 2**31 - 1, -1: 2**31 - 1, -2: 256 * 1024 * 1024}
@@ -51,7 +49,7 @@ class KeptMemory:
         if self._settling > 0:
             self._settling -= 1
             self._usual = resident
-        elif self._usual is not None and resident > 1.25 * self._usual:
+        elif resident > 1.25 * self._usual:
             self._libc.malloc_trim(0)
             self._settling = 2
 

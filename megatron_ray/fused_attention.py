@@ -12,21 +12,48 @@ from torch import Tensor
 from megatron_ray.matmul import multiplies_wide
 
 
-def for_each_query_head(x_BGKD: Tensor, q_BNQD: Tensor) -> Tensor:
+def forward(q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused kernel, where it has one for the case; `causal` for a square,
+    `bias` [B, N or 1, Q, K] added to the scores. The output may be wider than the inputs."""
+    return _forward(q_BNQD, _for_each_query_head(k_BGKD, q_BNQD), _for_each_query_head(v_BGKD, q_BNQD), causal, bias)
+
+
+def backward(
+    grad: Tensor, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, output: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v from that of the output; they may be wider than the inputs."""
+    k, v = (_for_each_query_head(x, q_BNQD) for x in (k_BGKD, v_BGKD))
+    grad_q, grad_k, grad_v = _backward(grad, q_BNQD, k, v, output, lse, causal, bias)
+    groups = k_BGKD.shape[1]
+    return grad_q, _summed_over_sharers(grad_k, groups), _summed_over_sharers(grad_v, groups)
+
+
+def tokens_first(output_BNQD: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same [B, N, Q, D] in the type of the activations and in memory [B, Q, N, D], as the output projection reads it."""
+    by_token = output_BNQD.transpose(1, 2)
+    return torch.empty(by_token.shape, dtype=dtype, device=by_token.device).copy_(by_token).transpose(1, 2)
+
+
+def _for_each_query_head(x_BGKD: Tensor, q_BNQD: Tensor) -> Tensor:
     """Each key/value head as often as query heads share it; as it is where none do."""
     repeats = q_BNQD.shape[1] // x_BGKD.shape[1]
     return x_BGKD if repeats == 1 else x_BGKD.repeat_interleave(repeats, dim=1)
+
+
+def _summed_over_sharers(grad_BNKD: Tensor, groups: int) -> Tensor:
+    if grad_BNKD.shape[1] == groups:
+        return grad_BNKD
+    return grad_BNKD.view(len(grad_BNKD), groups, -1, *grad_BNKD.shape[2:]).sum(2)
 
 
 def _uses_flash(q: Tensor, bias: Tensor | None) -> bool:
     return q.device.type == "cuda" and bias is None and q.dtype in (torch.float16, torch.bfloat16)
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused kernel, where it has one for the case; as many key/value
-    heads as query heads, `causal` for a square, `bias` [B, N or 1, Q, K] added to the scores. The output may be wider than the inputs."""
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """As many key/value heads as query heads."""
     if multiplies_wide(q.device.type, q.dtype):
-        return forward(q.float(), k.float(), v.float(), causal, bias.float() if bias is not None else None)
+        return _forward(q.float(), k.float(), v.float(), causal, bias.float() if bias is not None else None)
     if _uses_flash(q, bias):
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
         return output, lse
@@ -40,13 +67,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None) 
     return torch.matmul(p.to(v.dtype), v), lse
 
 
-def backward(
+def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output; they may be wider than the inputs."""
     if multiplies_wide(q.device.type, q.dtype):
         grad, q, k, v, output = (x.float() for x in (grad, q, k, v, output))
-        return backward(grad, q, k, v, output, lse, causal, bias.float() if bias is not None else None)
+        return _backward(grad, q, k, v, output, lse, causal, bias.float() if bias is not None else None)
     if _uses_flash(q, bias):
         lengths = q.new_zeros(0, dtype=torch.int32)  # read only for batches without padding
         seed = q.new_zeros(2, dtype=torch.uint64)

@@ -7,10 +7,9 @@ experts stay as they are: their rows change with every microbatch, and new shape
 
 import sysconfig
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +24,7 @@ from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
 from megatron_ray.tensor_parallel.norm import RMSNorm, widened
 
 
-@dataclass(frozen=True)
-class Fusions:
+class Fusions(NamedTuple):
     """Each is to compute what the kernel of the same layer does."""
 
     rms_norm: Kernel
@@ -58,8 +56,7 @@ def compiled_fusions() -> Fusions:
     _refuse_without_tools()
     inductor.compile_threads = 1  # else it starts a pool of processes that outlives the rank
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(torch.compile, fullgraph=True)
-    plain = formulas()
-    return Fusions(*(Kernel(compiled(kernel.forward), compiled(kernel.backward)) for kernel in plain))
+    return Fusions(*(Kernel(compiled(kernel.forward), compiled(kernel.backward)) for kernel in FORMULAS))
 
 
 def _refuse_without_tools() -> None:
@@ -75,16 +72,6 @@ def _refuse_without_tools() -> None:
         raise ConfigProblem(
             f"/training/compile: blocks needs {absent} on every node, and this one has none; install it, or set compile to none"
         )
-
-
-def formulas() -> tuple[Kernel, Kernel, Kernel, Kernel]:
-    """In the order of `Fusions`."""
-    return (
-        Kernel(_rms_norm, _rms_norm_backward),
-        Kernel(_swiglu, _swiglu_backward),
-        Kernel(_rotate_qkv, _rotate_qkv_backward),
-        Kernel(_softmax_sums, _logits_gradient_),
-    )
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -150,3 +137,11 @@ def _logits_gradient_(logits: Tensor, largest: Tensor, scale: Tensor, hit: Tenso
     share = (widened(logits) - largest[:, None]).exp() * scale[:, None]
     here = torch.arange(logits.shape[1], device=logits.device) == local[:, None]
     logits.copy_(share - torch.where(here, hit[:, None], 0))
+
+
+FORMULAS = Fusions(
+    rms_norm=Kernel(_rms_norm, _rms_norm_backward),
+    swiglu=Kernel(_swiglu, _swiglu_backward),
+    rotation=Kernel(_rotate_qkv, _rotate_qkv_backward),
+    loss=Kernel(_softmax_sums, _logits_gradient_),
+)

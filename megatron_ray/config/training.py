@@ -45,7 +45,7 @@ class TrainingConfig(Config):
     """Trades arithmetic for memory: activations computed again instead of kept."""
     compile: Literal["none", "blocks"] = "none"
     """`blocks` has torch.compile fuse what a block does besides products and attention (norm, activation, rotation), and the loss: fewer
-    trips to memory, for some seconds at the start of every process. Needs a C++ compiler where ranks run on CPU."""
+    trips to memory, for some seconds at the start of every process. Needs a C++ compiler and Python's headers on every node."""
     seed: int = Field(default=1234, ge=0, le=(1 << 63) - 1)
     """Seeds the weights, the data order and every random stream."""
     deterministic: bool = False

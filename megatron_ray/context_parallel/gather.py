@@ -15,6 +15,7 @@ from megatron_ray.collectives import Group
 from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward, chunks_of
 from megatron_ray.data.loader import Packed
 from megatron_ray.data.sequence_cut import SequenceCut
+from megatron_ray.fused_attention import tokens_first
 
 
 class GatherAttention(nn.Module):
@@ -63,7 +64,7 @@ class _Gather(torch.autograd.Function):
         own = torch.stack([k, v])
         keys, values = _gathered(own, cut.cp, group)
         attend(so_far, q, keys, values, gather_tiles(cut, q.shape[2]), _documents(cut, documents))
-        output = so_far.finished(q.dtype)
+        output = tokens_first(so_far.output, q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
         ctx.cut, ctx.group, ctx.documents = cut, group, documents  # type: ignore[attr-defined]
         return output

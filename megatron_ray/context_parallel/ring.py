@@ -17,6 +17,7 @@ from megatron_ray.collectives import Group
 from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward, chunks_of
 from megatron_ray.data.loader import Packed
 from megatron_ray.data.sequence_cut import SequenceCut
+from megatron_ray.fused_attention import tokens_first
 
 
 def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
@@ -77,7 +78,7 @@ class _Ring(torch.autograd.Function):
             if hop + 1 < hops.size:
                 pending.wait()
                 block = arriving
-        output = so_far.finished(q.dtype)
+        output = tokens_first(so_far.output, q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
         ctx.hops = hops  # type: ignore[attr-defined]
         return output

@@ -61,10 +61,6 @@ class Attended:
         wide = torch.promote_types(q_BNQD.dtype, torch.float32)
         return cls(torch.zeros_like(q_BNQD, dtype=wide), q_BNQD.new_full(q_BNQD.shape[:-1], -torch.inf, dtype=wide))
 
-    def finished(self, dtype: torch.dtype) -> Tensor:
-        """The output in the type of the activations; tokens first in memory, as the output projection reads them."""
-        return self.output.to(dtype).transpose(1, 2).contiguous().transpose(1, 2)
-
     def join(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Adds keys that the queries in `rows` had not seen yet."""
         before = self.lse[:, :, rows]
@@ -79,7 +75,7 @@ def attend(so_far: Attended, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, til
     """Lets the queries see the keys of these tiles."""
     for tile in tiles:
         q = q_BNQD[:, :, tile.queries]
-        k, v = (fused_attention.for_each_query_head(x[:, :, tile.keys], q) for x in (k_BGKD, v_BGKD))
+        k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
         bias = documents.bias(tile, q.dtype) if documents is not None else None
         output, lse = fused_attention.forward(q, k, v, tile.causal, bias)
         if bias is not None:  # the kernel says 0 for who sees nothing
@@ -107,13 +103,12 @@ def attend_backward(
 ) -> None:
     """Adds the gradients of these tiles; `final` is the output, in the type of q, and its log-sum-exp, over all tiles."""
     output, lse = final
-    groups = k_BGKD.shape[1]
     for tile in tiles:
         rows = tile.queries
         q = q_BNQD[:, :, rows]
-        k, v = (fused_attention.for_each_query_head(x[:, :, tile.keys], q) for x in (k_BGKD, v_BGKD))
+        k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
         bias = documents.bias(tile, q.dtype) if documents is not None else None
         found = fused_attention.backward(grad_BNQD[:, :, rows], q, k, v, output[:, :, rows], lse[:, :, rows], tile.causal, bias)
         gradients.queries[:, :, rows] += found[0]
         for place, grad in enumerate(found[1:]):
-            gradients.keys_values[place, :, :, tile.keys] += grad.view(len(grad), groups, -1, *grad.shape[2:]).sum(2)
+            gradients.keys_values[place, :, :, tile.keys] += grad

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megatron_ray.fused_attention import tokens_first
+
 # Query rows per block: the masked half of a diagonal block is wasted work, narrow products are slow ones.
 _ROWS = 128
 # Scores (fp32) worked on at a time: a few heads together keep products quick, more than the second-level cache holds does not.
@@ -127,8 +129,7 @@ class _CausalAttention(torch.autograd.Function):
             k_PCD, v_PCD = keys[block.pairs, : block.columns], values[block.pairs, : block.columns]
             _, p_PRC = _probabilities(_block_rows(queries, block), k_PCD, hide_future, buffer)
             attended[block.pairs, :, block.rows] = torch.bmm(p_PRC, v_PCD).view(len(p_PRC), per_pair, -1, width)
-        # Tokens first in memory, as the output projection reads them.
-        return attended.view(q.shape).transpose(1, 2).contiguous().transpose(1, 2)
+        return tokens_first(attended.view(q.shape), q.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:

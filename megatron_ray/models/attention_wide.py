@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megatron_ray import fused_attention
-from megatron_ray.fused_attention import for_each_query_head
 
 
 def wide_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
@@ -23,16 +22,13 @@ def wide_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Ten
 class _WideAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide, lse = fused_attention.forward(q, for_each_query_head(k, q), for_each_query_head(v, q), causal=True, bias=None)
-        by_token = wide.transpose(1, 2)  # tokens first in memory, as the output projection reads them
-        output = torch.empty(by_token.shape, dtype=q.dtype, device=q.device).copy_(by_token).transpose(1, 2)
+        wide, lse = fused_attention.forward(q, k, v, causal=True, bias=None)
+        output = fused_attention.tokens_first(wide, q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, output, lse = ctx.saved_tensors
-        keys, values = (for_each_query_head(x, q) for x in (k, v))
-        grad_q, *shared = fused_attention.backward(grad, q, keys, values, output, lse, causal=True, bias=None)
-        grad_k, grad_v = (x.view(len(x), k.shape[1], -1, *x.shape[2:]).sum(2) for x in shared)
+        grad_q, grad_k, grad_v = fused_attention.backward(grad, q, k, v, output, lse, causal=True, bias=None)
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

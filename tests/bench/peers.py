@@ -103,7 +103,7 @@ def compare(name: str, case: Case) -> dict[str, Any]:
         try:
             first, other = ours.take(case.terms.checked), theirs.take(case.terms.checked)
             pairs = [(_rate(ours), _rate(theirs)) for _ in range(PAIRS)]
-            memory = [contestant.take(1)["peak_mb"][0] for contestant in (ours, theirs)]
+            memory = [contestant.take(0)["peak_mb"][0] for contestant in (ours, theirs)]
         finally:
             ours.end()
             theirs.end()

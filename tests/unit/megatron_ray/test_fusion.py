@@ -57,11 +57,11 @@ def loss(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
     return [*found, logits]
 
 
-CASES: dict[str, tuple[Callable[[Kernel, torch.dtype], list[Tensor]], Kernel, int]] = {
-    "rms_norm": (rms_norm, RMS_NORM, 0),
-    "swiglu": (swiglu, SWIGLU, 1),
-    "rotation": (rotation, ROTATION, 2),
-    "loss": (loss, LOSS, 3),
+CASES: dict[str, tuple[Callable[[Kernel, torch.dtype], list[Tensor]], Kernel]] = {
+    "rms_norm": (rms_norm, RMS_NORM),
+    "swiglu": (swiglu, SWIGLU),
+    "rotation": (rotation, ROTATION),
+    "loss": (loss, LOSS),
 }
 
 
@@ -74,16 +74,16 @@ def close(measured: list[Tensor], expected: list[Tensor], allowed: float) -> Non
 @pytest.mark.parametrize("dtype", ALLOWED)
 @pytest.mark.parametrize("case", CASES)
 def test_a_formula_is_its_kernel(case: str, dtype: torch.dtype) -> None:
-    run, kernel, place = CASES[case]
-    close(run(fusion.formulas()[place], dtype), run(kernel, dtype), ALLOWED[dtype])
+    run, kernel = CASES[case]
+    close(run(getattr(fusion.FORMULAS, case), dtype), run(kernel, dtype), ALLOWED[dtype])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.parity)])
 def test_what_the_compiler_makes_of_a_formula_is_the_formula(dtype: torch.dtype) -> None:
     fusions = fusion.compiled_fusions()
-    for (run, _, place), name in zip(CASES.values(), ("rms_norm", "swiglu", "rotation", "loss"), strict=True):
-        close(run(getattr(fusions, name), dtype), run(fusion.formulas()[place], dtype), ALLOWED[dtype])
+    for case, (run, _) in CASES.items():
+        close(run(getattr(fusions, case), dtype), run(getattr(fusion.FORMULAS, case), dtype), ALLOWED[dtype])
 
 
 def test_every_part_of_a_model_but_its_routed_experts_is_replaced() -> None:
