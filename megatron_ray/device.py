@@ -28,15 +28,17 @@ class KeptMemory:
     faults on fresh temporaries. For the whole process and all its threads, so only whoever owns the process makes one.
 
     What is kept can fall to pieces that fit nothing: with collectives in other threads a rank held three times of what a step needs after
-    50 steps (measured; not so where glibc maps large blocks one by one). Hence `bound`.
+    50 steps (measured; not so where glibc maps large blocks one by one). Hence `bound`. One cause: glibc before 2.38 asks for more than an
+    aligned block's size and cuts off scraps, so the block's place serves the same size again only once it is joined with its scraps. Small
+    bins keep scraps from being joined; one kind is switched off here, the other (tcache) only by GLIBC_TUNABLES as a process starts.
     """
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
         self._usual, self._settling = 0, 2
         mallopt = getattr(self._libc, "mallopt", None)  # only in glibc
-        # malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD. One arena, because others cannot grow large blocks.
-        settings = {-8: 1, -3: 2**31 - 1, -1: 2**31 - 1, -2: 256 * 1024 * 1024}
+        # malloc.h: M_ARENA_MAX (one, because others cannot grow large blocks), M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_MXFAST.
+        settings = {-8: 1, -3: 2**31 - 1, -1: 2**31 - 1, -2: 256 * 1024 * 1024, 1: 0}
         taken = [mallopt is not None and mallopt(name, value) == 1 for name, value in settings.items()]
         self.keeps = all(taken)
         """False where the C library has no such switch."""

@@ -5,6 +5,7 @@ Each returns plain values, a user's mistake included, so that nothing of the lib
 
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from workers.job import JobSpec
 from workers.journal import Journal, JournalProblem
 from workers.spool import Line, SpoolReader
 
+_DYING_S, _SWEEPS = 0.3, 10
 NONCE_FOLDER = ".megatron-ray"
 
 
@@ -109,5 +111,9 @@ def salvage_task(report_file: str, after: int, log_file: str, log_offset: int, l
 
 
 def sweep_task(folder: str) -> None:
-    """Removes a job's files on a node."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes a job's files on a node, and what comes back: a process that Ray calls dead may still be dying, and write."""
+    for _ in range(_SWEEPS):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_DYING_S)
+        if not Path(folder).exists():
+            break

@@ -253,10 +253,13 @@ class WorkerGroup:
         return tuple(self._slots)
 
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
-        """Has living workers remove the job's files; returns the nodes where that is done."""
+        """Has living workers remove the job's files; returns the nodes where that is done.
+
+        None as long as a worker is silent: it may be starting, and make its folder after a neighbour has removed it.
+        """
         self.adopt(slot for slot in range(num_slots) if slot not in self._slots)
         cleaned, _ = _in_time({actor.retire.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s)
-        return tuple(sorted(set(cleaned.values())))
+        return tuple(sorted(set(cleaned.values()))) if len(cleaned) == len(self._slots) else ()
 
     def remove_all(self, num_slots: int) -> None:
         """Ends every actor of the job but its driver, and gives the placement group back."""

@@ -80,7 +80,9 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # Ray's default of 15 lets everything else on the machine go before the ranks
+        # A rank keeps its memory (megatron_ray.device.KeptMemory); what can no longer be set in a living process is set here.
         "MALLOC_ARENA_MAX": "1",  # a Ray worker has many arenas before a rank can say that it keeps its memory in one
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # else scraps of aligned blocks keep those from being joined and used again
         "RAY_ADDRESS": None,  # another cluster's address would be taken for this one's
         "TMPDIR": str(temp_dir),  # killed processes leave sockets behind; here they go with the temp dir
     }

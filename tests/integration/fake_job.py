@@ -75,5 +75,13 @@ class GpuTeller(RankWorker):
     train = staticmethod(tell_gpus)
 
 
+class LateWorker(FakeWorker):
+    """The second of them comes up late."""
+
+    def __init__(self, job_id: str, slot: int, *rest: Any) -> None:
+        time.sleep(3.0 * slot)
+        super().__init__(job_id, slot, *rest)
+
+
 class FakeDriver(JobDriver):
     worker_class: Any = FakeWorker

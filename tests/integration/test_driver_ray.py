@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.integration.fake_service import NAMESPACE, FakeService
+from workers.job import JobSpec
 
 pytestmark = pytest.mark.ray
 
@@ -320,3 +321,28 @@ def test_a_wish_for_a_checkpoint_is_granted_once(submit: Submit, fake_service: F
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)
     fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 10)
     assert len(committed(fake_service, job_id)) == 2
+
+
+def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> None:
+    import ray
+
+    from tests.integration.fake_job import LateWorker
+    from workers.cluster import job_folder, read_nodes
+    from workers.group import WorkerGroup
+    from workers.orders import Fence
+    from workers.placement import plan_placement
+    from workers.staffing import fill_posts
+
+    group, fence, (node,) = WorkerGroup("job-late", NAMESPACE, LateWorker), Fence(1, 1), read_nodes()
+    folder = job_folder(node.node_id, "job-late")
+    plan = plan_placement(JobSpec.from_mapping(spec()), [node], "cpu")
+    assert ray.get(group.placement_group(plan).ready(), timeout=30)
+    try:
+        group.create(plan, fill_posts(plan, (), (), (), group.nodes(plan)).recruits, 1)
+        group.probe([0], fence, 60, lambda: None)
+        assert folder.exists()
+        assert group.retire(fence, 2, 0.5) == () and not folder.exists(), "the first one has removed what there was"
+        group.probe([1], fence, 60, lambda: None)
+        assert group.retire(fence, 2, 5.0) == (node.node_id,) and not folder.exists()
+    finally:
+        group.remove_all(2)

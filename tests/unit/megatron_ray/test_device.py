@@ -1,11 +1,14 @@
 """What is asked of the machine on CPU."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 
 from megatron_ray import device
+from service.local_stack.ray_head import ray_environment
 
 # Allocates and frees 48 MB blocks, and prints the page faults of the second half, when memory is warm.
 FAULTS = """
@@ -29,7 +32,9 @@ thread.join()
 
 
 def faults(mode: str) -> int:
-    done = subprocess.run([sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True)
+    """As a rank under Ray would have them."""
+    environment = os.environ | {name: value for name, value in ray_environment("", Path()).items() if value is not None}
+    done = subprocess.run([sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True, env=environment)
     return int(done.stdout)
 
 
