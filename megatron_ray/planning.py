@@ -72,7 +72,7 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
         inner = width * tokens * model.ffn_width // tp
     else:  # rows come gathered over etp and balanced over ep
         inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
-        copies = 2 * moe.top_k * residual * (parallel.etp or tp) + tokens // cut * _routing(moe)
+        copies = 2 * moe.top_k * residual * parallel.expert_tp + tokens // cut * _routing(moe)
     around = 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
     return LayerActivations(
         layer_input=residual,

@@ -55,7 +55,7 @@ def least_dp(config: TrainConfig) -> int:
 def _expert_step(config: TrainConfig) -> int:
     """For etp x ep to divide tp x cp x dp."""
     parallel = config.parallel
-    ranks = experts.expert_tp(config) * parallel.ep
+    ranks = parallel.expert_tp * parallel.ep
     return ranks // gcd(ranks, parallel.tp * parallel.cp)
 
 
@@ -99,7 +99,7 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     step = _expert_step(config)
     dp = least_dp(config) if parallel.dp == "auto" else parallel.dp
     if dp % step:
-        text = f"etp x ep = {experts.expert_tp(config)} x {parallel.ep} must divide tp x cp x dp = {parallel.tp} x {parallel.cp} x {dp}"
+        text = f"etp x ep = {parallel.expert_tp} x {parallel.ep} must divide tp x cp x dp = {parallel.tp} x {parallel.cp} x {dp}"
         found.append(Problem("/parallel/ep", "expert_grid", f"{text}; use a dp that is a multiple of {step}, or lower ep or etp"))
     elif (dp * parallel.cp) % parallel.zero_replicas == 0:
         try:

@@ -52,3 +52,8 @@ class ParallelismConfig(Config):
     bucket_elements: int | None = Field(default=None, ge=1)
     """Gradients are reduced in buckets of about this many elements; when not given Megatron's max(40e6, 1e6 x dp), and in small models an
     eighth of all but at least 1e6 x dp."""
+
+    @property
+    def expert_tp(self) -> int:
+        """`etp`, resolved."""
+        return self.tp if self.etp is None else self.etp

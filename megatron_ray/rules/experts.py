@@ -5,10 +5,6 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.rules.problem import Problem
 
 
-def expert_tp(config: TrainConfig) -> int:
-    return config.parallel.etp or config.parallel.tp
-
-
 def experts(config: TrainConfig) -> list[Problem]:
     """Expert parallelism and the mixture itself."""
     parallel, moe, model = config.parallel, config.model.moe, config.model
@@ -26,9 +22,9 @@ def experts(config: TrainConfig) -> list[Problem]:
     if moe.num_experts % parallel.ep:
         text = f"ep={parallel.ep} does not divide model.moe.num_experts={moe.num_experts}; use an ep that does"
         found.append(Problem("/parallel/ep", "ep_divides", text))
-    if model.expert_width % expert_tp(config):
+    if model.expert_width % parallel.expert_tp:
         name = "etp" if parallel.etp else "tp"
-        text = f"{name}={expert_tp(config)} does not divide the experts' ffn_hidden_size={model.expert_width}; use an etp that does"
+        text = f"{name}={parallel.expert_tp} does not divide the experts' ffn_hidden_size={model.expert_width}; use an etp that does"
         found.append(Problem(f"/parallel/{name}", "etp_divides", text))
     shared = moe.shared_expert_ffn_hidden_size
     if shared is not None and shared % parallel.tp:

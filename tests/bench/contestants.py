@@ -171,7 +171,7 @@ def main() -> None:
     step, number = PROGRAMS[name](given, rank), 0
     memory = KeptMemory() if name.startswith("ours") else None  # as every rank has it
     for line in sys.stdin:
-        losses, norms, seconds = [], [], []
+        losses, norms, seconds, before = [], [], [], time.process_time()
         for _ in range(int(line)):
             rows = reference.samples(number)
             start = time.perf_counter()
@@ -184,7 +184,8 @@ def main() -> None:
                 norms.append(known[1])
             number += 1
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps({"losses": losses, "norms": norms, "seconds": seconds, "peak_mb": peak}), flush=True)
+        used = time.process_time() - before
+        print(json.dumps({"losses": losses, "norms": norms, "seconds": seconds, "cpu_s": used, "peak_mb": peak}), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tests.bench import reference
 from tests.bench.contestants import Terms
 
 PAIRS, STEPS_A_TURN = 9, 4
+Answer = dict[str, list[float]]
 # glibc returns large blocks to the system at once by default; keeping them is worth a fifth of a step to either side.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
 
@@ -62,8 +63,8 @@ class Contestant:
             for rank in range(terms.world_size)
         ]
 
-    def take(self, steps: int) -> dict[str, list[float]]:
-        """Every rank's answer, of which losses and norms come from the last, who has the loss, and the seconds are the longest's."""
+    def take(self, steps: int) -> Answer:
+        """One answer of all ranks: losses and norms are the last one's, who has the loss, seconds the longest's, CPU seconds the sum."""
         for process in self.ranks:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
@@ -77,7 +78,8 @@ class Contestant:
             answers.append(json.loads(line))
         longest = max(answers, key=lambda answer: sum(answer["seconds"]))
         memory = max(answer["peak_mb"] for answer in answers)
-        return answers[-1] | {"seconds": longest["seconds"], "peak_mb": [memory]}
+        used = sum(answer["cpu_s"] for answer in answers)
+        return answers[-1] | {"seconds": longest["seconds"], "cpu_s": [used], "peak_mb": [memory]}
 
     def end(self) -> None:
         for process in self.ranks:
@@ -102,13 +104,13 @@ def compare(name: str, case: Case) -> dict[str, Any]:
         ours, theirs = (Contestant(who, case.terms, folder) for who in (case.ours, case.peer))
         try:
             first, other = ours.take(case.terms.checked), theirs.take(case.terms.checked)
-            pairs = [(_rate(ours), _rate(theirs)) for _ in range(PAIRS)]
+            turns = [_take_turns(ours, theirs, swapped=bool(number % 2)) for number in range(PAIRS)]
             memory = [contestant.take(0)["peak_mb"][0] for contestant in (ours, theirs)]
         finally:
             ours.end()
             theirs.end()
-    ratios = [mine / peer for mine, peer in pairs]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    pairs = [(_rate(mine), _rate(peer)) for mine, peer in turns]
+    low, middle, high = statistics.quantiles([mine / peer for mine, peer in pairs], n=4)
     return {
         "bench": "peers",
         "case": name,
@@ -118,6 +120,8 @@ def compare(name: str, case: Case) -> dict[str, Any]:
         "goal": case.goal,
         "quartiles": [round(low, 3), round(high, 3)],
         "tokens_per_s": round(statistics.median(mine for mine, _ in pairs), 1),
+        # What each used of the processors, which other guests of the machine disturb less; waiting is not in it.
+        "by_cpu_time": round(statistics.median(peer["cpu_s"][0] / mine["cpu_s"][0] for mine, peer in turns), 3),
         "peak_mb": memory,
         "largest_loss_difference": _largest_difference(first["losses"], other["losses"]),
         "from_the_reference_in_fp32": _largest_difference(first["losses"], reference.LOSSES[: case.terms.checked]),
@@ -129,6 +133,11 @@ def _largest_difference(ours: list[float], others: list[float]) -> float:
     return max(abs(one - other) for one, other in zip(ours, others, strict=True))
 
 
-def _rate(contestant: Contestant) -> float:
-    tokens = reference.GLOBAL_BATCH * reference.SEQUENCE
-    return tokens / statistics.median(contestant.take(STEPS_A_TURN)["seconds"])
+def _take_turns(ours: Contestant, theirs: Contestant, *, swapped: bool) -> tuple[Answer, Answer]:
+    """Who is first alternates: the processor is cooler, or the cache another's, for whoever it is."""
+    found = {id(one): one.take(STEPS_A_TURN) for one in ((theirs, ours) if swapped else (ours, theirs))}
+    return found[id(ours)], found[id(theirs)]
+
+
+def _rate(answer: Answer) -> float:
+    return reference.GLOBAL_BATCH * reference.SEQUENCE / statistics.median(answer["seconds"])
