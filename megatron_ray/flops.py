@@ -11,7 +11,7 @@ def matmul_parameters(model: ModelConfig) -> int:
     """Parameters that a token is multiplied with: of experts, those it goes to."""
     heads, groups = model.num_attention_heads * model.head_width, model.kv_heads * model.head_width
     widths = sum(_ffn_width(model, layer) for layer in range(model.num_layers))
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = 3 if model.gated else 2
     routers = sum(moe.num_experts for layer in range(model.num_layers) if (moe := model.experts_on(layer)) is not None)
     return model.hidden_size * (model.num_layers * (2 * heads + 2 * groups) + matrices * widths + routers + model.vocabulary)
 

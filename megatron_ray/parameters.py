@@ -215,7 +215,7 @@ class _LocalTable:
 
     def _inputs_of_mlp(self) -> tuple[str, tuple[str, ...]]:
         """Name of the fused tensor, and what is fused in it."""
-        return ("gate_up", ("gate", "up")) if self.model.activation == "swiglu" else ("up", ("up",))
+        return ("gate_up", ("gate", "up")) if self.model.gated else ("up", ("up",))
 
     def _experts(self, prefix: str, num_experts: int) -> None:
         """This rank's neighbouring experts one after another in two tensors; each is cut over etp as an MLP is over tp."""

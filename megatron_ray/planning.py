@@ -78,7 +78,7 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
         layer_input=residual,
         norm=2 * residual + 2 * _STATISTICS[model.norm] * tokens // cut,
         core_attention=scores,
-        pre_activation=inner * (2 if model.activation == "swiglu" else 1),
+        pre_activation=inner * (2 if model.gated else 1),
         activation=inner,
         experts=copies,
         rest=residual + around + (2 * residual // width if model.hidden_dropout else 0),

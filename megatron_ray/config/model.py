@@ -5,7 +5,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.latent import LatentAttentionConfig, MultiTokenPredictionConfig
 from megatron_ray.config.moe import MoEConfig
+from megatron_ray.config.positions import RopeScaling
 from megatron_ray.config.presets import PRESETS
 
 
@@ -30,16 +32,26 @@ class ModelConfig(Config):
     """Rows of the embedding that mean something; the tokenizer's size when not given."""
     max_sequence_length: int = Field(default=2048, ge=1, le=1 << 24)
     """Longest sequence the model is meant for; the size of the table of learned positions."""
-    activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
-    """MLP non-linearity; `swiglu` gates, `gelu_tanh` is GPT-2's approximation."""
+    activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
+    """MLP non-linearity; `swiglu` and `geglu_tanh` (Gemma) gate, `gelu_tanh` is GPT-2's approximation."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, before the MLP and at the end."""
     norm_eps: float = Field(default=1e-5, gt=0, le=0.1)
     """Added to the variance inside the normalisation."""
+    zero_centered_norm: bool = False
+    """Norms multiply by 1 + weight (Gemma): weights start at zero."""
+    qk_norm: bool = False
+    """Normalises each head's query and key before they are rotated (Qwen3)."""
     position_embedding: Literal["rope", "learned", "none"] = "rope"
     """Rotary positions, a table of learned ones, or none."""
     rope_theta: float = Field(default=10000.0, gt=1)
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Stretches the rotary frequencies; as they are when not given."""
+    sliding_window: int | None = Field(default=None, ge=1, le=1 << 24)
+    """A token sees itself and the tokens before it, this many in all (Mistral); all of them when not given."""
+    full_attention_every: int | None = Field(default=None, ge=1, le=1024)
+    """With a sliding window: layers n, 2n ... counted from 1 see everything; no layer does when not given."""
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of activations set to zero in training: after the embedding, and of what attention and MLP add to the residual stream."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -47,14 +59,22 @@ class ModelConfig(Config):
     a stream of its own."""
     linear_bias: bool = False
     """Adds a bias to every linear layer of the blocks (GPT-2 does, Llama does not)."""
+    qkv_bias: bool = False
+    """Adds a bias to the projections to queries, keys and values only (Qwen2)."""
     tie_embeddings: bool = False
     """Uses the word embedding as the output head too."""
+    embedding_scale: float = Field(default=1.0, gt=0)
+    """Word embeddings are multiplied by it (Gemma: the square root of hidden_size)."""
     init_std: float = Field(default=0.02, gt=0, le=1)
     """Standard deviation of the initial weights; layers that write to the residual stream use init_std / sqrt(2 x layers)."""
     vocab_multiple: int = Field(default=128, ge=1, le=65536)
     """The embedding is padded to a multiple of this times tp; padding rows are zero and never saved."""
     moe: MoEConfig | None = None
     """Mixture of experts in the place of the MLP of some or all layers; none when not given."""
+    mla: LatentAttentionConfig | None = None
+    """Latent attention in the place of grouped-query attention; none when not given."""
+    mtp: MultiTokenPredictionConfig | None = None
+    """Layers that predict further tokens; none when not given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -93,6 +113,21 @@ class ModelConfig(Config):
     def ffn_width(self) -> int:
         """Width inside the MLP, resolved."""
         return self.ffn_hidden_size or 4 * self.hidden_size
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's activation multiplies by a second projection."""
+        return self.activation in ("swiglu", "geglu_tanh")
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        """Whether the projections to queries, keys and values have a bias."""
+        return self.linear_bias or self.qkv_bias
+
+    def window_on(self, layer: int) -> int | None:
+        """Tokens that a token of a layer (counted from 0) sees, itself included; None for all."""
+        every = self.full_attention_every
+        return None if every is not None and (layer + 1) % every == 0 else self.sliding_window
 
     def experts_on(self, layer: int) -> MoEConfig | None:
         """The mixture of a layer; None where it has a plain MLP."""

@@ -41,7 +41,7 @@ class PlainMLP(nn.Module):
 
 def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | PlainMLP:
     """The kind of MLP that the model has, `width` wide inside."""
-    kind = GatedMLP if config.activation == "swiglu" else PlainMLP
+    kind = GatedMLP if config.gated else PlainMLP
     return kind(config, layers, width)
 
 

@@ -24,7 +24,7 @@ class MoE(nn.Module):
         self.moe, self.index, self.layers = moe, index, layers
         self.router = layers.router(config.hidden_size, moe.num_experts)
         self.expert_bias = layers.expert_bias(moe.num_experts, moe.bias_update_rate) if moe.expert_bias else None
-        kind = GatedExperts if config.activation == "swiglu" else PlainExperts
+        kind = GatedExperts if config.gated else PlainExperts
         self.experts = kind(config, layers, moe.num_experts)
         shared = moe.shared_expert_ffn_hidden_size
         self.shared = make_mlp(config, layers, shared) if shared is not None else None
