@@ -157,8 +157,8 @@ class _Applier:
 
     def _state(self, record: Record) -> None:
         given = _State.model_validate(record.data)
-        level = {JobState.FAILED: "error", JobState.RECOVERING: "warn"}.get(given.state, "info")
-        fact = self._fact(record, f"job.{given.state}", given.message, level)
+        # A recovery is told by attempt.failed and policy.decision, with its cause and what follows.
+        fact = self._fact(record, f"job.{given.state}", given.message, "error" if given.state is JobState.FAILED else "info")
         if not jobs.transition(self.session, self.job, given.state, given.reason, fact):
             return
         if given.state is JobState.FAILED:
@@ -186,15 +186,14 @@ class _Applier:
             row.state, row.reason, row.message = given.state, given.reason, given.message
             row.ended_at = record.at if ended else None
         type_ = "attempt.ended" if ended else f"attempt.{'started' if given.state is AttemptState.STARTING else 'running'}"
-        level = "warn" if given.state is AttemptState.FAILED else "info"
-        jobs.add_event(self.session, job, self._fact(record, type_, given.message, level))
+        jobs.add_event(self.session, job, self._fact(record, type_, given.message))
 
     def _ranks(self, record: Record) -> None:
         given = _Ranks.model_validate(record.data)
         row = self._attempt_row(record)
         row.ranks = clean(sorted(given.ranks, key=lambda rank: int(rank.get("rank", 0))))
         nodes = len({rank.get("node_id") for rank in given.ranks})
-        text = f"{len(given.ranks)} ranks on {nodes} nodes"
+        text = f"{len(given.ranks)} rank{'s' * (len(given.ranks) != 1)} on {nodes} node{'s' * (nodes != 1)}"
         jobs.add_event(self.session, self.job, self._fact(record, "ranks.assigned", text, data={"ranks": len(given.ranks), "nodes": nodes}))
 
     def _prepared(self, record: Record) -> None:

@@ -322,6 +322,8 @@ def death_of(error: RayError) -> Death:
 
 
 def _words_of_death(text: str) -> str | None:
+    if "connection error code 2. End of file" in text:  # all that Ray knows of a process that was killed
+        return "its process died without a word: killed by a signal, as the kernel does when memory runs out, or crashed; see its log"
     for line in text.splitlines():
         for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
             if mark in line:

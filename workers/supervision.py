@@ -332,7 +332,10 @@ def relayed(line: Line) -> Line:
     elif line.kind == CheckpointReport.kind:
         message = f"wrote {data['bytes_written']} bytes of the checkpoint of step {data['step']} in {data['seconds']:.2f} s"
     elif line.kind == "failed":
-        level, message = "warn", f"{data['type']}: {data['message']}"
+        kind, words = policies.describe_error(data)
+        # Of a rank that only lost another one; whoever reads warnings alone is to find the cause first.
+        echo = kind is FailureKind.COLLATERAL
+        level, message = ("info", f"rank 0 lost a rank it was working with: {words}") if echo else ("warn", f"rank 0: {words}")
     elif line.kind == "ended":
         message = f"{data['outcome']} at step {data['step']}"
     record |= {"kind": "event", "data": {"type": f"rank.{line.kind}", "level": level, "message": message, "data": data, "ranks": [0]}}

@@ -56,7 +56,8 @@ def measure(road: Road, cache: str) -> tuple[float, dict[str, float], dict[str, 
     seen = {event["type"]: datetime.fromisoformat(event["created_at"]).timestamp() for event in events}
     ends = [posted, *(seen[name] for name in PHASES.values())]
     phases = {phase: ends[index + 1] - ends[index] for index, phase in enumerate(PHASES)}
-    (driver,) = [event["data"] for event in events if event["type"] == "ranks.started"]
+    (started,) = [event["data"] for event in events if event["type"] == "ranks.started"]
+    driver = {name: started[name] for name in ("store", "probe", "start")}
     rank = {event["data"]["phase"]: event["data"]["seconds"] for event in events if event["type"] == "rank.phase"}
     parts = {"place": phases["place and start"] - driver["store"] - driver["probe"], **driver, **rank}
     parts["step"] = phases["first step"] - driver["start"] - sum(rank.values())

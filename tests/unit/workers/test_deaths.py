@@ -1,10 +1,14 @@
-"""What Ray says of an actor's end, in our words."""
+"""What Ray says of an actor's end, in our words, and what a rank says of its own."""
+
+import json
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from workers.group import death_of
 from workers.policies import FailureKind
+from workers.spool import Line
+from workers.supervision import relayed
 
 SIGKILL = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RankWorker\n"
@@ -22,7 +26,7 @@ class Said(ActorDiedError):
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (Said(SIGKILL), FailureKind.PROCESS_DIED, "Worker unexpectedly exits"),
+        (Said(SIGKILL), FailureKind.PROCESS_DIED, "its process died without a word: killed by a signal"),
         (Said("The actor died because its node has died. Node Id: 12ab"), FailureKind.NODE_LOST, "its node has died. Node Id: 12ab"),
         (Said("The actor died because its node has died.", preempted=True), FailureKind.PREEMPTED, "its node was preempted"),
         (
@@ -37,3 +41,21 @@ def test_deaths_are_told_apart(error: ActorDiedError, kind: FailureKind, words: 
     death = death_of(error)
     assert death.kind is kind and words in death.words
     assert "common causes" not in death.words
+
+
+@pytest.mark.parametrize(
+    ("type_name", "text", "level", "words"),
+    [
+        ("ValueError", "no such thing", "warn", "rank 0: ValueError: no such thing"),
+        (
+            "RuntimeError",
+            "Connection reset by peer",
+            "info",
+            "rank 0 lost a rank it was working with: RuntimeError: Connection reset by peer",
+        ),
+    ],
+)
+def test_warnings_begin_with_the_cause_not_with_its_echo(type_name: str, text: str, level: str, words: str) -> None:
+    record = {"n": 7, "kind": "failed", "data": {"type": type_name, "message": text, "traceback": "..."}}
+    event = json.loads(relayed(Line(7, "failed", json.dumps(record).encode())).text)["data"]
+    assert (event["level"], event["message"], event["ranks"]) == (level, words, [0])
