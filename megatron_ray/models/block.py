@@ -17,7 +17,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention_norm = layers.norm(config.hidden_size)
-        self.attention = Attention(config, layers, f"layers.{index}.attention")
+        self.attention = Attention(config, layers, f"layers.{index}.attention", config.window_on(index))
         self.mlp_norm = layers.norm(config.hidden_size)
         moe = config.experts_on(index)
         self.mlp = make_mlp(config, layers, config.ffn_width) if moe is None else None

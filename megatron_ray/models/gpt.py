@@ -56,6 +56,8 @@ class GPT(nn.Module):
     def _embed(self, tokens_BS: Tensor, position_ids: Tensor, first_sample: int | None = None) -> Tensor:
         assert self.embedding is not None
         hidden_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
+        if self.config.embedding_scale != 1.0:
+            hidden_TH = hidden_TH * self.config.embedding_scale
         if self.config.position_embedding == "learned":
             hidden_TH = hidden_TH + self.position_embedding(position_ids.expand(tokens_BS.shape).reshape(-1))
         if self.embedding_dropout is not None and first_sample is not None:
@@ -90,7 +92,7 @@ class GPT(nn.Module):
         batch, sequence = shape
         if self.config.position_embedding != "rope":
             return Positions(batch, sequence, None, None)
-        cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
+        cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype, self.config.rope_scaling)
         return Positions(batch, sequence, cos, sin)
 
 

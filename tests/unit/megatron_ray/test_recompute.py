@@ -13,7 +13,7 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.block import Block
-from megatron_ray.models.mlp import SwiGLU
+from megatron_ray.models.mlp import GatedActivation
 from megatron_ray.planning import kept_activations
 from megatron_ray.recompute import recomputed
 from megatron_ray.tensor_parallel import layers
@@ -153,7 +153,7 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
         return product(inputs, weight, addend)
 
     monkeypatch.setattr(layers, "forward_product_plus", last_product)
-    for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (SwiGLU, "activation")):
+    for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (GatedActivation, "activation")):
         counted(kind, name)
     model, hidden, positions = blocks_of(config_of(setting, "llama", "fp32", False), ParallelMesh.single())
     runs.clear()
