@@ -90,7 +90,7 @@ class GPT(nn.Module):
         batch, sequence = shape
         if self.config.position_embedding != "rope":
             return Positions(batch, sequence, None, None)
-        cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype)
+        cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype, self.config.rope_scaling)
         return Positions(batch, sequence, cos, sin)
 
 

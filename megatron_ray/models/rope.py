@@ -1,16 +1,18 @@
-"""Rotary position embedding (Su et al. 2021), rotating halves as Llama does. Owns: angles and the rotation of a fused qkv.
+"""Rotary position embedding (Su et al. 2021), rotating halves as Llama does. Owns: angles, their stretching, the rotation of a fused qkv.
 
 Reads position ids, never an offset from a rank, so any cut of the sequence is right. Must not know: parallelism.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width (all as held on this rank).
 """
 
+from math import ceil, floor, log, pi
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from megatron_ray.config.positions import RopeScaling
 from megatron_ray.kernel import Kernel
 
 
@@ -20,17 +22,62 @@ def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype == torch.bfloat16
 
 
-def rotary_angles(position_ids_BS: Tensor, head_width: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, each [B or 1, S, 1, D], for activations of type `dtype`; computed in fp32.
+def rotary_angles(
+    position_ids_BS: Tensor, width: int, theta: float, dtype: torch.dtype, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and signed sin, each [B or 1, S, 1, D], for activations of type `dtype`; computed in fp32. `width` D is what is rotated.
 
     Rotated x = x cos + (x with its halves exchanged) sin, hence the sine's first half is negative.
     """
-    exponents = torch.arange(0, head_width, 2, device=position_ids_BS.device, dtype=torch.float32) / head_width
-    angles = position_ids_BS[:, :, None, None].float() * (1.0 / theta**exponents)
+    angles = position_ids_BS[:, :, None, None].float() * inverse_frequencies(width, theta, scaling, position_ids_BS.device)
     if rotates_in_fp32(position_ids_BS.device.type, dtype):
         dtype = torch.float32
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin, longer = angles.cos(), angles.sin(), concentration(scaling)
+    if longer != 1.0:
+        cos, sin = cos * longer, sin * longer
+    cos, sin = cos.to(dtype), sin.to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Radians per position of each pair of a rotated width: fp32 [width / 2], theta^(-2 i / width), stretched as `scaling` says."""
+    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    plain = 1.0 / theta**exponents
+    if scaling is None:
+        return plain
+    if scaling.kind == "linear":
+        kept = torch.zeros_like(plain)
+    elif scaling.kind == "llama3":
+        # Rotations over the original length: as many as high_freq_factor stay, as few as low_freq_factor are divided by the factor.
+        rotations = scaling.original_max_position_embeddings / (2 * pi) * plain
+        kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    else:
+        first, last = _yarn_ramp(width, theta, scaling)
+        kept = 1 - (torch.arange(width // 2, device=device, dtype=torch.float32) - first) / (last - first)
+    kept = kept.clamp(0, 1)
+    return plain * kept + plain / scaling.factor * (1 - kept)
+
+
+def _yarn_ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
+    """Pairs from which YaRN (Peng et al. 2023, section 3.2) begins and ends to divide: those that rotate beta_fast and beta_slow times."""
+
+    def pair(rotations: float) -> float:
+        return width * log(scaling.original_max_position_embeddings / (rotations * 2 * pi)) / (2 * log(theta))
+
+    first, last = max(floor(pair(scaling.beta_fast)), 0), min(ceil(pair(scaling.beta_slow)), width - 1)
+    return first, last if last != first else last + 0.001
+
+
+def concentration(scaling: RopeScaling | None) -> float:
+    """What cos and sin are multiplied by, so that attention is sharper over longer sequences: only YaRN's is not 1."""
+    if scaling is None or scaling.kind != "yarn":
+        return 1.0
+    return yarn_magnitude(scaling.factor, scaling.mscale) / yarn_magnitude(scaling.factor, scaling.mscale_all_dim)
+
+
+def yarn_magnitude(factor: float, weight: float) -> float:
+    """0.1 x weight x ln(factor) + 1: how much larger queries and keys together grow with the sequence."""
+    return 0.1 * weight * log(factor) + 1
 
 
 def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> None:
