@@ -56,31 +56,19 @@ class Positions:
     """Of the batch, where dropout is to drop."""
 
 
-class Attention(nn.Module):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given."""
+class CausalAttention(nn.Module):
+    """softmax(Q K^T / sqrt(D)) V, whoever makes queries, keys and values."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, place: str) -> None:
+    def __init__(self, layers: Layers, place: str) -> None:
         super().__init__()
-        self.head_width = config.head_width
-        self.rotation = ROTATION
-        heads, groups = config.num_attention_heads, config.kv_heads
-        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.linear_bias)
         self.core = layers.attention()
         self.dropping_core = layers.dropping_attention(f"{place}.probabilities")
-        self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
-        qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
-        heads, groups = self.qkv.heads, self.qkv.groups
-        if positions.cos is not None:
-            sizes = heads, groups, self.head_width
-            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
-        else:
-            q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        attended = self._attend(q, k, v, positions) if cache is None else self._attend_cached(q, k, v, cache)
-        merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
-        output: Tensor = self.o(merged, residual_TH)
-        return output
+    def attended(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions, cache: KeyValueCache | None) -> Tensor:
+        """[B, N, S, D]"""
+        if cache is not None:
+            return self._attend_cached(q_BNSD, k_BGSD, v_BGSD, cache)
+        return self._attend(q_BNSD, k_BGSD, v_BGSD, positions)
 
     def _attend(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
         if self.dropping_core is None or positions.first_sample is None:
@@ -96,9 +84,36 @@ class Attention(nn.Module):
             # Rows of the mask are the new tokens, which see everything before them.
             new, total = q_BNSD.shape[2], k_BGSD.shape[2]
             mask = torch.ones(new, total, dtype=torch.bool, device=q_BNSD.device).tril(diagonal=seen)
+        grouped = q_BNSD.shape[1] > k_BGSD.shape[1]
         return nn.functional.scaled_dot_product_attention(
-            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=self.qkv.heads > self.qkv.groups
+            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
         )
+
+
+class Attention(CausalAttention):
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, place: str) -> None:
+        super().__init__(layers, place)
+        self.head_width = config.head_width
+        self.rotation = ROTATION
+        heads, groups = config.num_attention_heads, config.kv_heads
+        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.linear_bias)
+        self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+        qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
+        heads, groups = self.qkv.heads, self.qkv.groups
+        if positions.cos is not None:
+            sizes = heads, groups, self.head_width
+            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
+        else:
+            q, k, v = split_qkv(qkv, heads, groups, self.head_width)
+        merged = (
+            self.attended(q, k, v, positions, cache).transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
+        )
+        output: Tensor = self.o(merged, residual_TH)
+        return output
 
 
 class WholeAttention(nn.Module):
