@@ -166,7 +166,7 @@ def _fully_sharded(
     """This rank's rows, and both families as torch's fully_shard cuts them: dense parameters over dp x cp, or a part of it where there
     are copies, experts over edp."""
     experts = [part for part in module.modules() if isinstance(part, GatedExperts | PlainExperts)]
-    dense = Shards([*module.layers.values(), module], mesh.shard_group, mesh.copy_group)
+    dense = Shards([*module.layers.values(), *module.mtp.values(), module], mesh.shard_group, mesh.copy_group)
     of_experts = Shards(experts, mesh.expert_replica_group)
     shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
     families, found = list[ParameterFamily](), list[LocalParameter]()

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from math import prod, sqrt
 from typing import Literal
 
+from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.schedules.layout import StageContents, cut_layers
@@ -91,7 +92,8 @@ class LocalParameter:
     """Local shape; rows beyond the last part are vocabulary padding, always zero."""
     parts: tuple[Part, ...]
     on_two_stages: bool = False
-    """A tied word embedding whose head is on another pipeline stage: both hold it, and their gradients are added up."""
+    """A word embedding that the last pipeline stage needs too, as its tied head or for layers that predict further tokens: both hold it,
+    and their gradients are added up."""
     counted: bool = True
     """False for the second of those, so that the global norm has it once."""
     trainable: bool = True
@@ -143,7 +145,12 @@ def local_parameters(
     Raises ValueError when tp does not divide a sharded dimension (validation says it better, with the remedy).
     """
     builder = _LocalTable(model, dims, rank, sequence_parallel)
-    return builder.build(cut_layers(model.num_layers, 1) if held is None else held)
+    return builder.build(whole_model(model) if held is None else held)
+
+
+def whole_model(model: ModelConfig) -> tuple[StageContents, ...]:
+    """The one stage that holds everything."""
+    return cut_layers(model.num_layers, 1, num_mtp_layers=model.further_layers)
 
 
 def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
@@ -175,26 +182,51 @@ class _LocalTable:
     def build(self, held: Sequence[StageContents]) -> tuple[LocalParameter, ...]:
         model = self.model
         has_embedding, has_head = (any(getattr(stage, part) for stage in held) for part in ("embedding", "loss"))
+        needed_last = model.tie_embeddings or model.further_layers > 0
         if has_embedding:
-            self._vocabulary("embedding.weight", on_two_stages=model.tie_embeddings and not has_head)
+            self._vocabulary("embedding.weight", on_two_stages=needed_last and not has_head)
             if model.position_embedding == "learned":
                 shape = (model.max_sequence_length, model.hidden_size)
                 self._replicated("position_embedding.weight", shape, self.normal, decay=True)
+        elif has_head and model.further_layers:
+            self._vocabulary("embedding.weight", on_two_stages=True, counted=False)
         for stage in held:
             for layer in stage.layers:
-                self._block(layer)
+                self._block(f"layers.{layer}.", layer)
         if has_head:
             self._norm("final_norm")
-            if not model.tie_embeddings:
-                self._vocabulary("head.weight")
-            elif not has_embedding:
-                self._vocabulary("head.weight", "embedding.weight", on_two_stages=True)
+            self._head(has_embedding)
+        for stage in held:
+            for depth in stage.mtp_layers:
+                self._further(depth)
         return tuple(self.found)
 
-    def _block(self, layer: int) -> None:
-        model, prefix = self.model, f"layers.{layer}."
-        hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_width, model.kv_heads * model.head_width
+    def _head(self, has_embedding: bool) -> None:
+        if not self.model.tie_embeddings:
+            self._vocabulary("head.weight")
+        elif not has_embedding and not self.model.further_layers:
+            self._vocabulary("head.weight", "embedding.weight", on_two_stages=True, counted=False)
+
+    def _further(self, depth: int) -> None:
+        hidden, prefix = self.model.hidden_size, f"mtp.{depth}."
+        self._norm(prefix + "embedding_norm")
+        self._norm(prefix + "hidden_norm")
+        self._replicated(prefix + "projection.weight", (hidden, 2 * hidden), self.normal, decay=True)
+        self._block(prefix + "block.", self.model.num_layers + depth)
+        self._norm(prefix + "final_norm")
+
+    def _block(self, prefix: str, layer: int) -> None:
         self._norm(prefix + "attention_norm")
+        if self.model.mla is None:
+            self._attention(prefix)
+        else:
+            self._latent_attention(prefix + "attention.", self.model.mla)
+        self._norm(prefix + "mlp_norm")
+        self._feed_forward(prefix, layer)
+
+    def _attention(self, prefix: str) -> None:
+        model = self.model
+        hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_width, model.kv_heads * model.head_width
         copies = max(1, self.tp // model.kv_heads)
         outputs = {"attention.q": (heads, 1), "attention.k": (kv, copies), "attention.v": (kv, copies)}
         self._column(prefix + "attention.qkv", outputs, hidden, prefix, bias=model.has_qkv_bias)
@@ -202,8 +234,25 @@ class _LocalTable:
             for name in ("q_norm", "k_norm"):
                 self._norm(f"{prefix}attention.{name}", model.head_width, of_heads=True)
         self._row(prefix + "attention.o", hidden, heads)
-        self._norm(prefix + "mlp_norm")
-        moe = model.experts_on(layer)
+
+    def _latent_attention(self, prefix: str, mla: LatentAttentionConfig) -> None:
+        """Heads are cut over tp; what comes before them is whole on every rank."""
+        hidden, heads = self.model.hidden_size, self.model.num_attention_heads
+        queries, keys_values = heads * mla.qk_head_dim, heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+        if mla.q_lora_rank is None:
+            self._column(prefix + "q", {"q": (queries, 1)}, hidden, prefix, bias=False)
+        else:
+            self._replicated(prefix + "q_down.weight", (mla.q_lora_rank, hidden), self.normal, decay=True)
+            self._norm(prefix + "q_norm", mla.q_lora_rank)
+            self._column(prefix + "q_up", {"q_up": (queries, 1)}, mla.q_lora_rank, prefix, bias=False)
+        self._replicated(prefix + "kv_down.weight", (mla.kv_lora_rank + mla.qk_rope_head_dim, hidden), self.normal, decay=True)
+        self._norm(prefix + "kv_norm", mla.kv_lora_rank)
+        self._column(prefix + "kv_up", {"kv_up": (keys_values, 1)}, mla.kv_lora_rank, prefix, bias=False)
+        self._row(prefix + "o", hidden, heads * mla.v_head_dim)
+
+    def _feed_forward(self, prefix: str, layer: int) -> None:
+        model = self.model
+        hidden, moe = model.hidden_size, model.experts_on(layer)
         if moe is None:
             self._mlp(prefix + "mlp.", model.ffn_width)
             return
@@ -241,7 +290,7 @@ class _LocalTable:
         self.found.append(LocalParameter(f"{prefix}down.weight", (hidden * each, width), tuple(outwards)))
 
     def _norm(self, name: str, width: int | None = None, *, of_heads: bool = False) -> None:
-        """Of the residual stream, or of heads `width` wide."""
+        """Of the residual stream, or of something `width` wide; `of_heads`: of each head."""
         shape = (width or self.model.hidden_size,)
         self._replicated(name + ".weight", shape, Init("zeros" if self.model.zero_centered_norm else "ones"), decay=False, partial=of_heads)
         if self.model.norm == "layernorm":
@@ -252,14 +301,14 @@ class _LocalTable:
         logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=self.sequence_parallel or partial)
         self.found.append(LocalParameter(name, shape, (Part(logical, Box((0,) * len(shape), shape), 0),)))
 
-    def _vocabulary(self, name: str, logical_name: str = "", *, on_two_stages: bool = False) -> None:
+    def _vocabulary(self, name: str, logical_name: str = "", *, on_two_stages: bool = False, counted: bool = True) -> None:
         rows, hidden = self.model.vocabulary, self.model.hidden_size
         local = padded_vocabulary(self.model, self.tp) // self.tp
         first = min(self.tp_rank * local, rows)
         held = min(first + local, rows) - first
         logical = LogicalParameter(logical_name or name, (rows, hidden), self.normal, 0, decay=True)
         part = Part(logical, Box((first, 0), (held, hidden)), 0)
-        self.found.append(LocalParameter(name, (local, hidden), (part,), on_two_stages, counted=not logical_name))
+        self.found.append(LocalParameter(name, (local, hidden), (part,), on_two_stages, counted))
 
     def _column(self, fused: str, outputs: dict[str, tuple[int, int]], inputs: int, prefix: str, *, bias: bool) -> None:
         """Output rows cut over tp; several logical tensors lie one after another. `outputs`: rows, and how many ranks share each part."""

@@ -27,8 +27,7 @@ def apply_recompute(model: GPT, config: RecomputeConfig) -> None:
     if config.granularity == "full":
         assert config.num_layers is not None
         model.through = _Chunks(config.num_layers) if config.method == "uniform" else _FirstLayers(config.num_layers)
-    for block in model.layers.values():
-        assert isinstance(block, Block)
+    for block in model.blocks:
         for name in config.chosen_modules:
             _MODULES[name](block)
 

@@ -25,7 +25,7 @@ class ModelConfig(Config):
     num_query_groups: int | None = Field(default=None, ge=1, le=1024)
     """Key/value heads (grouped-query attention); as many as query heads when not given."""
     head_dim: int | None = Field(default=None, ge=2, le=1024)
-    """Width of one head; hidden_size / num_attention_heads when not given."""
+    """Width of one head; when not given, hidden_size / num_attention_heads, under latent attention that of its queries and keys."""
     ffn_hidden_size: int | None = Field(default=None, ge=8, le=1 << 20)
     """Width inside the MLP; 4 x hidden_size when not given."""
     vocab_size: int | None = Field(default=None, ge=2, le=1 << 22)
@@ -90,7 +90,7 @@ class ModelConfig(Config):
     def _fill_derived(self) -> "ModelConfig":
         derived: dict[str, Any] = {
             "num_query_groups": self.num_query_groups or self.num_attention_heads,
-            "head_dim": self.head_dim or self.hidden_size // self.num_attention_heads,
+            "head_dim": self.head_width,
             "ffn_hidden_size": self.ffn_hidden_size or 4 * self.hidden_size,
         }
         if self.moe is not None and self.moe.ffn_hidden_size is None:
@@ -107,7 +107,24 @@ class ModelConfig(Config):
     @property
     def head_width(self) -> int:
         """Width of one head, resolved."""
+        if self.head_dim is None and self.mla is not None:
+            return self.mla.qk_head_dim
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def value_width(self) -> int:
+        """Width of one head's value."""
+        return self.mla.v_head_dim if self.mla is not None else self.head_width
+
+    @property
+    def rotated_width(self) -> int:
+        """Part of a head's query and key that rotary positions rotate."""
+        return self.mla.qk_rope_head_dim if self.mla is not None else self.head_width
+
+    @property
+    def further_layers(self) -> int:
+        """Layers behind the last one, each of which predicts one token more."""
+        return self.mtp.num_layers if self.mtp is not None else 0
 
     @property
     def ffn_width(self) -> int:
@@ -130,8 +147,9 @@ class ModelConfig(Config):
         return None if every is not None and (layer + 1) % every == 0 else self.sliding_window
 
     def experts_on(self, layer: int) -> MoEConfig | None:
-        """The mixture of a layer; None where it has a plain MLP."""
-        return self.moe if self.moe is not None and self.moe.on_layer(layer) else None
+        """The mixture of a layer; None where it has a plain MLP. Layers that predict further tokens (numbers from num_layers on) have
+        experts in every model that has."""
+        return self.moe if self.moe is not None and (layer >= self.num_layers or self.moe.on_layer(layer)) else None
 
     @property
     def expert_width(self) -> int:

@@ -26,6 +26,16 @@ class Packed:
 
 
 @dataclass(frozen=True)
+class Further:
+    """What is to be predicted beyond the next token, by depth: D of them. Tokens without such a label count for nothing."""
+
+    labels_DBS: Tensor
+    """At depth d the token d + 2 further on. The last ones of a sample lack one and have some token in its place."""
+    loss_mask_DBS: Tensor
+    """fp32"""
+
+
+@dataclass(frozen=True)
 class Batch:
     """One microbatch. Shapes: B samples, S tokens of each (under context parallelism: those of this rank)."""
 
@@ -39,6 +49,8 @@ class Batch:
     """Sum of the mask, known without asking the device."""
     packed: Packed | None = None
     """Given where documents are kept apart."""
+    further: Further | None = None
+    """Given where the model predicts further tokens."""
     expert_choices: Tensor | None = None
     """[B, S, layers, experts per token] int64: what routers are to take instead of choosing (replay)."""
     first_sample: int | None = None
@@ -54,6 +66,8 @@ class BatchMaker:
     """This rank's part of each sequence."""
     end_of_document: int | None = None
     """Given: documents are kept apart, positions count from 0 in each, and what follows its last token is no label."""
+    further: int = 0
+    """Tokens beyond the next one that have labels too."""
 
     def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
         """[B, S + 1] token ids -> batch; only the first `counted_rows` samples count in the loss."""
@@ -66,6 +80,7 @@ class BatchMaker:
             mask[ends] = 0
             positions, packed = self._tell_apart(ends)
         tokens = np.asarray(samples, dtype=np.int64)
+        further = self._further(tokens, mask) if self.further else None
         if self.cut.cp == 1:
             whole = self._move(tokens)
             found = whole[:, :-1], whole[:, 1:]
@@ -73,7 +88,19 @@ class BatchMaker:
             here = self.cut.positions(length)
             found = self._move(tokens[:, here]), self._move(tokens[:, here + 1])
             mask, positions = mask[:, here], positions[:, here]
-        return Batch(*found, self._move(mask), self._move(positions), int(mask.sum()), packed)
+        return Batch(*found, self._move(mask), self._move(positions), int(mask.sum()), packed, further)
+
+    def _further(self, tokens: np.ndarray, mask: np.ndarray) -> Further:
+        """A label further on must lie in the sample and in the same document: no token up to it may be without a label of its own."""
+        rows, length = mask.shape
+        labels, masks = np.empty((self.further, rows, length), dtype=np.int64), np.zeros((self.further, rows, length), dtype=np.float32)
+        before, here = mask, self.cut.positions(length)
+        for depth in range(self.further):
+            shift = depth + 1
+            labels[depth] = tokens[:, np.minimum(np.arange(length) + shift + 1, length)]
+            masks[depth, :, :-shift] = before[:, :-shift] * mask[:, shift:]
+            before = masks[depth]
+        return Further(self._move(labels[:, :, here]), self._move(masks[:, :, here]))
 
     def _tell_apart(self, ends: np.ndarray) -> tuple[np.ndarray, Packed]:
         """Positions [B, S] and documents, from where documents end [B, S]."""

@@ -57,7 +57,7 @@ def replace_parameters(model: nn.Module, replaced: Mapping[nn.Parameter, nn.Para
 
 def attach_slots(model: nn.Module, gradients: Mapping[str, Tensor], sink: WeightGradSink) -> None:
     """Gives every layer the slots of its trainable parameters, onto these main gradients; a parameter that two layers share expects
-    two contributions."""
+    the contributions of both."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     slots: dict[str, GradSlot] = {}
     for module in model.modules():
@@ -66,9 +66,9 @@ def attach_slots(model: nn.Module, gradients: Mapping[str, Tensor], sink: Weight
         for local_name, parameter in module.named_parameters(recurse=False):
             name = names[parameter]
             if name in slots:
-                slots[name].uses += 1
+                slots[name].uses += module.uses
             elif parameter.requires_grad:
-                slots[name] = sink.register(name, gradients[name])
+                slots[name] = sink.register(name, gradients[name], module.uses)
             if name in slots:
                 module.slots[local_name] = slots[name]
 

@@ -58,36 +58,21 @@ class Positions:
     """Of the batch, where dropout is to drop."""
 
 
-class Attention(nn.Module):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given."""
+class CausalAttention(nn.Module):
+    """softmax(Q K^T / sqrt(D)) V, whoever makes queries, keys and values."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, place: str, window: int | None) -> None:
+    def __init__(self, layers: Layers, place: str, window: int | None) -> None:
         """`window`: tokens that a token sees, itself included; None for all."""
         super().__init__()
-        self.head_width, self.window = config.head_width, window
-        self.rotation = ROTATION
-        heads, groups = config.num_attention_heads, config.kv_heads
-        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.has_qkv_bias)
-        self.q_norm = layers.norm(self.head_width) if config.qk_norm else None
-        self.k_norm = layers.norm(self.head_width) if config.qk_norm else None
+        self.window = window
         self.core = layers.attention(window)
         self.dropping_core = layers.dropping_attention(f"{place}.probabilities", window)
-        self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
-        qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
-        heads, groups = self.qkv.heads, self.qkv.groups
-        if self.q_norm is not None and self.k_norm is not None:
-            qkv = _normed(qkv, self.q_norm, self.k_norm, (heads, groups, self.head_width))
-        if positions.cos is not None:
-            sizes = heads, groups, self.head_width
-            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
-        else:
-            q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        attended = self._attend(q, k, v, positions) if cache is None else self._attend_cached(q, k, v, cache)
-        merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
-        output: Tensor = self.o(merged, residual_TH)
-        return output
+    def attended(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions, cache: KeyValueCache | None) -> Tensor:
+        """[B, N, S, D]"""
+        if cache is not None:
+            return self._attend_cached(q_BNSD, k_BGSD, v_BGSD, cache)
+        return self._attend(q_BNSD, k_BGSD, v_BGSD, positions)
 
     def _attend(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
         if self.dropping_core is None or positions.first_sample is None:
@@ -107,9 +92,37 @@ class Attention(nn.Module):
         first = max(0, seen - window + 1)
         k_BGSD, v_BGSD = k_BGSD[:, :, first:], v_BGSD[:, :, first:]
         mask = band(q_BNSD.shape[2], k_BGSD.shape[2], seen - first, window, q_BNSD.device)
-        return nn.functional.scaled_dot_product_attention(
-            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=self.qkv.heads > self.qkv.groups
-        )
+        grouped = q_BNSD.shape[1] > k_BGSD.shape[1]
+        return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=grouped)
+
+
+class Attention(CausalAttention):
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, place: str, window: int | None) -> None:
+        super().__init__(layers, place, window)
+        self.head_width = config.head_width
+        self.rotation = ROTATION
+        heads, groups = config.num_attention_heads, config.kv_heads
+        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.has_qkv_bias)
+        self.q_norm = layers.norm(self.head_width) if config.qk_norm else None
+        self.k_norm = layers.norm(self.head_width) if config.qk_norm else None
+        self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
+
+    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+        qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
+        heads, groups = self.qkv.heads, self.qkv.groups
+        if self.q_norm is not None and self.k_norm is not None:
+            qkv = _normed(qkv, self.q_norm, self.k_norm, (heads, groups, self.head_width))
+        if positions.cos is not None:
+            sizes = heads, groups, self.head_width
+            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
+        else:
+            q, k, v = split_qkv(qkv, heads, groups, self.head_width)
+        attended = self.attended(q, k, v, positions, cache)
+        merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
+        output: Tensor = self.o(merged, residual_TH)
+        return output
 
 
 def _normed(qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, sizes: tuple[int, int, int]) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.attention import Attention, KeyValueCache, Positions
+from megatron_ray.models.latent_attention import LatentAttention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import make_mlp
 from megatron_ray.models.moe.layer import MoE
@@ -17,7 +18,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention_norm = layers.norm(config.hidden_size)
-        self.attention = Attention(config, layers, f"layers.{index}.attention", config.window_on(index))
+        self.attention = make_attention(config, layers, f"layers.{index}.attention", config.window_on(index))
         self.mlp_norm = layers.norm(config.hidden_size)
         moe = config.experts_on(index)
         self.mlp = make_mlp(config, layers, config.ffn_width) if moe is None else None
@@ -43,6 +44,11 @@ class Block(nn.Module):
         fed = self._feed_forward(self.mlp_norm(hidden_TH), None, positions)
         output: Tensor = self.mlp_dropout(fed, first_sample).add_(hidden_TH)
         return output
+
+
+def make_attention(config: ModelConfig, layers: Layers, place: str, window: int | None) -> Attention | LatentAttention:
+    """The kind of attention that the model has."""
+    return Attention(config, layers, place, window) if config.mla is None else LatentAttention(config, config.mla, layers, place, window)
 
 
 def one_after_another(blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:

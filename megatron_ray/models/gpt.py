@@ -6,15 +6,19 @@ Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.data.loader import Batch
+from megatron_ray.models.attached_loss import attach_loss
 from megatron_ray.models.attention import KeyValueCache, Positions
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.layers import Layers
+from megatron_ray.models.multi_token import FurtherToken
 from megatron_ray.models.rope import rotary_angles
-from megatron_ray.schedules.layout import StageContents, cut_layers
+from megatron_ray.parameters import whole_model
+from megatron_ray.schedules.layout import StageContents
 
 
 class GPT(nn.Module):
@@ -24,20 +28,30 @@ class GPT(nn.Module):
         """With the parts of the pipeline stages `held`; all of them when not given."""
         super().__init__()
         self.config = config
-        self.held = cut_layers(config.num_layers, 1) if held is None else tuple(held)
+        self.held = whole_model(config) if held is None else tuple(held)
         self.on_choice: Callable[[int, Tensor], None] | None = None
         """Hears of every router's choice, see `Positions`; for whoever records them."""
-        self.embedding = layers.embedding(config.hidden_size) if any(stage.embedding for stage in self.held) else None
-        if self.embedding is not None and config.position_embedding == "learned":
+        begins, ends = (any(getattr(stage, part) for stage in self.held) for part in ("embedding", "loss"))
+        depths = [depth for stage in self.held for depth in stage.mtp_layers]
+        uses = begins + len(depths)
+        self.embedding = layers.embedding(config.hidden_size, uses) if uses else None
+        if begins and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(config.max_sequence_length, config.hidden_size)
         self.embedding_dropout = layers.hidden_dropout("embedding")
         # A dictionary, so that a layer keeps its name when a pipeline cut leaves only some of them.
         self.layers = nn.ModuleDict({str(index): Block(config, layers, index) for stage in self.held for index in stage.layers})
         self.through = one_after_another
         """How activations go through the blocks of a stage; recomputation puts its own way here."""
-        if any(stage.loss for stage in self.held):
+        if ends:
             self.final_norm = layers.norm(config.hidden_size)
-            self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None)
+            self.head = layers.head(config.hidden_size, self.embedding if config.tie_embeddings else None, 1 + len(depths))
+        self.mtp = nn.ModuleDict({str(depth): FurtherToken(config, layers, depth) for depth in depths})
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All that are here, those that predict further tokens included."""
+        found = [*self.layers.values(), *(predict.block for predict in self.mtp.values())]
+        return tuple(block for block in found if isinstance(block, Block))
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum over tokens of loss_mask x -log p(label), fp32 scalar."""
@@ -47,17 +61,41 @@ class GPT(nn.Module):
     def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
         """One of the stages held: activations [T, H] from those of the stage before, or the loss from the last one."""
         hidden_TH = self._embed(batch.tokens_BS, batch.position_ids, batch.first_sample) if received_TH is None else received_TH
-        hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, self.positions_of(batch, hidden_TH))
+        positions = self.positions_of(batch, hidden_TH)
+        hidden_TH = self.through([self.layers[str(index)] for index in stage.layers], hidden_TH, positions)
         if not stage.loss:
             return hidden_TH
-        loss: Tensor = self.head(self.final_norm(hidden_TH), batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1))
+        hidden_TH = self.final_norm(hidden_TH)
+        loss: Tensor = self.head(hidden_TH, batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1))
+        if self.mtp and torch.is_grad_enabled():
+            loss = self._with_further_tokens(loss, hidden_TH, batch, positions)
         return loss
 
-    def _embed(self, tokens_BS: Tensor, position_ids: Tensor, first_sample: int | None = None) -> Tensor:
+    def _with_further_tokens(self, loss: Tensor, hidden_TH: Tensor, batch: Batch, positions: Positions) -> Tensor:
+        """The loss with the gradients of the losses of further tokens attached.
+
+        Each is a sum over the tokens that have such a label, times loss_coeff / depths, and is divided by the tokens of the step as the
+        loss itself is: the mean over T tokens of DeepSeek-V3's equation 24, whatever the layout. (T and not the somewhat fewer tokens with
+        such a label, as in Megatron-LM with calculate_per_token_loss.)
+        """
+        mtp, further = self.config.mtp, batch.further
+        assert mtp is not None and self.embedding is not None
+        if further is None:
+            raise ValueError("a model that predicts further tokens is trained on batches with further labels")
+        weight, tokens_BS = mtp.loss_coeff / mtp.num_layers, batch.labels_BS
+        for predict, labels_BS, mask_BS in zip(self.mtp.values(), further.labels_DBS, further.loss_mask_DBS, strict=True):
+            hidden_TH = predict(hidden_TH, self._words(tokens_BS), positions, self.through)
+            loss = attach_loss(loss, self.head(hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight))
+            tokens_BS = labels_BS
+        return loss
+
+    def _words(self, tokens_BS: Tensor) -> Tensor:
         assert self.embedding is not None
-        hidden_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
-        if self.config.embedding_scale != 1.0:
-            hidden_TH = hidden_TH * self.config.embedding_scale
+        words_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
+        return words_TH * self.config.embedding_scale if self.config.embedding_scale != 1.0 else words_TH
+
+    def _embed(self, tokens_BS: Tensor, position_ids: Tensor, first_sample: int | None = None) -> Tensor:
+        hidden_TH = self._words(tokens_BS)
         if self.config.position_embedding == "learned":
             hidden_TH = hidden_TH + self.position_embedding(position_ids.expand(tokens_BS.shape).reshape(-1))
         if self.embedding_dropout is not None and first_sample is not None:
@@ -92,7 +130,7 @@ class GPT(nn.Module):
         batch, sequence = shape
         if self.config.position_embedding != "rope":
             return Positions(batch, sequence, None, None)
-        cos, sin = rotary_angles(position_ids, self.config.head_width, self.config.rope_theta, like.dtype, self.config.rope_scaling)
+        cos, sin = rotary_angles(position_ids, self.config.rotated_width, self.config.rope_theta, like.dtype, self.config.rope_scaling)
         return Positions(batch, sequence, cos, sin)
 
 

@@ -43,8 +43,8 @@ class QKV(Protocol):
 class Layers(Protocol):
     """Makes each layer of a model from its full size."""
 
-    def embedding(self, width: int) -> nn.Module:
-        """Token ids [T] -> [T, width]."""
+    def embedding(self, width: int, uses: int) -> nn.Module:
+        """Token ids [T] -> [T, width]; `uses`: how often a microbatch goes through it."""
         ...
 
     def position_embedding(self, rows: int, width: int) -> nn.Module:
@@ -57,6 +57,14 @@ class Layers(Protocol):
 
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         """[T, inputs] -> [T, outputs], outputs cut over tp."""
+        ...
+
+    def replicated(self, inputs: int, outputs: int) -> nn.Module:
+        """[T, inputs] -> [T, outputs], for the tokens that are here."""
+        ...
+
+    def shared_by_heads(self) -> nn.Module:
+        """[T, width] of the tokens that are here -> of all tokens of the sequences, for the heads of every tp rank."""
         ...
 
     def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKV:
@@ -108,6 +116,6 @@ class Layers(Protocol):
         """As `attention`, with dropout on its probabilities: (q, k, v, (documents or None, first sample)). None: nothing is dropped."""
         ...
 
-    def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
-        """A `Head`; shares the embedding's weight when one is given."""
+    def head(self, width: int, embedding: nn.Module | None, uses: int) -> nn.Module:
+        """A `Head`; shares the embedding's weight when one is given. `uses`: how often a microbatch goes through it."""
         ...

@@ -36,7 +36,7 @@ class PipelinePlan:
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     """Raises LayoutError when the layers cannot be cut as asked, or the schedule cannot have so many chunks."""
-    parallel, num_layers = config.parallel, config.model.num_layers
+    parallel, num_layers, further = config.parallel, config.model.num_layers, config.model.further_layers
     schedule: ScheduleName = parallel.schedule if parallel.schedule != "auto" else ("interleaved" if parallel.vpp > 1 else "1f1b")
     if schedule == "zb-v" and parallel.vpp != 2:
         raise LayoutError(f"schedule=zb-v has two chunks per rank, not vpp={parallel.vpp}; use vpp=2", field="schedule")
@@ -45,9 +45,12 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
         raise LayoutError(f"schedule={schedule} does not go with vpp={parallel.vpp} chunks per rank; {remedy}", field="schedule")
     stages = stage_map(schedule, parallel.pp, parallel.vpp)
     if parallel.layout is None:
-        contents = cut_layers(num_layers, stages.num_stages, first=parallel.first_stage_layers, last=parallel.last_stage_layers)
+        first, last = parallel.first_stage_layers, parallel.last_stage_layers
+        contents = cut_layers(num_layers, stages.num_stages, first=first, last=last, num_mtp_layers=further)
     else:
-        contents = parse_layout(parallel.layout, num_layers)
+        contents = parse_layout(parallel.layout, num_layers, further)
+        if contents[-1].mtp_layers != tuple(range(further)):
+            raise LayoutError(f"layout {parallel.layout!r} has 'm' before the last stage; put all 'm' beside the loss, as in '|mL'")
         if len(contents) != stages.num_stages:
             wanted = f"pp x vpp = {parallel.pp} x {parallel.vpp} needs {stages.num_stages}"
             raise LayoutError(f"layout {parallel.layout!r} has {len(contents)} stages, {wanted}")

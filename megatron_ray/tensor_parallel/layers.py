@@ -28,6 +28,8 @@ class SlottedModule(nn.Module):
         self.group = group
         self.sequence_group = group if sequence_parallel else None
         self.slots: dict[str, GradSlot] = {}
+        self.uses = 1
+        """How often a microbatch goes through it, and so how often each of its gradients is delivered."""
 
     def slot(self, name: str) -> GradSlot | None:
         """Slot of the parameter, or None where nobody collects gradients."""
@@ -81,6 +83,25 @@ class RowParallelLinear(SlottedModule):
 
     def forward(self, inputs_TI: Tensor, residual_TO: Tensor | None) -> Tensor:
         return _Row.apply(inputs_TI, residual_TO, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class ReplicatedLinear(SlottedModule):
+    """Y = X W^T with W whole on every rank: [T or t, I] -> [T or t, O], nothing sent. Under sequence parallelism each rank sees its own
+    tokens only, and the parameter table says that the gradients are then summed over tp."""
+
+    def __init__(self, inputs: int, outputs: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+        super().__init__(group, sequence_parallel)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
+
+    def forward(self, inputs_TI: Tensor) -> Tensor:
+        return _Replicated.apply(inputs_TI, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class SharedByHeads(SlottedModule):
+    """What the heads of all ranks read: [T or t, width] -> [T, width]. Each rank's heads give a part of its gradient."""
+
+    def forward(self, x_TW: Tensor) -> Tensor:
+        return _SharedByHeads.apply(x_TW, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class VocabParallelEmbedding(SlottedModule):
@@ -199,6 +220,33 @@ class _Row(torch.autograd.Function):
         grad_inputs = input_grad_product(gathered, weight)
         grad_weight = deliver_linear(module, inputs, gathered)
         return grad_inputs, grad if ctx.adds else None, grad_weight, _deliver_bias(module, grad), None
+
+
+class _Replicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, module: ReplicatedLinear) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.module = module  # type: ignore[attr-defined]
+        return forward_product(inputs, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        return input_grad_product(grad, weight), deliver_linear(ctx.module, inputs, grad), None
+
+
+class _SharedByHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, module: SharedByHeads) -> Tensor:
+        ctx.module = module  # type: ignore[attr-defined]
+        return collectives.all_gather_rows(x.contiguous(), module.sequence_group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        reduced, pending = start_input_grad_reduction(ctx.module, grad.contiguous())
+        pending.wait()
+        return reduced, None
 
 
 class _VocabEmbedding(torch.autograd.Function):

@@ -25,7 +25,7 @@ class GradSlot:
     main_grad: Tensor
     sink: "WeightGradSink"
     uses: int = 1
-    """Contributions per microbatch: 2 for a tied embedding."""
+    """Contributions per microbatch: 2 for a tied embedding, more where further tokens are predicted."""
     fresh: bool = True
     """Nothing accumulated yet in this step: the first contribution overwrites, so that nobody needs to clear the buffer."""
     seen: int = field(default=0)

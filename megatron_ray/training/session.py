@@ -107,7 +107,8 @@ class TrainingSession:
 def batch_maker(config: TrainConfig, mesh: ParallelMesh, end_of_document: int | None = None) -> BatchMaker:
     """How this rank turns samples into batches."""
     cut = SequenceCut(mesh.dims.cp, mesh.cp_rank)
-    return BatchMaker(mesh.device, cut, end_of_document if config.data.separate_documents else None)
+    end = end_of_document if config.data.separate_documents else None
+    return BatchMaker(mesh.device, cut, end, config.model.further_layers)
 
 
 def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -> tuple[ParallelModel, ShardedOptimizer]:

@@ -199,7 +199,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
 def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
     """What the routers of one rank chose: [steps, samples of a step, tokens, layers, K]; -1 for layers without experts."""
     assert config.model.moe is not None
-    training, layers = config.training, config.model.num_layers
+    training, layers = config.training, config.model.num_layers + config.model.further_layers
     samples, length = training.micro_batch_size, training.seq_length
     choices = np.full((training.steps, training.global_batch_size, length, layers, config.model.moe.top_k), -1, dtype=np.int64)
     seen = dict.fromkeys(range(layers), 0)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.expert_parallel.dispatch import Room
+from megatron_ray.models.attached_loss import attach_loss
 from megatron_ray.models.attention import Positions
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import make_mlp
@@ -65,9 +66,9 @@ class MoE(nn.Module):
         if moe.aux_loss_coeff > 0:
             sequence, count = self._sequences(positions, len(experts_TK), experts_TK.device)
             tokens = self.layers.sum_over_tokens(router.count_tokens(experts_TK, moe.num_experts, sequence, count))
-            weights_TK = router.attach_loss(weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence))
+            weights_TK = attach_loss(weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence))
         if moe.z_loss_coeff > 0:
-            weights_TK = router.attach_loss(weights_TK, router.z_loss(moe, logits_TE))
+            weights_TK = attach_loss(weights_TK, router.z_loss(moe, logits_TE))
         return weights_TK
 
     def _sequences(self, positions: Positions, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:

@@ -6,11 +6,9 @@ Shapes: T tokens, E experts, K experts of a token, N sequences.
 """
 
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.config.moe import MoEConfig
 
@@ -91,21 +89,3 @@ def aux_loss(moe: MoEConfig, logits_TE: Tensor, tokens_NE: Tensor, sequence_T: T
 def z_loss(moe: MoEConfig, logits_TE: Tensor) -> Tensor:
     """These tokens' part of T x ST-MoE's coeff x mean(logsumexp(logits)^2)."""
     return logits_TE.logsumexp(-1).square().sum() * moe.z_loss_coeff
-
-
-def attach_loss(weights_TK: Tensor, loss: Tensor) -> Tensor:
-    """The weights as they are; the backward pass adds the gradient of the loss, which appears in no reported number. As everywhere the
-    gradient of a loss is taken to be one: the scaling by tokens comes in the end."""
-    return _AttachLoss.apply(weights_TK, loss)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _AttachLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, weights: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
-        return weights.view_as(weights)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        (loss,) = ctx.saved_tensors
-        return grad, torch.ones_like(loss)

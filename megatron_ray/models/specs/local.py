@@ -22,7 +22,9 @@ from megatron_ray.tensor_parallel.layers import (
     ColumnParallelLinear,
     PositionEmbedding,
     QKVParallelLinear,
+    ReplicatedLinear,
     RowParallelLinear,
+    SharedByHeads,
     VocabParallelEmbedding,
 )
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
@@ -58,8 +60,10 @@ class LocalLayers:
         self.experts, self._attention, self._streams = experts, attention, streams
         self.rows = padded_vocabulary(config, tp)
 
-    def embedding(self, width: int) -> nn.Module:
-        return VocabParallelEmbedding(self.rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+    def embedding(self, width: int, uses: int) -> nn.Module:
+        found = VocabParallelEmbedding(self.rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+        found.uses = uses
+        return found
 
     def position_embedding(self, rows: int, width: int) -> nn.Module:
         return PositionEmbedding(rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
@@ -75,6 +79,12 @@ class LocalLayers:
         return ColumnParallelLinear(
             inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
         )
+
+    def replicated(self, inputs: int, outputs: int) -> nn.Module:
+        return ReplicatedLinear(inputs, outputs, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+
+    def shared_by_heads(self) -> nn.Module:
+        return SharedByHeads(self.group, self.sequence_parallel)
 
     def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKVParallelLinear:
         return QKVParallelLinear(
@@ -120,9 +130,9 @@ class LocalLayers:
         rate = self.config.attention_dropout
         return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp")), window) if rate else None
 
-    def head(self, width: int, embedding: nn.Module | None) -> nn.Module:
+    def head(self, width: int, embedding: nn.Module | None, uses: int) -> nn.Module:
         tied = embedding.weight if embedding is not None else None
-        return VocabParallelHead(
+        found = VocabParallelHead(
             self.rows,
             width,
             self.config.vocabulary,
@@ -131,3 +141,5 @@ class LocalLayers:
             dtype=self.dtype,
             tied=tied,  # type: ignore[arg-type]
         )
+        found.uses = uses
+        return found

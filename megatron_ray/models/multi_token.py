@@ -1,0 +1,43 @@
+"""A layer that predicts one token more into the future (DeepSeek-V3, section 2.2). Owns: how it joins a token with what came before.
+
+As published: embedding first and hidden state second, a block, a norm of its own; hidden states are those after the norm before the head,
+also from one such layer to the next (so Megatron-LM, SGLang and transformers). Embedding and head are the model's. Must not know: ranks,
+groups, losses.
+
+Shapes: T tokens, H hidden.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.attention import Positions
+from megatron_ray.models.block import Block
+from megatron_ray.models.layers import Layers
+
+
+class FurtherToken(nn.Module):
+    """norm(block(projection [norm(embedding of the next token), norm(hidden)])) [T, H], for the head."""
+
+    def __init__(self, config: ModelConfig, layers: Layers, depth: int) -> None:
+        super().__init__()
+        self.embedding_norm, self.hidden_norm, self.final_norm = (layers.norm(config.hidden_size) for _ in range(3))
+        self.embedding_dropout = layers.hidden_dropout(f"mtp.{depth}.embedding")
+        self.projection = layers.replicated(2 * config.hidden_size, config.hidden_size)
+        self.block = Block(config, layers, config.num_layers + depth)
+
+    def forward(
+        self,
+        hidden_TH: Tensor,
+        embedded_TH: Tensor,
+        positions: Positions,
+        through: Callable[[Iterable[nn.Module], Tensor, Positions], Tensor],
+    ) -> Tensor:
+        """`through`: how activations go through blocks."""
+        if self.embedding_dropout is not None and positions.first_sample is not None:
+            embedded_TH = self.embedding_dropout(embedded_TH, positions.first_sample)
+        joined = torch.cat([self.embedding_norm(embedded_TH), self.hidden_norm(hidden_TH)], dim=-1)
+        output: Tensor = self.final_norm(through([self.block], self.projection(joined), positions))
+        return output
