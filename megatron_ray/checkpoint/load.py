@@ -5,6 +5,7 @@ Every rank reads by itself what it needs; there is no collective. Must not know:
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from megatron_ray.checkpoint.directory import CheckpointError, check_format_version, read_manifest
 from megatron_ray.checkpoint.index import SavedTensor, Slot, overlaps, read_index
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor
-from megatron_ray.checkpoint.storage import Readable, open_storage
+from megatron_ray.checkpoint.storage import Readable, Storage, open_storage
 from megatron_ray.parameters import Box
 
 SCRATCH_BYTES = 16 * 1024 * 1024
@@ -43,13 +44,28 @@ def load_into(path: str, state: ShardedState) -> None:
 
     Raises CheckpointError when the checkpoint is not committed, torn, newer, or lacks a tensor or has it in another shape.
     """
-    read_manifest(path)
-    storage = open_storage(path)
-    saved = read_index(storage, path)
-    work: dict[str, list[Read]] = defaultdict(list)
-    for fqn, wanted in state.items():
-        for file, read in _reads(path, fqn, saved.get(fqn), wanted):
-            work[file].append(read)
+    SavedCheckpoint(path).load_into(state)
+
+
+class SavedCheckpoint:
+    """A committed checkpoint that is read several times. Raises CheckpointError as `load_into` does."""
+
+    def __init__(self, path: str) -> None:
+        read_manifest(path)
+        self.path, self._storage = path, open_storage(path)
+        self.tensors = read_index(self._storage, path)
+
+    def load_into(self, state: ShardedState) -> None:
+        """Fills every box of `state`."""
+        work: dict[str, list[Read]] = defaultdict(list)
+        for fqn, wanted in state.items():
+            for file, read in _reads(self.path, fqn, self.tensors.get(fqn), wanted):
+                work[file].append(read)
+        read_all(self._storage, work)
+
+
+def read_all(storage: Storage, work: Mapping[str, Sequence[Read]]) -> None:
+    """Carries out the reads of each file in the order of the file, through scratch memory of a fixed size."""
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     for file, reads in work.items():
         with storage.open_input(file) as source:
@@ -109,7 +125,7 @@ def _read(source: Readable, read: Read, scratch: torch.Tensor) -> None:
     first = slot.start + offsets[0] * row_bytes
     in_place = target.dtype == slot.dtype and target.device.type == "cpu" and target.is_contiguous()
     if in_place and lengths[1:] == sizes[1:]:
-        source.read_into(first, _memory(target))
+        source.read_into(first, bytes_of(target))
         return
     if row_bytes > scratch.numel():
         scratch = torch.empty(row_bytes, dtype=torch.uint8)
@@ -117,13 +133,13 @@ def _read(source: Readable, read: Read, scratch: torch.Tensor) -> None:
     for row in range(0, lengths[0], step):
         count = min(step, lengths[0] - row)
         raw = scratch[: count * row_bytes]
-        source.read_into(first + row * row_bytes, _memory(raw))
+        source.read_into(first + row * row_bytes, bytes_of(raw))
         block = raw.view(slot.dtype).view(count, *sizes[1:])
         for dim in range(1, len(sizes)):
             block = block.narrow(dim, offsets[dim], lengths[dim])
         target.narrow(0, row, count).copy_(block)
 
 
-def _memory(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Bytes of a contiguous CPU tensor of any dtype."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,34 @@
+"""A new folder that appears whole or not at all. Owns: that. Must not know: what is written in it."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_ray.checkpoint.directory import CheckpointError
+
+
+@contextmanager
+def new_folder(out: str) -> Iterator[Path]:
+    """A folder beside `out` that gets its name at a normal exit and is deleted at any other.
+
+    Raises CheckpointError when `out` is a URI, is there already, or its place cannot be written to.
+    """
+    if "://" in out:
+        raise CheckpointError("write", out, "a local path is needed; copy the folder to where you want it afterwards")
+    final = Path(out).absolute()
+    if final.exists():
+        raise CheckpointError("write", out, "it is there already; delete it, or choose another name")
+    partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise CheckpointError("write", out, error.strerror or error) from error
+    try:
+        yield partial
+        partial.rename(final)
+    except OSError as error:
+        raise CheckpointError("write", out, error.strerror or error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
