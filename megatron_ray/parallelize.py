@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray import collectives
+from megatron_ray.bucket_plan import Bucket, plan_buckets
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.context_parallel.exchange import ExchangeAttention
 from megatron_ray.context_parallel.gather import GatherAttention
 from megatron_ray.context_parallel.ring import RingAttention
-from megatron_ray.data_parallel.bucket_plan import Bucket, plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
-from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer, shard_rows
+from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.fusion import apply_fusions, compiled_fusions
 from megatron_ray.mesh import ParallelMesh
@@ -29,6 +29,7 @@ from megatron_ray.models.specs.local import ExpertPlaces, LocalLayers
 from megatron_ray.parameters import LocalParameter, freeze, local_parameters
 from megatron_ray.recompute import apply_recompute
 from megatron_ray.rng import Streams
+from megatron_ray.row_shards import shard_rows
 from megatron_ray.schedules.actions import Order
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline

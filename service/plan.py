@@ -8,7 +8,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import LocalParameter, freeze, local_parameters
-from megatron_ray.planning import kept_activations, recomputed_activations
+from megatron_ray.planning.activations import kept_activations, recomputed_activations
 from megatron_ray.schedules.orders import most_activations
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 

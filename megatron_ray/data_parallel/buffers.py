@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray import collectives
+from megatron_ray.bucket_plan import Bucket, BucketPlan
 from megatron_ray.collectives import Group, Pending
-from megatron_ray.data_parallel.bucket_plan import Bucket, BucketPlan
 from megatron_ray.tensor_parallel.layers import SlottedModule
 from megatron_ray.tensor_parallel.weight_grad import GradSlot, WeightGradSink
 

@@ -7,8 +7,8 @@ its forward and backward only, in the type of the model, and its gradients are s
 appears only here. Must not know: the optimizer's arithmetic, scaling.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,37 +16,7 @@ from torch import Tensor, nn
 
 from megatron_ray.collectives import Group
 from megatron_ray.data_parallel.buffers import FlatBuffers, replace_parameters
-from megatron_ray.parameters import Box, LocalParameter, Part
 from megatron_ray.tensor_parallel.weight_grad import GradSlot
-
-
-def shard_rows(table: Iterable[LocalParameter], rank: int, shards: int) -> tuple[LocalParameter, ...]:
-    """The rows of each tensor that one of `shards` ranks keeps: blocks of ceil(rows / shards), the last ones shorter or none, as
-    torch.chunk cuts. Tensors of which it has none are left out."""
-    found = []
-    for parameter in table:
-        rows = parameter.shape[0]
-        block = -(-rows // shards)
-        start, end = min(rank * block, rows), min((rank + 1) * block, rows)
-        if start < end:
-            parts = tuple(part for whole in parameter.parts if (part := _rows_of(whole, start, end)) is not None)
-            found.append(replace(parameter, shape=(end - start, *parameter.shape[1:]), parts=parts or (_nothing_of(parameter),)))
-    return tuple(found)
-
-
-def _rows_of(part: Part, start: int, end: int) -> Part | None:
-    """What of a part lies in local rows [start, end), as a part of those."""
-    low, high = max(part.start, start), min(part.start + part.box.size[0], end)
-    if low >= high:
-        return None
-    box = Box((part.box.offset[0] + low - part.start, *part.box.offset[1:]), (high - low, *part.box.size[1:]))
-    return replace(part, box=box, start=low - start)
-
-
-def _nothing_of(parameter: LocalParameter) -> Part:
-    """Only padding rows: the rules of the parameter hold, and no element means anything."""
-    first = parameter.parts[0]
-    return replace(first, box=Box(first.box.offset, (0, *first.box.size[1:])), start=0)
 
 
 @dataclass(frozen=True)

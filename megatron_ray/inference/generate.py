@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_ray.bucket_plan import plan_buckets
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox, whole_tensor
@@ -20,7 +21,6 @@ from megatron_ray.checkpoint.storage import MissingFile, StorageError, open_stor
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
-from megatron_ray.data_parallel.bucket_plan import plan_buckets
 from megatron_ray.data_parallel.buffers import FlatBuffers, adopt_parameters
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import KeyValueCache

@@ -6,7 +6,7 @@ Pure; torch-free. Must not know: gradients, arithmetic of the update.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ray.data_parallel.bucket_plan import Bucket, BucketPlan, Placed
+from megatron_ray.bucket_plan import Bucket, BucketPlan, Placed
 from megatron_ray.parameters import Part
 
 

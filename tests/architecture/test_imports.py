@@ -15,6 +15,8 @@ TORCH_FREE_FILES = (
     "megatron_ray/validation.py",
     "megatron_ray/parallel_dims.py",
     "megatron_ray/parameters.py",
+    "megatron_ray/bucket_plan.py",
+    "megatron_ray/row_shards.py",
     "megatron_ray/flops.py",
     "megatron_ray/checkpoint/storage.py",
     "megatron_ray/checkpoint/directory.py",

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ray.bucket_plan import ALIGNMENT
 from megatron_ray.checkpoint.directory import commit
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.data.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.data_parallel.bucket_plan import ALIGNMENT
 from megatron_ray.optimizer.finalize_grads import finalize_grads
 from megatron_ray.parallelize import parallelize
 from megatron_ray.tensor_parallel.weight_grad import GradSlot

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.optimizer.finalize_grads import finalize_grads
-from megatron_ray.planning import kept_activations
+from megatron_ray.planning.activations import kept_activations
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.activations import kept_bytes

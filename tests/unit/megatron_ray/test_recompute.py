@@ -14,7 +14,7 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.block import Block
 from megatron_ray.models.mlp import GatedActivation
-from megatron_ray.planning import kept_activations
+from megatron_ray.planning.activations import kept_activations
 from megatron_ray.recompute import recomputed
 from megatron_ray.tensor_parallel import layers
 from megatron_ray.tensor_parallel.norm import RMSNorm

@@ -2,8 +2,8 @@
 
 import pytest
 
+from megatron_ray.bucket_plan import ALIGNMENT, default_bucket_elements, plan_buckets
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.data_parallel.bucket_plan import ALIGNMENT, default_bucket_elements, plan_buckets
 from megatron_ray.optimizer.partition import flat_runs, pieces
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import freeze, local_parameters
