@@ -59,6 +59,7 @@ class Family:
             "rope_parameters": ROPE,
             "tie_word_embeddings": False,
             "attn_implementation": "sdpa",
+            "experts_implementation": "eager",
         }
         if self.logical is gpt2_logical:
             plain = {"vocab_size": sizes.vocabulary, "n_positions": sizes.sequence, "n_embd": sizes.hidden, "n_layer": sizes.layers}
@@ -117,7 +118,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma": Family(
         "Gemma",
-        {"head_dim": 24, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+        # Its padding token would have no gradient.
+        {"head_dim": 24, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "pad_token_id": None},
         {
             "head_dim": 24,
             "num_query_groups": 1,
