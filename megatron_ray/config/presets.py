@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from megatron_ray.config.deepseek_presets import DEEPSEEK
+
 _LLAMA: dict[str, Any] = {"activation": "swiglu", "norm": "rmsnorm", "position_embedding": "rope", "norm_eps": 1e-5}
 _GPT2: dict[str, Any] = {
     "activation": "gelu_tanh",
@@ -70,4 +72,5 @@ PRESETS: dict[str, dict[str, Any]] = {
         "rope_theta": 500000.0,
         "max_sequence_length": 8192,
     },
+    **DEEPSEEK,
 }
