@@ -8,7 +8,7 @@ from math import gcd, lcm
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.rules import experts, layout
+from megatron_ray.rules import experts, latent, layout
 from megatron_ray.rules import model as model_rules
 from megatron_ray.rules import training as training_rules
 from megatron_ray.rules.problem import ConfigProblem, Problem
@@ -20,6 +20,8 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
         *layout.order(config),
         *layout.tensor_parallel(config),
         *experts.experts(config),
+        *latent.latent_attention(config),
+        *latent.further_tokens(config),
         *layout.context_parallel(config),
         *layout.sharding(config),
         *layout.pipeline(config),

@@ -5,11 +5,14 @@ Each family's numbers are those of its authors' `config.json` on Hugging Face, t
 
 from typing import Any
 
+from megatron_ray.config.deepseek_presets import DEEPSEEK
+
 
 def _sized(family: dict[str, Any], layers: int, hidden: int, heads: int, groups: int, ffn: int, **rest: Any) -> dict[str, Any]:
     """A size of a family: its layers, width, query heads, key/value heads and width inside the MLP, and what else is its own."""
-    sizes = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "num_query_groups": groups, "ffn_hidden_size": ffn}
-    return family | sizes | rest
+    sizes = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "ffn_hidden_size": ffn}
+    # As many as query heads are left out, so that who writes another number of heads beside a preset has to write it once.
+    return family | sizes | ({} if groups == heads else {"num_query_groups": groups}) | rest
 
 
 _LLAMA: dict[str, Any] = {"activation": "swiglu", "norm": "rmsnorm", "position_embedding": "rope", "norm_eps": 1e-5}
@@ -115,4 +118,5 @@ PRESETS: dict[str, dict[str, Any]] = _TINY | {
     # google/gemma-2b, gemma-7b
     "gemma-2b": _sized(_GEMMA, 18, 2048, 8, 1, 16384, embedding_scale=2048**0.5),
     "gemma-7b": _sized(_GEMMA, 28, 3072, 16, 16, 24576, embedding_scale=3072**0.5),
+    **DEEPSEEK,
 }

@@ -17,7 +17,7 @@ class _AttachLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, to: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(loss)
-        return to.view_as(to)
+        return to.clone()  # and no view: ZeRO-3 hangs its hooks on what a stage returns
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:

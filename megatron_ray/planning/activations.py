@@ -5,12 +5,14 @@ as they are here: fused attention keeps no scores, and a norm, an activation and
 
 Letters, per microbatch and rank: T = seq_length x micro_batch_size / cp tokens; s = tp under sequence parallelism, else 1; w bytes of an
 activation; H hidden_size, D head width, N and G query and key/value heads, F inner width of the MLP, f = 2 F where it is gated, else F. In
-a layer with experts F is the sum of the widths that a token meets, K of experts and a shared one; they are taken to be balanced.
+a layer with experts F is the sum of the widths that a token meets, K of experts and a shared one; they are taken to be balanced. Of latent
+attention Q and C are the latents' widths (Q is 0 without one), R that of the rotated part of a key, V that of a value.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 
@@ -28,7 +30,8 @@ class LayerActivations:
     """Outputs of both norms, and their statistics: 2 w T H / s + 2 x (4 or 8) T / s"""
     core_attention: int
     """4 T N / tp: a fused kernel's fp32 logarithms of sums (the blocks of bf16 on CPU keep none). With dropout on the attention
-    probabilities: (4 + 1 + w) T S N / tp, fp32 probabilities, mask and dropped probabilities."""
+    probabilities: (4 + 1 + w) T S N / tp, fp32 probabilities, mask and dropped probabilities. Latent attention whose values are narrower
+    than its keys cuts its output, and keeps it whole for the kernel: w T N D / tp more, but with dropout."""
     pre_activation: int
     """w T f / tp"""
     activation: int
@@ -37,7 +40,7 @@ class LayerActivations:
     """2 w T K H etp / s, copies of tokens to and from their experts, and what the router keeps (`_routing`); 0 in a layer without."""
     rest: int
     """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
-    dropout."""
+    dropout. Around latent attention w T N (3 D + V) / tp, and of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
 
     @property
     def whole(self) -> int:
@@ -66,14 +69,13 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     width = 2 if training.precision == "bf16" else 4
     residual = width * tokens * model.hidden_size // cut
     heads = tokens * model.num_attention_heads // tp
-    scores = heads * training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * 4
+    scores = heads * training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * (4 + _cut_output(model) * width)
     moe, copies = model.experts_on(index), 0
     if moe is None:
         inner = width * tokens * model.ffn_width // tp
     else:  # rows come gathered over etp and balanced over ep
         inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
         copies = 2 * moe.top_k * residual * parallel.expert_tp + tokens // cut * _routing(moe)
-    around = 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
     return LayerActivations(
         layer_input=residual,
         norm=2 * residual + 2 * _STATISTICS[model.norm] * tokens // cut,
@@ -81,8 +83,24 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
         pre_activation=inner * (2 if model.gated else 1),
         activation=inner,
         experts=copies,
-        rest=residual + around + (2 * residual // width if model.hidden_dropout else 0),
+        rest=residual + _around_attention(config, width, tokens) + (2 * residual // width if model.hidden_dropout else 0),
     )
+
+
+def _cut_output(model: ModelConfig) -> int:
+    """Elements of a head's output that are kept beside the part that goes on."""
+    return model.head_width if model.value_width < model.head_width else 0
+
+
+def _around_attention(config: TrainConfig, width: int, tokens: int) -> int:
+    """Queries, keys, values and what goes on; latents before them."""
+    model, tp, cut = config.model, config.parallel.tp, config.parallel.tp if config.parallel.sequence_parallel else 1
+    if model.mla is None:
+        return 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
+    mla, norms = model.mla, 2 if model.mla.q_lora_rank is not None else 1
+    latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
+    heads = tokens * model.num_attention_heads // tp
+    return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + tokens // cut * (width * latents + norms * _STATISTICS[model.norm])
 
 
 def _routing(moe: MoEConfig) -> int:

@@ -30,7 +30,7 @@ def lengths(config: TrainConfig) -> list[Problem]:
         found.append(
             Problem("/model/num_attention_heads", "head_width", text + "; use fewer heads, a larger hidden_size, or give head_dim")
         )
-    if model.position_embedding == "rope" and model.head_width % 2:
+    if model.position_embedding == "rope" and model.rotated_width % 2:
         text = f"rotary positions need an even head_dim, not {model.head_width}; change hidden_size, num_attention_heads or head_dim"
         found.append(Problem("/model/head_dim", "rope_even", text))
     if model.num_attention_heads % model.kv_heads:

@@ -12,6 +12,7 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_ray import validation
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh, World
@@ -29,6 +30,15 @@ LARGE: dict[str, Any] = {
     "data": {"train": [{"path": "unused"}]},
     "training": {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 128, "steps": 10, "precision": "bf16"},
     "optimizer": {"lr": 8e-5},
+}
+
+
+DEEPSEEK: dict[str, Any] = {
+    "model": {"preset": "deepseek-v3"},
+    "parallel": {"tp": 4, "pp": 16, "dp": 32, "ep": 64, "etp": 1, "sequence_parallel": True, "layout": "Ettt|(tttt|)*14ttmL"},
+    "data": {"train": [{"path": "unused"}]},
+    "training": {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 512, "steps": 10, "precision": "bf16"},
+    "optimizer": {"lr": 2.2e-4},
 }
 
 
@@ -95,3 +105,12 @@ def test_recomputed_layers_with_dropout_step_without_a_device(recompute: dict[st
 @pytest.mark.parametrize("rank", [5, 8 * 2 * 64 * 15 + 77], ids=["first stage", "last stage"])
 def test_a_rank_of_405b_on_16384_steps_without_a_device(rank: int) -> None:
     step(TrainConfig.from_mapping(LARGE), rank, "meta")
+
+
+@pytest.mark.parametrize("rank", [5, 4 * 32 * 15 + 77], ids=["first stage", "last stage"])
+def test_a_rank_of_deepseek_v3_on_2048_steps_without_a_device(rank: int) -> None:
+    fields = TrainConfig.from_mapping(DEEPSEEK).model_dump()
+    fields["model"]["moe"] |= {"capacity_factor": 1.0, "pad_to_capacity": True}  # nothing to count on the host
+    config = TrainConfig.from_mapping(fields)
+    assert validation.check(config, 2048) == []
+    step(config, rank, "meta")

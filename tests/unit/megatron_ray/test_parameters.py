@@ -21,6 +21,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 259,
     },
     "gpt2": {"preset": "gpt2-tiny", "vocab_size": 1000},
+    "latent": {"preset": "deepseek-tiny", "moe": None, "vocab_size": 1000},
+    "latent-tied": {"preset": "deepseek-tiny", "moe": None, "vocab_size": 1000, "tie_embeddings": True, "mtp": {"num_layers": 2}},
 }
 
 
@@ -45,17 +47,18 @@ def test_boxes_cover_each_logical_tensor_once_per_replica(shape: str, tp: int) -
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_stages_hold_each_layer_once_and_a_tied_embedding_twice(shape: str) -> None:
+def test_stages_hold_each_layer_once_and_an_embedding_that_the_last_needs_twice(shape: str) -> None:
     model = ModelConfig.model_validate(SHAPES[shape])
-    layout = "E|" + "t|" * model.num_layers + "L"
-    stages = parse_layout(layout, model.num_layers)
+    layout = "E|" + "t|" * model.num_layers + "m" * model.further_layers + "L"
+    stages = parse_layout(layout, model.num_layers, model.further_layers)
     dims = ParallelDims(pp=len(stages))
     held = [local for rank, stage in enumerate(stages) for local in local_parameters(model, dims, rank, held=[stage])]
     names = [part.logical.name for local in held for part in local.parts]
-    expected = [parameter.name for parameter in logical_parameters(model)] + (["embedding.weight"] if model.tie_embeddings else [])
+    further, needed = model.further_layers > 0, model.tie_embeddings or model.further_layers > 0
+    expected = [parameter.name for parameter in logical_parameters(model)] + (["embedding.weight"] if needed else [])
     assert sorted(names) == sorted(expected)
     twice = [local.name for local in held if local.on_two_stages]
-    assert twice == (["embedding.weight", "head.weight"] if model.tie_embeddings else [])
+    assert twice == (["embedding.weight", "embedding.weight" if further else "head.weight"] if needed else [])
     assert [local.name for local in held if not local.counted] == twice[1:]
 
 
@@ -100,6 +103,29 @@ def test_sizes_of_published_models() -> None:
     assert total == 124_439_808
     total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": "llama3-8b"})))
     assert total == 8_030_261_248
+
+
+@pytest.mark.parametrize(("preset", "billions"), [("deepseek-v2-lite", 15.706), ("moonlight-16b", 15.960)])
+def test_sizes_of_models_with_latent_attention(preset: str, billions: float) -> None:
+    total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": preset})))
+    assert total == pytest.approx(billions * 1e9, rel=1e-4)
+
+
+def test_the_sizes_of_deepseek_v3() -> None:
+    """As its authors count: 671B of the model, 36.7B of them used by a token, and 14B of the prediction of a further token, its own copies
+    of embedding and head among them."""
+    model = ModelConfig.model_validate({"preset": "deepseek-v3"})
+    sizes = {p.name: p.num_elements for p in logical_parameters(model)}
+    further = sum(size for name, size in sizes.items() if name.startswith("mtp."))
+    assert sum(sizes.values()) - further == 671_026_404_352
+    assert further == 11_610_067_968 and 13.4e9 < further + 2 * sizes["embedding.weight"] < 14e9
+    alone = ModelConfig.model_validate({"preset": "deepseek-v3", "mtp": None})
+    assert matmul_parameters(alone) == pytest.approx(36.7e9, rel=5e-3)
+    # Two latents, the projection, a layer's nine experts and the head once more.
+    assert matmul_parameters(model) - matmul_parameters(alone) == (
+        7168 * (1536 + 512 + 64) + 128 * (1536 * 192 + 512 * 256 + 128 * 7168) + 7168 * (2 * 7168 + 3 * 9 * 2048 + 256 + 129280)
+    )
+    assert flops_per_token(model, 4096) == 6 * matmul_parameters(model) + 6 * 62 * 128 * (192 + 128) * 4096
 
 
 def test_vocabulary_is_padded_to_a_multiple_times_tp() -> None:

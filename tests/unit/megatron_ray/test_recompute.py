@@ -35,10 +35,14 @@ EXPERTS = {
     "z_loss_coeff": 1e-3,
     "capacity_factor": 1.0,
 }
+WITHOUT_GROUPS = {name: value for name, value in LLAMA.items() if name != "num_query_groups"}
+LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
 MODELS = {
     "llama": LLAMA | {"num_layers": LAYERS},
     "gpt2": GPT2 | {"num_layers": LAYERS},
     "moe": LLAMA | {"num_layers": LAYERS, "moe": EXPERTS},
+    "latent": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT},
+    "latent-further": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT | {"q_lora_rank": None}, "mtp": {"num_layers": 2}},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -89,6 +93,9 @@ def one_thread() -> Iterator[None]:
         ("gpt2", "bf16", False),
         ("moe", "fp32", True),
         ("moe", "bf16", False),
+        ("latent", "fp32", True),
+        ("latent-further", "fp32", False),
+        ("latent-further", "bf16", True),
     ],
 )
 def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precision: str, dropout: bool) -> None:

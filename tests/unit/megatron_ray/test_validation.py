@@ -285,6 +285,77 @@ def test_a_world_must_be_resolved_before_it_is_counted() -> None:
         validation.world_size(config())
 
 
+def latent(**changes: Any) -> dict[str, Any]:
+    mla = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 24}
+    return {"preset": "gpt-tiny", "mla": mla} | changes
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "pointer", "words"),
+    [
+        (latent(qkv_bias=True), {}, "/model/qkv_bias", "qkv_bias has no meaning with mla; leave it out, or leave out mla"),
+        (latent(linear_bias=True), {}, "/model/linear_bias", "linear_bias has no meaning with mla"),
+        (latent(qk_norm=True), {}, "/model/qk_norm", "qk_norm has no meaning with mla"),
+        (latent(sliding_window=64), {}, "/model/sliding_window", "sliding_window has no meaning with mla"),
+        (
+            latent(position_embedding="none"),
+            {},
+            "/model/position_embedding",
+            "mla rotates a part of each key, and position_embedding=none rotates nothing; use rope",
+        ),
+        (
+            latent(num_query_groups=2),
+            {},
+            "/model/num_query_groups",
+            "under mla all 4 heads have keys of their own, so num_query_groups=2 cannot be; leave it out",
+        ),
+        (latent(head_dim=48), {}, "/model/head_dim", "head_dim=48 is not qk_nope_head_dim + qk_rope_head_dim = 32; leave it out"),
+        (
+            latent(mla={"v_head_dim": 256}),
+            {},
+            "/model/mla/v_head_dim",
+            "v_head_dim=256 is wider than queries and keys (192), for which no kernel is here; use at most 192",
+        ),
+        (latent(num_attention_heads=6), {"tp": 4}, "/parallel/tp", "tp=4 does not divide model.num_attention_heads=6"),
+        (
+            {"preset": "gpt2-tiny", "mtp": {}},
+            {},
+            "/model/mtp",
+            "mtp reads tokens ahead of their positions, for which a table of learned positions has no rule; use rope, or leave out mtp",
+        ),
+        (
+            {"preset": "gpt-tiny", "mtp": {}},
+            {"pp": 2, "layout": "Ett|ttL"},
+            "/parallel/layout",
+            "has 0 multi-token-prediction layers ('m'), the model has 1",
+        ),
+        (
+            {"preset": "gpt-tiny", "mtp": {}},
+            {"pp": 2, "layout": "Ettttm|L"},
+            "/parallel/layout",
+            "has 'm' before the last stage; put all 'm' beside the loss, as in '|mL'",
+        ),
+    ],
+)
+def test_each_rule_of_latent_attention_and_further_tokens(
+    model: dict[str, Any], parallel: dict[str, Any], pointer: str, words: str
+) -> None:
+    problems = validation.check(config(model=model, parallel=parallel))
+    assert [problem.pointer for problem in problems] == [pointer]
+    assert words in problems[0].detail
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "world"),
+    [
+        (latent(mtp={"num_layers": 2}), {"tp": 2, "cp": 2, "pp": 2, "layout": "Ett|ttmmL"}, 8),
+        ({"preset": "deepseek-tiny"}, {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2}, 4),
+    ],
+)
+def test_latent_attention_and_further_tokens_go_with_every_axis(model: dict[str, Any], parallel: dict[str, Any], world: int) -> None:
+    assert validation.check(config(model=model, parallel=parallel), world) == []
+
+
 def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) -> TrainConfig:
     return config(model={"preset": "moe-tiny", "moe": {"num_experts": 8} | moe} | model, parallel=parallel)
 

@@ -1,9 +1,11 @@
-"""Logical parameter names <- Hugging Face state dicts, for the judges: one mapping for Llama and all made like it, one for GPT-2."""
+"""Logical parameter names <- Hugging Face state dicts, for the judges: Llama and all made like it, GPT-2, DeepSeek-V3."""
 
 import torch
 from torch import Tensor
 
+from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.models.latent_attention import halves_of_pairs
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel
 
@@ -37,6 +39,49 @@ def _experts(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tens
         gate, up = gate_up.chunk(2)
         found |= {f"{ours}experts.{expert}.{name}.weight": part for name, part in (("gate", gate), ("up", up), ("down", down))}
     return found
+
+
+def deepseek_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights (or gradients) of a DeepseekV3ForCausalLM by logical name; its rotation turns neighbouring rows."""
+    found = {
+        "embedding.weight": state["model.embed_tokens.weight"],
+        "final_norm.weight": state["model.norm.weight"],
+        "head.weight": state["lm_head.weight"],
+    }
+    for layer in range(config.num_layers):
+        found |= deepseek_block(state, config, f"model.layers.{layer}.", f"layers.{layer}.", config.experts_on(layer) is not None)
+    return found
+
+
+def deepseek_block(state: dict[str, Tensor], config: ModelConfig, theirs: str, ours: str, experts: bool) -> dict[str, Tensor]:
+    """One block's."""
+    mla, names = config.mla, {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    assert mla is not None
+    attention = {"kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "o": "o_proj", "kv_down": "kv_a_proj_with_mqa"}
+    if mla.q_lora_rank is None:
+        attention |= {"q": "q_proj"}
+    else:
+        attention |= {"q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
+    names |= {f"attention.{name}": f"self_attn.{part}" for name, part in attention.items()}
+    mlp, expert = ("moe.shared.", "mlp.shared_experts.") if experts else ("mlp.", "mlp.")
+    names |= {mlp + name: f"{expert}{name}_proj" for name in ("gate", "up", "down")}
+    names |= {"moe.router": "mlp.gate"} if experts else {}
+    found = {f"{ours}{name}.weight": state[f"{theirs}{part}.weight"] for name, part in names.items()}
+    for name, order in _rotated_rows(config.num_attention_heads, mla).items():
+        if f"{ours}attention.{name}.weight" in found:
+            found[f"{ours}attention.{name}.weight"] = found[f"{ours}attention.{name}.weight"][order]
+    if experts:
+        stacked = zip(state[f"{theirs}mlp.experts.gate_up_proj"], state[f"{theirs}mlp.experts.down_proj"], strict=True)
+        for number, (gate_up, down) in enumerate(stacked):
+            gate, up = gate_up.chunk(2)
+            parts = {"gate": gate, "up": up, "down": down}
+            found |= {f"{ours}moe.experts.{number}.{name}.weight": part for name, part in parts.items()}
+    return found
+
+
+def _rotated_rows(heads: int, mla: LatentAttentionConfig) -> dict[str, list[int]]:
+    queries = halves_of_pairs(heads, mla.qk_nope_head_dim, mla.qk_rope_head_dim)
+    return {"q": queries, "q_up": queries, "kv_down": halves_of_pairs(1, mla.kv_lora_rank, mla.qk_rope_head_dim)}
 
 
 def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -1,0 +1,122 @@
+"""Latent attention and the prediction of further tokens in every layout equal one rank, with and without experts."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel import parity
+from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, record_choices, worst_relative_l2
+from tests.parallel.test_parity import CONTEXT_LAYOUTS, FULL_SHARD, LAYOUTS, SMALL_BUCKETS, STEPS, compare, distance_from, world
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.parallel
+
+BASE = {name: value for name, value in LLAMA.items() if name != "num_query_groups"}
+MLA: dict[str, Any] = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+MTP: dict[str, Any] = {"num_layers": 2, "loss_coeff": 0.3}
+YARN = {"kind": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "mscale_all_dim": 1.0}
+ROUTER: dict[str, Any] = {
+    "num_experts": 8,
+    "top_k": 2,
+    "ffn_hidden_size": 48,
+    "score_function": "sigmoid",
+    "scaling_factor": 2.5,
+    "num_groups": 4,
+    "group_top_k": 2,
+    "expert_bias": True,
+    "shared_expert_ffn_hidden_size": 48,
+    "aux_loss": "seq_aux_loss",
+    "aux_loss_coeff": 0.01,
+    "layer_pattern": [0, 1],
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "latent": BASE | {"mla": MLA, "rope_scaling": YARN},
+    "latent-direct-queries": BASE | {"mla": MLA | {"q_lora_rank": None}},
+    "further": LLAMA | {"mtp": MTP},
+    "further-tied": LLAMA | {"mtp": MTP, "tie_embeddings": True},
+    "both": BASE | {"mla": MLA, "mtp": MTP, "rope_scaling": YARN},
+    "deepseek": BASE | {"mla": MLA, "mtp": MTP | {"num_layers": 1}, "moe": ROUTER, "rope_scaling": YARN},
+}
+SP = {"tp": 2, "sequence_parallel": True}
+FURTHER_LAYOUTS: dict[str, dict[str, Any]] = {
+    "pp2-zb-v": {"pp": 2, "vpp": 2, "schedule": "zb-v", "layout": "E|t|t|mmL"},
+    "pp2-vpp2-tp2-sp": SP | {"pp": 2, "vpp": 2, "layout": "Et||t|mmL"},
+    "pp4": {"pp": 4, "layout": "E|t|t|mmL"},
+}
+ALL = LAYOUTS | CONTEXT_LAYOUTS | FULL_SHARD | FURTHER_LAYOUTS
+IN_CHECK = [
+    ("latent", "tp2"),
+    ("both", "cp2-p2p-tp2-sp"),
+    ("both", "pp2-zb-v"),
+    ("both", "dp2-pp2-zero3"),
+    ("further-tied", "pp2-zb-dp2-zero1"),
+]
+LONG = [
+    *(("latent", name) for name in ("tp2-sp", "pp2", "cp2-all-gather-zero0", "cp2-a2a-dp2", "cp4-hierarchical", "dp2-tp2-sp-zero3")),
+    *(("latent-direct-queries", name) for name in ("tp2", "tp2-sp-dp2-zero1")),
+    *(("further", name) for name in ("tp2", "tp2-sp", "pp2", "dp2-zero1", "dp2-zero0", "cp2-p2p", "pp2-vpp2-tp2-sp", "pp4", "dp2-zero3")),
+    *(("further-tied", name) for name in ("tp2-sp", "pp2-tp2-uneven", "pp2-zb-v", "pp2-gpipe-dp2-zero0", "dp2-pp2-zero3")),
+    *(("both", name) for name in ("cp4-hierarchical", "pp2-tp2-sp", "dp4-hsdp")),
+]
+EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
+    "ep2-tp2-pp2": SP | {"ep": 2, "etp": 1, "pp": 2},
+    "ep2": {"dp": 2, "ep": 2},
+    "ep2-zero3": {"dp": 2, "ep": 2, "zero": 3},
+    "ep2-tp2-dp2": SP | {"dp": 2, "ep": 2},
+    "ep2-cp2": {"cp": 2, "ep": 2},
+    "ep2-pp2-zb": {"dp": 2, "ep": 2, "pp": 2, "schedule": "zb-h1"},
+}
+
+
+@cache
+def reference(model: str) -> RankResult:
+    (one,) = run_ranks(parity.run_layout, 1, make_config(MODELS[model], {"dp": 1}, steps=STEPS), timeout_s=180)
+    assert isinstance(one, RankResult)
+    return one
+
+
+@pytest.mark.parametrize(("model", "layout"), [*IN_CHECK, *(pytest.param(*entry, marks=pytest.mark.parity) for entry in LONG)])
+def test_layout_equals_one_rank(model: str, layout: str) -> None:
+    compare(MODELS[model], ALL[layout], reference(model))
+
+
+@pytest.mark.parametrize(
+    "layout", [name if name == "ep2-tp2-pp2" else pytest.param(name, marks=pytest.mark.parity) for name in EXPERT_LAYOUTS]
+)
+def test_deepseek_with_experts_in_a_layout_equals_one_rank(layout: str) -> None:
+    one = reference("deepseek")
+    choices = record_choices(make_config(MODELS["deepseek"], {"dp": 1}, steps=STEPS), one)
+    compare(MODELS["deepseek"], EXPERT_LAYOUTS[layout], one, choices)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [SP | {"cp": 2}, pytest.param({"pp": 2, "cp": 2, "cp_method": "a2a"}, marks=pytest.mark.parity)],
+    ids=["cp2-tp2-sp", "cp2-pp2"],
+)
+def test_documents_apart_in_a_layout_give_the_gradients_of_one_rank(parallel: dict[str, Any]) -> None:
+    found = []
+    for layout in ({}, parallel):
+        config = make_config(MODELS["both"], {"dp": 1} | layout | SMALL_BUCKETS, steps=1, separate_documents=True)
+        results = run_ranks(parity.run_layout, world(layout), config, 1)
+        found.append((assemble(config, [result.gradients for result in results]), results[0].losses))
+    (expected, losses), (measured, others) = found
+    distance = worst_relative_l2(measured, expected)
+    assert distance[0] <= 5e-6, distance
+    np.testing.assert_allclose(others, losses, rtol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2", "cp2-p2p", "dp2-tp2-sp-zero3"])
+def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(layout: str) -> None:
+    truth = run_ranks(parity.float64_gradients, 1, make_config(MODELS["both"], {"dp": 1}, steps=2, precision="bf16"))[0]
+
+    def distance(parallel: dict[str, Any]) -> float:
+        config = make_config(MODELS["both"], {"dp": 1} | parallel | SMALL_BUCKETS, steps=2, precision="bf16")
+        results = run_ranks(parity.run_layout, world(parallel), config, 1, timeout_s=180)
+        return distance_from(truth, assemble(config, [result.gradients for result in results]))
+
+    allowed = 1.3 * distance({})
+    assert allowed < 0.1 and distance(ALL[layout]) <= allowed
