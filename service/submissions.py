@@ -39,7 +39,7 @@ def room_of(session: Session, cluster: str) -> Room:
 
 def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
     """What is wrong with a spec wherever it runs."""
-    return [*_names(spec, settings), *_texts(spec.model_dump(mode="json"), ()), *_storage(spec), *validation.check(spec)]
+    return [*_names(spec, settings), *_texts(spec.model_dump(mode="json"), ()), *_paths(spec), *validation.check(spec)]
 
 
 def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
@@ -152,13 +152,15 @@ def _folder(path: str) -> str:
     return f"{scheme}://{spelt}" if separator else "/" + spelt.lstrip("/")
 
 
-def _storage(spec: JobSpec) -> list[Problem]:
-    path = "" if spec.storage is None else spec.storage.path
-    if not path or "://" in path:
-        return []
+def _paths(spec: JobSpec) -> list[Problem]:
+    given = {"/storage/path": "" if spec.storage is None else spec.storage.path, "/checkpoint/start_from": spec.checkpoint.start_from}
+    return [problem for pointer, path in given.items() if path and "://" not in path for problem in _absolute(pointer, path)]
+
+
+def _absolute(pointer: str, path: str) -> list[Problem]:
     if not path.startswith("/"):
-        text = f"{path[:80]!r} is relative, and nodes share no working directory; give an absolute path or a URI, or leave storage out"
-        return [Problem("/storage/path", "absolute", text)]
+        text = f"{path[:80]!r} is relative, and nodes share no working directory; give an absolute path or a URI, or leave it out"
+        return [Problem(pointer, "absolute", text)]
     if ".." in PurePosixPath(path).parts:
-        return [Problem("/storage/path", "absolute", f"{path[:80]!r} contains '..'; write the path out")]
+        return [Problem(pointer, "absolute", f"{path[:80]!r} contains '..'; write the path out")]
     return []

@@ -21,6 +21,7 @@ from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.prepare import DataProblem
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.rules.problem import ConfigProblem
 from megatron_ray.training.commands import Command
 from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
 from workers.commit import CheckpointLedger, commit_whole
@@ -71,6 +72,8 @@ def _train(order: StartOrder, spec: JobSpec, store: Store, reports: Path | None)
     # torchrun's own store is shared by every group of the process: each attempt has its own prefix in it.
     try:
         outcome: Outcome = train(order, report, lambda: Command.CONTINUE)
+    except ConfigProblem as problem:
+        raise UserMistake(str(problem) if env.rank == 0 else "") from problem  # every rank has found the same
     finally:
         committer.close()
         if spool is not None:

@@ -16,6 +16,9 @@ class CheckpointConfig(Config):
     """Committed checkpoints kept; older ones are deleted once a newer is committed."""
     mode: Literal["async", "sync"] = "async"
     """`async` copies the shard to host memory and writes in the background; `sync` waits."""
+    start_from: str | None = Field(default=None, min_length=1, max_length=4096)
+    """Path or URI of weights that a new run begins with, at step 0 and with a fresh optimizer: a committed checkpoint, or a folder in
+    Hugging Face's format. A run that goes on takes its own checkpoint."""
 
 
 class StorageConfig(Config):

@@ -35,12 +35,12 @@ def essence(model: ModelConfig) -> dict[str, Any]:
         fields |= {"head_dim": None, "num_query_groups": None}
     if model.mtp is not None:
         fields["mtp"] = model.mtp.num_layers
-    moe = fields.pop("moe")
+    moe, width = fields.pop("moe"), fields.pop("ffn_hidden_size")
     if model.moe is not None:
         layers = [model.moe.on_layer(layer) for layer in every_layer]
-        fields["ffn_hidden_size"] = None if all(layers) else model.ffn_width
+        width = None if all(layers) else width
         moe = {name: value for name, value in moe.items() if name not in _MOE_TRAINING_ONLY} | {"layer_pattern": layers}
-    return fields | {f"moe.{name}": value for name, value in (moe or {"num_experts": None}).items()}
+    return fields | {f"moe.{name}": value for name, value in (moe or {"num_experts": None}).items()} | {"ffn_hidden_size": width}
 
 
 def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:

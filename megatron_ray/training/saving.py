@@ -12,6 +12,7 @@ import torch
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
 from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
 from megatron_ray.checkpoint.sharded_state import ShardedState, whole_tensor
+from megatron_ray.checkpoint.start import StartingWeights
 from megatron_ray.checkpoint.storage import open_storage
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
@@ -98,3 +99,10 @@ def resume(path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: i
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
     return Progress(state["step"], state["consumed_samples"])
+
+
+def begin_with(weights: StartingWeights, model: ParallelModel, optimizer: ShardedOptimizer) -> None:
+    """Loads main parameters, as `resume` does, and leaves moments and steps at zero. Raises CheckpointError."""
+    state = training_state(model, optimizer)
+    weights.load_into({name: held for name, held in state.items() if name.startswith("model/")})
+    optimizer.publish()

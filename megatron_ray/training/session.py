@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 from megatron_ray import validation
+from megatron_ray.checkpoint.directory import CheckpointError
+from megatron_ray.checkpoint.start import StartingWeights, open_weights
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.loader import Batch, BatchMaker, StepLoader, evaluation_batches
@@ -20,10 +22,11 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel, parallelize
 from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.rules.starting import contradictions, with_vocabulary_of
 from megatron_ray.training.commands import Command
 from megatron_ray.training.loop import Outcome, Parts, Progress, train
 from megatron_ray.training.reports import PhaseReport, Report
-from megatron_ray.training.saving import TrainingSaver, resume
+from megatron_ray.training.saving import TrainingSaver, begin_with, resume
 
 
 def ignore(_: Report) -> None:
@@ -40,9 +43,10 @@ class TrainingSession:
 
     `report` gets a StepReport per step, EvalReports, a CheckpointReport when this rank's part of a checkpoint is durable (from the
     writer's thread) and PhaseReports of the start-up. `poll` is asked once a step on every rank and must return at once.
-    `resume_from` is the path of a committed checkpoint, of any layout.
+    `resume_from` is the path of a committed checkpoint, of any layout; without it the run begins with checkpoint.start_from, or with
+    weights drawn from the seed.
 
-    Raises ConfigProblem when the config contradicts the mesh or the data.
+    Raises ConfigProblem when the config contradicts the mesh, the data or the weights it begins with.
     """
 
     def __init__(
@@ -58,6 +62,9 @@ class TrainingSession:
     ) -> None:
         resolved = validation.resolve(config, mesh.world_size)
         _refuse(resolved, mesh)
+        start = _weights_to_start_from(resolved, resume_from)
+        if start is not None:
+            resolved = resolved.model_copy(update={"model": with_vocabulary_of(resolved.model, start.model)})
         # Only now: a BPE trained on little text may have fewer tokens than it was asked for, which is no mistake.
         self.config = validation.with_vocabulary(resolved, data.vocab_size)
         self.mesh, self._report, self._poll = mesh, report, poll
@@ -65,11 +72,15 @@ class TrainingSession:
         # Not use_deterministic_algorithms: that imports the compiler, a second of every start.
         torch.set_deterministic_debug_mode("error" if self.config.training.deterministic else "default")
         torch.manual_seed(self.config.training.seed)
-        self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None)
+        self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None and start is None)
         self._phase("model")
         self._saver = TrainingSaver(self.config, mesh, self.model, self.optimizer, data, attempt=attempt, on_written=report)
-        self.progress = Progress() if resume_from is None else resume(resume_from, self.model, self.optimizer, mesh.rank)
-        self._phase("load" if resume_from else "saver")
+        self.progress = Progress()
+        if resume_from is not None:
+            self.progress = resume(resume_from, self.model, self.optimizer, mesh.rank)
+        elif start is not None:
+            begin_with(start, self.model, self.optimizer)
+        self._phase("load" if resume_from or start else "saver")
         self._parts = Parts(self.config, mesh, self.model, self.optimizer, self._loader(data), self._evaluation(data), self._saver)
         self._phase("data")
 
@@ -121,6 +132,23 @@ def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -
         for family in model.families:
             family.adopt()
     return model, optimizer
+
+
+def _weights_to_start_from(config: TrainConfig, resume_from: str | None) -> StartingWeights | None:
+    """The opened weights of checkpoint.start_from; of its own checkpoint for a run that goes on. Raises ConfigProblem where the model
+    is another one."""
+    if config.checkpoint.start_from is None:
+        return None
+    try:
+        weights = open_weights(resume_from or config.checkpoint.start_from)
+    except CheckpointError as error:
+        if resume_from is not None:
+            raise
+        raise ConfigProblem(f"/checkpoint/start_from: {error}") from error
+    model = with_vocabulary_of(config.model, weights.model)
+    if problems := contradictions(model, weights.model) if resume_from is None else []:
+        raise ConfigProblem("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+    return weights
 
 
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:

@@ -1,15 +1,12 @@
-"""The command that lets a checkpoint speak. Runs the library in a process of its own, because the service never imports torch."""
+"""The command that lets a checkpoint speak."""
 
-import json
-import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from service.cli.connection import DataDir, Token, Url, connect
-from service.cli.failure import Failure
+from service.cli.connection import DataDir, Token, Url
+from service.cli.library import as_arguments, checkpoint_path, run_library
 from service.cli.output import AsJson, print_json
 
 _MODULE = "megatron_ray.inference.generate"
@@ -36,13 +33,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Generate text from a checkpoint."""
-    path = checkpoint
-    if checkpoint.startswith("job-") and not Path(checkpoint).exists():
-        with connect(url, token, data_dir) as client:
-            found = client.checkpoints(checkpoint)["data"]
-        if not found:
-            raise Failure(f"{checkpoint} has no committed checkpoint yet", remedy=f"`megatron-ray show {checkpoint}` says where it is")
-        path = str(max(found, key=lambda entry: (entry["step"], entry["attempt"]))["path"])
+    path = checkpoint_path(checkpoint, url, token, data_dir)
     options = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
     answer = run_generation(path, prompt, options)
     if as_json:
@@ -53,17 +44,6 @@ def generate(
 
 def run_generation(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
     """{prompt, text, ...} from the library's own command. Raises Failure with its last words."""
-    arguments = [part for name, value in options.items() if value is not None for part in (name, str(value))]
-    command = [sys.executable, "-m", _MODULE, "--checkpoint", checkpoint, "--prompt", prompt, *arguments, "--json"]
-    try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise Failure(said[-1].removeprefix("error: ") if said else f"generation ended with exit code {done.returncode}")
-    try:
-        answer = json.loads(done.stdout)
-        return {"prompt": prompt, **answer, "text": str(answer["text"])}
-    except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{_MODULE} did not answer with JSON that has `text`") from error
+    arguments = ["--checkpoint", checkpoint, "--prompt", prompt, *as_arguments(options)]
+    answer = run_library(_MODULE, arguments, "text")
+    return {"prompt": prompt, **answer, "text": str(answer["text"])}

@@ -57,6 +57,8 @@ def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
     result = {**spec}
     if "storage" in spec:
         result["storage"] = in_group(spec["storage"], "path")
+    if "checkpoint" in spec:
+        result["checkpoint"] = in_group(spec["checkpoint"], "start_from")
     data = spec.get("data")
     if isinstance(data, dict):
         data = in_group(data, "cache")

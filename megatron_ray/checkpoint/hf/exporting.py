@@ -120,10 +120,13 @@ def _outputs(saved: SavedCheckpoint, family: Family, model: ModelConfig, dtype: 
 
 def _write_shards(folder: Path, saved: SavedCheckpoint, outputs: Sequence[Output], shard_bytes: int) -> tuple[str, ...]:
     shards: list[list[Output]] = [[]]
+    filled = 0
     for output in outputs:
-        if shards[-1] and sum(other.num_bytes for other in shards[-1]) + output.num_bytes > shard_bytes:
+        if shards[-1] and filled + output.num_bytes > shard_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(output)
+        filled += output.num_bytes
     names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     names = [SINGLE] if len(shards) == 1 else names
     for name, shard in zip(names, shards, strict=True):

@@ -17,6 +17,7 @@ from megatron_ray.config.model import ModelConfig
 _BLOCK = "mtp.{}.block."
 _LATENT_SIZES = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _FURTHER = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "projection": "eh_proj", "final_norm": "shared_head.norm"}
+_EPS = 1e-6
 _BEST_OF_A_GROUP = 2
 """Groups are ranked by the sum of this many scores."""
 
@@ -28,8 +29,10 @@ def _read(options: Options) -> dict[str, Any]:
     options.only("scoring_func", ("sigmoid",), "sigmoid")
     options.only("topk_method", ("noaux_tc",), "noaux_tc")
     options.only("moe_layer_freq", (1,), 1)
+    # Norms of the latents have it built in, whatever the key says.
+    options.only("rms_norm_eps", (_EPS,), _EPS)
     activation = SILU[options.only("hidden_act", SILU, "silu")]
-    fields = {**read_sizes(options, eps=1e-6), **read_rope(options), "activation": activation}
+    fields = {**read_sizes(options, eps=_EPS), **read_rope(options), "activation": activation}
     if options.get("num_key_value_heads", fields["num_attention_heads"]) != fields["num_attention_heads"]:
         raise options.refuse("num_key_value_heads differs from num_attention_heads: latent attention has no query groups")
     further = options.number("num_nextn_predict_layers", 0)

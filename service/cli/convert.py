@@ -1,0 +1,75 @@
+"""Commands that take models from Hugging Face's format and give them back. Both run where the command does and need no service."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from service.cli.connection import DataDir, Token, Url
+from service.cli.failure import Failure
+from service.cli.library import as_arguments, checkpoint_path, run_library
+from service.cli.output import AsJson, console, print_json, size
+
+_MODULE = "megatron_ray.checkpoint.hf"
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+convert_app = typer.Typer(name="convert", help="Models from and to Hugging Face's format.", no_args_is_help=True)
+Out = Annotated[Path, typer.Argument(help="Folder to write; must not be there yet.", show_default=False)]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds these commands."""
+    app.add_typer(convert_app)
+
+
+@convert_app.command("import")
+def import_(
+    folder: Annotated[str, typer.Argument(help="Folder (or URI) with config.json and safetensors.", show_default=False)],
+    out: Out,
+    as_json: AsJson = False,
+) -> None:
+    """Make a checkpoint of a published model, with a job spec that begins with it."""
+    answer = run_library(_MODULE, ["import", folder, str(out)], "path")
+    _show(answer, as_json, f"train it further: megatron-ray submit {answer.get('spec')}")
+
+
+@convert_app.command("export")
+def export(
+    checkpoint: Annotated[
+        str, typer.Argument(help="Path or URI of a committed checkpoint, or a job id for its newest.", show_default=False)
+    ],
+    out: Out,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; as the checkpoint has the weights when not given.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a folder of safetensors that transformers loads."""
+    if dtype not in (None, "bf16", "fp32"):
+        raise Failure(f"--dtype {dtype!r} is not known", remedy="use bf16 or fp32", exit_code=2)
+    options = {"--dtype": dtype, "--max-shard-bytes": _bytes(max_shard_size)}
+    path = checkpoint_path(checkpoint, url, token, data_dir)
+    answer = run_library(_MODULE, ["export", path, str(out), *as_arguments(options)], "path")
+    _show(answer, as_json, f"AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match[2].upper()) if match else None
+    amount = int(float(match[1]) * unit) if match and unit else 0
+    if amount < 1:
+        raise Failure(f"--max-shard-size {text!r} is not a size", remedy="use a number and a unit, such as 500MB or 5GB", exit_code=2)
+    return amount
+
+
+def _show(answer: dict[str, Any], as_json: bool, next_step: str) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    out = console()
+    out.print(f"wrote {escape(str(answer['path']))}: {answer['tensors']} tensors of {answer['model_type']}, {size(answer['bytes'])}")
+    out.print(f"[dim]{escape(next_step)}[/dim]")
