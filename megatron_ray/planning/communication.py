@@ -17,6 +17,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import Part
 from megatron_ray.planning.buffers import WIDTHS, PlannedBuffer, is_fully_sharded, local_table, planned_buffers
+from megatron_ray.planning.memory import num_microbatches
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.training.commands import Command
@@ -71,7 +72,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     if is_fully_sharded(config, dims) or config.model.mla is not None or config.model.mtp is not None:
         return None
     pp_rank = dims.coordinates(rank)["pp"]
-    count = config.training.global_batch_size // (config.training.micro_batch_size * dims.dp)
+    count = num_microbatches(config)
     found = Tally(group_sizes(dims))
     for chunk, stage in enumerate(pipeline.held(pp_rank)):
         found.add_all(stage_communication(config, dims, stage), count)

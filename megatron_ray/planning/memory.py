@@ -5,7 +5,7 @@ Activations are an estimate from tensor shapes (`activations`). Pure. Must not k
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_ray.config.train_config import TrainConfig
@@ -13,8 +13,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import LocalParameter
 from megatron_ray.planning.activations import kept_by_stage, recomputed_activations, working_head
 from megatron_ray.planning.buffers import WIDTHS, is_fully_sharded, local_table, planned_buffers
-from megatron_ray.planning.pipeline import representative_order
-from megatron_ray.schedules.actions import Op, Order
+from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 
 
@@ -56,7 +55,8 @@ class RankMemory:
 
 def rank_memory(config: TrainConfig, rank: int) -> RankMemory:
     """Of one rank of a resolved config whose vocabulary is known. Raises ValueError otherwise."""
-    return _rank_memory(config, ParallelDims.of(config.parallel), plan_pipeline(config), rank)
+    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
+    return with_activations(config, pipeline, _state(config, dims, pipeline, rank), dims.coordinates(rank)["pp"])
 
 
 def fullest_rank(config: TrainConfig) -> RankMemory:
@@ -64,15 +64,24 @@ def fullest_rank(config: TrainConfig) -> RankMemory:
 
     Ranks of a pipeline stage have equally much, but for rows that ZeRO-3 cannot deal out evenly, of which the first replica has most.
     """
-    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
-    seen: set[object] = set()
-    found = []
+    pipeline = plan_pipeline(config)
+    found = [with_activations(config, pipeline, state, pp_rank) for pp_rank, state in distinct_states(config, pipeline)]
+    return max(found, key=lambda memory: memory.total_bytes)
+
+
+def distinct_states(config: TrainConfig, pipeline: PipelinePlan) -> list[tuple[int, RankMemory]]:
+    """(pipeline rank, its first rank's bytes without activations), one of each kind: of those alike the one that keeps most activations."""
+    dims, found = ParallelDims.of(config.parallel), dict[object, tuple[int, RankMemory]]()
     for pp_rank in range(dims.pp):
         alike = _signature(config, pipeline, pp_rank)
-        if alike not in seen:
-            seen.add(alike)
-            found.append(_rank_memory(config, dims, pipeline, dims.rank_at(pp=pp_rank)))
-    return max(found, key=lambda memory: memory.total_bytes)
+        if alike not in found:
+            found[alike] = pp_rank, _state(config, dims, pipeline, dims.rank_at(pp=pp_rank))
+    return list(found.values())
+
+
+def with_activations(config: TrainConfig, pipeline: PipelinePlan, state: RankMemory, pp_rank: int) -> RankMemory:
+    """The same rank with what it keeps of microbatches, which depends on their size and on recomputation too."""
+    return replace(state, activations_bytes_estimate=_activations(config, pipeline, pp_rank))
 
 
 def _signature(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> object:
@@ -84,7 +93,7 @@ def _signature(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> obj
     ) + ((pp_rank,) if pipeline.schedule == "zb-v" or config.optimizer.freeze else ())
 
 
-def _rank_memory(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int) -> RankMemory:
+def _state(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int) -> RankMemory:
     table = local_table(config, config.model, dims, pipeline, rank)
     buffers = planned_buffers(config, dims, table, rank)
     main = 4 if config.training.precision == "bf16" and not is_fully_sharded(config, dims) else 0
@@ -94,7 +103,7 @@ def _rank_memory(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan
         gradients_bytes=sum(buffer.plan.num_trainable * 4 for buffer in buffers),
         optimizer_bytes=sum(buffer.num_updated * (8 + main) for buffer in buffers),
         gathered_bytes_estimate=_gathered(config, table) if is_fully_sharded(config, dims) else 0,
-        activations_bytes_estimate=_activations(config, dims, pipeline, dims.coordinates(rank)["pp"]),
+        activations_bytes_estimate=None,
     )
 
 
@@ -112,29 +121,28 @@ def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
     return outside * (width + 4) + max(layers.values(), default=0) * (2 * width + 4)
 
 
-def _activations(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> int | None:
+def _activations(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> int | None:
     """The most that is kept at once, and what comes back when a part of it is recomputed."""
-    if config.model.mla is not None:
+    if config.model.mla is not None or config.model.mtp is not None:
         return None
     held = pipeline.held(pp_rank)
     kept = [kept_by_stage(config, stage) for stage in held]
-    count = config.training.global_batch_size // (config.training.micro_batch_size * dims.dp)
-    if pipeline.stages.num_stages == 1:
-        peak = kept[0]
-    else:
-        peak = _peak(representative_order(pipeline, max(1, count), pp_rank), kept)
+    peak = kept[0] if pipeline.stages.num_stages == 1 else _peak(kept_and_released(pipeline, num_microbatches(config), pp_rank), kept)
     again = max(recomputed_activations(config, stage.layers) for stage in held)
-    head = working_head(config) if any(stage.loss for stage in held) else 0
-    return peak + again + head
+    return peak + again + (working_head(config) if any(stage.loss for stage in held) else 0)
 
 
-def _peak(order: Order, kept: Sequence[int]) -> int:
-    """Most bytes between forwards and last backwards; `kept` by chunk."""
+def _peak(kept_and_released: Sequence[int], kept: Sequence[int]) -> int:
+    """Most bytes at once; `kept` by chunk."""
     now = most = 0
-    for action in order:
-        if action.op is Op.FORWARD:
-            now += kept[action.chunk]
-            most = max(most, now)
-        elif action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
-            now -= kept[action.chunk]
+    for event in kept_and_released:
+        now += kept[event - 1] if event > 0 else -kept[-event - 1]
+        most = max(most, now)
     return most
+
+
+def num_microbatches(config: TrainConfig) -> int:
+    """Of a step, on each rank. Raises ValueError while dp is not resolved."""
+    if config.parallel.dp == "auto":
+        raise ValueError("parallel.dp is not resolved")
+    return max(1, config.training.global_batch_size // (config.training.micro_batch_size * config.parallel.dp))

@@ -5,7 +5,7 @@ Pure. Must not know: torch, bytes, seconds.
 
 from functools import lru_cache
 
-from megatron_ray.schedules.actions import Order
+from megatron_ray.schedules.actions import Op
 from megatron_ray.schedules.orders import ScheduleName, compute_orders, stage_map
 from megatron_ray.schedules.plan import PipelinePlan
 from megatron_ray.schedules.simulation import EQUAL, Costs, outcome
@@ -14,13 +14,21 @@ _ROUNDS = 2
 """Rounds of pp microbatches after which every schedule only repeats itself."""
 
 
-def representative_order(pipeline: PipelinePlan, num_microbatches: int, pp_rank: int) -> Order:
-    """The computing actions of one rank in a step that holds as many activations at once as one of `num_microbatches`."""
+def kept_and_released(pipeline: PipelinePlan, num_microbatches: int, pp_rank: int) -> tuple[int, ...]:
+    """When a rank begins and ends to keep a microbatch's activations in a chunk, in order: chunk + 1, and -(chunk + 1). Of a step that keeps
+    as many at once as one of `num_microbatches`."""
     schedule, pp = pipeline.schedule, pipeline.stages.pp
     # GPipe holds them all, and interleaving makes its groups larger by what is left over.
     whole = schedule == "gpipe" or (schedule == "interleaved" and num_microbatches % pp)
     count = num_microbatches if whole else _short(pp, num_microbatches)
-    return compute_orders(schedule, pp, count, pipeline.stages.vpp)[pp_rank]
+    return _kept_and_released(schedule, pp, pipeline.stages.vpp, count, pp_rank)
+
+
+@lru_cache(maxsize=1024)
+def _kept_and_released(schedule: ScheduleName, pp: int, vpp: int, count: int, pp_rank: int) -> tuple[int, ...]:
+    signs = {Op.FORWARD: 1, Op.BACKWARD: -1, Op.BACKWARD_WEIGHT: -1}
+    order = compute_orders(schedule, pp, count, vpp)[pp_rank]
+    return tuple(signs[action.op] * (action.chunk + 1) for action in order if action.op in signs)
 
 
 def bubble(pipeline: PipelinePlan, num_microbatches: int, costs: Costs = EQUAL) -> float:

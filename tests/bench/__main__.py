@@ -4,13 +4,14 @@ import argparse
 import json
 import sys
 
-from tests.bench import first_step, gpu, overhead, peers, recovery, save
+from tests.bench import first_step, gpu, overhead, peers, plan, recovery, save
 
 BENCHES = {
     "first_step": first_step.run,
     "gpu": gpu.run,
     "overhead": overhead.run,
     "peers": peers.run,
+    "plan": plan.run,
     "recovery": recovery.run,
     "save": save.run,
 }
