@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.parameters import padded_vocabulary
+from megatron_ray.schedules.layout import StageContents
 
 _STATISTICS = {"rmsnorm": 4, "layernorm": 8}
 """fp32 numbers that a norm keeps of each token, in bytes."""
@@ -39,8 +41,9 @@ class LayerActivations:
     experts: int
     """2 w T K H etp / s, copies of tokens to and from their experts, and what the router keeps (`_routing`); 0 in a layer without."""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
-    dropout. Around latent attention w T N (3 D + V) / tp, and of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp; another N where heads are
+    exchanged for tokens), and 2 T H / s of masks with hidden dropout. Around latent attention w T N (3 D + V) / tp (another D where heads
+    are exchanged), and of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
 
     @property
     def whole(self) -> int:
@@ -63,13 +66,13 @@ class LayerActivations:
 
 def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     """Of a layer on one rank."""
-    model, parallel, training = config.model, config.parallel, config.training
+    model, parallel = config.model, config.parallel
     tp, cut = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
-    tokens = training.seq_length * training.micro_batch_size // parallel.cp
-    width = 2 if training.precision == "bf16" else 4
+    tokens, width = _tokens(config), _width(config)
     residual = width * tokens * model.hidden_size // cut
     heads = tokens * model.num_attention_heads // tp
-    scores = heads * training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * (4 + _cut_output(model) * width)
+    attended = 4 + _cut_output(model) * width
+    scores = heads * config.training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * attended
     moe, copies = model.experts_on(index), 0
     if moe is None:
         inner = width * tokens * model.ffn_width // tp
@@ -94,13 +97,18 @@ def _cut_output(model: ModelConfig) -> int:
 
 def _around_attention(config: TrainConfig, width: int, tokens: int) -> int:
     """Queries, keys, values and what goes on; latents before them."""
-    model, tp, cut = config.model, config.parallel.tp, config.parallel.tp if config.parallel.sequence_parallel else 1
+    model, parallel = config.model, config.parallel
+    tp, cut = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
+    exchanged = 1 if parallel.cp > 1 and parallel.cp_method.startswith("a2a") else 0
     if model.mla is None:
-        return 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
+        parts = (2 + exchanged) * model.num_attention_heads + 2 * max(model.kv_heads, tp)
+        return width * tokens * parts * model.head_width // tp
     mla, norms = model.mla, 2 if model.mla.q_lora_rank is not None else 1
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
     heads = tokens * model.num_attention_heads // tp
-    return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + tokens // cut * (width * latents + norms * _STATISTICS[model.norm])
+    return width * heads * ((3 + exchanged) * mla.qk_head_dim + mla.v_head_dim) + tokens // cut * (
+        width * latents + norms * _STATISTICS[model.norm]
+    )
 
 
 def _routing(moe: MoEConfig) -> int:
@@ -133,3 +141,36 @@ def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
     size = recompute.num_layers if recompute.method == "uniform" else 1
     chunks = [found[start : start + size] for start in range(0, len(found), size)]
     return max((sum(layer.whole for layer in chunk) for chunk in chunks), default=0)
+
+
+def kept_by_stage(config: TrainConfig, stage: StageContents) -> int:
+    """Bytes that a whole stage keeps of a microbatch: its layers, the ids that its embedding looked up, what its head keeps."""
+    tokens = _tokens(config)
+    embedding = 8 * tokens if stage.embedding else 0
+    return kept_activations(config, stage.layers) + embedding + (_kept_by_head(config) if stage.loss else 0)
+
+
+def _kept_by_head(config: TrainConfig) -> int:
+    """w T H / s + 4 (or 8) T / s of the last norm's input and statistics, w T H of its output (gathered under sequence parallelism), and
+    w T V / tp, which are the logits and then their gradient."""
+    model, parallel, width = config.model, config.parallel, _width(config)
+    tokens, cut = _tokens(config), parallel.tp if parallel.sequence_parallel else 1
+    norm = (width * model.hidden_size + _STATISTICS[model.norm]) * tokens // cut
+    return norm + width * tokens * model.hidden_size + width * tokens * _local_vocabulary(config)
+
+
+def working_head(config: TrainConfig) -> int:
+    """Bytes that the loss needs for a moment: logits of all tokens widened to fp32."""
+    return 4 * _tokens(config) * _local_vocabulary(config)
+
+
+def _local_vocabulary(config: TrainConfig) -> int:
+    return padded_vocabulary(config.model, config.parallel.tp) // config.parallel.tp
+
+
+def _tokens(config: TrainConfig) -> int:
+    return config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
+
+
+def _width(config: TrainConfig) -> int:
+    return 2 if config.training.precision == "bf16" else 4

@@ -6,7 +6,7 @@ import json
 import sys
 
 # Each is a module beside this one, imported when it is its turn: `gpu` runs where there is neither Ray nor a web framework.
-BENCHES = ("first_step", "gpu", "overhead", "peers", "recovery", "save")
+BENCHES = ("first_step", "gpu", "overhead", "peers", "plan", "recovery", "save")
 
 
 def main() -> None:

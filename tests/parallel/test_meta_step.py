@@ -3,8 +3,8 @@
 Tensors are on device `meta` and collectives go through torch's fake process group, so nothing is computed and nothing sent.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.training.commands import Command
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.matrix import EXPERTS, Entry
@@ -64,7 +65,11 @@ def world(rank: int, size: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def step(config: TrainConfig, rank: int, device: str) -> None:
+Around = Callable[[ParallelMesh], AbstractContextManager[object]]
+"""Something that is to last as long as a step."""
+
+
+def step(config: TrainConfig, rank: int, device: str, around: Around = lambda _: nullcontext()) -> None:
     dims, training = ParallelDims.of(config.parallel), config.training
     with world(rank, dims.world_size):
         mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, device))
@@ -72,10 +77,12 @@ def step(config: TrainConfig, rank: int, device: str) -> None:
         make_batch = batch_maker(config, mesh, END)
         loader = StepLoader(OneToken(training.seq_length), 1, training.global_batch_size, mesh.dp_rank, dims.dp, make_batch)
         batches = loader.step(0)
-        loss = forward_backward(model, mesh, batches)
-        stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
-        scale_and_clip(optimizer, stats, 1.0)
-        optimizer.step(1e-3)
+        nothing = [0.0] * (len(Command) - 1)
+        with around(mesh):
+            loss = forward_backward(model, mesh, batches)
+            stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches), nothing)
+            scale_and_clip(optimizer, stats, 1.0)
+            optimizer.step(1e-3)
         assert stats.values.device.type == device
 
 

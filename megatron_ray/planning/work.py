@@ -1,0 +1,119 @@
+"""What a rank has to do in a step, in FLOP and bytes. Owns: counting products, attention and trips to memory of each stage.
+
+These are what the hardware does, recomputation included; what MFU counts is in `flops`. Experts are taken to be balanced and everything to
+be trained. Pure. Must not know: torch, how fast a device is.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.parameters import padded_vocabulary
+from megatron_ray.planning.buffers import WIDTHS
+from megatron_ray.schedules.layout import StageContents
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one rank."""
+
+    products: float = 0.0
+    """FLOP of matrix products."""
+    attention: float = 0.0
+    """FLOP of attention that skips what is masked."""
+    memory: float = 0.0
+    """Bytes read and written by everything that is bound by memory."""
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.products + other.products, self.attention + other.attention, self.memory + other.memory)
+
+    def __mul__(self, times: float) -> "Work":
+        return Work(self.products * times, self.attention * times, self.memory * times)
+
+
+def stage_work(config: TrainConfig, stage: StageContents) -> Work:
+    """Of one microbatch, forward and backward, with what is recomputed."""
+    layers = [_Layer(config, index) for index in stage.layers]
+    found = sum((layer.forward + layer.backward for layer in layers), Work()) + _recomputed(config, layers)
+    if stage.embedding:
+        found += Work(memory=3.0 * _own_tokens(config) * config.model.hidden_size * WIDTHS[config.training.precision])
+    return found + _head(config) if stage.loss else found
+
+
+def update_work(updated: int, trained: int) -> Work:
+    """Of one step on a rank that updates `updated` of the `trained` elements it has gradients of: zeroing them, the norm (4 bytes), scaling
+    (8), AdamW (16 read, 12 written), new weights (2)."""
+    return Work(memory=4.0 * trained + 42.0 * updated)
+
+
+def _tokens(config: TrainConfig) -> int:
+    return config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
+
+
+def _own_tokens(config: TrainConfig) -> int:
+    return _tokens(config) // (config.parallel.tp if config.parallel.sequence_parallel else 1)
+
+
+def _head(config: TrainConfig) -> Work:
+    """Three products with the vocabulary, and six passes over the logits."""
+    tokens, rows = _tokens(config), padded_vocabulary(config.model, config.parallel.tp) // config.parallel.tp
+    width = WIDTHS[config.training.precision]
+    return Work(6.0 * tokens * rows * config.model.hidden_size, 0.0, 6.0 * tokens * rows * width)
+
+
+class _Layer:
+    """Work of one layer; `mlp` is the part of its forward after the attention."""
+
+    def __init__(self, config: TrainConfig, index: int) -> None:
+        model, tp = config.model, config.parallel.tp
+        tokens, own, width = _tokens(config), _own_tokens(config), WIDTHS[config.training.precision]
+        heads, groups = model.num_attention_heads // tp, max(model.kv_heads, tp) // tp
+        around = model.hidden_size * (2 * heads + 2 * groups) * model.head_width
+        seen = _keys_seen(config.training.seq_length, model.window_on(index))
+        inner, weights = self._inner(config, index)
+        matrices = 3 if model.gated else 2
+        residual = own * model.hidden_size * width
+        rotated = 2 * tokens * (heads + groups) * model.head_width * width
+        activation = inner * (matrices - 1 + 1) * width  # what the non-linearity reads and writes
+        self.core = Work(attention=4.0 * tokens * heads * model.head_width * seen)
+        self.mlp = Work(2.0 * matrices * inner * model.hidden_size, 0.0, float(5 * residual + activation))
+        self.forward = Work(2.0 * tokens * around, 0.0, float(5 * residual + rotated)) + self.core + self.mlp
+        # Two products for each of the forward's; a fused kernel's backward makes five where its forward makes two.
+        products, attention = 2 * self.forward.products, 2.5 * self.core.attention
+        accumulated = 8.0 * (around + weights)  # fp32 gradients are read and written
+        self.backward = Work(products, attention, 10 * residual + 2 * rotated / 2 + 5 / 3 * activation + accumulated)
+
+    @staticmethod
+    def _inner(config: TrainConfig, index: int) -> tuple[int, int]:
+        """(numbers between the two products of all MLPs here, elements of their weights)."""
+        model, parallel, tokens = config.model, config.parallel, _tokens(config)
+        matrices = (3 if model.gated else 2) * model.hidden_size
+        moe = model.experts_on(index)
+        if moe is None:
+            return tokens * model.ffn_width // parallel.tp, matrices * model.ffn_width // parallel.tp
+        shared = (moe.shared_expert_ffn_hidden_size or 0) // parallel.tp
+        held = moe.num_experts // parallel.ep * (model.expert_width // parallel.expert_tp)
+        return _own_tokens(config) * moe.top_k * model.expert_width + tokens * shared, matrices * (held + shared)
+
+
+def _keys_seen(length: int, window: int | None) -> float:
+    """On average, by a token of a sequence."""
+    if window is None or window >= length:
+        return length / 2
+    return window - window * window / (2 * length)
+
+
+def _recomputed(config: TrainConfig, layers: Sequence[_Layer]) -> Work:
+    recompute = config.training.recompute
+    if recompute.granularity == "full":
+        again = layers if recompute.method == "uniform" else layers[: recompute.num_layers]
+        return sum((layer.forward for layer in again), Work())
+    found = Work()
+    for layer in layers:
+        if "core_attention" in recompute.chosen_modules:
+            found += layer.core
+        if {"mlp", "moe"} & set(recompute.chosen_modules):
+            found += layer.mlp
+        elif {"norm", "activation"} & set(recompute.chosen_modules):
+            found += Work(memory=layer.mlp.memory)
+    return found

@@ -1,0 +1,154 @@
+"""What a plan says that a rank sends is what it does send: one whole step of a rank among 4,096, every collective written down."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megatron_ray import collectives, validation
+from megatron_ray.collectives import Group
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.mesh import ParallelMesh
+from megatron_ray.planning.communication import step_communication
+from tests.parallel.matrix import EXPERTS
+from tests.parallel.parity import GPT2, LLAMA
+from tests.parallel.test_meta_step import step
+
+RANK, RANKS = 17, 4096
+LAST = RANKS - 1
+SHAPE = LLAMA | {
+    "num_layers": 8,
+    "hidden_size": 64,
+    "num_attention_heads": 16,
+    "num_query_groups": 8,
+    "ffn_hidden_size": 128,
+    "head_dim": 8,
+}
+MOE = SHAPE | {"moe": EXPERTS | {"num_experts": 16, "capacity_factor": 1.0, "pad_to_capacity": True}}
+FULL = {"granularity": "full", "method": "uniform", "num_layers": 2}
+Sent = Counter[tuple[Group, str]]
+
+CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("tp with sequence parallelism", SHAPE, {"tp": 8, "sequence_parallel": True}, {}),
+    ("tp without, nothing sharded", SHAPE, {"tp": 8, "zero": 0}, {}),
+    ("more tp ranks than key/value heads", SHAPE, {"tp": 16, "sequence_parallel": True, "bucket_elements": 5000}, {}),
+    ("1f1b", SHAPE, {"tp": 2, "sequence_parallel": True, "pp": 4}, {}),
+    (
+        "interleaved, tied embeddings",
+        GPT2 | {"num_layers": 8, "num_attention_heads": 8, "max_sequence_length": 128},
+        {"tp": 4, "pp": 4, "vpp": 2},
+        {},
+    ),
+    ("zero bubble in a V", SHAPE | {"num_layers": 8}, {"pp": 4, "vpp": 2, "schedule": "zb-v"}, {}),
+    ("ring", SHAPE, {"tp": 2, "sequence_parallel": True, "cp": 8}, {}),
+    ("ring recomputed", SHAPE, {"cp": 4}, {"recompute": {"granularity": "selective"}}),
+    ("gathered keys", SHAPE, {"cp": 4, "cp_method": "all_gather"}, {}),
+    ("heads exchanged", SHAPE, {"cp": 4, "cp_method": "a2a"}, {"precision": "fp32"}),
+    ("heads exchanged in a ring", SHAPE, {"cp": 8, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (4, 2)}, {}),
+    ("layers recomputed", SHAPE, {"tp": 4, "sequence_parallel": True, "pp": 2}, {"recompute": FULL}),
+    ("mlp recomputed", SHAPE, {"tp": 4}, {"recompute": {"granularity": "selective", "modules": ("mlp", "norm")}}),
+    ("experts", MOE, {"ep": 8}, {}),
+    ("experts in all directions", MOE, {"tp": 4, "sequence_parallel": True, "ep": 4, "etp": 2, "pp": 2, "cp": 2}, {}),
+    ("experts, everything gathered", MOE, {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 2, "dispatcher": "allgather"}, {}),
+    ("experts recomputed", MOE, {"tp": 2, "sequence_parallel": True, "ep": 4, "pp": 2}, {"recompute": FULL}),
+    (
+        "shared and biased experts",
+        MOE | {"moe": MOE["moe"] | {"shared_expert_ffn_hidden_size": 32, "score_function": "sigmoid", "expert_bias": True}},
+        {"tp": 2, "sequence_parallel": True, "ep": 4, "cp": 2},
+        {"recompute": {"granularity": "selective", "modules": ("moe",)}},
+    ),
+]
+
+
+def make(shape: dict[str, Any], parallel: dict[str, Any], training: dict[str, Any]) -> TrainConfig:
+    dp = RANKS // (parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1))
+    batch = {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 2 * dp, "steps": 1, "precision": "bf16"}
+    fields = {
+        "model": shape,
+        "parallel": parallel | {"dp": dp},
+        "data": {"train": [{"path": "unused"}], "tokenizer": {"kind": "bytes"}},
+        "training": batch | training,
+        "optimizer": {"lr": 1e-3},
+    }
+    config = validation.with_vocabulary(TrainConfig.from_mapping(fields), 257)
+    assert validation.check(config, RANKS) == []
+    return config
+
+
+def recording(sent: Sent) -> Callable[[ParallelMesh], AbstractContextManager[None]]:
+    """Writes down what this rank hands to the functions through which everything goes."""
+
+    @contextmanager
+    def during(_: ParallelMesh) -> Iterator[None]:
+        # name: (kind, which argument is sent, which is the group)
+        watched = {
+            "start_all_reduce": ("all_reduce", 0, 1),
+            "start_all_gather_into": ("all_gather", 1, 2),
+            "start_reduce_scatter_into": ("reduce_scatter", 1, 2),
+            "start_send": ("send", 0, 2),
+            "start_exchange": ("send", 0, 4),
+            "all_to_all_rows": ("all_to_all", 0, 1),
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            for name, (kind, content, place) in watched.items():
+                patch.setattr(collectives, name, _noting(sent, getattr(collectives, name), kind, content, place))
+            yield
+
+    return during
+
+
+def _noting(sent: Sent, plain: Callable[..., Any], kind: str, content: int, place: int) -> Callable[..., Any]:
+    def call(*given: Any) -> Any:
+        tensor, group = given[content], given[place]
+        assert isinstance(tensor, Tensor)
+        if group is not None:
+            sent[group, kind] += tensor.numel() * tensor.element_size()
+        return plain(*given)
+
+    return call
+
+
+RUNS = [(f"{name}, rank {rank}", config, rank) for name, *config in CASES for rank in (RANK, LAST) if rank == RANK or config[1].get("pp")]
+
+
+@pytest.mark.parametrize(("parts", "rank"), [pytest.param(*run[1:], id=run[0]) for run in RUNS])
+def test_bytes_per_axis_and_kind_are_those_of_the_plan(parts: list[dict[str, Any]], rank: int) -> None:
+    config = make(*parts)
+    sent, meshes = Sent(), list[ParallelMesh]()
+
+    def around(mesh: ParallelMesh) -> AbstractContextManager[None]:
+        meshes.append(mesh)
+        return recording(sent)(mesh)
+
+    step(config, rank, "meta", around)
+    mesh, planned = meshes[0], step_communication(config, rank)
+    assert planned is not None
+    groups = {
+        "tp": mesh.tp_group,
+        "cp": mesh.cp_group,
+        "pp": mesh.pp_group,
+        "dp": mesh.replica_group,
+        "ep": mesh.ep_group,
+        "etp": mesh.etp_group,
+        "edp": mesh.expert_replica_group,
+        "embedding": mesh.embedding_group,
+        "tokens": mesh.token_group,
+        "world": mesh.world_group,
+    }
+    within = dict.fromkeys(mesh.cp_levels, mesh.cp_group) | {mesh.dp_group: mesh.replica_group}  # parts of an axis are that axis
+    found, expected = Sent(), Sent()
+    for (group, kind), size in sent.items():
+        found[group if group in groups.values() else within[group], kind] += size
+    for (axis, kind), size in planned.bytes.items():
+        expected[groups[axis], kind] += size
+    names = {group: axis for axis, group in groups.items()}
+    assert {(names[group], kind): size for (group, kind), size in found.items()} == {
+        (names[group], kind): size for (group, kind), size in expected.items()
+    }
+
+
+def test_what_torch_sends_is_not_counted() -> None:
+    assert step_communication(make(SHAPE, {"zero": 3}, {}), RANK) is None

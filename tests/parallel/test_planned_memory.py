@@ -1,0 +1,105 @@
+"""What a plan says that a rank holds is what it does hold: every rank of every layout of the matrix, without other processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parallelize import ParallelModel
+from megatron_ray.planning.activations import kept_by_stage
+from megatron_ray.planning.memory import fullest_rank, rank_memory
+from megatron_ray.schedules.layout import StageContents
+from megatron_ray.training.session import batch_maker, build
+from tests.parallel.matrix import EXPERTS, Entry
+from tests.parallel.parity import RandomDataset
+from tests.parallel.test_matrix import MATRIX
+from tests.parallel.test_meta_step import world
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def runs(entries: Sequence[Entry]) -> list[Any]:
+    """Every entry in one precision, in turn; in the other one where all layouts are compared."""
+    return [
+        pytest.param(entry, precision, id=f"{entry.name}-{precision}", marks=[] if place % 2 == turn else [pytest.mark.parity])
+        for place, entry in enumerate(entries)
+        for turn, precision in enumerate(PRECISIONS)
+    ]
+
+
+def size(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def held(config: TrainConfig, rank: int) -> tuple[int, int, int]:
+    """Bytes of weights, gradients and optimizer state that are allocated on a rank."""
+    dims = ParallelDims.of(config.parallel)
+    # torch's fully_shard takes no parameters on meta.
+    device = "cpu" if config.parallel.zero == 3 else "meta"
+    with world(rank, dims.world_size):
+        model, optimizer = build(config, ParallelMesh.create(dims, World(rank, dims.world_size, 0, device)), initialise=False)
+    buffers = [family.buffers for family in model.families]
+    state = [tensor for shard in optimizer.shards for tensor in shard.state.values()]
+    state += [shard._main_shard for shard in optimizer.shards if shard._main_shard is not None]
+    return size([part.parameters for part in buffers]), size([part.gradients for part in buffers]), size(state)
+
+
+@pytest.mark.parametrize(("entry", "precision"), runs(MATRIX))
+def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(entry: Entry, precision: str) -> None:
+    config = entry.config(steps=1, precision=precision)
+    planned = [rank_memory(config, rank) for rank in range(entry.world_size)]
+    for rank in (0, entry.world_size - 1):
+        found = planned[rank].parameters_bytes, planned[rank].gradients_bytes, planned[rank].optimizer_bytes
+        assert found == held(config, rank)
+    assert fullest_rank(config).total_bytes == max(memory.total_bytes for memory in planned)
+
+
+def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
+    fields = MATRIX[0].config(steps=1, precision="bf16").model_dump()
+    fields["optimizer"]["freeze"] = ("layers.[01].*", "embedding.weight")
+    config = TrainConfig.from_mapping(fields)
+    memory = rank_memory(config, 1)
+    assert (memory.parameters_bytes, memory.gradients_bytes, memory.optimizer_bytes) == held(config, 1)
+
+
+def kept(model: ParallelModel, stage: StageContents, config: TrainConfig, mesh: ParallelMesh) -> int:
+    """Storages that autograd holds of one microbatch of a stage; parameters, and angles that all layers share, are left out."""
+    dataset = RandomDataset(config.model.vocabulary, config.training.seq_length)
+    batch = StepLoader(dataset, 1, 8, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh, 0)).step(0)[0]
+    tokens = batch.tokens_BS.numel() // (mesh.dims.tp if model.sequence_parallel else 1)
+    received = None if stage.embedding else torch.randn(tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True)
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = model.module.stage(stage, received, batch)
+    assert output.requires_grad  # and alive, so that nothing has been freed
+    angles = [tensor for tensor in found if tensor.shape[1:3] == (batch.tokens_BS.shape[1], 1)]
+    apart = {tensor.untyped_storage()._cdata for tensor in (*model.module.parameters(), *angles)}
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    return sum(size for storage, size in storages.items() if storage not in apart)
+
+
+@pytest.mark.parametrize(("entry", "precision"), runs([entry for entry in MATRIX if entry.parallel["zero"] != 3]))
+def test_activations_of_a_microbatch_are_within_a_tenth(entry: Entry, precision: str) -> None:
+    fields: dict[str, Any] = entry.config(steps=1, precision=precision).model_dump()
+    fields["training"]["seq_length"] = 64
+    if entry.experts:  # nobody is there to say how many rows come
+        fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
+    config = TrainConfig.from_mapping(fields)
+    dims = ParallelDims.of(config.parallel)
+    rank = dims.world_size - 1
+    with world(rank, dims.world_size):
+        mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, "cpu"))
+        model, _ = build(config, mesh, initialise=False)
+        for stage in model.module.held:
+            assert kept_by_stage(config, stage) == pytest.approx(kept(model, stage, config, mesh), rel=0.1)
