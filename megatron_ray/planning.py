@@ -1,7 +1,9 @@
 """Bytes of activations that a layer keeps from its forward to its backward pass. Owns: that formula. Pure; must not know: torch, nodes.
 
 Counts tensors, after Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models), section 4, for the layers
-as they are here: fused attention keeps no scores, and a norm, an activation and a product keep their inputs.
+as they are here: fused attention keeps no scores, and a norm, an activation and a product keep their inputs. (On CUDA a sliding window
+shorter than the sequence goes through torch's attention with a mask, which keeps more: its output once more, keys and values of every
+query head, and masks.)
 
 Letters, per microbatch and rank: T = seq_length x micro_batch_size / cp tokens; s = tp under sequence parallelism, else 1; w bytes of an
 activation; H hidden_size, D head width, N and G query and key/value heads, F inner width of the MLP, f = 2 F where it is gated, else F. In
@@ -36,8 +38,8 @@ class LayerActivations:
     experts: int
     """2 w T K H etp / s, copies of tokens to and from their experts, and what the router keeps (`_routing`); 0 in a layer without."""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
-    dropout."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), (w D + 4 or 8) T (N + G) / tp where
+    queries and keys are normed, and 2 T H / s of masks with hidden dropout."""
 
     @property
     def whole(self) -> int:
@@ -73,7 +75,8 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     else:  # rows come gathered over etp and balanced over ep
         inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
         copies = 2 * moe.top_k * residual * parallel.expert_tp + tokens // cut * _routing(moe)
-    around = 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
+    normed = tokens * (model.num_attention_heads + max(model.kv_heads, tp)) // tp  # heads of tokens, queries and keys together
+    around = 2 * width * normed * model.head_width + model.qk_norm * normed * (width * model.head_width + _STATISTICS[model.norm])
     return LayerActivations(
         layer_input=residual,
         norm=2 * residual + 2 * _STATISTICS[model.norm] * tokens // cut,

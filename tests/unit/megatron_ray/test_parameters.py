@@ -21,6 +21,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 259,
     },
     "gpt2": {"preset": "gpt2-tiny", "vocab_size": 1000},
+    "qwen3": {"preset": "qwen3-tiny", "vocab_size": 1000, "qkv_bias": True},
 }
 
 

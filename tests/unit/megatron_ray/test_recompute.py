@@ -39,6 +39,18 @@ MODELS = {
     "llama": LLAMA | {"num_layers": LAYERS},
     "gpt2": GPT2 | {"num_layers": LAYERS},
     "moe": LLAMA | {"num_layers": LAYERS, "moe": EXPERTS},
+    "families": LLAMA
+    | {
+        "num_layers": LAYERS,
+        "head_dim": 12,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "sliding_window": 7,
+        "full_attention_every": 3,
+        "activation": "geglu_tanh",
+        "zero_centered_norm": True,
+        "embedding_scale": 8.0,
+    },
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -89,6 +101,8 @@ def one_thread() -> Iterator[None]:
         ("gpt2", "bf16", False),
         ("moe", "fp32", True),
         ("moe", "bf16", False),
+        ("families", "fp32", False),
+        ("families", "bf16", True),
     ],
 )
 def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precision: str, dropout: bool) -> None:
