@@ -59,8 +59,8 @@ class Positions:
 
 
 class Attention(nn.Module):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given. Queries and keys are normed, if they are, and
-    then rotated."""
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given. Queries and keys are normed first, then
+    rotated, where the model has either."""
 
     def __init__(self, config: ModelConfig, layers: Layers, place: str, window: int | None) -> None:
         """`window`: tokens that a token sees, itself included; None for all."""
