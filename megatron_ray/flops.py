@@ -1,7 +1,7 @@
 """Model FLOPs of a training step. Owns: the one count that MFU means here. Torch-free.
 
 6 N + 12 L H S per token (PaLM, appendix B): N matrix parameters with the output head and without the embedding look-up, attention
-counted as the full square, no causal halving, as Megatron and nanoGPT do.
+counted as the full square, no causal halving, as Megatron and nanoGPT do, and nothing taken off for sliding windows.
 """
 
 from megatron_ray.config.model import ModelConfig

@@ -60,7 +60,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from megatron_ray.parallel_dims import ParallelDims
     from megatron_ray.training.session import build
     from megatron_ray.training.step import forward_backward
-    from tests.unit.megatron_ray.models.hf_names import fill, decoder_logical
+    from tests.unit.megatron_ray.models.hf_names import decoder_logical, fill
 
     degrees = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
     config = TrainConfig.from_mapping(
