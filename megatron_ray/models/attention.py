@@ -97,7 +97,8 @@ class CausalAttention(nn.Module):
 
 
 class Attention(CausalAttention):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given."""
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given. Queries and keys are normed first, then
+    rotated, where the model has either."""
 
     def __init__(self, config: ModelConfig, layers: Layers, place: str, window: int | None) -> None:
         super().__init__(layers, place, window)
@@ -129,8 +130,8 @@ def _normed(qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, sizes: tuple[int,
     """The fused [B, S, (N + 2 G) D] with each head's query and key normalised; `sizes`: N, G, D."""
     heads, groups, width = sizes
     q, k, v = torch.split(qkv, [heads * width, groups * width, groups * width], dim=-1)
-    # Rows of a head's width; the copies are what the norms keep.
-    parts = [norm(part.reshape(-1, width)).view(part.shape) for norm, part in ((q_norm, q), (k_norm, k))]
+    # Rows of a head's width; always copies, which the norms keep: a view of a single head would keep the whole of qkv.
+    parts = [norm(part.reshape(-1, width).contiguous()).view(part.shape) for norm, part in ((q_norm, q), (k_norm, k))]
     return torch.cat([*parts, v], -1)
 
 

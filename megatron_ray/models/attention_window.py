@@ -19,11 +19,13 @@ from megatron_ray.fused_attention import band, band_bias
 
 # Fewer rows are slow products.
 _ROWS = 128
+# CUDA's kernels copy a mask first whose rows are no multiple of this.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
 class Stripe:
-    """Query rows, and the keys that they see."""
+    """Query rows, and keys among which are all that they see."""
 
     rows: slice
     columns: slice
@@ -36,11 +38,11 @@ class Stripe:
 
 
 def stripes(sequence: int, window: int) -> Iterator[Stripe]:
-    """All rows, a quarter of a window at a time: at most a fifth of the scores are made in vain."""
-    rows = max(_ROWS, window // 4)
+    """All rows, a quarter of a window at a time: about a fifth of the scores are made in vain."""
+    rows = max(_ROWS, window // 4 // _ALIGNED * _ALIGNED)
     for first in range(0, sequence, rows):
         end = min(first + rows, sequence)
-        yield Stripe(slice(first, end), slice(max(0, first - window + 1), end))
+        yield Stripe(slice(first, end), slice(max(0, first - window + 1) // _ALIGNED * _ALIGNED, end))
 
 
 def windowed_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:

@@ -23,6 +23,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"preset": "gpt2-tiny", "vocab_size": 1000},
     "latent": {"preset": "deepseek-tiny", "moe": None, "vocab_size": 1000},
     "latent-tied": {"preset": "deepseek-tiny", "moe": None, "vocab_size": 1000, "tie_embeddings": True, "mtp": {"num_layers": 2}},
+    "qwen3": {"preset": "qwen3-tiny", "vocab_size": 1000, "qkv_bias": True},
 }
 
 

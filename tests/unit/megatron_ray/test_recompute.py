@@ -43,6 +43,18 @@ MODELS = {
     "moe": LLAMA | {"num_layers": LAYERS, "moe": EXPERTS},
     "latent": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT},
     "latent-further": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT | {"q_lora_rank": None}, "mtp": {"num_layers": 2}},
+    "families": LLAMA
+    | {
+        "num_layers": LAYERS,
+        "head_dim": 12,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "sliding_window": 7,
+        "full_attention_every": 3,
+        "activation": "geglu_tanh",
+        "zero_centered_norm": True,
+        "embedding_scale": 8.0,
+    },
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -96,6 +108,8 @@ def one_thread() -> Iterator[None]:
         ("latent", "fp32", True),
         ("latent-further", "fp32", False),
         ("latent-further", "bf16", True),
+        ("families", "fp32", False),
+        ("families", "bf16", True),
     ],
 )
 def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precision: str, dropout: bool) -> None:

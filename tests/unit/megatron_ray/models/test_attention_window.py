@@ -54,15 +54,15 @@ def test_stripes_are_a_mask(sequence: int, window: int, dtype: torch.dtype, by_t
         assert float((one.double() - exact).norm()) <= ALLOWED[dtype] * max(float(exact.norm()), floor)
 
 
-@pytest.mark.parametrize(("sequence", "window"), [*CASES, (4096, 1024)])
+@pytest.mark.parametrize(("sequence", "window"), [*CASES, (4096, 1024), (1000, 601)])
 def test_stripes_cover_every_row_with_what_it_sees_and_little_more(sequence: int, window: int) -> None:
     scores = 0
     for stripe in stripes(sequence, window):
         rows, columns, first = stripe.shape
-        assert stripe.columns.start == max(0, stripe.rows.start - window + 1) and stripe.columns.stop == stripe.rows.stop
+        assert 0 <= max(0, stripe.rows.start - window + 1) - stripe.columns.start < 16 and stripe.columns.stop == stripe.rows.stop
         assert first == stripe.rows.start - stripe.columns.start
         scores += rows * columns
-    assert scores <= sequence * (window + max(128, window // 4))
+    assert scores <= sequence * (window + 16 + max(128, window // 4))
 
 
 def test_a_window_as_long_as_the_sequence_hides_nothing() -> None:
