@@ -109,9 +109,8 @@ class Attention(CausalAttention):
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
-        merged = (
-            self.attended(q, k, v, positions, cache).transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
-        )
+        attended = self.attended(q, k, v, positions, cache)
+        merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
         output: Tensor = self.o(merged, residual_TH)
         return output
 
