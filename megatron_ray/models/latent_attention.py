@@ -64,17 +64,6 @@ def query_factor(scaling: RopeScaling | None) -> float:
     return yarn_magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
-def halves_of_pairs(heads: int, plain: int, rotated: int) -> list[int]:
-    """Rows of a projection whose heads have `plain` rows and then `rotated` ones, in this library's order: row i here is row order[i] of a
-    checkpoint whose rotation turns neighbouring rows (0, 1), (2, 3) ...; here row i turns with row i + rotated / 2.
-
-    DeepSeek's published checkpoints have neighbours: `q_b_proj` and `q_proj` with all heads and (P, R), `kv_a_proj_with_mqa` with one head
-    and (C, R). Its inverse is the list's argsort.
-    """
-    of_head = [*range(plain), *range(plain, plain + rotated, 2), *range(plain + 1, plain + rotated, 2)]
-    return [head * (plain + rotated) + row for head in range(heads) for row in of_head]
-
-
 class _Heads(torch.autograd.Function):
     """Queries [B, S, N D], keys with values [B, S, N (P + V)] and the rotated part of all keys [B, S, R] -> q, k and v [B, N, S, D].
 

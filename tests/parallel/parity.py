@@ -270,7 +270,10 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig, choices: 
     loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh, END))
     batches = (loader if choices is None else Replay(loader, choices)).step(0)
     for batch in batches:
-        module(replace(batch, loss_mask_BS=batch.loss_mask_BS.double())).backward()
+        further = batch.further
+        if further is not None:
+            further = replace(further, loss_mask_DBS=further.loss_mask_DBS.double())
+        module(replace(batch, loss_mask_BS=batch.loss_mask_BS.double(), further=further)).backward()
     tokens = sum(batch.num_tokens for batch in batches)
     found = {}
     for local in table:

@@ -1,13 +1,20 @@
 """Latent attention and the prediction of further tokens in every layout equal one rank, with and without experts."""
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_ray.checkpoint.directory import commit, list_checkpoints
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.prepare import prepare
+from megatron_ray.inference.generate import generate, load_model
 from tests.parallel import parity
 from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, record_choices, worst_relative_l2
+from tests.parallel.test_checkpoint_training import config as checkpoint_config
+from tests.parallel.test_checkpoint_training import train
 from tests.parallel.test_parity import CONTEXT_LAYOUTS, FULL_SHARD, LAYOUTS, SMALL_BUCKETS, STEPS, compare, distance_from, world
 from tests.ranks import run_ranks
 
@@ -82,6 +89,12 @@ def test_layout_equals_one_rank(model: str, layout: str) -> None:
     compare(MODELS[model], ALL[layout], reference(model))
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("layout", ["tp2-sp", "pp2-zb-v"])
+def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
+    compare(MODELS["both"], ALL[layout], reference("both"), compiled=True)
+
+
 @pytest.mark.parametrize(
     "layout", [name if name == "ep2-tp2-pp2" else pytest.param(name, marks=pytest.mark.parity) for name in EXPERT_LAYOUTS]
 )
@@ -106,6 +119,28 @@ def test_documents_apart_in_a_layout_give_the_gradients_of_one_rank(parallel: di
     distance = worst_relative_l2(measured, expected)
     assert distance[0] <= 5e-6, distance
     np.testing.assert_allclose(others, losses, rtol=1e-5)
+
+
+def smaller(settings: TrainConfig) -> TrainConfig:
+    fields = settings.model_dump()
+    fields["model"] |= {"head_dim": None, "mla": MLA, "mtp": MTP, "tie_embeddings": True}
+    return TrainConfig.from_mapping(fields)
+
+
+def test_both_copies_of_the_embedding_are_saved_as_one_and_resume_exactly(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
+    settings = smaller(checkpoint_config(tmp_path, 1, 1, pp=2))
+    data = prepare(settings.data, str(tmp_path / "cache"), seq_length=32)
+    whole = run_ranks(train, 2, settings, data, 1, None)[0]
+    half = list_checkpoints(str(tmp_path / "tp1"))[0].path
+    commit(half, {}, [])
+    again = run_ranks(train, 2, settings, data, 2, half)[0]
+    assert again == {step: whole[step] for step in (0, *range(5, 9))}, "bit for bit"
+    other = run_ranks(train, 2, smaller(checkpoint_config(tmp_path, 2, 1)), data, 3, half)[0]
+    for step, values in other.items():
+        assert values == pytest.approx(whole[step], rel=2e-5), "the evaluation too"
+    model, tokenizer = load_model(half)
+    assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
 
 
 @pytest.mark.parity

@@ -25,6 +25,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"granularity": "selective", "modules": ["norm", "mlp", "moe"]},
 ]
 MODELS = {"llama": LLAMA | {"num_layers": 4}, "gpt2": GPT2 | {"num_layers": 4}}
+DEEPSEEK = {
+    "preset": "deepseek-tiny",
+    "vocab_size": 259,
+    "mla": {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    "mtp": {"num_layers": 2},
+}
 EXPERTS = {"num_experts": 4, "ffn_hidden_size": 48, "aux_loss_coeff": 0.01, "score_function": "sigmoid", "expert_bias": True}
 
 
@@ -53,7 +59,7 @@ def with_recompute(config: TrainConfig, recompute: dict[str, Any]) -> TrainConfi
 
 
 def compare(model: str, parallel: dict[str, Any], precision: str, dropout: bool) -> None:
-    shape = (MODELS | {"moe": LLAMA | {"moe": EXPERTS}})[model] | (
+    shape = (MODELS | {"moe": LLAMA | {"moe": EXPERTS}, "deepseek": DEEPSEEK})[model] | (
         {"hidden_dropout": 0.2, "attention_dropout": 0.1 if "cp" not in parallel else 0.0} if dropout else {}
     )
     config = make_config(shape, {"dp": 1} | parallel, steps=1, precision=precision)
@@ -75,7 +81,8 @@ def bytes_kept(rank: int, world_size: int, configs: list[TrainConfig]) -> list[i
 def test_bytes_kept_on_a_rank_are_the_formula(parallel: dict[str, Any]) -> None:
     dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
     one_key_head = MODELS["llama"] | {"num_query_groups": 1, "qk_norm": True, "sliding_window": 9}
-    shapes = (*MODELS.values(), MODELS["llama"] | dropout, one_key_head)
+    latent = {name: value for name, value in MODELS["llama"].items() if name != "num_query_groups"} | {"mla": DEEPSEEK["mla"]}
+    shapes = (*MODELS.values(), latent, MODELS["llama"] | dropout, one_key_head)
     plain = [make_config(shape, {"dp": 1} | parallel, steps=1) for shape in shapes]
     configs = [with_recompute(config, setting) for config in plain for setting in ({}, *SETTINGS)]
     for found in run_ranks(bytes_kept, 2, configs):
@@ -101,6 +108,9 @@ def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_ch
         ("llama", {"cp": 2, "cp_method": "a2a"}, "bf16", False),
         ("moe", {"dp": 2, "ep": 2}, "fp32", True),
         ("moe", {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2, "schedule": "zb-h1"}, "bf16", False),
+        ("deepseek", {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2}, "fp32", True),
+        ("deepseek", {"cp": 2}, "fp32", False),
+        ("deepseek", {"dp": 2, "zero": 3}, "bf16", False),
         ("gpt2", {"dp": 2, "zero": 3}, "fp32", True),
         ("llama", {"dp": 2, "tp": 2, "sequence_parallel": True, "zero": 3}, "bf16", False),
     ],

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.latent_attention import halves_of_pairs
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel
 
@@ -82,6 +81,13 @@ def deepseek_block(state: dict[str, Tensor], config: ModelConfig, theirs: str, o
 def _rotated_rows(heads: int, mla: LatentAttentionConfig) -> dict[str, list[int]]:
     queries = halves_of_pairs(heads, mla.qk_nope_head_dim, mla.qk_rope_head_dim)
     return {"q": queries, "q_up": queries, "kv_down": halves_of_pairs(1, mla.kv_lora_rank, mla.qk_rope_head_dim)}
+
+
+def halves_of_pairs(heads: int, plain: int, rotated: int) -> list[int]:
+    """Rows of a projection whose heads have `plain` rows and then `rotated` ones, of which the checkpoint turns neighbours (0, 1), (2, 3)
+    ... and this library row i with row i + rotated / 2: row i here is row order[i] there."""
+    of_head = [*range(plain), *range(plain, plain + rotated, 2), *range(plain + 1, plain + rotated, 2)]
+    return [head * (plain + rotated) + row for head in range(heads) for row in of_head]
 
 
 def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
 from megatron_ray.inference.generate import Sampling, generate_tokens
 from megatron_ray.mesh import ParallelMesh
-from megatron_ray.models.latent_attention import halves_of_pairs
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel
@@ -288,10 +287,6 @@ def test_bf16_is_as_close_to_float64_as_autocast() -> None:
     found = [bf16_distances(seed) for seed in range(8)]
     own, autocast = (sum(distances) ** 0.5 for distances in zip(*found, strict=True))
     assert own <= 1.3 * autocast, own / autocast
-
-
-def test_neighbours_become_halves_head_by_head() -> None:
-    assert halves_of_pairs(2, 3, 4) == [0, 1, 2, 3, 5, 4, 6, 7, 8, 9, 10, 12, 11, 13]
 
 
 @pytest.mark.parametrize("case", CASES)

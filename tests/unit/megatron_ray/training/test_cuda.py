@@ -38,7 +38,13 @@ def losses_and_norms(config: TrainConfig, kind: str) -> tuple[list[float], list[
     return [report.loss for report in reports], [report.grad_norm for report in reports]
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2])
+LATENT = {name: value for name, value in LLAMA.items() if name != "num_query_groups"} | {
+    "mla": {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    "mtp": {"num_layers": 2, "loss_coeff": 0.3},
+}
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2, LATENT])
 def test_fp32_equals_the_cpu(model: dict[str, Any]) -> None:
     config = make_config(model, {"dp": 1}, steps=20)
     cpu, cuda = losses_and_norms(config, "cpu"), losses_and_norms(config, "cuda")
@@ -46,7 +52,7 @@ def test_fp32_equals_the_cpu(model: dict[str, Any]) -> None:
     np.testing.assert_allclose(cuda[1], cpu[1], rtol=5e-5)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2])
+@pytest.mark.parametrize("model", [LLAMA, GPT2, LATENT])
 def test_bf16_follows_the_cpu(model: dict[str, Any]) -> None:
     config = make_config(model, {"dp": 1}, steps=20, precision="bf16")
     np.testing.assert_allclose(losses_and_norms(config, "cuda")[0], losses_and_norms(config, "cpu")[0], rtol=1.5e-2)
