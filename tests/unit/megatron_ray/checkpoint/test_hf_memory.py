@@ -12,13 +12,19 @@ from safetensors.torch import save_file
 
 MIB = 1024 * 1024
 PROBE = """
-import resource, sys
+import re, sys
+from pathlib import Path
 import megatron_ray.checkpoint.hf.__main__ as command
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+
+def memory(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
 assert command.main(sys.argv[1:]) == 0
-print(peak() - before)
+print(memory("VmHWM") - before)
 """
+"""Not ru_maxrss: a new program inherits that of the process that started it."""
 
 
 def write_llama(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
@@ -58,6 +64,8 @@ def peak_bytes(*arguments: str) -> int:
 
 
 def judge(tmp_path: Path, layers: int, hidden: int, least: int, spare: int) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux to measure a peak")
     total, largest = write_llama(tmp_path / "hf", layers, hidden)
     assert total >= least
     inwards = peak_bytes("import", str(tmp_path / "hf"), str(tmp_path / "ours"))
@@ -67,7 +75,7 @@ def judge(tmp_path: Path, layers: int, hidden: int, least: int, spare: int) -> N
 
 
 def test_a_conversion_needs_the_largest_tensor_and_some_scratch(tmp_path: Path) -> None:
-    judge(tmp_path, layers=6, hidden=1024, least=200 * 10**6, spare=48 * MIB)
+    judge(tmp_path, layers=6, hidden=1024, least=200 * 10**6, spare=64 * MIB)
 
 
 @pytest.mark.parity
