@@ -10,7 +10,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 # Everything a service, a validation or a plan needs. `megatron_ray.data.loader` is the one file of data/ that may see torch.
-TORCH_FREE_PACKAGES = ("service", "megatron_ray/config", "megatron_ray/data", "megatron_ray/schedules", "megatron_ray/planning")
+TORCH_FREE_PACKAGES = (
+    "service",
+    "megatron_ray/config",
+    "megatron_ray/data",
+    "megatron_ray/schedules",
+    "megatron_ray/planning",
+    "megatron_ray/checkpoint/hf/families",
+)
 TORCH_FREE_FILES = (
     "megatron_ray/validation.py",
     "megatron_ray/parallel_dims.py",
@@ -20,6 +27,8 @@ TORCH_FREE_FILES = (
     "megatron_ray/flops.py",
     "megatron_ray/checkpoint/storage.py",
     "megatron_ray/checkpoint/directory.py",
+    "megatron_ray/checkpoint/hf/places.py",
+    "megatron_ray/checkpoint/hf/options.py",
     "megatron_ray/training/reports.py",
     "megatron_ray/training/commands.py",
     "workers/job.py",

@@ -122,11 +122,13 @@ def stream(*events: tuple[str, Any]) -> str:
 
 def test_submit_sends_the_spec_with_overrides_and_absolute_paths(run: Run, service: FakeService, tmp_path: Path) -> None:
     service.routes["POST /v1/jobs"] = (201, JOB)
-    code, out, _ = run("submit", "spec.yaml", "--set", "training.steps=20", "--set", "parallel.tp=2", "--url", service.url)
+    overrides = ("--set", "training.steps=20", "--set", "parallel.tp=2", "--set", "checkpoint.start_from=models/llama")
+    code, out, _ = run("submit", "spec.yaml", *overrides, "--url", service.url)
     assert code == 0 and "job-abc" in out
     sent = service.requests[0][1]
     assert sent["training"]["steps"] == 20 and sent["parallel"] == {"tp": 2}
     assert sent["data"]["train"][0]["path"] == str(tmp_path / "corpus.txt")
+    assert sent["checkpoint"]["start_from"] == str(tmp_path / "models" / "llama")
 
 
 def test_builtin_and_remote_paths_stay_as_they_are(run: Run, service: FakeService) -> None:
@@ -445,6 +447,24 @@ def test_generation_that_fails_gives_its_last_words(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(generate_module, "_MODULE", "service.no_such_module")
     with pytest.raises(Failure, match="No module named service.no_such_module"):
         generate_module.run_generation("/x", "", {})
+
+
+def test_convert_gives_back_what_it_took(run: Run, service: FakeService, tmp_path: Path) -> None:
+    from tests.unit.megatron_ray.checkpoint.hf_folders import publish  # takes seconds that no other test here needs
+
+    publish("llama", tmp_path / "hf")
+    code, out, err = run("convert", "import", "hf", "ours")
+    assert code == 0 and "wrote ours: 21 tensors of llama" in out and "megatron-ray submit ours/spec.yaml" in out, err
+    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": [{"step": 5, "attempt": 1, "path": str(tmp_path / "ours")}]})
+    code, out, err = run(
+        "convert", "export", "job-abc", "again", "--dtype", "bf16", "--max-shard-size", "0.02MB", "--json", "--url", service.url
+    )
+    assert code == 0 and len(json.loads(out)["files"]) > 1, err
+    code, out, _ = run("convert", "import", "hf", "ours", "--json")
+    assert code == 1 and out == ""
+    assert "it is there already" in run("convert", "import", "hf", "ours")[2]
+    assert run("convert", "export", "ours", "x", "--dtype", "int4")[0] == 2
+    assert "use a number and a unit" in run("convert", "export", "ours", "x", "--max-shard-size", "many")[2]
 
 
 def test_data_prepare_checks_the_spec_here(run: Run) -> None:

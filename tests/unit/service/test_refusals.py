@@ -73,6 +73,7 @@ FIELDS = [
     ("/image", "evil", "/image", "image 'evil' is not set up here; known: default"),
     ("/credentials", ["root"], "/credentials/0", "none is set up here; leave it out"),
     ("/storage", {"path": "runs/x"}, "/storage/path", "absolute path or a URI"),
+    ("/checkpoint", {"start_from": "models/x"}, "/checkpoint/start_from", "absolute path or a URI"),
     ("/storage", {"path": "/a/../b"}, "/storage/path", "write the path out"),
     ("/resources", {"accelerator": "gpu"}, "/resources/accelerator", "no node of cluster 'default' has a GPU"),
     ("/resources", {"cpus_per_rank": 64}, "/resources/cpus_per_rank", "the largest node has 4 CPUs"),

@@ -102,6 +102,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 FAMILIES_HERE = ("gpt2", "llama", "llama-tied", "llama3", "mistral", "mixtral", "gemma")
 """Those whose every tensor the table of parameters has."""
+COMPUTED_HERE = ("gpt2", "llama", "llama-tied", "mixtral")
+"""Those that the model computes."""
 
 
 def make(family: str, **changed: Any) -> nn.Module:
@@ -120,8 +122,9 @@ def publish(family: str, folder: Path, *, shard: str = "5GB", dtype: torch.dtype
     model = make(family, **changed)
     if dtype is not None:
         model = model.to(dtype)
-    model.save_pretrained(folder, max_shard_size=shard)  # type: ignore[operator]
-    if family.endswith("-mtp"):
+    further = family.endswith("-mtp")
+    model.save_pretrained(folder, max_shard_size="5GB" if further else shard)  # type: ignore[operator]
+    if further:
         add_further_layer(folder)
     return model
 
