@@ -14,18 +14,34 @@ from megatron_ray.matmul import multiplies_wide
 
 def forward(q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, causal: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """(output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused kernel, where it has one for the case; `causal` for a square,
-    `bias` [B, N or 1, Q, K] added to the scores. The output may be wider than the inputs."""
-    return _forward(q_BNQD, _for_each_query_head(k_BGKD, q_BNQD), _for_each_query_head(v_BGKD, q_BNQD), causal, bias)
+    `bias` [B or 1, N or 1, Q, K] added to the scores. The output may be wider than the inputs."""
+    return _forward(q_BNQD, for_each_query_head(k_BGKD, q_BNQD), for_each_query_head(v_BGKD, q_BNQD), causal, bias)
 
 
 def backward(
     grad: Tensor, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, output: Tensor, lse: Tensor, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v from that of the output; they may be wider than the inputs."""
-    k, v = (_for_each_query_head(x, q_BNQD) for x in (k_BGKD, v_BGKD))
+    k, v = (for_each_query_head(x, q_BNQD) for x in (k_BGKD, v_BGKD))
     grad_q, grad_k, grad_v = _backward(grad, q_BNQD, k, v, output, lse, causal, bias)
     groups = k_BGKD.shape[1]
     return grad_q, _summed_over_sharers(grad_k, groups), _summed_over_sharers(grad_v, groups)
+
+
+def band(queries: int, keys: int, distance: int, window: int, device: torch.device) -> Tensor:
+    """bool [Q, K], True where a key is seen: query i is `distance` + i - j tokens behind key j, of which 0 to `window` - 1 are in sight."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(distance).triu_(distance - window + 1)
+
+
+def band_bias(queries: int, keys: int, distance: int, window: int, like: Tensor) -> Tensor:
+    """As `band`, to be added to scores: [1, 1, Q, K], 0 or -inf, in the type of `like`."""
+    seen = band(queries, keys, distance, window, like.device)
+    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)[None, None]
+
+
+def differentiates_masked(device: str) -> bool:
+    """Whether torch's own attention is the one to use with a mask: on CUDA it has fast kernels for it, and this module none."""
+    return device == "cuda"
 
 
 def tokens_first(output_BNQD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,7 +50,7 @@ def tokens_first(output_BNQD: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty(by_token.shape, dtype=dtype, device=by_token.device).copy_(by_token).transpose(1, 2)
 
 
-def _for_each_query_head(x_BGKD: Tensor, q_BNQD: Tensor) -> Tensor:
+def for_each_query_head(x_BGKD: Tensor, q_BNQD: Tensor) -> Tensor:
     """Each key/value head as often as query heads share it; as it is where none do."""
     repeats = q_BNQD.shape[1] // x_BGKD.shape[1]
     return x_BGKD if repeats == 1 else x_BGKD.repeat_interleave(repeats, dim=1)

@@ -8,6 +8,7 @@ experts stay as they are: their rows change with every microbatch, and new shape
 import sysconfig
 from collections.abc import Callable
 from functools import partial
+from math import pi, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,17 +30,19 @@ class Fusions(NamedTuple):
 
     rms_norm: Kernel
     swiglu: Kernel
+    geglu_tanh: Kernel
     rotation: Kernel
     loss: Kernel
 
 
 def apply_fusions(model: GPT, fusions: Fusions) -> None:
     """Puts them into a model. LayerNorm and GELU are one kernel each already."""
+    gated = {"swiglu": fusions.swiglu, "geglu_tanh": fusions.geglu_tanh}
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.kernel = fusions.rms_norm
         elif isinstance(module, GatedMLP):
-            module.activation.kernel = fusions.swiglu
+            module.activation.kernel = gated[model.config.activation]
         elif isinstance(module, Attention):
             module.rotation = fusions.rotation
         elif isinstance(module, VocabParallelHead):
@@ -99,6 +102,25 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return torch.cat([grad_gate, wide * gate * share], -1).to(gate_up.dtype)
 
 
+def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(GELU by its tanh approximation (Hendrycks and Gimpel 2016), its slope)."""
+    scale, cubic = sqrt(2 / pi), 0.044715
+    bent = (scale * (x + cubic * x * x * x)).tanh()
+    slope = 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * scale * (1 + 3 * cubic * x * x)
+    return 0.5 * x * (1 + bent), slope
+
+
+def _geglu_tanh(gate_up: Tensor) -> Tensor:
+    gate, up = (widened(half) for half in gate_up.chunk(2, -1))
+    return (_gelu_tanh(gate)[0] * up).to(gate_up.dtype)
+
+
+def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = (widened(half) for half in gate_up.chunk(2, -1))
+    wide, (gelu, slope) = widened(grad), _gelu_tanh(gate)
+    return torch.cat([wide * up * slope, wide * gelu], -1).to(gate_up.dtype)
+
+
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[B, S, heads, D]; cos and sin of half a head's width."""
     first, second = (widened(half) for half in x.chunk(2, -1))
@@ -142,6 +164,7 @@ def _logits_gradient_(logits: Tensor, largest: Tensor, scale: Tensor, hit: Tenso
 FORMULAS = Fusions(
     rms_norm=Kernel(_rms_norm, _rms_norm_backward),
     swiglu=Kernel(_swiglu, _swiglu_backward),
+    geglu_tanh=Kernel(_geglu_tanh, _geglu_tanh_backward),
     rotation=Kernel(_rotate_qkv, _rotate_qkv_backward),
     loss=Kernel(_softmax_sums, _logits_gradient_),
 )

@@ -84,25 +84,25 @@ def build_model(
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
         experts=ExpertPlaces(mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher),
-        attention=lambda: context_attention(parallel.cp_method, mesh),
+        attention=lambda window: context_attention(parallel.cp_method, mesh, window),
         streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),
     )
     with torch.device("meta"):
         return GPT(config, layers, held)
 
 
-def context_attention(method: str, mesh: ParallelMesh) -> nn.Module:
-    """Attention over sequences that context-parallel ranks share, or that lie whole on this one."""
+def context_attention(method: str, mesh: ParallelMesh, window: int | None = None) -> nn.Module:
+    """Attention over sequences, or the last `window` tokens of them, that context-parallel ranks share, or that lie whole on this one."""
     if mesh.cp_group is None:
-        return WholeAttention()
+        return WholeAttention(window)
     if method == "p2p":
-        return RingAttention(mesh.cp_group)
+        return RingAttention(mesh.cp_group, window)
     if method == "all_gather":
-        return GatherAttention(mesh.cp_group)
+        return GatherAttention(mesh.cp_group, window)
     if method == "a2a":
-        return ExchangeAttention(mesh.cp_group, WholeAttention())
+        return ExchangeAttention(mesh.cp_group, WholeAttention(window))
     exchange, ring = mesh.cp_levels
-    return ExchangeAttention(exchange, RingAttention(ring))
+    return ExchangeAttention(exchange, RingAttention(ring, window))
 
 
 def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None) -> ParallelModel:

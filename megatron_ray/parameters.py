@@ -58,7 +58,8 @@ class LogicalParameter:
     decay: bool
     """Whether weight decay applies."""
     sum_over_tp: bool = False
-    """Under sequence parallelism each tp rank sees only its tokens, so this replicated tensor's gradient is summed over tp."""
+    """Each tp rank sees only its tokens (sequence parallelism) or its heads (norms of queries and keys), so this replicated tensor's
+    gradient is summed over tp."""
     of_expert: bool = False
     """Lies in the expert grid: cut over etp, held by one ep rank, its gradient reduced over edp and not over dp x cp."""
 
@@ -110,7 +111,7 @@ class LocalParameter:
 
     @property
     def sum_over_tp(self) -> bool:
-        """Whether gradients need a sum over tp under sequence parallelism."""
+        """Whether gradients need a sum over tp."""
         return self.parts[0].logical.sum_over_tp
 
     @property
@@ -228,7 +229,10 @@ class _LocalTable:
         hidden, heads, kv = model.hidden_size, model.num_attention_heads * model.head_width, model.kv_heads * model.head_width
         copies = max(1, self.tp // model.kv_heads)
         outputs = {"attention.q": (heads, 1), "attention.k": (kv, copies), "attention.v": (kv, copies)}
-        self._column(prefix + "attention.qkv", outputs, hidden, prefix)
+        self._column(prefix + "attention.qkv", outputs, hidden, prefix, bias=model.has_qkv_bias)
+        if model.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                self._norm(f"{prefix}attention.{name}", model.head_width, of_heads=True)
         self._row(prefix + "attention.o", hidden, heads)
 
     def _latent_attention(self, prefix: str, mla: LatentAttentionConfig) -> None:
@@ -236,14 +240,14 @@ class _LocalTable:
         hidden, heads = self.model.hidden_size, self.model.num_attention_heads
         queries, keys_values = heads * mla.qk_head_dim, heads * (mla.qk_nope_head_dim + mla.v_head_dim)
         if mla.q_lora_rank is None:
-            self._column(prefix + "q", {"q": (queries, 1)}, hidden, prefix)
+            self._column(prefix + "q", {"q": (queries, 1)}, hidden, prefix, bias=False)
         else:
             self._replicated(prefix + "q_down.weight", (mla.q_lora_rank, hidden), self.normal, decay=True)
             self._norm(prefix + "q_norm", mla.q_lora_rank)
-            self._column(prefix + "q_up", {"q_up": (queries, 1)}, mla.q_lora_rank, prefix)
+            self._column(prefix + "q_up", {"q_up": (queries, 1)}, mla.q_lora_rank, prefix, bias=False)
         self._replicated(prefix + "kv_down.weight", (mla.kv_lora_rank + mla.qk_rope_head_dim, hidden), self.normal, decay=True)
         self._norm(prefix + "kv_norm", mla.kv_lora_rank)
-        self._column(prefix + "kv_up", {"kv_up": (keys_values, 1)}, mla.kv_lora_rank, prefix)
+        self._column(prefix + "kv_up", {"kv_up": (keys_values, 1)}, mla.kv_lora_rank, prefix, bias=False)
         self._row(prefix + "o", hidden, heads * mla.v_head_dim)
 
     def _feed_forward(self, prefix: str, layer: int) -> None:
@@ -259,7 +263,7 @@ class _LocalTable:
 
     def _mlp(self, prefix: str, width: int) -> None:
         fused, names = self._inputs_of_mlp()
-        self._column(prefix + fused, dict.fromkeys(names, (width, 1)), self.model.hidden_size, prefix)
+        self._column(prefix + fused, dict.fromkeys(names, (width, 1)), self.model.hidden_size, prefix, bias=self.model.linear_bias)
         self._row(prefix + "down", self.model.hidden_size, width)
 
     def _inputs_of_mlp(self) -> tuple[str, tuple[str, ...]]:
@@ -285,14 +289,16 @@ class _LocalTable:
         self.found.append(LocalParameter(f"{prefix}{fused}.weight", (width * len(inwards), hidden), tuple(inwards)))
         self.found.append(LocalParameter(f"{prefix}down.weight", (hidden * each, width), tuple(outwards)))
 
-    def _norm(self, name: str, width: int | None = None) -> None:
+    def _norm(self, name: str, width: int | None = None, *, of_heads: bool = False) -> None:
+        """Of the residual stream, of a latent `width` wide, or of heads."""
         shape = (width or self.model.hidden_size,)
-        self._replicated(name + ".weight", shape, Init("ones"), decay=False)
+        self._replicated(name + ".weight", shape, Init("zeros" if self.model.zero_centered_norm else "ones"), decay=False, partial=of_heads)
         if self.model.norm == "layernorm":
-            self._replicated(name + ".bias", shape, Init("zeros"), decay=False)
+            self._replicated(name + ".bias", shape, Init("zeros"), decay=False, partial=of_heads)
 
-    def _replicated(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool) -> None:
-        logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=self.sequence_parallel)
+    def _replicated(self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool, partial: bool = False) -> None:
+        """`partial`: each tp rank has a part of the gradient, whether or not tokens are cut."""
+        logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=self.sequence_parallel or partial)
         self.found.append(LocalParameter(name, shape, (Part(logical, Box((0,) * len(shape), shape), 0),)))
 
     def _vocabulary(self, name: str, logical_name: str = "", *, on_two_stages: bool = False, counted: bool = True) -> None:
@@ -304,7 +310,7 @@ class _LocalTable:
         part = Part(logical, Box((first, 0), (held, hidden)), 0)
         self.found.append(LocalParameter(name, (local, hidden), (part,), on_two_stages, counted))
 
-    def _column(self, fused: str, outputs: dict[str, tuple[int, int]], inputs: int, prefix: str) -> None:
+    def _column(self, fused: str, outputs: dict[str, tuple[int, int]], inputs: int, prefix: str, *, bias: bool) -> None:
         """Output rows cut over tp; several logical tensors lie one after another. `outputs`: rows, and how many ranks share each part."""
         weights, biases, start = [], [], 0
         for name, (out, copies) in outputs.items():
@@ -312,11 +318,11 @@ class _LocalTable:
             first, counted = rows * (self.tp_rank // copies), self.tp_rank % copies == 0
             weight = LogicalParameter(f"{prefix}{name}.weight", (out, inputs), self.normal, 0, decay=True)
             weights.append(Part(weight, Box((first, 0), (rows, inputs)), start, copies, counted))
-            bias = LogicalParameter(f"{prefix}{name}.bias", (out,), Init("zeros"), 0, decay=False)
-            biases.append(Part(bias, Box((first,), (rows,)), start, copies, counted))
+            of_part = LogicalParameter(f"{prefix}{name}.bias", (out,), Init("zeros"), 0, decay=False)
+            biases.append(Part(of_part, Box((first,), (rows,)), start, copies, counted))
             start += rows
         self.found.append(LocalParameter(fused + ".weight", (start, inputs), tuple(weights)))
-        if self.model.linear_bias:
+        if bias:
             self.found.append(LocalParameter(fused + ".bias", (start,), tuple(biases)))
 
     def _row(self, name: str, outputs: int, inputs: int) -> None:

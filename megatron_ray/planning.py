@@ -1,7 +1,9 @@
 """Bytes of activations that a layer keeps from its forward to its backward pass. Owns: that formula. Pure; must not know: torch, nodes.
 
 Counts tensors, after Korthikanti et al. 2022 (Reducing Activation Recomputation in Large Transformer Models), section 4, for the layers
-as they are here: fused attention keeps no scores, and a norm, an activation and a product keep their inputs.
+as they are here: fused attention keeps no scores, and a norm, an activation and a product keep their inputs. (On CUDA a sliding window
+shorter than the sequence goes through torch's attention with a mask, which keeps more: its output once more, keys and values of every
+query head, and masks.)
 
 Letters, per microbatch and rank: T = seq_length x micro_batch_size / cp tokens; s = tp under sequence parallelism, else 1; w bytes of an
 activation; H hidden_size, D head width, N and G query and key/value heads, F inner width of the MLP, f = 2 F where it is gated, else F. In
@@ -39,8 +41,9 @@ class LayerActivations:
     experts: int
     """2 w T K H etp / s, copies of tokens to and from their experts, and what the router keeps (`_routing`); 0 in a layer without."""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), and 2 T H / s of masks with hidden
-    dropout. Around latent attention w T N (3 D + V) / tp, and of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), (w D + 4 or 8) T (N + G) / tp where
+    queries and keys are normed, and 2 T H / s of masks with hidden dropout. Around latent attention w T N (3 D + V) / tp, and of its
+    latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
 
     @property
     def whole(self) -> int:
@@ -96,7 +99,8 @@ def _around_attention(config: TrainConfig, width: int, tokens: int) -> int:
     """Queries, keys, values and what goes on; latents before them."""
     model, tp, cut = config.model, config.parallel.tp, config.parallel.tp if config.parallel.sequence_parallel else 1
     if model.mla is None:
-        return 2 * width * tokens * (model.num_attention_heads + max(model.kv_heads, tp)) * model.head_width // tp
+        normed = tokens * (model.num_attention_heads + max(model.kv_heads, tp)) // tp  # heads of tokens, queries and keys together
+        return 2 * width * normed * model.head_width + model.qk_norm * normed * (width * model.head_width + _STATISTICS[model.norm])
     mla, norms = model.mla, 2 if model.mla.q_lora_rank is not None else 1
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
     heads = tokens * model.num_attention_heads // tp

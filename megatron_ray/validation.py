@@ -9,6 +9,7 @@ from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.rules import experts, latent, layout
+from megatron_ray.rules import model as model_rules
 from megatron_ray.rules import training as training_rules
 from megatron_ray.rules.problem import ConfigProblem, Problem
 
@@ -24,6 +25,7 @@ def check(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
         *layout.context_parallel(config),
         *layout.sharding(config),
         *layout.pipeline(config),
+        *model_rules.parts(config),
         *training_rules.lengths(config),
         *training_rules.samples(config),
         *training_rules.schedule(config),

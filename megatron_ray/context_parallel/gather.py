@@ -21,21 +21,27 @@ from megatron_ray.fused_attention import tokens_first
 class GatherAttention(nn.Module):
     """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of the whole group."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, window: int | None = None) -> None:
+        """`window`: tokens that a token sees, itself included; None for all."""
         super().__init__()
-        self.group = group
+        self.group, self.window = group, window
 
     def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
         documents = packed.documents_BS if packed is not None else None
-        return _Gather.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group)  # type: ignore[no-any-return, no-untyped-call]
+        return _Gather.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def gather_tiles(cut: SequenceCut, length: int) -> list[Tile]:
-    """What a rank's `length` queries see of keys in natural order: all chunks before each of its two, and their own by a triangle."""
+def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile]:
+    """What a rank's `length` queries see of keys in natural order: all chunks before each of its two, and their own by a triangle; with
+    a window, what of both is within it."""
     chunk = length // 2
     tiles = []
     for place, number in enumerate(cut.chunks):
         rows = slice(place * chunk, (place + 1) * chunk)
+        if window is not None:
+            first = max(0, number * chunk - window + 1)
+            tiles.append(Tile(rows, slice(first, (number + 1) * chunk), band=(number * chunk - first, window)))
+            continue
         if number:
             tiles.append(Tile(rows, slice(0, number * chunk)))
         tiles.append(Tile(rows, slice(number * chunk, (number + 1) * chunk), causal=True))
@@ -59,14 +65,14 @@ def _documents(cut: SequenceCut, documents: Tensor | None) -> Documents | None:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: Group) -> Tensor:
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: Group, window: int | None) -> Tensor:
         cut, so_far = SequenceCut(collectives.size(group), collectives.rank(group)), Attended.nothing(q)
         own = torch.stack([k, v])
         keys, values = _gathered(own, cut.cp, group)
-        attend(so_far, q, keys, values, gather_tiles(cut, q.shape[2]), _documents(cut, documents))
+        attend(so_far, q, keys, values, gather_tiles(cut, q.shape[2], window), _documents(cut, documents))
         output = tokens_first(so_far.output, q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
-        ctx.cut, ctx.group, ctx.documents = cut, group, documents  # type: ignore[attr-defined]
+        ctx.cut, ctx.group, ctx.documents, ctx.window = cut, group, documents, window  # type: ignore[attr-defined]
         return output
 
     @staticmethod
@@ -75,11 +81,11 @@ class _Gather(torch.autograd.Function):
         cut: SequenceCut = ctx.cut
         whole = _gathered(own, cut.cp, ctx.group)
         gradients = TileGradients(torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(whole, dtype=lse.dtype))
-        tiles = gather_tiles(cut, q.shape[2])
+        tiles = gather_tiles(cut, q.shape[2], ctx.window)
         attend_backward(gradients, grad, q, whole[0], whole[1], (output, lse), tiles, _documents(cut, ctx.documents))
         parts = by_rank(gradients.keys_values, cut.cp, dim=4)
         grad_k, grad_v = collectives.reduce_scatter_rows(parts, ctx.group).squeeze(0).to(q.dtype).unbind(0)
-        return gradients.queries.to(q.dtype), grad_k, grad_v, None, None
+        return gradients.queries.to(q.dtype), grad_k, grad_v, None, None, None
 
 
 def _gathered(own_2BGSD: Tensor, cp: int, group: Group) -> Tensor:

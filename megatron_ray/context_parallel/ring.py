@@ -30,24 +30,39 @@ def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
     return [Tile(slice(half, length), everything)]
 
 
+def windowed_ring_tiles(cut: SequenceCut, owner: int, length: int, window: int) -> list[Tile]:
+    """As `ring_tiles`, chunk against chunk: those too far apart are left out, and a window that ends inside one is said."""
+    chunk, tiles = length // 2, []
+    for place, number in enumerate(cut.chunks):
+        for other_place, other in enumerate(SequenceCut(cut.cp, owner).chunks):
+            behind = (number - other) * chunk
+            nearest, farthest = max(0, behind - chunk + 1), behind + chunk - 1
+            if behind < 0 or nearest >= window:
+                continue
+            rows, columns = (slice(which * chunk, (which + 1) * chunk) for which in (place, other_place))
+            tiles.append(Tile(rows, columns, causal=behind == 0, band=(behind, window) if farthest >= window else None))
+    return tiles
+
+
 class RingAttention(nn.Module):
     """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of the whole group."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, window: int | None = None) -> None:
+        """`window`: tokens that a token sees, itself included; None for all."""
         super().__init__()
-        self.group = group
+        self.group, self.window = group, window
 
     def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
         documents = packed.documents_BS if packed is not None else None
-        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group)  # type: ignore[no-any-return, no-untyped-call]
+        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Hops:
     """Which block is here at which hop, and moving it to the next rank."""
 
-    def __init__(self, group: Group, documents: Tensor | None) -> None:
+    def __init__(self, group: Group, documents: Tensor | None, window: int | None) -> None:
         self.group, self.rank, self.size = group, collectives.rank(group), collectives.size(group)
-        self._documents = documents
+        self._documents, self._window = documents, window
 
     def owner(self, hop: int) -> int:
         return (self.rank - hop) % self.size
@@ -58,6 +73,12 @@ class _Hops:
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         return arriving, collectives.start_exchange(tensor, after, arriving, before, self.group)
 
+    def tiles(self, owner: int, length: int) -> list[Tile]:
+        """What this rank's queries see of an owner's keys."""
+        if self._window is None:
+            return ring_tiles(self.rank, owner, length)
+        return windowed_ring_tiles(SequenceCut(self.size, self.rank), owner, length, self._window)
+
     def documents(self, owner: int) -> Documents | None:
         if self._documents is None:
             return None
@@ -66,15 +87,15 @@ class _Hops:
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: Group) -> Tensor:
-        hops, so_far, length = _Hops(group, documents), Attended.nothing(q), q.shape[2]
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: Group, window: int | None) -> Tensor:
+        hops, so_far, length = _Hops(group, documents, window), Attended.nothing(q), q.shape[2]
         own = torch.stack([k, v])
         block = own
         for hop in range(hops.size):
             if hop + 1 < hops.size:
                 arriving, pending = hops.start(block)
             owner = hops.owner(hop)
-            attend(so_far, q, block[0], block[1], ring_tiles(hops.rank, owner, length), hops.documents(owner))
+            attend(so_far, q, block[0], block[1], hops.tiles(owner, length), hops.documents(owner))
             if hop + 1 < hops.size:
                 pending.wait()
                 block = arriving
@@ -95,7 +116,7 @@ class _Ring(torch.autograd.Function):
                 next_block, pending = hops.start(block)
             owner = hops.owner(hop)
             gradients = TileGradients(grad_q, torch.zeros_like(block, dtype=lse.dtype))
-            tiles = ring_tiles(hops.rank, owner, q.shape[2])
+            tiles = hops.tiles(owner, q.shape[2])
             attend_backward(gradients, grad, q, block[0], block[1], (output, lse), tiles, hops.documents(owner))
             if travelling is not None:
                 travelling[1].wait()
@@ -107,4 +128,4 @@ class _Ring(torch.autograd.Function):
         assert travelling is not None
         travelling[1].wait()
         grad_k, grad_v = travelling[0].to(q.dtype).unbind(0)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_ray import fused_attention
 from megatron_ray.data.sequence_cut import SequenceCut
+from megatron_ray.fused_attention import band, band_bias
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class Tile:
     queries: slice
     keys: slice
     causal: bool = False
+    band: tuple[int, int] | None = None
+    """Where a window cuts through it: how many tokens the first query is behind the first key, and the window. Says who is seen, later
+    tokens included."""
 
 
 def chunks_of(whole: Tensor, cut: SequenceCut, dim: int) -> Tensor:
@@ -43,9 +47,18 @@ class Documents:
     def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
         """[B, 1, Q, K]: 0 where a key is seen, -inf elsewhere, the diagonal of a causal tile included."""
         seen = self.of_queries[:, None, tile.queries, None] == self.of_keys[:, None, None, tile.keys]
-        if tile.causal:
+        if tile.band is not None:
+            seen = seen & band(seen.shape[-2], seen.shape[-1], *tile.band, seen.device)
+        elif tile.causal:
             seen = seen & torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+def _bias(tile: Tile, documents: Documents | None, q_BNQD: Tensor, k_BGKD: Tensor) -> Tensor | None:
+    """What is added to the scores of a tile [B or 1, 1, Q, K]; None where the kernel's own triangle says it all."""
+    if documents is not None:
+        return documents.bias(tile, q_BNQD.dtype)
+    return band_bias(q_BNQD.shape[2], k_BGKD.shape[2], *tile.band, q_BNQD) if tile.band is not None else None
 
 
 @dataclass
@@ -76,7 +89,7 @@ def attend(so_far: Attended, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, til
     for tile in tiles:
         q = q_BNQD[:, :, tile.queries]
         k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
-        bias = documents.bias(tile, q.dtype) if documents is not None else None
+        bias = _bias(tile, documents, q, k)
         output, lse = fused_attention.forward(q, k, v, tile.causal, bias)
         if bias is not None:  # the kernel says 0 for who sees nothing
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
@@ -107,7 +120,7 @@ def attend_backward(
         rows = tile.queries
         q = q_BNQD[:, :, rows]
         k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
-        bias = documents.bias(tile, q.dtype) if documents is not None else None
+        bias = _bias(tile, documents, q, k)
         found = fused_attention.backward(grad_BNQD[:, :, rows], q, k, v, output[:, :, rows], lse[:, :, rows], tile.causal, bias)
         gradients.queries[:, :, rows] += found[0]
         for place, grad in enumerate(found[1:]):

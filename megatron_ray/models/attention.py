@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.data.loader import Packed
+from megatron_ray.fused_attention import band
 from megatron_ray.matmul import multiplies_wide
 from megatron_ray.models.attention_blocks import blocks_are_faster, causal_attention
 from megatron_ray.models.attention_wide import wide_causal_attention
+from megatron_ray.models.attention_window import windowed_attention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import ROTATION, RotateQKV, split_qkv
 
@@ -59,10 +61,12 @@ class Positions:
 class CausalAttention(nn.Module):
     """softmax(Q K^T / sqrt(D)) V, whoever makes queries, keys and values."""
 
-    def __init__(self, layers: Layers, place: str) -> None:
+    def __init__(self, layers: Layers, place: str, window: int | None) -> None:
+        """`window`: tokens that a token sees, itself included; None for all."""
         super().__init__()
-        self.core = layers.attention()
-        self.dropping_core = layers.dropping_attention(f"{place}.probabilities")
+        self.window = window
+        self.core = layers.attention(window)
+        self.dropping_core = layers.dropping_attention(f"{place}.probabilities", window)
 
     def attended(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions, cache: KeyValueCache | None) -> Tensor:
         """[B, N, S, D]"""
@@ -78,32 +82,39 @@ class CausalAttention(nn.Module):
         return attended
 
     def _attend_cached(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache) -> Tensor:
-        mask, seen = None, cache.length
+        seen = cache.length
         k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
-        if seen:
-            # Rows of the mask are the new tokens, which see everything before them.
-            new, total = q_BNSD.shape[2], k_BGSD.shape[2]
-            mask = torch.ones(new, total, dtype=torch.bool, device=q_BNSD.device).tril(diagonal=seen)
+        if not seen:
+            prompt: Tensor = self.core(q_BNSD, k_BGSD, v_BGSD, None)
+            return prompt
+        # The new tokens see the window before them, or everything.
+        window = self.window or k_BGSD.shape[2]
+        first = max(0, seen - window + 1)
+        k_BGSD, v_BGSD = k_BGSD[:, :, first:], v_BGSD[:, :, first:]
+        mask = band(q_BNSD.shape[2], k_BGSD.shape[2], seen - first, window, q_BNSD.device)
         grouped = q_BNSD.shape[1] > k_BGSD.shape[1]
-        return nn.functional.scaled_dot_product_attention(
-            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-        )
+        return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=grouped)
 
 
 class Attention(CausalAttention):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given."""
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given. Queries and keys are normed first, then
+    rotated, where the model has either."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, place: str) -> None:
-        super().__init__(layers, place)
+    def __init__(self, config: ModelConfig, layers: Layers, place: str, window: int | None) -> None:
+        super().__init__(layers, place, window)
         self.head_width = config.head_width
         self.rotation = ROTATION
         heads, groups = config.num_attention_heads, config.kv_heads
-        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.linear_bias)
+        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.has_qkv_bias)
+        self.q_norm = layers.norm(self.head_width) if config.qk_norm else None
+        self.k_norm = layers.norm(self.head_width) if config.qk_norm else None
         self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
         qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
         heads, groups = self.qkv.heads, self.qkv.groups
+        if self.q_norm is not None and self.k_norm is not None:
+            qkv = _normed(qkv, self.q_norm, self.k_norm, (heads, groups, self.head_width))
         if positions.cos is not None:
             sizes = heads, groups, self.head_width
             q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
@@ -115,21 +126,36 @@ class Attention(CausalAttention):
         return output
 
 
+def _normed(qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, sizes: tuple[int, int, int]) -> Tensor:
+    """The fused [B, S, (N + 2 G) D] with each head's query and key normalised; `sizes`: N, G, D."""
+    heads, groups, width = sizes
+    q, k, v = torch.split(qkv, [heads * width, groups * width, groups * width], dim=-1)
+    # Rows of a head's width; always copies, which the norms keep: a view of a single head would keep the whole of qkv.
+    parts = [norm(part.reshape(-1, width).contiguous()).view(part.shape) for norm, part in ((q_norm, q), (k_norm, k))]
+    return torch.cat([*parts, v], -1)
+
+
 class WholeAttention(nn.Module):
-    """Causal attention of sequences that lie whole on this rank."""
+    """Causal attention of sequences that lie whole on this rank; over the last `window` tokens where one is given."""
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
 
     def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
         if packed is None:
-            return _whole(q_BNSD, k_BGSD, v_BGSD)
+            return _whole(q_BNSD, k_BGSD, v_BGSD, self.window)
         rows = []
         for row, lengths in enumerate(packed.lengths):
             documents = zip(*(torch.split(x[row : row + 1], list(lengths), dim=2) for x in (q_BNSD, k_BGSD, v_BGSD)), strict=True)
-            rows.append(torch.cat([_whole(*document) for document in documents], dim=2))
+            rows.append(torch.cat([_whole(q, k, v, self.window) for q, k, v in documents], dim=2))
         return torch.cat(rows)
 
 
-def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int | None) -> Tensor:
     """Every row is one sequence."""
+    if window is not None and window < q_BNSD.shape[2]:
+        return windowed_attention(q_BNSD, k_BGSD, v_BGSD, window)
     if multiplies_wide(q_BNSD.device.type, q_BNSD.dtype):
         return wide_causal_attention(q_BNSD, k_BGSD, v_BGSD)
     if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.data.loader import Packed
+from megatron_ray.fused_attention import band_bias
 from megatron_ray.rng import Stream
 
 
@@ -36,9 +37,9 @@ class DroppingAttention(nn.Module):
     torch's fused attention draws from its global generator, and the blocks of bf16 on CPU drop nothing.
     """
 
-    def __init__(self, rate: float, stream: Stream) -> None:
+    def __init__(self, rate: float, stream: Stream, window: int | None = None) -> None:
         super().__init__()
-        self.dropout = Dropout(rate, stream)
+        self.dropout, self.window = Dropout(rate, stream), window
 
     def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, about: tuple[Packed | None, int]) -> Tensor:
         """`about`: the batch's documents, if they are apart, and its first sample."""
@@ -48,17 +49,18 @@ class DroppingAttention(nn.Module):
         queries = q_BNSD.reshape(batch, groups, -1, width)
         scores = torch.matmul(queries, k_BGSD.transpose(2, 3)).view(batch, heads, sequence, sequence)
         wide = scores.float() if scores.dtype.itemsize < 4 else scores
-        hidden = _hidden(sequence, packed, wide)
+        hidden = _hidden(sequence, self.window, packed, wide)
         probabilities = torch.softmax(wide.mul(width**-0.5).add_(hidden), -1)
         dropped = probabilities.to(q_BNSD.dtype).masked_fill(self.dropout.mask(probabilities, first_sample), 0)
         attended = torch.matmul(dropped.view(batch, groups, -1, sequence), v_BGSD)
         return attended.mul_(1 / (1 - self.dropout.rate)).view(q_BNSD.shape)
 
 
-def _hidden(sequence: int, packed: Packed | None, like: Tensor) -> Tensor:
-    """What is added to scores: minus infinity for later tokens and, where documents are apart, for other documents'."""
-    future = like.new_full((sequence, sequence), -torch.inf).triu_(1)
+def _hidden(sequence: int, window: int | None, packed: Packed | None, like: Tensor) -> Tensor:
+    """What is added to scores: minus infinity for later tokens, for those out of the window and, where documents are apart, for other
+    documents'."""
+    hidden = band_bias(sequence, sequence, 0, window or sequence, like)
     if packed is None:
-        return future
+        return hidden
     other = packed.documents_BS[:, None, :, None] != packed.documents_BS[:, None, None, :]
-    return future.masked_fill(other, -torch.inf)
+    return hidden.masked_fill(other, -torch.inf)

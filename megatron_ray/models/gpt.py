@@ -92,6 +92,8 @@ class GPT(nn.Module):
     def _words(self, tokens_BS: Tensor) -> Tensor:
         assert self.embedding is not None
         words_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
+        if self.config.embedding_scale != 1.0:
+            words_TH = words_TH * self.config.embedding_scale
         return words_TH
 
     def _embed(self, tokens_BS: Tensor, position_ids: Tensor, first_sample: int | None = None) -> Tensor:

@@ -52,7 +52,7 @@ class Layers(Protocol):
         ...
 
     def norm(self, width: int) -> nn.Module:
-        """[T, width] -> [T, width]."""
+        """[T, width] -> [T, width]; of the residual stream, or of heads."""
         ...
 
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
@@ -75,8 +75,9 @@ class Layers(Protocol):
         """([T, inputs cut over tp], residual [T, outputs]) -> [T, outputs]."""
         ...
 
-    def attention(self) -> nn.Module:
-        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention [B, N, S, D], over whole sequences."""
+    def attention(self, window: int | None) -> nn.Module:
+        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention [B, N, S, D], over whole sequences or over the last
+        `window` tokens of them."""
         ...
 
     def router(self, width: int, num_experts: int) -> nn.Module:
@@ -111,7 +112,7 @@ class Layers(Protocol):
         """A `Dropout` of hidden states as they are held here: ([T, width], first sample) -> [T, width]. None: nothing is dropped."""
         ...
 
-    def dropping_attention(self, place: str) -> nn.Module | None:
+    def dropping_attention(self, place: str, window: int | None) -> nn.Module | None:
         """As `attention`, with dropout on its probabilities: (q, k, v, (documents or None, first sample)). None: nothing is dropped."""
         ...
 

@@ -12,11 +12,11 @@ from megatron_ray.models.layers import Layers
 
 
 class GatedMLP(nn.Module):
-    """x -> residual + down(silu(gate(x)) * up(x)), SwiGLU (Shazeer 2020)."""
+    """x -> residual + down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
-        self.activation = SwiGLU()
+        self.activation = gated_activation(config)
         self.gate_up = layers.column(config.hidden_size, 2 * width, config.linear_bias)
         self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
@@ -45,15 +45,20 @@ def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | Plai
     return kind(config, layers, width)
 
 
-class SwiGLU(nn.Module):
-    """silu(gate) * up of a fused [T, 2F] whose first half is the gate."""
+class GatedActivation(nn.Module):
+    """activation(gate) * up of a fused [T, 2F] whose first half is the gate."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernel: Kernel) -> None:
         super().__init__()
-        self.kernel = SWIGLU
+        self.kernel = kernel
 
     def forward(self, gate_up: Tensor) -> Tensor:
-        return _SwiGLU.apply(gate_up, self.kernel)  # type: ignore[no-any-return, no-untyped-call]
+        return _Gated.apply(gate_up, self.kernel)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gated_activation(config: ModelConfig) -> GatedActivation:
+    """The one that the model has: silu, or GELU by its tanh approximation."""
+    return GatedActivation(GEGLU_TANH if config.activation == "geglu_tanh" else SWIGLU)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
@@ -72,10 +77,27 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return grad_gate_up
 
 
+def _geglu_tanh(gate_up: Tensor) -> Tensor:
+    """[T, 2F] -> [T, F]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return nn.functional.gelu(gate, approximate="tanh").mul_(up)
+
+
+def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradient of the fused [T, 2F], which is filled in place."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    grad_gate_up = torch.empty_like(gate_up)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.mul(grad, nn.functional.gelu(gate, approximate="tanh"), out=grad_up)
+    torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+    return grad_gate_up
+
+
 SWIGLU = Kernel(_swiglu, _swiglu_backward)
+GEGLU_TANH = Kernel(_geglu_tanh, _geglu_tanh_backward)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, gate_up: Tensor, kernel: Kernel) -> Tensor:
         ctx.save_for_backward(gate_up)

@@ -63,7 +63,7 @@ def scale_and_clip(optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm
 
 
 def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """Whole tensors of which each tp rank has seen only its tokens (norms under sequence parallelism), in one all-reduce."""
+    """Whole tensors of which each tp rank has seen only its tokens or heads (norms), in one all-reduce."""
     if mesh.tp_group is None:
         return
     views = [gradient for piece, gradient in optimizer.gradients() if piece.placed.parameter.sum_over_tp]

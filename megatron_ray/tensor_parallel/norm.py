@@ -1,7 +1,8 @@
 """RMSNorm and LayerNorm whose weight gradients go to slots. Owns: their forward and backward. Must not know: the model.
 
 Weights are whole on every rank; under sequence parallelism each rank sees its own tokens only, and the parameter table says that the
-gradients are then summed over tp. Arithmetic is fp32 whatever the type of the activations. Shapes: T tokens, H hidden.
+gradients are then summed over tp; those of norms of heads always are, since each rank sees its heads only. Arithmetic is fp32 whatever
+the type of the activations. Shapes: T tokens (or heads of tokens), H hidden (or head width).
 """
 
 from typing import Any
@@ -16,16 +17,22 @@ from megatron_ray.tensor_parallel.layers import SlottedModule, deliver
 
 
 class RMSNorm(SlottedModule):
-    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019)."""
+    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019); times 1 + w where weights are centred on zero (Gemma)."""
 
-    def __init__(self, width: int, eps: float, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, width: int, eps: float, *, group: Group, sequence_parallel: bool, dtype: torch.dtype, zero_centered: bool = False
+    ) -> None:
         super().__init__(group, sequence_parallel)
-        self.eps = eps
+        self.eps, self.zero_centered = eps, zero_centered
         self.kernel = RMS_NORM
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
 
     def forward(self, x_TH: Tensor) -> Tensor:
         return _RMSNorm.apply(x_TH, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+
+    def scale(self, weight: Tensor) -> Tensor:
+        """What normed activations are multiplied by; 1 + weight would lose most of a bf16 weight, so it is wide."""
+        return widened(weight) + 1 if self.zero_centered else weight
 
 
 class LayerNorm(SlottedModule):
@@ -71,7 +78,7 @@ RMS_NORM = Kernel(_rms_norm, _rms_norm_backward)
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, module: RMSNorm) -> Tensor:
-        output, rstd = module.kernel.forward(x, weight, module.eps)
+        output, rstd = module.kernel.forward(x, module.scale(weight), module.eps)
         ctx.save_for_backward(x, weight, rstd)
         ctx.module = module  # type: ignore[attr-defined]
         return output  # type: ignore[no-any-return]
@@ -79,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = ctx.module.kernel.backward(grad, x, weight, rstd)
+        grad_x, grad_weight = ctx.module.kernel.backward(grad, x, ctx.module.scale(weight), rstd)
         return grad_x, deliver(ctx.module, "weight", grad_weight) if weight.requires_grad else None, None
 
 

@@ -16,6 +16,8 @@ SEED = 20261121
 MOST_RANKS = 8
 ENTRIES = 30
 SHAPE = LLAMA | {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4}
+# What families have that layouts can get wrong: every second layer has a window, heads are normed, some linears have biases.
+SHAPE |= {"qk_norm": True, "qkv_bias": True, "sliding_window": 11, "full_attention_every": 2}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48, "aux_loss_coeff": 0.02}
 RECOMPUTE: tuple[dict[str, Any], ...] = (
     {"granularity": "full", "method": "uniform", "num_layers": 1},

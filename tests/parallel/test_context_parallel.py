@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections import Counter
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_ray.context_parallel import ring
 from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, attend
+from megatron_ray.data.loader import Packed
 from megatron_ray.data.sequence_cut import SequenceCut
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.parallelize import context_attention
@@ -92,6 +94,42 @@ def test_every_method_is_attention_over_the_whole_sequence(parallel: dict[str, A
         assert distance < 1e-12
         assert ("all_to_all_single" in calls) == ("a2a" in parallel["cp_method"])
         assert ("isend" in calls) == ("p2p" in parallel["cp_method"])
+
+
+METHODS: tuple[dict[str, Any], ...] = ({"cp": 4}, {"cp": 4, "cp_method": "all_gather"}, {"cp": 4, "cp_method": "a2a"}, HIERARCHY)
+
+
+def windowed(rank: int, world_size: int, windows: list[int]) -> dict[tuple[str, int, bool], float]:
+    """Worst distance from one rank of outputs and gradients, by method, window and whether documents are apart."""
+    torch.manual_seed(1)
+    batch, heads, groups, length, width = 2, 8, 4, 64, 16
+    q, k, v, grad = (torch.randn(batch, count, length, width, dtype=torch.float64) for count in (heads, groups, groups, heads))
+    documents = torch.arange(length).ge(23).int().expand(batch, -1)
+    behind = torch.arange(length)[:, None] - torch.arange(length)
+    here, found = torch.from_numpy(SequenceCut(world_size, rank).positions(length)), {}
+    for parallel in METHODS:
+        mesh = make_mesh(rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1))
+        for window, packed in product(windows, (None, Packed(documents, ((23, 41),) * batch))):
+            seen = (behind >= 0) & (behind < window)
+            if packed is not None:
+                seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+            whole = [x.clone().requires_grad_() for x in (q, k, v)]
+            expected = nn.functional.scaled_dot_product_attention(*whole, attn_mask=seen, enable_gqa=True)
+            expected.backward(grad)
+            mine = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
+            method = str(parallel.get("cp_method", "p2p"))
+            output = context_attention(method, mesh, window)(*mine, packed)
+            output.backward(grad[:, :, here])
+            pairs = [(output, expected[:, :, here]), *((part.grad, full.grad[:, :, here]) for part, full in zip(mine, whole, strict=True))]
+            found[method, window, packed is not None] = max(float((a - b).norm() / v.norm()) for a, b in pairs)
+    return found
+
+
+def test_every_method_knows_the_window() -> None:
+    # Shorter than a chunk of 8 tokens, of one, ending within one, over several, and longer than the sequence.
+    for found in run_ranks(windowed, 4, [1, 3, 8, 9, 21, 60, 64, 100]):
+        assert len(found) == 4 * 8 * 2
+        assert max(found.values()) < 1e-12, found
 
 
 def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it() -> None:

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_ray import validation
+from megatron_ray.config.presets import PRESETS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh, World
@@ -100,6 +101,29 @@ def test_recomputed_layers_with_dropout_step_without_a_device(recompute: dict[st
     fields["parallel"] |= {"sequence_parallel": True}
     fields["training"] |= {"recompute": recompute, "micro_batch_size": 1}
     step(TrainConfig.from_mapping(fields), 3, "meta")
+
+
+# Of every family the sizes that differ most from Llama's, each rank with a few layers.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral-7b": {"tp": 4, "cp": 2, "sequence_parallel": True},
+    "mixtral-8x7b": {"tp": 2, "dp": 4, "ep": 4, "sequence_parallel": True},
+    "qwen2-7b": {"tp": 4},
+    "qwen3-30b-a3b": {"tp": 8, "dp": 2, "ep": 8, "etp": 1, "sequence_parallel": True},
+    "gemma-2b": {"tp": 2, "dp": 2},
+    "llama3.2-1b": {"tp": 2, "cp": 2, "cp_method": "all_gather"},
+}
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_every_family_steps_without_a_device(preset: str) -> None:
+    model: dict[str, Any] = {"preset": preset, "num_layers": 2}
+    if "moe" in PRESETS[preset]:
+        model["moe"] = PRESETS[preset]["moe"] | {"capacity_factor": 1.0, "pad_to_capacity": True}
+    parallel = {"dp": 1} | FAMILIES[preset]
+    training = LARGE["training"] | {"global_batch_size": 2 * parallel["dp"]}
+    config = TrainConfig.from_mapping(LARGE | {"model": model, "parallel": parallel, "training": training})
+    assert validation.check(config) == []
+    step(config, ParallelDims.of(config.parallel).world_size - 1, "meta")
 
 
 @pytest.mark.parametrize("rank", [5, 8 * 2 * 64 * 15 + 77], ids=["first stage", "last stage"])

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.matmul import Counts
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.mlp import SwiGLU
+from megatron_ray.models.mlp import gated_activation
 
 
 class GatedExperts(nn.Module):
-    """down(silu(gate(x)) * up(x)) with the matrices of each row's expert."""
+    """down(activation(gate(x)) * up(x)) with the matrices of each row's expert."""
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
-        self.activation = SwiGLU()
+        self.activation = gated_activation(config)
         self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 

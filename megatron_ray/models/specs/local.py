@@ -54,7 +54,7 @@ class LocalLayers:
         dtype: torch.dtype,
         experts: ExpertPlaces,
         streams: Streams,
-        attention: Callable[[], nn.Module] = WholeAttention,
+        attention: Callable[[int | None], nn.Module] = WholeAttention,
     ) -> None:
         self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
         self.experts, self._attention, self._streams = experts, attention, streams
@@ -69,8 +69,11 @@ class LocalLayers:
         return PositionEmbedding(rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
 
     def norm(self, width: int) -> nn.Module:
-        kind = RMSNorm if self.config.norm == "rmsnorm" else LayerNorm
-        return kind(width, self.config.norm_eps, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+        config, group, sequence_parallel, dtype = self.config, self.group, self.sequence_parallel, self.dtype
+        if config.norm == "layernorm":
+            return LayerNorm(width, config.norm_eps, group=group, sequence_parallel=sequence_parallel, dtype=dtype)
+        centred = config.zero_centered_norm
+        return RMSNorm(width, config.norm_eps, group=group, sequence_parallel=sequence_parallel, dtype=dtype, zero_centered=centred)
 
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         return ColumnParallelLinear(
@@ -91,8 +94,8 @@ class LocalLayers:
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         return RowParallelLinear(inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
 
-    def attention(self) -> nn.Module:
-        return self._attention()
+    def attention(self, window: int | None) -> nn.Module:
+        return self._attention(window)
 
     def router(self, width: int, num_experts: int) -> nn.Module:
         return RouterLinear(width, num_experts, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
@@ -123,9 +126,9 @@ class LocalLayers:
         rate = self.config.hidden_dropout
         return Dropout(rate, self._streams.stream(place, cut_by)) if rate else None
 
-    def dropping_attention(self, place: str) -> nn.Module | None:
+    def dropping_attention(self, place: str, window: int | None) -> nn.Module | None:
         rate = self.config.attention_dropout
-        return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp"))) if rate else None
+        return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp")), window) if rate else None
 
     def head(self, width: int, embedding: nn.Module | None, uses: int) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

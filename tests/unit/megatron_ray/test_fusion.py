@@ -11,7 +11,7 @@ from megatron_ray import fusion
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.kernel import Kernel
 from megatron_ray.mesh import ParallelMesh
-from megatron_ray.models.mlp import SWIGLU, SwiGLU
+from megatron_ray.models.mlp import GEGLU_TANH, SWIGLU, GatedActivation
 from megatron_ray.models.rope import ROTATION, rotary_angles
 from megatron_ray.parallelize import build_model
 from megatron_ray.rules.problem import ConfigProblem
@@ -34,7 +34,7 @@ def rms_norm(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
     return [output, rstd, *kernel.backward(grad, x, weight, rstd)]
 
 
-def swiglu(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+def gated(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
     gate_up = draw(dtype, TOKENS, 96)
     return [kernel.forward(gate_up), kernel.backward(draw(dtype, TOKENS, 48, seed=1), gate_up)]
 
@@ -59,7 +59,8 @@ def loss(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
 
 CASES: dict[str, tuple[Callable[[Kernel, torch.dtype], list[Tensor]], Kernel]] = {
     "rms_norm": (rms_norm, RMS_NORM),
-    "swiglu": (swiglu, SWIGLU),
+    "swiglu": (gated, SWIGLU),
+    "geglu_tanh": (gated, GEGLU_TANH),
     "rotation": (rotation, ROTATION),
     "loss": (loss, LOSS),
 }
@@ -86,8 +87,10 @@ def test_what_the_compiler_makes_of_a_formula_is_the_formula(dtype: torch.dtype)
         close(run(getattr(fusions, case), dtype), run(getattr(fusion.FORMULAS, case), dtype), ALLOWED[dtype])
 
 
-def test_every_part_of_a_model_but_its_routed_experts_is_replaced() -> None:
+@pytest.mark.parametrize(("activation", "norms"), [("swiglu", 2), ("geglu_tanh", 4)])
+def test_every_part_of_a_model_but_its_routed_experts_is_replaced(activation: str, norms: int) -> None:
     shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+    shape |= {"activation": activation, "qk_norm": norms == 4}
     moe = {
         "num_experts": 4,
         "shared_expert_ffn_hidden_size": 48,
@@ -102,14 +105,17 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced() -> None:
     )
     model = build_model(config.model, ParallelMesh.single(), config.parallel, dtype=torch.float32)
     mark = Kernel(lambda: None, lambda: None)
-    fusion.apply_fusions(model, fusion.Fusions(mark, mark, mark, mark))
+    fusion.apply_fusions(model, fusion.Fusions(*(mark for _ in fusion.Fusions._fields)))
 
     def of(module: nn.Module) -> object:
         return getattr(module, "rotation", getattr(module, "kernel", None))
 
     replaced = [name for name, module in model.named_modules() if of(module) is mark]
-    kept = [name for name, module in model.named_modules() if isinstance(module, SwiGLU) and of(module) is not mark]
-    assert len(replaced) == 2 * 4 + 2 and kept == [f"layers.{layer}.moe.experts.activation" for layer in range(2)], (replaced, kept)
+    kept = [name for name, module in model.named_modules() if isinstance(module, GatedActivation) and of(module) is not mark]
+    assert len(replaced) == 2 * (norms + 2) + 2 and kept == [f"layers.{layer}.moe.experts.activation" for layer in range(2)], (
+        replaced,
+        kept,
+    )
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.block import Block
-from megatron_ray.models.mlp import SwiGLU
+from megatron_ray.models.mlp import GatedActivation
 from megatron_ray.planning import kept_activations
 from megatron_ray.recompute import recomputed
 from megatron_ray.tensor_parallel import layers
@@ -43,6 +43,18 @@ MODELS = {
     "moe": LLAMA | {"num_layers": LAYERS, "moe": EXPERTS},
     "latent": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT},
     "latent-further": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT | {"q_lora_rank": None}, "mtp": {"num_layers": 2}},
+    "families": LLAMA
+    | {
+        "num_layers": LAYERS,
+        "head_dim": 12,
+        "qk_norm": True,
+        "qkv_bias": True,
+        "sliding_window": 7,
+        "full_attention_every": 3,
+        "activation": "geglu_tanh",
+        "zero_centered_norm": True,
+        "embedding_scale": 8.0,
+    },
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -96,6 +108,8 @@ def one_thread() -> Iterator[None]:
         ("latent", "fp32", True),
         ("latent-further", "fp32", False),
         ("latent-further", "bf16", True),
+        ("families", "fp32", False),
+        ("families", "bf16", True),
     ],
 )
 def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precision: str, dropout: bool) -> None:
@@ -160,7 +174,7 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
         return product(inputs, weight, addend)
 
     monkeypatch.setattr(layers, "forward_product_plus", last_product)
-    for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (SwiGLU, "activation")):
+    for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (GatedActivation, "activation")):
         counted(kind, name)
     model, hidden, positions = blocks_of(config_of(setting, "llama", "fp32", False), ParallelMesh.single())
     runs.clear()

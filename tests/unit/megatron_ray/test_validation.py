@@ -130,6 +130,36 @@ def test_a_good_config_has_no_problem() -> None:
             "seq_length=256 is longer than the 128 learned positions",
         ),
         (
+            {"model": {"full_attention_every": 2}},
+            None,
+            "/model/full_attention_every",
+            "full_attention_every=2 says which layers are without a window, and there is no sliding_window; give one, or leave it out",
+        ),
+        (
+            {"model": {"zero_centered_norm": True, "norm": "layernorm"}},
+            None,
+            "/model/zero_centered_norm",
+            "zero_centered_norm goes with norm=rmsnorm, not layernorm; leave it out, or change norm",
+        ),
+        (
+            {"model": {"position_embedding": "none", "rope_scaling": {"kind": "linear", "factor": 2.0}}},
+            None,
+            "/model/rope_scaling",
+            "rope_scaling stretches rotary positions, and position_embedding=none has none; leave it out",
+        ),
+        (
+            {"model": {"rope_scaling": {"kind": "llama3", "factor": 8.0, "low_freq_factor": 4.0}}},
+            None,
+            "/model/rope_scaling/high_freq_factor",
+            "high_freq_factor=4 must be above low_freq_factor=4: between them frequencies pass from kept to divided; raise it",
+        ),
+        (
+            {"model": {"rope_scaling": {"kind": "yarn", "factor": 8.0, "beta_fast": 0.5}}},
+            None,
+            "/model/rope_scaling/beta_fast",
+            "beta_fast=0.5 must be above beta_slow=1",
+        ),
+        (
             {"model": {"vocab_size": 1000}},
             None,
             "/data/tokenizer/vocab_size",
@@ -286,7 +316,7 @@ def latent(**changes: Any) -> dict[str, Any]:
             "/model/mla/v_head_dim",
             "v_head_dim=256 is wider than queries and keys (192), for which no kernel is here; use at most 192",
         ),
-        (latent(num_attention_heads=6), {"tp": 4}, "/parallel/tp", "tp=4 does not divide model.num_attention_heads=6"),
+        (latent(num_attention_heads=6, num_query_groups=6), {"tp": 4}, "/parallel/tp", "tp=4 does not divide model.num_attention_heads=6"),
         (
             {"preset": "gpt2-tiny", "mtp": {}},
             {},

@@ -37,6 +37,27 @@ GPT2 = LLAMA | {
 }
 
 
+# A prompt longer than the window, and a text longer than what positions were made for.
+WINDOWED = LLAMA | {
+    "sliding_window": 7,
+    "full_attention_every": 2,
+    "qk_norm": True,
+    "qkv_bias": True,
+    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0},
+}
+GEMMA = LLAMA | {
+    "sliding_window": 5,
+    "num_query_groups": 1,
+    "head_dim": 12,
+    "activation": "geglu_tanh",
+    "zero_centered_norm": True,
+    "embedding_scale": 32**0.5,
+    "tie_embeddings": True,
+    "rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+}
+MODELS = {"llama": LLAMA, "gpt2": GPT2, "windowed": WINDOWED, "gemma": GEMMA}
+
+
 def config(model: dict[str, Any], precision: str = "fp32") -> TrainConfig:
     return TrainConfig.from_mapping(
         {
@@ -71,9 +92,9 @@ def uncached(model: GPT, prompt: list[int], count: int, sampling: Sampling, seed
     return tokens[len(prompt) :]
 
 
-@pytest.fixture(scope="module", params=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=MODELS)
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Tokenizer]:
-    return load_model(checkpoint(tmp_path_factory.mktemp("c") / "x", LLAMA if request.param == "llama" else GPT2))
+    return load_model(checkpoint(tmp_path_factory.mktemp("c") / "x", MODELS[request.param]))
 
 
 @pytest.mark.parametrize(

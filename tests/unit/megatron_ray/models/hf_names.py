@@ -1,4 +1,5 @@
-"""Logical parameter names <- Hugging Face state dicts of Llama, Mixtral, GPT-2 and DeepSeek-V3 shape, for the judges."""
+"""Logical parameter names <- Hugging Face state dicts, for the judges: one mapping for Llama and all made like it, one for GPT-2, one for
+DeepSeek-V3."""
 
 import torch
 from torch import Tensor
@@ -9,42 +10,34 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel
 
 
-def llama_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a LlamaForCausalLM by logical name."""
-    found = {
-        "embedding.weight": state["model.embed_tokens.weight"],
-        "final_norm.weight": state["model.norm.weight"],
-        "head.weight": state["lm_head.weight"],
-    }
-    names = {
-        "attention_norm": "input_layernorm",
-        "attention.q": "self_attn.q_proj",
-        "attention.k": "self_attn.k_proj",
-        "attention.v": "self_attn.v_proj",
-        "attention.o": "self_attn.o_proj",
-        "mlp_norm": "post_attention_layernorm",
-        "mlp.gate": "mlp.gate_proj",
-        "mlp.up": "mlp.up_proj",
-        "mlp.down": "mlp.down_proj",
-    }
+def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights (or gradients) of a decoder with Llama's names, with or without biases, norms of heads and experts, by logical name."""
+    found = {"embedding.weight": state["model.embed_tokens.weight"], "final_norm.weight": state["model.norm.weight"]}
+    if not config.tie_embeddings:
+        found["head.weight"] = state["lm_head.weight"]
+    names = {"attention_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight"}
+    names |= {f"attention.{part}.weight": f"self_attn.{part}_proj.weight" for part in "qkvo"}
+    if config.has_qkv_bias:
+        names |= {f"attention.{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
+    if config.qk_norm:
+        names |= {f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
+    if config.moe is None:
+        names |= {f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     for layer in range(config.num_layers):
-        for ours, theirs in names.items():
-            if config.moe is None or not ours.startswith("mlp."):
-                found[f"layers.{layer}.{ours}.weight"] = state[f"model.layers.{layer}.{theirs}.weight"]
+        theirs = f"model.layers.{layer}."
+        found |= {f"layers.{layer}.{ours}": state[theirs + name] for ours, name in names.items()}
+        if config.moe is not None:
+            found |= _experts(state, theirs + "mlp.", f"layers.{layer}.moe.")
     return found
 
 
-def mixtral_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a MixtralForCausalLM by logical name; it keeps the matrices of a layer's experts in two tensors."""
-    found = llama_logical(state, config)
-    for layer in range(config.num_layers):
-        theirs, ours = f"model.layers.{layer}.mlp.", f"layers.{layer}.moe."
-        found[ours + "router.weight"] = state[theirs + "gate.weight"]
-        for expert, (gate_up, down) in enumerate(
-            zip(state[theirs + "experts.gate_up_proj"], state[theirs + "experts.down_proj"], strict=True)
-        ):
-            gate, up = gate_up.chunk(2)
-            found |= {f"{ours}experts.{expert}.{name}.weight": part for name, part in (("gate", gate), ("up", up), ("down", down))}
+def _experts(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+    """transformers keeps the matrices of a layer's experts in two tensors."""
+    found = {ours + "router.weight": state[theirs + "gate.weight"]}
+    pairs = zip(state[theirs + "experts.gate_up_proj"], state[theirs + "experts.down_proj"], strict=True)
+    for expert, (gate_up, down) in enumerate(pairs):
+        gate, up = gate_up.chunk(2)
+        found |= {f"{ours}experts.{expert}.{name}.weight": part for name, part in (("gate", gate), ("up", up), ("down", down))}
     return found
 
 

@@ -1,0 +1,74 @@
+"""What families have beside a plain Llama equals one rank under every layout: norms of heads, windows, stretched positions and the rest."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.parallel import parity
+from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, worst_relative_l2
+from tests.parallel.test_parity import STEPS, compare
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.parallel
+
+EVERYTHING: dict[str, Any] = LLAMA | {
+    "num_attention_heads": 8,
+    "head_dim": 12,
+    "qk_norm": True,
+    "qkv_bias": True,
+    "sliding_window": 11,
+    "full_attention_every": 2,
+    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 12, "beta_fast": 4.0},
+    "activation": "geglu_tanh",
+    "zero_centered_norm": True,
+    "embedding_scale": 8.0,
+    "tie_embeddings": True,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "cp2-p2p": {"cp": 2},
+    "cp2-all-gather": {"cp": 2, "cp_method": "all_gather"},
+    "cp2-a2a": {"cp": 2, "cp_method": "a2a"},
+    "pp2-zb-v": {"pp": 2, "vpp": 2, "schedule": "zb-v", "layout": "E|t|t|L"},
+    "cp4-hierarchical": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)},
+    "cp2-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
+    "tp2-sp-dp2-zero3": {"tp": 2, "dp": 2, "sequence_parallel": True, "zero": 3},
+    # Each of the two key heads is on two ranks, and their norm's gradient is on all four.
+    "tp4": {"tp": 4},
+    "tp4-sp-dp2": {"tp": 4, "dp": 2, "sequence_parallel": True},
+}
+IN_CHECK = ("tp2", "cp2-p2p", "cp2-all-gather", "cp2-a2a", "tp4")
+
+
+@cache
+def one_rank() -> RankResult:
+    found: RankResult = run_ranks(parity.run_layout, 1, make_config(EVERYTHING, {"dp": 1}, steps=STEPS))[0]
+    return found
+
+
+@pytest.mark.parametrize("layout", [name if name in IN_CHECK else pytest.param(name, marks=pytest.mark.parity) for name in LAYOUTS])
+def test_layout_equals_one_rank(layout: str) -> None:
+    compare(EVERYTHING, LAYOUTS[layout], one_rank())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("layout", ["tp2-sp", "cp2-p2p"])
+def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
+    compare(EVERYTHING, LAYOUTS[layout], one_rank(), compiled=True)
+
+
+@pytest.mark.parametrize("layout", ["cp2-p2p", pytest.param("cp2-all-gather", marks=pytest.mark.parity)])
+def test_packed_documents_with_a_window_equal_one_rank(layout: str) -> None:
+    def run(parallel: dict[str, Any]) -> list[RankResult]:
+        config = make_config(EVERYTHING, {"dp": 1} | parallel, steps=5, separate_documents=True)
+        return run_ranks(parity.run_layout, parallel.get("cp", 1), config)
+
+    (one,), cut = run({}), run(LAYOUTS[layout])
+    config = make_config(EVERYTHING, {"dp": 1}, steps=5)
+    distance = worst_relative_l2(assemble(config, [rank.gradients for rank in cut]), assemble(config, [one.gradients]))
+    assert distance[0] <= 5e-6, distance
+    for rank in cut:
+        np.testing.assert_allclose(rank.losses, one.losses, rtol=1e-5)
