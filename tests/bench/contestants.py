@@ -60,7 +60,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from megatron_ray.parallel_dims import ParallelDims
     from megatron_ray.training.session import build
     from megatron_ray.training.step import forward_backward
-    from tests.unit.megatron_ray.models.hf_names import fill, llama_logical
+    from tests.unit.megatron_ray.models.hf_names import decoder_logical, fill
 
     degrees = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
     config = TrainConfig.from_mapping(
@@ -87,7 +87,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     )
     mesh = ParallelMesh.create(ParallelDims(**degrees), World(rank, terms.world_size, rank, "cpu"))
     model, optimizer = build(config, mesh, initialise=False)
-    fill(model, optimizer, llama_logical(reference.weights(), config.model))
+    fill(model, optimizer, decoder_logical(reference.weights(), config.model))
     make_batch = BatchMaker(mesh.device)
 
     def step(rows: np.ndarray, exact: bool) -> tuple[float, float]:

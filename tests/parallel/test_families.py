@@ -8,7 +8,7 @@ import pytest
 
 from tests.parallel import parity
 from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, worst_relative_l2
-from tests.parallel.test_parity import STEPS, compare
+from tests.parallel.test_parity import STEPS, compare, distance_from, world
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
@@ -40,7 +40,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp4": {"tp": 4},
     "tp4-sp-dp2": {"tp": 4, "dp": 2, "sequence_parallel": True},
 }
-IN_CHECK = ("tp2", "cp2-p2p", "cp2-all-gather", "cp2-a2a", "tp4")
+IN_CHECK = ("tp2", "cp2-p2p", "tp4")
 
 
 @cache
@@ -52,6 +52,30 @@ def one_rank() -> RankResult:
 @pytest.mark.parametrize("layout", [name if name in IN_CHECK else pytest.param(name, marks=pytest.mark.parity) for name in LAYOUTS])
 def test_layout_equals_one_rank(layout: str) -> None:
     compare(EVERYTHING, LAYOUTS[layout], one_rank())
+
+
+def test_layer_norms_of_heads_have_biases_whose_gradients_are_summed_too() -> None:
+    model = EVERYTHING | {"norm": "layernorm", "zero_centered_norm": False, "sliding_window": None, "full_attention_every": None}
+    one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=STEPS))[0]
+    assert "layers.0.attention.k_norm.bias" in {name for name, _, _ in one.gradients}
+    compare(model, LAYOUTS["tp2"], one)
+
+
+@pytest.mark.parametrize("layouts", ["check", pytest.param("rest", marks=pytest.mark.parity)])
+def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(layouts: str) -> None:
+    one = make_config(EVERYTHING, {"dp": 1}, steps=2, precision="bf16")
+    truth = run_ranks(parity.float64_gradients, 1, one)[0]
+
+    def distance(parallel: dict[str, Any]) -> float:
+        config = make_config(EVERYTHING, {"dp": 1} | parallel, steps=2, precision="bf16")
+        results = run_ranks(parity.run_layout, world(parallel), config, 1)
+        return distance_from(truth, assemble(config, [result.gradients for result in results]))
+
+    allowed = 1.3 * distance({})
+    assert allowed < 0.1
+    for name, parallel in LAYOUTS.items():
+        if (name in ("tp2", "cp2-p2p")) == (layouts == "check"):
+            assert distance(parallel) <= allowed, name
 
 
 @pytest.mark.parity
