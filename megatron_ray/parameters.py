@@ -290,7 +290,7 @@ class _LocalTable:
         self.found.append(LocalParameter(f"{prefix}down.weight", (hidden * each, width), tuple(outwards)))
 
     def _norm(self, name: str, width: int | None = None, *, of_heads: bool = False) -> None:
-        """Of the residual stream, or of something `width` wide; `of_heads`: of each head."""
+        """Of the residual stream, of a latent `width` wide, or of heads."""
         shape = (width or self.model.hidden_size,)
         self._replicated(name + ".weight", shape, Init("zeros" if self.model.zero_centered_norm else "ones"), decay=False, partial=of_heads)
         if self.model.norm == "layernorm":

@@ -18,7 +18,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
         self.attention_norm = layers.norm(config.hidden_size)
-        self.attention = make_attention(config, layers, f"layers.{index}.attention", config.window_on(index))
+        self.attention = make_attention(config, layers, index)
         self.mlp_norm = layers.norm(config.hidden_size)
         moe = config.experts_on(index)
         self.mlp = make_mlp(config, layers, config.ffn_width) if moe is None else None
@@ -46,9 +46,12 @@ class Block(nn.Module):
         return output
 
 
-def make_attention(config: ModelConfig, layers: Layers, place: str, window: int | None) -> Attention | LatentAttention:
-    """The kind of attention that the model has."""
-    return Attention(config, layers, place, window) if config.mla is None else LatentAttention(config, config.mla, layers, place, window)
+def make_attention(config: ModelConfig, layers: Layers, index: int) -> Attention | LatentAttention:
+    """The kind of attention that a layer has."""
+    place = f"layers.{index}.attention"
+    if config.mla is not None:
+        return LatentAttention(config, config.mla, layers, place)
+    return Attention(config, layers, place, config.window_on(index))
 
 
 def one_after_another(blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:

@@ -92,7 +92,9 @@ class GPT(nn.Module):
     def _words(self, tokens_BS: Tensor) -> Tensor:
         assert self.embedding is not None
         words_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
-        return words_TH * self.config.embedding_scale if self.config.embedding_scale != 1.0 else words_TH
+        if self.config.embedding_scale != 1.0:
+            words_TH = words_TH * self.config.embedding_scale
+        return words_TH
 
     def _embed(self, tokens_BS: Tensor, position_ids: Tensor, first_sample: int | None = None) -> Tensor:
         hidden_TH = self._words(tokens_BS)

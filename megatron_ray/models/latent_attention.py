@@ -27,8 +27,8 @@ from megatron_ray.tensor_parallel.norm import widened
 class LatentAttention(CausalAttention):
     """x -> residual (if given) + O(softmax(scale Q K^T) V)."""
 
-    def __init__(self, config: ModelConfig, mla: LatentAttentionConfig, layers: Layers, place: str, window: int | None) -> None:
-        super().__init__(layers, place, window)
+    def __init__(self, config: ModelConfig, mla: LatentAttentionConfig, layers: Layers, place: str) -> None:
+        super().__init__(layers, place, None)
         self.mla, self.query_factor = mla, query_factor(config.rope_scaling)
         hidden, heads = config.hidden_size, config.num_attention_heads
         # The latents are made of the tokens that are here; what the heads read of them is gathered, and is little.

@@ -106,12 +106,6 @@ def test_sizes_of_published_models() -> None:
     assert total == 8_030_261_248
 
 
-@pytest.mark.parametrize(("preset", "billions"), [("deepseek-v2-lite", 15.706), ("moonlight-16b", 15.960)])
-def test_sizes_of_models_with_latent_attention(preset: str, billions: float) -> None:
-    total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": preset})))
-    assert total == pytest.approx(billions * 1e9, rel=1e-4)
-
-
 def test_the_sizes_of_deepseek_v3() -> None:
     """As its authors count: 671B of the model, 36.7B of them used by a token, and 14B of the prediction of a further token, its own copies
     of embedding and head among them."""

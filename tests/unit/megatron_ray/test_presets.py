@@ -39,8 +39,12 @@ PUBLISHED = {
     "qwen3-235b-a22b": 235_093_634_560,
     "gemma-2b": 2_506_172_416,
     "gemma-7b": 8_537_680_896,
+    "deepseek-v2-lite": 15_706_484_224,
+    "moonlight-16b": 15_960_108_544,
+    "deepseek-v3": 671_026_404_352 + 11_610_067_968,
 }
-"""Parameters, shared ones once: as the model cards' safetensors count them."""
+"""Parameters, shared ones once: as the model cards' safetensors count them. Routers' biases are none here; DeepSeek-V3's are those of the
+model and of the prediction of a further token."""
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

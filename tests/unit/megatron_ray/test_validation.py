@@ -316,7 +316,7 @@ def latent(**changes: Any) -> dict[str, Any]:
             "/model/mla/v_head_dim",
             "v_head_dim=256 is wider than queries and keys (192), for which no kernel is here; use at most 192",
         ),
-        (latent(num_attention_heads=6), {"tp": 4}, "/parallel/tp", "tp=4 does not divide model.num_attention_heads=6"),
+        (latent(num_attention_heads=6, num_query_groups=6), {"tp": 4}, "/parallel/tp", "tp=4 does not divide model.num_attention_heads=6"),
         (
             {"preset": "gpt2-tiny", "mtp": {}},
             {},

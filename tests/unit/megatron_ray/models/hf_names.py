@@ -1,4 +1,5 @@
-"""Logical parameter names <- Hugging Face state dicts, for the judges: Llama and all made like it, GPT-2, DeepSeek-V3."""
+"""Logical parameter names <- Hugging Face state dicts, for the judges: one mapping for Llama and all made like it, one for GPT-2, one for
+DeepSeek-V3."""
 
 import torch
 from torch import Tensor
