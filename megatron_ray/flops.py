@@ -2,7 +2,7 @@
 
 6 N + 6 (D + V) h S per layer and token (PaLM, appendix B): N matrix parameters with the output head and without the embedding look-up, h
 heads whose queries and keys are D wide and whose values V: 12 L H S where both are H / h. Attention is counted as the full square, no
-causal halving, as Megatron and nanoGPT do, and nothing taken off for sliding windows. A layer that predicts a further token counts as a
+causal halving, as Megatron and nanoGPT do, and nothing is taken off for sliding windows. A layer that predicts a further token counts as a
 layer, its projection (2 H^2) and the head once more.
 """
 

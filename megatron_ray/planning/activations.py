@@ -43,9 +43,10 @@ class LayerActivations:
     experts: int
     """2 w T K H etp / s, copies of tokens to and from their experts, and what the router keeps (`_routing`); 0 in a layer without."""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), (w D + 4 or 8) T (N + G) / tp where
-    queries and keys are normed, and 2 T H / s of masks with hidden dropout. Around latent attention w T N (3 D + V) / tp, and of its
-    latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp; another N where heads are exchanged
+    for tokens), (w D + 4 or 8) T (N + G) / tp where queries and keys are normed, and 2 T H / s of masks with hidden dropout. Around latent
+    attention w T N (3 D + V) / tp (another D where heads are exchanged), and of its latents w T (2 Q + 2 C + R) / s and their norms'
+    statistics."""
 
     @property
     def whole(self) -> int:
@@ -103,8 +104,10 @@ def _around_attention(config: TrainConfig, width: int, tokens: int) -> int:
     tp, cut = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
     exchanged = 1 if parallel.cp > 1 and parallel.cp_method.startswith("a2a") else 0
     if model.mla is None:
-        normed = tokens * (model.num_attention_heads + max(model.kv_heads, tp)) // tp  # heads of tokens, queries and keys together
-        return 2 * width * normed * model.head_width + model.qk_norm * normed * (width * model.head_width + _STATISTICS[model.norm])
+        heads = tokens * model.num_attention_heads // tp
+        normed = heads + tokens * max(model.kv_heads, tp) // tp  # heads of tokens, queries and keys together
+        kept = width * (2 * normed + exchanged * heads) * model.head_width
+        return kept + model.qk_norm * normed * (width * model.head_width + _STATISTICS[model.norm])
     mla, norms = model.mla, 2 if model.mla.q_lora_rank is not None else 1
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
     heads = tokens * model.num_attention_heads // tp
