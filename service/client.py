@@ -87,9 +87,17 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
 
-    def plan(self, spec: Mapping[str, Any]) -> Json:
-        """How a job would run: resolved spec, rank map, memory; nothing is started."""
-        return self._object("POST", "/v1/plans", json=dict(spec), headers={"Idempotency-Key": str(uuid.uuid4())}, repeat=True)
+    def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
+        """How a job would run: resolved spec, rank map, memory, communication, time; nothing is started. `hardware`: a device's name."""
+        return self._planned("/v1/plans", spec, hardware=hardware)
+
+    def suggest(self, spec: Mapping[str, Any], *, hardware: str | None = None, ranks: int | None = None) -> Json:
+        """The quickest layouts of a job that fit."""
+        return self._planned("/v1/plans/suggest", spec, hardware=hardware, ranks=ranks)
+
+    def _planned(self, path: str, spec: Mapping[str, Any], **params: Any) -> Json:
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        return self._object("POST", path, params=_given(**params), json=dict(spec), headers=headers, repeat=True)
 
     def jobs(self, *, limit: int | None = None, after: str | None = None, status: str | None = None) -> Json:
         """One page of jobs, newest first; `after` takes the last id of the page before."""

@@ -1,33 +1,39 @@
-"""How a job would run, before anything is started. Owns: rank map, bytes per rank. Pure. Must not know: HTTP, the database."""
+"""How a job would run, before anything is started. Owns: what of the library's planning a plan shows, and whether a job fits into a device.
 
-from collections.abc import Sequence
+Pure. Must not know: HTTP, the database.
+"""
+
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray.config.model import ModelConfig
+from megatron_ray import validation
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import LocalParameter, freeze, local_parameters
-from megatron_ray.planning.activations import kept_activations, recomputed_activations
-from megatron_ray.schedules.orders import most_activations
-from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
+from megatron_ray.planning.communication import Tally, step_communication
+from megatron_ray.planning.hardware import Hardware
+from megatron_ray.planning.memory import RankMemory, fullest_rank, num_microbatches
+from megatron_ray.planning.pipeline import bubble_share
+from megatron_ray.planning.step_time import StepTime, step_time
+from megatron_ray.planning.suggest import degrees, nearest
+from megatron_ray.rules.problem import Problem
+from megatron_ray.schedules.plan import plan_pipeline
 
 BYTE_VOCABULARY = 257
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes on the fullest rank. Weights, gradients and optimizer state are counted; activations are estimated."""
+class Estimates:
+    """What is known of a resolved config whose vocabulary is known."""
 
-    parameters_bytes: int
-    gradients_bytes: int
-    optimizer_bytes: int
-    """Moments, and fp32 main parameters under bf16; a rank's share where they are sharded over dp."""
-    activations_bytes_estimate: int
-    """Peak of the microbatches under way, from tensor shapes and what is recomputed; kernels and allocator may need more or less."""
-    total_bytes_estimate: int
     vocab_size: int
-    """Vocabulary the numbers are for."""
+    memory: RankMemory
+    """Of the fullest rank."""
+    communication: Tally | None
+    """Of that rank; None where the library does not send everything by itself."""
+    bubble_share: float
+    time: StepTime | None
+    """None where no device is named, or it is not known to compute in the precision."""
 
 
 def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
@@ -44,53 +50,46 @@ def vocabulary(config: TrainConfig) -> int | None:
     return {"bpe": config.data.tokenizer.vocab_size, "bytes": BYTE_VOCABULARY}.get(config.data.tokenizer.kind)
 
 
-def memory(config: TrainConfig) -> Memory | None:
-    """Bytes per rank of a resolved config; None while the vocabulary is not known."""
+def with_vocabulary(config: TrainConfig) -> TrainConfig | None:
+    """The config with that many tokens; None while they are not known."""
     vocab_size = vocabulary(config)
-    if vocab_size is None:
+    return None if vocab_size is None else validation.with_vocabulary(config, vocab_size)
+
+
+def estimates(config: TrainConfig, hardware: Hardware | None) -> Estimates | None:
+    """Of a resolved config; None while the vocabulary is not known."""
+    known = with_vocabulary(config)
+    if known is None:
         return None
-    model, dims = config.model.model_copy(update={"vocab_size": vocab_size}), ParallelDims.of(config.parallel)
-    pipeline = plan_pipeline(config)
-    parameters, gradients, optimizer = max((_state(config, model, dims, pipeline, pp_rank) for pp_rank in range(dims.pp)), key=sum)
-    activations = _activations(config, model, pipeline)
-    return Memory(parameters, gradients, optimizer, activations, parameters + gradients + optimizer + activations, vocab_size)
+    memory = fullest_rank(known)
+    return Estimates(
+        vocab_size=known.model.vocabulary,
+        memory=memory,
+        communication=step_communication(known, memory.rank),
+        bubble_share=bubble_share(plan_pipeline(known), num_microbatches(known)),
+        time=step_time(known, hardware) if hardware is not None else None,
+    )
 
 
-def _state(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int) -> tuple[int, int, int]:
-    """Bytes of parameters, gradients and optimizer state on a rank of a pipeline stage; only what is trained has the last two."""
-    held, bf16, zero = pipeline.held(pp_rank), config.training.precision == "bf16", config.parallel.zero
-    local = local_parameters(model, dims, dims.rank_at(pp=pp_rank), sequence_parallel=config.parallel.sequence_parallel, held=held)
-    trained = [parameter for parameter in freeze(local, config.optimizer.freeze) if parameter.trainable]
-    replicas = dims.size("dp", "cp") // dims.zero_replicas
-    if zero == 3:  # main parameters are the model's own shard, from which it is gathered
-        whole, shard = (_elements(parameters, replicas, dims.expert_dp) for parameters in (local, trained))
-        return whole * 4, shard * 4, shard * 8
-    shard = _elements(trained, 1, 1) if zero == 0 else _elements(trained, replicas, dims.expert_dp)
-    return _elements(local, 1, 1) * (2 if bf16 else 4), _elements(trained, 1, 1) * 4, shard * (12 if bf16 else 8)
+def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
+    """Whether a resolved config fits into the device; nothing while its vocabulary or the device's memory are not known."""
+    known, room = with_vocabulary(config), hardware.memory_bytes
+    if known is None or room is None:
+        return []
+    memory = fullest_rank(known)
+    if memory.total_bytes <= room:
+        return []
+    largest = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in list(memory.terms.items())[:3] if size)
+    text = f"rank {memory.rank} needs {memory.total_bytes / _GIB:.1f} GiB ({largest}), and {hardware.name} has {room / _GIB:.0f}"
+    return [Problem("/parallel", "memory_fits", f"{text}; {_remedy(known, hardware)}")]
 
 
-def _elements(parameters: Sequence[LocalParameter], shards: int, expert_shards: int) -> int:
-    """Of one shard of the dense parameters and one of the experts."""
-    experts = sum(parameter.num_elements for parameter in parameters if parameter.of_expert)
-    dense = sum(parameter.num_elements for parameter in parameters) - experts
-    return -(-dense // shards) + -(-experts // expert_shards)
-
-
-def _activations(config: TrainConfig, model: ModelConfig, pipeline: PipelinePlan) -> int:
-    """What autograd keeps of the microbatches under way, and what comes back when a part of one is recomputed."""
-    fullest = max((stage.layers for stage in pipeline.contents), key=lambda layers: kept_activations(config, layers))
-    tokens = config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
-    width = 2 if config.training.precision == "bf16" else 4
-    logits = tokens * (model.vocabulary // config.parallel.tp) * (width + 4)  # as computed, and their fp32 softmax
-    kept = _microbatches_at_once(config, pipeline) * kept_activations(config, fullest)
-    return kept + recomputed_activations(config, fullest) + logits
-
-
-def _microbatches_at_once(config: TrainConfig, pipeline: PipelinePlan) -> int:
-    """Microbatches of a stage whose activations the first pipeline rank, which holds most, keeps at once."""
-    dp = config.parallel.dp
-    assert dp != "auto"
-    if pipeline.stages.num_stages == 1:
-        return 1
-    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * dp)
-    return most_activations(pipeline.schedule, pipeline.stages.pp, max(1, num_microbatches), pipeline.stages.vpp)
+def _remedy(config: TrainConfig, hardware: Hardware) -> str:
+    world = validation.world_size(config)
+    found = nearest(config, world, hardware)
+    if found is None:
+        return f"no layout that is tried fits on {world} ranks; add nodes, or use zero=3 or a smaller model"
+    training = found.config.training
+    recompute = "nothing recomputed" if training.recompute.granularity == "none" else f"recompute {training.recompute.granularity}"
+    sizes = f"{degrees(found.config.parallel)}, micro_batch_size={training.micro_batch_size}, {recompute}"
+    return f"the nearest layout that fits is {sizes} ({found.memory.total_bytes / _GIB:.1f} GiB)"

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import floor, inf
 
+from megatron_ray.planning.hardware import Hardware, hardware_named
 from workers.job import JobSpec
 from workers.wire import NodeInfo
 
@@ -27,6 +28,7 @@ class _Node:
     node_id: str
     cpus: float
     gpus: float
+    accelerator: str | None = None
 
     def islands(self, need: Need) -> int:
         ranks = min(self.cpus / need.cpus_per_rank, self.gpus if need.gpu else inf)
@@ -42,7 +44,8 @@ class Room:
 
     def __init__(self, nodes: Iterable[NodeInfo]) -> None:
         """Nodes that are dead, or that cannot read the shared storage, do not count."""
-        self._nodes = [_Node(node.node_id, node.cpus, node.gpus) for node in nodes if node.alive and node.storage_ok is not False]
+        usable = [node for node in nodes if node.alive and node.storage_ok is not False]
+        self._nodes = [_Node(node.node_id, node.cpus, node.gpus, node.accelerator_type) for node in usable]
 
     @property
     def known(self) -> bool:
@@ -53,6 +56,14 @@ class Room:
     def has_gpus(self) -> bool:
         """Whether `accelerator: auto` means GPUs."""
         return any(node.gpus >= 1 for node in self._nodes)
+
+    @property
+    def gpu(self) -> Hardware | None:
+        """The cluster's GPU, the one with most memory where there are several kinds; None while a node with GPUs does not say, or names one
+        that is not known here."""
+        found = [hardware_named(node.accelerator) for node in self._nodes if node.gpus >= 1]
+        known = [device for device in found if device is not None]
+        return max(known, key=lambda device: device.memory_bytes or 0) if known and len(known) == len(found) else None
 
     @property
     def most_cpus(self) -> float:

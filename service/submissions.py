@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from megatron_ray import validation
 from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.rules.problem import Problem
-from service import jobs
+from service import jobs, plan
 from service.room import Need, Room, need_of
 from service.schema import ClusterRow, JobRow
 from service.settings import Settings
@@ -58,7 +58,14 @@ def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
         single = room.ranks(Need(1, 1, need.cpus_per_rank, need.gpu))
         text = f"tp={spec.parallel.tp} ranks must share a node, and no node has room for them ({single} ranks in the whole cluster)"
         return [Problem("/parallel/tp", "island_fits", text + "; lower tp or add larger nodes")]
-    return [problem for problem in validation.check(spec, ranks) if problem.code == "world_fits"]
+    return [problem for problem in validation.check(spec, ranks) if problem.code == "world_fits"] or _check_memory(spec, room)
+
+
+def _check_memory(spec: JobSpec, room: Room) -> list[Problem]:
+    """Whether it fits into the cluster's GPUs, where they are known."""
+    need = _least(spec, room)
+    device = room.gpu if need.gpu else None
+    return plan.check_memory(validation.resolve(spec, room.ranks(need)), device) if device is not None else []
 
 
 def check_storage(session: Session, spec: JobSpec) -> list[Problem]:

@@ -125,9 +125,16 @@ def _routing(moe: MoEConfig) -> int:
     return 4 * (over_all * moe.num_experts + alone) + moe.top_k * (8 + 4 + 8 + 4 + (moe.capacity_factor is not None))
 
 
+def _by_layer(config: TrainConfig, layers: Sequence[int]) -> list[LayerActivations]:
+    """Layers are alike but for having experts or not."""
+    kinds = {config.model.experts_on(index) is not None: index for index in layers}
+    found = {experts: layer_activations(config, index) for experts, index in kinds.items()}
+    return [found[config.model.experts_on(index) is not None] for index in layers]
+
+
 def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:
     """Bytes that a stage with these layers keeps of a microbatch until its backward pass."""
-    recompute, found = config.training.recompute, [layer_activations(config, index) for index in layers]
+    recompute, found = config.training.recompute, _by_layer(config, layers)
     if recompute.granularity != "full":
         return sum(layer.without(recompute.chosen_modules) for layer in found)
     assert recompute.num_layers is not None
@@ -139,7 +146,7 @@ def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:
 
 def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
     """Bytes that come back for a while in a backward pass: those of a whole chunk, or what one layer had done without."""
-    recompute, found = config.training.recompute, [layer_activations(config, index) for index in layers]
+    recompute, found = config.training.recompute, _by_layer(config, layers)
     if recompute.granularity != "full":
         return max((layer.whole - layer.without(recompute.chosen_modules) for layer in found), default=0)
     assert recompute.num_layers is not None

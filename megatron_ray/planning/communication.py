@@ -77,7 +77,8 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     for chunk, stage in enumerate(pipeline.held(pp_rank)):
         found.add_all(stage_communication(config, dims, stage), count)
         found.add("pp", "send", transfer_bytes(config), count * _neighbours(pipeline, pp_rank, chunk))
-    found.add_all(update_communication(config, dims, pipeline, rank))
+    buffers = planned_buffers(config, dims, local_table(config, config.model, dims, pipeline, rank), rank)
+    found.add_all(update_communication(config, dims, pipeline, rank, buffers))
     return found
 
 
@@ -101,11 +102,14 @@ def stage_communication(config: TrainConfig, dims: ParallelDims, stage: StageCon
     microbatch = _Microbatch(config, Tally(group_sizes(dims)))
     if stage.embedding:
         microbatch.embedding()
-    for layer in stage.layers:
-        microbatch.attention_forward()
-        microbatch.attention_backward()
-        microbatch.feed_forward(layer)
-        microbatch.feed_backward(layer)
+    kinds = {config.model.experts_on(layer) is not None: layer for layer in stage.layers}
+    for experts, layer in kinds.items():
+        one = _Microbatch(config, Tally(microbatch.tally.sizes))
+        one.attention_forward()
+        one.attention_backward()
+        one.feed_forward(layer)
+        one.feed_backward(layer)
+        microbatch.tally.add_all(one.tally, sum((config.model.experts_on(index) is not None) == experts for index in stage.layers))
     microbatch.recomputed(stage.layers)
     if stage.loss:
         microbatch.head()
@@ -310,11 +314,11 @@ def _chunks(layers: Sequence[int], uniform: bool, size: int) -> Iterable[Sequenc
 # ---- once a step
 
 
-def update_communication(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int) -> Tally:
+def update_communication(
+    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int, buffers: Sequence[PlannedBuffer]
+) -> Tally:
     """Of one step: gradients, weights, and the step's numbers."""
     found = Tally(group_sizes(dims))
-    table = local_table(config, config.model, dims, pipeline, rank)
-    buffers = planned_buffers(config, dims, table, rank)
     for buffer in buffers:
         axis: Axis = "edp" if buffer.of_expert else "dp"
         for bucket in buffer.plan.buckets:

@@ -15,8 +15,10 @@ _ROUNDS = 2
 
 
 def kept_and_released(pipeline: PipelinePlan, num_microbatches: int, pp_rank: int) -> tuple[int, ...]:
-    """When a rank begins and ends to keep a microbatch's activations in a chunk, in order: chunk + 1, and -(chunk + 1). Of a step that keeps
-    as many at once as one of `num_microbatches`."""
+    """When a rank begins and ends to keep a microbatch's activations in a chunk, in order: chunk + 1, and -(chunk + 1).
+
+    Of a step that keeps as many at once as one of `num_microbatches`.
+    """
     schedule, pp = pipeline.schedule, pipeline.stages.pp
     # GPipe holds them all, and interleaving makes its groups larger by what is left over.
     whole = schedule == "gpipe" or (schedule == "interleaved" and num_microbatches % pp)

@@ -80,12 +80,7 @@ class StepParts:
     num_microbatches: int
     bubble: float
     """In microbatches."""
-    update: float
-    """Bytes of memory, in seconds at full bandwidth."""
-    reduced: float
-    """Gradients that are reduced while the last microbatch goes back."""
-    published: float
-    """Weights and sums that nothing hides."""
+    update: "Update"
     model_flops: float
     tokens: int
     ranks: int
@@ -98,7 +93,8 @@ class StepParts:
         products, attention, memory, waiting = (seconds * self.num_microbatches for seconds in slowest)
         idle = self.bubble * sum(slowest)
         backward = sum(slowest) * 2 / 3
-        update = self.update / share.memory + max(0.0, self.reduced / share.network - backward) + self.published / share.network
+        once = self.update
+        update = once.memory / share.memory + max(0.0, once.reduced / share.network - backward) + once.published / share.network
         step = products + attention + memory + waiting + idle + update
         mfu = self.model_flops / (step * self.ranks * self.peak)
         return StepTime(step, products, attention, memory, waiting, idle, update, self.model_flops, mfu, self.tokens / step)
@@ -113,26 +109,48 @@ def step_time(config: TrainConfig, hardware: Hardware, precision: str | None = N
     return step_parts(config, hardware, precision).step_time(hardware.efficiencies[precision])
 
 
-def step_parts(config: TrainConfig, hardware: Hardware, precision: str) -> StepParts:
-    """What a step's time is made of on a kind of device."""
+@dataclass(frozen=True)
+class Update:
+    """What happens once a step on a rank, in seconds if every figure of the device were reached: the same for every micro batch."""
+
+    memory: float
+    reduced: float
+    """Gradients that are reduced while the last microbatch goes back."""
+    published: float
+    """Weights and sums that nothing hides."""
+
+
+def step_parts(
+    config: TrainConfig, hardware: Hardware, precision: str, update: Update | None = None, pp_ranks: tuple[int, ...] = ()
+) -> StepParts:
+    """What a step's time is made of on a kind of device; `update` where it is known already, `pp_ranks` for those ranks alone."""
     dims, pipeline, training = ParallelDims.of(config.parallel), plan_pipeline(config), config.training
     count = num_microbatches(config)
     network = _Network(dims, hardware)
-    ends = sorted({0, dims.pp // 2, dims.pp - 1})  # the first, one between, the last
     costs = Costs(1.0, 2.0 if training.recompute.granularity == "full" else 1.0, 1.0)
-    updates = [_update(config, dims, pipeline, rank, network) for rank in ends]
     return StepParts(
-        stages=tuple(_microbatch(config, dims, pipeline, rank, network, precision) for rank in ends),
+        stages=tuple(_microbatch(config, dims, pipeline, rank, network, precision) for rank in pp_ranks or _kinds(dims)),
         num_microbatches=count,
         bubble=bubble(pipeline, count, costs) / costs.microbatch,
-        update=max(memory for memory, _, _ in updates) / hardware.memory_bandwidth,
-        reduced=max(reduced for _, reduced, _ in updates),
-        published=max(published for _, _, published in updates),
+        update=update or step_update(config, hardware),
         model_flops=float(flops_per_token(config.model, training.seq_length)) * training.seq_length * training.global_batch_size,
         tokens=training.seq_length * training.global_batch_size,
         ranks=dims.world_size,
         peak=hardware.peaks[precision],
     )
+
+
+def step_update(config: TrainConfig, hardware: Hardware) -> Update:
+    """Of the pipeline rank for which each part takes longest."""
+    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
+    network = _Network(dims, hardware)
+    found = [_update(config, dims, pipeline, rank, network) for rank in _kinds(dims)]
+    return Update(*(max(part) for part in zip(*found, strict=True)))
+
+
+def _kinds(dims: ParallelDims) -> list[int]:
+    """Pipeline ranks that stand for all: the first, one between, the last."""
+    return sorted({0, dims.pp // 2, dims.pp - 1})
 
 
 def _microbatch(
@@ -177,16 +195,16 @@ def _gathering(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, 
 def _update(
     config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int, network: "_Network"
 ) -> tuple[float, float, float]:
-    """(bytes through memory, seconds of reductions, seconds of everything that nothing hides) at the end of a step."""
+    """(trips to memory, reductions, everything that nothing hides) at the end of a step, in seconds."""
     rank = dims.rank_at(pp=pp_rank)
     buffers = planned_buffers(config, dims, local_table(config, config.model, dims, pipeline, rank), rank)
     work = update_work(sum(buffer.num_updated for buffer in buffers), sum(buffer.plan.num_trainable for buffer in buffers))
     if is_fully_sharded(config, dims):
-        return work.memory, 0.0, 0.0
-    sent = update_communication(config, dims, pipeline, rank)
+        return work.memory / network.hardware.memory_bandwidth, 0.0, 0.0
+    sent = update_communication(config, dims, pipeline, rank, buffers)
     reductions = [way for way in sent.bytes if way[0] in ("dp", "edp") and way[1] != "all_gather"]
     others = [way for way in sent.bytes if way not in reductions]
-    return work.memory, network.total(sent, reductions), network.total(sent, others)
+    return work.memory / network.hardware.memory_bandwidth, network.total(sent, reductions), network.total(sent, others)
 
 
 class _Network:

@@ -33,11 +33,18 @@ class Work:
 
 def stage_work(config: TrainConfig, stage: StageContents) -> Work:
     """Of one microbatch, forward and backward, with what is recomputed."""
-    layers = [_Layer(config, index) for index in stage.layers]
+    kinds = {_kind(config, index): index for index in stage.layers}
+    known = {kind: _Layer(config, index) for kind, index in kinds.items()}
+    layers = [known[_kind(config, index)] for index in stage.layers]
     found = sum((layer.forward + layer.backward for layer in layers), Work()) + _recomputed(config, layers)
     if stage.embedding:
         found += Work(memory=3.0 * _own_tokens(config) * config.model.hidden_size * WIDTHS[config.training.precision])
     return found + _head(config) if stage.loss else found
+
+
+def _kind(config: TrainConfig, index: int) -> object:
+    """Equal for layers with the same work."""
+    return config.model.experts_on(index) is not None, config.model.window_on(index)
 
 
 def update_work(updated: int, trained: int) -> Work:

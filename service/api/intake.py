@@ -43,7 +43,7 @@ async def submit(context: Context, spec: JobSpec, given: dict[str, Any], repeat:
     earlier, room, taken = await run_in_threadpool(_look, context, spec, repeat)
     if earlier is not None:
         return earlier
-    problems = [*check(context, spec, room), *taken]
+    problems = [*await run_in_threadpool(check, context, spec, room), *taken]
     if problems:
         raise spec_invalid(problems)
     job_id = new_job_id()

@@ -166,16 +166,72 @@ class PlanRank(Body):
 
 
 class PlanMemory(Body):
-    """Bytes on the fullest rank."""
+    """Bytes on the fullest rank. Weights, gradients and optimizer state are counted to the byte; the rest is estimated."""
 
+    rank: int
+    """Which rank that is; others may be as full."""
     parameters_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    activations_bytes_estimate: int
-    """An estimate from tensor shapes, for one microbatch."""
+    gathered_bytes_estimate: int
+    """Weights that ZeRO-3 gathers for a while."""
+    activations_bytes_estimate: int | None
+    """Peak of the microbatches under way, from tensor shapes; None where there is no formula for the model's attention."""
     total_bytes_estimate: int
     vocab_size: int
     """Vocabulary the numbers are for."""
+
+
+class PlanTraffic(Body):
+    """What the fullest rank sends in a step along one axis by one kind of collective."""
+
+    axis: str
+    """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an expert), embedding, tokens (tp x cp) or world."""
+    kind: str
+    operations: int
+    bytes: int
+    """Of the tensors that it hands over; what it receives is what others send."""
+
+
+class PlanTime(Body):
+    """Estimate of a step's time on a kind of device."""
+
+    step_s: float
+    products_s: float
+    """Matrix products, recomputed ones included."""
+    attention_s: float
+    memory_s: float
+    """What is bound by memory: norms, activations, losses."""
+    communication_s: float
+    """What is waited for."""
+    bubble_s: float
+    update_s: float
+    """Optimizer, and what it waits for."""
+    tokens_per_s: float
+    mfu: float
+    model_flops: float
+    """Of a step over all ranks, as MFU counts them."""
+
+
+class PlanSuggestion(Body):
+    """A layout that fits, and what it comes to."""
+
+    changes: dict[str, Any]
+    """Fields of the spec by path."""
+    total_bytes_estimate: int
+    """On the fullest rank."""
+    time: PlanTime
+
+
+class Suggestions(Body):
+    """The quickest layouts that fit, quickest first."""
+
+    object: Literal["plan.suggestions"] = "plan.suggestions"
+    world_size: int
+    hardware: str
+    data: list[PlanSuggestion]
+    notes: list[str]
+    """What had to be assumed."""
 
 
 class FieldError(Body):
@@ -195,6 +251,13 @@ class Plan(Body):
     ranks: list[PlanRank]
     memory: PlanMemory | None
     """None while only the tokenizer's file knows the vocabulary."""
+    communication: list[PlanTraffic] | None
+    """None where it is not known: see `notes`."""
+    bubble_share: float | None
+    """Share of a step in which a pipeline rank waits for others."""
+    hardware: str | None
+    """What the time is estimated for."""
+    time: PlanTime | None
     fits: bool | None
     """Whether the empty cluster could hold it; None while the cluster is not known."""
     room: int | None

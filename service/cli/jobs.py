@@ -1,7 +1,6 @@
-"""Commands that take a spec or change a job: plan, submit, cancel. Must not know: how a job is watched or shown."""
+"""Commands that make or change a job: submit, cancel. Must not know: how a job is watched or shown."""
 
 import time
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +8,7 @@ from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import Failure
-from service.cli.output import AsJson, console, number, print_json, print_table, size, styled_status
+from service.cli.output import AsJson, console, print_json, styled_status
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 from service.cli.watching import TERMINAL, watch_job
 from service.client import Client
@@ -20,25 +19,8 @@ _POLL_S = 0.3
 
 def register(app: typer.Typer) -> None:
     """Adds these commands."""
-    app.command("plan")(plan)
     app.command("submit")(submit)
     app.command("cancel")(cancel)
-
-
-def plan(
-    spec: SpecFile, overrides: Overrides = None, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False
-) -> None:
-    """Say how a job would run, and start nothing. Exit code 0 only when it would fit."""
-    values = read_spec(spec, overrides)
-    with connect(url, token, data_dir) as client:
-        answer = client.plan(values)
-    if as_json:
-        print_json(answer)
-    else:
-        _print_plan(answer)
-    if answer.get("problems") or answer.get("fits") is False:
-        lines = [f"{problem.get('pointer') or '/'}: {problem.get('detail')}" for problem in answer.get("problems") or ()]
-        raise Failure("\n  ".join(["the job would not run as it is", *lines]), body=answer if as_json else None)
 
 
 def submit(
@@ -96,31 +78,3 @@ def _wait_for_end(client: Client, job: dict[str, Any], timeout_s: float) -> dict
         time.sleep(_POLL_S)
         job = client.show(str(job["id"]))
     return job
-
-
-def _print_plan(answer: Mapping[str, Any]) -> None:
-    out = console()
-    parallel = (answer.get("resolved_spec") or {}).get("parallel") or {}
-    degrees = " x ".join(f"{axis}={parallel[axis]}" for axis in ("tp", "cp", "ep", "dp", "pp") if axis in parallel)
-    out.print(f"[bold]{answer.get('world_size', '?')} ranks[/bold]  {degrees}")
-    memory = answer.get("memory") or {}
-    if memory:
-        out.print("fullest rank")
-    for name, amount in memory.items():
-        words = name.replace("_bytes", "").replace("_", " ")
-        out.print(f"  {words:24} {size(amount) if '_bytes' in name else number(amount)}")
-    if answer.get("room") is not None:
-        out.print(f"room for {answer['room']} ranks of this kind")
-    for note in answer.get("notes") or ():
-        out.print(f"[dim]{escape(str(note))}[/dim]")
-    rows = [
-        [
-            str(rank.get("rank")),
-            str(rank.get("island", "-")),
-            " ".join(f"{axis}{index}" for axis, index in (rank.get("coordinates") or {}).items()),
-        ]
-        for rank in answer.get("ranks") or ()
-    ]
-    print_table(["rank", "island", "coordinates"], rows[:64], empty="no rank map")
-    if len(rows) > 64:
-        out.print(f"... and {len(rows) - 64} more; --json shows all")

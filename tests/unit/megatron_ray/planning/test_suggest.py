@@ -1,0 +1,74 @@
+"""Suggestions are legal, fit, and come in the order of their time."""
+
+import time
+from typing import Any
+
+import pytest
+
+from megatron_ray import validation
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.planning.hardware import HARDWARE
+from megatron_ray.planning.memory import fullest_rank
+from megatron_ray.planning.step_time import step_time
+from megatron_ray.planning.suggest import nearest, suggest
+
+H100 = HARDWARE["H100"]
+MOE = {
+    "num_layers": 16,
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_query_groups": 8,
+    "ffn_hidden_size": 8192,
+    "vocab_size": 32000,
+}
+
+
+def config(model: dict[str, Any], *, batch: int = 256, **parallel: Any) -> TrainConfig:
+    fields = {
+        "model": model,
+        "parallel": parallel,
+        "data": {"train": [{"path": "unused"}]},
+        "training": {"seq_length": 4096, "global_batch_size": batch, "steps": 1, "precision": "bf16"},
+        "optimizer": {"lr": 1e-4},
+    }
+    return TrainConfig.from_mapping(fields)
+
+
+@pytest.mark.parametrize("model", [{"preset": "llama3-8b"}, MOE | {"moe": {"num_experts": 8, "top_k": 2}}], ids=["dense", "experts"])
+def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> None:
+    found = suggest(config(model), 32, H100, most=5)
+    assert len(found) == 5
+    for suggestion in found:
+        assert validation.check(suggestion.config, 32) == [] and validation.world_size(suggestion.config) == 32
+        assert fullest_rank(suggestion.config) == suggestion.memory and H100.memory_bytes is not None
+        assert suggestion.memory.total_bytes <= H100.memory_bytes
+        assert step_time(suggestion.config, H100) == suggestion.time
+    steps = [suggestion.time.step_s for suggestion in found]
+    assert steps == sorted(steps)
+
+
+def test_none_is_missed_by_looking_at_the_most_promising_first() -> None:
+    quick, all_of_them = (suggest(config({"preset": "llama3-8b"}, batch=64), 16, H100, most=most) for most in (3, 10_000))
+    assert [one.time for one in quick] == [one.time for one in all_of_them[:3]] and len(all_of_them) > 10
+
+
+def test_405b_on_1024_devices_takes_seconds_at_most_and_stays_inside_nodes() -> None:
+    start = time.process_time()
+    found = suggest(config({"preset": "llama3-405b"}, batch=1536), 1024, H100)
+    assert time.process_time() - start < 8  # 2 where nobody else is at work
+    assert found and all(suggestion.config.parallel.tp <= 8 and suggestion.config.parallel.pp > 1 for suggestion in found)
+
+
+def test_the_nearest_layout_changes_as_little_as_possible() -> None:
+    same = nearest(config({"preset": "llama3-70b"}, tp=8, dp=8, sequence_parallel=True), 64, H100)
+    other = nearest(config({"preset": "llama3-70b"}, tp=4, dp=16, sequence_parallel=True), 64, H100)
+    assert same is not None and other is not None
+    degrees = [[getattr(found.config.parallel, axis) for axis in ("tp", "pp", "vpp", "cp", "ep")] for found in (same, other)]
+    assert degrees[0] == [8, 1, 1, 1, 1]
+    assert sum(size != given for size, given in zip(degrees[1], [4, 1, 1, 1, 1], strict=True)) == 1
+    assert nearest(config({"preset": "llama3-405b"}), 8, H100) is None
+
+
+def test_what_cannot_be_estimated_is_not_suggested() -> None:
+    assert suggest(config({"preset": "llama3-8b", "mtp": {}}), 8, H100) == []
+    assert suggest(config({"preset": "llama3-8b"}), 8, HARDWARE["CPU"]) != []
