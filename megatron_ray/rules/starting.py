@@ -3,6 +3,7 @@
 Pure. Must not know: files, formats.
 """
 
+from math import isclose
 from typing import Any
 
 from megatron_ray.config.model import ModelConfig
@@ -61,10 +62,15 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
         chosen = field in _STRETCHES and value != defaults[field]
         longer = field == "max_sequence_length" and model.position_embedding != "learned"
         left_out = field == "mtp" and value is None
-        if value != needed and not (chosen or longer or left_out):
+        if not _same(value, needed) and not (chosen or longer or left_out):
             text = f"{field}={value!r} contradicts the weights of checkpoint.start_from, which were made with {needed!r}"
             found.append(Problem(f"/model/{field.replace('.', '/')}", "start_from_model", f"{text}; set it to that"))
     return found
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Numbers may have been rounded on their way through a file."""
+    return value == other or (isinstance(value, float) and isinstance(other, float) and isclose(value, other, rel_tol=1e-6))
 
 
 def with_vocabulary_of(model: ModelConfig, weights: ModelConfig) -> ModelConfig:

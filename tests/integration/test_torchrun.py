@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ray.checkpoint.hf.importing import import_folder
+from megatron_ray.data.tokenizer import Tokenizer
+from tests.unit.megatron_ray.checkpoint.hf_folders import publish
 from workers.orders import UserMistake
 from workers.standalone import read_spec
 
@@ -85,3 +88,26 @@ def test_mistakes_in_the_spec_are_found_before_anything_starts(folder: Path, ove
         read_spec(folder / "job.yaml", [override], 2)
     with pytest.raises(UserMistake, match="cannot read .*none.yaml: No such file"):
         read_spec(folder / "none.yaml", [], 2)
+
+
+def test_the_spec_of_an_import_trains_and_one_that_contradicts_it_is_one_message(folder: Path) -> None:
+    publish("llama", folder / "hf")
+    (folder / "hf" / "tokenizer.json").write_text(Tokenizer.of_bytes().to_json())
+    imported = import_folder(str(folder / "hf"), str(folder / "ours"))
+    overrides = ["data.train=[{path: CORPUS}]", "training.steps=2", "training.global_batch_size=2", "resources.accelerator=cpu"]
+    settings = [part.replace("CORPUS", str(folder / "corpus.txt")) for text in overrides for part in ("--set", text)]
+    command = [sys.executable, "-m", "workers.rank", imported.spec, *settings]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0 and "finished; newest checkpoint:" in done.stdout, done.stderr
+    done = subprocess.run(
+        [*command, "--set", "model.rope_theta=20000", "--set", "model.norm_eps=0.1"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    text = (
+        "error: /model/norm_eps: norm_eps=0.1 contradicts the weights of checkpoint.start_from, which were made with 1e-05; set it to that"
+    )
+    assert done.returncode == 2 and done.stderr == text + "\n"

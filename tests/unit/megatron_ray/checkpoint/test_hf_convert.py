@@ -135,7 +135,7 @@ def test_a_checkpoint_made_here_speaks_and_its_tokenizer_goes_along(tmp_path: Pa
     publish("llama", tmp_path / "hf")
     (tmp_path / "hf" / "tokenizer.json").write_text(Tokenizer.of_bytes().to_json())
     edit_config(tmp_path / "hf", eos_token_id=[256, 7], bos_token_id=256)
-    import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    import_folder(f"file://{tmp_path / 'hf'}", str(tmp_path / "ours"))
     _, tokenizer = load_model(str(tmp_path / "ours"))
     assert tokenizer.end_of_document == 256
     export_folder(str(tmp_path / "ours"), str(tmp_path / "again"))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import safe_open
 
 from megatron_ray.checkpoint.hf.families.table import FAMILIES, family_named, family_of, read_model
 from megatron_ray.checkpoint.hf.places import Place, Rotary
+from megatron_ray.checkpoint.hf.weights import logical_shapes
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.parameters import Box
 from megatron_ray.rules.problem import ConfigProblem
@@ -39,6 +41,94 @@ LLAMA = {
     },
 }
 """As Llama 3.1 8B is published."""
+
+
+SMALL = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "gpt2": (
+        {
+            "activation_function": "gelu_new",
+            "architectures": ["GPT2LMHeadModel"],
+            "attn_pdrop": 0.1,
+            "embd_pdrop": 0.1,
+            "layer_norm_epsilon": 1e-05,
+            "model_type": "gpt2",
+            "n_ctx": 1024,
+            "n_embd": 768,
+            "n_head": 12,
+            "n_layer": 12,
+            "n_positions": 1024,
+            "resid_pdrop": 0.1,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "vocab_size": 50257,
+        },
+        124_439_808,
+    ),
+    "llama-3.1-8b": (LLAMA | {"attention_bias": False, "pretraining_tp": 1, "mlp_bias": False}, 8_030_261_248),
+    "mistral-7b-v0.1": (
+        SMALL
+        | {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+        7_241_732_096,
+    ),
+    "mixtral-8x7b-v0.1": (
+        SMALL
+        | {
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 32,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 1000000.0,
+            "router_aux_loss_coef": 0.02,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+        46_702_792_704,
+    ),
+    "gemma-2b": (
+        SMALL
+        | {
+            "architectures": ["GemmaForCausalLM"],
+            "model_type": "gemma",
+            "attention_bias": False,
+            "head_dim": 256,
+            "hidden_act": "gelu",
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_key_value_heads": 1,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "vocab_size": 256000,
+        },
+        2_506_172_416,
+    ),
+}
+"""config.json as published (what no reader looks at left out), and the published number of parameters."""
 
 
 def read(values: dict[str, Any]) -> ModelConfig:
@@ -187,3 +277,9 @@ def test_a_run_that_contradicts_its_weights(run: dict[str, Any], weights: dict[s
     found = contradictions(ModelConfig.model_validate(BASE | run), ModelConfig.model_validate(BASE | weights))
     assert [problem.pointer for problem in found] == pointers
     assert all("contradicts the weights of checkpoint.start_from" in problem.detail for problem in found)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_as_many_parameters_as_published(name: str) -> None:
+    values, parameters = PUBLISHED[name]
+    assert sum(prod(shape) for shape in logical_shapes(read(values)).values()) == parameters
