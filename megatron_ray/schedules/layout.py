@@ -67,8 +67,9 @@ def cut_layers(
         raise LayoutError(text, field="pp")
     if middle and others % middle:
         near = sum(given) + others - others % middle
+        legal = f"{near} or {near + middle}" if near > sum(given) else f"{near + middle}"
         raise LayoutError(
-            f"{others} layers do not divide evenly into {middle} stages; nearest: num_layers={near} or {near + middle},"
+            f"{others} layers do not divide evenly into {middle} stages; nearest: num_layers={legal},"
             " or give first_stage_layers, last_stage_layers or a layout",
             field="pp",
         )

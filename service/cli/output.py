@@ -82,7 +82,7 @@ def number(value: Any, digits: int = 4) -> str:
     """A number for people; a dash when there is none."""
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
 
 
 def size(value: Any) -> str:
