@@ -12,7 +12,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_ray.checkpoint.directory import latest_committed
+from megatron_ray.checkpoint.starting import begin
 from megatron_ray.checkpoint.storage import StorageError, open_storage
+from megatron_ray.config.model import ModelConfig
 from megatron_ray.data.check import check_data
 from megatron_ray.data.prepare import DataProblem, prepare
 from megatron_ray.data.prepared import PreparedData
@@ -27,23 +30,36 @@ NONCE_FOLDER = ".megatron-ray"
 
 
 def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -> PreparedData:
-    """The data of a spec with a storage path, prepared under it or in data.cache; its tokens fit the model.
+    """The data of a spec with a storage path, prepared under it or in data.cache; its tokens fit the model, and the model the
+    weights that it begins with.
 
     Raises DataProblem, StorageError.
     """
     cache = spec.data_cache
     if cache is None:
         raise ValueError("storage.path is not resolved")
+    model = _beginning(spec)
     length = spec.training.seq_length
     if progress is None:
         found = prepare(spec.data, cache, seq_length=length)
     else:
         found = prepare(spec.data, cache, seq_length=length, progress=progress)
     try:
-        with_vocabulary(spec, found.vocab_size)
+        with_vocabulary(spec.model_copy(update={"model": model}), found.vocab_size)
     except ValueError as error:
         raise DataProblem([Problem("/model/vocab_size", "vocab_fits", str(error))]) from error
     return found
+
+
+def _beginning(spec: JobSpec) -> ModelConfig:
+    """The model, with the vocabulary of the weights that the job begins with, which it no longer needs once it has a checkpoint of its
+    own. Raises DataProblem."""
+    if spec.storage is not None and spec.checkpoint.start_from and latest_committed(spec.storage.path) is not None:
+        return spec.model
+    model, problems = begin(spec.checkpoint, spec.model)
+    if problems:
+        raise DataProblem(problems)
+    return model
 
 
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +76,8 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
         return [{"pointer": "/" + "/".join(map(str, row["loc"])), "code": str(row["type"]), "detail": row["msg"]} for row in error.errors()]
-    return problem_rows([*check_data(job.data, job.training.seq_length, storage_path), *_taken(storage_path)])
+    _, contradictions = begin(job.checkpoint, job.model)
+    return problem_rows([*check_data(job.data, job.training.seq_length, storage_path), *contradictions, *_taken(storage_path)])
 
 
 def _taken(storage_path: str) -> list[Problem]:

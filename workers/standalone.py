@@ -121,7 +121,7 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
         except DataProblem as problem:
             store.set("data", _PROBLEM)
             lines = [f"{item.pointer}: {item.detail}" for item in problem.problems]
-            raise UserMistake("\n  ".join(["the data cannot be used:", *lines])) from problem
+            raise UserMistake("\n  ".join(["the job cannot begin:", *lines])) from problem
         store.set("data", _PREPARED + data.model_dump_json())
         return data
     store.wait(["data"], _PREPARE_TIMEOUT)

@@ -1,27 +1,22 @@
-"""Reading a checkpoint into live memory, whatever layout wrote it. Owns: overlaps, bounded reads, the run's saved progress.
+"""Reading a checkpoint into live memory, whatever layout wrote it. Owns: overlaps, bounded reads.
 
 Every rank reads by itself what it needs; there is no collective. Must not know: optimizers, models.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 
-from megatron_ray.checkpoint.directory import CheckpointError, check_format_version, read_manifest
+from megatron_ray.checkpoint.directory import CheckpointError, read_manifest
 from megatron_ray.checkpoint.index import SavedTensor, Slot, overlaps, read_index
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor
 from megatron_ray.checkpoint.storage import Readable, Storage, open_storage
 from megatron_ray.parameters import Box
 
 SCRATCH_BYTES = 16 * 1024 * 1024
-TRAIN_STATE = "train_state.json"
-TOKENIZER = "tokenizer.json"
-"""Put beside the tensors by a run that trains on text, so that a checkpoint can speak by itself."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +27,6 @@ class Read:
     part: Box
     """In the logical tensor."""
     target: torch.Tensor
-
-
-def rank_state_file(rank: int) -> str:
-    """What only one rank knows, inside a checkpoint."""
-    return f"train_state/rank-{rank:05d}.json"
 
 
 def load_into(path: str, state: ShardedState) -> None:
@@ -71,24 +61,6 @@ def read_all(storage: Storage, work: Mapping[str, Sequence[Read]]) -> None:
         with storage.open_input(file) as source:
             for read in sorted(reads, key=lambda read: read.slot.start):
                 _read(source, read, scratch)
-
-
-def read_train_state(path: str, rank: int) -> dict[str, Any]:
-    """What the run saved beside the tensors, with this rank's own part (`rng`) where the saving layout had such a rank.
-
-    Raises CheckpointError as `load_into` does.
-    """
-    files = read_manifest(path)["files"]
-    storage = open_storage(path)
-    parts = [TRAIN_STATE, rank_state_file(rank)] if rank_state_file(rank) in files else [TRAIN_STATE]
-    state: dict[str, Any] = {}
-    for part in parts:
-        try:
-            state.update(json.loads(storage.read_bytes(part)))
-        except (json.JSONDecodeError, TypeError, ValueError) as error:
-            raise CheckpointError("load", path, f"{part} is not readable: {error}") from error
-    check_format_version(path, state)
-    return state
 
 
 def _reads(path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor) -> list[tuple[str, Read]]:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from megatron_ray.bucket_plan import plan_buckets
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
+from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox, whole_tensor
 from megatron_ray.checkpoint.storage import MissingFile, StorageError, open_storage
+from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer

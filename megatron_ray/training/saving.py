@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
-from megatron_ray.checkpoint.load import TOKENIZER, load_into, read_train_state
+from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.sharded_state import ShardedState, whole_tensor
-from megatron_ray.checkpoint.start import StartingWeights
+from megatron_ray.checkpoint.start import load_weights
 from megatron_ray.checkpoint.storage import open_storage
+from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepared import PreparedData
@@ -101,8 +102,8 @@ def resume(path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: i
     return Progress(state["step"], state["consumed_samples"])
 
 
-def begin_with(weights: StartingWeights, model: ParallelModel, optimizer: ShardedOptimizer) -> None:
-    """Loads main parameters, as `resume` does, and leaves moments and steps at zero. Raises CheckpointError."""
-    state = training_state(model, optimizer)
-    weights.load_into({name: held for name, held in state.items() if name.startswith("model/")})
+def begin_with(path: str, model: ParallelModel, optimizer: ShardedOptimizer) -> None:
+    """Loads main parameters, as `resume` does, from a checkpoint or a Hugging Face folder; moments and steps stay at zero. Raises
+    CheckpointError, ConfigProblem."""
+    load_weights(path, training_state(model, optimizer))
     optimizer.publish()

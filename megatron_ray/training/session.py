@@ -10,8 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 
 from megatron_ray import validation
-from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.checkpoint.start import StartingWeights, open_weights
+from megatron_ray.checkpoint.starting import begin, starting_model
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.loader import Batch, BatchMaker, StepLoader, evaluation_batches
@@ -22,7 +21,7 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize import ParallelModel, parallelize
 from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.rules.starting import contradictions, with_vocabulary_of
+from megatron_ray.rules.starting import with_vocabulary_of
 from megatron_ray.training.commands import Command
 from megatron_ray.training.loop import Outcome, Parts, Progress, train
 from megatron_ray.training.reports import PhaseReport, Report
@@ -62,9 +61,8 @@ class TrainingSession:
     ) -> None:
         resolved = validation.resolve(config, mesh.world_size)
         _refuse(resolved, mesh)
-        start = _weights_to_start_from(resolved, resume_from)
-        if start is not None:
-            resolved = resolved.model_copy(update={"model": with_vocabulary_of(resolved.model, start.model)})
+        resolved = _with_start(resolved, resume_from)
+        start_from = resolved.checkpoint.start_from if resume_from is None else None
         # Only now: a BPE trained on little text may have fewer tokens than it was asked for, which is no mistake.
         self.config = validation.with_vocabulary(resolved, data.vocab_size)
         self.mesh, self._report, self._poll = mesh, report, poll
@@ -72,15 +70,15 @@ class TrainingSession:
         # Not use_deterministic_algorithms: that imports the compiler, a second of every start.
         torch.set_deterministic_debug_mode("error" if self.config.training.deterministic else "default")
         torch.manual_seed(self.config.training.seed)
-        self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None and start is None)
+        self.model, self.optimizer = build(self.config, mesh, initialise=resume_from is None and start_from is None)
         self._phase("model")
         self._saver = TrainingSaver(self.config, mesh, self.model, self.optimizer, data, attempt=attempt, on_written=report)
         self.progress = Progress()
         if resume_from is not None:
             self.progress = resume(resume_from, self.model, self.optimizer, mesh.rank)
-        elif start is not None:
-            begin_with(start, self.model, self.optimizer)
-        self._phase("load" if resume_from or start else "saver")
+        elif start_from is not None:
+            begin_with(start_from, self.model, self.optimizer)
+        self._phase("load" if resume_from or start_from else "saver")
         self._parts = Parts(self.config, mesh, self.model, self.optimizer, self._loader(data), self._evaluation(data), self._saver)
         self._phase("data")
 
@@ -134,21 +132,17 @@ def build(config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True) -
     return model, optimizer
 
 
-def _weights_to_start_from(config: TrainConfig, resume_from: str | None) -> StartingWeights | None:
-    """The opened weights of checkpoint.start_from; of its own checkpoint for a run that goes on. Raises ConfigProblem where the model
-    is another one."""
+def _with_start(config: TrainConfig, resume_from: str | None) -> TrainConfig:
+    """The config with the vocabulary of the weights that the run begins with, which may be its own checkpoint's. Raises ConfigProblem
+    where its model is another one than theirs."""
     if config.checkpoint.start_from is None:
-        return None
-    try:
-        weights = open_weights(resume_from or config.checkpoint.start_from)
-    except CheckpointError as error:
-        if resume_from is not None:
-            raise
-        raise ConfigProblem(f"/checkpoint/start_from: {error}") from error
-    model = with_vocabulary_of(config.model, weights.model)
-    if problems := contradictions(model, weights.model) if resume_from is None else []:
+        return config
+    if resume_from is not None:
+        return config.model_copy(update={"model": with_vocabulary_of(config.model, starting_model(resume_from))})
+    model, problems = begin(config.checkpoint, config.model)
+    if problems:
         raise ConfigProblem("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
-    return weights
+    return config.model_copy(update={"model": model})
 
 
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:

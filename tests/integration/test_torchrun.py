@@ -100,14 +100,12 @@ def test_the_spec_of_an_import_trains_and_one_that_contradicts_it_is_one_message
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 0 and "finished; newest checkpoint:" in done.stdout, done.stderr
     done = subprocess.run(
-        [*command, "--set", "model.rope_theta=20000", "--set", "model.norm_eps=0.1"],
+        [*command, "--set", "model.rope_theta=20000", "--set", "model.norm_eps=0.1", "--set", "name=other"],
         cwd=folder,
         capture_output=True,
         text=True,
         timeout=180,
         check=False,
     )
-    text = (
-        "error: /model/norm_eps: norm_eps=0.1 contradicts the weights of checkpoint.start_from, which were made with 1e-05; set it to that"
-    )
-    assert done.returncode == 2 and done.stderr == text + "\n"
+    text = "/model/norm_eps: norm_eps=0.1 contradicts the weights of checkpoint.start_from, which were made with 1e-05; set it to that"
+    assert done.returncode == 2 and done.stderr == f"error: the job cannot begin:\n  {text}\n"

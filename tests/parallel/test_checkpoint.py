@@ -11,9 +11,10 @@ import torch
 
 from megatron_ray.checkpoint.directory import CheckpointError, checkpoint_path, commit, latest_committed, read_manifest
 from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
-from megatron_ray.checkpoint.load import load_into, read_train_state
+from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
 from megatron_ray.checkpoint.storage import StorageError
+from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims

@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 
 from megatron_ray.checkpoint.directory import CheckpointError
+from megatron_ray.checkpoint.hf.contents import logical_shapes
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.table import FAMILIES, family_of
-from megatron_ray.checkpoint.hf.files import CONFIG, DTYPES, SHARDS, SINGLE
+from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
 from megatron_ray.checkpoint.hf.folders import new_folder
 from megatron_ray.checkpoint.hf.places import Place, find_places
-from megatron_ray.checkpoint.hf.weights import logical_shapes
-from megatron_ray.checkpoint.load import TOKENIZER, SavedCheckpoint, bytes_of, read_train_state
+from megatron_ray.checkpoint.hf.weights import DTYPES
+from megatron_ray.checkpoint.load import SavedCheckpoint, bytes_of
 from megatron_ray.checkpoint.sharded_state import ShardedState, whole_tensor
 from megatron_ray.checkpoint.storage import MissingFile, open_storage
+from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state, saved_model
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.parameters import Box
 from megatron_ray.rules.problem import ConfigProblem
@@ -80,14 +82,6 @@ def export_folder(checkpoint: str, out: str, dtype: torch.dtype | None = None, s
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     num_bytes = sum(output.num_bytes for output in outputs)
     return Exported(out, family.model_type, family.architecture, len(outputs), num_bytes, files, tokenizer)
-
-
-def saved_model(path: str, train_state: Mapping[str, Any]) -> ModelConfig:
-    """The model of a checkpoint of ours. Raises CheckpointError when it does not say."""
-    try:
-        return ModelConfig.model_validate(train_state["config"]["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("read", path, f"it does not say which model it holds: {error}") from error
 
 
 def _family(model: ModelConfig, imported_as: str | None) -> Family:

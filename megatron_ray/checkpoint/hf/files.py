@@ -1,7 +1,7 @@
 """A folder of safetensors as Hugging Face publishes models. Owns: its files, headers and what can be wrong with them.
 
 The format (8 bytes of length, a JSON header, row-major tensors) is read here and not by its library, which maps whole files into
-memory and knows local paths only. Must not know: families, what tensors mean.
+memory and knows local paths only. Torch-free. Must not know: families, what tensors mean.
 """
 
 import json
@@ -10,26 +10,18 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.checkpoint.index import Slot
 from megatron_ray.checkpoint.storage import MissingFile, Storage, open_storage
-from megatron_ray.parameters import Box
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 SINGLE = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
-DTYPES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-}
-_OTHERS = {"F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Bytes of types that no weight has; computed buffers may."""
+FP8 = "F8_E4M3"
+ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}
+"""Of types that weights have."""
+_OTHER_BYTES = {"F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""Of types that only computed buffers have."""
 _LONGEST_HEADER = 100_000_000
 """Bytes; the library's own bound."""
 
@@ -45,11 +37,6 @@ class StoredTensor:
     shape: tuple[int, ...]
     start: int
     """Byte in the file."""
-
-    @property
-    def slot(self) -> Slot:
-        """The whole tensor as a reader of boxes wants it. Raises KeyError for a type that weights do not have."""
-        return Slot(self.name, Box((0,) * len(self.shape), self.shape), DTYPES[self.dtype], self.start)
 
 
 @dataclass(frozen=True)
@@ -137,7 +124,7 @@ def _header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
 
 
 def _check_extent(path: str, tensor: StoredTensor, num_bytes: int, size: int) -> None:
-    element = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else _OTHERS[tensor.dtype]
+    element = (ELEMENT_BYTES | _OTHER_BYTES)[tensor.dtype]
     if prod(tensor.shape) * element != num_bytes or num_bytes < 0:
         raise ValueError(f"{tensor.name} has shape {tensor.shape} of {tensor.dtype}, but {num_bytes} bytes")
     if tensor.start + num_bytes > size:

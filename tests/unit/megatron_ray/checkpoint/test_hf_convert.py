@@ -16,9 +16,9 @@ from megatron_ray.checkpoint.hf.__main__ import main
 from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
-from megatron_ray.checkpoint.load import read_train_state
 from megatron_ray.checkpoint.sharded_state import ShardedTensor, TensorBox
-from megatron_ray.checkpoint.start import open_weights
+from megatron_ray.checkpoint.starting import starting_model
+from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.inference.generate import load_model
@@ -51,10 +51,9 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 
 def settings_of(path: str) -> TrainConfig:
-    weights = open_weights(path)
     return TrainConfig.from_mapping(
         {
-            "model": weights.model.model_dump(mode="json"),
+            "model": starting_model(path).model_dump(mode="json"),
             "parallel": {"dp": 1, "sequence_parallel": False},
             "data": {"train": [{"path": "x"}]},
             "training": {"seq_length": SEQUENCE, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1},
@@ -66,7 +65,7 @@ def settings_of(path: str) -> TrainConfig:
 def logits_here(path: str, tokens: Tensor) -> Tensor:
     """Of a folder of either kind, as a run that begins with it has them."""
     model, optimizer = build(settings_of(path), ParallelMesh.single(), initialise=False)
-    begin_with(open_weights(path), model, optimizer)
+    begin_with(path, model, optimizer)
     positions = torch.arange(tokens.shape[1])[None].expand(len(tokens), -1)
     with torch.no_grad():
         return model.module.eval().logits(tokens, positions)
@@ -269,7 +268,7 @@ def test_out_must_be_new_and_in_must_be_a_folder(tmp_path: Path, capsys: pytest.
     assert main(["export", str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
     assert "it is not committed" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match="neither a committed checkpoint .* nor a folder in Hugging Face's format"):
-        open_weights(str(tmp_path / "there"))
+        starting_model(str(tmp_path / "there"))
 
 
 def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from megatron_ray.checkpoint.hf.contents import logical_shapes
 from megatron_ray.checkpoint.hf.families.table import FAMILIES, family_named, family_of, read_model
 from megatron_ray.checkpoint.hf.places import Place, Rotary
-from megatron_ray.checkpoint.hf.weights import logical_shapes
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.parameters import Box
 from megatron_ray.rules.problem import ConfigProblem

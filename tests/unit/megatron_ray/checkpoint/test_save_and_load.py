@@ -12,9 +12,10 @@ from pyarrow import fs
 
 from megatron_ray.checkpoint import load as load_module
 from megatron_ray.checkpoint.directory import CheckpointError, commit
-from megatron_ray.checkpoint.load import load_into, read_train_state
+from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
 from megatron_ray.checkpoint.storage import LocalStorage, ObjectStorage, StorageError
+from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.mesh import ParallelMesh
 from megatron_ray.parameters import Box
