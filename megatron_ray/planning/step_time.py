@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.flops import flops_per_token
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.planning.buffers import is_fully_sharded, local_table, planned_buffers
+from megatron_ray.planning.buffers import WIDTHS, is_fully_sharded, local_table, planned_buffers
 from megatron_ray.planning.communication import Axis, Kind, Tally, stage_communication, transfer_bytes, update_communication
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.memory import num_microbatches
@@ -181,15 +181,15 @@ def _microbatch(
 
 def _gathering(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int, network: "_Network") -> float:
     """ZeRO-3: weights are gathered for the forward, for the backward and for a second forward; gradients are scattered in fp32."""
-    rank = dims.rank_at(pp=pp_rank)
-    table = local_table(config, config.model, dims, pipeline, rank)
-    elements = sum(parameter.num_elements for parameter in table if not parameter.of_expert)
-    width = 2 if config.training.precision == "bf16" else 4
+    table = local_table(config, config.model, dims, pipeline, dims.rank_at(pp=pp_rank))
+    width, seconds = WIDTHS[config.training.precision], 0.0
     passes = 3 if config.training.recompute.granularity == "full" else 2
-    whole = elements * width
-    return passes * network.seconds("dp", "all_gather", whole // dims.size("dp", "cp")) + network.seconds(
-        "dp", "reduce_scatter", 4 * elements
-    )
+    axes: tuple[tuple[Axis, bool, int], ...] = (("dp", False, dims.size("dp", "cp")), ("edp", True, dims.expert_dp))
+    for axis, of_expert, size in axes:
+        elements = sum(parameter.num_elements for parameter in table if parameter.of_expert == of_expert)
+        seconds += passes * network.seconds(axis, "all_gather", elements * width / size)
+        seconds += network.seconds(axis, "reduce_scatter", 4 * elements)
+    return seconds
 
 
 def _update(
