@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ray.bucket_plan import BucketPlan, plan_buckets
-from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import LocalParameter, freeze, local_parameters
@@ -52,14 +51,44 @@ def is_fully_sharded(config: TrainConfig, dims: ParallelDims) -> bool:
     return config.parallel.zero == 3 and dims.size("dp", "cp") > dims.zero_replicas
 
 
-def local_table(config: TrainConfig, model: ModelConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int) -> list[LocalParameter]:
-    """Every tensor that a rank works with, whole; `model` knows its vocabulary."""
-    held = pipeline.held(dims.coordinates(rank)["pp"])
-    table = local_parameters(model, dims, rank, sequence_parallel=config.parallel.sequence_parallel, held=held)
-    return list(freeze(table, config.optimizer.freeze))
+@dataclass(frozen=True)
+class RankBuffers:
+    """What a rank holds, whole and as it is laid out."""
+
+    rank: int
+    pp_rank: int
+    table: tuple[LocalParameter, ...]
+    buffers: tuple[PlannedBuffer, ...]
 
 
-def planned_buffers(config: TrainConfig, dims: ParallelDims, table: Sequence[LocalParameter], rank: int) -> list[PlannedBuffer]:
+def rank_buffers(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int) -> RankBuffers:
+    """Of one rank of a resolved config whose vocabulary is known. Raises ValueError otherwise."""
+    pp_rank = dims.coordinates(rank)["pp"]
+    held, sequence_parallel = pipeline.held(pp_rank), config.parallel.sequence_parallel
+    table = freeze(local_parameters(config.model, dims, rank, sequence_parallel=sequence_parallel, held=held), config.optimizer.freeze)
+    return RankBuffers(rank, pp_rank, tuple(table), tuple(_planned_buffers(config, dims, table, rank)))
+
+
+def distinct_buffers(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan) -> list[RankBuffers]:
+    """The first rank of each kind of pipeline stage: of those that hold alike the one that keeps most activations."""
+    found: dict[object, RankBuffers] = {}
+    for pp_rank in range(dims.pp):
+        alike = _signature(config, pipeline, pp_rank)
+        if alike not in found:
+            found[alike] = rank_buffers(config, dims, pipeline, dims.rank_at(pp=pp_rank))
+    return list(found.values())
+
+
+def _signature(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> object:
+    """Equal for pipeline ranks that hold equally many bytes: a later rank with the same parts has no more microbatches under way."""
+    model = config.model
+    return tuple(
+        (stage.embedding, stage.loss, len(stage.mtp_layers), tuple(model.experts_on(layer) is not None for layer in stage.layers))
+        for stage in pipeline.held(pp_rank)
+    ) + ((pp_rank,) if pipeline.schedule == "zb-v" or config.optimizer.freeze else ())
+
+
+def _planned_buffers(config: TrainConfig, dims: ParallelDims, table: Sequence[LocalParameter], rank: int) -> list[PlannedBuffer]:
     """The buffers that a rank allocates for these tensors: dense ones first, then the experts where it has any."""
     fully, found = is_fully_sharded(config, dims), []
     dense, experts = dims.group_of(rank, ("dp", "cp")), dims.experts.group_of(rank, ("edp",))

@@ -16,7 +16,7 @@ from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import Part
-from megatron_ray.planning.buffers import WIDTHS, PlannedBuffer, is_fully_sharded, local_table, planned_buffers
+from megatron_ray.planning.buffers import WIDTHS, PlannedBuffer, RankBuffers, is_fully_sharded, rank_buffers
 from megatron_ray.planning.memory import num_microbatches
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -77,8 +77,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     for chunk, stage in enumerate(pipeline.held(pp_rank)):
         found.add_all(stage_communication(config, dims, stage), count)
         found.add("pp", "send", transfer_bytes(config), count * _neighbours(pipeline, pp_rank, chunk))
-    buffers = planned_buffers(config, dims, local_table(config, config.model, dims, pipeline, rank), rank)
-    found.add_all(update_communication(config, dims, pipeline, rank, buffers))
+    found.add_all(update_communication(config, dims, pipeline, rank_buffers(config, dims, pipeline, rank)))
     return found
 
 
@@ -314,20 +313,18 @@ def _chunks(layers: Sequence[int], uniform: bool, size: int) -> Iterable[Sequenc
 # ---- once a step
 
 
-def update_communication(
-    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int, buffers: Sequence[PlannedBuffer]
-) -> Tally:
-    """Of one step: gradients, weights, and the step's numbers."""
+def update_communication(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, held: RankBuffers) -> Tally:
+    """Of one step on a rank: gradients, weights, and the step's numbers."""
     found = Tally(group_sizes(dims))
-    for buffer in buffers:
+    for buffer in held.buffers:
         axis: Axis = "edp" if buffer.of_expert else "dp"
         for bucket in buffer.plan.buckets:
             size = bucket.end - bucket.start
             found.add(axis, "reduce_scatter" if buffer.sharded else "all_reduce", 4 * size)
             if buffer.sharded:
                 found.add(axis, "all_gather", buffer.width * size // buffer.replicas)
-    _add_shared(found, config, dims, buffers)
-    layers = [layer for stage in pipeline.held(dims.coordinates(rank)["pp"]) for layer in stage.layers]
+    _add_shared(found, dims, held.buffers)
+    layers = [layer for stage in pipeline.held(held.pp_rank) for layer in stage.layers]
     biases = [moe.num_experts for layer in layers if (moe := config.model.experts_on(layer)) is not None and moe.expert_bias]
     found.add("tokens", "all_reduce", 4 * sum(biases))
     if dims.dp > 1:
@@ -336,7 +333,7 @@ def update_communication(
     return found
 
 
-def _add_shared(found: Tally, config: TrainConfig, dims: ParallelDims, buffers: Sequence[PlannedBuffer]) -> None:
+def _add_shared(found: Tally, dims: ParallelDims, buffers: Sequence[PlannedBuffer]) -> None:
     """Gradients that more ranks than the replicas hold parts of, as far as this rank updates them; fp32."""
     over_tp = heads = copies = 0
     for buffer in buffers:

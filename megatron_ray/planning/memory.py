@@ -12,7 +12,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import LocalParameter
 from megatron_ray.planning.activations import kept_by_stage, recomputed_activations, working_head
-from megatron_ray.planning.buffers import WIDTHS, is_fully_sharded, local_table, planned_buffers
+from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers, is_fully_sharded, rank_buffers
 from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 
@@ -56,7 +56,8 @@ class RankMemory:
 def rank_memory(config: TrainConfig, rank: int) -> RankMemory:
     """Of one rank of a resolved config whose vocabulary is known. Raises ValueError otherwise."""
     dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
-    return with_activations(config, pipeline, _state(config, dims, pipeline, rank), dims.coordinates(rank)["pp"])
+    held = rank_buffers(config, dims, pipeline, rank)
+    return with_activations(config, pipeline, state_memory(config, dims, held), held.pp_rank)
 
 
 def fullest_rank(config: TrainConfig) -> RankMemory:
@@ -64,19 +65,10 @@ def fullest_rank(config: TrainConfig) -> RankMemory:
 
     Ranks of a pipeline stage have equally much, but for rows that ZeRO-3 cannot deal out evenly, of which the first replica has most.
     """
-    pipeline = plan_pipeline(config)
-    found = [with_activations(config, pipeline, state, pp_rank) for pp_rank, state in distinct_states(config, pipeline)]
+    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
+    kinds = distinct_buffers(config, dims, pipeline)
+    found = [with_activations(config, pipeline, state_memory(config, dims, held), held.pp_rank) for held in kinds]
     return max(found, key=lambda memory: memory.total_bytes)
-
-
-def distinct_states(config: TrainConfig, pipeline: PipelinePlan) -> list[tuple[int, RankMemory]]:
-    """(pipeline rank, its first rank's bytes without activations), one of each kind: of those alike the one that keeps most activations."""
-    dims, found = ParallelDims.of(config.parallel), dict[object, tuple[int, RankMemory]]()
-    for pp_rank in range(dims.pp):
-        alike = _signature(config, pipeline, pp_rank)
-        if alike not in found:
-            found[alike] = pp_rank, _state(config, dims, pipeline, dims.rank_at(pp=pp_rank))
-    return list(found.values())
 
 
 def with_activations(config: TrainConfig, pipeline: PipelinePlan, state: RankMemory, pp_rank: int) -> RankMemory:
@@ -84,25 +76,16 @@ def with_activations(config: TrainConfig, pipeline: PipelinePlan, state: RankMem
     return replace(state, activations_bytes_estimate=_activations(config, pipeline, pp_rank))
 
 
-def _signature(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> object:
-    """Equal for pipeline ranks that hold equally many bytes: a later rank with the same parts has no more microbatches under way."""
-    model = config.model
-    return tuple(
-        (stage.embedding, stage.loss, len(stage.mtp_layers), tuple(model.experts_on(layer) is not None for layer in stage.layers))
-        for stage in pipeline.held(pp_rank)
-    ) + ((pp_rank,) if pipeline.schedule == "zb-v" or config.optimizer.freeze else ())
-
-
-def _state(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int) -> RankMemory:
-    table = local_table(config, config.model, dims, pipeline, rank)
-    buffers = planned_buffers(config, dims, table, rank)
+def state_memory(config: TrainConfig, dims: ParallelDims, held: RankBuffers) -> RankMemory:
+    """Of a rank, without activations."""
+    buffers = held.buffers
     main = 4 if config.training.precision == "bf16" and not is_fully_sharded(config, dims) else 0
     return RankMemory(
-        rank=rank,
+        rank=held.rank,
         parameters_bytes=sum(buffer.plan.num_elements * buffer.width for buffer in buffers),
         gradients_bytes=sum(buffer.plan.num_trainable * 4 for buffer in buffers),
         optimizer_bytes=sum(buffer.num_updated * (8 + main) for buffer in buffers),
-        gathered_bytes_estimate=_gathered(config, table) if is_fully_sharded(config, dims) else 0,
+        gathered_bytes_estimate=_gathered(config, held.table) if is_fully_sharded(config, dims) else 0,
         activations_bytes_estimate=None,
     )
 

@@ -5,13 +5,13 @@ the microbatches, plus the schedule's bubble (the simulator's), plus the update.
 far as they take longer than that. Pure. Must not know: torch, the service.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.flops import flops_per_token
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.planning.buffers import is_fully_sharded, local_table, planned_buffers
+from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers, is_fully_sharded
 from megatron_ray.planning.communication import Axis, Kind, Tally, stage_communication, transfer_bytes, update_communication
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.memory import num_microbatches
@@ -120,19 +120,23 @@ class Update:
     """Weights and sums that nothing hides."""
 
 
-def step_parts(
-    config: TrainConfig, hardware: Hardware, precision: str, update: Update | None = None, pp_ranks: tuple[int, ...] = ()
-) -> StepParts:
-    """What a step's time is made of on a kind of device; `update` where it is known already, `pp_ranks` for those ranks alone."""
+def step_parts(config: TrainConfig, hardware: Hardware, precision: str) -> StepParts:
+    """What a step's time is made of on a kind of device."""
+    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
+    kinds = distinct_buffers(config, dims, pipeline)
+    return parts_with(config, hardware, precision, step_update(config, hardware, kinds), kinds)
+
+
+def parts_with(config: TrainConfig, hardware: Hardware, precision: str, update: Update, kinds: Sequence[RankBuffers]) -> StepParts:
+    """The same where the update is known already, of these kinds of pipeline ranks."""
     dims, pipeline, training = ParallelDims.of(config.parallel), plan_pipeline(config), config.training
-    count = num_microbatches(config)
-    network = _Network(dims, hardware)
+    count, network = num_microbatches(config), _Network(dims, hardware)
     costs = Costs(1.0, 2.0 if training.recompute.granularity == "full" else 1.0, 1.0)
     return StepParts(
-        stages=tuple(_microbatch(config, dims, pipeline, rank, network, precision) for rank in pp_ranks or _kinds(dims)),
+        stages=tuple(_microbatch(config, dims, pipeline, held, network, precision) for held in kinds),
         num_microbatches=count,
         bubble=bubble(pipeline, count, costs) / costs.microbatch,
-        update=update or step_update(config, hardware),
+        update=update,
         model_flops=float(flops_per_token(config.model, training.seq_length)) * training.seq_length * training.global_batch_size,
         tokens=training.seq_length * training.global_batch_size,
         ranks=dims.world_size,
@@ -140,31 +144,26 @@ def step_parts(
     )
 
 
-def step_update(config: TrainConfig, hardware: Hardware) -> Update:
+def step_update(config: TrainConfig, hardware: Hardware, kinds: Sequence[RankBuffers]) -> Update:
     """Of the pipeline rank for which each part takes longest."""
     dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
     network = _Network(dims, hardware)
-    found = [_update(config, dims, pipeline, rank, network) for rank in _kinds(dims)]
+    found = [_update(config, dims, pipeline, held, network) for held in kinds]
     return Update(*(max(part) for part in zip(*found, strict=True)))
 
 
-def _kinds(dims: ParallelDims) -> list[int]:
-    """Pipeline ranks that stand for all: the first, one between, the last."""
-    return sorted({0, dims.pp // 2, dims.pp - 1})
-
-
 def _microbatch(
-    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int, network: "_Network", precision: str
+    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, held: RankBuffers, network: "_Network", precision: str
 ) -> Parts:
     """Of one pipeline rank, all its chunks."""
-    held, hardware = pipeline.held(pp_rank), network.hardware
-    work = sum((stage_work(config, stage) for stage in held), Work())
+    stages, hardware = pipeline.held(held.pp_rank), network.hardware
+    work = sum((stage_work(config, stage) for stage in stages), Work())
     sent = Tally({})
-    for stage in held:
+    for stage in stages:
         sent.add_all(stage_communication(config, dims, stage))
-    hidden = network.seconds("pp", "send", 2 * len(held) * transfer_bytes(config)) if dims.pp > 1 else 0.0
+    hidden = network.seconds("pp", "send", 2 * len(stages) * transfer_bytes(config)) if dims.pp > 1 else 0.0
     if is_fully_sharded(config, dims):
-        hidden += _gathering(config, dims, pipeline, pp_rank, network)
+        hidden += _gathering(config, dims, held, network)
     ring = [(axis, kind) for axis, kind in sent.bytes if (axis, kind) == ("cp", "send")]
     others = [way for way in sent.bytes if way not in ring]
     peak, attention_peak = hardware.peaks[precision], hardware.peaks.get("bf16" if precision == "fp8" else precision, 0.0)
@@ -179,29 +178,26 @@ def _microbatch(
     )
 
 
-def _gathering(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int, network: "_Network") -> float:
+def _gathering(config: TrainConfig, dims: ParallelDims, held: RankBuffers, network: "_Network") -> float:
     """ZeRO-3: weights are gathered for the forward, for the backward and for a second forward; gradients are scattered in fp32."""
-    rank = dims.rank_at(pp=pp_rank)
-    table = local_table(config, config.model, dims, pipeline, rank)
-    elements = sum(parameter.num_elements for parameter in table if not parameter.of_expert)
-    width = 2 if config.training.precision == "bf16" else 4
+    width, seconds = WIDTHS[config.training.precision], 0.0
     passes = 3 if config.training.recompute.granularity == "full" else 2
-    whole = elements * width
-    return passes * network.seconds("dp", "all_gather", whole // dims.size("dp", "cp")) + network.seconds(
-        "dp", "reduce_scatter", 4 * elements
-    )
+    axes: tuple[tuple[Axis, bool, int], ...] = (("dp", False, dims.size("dp", "cp")), ("edp", True, dims.expert_dp))
+    for axis, of_expert, size in axes:
+        elements = sum(parameter.num_elements for parameter in held.table if parameter.of_expert == of_expert)
+        seconds += passes * network.seconds(axis, "all_gather", elements * width / size)
+        seconds += network.seconds(axis, "reduce_scatter", 4 * elements)
+    return seconds
 
 
 def _update(
-    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, pp_rank: int, network: "_Network"
+    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, held: RankBuffers, network: "_Network"
 ) -> tuple[float, float, float]:
     """(trips to memory, reductions, everything that nothing hides) at the end of a step, in seconds."""
-    rank = dims.rank_at(pp=pp_rank)
-    buffers = planned_buffers(config, dims, local_table(config, config.model, dims, pipeline, rank), rank)
-    work = update_work(sum(buffer.num_updated for buffer in buffers), sum(buffer.plan.num_trainable for buffer in buffers))
+    work = update_work(sum(buffer.num_updated for buffer in held.buffers), sum(buffer.plan.num_trainable for buffer in held.buffers))
     if is_fully_sharded(config, dims):
         return work.memory / network.hardware.memory_bandwidth, 0.0, 0.0
-    sent = update_communication(config, dims, pipeline, rank, buffers)
+    sent = update_communication(config, dims, pipeline, held)
     reductions = [way for way in sent.bytes if way[0] in ("dp", "edp") and way[1] != "all_gather"]
     others = [way for way in sent.bytes if way not in reductions]
     return work.memory / network.hardware.memory_bandwidth, network.total(sent, reductions), network.total(sent, others)

@@ -13,10 +13,12 @@ from megatron_ray import validation
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import RecomputeConfig
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.planning.buffers import RankBuffers, distinct_buffers
 from megatron_ray.planning.hardware import Hardware
-from megatron_ray.planning.memory import RankMemory, distinct_states, num_microbatches, with_activations
+from megatron_ray.planning.memory import RankMemory, num_microbatches, state_memory, with_activations
 from megatron_ray.planning.pipeline import bubble_share
-from megatron_ray.planning.step_time import StepTime, Update, step_parts, step_update
+from megatron_ray.planning.step_time import StepTime, Update, parts_with, step_update
 from megatron_ray.schedules.plan import plan_pipeline
 
 _DEEPEST, _MOST_CHUNKS, _MOST_EXPERT_RANKS = 64, 8, 64
@@ -95,11 +97,12 @@ def _can_estimate(config: TrainConfig, hardware: Hardware) -> bool:
 
 def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
     """Seconds below which no micro batch of a layout stays: nothing recomputed, the first pipeline rank alone, no update."""
-    share, found = hardware.efficiencies[layout.training.precision], []
+    precision, found = layout.training.precision, []
+    first = RankBuffers(0, 0, (), ())
     for size in _micro_batches(layout):
         training = layout.training.model_copy(update={"micro_batch_size": size})
-        parts = step_parts(layout.model_copy(update={"training": training}), hardware, layout.training.precision, Update(0, 0, 0), (0,))
-        found.append(parts.step_time(share).step_s)
+        parts = parts_with(layout.model_copy(update={"training": training}), hardware, precision, Update(0, 0, 0), [first])
+        found.append(parts.step_time(hardware.efficiencies[precision]).step_s)
     return min(found)
 
 
@@ -185,16 +188,16 @@ def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:
 
 def _best(layout: TrainConfig, world: int, hardware: Hardware) -> Suggestion | None:
     """The quickest micro batch, each with as little recomputation as fits."""
-    pipeline = plan_pipeline(layout)
-    states = distinct_states(layout, pipeline)
-    room = hardware.memory_bytes
+    dims, room = ParallelDims.of(layout.parallel), hardware.memory_bytes
+    kinds = distinct_buffers(layout, dims, plan_pipeline(layout))
+    states = [(held.pp_rank, state_memory(layout, dims, held)) for held in kinds]
     if room is not None and max(state.total_bytes for _, state in states) > room:
         return None
-    update, found = step_update(layout, hardware), list[Suggestion]()
+    update, found = step_update(layout, hardware, kinds), list[Suggestion]()
     for size in _micro_batches(layout):
         fitting = _fitting(layout, size, states, world, room)
         if fitting is not None:
-            found.append(_timed(*fitting, hardware, update))
+            found.append(_timed(*fitting, hardware, update, kinds))
     return min(found, key=lambda suggestion: suggestion.time.step_s, default=None)
 
 
@@ -219,9 +222,9 @@ def _fitting(
     return None
 
 
-def _timed(config: TrainConfig, memory: RankMemory, hardware: Hardware, update: Update) -> Suggestion:
+def _timed(config: TrainConfig, memory: RankMemory, hardware: Hardware, update: Update, kinds: Sequence[RankBuffers]) -> Suggestion:
     precision = config.training.precision
-    time = step_parts(config, hardware, precision, update).step_time(hardware.efficiencies[precision])
+    time = parts_with(config, hardware, precision, update, kinds).step_time(hardware.efficiencies[precision])
     return Suggestion(config, memory, time)
 
 

@@ -81,14 +81,14 @@ class _Layer:
         matrices = 3 if model.gated else 2
         residual = own * model.hidden_size * width
         rotated = 2 * tokens * (heads + groups) * model.head_width * width
-        activation = inner * (matrices - 1 + 1) * width  # what the non-linearity reads and writes
+        activation = inner * matrices * width  # what the non-linearity reads and writes: gate and up, or up alone, and its output
         self.core = Work(attention=4.0 * tokens * heads * model.head_width * seen)
         self.mlp = Work(2.0 * matrices * inner * model.hidden_size, 0.0, float(5 * residual + activation))
         self.forward = Work(2.0 * tokens * around, 0.0, float(5 * residual + rotated)) + self.core + self.mlp
         # Two products for each of the forward's; a fused kernel's backward makes five where its forward makes two.
         products, attention = 2 * self.forward.products, 2.5 * self.core.attention
         accumulated = 8.0 * (around + weights)  # fp32 gradients are read and written
-        self.backward = Work(products, attention, 10 * residual + 2 * rotated / 2 + 5 / 3 * activation + accumulated)
+        self.backward = Work(products, attention, 10 * residual + rotated + 5 / 3 * activation + accumulated)
 
     @staticmethod
     def _inner(config: TrainConfig, index: int) -> tuple[int, int]:
