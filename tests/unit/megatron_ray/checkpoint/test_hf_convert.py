@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_ray.checkpoint.directory import CheckpointError
+from megatron_ray.checkpoint.hf import exporting, importing
 from megatron_ray.checkpoint.hf.__main__ import main
 from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.checkpoint.hf.importing import import_folder
@@ -271,9 +272,18 @@ def test_out_must_be_new_and_in_must_be_a_folder(tmp_path: Path, capsys: pytest.
         starting_model(str(tmp_path / "there"))
 
 
-def test_an_export_that_fails_half_way_leaves_nothing(tmp_path: Path) -> None:
+def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
     publish("llama", tmp_path / "hf")
     import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    monkeypatch.setattr(exporting, "_write_tokenizer", full)
+    with pytest.raises(CheckpointError, match="cannot write .*/out: No space left on device"):
+        export_folder(str(tmp_path / "ours"), str(tmp_path / "out"))
+    monkeypatch.setattr(importing, "commit", full)
+    with pytest.raises(CheckpointError, match="cannot write .*/new: No space left on device"):
+        import_folder(str(tmp_path / "hf"), str(tmp_path / "new"))
     (data,) = (tmp_path / "ours" / "data").iterdir()
     data.write_bytes(data.read_bytes()[:-64])
     with pytest.raises(CheckpointError, match="has .* bytes, .* were written"):
