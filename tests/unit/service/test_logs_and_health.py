@@ -124,7 +124,7 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
     paths = set(document["paths"])
     parts = ("", "/cancel", "/checkpoint", "/events", "/metrics", "/logs", "/attempts", "/ranks", "/checkpoints", "/stream")
     assert paths == {
-        *("/v1/jobs", "/v1/plans", "/v1/cluster", "/healthz", "/readyz", "/metrics"),
+        *("/v1/jobs", "/v1/plans", "/v1/plans/suggest", "/v1/cluster", "/healthz", "/readyz", "/metrics"),
         *(f"/v1/jobs/{{job_id}}{part}" for part in parts),
     }
     assert "JobSpec" in document["components"]["schemas"] and "internal" not in json.dumps(document["paths"])
