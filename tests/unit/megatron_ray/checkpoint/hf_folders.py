@@ -100,11 +100,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3-mtp": ("DeepseekV3", _DEEPSEEK | {"q_lora_rank": None}),
 }
 
-FAMILIES_HERE = ("gpt2", "llama", "llama-tied", "llama3", "mistral", "mixtral", "gemma")
-"""Those whose every tensor the table of parameters has."""
-COMPUTED_HERE = ("gpt2", "llama", "llama-tied", "mixtral")
-"""Those that the model computes."""
-
 
 def make(family: str, **changed: Any) -> nn.Module:
     """A transformers model whose norms and biases are away from where they begin."""
