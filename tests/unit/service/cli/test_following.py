@@ -1,0 +1,89 @@
+"""Commands that follow a job: logs and watch."""
+
+import json
+
+import pytest
+
+from tests.unit.service.cli.scripted_service import JOB, FakeService, Run, stream
+
+
+def test_logs_follow_until_the_job_ends(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.look.time.sleep", lambda seconds: None)
+    pieces = [
+        {"data": "one\n", "next_offset": 4},
+        {"data": "", "next_offset": 4},
+        {"data": "two\n", "next_offset": 8},
+        {"data": "", "next_offset": 8},
+    ]
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, pieces)
+    waiting = {**JOB, "status": "queued", "attempt": 0}
+    service.routes["GET /v1/jobs/job-abc"] = (200, [waiting, JOB, {**JOB, "status": "succeeded"}])
+    code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
+    assert code == 0 and out == "one\ntwo\n"
+
+
+def test_logs_go_on_with_the_next_attempt(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.cli.look.time.sleep", lambda seconds: None)
+    pieces = [{"data": "one\n", "next_offset": 4}, {"data": "", "next_offset": 4}] * 2
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, [*pieces, {"data": "again\n", "next_offset": 6}, {"data": "", "next_offset": 6}])
+    service.routes["GET /v1/jobs/job-abc"] = (200, [JOB, {**JOB, "attempt": 2, "status": "succeeded"}])
+    code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
+    assert code == 0 and out == "one\nagain\n"
+    asked = [path.partition("?")[2] for path, _ in service.requests if "/logs" in path]
+    assert asked[0] == "rank=0&attempt=1&offset=0" and asked[-1].startswith("rank=0&attempt=2&")
+
+
+def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, {"data": "", "next_offset": 0})
+    code, _, err = run("logs", "job-abc", "--rank", "3", "--url", service.url)
+    assert code == 1 and "rank 3 of job-abc has written no log yet" in err
+
+
+WATCHED = stream(
+    ("state", {**JOB, "status": "running"}),
+    ("metrics", {"rows": [{"step": 9, "attempt": 1, "loss": 3.5, "tokens_per_s": 2000.0}]}),
+    ("checkpoint.committed", {"message": "checkpoint of step 10", "level": "info"}),
+    ("metrics", {"rows": [{"step": 10, "attempt": 1, "loss": 3.25, "tokens_per_s": 2000.0}]}),
+    ("state", {**JOB, "status": "succeeded"}),
+    ("end", {}),
+)
+
+
+def test_watch_prints_plain_lines_without_a_terminal(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, WATCHED)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
+    code, out, _ = run("watch", "job-abc", "--url", service.url)
+    assert code == 0
+    assert out.splitlines() == [
+        "running",
+        "step 9/10  loss 3.5000  2,000 tokens/s  ETA 0:00",
+        "checkpoint of step 10",
+        "step 10/10  loss 3.2500  2,000 tokens/s  ETA 0:00",
+        "succeeded",
+    ]
+
+
+def test_submit_watch_fails_with_the_job(run: Run, service: FakeService) -> None:
+    failed = {**JOB, "status": "failed", "message": "rank 1 died of a signal"}
+    service.routes["POST /v1/jobs"] = (201, JOB)
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, stream(("state", failed), ("end", {})))
+    service.routes["GET /v1/jobs/job-abc"] = (200, failed)
+    code, out, err = run("submit", "spec.yaml", "--watch", "--url", service.url)
+    assert code == 1 and "submitted job-abc" in out
+    assert "job-abc failed: rank 1 died of a signal" in err and "megatron-ray logs job-abc" in err
+
+
+def test_watch_json_is_one_event_a_line(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, WATCHED)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
+    code, out, _ = run("watch", "job-abc", "--json", "--url", service.url)
+    assert code == 0 and [json.loads(line)["event"] for line in out.splitlines()][-1] == "end"
+
+
+def test_interrupted_watch_says_that_the_job_goes_on(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("service.client.Client.stream", interrupt)
+    code, _, err = run("watch", "job-abc", "--url", service.url)
+    assert code == 130 and "job-abc goes on" in err

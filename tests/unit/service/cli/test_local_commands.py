@@ -1,0 +1,93 @@
+"""Commands that work on this machine: generate, convert, data, down, demo."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.cli import generate as generate_module
+from service.cli.failure import Failure
+from tests.unit.service.cli.scripted_service import FakeService, Run
+
+
+def test_generate_takes_the_newest_checkpoint_of_a_job(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str, dict[str, Any]]] = []
+
+    def generated(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+        asked.append((checkpoint, prompt, options))
+        return {"prompt": prompt, "text": "(self):"}
+
+    monkeypatch.setattr(generate_module, "run_generation", generated)
+    page = {"data": [{"step": 5, "attempt": 1, "path": "/old"}, {"step": 10, "attempt": 2, "path": "/new"}]}
+    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, page)
+    code, out, _ = run("generate", "job-abc", "--prompt", "def f", "--seed", "7", "--url", service.url)
+    assert code == 0 and out == "def f(self):\n"
+    assert asked[0][:2] == ("/new", "def f") and asked[0][2]["--seed"] == 7
+    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": []})
+    assert "no committed checkpoint yet" in run("generate", "job-abc", "--url", service.url)[2]
+
+
+def test_generation_that_fails_gives_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_module, "_MODULE", "service.no_such_module")
+    with pytest.raises(Failure, match="No module named service.no_such_module"):
+        generate_module.run_generation("/x", "", {})
+
+
+def test_convert_gives_back_what_it_took(run: Run, service: FakeService, tmp_path: Path) -> None:
+    from tests.unit.megatron_ray.checkpoint.hf_folders import publish  # takes seconds that no other test here needs
+
+    publish("llama", tmp_path / "hf")
+    code, out, err = run("convert", "import", "hf", "ours")
+    assert code == 0 and "wrote ours: 21 tensors of llama" in out and "megatron-ray submit ours/spec.yaml" in out, err
+    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": [{"step": 5, "attempt": 1, "path": str(tmp_path / "ours")}]})
+    code, out, err = run(
+        "convert", "export", "job-abc", "again", "--dtype", "bf16", "--max-shard-size", "0.02MB", "--json", "--url", service.url
+    )
+    assert code == 0 and len(json.loads(out)["files"]) > 1, err
+    code, out, _ = run("convert", "import", "hf", "ours", "--json")
+    assert code == 1 and out == ""
+    assert "it is there already" in run("convert", "import", "hf", "ours")[2]
+    assert run("convert", "export", "ours", "x", "--dtype", "int4")[0] == 2
+    assert "use a number and a unit" in run("convert", "export", "ours", "x", "--max-shard-size", "many")[2]
+
+
+def test_data_prepare_checks_the_spec_here(run: Run) -> None:
+    code, _, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--set", "training.stepz=1")
+    assert code == 2 and "/training/stepz" in err
+    code, _, err = run("data", "prepare", "spec.yaml")
+    assert code == 2 and "--cache" in err
+    code, _, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--json")
+    assert code == 2 and json.loads(err)["errors"][0]["pointer"] == "/data/train/0/path"
+
+
+def test_data_prepare(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"document {index} " + "word " * 200 for index in range(50)))
+    code, out, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--json", "--set", "data.validation_fraction=0")
+    assert code == 0, err
+    assert json.loads(out)["vocab_size"] >= 257
+
+
+def test_down_when_nothing_is_up(run: Run) -> None:
+    code, out, _ = run("down")
+    assert code == 0 and "nothing is up" in out
+    assert json.loads(run("down", "--json")[1])["was_up"] is False
+
+
+def test_demo_without_its_spec(run: Run) -> None:
+    code, _, err = run("demo", "--spec", "nowhere.yaml")
+    assert code == 2 and "cannot read the job spec nowhere.yaml" in err
+
+
+def test_a_data_dir_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("up", "--data-dir", "file/below")
+    assert code == 1 and "cannot write to the data dir" in err and "--data-dir" in err
+    code, _, err = run("up", "--detach", "--data-dir", "file/below")
+    assert code == 1 and "cannot write to the data dir" in err
+
+
+def test_usage_mistakes_end_with_code_2(run: Run) -> None:
+    assert run("submit")[0] == 2
+    assert run("nonsense")[0] == 2
+    assert run("jobs", "--limit", "0")[0] == 2
