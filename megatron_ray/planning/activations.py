@@ -156,10 +156,29 @@ def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
 
 
 def kept_by_stage(config: TrainConfig, stage: StageContents) -> int:
-    """Bytes that a whole stage keeps of a microbatch: its layers, the ids that its embedding looked up, what its head keeps."""
+    """Bytes that a whole stage keeps of a microbatch: its layers, the ids that its embedding looked up, what its head keeps, and all that
+    once more of each layer that predicts a further token."""
     tokens = _tokens(config)
     embedding = 8 * tokens if stage.embedding else 0
-    return kept_activations(config, stage.layers) + embedding + (_kept_by_head(config) if stage.loss else 0)
+    found = kept_activations(config, stage.layers) + embedding + (_kept_by_head(config) if stage.loss else 0)
+    for layer in stage.further(config.model.num_layers):
+        found += 8 * tokens + _kept_by_joining(config) + kept_activations(config, [layer]) + _kept_by_head(config)
+    return found
+
+
+def recomputed_by_stage(config: TrainConfig, stage: StageContents) -> int:
+    """Bytes that come back for a while in the backward pass of a stage; each layer that predicts a further token is a row of its own."""
+    rows = [stage.layers, *([layer] for layer in stage.further(config.model.num_layers))]
+    return max(recomputed_activations(config, row) for row in rows)
+
+
+def _kept_by_joining(config: TrainConfig) -> int:
+    """Of a further token's embedding and what came before: w T H / s of the one before its norm, 2 w T H / s of both behind theirs, statistics
+    of the two norms, and w T H / s of the other, which the head has kept already where it is not gathered."""
+    model, parallel, width = config.model, config.parallel, _width(config)
+    cut = parallel.tp if parallel.sequence_parallel else 1
+    parts = 4 if cut > 1 else 3
+    return (parts * width * model.hidden_size + 2 * _STATISTICS[model.norm]) * _tokens(config) // cut
 
 
 def _kept_by_head(config: TrainConfig) -> int:

@@ -10,9 +10,11 @@ from itertools import product
 from operator import itemgetter
 
 from megatron_ray import validation
+from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import RecomputeConfig
+from megatron_ray.flops import attention_parameters
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers
 from megatron_ray.planning.hardware import Hardware
@@ -62,7 +64,7 @@ def suggest(config: TrainConfig, world: int, hardware: Hardware, most: int = 10)
 
     Layouts are looked at in the order of what they take at least, until no other one can be among the `most`.
     """
-    if not _can_estimate(config, hardware):
+    if config.training.precision not in hardware.efficiencies:
         return []
     best: list[Suggestion] = []
     for least, layout in sorted(
@@ -77,7 +79,7 @@ def suggest(config: TrainConfig, world: int, hardware: Hardware, most: int = 10)
 
 def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion | None:
     """The layout that fits and changes the fewest degrees, the quickest of those; None where none fits."""
-    if not _can_estimate(config, hardware):
+    if config.training.precision not in hardware.efficiencies:
         return None
     axes = ("tp", "pp", "vpp", "cp", "ep")
     by_distance: dict[int, list[TrainConfig]] = {}
@@ -89,10 +91,6 @@ def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion |
         if found:
             return min(found, key=lambda suggestion: suggestion.time.step_s)
     return None
-
-
-def _can_estimate(config: TrainConfig, hardware: Hardware) -> bool:
-    return config.training.precision in hardware.efficiencies and config.model.mla is None and config.model.mtp is None
 
 
 def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
@@ -118,7 +116,7 @@ def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[Tr
         if world % (tp * pp * cp) or (room is not None and weights / (tp * pp) > room):
             continue
         for vpp, (ep, etp) in product(_chunks(config.model.num_layers, pp), _expert_degrees(config)):
-            layout = _layout(config.model.num_layers, pp * vpp)
+            layout = _layout(config.model, pp * vpp)
             fields = {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp, "ep": ep, "etp": etp, "dp": world // (tp * pp * cp), "layout": layout}
             fields |= {"sequence_parallel": tp > 1, "schedule": "auto", "first_stage_layers": None, "last_stage_layers": None}
             tried = config.model_copy(update={"parallel": config.parallel.model_copy(update=fields), "training": training})
@@ -137,10 +135,9 @@ def _least_bytes(config: TrainConfig) -> float:
     model = config.model
     if config.parallel.zero == 3:
         return 0.0
-    heads = 2 * model.num_attention_heads + 2 * model.kv_heads
     dense = [layer for layer in range(model.num_layers) if model.experts_on(layer) is None]
     mlps = len(dense) * (3 if model.gated else 2) * model.ffn_width
-    elements = model.hidden_size * (model.num_layers * heads * model.head_width + mlps)
+    elements = model.num_layers * attention_parameters(model) + model.hidden_size * mlps
     return elements * (6.0 if config.training.precision == "bf16" else 8.0)
 
 
@@ -166,13 +163,15 @@ def _chunks(num_layers: int, pp: int) -> list[int]:
     return [vpp for vpp in range(1, _MOST_CHUNKS + 1) if pp * vpp <= num_layers]
 
 
-def _layout(num_layers: int, stages: int) -> str | None:
-    """None where layers divide evenly; else embedding and head count as a layer each, where that divides."""
-    if num_layers % stages == 0 or (num_layers + 2) % stages or stages == 1:
+def _layout(model: ModelConfig, stages: int) -> str | None:
+    """None where layers divide evenly; else embedding, head and layers that predict further tokens count as a layer each, where that
+    divides and the last stage has room for those."""
+    further = model.further_layers
+    each, left = divmod(model.num_layers + further + 2, stages)
+    if model.num_layers % stages == 0 or left or each <= further or stages == 1:
         return None
-    each = (num_layers + 2) // stages
     middle = f"({'t' * each}|)*{stages - 2}" if stages > 2 else ""
-    return f"E{'t' * (each - 1)}|{middle}{'t' * (each - 1)}L"
+    return f"E{'t' * (each - 1)}|{middle}{'t' * (each - 1 - further)}{'m' * further}L"
 
 
 def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:
