@@ -16,7 +16,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.flops import attention_parameters
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.planning.buffers import RankBuffers, distinct_buffers
+from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers
 from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import RankMemory, num_microbatches, state_memory, with_activations
 from megatron_ray.planning.pipeline import bubble_share
@@ -110,12 +110,14 @@ def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
 def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[TrainConfig]:
     """Degrees that could fit at all and that validation takes, with micro batches of one and nothing recomputed."""
     training = config.training.model_copy(update={"micro_batch_size": 1, "recompute": RecomputeConfig()})
-    weights = _least_bytes(config)
+    dense, of_experts = _least_bytes(config)
     room = hardware.memory_bytes
     for tp, pp, cp in product(_powers(hardware.node_size), _divisors(world, _DEEPEST), _context(config)):
-        if world % (tp * pp * cp) or (room is not None and weights / (tp * pp) > room):
+        if world % (tp * pp * cp):
             continue
         for vpp, (ep, etp) in product(_chunks(config.model.num_layers, pp), _expert_degrees(config)):
+            if room is not None and (dense / tp + of_experts / (ep * (etp or tp))) / pp > room:
+                continue
             layout = _layout(config.model, pp * vpp)
             fields = {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp, "ep": ep, "etp": etp, "dp": world // (tp * pp * cp), "layout": layout}
             fields |= {"sequence_parallel": tp > 1, "schedule": "auto", "first_stage_layers": None, "last_stage_layers": None}
@@ -130,15 +132,18 @@ def _worth_trying(config: TrainConfig, world: int) -> bool:
     return config.parallel.pp == 1 or bubble_share(plan_pipeline(config), num_microbatches(config)) <= _WORST_BUBBLE
 
 
-def _least_bytes(config: TrainConfig) -> float:
-    """Weights and fp32 gradients of all that is in no expert, before they are cut over tp and pp; nothing under ZeRO-3."""
+def _least_bytes(config: TrainConfig) -> tuple[float, float]:
+    """(of attention and MLPs, of experts): weights and the fp32 gradients of what is trained, before they are cut over ranks; nothing under
+    ZeRO-3."""
     model = config.model
     if config.parallel.zero == 3:
-        return 0.0
-    dense = [layer for layer in range(model.num_layers) if model.experts_on(layer) is None]
-    mlps = len(dense) * (3 if model.gated else 2) * model.ffn_width
-    elements = model.num_layers * attention_parameters(model) + model.hidden_size * mlps
-    return elements * (6.0 if config.training.precision == "bf16" else 8.0)
+        return 0.0, 0.0
+    matrices = (3 if model.gated else 2) * model.hidden_size
+    mixtures = [model.experts_on(layer) for layer in range(model.num_layers + model.further_layers)]
+    dense = len(mixtures) * attention_parameters(model) + mixtures.count(None) * matrices * model.ffn_width
+    experts = sum(moe.num_experts * matrices * model.expert_width for moe in mixtures if moe is not None)
+    each = WIDTHS[config.training.precision] + (0 if config.optimizer.freeze else 4)
+    return float(dense * each), float(experts * each)
 
 
 def _powers(most: int) -> list[int]:

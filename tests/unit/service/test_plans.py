@@ -146,6 +146,8 @@ def test_what_cannot_fit_into_the_gpus_is_refused_with_the_nearest_layout_that_d
     refused = service.user.post("/v1/jobs", json=wanted)
     assert refused.status_code == 422 and refused.json()["errors"] == found["problems"]
     assert service.user.post("/v1/plans?hardware=B200", json=wanted).json()["problems"] == []
+    (problem,) = plan(service, wanted | {"training": wanted["training"] | {"precision": "fp32"}})["problems"]
+    assert "no layouts are compared for fp32 on H100" in problem["detail"]
     assert service.user.get("/v1/jobs").json()["data"] == []
 
 
