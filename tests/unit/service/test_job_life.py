@@ -3,13 +3,10 @@
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-
-from service import plan
 
 
 def types(events: list[dict[str, Any]]) -> list[str]:
@@ -105,30 +102,6 @@ def test_job_before_any_agent_that_the_cluster_cannot_hold_fails_with_its_field(
     job = service.job(job["id"])
     assert (job["status"], job["status_reason"]) == ("failed", "spec_invalid")
     assert job["problem"]["errors"][0]["pointer"] == "/parallel/tp" and "4 ranks" in job["problem"]["detail"].replace("tp=4", "4")
-
-
-def test_search_for_a_layout_that_fits_keeps_nobody_from_writing(
-    service: Any, spec: dict[str, Any], make_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    training = spec["training"] | {"seq_length": 4096, "global_batch_size": 64, "micro_batch_size": 1, "precision": "bf16"}
-    model = {"model": {"preset": "llama3-70b", "vocab_size": 128256}, "training": training}
-    large = service.submit(spec | model | {"parallel": {"tp": 8, "dp": 8}})
-    others, search = [], plan.nearest
-
-    def searching(*given: Any) -> Any:
-        with ThreadPoolExecutor() as threads:  # would wait for the lock for ever
-            others.append(threads.submit(service.submit).result(timeout=10))
-        return search(*given)
-
-    monkeypatch.setattr(plan, "nearest", searching)
-    nodes = [make_node(f"n{index}", cpus=96, gpus=8, accelerator_type="H100") for index in range(8)]
-    service.agent.report(*nodes)
-    failed = service.job(large["id"])
-    assert failed["status"] == "failed" and "the nearest layout that fits is" in failed["problem"]["detail"]
-    (other,) = others
-    assert service.job(other["id"])["status_reason"] == "waiting_agent", "came too late for this report"
-    service.agent.report(*nodes)
-    assert service.job(other["id"])["status_reason"] == "preparing_data"
 
 
 def test_gpus_are_taken_where_there_are_any(service: Any, make_node: Callable[..., Any]) -> None:
