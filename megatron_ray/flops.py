@@ -16,11 +16,11 @@ def matmul_parameters(model: ModelConfig) -> int:
     routers = sum(moe.num_experts for layer in range(layers) if (moe := model.experts_on(layer)) is not None)
     further = model.further_layers * 2 * model.hidden_size
     heads = (1 + model.further_layers) * model.vocabulary
-    return layers * _attention_parameters(model) + model.hidden_size * (matrices * widths + routers + further + heads)
+    return layers * attention_parameters(model) + model.hidden_size * (matrices * widths + routers + further + heads)
 
 
-def _attention_parameters(model: ModelConfig) -> int:
-    """Of one layer."""
+def attention_parameters(model: ModelConfig) -> int:
+    """Of the products of one layer's attention."""
     hidden, heads, mla = model.hidden_size, model.num_attention_heads, model.mla
     if mla is None:
         return hidden * 2 * (heads + model.kv_heads) * model.head_width

@@ -165,6 +165,8 @@ def freeze(table: Sequence[LocalParameter], patterns: Sequence[str]) -> tuple[Lo
     def trainable(local: LocalParameter) -> bool:
         return not any(fnmatchcase(part.logical.name, pattern) for part in local.parts for pattern in patterns)
 
+    if not patterns:
+        return tuple(table)
     return tuple(replace(local, trainable=trainable(local)) for local in table)
 
 

@@ -85,7 +85,9 @@ def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
 
 
 def _remedy(config: TrainConfig, hardware: Hardware) -> str:
-    world = validation.world_size(config)
+    world, precision = validation.world_size(config), config.training.precision
+    if precision not in hardware.efficiencies:
+        return f"no layouts are compared for {precision} on {hardware.name}; raise tp or pp, add nodes, or use zero=3 or another precision"
     found = nearest(config, world, hardware)
     if found is None:
         return f"no layout that is tried fits on {world} ranks; add nodes, or use zero=3 or a smaller model"

@@ -1,8 +1,9 @@
 """From a submitted spec to one that can run. Owns: what the service itself checks, resolving against the cluster's room.
 
-Pure but for `settle`. Must not know: HTTP.
+Pure but for what takes a session. Must not know: HTTP.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -29,6 +30,10 @@ class Resolved:
 
     spec: JobSpec
     world_size: int
+
+
+Answer = Resolved | list[Problem]
+"""Of a spec and a cluster: how it runs there, or why it cannot."""
 
 
 def room_of(session: Session, cluster: str) -> Room:
@@ -90,10 +95,21 @@ def resolve(spec: JobSpec, room: Room, job_dir: str) -> Resolved:
     return Resolved(full, validation.world_size(full))
 
 
-def settle(session: Session, cluster: ClusterRow) -> None:
+def unresolved(session: Session, cluster: str) -> dict[str, tuple[JobSpec, str]]:
+    """Jobs that came before the cluster was known, with their spec and folder, by id."""
+    found = sa.select(JobRow).where(JobRow.cluster == cluster, JobRow.status == JobState.PREPARING, JobRow.world_size.is_(None))
+    return {job.id: (JobSpec.model_validate(job.resolved_spec), job.job_dir) for job in session.scalars(found)}
+
+
+def answer(spec: JobSpec, room: Room, job_dir: str) -> Answer:
+    """What becomes of such a job. Takes seconds where a layout that fits is searched for, so not for inside a transaction."""
+    return check_fit(spec, room) or resolve(spec, room, job_dir)
+
+
+def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer]) -> None:
     """The agent has spoken: nobody waits for it any more, and jobs that came before the cluster was known are resolved.
 
-    Those that the cluster cannot hold end with a problem.
+    Those that the cluster cannot hold end with a problem; one that came since the `answers` were found waits for the next report.
     """
     room = room_of(session, cluster.name)
     if not room.known:
@@ -103,12 +119,12 @@ def settle(session: Session, cluster: ClusterRow) -> None:
     for job in session.scalars(sa.select(JobRow).where(*preparing, *waiting)):
         job.status_reason, job.message = StatusReason.PREPARING_DATA, ""
     for job in session.scalars(sa.select(JobRow).where(*preparing, JobRow.world_size.is_(None)).order_by(JobRow.number)):
-        spec = JobSpec.model_validate(job.resolved_spec)
-        problems = check_fit(spec, room)
-        if problems:
-            jobs.fail(session, job, problems, jobs.Fact("job.failed", "the cluster cannot hold the job", "error"))
+        found = answers.get(job.id)
+        if found is None:
             continue
-        found = resolve(spec, room, job.job_dir)
+        if not isinstance(found, Resolved):
+            jobs.fail(session, job, found, jobs.Fact("job.failed", "the cluster cannot hold the job", "error"))
+            continue
         job.resolved_spec, job.world_size = found.spec.model_dump(mode="json"), found.world_size
         job.status_reason, job.message = StatusReason.PREPARING_DATA, ""
         text = f"resolved to {found.world_size} ranks"

@@ -14,7 +14,6 @@ attention Q and C are the latents' widths (Q is 0 without one), R that of the ro
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parameters import padded_vocabulary
@@ -34,19 +33,20 @@ class LayerActivations:
     """Outputs of both norms, and their statistics: 2 w T H / s + 2 x (4 or 8) T / s"""
     core_attention: int
     """4 T N / tp: a fused kernel's fp32 logarithms of sums (the blocks of bf16 on CPU keep none). With dropout on the attention
-    probabilities: (4 + 1 + w) T S N / tp, fp32 probabilities, mask and dropped probabilities. Latent attention whose values are narrower
-    than its keys cuts its output, and keeps it whole for the kernel: w T N D / tp more, but with dropout."""
+    probabilities: (4 + 1 + w) T S N / tp, fp32 probabilities, mask and dropped probabilities. Where heads are exchanged for tokens, and in
+    latent attention whose values are narrower than its keys and are cut out, the kernel keeps its output and something else goes on:
+    w T N D / tp more, but with dropout."""
     pre_activation: int
     """w T f / tp"""
     activation: int
     """w T F / tp"""
     experts: int
-    """2 w T K H etp / s, copies of tokens to and from their experts, and what the router keeps (`_routing`); 0 in a layer without."""
+    """w T K H etp / s of tokens on their way to experts, w T K H / s of what comes back (times etp too where everything is gathered), and
+    what the router keeps (`_routing`); 0 in a layer without."""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp; another N where heads are exchanged
-    for tokens), (w D + 4 or 8) T (N + G) / tp where queries and keys are normed, and 2 T H / s of masks with hidden dropout. Around latent
-    attention w T N (3 D + V) / tp (another D where heads are exchanged), and of its latents w T (2 Q + 2 C + R) / s and their norms'
-    statistics."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp), (w D + 4 or 8) T (N + G) / tp where
+    queries and keys are normed, and 2 T H / s of masks with hidden dropout. Around latent attention w T N (3 D + V) / tp, and
+    of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
 
     @property
     def whole(self) -> int:
@@ -74,14 +74,15 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     tokens, width = _tokens(config), _width(config)
     residual = width * tokens * model.hidden_size // cut
     heads = tokens * model.num_attention_heads // tp
-    attended = 4 + _cut_output(model) * width
+    attended = 4 + _own_output(config) * width
     scores = heads * config.training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * attended
     moe, copies = model.experts_on(index), 0
     if moe is None:
         inner = width * tokens * model.ffn_width // tp
     else:  # rows come gathered over etp and balanced over ep
         inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
-        copies = 2 * moe.top_k * residual * parallel.expert_tp + tokens // cut * _routing(moe)
+        back = parallel.expert_tp if parallel.dispatcher == "allgather" else 1
+        copies = moe.top_k * residual * (parallel.expert_tp + back) + tokens // cut * _routing(moe)
     return LayerActivations(
         layer_input=residual,
         norm=2 * residual + 2 * _STATISTICS[model.norm] * tokens // cut,
@@ -93,27 +94,25 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     )
 
 
-def _cut_output(model: ModelConfig) -> int:
-    """Elements of a head's output that are kept beside the part that goes on."""
-    return model.head_width if model.value_width < model.head_width else 0
+def _own_output(config: TrainConfig) -> int:
+    """Elements of a head's output that its kernel keeps beside what goes on."""
+    model, parallel = config.model, config.parallel
+    exchanged = parallel.cp > 1 and parallel.cp_method.startswith("a2a")
+    return model.head_width if exchanged or model.value_width < model.head_width else 0
 
 
 def _around_attention(config: TrainConfig, width: int, tokens: int) -> int:
     """Queries, keys, values and what goes on; latents before them."""
     model, parallel = config.model, config.parallel
     tp, cut = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
-    exchanged = 1 if parallel.cp > 1 and parallel.cp_method.startswith("a2a") else 0
     if model.mla is None:
         heads = tokens * model.num_attention_heads // tp
         normed = heads + tokens * max(model.kv_heads, tp) // tp  # heads of tokens, queries and keys together
-        kept = width * (2 * normed + exchanged * heads) * model.head_width
-        return kept + model.qk_norm * normed * (width * model.head_width + _STATISTICS[model.norm])
+        return width * 2 * normed * model.head_width + model.qk_norm * normed * (width * model.head_width + _STATISTICS[model.norm])
     mla, norms = model.mla, 2 if model.mla.q_lora_rank is not None else 1
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
     heads = tokens * model.num_attention_heads // tp
-    return width * heads * ((3 + exchanged) * mla.qk_head_dim + mla.v_head_dim) + tokens // cut * (
-        width * latents + norms * _STATISTICS[model.norm]
-    )
+    return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + tokens // cut * (width * latents + norms * _STATISTICS[model.norm])
 
 
 def _routing(moe: MoEConfig) -> int:
@@ -156,10 +155,34 @@ def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
 
 
 def kept_by_stage(config: TrainConfig, stage: StageContents) -> int:
-    """Bytes that a whole stage keeps of a microbatch: its layers, the ids that its embedding looked up, what its head keeps."""
-    tokens = _tokens(config)
-    embedding = 8 * tokens if stage.embedding else 0
-    return kept_activations(config, stage.layers) + embedding + (_kept_by_head(config) if stage.loss else 0)
+    """Bytes that a whole stage keeps of a microbatch: its layers, what its embedding and its head keep, and all that
+    once more of each layer that predicts a further token."""
+    embedding, head = _kept_by_embedding(config), _kept_by_head(config)
+    found = kept_activations(config, stage.layers) + stage.embedding * embedding + stage.loss * head
+    for layer in stage.further(config.model.num_layers):
+        found += embedding + _kept_by_joining(config) + kept_activations(config, [layer]) + head
+    return found
+
+
+def recomputed_by_stage(config: TrainConfig, stage: StageContents) -> int:
+    """Bytes that come back for a while in the backward pass of a stage; each layer that predicts a further token is a row of its own."""
+    rows = [stage.layers, *([layer] for layer in stage.further(config.model.num_layers))]
+    return max(recomputed_activations(config, row) for row in rows)
+
+
+def _kept_by_embedding(config: TrainConfig) -> int:
+    """8 T of ids, and T H / s of a mask with hidden dropout."""
+    tokens, cut = _tokens(config), config.parallel.tp if config.parallel.sequence_parallel else 1
+    return 8 * tokens + (tokens * config.model.hidden_size // cut if config.model.hidden_dropout else 0)
+
+
+def _kept_by_joining(config: TrainConfig) -> int:
+    """Of a further token's embedding and what came before: w T H / s of the one before its norm, 2 w T H / s of both behind theirs, both
+    norms' statistics, and w T H / s of the other, which the head has kept already where it is not gathered."""
+    model, parallel, width = config.model, config.parallel, _width(config)
+    cut = parallel.tp if parallel.sequence_parallel else 1
+    parts = 4 if cut > 1 else 3
+    return (parts * width * model.hidden_size + 2 * _STATISTICS[model.norm]) * _tokens(config) // cut
 
 
 def _kept_by_head(config: TrainConfig) -> int:

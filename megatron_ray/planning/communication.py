@@ -67,9 +67,9 @@ def group_sizes(dims: ParallelDims) -> dict[Axis, int]:
 
 def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     """All that a rank of a resolved config sends in one step. None where the library does not send it by itself: under ZeRO-3, where torch
-    gathers and scatters, and for latent attention and the prediction of several tokens."""
+    gathers and scatters."""
     dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
-    if is_fully_sharded(config, dims) or config.model.mla is not None or config.model.mtp is not None:
+    if is_fully_sharded(config, dims):
         return None
     pp_rank = dims.coordinates(rank)["pp"]
     count = num_microbatches(config)
@@ -101,16 +101,22 @@ def stage_communication(config: TrainConfig, dims: ParallelDims, stage: StageCon
     microbatch = _Microbatch(config, Tally(group_sizes(dims)))
     if stage.embedding:
         microbatch.embedding()
-    kinds = {config.model.experts_on(layer) is not None: layer for layer in stage.layers}
+    further = stage.further(config.model.num_layers)
+    layers = (*stage.layers, *further)
+    kinds = {config.model.experts_on(layer) is not None: layer for layer in layers}
     for experts, layer in kinds.items():
         one = _Microbatch(config, Tally(microbatch.tally.sizes))
         one.attention_forward()
         one.attention_backward()
         one.feed_forward(layer)
         one.feed_backward(layer)
-        microbatch.tally.add_all(one.tally, sum((config.model.experts_on(index) is not None) == experts for index in stage.layers))
+        microbatch.tally.add_all(one.tally, sum((config.model.experts_on(index) is not None) == experts for index in layers))
     microbatch.recomputed(stage.layers)
     if stage.loss:
+        microbatch.head()
+    for layer in further:  # each looks up the tokens after those of the one before, and has the head once more
+        microbatch.embedding()
+        microbatch.recomputed([layer])
         microbatch.head()
     return microbatch.tally
 
@@ -141,29 +147,44 @@ class _Microbatch:
         self.tally.add("tp", "all_reduce", 8 * self.tokens)
         self._sum()
 
-    def _column_backward(self) -> None:
-        self._gather()  # of the inputs, for the weight gradient
-        self._sum()
+    def _column_backward(self, width: int | None = None) -> None:
+        self._gather(width)  # of the inputs, for the weight gradient
+        self._sum(width)
 
-    def _gather(self) -> None:
-        """Of tokens, where they are cut over tp."""
+    def _gather(self, width: int | None = None) -> None:
+        """Of tokens, where they are cut over tp; `width`: not of hidden states but of so many numbers each."""
         if self.parallel.sequence_parallel:
-            self.tally.add("tp", "all_gather", self.own * self.hidden)
+            self.tally.add("tp", "all_gather", self.own * self._bytes(width))
 
-    def _sum(self) -> None:
+    def _sum(self, width: int | None = None) -> None:
         """Over tp; each keeps its tokens where they are cut."""
         kind: Kind = "reduce_scatter" if self.parallel.sequence_parallel else "all_reduce"
-        self.tally.add("tp", kind, self.tokens * self.hidden)
+        self.tally.add("tp", kind, self.tokens * self._bytes(width))
+
+    def _bytes(self, width: int | None) -> int:
+        return self.hidden if width is None else self.width * width
 
     def attention_forward(self) -> None:
-        self._gather()
+        for width in self._read_by_heads:
+            self._gather(width)
+        if self.model.mla is not None:
+            self._gather(self.model.mla.qk_rope_head_dim)
         self._core_forward()
         self._sum()
 
     def attention_backward(self) -> None:
         self._gather()
         self._core_backward()
-        self._column_backward()
+        if self.model.mla is not None:  # the part of the key that all heads share; nothing of it is needed again
+            self._sum(self.model.mla.qk_rope_head_dim)
+        for width in self._read_by_heads:
+            self._column_backward(width)
+
+    @property
+    def _read_by_heads(self) -> tuple[int | None, ...]:
+        """Widths of what products cut by heads take: hidden states (None), or the latents, which are made of a rank's own tokens."""
+        mla = self.model.mla
+        return (None,) if mla is None else (mla.q_lora_rank, mla.kv_lora_rank)
 
     def _mlp_forward(self, *, unread: bool = False) -> None:
         self._gather()
@@ -324,8 +345,9 @@ def update_communication(config: TrainConfig, dims: ParallelDims, pipeline: Pipe
             if buffer.sharded:
                 found.add(axis, "all_gather", buffer.width * size // buffer.replicas)
     _add_shared(found, dims, held.buffers)
-    layers = [layer for stage in pipeline.held(held.pp_rank) for layer in stage.layers]
-    biases = [moe.num_experts for layer in layers if (moe := config.model.experts_on(layer)) is not None and moe.expert_bias]
+    model = config.model
+    layers = [layer for stage in pipeline.held(held.pp_rank) for layer in (*stage.layers, *stage.further(model.num_layers))]
+    biases = [moe.num_experts for layer in layers if (moe := model.experts_on(layer)) is not None and moe.expert_bias]
     found.add("tokens", "all_reduce", 4 * sum(biases))
     if dims.dp > 1:
         found.add("dp", "all_reduce", 4 * sum(biases))

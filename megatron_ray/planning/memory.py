@@ -11,7 +11,7 @@ from math import prod
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import LocalParameter
-from megatron_ray.planning.activations import kept_by_stage, recomputed_activations, working_head
+from megatron_ray.planning.activations import kept_by_stage, recomputed_by_stage, working_head
 from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers, is_fully_sharded, rank_buffers
 from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -30,15 +30,14 @@ class RankMemory:
     """Moments, and fp32 main parameters under bf16; a rank's share where they are sharded over dp."""
     gathered_bytes_estimate: int
     """ZeRO-3 only: weights and gradients that are whole for a while: of two layers, and of what is in no layer."""
-    activations_bytes_estimate: int | None
-    """Peak of the microbatches under way and of what is recomputed; kernels and allocator may need more or less. None where there is no
-    formula for the model's attention."""
+    activations_bytes_estimate: int
+    """Peak of the microbatches under way and of what is recomputed; kernels and allocator may need more or less."""
 
     @property
     def total_bytes(self) -> int:
-        """Of all terms that are known."""
+        """Of all terms."""
         state = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
-        return state + self.gathered_bytes_estimate + (self.activations_bytes_estimate or 0)
+        return state + self.gathered_bytes_estimate + self.activations_bytes_estimate
 
     @property
     def terms(self) -> dict[str, int]:
@@ -48,7 +47,7 @@ class RankMemory:
             "gradients": self.gradients_bytes,
             "optimizer state": self.optimizer_bytes,
             "gathered weights": self.gathered_bytes_estimate,
-            "activations": self.activations_bytes_estimate or 0,
+            "activations": self.activations_bytes_estimate,
         }
         return dict(sorted(found.items(), key=lambda term: -term[1]))
 
@@ -86,7 +85,7 @@ def state_memory(config: TrainConfig, dims: ParallelDims, held: RankBuffers) -> 
         gradients_bytes=sum(buffer.plan.num_trainable * 4 for buffer in buffers),
         optimizer_bytes=sum(buffer.num_updated * (8 + main) for buffer in buffers),
         gathered_bytes_estimate=_gathered(config, held.table) if is_fully_sharded(config, dims) else 0,
-        activations_bytes_estimate=None,
+        activations_bytes_estimate=0,
     )
 
 
@@ -96,22 +95,20 @@ def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
     layers: dict[str, int] = {}
     outside = 0
     for parameter in table:
-        if parameter.name.startswith("layers."):
-            index = parameter.name.split(".")[1]
-            layers[index] = layers.get(index, 0) + prod(parameter.shape)
+        kind, index, *_ = parameter.name.split(".")
+        if kind in ("layers", "mtp"):
+            layers[kind + index] = layers.get(kind + index, 0) + prod(parameter.shape)
         else:
             outside += prod(parameter.shape)
     return outside * (width + 4) + max(layers.values(), default=0) * (2 * width + 4)
 
 
-def _activations(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> int | None:
+def _activations(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> int:
     """The most that is kept at once, and what comes back when a part of it is recomputed."""
-    if config.model.mla is not None or config.model.mtp is not None:
-        return None
     held = pipeline.held(pp_rank)
     kept = [kept_by_stage(config, stage) for stage in held]
     peak = kept[0] if pipeline.stages.num_stages == 1 else _peak(kept_and_released(pipeline, num_microbatches(config), pp_rank), kept)
-    again = max(recomputed_activations(config, stage.layers) for stage in held)
+    again = max(recomputed_by_stage(config, stage) for stage in held)
     return peak + again + (working_head(config) if any(stage.loss for stage in held) else 0)
 
 

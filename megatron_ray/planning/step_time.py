@@ -101,10 +101,9 @@ class StepParts:
 
 
 def step_time(config: TrainConfig, hardware: Hardware, precision: str | None = None) -> StepTime | None:
-    """Of a resolved config whose vocabulary is known; None where the device is not known to compute in the precision, or there is no
-    count of what the model does (latent attention, prediction of several tokens)."""
+    """Of a resolved config whose vocabulary is known; None where the device is not known to compute in the precision."""
     precision = precision or config.training.precision
-    if precision not in hardware.efficiencies or config.model.mla is not None or config.model.mtp is not None:
+    if precision not in hardware.efficiencies:
         return None
     return step_parts(config, hardware, precision).step_time(hardware.efficiencies[precision])
 

@@ -10,11 +10,13 @@ from itertools import product
 from operator import itemgetter
 
 from megatron_ray import validation
+from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import RecomputeConfig
+from megatron_ray.flops import attention_parameters
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.planning.buffers import RankBuffers, distinct_buffers
+from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers
 from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import RankMemory, num_microbatches, state_memory, with_activations
 from megatron_ray.planning.pipeline import bubble_share
@@ -62,7 +64,7 @@ def suggest(config: TrainConfig, world: int, hardware: Hardware, most: int = 10)
 
     Layouts are looked at in the order of what they take at least, until no other one can be among the `most`.
     """
-    if not _can_estimate(config, hardware):
+    if config.training.precision not in hardware.efficiencies:
         return []
     best: list[Suggestion] = []
     for least, layout in sorted(
@@ -77,7 +79,7 @@ def suggest(config: TrainConfig, world: int, hardware: Hardware, most: int = 10)
 
 def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion | None:
     """The layout that fits and changes the fewest degrees, the quickest of those; None where none fits."""
-    if not _can_estimate(config, hardware):
+    if config.training.precision not in hardware.efficiencies:
         return None
     axes = ("tp", "pp", "vpp", "cp", "ep")
     by_distance: dict[int, list[TrainConfig]] = {}
@@ -89,10 +91,6 @@ def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion |
         if found:
             return min(found, key=lambda suggestion: suggestion.time.step_s)
     return None
-
-
-def _can_estimate(config: TrainConfig, hardware: Hardware) -> bool:
-    return config.training.precision in hardware.efficiencies and config.model.mla is None and config.model.mtp is None
 
 
 def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
@@ -112,13 +110,15 @@ def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
 def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[TrainConfig]:
     """Degrees that could fit at all and that validation takes, with micro batches of one and nothing recomputed."""
     training = config.training.model_copy(update={"micro_batch_size": 1, "recompute": RecomputeConfig()})
-    weights = _least_bytes(config)
+    dense, of_experts = _least_bytes(config)
     room = hardware.memory_bytes
     for tp, pp, cp in product(_powers(hardware.node_size), _divisors(world, _DEEPEST), _context(config)):
-        if world % (tp * pp * cp) or (room is not None and weights / (tp * pp) > room):
+        if world % (tp * pp * cp):
             continue
         for vpp, (ep, etp) in product(_chunks(config.model.num_layers, pp), _expert_degrees(config)):
-            layout = _layout(config.model.num_layers, pp * vpp)
+            if room is not None and (dense / tp + of_experts / (ep * (etp or tp))) / pp > room:
+                continue
+            layout = _layout(config.model, pp * vpp)
             fields = {"tp": tp, "pp": pp, "vpp": vpp, "cp": cp, "ep": ep, "etp": etp, "dp": world // (tp * pp * cp), "layout": layout}
             fields |= {"sequence_parallel": tp > 1, "schedule": "auto", "first_stage_layers": None, "last_stage_layers": None}
             tried = config.model_copy(update={"parallel": config.parallel.model_copy(update=fields), "training": training})
@@ -132,16 +132,18 @@ def _worth_trying(config: TrainConfig, world: int) -> bool:
     return config.parallel.pp == 1 or bubble_share(plan_pipeline(config), num_microbatches(config)) <= _WORST_BUBBLE
 
 
-def _least_bytes(config: TrainConfig) -> float:
-    """Weights and fp32 gradients of all that is in no expert, before they are cut over tp and pp; nothing under ZeRO-3."""
+def _least_bytes(config: TrainConfig) -> tuple[float, float]:
+    """(of attention and MLPs, of experts): weights and the fp32 gradients of what is trained, before they are cut over ranks; nothing under
+    ZeRO-3."""
     model = config.model
     if config.parallel.zero == 3:
-        return 0.0
-    heads = 2 * model.num_attention_heads + 2 * model.kv_heads
-    dense = [layer for layer in range(model.num_layers) if model.experts_on(layer) is None]
-    mlps = len(dense) * (3 if model.gated else 2) * model.ffn_width
-    elements = model.hidden_size * (model.num_layers * heads * model.head_width + mlps)
-    return elements * (6.0 if config.training.precision == "bf16" else 8.0)
+        return 0.0, 0.0
+    matrices = (3 if model.gated else 2) * model.hidden_size
+    mixtures = [model.experts_on(layer) for layer in range(model.num_layers + model.further_layers)]
+    dense = len(mixtures) * attention_parameters(model) + mixtures.count(None) * matrices * model.ffn_width
+    experts = sum(moe.num_experts * matrices * model.expert_width for moe in mixtures if moe is not None)
+    each = WIDTHS[config.training.precision] + (0 if config.optimizer.freeze else 4)
+    return float(dense * each), float(experts * each)
 
 
 def _powers(most: int) -> list[int]:
@@ -166,13 +168,15 @@ def _chunks(num_layers: int, pp: int) -> list[int]:
     return [vpp for vpp in range(1, _MOST_CHUNKS + 1) if pp * vpp <= num_layers]
 
 
-def _layout(num_layers: int, stages: int) -> str | None:
-    """None where layers divide evenly; else embedding and head count as a layer each, where that divides."""
-    if num_layers % stages == 0 or (num_layers + 2) % stages or stages == 1:
+def _layout(model: ModelConfig, stages: int) -> str | None:
+    """None where layers divide evenly; else embedding, head and layers that predict further tokens count as a layer each, where that
+    divides and the last stage has room for those."""
+    further = model.further_layers
+    each, left = divmod(model.num_layers + further + 2, stages)
+    if model.num_layers % stages == 0 or left or each <= further or stages == 1:
         return None
-    each = (num_layers + 2) // stages
     middle = f"({'t' * each}|)*{stages - 2}" if stages > 2 else ""
-    return f"E{'t' * (each - 1)}|{middle}{'t' * (each - 1)}L"
+    return f"E{'t' * (each - 1)}|{middle}{'t' * (each - 1 - further)}{'m' * further}L"
 
 
 def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:

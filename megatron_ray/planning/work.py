@@ -37,8 +37,11 @@ def stage_work(config: TrainConfig, stage: StageContents) -> Work:
     known = {kind: _Layer(config, index) for kind, index in kinds.items()}
     layers = [known[_kind(config, index)] for index in stage.layers]
     found = sum((layer.forward + layer.backward for layer in layers), Work()) + _recomputed(config, layers)
-    if stage.embedding:
-        found += Work(memory=3.0 * _own_tokens(config) * config.model.hidden_size * WIDTHS[config.training.precision])
+    embeddings = int(stage.embedding) + len(stage.mtp_layers)
+    found += Work(memory=3.0 * embeddings * _own_tokens(config) * config.model.hidden_size * WIDTHS[config.training.precision])
+    for index in stage.further(config.model.num_layers):
+        layer = _Layer(config, index)
+        found += layer.forward + layer.backward + _recomputed(config, [layer]) + _joining(config) + _head(config)
     return found + _head(config) if stage.loss else found
 
 
@@ -68,27 +71,33 @@ def _head(config: TrainConfig) -> Work:
     return Work(6.0 * tokens * rows * config.model.hidden_size, 0.0, 6.0 * tokens * rows * width)
 
 
+def _joining(config: TrainConfig) -> Work:
+    """Of a further token's embedding and what came before: three products of the projection, whose fp32 gradient is read and written, and
+    trips of the three norms (2 forward, 3 backward) and of putting two inputs into one (4 each way)."""
+    own, hidden = _own_tokens(config), config.model.hidden_size
+    return Work(12.0 * own * hidden * hidden, 0.0, 23.0 * own * hidden * WIDTHS[config.training.precision] + 16.0 * hidden * hidden)
+
+
 class _Layer:
     """Work of one layer; `mlp` is the part of its forward after the attention."""
 
     def __init__(self, config: TrainConfig, index: int) -> None:
         model, tp = config.model, config.parallel.tp
         tokens, own, width = _tokens(config), _own_tokens(config), WIDTHS[config.training.precision]
-        heads, groups = model.num_attention_heads // tp, max(model.kv_heads, tp) // tp
-        around = model.hidden_size * (2 * heads + 2 * groups) * model.head_width
+        heads = model.num_attention_heads // tp
         seen = _keys_seen(config.training.seq_length, model.window_on(index))
         inner, weights = self._inner(config, index)
         matrices = 3 if model.gated else 2
         residual = own * model.hidden_size * width
-        rotated = 2 * tokens * (heads + groups) * model.head_width * width
+        cut, whole, around = _around_attention(config)
         activation = inner * matrices * width  # what the non-linearity reads and writes: gate and up, or up alone, and its output
         self.core = Work(attention=4.0 * tokens * heads * model.head_width * seen)
         self.mlp = Work(2.0 * matrices * inner * model.hidden_size, 0.0, float(5 * residual + activation))
-        self.forward = Work(2.0 * tokens * around, 0.0, float(5 * residual + rotated)) + self.core + self.mlp
+        self.forward = Work(2.0 * (tokens * cut + own * whole), 0.0, 5 * residual + around) + self.core + self.mlp
         # Two products for each of the forward's; a fused kernel's backward makes five where its forward makes two.
         products, attention = 2 * self.forward.products, 2.5 * self.core.attention
-        accumulated = 8.0 * (around + weights)  # fp32 gradients are read and written
-        self.backward = Work(products, attention, 10 * residual + rotated + 5 / 3 * activation + accumulated)
+        accumulated = 8.0 * (cut + whole + weights)  # fp32 gradients are read and written
+        self.backward = Work(products, attention, 10 * residual + around + 5 / 3 * activation + accumulated)
 
     @staticmethod
     def _inner(config: TrainConfig, index: int) -> tuple[int, int]:
@@ -101,6 +110,22 @@ class _Layer:
         shared = (moe.shared_expert_ffn_hidden_size or 0) // parallel.tp
         held = moe.num_experts // parallel.ep * (model.expert_width // parallel.expert_tp)
         return _own_tokens(config) * moe.top_k * model.expert_width + tokens * shared, matrices * (held + shared)
+
+
+def _around_attention(config: TrainConfig) -> tuple[int, int, float]:
+    """(weights that all tokens of the rank go through, those that only the tokens do that are cut here under sequence parallelism, bytes
+    that rotating takes and, of latent attention, norming the latents, putting heads together and cutting their values back)."""
+    model, tp = config.model, config.parallel.tp
+    tokens, own, width = _tokens(config), _own_tokens(config), WIDTHS[config.training.precision]
+    heads, groups, mla = model.num_attention_heads // tp, max(model.kv_heads, tp) // tp, model.mla
+    if mla is None:
+        return model.hidden_size * 2 * (heads + groups) * model.head_width, 0, 2.0 * tokens * (heads + groups) * model.head_width * width
+    queries, outputs = mla.q_lora_rank or model.hidden_size, mla.qk_nope_head_dim + mla.v_head_dim
+    cut = heads * (queries * mla.qk_head_dim + mla.kv_lora_rank * outputs + mla.v_head_dim * model.hidden_size)
+    latents = (mla.q_lora_rank or 0) + mla.kv_lora_rank
+    # Read are queries, and keys with values; written three of full width; values are cut out of what is attended to.
+    moved = heads * (4 * mla.qk_head_dim + outputs + 2 * mla.v_head_dim)
+    return cut, model.hidden_size * (latents + mla.qk_rope_head_dim), float(width * (tokens * moved + 2 * own * latents))
 
 
 def _keys_seen(length: int, window: int | None) -> float:

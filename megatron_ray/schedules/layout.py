@@ -31,6 +31,10 @@ class StageContents:
     loss: bool = False
     mtp_layers: tuple[int, ...] = ()
 
+    def further(self, num_layers: int) -> tuple[int, ...]:
+        """Numbers, in a model of so many layers, of those that predict further tokens."""
+        return tuple(num_layers + depth for depth in self.mtp_layers)
+
 
 def parse_layout(text: str, num_layers: int, num_mtp_layers: int = 0) -> tuple[StageContents, ...]:
     """Stages of a layout string. Raises LayoutError."""

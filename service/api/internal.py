@@ -13,6 +13,7 @@ from megatron_ray.rules.problem import Problem
 from service import jobs, records, submissions
 from service.context import Context, Service
 from service.errors import ProblemError
+from service.room import Room
 from service.schema import ClusterRow, JobRow
 from service.spec_problems import pointer_to
 from workers.states import DesiredState
@@ -95,12 +96,16 @@ async def desired_job(job_id: str, service: Service, after: int = 0, wait_s: Wai
 
 
 def _take_report(service: Context, given: AgentReport) -> None:
+    with service.store.read() as session:
+        unresolved = submissions.unresolved(session, given.cluster)
+    room = Room(given.nodes)
+    answers = {job: submissions.answer(spec, room, job_dir) for job, (spec, job_dir) in unresolved.items()} if room.known else {}
     with service.store.write() as session:
         row = jobs.lock_cluster(session, given.cluster)
         before = None if row.report is None else AgentReport.model_validate(row.report)
         row.report, row.reported_at = given.model_dump(mode="json"), time.time()
         session.flush()
-        submissions.settle(session, row)
+        submissions.settle(session, row, answers)
         session.flush()
         jobs.admit(session, row)
         if before is None or (before.drivers, before.orphans, before.agent_id) != (given.drivers, given.orphans, given.agent_id):

@@ -175,8 +175,8 @@ class PlanMemory(Body):
     optimizer_bytes: int
     gathered_bytes_estimate: int
     """Weights that ZeRO-3 gathers for a while."""
-    activations_bytes_estimate: int | None
-    """Peak of the microbatches under way, from tensor shapes; None where there is no formula for the model's attention."""
+    activations_bytes_estimate: int
+    """Peak of the microbatches under way, from tensor shapes."""
     total_bytes_estimate: int
     vocab_size: int
     """Vocabulary the numbers are for."""

@@ -164,10 +164,8 @@ def _unknowns(spec: JobSpec, room: Room, device: Hardware | None, known: Estimat
         notes.append("paths were not checked: no agent answered")
     if known is None:
         return [*notes, "memory is not known before the tokenizer's file is read; set model.vocab_size to see it"]
-    if known.memory.activations_bytes_estimate is None:
-        notes.append("activations are not estimated for latent attention and the prediction of several tokens; the total is without them")
     if known.communication is None:
-        notes.append("communication is not counted where torch gathers weights (zero=3), nor for latent attention and several tokens")
+        notes.append("communication is not counted where torch gathers weights (zero=3)")
     if device is None:
         notes.append("no time is estimated: what the job would run on is not known; name a device with hardware")
     elif known.time is None:

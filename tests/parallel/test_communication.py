@@ -28,7 +28,25 @@ SHAPE = LLAMA | {
     "head_dim": 8,
 }
 MOE = SHAPE | {"moe": EXPERTS | {"num_experts": 16, "capacity_factor": 1.0, "pad_to_capacity": True}}
+LATENT: dict[str, Any] = {name: value for name, value in SHAPE.items() if name not in ("num_query_groups", "head_dim")}
+LATENT["mla"] = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+DIRECT = LATENT | {"mla": LATENT["mla"] | {"q_lora_rank": None}}
+FURTHER = {"mtp": {"num_layers": 2}}
+DEEPSEEK = LATENT | {
+    "mtp": {"num_layers": 1},
+    "moe": MOE["moe"]
+    | {
+        "score_function": "sigmoid",
+        "expert_bias": True,
+        "num_groups": 4,
+        "group_top_k": 2,
+        "shared_expert_ffn_hidden_size": 32,
+        "aux_loss": "seq_aux_loss",
+        "layer_pattern": [0, *[1] * 7],
+    },
+}
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 2}
+CORE = {"granularity": "selective", "modules": ("core_attention", "mlp")}
 Sent = Counter[tuple[Group, str]]
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
@@ -59,6 +77,24 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         MOE | {"moe": MOE["moe"] | {"shared_expert_ffn_hidden_size": 32, "score_function": "sigmoid", "expert_bias": True}},
         {"tp": 2, "sequence_parallel": True, "ep": 4, "cp": 2},
         {"recompute": {"granularity": "selective", "modules": ("moe",)}},
+    ),
+    ("latent attention, tp with sequence parallelism", LATENT, {"tp": 8, "sequence_parallel": True}, {}),
+    ("latent attention, tp without", LATENT, {"tp": 8}, {}),
+    ("latent attention with direct queries", DIRECT, {"tp": 4, "sequence_parallel": True, "zero": 0}, {}),
+    ("latent attention in a ring", LATENT, {"tp": 2, "sequence_parallel": True, "cp": 4}, {}),
+    ("latent attention, heads exchanged", LATENT | FURTHER, {"tp": 2, "cp": 4, "cp_method": "a2a"}, {"precision": "fp32"}),
+    ("latent attention, gathered keys", LATENT | FURTHER, {"cp": 4, "cp_method": "all_gather"}, {"recompute": CORE}),
+    ("further tokens", SHAPE | FURTHER, {"tp": 4, "sequence_parallel": True}, {}),
+    ("further tokens in a pipeline", SHAPE | FURTHER, {"tp": 2, "pp": 4, "layout": "Ett|tt|ttt|tmmL"}, {}),
+    ("further tokens, tied embeddings", SHAPE | FURTHER | {"tie_embeddings": True}, {"pp": 2, "vpp": 2, "bucket_elements": 5000}, {}),
+    ("further tokens in a V", LATENT | FURTHER, {"tp": 2, "pp": 4, "vpp": 2, "schedule": "zb-v"}, {}),
+    ("further tokens recomputed", LATENT | FURTHER, {"tp": 4, "sequence_parallel": True, "pp": 2}, {"recompute": FULL}),
+    ("deepseek", DEEPSEEK, {"tp": 2, "sequence_parallel": True, "ep": 8, "pp": 4, "layout": "Ett|ttt|tt|tmL"}, {}),
+    (
+        "deepseek in all directions",
+        DEEPSEEK,
+        {"tp": 4, "sequence_parallel": True, "ep": 2, "etp": 2, "pp": 2, "cp": 2},
+        {"recompute": FULL},
     ),
 ]
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ray.config.presets import PRESETS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.mesh import ParallelMesh, World
@@ -17,7 +18,7 @@ from megatron_ray.planning.memory import fullest_rank, rank_memory
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.matrix import EXPERTS, Entry
-from tests.parallel.parity import RandomDataset
+from tests.parallel.parity import RandomDataset, make_config
 from tests.parallel.test_matrix import MATRIX
 from tests.parallel.test_meta_step import world
 
@@ -95,11 +96,51 @@ def test_activations_of_a_microbatch_are_within_a_tenth(entry: Entry, precision:
     fields["training"]["seq_length"] = 64
     if entry.experts:  # nobody is there to say how many rows come
         fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
-    config = TrainConfig.from_mapping(fields)
+    assert_kept(TrainConfig.from_mapping(fields), within=0.1)
+
+
+def assert_kept(config: TrainConfig, within: float) -> None:
+    """Of every stage on the last rank."""
     dims = ParallelDims.of(config.parallel)
     rank = dims.world_size - 1
     with world(rank, dims.world_size):
         mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, "cpu"))
         model, _ = build(config, mesh, initialise=False)
         for stage in model.module.held:
-            assert kept_by_stage(config, stage) == pytest.approx(kept(model, stage, config, mesh), rel=0.1)
+            assert kept_by_stage(config, stage) == pytest.approx(kept(model, stage, config, mesh), rel=within)
+
+
+ROOM = {"capacity_factor": 1.0, "pad_to_capacity": True}
+DEEPSEEK = PRESETS["deepseek-tiny"] | {"vocab_size": 259, "mtp": {"num_layers": 2}}
+DEEPSEEK_WITH_ROOM = DEEPSEEK | {"moe": DEEPSEEK["moe"] | ROOM}
+DENSE = {name: value for name, value in DEEPSEEK.items() if name != "moe"}
+DEEPSEEK_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "alone": (DEEPSEEK_WITH_ROOM, {}, {}),
+    "tp-sp": (DENSE, {"tp": 2, "sequence_parallel": True}, {}),
+    "tp": (DENSE, {"tp": 2}, {}),
+    "direct-queries": (
+        DENSE | {"mla": DENSE["mla"] | {"q_lora_rank": None}, "tie_embeddings": True},
+        {"tp": 2, "sequence_parallel": True},
+        {},
+    ),
+    "ring": (DENSE, {"tp": 2, "cp": 2}, {}),
+    "heads-exchanged": (DENSE, {"cp": 2, "cp_method": "a2a"}, {}),
+    "pipeline": (DEEPSEEK_WITH_ROOM, {"tp": 2, "sequence_parallel": True, "pp": 2, "layout": "Ettt|tmmL"}, {}),
+    "recomputed": (DENSE, {"pp": 2, "vpp": 2}, {"granularity": "full", "method": "uniform", "num_layers": 1}),
+    "norms": (DENSE, {"tp": 2}, {"granularity": "selective", "modules": ("norm", "activation", "core_attention")}),
+    "dropout": (DENSE | {"hidden_dropout": 0.2}, {"tp": 2, "sequence_parallel": True}, {}),
+}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", DEEPSEEK_CASES)
+def test_latent_attention_and_further_tokens_are_planned_as_they_are(case: str, precision: str) -> None:
+    model, parallel, recompute = DEEPSEEK_CASES[case]
+    config = make_config(model, {"dp": 1} | parallel, steps=1, precision=precision)
+    fields = config.model_dump()
+    fields["training"] |= {"seq_length": 64, "micro_batch_size": 1, "recompute": recompute}
+    config = TrainConfig.from_mapping(fields)
+    for rank in (0, ParallelDims.of(config.parallel).world_size - 1):
+        planned = rank_memory(config, rank)
+        assert (planned.parameters_bytes, planned.gradients_bytes, planned.optimizer_bytes) == held(config, rank)
+    assert_kept(config, within=0.01)

@@ -1,11 +1,13 @@
 """Plans: the same numbers as the parameter table, and nothing started."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import local_parameters
+from service import plan as planning
 from workers.job import JobSpec
 
 
@@ -146,7 +148,31 @@ def test_what_cannot_fit_into_the_gpus_is_refused_with_the_nearest_layout_that_d
     refused = service.user.post("/v1/jobs", json=wanted)
     assert refused.status_code == 422 and refused.json()["errors"] == found["problems"]
     assert service.user.post("/v1/plans?hardware=B200", json=wanted).json()["problems"] == []
+    (problem,) = plan(service, wanted | {"training": wanted["training"] | {"precision": "fp32"}})["problems"]
+    assert "no layouts are compared for fp32 on H100" in problem["detail"]
     assert service.user.get("/v1/jobs").json()["data"] == []
+
+
+def test_search_for_a_layout_that_fits_keeps_nobody_from_writing(
+    service: Any, spec: dict[str, Any], make_node: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = service.submit(spec | LARGE | {"parallel": {"tp": 8, "dp": 8}})
+    others, search = [], planning.nearest
+
+    def searching(*given: Any) -> Any:
+        with ThreadPoolExecutor() as threads:  # would wait for the lock for ever
+            others.append(threads.submit(service.submit).result(timeout=10))
+        return search(*given)
+
+    monkeypatch.setattr(planning, "nearest", searching)
+    nodes = [make_node(f"n{index}", cpus=96, gpus=8, accelerator_type="H100") for index in range(8)]
+    service.agent.report(*nodes)
+    failed = service.job(large["id"])
+    assert failed["status"] == "failed" and "the nearest layout that fits is" in failed["problem"]["detail"]
+    (other,) = others
+    assert service.job(other["id"])["status_reason"] == "waiting_agent", "came too late for this report"
+    service.agent.report(*nodes)
+    assert service.job(other["id"])["status_reason"] == "preparing_data"
 
 
 def test_gpus_of_an_unknown_kind_refuse_nothing(service: Any, spec: dict[str, Any], make_node: Any) -> None:

@@ -5,9 +5,13 @@ from typing import Any
 import pytest
 
 from megatron_ray import validation
+from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.flops import matmul_parameters
 from megatron_ray.planning.hardware import HARDWARE, hardware_named
 from megatron_ray.planning.step_time import StepTime, step_time
+from megatron_ray.planning.work import stage_work
+from megatron_ray.schedules.plan import plan_pipeline
 from tests.bench.plan import FILE, GOAL, TOLERANCE, load
 
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
@@ -63,6 +67,28 @@ def test_longer_steps_hide_the_bubble_and_faster_devices_are_faster() -> None:
     assert few.bubble_share > 0.4 and many.bubble_share < 0.06
     chips = [plan("llama3-8b", {"tp": 2, "dp": 4}, batch=32, hardware=name).step_s for name in ("A100", "H100", "H200", "B200")]
     assert chips == sorted(chips, reverse=True)
+
+
+@pytest.mark.parametrize("model", ["llama3-8b", "deepseek-v2-lite", "deepseek-v3"])
+def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
+    """But for routers, which are small, and for what ranks do alike where tokens are not cut over them."""
+
+    def products(**parallel: Any) -> float:
+        batch = {"seq_length": 8192, "global_batch_size": 1, "steps": 1, "precision": "bf16"}
+        fields = {
+            "model": {"preset": model, "vocab_multiple": 1},
+            "parallel": {"dp": 1} | parallel,
+            "data": {"train": [{"path": "unused"}]},
+        }
+        config = TrainConfig.from_mapping(fields | {"training": batch, "optimizer": {"lr": 1e-4}})
+        return config.parallel.tp * stage_work(config, plan_pipeline(config).held(0)[0]).products
+
+    whole = ModelConfig(preset=model)  # type: ignore[call-arg]
+    mixtures = [whole.experts_on(layer) for layer in range(whole.num_layers + whole.further_layers)]
+    routers = whole.hidden_size * sum(moe.num_experts for moe in mixtures if moe is not None)
+    expected = 6.0 * 8192 * (matmul_parameters(whole) - routers)
+    assert products() == products(tp=4, sequence_parallel=True, etp=1) == expected
+    assert (products(tp=4, etp=1) > expected) == (whole.mla is not None)
 
 
 def test_parts_add_up() -> None:

@@ -1,6 +1,7 @@
 """Suggestions are legal, fit, and come in the order of their time."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,15 @@ def config(model: dict[str, Any], *, batch: int = 256, **parallel: Any) -> Train
     return TrainConfig.from_mapping(fields)
 
 
-@pytest.mark.parametrize("model", [{"preset": "llama3-8b"}, MOE | {"moe": {"num_experts": 8, "top_k": 2}}], ids=["dense", "experts"])
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"preset": "llama3-8b"},
+    "experts": MOE | {"moe": {"num_experts": 8, "top_k": 2}},
+    "latent": {"preset": "deepseek-v2-lite"},
+    "further": {"preset": "llama3-8b", "num_layers": 31, "mtp": {}},
+}
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> None:
     found = suggest(config(model), 32, H100, most=5)
     assert len(found) == 5
@@ -47,8 +56,9 @@ def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> No
     assert steps == sorted(steps)
 
 
-def test_none_is_missed_by_looking_at_the_most_promising_first() -> None:
-    quick, all_of_them = (suggest(config({"preset": "llama3-8b"}, batch=64), 16, H100, most=most) for most in (3, 10_000))
+@pytest.mark.parametrize("model", [MODELS["dense"], MODELS["dense"] | {"mtp": {}}], ids=["dense", "further"])
+def test_none_is_missed_by_looking_at_the_most_promising_first(model: dict[str, Any]) -> None:
+    quick, all_of_them = (suggest(config(model, batch=64), 16, H100, most=most) for most in (3, 10_000))
     assert [one.time for one in quick] == [one.time for one in all_of_them[:3]] and len(all_of_them) > 10
 
 
@@ -57,6 +67,11 @@ def test_405b_on_1024_devices_takes_seconds_at_most_and_stays_inside_nodes() -> 
     found = suggest(config({"preset": "llama3-405b"}, batch=1536), 1024, H100)
     assert time.process_time() - start < 8  # 2 where nobody else is at work
     assert found and all(suggestion.config.parallel.tp <= 8 and suggestion.config.parallel.pp > 1 for suggestion in found)
+
+
+def test_layers_that_predict_further_tokens_have_a_place_in_a_layout_of_uneven_stages() -> None:
+    found = nearest(config({"preset": "llama3-8b", "num_layers": 29, "mtp": {}}, tp=8, pp=4), 32, H100)
+    assert found is not None and found.config.parallel.layout == "Ettttttt|(tttttttt|)*2ttttttmL"
 
 
 def test_the_nearest_layout_changes_as_little_as_possible() -> None:
@@ -70,5 +85,5 @@ def test_the_nearest_layout_changes_as_little_as_possible() -> None:
 
 
 def test_what_cannot_be_estimated_is_not_suggested() -> None:
-    assert suggest(config({"preset": "llama3-8b", "mtp": {}}), 8, H100) == []
+    assert suggest(config({"preset": "llama3-8b"}), 8, replace(H100, efficiencies={})) == []
     assert suggest(config({"preset": "llama3-8b"}), 8, HARDWARE["CPU"]) != []
