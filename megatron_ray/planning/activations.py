@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.parameters import padded_vocabulary
+from megatron_ray.planning.microbatch import local_vocabulary, own_tokens_of, tokens_of, width_of
 from megatron_ray.schedules.layout import StageContents
 
 _STATISTICS = {"rmsnorm": 4, "layernorm": 8}
@@ -70,9 +70,8 @@ class LayerActivations:
 def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     """Of a layer on one rank."""
     model, parallel = config.model, config.parallel
-    tp, cut = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
-    tokens, width = _tokens(config), _width(config)
-    residual = width * tokens * model.hidden_size // cut
+    tp, tokens, own, width = parallel.tp, tokens_of(config), own_tokens_of(config), width_of(config)
+    residual = width * own * model.hidden_size
     heads = tokens * model.num_attention_heads // tp
     attended = 4 + _own_output(config) * width
     scores = heads * config.training.seq_length * (4 + 1 + width) if model.attention_dropout else heads * attended
@@ -80,17 +79,17 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     if moe is None:
         inner = width * tokens * model.ffn_width // tp
     else:  # rows come gathered over etp and balanced over ep
-        inner = width * tokens * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0)) // cut
+        inner = width * own * (moe.top_k * model.expert_width + (moe.shared_expert_ffn_hidden_size or 0))
         back = parallel.expert_tp if parallel.dispatcher == "allgather" else 1
-        copies = moe.top_k * residual * (parallel.expert_tp + back) + tokens // cut * _routing(moe)
+        copies = moe.top_k * residual * (parallel.expert_tp + back) + own * _routing(moe)
     return LayerActivations(
         layer_input=residual,
-        norm=2 * residual + 2 * _STATISTICS[model.norm] * tokens // cut,
+        norm=2 * residual + 2 * _STATISTICS[model.norm] * own,
         core_attention=scores,
         pre_activation=inner * (2 if model.gated else 1),
         activation=inner,
         experts=copies,
-        rest=residual + _around_attention(config, width, tokens) + (2 * residual // width if model.hidden_dropout else 0),
+        rest=residual + _around_attention(config) + (2 * residual // width if model.hidden_dropout else 0),
     )
 
 
@@ -101,18 +100,18 @@ def _own_output(config: TrainConfig) -> int:
     return model.head_width if exchanged or model.value_width < model.head_width else 0
 
 
-def _around_attention(config: TrainConfig, width: int, tokens: int) -> int:
+def _around_attention(config: TrainConfig) -> int:
     """Queries, keys, values and what goes on; latents before them."""
-    model, parallel = config.model, config.parallel
-    tp, cut = parallel.tp, parallel.tp if parallel.sequence_parallel else 1
+    model, tp, tokens, width = config.model, config.parallel.tp, tokens_of(config), width_of(config)
+    heads = tokens * model.num_attention_heads // tp
     if model.mla is None:
-        heads = tokens * model.num_attention_heads // tp
         normed = heads + tokens * max(model.kv_heads, tp) // tp  # heads of tokens, queries and keys together
         return width * 2 * normed * model.head_width + model.qk_norm * normed * (width * model.head_width + _STATISTICS[model.norm])
     mla, norms = model.mla, 2 if model.mla.q_lora_rank is not None else 1
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
-    heads = tokens * model.num_attention_heads // tp
-    return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + tokens // cut * (width * latents + norms * _STATISTICS[model.norm])
+    return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + own_tokens_of(config) * (
+        width * latents + norms * _STATISTICS[model.norm]
+    )
 
 
 def _routing(moe: MoEConfig) -> int:
@@ -172,40 +171,25 @@ def recomputed_by_stage(config: TrainConfig, stage: StageContents) -> int:
 
 def _kept_by_embedding(config: TrainConfig) -> int:
     """8 T of ids, and T H / s of a mask with hidden dropout."""
-    tokens, cut = _tokens(config), config.parallel.tp if config.parallel.sequence_parallel else 1
-    return 8 * tokens + (tokens * config.model.hidden_size // cut if config.model.hidden_dropout else 0)
+    return 8 * tokens_of(config) + (own_tokens_of(config) * config.model.hidden_size if config.model.hidden_dropout else 0)
 
 
 def _kept_by_joining(config: TrainConfig) -> int:
     """Of a further token's embedding and what came before: w T H / s of the one before its norm, 2 w T H / s of both behind theirs, both
     norms' statistics, and w T H / s of the other, which the head has kept already where it is not gathered."""
-    model, parallel, width = config.model, config.parallel, _width(config)
-    cut = parallel.tp if parallel.sequence_parallel else 1
-    parts = 4 if cut > 1 else 3
-    return (parts * width * model.hidden_size + 2 * _STATISTICS[model.norm]) * _tokens(config) // cut
+    model, own = config.model, own_tokens_of(config)
+    parts = 4 if own < tokens_of(config) else 3
+    return (parts * width_of(config) * model.hidden_size + 2 * _STATISTICS[model.norm]) * own
 
 
 def _kept_by_head(config: TrainConfig) -> int:
     """w T H / s + 4 (or 8) T / s of the last norm's input and statistics, w T H of its output (gathered under sequence parallelism), and
     w T V / tp, which are the logits and then their gradient."""
-    model, parallel, width = config.model, config.parallel, _width(config)
-    tokens, cut = _tokens(config), parallel.tp if parallel.sequence_parallel else 1
-    norm = (width * model.hidden_size + _STATISTICS[model.norm]) * tokens // cut
-    return norm + width * tokens * model.hidden_size + width * tokens * _local_vocabulary(config)
+    model, tokens, width = config.model, tokens_of(config), width_of(config)
+    norm = (width * model.hidden_size + _STATISTICS[model.norm]) * own_tokens_of(config)
+    return norm + width * tokens * model.hidden_size + width * tokens * local_vocabulary(config)
 
 
 def working_head(config: TrainConfig) -> int:
     """Bytes that the loss needs for a moment: logits of all tokens widened to fp32."""
-    return 4 * _tokens(config) * _local_vocabulary(config)
-
-
-def _local_vocabulary(config: TrainConfig) -> int:
-    return padded_vocabulary(config.model, config.parallel.tp) // config.parallel.tp
-
-
-def _tokens(config: TrainConfig) -> int:
-    return config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
-
-
-def _width(config: TrainConfig) -> int:
-    return 2 if config.training.precision == "bf16" else 4
+    return 4 * tokens_of(config) * local_vocabulary(config)

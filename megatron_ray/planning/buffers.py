@@ -10,11 +10,9 @@ from megatron_ray.bucket_plan import BucketPlan, plan_buckets
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import LocalParameter, freeze, local_parameters
+from megatron_ray.planning.microbatch import width_of
 from megatron_ray.row_shards import shard_rows
 from megatron_ray.schedules.plan import PipelinePlan
-
-WIDTHS = {"fp32": 4, "bf16": 2}
-"""Bytes of an activation, by precision."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +101,6 @@ def _planned_buffers(config: TrainConfig, dims: ParallelDims, table: Sequence[Lo
             found.append(PlannedBuffer(plan, of_expert, 4, len(group), group.index(rank), sharded=False))
             continue
         plan = plan_buckets(parameters, len(group), config.parallel.bucket_elements)
-        width, sharded = WIDTHS[config.training.precision], config.parallel.zero == 1
+        width, sharded = width_of(config), config.parallel.zero == 1
         found.append(PlannedBuffer(plan, of_expert, width, len(group), group.index(rank), sharded))
     return found

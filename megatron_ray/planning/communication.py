@@ -16,8 +16,8 @@ from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import Part
-from megatron_ray.planning.buffers import WIDTHS, PlannedBuffer, RankBuffers, is_fully_sharded, rank_buffers
-from megatron_ray.planning.memory import num_microbatches
+from megatron_ray.planning.buffers import PlannedBuffer, RankBuffers, is_fully_sharded, rank_buffers
+from megatron_ray.planning.microbatch import num_microbatches, own_tokens_of, tokens_of, width_of
 from megatron_ray.schedules.layout import StageContents
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.training.commands import Command
@@ -83,7 +83,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
 
 def transfer_bytes(config: TrainConfig) -> int:
     """Of one message between stages."""
-    return _Microbatch(config, Tally({})).own * config.model.hidden_size * WIDTHS[config.training.precision]
+    return own_tokens_of(config) * config.model.hidden_size * width_of(config)
 
 
 def _neighbours(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:
@@ -125,12 +125,9 @@ class _Microbatch:
     """Adds what parts of the model send to a tally."""
 
     def __init__(self, config: TrainConfig, tally: Tally) -> None:
-        model, parallel, training = config.model, config.parallel, config.training
-        self.config, self.model, self.parallel, self.tally = config, model, parallel, tally
-        self.width = WIDTHS[training.precision]
-        self.tokens = training.seq_length * training.micro_batch_size // parallel.cp
-        self.own = self.tokens // parallel.tp if parallel.sequence_parallel else self.tokens
-        self.hidden = self.width * model.hidden_size
+        self.config, self.model, self.parallel, self.tally = config, config.model, config.parallel, tally
+        self.width, self.tokens, self.own = width_of(config), tokens_of(config), own_tokens_of(config)
+        self.hidden = self.width * config.model.hidden_size
         """Bytes of a token's activations."""
 
     # ---- tensor parallelism: Megatron-LM's f and g, and their sequence-parallel forms

@@ -12,7 +12,8 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parameters import LocalParameter
 from megatron_ray.planning.activations import kept_by_stage, recomputed_by_stage, working_head
-from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers, is_fully_sharded, rank_buffers
+from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded, rank_buffers
+from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
 
@@ -91,7 +92,7 @@ def state_memory(config: TrainConfig, dims: ParallelDims, held: RankBuffers) -> 
 
 def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
     """Weights of the layer at work and of the next one, one layer's gradients, and what belongs to no layer, which stays whole."""
-    width = WIDTHS[config.training.precision]
+    width = width_of(config)
     layers: dict[str, int] = {}
     outside = 0
     for parameter in table:
@@ -119,10 +120,3 @@ def _peak(kept_and_released: Sequence[int], kept: Sequence[int]) -> int:
         now += kept[event - 1] if event > 0 else -kept[-event - 1]
         most = max(most, now)
     return most
-
-
-def num_microbatches(config: TrainConfig) -> int:
-    """Of a step, on each rank. Raises ValueError while dp is not resolved."""
-    if config.parallel.dp == "auto":
-        raise ValueError("parallel.dp is not resolved")
-    return max(1, config.training.global_batch_size // (config.training.micro_batch_size * config.parallel.dp))

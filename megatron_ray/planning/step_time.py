@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.flops import flops_per_token
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers, is_fully_sharded
+from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
 from megatron_ray.planning.communication import Axis, Kind, Tally, stage_communication, transfer_bytes, update_communication
 from megatron_ray.planning.hardware import Efficiency, Hardware
-from megatron_ray.planning.memory import num_microbatches
+from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble
 from megatron_ray.planning.work import Work, stage_work, update_work
 from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
@@ -179,7 +179,7 @@ def _microbatch(
 
 def _gathering(config: TrainConfig, dims: ParallelDims, held: RankBuffers, network: "_Network") -> float:
     """ZeRO-3: weights are gathered for the forward, for the backward and for a second forward; gradients are scattered in fp32."""
-    width, seconds = WIDTHS[config.training.precision], 0.0
+    width, seconds = width_of(config), 0.0
     passes = 3 if config.training.recompute.granularity == "full" else 2
     axes: tuple[tuple[Axis, bool, int], ...] = (("dp", False, dims.size("dp", "cp")), ("edp", True, dims.expert_dp))
     for axis, of_expert, size in axes:

@@ -16,9 +16,10 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.flops import attention_parameters
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.planning.buffers import WIDTHS, RankBuffers, distinct_buffers
+from megatron_ray.planning.buffers import RankBuffers, distinct_buffers
 from megatron_ray.planning.hardware import Hardware
-from megatron_ray.planning.memory import RankMemory, num_microbatches, state_memory, with_activations
+from megatron_ray.planning.memory import RankMemory, state_memory, with_activations
+from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble_share
 from megatron_ray.planning.step_time import StepTime, Update, parts_with, step_update
 from megatron_ray.schedules.plan import plan_pipeline
@@ -142,7 +143,7 @@ def _least_bytes(config: TrainConfig) -> tuple[float, float]:
     mixtures = [model.experts_on(layer) for layer in range(model.num_layers + model.further_layers)]
     dense = len(mixtures) * attention_parameters(model) + mixtures.count(None) * matrices * model.ffn_width
     experts = sum(moe.num_experts * matrices * model.expert_width for moe in mixtures if moe is not None)
-    each = WIDTHS[config.training.precision] + (0 if config.optimizer.freeze else 4)
+    each = width_of(config) + (0 if config.optimizer.freeze else 4)
     return float(dense * each), float(experts * each)
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.parameters import padded_vocabulary
-from megatron_ray.planning.buffers import WIDTHS
+from megatron_ray.planning.microbatch import local_vocabulary, own_tokens_of, tokens_of, width_of
 from megatron_ray.schedules.layout import StageContents
 
 
@@ -38,7 +37,7 @@ def stage_work(config: TrainConfig, stage: StageContents) -> Work:
     layers = [known[_kind(config, index)] for index in stage.layers]
     found = sum((layer.forward + layer.backward for layer in layers), Work()) + _recomputed(config, layers)
     embeddings = int(stage.embedding) + len(stage.mtp_layers)
-    found += Work(memory=3.0 * embeddings * _own_tokens(config) * config.model.hidden_size * WIDTHS[config.training.precision])
+    found += Work(memory=3.0 * embeddings * own_tokens_of(config) * config.model.hidden_size * width_of(config))
     for index in stage.further(config.model.num_layers):
         layer = _Layer(config, index)
         found += layer.forward + layer.backward + _recomputed(config, [layer]) + _joining(config) + _head(config)
@@ -56,26 +55,17 @@ def update_work(updated: int, trained: int) -> Work:
     return Work(memory=4.0 * trained + 42.0 * updated)
 
 
-def _tokens(config: TrainConfig) -> int:
-    return config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
-
-
-def _own_tokens(config: TrainConfig) -> int:
-    return _tokens(config) // (config.parallel.tp if config.parallel.sequence_parallel else 1)
-
-
 def _head(config: TrainConfig) -> Work:
     """Three products with the vocabulary, and six passes over the logits."""
-    tokens, rows = _tokens(config), padded_vocabulary(config.model, config.parallel.tp) // config.parallel.tp
-    width = WIDTHS[config.training.precision]
+    tokens, rows, width = tokens_of(config), local_vocabulary(config), width_of(config)
     return Work(6.0 * tokens * rows * config.model.hidden_size, 0.0, 6.0 * tokens * rows * width)
 
 
 def _joining(config: TrainConfig) -> Work:
     """Of a further token's embedding and what came before: three products of the projection, whose fp32 gradient is read and written, and
     trips of the three norms (2 forward, 3 backward) and of putting two inputs into one (4 each way)."""
-    own, hidden = _own_tokens(config), config.model.hidden_size
-    return Work(12.0 * own * hidden * hidden, 0.0, 23.0 * own * hidden * WIDTHS[config.training.precision] + 16.0 * hidden * hidden)
+    own, hidden = own_tokens_of(config), config.model.hidden_size
+    return Work(12.0 * own * hidden * hidden, 0.0, 23.0 * own * hidden * width_of(config) + 16.0 * hidden * hidden)
 
 
 class _Layer:
@@ -83,7 +73,7 @@ class _Layer:
 
     def __init__(self, config: TrainConfig, index: int) -> None:
         model, tp = config.model, config.parallel.tp
-        tokens, own, width = _tokens(config), _own_tokens(config), WIDTHS[config.training.precision]
+        tokens, own, width = tokens_of(config), own_tokens_of(config), width_of(config)
         heads = model.num_attention_heads // tp
         seen = _keys_seen(config.training.seq_length, model.window_on(index))
         inner, weights = self._inner(config, index)
@@ -102,21 +92,21 @@ class _Layer:
     @staticmethod
     def _inner(config: TrainConfig, index: int) -> tuple[int, int]:
         """(numbers between the two products of all MLPs here, elements of their weights)."""
-        model, parallel, tokens = config.model, config.parallel, _tokens(config)
+        model, parallel, tokens = config.model, config.parallel, tokens_of(config)
         matrices = (3 if model.gated else 2) * model.hidden_size
         moe = model.experts_on(index)
         if moe is None:
             return tokens * model.ffn_width // parallel.tp, matrices * model.ffn_width // parallel.tp
         shared = (moe.shared_expert_ffn_hidden_size or 0) // parallel.tp
         held = moe.num_experts // parallel.ep * (model.expert_width // parallel.expert_tp)
-        return _own_tokens(config) * moe.top_k * model.expert_width + tokens * shared, matrices * (held + shared)
+        return own_tokens_of(config) * moe.top_k * model.expert_width + tokens * shared, matrices * (held + shared)
 
 
 def _around_attention(config: TrainConfig) -> tuple[int, int, float]:
     """(weights that all tokens of the rank go through, those that only the tokens do that are cut here under sequence parallelism, bytes
     that rotating takes and, of latent attention, norming the latents, putting heads together and cutting their values back)."""
     model, tp = config.model, config.parallel.tp
-    tokens, own, width = _tokens(config), _own_tokens(config), WIDTHS[config.training.precision]
+    tokens, own, width = tokens_of(config), own_tokens_of(config), width_of(config)
     heads, groups, mla = model.num_attention_heads // tp, max(model.kv_heads, tp) // tp, model.mla
     if mla is None:
         return model.hidden_size * 2 * (heads + groups) * model.head_width, 0, 2.0 * tokens * (heads + groups) * model.head_width * width

@@ -54,6 +54,22 @@ def train(rank: int, world_size: int, settings: TrainConfig, data: PreparedData,
     return steps | dict([(0, (report.loss, 0.0)) for report in reports if isinstance(report, EvalReport)][-1:])
 
 
+def goes_on_here_and_elsewhere(
+    run: Run, settings: TrainConfig, elsewhere: TrainConfig, data: PreparedData, *, rel: float
+) -> tuple[dict[int, Any], str]:
+    """A whole run, and its checkpoint halfway, from which it goes on bit for bit as it is and, to `rel`, in another layout."""
+    here, there = (ParallelDims.of(each.parallel).world_size for each in (settings, elsewhere))
+    whole = run(train, here, settings, data, 1, None)[0]
+    assert settings.storage is not None
+    (half, _) = [info.path for info in list_checkpoints(settings.storage.path)]
+    commit(half, {}, [])
+    again = run(train, here, settings, data, 2, half)[0]
+    assert again == {step: whole[step] for step in (0, *range(5, 9))}, "bit for bit"
+    for step, values in run(train, there, elsewhere, data, 3, half)[0].items():
+        assert values == pytest.approx(whole[step], rel=rel), "the evaluation too"
+    return whole, half
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> PreparedData:
     (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
@@ -120,14 +136,7 @@ def test_every_layout_saves_resumes_evaluates_and_changes_places(
     run_ranks: Run, tmp_path: Path, corpus: PreparedData, parallel: dict[str, Any]
 ) -> None:
     one = run_ranks(train, 1, config(tmp_path / "one", 1, 1), corpus, 1, None)[0]
-    settings = config(tmp_path, 2, 1, **parallel)
-    piped = run_ranks(train, 4, settings, corpus, 1, None)[0]
+    settings, flat = config(tmp_path, 2, 1, **parallel), config(tmp_path / "flat", 1, 2)
+    piped, _ = goes_on_here_and_elsewhere(run_ranks, settings, flat, corpus, rel=2e-5)
     for step, values in piped.items():
         assert values == pytest.approx(one[step], rel=2e-5), "the evaluation too"
-    (half, _) = [info.path for info in list_checkpoints(str(tmp_path / "tp2"))]
-    commit(half, {}, [])
-    again = run_ranks(train, 4, settings, corpus, 2, half)[0]
-    assert again == {step: piped[step] for step in (0, *range(5, 9))}, "bit for bit"
-    flat = run_ranks(train, 2, config(tmp_path / "flat", 1, 2), corpus, 3, half)[0]
-    for step, values in flat.items():
-        assert values == pytest.approx(piped[step], rel=2e-5)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_ray.checkpoint.directory import commit, list_checkpoints
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepare import prepare
 from megatron_ray.data.sampler import sample_ids
@@ -16,7 +15,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from tests.parallel import parity
 from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, record_choices
 from tests.parallel.test_checkpoint_training import config as checkpoint_config
-from tests.parallel.test_checkpoint_training import train
+from tests.parallel.test_checkpoint_training import goes_on_here_and_elsewhere
 from tests.parallel.test_parity import STEPS, compare, distance_from
 from tests.ranks import run_ranks
 
@@ -158,14 +157,8 @@ def test_experts_and_their_bias_resume_exactly_and_change_places(tmp_path: Path)
     (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
     settings = with_experts(checkpoint_config(tmp_path, 1, 2, ep=2))
     data = prepare(settings.data, str(tmp_path / "cache"), seq_length=32)
-    whole = run_ranks(train, 2, settings, data, 1, None)[0]
-    half = list_checkpoints(str(tmp_path / "tp1"))[0].path
-    commit(half, {}, [])
-    again = run_ranks(train, 2, settings, data, 2, half)[0]
-    assert again == {step: whole[step] for step in (0, *range(5, 9))}, "bit for bit"
-    other = run_ranks(train, 4, with_experts(checkpoint_config(tmp_path, 2, 2, ep=2, etp=2)), data, 3, half)[0]
-    for step, values in other.items():
-        assert values == pytest.approx(whole[step], rel=1e-5), "the evaluation too"
+    elsewhere = with_experts(checkpoint_config(tmp_path, 2, 2, ep=2, etp=2))
+    _, half = goes_on_here_and_elsewhere(run_ranks, settings, elsewhere, data, rel=1e-5)
     model, tokenizer = load_model(half)
     moved = model.get_buffer("layers.1.moe.expert_bias.value")
     assert 0.01 <= float(moved.abs().max()) <= 0.041, "four steps"

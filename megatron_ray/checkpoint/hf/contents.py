@@ -4,6 +4,7 @@ too much or of another shape. Reads headers only. Torch-free; must not know: wha
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.table import family_named, read_model
@@ -83,7 +84,7 @@ class HfFolder:
             raise ConfigProblem(f"{text}, as its {CONFIG} describes it, does not have: {_some(extra)}")
         return places
 
-    @property
+    @cached_property
     def copies(self) -> Mapping[str, str]:
         """Stored tensor -> the one that it repeats, where both are there."""
         found = dict(self.family.copies(self.model))
