@@ -40,6 +40,20 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def ends_actors(ray_cluster: str) -> Iterator[None]:
+    """Ends every named actor after the test; one may end by itself meanwhile."""
+    yield
+    import ray
+
+    from workers.group import find_actor, kill
+
+    for name in ray.util.list_named_actors():
+        actor = find_actor(name, NAMESPACE)
+        if actor is not None:
+            kill(actor)
+
+
+@pytest.fixture
 def fake_service() -> Iterator[FakeService]:
     service = FakeService()
     service.up()

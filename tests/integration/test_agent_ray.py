@@ -76,9 +76,7 @@ def test_a_real_job_through_the_agent(agent: "subprocess.Popen[bytes]", fake_ser
     assert AGENT_TOKEN not in (tmp_path / "agent.log").read_text()
 
 
-def test_checks_orphans_and_reaping(
-    agent: "subprocess.Popen[bytes]", fake_service: FakeService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_checks_orphans_and_reaping(agent: "subprocess.Popen[bytes]", fake_service: FakeService, ends_actors: None, tmp_path: Path) -> None:
     import ray
 
     body = job(tmp_path, "job-check", tmp_path / "nowhere.txt")
@@ -105,8 +103,6 @@ def test_checks_orphans_and_reaping(
     assert f"{unknown}/w0" in fake_service.wait("orphans", lambda: fake_service.reports[-1]["orphans"])
     with pytest.raises(ValueError, match="placement group"):
         ray.util.get_placement_group(over)
-    for name in ray.util.list_named_actors():
-        ray.kill(ray.get_actor(name), no_restart=True)
 
 
 def test_an_agent_outlives_the_service_being_away(agent: "subprocess.Popen[bytes]", fake_service: FakeService) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,8 @@ def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def submit(ray_cluster: str, fake_service: FakeService, tmp_path: Path) -> Iterator[Submit]:
+def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Submit:
     """Does for one job what agent and service do: makes the driver, attaches it, admits the job once its data are ready."""
-    import ray
-
     from tests.integration.fake_job import FakeDriver
     from workers.agent_jobs import DriverRegistry
     from workers.wire import DesiredReply
@@ -64,9 +62,7 @@ def submit(ray_cluster: str, fake_service: FakeService, tmp_path: Path) -> Itera
         return job_id
 
     run.reconcile = reconcile  # type: ignore[attr-defined]
-    yield run
-    for name in ray.util.list_named_actors():
-        ray.kill(ray.get_actor(name), no_restart=True)
+    return run
 
 
 def actors(job_id: str) -> list[str]:

@@ -82,9 +82,7 @@ def spec(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_the_training_thread_calls_neither_ray_nor_http(ray_cluster: str, fake_service: FakeService, tmp_path: Path) -> None:
-    import ray
-
+def test_the_training_thread_calls_neither_ray_nor_http(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> None:
     from workers.agent_jobs import DriverRegistry
     from workers.wire import DesiredReply
 
@@ -94,13 +92,9 @@ def test_the_training_thread_calls_neither_ray_nor_http(ray_cluster: str, fake_s
     fake_service.want(job_id, desired="prepare", spec=spec(tmp_path), job_dir=str(tmp_path / "job"))
     registry.want(DesiredReply.model_validate({"revision": 1, "jobs": list(fake_service.jobs.values()), "terminal": []}))
     registry.reconcile()
-    try:
-        fake_service.wait("prepared data", lambda: fake_service.stored(job_id, kind="prepared"))
-        fake_service.want(job_id, desired="run")
-        fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
-    finally:
-        for name in ray.util.list_named_actors():
-            ray.kill(ray.get_actor(name), no_restart=True)
+    fake_service.wait("prepared data", lambda: fake_service.stored(job_id, kind="prepared"))
+    fake_service.want(job_id, desired="run")
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.steps(job_id, 1) == list(range(1, STEPS + 1))
     assert fake_service.stored(job_id, kind="checkpoint"), "it saved too"
     seen = set(json.loads((tmp_path / "job" / CALLS).read_text()))
