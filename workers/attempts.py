@@ -173,6 +173,8 @@ class Attempts:
         """Starts ranks and stays with them; a start that fails is an attempt that failed."""
         job = self._job
         newest = latest_committed(job.job_dir)
+        if job.entry.code_version != code_version():
+            self._group.kill_slots(self._group.slots)  # another version's processes: they may lack what this driver asks of them
         job.write(
             attempt=job.entry.attempt + 1,
             phase=Phase.STARTING,
@@ -199,24 +201,24 @@ class Attempts:
         return self._supervise(plan)
 
     def _start_ranks(self, plan: PlacementPlan) -> None:
-        """Workers, store, places, orders; each in the journal before the next. Raises GroupProblem."""
+        """Workers, places, store, orders; each in the journal before the next. Raises GroupProblem."""
         job, marks = self._job, [time.monotonic()]
-        if job.world_size > 1:
-            self._group.ensure_store()  # first, for all ranks wait for it
         staff = self._staff(plan)
         self._group.kill_slots(staff.dismissed)
         self._group.create(plan, staff.recruits, job.spec.resources.num_threads)
-        store = self._group.store_address(_START_TIMEOUT_S, job.stop_if_unwanted) if job.world_size > 1 else None
-        marks.append(time.monotonic())
         facts = self._group.probe(staff.posts, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)
         marks.append(time.monotonic())
         places = assign_ranks(staff.posted(facts), plan.dims)
+        store = None
+        if job.world_size > 1:  # rank 0 serves it: an attempt ends with any of its ranks, and the next one opens another
+            store = self._group.open_store(places[0].slot, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)
+        marks.append(time.monotonic())
         job.write(ranks=places, store=store)
         job.say.ranks(places)
         self._group.start(job.fence, start_orders(job.entry, plan.accelerator), _START_TIMEOUT_S, job.stop_if_unwanted)
         job.write(phase=Phase.RUNNING)
         marks.append(time.monotonic())
-        data: dict[str, Any] = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("store", "probe", "start"))}
+        data: dict[str, Any] = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("probe", "store", "start"))}
         self._leftovers.salvage()
         stepped_in = [place for place in places if place.slot in staff.stepped_in]
         data["stepped_in"] = [place.rank for place in stepped_in]

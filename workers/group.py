@@ -20,7 +20,6 @@ from workers.cluster import NODE_ID_LABEL
 from workers.orders import Fence, Fenced, NextReply, Poll, StartOrder
 from workers.placement import PlacementPlan, SlotFacts
 from workers.policies import FailureKind
-from workers.rendezvous import StoreServer
 from workers.staffing import Recruit
 
 GONE_S = 10.0
@@ -62,11 +61,6 @@ def worker_name(job_id: str, slot: int) -> str:
     return f"{job_id}/w{slot}"
 
 
-def store_name(job_id: str) -> str:
-    """Name of a job's store actor."""
-    return f"{job_id}/store"
-
-
 def find_actor(name: str, namespace: str) -> Any | None:
     """The living actor of that name, or None."""
     try:
@@ -83,7 +77,6 @@ class WorkerGroup:
         # Once, as every remote class that is made stays in memory, here and with Ray's head.
         as_actor: Any = ray.remote
         self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
-        self._store_class: Any = ray.remote(StoreServer)
         self._slots: dict[int, Any] = {}
         self._calls: dict[Any, int] = {}
 
@@ -156,23 +149,10 @@ class WorkerGroup:
         """Starts the attempt, orders by slot. Raises GroupProblem."""
         self._all({slot: self._slots[slot].start.remote(fence, order) for slot, order in orders.items()}, timeout_s, stop)
 
-    def ensure_store(self) -> Any:
-        """The job's store actor (Ray's handle), made unless it is there; it need not be up yet."""
-        options = {"name": store_name(self._job_id), "namespace": self._namespace, "lifetime": "detached", "get_if_exists": True}
-        return self._store_class.options(**options, num_cpus=0).remote()
-
-    def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
-        """Where the job's TCPStore answers; one that does not is made anew, once. Raises GroupProblem."""
-        for _ in range(2):
-            actor = self.ensure_store()
-            try:
-                host, port = self._all({0: actor.address.remote()}, timeout_s, stop)[0]
-                return str(host), int(port)
-            except GroupProblem as problem:
-                failure = problem
-                kill(actor)
-                self._await_gone(store_name(self._job_id))
-        raise GroupProblem(f"the store did not come up: {failure}")
+    def open_store(self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
+        """Host and port of the TCPStore that a worker serves from now on. Raises GroupProblem."""
+        ((host, port),) = self._all({slot: self._slots[slot].open_store.remote(fence)}, timeout_s, stop)
+        return host, port
 
     def _all(self, calls: Mapping[int, Any], timeout_s: float, stop: Callable[[], None]) -> list[Any]:
         """Results in slot order; `stop` may raise to end the wait."""
@@ -264,7 +244,7 @@ class WorkerGroup:
     def remove_all(self, num_slots: int) -> None:
         """Ends every actor of the job but its driver, and gives the placement group back."""
         self.drop_calls()
-        names = [worker_name(self._job_id, slot) for slot in range(num_slots)] + [store_name(self._job_id)]
+        names = [worker_name(self._job_id, slot) for slot in range(num_slots)]
         with ThreadPoolExecutor(max_workers=16) as pool:
             found = pool.map(lambda name: (name, find_actor(name, self._namespace)), names)
         killed = [(name, actor) for name, actor in found if actor is not None]

@@ -5,6 +5,7 @@ whoever has the highest (attempt, epoch). Torch is imported after the log is cap
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -174,8 +175,10 @@ class RankWorker:
         self._guard = threading.Lock()
         self._attempt: RankAttempt | None = None
         self._polled_at = time.monotonic()
-        for work in (self._preload, self._watch_lease):
-            threading.Thread(target=work, daemon=True).start()
+        self._store: Any = None
+        self._preloading = threading.Thread(target=self._preload, daemon=True)
+        for thread in (self._preloading, threading.Thread(target=self._watch_lease, daemon=True)):
+            thread.start()
 
     def probe(self, fence: Fence) -> SlotFacts:
         """Where this worker is. Keeps one alive that stands by."""
@@ -194,6 +197,19 @@ class RankWorker:
             domain=domain_of(nodes[0]) if nodes else "",
             local_dir=str(self._folder),
         )
+
+    def open_store(self, fence: Fence) -> tuple[str, int]:
+        """Host and port of the TCPStore that this process serves as long as it lives; each attempt has its own prefix in it.
+
+        The kernel picks the port. Raises Fenced.
+        """
+        self._admit(fence)
+        self._preloading.join()
+        if self._store is None:
+            from workers.stores import TCPStore
+
+            self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+        return self._address, self._store.port
 
     def start(self, fence: Fence, order: StartOrder) -> None:
         """Starts the attempt's training thread; repeating the same order changes nothing. Raises Fenced, Busy."""
@@ -268,8 +284,13 @@ class RankWorker:
         """Imports torch and the library while the driver is still probing; a failure is the training thread's to report."""
         if self._standby:
             let_ranks_go_first()
-        with contextlib.suppress(ImportError):
-            import workers.rank  # noqa: F401
+        gc.disable()  # nothing of it is garbage, and looking for some takes a tenth of the import
+        try:
+            with contextlib.suppress(ImportError):
+                import workers.rank  # noqa: F401
+        finally:
+            gc.freeze()  # nor will it be: collections while training need not look at it
+            gc.enable()
 
     def _watch_lease(self) -> None:
         while time.monotonic() - self._polled_at < LEASE_S:

@@ -79,6 +79,9 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
+        # A process that has run a task waits for another one even while ranks have all CPUs; Ray would end it after a second, and
+        # each check of a spec would begin with two seconds of imports.
+        "RAY_idle_worker_killing_time_threshold_ms": str(10 * 60 * 1000),
         "RAY_worker_niceness": "0",  # Ray's default of 15 lets everything else on the machine go before the ranks
         # A rank keeps its memory (megatron_ray.device.KeptMemory); what can no longer be set in a living process is set here.
         "MALLOC_ARENA_MAX": "1",  # a Ray worker has many arenas before a rank can say that it keeps its memory in one

@@ -1,7 +1,8 @@
 """Seconds from POST to the first training step, by phase, with Ray up: `cold` prepares the data, `warm` finds them prepared.
 
 `phases_s` add up to the whole, by the times of the history's events. `parts_s` look into the last two of them: what the driver waited
-for (store, probe: until the workers' processes answer, start) and what rank 0 did after its order.
+for (probe: until the workers' processes answer, store: until rank 0 has imported torch and serves it, start) and what rank 0 did after its
+order.
 """
 
 import statistics
@@ -57,7 +58,7 @@ def measure(road: Road, cache: str) -> tuple[float, dict[str, float], dict[str, 
     ends = [posted, *(seen[name] for name in PHASES.values())]
     phases = {phase: ends[index + 1] - ends[index] for index, phase in enumerate(PHASES)}
     (started,) = [event["data"] for event in events if event["type"] == "ranks.started"]
-    driver = {name: started[name] for name in ("store", "probe", "start")}
+    driver = {name: started[name] for name in ("probe", "store", "start")}
     rank = {event["data"]["phase"]: event["data"]["seconds"] for event in events if event["type"] == "rank.phase"}
     parts = {"place": phases["place and start"] - driver["store"] - driver["probe"], **driver, **rank}
     parts["step"] = phases["first step"] - driver["start"] - sum(rank.values())

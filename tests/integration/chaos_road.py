@@ -60,7 +60,7 @@ class Observer:
         return dict(until("an answer of Ray", self._try, 90))
 
     def actors(self, job_id: str) -> dict[str, int]:
-        """Living processes of a job by role: `driver`, `store`, `w<slot>`."""
+        """Living processes of a job by role: `driver`, `w<slot>`."""
         rows = (self._try() or {"actors": []})["actors"]
         return {
             row["name"].partition("/")[2]: row["pid"] for row in rows if row["name"].startswith(f"{job_id}/") and row["state"] == "ALIVE"

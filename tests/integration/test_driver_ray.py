@@ -1,4 +1,4 @@
-"""A job on a real Ray cluster: driver, workers, store and placement group are real; only the training loop is ten lines."""
+"""A job on a real Ray cluster: driver, workers and placement group are real; only the training loop is ten lines."""
 
 import os
 import signal

@@ -104,7 +104,7 @@ def crashes_in_a_loop(road: Road, observer: Observer) -> str:
 
 def goes_on_without(role: str) -> Way:
     def way(road: Road, observer: Observer) -> str:
-        two_ranks = {"parallel": {"tp": 2}} if role == "store" else {}  # a single rank needs no store
+        two_ranks = {"parallel": {"tp": 2}} if role == "w1" else {}
         job_id = submit(road, {**short(road, 60), **two_ranks})
         road.step(job_id, 2)
         kill_role(observer, job_id, role)
@@ -171,7 +171,7 @@ ALL: dict[Way, tuple[str, ...]] = {
     **SOME,
     crashes_in_a_loop: ("failed",),
     goes_on_without("w0"): ("succeeded",),
-    goes_on_without("store"): ("succeeded",),
+    goes_on_without("w1"): ("succeeded",),
     outlives("service"): ("succeeded",),
     outlives("agent"): ("succeeded",),
     is_cancelled_when("job.created"): ("cancelled",),

@@ -111,8 +111,8 @@ class PaperOutbox:
 
 
 class _Worker:
-    def __init__(self, slot: int, pid: int, standby: bool) -> None:
-        self.slot, self.pid, self.standby = slot, pid, standby
+    def __init__(self, slot: int, pid: int, standby: bool, version: str) -> None:
+        self.slot, self.pid, self.standby, self.version = slot, pid, standby, version
         self.order: StartOrder | None = None
         self.step, self.lines = 0, list[Line]()
         self.state = RankState.IDLE
@@ -131,9 +131,14 @@ class PaperCluster:
     def __init__(self, steps: int, every: int, dies: tuple[int, int] | None) -> None:
         self.steps, self.every, self.dies = steps, every, dies
         self.workers: dict[int, _Worker] = {}
-        self.store = self.placed = False
-        self.pids = 100
+        self.placed = False
+        self.pids, self.version = 100, "1"
         self.saves_on_stop = True
+
+    def recruit(self, recruit: Recruit) -> _Worker:
+        """A new process, of the code that is installed now."""
+        self.pids += 1
+        return _Worker(recruit.slot, self.pids, recruit.standby, self.version)
 
     def advance(self, worker: _Worker) -> None:
         """One step, unless the attempt is over; all ranks are told apart by nothing but their number."""
@@ -186,8 +191,7 @@ class PaperGroup:
     def create(self, plan: PlacementPlan, recruits: Iterable[Recruit], num_threads: int) -> None:
         for recruit in recruits:
             self._mortality.act()
-            self._cluster.pids += 1
-            self._cluster.workers.setdefault(recruit.slot, _Worker(recruit.slot, self._cluster.pids, recruit.standby))
+            self._cluster.workers.setdefault(recruit.slot, self._cluster.recruit(recruit))
             self._slots.add(recruit.slot)
 
     def adopt(self, slots: Iterable[int]) -> tuple[int, ...]:
@@ -195,13 +199,9 @@ class PaperGroup:
         self._slots |= wanted & self._cluster.workers.keys()
         return tuple(sorted(wanted - self._cluster.workers.keys()))
 
-    def ensure_store(self) -> None:
+    def open_store(self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
         self._mortality.act()
-        self._cluster.store = True
-
-    def store_address(self, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
-        self._mortality.act()
-        return "paper", 1
+        return "paper", self._cluster.workers[slot].pid
 
     def probe(self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
         return [self._facts(slot) for slot in sorted(slots)]
@@ -219,6 +219,7 @@ class PaperGroup:
             self._mortality.act()
             worker = self._cluster.workers[slot]
             assert worker.state is not RankState.RUNNING, "the ranks of the attempt before must have left"
+            assert worker.version == self._cluster.version, "a driver gives orders to processes of its own version"
             worker.order, worker.state, worker.stop, worker.lines = order, RankState.RUNNING, False, []
             worker.step = int(order.resume_from.rpartition("step-")[2].split("-")[0]) if order.resume_from else 0
 
@@ -276,5 +277,5 @@ class PaperGroup:
         self._mortality.act()
         self._cluster.workers.clear()
         self._mortality.act()
-        self._cluster.store = self._cluster.placed = False
+        self._cluster.placed = False
         self._slots.clear()

@@ -59,7 +59,7 @@ class Paper:
         }
         self.cluster = PaperCluster(steps=8, every=2, dies=dies)
         self.service = PaperService(spec, str(folder))
-        self.before_phase: Callable[[], None] = lambda: None
+        self.after_death: Callable[[], None] = lambda: None
 
     def live(self, mortality: Mortality) -> None:
         """One incarnation, to the job's end or its own."""
@@ -84,6 +84,8 @@ class Paper:
             patch.setattr(job_life.tasks, "end", lambda _: None)
             patch.setattr(job_life.tasks, "result", lambda _: {"prepared": PREPARED})
             patch.setattr(supervision, "ThreadPoolExecutor", AtOnce)
+            for user in (attempts, job_life):
+                patch.setattr(user, "code_version", lambda: self.cluster.version)
             patch.setattr(attempts, "TrainingGauges", lambda _: SimpleNamespace(show=_nothing))
             JobLife("job-p", str(self.folder), "paper", object).run()
 
@@ -93,12 +95,13 @@ class Paper:
         try:
             self.live(mortality)
         except DriverDies:
+            self.after_death()
             self.live(Mortality(0))
             return False
         return True
 
     def assert_nothing_left(self) -> None:
-        assert self.cluster.workers == {} and not self.cluster.store and not self.cluster.placed
+        assert self.cluster.workers == {} and not self.cluster.placed
         assert self.service.ignored == []
 
 
@@ -146,6 +149,20 @@ def test_a_job_with_a_failure_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         count = die_at
     assert stepped_in == ([1] if stand_by else []), "of the driver that nothing happened to"
     assert count > 60, "there are that many acts to die at"
+
+
+def test_the_next_driver_is_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def upgraded(paper: Paper) -> None:
+        paper.after_death = lambda: setattr(paper.cluster, "version", "2")
+
+    renewed = 0
+    for die_at, paper in lives(tmp_path, monkeypatch, upgraded):
+        paper.assert_nothing_left()
+        assert paper.service.state is JobState.SUCCEEDED, f"died at act {die_at}"
+        assert sorted(paper.service.steps) == list(range(1, 9)), f"died at act {die_at}"
+        states = [record.data for record in paper.service.said("state")]
+        renewed += any("new version" in (data.get("message") or "") for data in states)
+    assert renewed > 10, "running ranks go on to a checkpoint first"
 
 
 def test_a_cancelled_job_is_never_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
