@@ -209,16 +209,17 @@ class LocalStack:
 
     def _wait_for_ray(self, dashboard: str) -> bool:
         deadline = time.monotonic() + _RAY_START_S
-        while time.monotonic() < deadline:
-            self._pause()
-            if self._children["ray"].has_ended():
-                return False
-            try:
-                if httpx.get(f"{dashboard}/api/gcs_healthz", timeout=2.0, trust_env=False).status_code == 200:
-                    self._children["ray"].ready_at = time.monotonic()
-                    return True
-            except httpx.HTTPError:
-                pass  # not listening yet
+        with httpx.Client(timeout=2.0, trust_env=False) as client:
+            while time.monotonic() < deadline:
+                self._pause()
+                if self._children["ray"].has_ended():
+                    return False
+                try:
+                    if client.get(f"{dashboard}/api/gcs_healthz").status_code == 200:
+                        self._children["ray"].ready_at = time.monotonic()
+                        return True
+                except httpx.HTTPError:
+                    pass  # not listening yet
         return False
 
     def _wait_for_service(self) -> None:

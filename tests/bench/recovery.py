@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.integration.chaos_road import RankFile, answers, busy_workers, history, until
+from tests.integration.chaos_road import RankFile, busy_workers, history, until
 from tests.integration.road import Road, stack
 
 KILLS = 10
@@ -108,7 +108,7 @@ def kill_service(road: Road, job_id: str, file: RankFile) -> Measured:
     before = road.service_session()
     started = time.monotonic()
     os.kill(before.sid, signal.SIGKILL)
-    until("the service serving again", lambda: road.service_session() != before and answers(road), 120)
+    until("the service serving again", lambda: road.service_session() != before and road.answers(), 120)
     taken = time.monotonic() - started
     time.sleep(PAUSE_S)
     return taken, {}

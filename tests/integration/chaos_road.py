@@ -170,7 +170,7 @@ def service_away(road: Road) -> Iterator[None]:
                 yield
             finally:
                 send_signal(record.up_pid, record.up_start_ticks, signal.SIGCONT)
-                until("the service on another port", lambda: road.record.url != record.url and answers(road), 120)
+                until("the service on another port", lambda: road.record.url != record.url and road.answers(), 120)
     finally:
         send_signal(record.up_pid, record.up_start_ticks, signal.SIGCONT)
 
@@ -183,14 +183,6 @@ def listens(taken: socket.socket, port: int) -> bool:
         return False
     taken.listen(0)
     return True
-
-
-def answers(road: Road) -> bool:
-    """Whether the service does."""
-    try:
-        return httpx.get(f"{road.record.url}/healthz", timeout=2, trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 class RankFile:

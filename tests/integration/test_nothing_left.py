@@ -12,7 +12,6 @@ import pytest
 
 from tests.integration.chaos_road import (
     Observer,
-    answers,
     assert_nothing_left,
     history,
     kill,
@@ -120,7 +119,7 @@ def outlives(name: str) -> Way:
         road.step(job_id, 2)
         before = session(road, name)
         kill_session(before)
-        until(f"another {name}", lambda: session(road, name) != before and answers(road), 60)
+        until(f"another {name}", lambda: session(road, name) != before and road.answers(), 60)
         return job_id
 
     way.__name__ = f"outlives_{name}"
