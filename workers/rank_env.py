@@ -102,13 +102,14 @@ def see_gpu(index: int) -> None:
 
 
 def run_before_others() -> None:
-    """Gives the calling thread, and those it starts, the ordinary priority back where that is permitted.
+    """Gives this process the ordinary priority where that is permitted: all its threads, for they share the interpreter's lock.
 
     Ray starts its workers at niceness 15, so that anything else on a node takes the processor from a rank and, with it, from
     every other rank. Where a process may not raise itself the cluster must be started with RAY_worker_niceness=0.
     """
-    with contextlib.suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(PermissionError, ProcessLookupError):
+            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
 
 
 def let_ranks_go_first() -> None:

@@ -161,7 +161,8 @@ class RankWorker:
     train: ClassVar[Train] = staticmethod(train_for_real)
 
     def __init__(self, job_id: str, slot: int, bundle: int, num_threads: int, standby: bool = False) -> None:
-        run_before_others()
+        if not standby:
+            run_before_others()
         self._job_id, self._slot, self._bundle, self._standby = job_id, slot, bundle, standby
         context = ray.get_runtime_context()
         self._node_id = context.get_node_id()

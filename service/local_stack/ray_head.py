@@ -4,10 +4,12 @@ Ray's ports are open on all interfaces whatever address it is given, hence token
 environment only.
 """
 
+import contextlib
 import math
 import os
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +75,22 @@ def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     return max(2, cores)
 
 
+def may_raise_priority() -> bool:
+    """Whether processes of this user may take back a priority they gave away. Tried by a thread, which ends with what it has lost."""
+    found = []
+
+    def lower_and_raise() -> None:
+        os.setpriority(os.PRIO_PROCESS, 0, 1)
+        with contextlib.suppress(PermissionError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
+            found.append(True)
+
+    trial = threading.Thread(target=lower_and_raise)
+    trial.start()
+    trial.join()
+    return bool(found)
+
+
 def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
     """What every process that starts or joins this Ray needs."""
     return {
@@ -82,7 +100,8 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         # A process that has run a task waits for another one even while ranks have all CPUs; Ray would end it after a second, and
         # each check of a spec would begin with two seconds of imports.
         "RAY_idle_worker_killing_time_threshold_ms": str(10 * 60 * 1000),
-        "RAY_worker_niceness": "0",  # Ray's default of 15 lets everything else on the machine go before the ranks
+        # Ray's default: what starts, prepares data or stands by lets the ranks go first, which raise themselves where they may.
+        "RAY_worker_niceness": "15" if may_raise_priority() else "0",
         # A rank keeps its memory (megatron_ray.device.KeptMemory); what can no longer be set in a living process is set here.
         "MALLOC_ARENA_MAX": "1",  # a Ray worker has many arenas before a rank can say that it keeps its memory in one
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # else scraps of aligned blocks keep those from being joined and used again

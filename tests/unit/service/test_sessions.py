@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from service.local_stack import record as record_module
-from service.local_stack.ray_head import PORT_NAMES, available_cpus, free_ports, head_command, is_free, ray_environment
+from service.local_stack.ray_head import PORT_NAMES, available_cpus, free_ports, head_command, is_free, may_raise_priority, ray_environment
 from service.local_stack.record import RecordUnreadableError, StackRecord, forget, read_record, record_path, write_record
 from service.local_stack.sessions import GatedProcess, Session, is_running, kill_sessions, members, read_process, send_signal
 from service.local_stack.teardown import down, remove_temp_dir
@@ -168,6 +168,7 @@ def test_ray_is_told_every_port_and_no_secret() -> None:
     assert all(any(argument.endswith(f"={port}") for argument in command) for port in ports.values())
     environment = ray_environment("token", Path("/tmp/mr-x"))
     assert environment["RAY_AUTH_MODE"] == "token" and "token" not in command
+    assert environment["RAY_worker_niceness"] == ("15" if may_raise_priority() else "0"), "ranks that cannot raise themselves start high"
 
 
 def test_cpus_follow_the_container(tmp_path: Path) -> None:
