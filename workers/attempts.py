@@ -16,7 +16,7 @@ from workers.gauges import TrainingGauges
 from workers.group import GroupProblem, WorkerGroup
 from workers.job_context import JobContext
 from workers.joblogs import JobLogs
-from workers.journal import FailedAttempt, JournalEntry, Phase, start_orders
+from workers.journal import DeadRank, FailedAttempt, JournalEntry, Phase, start_orders
 from workers.leftovers import Leftovers
 from workers.placement import PlacementPlan, assign_ranks
 from workers.policies import Failure, FailureKind, RestartHistory
@@ -71,6 +71,7 @@ class Attempts:
             self._free_ranks()
             self._job.say.attempt(AttemptState.STOPPED, self._job.world_size, None, "abandoned while starting")
             return None
+        self._leftovers.salvage(found.dead)  # the earlier incarnation may not have come to the end of it
         dead = [place for place in found.ranks if place.slot in missing]
         if dead:
             text = f"its process was gone when the driver came back (pid {dead[0].pid} on node {dead[0].address})"
@@ -130,8 +131,13 @@ class Attempts:
         failed = FailedAttempt(
             kind=cause.kind, message=cause.message, rank=cause.rank, detail=cause.detail[-4000:], dead_ranks=end.dead_ranks
         )
-        job.write(phase=Phase.RECOVERING, failed=failed)
-        free = self._free_ranks(end.dead_ranks)
+        # Of an attempt that never ran nobody has fetched anything yet; of one that did, its start began to.
+        dead = {} if job.entry.phase is Phase.RUNNING else {(rank.attempt, rank.place.rank): rank for rank in job.entry.dead}
+        for place in job.entry.ranks:
+            if place.rank in end.dead_ranks:
+                dead[job.entry.attempt, place.rank] = DeadRank(attempt=job.entry.attempt, place=place)
+        job.write(phase=Phase.RECOVERING, failed=failed, dead=tuple(dead.values()))
+        free = self._free_ranks()
         detail = {"traceback": cause.detail} if cause.detail and cause.kind is not FailureKind.USER else {}
         ranks = [] if cause.rank is None else [cause.rank]
         data = {"kind": cause.kind.value, "kept_slots": list(free), **detail}
@@ -139,11 +145,9 @@ class Attempts:
             job.say.event("attempt.failed", cause.sentence(), "error", data, ranks)
         job.say.attempt(AttemptState.FAILED, job.world_size, cause.reason, cause.sentence())
 
-    def _free_ranks(self, dead_ranks: Sequence[int] = ()) -> tuple[int, ...]:
+    def _free_ranks(self) -> tuple[int, ...]:
         """All living ranks leave their groups; those that cannot are ended. Returns the slots that may be used again."""
         free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
-        entry = self._job.entry
-        self._leftovers.note(entry.attempt, [place for place in entry.ranks if place.rank in dead_ranks])
         self._group.kill_slots([slot for slot in self._group.slots if slot not in free])
         return free
 
@@ -219,7 +223,7 @@ class Attempts:
         job.write(phase=Phase.RUNNING)
         marks.append(time.monotonic())
         data: dict[str, Any] = {name: round(marks[index + 1] - marks[index], 3) for index, name in enumerate(("probe", "store", "start"))}
-        self._leftovers.salvage()
+        self._leftovers.salvage(job.entry.dead)
         stepped_in = [place for place in places if place.slot in staff.stepped_in]
         data["stepped_in"] = [place.rank for place in stepped_in]
         also = "".join(f"; rank {place.rank} in a process that stood by (pid {place.pid})" for place in stepped_in)

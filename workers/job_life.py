@@ -180,7 +180,7 @@ class JobLife:
         """Leaves nothing behind, says the last word last, and waits until the service has heard it."""
         job = self._job
         job.write(phase=Phase.ENDING, ending=ending)
-        self._leftovers.finish()
+        self._leftovers.finish(job.entry.dead)
         self._logs.flush()
         if job.entry.spec is not None:
             cleaned = self._group.retire(job.fence, job.num_slots, _RETIRE_S)

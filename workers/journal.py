@@ -69,6 +69,15 @@ class FailedAttempt(BaseModel):
     dead_ranks: tuple[int, ...] = ()
 
 
+class DeadRank(BaseModel):
+    """A rank that died in an attempt; what it left lies on its node."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempt: int
+    place: RankPlace
+
+
 class GivenBack(BaseModel):
     """The resources are given back, or about to be; the job waits for a wish newer than `revision`."""
 
@@ -113,6 +122,8 @@ class JournalEntry(BaseModel):
     stopping: DesiredState | None = None
     """Why the ranks of this attempt were told to stop."""
     failed: FailedAttempt | None = None
+    dead: tuple[DeadRank, ...] = ()
+    """Those whose last words may not have been fetched yet."""
     given_back: GivenBack | None = None
     ending: Ending | None = None
 

@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from workers.cluster import job_folder, read_nodes
 from workers.data_tasks import salvage_task, sweep_task
 from workers.joblogs import JobLogs
+from workers.journal import DeadRank
 from workers.outbox import Outbox
 from workers.placement import RankPlace
 from workers.supervision import relayed
@@ -26,25 +27,25 @@ class Leftovers:
     def __init__(self, outbox: Outbox, logs: JobLogs) -> None:
         self._outbox, self._logs = outbox, logs
         self._threads: list[threading.Thread] = []
-        self._noted: list[tuple[int, RankPlace]] = []
+        self._asked: set[tuple[int, int]] = set()
         self._sweeps: list[Any] = []
 
-    def note(self, attempt: int, places: Sequence[RankPlace]) -> None:
-        """Ranks that died: what they left is fetched later, since starting a process for it would hold up their successors."""
-        self._noted += [(attempt, place) for place in places]
+    def salvage(self, dead: Iterable[DeadRank]) -> None:
+        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of logs; of each dead rank once.
 
-    def salvage(self) -> None:
-        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of logs of what was noted."""
+        To be called when their successors run, since starting a process for it would hold those up.
+        """
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        noted, self._noted = self._noted, []
-        for attempt, place in noted:
-            thread = threading.Thread(target=self._salvage_rank, args=(attempt, place), name=f"salvage-{place.rank}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+        for attempt, place in ((found.attempt, found.place) for found in dead):
+            if (attempt, place.rank) not in self._asked:
+                self._asked.add((attempt, place.rank))
+                thread = threading.Thread(target=self._salvage_rank, args=(attempt, place), name=f"salvage-{place.rank}", daemon=True)
+                thread.start()
+                self._threads.append(thread)
 
-    def finish(self) -> None:
-        """Until everything noted is fetched, or cannot be."""
-        self.salvage()
+    def finish(self, dead: Iterable[DeadRank]) -> None:
+        """Until all that the dead left is fetched, or cannot be."""
+        self.salvage(dead)
         for thread in self._threads:
             thread.join(_SALVAGE_S)
 

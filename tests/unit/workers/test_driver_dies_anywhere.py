@@ -1,6 +1,6 @@
 """A driver that dies before or after any of its acts: the next one finishes the job, and the history is as if nobody had died."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from megatron_ray.checkpoint.storage import LocalStorage
 from tests.unit.workers.paper_cluster import DriverDies, Mortality, PaperCluster, PaperGroup, PaperOutbox, PaperService
 from workers import attempts, job_context, job_life, standby, supervision
 from workers.job_life import JobLife
-from workers.journal import Journal
+from workers.journal import DeadRank, Journal
 from workers.states import DesiredState, JobState
 from workers.wire import NodeInfo
 
@@ -24,7 +24,18 @@ def _nothing(*_: Any) -> None:
     pass
 
 
-LEFTOVERS = SimpleNamespace(note=_nothing, salvage=_nothing, finish=_nothing, start_sweep=_nothing, await_sweep=_nothing)
+class PaperLeftovers:
+    """Notes whose last words were fetched."""
+
+    start_sweep = await_sweep = staticmethod(_nothing)
+
+    def __init__(self, heard: set[tuple[int, int]]) -> None:
+        self._heard = heard
+
+    def salvage(self, dead: Iterable[DeadRank]) -> None:
+        self._heard |= {(rank.attempt, rank.place.rank) for rank in dead}
+
+    finish = salvage
 
 
 class AtOnce:
@@ -59,6 +70,7 @@ class Paper:
         }
         self.cluster = PaperCluster(steps=8, every=2, dies=dies)
         self.service = PaperService(spec, str(folder))
+        self.heard: set[tuple[int, int]] = set()
         self.after_death: Callable[[], None] = lambda: None
 
     def live(self, mortality: Mortality) -> None:
@@ -77,7 +89,7 @@ class Paper:
             patch.setattr(LocalStorage, "write_bytes_atomic", write)
             patch.setattr(job_context, "Outbox", lambda job_id, book, said, epoch: PaperOutbox(self.service, book, said))
             patch.setattr(job_life, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
-            patch.setattr(job_life, "Leftovers", lambda *_: LEFTOVERS)
+            patch.setattr(job_life, "Leftovers", lambda *_: PaperLeftovers(self.heard))
             patch.setattr(job_life, "read_nodes", lambda: (node,))
             patch.setattr(job_life.tasks, "anywhere", lambda *_: None)
             patch.setattr(job_life.tasks, "is_done", lambda _: True)
@@ -138,6 +150,8 @@ def test_a_job_with_a_failure_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert set(committed) - set(deleted) == left, f"{where}: what is listed is what is there"
         latest = Journal(str(paper.folder)).latest()
         assert latest is not None and latest.failures == 1, f"{where}: one failure is one failure"
+        (failed,) = [record.attempt for record in service.said("attempt") if record.data["state"] == "failed"]
+        assert paper.heard == {(failed, 1)}, f"{where}: a dead rank's last words"
         states = [record.data["state"] for record in service.said("state")]
         assert states.count("succeeded") == 1 and len(service.said("prepared")) == 1, where
         ended = {record.attempt: record.data["state"] for record in service.said("attempt")}
