@@ -1,6 +1,8 @@
 """The database as a thing to open, read and write. Owns: engine, transactions, migration at start. Must not know: jobs' meaning.
 
-SQLite in WAL mode by default: readers never wait, one writer at a time, every commit is on disk before it is answered.
+SQLite in WAL mode by default: readers never wait, one writer at a time, every commit is on disk before it is answered. On Postgres writers
+take turns too, those of other services included, by one advisory lock: what a transaction has read does not change until it commits, and
+nothing above has to think of two that insert the same row. Transactions are short and few (records come in batches).
 """
 
 import contextlib
@@ -19,9 +21,8 @@ from service.schema import REVISION, DeploymentRow
 from service.settings import SettingsError
 
 BUSY_TIMEOUT_S = 30
-MIGRATION_LOCK = 0x6D_65_67_61
-"""Any fixed number: two services starting on one Postgres take turns."""
-
+WRITE_LOCK = 0x6D_65_67_61
+"""Any fixed number."""
 
 Notify = Callable[..., None]
 WAKE = "wake"
@@ -50,11 +51,13 @@ class Store:
             parsed = sa.make_url(url)
             if parsed.get_backend_name() == "sqlite":
                 engine = _sqlite_engine(parsed)
+            elif parsed.get_backend_name() == "postgresql":
+                engine = _postgresql_engine(parsed)
             else:
-                engine = sa.create_engine(parsed, pool_size=20, max_overflow=30, pool_pre_ping=True)
+                raise sa.exc.ArgumentError(f"{parsed.get_backend_name()} is not spoken here")
         except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ModuleNotFoundError) as error:
-            text = f"MEGATRON_RAY_DATABASE_URL cannot be used: {error}; give sqlite:///<path> or postgresql+psycopg://..."
-            raise SettingsError(text) from error
+            ways = "give sqlite:///<path>, or postgresql+psycopg://... with `pip install 'megatron-ray[postgres]'`"
+            raise SettingsError(f"MEGATRON_RAY_DATABASE_URL cannot be used: {error}; {ways}") from error
         store = cls(engine, notify)
         store._migrate()
         return store
@@ -100,8 +103,6 @@ class Store:
 
     def _migrate(self) -> None:
         with self._lock, self._writing.begin() as connection:
-            if connection.dialect.name == "postgresql":
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(MIGRATION_LOCK)))
             if _revision(connection) != REVISION:
                 # Imported here because Alembic takes a fifth of a start, and nearly every start finds nothing to do.
                 from service.migrations.upgrade import upgrade
@@ -137,6 +138,33 @@ def _sqlite_engine(url: sa.URL) -> Engine:
     sa.event.listen(engine, "connect", _prepare_sqlite)
     sa.event.listen(engine, "begin", _begin_sqlite)
     return engine
+
+
+def _postgresql_engine(url: sa.URL) -> Engine:
+    engine = sa.create_engine(url, pool_size=20, max_overflow=30, pool_pre_ping=True)
+    sa.event.listen(engine, "begin", _begin_postgresql)
+    sa.event.listen(engine, "before_cursor_execute", _without_nul, retval=True)
+    return engine
+
+
+def _begin_postgresql(connection: Connection) -> None:
+    if connection.get_execution_options().get("megatron_ray_write"):
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
+
+
+def _without_nul(_connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool) -> tuple[str, Any]:
+    """Postgres' texts have no NUL: one in an address finds nothing, one in a rank's last words is shown as a mark."""
+    return statement, _replaced(parameters)
+
+
+def _replaced(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in value else value
+    if isinstance(value, dict):
+        return {name: _replaced(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(part) for part in value)
+    return value
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:

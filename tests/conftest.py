@@ -13,6 +13,14 @@ settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres",
+        metavar="URL",
+        help="run the service's tests on databases made on this server, postgresql+psycopg://user@host:port/postgres",
+    )
+
+
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
     """`run_ranks(fn, world_size, *args, timeout_s=60)`: a module-level function on real gloo ranks, see tests/ranks.py."""

@@ -140,6 +140,14 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
     assert "not finite" in service.events(job_id)[-1]["message"] and service.job(job_id)["progress"]["loss"] is None
 
 
+def test_last_words_with_a_nul_in_them_are_stored(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.send(("event", {"type": "test.note", "message": "a\0b", "data": {"traceback": "c\0d"}}))
+    event = service.events(job_id)[-1]
+    assert event["message"] in ("a\0b", "a\N{REPLACEMENT CHARACTER}b"), "Postgres has no NUL"
+    assert event["data"] == {"traceback": "c\0d"}
+
+
 def test_states_that_may_not_follow_are_kept_and_change_nothing(service: Any) -> None:
     job_id, driver = service.running_job()
     driver.states("scheduling", attempt=1)

@@ -296,12 +296,12 @@ def test_a_database_that_does_not_answer_is_said_plainly(service: Any, monkeypat
 
 
 @pytest.fixture(scope="module")
-def module_settings(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def module_settings(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[], str | None]) -> Any:
     from service.settings import Settings
 
     folder = tmp_path_factory.mktemp("refusals")
     (folder / "tokens.json").write_text(json.dumps({"user": "u" * 43, "agent": "a" * 43}))
-    return Settings(data_dir=folder / "data", tokens_file=folder / "tokens.json", check_wait_s=0.0)
+    return Settings(data_dir=folder / "data", database_url=new_database(), tokens_file=folder / "tokens.json", check_wait_s=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -314,9 +314,15 @@ def shared(module_settings: Any, start_service: Callable[..., Any], new_node: Ca
 
 
 @pytest.fixture(scope="module")
-def with_job(tmp_path_factory: pytest.TempPathFactory, module_settings: Any, start_service: Callable[..., Any]) -> Any:
+def with_job(
+    tmp_path_factory: pytest.TempPathFactory,
+    module_settings: Any,
+    start_service: Callable[..., Any],
+    new_database: Callable[[], str | None],
+) -> Any:
     """Another, with one job that waits for an agent."""
-    service = start_service(module_settings.model_copy(update={"data_dir": tmp_path_factory.mktemp("with-job")}))
+    own = {"data_dir": tmp_path_factory.mktemp("with-job"), "database_url": new_database()}
+    service = start_service(module_settings.model_copy(update=own))
     yield service, service.submit()["id"]
     service.stop()
 
