@@ -6,6 +6,7 @@ Shared by the phases (`job_life`) and the attempts (`attempts`). Must not know: 
 from typing import Any
 
 from megatron_ray.parallel_dims import ParallelDims
+from workers.commit import contained_records
 from workers.job import JobSpec
 from workers.job_records import JobRecords
 from workers.journal import ForeignJournal, Journal, JournalEntry, Phase
@@ -33,7 +34,8 @@ class JobContext:
         self._journal.write(self.entry)
         book = RecordBook(job_dir)
         said = book.load()
-        self.outbox = Outbox(job_id, book, said, self.entry.epoch)
+        recalled = {} if self.found is None else contained_records(job_dir)
+        self.outbox = Outbox(job_id, book, said, self.entry.epoch, recalled)
         self.say = JobRecords(self.outbox, lambda: self.entry.attempt, said)
 
     def write(self, **changes: Any) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.cluster import job_folder, read_nodes
+from workers.commit import source_of
 from workers.data_tasks import salvage_task, sweep_task
 from workers.joblogs import JobLogs
 from workers.journal import DeadRank
@@ -61,7 +62,7 @@ class Leftovers:
             result_or_none(call, max(0.0, deadline - time.monotonic()))
 
     def _salvage_rank(self, attempt: int, place: RankPlace) -> None:
-        folder, source = Path(place.local_dir), f"a{attempt}/r0"
+        folder, source = Path(place.local_dir), source_of(attempt)
         offset = self._logs.size(attempt, place.rank)
         reports, log = report_file(folder, attempt, place.rank), log_file(folder, attempt, place.rank)
         after = self._outbox.last(source) if place.rank == 0 else _NOTHING

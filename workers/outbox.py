@@ -7,7 +7,7 @@ spool. Nothing here blocks training: while the service is away, lines wait. Must
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +64,15 @@ class _Source:
 class Outbox:
     """Pushes records in the background; `desired` is what the service last asked for."""
 
-    def __init__(self, job_id: str, book: RecordBook, said: Iterable[Record], epoch: int) -> None:
-        """`said`: what the book holds; the service may lack some of it."""
+    def __init__(
+        self, job_id: str, book: RecordBook, said: Iterable[Record], epoch: int, recalled: Mapping[str, Sequence[Line]] | None = None
+    ) -> None:
+        """`said`: what the book holds; `recalled`: ranks' reports by source, in order, that are kept elsewhere than in their own files.
+
+        The service may lack some of either.
+        """
         self._job_id, self._book, self._epoch = job_id, book, epoch
+        self._recalled = dict(recalled or {})
         self._sources: dict[str, _Source] = {DRIVER: _Source(deque(said))}
         self._changed = threading.Condition()
         self._address: tuple[str, str] | None = None
@@ -120,7 +126,7 @@ class Outbox:
         """Waits until everything said is stored (for ever, without a timeout); False when time runs out or this driver is replaced."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while any(source.pending for source in self._sources.values()):
+            while self._recalled or any(source.pending for source in self._sources.values()):
                 left = None if deadline is None else deadline - time.monotonic()
                 if self.replaced or (left is not None and left <= 0):
                     return False
@@ -183,6 +189,7 @@ class Outbox:
             with self._changed:
                 for name, n in found.items():
                     self._store(name, n)
+                self._recall()
                 self._synced = True
         with self._changed:
             waiting = [(name, source) for name, source in self._sources.items() if source.pending]
@@ -199,6 +206,18 @@ class Outbox:
                 self._store(name, reply.stored)
                 self._learn(reply.desired)
                 self._changed.notify_all()
+
+    def _recall(self) -> None:
+        """Under the lock, as soon as it is known what the service has: puts what follows that before what is on its way."""
+        for name, lines in self._recalled.items():
+            source = self._sources.setdefault(name, _Source())
+            end = source.pending[0].n if source.pending else None
+            missing: list[Record] = []
+            for line in lines:
+                if line.n == source.stored + 1 + len(missing) and (end is None or line.n < end):
+                    missing.append(Record.model_validate_json(line.text))
+            source.pending.extendleft(reversed(missing))
+        self._recalled = {}
 
     def _store(self, name: str, n: int) -> None:
         """Under the lock: forgets what the service has."""

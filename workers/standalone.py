@@ -172,7 +172,7 @@ class StoreCommitter:
                 self._await_all(key)
                 self._ledger.written(0, item.step, item.path, self._store.add(f"{key}/bytes", 0))
         elif rank == 0 and isinstance(item, StepReport | EvalReport):
-            self._ledger.reported({**vars(item)})
+            self._ledger.reported({"kind": item.kind, "attempt": self._order.attempt, "data": {**vars(item)}})
         while rank == 0 and (whole := self._ledger.take_whole()):
             manifest = {"world_size": self._world_size, "spec": self._order.spec}
             commit_whole(whole, self._path, self._spec.checkpoint.keep_last, manifest)

@@ -16,7 +16,7 @@ from megatron_ray.checkpoint.storage import StorageError
 from megatron_ray.training.commands import Command
 from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseReport, StepReport
 from workers import policies
-from workers.commit import CheckpointLedger, WholeCheckpoint, commit_whole
+from workers.commit import CheckpointLedger, WholeCheckpoint, commit_whole, source_of
 from workers.group import Answer, Death, WorkerGroup
 from workers.joblogs import JobLogs
 from workers.orders import Fence, NextReply, Poll, RankState
@@ -174,7 +174,7 @@ class Supervision:
     @property
     def source(self) -> str:
         """Name of rank 0's records."""
-        return f"a{self._plan.attempt}/r0"
+        return source_of(self._plan.attempt)
 
     def _take(self, answer: Answer) -> None:
         view = self.views[answer.rank]
@@ -203,20 +203,26 @@ class Supervision:
         return reply.state
 
     def _take_lines(self, view: RankView, lines: list[Line]) -> None:
-        rank = view.place.rank
         for line in lines:
-            data = json.loads(line.text)["data"]
-            if rank == 0 and line.kind == PhaseReport.kind:
-                self._listener.phase(data)
-            if line.kind == CheckpointReport.kind and data["step"] > self._plan.last_commit:
+            data = line.value()["data"] if line.kind == CheckpointReport.kind else {}
+            if data and data["step"] > self._plan.last_commit:
                 view.written_n[data["step"]] = line.n
-                self._ledger.written(rank, data["step"], data["path"], data["bytes_written"])
-            elif rank == 0 and line.kind in (StepReport.kind, EvalReport.kind) and data["step"] > self._plan.last_commit:
-                self._ledger.reported(data)
-                if line.kind == StepReport.kind:
-                    self._take_step(line.n, data)
-        if rank == 0 and lines:
-            self._outbox.relay(self.source, [relayed(line) for line in lines])
+                self._ledger.written(view.place.rank, data["step"], data["path"], data["bytes_written"])
+        if view.place.rank == 0 and lines:
+            told = [relayed(line) for line in lines]
+            self._read_along(told)
+            self._outbox.relay(self.source, told)
+
+    def _read_along(self, told: list[Line]) -> None:
+        """What rank 0 says goes into the next checkpoint too."""
+        for record in (line.value() for line in told):
+            data = record["data"]
+            self._ledger.reported(record)
+            if record["kind"] == StepReport.kind:
+                if data["step"] > self._plan.last_commit:
+                    self._take_step(record["n"], data)
+            elif data.get("type") == f"rank.{PhaseReport.kind}":
+                self._listener.phase(data["data"])
 
     def _take_step(self, n: int, data: dict[str, Any]) -> None:
         self._step_n[data["step"]] = n
@@ -271,7 +277,7 @@ class Supervision:
             if not self._committing.done():
                 return
             self._take_commit()
-        whole = self._ledger.take_whole()
+        whole = self._ledger.take_whole(self._outbox.stored(self.source))
         if whole is not None:
             self._commit_of = whole
             plan = self._plan

@@ -90,6 +90,14 @@ def commit(path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str
     storage.write_bytes_atomic(COMMITTED, b"")
 
 
+def read_reports(path: str) -> list[bytes]:
+    """The reports that a committed checkpoint contains, a JSON object each. Raises StorageError."""
+    try:
+        return open_storage(path).read_bytes(REPORTS).splitlines()
+    except MissingFile:  # deleted meanwhile
+        return []
+
+
 def _check_parts(storage: Storage, path: str) -> None:
     """Whether every rank's file is there with the size that was planned."""
     try:

@@ -97,9 +97,9 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A process that has run a task waits for another one even while ranks have all CPUs; Ray would end it after a second, and
+        # A process that has run a task waits a minute for another one even while ranks have all CPUs; Ray would end it after a second, and
         # each check of a spec would begin with two seconds of imports.
-        "RAY_idle_worker_killing_time_threshold_ms": str(10 * 60 * 1000),
+        "RAY_idle_worker_killing_time_threshold_ms": "60000",
         # Ray's default: what starts, prepares data or stands by lets the ranks go first, which raise themselves where they may.
         "RAY_worker_niceness": "15" if may_raise_priority() else "0",
         # A rank keeps its memory (megatron_ray.device.KeptMemory); what can no longer be set in a living process is set here.

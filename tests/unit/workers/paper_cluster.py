@@ -40,6 +40,8 @@ class PaperService:
     def __init__(self, spec: dict[str, Any], job_dir: str) -> None:
         self.records: list[Record] = []
         self.steps: dict[int, int] = {}
+        self.away = False
+        """Ranks' reports do not come through."""
         self.state, self.ignored = JobState.PREPARING, list[str]()
         self._job: dict[str, Any] = {"job_id": "job-p", "spec": spec, "job_dir": job_dir, "token": "t", "revision": 1}
         self.desired = DesiredJob(desired=DesiredState.PREPARE, **self._job)
@@ -75,10 +77,12 @@ class PaperOutbox:
 
     replaced: str | None = None
 
-    def __init__(self, service: PaperService, book: RecordBook, said: Iterable[Record]) -> None:
+    def __init__(self, service: PaperService, book: RecordBook, said: Iterable[Record], recalled: Mapping[str, Sequence[Line]]) -> None:
         self._service, self._book = service, book
         for record in said:
             service.take(record)
+        for source, lines in recalled.items():
+            self.relay(source, lines)
 
     @property
     def desired(self) -> DesiredJob:
@@ -88,6 +92,8 @@ class PaperOutbox:
         self._service.take(self._book.append(kind, data, attempt))
 
     def relay(self, source: str, lines: Iterable[Line]) -> None:
+        if self._service.away:
+            return  # on its way, and gone with the driver
         for line in lines:
             record = line.value()
             if record["kind"] == "step":
@@ -95,7 +101,7 @@ class PaperOutbox:
                 self._service.steps[step] = max(self._service.steps.get(step, 0), record["attempt"])
 
     def stored(self, source: str) -> int:
-        return 1 << 30
+        return 0 if self._service.away else 1 << 30
 
     def last(self, source: str) -> int:
         return 0
@@ -222,6 +228,8 @@ class PaperGroup:
             assert worker.version == self._cluster.version, "a driver gives orders to processes of its own version"
             worker.order, worker.state, worker.stop, worker.lines = order, RankState.RUNNING, False, []
             worker.step = int(order.resume_from.rpartition("step-")[2].split("-")[0]) if order.resume_from else 0
+            if worker.step == self._cluster.steps:  # all that was missing is that somebody said so
+                worker.state = RankState.FINISHED
 
     def poll(self, slot: int, rank: int, fence: Fence, poll: Poll) -> None:
         self._calls[rank] = (slot, poll)

@@ -87,7 +87,9 @@ class Paper:
         node = NodeInfo(node_id="node", address="127.0.0.1", cpus=4)
         with self.patch.context() as patch:
             patch.setattr(LocalStorage, "write_bytes_atomic", write)
-            patch.setattr(job_context, "Outbox", lambda job_id, book, said, epoch: PaperOutbox(self.service, book, said))
+            patch.setattr(
+                job_context, "Outbox", lambda job_id, book, said, epoch, recalled: PaperOutbox(self.service, book, said, recalled)
+            )
             patch.setattr(job_life, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
             patch.setattr(job_life, "Leftovers", lambda *_: PaperLeftovers(self.heard))
             patch.setattr(job_life, "read_nodes", lambda: (node,))
@@ -179,6 +181,26 @@ def test_the_next_driver_is_of_another_version(tmp_path: Path, monkeypatch: pyte
     assert renewed > 10, "running ranks go on to a checkpoint first"
 
 
+def test_the_driver_is_lost_with_the_node_and_the_service_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has the ranks' files any more: what happened before the last checkpoint is in the checkpoints."""
+
+    def lose_all(paper: Paper) -> None:
+        paper.service.away = True
+
+        def lost() -> None:
+            paper.cluster.workers.clear()
+            paper.service.away = False
+
+        paper.after_death = lost
+
+    for die_at, paper in lives(tmp_path, monkeypatch, lose_all, dies=None):
+        if paper.service.away:
+            return  # nothing happened to the driver
+        assert paper.service.state is JobState.SUCCEEDED, f"died at act {die_at}"
+        missing = set(range(1, 9)) - paper.service.steps.keys()
+        assert not missing, f"died at act {die_at}: steps {missing} are nowhere"
+
+
 def test_a_cancelled_job_is_never_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cancel_at_step_3(paper: Paper) -> None:
         advance = paper.cluster.advance
@@ -204,7 +226,7 @@ def test_what_a_driver_had_begun_to_stop_stays_stopped_while_the_service_is_away
     """The wish is in the journal: a driver that comes back without having heard the service does not start the job again."""
     context = job_context.JobContext
     paper = Paper(tmp_path, monkeypatch, dies=None)
-    monkeypatch.setattr(job_context, "Outbox", lambda job_id, book, said, epoch: SimpleNamespace(desired=None, replaced=None))
+    monkeypatch.setattr(job_context, "Outbox", lambda *_: SimpleNamespace(desired=None, replaced=None))
     job = context("job-p", str(paper.folder))
     assert job.wish is DesiredState.RUN
     job.write(stopping=DesiredState.CANCEL)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,9 +26,9 @@ def service() -> Iterator[FakeService]:
         fake.down()
 
 
-def open_outbox(folder: Path, epoch: int) -> Outbox:
+def open_outbox(folder: Path, epoch: int, recalled: Sequence[Line] = ()) -> Outbox:
     book = RecordBook(str(folder))
-    return Outbox(JOB, book, book.load(), epoch)
+    return Outbox(JOB, book, book.load(), epoch, {"a1/r0": recalled} if recalled else None)
 
 
 def attach(outbox: Outbox, service: FakeService) -> None:
@@ -79,6 +79,29 @@ def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeSer
     attach(outbox, service)
     assert outbox.flush(timeout_s=10)
     assert service.steps(JOB, 1) == [1, 2, 3]
+    outbox.close()
+
+
+@pytest.mark.parametrize(
+    ("recalled", "relayed", "stored"),
+    [
+        ((1, 2, 3, 4, 5), (), (1, 2, 3, 4, 5)),
+        ((1, 2, 3, 4, 5), (4, 5, 6), (1, 2, 3, 4, 5, 6)),
+        ((2, 3), (3, 4), (1, 2, 3, 4)),
+        ((1, 2), (3,), (1, 2, 3)),
+        ((5, 6), (), (1, 2)),  # what is between was lost: the service takes no gap, and nothing else may wait for it
+    ],
+)
+def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
+    tmp_path: Path, service: FakeService, recalled: tuple[int, ...], relayed: tuple[int, ...], stored: tuple[int, ...]
+) -> None:
+    service.records[(JOB, "a1/r0")] = [{"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)]
+    outbox = open_outbox(tmp_path, 2, [line(n) for n in recalled])
+    outbox.say("event", {"type": "t"}, 1)
+    outbox.relay("a1/r0", [line(n) for n in relayed])
+    attach(outbox, service)
+    assert outbox.flush(timeout_s=10)
+    assert tuple(service.steps(JOB, 1)) == stored and len(service.stored(JOB)) == 1
     outbox.close()
 
 
