@@ -1,5 +1,6 @@
 """The service as a process of its own, killed and started again over the same data; and an agent and a driver that speak to it."""
 
+import contextlib
 import json
 import os
 import socket
@@ -128,3 +129,13 @@ def step_row(step: int, attempt: int = 1) -> tuple[str, Json]:
     """A step's record; attempts differ in their loss."""
     row = {"step": step, "loss": 9.0 - 0.01 * step + attempt / 7, "grad_norm": 1 / 3, "lr": 1e-3, "num_tokens": 1024}
     return "step", {**row, "consumed_samples": 8 * step, "step_s": 0.5, "tokens_per_s": 2048.5, "mfu": 0.1, "split_s": {"data": 0.01}}
+
+
+def open_files(pid: int) -> tuple[int, int]:
+    """(files of the database, all others)."""
+    names = []
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            names.append(os.readlink(entry))
+    of_database = sum("/service.db" in name for name in names)
+    return of_database, len(names) - of_database

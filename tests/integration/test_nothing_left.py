@@ -23,6 +23,7 @@ from tests.integration.chaos_road import (
     until,
 )
 from tests.integration.road import ENDS, Road
+from tests.integration.service_process import open_files
 
 pytestmark = pytest.mark.ray
 
@@ -225,12 +226,14 @@ class Size:
     """What a process holds."""
 
     fds: int
+    """Without the database's files: the service keeps a connection for as many requests as there have been at once, up to a bound that
+    tests/integration/test_service_leaks.py looks at."""
     memory_bytes: int
 
     @classmethod
     def of(cls, pid: int) -> "Size":
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return cls(len(os.listdir(f"/proc/{pid}/fd")), pages * os.sysconf("SC_PAGE_SIZE"))
+        return cls(open_files(pid)[1], pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def run_short_jobs(road: Road, job_count: int, done: int) -> None:

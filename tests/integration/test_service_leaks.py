@@ -1,6 +1,5 @@
 """200 jobs through one service process: nothing of them stays open, in the process or in the database."""
 
-import contextlib
 import os
 import random
 import sqlite3
@@ -14,7 +13,7 @@ import httpx
 import pytest
 
 from service.client import Client
-from tests.integration.service_process import SPEC, Records, ServiceProcess, job_token, post, report_nodes, step_row
+from tests.integration.service_process import SPEC, Records, ServiceProcess, job_token, open_files, post, report_nodes, step_row
 
 pytestmark = pytest.mark.chaos
 JOBS, WARM, STEPS = 200, 50, 20
@@ -77,16 +76,6 @@ class Fleet:
             state = "cancelled" if end.startswith("cancelled") else "failed" if end == "failed" else "succeeded"
             told = [("attempt", {"state": "failed" if end == "failed" else "stopped"})] if self.rng.random() < 0.5 else []
             say(*told, ("state", {"state": state}))
-
-
-def open_files(pid: int) -> tuple[int, int]:
-    """(files of the database, all others)."""
-    names = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
-            names.append(os.readlink(entry))
-    of_database = sum("/service.db" in name for name in names)
-    return of_database, len(names) - of_database
 
 
 def resident_bytes(pid: int) -> int:
