@@ -1,8 +1,6 @@
 """When a checkpoint counts. Owns: collecting ranks' reports until a step is whole, the commit itself, reading back what it contains.
 
-Torch-free.
-
-Used by the driver under Ray and by rank 0 under torchrun, so that both commit by the same rule. Must not know: Ray, HTTP.
+Used by the driver under Ray and by rank 0 under torchrun, so that both commit by the same rule. Torch-free. Must not know: Ray, HTTP.
 """
 
 from collections.abc import Sequence

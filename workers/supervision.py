@@ -204,8 +204,10 @@ class Supervision:
 
     def _take_lines(self, view: RankView, lines: list[Line]) -> None:
         for line in lines:
-            data = line.value()["data"] if line.kind == CheckpointReport.kind else {}
-            if data and data["step"] > self._plan.last_commit:
+            if line.kind != CheckpointReport.kind:
+                continue
+            data = line.value()["data"]
+            if data["step"] > self._plan.last_commit:
                 view.written_n[data["step"]] = line.n
                 self._ledger.written(view.place.rank, data["step"], data["path"], data["bytes_written"])
         if view.place.rank == 0 and lines:

@@ -80,8 +80,8 @@ def may_raise_priority() -> bool:
     found = []
 
     def lower_and_raise() -> None:
-        os.setpriority(os.PRIO_PROCESS, 0, 1)
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(PermissionError):  # of the first already where this process runs at a lower priority
+            os.setpriority(os.PRIO_PROCESS, 0, 1)
             os.setpriority(os.PRIO_PROCESS, 0, 0)
             found.append(True)
 
