@@ -21,7 +21,7 @@ from megatron_ray.models.gpt import GPT
 from megatron_ray.models.mlp import GatedMLP
 from megatron_ray.models.rope import rotates_in_fp32
 from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
+from megatron_ray.tensor_parallel.cross_entropy import Exponentials, VocabParallelHead
 from megatron_ray.tensor_parallel.norm import RMSNorm, widened
 
 
@@ -32,7 +32,7 @@ class Fusions(NamedTuple):
     swiglu: Kernel
     geglu_tanh: Kernel
     rotation: Kernel
-    loss: Kernel
+    exponentials_: Callable[[Tensor, Tensor], Exponentials]
 
 
 def apply_fusions(model: GPT, fusions: Fusions) -> None:
@@ -46,7 +46,7 @@ def apply_fusions(model: GPT, fusions: Fusions) -> None:
         elif isinstance(module, Attention):
             module.rotation = fusions.rotation
         elif isinstance(module, VocabParallelHead):
-            module.kernel = fusions.loss
+            module.exponentials_ = fusions.exponentials_
 
 
 def compiled_fusions() -> Fusions:
@@ -59,7 +59,8 @@ def compiled_fusions() -> Fusions:
     _refuse_without_tools()
     inductor.compile_threads = 1  # else it starts a pool of processes that outlives the rank
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(torch.compile, fullgraph=True)
-    return Fusions(*(Kernel(compiled(kernel.forward), compiled(kernel.backward)) for kernel in FORMULAS))
+    rms_norm, swiglu, geglu_tanh, rotation = (Kernel(compiled(kernel.forward), compiled(kernel.backward)) for kernel in FORMULAS[:-1])
+    return Fusions(rms_norm, swiglu, geglu_tanh, rotation, compiled(FORMULAS.exponentials_))
 
 
 def _refuse_without_tools() -> None:
@@ -148,17 +149,17 @@ def _rotate_qkv_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Te
     return torch.cat([*rotated, grad_v.transpose(1, 2)], 2).flatten(2)
 
 
-def _softmax_sums(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+def _exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
     wide = widened(logits)
-    largest = wide.amax(1)
-    return largest, (wide - largest[:, None]).exp().sum(1), wide.gather(1, local[:, None]).squeeze(1), None
-
-
-def _logits_gradient_(logits: Tensor, largest: Tensor, scale: Tensor, hit: Tensor, local: Tensor, kept: None) -> None:
-    """A second exponential instead of a first one kept in fp32: reading and writing is what costs here."""
-    share = (widened(logits) - largest[:, None]).exp() * scale[:, None]
-    here = torch.arange(logits.shape[1], device=logits.device) == local[:, None]
-    logits.copy_(share - torch.where(here, hit[:, None], 0))
+    largest, chosen = wide.amax(1), wide.gather(1, local[:, None]).squeeze(1)
+    shares = (wide - largest[:, None]).exp()
+    total = shares.sum(1)
+    if logits.dtype.itemsize >= 4:
+        logits.copy_(shares)
+        return Exponentials(largest, total, chosen, torch.ones_like(total))
+    # As probabilities, so that what is rounded is multiplied by one, and not rounded again, where nobody shares the vocabulary.
+    logits.copy_(shares / total[:, None])
+    return Exponentials(largest, total, chosen, total.clone())
 
 
 FORMULAS = Fusions(
@@ -166,5 +167,5 @@ FORMULAS = Fusions(
     swiglu=Kernel(_swiglu, _swiglu_backward),
     geglu_tanh=Kernel(_geglu_tanh, _geglu_tanh_backward),
     rotation=Kernel(_rotate_qkv, _rotate_qkv_backward),
-    loss=Kernel(_softmax_sums, _logits_gradient_),
+    exponentials_=_exponentials_,
 )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.loss_chunks import rows_at_once
 from megatron_ray.planning.microbatch import local_vocabulary, own_tokens_of, tokens_of, width_of
 from megatron_ray.schedules.layout import StageContents
 
@@ -184,12 +185,13 @@ def _kept_by_joining(config: TrainConfig) -> int:
 
 def _kept_by_head(config: TrainConfig) -> int:
     """w T H / s + 4 (or 8) T / s of the last norm's input and statistics, w T H of its output (gathered under sequence parallelism), and
-    w T V / tp, which are the logits and then their gradient."""
+    w T V / tp + 4 T, which are the logits and then their gradient."""
     model, tokens, width = config.model, tokens_of(config), width_of(config)
     norm = (width * model.hidden_size + _STATISTICS[model.norm]) * own_tokens_of(config)
-    return norm + width * tokens * model.hidden_size + width * tokens * local_vocabulary(config)
+    return norm + width * tokens * model.hidden_size + (width * local_vocabulary(config) + 4) * tokens
 
 
 def working_head(config: TrainConfig) -> int:
-    """Bytes that the loss needs for a moment: logits of all tokens widened to fp32."""
-    return 4 * tokens_of(config) * local_vocabulary(config)
+    """Bytes that the loss needs for a moment on a GPU: logits widened to fp32, of as many tokens as it looks at in one go."""
+    vocabulary = local_vocabulary(config)
+    return 4 * min(tokens_of(config), rows_at_once("cuda", vocabulary)) * vocabulary

@@ -1,13 +1,16 @@
 """Output head and cross entropy in one step, over a vocabulary cut across the tensor-parallel group.
 
-Owns: the sum of -log p(label) over tokens, and its gradient, which is written over the logits while they are in cache: no second
-exponential, no fp32 copy of all logits in bf16, no full-vocabulary softmax kept. The weight gradient is one product, handed to the
-slot, so a schedule can defer it. Two collectives of T numbers per call. Must not know: microbatches, loss scaling.
+Owns: the sum of -log p(label) over tokens, and its gradient. A token's probabilities are its exponentials times one number, so the
+exponentials are written over the logits while these are in cache, and the numbers, which tensor-parallel ranks have to agree on, go into
+the narrow side of both products of the backward: no second exponential, no fp32 copy of all logits in bf16, no pass over the vocabulary
+once the sums are known. The weight gradient is one product, handed to the slot, so a schedule can defer it. Two collectives of T numbers
+per call. Must not know: microbatches, loss scaling.
 
 Shapes: T tokens (t of them on this rank under sequence parallelism), H hidden, V this rank's vocabulary rows.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,13 +19,14 @@ from torch.autograd.function import FunctionCtx
 
 from megatron_ray import collectives
 from megatron_ray.collectives import Group
-from megatron_ray.kernel import Kernel
+from megatron_ray.loss_chunks import rows_at_once
 from megatron_ray.matmul import forward_product, input_grad_product
 from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear, start_input_grad_reduction
 from megatron_ray.tensor_parallel.norm import widened
 
-# fp32 logits worked on at a time: a share of the last-level cache on CPU; enough to fill the machine on CUDA.
-_CHUNK_ELEMENTS = {"cpu": 1024 * 1024, "cuda": 64 * 1024 * 1024}
+# A rank whose largest logit is further below the largest of all has probabilities under 1e-26; they count as that instead of nothing, so
+# that no quotient overflows.
+_FARTHEST = -60.0
 
 
 class VocabParallelHead(SlottedModule):
@@ -47,7 +51,7 @@ class VocabParallelHead(SlottedModule):
         self.valid_rows = max(0, min(vocabulary - first, local))
         """Rows that are no padding."""
         self.vocabulary = vocabulary
-        self.kernel = LOSS
+        self.exponentials_: Callable[[Tensor, Tensor], Exponentials] = exponentials_
 
     def forward(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Sum over this data-parallel rank's tokens of mask x -log p(label), fp32, the same on every tp rank.
@@ -66,6 +70,17 @@ class VocabParallelHead(SlottedModule):
         return local[:, : self.vocabulary]
 
 
+class Exponentials(NamedTuple):
+    """What is known of rows of logits that shares have overwritten: exp(logits - largest) = shares x unit. All [T], fp32 or wider."""
+
+    largest: Tensor
+    total: Tensor
+    """Sum of exp(logits - largest)."""
+    chosen: Tensor
+    """The logit of the label."""
+    unit: Tensor
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, module: VocabParallelHead) -> Tensor:
@@ -73,66 +88,68 @@ class _HeadLoss(torch.autograd.Function):
         logits = forward_product(gathered, weight)
         if module.valid_rows < logits.shape[1]:
             logits[:, module.valid_rows :] = -torch.inf
-        # Under tensor parallelism one chunk: two collectives in all, not two per chunk.
-        rows = (
-            max(1, _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS["cuda"]) // logits.shape[1])
-            if module.group is None
-            else logits.shape[0]
-        )
-        want_grad = any(ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
-        losses = [
-            _softmax_loss_(chunk, chunk_labels, chunk_mask, module, want_grad)
-            for chunk, chunk_labels, chunk_mask in zip(
-                torch.split(logits, rows), torch.split(labels, rows), torch.split(mask, rows), strict=True
-            )
-        ]
-        if want_grad:
-            ctx.save_for_backward(gathered, weight, logits)
+        local, owned = _own_labels(labels, module, logits.shape[1])
+        own = _overwritten(logits, local, module)
+        largest = collectives.all_reduce(own.largest.clone(), module.group, dist.ReduceOp.MAX)
+        rescale = (own.largest - largest).clamp_(min=_FARTHEST).exp_()
+        predicted = own.chosen - largest
+        if owned is not None:
+            predicted.masked_fill_(~owned, 0)
+        total, predicted = collectives.all_reduce(torch.stack([own.total * rescale, predicted]), module.group)
+        if any(ctx.needs_input_grad[:2]):  # type: ignore[attr-defined]
+            _take_label_away_(logits, local, owned, own, total / rescale)
+            ctx.save_for_backward(gathered, weight, logits, own.unit * rescale / total * mask)
             ctx.module = module  # type: ignore[attr-defined]
-        return torch.stack(losses).sum()
+        loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
+        return loss
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        gathered, weight, grad_logits = ctx.saved_tensors
+        """The gradient of the logits is shares x factor, row by row."""
+        gathered, weight, shares, factor = ctx.saved_tensors
         module: VocabParallelHead = ctx.module
-        grad_hidden = input_grad_product(grad_logits, weight)
+        grad_hidden = input_grad_product(shares, weight)
+        grad_hidden.mul_(factor[:, None])
         reduced, pending = start_input_grad_reduction(module, grad_hidden)
-        grad_weight = deliver_linear(module, gathered, grad_logits)
+        grad_weight = deliver_linear(module, torch.mul(gathered, factor[:, None], out=torch.empty_like(gathered)), shares)
         pending.wait()
         return reduced, grad_weight, None, None, None
 
 
-def _softmax_loss_(logits: Tensor, labels: Tensor, mask: Tensor, module: VocabParallelHead, want_grad: bool) -> Tensor:
-    """Loss of one chunk of tokens; overwrites `logits` [rows, V] with their gradient when it is wanted."""
-    local, owned = labels - module.first_row, None
-    if module.group is not None:
-        owned = (local >= 0) & (local < logits.shape[1])
-        local = local.masked_fill(~owned, 0)
-    own_largest, own_total, predicted, kept = module.kernel.forward(logits, local)
-    largest = collectives.all_reduce(own_largest.clone(), module.group, dist.ReduceOp.MAX)
-    rescale = (own_largest - largest).exp_()
-    own_total, predicted = own_total * rescale, predicted - largest
-    if module.valid_rows == 0:  # a rank with nothing but padding, whose largest logit is minus infinity
-        rescale, own_total = torch.zeros_like(rescale), torch.zeros_like(own_total)
+def _own_labels(labels: Tensor, module: VocabParallelHead, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Labels as rows of this rank, 0 for those of others, and which are this rank's; None where all are."""
+    if module.group is None:
+        return labels, None
+    local = labels - module.first_row
+    owned = (local >= 0) & (local < rows)
+    return local.masked_fill(~owned, 0), owned
+
+
+def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> Exponentials:
+    """Writes shares over the logits [T, V], as many rows at a time as stay in cache."""
+    rows = rows_at_once(logits.device.type, logits.shape[1])
+    parts = [module.exponentials_(*chunk) for chunk in zip(torch.split(logits, rows), torch.split(local, rows), strict=True)]
+    found = Exponentials(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if module.valid_rows > 0:
+        return found
+    # A rank with nothing but padding, whose largest logit is minus infinity.
+    logits.zero_()
+    return found._replace(total=torch.zeros_like(found.total), unit=torch.ones_like(found.unit))
+
+
+def _take_label_away_(shares: Tensor, local: Tensor, owned: Tensor | None, own: Exponentials, one: Tensor) -> None:
+    """Subtracts one from the label's probability, before it is rounded; `one` is what that is in exponentials of this rank."""
+    label = ((own.chosen - own.largest).exp_() - one) / own.unit
     if owned is not None:
-        predicted.masked_fill_(~owned, 0)
-    total, predicted = collectives.all_reduce(torch.stack([own_total, predicted]), module.group)
-    loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
-    if want_grad:
-        hit = mask if owned is None else mask * owned
-        module.kernel.backward(logits, own_largest, rescale / total * mask, hit, local, kept)
-        if module.valid_rows == 0:
-            logits.zero_()
-    return loss
+        label = torch.where(owned, label, shares.gather(1, local[:, None]).squeeze(1))
+    shares.scatter_(1, local[:, None], label.to(shares.dtype)[:, None])
 
 
-def _exponentials(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Of logits [rows, V]: the largest [rows], the sum of exp(logits - largest), the logit at `local`, all fp32 or wider, and what the
-    gradient needs: (shares [rows, V], unit [rows]) with exp(logits - largest) = shares x unit.
+def exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
+    """Overwrites logits [rows, V] with shares; `local` [rows] are the labels' columns.
 
     A softmax takes one pass for difference, exponential, sum and quotient, and the largest logit's exponential is one, so its share
-    tells the sum. But its exponential on CPU is off by up to 20 units in the last place: good for what is rounded to bf16, not for fp32,
-    where the logits are overwritten instead.
+    tells the sum. But its exponential on CPU is off by up to 20 units in the last place: good for what is rounded to bf16, not for fp32.
     """
     # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
     on_cpu, rounded = logits.device.type == "cpu", logits.dtype.itemsize < 4
@@ -140,20 +157,9 @@ def _exponentials(logits: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor
     largest = widened(source.amax(1))
     chosen = widened(source.gather(1, local[:, None]).squeeze(1))
     if on_cpu and not rounded:
-        shares = source.sub_(largest[:, None]).exp_()
-        return largest, shares.sum(1), chosen, (shares, torch.ones_like(largest))
+        logits.sub_(largest[:, None]).exp_()
+        return Exponentials(largest, logits.sum(1), chosen, torch.ones_like(largest))
     shares = torch.softmax(source, 1, out=source) if on_cpu else torch.softmax(source, 1, dtype=largest.dtype)
     total = shares.amax(1).reciprocal_()
-    return largest, total, chosen, (shares, total)
-
-
-def _logits_gradient_(logits: Tensor, largest: Tensor, scale: Tensor, hit: Tensor, local: Tensor, kept: tuple[Tensor, Tensor]) -> None:
-    """Writes exp(logits - largest) x scale, less `hit` at `local`, over the logits; all but these and `kept` are [rows]."""
-    shares, unit = kept
-    shares.mul_((unit * scale)[:, None])
-    shares.scatter_add_(1, local[:, None], -hit[:, None])
-    if shares is not logits:
-        logits.copy_(shares)
-
-
-LOSS = Kernel(_exponentials, _logits_gradient_)
+    logits.copy_(shares)
+    return Exponentials(largest, total, chosen, total)

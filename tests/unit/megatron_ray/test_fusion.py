@@ -15,7 +15,7 @@ from megatron_ray.models.mlp import GEGLU_TANH, SWIGLU, GatedActivation
 from megatron_ray.models.rope import ROTATION, rotary_angles
 from megatron_ray.parallelize import build_model
 from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.tensor_parallel.cross_entropy import LOSS
+from megatron_ray.tensor_parallel.cross_entropy import Exponentials, exponentials_
 from megatron_ray.tensor_parallel.norm import RMS_NORM
 
 # A kernel rounds some intermediate result where a formula does not.
@@ -48,21 +48,19 @@ def rotation(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
     return [*found, kernel.backward(*grads, cos, sin)]
 
 
-def loss(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+def loss(exponentials_: Callable[[Tensor, Tensor], Exponentials], dtype: torch.dtype) -> list[Tensor]:
+    """Shares times their unit are the same however they are scaled."""
     logits, local = 3 * draw(dtype, TOKENS, 100), torch.arange(TOKENS) * 2
-    hit = (torch.arange(TOKENS) % 3 > 0).to(torch.promote_types(dtype, torch.float32))
-    largest, total, chosen, kept = kernel.forward(logits, local)
-    found = [largest.clone(), total.clone(), chosen.clone()]
-    kernel.backward(logits, largest, hit / total, hit, local, kept)
-    return [*found, logits]
+    found = exponentials_(logits, local)
+    return [found.largest, found.total, found.chosen, logits.to(found.unit.dtype) * found.unit[:, None]]
 
 
-CASES: dict[str, tuple[Callable[[Kernel, torch.dtype], list[Tensor]], Kernel]] = {
+CASES: dict[str, tuple[Callable[[Any, torch.dtype], list[Tensor]], Any]] = {
     "rms_norm": (rms_norm, RMS_NORM),
     "swiglu": (gated, SWIGLU),
     "geglu_tanh": (gated, GEGLU_TANH),
     "rotation": (rotation, ROTATION),
-    "loss": (loss, LOSS),
+    "exponentials_": (loss, exponentials_),
 }
 
 
@@ -108,7 +106,8 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced(activation: st
     fusion.apply_fusions(model, fusion.Fusions(*(mark for _ in fusion.Fusions._fields)))
 
     def of(module: nn.Module) -> object:
-        return getattr(module, "rotation", getattr(module, "kernel", None))
+        names = ("rotation", "kernel", "exponentials_")
+        return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
     replaced = [name for name, module in model.named_modules() if of(module) is mark]
     kept = [name for name, module in model.named_modules() if isinstance(module, GatedActivation) and of(module) is not mark]

@@ -109,6 +109,13 @@ def verdict(name: str) -> Verdict:
     return judgement(FAMILIES[name].build(SIZES, seed=1), FAMILIES[name], SIZES, whole_batch(SIZES, 2))
 
 
+@cache
+def exact(name: str) -> Verdict:
+    """The same in fp64."""
+    family = FAMILIES[name]
+    return judgement(family.build(SIZES, seed=1).double(), family, SIZES, whole_batch(SIZES, 2))
+
+
 def run_ours(rank: int, world: int, config: TrainConfig, weights: dict[str, Tensor], samples: np.ndarray) -> Found:
     """Logits, loss per token and gradients of one step."""
     mesh = make_mesh(rank, world, config)
@@ -146,7 +153,11 @@ def agree(name: str, config: TrainConfig, ranks: list[Found]) -> None:
             continue
         distance = relative(measured[parameter], gradient, 1e-8 * largest)
         # A router's gradient is the small difference of its experts' outputs.
-        assert distance <= (2e-5 if "router" in parameter else 1e-5), f"{parameter}: {distance}"
+        if distance > (2e-5 if "router" in parameter else 1e-5):
+            # The judge rounds too: GPT-2's queries, whose scores are all but equal here, it misses by 1.9e-5 itself.
+            truth = exact(name).gradients[parameter]
+            ours, its = (relative(tensor, truth, 1e-8 * largest) for tensor in (measured[parameter], gradient))
+            assert ours <= its, f"{parameter}: {distance} from the judge, {ours} from it in fp64, the judge {its}"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
