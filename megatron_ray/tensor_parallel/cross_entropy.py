@@ -21,7 +21,7 @@ from megatron_ray import collectives
 from megatron_ray.collectives import Group
 from megatron_ray.loss_chunks import rows_at_once
 from megatron_ray.matmul import forward_product, input_grad_product
-from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear, start_input_grad_reduction
+from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear, local_ids, start_input_grad_reduction
 from megatron_ray.tensor_parallel.norm import widened
 
 # A rank whose largest logit is further below the largest of all has probabilities under 1e-26; they count as that instead of nothing, so
@@ -47,7 +47,6 @@ class VocabParallelHead(SlottedModule):
         local = rows // collectives.size(group)
         self.weight = nn.Parameter(torch.empty(local, width, dtype=dtype)) if tied is None else tied
         first = local * collectives.rank(group)
-        self.first_row = first
         self.valid_rows = max(0, min(vocabulary - first, local))
         """Rows that are no padding."""
         self.vocabulary = vocabulary
@@ -88,16 +87,16 @@ class _HeadLoss(torch.autograd.Function):
         logits = forward_product(gathered, weight)
         if module.valid_rows < logits.shape[1]:
             logits[:, module.valid_rows :] = -torch.inf
-        local, owned = _own_labels(labels, module, logits.shape[1])
+        local, outside = local_ids(labels, logits.shape[1], module.group)
         own = _overwritten(logits, local, module)
         largest = collectives.all_reduce(own.largest.clone(), module.group, dist.ReduceOp.MAX)
         rescale = (own.largest - largest).clamp_(min=_FARTHEST).exp_()
         predicted = own.chosen - largest
-        if owned is not None:
-            predicted.masked_fill_(~owned, 0)
+        if outside is not None:
+            predicted.masked_fill_(outside, 0)
         total, predicted = collectives.all_reduce(torch.stack([own.total * rescale, predicted]), module.group)
         if any(ctx.needs_input_grad[:2]):  # type: ignore[attr-defined]
-            _take_label_away_(logits, local, owned, own, total / rescale)
+            _take_label_away_(logits, local, outside, own, total / rescale)
             ctx.save_for_backward(gathered, weight, logits, own.unit * rescale / total * mask)
             ctx.module = module  # type: ignore[attr-defined]
         loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
@@ -116,15 +115,6 @@ class _HeadLoss(torch.autograd.Function):
         return reduced, grad_weight, None, None, None
 
 
-def _own_labels(labels: Tensor, module: VocabParallelHead, rows: int) -> tuple[Tensor, Tensor | None]:
-    """Labels as rows of this rank, 0 for those of others, and which are this rank's; None where all are."""
-    if module.group is None:
-        return labels, None
-    local = labels - module.first_row
-    owned = (local >= 0) & (local < rows)
-    return local.masked_fill(~owned, 0), owned
-
-
 def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> Exponentials:
     """Writes shares over the logits [T, V], as many rows at a time as stay in cache."""
     rows = rows_at_once(logits.device.type, logits.shape[1])
@@ -137,11 +127,11 @@ def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> Ex
     return found._replace(total=torch.zeros_like(found.total), unit=torch.ones_like(found.unit))
 
 
-def _take_label_away_(shares: Tensor, local: Tensor, owned: Tensor | None, own: Exponentials, one: Tensor) -> None:
+def _take_label_away_(shares: Tensor, local: Tensor, outside: Tensor | None, own: Exponentials, one: Tensor) -> None:
     """Subtracts one from the label's probability, before it is rounded; `one` is what that is in exponentials of this rank."""
     label = ((own.chosen - own.largest).exp_() - one) / own.unit
-    if owned is not None:
-        label = torch.where(owned, label, shares.gather(1, local[:, None]).squeeze(1))
+    if outside is not None:
+        label = torch.where(outside, shares.gather(1, local[:, None]).squeeze(1), label)
     shares.scatter_(1, local[:, None], label.to(shares.dtype)[:, None])
 
 

@@ -254,7 +254,7 @@ class _VocabEmbedding(torch.autograd.Function):
     def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor, module: VocabParallelEmbedding) -> Tensor:
         ctx.module = module  # type: ignore[attr-defined]
         ctx.save_for_backward(ids, weight)
-        rows, outside = _local_ids(ids, module)
+        rows, outside = local_ids(ids, weight.shape[0], module.group)
         found = torch.nn.functional.embedding(rows, weight)
         if outside is None:
             return found
@@ -270,18 +270,19 @@ class _VocabEmbedding(torch.autograd.Function):
         if not _needs_grad(module, "weight"):
             return None, None, None
         grad = collectives.all_gather_rows(grad.contiguous(), module.sequence_group)
-        rows, outside = _local_ids(ids, module)
+        rows, outside = local_ids(ids, weight.shape[0], module.group)
         if outside is not None:
             grad = grad.masked_fill(outside[:, None], 0)
         return None, _deliver_rows(module, weight, rows, grad), None
 
 
-def _local_ids(ids: Tensor, module: VocabParallelEmbedding) -> tuple[Tensor, Tensor | None]:
-    """Ids as local rows; those of other ranks point at row 0 and are marked in the mask."""
-    if module.group is None:
+def local_ids(ids: Tensor, rows: int, group: Group) -> tuple[Tensor, Tensor | None]:
+    """Ids as rows of this rank, which has `rows` of the vocabulary; those of other ranks point at row 0 and are marked in the mask; None
+    where there are none."""
+    if group is None:
         return ids, None
-    local = ids - module.group.rank() * module.weight.shape[0]
-    outside = (local < 0) | (local >= module.weight.shape[0])
+    local = ids - group.rank() * rows
+    outside = (local < 0) | (local >= rows)
     return local.masked_fill(outside, 0), outside
 
 
