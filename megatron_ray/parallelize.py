@@ -22,6 +22,7 @@ from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReduce
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.fusion import apply_fusions, compiled_fusions
 from megatron_ray.mesh import ParallelMesh
+from megatron_ray.models.attached_loss import AttachedLoss
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
@@ -48,6 +49,8 @@ class ParallelModel:
     """The dense parameters, then the experts where there are any."""
     expert_biases: dict[str, ExpertBias]
     """By logical name."""
+    attached_losses: dict[str, list[AttachedLoss]]
+    """This rank's places of every kind there is, the same kinds in the same order on all ranks."""
     sink: WeightGradSink
     pipeline: PipelinePlan
     actions: Order
@@ -133,8 +136,9 @@ def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[
         reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
         sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
         attach_slots(module, _views(families, _gradients), sink)
-    biases = allocate_expert_biases(module, mesh.device)
-    return ParallelModel(module, table, families, biases, sink, pipeline, actions, parallel.sequence_parallel, dtype)
+    biases, kinds = allocate_expert_biases(module, mesh.device), config.model.attached_losses
+    losses = {kind: [part for part in module.modules() if isinstance(part, AttachedLoss) and part.kind == kind] for kind in kinds}
+    return ParallelModel(module, table, families, biases, losses, sink, pipeline, actions, parallel.sequence_parallel, dtype)
 
 
 def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:

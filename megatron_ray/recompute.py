@@ -8,6 +8,8 @@ to their slots in the backward only, once, whoever ran the forward how often. Mu
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +63,16 @@ class _FirstLayers:
 
 
 def _layers(blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
-    return recomputed(lambda hidden: one_after_another(blocks, hidden, positions), hidden_TH, last=_last_product(blocks[-1]))
+    def run(positions: Positions, hidden_TH: Tensor) -> Tensor:
+        return one_after_another(blocks, hidden_TH, positions)
+
+    first, again = partial(run, positions), partial(run, _unheard(positions))
+    return recomputed(first, hidden_TH, again=again, last=_last_product(blocks[-1]))
+
+
+def _unheard(positions: Positions) -> Positions:
+    """For a second run, of whose choices nobody is to hear again."""
+    return replace(positions, on_choice=None)
 
 
 # ---- some modules of every layer
@@ -101,10 +112,13 @@ def _moe(block: Block) -> None:
         return
     plain = block.moe.forward
 
+    def run(positions: Positions, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+        output: Tensor = plain(x_TH, residual_TH, positions)
+        return output
+
     def forward(x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
-        if residual_TH is None:
-            return recomputed(lambda x: plain(x, None, positions), x_TH)
-        return recomputed(lambda x, residual: plain(x, residual, positions), x_TH, residual_TH)
+        inputs = [x_TH] if residual_TH is None else [x_TH, residual_TH]
+        return recomputed(partial(run, positions), *inputs, again=partial(run, _unheard(positions)))
 
     _replace_forward(block.moe, forward)
 
@@ -146,22 +160,26 @@ def _last_product(block: nn.Module) -> RowParallelLinear | None:
 # ---- regions kept as their inputs
 
 
-def recomputed(run: Callable[..., Tensor], *inputs: Tensor, last: RowParallelLinear | None = None) -> Tensor:
+def recomputed(
+    run: Callable[..., Tensor], *inputs: Tensor, again: Callable[..., Tensor] | None = None, last: RowParallelLinear | None = None
+) -> Tensor:
     """run(*inputs), of which only the inputs are kept for the backward pass.
 
-    `last`: the layer that makes the output and of which nothing in the region reads the output; its second product, and under tensor
-    parallelism the communication of it, are spared. `run` must be a function of its inputs alone; everything that needs a gradient is
-    an input, or a parameter.
+    `again` computes the same in the backward pass, where that is to be told apart. `last`: the layer that makes the output and of which
+    nothing in the region reads the output; its second product, and under tensor parallelism the communication of it, are spared. `run`
+    must be a function of its inputs alone; everything that needs a gradient is an input, or a parameter.
     """
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return run(*inputs)
-    return _Recomputed.apply(run, last, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+    return _Recomputed.apply(run, again or run, last, *inputs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, run: Callable[..., Tensor], last: RowParallelLinear | None, *inputs: Tensor) -> Tensor:
-        ctx.run, ctx.last = run, last  # type: ignore[attr-defined]
+    def forward(
+        ctx: FunctionCtx, run: Callable[..., Tensor], again: Callable[..., Tensor], last: RowParallelLinear | None, *inputs: Tensor
+    ) -> Tensor:
+        ctx.run, ctx.last = again, last  # type: ignore[attr-defined]
         ctx.save_for_backward(*inputs)
         return run(*inputs)  # autograd records nothing inside a function's forward
 
@@ -171,7 +189,7 @@ class _Recomputed(torch.autograd.Function):
         with torch.enable_grad(), _unread(ctx.last):
             again = Backward(ctx.run(*inputs))
         again.run(grad)
-        return None, None, *(tensor.grad for tensor in inputs)
+        return None, None, None, *(tensor.grad for tensor in inputs)
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -38,8 +38,11 @@ class StepRow(BaseModel):
     mfu: Finite = None
     memory_bytes: int | None = None
     split_s: dict[str, Finite] | None = None
+    other_losses: dict[str, Finite] | None = None
 
 
+_MAPPINGS = ("split_s", "other_losses")
+"""Columns that are no single number, so that nothing is thinned out by them."""
 KEYS = tuple(name for name in StepRow.model_fields if name != "step")
 _TABLE = MetricRow.__table__
 assert isinstance(_TABLE, sa.Table)
@@ -67,7 +70,7 @@ def read_thinned(
     session: Session, job: JobRow, keys: Sequence[str], max_points: int, *, from_step: int = 0, attempt: int | None = None
 ) -> list[dict[str, Any]]:
     """At most `max_points` of the rows `read` would give: first, last and every key's extremes are among them."""
-    numbers = [key for key in keys if key != "split_s"]
+    numbers = [key for key in keys if key not in _MAPPINGS]
     points = session.execute(_select(job, numbers, from_step, attempt)).all()
     kept = [points[index] for index in thin([tuple(point[2:]) for point in points], max_points)]
     if len(numbers) == len(keys):

@@ -9,7 +9,7 @@ from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, S
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0001"
+REVISION = "0002"
 """The newest migration: a database that stands there has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere; SQLite numbers rows by itself only when the type is called INTEGER."""
@@ -163,6 +163,7 @@ class MetricRow(Table):
     mfu: Mapped[float | None]
     memory_bytes: Mapped[int | None]
     split_s: Mapped[Json | None]
+    other_losses: Mapped[Json | None]
 
 
 class AttemptRow(Table):

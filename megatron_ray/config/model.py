@@ -152,6 +152,19 @@ class ModelConfig(Config):
         return self.moe if self.moe is not None and (layer >= self.num_layers or self.moe.on_layer(layer)) else None
 
     @property
+    def attached_losses(self) -> dict[str, float]:
+        """What is trained on beside the loss, in Megatron-LM's words, and the weight of all its places together: such a sum over it is the
+        mean over layers of what it was before its coefficient, as it is reported."""
+        found, moe = dict[str, float](), self.moe
+        if moe is not None:
+            layers = sum(self.experts_on(layer) is not None for layer in range(self.num_layers + self.further_layers))
+            coefficients = {moe.balancing_loss: moe.aux_loss_coeff, "z_loss": moe.z_loss_coeff}
+            found |= {name: coefficient * layers for name, coefficient in coefficients.items() if coefficient and layers}
+        if self.mtp is not None:
+            found |= {f"mtp_{depth + 1}_loss": self.mtp.loss_coeff / self.mtp.num_layers for depth in range(self.mtp.num_layers)}
+        return found
+
+    @property
     def expert_width(self) -> int:
         """Width inside an expert, resolved."""
         return (self.moe.ffn_hidden_size if self.moe is not None else None) or self.ffn_width

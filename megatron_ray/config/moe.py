@@ -39,7 +39,7 @@ class MoEConfig(Config):
     group_top_k: int | None = Field(default=None, ge=1, le=64)
     """Groups that a token may choose from; they are ranked by the sum of their best top_k / group_top_k scores."""
     aux_loss_coeff: float = Field(default=0.0, ge=0)
-    """Weight of the load-balancing loss; 0 for none. Its gradient is added, the reported loss does not contain it."""
+    """Weight of the load-balancing loss; 0 for none. Its gradient is added; it is reported apart from the loss."""
     aux_loss: Literal["aux_loss", "seq_aux_loss"] = "aux_loss"
     """Balance over the tokens of a microbatch (Switch Transformer), or over each of its sequences (DeepSeek-V2)."""
     z_loss_coeff: float = Field(default=0.0, ge=0)
@@ -58,6 +58,11 @@ class MoEConfig(Config):
     """Who stays when an expert is full: the tokens with the largest weights, or those that come first."""
     shared_expert_ffn_hidden_size: int | None = Field(default=None, ge=8, le=1 << 20)
     """Width of an expert that every token goes to besides; none when not given."""
+
+    @property
+    def balancing_loss(self) -> str:
+        """What the load-balancing loss is reported as."""
+        return "load_balancing_loss" if self.aux_loss == "aux_loss" else "seq_load_balancing_loss"
 
     def on_layer(self, index: int) -> bool:
         """Whether a layer has experts."""

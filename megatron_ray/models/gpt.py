@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.data.loader import Batch
-from megatron_ray.models.attached_loss import attach_loss
 from megatron_ray.models.attention import KeyValueCache, Positions
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.layers import Layers
@@ -84,8 +83,9 @@ class GPT(nn.Module):
             raise ValueError("a model that predicts further tokens is trained on batches with further labels")
         weight, tokens_BS = mtp.loss_coeff / mtp.num_layers, batch.labels_BS
         for predict, labels_BS, mask_BS in zip(self.mtp.values(), further.labels_DBS, further.loss_mask_DBS, strict=True):
+            assert isinstance(predict, FurtherToken)
             hidden_TH = predict(hidden_TH, self._words(tokens_BS), positions, self.through)
-            loss = attach_loss(loss, self.head(hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight))
+            loss = predict.loss(loss, self.head(hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight))
             tokens_BS = labels_BS
         return loss
 

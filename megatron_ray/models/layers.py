@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from megatron_ray.expert_parallel.dispatch import Dispatched, Room
 from megatron_ray.expert_parallel.layers import ExpertBias
+from megatron_ray.models.attached_loss import AttachedLoss
 
 
 class Head(Protocol):
@@ -98,6 +99,10 @@ class Layers(Protocol):
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
         """Brings tokens to their experts and back."""
+        ...
+
+    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AttachedLoss:
+        """See `AttachedLoss`; `of_own_tokens`: each rank has its part, otherwise all tp ranks have the same."""
         ...
 
     def own_rows(self, tensor: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ class FurtherToken(nn.Module):
         self.embedding_dropout = layers.hidden_dropout(f"mtp.{depth}.embedding")
         self.projection = layers.replicated(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config, layers, config.num_layers + depth)
+        kind = f"mtp_{depth + 1}_loss"
+        self.loss = layers.attached_loss(kind, config.attached_losses[kind], of_own_tokens=False)
 
     def forward(
         self,

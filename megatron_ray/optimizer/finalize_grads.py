@@ -25,7 +25,7 @@ class StepStats:
     """Device scalars of one step, fp64, the same on every rank."""
 
     values: Tensor
-    """[loss sum, tokens, squared gradient norm of the sums, flags added up over the ranks ...]."""
+    """[loss sum, tokens, squared gradient norm of the sums, the model's attached losses ..., flags added up over the ranks ...]."""
 
 
 def finalize_grads(
@@ -41,12 +41,16 @@ def finalize_grads(
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
     update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
-    values = torch.zeros(3 + len(flags), dtype=torch.float64, device=mesh.device)
+    attached = model.attached_losses.values()
+    values = torch.zeros(3 + len(attached) + len(flags), dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0 and model.has_loss:
         values[0], values[1] = loss_sum, num_tokens
     values[2] = _squared_norm(optimizer, mesh)
+    for index, places in enumerate(attached):
+        for part in [part for place in places if (part := place.take()) is not None]:
+            values[3 + index] += part
     if any(flags):  # a copy from the host, so only when there is something to say
-        values[3:] = torch.tensor(flags, dtype=torch.float64)
+        values[3 + len(attached) :] = torch.tensor(flags, dtype=torch.float64)
     return StepStats(collectives.all_reduce(values, mesh.world_group))
 
 

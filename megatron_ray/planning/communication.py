@@ -348,7 +348,8 @@ def update_communication(config: TrainConfig, dims: ParallelDims, pipeline: Pipe
     found.add("tokens", "all_reduce", 4 * sum(biases))
     if dims.dp > 1:
         found.add("dp", "all_reduce", 4 * sum(biases))
-    found.add("world", "all_reduce", 8 * (3 + len(Command) - 1))  # loss, tokens, squared norm; what ranks are told
+    # loss, tokens, squared norm; other losses; what ranks are told
+    found.add("world", "all_reduce", 8 * (3 + len(model.attached_losses) + len(Command) - 1))
     return found
 
 

@@ -8,6 +8,8 @@ know: the model, data parallelism.
 Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs, H hidden, V vocabulary rows.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,14 +141,14 @@ def start_input_grad_reduction(module: SlottedModule, grad_TI: Tensor) -> tuple[
     return grad_TI, collectives.start_all_reduce(grad_TI, module.group)
 
 
-def deliver_linear(module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor) -> Tensor | None:
-    """Weight gradient to the slot, or as a tensor for autograd where there is no slot."""
+def deliver_linear(module: SlottedModule, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> Tensor | None:
+    """Weight gradient to the slot, or as a tensor for autograd where there is no slot. Inputs [T, I], see `GradSlot.linear`."""
     if not _needs_grad(module, "weight"):
         return None
     slot = module.slot("weight")
     if slot is None:
-        return weight_grad_product(grad_TO, inputs_TI)
-    slot.linear(inputs_TI, grad_TO)
+        return weight_grad_product(grad_TO, inputs if isinstance(inputs, Tensor) else inputs())
+    slot.linear(inputs, grad_TO)
     return None
 
 
@@ -179,12 +181,17 @@ class _Column(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         module: ColumnParallelLinear = ctx.module
         grad = grad.contiguous()
-        # Gathering the inputs again (instead of keeping them) hides behind the input gradient's product.
-        gathered, arriving = collectives.start_all_gather_rows(inputs, module.sequence_group)
+        # Inputs are gathered again instead of kept: behind the input gradient's product, or when the weight's product is computed if that
+        # is later, so that a schedule which puts it off holds no more than others.
+        slot = module.slot("weight")
+        later = slot is not None and slot.puts_off
+        gathers = _needs_grad(module, "weight") and not later
+        gathered, arriving = collectives.start_all_gather_rows(inputs, module.sequence_group if gathers else None)
         grad_inputs = input_grad_product(grad, weight)
         arriving.wait()
         reduced, pending = start_input_grad_reduction(module, grad_inputs)
-        grad_weight = deliver_linear(module, gathered, grad)  # overlaps with the reduction
+        waiting = partial(collectives.all_gather_rows, inputs, module.sequence_group)
+        grad_weight = deliver_linear(module, waiting if later else gathered, grad)  # overlaps with the reduction
         grad_bias = _deliver_bias(module, grad)
         pending.wait()
         return reduced, grad_weight, grad_bias, None

@@ -31,9 +31,14 @@ class GradSlot:
     seen: int = field(default=0)
     """Contributions of the last microbatch so far."""
 
-    def linear(self, inputs_TI: Tensor, grad_TO: Tensor) -> None:
-        """Adds grad^T @ inputs, the gradient of a [O, I] weight."""
-        self.sink.linear(self, inputs_TI, grad_TO)
+    @property
+    def puts_off(self) -> bool:
+        """Whether what is added now is computed later."""
+        return self.sink.puts_off
+
+    def linear(self, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> None:
+        """Adds grad^T @ inputs, the gradient of a [O, I] weight. Inputs [T, I] that are called come when the product is computed."""
+        self.sink.linear(self, inputs, grad_TO)
 
     def grouped(self, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
         """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; each expert's rows lie together, in the order of experts."""
@@ -86,9 +91,14 @@ class WeightGradSink:
         for work in self._later.pop(key, ()):
             work()
 
-    def linear(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor) -> None:
+    @property
+    def puts_off(self) -> bool:
+        """Whether weight products of the announced microbatch are computed later."""
+        return self._put_off is not None
+
+    def linear(self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> None:
         """grad^T @ inputs into the main gradient."""
-        self._now_or_later(lambda: self._linear(slot, inputs_TI, grad_TO))
+        self._now_or_later(lambda: self._linear(slot, inputs, grad_TO))
 
     def grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
         """grad^T @ inputs of each expert into its part of the main gradient."""
@@ -108,7 +118,8 @@ class WeightGradSink:
         else:
             self._put_off.append(work)
 
-    def _linear(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor) -> None:
+    def _linear(self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> None:
+        inputs_TI = inputs if isinstance(inputs, Tensor) else inputs()
         accumulate_weight_grad(slot.main_grad, grad_TO, inputs_TI, fresh=slot.fresh)
         self._done(slot)
 

@@ -139,7 +139,9 @@ class _Reading:
 
     def _emit(self) -> Command:
         blank, read = self._waiting.popleft()
-        loss_sum, tokens, squared_norm, *flags = read()
+        loss_sum, tokens, squared_norm, *rest = read()
+        kinds = self._config.model.attached_losses
+        attached, flags = rest[: len(kinds)], rest[len(kinds) :]
         rate = tokens / blank.step_s
         step = replace(
             blank,
@@ -148,6 +150,7 @@ class _Reading:
             num_tokens=int(tokens),
             tokens_per_s=rate,
             mfu=rate * self._mfu_per_rate,
+            other_losses={kind: value / max(tokens, 1.0) for kind, value in zip(kinds, attached, strict=True)},
         )
         self._report(step)
         if not (isfinite(step.loss) and isfinite(step.grad_norm)):

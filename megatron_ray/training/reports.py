@@ -28,6 +28,9 @@ class StepReport:
     """Peak device memory (RSS on CPU)."""
     split_s: dict[str, float] = field(default_factory=dict)
     """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
+    other_losses: dict[str, float] = field(default_factory=dict)
+    """What is trained on besides, before its coefficient, per token that counted: load_balancing_loss (or seq_load_balancing_loss) and
+    z_loss, means over the layers with experts, and mtp_<n>_loss of each further token."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ class RankResult:
     weights: list[tuple[str, tuple[int, ...], np.ndarray]]
     losses: list[float]
     grad_norms: list[float]
+    other_losses: list[list[float]]
     state_bytes: int
     model_bytes: int
     choices: list[tuple[int, np.ndarray]]
@@ -190,6 +191,7 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
         weights,
         [report.loss for report in reports],
         [report.grad_norm for report in reports],
+        [list(report.other_losses.values()) for report in reports],
         sum(flat.numel() * flat.element_size() for shard in optimizer.shards for flat in shard.state.values()),
         sum(family.buffers.parameters.numel() * family.buffers.parameters.element_size() for family in model.families),
         chosen,

@@ -66,6 +66,7 @@ def test_an_entry_equals_one_rank(entry: Entry) -> None:
     for rank in results:
         np.testing.assert_allclose(rank.losses, one.losses, rtol=2e-5)
         np.testing.assert_allclose(rank.grad_norms, one.grad_norms, rtol=2e-5)
+        np.testing.assert_allclose(rank.other_losses, one.other_losses, rtol=2e-5)
     weights, expected = (assemble(config, [rank.weights for rank in ranks]) for ranks in (results, [one]))
     assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
 

@@ -151,6 +151,7 @@ def compare(
     for result in results:
         np.testing.assert_allclose(result.losses, one.losses, rtol=1e-5)
         np.testing.assert_allclose(result.grad_norms, one.grad_norms, rtol=1e-5)
+        np.testing.assert_allclose(result.other_losses, one.other_losses, rtol=1e-5)
     weights, expected = (whole(lambda r: r.weights, ranks) for ranks in (results, [one]))
     assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
     distance = worst_relative_l2(split_vanishing(config, weights)[0], split_vanishing(config, expected)[0])

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.expert_parallel.dispatch import Room
-from megatron_ray.models.attached_loss import attach_loss
 from megatron_ray.models.attention import Positions
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import make_mlp
@@ -30,6 +29,11 @@ class MoE(nn.Module):
         shared = moe.shared_expert_ffn_hidden_size
         self.shared = make_mlp(config, layers, shared) if shared is not None else None
         self.dispatcher = layers.dispatcher(moe.num_experts)
+        weights = config.attached_losses
+        self.balancing_loss, self.z_loss = (
+            layers.attached_loss(kind, weights[kind], of_own_tokens=True) if kind in weights else None
+            for kind in (moe.balancing_loss, "z_loss")
+        )
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
         experts, weights = self._route(self.router(x_TH), positions)
@@ -63,12 +67,12 @@ class MoE(nn.Module):
         if self.expert_bias is not None:
             everything = torch.zeros_like(experts_TK[:, 0])
             self.expert_bias.count(router.count_tokens(experts_TK, moe.num_experts, everything, 1)[0])
-        if moe.aux_loss_coeff > 0:
+        if self.balancing_loss is not None:
             sequence, count = self._sequences(positions, len(experts_TK), experts_TK.device)
             tokens = self.layers.sum_over_tokens(router.count_tokens(experts_TK, moe.num_experts, sequence, count))
-            weights_TK = attach_loss(weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence))
-        if moe.z_loss_coeff > 0:
-            weights_TK = attach_loss(weights_TK, router.z_loss(moe, logits_TE))
+            weights_TK = self.balancing_loss(weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence))
+        if self.z_loss is not None:
+            weights_TK = self.z_loss(weights_TK, router.z_loss(moe, logits_TE))
         return weights_TK
 
     def _sequences(self, positions: Positions, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:

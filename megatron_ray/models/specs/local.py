@@ -12,6 +12,7 @@ from megatron_ray.collectives import Group
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, RouterLinear
+from megatron_ray.models.attached_loss import AttachedLoss
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.dropout import Dropout, DroppingAttention
 from megatron_ray.models.layers import Dispatcher
@@ -114,6 +115,9 @@ class LocalLayers:
     def dispatcher(self, num_experts: int) -> Dispatcher:
         kind = AllToAllDispatcher if self.experts.dispatcher == "alltoall" else AllGatherDispatcher
         return kind(num_experts, self.experts.ep_group, self.experts.etp_group)
+
+    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AttachedLoss:
+        return AttachedLoss(kind, divisor if of_own_tokens else divisor * collectives.size(self.group))
 
     def own_rows(self, tensor: Tensor) -> Tensor:
         return collectives.local_rows(tensor, self.group if self.sequence_parallel else None)

@@ -14,6 +14,7 @@ from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.block import Block
 from megatron_ray.models.mlp import GatedActivation
+from megatron_ray.optimizer.finalize_grads import finalize_grads
 from megatron_ray.planning.activations import kept_activations
 from megatron_ray.recompute import recomputed
 from megatron_ray.tensor_parallel import layers
@@ -180,6 +181,23 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
     runs.clear()
     model.through(model.layers.values(), hidden, positions).sum().backward()
     assert runs == {"layer": layer_runs, **part_runs}
+
+
+def test_choices_are_heard_and_other_losses_counted_once() -> None:
+    found = []
+    for setting in ("none", "norm-moe", "uniform2", "block2"):
+        config, mesh, heard = config_of(setting, "moe", "fp32", False), ParallelMesh.single(), list[tuple[int, Tensor]]()
+        model, optimizer = build(config, mesh)
+        model.module.on_choice = lambda layer, experts, heard=heard: heard.append((layer, experts))  # type: ignore[misc]
+        batches = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)).step(0)
+        loss = forward_backward(model, mesh, batches)
+        stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+        assert [layer for layer, _ in heard] == [0, 2] * 2, setting
+        found.append((torch.stack([experts for _, experts in heard]), stats.values))
+    (choices, values), *others = found
+    assert (values[3:5] > 0).all()
+    for other, recomputed_values in others:
+        assert torch.equal(other, choices) and torch.equal(recomputed_values, values)
 
 
 def test_an_evaluation_recomputes_nothing_and_frees_nothing() -> None:

@@ -130,13 +130,21 @@ def test_unknown_kinds_are_kept_as_they_came(service: Any) -> None:
 def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -> None:
     job_id, driver = service.running_job()
     driver.send(
-        ("step", make_step(1, loss=math.nan, grad_norm=math.inf, split_s={"data": math.nan})),
+        ("step", make_step(1, loss=math.nan, grad_norm=math.inf, split_s={"data": math.nan}, other_losses={"z_loss": 2.5})),
         ("eval", {"step": 1, "split": "validation", "loss": math.nan}),
         source="a1/r0",
         attempt=1,
     )
-    row = service.user.get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss,grad_norm,lr,split_s"}).json()["data"][0]
-    assert row == {"step": 1, "attempt": 1, "loss": None, "grad_norm": None, "lr": 1e-3, "split_s": {"data": None}}
+    row = service.user.get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss,grad_norm,lr,split_s,other_losses"}).json()["data"][0]
+    assert row == {
+        "step": 1,
+        "attempt": 1,
+        "loss": None,
+        "grad_norm": None,
+        "lr": 1e-3,
+        "split_s": {"data": None},
+        "other_losses": {"z_loss": 2.5},
+    }
     assert "not finite" in service.events(job_id)[-1]["message"] and service.job(job_id)["progress"]["loss"] is None
 
 
