@@ -211,4 +211,6 @@ def _ago(job: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
+    if isinstance(value, dict):  # the split of a step, or other losses
+        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items()) or "-"
     return f"{value:.6g}" if isinstance(value, float) else number(value)

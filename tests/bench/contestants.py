@@ -2,12 +2,14 @@
 its own). Run as one child process per rank, they take a number of steps per line of stdin and answer with losses, norms and seconds."""
 
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from megatron_ray.training.step import forward_backward
     from tests.unit.megatron_ray.models.hf_names import decoder_logical, fill
 
-    degrees = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
+    degrees: dict[str, Any] = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
     config = TrainConfig.from_mapping(
         {
             "model": {
@@ -72,7 +74,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
                 "ffn_hidden_size": reference.FFN,
                 "vocab_size": reference.VOCABULARY,
             },
-            "parallel": degrees,
+            "parallel": degrees | ({"schedule": "zb-h1"} if terms.pp > 1 else {}),
             "data": {"train": [{"path": "unused"}]},
             "training": {
                 "seq_length": reference.SEQUENCE,
@@ -148,10 +150,11 @@ def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     return step
 
 
-def megatron_core(terms: Terms, rank: int) -> Step:
+def megatron_core(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
+    os.environ["TORCHDYNAMO_DISABLE"] = str(int(not compiled))  # it decorates functions with the compiler wherever it is
     from tests.bench import megatron_core
 
-    return megatron_core.program(terms, rank)
+    return megatron_core.program(terms, rank, compiled=compiled)
 
 
 PROGRAMS: dict[str, Callable[[Terms, int], Step]] = {
@@ -160,13 +163,14 @@ PROGRAMS: dict[str, Callable[[Terms, int], Step]] = {
     "transformers": transformers,
     "transformers-compiled": partial(transformers, compiled=True),
     "megatron-core": megatron_core,
+    "megatron-core-compiled": partial(megatron_core, compiled=True),
 }
 
 
 def main() -> None:
     name, given, rank, meeting_point = sys.argv[1], Terms(**json.loads(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    if given.world_size > 1 or name == "megatron-core":
+    if given.world_size > 1 or name.startswith("megatron-core"):
         dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=given.world_size)
     step, number = PROGRAMS[name](given, rank), 0
     memory = KeptMemory() if name.startswith("ours") else None  # as every rank has it

@@ -1,15 +1,14 @@
 """megatron-core 0.16.1 as a contestant: its GPTModel by the local layer spec, its distributed data parallelism, sharded optimizer and
 schedules, on CPU with gloo. bf16 is Megatron's: bf16 parameters, fp32 main parameters and gradient buffers.
 
-Its jit fusions are compiled for CUDA only, so they are off, as is attention by Transformer Engine, which has no CPU form.
+With `compiled` those of its fusions that torch compiles are on: SwiGLU, residual and dropout, cross entropy. What is CUDA only is off:
+fused scores, fused norms, accumulation in the product, and attention by Transformer Engine.
 """
 
 import logging
-import os
 import re
 import warnings
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
@@ -36,13 +35,13 @@ from tests.bench import reference  # noqa: E402
 from tests.bench.contestants import Step, Terms  # noqa: E402
 
 
-def program(terms: Terms, rank: int) -> Step:
+def program(terms: Terms, rank: int, *, compiled: bool) -> Step:
     """Builds everything; torch.distributed is initialised."""
     parallel_state.initialize_model_parallel(terms.tp, terms.pp)
     megatron_core_on_cpu.patch_random()
     tensor_parallel.model_parallel_cuda_manual_seed(reference.SEED)
     init_num_microbatches_calculator(rank, None, reference.GLOBAL_BATCH, terms.micro_batch, terms.dp)
-    config = _config(terms)
+    config = _config(terms, compiled)
     model = _model(config, terms)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -66,7 +65,7 @@ def program(terms: Terms, rank: int) -> Step:
     return _step(terms, rank, model, optimizer)
 
 
-def _config(terms: Terms) -> TransformerConfig:
+def _config(terms: Terms, compiled: bool) -> TransformerConfig:
     dtype = torch.bfloat16 if terms.precision == "bf16" else torch.float32
     return TransformerConfig(
         num_layers=reference.LAYERS,
@@ -86,12 +85,13 @@ def _config(terms: Terms) -> TransformerConfig:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         attention_softmax_in_fp32=True,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        bias_activation_fusion=compiled,
+        bias_dropout_fusion=compiled,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        cross_entropy_loss_fusion=False,
+        cross_entropy_loss_fusion=compiled,
+        cross_entropy_fusion_impl="native",
         use_cpu_initialization=True,
         attention_backend=AttnBackend.local,
     )

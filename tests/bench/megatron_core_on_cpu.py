@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch._dynamo import trace_rules
+from torch._inductor.codecache import CacheBase
 
 _CPU = torch.device("cpu")
 
@@ -61,8 +62,10 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Before megatron.core is imported. The compiler, which its import brings in, builds its tables of torch's functions before that."""
+    """Before megatron.core is imported. The compiler, which its import brings in, builds its tables of torch's functions before that, and
+    learns that there is no GPU."""
     trace_rules.get_torch_obj_rule_map()
+    CacheBase.get_system()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     for name in ("synchronize", "empty_cache", "set_device", "_lazy_init"):

@@ -197,6 +197,14 @@ def test_listings(run: Run, service: FakeService, command: str, entry: dict[str,
     assert json.loads(run(command, "job-abc", "--url", service.url, "--json")[1])["data"] == [entry]
 
 
+def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -> None:
+    losses = {"load_balancing_loss": 1.25, "z_loss": None}
+    page = {"object": "list", "data": [{"step": 3, "attempt": 1, "other_losses": losses, "split_s": {}}], "has_more": False}
+    service.routes["GET /v1/jobs/job-abc/metrics"] = (200, page)
+    code, out, _ = run("metrics", "job-abc", "--keys", "other_losses,split_s", "--url", service.url)
+    assert code == 0 and "load_balancing_loss 1.25, z_loss -" in out
+
+
 def test_cancel_waits_for_the_end(run: Run, service: FakeService) -> None:
     service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
     service.routes["GET /v1/jobs/job-abc"] = (200, [{**JOB, "status": "cancelling"}, {**JOB, "status": "cancelled"}])
