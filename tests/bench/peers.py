@@ -21,6 +21,8 @@ from tests.bench import reference
 from tests.bench.contestants import Terms
 
 PAIRS, STEPS_A_TURN = 9, 4
+LONG_S = 5.0
+"""A step of this length is a turn by itself."""
 Answer = dict[str, list[float]]
 # glibc returns large blocks to the system at once by default; keeping them is worth a fifth of a step to either side.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "268435456"}
@@ -106,7 +108,8 @@ def compare(name: str, case: Case) -> dict[str, Any]:
         ours, theirs = (Contestant(who, case.terms, folder) for who in (case.ours, case.peer))
         try:
             first, other = ours.take(case.terms.checked), theirs.take(case.terms.checked)
-            turns = [_take_turns(ours, theirs, swapped=bool(number % 2)) for number in range(PAIRS)]
+            steps = 1 if max(first["seconds"][-1], other["seconds"][-1]) > LONG_S else STEPS_A_TURN
+            turns = [_take_turns(ours, theirs, steps, swapped=bool(number % 2)) for number in range(PAIRS)]
             memory = [contestant.take(0)["peak_mb"][0] for contestant in (ours, theirs)]
         finally:
             ours.end()
@@ -135,9 +138,9 @@ def _largest_difference(ours: list[float], others: list[float]) -> float:
     return max(abs(one - other) for one, other in zip(ours, others, strict=True))
 
 
-def _take_turns(ours: Contestant, theirs: Contestant, *, swapped: bool) -> tuple[Answer, Answer]:
+def _take_turns(ours: Contestant, theirs: Contestant, steps: int, *, swapped: bool) -> tuple[Answer, Answer]:
     """Who is first alternates: the processor is cooler, or the cache another's, for whoever it is."""
-    found = {id(one): one.take(STEPS_A_TURN) for one in ((theirs, ours) if swapped else (ours, theirs))}
+    found = {id(one): one.take(steps) for one in ((theirs, ours) if swapped else (ours, theirs))}
     return found[id(ours)], found[id(theirs)]
 
 
