@@ -10,9 +10,16 @@ from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.positions import RopeScaling
 from megatron_ray.config.presets import PRESETS
 
+_PARTS = ("moe", "mla", "mtp")
+"""Parts of a shape whose fields a preset fills one by one."""
+
+
+def _both(filled: object, given: object) -> bool:
+    return isinstance(filled, dict) and isinstance(given, dict)
+
 
 class ModelConfig(Config):
-    """A decoder-only transformer. `{preset: NAME}` fills every field; fields given beside it win."""
+    """A decoder-only transformer. `{preset: NAME}` fills every field; fields given beside it win, those of `moe`, `mla` and `mtp` too."""
 
     preset: str | None = None
     """Name of a published or test shape that filled the fields not given here."""
@@ -84,7 +91,9 @@ class ModelConfig(Config):
         name = given["preset"]
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
-        return {**PRESETS[name], **given}
+        preset = PRESETS[name]
+        parts = {part: {**preset[part], **value} for part, value in given.items() if part in _PARTS and _both(preset.get(part), value)}
+        return {**preset, **given, **parts}
 
     @model_validator(mode="after")
     def _fill_derived(self) -> "ModelConfig":
