@@ -118,6 +118,7 @@ class _Reading:
 
     def __init__(self, parts: Parts, report: Callable[[Report], None]) -> None:
         self._config, self._device, self._report = parts.config, parts.mesh.device, report
+        self._attached = tuple(parts.config.model.attached_losses)
         self._lag = 1 if self._device.type == "cuda" else 0
         peak = device.peak_flops(self._device)
         flops = flops_per_token(self._config.model, self._config.training.seq_length)
@@ -140,8 +141,7 @@ class _Reading:
     def _emit(self) -> Command:
         blank, read = self._waiting.popleft()
         loss_sum, tokens, squared_norm, *rest = read()
-        kinds = self._config.model.attached_losses
-        attached, flags = rest[: len(kinds)], rest[len(kinds) :]
+        attached, flags = rest[: len(self._attached)], rest[len(self._attached) :]
         rate = tokens / blank.step_s
         step = replace(
             blank,
@@ -150,7 +150,7 @@ class _Reading:
             num_tokens=int(tokens),
             tokens_per_s=rate,
             mfu=rate * self._mfu_per_rate,
-            other_losses={kind: value / max(tokens, 1.0) for kind, value in zip(kinds, attached, strict=True)},
+            other_losses={kind: value / max(tokens, 1.0) for kind, value in zip(self._attached, attached, strict=True)},
         )
         self._report(step)
         if not (isfinite(step.loss) and isfinite(step.grad_norm)):
