@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ray.config.moe import LayerPattern, MoEConfig
 from megatron_ray.expert_parallel.layers import ExpertBias, update_expert_biases
-from megatron_ray.models.attached_loss import attach_loss
+from megatron_ray.models.attached_loss import AttachedLoss
 from megatron_ray.models.moe import router
 
 TOKENS, EXPERTS = 24, 8
@@ -111,11 +111,14 @@ def test_an_attached_loss_adds_its_gradient_and_changes_no_value() -> None:
     logits = torch.from_numpy(LOGITS).requires_grad_()
     weights = logits.softmax(-1)
     extra = logits.square().sum()
-    attached = attach_loss(weights, extra)
+    attach = AttachedLoss("extra", 2.0)
+    attached = attach(weights, extra)
     assert torch.equal(attached, weights)
     along = torch.linspace(0, 1, EXPERTS, dtype=torch.float64)
     expected = gradient((weights * along).sum() + extra, logits)
-    np.testing.assert_allclose(gradient((attach_loss(logits.softmax(-1), logits.square().sum()) * along).sum(), logits), expected)
+    np.testing.assert_allclose(gradient((attach(logits.softmax(-1), logits.square().sum()) * along).sum(), logits), expected)
+    counted = attach.take()
+    assert counted is not None and counted.item() == pytest.approx(extra.item() / 2) and attach.take() is None
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
