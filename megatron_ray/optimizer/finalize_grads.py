@@ -47,8 +47,9 @@ def finalize_grads(
         values[0], values[1] = loss_sum, num_tokens
     values[2] = _squared_norm(optimizer, mesh)
     for index, places in enumerate(attached):
-        for part in [part for place in places if (part := place.take()) is not None]:
-            values[3 + index] += part
+        for place in places:
+            if (part := place.take()) is not None:
+                values[3 + index] += part
     if any(flags):  # a copy from the host, so only when there is something to say
         values[3 + len(attached) :] = torch.tensor(flags, dtype=torch.float64)
     return StepStats(collectives.all_reduce(values, mesh.world_group))

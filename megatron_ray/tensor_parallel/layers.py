@@ -8,7 +8,6 @@ know: the model, data parallelism.
 Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs, H hidden, V vocabulary rows.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -141,14 +140,14 @@ def start_input_grad_reduction(module: SlottedModule, grad_TI: Tensor) -> tuple[
     return grad_TI, collectives.start_all_reduce(grad_TI, module.group)
 
 
-def deliver_linear(module: SlottedModule, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> Tensor | None:
-    """Weight gradient to the slot, or as a tensor for autograd where there is no slot. Inputs [T, I], see `GradSlot.linear`."""
+def deliver_linear(module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor) -> Tensor | None:
+    """Weight gradient to the slot, or as a tensor for autograd where there is no slot."""
     if not _needs_grad(module, "weight"):
         return None
     slot = module.slot("weight")
     if slot is None:
-        return weight_grad_product(grad_TO, inputs if isinstance(inputs, Tensor) else inputs())
-    slot.linear(inputs, grad_TO)
+        return weight_grad_product(grad_TO, inputs_TI)
+    slot.linear(inputs_TI, grad_TO)
     return None
 
 
@@ -190,8 +189,11 @@ class _Column(torch.autograd.Function):
         grad_inputs = input_grad_product(grad, weight)
         arriving.wait()
         reduced, pending = start_input_grad_reduction(module, grad_inputs)
-        waiting = partial(collectives.all_gather_rows, inputs, module.sequence_group)
-        grad_weight = deliver_linear(module, waiting if later else gathered, grad)  # overlaps with the reduction
+        grad_weight = None
+        if slot is not None and later:
+            slot.linear(partial(collectives.all_gather_rows, inputs, module.sequence_group), grad)
+        else:
+            grad_weight = deliver_linear(module, gathered, grad)  # overlaps with the reduction
         grad_bias = _deliver_bias(module, grad)
         pending.wait()
         return reduced, grad_weight, grad_bias, None

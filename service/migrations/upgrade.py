@@ -9,7 +9,12 @@ from sqlalchemy.engine import Connection
 
 def upgrade(connection: Connection) -> None:
     """Runs every migration that the database lacks, inside the caller's transaction."""
+    command.upgrade(configuration(connection), "head")
+
+
+def configuration(connection: Connection) -> Config:
+    """Of Alembic's commands on this connection."""
     config = Config()
     config.set_main_option("script_location", str(importlib.resources.files("service") / "migrations").replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    return config

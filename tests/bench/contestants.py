@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from megatron_ray.training.step import forward_backward
     from tests.unit.megatron_ray.models.hf_names import decoder_logical, fill
 
-    degrees: dict[str, Any] = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
+    degrees = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
     config = TrainConfig.from_mapping(
         {
             "model": {

@@ -17,12 +17,12 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
-from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from service.auth import adopt_tokens, create_token, fingerprint, has_configured_token, service_key
 from service.main import bind, is_loopback, refuse_open_bind
+from service.migrations.upgrade import configuration
 from service.schema import REVISION, MetricRow, Table, TokenRow
 from service.settings import Settings, SettingsError
 from service.store import Store
@@ -155,12 +155,8 @@ def test_migrations_make_exactly_the_tables_of_the_code(tmp_path: Path, new_data
 
 def test_a_database_of_the_first_schema_keeps_its_steps(tmp_path: Path) -> None:
     engine = sa.create_engine(f"sqlite:///{tmp_path}/s.db")
-    folder = str(importlib.resources.files("service") / "migrations")
     with engine.begin() as connection:
-        config = Config()
-        config.set_main_option("script_location", folder)
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
+        command.upgrade(configuration(connection), "0001")
         connection.exec_driver_sql("INSERT INTO metrics (job, step, attempt, cursor, loss) VALUES (1, 2, 1, 1, 0.5)")
     store = Store.open(f"sqlite:///{tmp_path}/s.db")
     with store.read() as session:
@@ -168,8 +164,7 @@ def test_a_database_of_the_first_schema_keeps_its_steps(tmp_path: Path) -> None:
         assert (row.step, row.loss, row.other_losses) == (2, 0.5, None)
     store.close()
     with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0001")
+        command.downgrade(configuration(connection), "0001")
         assert connection.exec_driver_sql("SELECT step, loss FROM metrics").all() == [(2, 0.5)]
     engine.dispose()
 
