@@ -35,4 +35,9 @@ class MultiTokenPredictionConfig(Config):
     num_layers: int = Field(default=1, ge=1, le=16)
     """Tokens predicted beyond the next one."""
     loss_coeff: float = Field(default=0.1, ge=0)
-    """Weight of their mean loss beside the next token's. Its gradient is added, the reported loss does not contain it."""
+    """Weight of their mean loss beside the next token's. Its gradient is added; above 0 each is reported apart from the loss."""
+
+    @property
+    def weight(self) -> float:
+        """Of each one's loss."""
+        return self.loss_coeff / self.num_layers

@@ -169,8 +169,8 @@ class ModelConfig(Config):
             layers = sum(self.experts_on(layer) is not None for layer in range(self.num_layers + self.further_layers))
             coefficients = {moe.balancing_loss: moe.aux_loss_coeff, "z_loss": moe.z_loss_coeff}
             found |= {name: coefficient * layers for name, coefficient in coefficients.items() if coefficient and layers}
-        if self.mtp is not None:
-            found |= {f"mtp_{depth + 1}_loss": self.mtp.loss_coeff / self.mtp.num_layers for depth in range(self.mtp.num_layers)}
+        if self.mtp is not None and self.mtp.weight:
+            found |= {f"mtp_{depth + 1}_loss": self.mtp.weight for depth in range(self.mtp.num_layers)}
         return found
 
     @property

@@ -81,11 +81,11 @@ class GPT(nn.Module):
         assert mtp is not None and self.embedding is not None
         if further is None:
             raise ValueError("a model that predicts further tokens is trained on batches with further labels")
-        weight, tokens_BS = mtp.loss_coeff / mtp.num_layers, batch.labels_BS
+        tokens_BS = batch.labels_BS
         for predict, labels_BS, mask_BS in zip(self.mtp.values(), further.labels_DBS, further.loss_mask_DBS, strict=True):
             assert isinstance(predict, FurtherToken)
             hidden_TH = predict(hidden_TH, self._words(tokens_BS), positions, self.through)
-            loss = predict.loss(loss, self.head(hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight))
+            loss = predict.loss(loss, self.head(hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * mtp.weight))
             tokens_BS = labels_BS
         return loss
 

@@ -28,7 +28,8 @@ class FurtherToken(nn.Module):
         self.projection = layers.replicated(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config, layers, config.num_layers + depth)
         kind = f"mtp_{depth + 1}_loss"
-        self.loss = layers.attached_loss(kind, config.attached_losses[kind], of_own_tokens=False)
+        divisor = config.attached_losses.get(kind, 1.0)  # a loss of weight 0 is not reported: nobody takes it
+        self.loss = layers.attached_loss(kind, divisor, of_own_tokens=False)
 
     def forward(
         self,

@@ -70,3 +70,14 @@ def test_a_plain_model_reports_no_other_losses() -> None:
     assert make_config(LLAMA, {"dp": 1}, steps=1).model.attached_losses == {}
     without = make_config(MODEL | {"moe": EXPERTS | {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}, "mtp": None}, {"dp": 1}, steps=1)
     assert without.model.attached_losses == {}
+
+
+def test_a_further_token_of_weight_zero_trains_and_is_not_reported() -> None:
+    config = make_config(LLAMA | {"mtp": {"loss_coeff": 0.0}}, {"dp": 1}, steps=1, batch=2)
+    mesh = ParallelMesh.single()
+    model, optimizer = build(config, mesh)
+    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh))
+    reports: list[Report] = []
+    parts: Any = Parts(config, mesh, model, optimizer, loader, None, NoSaver())
+    assert train(parts, Progress(), reports.append, lambda: Command.CONTINUE) == "finished"
+    assert isinstance(reports[0], StepReport) and reports[0].other_losses == {}
