@@ -7,16 +7,16 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from service import errors, idempotency
-from service.agents import Agents
 from service.api import checkpoints, cluster, events, health, internal, jobs, logs, metrics, plans
-from service.auth import Authenticator
-from service.context import Context
-from service.gate import Gate
-from service.hub import Hub
+from service.http import errors, idempotency
+from service.http.auth import Authenticator
+from service.http.dependencies import Context
+from service.http.middleware import Gate
+from service.http.notifier import Hub
+from service.http.telemetry import Telemetry
+from service.jobs.agents import Agents
 from service.settings import Settings
-from service.store import Store
-from service.telemetry import Telemetry
+from service.store.database import Store
 
 
 def create_app(settings: Settings) -> FastAPI:

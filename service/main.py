@@ -10,8 +10,8 @@ from pathlib import Path
 import uvicorn
 
 from service.app import create_app
-from service.auth import has_configured_token
-from service.hub import Hub
+from service.http.auth import has_configured_token
+from service.http.notifier import Hub
 from service.settings import Settings, SettingsError
 
 GRACEFUL_SHUTDOWN_S = 3

@@ -13,17 +13,17 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.directory import latest_committed
-from megatron_ray.checkpoint.starting import begin
-from megatron_ray.checkpoint.storage import StorageError, open_storage
+from megatron_ray.checkpoint.initial_model import begin
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.problem import Problem
 from megatron_ray.data.check import check_data
 from megatron_ray.data.prepare import DataProblem, prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.rules.problem import Problem
-from megatron_ray.validation import with_vocabulary
-from workers.job import JobSpec
-from workers.journal import Journal, JournalProblem
-from workers.spool import Line, SpoolReader
+from megatron_ray.storage.storage import StorageError, open_storage
+from megatron_ray.validation.resolution import with_vocabulary
+from workers.driver.journal import Journal, JournalProblem
+from workers.protocol.job import JobSpec
+from workers.rank.spool import Line, SpoolReader
 
 _DYING_S, _SWEEPS = 0.3, 10
 NONCE_FOLDER = ".megatron-ray"

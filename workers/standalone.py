@@ -15,23 +15,23 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from megatron_ray import validation
 from megatron_ray.checkpoint.directory import latest_committed, list_checkpoints
+from megatron_ray.commands import Command
 from megatron_ray.config.checkpoint import StorageConfig
+from megatron_ray.config.problem import ConfigProblem
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.prepare import DataProblem
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.training.commands import Command
-from megatron_ray.training.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
-from workers.commit import CheckpointLedger, commit_whole
+from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
+from megatron_ray.validation import check, resolution
 from workers.data_tasks import prepare_data
-from workers.job import JobSpec
-from workers.orders import StartOrder, UserMistake
-from workers.rank import Outcome, connect_store, train
-from workers.rank_env import EnvironmentProblem, RankEnv
-from workers.spool import Spool
-from workers.stores import PrefixStore, Store
+from workers.driver.commit import CheckpointLedger, commit_whole
+from workers.protocol.job import JobSpec
+from workers.rank.environment import EnvironmentProblem, RankEnv
+from workers.rank.messages import StartOrder, UserMistake
+from workers.rank.session import Outcome, connect_store, train
+from workers.rank.spool import Spool
+from workers.rank.stores import PrefixStore, Store
 
 _PREPARE_TIMEOUT = timedelta(hours=24)
 _PREPARED, _PROBLEM = "prepared:", "problem:"
@@ -94,11 +94,11 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
         raise UserMistake(f"{job} is not a job spec:\n  " + "\n  ".join(lines)) from error
     except ValueError as error:
         raise UserMistake(str(error)) from error
-    problems = validation.check(spec, world_size)
+    problems = check.find_problems(spec, world_size)
     if problems:
         raise UserMistake("\n  ".join([f"{job} cannot run:", *(f"{problem.pointer}: {problem.detail}" for problem in problems)]))
-    resolved = validation.resolve(spec, world_size)
-    needed = validation.world_size(resolved)
+    resolved = resolution.resolve(spec, world_size)
+    needed = resolution.world_size(resolved)
     if needed != world_size:
         text = f"the layout makes up {needed} ranks, torchrun started {world_size}; use --nproc-per-node {needed}, or change parallel"
         raise UserMistake(text)

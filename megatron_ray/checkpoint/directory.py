@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray.checkpoint.storage import MissingFile, Storage, StorageError, open_storage
+from megatron_ray.storage.storage import MissingFile, Storage, StorageError, open_storage
 
 FORMAT_VERSION = 1
 """Written into every checkpoint; a reader refuses higher ones."""

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, check_format_version
-from megatron_ray.checkpoint.sharded_state import ShardedState
-from megatron_ray.checkpoint.storage import Storage
-from megatron_ray.collectives import Group
-from megatron_ray.parameters import Box
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.sharded_state import ShardedState
+from megatron_ray.storage.storage import Storage
 
 _ALIGNMENT = 64
 """Bytes; lets a reader map any dtype straight over the file."""

@@ -12,9 +12,9 @@ import torch
 
 from megatron_ray.checkpoint.directory import CheckpointError, read_manifest
 from megatron_ray.checkpoint.index import SavedTensor, Slot, overlaps, read_index
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor
-from megatron_ray.checkpoint.storage import Readable, Storage, open_storage
-from megatron_ray.parameters import Box
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor
+from megatron_ray.storage.storage import Readable, Storage, open_storage
 
 SCRATCH_BYTES = 16 * 1024 * 1024
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_ray.checkpoint.directory import CheckpointError, check_format_version, read_manifest
-from megatron_ray.checkpoint.storage import open_storage
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.storage.storage import open_storage
 
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer.json"

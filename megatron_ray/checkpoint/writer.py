@@ -15,11 +15,11 @@ import torch
 
 from megatron_ray.checkpoint.directory import INDEX
 from megatron_ray.checkpoint.index import RankPlan, data_file, plan_save
-from megatron_ray.checkpoint.sharded_state import ShardedState
-from megatron_ray.checkpoint.storage import open_storage
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.training.reports import CheckpointReport
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.reports import CheckpointReport
+from megatron_ray.sharding.sharded_state import ShardedState
+from megatron_ray.storage.storage import open_storage
 
 BLOCK_BYTES = 16 * 1024 * 1024
 RANK_KEYS = ("rng",)

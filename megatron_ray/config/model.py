@@ -8,7 +8,7 @@ from megatron_ray.config.base import Config
 from megatron_ray.config.latent import LatentAttentionConfig, MultiTokenPredictionConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.positions import RopeScaling
-from megatron_ray.config.presets import PRESETS
+from megatron_ray.config.presets.presets import PRESETS
 
 _PARTS = ("moe", "mla", "mtp")
 """Parts of a shape whose fields a preset fills one by one."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from megatron_ray import collectives
-from megatron_ray.collectives import Group
 from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward, chunks_of
-from megatron_ray.data.loader import Packed
-from megatron_ray.data.sequence_cut import SequenceCut
-from megatron_ray.fused_attention import tokens_first
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.models.batch import Packed
+from megatron_ray.ops.attention.fused import tokens_first
+from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ray import fused_attention
-from megatron_ray.data.sequence_cut import SequenceCut
-from megatron_ray.fused_attention import band, band_bias
+from megatron_ray.ops.attention import fused
+from megatron_ray.ops.attention.fused import band, band_bias
+from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def attend(so_far: Attended, q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, til
         q = q_BNQD[:, :, tile.queries]
         k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
         bias = _bias(tile, documents, q, k)
-        output, lse = fused_attention.forward(q, k, v, tile.causal, bias)
+        output, lse = fused.forward(q, k, v, tile.causal, bias)
         if bias is not None:  # the kernel says 0 for who sees nothing
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
         so_far.join(tile.queries, output, lse)
@@ -121,7 +121,7 @@ def attend_backward(
         q = q_BNQD[:, :, rows]
         k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
         bias = _bias(tile, documents, q, k)
-        found = fused_attention.backward(grad_BNQD[:, :, rows], q, k, v, output[:, :, rows], lse[:, :, rows], tile.causal, bias)
+        found = fused.backward(grad_BNQD[:, :, rows], q, k, v, output[:, :, rows], lse[:, :, rows], tile.causal, bias)
         gradients.queries[:, :, rows] += found[0]
         for place, grad in enumerate(found[1:]):
             gradients.keys_values[place, :, :, tile.keys] += grad

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ray.data.files import Place, read_bytes, stat, upload
-from megatron_ray.data.work_folders import WORK, appearing
+from megatron_ray.storage.files import Place, read_bytes, stat, upload
+from megatron_ray.storage.work_folders import WORK, appearing
 
 COMPLETE = "complete.json"
 

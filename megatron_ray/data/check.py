@@ -3,11 +3,11 @@
 import pyarrow as pa
 
 from megatron_ray.config.data import DataConfig
-from megatron_ray.data.files import place, probe_writable
+from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
 from megatron_ray.data.prepare import DataProblem, read_tokenizer
 from megatron_ray.data.sources import DataError, FoundSource, file_pieces, find_all
-from megatron_ray.rules.problem import Problem
+from megatron_ray.storage.files import place, probe_writable
 
 
 def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:

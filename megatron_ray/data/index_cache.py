@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ray.data.files import is_local, place
-from megatron_ray.data.work_folders import appearing
+from megatron_ray.storage.files import is_local, place
+from megatron_ray.storage.work_folders import appearing
 
 Arrays = dict[str, npt.NDArray[Any]]
 

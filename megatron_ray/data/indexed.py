@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ray.data.files import place, read_bytes, stat
+from megatron_ray.storage.files import place, read_bytes, stat
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1

@@ -19,13 +19,13 @@ import pyarrow as pa
 import tokenizers
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
+from megatron_ray.config.problem import Problem
 from megatron_ray.data.artifacts import produce
 from megatron_ray.data.corpora import COUNTS, Progress, make_corpus
-from megatron_ray.data.files import Place, place, read_bytes
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.sources import DataError, FoundSource, file_pieces, find_all, fingerprint, in_sampling_order
 from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
-from megatron_ray.rules.problem import Problem
+from megatron_ray.storage.files import Place, place, read_bytes
 
 # Part of every cache key: raise it when the same input would be turned into something else.
 _FORMAT = 1

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_ray.config.data import DataConfig, DataSource
-from megatron_ray.data.files import FileStat, Place, is_folder, open_stream, place, stat, walk
-from megatron_ray.rules.problem import Problem
+from megatron_ray.config.problem import Problem
+from megatron_ray.storage.files import FileStat, Place, is_folder, open_stream, place, stat, walk
 
 STDLIB = "builtin://python-stdlib"
 

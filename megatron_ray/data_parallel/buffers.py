@@ -11,11 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from megatron_ray import collectives
-from megatron_ray.bucket_plan import Bucket, BucketPlan
-from megatron_ray.collectives import Group, Pending
-from megatron_ray.tensor_parallel.layers import SlottedModule
-from megatron_ray.tensor_parallel.weight_grad import GradSlot, WeightGradSink
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group, Pending
+from megatron_ray.ops.grad_slots import SlottedModule
+from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
+from megatron_ray.sharding.buckets import Bucket, BucketPlan
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_ray.collectives import Group
 from megatron_ray.data_parallel.buffers import FlatBuffers, replace_parameters
-from megatron_ray.tensor_parallel.weight_grad import GradSlot
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.weight_grad import GradSlot
 
 
 @dataclass(frozen=True)

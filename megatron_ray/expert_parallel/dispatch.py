@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ray import collectives
-from megatron_ray.collectives import Group
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
 from megatron_ray.expert_parallel.rows import exchange, gather, reorder, sum_and_scatter, take_tokens, weigh_and_sum
-from megatron_ray.matmul import Counts
+from megatron_ray.ops.matmul import Counts
 
 
 @dataclass(frozen=True)

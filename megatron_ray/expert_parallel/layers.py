@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from megatron_ray import collectives
-from megatron_ray.collectives import Group
-from megatron_ray.matmul import (
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.grad_slots import SlottedModule, deliver_linear
+from megatron_ray.ops.matmul import (
     Counts,
     forward_product,
     grouped_forward_product,
@@ -21,8 +23,6 @@ from megatron_ray.matmul import (
     grouped_weight_grad_product,
     input_grad_product,
 )
-from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear
-from megatron_ray.tensor_parallel.norm import widened
 
 
 class RouterLinear(SlottedModule):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from megatron_ray import collectives
-from megatron_ray.collectives import Group
-from megatron_ray.tensor_parallel.norm import widened
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.dtypes import widened
 
 
 def take_tokens(x_TH: Tensor, slots_R: Tensor, top_k: int) -> Tensor:

@@ -13,21 +13,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_ray.bucket_plan import plan_buckets
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.load import load_into
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox, whole_tensor
-from megatron_ray.checkpoint.storage import MissingFile, StorageError, open_storage
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.data_parallel.buffers import FlatBuffers, adopt_parameters
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.gpt import GPT
-from megatron_ray.parallelize import allocate_expert_biases, build_model
-from megatron_ray.parameters import LocalParameter, local_parameters
+from megatron_ray.parallelize.parallelize import allocate_expert_biases, build_model
+from megatron_ray.sharding.buckets import plan_buckets
+from megatron_ray.sharding.parameters import LocalParameter, local_parameters
+from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox, whole_tensor
+from megatron_ray.storage.storage import MissingFile, StorageError, open_storage
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.data.loader import Packed
-from megatron_ray.fused_attention import band
-from megatron_ray.matmul import multiplies_wide
-from megatron_ray.models.attention_blocks import blocks_are_faster, causal_attention
-from megatron_ray.models.attention_wide import wide_causal_attention
-from megatron_ray.models.attention_window import windowed_attention
+from megatron_ray.models.batch import Packed
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import ROTATION, RotateQKV, split_qkv
+from megatron_ray.ops.attention.blockwise import blocks_are_faster, causal_attention
+from megatron_ray.ops.attention.fp32 import wide_causal_attention
+from megatron_ray.ops.attention.fused import band
+from megatron_ray.ops.attention.sliding_window import windowed_attention
+from megatron_ray.ops.matmul import multiplies_wide
 
 
 @dataclass

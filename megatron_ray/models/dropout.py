@@ -9,9 +9,9 @@ Shapes: T tokens, H hidden, B batch, S sequence, N query heads, G key/value head
 import torch
 from torch import Tensor, nn
 
-from megatron_ray.data.loader import Packed
-from megatron_ray.fused_attention import band_bias
-from megatron_ray.rng import Stream
+from megatron_ray.distributed.rng import Stream
+from megatron_ray.models.batch import Packed
+from megatron_ray.ops.attention.fused import band_bias
 
 
 class Dropout(nn.Module):

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.data.loader import Batch
 from megatron_ray.models.attention import KeyValueCache, Positions
+from megatron_ray.models.batch import Batch
 from megatron_ray.models.block import Block, one_after_another
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.multi_token import FurtherToken
+from megatron_ray.models.multi_token_prediction import FurtherToken
 from megatron_ray.models.rope import rotary_angles
-from megatron_ray.parameters import whole_model
-from megatron_ray.schedules.layout import StageContents
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.sharding.parameters import whole_model
 
 
 class GPT(nn.Module):

@@ -21,7 +21,7 @@ from megatron_ray.config.positions import RopeScaling
 from megatron_ray.models.attention import CausalAttention, KeyValueCache, Positions
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotates_in_fp32, yarn_magnitude
-from megatron_ray.tensor_parallel.norm import widened
+from megatron_ray.ops.dtypes import widened
 
 
 class LatentAttention(CausalAttention):

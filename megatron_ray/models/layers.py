@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from megatron_ray.expert_parallel.dispatch import Dispatched, Room
 from megatron_ray.expert_parallel.layers import ExpertBias
-from megatron_ray.models.attached_loss import AttachedLoss
+from megatron_ray.models.aux_loss import AttachedLoss
 
 
 class Head(Protocol):

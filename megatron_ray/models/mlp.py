@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.kernel import Kernel
 from megatron_ray.models.layers import Layers
+from megatron_ray.ops.differentiable_op import Kernel
 
 
 class GatedMLP(nn.Module):

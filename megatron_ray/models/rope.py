@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from megatron_ray.config.positions import RopeScaling
-from megatron_ray.kernel import Kernel
+from megatron_ray.ops.differentiable_op import Kernel
 
 
 def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:

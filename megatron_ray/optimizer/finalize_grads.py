@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_ray import collectives
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.expert_parallel.layers import update_expert_biases
-from megatron_ray.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.parallelize import ParallelModel
+from megatron_ray.parallelize.parallelize import ParallelModel
 
 # A norm over this many elements at a time stays exact enough in fp32; the squares are added in fp64.
 _NORM_CHUNK = 4096

@@ -6,8 +6,8 @@ Pure; torch-free. Must not know: gradients, arithmetic of the update.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ray.bucket_plan import Bucket, BucketPlan, Placed
-from megatron_ray.parameters import Part
+from megatron_ray.sharding.buckets import Bucket, BucketPlan, Placed
+from megatron_ray.sharding.parameters import Part
 
 
 @dataclass(frozen=True)

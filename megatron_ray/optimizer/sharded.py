@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from megatron_ray import collectives
-from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
 from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.data_parallel.buffers import ParameterFamily
+from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
-from megatron_ray.parameters import Box
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
+from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_ray import collectives
-from megatron_ray.backward import Backward
-from megatron_ray.collectives import Group, Pending
-from megatron_ray.schedules.actions import Action, Op, Order, StageMap
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group, Pending
+from megatron_ray.ops.backward import Backward
+from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
 
 Chunk = Callable[[Tensor | None, int], Tensor]
 """A stage's part of the model: (activations received, microbatch) -> activations for the next stage, or the last stage's loss (a

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.loss_chunks import rows_at_once
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import local_vocabulary, own_tokens_of, tokens_of, width_of
-from megatron_ray.schedules.layout import StageContents
+from megatron_ray.sharding.loss_chunks import rows_at_once
 
 _STATISTICS = {"rmsnorm": 4, "layernorm": 8}
 """fp32 numbers that a norm keeps of each token, in bytes."""

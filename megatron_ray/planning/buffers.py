@@ -6,13 +6,13 @@ The same table, buckets and row shards as the model on a rank is built from, wit
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ray.bucket_plan import BucketPlan, plan_buckets
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import LocalParameter, freeze, local_parameters
+from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
 from megatron_ray.planning.microbatch import width_of
-from megatron_ray.row_shards import shard_rows
-from megatron_ray.schedules.plan import PipelinePlan
+from megatron_ray.sharding.buckets import BucketPlan, plan_buckets
+from megatron_ray.sharding.parameters import LocalParameter, freeze, local_parameters
+from megatron_ray.sharding.row_shards import shard_rows
 
 
 @dataclass(frozen=True)

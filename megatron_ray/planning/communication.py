@@ -12,15 +12,15 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Literal
 
+from megatron_ray.commands import Command
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import Part
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.planning.buffers import PlannedBuffer, RankBuffers, is_fully_sharded, rank_buffers
 from megatron_ray.planning.microbatch import num_microbatches, own_tokens_of, tokens_of, width_of
-from megatron_ray.schedules.layout import StageContents
-from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
-from megatron_ray.training.commands import Command
+from megatron_ray.sharding.parameters import Part
 
 Axis = Literal["tp", "cp", "pp", "dp", "ep", "etp", "edp", "embedding", "tokens", "world"]
 """`dp`: the replicas of dense parameters, dp x cp; `edp`: those of an expert; `tokens`: tp x cp, who shares a microbatch; `embedding`: both

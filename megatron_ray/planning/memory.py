@@ -10,12 +10,12 @@ from math import prod
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import LocalParameter
+from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.planning.activations import kept_by_stage, recomputed_by_stage, working_head
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded, rank_buffers
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import kept_and_released
-from megatron_ray.schedules.plan import PipelinePlan, plan_pipeline
+from megatron_ray.sharding.parameters import LocalParameter
 
 
 @dataclass(frozen=True)

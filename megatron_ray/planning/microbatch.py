@@ -1,7 +1,7 @@
 """Sizes of a microbatch on one rank, of which bytes, sends and work are multiples. Owns: these few. Pure. Must not know: torch, layers."""
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.parameters import padded_vocabulary
+from megatron_ray.sharding.parameters import padded_vocabulary
 
 _WIDTHS = {"fp32": 4, "bf16": 2}
 

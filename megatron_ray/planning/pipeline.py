@@ -5,10 +5,10 @@ Pure. Must not know: torch, bytes, seconds.
 
 from functools import lru_cache
 
-from megatron_ray.schedules.actions import Op
-from megatron_ray.schedules.orders import ScheduleName, compute_orders, stage_map
-from megatron_ray.schedules.plan import PipelinePlan
-from megatron_ray.schedules.simulation import EQUAL, Costs, outcome
+from megatron_ray.pipeline_parallel.schedules.actions import Op
+from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, stage_map
+from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
+from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, Costs, outcome
 
 _ROUNDS = 2
 """Rounds of pp microbatches after which every schedule only repeats itself."""

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from itertools import product
 from operator import itemgetter
 
-from megatron_ray import validation
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import RecomputeConfig
-from megatron_ray.flops import attention_parameters
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers
+from megatron_ray.planning.flops import attention_parameters
 from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import RankMemory, state_memory, with_activations
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble_share
 from megatron_ray.planning.step_time import StepTime, Update, parts_with, step_update
-from megatron_ray.schedules.plan import plan_pipeline
+from megatron_ray.validation import check
 
 _DEEPEST, _MOST_CHUNKS, _MOST_EXPERT_RANKS = 64, 8, 64
 _SHORTEST_PART = 8192
@@ -128,7 +128,7 @@ def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[Tr
 
 
 def _worth_trying(config: TrainConfig, world: int) -> bool:
-    if validation.check(config, world):
+    if check.find_problems(config, world):
         return False
     return config.parallel.pp == 1 or bubble_share(plan_pipeline(config), num_microbatches(config)) <= _WORST_BUBBLE
 
@@ -222,7 +222,7 @@ def _fitting(
         config = layout.model_copy(update={"training": training})
         whole = [with_activations(config, pipeline, state, pp_rank) for pp_rank, state in states]
         fullest = max(whole, key=lambda memory: memory.total_bytes)
-        if (room is None or fullest.total_bytes <= room) and not validation.check(config, world):
+        if (room is None or fullest.total_bytes <= room) and not check.find_problems(config, world):
             return config, fullest
     return None
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import local_vocabulary, own_tokens_of, tokens_of, width_of
-from megatron_ray.schedules.layout import StageContents
 
 
 @dataclass(frozen=True)

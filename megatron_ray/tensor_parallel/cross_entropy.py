@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from megatron_ray import collectives
-from megatron_ray.collectives import Group
-from megatron_ray.loss_chunks import rows_at_once
-from megatron_ray.matmul import forward_product, input_grad_product
-from megatron_ray.tensor_parallel.layers import SlottedModule, deliver_linear, local_ids, start_input_grad_reduction
-from megatron_ray.tensor_parallel.norm import widened
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.grad_slots import SlottedModule, deliver_linear
+from megatron_ray.ops.matmul import forward_product, input_grad_product
+from megatron_ray.sharding.loss_chunks import rows_at_once
+from megatron_ray.tensor_parallel.layers import local_ids, start_input_grad_reduction
 
 # A rank whose largest logit is further below the largest of all has probabilities under 1e-26; they count as that instead of nothing, so
 # that no quotient overflows.

@@ -15,26 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from megatron_ray import collectives
-from megatron_ray.collectives import Group
-from megatron_ray.matmul import forward_product, forward_product_plus, input_grad_product, weight_grad_product
-from megatron_ray.tensor_parallel.weight_grad import GradSlot
-
-
-class SlottedModule(nn.Module):
-    """A layer whose backward hands its weight gradients to slots; without slots it is an ordinary module (inference)."""
-
-    def __init__(self, group: Group, sequence_parallel: bool) -> None:
-        super().__init__()
-        self.group = group
-        self.sequence_group = group if sequence_parallel else None
-        self.slots: dict[str, GradSlot] = {}
-        self.uses = 1
-        """How often a microbatch goes through it, and so how often each of its gradients is delivered."""
-
-    def slot(self, name: str) -> GradSlot | None:
-        """Slot of the parameter, or None where nobody collects gradients."""
-        return self.slots.get(name)
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.grad_slots import SlottedModule, deliver_bias, deliver_linear, deliver_rows, needs_grad
+from megatron_ray.ops.matmul import forward_product, forward_product_plus, input_grad_product
 
 
 class ColumnParallelLinear(SlottedModule):
@@ -128,42 +112,11 @@ class PositionEmbedding(SlottedModule):
         return _Lookup.apply(ids, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _needs_grad(module: SlottedModule, name: str) -> bool:
-    parameter = getattr(module, name)
-    return parameter is not None and parameter.requires_grad
-
-
 def start_input_grad_reduction(module: SlottedModule, grad_TI: Tensor) -> tuple[Tensor, collectives.Pending]:
     """Starts the sum of a column-cut product's input gradient over tp; each rank keeps its tokens under sequence parallelism."""
     if module.sequence_group is not None:
         return collectives.start_reduce_scatter_rows(grad_TI, module.sequence_group)
     return grad_TI, collectives.start_all_reduce(grad_TI, module.group)
-
-
-def deliver_linear(module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor) -> Tensor | None:
-    """Weight gradient to the slot, or as a tensor for autograd where there is no slot."""
-    if not _needs_grad(module, "weight"):
-        return None
-    slot = module.slot("weight")
-    if slot is None:
-        return weight_grad_product(grad_TO, inputs_TI)
-    slot.linear(inputs_TI, grad_TO)
-    return None
-
-
-def deliver(module: SlottedModule, name: str, gradient: Tensor) -> Tensor | None:
-    """A ready gradient to the slot, or back for autograd where there is no slot."""
-    slot = module.slot(name)
-    if slot is None:
-        return gradient.to(getattr(module, name).dtype)
-    slot.add(gradient)
-    return None
-
-
-def _deliver_bias(module: SlottedModule, grad_TO: Tensor) -> Tensor | None:
-    if not _needs_grad(module, "bias"):
-        return None
-    return deliver(module, "bias", grad_TO.sum(0, dtype=torch.float32))
 
 
 class _Column(torch.autograd.Function):
@@ -184,7 +137,7 @@ class _Column(torch.autograd.Function):
         # is later, so that a schedule which puts it off holds no more than others.
         slot = module.slot("weight")
         later = slot is not None and slot.puts_off
-        gathers = _needs_grad(module, "weight") and not later
+        gathers = needs_grad(module, "weight") and not later
         gathered, arriving = collectives.start_all_gather_rows(inputs, module.sequence_group if gathers else None)
         grad_inputs = input_grad_product(grad, weight)
         arriving.wait()
@@ -194,7 +147,7 @@ class _Column(torch.autograd.Function):
             slot.linear(partial(collectives.all_gather_rows, inputs, module.sequence_group), grad)
         else:
             grad_weight = deliver_linear(module, gathered, grad)  # overlaps with the reduction
-        grad_bias = _deliver_bias(module, grad)
+        grad_bias = deliver_bias(module, grad)
         pending.wait()
         return reduced, grad_weight, grad_bias, None
 
@@ -228,7 +181,7 @@ class _Row(torch.autograd.Function):
         gathered = collectives.all_gather_rows(grad, module.sequence_group)
         grad_inputs = input_grad_product(gathered, weight)
         grad_weight = deliver_linear(module, inputs, gathered)
-        return grad_inputs, grad if ctx.adds else None, grad_weight, _deliver_bias(module, grad), None
+        return grad_inputs, grad if ctx.adds else None, grad_weight, deliver_bias(module, grad), None
 
 
 class _Replicated(torch.autograd.Function):
@@ -276,13 +229,13 @@ class _VocabEmbedding(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         module: VocabParallelEmbedding = ctx.module
         ids, weight = ctx.saved_tensors
-        if not _needs_grad(module, "weight"):
+        if not needs_grad(module, "weight"):
             return None, None, None
         grad = collectives.all_gather_rows(grad.contiguous(), module.sequence_group)
         rows, outside = local_ids(ids, weight.shape[0], module.group)
         if outside is not None:
             grad = grad.masked_fill(outside[:, None], 0)
-        return None, _deliver_rows(module, weight, rows, grad), None
+        return None, deliver_rows(module, weight, rows, grad), None
 
 
 def local_ids(ids: Tensor, rows: int, group: Group) -> tuple[Tensor, Tensor | None]:
@@ -305,14 +258,6 @@ class _Lookup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ids, weight = ctx.saved_tensors
-        if not _needs_grad(ctx.module, "weight"):
+        if not needs_grad(ctx.module, "weight"):
             return None, None, None
-        return None, _deliver_rows(ctx.module, weight, ids, grad), None
-
-
-def _deliver_rows(module: SlottedModule, weight: Tensor, rows: Tensor, grad: Tensor) -> Tensor | None:
-    slot = module.slot("weight")
-    if slot is None:
-        return torch.zeros_like(weight).index_add_(0, rows, grad)
-    slot.add_rows(rows, grad)
-    return None
+        return None, deliver_rows(ctx.module, weight, ids, grad), None

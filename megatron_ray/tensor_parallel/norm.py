@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from megatron_ray.collectives import Group
-from megatron_ray.kernel import Kernel
-from megatron_ray.tensor_parallel.layers import SlottedModule, deliver
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.differentiable_op import Kernel
+from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.grad_slots import SlottedModule, deliver
 
 
 class RMSNorm(SlottedModule):
@@ -46,11 +47,6 @@ class LayerNorm(SlottedModule):
 
     def forward(self, x_TH: Tensor) -> Tensor:
         return _LayerNorm.apply(x_TH, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """fp32 for shorter types; fp32 and fp64 as they are."""
-    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,11 @@ from itertools import islice
 
 import torch
 
-from megatron_ray import collectives
-from megatron_ray.data.loader import Batch
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.parallelize import ParallelModel
-from megatron_ray.training.reports import EvalReport
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.batch import Batch
+from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.reports import EvalReport
 from megatron_ray.training.stages import run_stages
 
 _ROUNDS = 4

@@ -10,18 +10,19 @@ from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from typing import Literal, Protocol
 
-from megatron_ray import device
+from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import Batch, StepLoader
-from megatron_ray.flops import flops_per_token
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed import device
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import StepStats, finalize_grads, scale_and_clip
 from megatron_ray.optimizer.lr_schedule import learning_rate
 from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.parallelize import ParallelModel
-from megatron_ray.training.commands import Command
+from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.planning.flops import flops_per_token
+from megatron_ray.reports import Report, StepReport
 from megatron_ray.training.evaluate import evaluate
-from megatron_ray.training.reports import Report, StepReport
 from megatron_ray.training.step import StepTimer, forward_backward, read_later
 
 Outcome = Literal["finished", "stopped"]

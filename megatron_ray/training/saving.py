@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
+from megatron_ray.checkpoint.initial_weights import load_weights
 from megatron_ray.checkpoint.load import load_into
-from megatron_ray.checkpoint.sharded_state import ShardedState, whole_tensor
-from megatron_ray.checkpoint.start import load_weights
-from megatron_ray.checkpoint.storage import open_storage
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
+from megatron_ray.config.problem import ConfigProblem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.parallelize import ParallelModel
-from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.reports import CheckpointReport
+from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
+from megatron_ray.storage.storage import open_storage
 from megatron_ray.training.loop import Progress
-from megatron_ray.training.reports import CheckpointReport
 
 
 class TrainingSaver:

@@ -9,23 +9,24 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_ray import validation
-from megatron_ray.checkpoint.starting import begin, starting_model
+from megatron_ray.checkpoint.initial_model import begin, starting_model
+from megatron_ray.commands import Command
+from megatron_ray.config.problem import ConfigProblem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
-from megatron_ray.data.loader import Batch, BatchMaker, StepLoader, evaluation_batches
+from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.data.sequence_cut import SequenceCut
-from megatron_ray.initialization import draw_local
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.batch import Batch
+from megatron_ray.models.initialization import draw_local
 from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.parallelize import ParallelModel, parallelize
-from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.rules.starting import with_vocabulary_of
-from megatron_ray.training.commands import Command
+from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
+from megatron_ray.reports import PhaseReport, Report
+from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.loop import Outcome, Parts, Progress, train
-from megatron_ray.training.reports import PhaseReport, Report
 from megatron_ray.training.saving import TrainingSaver, begin_with, resume
+from megatron_ray.validation import check, resolution
+from megatron_ray.validation.initial_weights import with_vocabulary_of
 
 
 def ignore(_: Report) -> None:
@@ -59,12 +60,12 @@ class TrainingSession:
         attempt: int = 1,
         resume_from: str | None = None,
     ) -> None:
-        resolved = validation.resolve(config, mesh.world_size)
+        resolved = resolution.resolve(config, mesh.world_size)
         _refuse(resolved, mesh)
         resolved = _with_start(resolved, resume_from)
         start_from = resolved.checkpoint.start_from if resume_from is None else None
         # Only now: a BPE trained on little text may have fewer tokens than it was asked for, which is no mistake.
-        self.config = validation.with_vocabulary(resolved, data.vocab_size)
+        self.config = resolution.with_vocabulary(resolved, data.vocab_size)
         self.mesh, self._report, self._poll = mesh, report, poll
         self._phase_start = time.monotonic()
         # Not use_deterministic_algorithms: that imports the compiler, a second of every start.
@@ -146,8 +147,8 @@ def _with_start(config: TrainConfig, resume_from: str | None) -> TrainConfig:
 
 
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:
-    problems = validation.check(config, mesh.world_size)
+    problems = check.find_problems(config, mesh.world_size)
     if problems:
         raise ConfigProblem("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
-    if validation.world_size(config) != mesh.world_size:
-        raise ConfigProblem(f"the config wants {validation.world_size(config)} ranks, the mesh has {mesh.world_size}")
+    if resolution.world_size(config) != mesh.world_size:
+        raise ConfigProblem(f"the config wants {resolution.world_size(config)} ranks, the mesh has {mesh.world_size}")

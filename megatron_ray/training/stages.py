@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ray.data.loader import Batch
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.parallelize import ParallelModel
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.batch import Batch
+from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
-from megatron_ray.schedules.actions import Order
-from megatron_ray.schedules.layout import StageContents
+from megatron_ray.pipeline_parallel.schedules.actions import Order
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 
 
 def run_stages(model: ParallelModel, mesh: ParallelMesh, actions: Order, batches: Sequence[Batch]) -> list[Tensor]:

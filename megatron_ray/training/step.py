@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_ray.data.loader import Batch
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.parallelize import ParallelModel
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.batch import Batch
+from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.stages import loss_sum, run_stages
 
 

@@ -5,12 +5,12 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Query
 
-from service import jobs
 from service.api import render
 from service.api.models import Attempt, Checkpoint, Page
-from service.context import Service
-from service.errors import ProblemError
-from service.schema import AttemptRow, CheckpointRow
+from service.http.dependencies import Service
+from service.http.errors import ProblemError
+from service.jobs import lifecycle
+from service.store.schema import AttemptRow, CheckpointRow
 
 router = APIRouter(prefix="/v1", tags=["history"])
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1", tags=["history"])
 def list_checkpoints(job_id: str, service: Service) -> Page[Checkpoint]:
     """Committed checkpoints that still exist, oldest first."""
     with service.store.read() as session:
-        job = jobs.find(session, job_id)
+        job = lifecycle.find(session, job_id)
         held = CheckpointRow.job == job.number, CheckpointRow.deleted_at.is_(None)
         rows = session.scalars(sa.select(CheckpointRow).where(*held).order_by(CheckpointRow.step, CheckpointRow.attempt))
         found = [render.checkpoint(row) for row in rows]
@@ -30,7 +30,7 @@ def list_checkpoints(job_id: str, service: Service) -> Page[Checkpoint]:
 def list_attempts(job_id: str, service: Service) -> Page[Attempt]:
     """Attempts, oldest first."""
     with service.store.read() as session:
-        job = jobs.find(session, job_id)
+        job = lifecycle.find(session, job_id)
         rows = session.scalars(sa.select(AttemptRow).where(AttemptRow.job == job.number).order_by(AttemptRow.attempt))
         found = [render.attempt(row) for row in rows]
     return render.page(found, [str(item.attempt) for item in found], has_more=False)
@@ -42,7 +42,7 @@ def list_ranks(
 ) -> Page[dict[str, Any]]:
     """Which rank runs where: {rank, slot, node_id, address, gpu, pid, coordinates}. Empty before placement."""
     with service.store.read() as session:
-        job = jobs.find(session, job_id)
+        job = lifecycle.find(session, job_id)
         row = session.get(AttemptRow, (job.number, attempt or job.attempt))
     if row is None and attempt is not None:
         raise ProblemError("not_found", f"job {job_id} has had {job.attempt} attempts, not {attempt}; leave attempt out for the newest")

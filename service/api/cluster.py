@@ -4,8 +4,8 @@ from fastapi import APIRouter
 
 from service.api import render
 from service.api.models import Cluster, Page
-from service.context import Service
-from service.schema import ClusterRow
+from service.http.dependencies import Service
+from service.store.schema import ClusterRow
 
 router = APIRouter(prefix="/v1", tags=["cluster"])
 

@@ -11,13 +11,14 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.rules.problem import Problem
-from service import jobs, metrics_store
+from megatron_ray.config.problem import Problem
 from service.api import render
 from service.api.models import Event, JobSummary, Page
-from service.context import Context, Service
-from service.errors import ProblemError
-from service.schema import EventRow, JobRow
+from service.http.dependencies import Context, Service
+from service.http.errors import ProblemError
+from service.jobs import lifecycle
+from service.store import metrics
+from service.store.schema import EventRow, JobRow
 
 MOST_ROWS, MOST_EVENTS = 1000, 500
 ROWS_PER_MESSAGE = 50
@@ -38,7 +39,7 @@ def list_events(
 ) -> Page[Event]:
     """A job's history, oldest first unless told otherwise. `seq` has no gaps and counts on across attempts and restarts."""
     with service.store.read() as session:
-        job = jobs.find(session, job_id)
+        job = lifecycle.find(session, job_id)
         statement = _newest_first(job, after) if order == "desc" else _events_after(job, _seq(after, job_id))
         if level is not None:
             statement = statement.where(EventRow.level.in_(level.split(",")))
@@ -89,7 +90,7 @@ def may_stream(job_id: str, service: Service) -> str:
         text = f"{service.settings.max_streams} streams are open; close one, or try again"
         raise ProblemError("too_many_streams", text, headers={"Retry-After": "5"})
     with service.store.read() as session:
-        jobs.find(session, job_id)
+        lifecycle.find(session, job_id)
     return job_id
 
 
@@ -102,7 +103,7 @@ async def stream_job(
     `event: <type>` carries an event of the history, `metrics` rows of steps, `state` the job as it is now; `end` follows the last.
     After a break, `Last-Event-ID` goes on exactly where it was.
     """
-    with service.telemetry.stream_open(), service.hub.ticket(jobs.job_topic(job_id)) as ticket:
+    with service.telemetry.stream_open(), service.hub.ticket(lifecycle.job_topic(job_id)) as ticket:
         position, shown = start, None
         while not service.hub.closed:
             news = await run_in_threadpool(_read, service, job_id, position)
@@ -130,7 +131,7 @@ def _read(service: Context, job_id: str, position: Position) -> _News:
         job = session.scalars(sa.select(JobRow).where(JobRow.id == job_id)).one()
         if job.deleted_at is not None:
             return _News([], [], None)
-        rows = metrics_store.after(session, job, position.cursor, MOST_ROWS)
+        rows = metrics.after(session, job, position.cursor, MOST_ROWS)
         events = [render.event(job_id, row) for row in session.scalars(_events_after(job, position.seq).limit(MOST_EVENTS))]
         return _News(rows, events, _summary(session, job))
 

@@ -6,9 +6,9 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.context import Context, Service
-from service.schema import ClusterRow
-from workers.wire import AgentReport
+from service.http.dependencies import Context, Service
+from service.store.schema import ClusterRow
+from workers.protocol.wire import AgentReport
 
 router = APIRouter(tags=["health"])
 

@@ -1,4 +1,4 @@
-"""/internal/v1: agents and drivers. Bodies are workers/wire.py; not part of the public API."""
+"""/internal/v1: agents and drivers. Bodies are workers/protocol/wire.py; not part of the public API."""
 
 import time
 from typing import Annotated, TypeVar
@@ -9,15 +9,15 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.rules.problem import Problem
-from service import jobs, records, submissions
-from service.context import Context, Service
-from service.errors import ProblemError
-from service.room import Room
-from service.schema import ClusterRow, JobRow
-from service.spec_problems import pointer_to
-from workers.states import DesiredState
-from workers.wire import PROTOCOL, AgentReport, CheckResult, CursorReply, DesiredJob, DesiredReply, RecordBatch, RecordReply
+from megatron_ray.config.problem import Problem
+from service.http.dependencies import Context, Service
+from service.http.errors import ProblemError
+from service.jobs import ingest, lifecycle, submissions
+from service.jobs.capacity import Room
+from service.jobs.spec_problems import pointer_to
+from service.store.schema import ClusterRow, JobRow
+from workers.protocol.states import DesiredState
+from workers.protocol.wire import PROTOCOL, AgentReport, CheckResult, CursorReply, DesiredJob, DesiredReply, RecordBatch, RecordReply
 
 MOST_TERMINAL = 200
 Wait = Annotated[float, Query(ge=0, le=3600)]
@@ -36,7 +36,7 @@ async def hello(service: Service) -> dict[str, object]:
 async def report(request: Request, service: Service) -> dict[str, bool]:
     """The cluster as it is."""
     given = _parse(AgentReport, await request.body())
-    records.check_protocol(given.protocol)
+    ingest.check_protocol(given.protocol)
     _known(service, given.cluster)
     service.agents.heard(given.cluster)
     await run_in_threadpool(_take_report, service, given)
@@ -49,7 +49,7 @@ async def desired_jobs(service: Service, cluster: str, after: int = 0, wait_s: W
     _known(service, cluster)
     service.agents.heard(cluster)
     deadline = time.monotonic() + min(wait_s, service.settings.max_wait_s)
-    with service.hub.ticket(jobs.desired_topic(cluster)) as ticket:
+    with service.hub.ticket(lifecycle.desired_topic(cluster)) as ticket:
         while await run_in_threadpool(_revision, service, cluster) == after:
             left = deadline - time.monotonic()
             if left <= 0 or service.hub.closed:
@@ -64,7 +64,7 @@ async def desired_jobs(service: Service, cluster: str, after: int = 0, wait_s: W
 async def answer_check(request: Request, service: Service) -> dict[str, bool]:
     """What the agent found when it looked at a spec's paths."""
     given = _parse(CheckResult, await request.body())
-    records.check_protocol(given.protocol)
+    ingest.check_protocol(given.protocol)
     service.agents.answer(given.check_id, tuple(Problem(item.pointer, item.code, item.detail) for item in given.problems))
     return {"ok": True}
 
@@ -86,7 +86,7 @@ async def take_records(job_id: str, request: Request, service: Service) -> Respo
 async def desired_job(job_id: str, service: Service, after: int = 0, wait_s: Wait = 20.0) -> Response:
     """What one job's driver should be doing; answers at once when that is newer than `after`."""
     deadline = time.monotonic() + min(wait_s, service.settings.max_wait_s)
-    with service.hub.ticket(jobs.job_topic(job_id)) as ticket:
+    with service.hub.ticket(lifecycle.job_topic(job_id)) as ticket:
         while (found := await run_in_threadpool(_desired_one, service, job_id)).revision == after:
             left = deadline - time.monotonic()
             if left <= 0 or service.hub.closed:
@@ -101,15 +101,15 @@ def _take_report(service: Context, given: AgentReport) -> None:
     room = Room(given.nodes)
     answers = {job: submissions.answer(spec, room, job_dir) for job, (spec, job_dir) in unresolved.items()} if room.known else {}
     with service.store.write() as session:
-        row = jobs.lock_cluster(session, given.cluster)
+        row = lifecycle.lock_cluster(session, given.cluster)
         before = None if row.report is None else AgentReport.model_validate(row.report)
         row.report, row.reported_at = given.model_dump(mode="json"), time.time()
         session.flush()
         submissions.settle(session, row, answers)
         session.flush()
-        jobs.admit(session, row)
+        lifecycle.admit(session, row)
         if before is None or (before.drivers, before.orphans, before.agent_id) != (given.drivers, given.orphans, given.agent_id):
-            jobs.raise_revision(session, given.cluster)  # which jobs are listed depends on what the agent has seen
+            lifecycle.raise_revision(session, given.cluster)  # which jobs are listed depends on what the agent has seen
 
 
 def _revision(service: Context, cluster: str) -> int:
@@ -124,9 +124,9 @@ def _desired_reply(service: Context, cluster: str) -> DesiredReply:
             return DesiredReply(revision=0)
         seen = set() if row.report is None else _seen(AgentReport.model_validate(row.report))
         here = sa.select(JobRow).where(JobRow.cluster == cluster)
-        wanted = [job for job in jobs.active(session, cluster) if job.world_size is not None]
-        ended = list(session.scalars(here.where(JobRow.status.in_(jobs.TERMINAL), JobRow.id.in_(seen), JobRow.deleted_at.is_(None))))
-        over = sa.select(JobRow.id).where(JobRow.cluster == cluster, JobRow.status.in_(jobs.TERMINAL))
+        wanted = [job for job in lifecycle.active(session, cluster) if job.world_size is not None]
+        ended = list(session.scalars(here.where(JobRow.status.in_(lifecycle.TERMINAL), JobRow.id.in_(seen), JobRow.deleted_at.is_(None))))
+        over = sa.select(JobRow.id).where(JobRow.cluster == cluster, JobRow.status.in_(lifecycle.TERMINAL))
         latest = session.scalars(over.order_by(JobRow.ended_at.desc()).limit(MOST_TERMINAL))
         terminal = {*latest, *session.scalars(over.where(JobRow.id.in_(seen)))}
         listed = tuple(_desired(service, job) for job in (*wanted, *ended))
@@ -153,14 +153,14 @@ def _desired(service: Context, job: JobRow) -> DesiredJob:
 
 def _desired_one(service: Context, job_id: str) -> DesiredJob:
     with service.store.read() as session:
-        return _desired(service, jobs.find(session, job_id))
+        return _desired(service, lifecycle.find(session, job_id))
 
 
 def _cursor(service: Context, job_id: str, epoch: int) -> CursorReply:
     with service.store.write() as session:
-        job = jobs.lock(session, job_id)
-        records.take_epoch(job, epoch)
-        return CursorReply(stored=records.stored(session, job))
+        job = lifecycle.lock(session, job_id)
+        ingest.take_epoch(job, epoch)
+        return CursorReply(stored=ingest.stored(session, job))
 
 
 def _take_records(service: Context, job_id: str, body: bytes) -> RecordReply:
@@ -168,7 +168,7 @@ def _take_records(service: Context, job_id: str, body: bytes) -> RecordReply:
     if batch.job_id != job_id:
         raise ProblemError("request_invalid", f"the batch is for {batch.job_id[:80]!r}, the address for {job_id}; they must agree")
     with service.store.write() as session:
-        stored = records.apply(service.store, session, batch)
+        stored = ingest.apply(service.store, session, batch)
         reply = RecordReply(stored=stored, desired=_desired_in(service, session, job_id))
     service.telemetry.records.inc(len(batch.records))
     return reply
@@ -176,7 +176,7 @@ def _take_records(service: Context, job_id: str, body: bytes) -> RecordReply:
 
 def _desired_in(service: Context, session: Session, job_id: str) -> DesiredJob:
     session.flush()
-    return _desired(service, jobs.find(session, job_id))
+    return _desired(service, lifecycle.find(session, job_id))
 
 
 def _known(service: Context, cluster: str) -> None:

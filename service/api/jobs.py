@@ -7,17 +7,17 @@ from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.orm import Session
 
-from megatron_ray.rules.problem import Problem
-from service import jobs
+from megatron_ray.config.problem import Problem
 from service.api import render
-from service.api.intake import submit
 from service.api.models import CancelRequest, Job, JobSummary, Page
-from service.context import By, Service
-from service.errors import ProblemError
-from service.idempotency import Repeatable
-from service.schema import JobRow, LabelRow
-from workers.job import JobSpec
-from workers.states import JobState
+from service.http.dependencies import By, Service
+from service.http.errors import ProblemError
+from service.http.idempotency import Repeatable
+from service.jobs import lifecycle
+from service.jobs.submit import submit
+from service.store.schema import JobRow, LabelRow
+from workers.protocol.job import JobSpec
+from workers.protocol.states import JobState
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 Key = Annotated[str | None, Header(alias="Idempotency-Key", description="Repeating a request with its key gives the first answer again.")]
@@ -62,7 +62,7 @@ def list_jobs(
 def show_job(job_id: str, service: Service) -> Job:
     """One job."""
     with service.store.read() as session:
-        return render.job(session, jobs.find(session, job_id))
+        return render.job(session, lifecycle.find(session, job_id))
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, response_model=Job)
@@ -72,9 +72,9 @@ def cancel_job(job_id: str, service: Service, by: By, body: CancelRequest | None
     repeat = Repeatable.of(key, by.token_id, f"/v1/jobs/{job_id}/cancel", wish.model_dump())
 
     def work(session: Session, job: JobRow) -> None:
-        jobs.cancel(session, job, final_checkpoint=wish.checkpoint)
+        lifecycle.cancel(session, job, final_checkpoint=wish.checkpoint)
         session.flush()
-        jobs.admit(session, jobs.lock_cluster(session, job.cluster))
+        lifecycle.admit(session, lifecycle.lock_cluster(session, job.cluster))
 
     return _change(service, job_id, repeat, work)
 
@@ -83,19 +83,19 @@ def cancel_job(job_id: str, service: Service, by: By, body: CancelRequest | None
 def checkpoint_job(job_id: str, service: Service, by: By, key: Key = None) -> Response:
     """Asks a running job for one checkpoint now; an event tells when it is committed."""
     repeat = Repeatable.of(key, by.token_id, f"/v1/jobs/{job_id}/checkpoint", None)
-    return _change(service, job_id, repeat, jobs.request_checkpoint)
+    return _change(service, job_id, repeat, lifecycle.request_checkpoint)
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
 def delete_job(job_id: str, service: Service) -> None:
     """Forgets an ended job and its history; what it wrote to its storage stays."""
     with service.store.write() as session:
-        jobs.delete(session, jobs.lock(session, job_id))
+        lifecycle.delete(session, lifecycle.lock(session, job_id))
 
 
 def _change(service: Service, job_id: str, repeat: Repeatable, work: Any) -> Response:
     with service.store.write() as session:
-        job = jobs.lock(session, job_id)
+        job = lifecycle.lock(session, job_id)
         earlier = repeat.earlier(session)
         if earlier is not None:
             return JSONResponse(earlier[1], status_code=earlier[0], headers={"Idempotent-Replayed": "true"})

@@ -4,11 +4,11 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from service import jobs
 from service.api.models import Log
-from service.context import Service
-from service.errors import ProblemError
-from service.schema import AttemptRow, JobRow
+from service.http.dependencies import Service
+from service.http.errors import ProblemError
+from service.jobs import lifecycle
+from service.store.schema import AttemptRow, JobRow
 
 router = APIRouter(prefix="/v1", tags=["history"])
 
@@ -24,13 +24,13 @@ def read_log(
 ) -> Log:
     """A piece of a log from `offset` on; go on with `next_offset`. Empty while the rank has not written anything."""
     with service.store.read() as session:
-        job = jobs.find(session, job_id)
+        job = lifecycle.find(session, job_id)
         number = attempt or job.attempt
         row = session.get(AttemptRow, (job.number, number))
     _refuse_unknown(job, row, number, rank)
-    from service import job_files  # here because pyarrow takes a fifth of the service's start, and only logs need it
+    from service.jobs import logs  # here because pyarrow takes a fifth of the service's start, and only logs need it
 
-    size, data, next_offset = job_files.read_log(job.job_dir, number, rank, offset, limit)
+    size, data, next_offset = logs.read_log(job.job_dir, number, rank, offset, limit)
     return Log(rank=rank, attempt=number, offset=offset, next_offset=next_offset, size=size, data=data)
 
 

@@ -5,7 +5,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from workers.states import DesiredState, JobState, StatusReason
+from workers.protocol.states import DesiredState, JobState, StatusReason
 
 Item = TypeVar("Item")
 

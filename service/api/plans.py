@@ -6,19 +6,18 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
+from megatron_ray.config.problem import Problem
 from megatron_ray.planning.communication import Tally
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.planning.step_time import StepTime
 from megatron_ray.planning.suggest import Suggestion, suggest
-from megatron_ray.rules.problem import Problem
-from service import plan, submissions
-from service.api import intake
 from service.api.models import FieldError, Plan, PlanMemory, PlanRank, PlanSuggestion, PlanTime, PlanTraffic, Suggestions
-from service.context import Service
-from service.errors import ProblemError, spec_invalid
-from service.plan import Estimates
-from service.room import Room, need_of
-from workers.job import JobSpec
+from service.http.dependencies import Service
+from service.http.errors import ProblemError, spec_invalid
+from service.jobs import estimates, submissions, submit
+from service.jobs.capacity import Room, need_of
+from service.jobs.estimates import Estimates
+from workers.protocol.job import JobSpec
 
 MOST_RANKS = 65536
 router = APIRouter(prefix="/v1", tags=["plans"])
@@ -39,13 +38,13 @@ async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) ->
     _refuse_too_many(found.world_size)
     device = asked or _device_of(spec, found.spec, room)
     unfit = await run_in_threadpool(_unfit, spec, found.spec, room, asked)
-    wrong_paths = await intake.ask_agent(service, spec, room, job_dir)
+    wrong_paths = await submit.ask_agent(service, spec, room, job_dir)
     need = need_of(found.spec, found.world_size, has_gpus=False)
-    known = await run_in_threadpool(plan.estimates, found.spec, device)
+    known = await run_in_threadpool(estimates.estimates, found.spec, device)
     return Plan(
         resolved_spec=found.spec.model_dump(mode="json"),
         world_size=found.world_size,
-        ranks=[PlanRank.model_construct(**rank) for rank in plan.rank_map(found.spec)],
+        ranks=[PlanRank.model_construct(**rank) for rank in estimates.rank_map(found.spec)],
         memory=None if known is None else _memory(known),
         communication=None if known is None or known.communication is None else _traffic(known.communication),
         bubble_share=None if known is None else known.bubble_share,
@@ -65,7 +64,7 @@ async def make_suggestions(spec: JobSpec, service: Service, hardware: Device = N
     room = await _right(service, spec)
     found = submissions.resolve(spec, room, str(service.settings.data_dir / "jobs" / "job-example"))
     device, world = asked or _device_of(spec, found.spec, room), ranks or found.world_size
-    known = plan.with_vocabulary(found.spec)
+    known = estimates.with_vocabulary(found.spec)
     notes = []
     if device is None:
         raise _wrong_query("hardware", "which device the cluster has is not known; name one")
@@ -100,7 +99,7 @@ def _unfit(spec: JobSpec, resolved: JobSpec, room: Room, asked: Hardware | None)
     found = submissions.check_fit(spec, room)
     if asked is None:
         return found
-    return [problem for problem in found if problem.code != "memory_fits"] or plan.check_memory(resolved, asked)
+    return [problem for problem in found if problem.code != "memory_fits"] or estimates.check_memory(resolved, asked)
 
 
 def _refuse_too_many(ranks: int) -> None:

@@ -7,11 +7,11 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from service.agents import Agents
 from service.api.models import Attempt, Checkpoint, Cluster, Event, Job, JobSummary, LastCheckpoint, Node, Page, Progress
-from service.schema import AttemptRow, CheckpointRow, ClusterRow, EventRow, JobRow, LabelRow
-from workers.states import DesiredState, JobState, StatusReason
-from workers.wire import AgentReport
+from service.jobs.agents import Agents
+from service.store.schema import AttemptRow, CheckpointRow, ClusterRow, EventRow, JobRow, LabelRow
+from workers.protocol.states import DesiredState, JobState, StatusReason
+from workers.protocol.wire import AgentReport
 
 Item = TypeVar("Item")
 

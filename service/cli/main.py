@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from service.cli import convert, data, demo, generate, jobs, look, plan, stack
+from service.cli.commands import convert, data, demo, generate, inspect, jobs, plan, stack
 from service.cli.failure import Failure, from_service, show_failure
 from service.client import ServiceError
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for commands in (stack, plan, jobs, look, generate, convert, data, demo):
+for commands in (stack, plan, jobs, inspect, generate, convert, data, demo):
     commands.register(app)
 
 

@@ -102,7 +102,7 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         "RAY_idle_worker_killing_time_threshold_ms": "60000",
         # Ray's default: what starts, prepares data or stands by lets the ranks go first, which raise themselves where they may.
         "RAY_worker_niceness": "15" if may_raise_priority() else "0",
-        # A rank keeps its memory (megatron_ray.device.KeptMemory); what can no longer be set in a living process is set here.
+        # A rank keeps its memory (megatron_ray.distributed.device.KeptMemory); what can no longer be set in a living process is set here.
         "MALLOC_ARENA_MAX": "1",  # a Ray worker has many arenas before a rank can say that it keeps its memory in one
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # else scraps of aligned blocks keep those from being joined and used again
         "RAY_ADDRESS": None,  # another cluster's address would be taken for this one's

@@ -18,6 +18,7 @@ from typing import IO, Any, Literal
 import httpx
 
 from service.client import Client
+from service.http.tokens import Scope, read_or_create_tokens
 from service.local_stack.backoff import Restart, after_end
 from service.local_stack.interruption import Interruption, StackError, StartInterrupted
 from service.local_stack.ray_head import MAX_TEMP_DIR_LENGTH, PORT_NAMES, available_cpus, free_ports, head_command, is_free, ray_environment
@@ -33,7 +34,6 @@ from service.local_stack.record import (
 from service.local_stack.sessions import GatedProcess, kill_sessions, read_process
 from service.local_stack.teardown import TeardownReport, end_recorded
 from service.settings import SettingsError
-from service.tokens import Scope, read_or_create_tokens
 
 Say = Callable[[str], None]
 Name = Literal["ray", "service", "agent"]

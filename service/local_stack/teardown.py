@@ -14,7 +14,7 @@ from pathlib import Path
 from service.client import Client, ServiceError
 from service.local_stack.record import TEMP_PREFIX, StackRecord, forget, read_record
 from service.local_stack.sessions import is_running, kill_sessions, send_signal
-from workers.states import JobState
+from workers.protocol.states import JobState
 
 # `up` that is asked to end cancels the jobs and kills what it started; it gets this long before `down` does it instead.
 _UP_GRACE_S = 60.0

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from megatron_ray.config.base import Config
-from workers.job import JobSpec
+from workers.protocol.job import JobSpec
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("service", "workers", "megatron_ray")

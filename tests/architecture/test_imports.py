@@ -14,35 +14,35 @@ TORCH_FREE_PACKAGES = (
     "service",
     "megatron_ray/config",
     "megatron_ray/data",
-    "megatron_ray/schedules",
+    "megatron_ray/pipeline_parallel/schedules",
+    "megatron_ray/storage",
+    "megatron_ray/validation",
     "megatron_ray/planning",
     "megatron_ray/checkpoint/hf/families",
 )
 TORCH_FREE_FILES = (
-    "megatron_ray/validation.py",
     "megatron_ray/parallel_dims.py",
-    "megatron_ray/parameters.py",
-    "megatron_ray/bucket_plan.py",
-    "megatron_ray/row_shards.py",
-    "megatron_ray/flops.py",
-    "megatron_ray/checkpoint/storage.py",
+    "megatron_ray/sharding/parameters.py",
+    "megatron_ray/sharding/buckets.py",
+    "megatron_ray/sharding/row_shards.py",
     "megatron_ray/checkpoint/directory.py",
     "megatron_ray/checkpoint/hf/places.py",
     "megatron_ray/checkpoint/hf/options.py",
     "megatron_ray/checkpoint/hf/files.py",
     "megatron_ray/checkpoint/hf/contents.py",
-    "megatron_ray/checkpoint/starting.py",
+    "megatron_ray/checkpoint/initial_model.py",
     "megatron_ray/checkpoint/train_state.py",
-    "megatron_ray/training/reports.py",
-    "megatron_ray/training/commands.py",
-    "workers/job.py",
-    "workers/states.py",
-    "workers/wire.py",
-    "workers/placement.py",
-    "workers/policies.py",
-    "workers/journal.py",
-    "workers/spool.py",
-    "workers/rank_env.py",
+    "megatron_ray/reports.py",
+    "megatron_ray/commands.py",
+    "workers/protocol/job.py",
+    "workers/protocol/states.py",
+    "workers/protocol/wire.py",
+    "workers/decisions/placement.py",
+    "workers/decisions/policies.py",
+    "workers/driver/journal.py",
+    "workers/rank/spool.py",
+    "workers/rank/environment.py",
+    "workers/rank/messages.py",
 )
 NOT_TORCH_FREE = {"megatron_ray.data.loader"}
 
@@ -80,13 +80,12 @@ def test_service_and_pure_modules_import_with_torch_and_ray_blocked() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# specs/ is the table that fills a model's slots with parallel layers, so it names them.
-MODEL_FILES = [path for path in python_files("megatron_ray/models") if "specs" not in path.parts]
+MODEL_FILES = python_files("megatron_ray/models")
 
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_a_model_file_contains_only_the_model(path: Path) -> None:
-    forbidden = ("torch.distributed", "megatron_ray.mesh", "megatron_ray.collectives")
+    forbidden = ("torch.distributed", "megatron_ray.distributed.mesh", "megatron_ray.distributed.collectives")
     found = [name for name in imported_names(path) if name.startswith(forbidden)]
     assert found == [], f"{path.name} reaches for ranks or collectives: {found}"
     assert "torch.distributed" not in attribute_chains(path)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_ray.device import KeptMemory
+from megatron_ray.distributed.device import KeptMemory
 from tests.bench import reference
 
 Step = Callable[[np.ndarray, bool], tuple[float, float] | None]
@@ -56,7 +56,7 @@ class Terms:
 def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from megatron_ray.config.train_config import TrainConfig
     from megatron_ray.data.loader import BatchMaker
-    from megatron_ray.mesh import ParallelMesh, World
+    from megatron_ray.distributed.mesh import ParallelMesh, World
     from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
     from megatron_ray.parallel_dims import ParallelDims
     from megatron_ray.training.session import build

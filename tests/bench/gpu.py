@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_ray import device
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
-from megatron_ray.flops import flops_per_token
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed import device
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
-from megatron_ray.parameters import logical_parameters
+from megatron_ray.planning.flops import flops_per_token
+from megatron_ray.sharding.parameters import logical_parameters
 from megatron_ray.training.session import build
 from megatron_ray.training.step import forward_backward
 

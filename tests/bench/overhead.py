@@ -20,12 +20,12 @@ from typing import Any
 
 import httpx
 
-from megatron_ray.training.reports import StepReport
+from megatron_ray.reports import StepReport
 from tests.integration.road import Road, stack
-from workers.orders import StartOrder
-from workers.rank_env import RankEnv
-from workers.wire import AgentReport, NodeInfo
-from workers.worker import RankAttempt
+from workers.protocol.wire import AgentReport, NodeInfo
+from workers.rank.environment import RankEnv
+from workers.rank.messages import StartOrder
+from workers.rank.worker import RankAttempt
 
 ROUNDS, STEPS, WARMUP = 7, 200, 20
 CASES: dict[str, tuple[int, float | None]] = {"rank-1": (1, 1.02), "tp-2": (2, None)}

@@ -11,10 +11,10 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from megatron_ray import validation
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.hardware import HARDWARE, Efficiency
 from megatron_ray.planning.step_time import StepParts, step_parts
+from megatron_ray.validation import check
 
 FILE = Path(__file__).with_name("published_runs.json")
 GOAL, TOLERANCE = 0.7, 0.25
@@ -63,7 +63,7 @@ def _run(entry: dict[str, Any], model: dict[str, Any]) -> Run:
         "optimizer": {"lr": 1e-4},
     }
     config = TrainConfig.from_mapping(fields)
-    problems = validation.check(config, ranks)
+    problems = check.find_problems(config, ranks)
     if problems:
         raise ValueError(f"{entry}: {problems[0].detail}")
     parts = step_parts(config, HARDWARE[entry["chip"]], entry["precision"])

@@ -10,8 +10,8 @@ import torch
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepare import prepare
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.training.reports import CheckpointReport, Report, StepReport
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.reports import CheckpointReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
 
 STEPS, EVERY = 60, 10

@@ -2,8 +2,8 @@
 
 import json
 
-from megatron_ray.schedules.orders import compute_orders, stage_map
-from megatron_ray.schedules.simulation import outcome
+from megatron_ray.pipeline_parallel.schedules.orders import compute_orders, stage_map
+from megatron_ray.pipeline_parallel.schedules.simulation import outcome
 from tests.unit.megatron_ray.schedules.test_schedules import GOLDEN, LARGE, SMALL, formula, key
 
 

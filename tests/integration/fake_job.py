@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_ray.checkpoint.directory import checkpoint_path
-from megatron_ray.training.commands import Command
-from megatron_ray.training.reports import CheckpointReport, Report, StepReport
-from workers.driver import JobDriver
-from workers.job import JobSpec
-from workers.orders import StartOrder
-from workers.rank import process_group
-from workers.worker import RankWorker
+from megatron_ray.commands import Command
+from megatron_ray.reports import CheckpointReport, Report, StepReport
+from workers.driver.driver import JobDriver
+from workers.protocol.job import JobSpec
+from workers.rank.messages import StartOrder
+from workers.rank.session import process_group
+from workers.rank.worker import RankWorker
 
 
 def fake_train(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 import httpx
 
-from service.tokens import Scope, read_or_create_tokens
-from workers.wire import PROTOCOL
+from service.http.tokens import Scope, read_or_create_tokens
+from workers.protocol.wire import PROTOCOL
 
 Json = dict[str, Any]
 START_S = 60.0

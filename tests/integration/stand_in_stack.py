@@ -8,8 +8,8 @@ from service.cli.entry import importing
 with importing():
     from rich.console import Console
 
+    from service.cli.commands.stack import with_stack
     from service.cli.failure import Failure
-    from service.cli.stack import with_stack
     from service.local_stack.interruption import Interruption
     from service.local_stack.record import StackRecord
     from service.local_stack.stack import LocalStack, StackOptions

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.integration.fake_service import NAMESPACE, FakeService
-from workers.job import JobSpec
+from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray
 
@@ -38,8 +38,8 @@ def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
 def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Submit:
     """Does for one job what agent and service do: makes the driver, attaches it, admits the job once its data are ready."""
     from tests.integration.fake_job import FakeDriver
-    from workers.agent_jobs import DriverRegistry
-    from workers.wire import DesiredReply
+    from workers.agent.driver_registry import DriverRegistry
+    from workers.protocol.wire import DesiredReply
 
     registry = DriverRegistry(fake_service.url, NAMESPACE, FakeDriver)
     corpus = tmp_path / "corpus.txt"
@@ -177,8 +177,8 @@ def test_service_away_loses_nothing(submit: Submit, fake_service: FakeService) -
 
 def submit_url(submit: Submit, service: FakeService) -> None:
     from tests.integration.fake_job import FakeDriver
-    from workers.agent_jobs import DriverRegistry
-    from workers.wire import DesiredReply
+    from workers.agent.driver_registry import DriverRegistry
+    from workers.protocol.wire import DesiredReply
 
     registry = DriverRegistry(service.url, NAMESPACE, FakeDriver)
     registry.want(DesiredReply.model_validate({"revision": 1, "jobs": list(service.jobs.values())}))
@@ -323,11 +323,11 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
     import ray
 
     from tests.integration.fake_job import LateWorker
-    from workers.cluster import job_folder, read_nodes
-    from workers.group import WorkerGroup
-    from workers.orders import Fence
-    from workers.placement import plan_placement
-    from workers.staffing import fill_posts
+    from workers.decisions.placement import plan_placement
+    from workers.decisions.slot_assignment import fill_posts
+    from workers.rank.messages import Fence
+    from workers.ray.nodes import job_folder, read_nodes
+    from workers.ray.worker_group import WorkerGroup
 
     group, fence, (node,) = WorkerGroup("job-late", NAMESPACE, LateWorker), Fence(1, 1), read_nodes()
     folder = job_folder(node.node_id, "job-late")

@@ -8,10 +8,10 @@ import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
 from tests.integration.fake_service import NAMESPACE
-from workers.orders import Fence, StartOrder
-from workers.placement import Bundle, PlacementPlan, assign_ranks
-from workers.rank_env import RankEnv
-from workers.staffing import fill_posts, standbys_wanted
+from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
+from workers.decisions.slot_assignment import fill_posts, standbys_wanted
+from workers.rank.environment import RankEnv
+from workers.rank.messages import Fence, StartOrder
 
 pytestmark = pytest.mark.ray
 NUM_GPUS = 2
@@ -36,7 +36,7 @@ def seen(group: Any, slot: int, path: Path, gpu: int | None) -> str:
 
 def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_path: Path) -> None:
     from tests.integration.fake_job import GpuTeller
-    from workers.group import WorkerGroup
+    from workers.ray.worker_group import WorkerGroup
 
     group = WorkerGroup("job-gpus", NAMESPACE, GpuTeller)
     assert group.placement_group(PLAN).wait(30)

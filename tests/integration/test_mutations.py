@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.integration.road import SPEC, Road
-from workers.job import JobSpec
+from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray
 

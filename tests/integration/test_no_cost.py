@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from megatron_ray.training.commands import Command
-from megatron_ray.training.reports import Report
+from megatron_ray.commands import Command
+from megatron_ray.reports import Report
 from tests.integration.fake_service import NAMESPACE, FakeService
-from workers.driver import JobDriver
-from workers.orders import StartOrder
-from workers.worker import RankWorker, train_for_real
+from workers.driver.driver import JobDriver
+from workers.rank.messages import StartOrder
+from workers.rank.worker import RankWorker, train_for_real
 
 pytestmark = pytest.mark.ray
 
@@ -83,8 +83,8 @@ def spec(folder: Path) -> dict[str, Any]:
 
 
 def test_the_training_thread_calls_neither_ray_nor_http(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> None:
-    from workers.agent_jobs import DriverRegistry
-    from workers.wire import DesiredReply
+    from workers.agent.driver_registry import DriverRegistry
+    from workers.protocol.wire import DesiredReply
 
     (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
     registry = DriverRegistry(fake_service.url, NAMESPACE, RecordedDriver)
@@ -102,8 +102,8 @@ def test_the_training_thread_calls_neither_ray_nor_http(fake_service: FakeServic
         "megatron_ray.training.loop",
         "megatron_ray.training.evaluate",
         "megatron_ray.training.saving",
-        "workers.worker",
-        "workers.spool",
+        "workers.rank.worker",
+        "workers.rank.spool",
     }
     assert worked | {"posix"} <= seen, "the record is of the thread that trains, evaluates, saves and reports"
     assert roots(seen) & FORBIDDEN == set(), sorted(name for name in seen if name.partition(".")[0] in FORBIDDEN)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from service.client import Client, ServiceError
-from service.metrics_store import KEYS
+from service.store.metrics import KEYS
 from tests.integration.cutting_proxy import CuttingProxy
 from tests.integration.service_process import SPEC, Records, ServiceProcess, free_port, job_token, post, report_nodes, step_row
 

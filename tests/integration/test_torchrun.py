@@ -11,7 +11,7 @@ import pytest
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.data.tokenizer import Tokenizer
 from tests.unit.megatron_ray.checkpoint.hf_folders import publish
-from workers.orders import UserMistake
+from workers.rank.messages import UserMistake
 from workers.standalone import read_spec
 
 pytestmark = pytest.mark.parallel

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import Positions
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build

@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray import validation
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.validation import check
 from tests.parallel.parity import LLAMA
 
 SEED = 20261121
@@ -116,4 +116,4 @@ def _candidate(rng: random.Random) -> Entry:
 
 def _legal(entry: Entry) -> bool:
     several = sum(entry.parallel.get(axis, 1) > 1 for axis in ("tp", "pp", "cp", "ep", "dp"))
-    return several >= 2 and entry.world_size <= MOST_RANKS and not validation.check(entry.config(steps=10))
+    return several >= 2 and entry.world_size <= MOST_RANKS and not check.find_problems(entry.config(steps=10))

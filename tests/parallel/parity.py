@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_ray.checkpoint.sharded_state import ShardedState
+from megatron_ray.commands import Command
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import Batch, StepLoader
+from megatron_ray.data.loader import StepLoader
 from megatron_ray.data.sampler import sample_ids
-from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import ParallelMesh, World
+from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.training.commands import Command
+from megatron_ray.reports import Report, StepReport
+from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.training.loop import Parts, Progress, train
-from megatron_ray.training.reports import Report, StepReport
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 
@@ -215,7 +216,7 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
 
 def assemble(config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], np.ndarray]]]) -> dict[str, np.ndarray]:
     """Full tensors from every rank's boxes; replicas must agree to the bit, and everything must be covered."""
-    from megatron_ray.parameters import logical_parameters
+    from megatron_ray.sharding.parameters import logical_parameters
 
     full = {parameter.name: np.full(parameter.shape, np.nan, dtype=np.float32) for parameter in logical_parameters(config.model)}
     for rank_boxes in parts:
@@ -255,9 +256,9 @@ def split_vanishing(config: TrainConfig, gradients: dict[str, np.ndarray]) -> tu
 
 def float64_gradients(rank: int, world_size: int, config: TrainConfig, choices: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no buckets, no reductions."""
-    from megatron_ray.initialization import draw_local
-    from megatron_ray.parallelize import build_model
-    from megatron_ray.parameters import local_parameters
+    from megatron_ray.models.initialization import draw_local
+    from megatron_ray.parallelize.parallelize import build_model
+    from megatron_ray.sharding.parameters import local_parameters
 
     mesh = ParallelMesh.single()
     module = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float64).to_empty(device="cpu")

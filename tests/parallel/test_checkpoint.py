@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from megatron_ray.checkpoint.directory import CheckpointError, checkpoint_path, commit, latest_committed, read_manifest
-from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
 from megatron_ray.checkpoint.load import load_into
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.checkpoint.storage import StorageError
 from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
-from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import Box
-from megatron_ray.training.reports import CheckpointReport
+from megatron_ray.reports import CheckpointReport
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
+from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
+from megatron_ray.storage.storage import StorageError
 from tests.ranks import RankFailed
 
 pytestmark = pytest.mark.parallel

@@ -10,11 +10,11 @@ import torch
 
 from megatron_ray.checkpoint.directory import commit
 from megatron_ray.checkpoint.load import load_into
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
 from megatron_ray.checkpoint.writer import CheckpointWriter
-from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import Box
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]

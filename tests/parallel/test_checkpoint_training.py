@@ -10,11 +10,11 @@ from megatron_ray.checkpoint.directory import commit, latest_committed, list_che
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.inference.generate import generate, load_model
-from megatron_ray.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.reports import EvalReport, Report, StepReport
 from megatron_ray.training.loop import NonFiniteLoss
-from megatron_ray.training.reports import EvalReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
 
 pytestmark = pytest.mark.parallel

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_ray import collectives
+from megatron_ray.distributed import collectives
 
 pytestmark = pytest.mark.parallel
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from megatron_ray import collectives, validation
-from megatron_ray.collectives import Group
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.planning.communication import step_communication
+from megatron_ray.validation import check, resolution
 from tests.parallel.matrix import EXPERTS
 from tests.parallel.parity import GPT2, LLAMA
 from tests.parallel.test_meta_step import step
@@ -109,8 +110,8 @@ def make(shape: dict[str, Any], parallel: dict[str, Any], training: dict[str, An
         "training": batch | training,
         "optimizer": {"lr": 1e-3},
     }
-    config = validation.with_vocabulary(TrainConfig.from_mapping(fields), 257)
-    assert validation.check(config, RANKS) == []
+    config = resolution.with_vocabulary(TrainConfig.from_mapping(fields), 257)
+    assert check.find_problems(config, RANKS) == []
     return config
 
 

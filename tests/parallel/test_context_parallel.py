@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from megatron_ray.context_parallel import ring
 from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, attend
-from megatron_ray.data.loader import Packed
-from megatron_ray.data.sequence_cut import SequenceCut
 from megatron_ray.models.attention import WholeAttention
-from megatron_ray.parallelize import context_attention
+from megatron_ray.models.batch import Packed
+from megatron_ray.parallelize.parallelize import context_attention
+from megatron_ray.sharding.sequence_split import SequenceCut
 from tests.parallel.parity import LLAMA, make_config, make_mesh
 from tests.ranks import run_ranks
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.models.dropout import Dropout
-from megatron_ray.training.commands import Command
 from megatron_ray.training.loop import Parts, Progress, train
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel import parity

@@ -13,10 +13,10 @@ from megatron_ray.checkpoint.directory import FORMAT_VERSION, commit
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.parallelize import parallelize
+from megatron_ray.parallelize.parallelize import parallelize
 from megatron_ray.training.saving import resume
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward

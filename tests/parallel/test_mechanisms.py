@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ray.bucket_plan import ALIGNMENT
 from megatron_ray.checkpoint.directory import commit
+from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.data.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.ops.weight_grad import GradSlot
 from megatron_ray.optimizer.finalize_grads import finalize_grads
-from megatron_ray.parallelize import parallelize
-from megatron_ray.tensor_parallel.weight_grad import GradSlot
-from megatron_ray.training.commands import Command
-from megatron_ray.training.reports import CheckpointReport, Report, StepReport
+from megatron_ray.parallelize.parallelize import parallelize
+from megatron_ray.reports import CheckpointReport, Report, StepReport
+from megatron_ray.sharding.buckets import ALIGNMENT
 from megatron_ray.training.session import TrainingSession, batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import LLAMA, RandomDataset, boxes, make_config, make_mesh, run_layout

@@ -12,16 +12,16 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_ray import validation
-from megatron_ray.config.presets import PRESETS
+from megatron_ray.commands import Command
+from megatron_ray.config.presets.presets import PRESETS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
-from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.training.commands import Command
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
+from megatron_ray.validation import check
 from tests.parallel.matrix import EXPERTS, Entry
 from tests.parallel.parity import END, LLAMA, make_config
 from tests.parallel.test_matrix import MATRIX
@@ -129,7 +129,7 @@ def test_every_family_steps_without_a_device(preset: str) -> None:
     parallel = {"dp": 1} | FAMILIES[preset]
     training = LARGE["training"] | {"global_batch_size": 2 * parallel["dp"]}
     config = TrainConfig.from_mapping(LARGE | {"model": model, "parallel": parallel, "training": training})
-    assert validation.check(config) == []
+    assert check.find_problems(config) == []
     step(config, ParallelDims.of(config.parallel).world_size - 1, "meta")
 
 
@@ -143,5 +143,5 @@ def test_a_rank_of_deepseek_v3_on_2048_steps_without_a_device(rank: int) -> None
     fields = TrainConfig.from_mapping(DEEPSEEK).model_dump()
     fields["model"]["moe"] |= {"capacity_factor": 1.0, "pad_to_capacity": True}  # nothing to count on the host
     config = TrainConfig.from_mapping(fields)
-    assert validation.check(config, 2048) == []
+    assert check.find_problems(config, 2048) == []
     step(config, rank, "meta")

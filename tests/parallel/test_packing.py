@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_ray.data.loader import Batch, BatchMaker
-from megatron_ray.data.sequence_cut import SequenceCut
+from megatron_ray.data.loader import BatchMaker
+from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import finalize_grads
+from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.session import build
 from megatron_ray.training.step import forward_backward
 from tests.parallel import parity

@@ -21,13 +21,14 @@ from torch.distributed.pipelining import (
 )
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import Batch, StepLoader
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.batch import Batch
 from megatron_ray.models.gpt import GPT
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parallelize import build_model
-from megatron_ray.parameters import local_parameters
-from megatron_ray.schedules.layout import StageContents
+from megatron_ray.parallelize.parallelize import build_model
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.sharding.parameters import local_parameters
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh

@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
-from megatron_ray.schedules.actions import Action, StageMap
-from megatron_ray.schedules.lowering import lower
-from megatron_ray.schedules.orders import ScheduleName, compute_orders, stage_map
+from megatron_ray.pipeline_parallel.schedules.actions import Action, StageMap
+from megatron_ray.pipeline_parallel.schedules.lowering import lower
+from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, stage_map
 from megatron_ray.tensor_parallel.layers import ColumnParallelLinear
-from megatron_ray.tensor_parallel.weight_grad import GradSlot, WeightGradSink
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray.config.presets import PRESETS
+from megatron_ray.config.presets.presets import PRESETS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
-from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parallelize import ParallelModel
+from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.activations import kept_by_stage
 from megatron_ray.planning.memory import fullest_rank, rank_memory
-from megatron_ray.schedules.layout import StageContents
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.matrix import EXPERTS, Entry
 from tests.parallel.parity import RandomDataset, make_config

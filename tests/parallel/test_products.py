@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import Batch, StepLoader
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.batch import Batch
 from megatron_ray.models.gpt import GPT
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
-from megatron_ray.schedules.actions import Action, Op
-from megatron_ray.schedules.layout import StageContents
+from megatron_ray.pipeline_parallel.schedules.actions import Action, Op
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
 from tests.parallel.products import Products, Shape, flops, linear_layers

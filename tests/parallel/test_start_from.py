@@ -12,14 +12,14 @@ import transformers
 from megatron_ray.checkpoint.directory import commit, latest_committed, list_checkpoints
 from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.checkpoint.hf.importing import import_folder
+from megatron_ray.config.problem import ConfigProblem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.training.reports import EvalReport, Report, StepReport
+from megatron_ray.reports import EvalReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
 from tests.unit.megatron_ray.checkpoint.hf_folders import VOCABULARY, edit_config, publish
 

@@ -14,7 +14,7 @@ import torch
 
 from megatron_ray.checkpoint.hf.exporting import DEFAULT_SHARD_BYTES, Exported, export_folder
 from megatron_ray.checkpoint.hf.importing import Imported, import_folder
-from megatron_ray.checkpoint.storage import StorageError
+from megatron_ray.storage.storage import StorageError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

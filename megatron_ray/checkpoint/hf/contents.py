@@ -11,8 +11,8 @@ from megatron_ray.checkpoint.hf.families.table import family_named, read_model
 from megatron_ray.checkpoint.hf.files import CONFIG, ELEMENT_BYTES, FP8, StoredModel, StoredTensor, open_folder
 from megatron_ray.checkpoint.hf.places import Place, find_places
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.parameters import logical_parameters
-from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.sharding.parameters import logical_parameters
 
 SCALES = "_scale_inv"
 """Ends the name of the tensor with a factor for each block of an fp8 weight."""

@@ -23,12 +23,12 @@ from megatron_ray.checkpoint.hf.folders import new_folder
 from megatron_ray.checkpoint.hf.places import Place, find_places
 from megatron_ray.checkpoint.hf.weights import DTYPES
 from megatron_ray.checkpoint.load import SavedCheckpoint, bytes_of
-from megatron_ray.checkpoint.sharded_state import ShardedState, whole_tensor
-from megatron_ray.checkpoint.storage import MissingFile, open_storage
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state, saved_model
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.parameters import Box
-from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
+from megatron_ray.storage.storage import MissingFile, open_storage
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.checkpoint.storage import MissingFile, Storage, open_storage
+from megatron_ray.storage.storage import MissingFile, Storage, open_storage
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

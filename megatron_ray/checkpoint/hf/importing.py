@@ -16,11 +16,11 @@ from megatron_ray.checkpoint.hf.folders import new_folder
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
 from megatron_ray.checkpoint.index import Held, RankPlan, data_file, plan_all
 from megatron_ray.checkpoint.load import bytes_of
-from megatron_ray.checkpoint.storage import Storage, Writable, open_storage
 from megatron_ray.checkpoint.train_state import TOKENIZER, TRAIN_STATE
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.parameters import Box
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.storage.storage import Storage, Writable, open_storage
 
 SPEC = "spec.yaml"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

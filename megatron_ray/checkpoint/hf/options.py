@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigProblem
 
 
 class Options:

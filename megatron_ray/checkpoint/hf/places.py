@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_ray.parameters import Box
+from megatron_ray.sharding.boxes import Box
 
 _NUMBER = re.compile(r"\d+")
 

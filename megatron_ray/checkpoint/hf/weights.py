@@ -16,9 +16,9 @@ from megatron_ray.checkpoint.hf.files import FP8, StoredTensor
 from megatron_ray.checkpoint.hf.places import Place
 from megatron_ray.checkpoint.index import Slot
 from megatron_ray.checkpoint.load import Read, read_all
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, whole_tensor
-from megatron_ray.parameters import Box
-from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, whole_tensor
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, FP8: torch.float8_e4m3fn}
 _CHUNK_ELEMENTS = 4 * 1024 * 1024

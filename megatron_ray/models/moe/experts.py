@@ -6,9 +6,9 @@ Shapes: R rows that lie expert by expert, L experts here, H hidden, F inner widt
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.matmul import Counts
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import gated_activation
+from megatron_ray.ops.matmul import Counts
 
 
 class GatedExperts(nn.Module):

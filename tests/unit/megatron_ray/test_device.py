@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from megatron_ray import device
+from megatron_ray.distributed import device
 from service.local_stack.ray_head import ray_environment
 
 # Allocates and frees 48 MB blocks, and prints the page faults of the second half, when memory is warm.
 FAULTS = """
 import resource, sys, threading, torch
-from megatron_ray import device
+from megatron_ray.distributed import device
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     assert device.KeptMemory().keeps
@@ -45,7 +45,7 @@ def test_freed_memory_is_kept_in_a_thread_too() -> None:
 # Frees 200 MB of which nothing lies at the heap's end, where glibc would return it unasked.
 HOLES = """
 import torch
-from megatron_ray import device
+from megatron_ray.distributed import device
 torch.set_num_threads(1)
 memory = device.KeptMemory()
 def resident():

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_ray import fusion
+from megatron_ray.config.problem import ConfigProblem
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.kernel import Kernel
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.mlp import GEGLU_TANH, SWIGLU, GatedActivation
 from megatron_ray.models.rope import ROTATION, rotary_angles
-from megatron_ray.parallelize import build_model
-from megatron_ray.rules.problem import ConfigProblem
+from megatron_ray.ops.differentiable_op import Kernel
+from megatron_ray.parallelize import compile
+from megatron_ray.parallelize.parallelize import build_model
 from megatron_ray.tensor_parallel.cross_entropy import Exponentials, exponentials_
 from megatron_ray.tensor_parallel.norm import RMS_NORM
 
@@ -74,15 +74,15 @@ def close(measured: list[Tensor], expected: list[Tensor], allowed: float) -> Non
 @pytest.mark.parametrize("case", CASES)
 def test_a_formula_is_its_kernel(case: str, dtype: torch.dtype) -> None:
     run, kernel = CASES[case]
-    close(run(getattr(fusion.FORMULAS, case), dtype), run(kernel, dtype), ALLOWED[dtype])
+    close(run(getattr(compile.FORMULAS, case), dtype), run(kernel, dtype), ALLOWED[dtype])
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.parity)])
 def test_what_the_compiler_makes_of_a_formula_is_the_formula(dtype: torch.dtype) -> None:
-    fusions = fusion.compiled_fusions()
+    fusions = compile.compiled_fusions()
     for case, (run, _) in CASES.items():
-        close(run(getattr(fusions, case), dtype), run(getattr(fusion.FORMULAS, case), dtype), ALLOWED[dtype])
+        close(run(getattr(fusions, case), dtype), run(getattr(compile.FORMULAS, case), dtype), ALLOWED[dtype])
 
 
 @pytest.mark.parametrize(("activation", "norms"), [("swiglu", 2), ("geglu_tanh", 4)])
@@ -103,7 +103,7 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced(activation: st
     )
     model = build_model(config.model, ParallelMesh.single(), config.parallel, dtype=torch.float32)
     mark = Kernel(lambda: None, lambda: None)
-    fusion.apply_fusions(model, fusion.Fusions(*(mark for _ in fusion.Fusions._fields)))
+    compile.apply_fusions(model, compile.Fusions(*(mark for _ in compile.Fusions._fields)))
 
     def of(module: nn.Module) -> object:
         names = ("rotation", "kernel", "exponentials_")
@@ -126,4 +126,4 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(builder, "get_cpp_compiler", none)
     with pytest.raises(ConfigProblem, match=r"/training/compile: blocks needs a C\+\+ compiler .* or set compile to none"):
-        fusion.compiled_fusions()
+        compile.compiled_fusions()

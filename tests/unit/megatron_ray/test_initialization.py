@@ -4,11 +4,12 @@ import math
 
 import torch
 
-from megatron_ray import initialization
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.initialization import draw_box, draw_local
+from megatron_ray.models import initialization
+from megatron_ray.models.initialization import draw_box, draw_local
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import Box, Init, LogicalParameter, local_parameters
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.parameters import Init, LogicalParameter, local_parameters
 
 
 def normal(shape: tuple[int, ...]) -> LogicalParameter:

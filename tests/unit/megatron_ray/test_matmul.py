@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray import matmul
+from megatron_ray.ops import matmul
 
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "forward": (lambda x, w, g: matmul.forward_product(x, w), lambda x, w, g: x @ w.t()),

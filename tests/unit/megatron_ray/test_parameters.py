@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.flops import flops_per_token, matmul_parameters
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import local_parameters, logical_parameters, padded_vocabulary
-from megatron_ray.schedules.layout import parse_layout
+from megatron_ray.pipeline_parallel.schedules.layout import parse_layout
+from megatron_ray.planning.flops import flops_per_token, matmul_parameters
+from megatron_ray.sharding.parameters import local_parameters, logical_parameters, padded_vocabulary
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {

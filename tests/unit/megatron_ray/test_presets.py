@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.presets import PRESETS
-from megatron_ray.parameters import logical_parameters
+from megatron_ray.config.presets.presets import PRESETS
+from megatron_ray.sharding.parameters import logical_parameters
 
 PUBLISHED = {
     "gpt2-124m": 124_439_808,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import WholeAttention
 from megatron_ray.models.block import Block
 from megatron_ray.models.mlp import GatedActivation
 from megatron_ray.optimizer.finalize_grads import finalize_grads
+from megatron_ray.parallelize.recompute import recomputed
 from megatron_ray.planning.activations import kept_activations
-from megatron_ray.recompute import recomputed
 from megatron_ray.tensor_parallel import layers
 from megatron_ray.tensor_parallel.norm import RMSNorm
 from megatron_ray.training.session import batch_maker, build

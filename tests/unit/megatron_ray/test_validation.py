@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from megatron_ray import validation
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.validation import check, resolution
 
 BASE: dict[str, Any] = {
     "model": {"preset": "gpt-tiny"},
@@ -20,7 +20,7 @@ def config(**groups: dict[str, Any]) -> TrainConfig:
 
 
 def test_a_good_config_has_no_problem() -> None:
-    assert validation.check(config(parallel={"tp": 2, "sequence_parallel": True}), 2) == []
+    assert check.find_problems(config(parallel={"tp": 2, "sequence_parallel": True}), 2) == []
 
 
 @pytest.mark.parametrize(
@@ -254,35 +254,35 @@ def test_a_good_config_has_no_problem() -> None:
     ],
 )
 def test_each_rule(groups: dict[str, Any], world: int | None, pointer: str, words: str) -> None:
-    problems = validation.check(config(**groups), world)
+    problems = check.find_problems(config(**groups), world)
     assert [problem.pointer for problem in problems] == [pointer]
     assert words in problems[0].detail
 
 
 def test_an_odd_head_is_refused_even_when_it_is_derived() -> None:
-    problems = validation.check(config(model={"hidden_size": 60, "num_attention_heads": 4}))
+    problems = check.find_problems(config(model={"hidden_size": 60, "num_attention_heads": 4}))
     assert [problem.code for problem in problems] == ["rope_even"]
 
 
 @pytest.mark.parametrize(("world", "dp"), [(1, 1), (2, 2), (3, 2), (8, 4), (100, 4)])
 def test_auto_dp_is_the_largest_that_fits_and_divides(world: int, dp: int) -> None:
-    assert validation.resolve(config(), world).parallel.dp == dp
+    assert resolution.resolve(config(), world).parallel.dp == dp
 
 
 def test_sequence_parallel_means_nothing_without_tp() -> None:
-    assert not validation.resolve(config(parallel={"sequence_parallel": True}), 4).parallel.sequence_parallel
+    assert not resolution.resolve(config(parallel={"sequence_parallel": True}), 4).parallel.sequence_parallel
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
-    assert validation.with_vocabulary(config(), 300).model.vocab_size == 300
-    assert validation.with_vocabulary(config(model={"vocab_size": 5000}), 300).model.vocab_size == 5000
+    assert resolution.with_vocabulary(config(), 300).model.vocab_size == 300
+    assert resolution.with_vocabulary(config(model={"vocab_size": 5000}), 300).model.vocab_size == 5000
     with pytest.raises(ValueError, match="model.vocab_size=200 is smaller than the tokenizer's 300"):
-        validation.with_vocabulary(config(model={"vocab_size": 200}), 300)
+        resolution.with_vocabulary(config(model={"vocab_size": 200}), 300)
 
 
 def test_a_world_must_be_resolved_before_it_is_counted() -> None:
     with pytest.raises(ValueError, match="parallel.dp is not resolved"):
-        validation.world_size(config())
+        resolution.world_size(config())
 
 
 def latent(**changes: Any) -> dict[str, Any]:
@@ -340,7 +340,7 @@ def latent(**changes: Any) -> dict[str, Any]:
 def test_each_rule_of_latent_attention_and_further_tokens(
     model: dict[str, Any], parallel: dict[str, Any], pointer: str, words: str
 ) -> None:
-    problems = validation.check(config(model=model, parallel=parallel))
+    problems = check.find_problems(config(model=model, parallel=parallel))
     assert [problem.pointer for problem in problems] == [pointer]
     assert words in problems[0].detail
 
@@ -353,7 +353,7 @@ def test_each_rule_of_latent_attention_and_further_tokens(
     ],
 )
 def test_latent_attention_and_further_tokens_go_with_every_axis(model: dict[str, Any], parallel: dict[str, Any], world: int) -> None:
-    assert validation.check(config(model=model, parallel=parallel), world) == []
+    assert check.find_problems(config(model=model, parallel=parallel), world) == []
 
 
 def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) -> TrainConfig:
@@ -412,23 +412,23 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
     ],
 )
 def test_each_rule_of_experts(moe: dict[str, Any], parallel: dict[str, Any], pointer: str, words: str) -> None:
-    problems = validation.check(with_experts(moe, parallel))
+    problems = check.find_problems(with_experts(moe, parallel))
     assert [problem.pointer for problem in problems] == [pointer]
     assert words in problems[0].detail
 
 
 def test_experts_have_no_biases() -> None:
-    problems = validation.check(with_experts({}, {}, linear_bias=True))
+    problems = check.find_problems(with_experts({}, {}, linear_bias=True))
     assert [problem.detail for problem in problems] == ["experts have no biases in this version; set linear_bias to false"]
 
 
 @pytest.mark.parametrize(("world", "dp"), [(1, 4), (4, 4), (7, 4), (100, 4)])
 def test_auto_dp_completes_the_grid_of_experts_even_beyond_the_room(world: int, dp: int) -> None:
-    assert validation.resolve(with_experts({}, {"ep": 4}), world).parallel.dp == dp
-    assert validation.resolve(with_experts({}, {"ep": 4, "tp": 2, "etp": 1, "sequence_parallel": True}), 2).parallel.dp == 2
+    assert resolution.resolve(with_experts({}, {"ep": 4}), world).parallel.dp == dp
+    assert resolution.resolve(with_experts({}, {"ep": 4, "tp": 2, "etp": 1, "sequence_parallel": True}), 2).parallel.dp == 2
 
 
 def test_good_experts_have_no_problem() -> None:
-    assert validation.check(with_experts({"layer_pattern": {"every": 2}}, {"ep": 4, "dp": 4}), 4) == []
+    assert check.find_problems(with_experts({"layer_pattern": {"every": 2}}, {"ep": 4, "dp": 4}), 4) == []
     grouped = {"num_groups": 4, "group_top_k": 2, "score_function": "sigmoid", "expert_bias": True, "top_k": 4}
-    assert validation.check(with_experts(grouped, {"tp": 2, "etp": 1, "ep": 4, "sequence_parallel": True, "dp": 2}), 4) == []
+    assert check.find_problems(with_experts(grouped, {"tp": 2, "etp": 1, "ep": 4, "sequence_parallel": True, "dp": 2}), 4) == []

@@ -17,7 +17,7 @@ import uvicorn
 from service.app import create_app
 from service.main import Server, bind
 from service.settings import Settings
-from workers.wire import PROTOCOL, DesiredReply
+from workers.protocol.wire import PROTOCOL, DesiredReply
 
 USER_TOKEN, AGENT_TOKEN = "u" * 43, "a" * 43
 Json = dict[str, Any]

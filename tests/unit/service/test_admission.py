@@ -3,10 +3,10 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.admission import Decision, Held, Waiting, decide
-from service.room import Need, Room
-from workers.states import StatusReason
-from workers.wire import NodeInfo
+from service.jobs.admission import Decision, Held, Waiting, decide
+from service.jobs.capacity import Need, Room
+from workers.protocol.states import StatusReason
+from workers.protocol.wire import NodeInfo
 
 
 def node(name: str, cpus: float = 8, gpus: float = 0, **more: object) -> NodeInfo:

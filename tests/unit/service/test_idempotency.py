@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from service import idempotency
-from service.schema import IdempotencyRow
+from service.http import idempotency
 from service.settings import Settings
+from service.store.schema import IdempotencyRow
 
 
 def test_old_answers_are_dropped_while_the_service_runs(

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from service.job_files import log_path
-from workers.joblogs import log_name
+from service.jobs.logs import log_path
+from workers.driver.logs import log_name
 
 
 def log_file(service: Any, job_id: str, attempt: int = 1, rank: int = 0) -> Path:

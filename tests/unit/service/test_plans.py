@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import local_parameters
-from service import plan as planning
-from workers.job import JobSpec
+from megatron_ray.sharding.parameters import local_parameters
+from service.jobs import estimates as planning
+from workers.protocol.job import JobSpec
 
 
 def plan(service: Any, spec: dict[str, Any]) -> dict[str, Any]:

@@ -20,13 +20,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from service.auth import adopt_tokens, create_token, fingerprint, has_configured_token, service_key
+from service.http.auth import adopt_tokens, create_token, fingerprint, has_configured_token, service_key
+from service.http.tokens import Scope, read_or_create_tokens, read_tokens, write_tokens
 from service.main import bind, is_loopback, refuse_open_bind
-from service.migrations.upgrade import configuration
-from service.schema import REVISION, MetricRow, Table, TokenRow
 from service.settings import Settings, SettingsError
-from service.store import Store
-from service.tokens import Scope, read_or_create_tokens, read_tokens, write_tokens
+from service.store.database import Store
+from service.store.migrations.upgrade import configuration
+from service.store.schema import REVISION, MetricRow, Table, TokenRow
 
 
 def test_settings_come_from_the_environment(tmp_path: Path) -> None:
@@ -177,7 +177,7 @@ def test_the_newest_migration_is_the_one_the_code_names(tmp_path: Path) -> None:
 def test_a_current_database_is_opened_without_alembic(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     Store.open(url).close()
-    code = f"import sys; from service.store import Store; Store.open({url!r}).close(); print('alembic' in sys.modules)"
+    code = f"import sys; from service.store.database import Store; Store.open({url!r}).close(); print('alembic' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.errors import KINDS
+from service.http.errors import KINDS
 
 Json = dict[str, Any]
 
@@ -287,7 +287,7 @@ def test_a_database_that_does_not_answer_is_said_plainly(service: Any, monkeypat
     def gone(*_: object) -> None:
         raise OperationalError("SELECT 1", {}, sqlite3.OperationalError("disk I/O error"))
 
-    monkeypatch.setattr("service.jobs.find", gone)
+    monkeypatch.setattr("service.jobs.lifecycle.find", gone)
     response = service.user.get("/v1/jobs/job-x")
     assert "try again" in assert_problem(response, "unavailable")["detail"] and response.headers["Retry-After"] == "2"
     monkeypatch.setattr(service.app.state.context.store, "ping", gone)
@@ -388,6 +388,6 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(shared: Any, full_
 @pytest.fixture
 def full_spec(spec: Json) -> Json:
     """Every field spelt out, so that every field is changed."""
-    from workers.job import JobSpec
+    from workers.protocol.job import JobSpec
 
     return JobSpec.model_validate(spec).model_dump(mode="json") | {"storage": None}

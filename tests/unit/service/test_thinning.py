@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.metrics_store import thin
+from service.store.metrics import thin
 
 value = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
 

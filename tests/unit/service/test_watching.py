@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from service.cli.demo import closing_lines
+from service.cli.commands.demo import closing_lines
+from service.cli.commands.watch import Watcher, ended_badly, watch_job
 from service.cli.failure import Failure
-from service.cli.watching import Watcher, ended_badly, watch_job
 from service.client import Client, StreamEvent
 from service.local_stack.record import StackRecord
 

@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ray.checkpoint.directory import checkpoint_path
-from megatron_ray.training.commands import Command
-from workers.group import Answer, Death
-from workers.orders import Fence, NextReply, Poll, RankState, StartOrder
-from workers.outbox import RecordBook
-from workers.placement import PlacementPlan, SlotFacts
-from workers.policies import FailureKind
-from workers.spool import Line
-from workers.staffing import Recruit
-from workers.states import DesiredState, JobState, may_follow
-from workers.wire import DesiredJob, Record
+from megatron_ray.commands import Command
+from workers.decisions.placement import PlacementPlan, SlotFacts
+from workers.decisions.policies import FailureKind
+from workers.decisions.slot_assignment import Recruit
+from workers.driver.outbox import RecordBook
+from workers.protocol.states import DesiredState, JobState, may_follow
+from workers.protocol.wire import DesiredJob, Record
+from workers.rank.messages import Fence, NextReply, Poll, RankState, StartOrder
+from workers.rank.spool import Line
+from workers.ray.worker_group import Answer, Death
 
 
 class DriverDies(BaseException):

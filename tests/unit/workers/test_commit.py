@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ray.checkpoint.directory import checkpoint_path
-from workers.commit import CheckpointLedger, WholeCheckpoint, commit_whole, contained_records
+from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole, contained_records
 
 
 def step(n: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ray.data.prepare import DataProblem
 from workers.data_tasks import check_task, prepare_data
-from workers.job import JobSpec
+from workers.protocol.job import JobSpec
 
 LLAMA = {
     "model_type": "llama",

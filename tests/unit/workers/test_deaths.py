@@ -5,10 +5,10 @@ import json
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from workers.group import death_of
-from workers.policies import FailureKind
-from workers.spool import Line
-from workers.supervision import relayed
+from workers.decisions.policies import FailureKind
+from workers.driver.supervision import relayed
+from workers.rank.spool import Line
+from workers.ray.worker_group import death_of
 
 SIGKILL = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RankWorker\n"

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from megatron_ray.checkpoint.storage import LocalStorage
+from megatron_ray.storage.storage import LocalStorage
 from tests.unit.workers.paper_cluster import DriverDies, Mortality, PaperCluster, PaperGroup, PaperOutbox, PaperService
-from workers import attempts, job_context, job_life, standby, supervision
-from workers.job_life import JobLife
-from workers.journal import DeadRank, Journal
-from workers.states import DesiredState, JobState
-from workers.wire import NodeInfo
+from workers.driver import attempts, context, lifecycle, spares, supervision
+from workers.driver.journal import DeadRank, Journal
+from workers.driver.lifecycle import JobLife
+from workers.protocol.states import DesiredState, JobState
+from workers.protocol.wire import NodeInfo
 
 PREPARED = {"train": [], "validation": [], "tokenizer_path": "t", "vocab_size": 256, "end_of_document": 0, "unigram_nats": 5.0}
 MOST_ACTS = 400
@@ -87,18 +87,16 @@ class Paper:
         node = NodeInfo(node_id="node", address="127.0.0.1", cpus=4)
         with self.patch.context() as patch:
             patch.setattr(LocalStorage, "write_bytes_atomic", write)
-            patch.setattr(
-                job_context, "Outbox", lambda job_id, book, said, epoch, recalled: PaperOutbox(self.service, book, said, recalled)
-            )
-            patch.setattr(job_life, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
-            patch.setattr(job_life, "Leftovers", lambda *_: PaperLeftovers(self.heard))
-            patch.setattr(job_life, "read_nodes", lambda: (node,))
-            patch.setattr(job_life.tasks, "anywhere", lambda *_: None)
-            patch.setattr(job_life.tasks, "is_done", lambda _: True)
-            patch.setattr(job_life.tasks, "end", lambda _: None)
-            patch.setattr(job_life.tasks, "result", lambda _: {"prepared": PREPARED})
+            patch.setattr(context, "Outbox", lambda job_id, book, said, epoch, recalled: PaperOutbox(self.service, book, said, recalled))
+            patch.setattr(lifecycle, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
+            patch.setattr(lifecycle, "Leftovers", lambda *_: PaperLeftovers(self.heard))
+            patch.setattr(lifecycle, "read_nodes", lambda: (node,))
+            patch.setattr(lifecycle.tasks, "anywhere", lambda *_: None)
+            patch.setattr(lifecycle.tasks, "is_done", lambda _: True)
+            patch.setattr(lifecycle.tasks, "end", lambda _: None)
+            patch.setattr(lifecycle.tasks, "result", lambda _: {"prepared": PREPARED})
             patch.setattr(supervision, "ThreadPoolExecutor", AtOnce)
-            for user in (attempts, job_life):
+            for user in (attempts, lifecycle):
                 patch.setattr(user, "code_version", lambda: self.cluster.version)
             patch.setattr(attempts, "TrainingGauges", lambda _: SimpleNamespace(show=_nothing))
             JobLife("job-p", str(self.folder), "paper", object).run()
@@ -137,8 +135,8 @@ def lives(tmp_path: Path, patch: pytest.MonkeyPatch, make: Callable[[Paper], Non
 def test_a_job_with_a_failure_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_by: bool) -> None:
     count = 0
     if stand_by:
-        monkeypatch.setattr(standby, "AFTER_S", 0.0)
-        monkeypatch.setattr(standby, "EVERY_S", 0.0)
+        monkeypatch.setattr(spares, "AFTER_S", 0.0)
+        monkeypatch.setattr(spares, "EVERY_S", 0.0)
     for die_at, paper in lives(tmp_path, monkeypatch):
         service, where = paper.service, f"died at act {die_at}"
         paper.assert_nothing_left()
@@ -224,10 +222,10 @@ def test_a_cancelled_job_is_never_begun_again(tmp_path: Path, monkeypatch: pytes
 
 def test_what_a_driver_had_begun_to_stop_stays_stopped_while_the_service_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The wish is in the journal: a driver that comes back without having heard the service does not start the job again."""
-    context = job_context.JobContext
+    job_context = context.JobContext
     paper = Paper(tmp_path, monkeypatch, dies=None)
-    monkeypatch.setattr(job_context, "Outbox", lambda *_: SimpleNamespace(desired=None, replaced=None))
-    job = context("job-p", str(paper.folder))
+    monkeypatch.setattr(context, "Outbox", lambda *_: SimpleNamespace(desired=None, replaced=None))
+    job = job_context("job-p", str(paper.folder))
     assert job.wish is DesiredState.RUN
     job.write(stopping=DesiredState.CANCEL)
     assert context("job-p", str(paper.folder)).wish is DesiredState.CANCEL

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from workers.data_tasks import check_task
-from workers.job_context import JobContext
-from workers.journal import ForeignJournal, Journal, JournalEntry, JournalProblem, Phase
+from workers.driver.context import JobContext
+from workers.driver.journal import ForeignJournal, Journal, JournalEntry, JournalProblem, Phase
 
 
 def test_the_highest_attempt_is_the_latest(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.integration.fake_service import FakeService
-from workers.link import Replaced, ServiceAway, ServiceLink, ServiceRefused
-from workers.outbox import Outbox, RecordBook
-from workers.spool import Line
-from workers.wire import DesiredJob, RecordBatch
+from workers.driver.outbox import Outbox, RecordBook
+from workers.protocol.wire import DesiredJob, RecordBatch
+from workers.rank.spool import Line
+from workers.service_client import Replaced, ServiceAway, ServiceLink, ServiceRefused
 
 JOB = "job-a"
 

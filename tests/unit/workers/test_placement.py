@@ -6,9 +6,9 @@ import time
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.job import JobSpec
-from workers.placement import PlacementProblem, SlotFacts, assign_ranks, plan_placement
-from workers.wire import NodeInfo
+from workers.decisions.placement import PlacementProblem, SlotFacts, assign_ranks, plan_placement
+from workers.protocol.job import JobSpec
+from workers.protocol.wire import NodeInfo
 
 
 def spec(tp: int, dp: int, **resources: object) -> JobSpec:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from workers import policies
-from workers.job import RestartConfig
-from workers.policies import Failure, FailureKind, Progress, RestartHistory
-from workers.states import StatusReason
+from workers.decisions import policies
+from workers.decisions.policies import Failure, FailureKind, Progress, RestartHistory
+from workers.protocol.job import RestartConfig
+from workers.protocol.states import StatusReason
 
 DIED = Failure(FailureKind.PROCESS_DIED, "its process died", rank=1)
 POLICY = RestartConfig(max_failures=3, backoff_s=1.0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service.local_stack.ray_head import may_raise_priority
-from workers.rank_env import (
+from workers.rank.environment import (
     AGENT_TOKEN,
     AGENT_TOKEN_FILE,
     EnvironmentProblem,
@@ -90,7 +90,7 @@ def test_a_told_gpu_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 PRIORITIES = """
 import os, threading
-from workers.rank_env import let_ranks_go_first, run_before_others
+from workers.rank.environment import let_ranks_go_first, run_before_others
 def mine():
     return os.getpriority(os.PRIO_PROCESS, 0)
 go, done, other = threading.Event(), threading.Event(), []

@@ -1,6 +1,6 @@
 """The split of a recovery's time."""
 
-from workers.recovery import RecoveryWatch, in_words
+from workers.decisions.recovery import RecoveryWatch, in_words
 
 
 def test_the_split_adds_up_and_comes_with_the_first_new_step() -> None:

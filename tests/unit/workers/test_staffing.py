@@ -1,8 +1,8 @@
 """Who serves, who steps in, who is made anew: on one node and on several, with GPUs and without."""
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.placement import Bundle, PlacementPlan, RankPlace, SlotFacts, assign_ranks
-from workers.staffing import Post, Recruit, fill_posts, num_slots, standbys_wanted
+from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFacts, assign_ranks
+from workers.decisions.slot_assignment import Post, Recruit, fill_posts, num_slots, standbys_wanted
 
 TP, DP = 2, 2
 """Slots 0 and 1 in bundle 0 on node a, 2 and 3 in bundle 1 on node b, 4 and 5 for those that stand by."""

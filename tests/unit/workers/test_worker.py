@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ray.training.commands import Command
-from megatron_ray.training.reports import CheckpointReport, Report, StepReport
-from workers.orders import Fence, Fenced, Poll, RankState, StartOrder
-from workers.rank_env import RankEnv
-from workers.worker import Inbox, RankAttempt, RankWorker
+from megatron_ray.commands import Command
+from megatron_ray.reports import CheckpointReport, Report, StepReport
+from workers.rank.environment import RankEnv
+from workers.rank.messages import Fence, Fenced, Poll, RankState, StartOrder
+from workers.rank.worker import Inbox, RankAttempt, RankWorker
 
 ORDER = StartOrder(RankEnv(0, 1, 0, 1), {}, {}, attempt=1, device="cpu")
 

@@ -12,8 +12,8 @@ from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.gpt2 import GPT2
 from megatron_ray.checkpoint.hf.options import Options
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.rules.starting import essence
+from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.validation.initial_weights import essence
 
 FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3)}
 

@@ -17,7 +17,7 @@ from megatron_ray.checkpoint.directory import (
     list_checkpoints,
     read_manifest,
 )
-from megatron_ray.checkpoint.storage import open_storage
+from megatron_ray.storage.storage import open_storage
 
 
 def write(root: Path, step: int, attempt: int = 1, *, committed: bool = True, loss: float | None = None) -> str:
@@ -155,5 +155,5 @@ def test_deleting_takes_the_marker_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_drivers_need_no_torch_to_commit() -> None:
-    code = "import sys; sys.modules['torch'] = None; import megatron_ray.checkpoint.directory, megatron_ray.checkpoint.flat_boxes"
+    code = "import sys; sys.modules['torch'] = None; import megatron_ray.checkpoint.directory, megatron_ray.sharding.flat_boxes"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ray.checkpoint.flat_boxes import flat_range_to_boxes
-from megatron_ray.parameters import Box
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 
 
 @st.composite

@@ -17,14 +17,14 @@ from megatron_ray.checkpoint.hf.__main__ import main
 from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
-from megatron_ray.checkpoint.sharded_state import ShardedTensor, TensorBox
-from megatron_ray.checkpoint.starting import starting_model
+from megatron_ray.checkpoint.initial_model import starting_model
 from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.inference.generate import load_model
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.parameters import Box
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.sharded_state import ShardedTensor, TensorBox
 from megatron_ray.training.saving import begin_with
 from megatron_ray.training.session import build
 from tests.unit.megatron_ray.checkpoint.hf_folders import (

@@ -14,9 +14,9 @@ from megatron_ray.checkpoint.hf.contents import logical_shapes
 from megatron_ray.checkpoint.hf.families.table import FAMILIES, family_named, family_of, read_model
 from megatron_ray.checkpoint.hf.places import Place, Rotary
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.parameters import Box
-from megatron_ray.rules.problem import ConfigProblem
-from megatron_ray.rules.starting import contradictions, essence
+from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.validation.initial_weights import contradictions, essence
 from tests.unit.megatron_ray.checkpoint import hf_folders
 
 LLAMA = {

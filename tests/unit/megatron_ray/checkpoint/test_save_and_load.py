@@ -13,13 +13,13 @@ from pyarrow import fs
 from megatron_ray.checkpoint import load as load_module
 from megatron_ray.checkpoint.directory import CheckpointError, commit
 from megatron_ray.checkpoint.load import load_into
-from megatron_ray.checkpoint.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.checkpoint.storage import LocalStorage, ObjectStorage, StorageError
 from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.parameters import Box
-from megatron_ray.training.reports import CheckpointReport
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.reports import CheckpointReport
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
+from megatron_ray.storage.storage import LocalStorage, ObjectStorage, StorageError
 
 
 def one(tensor: torch.Tensor, box: Box | None = None, shape: tuple[int, ...] | None = None) -> ShardedTensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from megatron_ray.checkpoint.storage import Entry, LocalStorage, MissingFile, ObjectStorage, Storage, StorageError, open_storage
+from megatron_ray.storage.storage import Entry, LocalStorage, MissingFile, ObjectStorage, Storage, StorageError, open_storage
 
 
 @pytest.fixture(params=["local", "pyarrow"])

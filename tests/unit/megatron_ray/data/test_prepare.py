@@ -17,13 +17,14 @@ import pytest
 from pyarrow import fs as arrow_fs
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data import files, sources
 from megatron_ray.data import prepare as prepare_module
+from megatron_ray.data import sources
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_ray.data.prepare import DataProblem, prepare, unigram_nats
 from megatron_ray.data.prepared import PreparedCorpus
 from megatron_ray.data.tokenizer import Tokenizer
+from megatron_ray.storage import files
 
 BYTES = TokenizerConfig(kind="bytes")
 TEXTS = [f"document {number}: " + "lorem ipsum dolor " * (number % 5) for number in range(60)]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray import matmul
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher, Room
 from megatron_ray.expert_parallel.layers import GroupedLinear
+from megatron_ray.ops import matmul
 
 TOKENS, EXPERTS, WIDTH = 7, 4, 8
 CHOICES = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [3, 1], [1, 3]])

@@ -11,8 +11,8 @@ from megatron_ray.checkpoint.directory import CheckpointError, commit
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.inference.generate import Sampling, choose, generate, generate_tokens, load_model, main
-from megatron_ray.mesh import ParallelMesh
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import build
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.parallelize import ParallelModel
+from megatron_ray.parallelize.parallelize import ParallelModel
 
 
 def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

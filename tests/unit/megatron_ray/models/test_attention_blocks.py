@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray.models.attention_blocks import _LARGEST, _SCORES, _blocks, blocks_are_faster, causal_attention
-from megatron_ray.models.attention_wide import wide_causal_attention
+from megatron_ray.ops.attention.blockwise import _LARGEST, _SCORES, _blocks, blocks_are_faster, causal_attention
+from megatron_ray.ops.attention.fp32 import wide_causal_attention
 
 SHAPES = {  # batch, heads, key/value heads, sequence, head width, factor on the queries
     "one-block": (2, 4, 4, 48, 16, 1.0),

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray.data.loader import Packed
-from megatron_ray.models import attention_window
+from megatron_ray.distributed.rng import Streams
 from megatron_ray.models.attention import WholeAttention
-from megatron_ray.models.attention_window import stripes, windowed_attention
+from megatron_ray.models.batch import Packed
 from megatron_ray.models.dropout import DroppingAttention
-from megatron_ray.rng import Streams
+from megatron_ray.ops.attention import sliding_window
+from megatron_ray.ops.attention.sliding_window import stripes, windowed_attention
 
 ALLOWED = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}
 CASES = [(48, 5), (48, 47), (300, 7), (300, 1), (300, 200), (700, 128)]
@@ -41,7 +41,7 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", ALLOWED)
 @pytest.mark.parametrize(("sequence", "window"), CASES)
 def test_stripes_are_a_mask(sequence: int, window: int, dtype: torch.dtype, by_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_window.fused_attention, "differentiates_masked", lambda device: by_torch)
+    monkeypatch.setattr(sliding_window.fused_attention, "differentiates_masked", lambda device: by_torch)
     qkv = inputs(sequence, dtype)
     truth = run(masked(sequence, window), qkv, torch.float64)
     found = run(lambda *parts: windowed_attention(*parts, window), qkv, dtype)

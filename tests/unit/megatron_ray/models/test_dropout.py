@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import Batch, Packed, StepLoader
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.distributed.rng import Streams
 from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.batch import Batch, Packed
 from megatron_ray.models.dropout import Dropout, DroppingAttention
 from megatron_ray.models.gpt import GPT
-from megatron_ray.rng import Streams
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import LLAMA, RandomDataset, make_config
 

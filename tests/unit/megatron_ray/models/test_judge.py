@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.loader import Batch, BatchMaker
+from megatron_ray.data.loader import BatchMaker
+from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ray.config.moe import LayerPattern, MoEConfig
 from megatron_ray.expert_parallel.layers import ExpertBias, update_expert_biases
-from megatron_ray.models.attached_loss import AttachedLoss
+from megatron_ray.models.aux_loss import AttachedLoss
 from megatron_ray.models.moe import router
 
 TOKENS, EXPERTS = 24, 8

@@ -2,11 +2,11 @@
 
 import pytest
 
-from megatron_ray.bucket_plan import ALIGNMENT, default_bucket_elements, plan_buckets
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.optimizer.partition import flat_runs, pieces
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.parameters import freeze, local_parameters
+from megatron_ray.sharding.buckets import ALIGNMENT, default_bucket_elements, plan_buckets
+from megatron_ray.sharding.parameters import freeze, local_parameters
 
 TABLE = local_parameters(ModelConfig.model_validate({"preset": "gpt2-tiny", "vocab_size": 300}), ParallelDims(tp=2), 0)
 

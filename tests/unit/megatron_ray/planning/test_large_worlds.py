@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
+from megatron_ray.pipeline_parallel.schedules.actions import Op
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, stage_map
+from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
+from megatron_ray.pipeline_parallel.schedules.simulation import Costs, outcome
 from megatron_ray.planning.pipeline import bubble, kept_and_released
-from megatron_ray.schedules.actions import Op
-from megatron_ray.schedules.layout import StageContents
-from megatron_ray.schedules.orders import ScheduleName, compute_orders, stage_map
-from megatron_ray.schedules.plan import PipelinePlan
-from megatron_ray.schedules.simulation import Costs, outcome
 
 _PLAN = """
 import sys
@@ -22,7 +22,7 @@ sys.meta_path.insert(0, Blocked())
 import time
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.hardware import HARDWARE
-from service.plan import check_memory, estimates, rank_map
+from service.jobs.estimates import check_memory, estimates, rank_map
 config = TrainConfig.from_mapping({
     "model": {"preset": "llama3-405b"},
     "parallel": {"tp": 8, "cp": 2, "pp": 16, "vpp": 4, "dp": 64, "sequence_parallel": True, "layout": "Et|(tt|)*62tL"},

@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from megatron_ray import validation
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.flops import matmul_parameters
+from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
+from megatron_ray.planning.flops import matmul_parameters
 from megatron_ray.planning.hardware import HARDWARE, hardware_named
 from megatron_ray.planning.step_time import StepTime, step_time
 from megatron_ray.planning.work import stage_work
-from megatron_ray.schedules.plan import plan_pipeline
+from megatron_ray.validation import check
 from tests.bench.plan import FILE, GOAL, TOLERANCE, load
 
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 1}
@@ -29,7 +29,7 @@ def plan(model: str, parallel: dict[str, Any], *, batch: int, recompute: dict[st
         "optimizer": {"lr": 1e-4},
     }
     config = TrainConfig.from_mapping(fields)
-    assert validation.check(config) == []
+    assert check.find_problems(config) == []
     found = step_time(config, HARDWARE[hardware])
     assert found is not None
     return found

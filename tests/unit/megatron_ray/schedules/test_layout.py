@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ray.schedules.layout import LayoutError, StageContents, cut_layers, parse_layout
+from megatron_ray.pipeline_parallel.schedules.layout import LayoutError, StageContents, cut_layers, parse_layout
 
 
 def test_megatrons_own_example() -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ray.schedules.actions import Action, Op, StageMap
-from megatron_ray.schedules.lowering import lower, lower_one
-from megatron_ray.schedules.orders import ScheduleName, compute_orders, most_activations, stage_map
-from megatron_ray.schedules.simulation import EQUAL, Costs, Outcome, ScheduleError, outcome, peak_activations, simulate
+from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, StageMap
+from megatron_ray.pipeline_parallel.schedules.lowering import lower, lower_one
+from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, most_activations, stage_map
+from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, Costs, Outcome, ScheduleError, outcome, peak_activations, simulate
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "schedule_bubbles.json"
 """Bubbles that no formula gives, by `name pp vpp microbatches`, at F = B = W = 1. Written by `python -m tests.golden.schedule_bubbles`."""

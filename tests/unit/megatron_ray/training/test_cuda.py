@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
-from megatron_ray.mesh import ParallelMesh
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
-from megatron_ray.training.commands import Command
+from megatron_ray.reports import Report, StepReport
 from megatron_ray.training.loop import Parts, Progress, train
-from megatron_ray.training.reports import Report, StepReport
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import GPT2, LLAMA, NoSaver, RandomDataset, make_config

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ray.commands import Command
 from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.expert_parallel.layers import RouterLinear
-from megatron_ray.mesh import ParallelMesh
-from megatron_ray.training.commands import Command
+from megatron_ray.reports import Report, StepReport
 from megatron_ray.training.loop import Parts, Progress, train
-from megatron_ray.training.reports import Report, StepReport
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import LLAMA, NoSaver, RandomDataset, make_config

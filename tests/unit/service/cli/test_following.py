@@ -8,7 +8,7 @@ from tests.unit.service.cli.scripted_service import JOB, FakeService, Run, strea
 
 
 def test_logs_follow_until_the_job_ends(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cli.look.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
     pieces = [
         {"data": "one\n", "next_offset": 4},
         {"data": "", "next_offset": 4},
@@ -23,7 +23,7 @@ def test_logs_follow_until_the_job_ends(run: Run, service: FakeService, monkeypa
 
 
 def test_logs_go_on_with_the_next_attempt(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cli.look.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
     pieces = [{"data": "one\n", "next_offset": 4}, {"data": "", "next_offset": 4}] * 2
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, [*pieces, {"data": "again\n", "next_offset": 6}, {"data": "", "next_offset": 6}])
     service.routes["GET /v1/jobs/job-abc"] = (200, [JOB, {**JOB, "attempt": 2, "status": "succeeded"}])

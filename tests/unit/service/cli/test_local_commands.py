@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.cli import generate as generate_module
+from service.cli.commands import generate as generate_module
 from service.cli.failure import Failure
 from tests.unit.service.cli.scripted_service import FakeService, Run
 

@@ -1,1 +1,0 @@
-"""Alembic migrations, run at start-up by `service.store`."""
