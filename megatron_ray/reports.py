@@ -1,4 +1,7 @@
-"""What a rank says while it trains. Owns: the records' fields. Must not know: who listens. Torch-free."""
+"""What a rank says while it trains.
+
+Owns: the records' fields. Must not know: who listens. Torch-free.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -6,7 +9,9 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, as every rank sees it; losses are means over the step's tokens of the whole world."""
+    """One optimizer step, as every rank sees it; losses are means over the step's tokens of the
+    whole world.
+    """
 
     kind: ClassVar[str] = "step"
     step: int
@@ -29,8 +34,9 @@ class StepReport:
     split_s: dict[str, float] = field(default_factory=dict)
     """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
     other_losses: dict[str, float] = field(default_factory=dict)
-    """What is trained on besides, before its coefficient, per token that counted: load_balancing_loss (or seq_load_balancing_loss) and
-    z_loss, means over the layers with experts, and mtp_<n>_loss of each further token."""
+    """What is trained on besides, before its coefficient, per token that counted:
+    load_balancing_loss (or seq_load_balancing_loss) and z_loss, means over the layers with experts,
+    and mtp_<n>_loss of each further token."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,9 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A rank's part of a checkpoint is durable; the checkpoint counts once somebody has committed it."""
+    """A rank's part of a checkpoint is durable; the checkpoint counts once somebody has committed
+    it.
+    """
 
     kind: ClassVar[str] = "checkpoint_written"
     step: int

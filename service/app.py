@@ -1,4 +1,7 @@
-"""The service as an ASGI app. Owns: putting the parts together at start and apart at the end. Must not know: what routes do."""
+"""The service as an ASGI app.
+
+Owns: putting the parts together at start and apart at the end. Must not know: what routes do.
+"""
 
 import asyncio
 import contextlib

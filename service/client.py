@@ -1,6 +1,8 @@
-"""HTTP client of the public API. Owns: requests, retries of what is safe to repeat, errors as one exception class.
+"""HTTP client of the public API. Owns: requests, retries of what is safe to repeat, errors as one
+exception class.
 
-Returns the JSON bodies as they come; what they hold is documented in the service's OpenAPI. Must not know: torch, ray, terminals.
+Returns the JSON bodies as they come; what they hold is documented in the service's OpenAPI. Must
+not know: torch, ray, terminals.
 """
 
 import contextlib
@@ -60,20 +62,40 @@ class StreamEvent:
 
 
 class Client:
-    """One service, one token. Safe requests are repeated for a moment when the service is away or busy."""
+    """One service, one token.
+
+    Safe requests are repeated for a moment when the service is away or busy.
+    """
 
     def __init__(
-        self, url: str, token: str | None = None, *, timeout_s: float = 30.0, transport: httpx.BaseTransport | None = None
+        self,
+        url: str,
+        token: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        transport: httpx.BaseTransport | None = None,
     ) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = url.rstrip("/")
-        # The system's proxies are for the world outside, and the service is usually on this machine.
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, transport=transport, trust_env=False)
+        # The system's proxies are for the world outside, and the service is usually on this
+        # machine.
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers=headers,
+            timeout=timeout_s,
+            transport=transport,
+            trust_env=False,
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -83,25 +105,38 @@ class Client:
     # ---- jobs
 
     def submit(self, spec: Mapping[str, Any], idempotency_key: str | None = None) -> Json:
-        """Creates a job. Repeating it with the same key and spec gives the same job, so a lost answer costs nothing."""
+        """Creates a job.
+
+        Repeating it with the same key and spec gives the same job, so a lost answer costs nothing.
+        """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
 
     def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
-        """How a job would run: resolved spec, rank map, memory, communication, time; nothing is started. `hardware`: a device's name."""
+        """How a job would run: resolved spec, rank map, memory, communication, time; nothing is
+        started. `hardware`: a device's name.
+        """
         return self._planned("/v1/plans", spec, hardware=hardware)
 
-    def suggest(self, spec: Mapping[str, Any], *, hardware: str | None = None, ranks: int | None = None) -> Json:
+    def suggest(
+        self, spec: Mapping[str, Any], *, hardware: str | None = None, ranks: int | None = None
+    ) -> Json:
         """The quickest layouts of a job that fit."""
         return self._planned("/v1/plans/suggest", spec, hardware=hardware, ranks=ranks)
 
     def _planned(self, path: str, spec: Mapping[str, Any], **params: Any) -> Json:
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        return self._object("POST", path, params=_given(**params), json=dict(spec), headers=headers, repeat=True)
+        return self._object(
+            "POST", path, params=_given(**params), json=dict(spec), headers=headers, repeat=True
+        )
 
-    def jobs(self, *, limit: int | None = None, after: str | None = None, status: str | None = None) -> Json:
+    def jobs(
+        self, *, limit: int | None = None, after: str | None = None, status: str | None = None
+    ) -> Json:
         """One page of jobs, newest first; `after` takes the last id of the page before."""
-        return self._object("GET", "/v1/jobs", params=_given(limit=limit, after=after, status=status))
+        return self._object(
+            "GET", "/v1/jobs", params=_given(limit=limit, after=after, status=status)
+        )
 
     def show(self, job_id: str) -> Json:
         """One job."""
@@ -122,8 +157,16 @@ class Client:
         levels: str | None = None,
         newest_first: bool = False,
     ) -> Json:
-        """One page of a job's history, oldest first unless told otherwise; `types` and `levels` are comma-separated lists."""
-        params = _given(limit=limit, after=after, type=types, level=levels, order="desc" if newest_first else None)
+        """One page of a job's history, oldest first unless told otherwise; `types` and `levels` are
+        comma-separated lists.
+        """
+        params = _given(
+            limit=limit,
+            after=after,
+            type=types,
+            level=levels,
+            order="desc" if newest_first else None,
+        )
         return self._object("GET", f"/v1/jobs/{job_id}/events", params=params)
 
     def attempts(self, job_id: str) -> Json:
@@ -139,11 +182,21 @@ class Client:
         max_points: int | None = None,
         attempt: int | None = None,
     ) -> Json:
-        """Rows of {step, attempt, <keys>}, thinned out to `max_points`; `keys` is a comma-separated list."""
+        """Rows of {step, attempt, <keys>}, thinned out to `max_points`; `keys` is a comma-separated
+        list.
+        """
         params = _given(keys=keys, from_step=from_step, max_points=max_points, attempt=attempt)
         return self._object("GET", f"/v1/jobs/{job_id}/metrics", params=params)
 
-    def logs(self, job_id: str, *, rank: int = 0, attempt: int | None = None, offset: int | None = None, limit: int | None = None) -> Json:
+    def logs(
+        self,
+        job_id: str,
+        *,
+        rank: int = 0,
+        attempt: int | None = None,
+        offset: int | None = None,
+        limit: int | None = None,
+    ) -> Json:
         """A piece of one rank's log: {data, next_offset}."""
         params = _given(rank=rank, attempt=attempt, offset=offset, limit=limit)
         return self._object("GET", f"/v1/jobs/{job_id}/logs", params=params)
@@ -161,7 +214,9 @@ class Client:
         return self._object("GET", "/v1/cluster")
 
     def ready(self) -> tuple[bool, Json]:
-        """Whether service, agents and Ray are all there, and what the service says; (False, {}) when it does not answer."""
+        """Whether service, agents and Ray are all there, and what the service says; (False, {})
+        when it does not answer.
+        """
         try:
             response = self._http.get("/readyz", timeout=5.0)
         except httpx.HTTPError:
@@ -171,18 +226,25 @@ class Client:
 
     # ---- streams
 
-    def stream(self, job_id: str, *, last_event_id: str | None = None, give_up_after_s: float = 120.0) -> Iterator[StreamEvent]:
-        """Events of a job until `end`, over as many connections as it takes: each goes on after the last event id seen.
+    def stream(
+        self, job_id: str, *, last_event_id: str | None = None, give_up_after_s: float = 120.0
+    ) -> Iterator[StreamEvent]:
+        """Events of a job until `end`, over as many connections as it takes: each goes on after the
+        last event id seen.
 
         Raises ServiceError when the service refuses, or has been away for `give_up_after_s`.
         """
-        seen, failures, away_since = last_event_id, 0, time.monotonic()
+        seen = last_event_id
+        failures = 0
+        away_since = time.monotonic()
         while True:
             try:
                 with self._open_stream(f"/v1/jobs/{job_id}/stream", seen) as lines:
-                    failures = 0  # it answers: what breaks from here on is the connection, and is soon made again
+                    # it answers: what breaks from here on is the connection, and is soon made again
+                    failures = 0
                     for event in parse_stream(lines):
-                        seen, away_since = event.id or seen, time.monotonic()
+                        seen = event.id or seen
+                        away_since = time.monotonic()
                         yield event
                         if event.event == "end":
                             return
@@ -198,7 +260,9 @@ class Client:
     @contextlib.contextmanager
     def _open_stream(self, path: str, last_event_id: str | None) -> Iterator[Iterator[str]]:
         """The lines of one connection."""
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
+        headers = {"Accept": "text/event-stream"} | (
+            {"Last-Event-ID": last_event_id} if last_event_id else {}
+        )
         timeout = httpx.Timeout(10.0, read=_STREAM_READ_TIMEOUT_S)
         with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
             if response.status_code != 200:
@@ -218,12 +282,19 @@ class Client:
         headers: Mapping[str, str] | None = None,
         repeat: bool = False,
     ) -> Json:
-        response = self._send(self._http.build_request(method, path, params=params, json=json, headers=headers), repeat or method == "GET")
+        response = self._send(
+            self._http.build_request(method, path, params=params, json=json, headers=headers),
+            repeat or method == "GET",
+        )
         if response.status_code >= 400:
             raise _refusal(response)
         body = _body(response)
         if not body:
-            raise ServiceError("bad_answer", f"{self.url}{path} did not answer with a JSON object; is that a megatron-ray service?")
+            raise ServiceError(
+                "bad_answer",
+                f"{self.url}{path} did not answer with a JSON object; is that a "
+                "megatron-ray service?",
+            )
         return body
 
     def _send(self, request: httpx.Request, repeat: bool) -> httpx.Response:
@@ -241,13 +312,18 @@ class Client:
 
 
 def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
-    """Server-sent events out of lines (WHATWG HTML, section 9.2): comments are skipped, an unfinished event is dropped."""
-    name, identity, data = "message", None, list[str]()
+    """Server-sent events out of lines (WHATWG HTML, section 9.2): comments are skipped, an
+    unfinished event is dropped.
+    """
+    name = "message"
+    identity = None
+    data = list[str]()
     for line in lines:
         if line == "":
             if data:
                 yield StreamEvent(name, identity, json.loads("\n".join(data)))
-            name, data = "message", []
+            name = "message"
+            data = []
             continue
         key, _, value = line.partition(":")
         value = value.removeprefix(" ")
@@ -260,7 +336,9 @@ def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Whole lines, ended by a line feed: JSON may hold others of the characters that `str.splitlines` takes for ends."""
+    """Whole lines, ended by a line feed: JSON may hold others of the characters that
+    `str.splitlines` takes for ends.
+    """
     rest = b""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split(b"\n")
@@ -282,10 +360,16 @@ def _body(response: httpx.Response) -> Json:
 def _refusal(response: httpx.Response) -> ServiceError:
     body = _body(response)
     errors = tuple(
-        FieldProblem(str(error.get("pointer", "")), str(error.get("code", "")), str(error.get("detail", "")))
+        FieldProblem(
+            str(error.get("pointer", "")), str(error.get("code", "")), str(error.get("detail", ""))
+        )
         for error in body.get("errors") or ()
     )
-    detail = body.get("detail") or body.get("title") or f"{response.request.method} {response.request.url} answered {response.status_code}"
+    detail = (
+        body.get("detail")
+        or body.get("title")
+        or f"{response.request.method} {response.request.url} answered {response.status_code}"
+    )
     return ServiceError(
         code=str(body.get("code") or f"http_{response.status_code}"),
         detail=str(detail),
@@ -297,4 +381,6 @@ def _refusal(response: httpx.Response) -> ServiceError:
 
 
 def _unreachable(url: str, error: Exception) -> ServiceError:
-    return ServiceError("unreachable", f"no service answers at {url} ({type(error).__name__}: {error})")
+    return ServiceError(
+        "unreachable", f"no service answers at {url} ({type(error).__name__}: {error})"
+    )

@@ -1,6 +1,9 @@
-"""What the service is told from outside. Owns: every setting, its default, and the environment (read here and nowhere else).
+"""What the service is told from outside.
 
-Must not know: what the settings are used for. A test or `up` builds `Settings` directly; a container sets variables.
+Owns: every setting, its default, and the environment (read here and nowhere else).
+
+Must not know: what the settings are used for. A test or `up` builds `Settings` directly; a
+container sets variables.
 """
 
 import os
@@ -23,7 +26,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     data_dir: Path = Path("~/.megatron-ray")
-    """Folder of the embedded database, the service's key and, unless a spec says otherwise, the jobs."""
+    """Folder of the embedded database, the service's key and, unless a spec says otherwise, the
+    jobs."""
     database_url: str | None = None
     """SQLAlchemy URL; an SQLite file in `data_dir` when not given."""
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -59,7 +63,11 @@ class Settings(BaseModel):
     @field_validator("clusters", "images", "credentials", mode="before")
     @classmethod
     def _split_names(cls, given: Any) -> Any:
-        return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
+        return (
+            tuple(name.strip() for name in given.split(",") if name.strip())
+            if isinstance(given, str)
+            else given
+        )
 
     @field_validator("data_dir")
     @classmethod
@@ -73,11 +81,20 @@ class Settings(BaseModel):
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """Settings from MEGATRON_RAY_* variables; empty ones count as not given. Raises SettingsError."""
+        """Settings from MEGATRON_RAY_* variables; empty ones count as not given.
+
+        Raises SettingsError.
+        """
         given = os.environ if environment is None else environment
-        values = {name: given[PREFIX + name.upper()] for name in cls.model_fields if given.get(PREFIX + name.upper())}
+        values = {
+            name: given[PREFIX + name.upper()]
+            for name in cls.model_fields
+            if given.get(PREFIX + name.upper())
+        }
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            wrong = "; ".join(f"{PREFIX}{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors())
+            wrong = "; ".join(
+                f"{PREFIX}{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors()
+            )
             raise SettingsError(wrong) from error

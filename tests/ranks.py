@@ -1,7 +1,9 @@
-"""Real gloo ranks for tests: `run_ranks(fn, world_size, *args)` runs a module-level function on processes of their own.
+"""Real gloo ranks for tests: `run_ranks(fn, world_size, *args)` runs a module-level function on
+processes of their own.
 
-A forkserver that has torch preloaded makes a rank cheap. The store lives in the calling process on a port that the kernel
-chose. The first rank to fail decides the error; whoever is still there at the deadline is killed by pid, its stacks shown.
+A forkserver that has torch preloaded makes a rank cheap. The store lives in the calling process on
+a port that the kernel chose. The first rank to fail decides the error; whoever is still there at
+the deadline is killed by pid, its stacks shown.
 """
 
 import faulthandler
@@ -29,7 +31,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# pytest is here because a child re-imports the program that started its parent; of the project only what takes long to import.
+# pytest is here because a child re-imports the program that started its parent; of the project only
+# what takes long to import.
 _PRELOAD = [
     "torch",
     "torch.distributed",
@@ -47,7 +50,9 @@ class RankFailed(Exception):
 
 @dataclass(frozen=True)
 class _Call:
-    """What a child needs to find the function: its file, because test modules need not be importable by name."""
+    """What a child needs to find the function: its file, because test modules need not be
+    importable by name.
+    """
 
     module: str
     path: str
@@ -75,16 +80,24 @@ def _context() -> ForkServerContext:
     return context
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0) -> list[Any]:
-    """Calls `fn(rank, world_size, *args)` on every rank with torch.distributed (gloo) initialised; results in rank order.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
+) -> list[Any]:
+    """Calls `fn(rank, world_size, *args)` on every rank with torch.distributed (gloo) initialised;
+    results in rank order.
 
-    `fn` is a module-level function; arguments and results are pickled, tensors included. An error on a rank is raised here
-    with its own type and, as cause, RankFailed with the rank's traceback. TimeoutError shows where each stuck rank was.
+    `fn` is a module-level function; arguments and results are pickled, tensors included. An error
+    on a rank is raised here with its own type and, as cause, RankFailed with the rank's traceback.
+    TimeoutError shows where each stuck rank was.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    where, arguments = (fn.__module__, fn.__code__.co_filename, fn.__qualname__), pickle.dumps(args)
+    where = (fn.__module__, fn.__code__.co_filename, fn.__qualname__)
+    arguments = pickle.dumps(args)
     with tempfile.TemporaryDirectory(prefix="ranks-") as stacks:
-        calls = [_Call(*where, arguments, rank, world_size, store.port, timeout_s, f"{stacks}/{rank}") for rank in range(world_size)]
+        calls = [
+            _Call(*where, arguments, rank, world_size, store.port, timeout_s, f"{stacks}/{rank}")
+            for rank in range(world_size)
+        ]
         pipes, processes = zip(*(_start(call) for call in calls), strict=True)
         answers: dict[int, Any] = {}
         try:
@@ -92,7 +105,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
             _raise_first([answer for answer in answers.values() if isinstance(answer, _Failure)])
             if missing := [rank for rank in range(world_size) if rank not in answers]:
                 stuck = _stacks(processes, calls, missing)
-                raise TimeoutError(f"ranks {missing} of {world_size} gave no answer in {timeout_s} s\n{stuck}")
+                raise TimeoutError(
+                    f"ranks {missing} of {world_size} gave no answer in {timeout_s} s\n{stuck}"
+                )
         finally:
             _end(pipes, processes, answers)
     return [answers[rank] for rank in range(world_size)]
@@ -100,14 +115,23 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: fl
 
 def _start(call: _Call) -> tuple[Connection, BaseProcess]:
     ours, theirs = _context().Pipe()
-    process = _context().Process(target=_rank_main, args=(call, theirs), name=f"rank-{call.rank}", daemon=True)
+    process = _context().Process(
+        target=_rank_main, args=(call, theirs), name=f"rank-{call.rank}", daemon=True
+    )
     process.start()
     theirs.close()
     return ours, process
 
 
-def _collect(pipes: tuple[Connection, ...], processes: tuple[BaseProcess, ...], timeout_s: float, answers: dict[int, Any]) -> None:
-    """Fills in answers until all are there or the time is up; after a first failure the others get only a short grace."""
+def _collect(
+    pipes: tuple[Connection, ...],
+    processes: tuple[BaseProcess, ...],
+    timeout_s: float,
+    answers: dict[int, Any],
+) -> None:
+    """Fills in answers until all are there or the time is up; after a first failure the others get
+    only a short grace.
+    """
     deadline = time.monotonic() + timeout_s
     while len(answers) < len(pipes) and (left := deadline - time.monotonic()) > 0:
         open_pipes = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
@@ -118,7 +142,12 @@ def _collect(pipes: tuple[Connection, ...], processes: tuple[BaseProcess, ...], 
                 answers[rank] = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join(_GRACE_S)
-                answers[rank] = _Failure(rank, time.monotonic(), f"rank {rank} died with exit code {processes[rank].exitcode}", None)
+                answers[rank] = _Failure(
+                    rank,
+                    time.monotonic(),
+                    f"rank {rank} died with exit code {processes[rank].exitcode}",
+                    None,
+                )
             if isinstance(answers[rank], _Failure):
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
 
@@ -135,14 +164,23 @@ def _raise_first(failures: list[_Failure]) -> None:
 
 def _stacks(processes: tuple[BaseProcess, ...], calls: list[_Call], ranks: list[int]) -> str:
     for rank in ranks:
-        if (pid := processes[rank].pid) is not None and processes[rank].is_alive() and Path(calls[rank].stacks).exists():
+        if (
+            (pid := processes[rank].pid) is not None
+            and processes[rank].is_alive()
+            and Path(calls[rank].stacks).exists()
+        ):
             os.kill(pid, signal.SIGUSR1)
     time.sleep(0.3)
     files = {rank: Path(calls[rank].stacks) for rank in ranks}
-    return "\n".join(f"rank {rank}:\n{path.read_text() if path.exists() else 'never started'}" for rank, path in files.items())
+    return "\n".join(
+        f"rank {rank}:\n{path.read_text() if path.exists() else 'never started'}"
+        for rank, path in files.items()
+    )
 
 
-def _end(pipes: tuple[Connection, ...], processes: tuple[BaseProcess, ...], answers: dict[int, Any]) -> None:
+def _end(
+    pipes: tuple[Connection, ...], processes: tuple[BaseProcess, ...], answers: dict[int, Any]
+) -> None:
     """Lets go the ranks that have answered, kills the others and the slow."""
     for pipe in pipes:
         pipe.close()
@@ -165,8 +203,13 @@ def _rank_main(call: _Call, pipe: Connection) -> None:
                 pipe.recv_bytes()  # a group is left only when nobody needs it any more
             dist.destroy_process_group()
         except BaseException as error:  # noqa: BLE001 - whatever ends a rank is the caller's to see
-            pipe.send_bytes(pickle.dumps(_Failure(call.rank, time.monotonic(), traceback.format_exc(), _pickled(error))))
-        # Leaving the groups of a failed rank can block; its neighbours notice the closed sockets in any case.
+            pipe.send_bytes(
+                pickle.dumps(
+                    _Failure(call.rank, time.monotonic(), traceback.format_exc(), _pickled(error))
+                )
+            )
+        # Leaving the groups of a failed rank can block; its neighbours notice the closed sockets in
+        # any case.
         faulthandler.unregister(signal.SIGUSR1)
     os._exit(0)
 
@@ -175,8 +218,12 @@ def _run(call: _Call) -> bytes:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     timeout = timedelta(seconds=call.timeout_s)
-    store = TCPStore("127.0.0.1", call.port, is_master=False, wait_for_workers=False, timeout=timeout)
-    dist.init_process_group("gloo", store=store, rank=call.rank, world_size=call.world_size, timeout=timeout)
+    store = TCPStore(
+        "127.0.0.1", call.port, is_master=False, wait_for_workers=False, timeout=timeout
+    )
+    dist.init_process_group(
+        "gloo", store=store, rank=call.rank, world_size=call.world_size, timeout=timeout
+    )
     fn = _load(call.module, call.path)
     for part in call.function.split("."):
         fn = getattr(fn, part)
@@ -184,7 +231,9 @@ def _run(call: _Call) -> bytes:
 
 
 def _load(module: str, path: str) -> Any:
-    """The module from its file, under the name it has in the parent, so that its classes can be pickled both ways."""
+    """The module from its file, under the name it has in the parent, so that its classes can be
+    pickled both ways.
+    """
     if module in sys.modules:
         return sys.modules[module]
     spec = importlib.util.spec_from_file_location(module, path)

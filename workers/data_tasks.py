@@ -1,6 +1,9 @@
-"""CPU work that runs as Ray tasks: data, storage checks, files of dead ranks. Owns: the bodies, plain functions. Torch- and ray-free.
+"""CPU work that runs as Ray tasks: data, storage checks, files of dead ranks.
 
-Each returns plain values, a user's mistake included, so that nothing of the library needs to be pickled.
+Owns: the bodies, plain functions. Torch- and ray-free.
+
+Each returns plain values, a user's mistake included, so that nothing of the library needs to be
+pickled.
 """
 
 import secrets
@@ -25,13 +28,14 @@ from workers.driver.journal import Journal, JournalProblem
 from workers.protocol.job import JobSpec
 from workers.rank.spool import Line, SpoolReader
 
-_DYING_S, _SWEEPS = 0.3, 10
+_DYING_S = 0.3
+_SWEEPS = 10
 NONCE_FOLDER = ".megatron-ray"
 
 
 def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -> PreparedData:
-    """The data of a spec with a storage path, prepared under it or in data.cache; its tokens fit the model, and the model the
-    weights that it begins with.
+    """The data of a spec with a storage path, prepared under it or in data.cache; its tokens fit
+    the model, and the model the weights that it begins with.
 
     Raises DataProblem, StorageError.
     """
@@ -52,9 +56,14 @@ def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -
 
 
 def _beginning(spec: JobSpec) -> ModelConfig:
-    """The model, with the vocabulary of the weights that the job begins with, which it no longer needs once it has a checkpoint of its
-    own. Raises DataProblem."""
-    if spec.storage is not None and spec.checkpoint.start_from and latest_committed(spec.storage.path) is not None:
+    """The model, with the vocabulary of the weights that the job begins with, which it no longer
+    needs once it has a checkpoint of its own. Raises DataProblem.
+    """
+    if (
+        spec.storage is not None
+        and spec.checkpoint.start_from
+        and latest_committed(spec.storage.path) is not None
+    ):
         return spec.model
     model, problems = begin(spec.checkpoint, spec.model)
     if problems:
@@ -63,7 +72,9 @@ def _beginning(spec: JobSpec) -> ModelConfig:
 
 
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
-    """`{"prepared": PreparedData}` or `{"problems": [...]}`; anything else that goes wrong is raised."""
+    """`{"prepared": PreparedData}` or `{"problems": [...]}`; anything else that goes wrong is
+    raised.
+    """
     try:
         return {"prepared": prepare_data(JobSpec.from_mapping(spec)).model_dump(mode="json")}
     except DataProblem as found:
@@ -75,13 +86,28 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
-        return [{"pointer": "/" + "/".join(map(str, row["loc"])), "code": str(row["type"]), "detail": row["msg"]} for row in error.errors()]
+        return [
+            {
+                "pointer": "/" + "/".join(map(str, row["loc"])),
+                "code": str(row["type"]),
+                "detail": row["msg"],
+            }
+            for row in error.errors()
+        ]
     _, contradictions = begin(job.checkpoint, job.model)
-    return problem_rows([*check_data(job.data, job.training.seq_length, storage_path), *contradictions, *_taken(storage_path)])
+    return problem_rows(
+        [
+            *check_data(job.data, job.training.seq_length, storage_path),
+            *contradictions,
+            *_taken(storage_path),
+        ]
+    )
 
 
 def _taken(storage_path: str) -> list[Problem]:
-    """A new job's folder must not hold another job: its checkpoints would be taken for this one's, and its records overwritten."""
+    """A new job's folder must not hold another job: its checkpoints would be taken for this one's,
+    and its records overwritten.
+    """
     try:
         found = Journal(storage_path).latest()
         owner = found.job_id if found else None
@@ -91,18 +117,28 @@ def _taken(storage_path: str) -> list[Problem]:
         return []  # already said by the check for writing
     if owner is None:
         return []
-    text = f"{storage_path} holds another job already ({owner}); give this job a folder of its own, or leave storage.path out"
+    text = (
+        f"{storage_path} holds another job already ({owner}); give this job a folder of its "
+        "own, or leave storage.path out"
+    )
     return [Problem("/storage/path", "in_use", text)]
 
 
 def problem_rows(problems: list[Problem]) -> list[dict[str, str]]:
     """Problems as wire.ProblemMessage fields."""
-    return [{"pointer": problem.pointer, "code": problem.code, "detail": problem.detail} for problem in problems]
+    return [
+        {"pointer": problem.pointer, "code": problem.code, "detail": problem.detail}
+        for problem in problems
+    ]
 
 
 def write_nonce(root: str) -> tuple[str, str]:
-    """Writes a random word below the storage root; returns (file name, word). Raises StorageError."""
-    name, word = f"{NONCE_FOLDER}/nonce-{secrets.token_hex(4)}", secrets.token_hex(16)
+    """Writes a random word below the storage root; returns (file name, word).
+
+    Raises StorageError.
+    """
+    name = f"{NONCE_FOLDER}/nonce-{secrets.token_hex(4)}"
+    word = secrets.token_hex(16)
     open_storage(root).write_bytes_atomic(name, word.encode())
     return name, word
 
@@ -115,7 +151,9 @@ def nonce_matches(root: str, name: str, word: str) -> bool:
         return False
 
 
-def salvage_task(report_file: str, after: int, log_file: str, log_offset: int, log_bytes: int) -> tuple[list[Line], bytes]:
+def salvage_task(
+    report_file: str, after: int, log_file: str, log_offset: int, log_bytes: int
+) -> tuple[list[Line], bytes]:
     """What a dead rank left on its node: reports beyond the cursor, and the rest of its log."""
     lines = SpoolReader(Path(report_file)).read(after, limit=1_000_000)
     try:
@@ -128,7 +166,9 @@ def salvage_task(report_file: str, after: int, log_file: str, log_offset: int, l
 
 
 def sweep_task(folder: str) -> None:
-    """Removes a job's files on a node, and what comes back: a process that Ray calls dead may still be dying, and write."""
+    """Removes a job's files on a node, and what comes back: a process that Ray calls dead may still
+    be dying, and write.
+    """
     for _ in range(_SWEEPS):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(_DYING_S)

@@ -1,6 +1,9 @@
-"""The way to the service: outwards over HTTP, nothing else. Owns: the internal routes and the classes of their failures.
+"""The way to the service: outwards over HTTP, nothing else.
 
-Used by the agent and by drivers, each thread with a link of its own. Must not know: Ray, torch, what the messages mean.
+Owns: the internal routes and the classes of their failures.
+
+Used by the agent and by drivers, each thread with a link of its own. Must not know: Ray, torch,
+what the messages mean.
 """
 
 from types import TracebackType
@@ -9,7 +12,16 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from workers.protocol.wire import PROTOCOL, AgentReport, CheckResult, CursorReply, DesiredJob, DesiredReply, RecordBatch, RecordReply
+from workers.protocol.wire import (
+    PROTOCOL,
+    AgentReport,
+    CheckResult,
+    CursorReply,
+    DesiredJob,
+    DesiredReply,
+    RecordBatch,
+    RecordReply,
+)
 
 Reply = TypeVar("Reply", bound=BaseModel)
 
@@ -26,7 +38,8 @@ class ServiceRefused(Exception):
 
     def __init__(self, status: int, code: str, detail: str) -> None:
         super().__init__(f"the service refused ({status} {code}): {detail}")
-        self.status, self.code = status, code
+        self.status = status
+        self.code = code
 
 
 class Replaced(Exception):
@@ -48,12 +61,22 @@ class ServiceLink:
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/")
-        self._client = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=_TIMEOUT_S, trust_env=False)
+        self._client = httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=_TIMEOUT_S,
+            trust_env=False,
+        )
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -61,10 +84,17 @@ class ServiceLink:
         self._client.close()
 
     def hello(self) -> Hello:
-        """First words; raises ServiceRefused when the service speaks a protocol that this code does not."""
+        """First words; raises ServiceRefused when the service speaks a protocol that this code does
+        not.
+        """
         hello = Hello.model_validate(self._get("/internal/v1/agent/hello"))
         if hello.protocol not in (PROTOCOL, PROTOCOL + 1):
-            raise ServiceRefused(426, "protocol", f"it speaks protocol {hello.protocol}, this agent {PROTOCOL}; install matching versions")
+            raise ServiceRefused(
+                426,
+                "protocol",
+                f"it speaks protocol {hello.protocol}, this agent {PROTOCOL}; install "
+                "matching versions",
+            )
         return hello
 
     def report(self, report: AgentReport) -> None:
@@ -82,37 +112,54 @@ class ServiceLink:
 
     def cursor(self, job_id: str, epoch: int) -> CursorReply:
         """What is stored of a job's sources."""
-        return self._parse(CursorReply, self._get(f"/internal/v1/jobs/{job_id}/cursor", {"epoch": epoch}))
+        return self._parse(
+            CursorReply, self._get(f"/internal/v1/jobs/{job_id}/cursor", {"epoch": epoch})
+        )
 
     def records(self, batch: RecordBatch) -> RecordReply:
         """Stores records; the answer says up to where."""
-        return self._parse(RecordReply, self._post(f"/internal/v1/jobs/{batch.job_id}/records", batch))
+        return self._parse(
+            RecordReply, self._post(f"/internal/v1/jobs/{batch.job_id}/records", batch)
+        )
 
     def desired_job(self, job_id: str, after: int, wait_s: float) -> DesiredJob:
         """What one job should be doing; waits for a revision above `after`."""
         query = {"after": after, "wait_s": wait_s}
-        return self._parse(DesiredJob, self._get(f"/internal/v1/jobs/{job_id}/desired", query, wait_s))
+        return self._parse(
+            DesiredJob, self._get(f"/internal/v1/jobs/{job_id}/desired", query, wait_s)
+        )
 
     def _get(self, path: str, query: dict[str, Any] | None = None, wait_s: float = 0.0) -> Any:
         return self._send("GET", path, params=query, timeout=wait_s + _POLL_SLACK_S)
 
     def _post(self, path: str, message: BaseModel) -> Any:
-        return self._send("POST", path, content=message.model_dump_json(), headers={"Content-Type": "application/json"})
+        return self._send(
+            "POST",
+            path,
+            content=message.model_dump_json(),
+            headers={"Content-Type": "application/json"},
+        )
 
     def _send(self, method: str, path: str, **request: Any) -> Any:
         try:
             response = self._client.request(method, path, **request)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServiceAway(f"{method} {self.url}{path}: {type(error).__name__}: {error}") from error
+            raise ServiceAway(
+                f"{method} {self.url}{path}: {type(error).__name__}: {error}"
+            ) from error
         if response.status_code >= 500 or response.status_code in (408, 429):
             raise ServiceAway(f"{method} {self.url}{path}: {response.status_code}")
         try:
             body = response.json()
         except ValueError as error:
-            raise ServiceAway(f"{method} {self.url}{path}: {response.status_code} without JSON; is that the service?") from error
+            raise ServiceAway(
+                f"{method} {self.url}{path}: {response.status_code} without JSON; is that "
+                "the service?"
+            ) from error
         if response.status_code >= 400:
             problem = body if isinstance(body, dict) else {}
-            code, detail = str(problem.get("code", "")), str(problem.get("detail", ""))
+            code = str(problem.get("code", ""))
+            detail = str(problem.get("detail", ""))
             if response.status_code == 409 and code == "fenced":
                 raise Replaced(detail or "a newer driver of this job is at work")
             raise ServiceRefused(response.status_code, code, detail)

@@ -1,7 +1,9 @@
-"""A job without Ray: what the driver does elsewhere, done by the ranks themselves. Owns: spec, data and commits under torchrun.
+"""A job without Ray: what the driver does elsewhere, done by the ranks themselves.
 
-Rank 0 prepares the data while the others wait at the store, and commits a checkpoint once a counter in the store says that every
-rank has written its part. Must not know: Ray, HTTP.
+Owns: spec, data and commits under torchrun.
+
+Rank 0 prepares the data while the others wait at the store, and commits a checkpoint once a counter
+in the store says that every rank has written its part. Must not know: Ray, HTTP.
 """
 
 import queue
@@ -34,11 +36,17 @@ from workers.rank.spool import Spool
 from workers.rank.stores import PrefixStore, Store
 
 _PREPARE_TIMEOUT = timedelta(hours=24)
-_PREPARED, _PROBLEM = "prepared:", "problem:"
+_PREPARED = "prepared:"
+_PROBLEM = "problem:"
 
 
-def run_standalone(job: Path, overrides: Sequence[str], reports: Path | None, resume: bool) -> str | None:
-    """Trains; returns a last line for people on rank 0, None elsewhere. Raises UserMistake (empty text on all ranks but 0)."""
+def run_standalone(
+    job: Path, overrides: Sequence[str], reports: Path | None, resume: bool
+) -> str | None:
+    """Trains; returns a last line for people on rank 0, None elsewhere.
+
+    Raises UserMistake (empty text on all ranks but 0).
+    """
     try:
         env = RankEnv.from_environ()
     except EnvironmentProblem as problem:
@@ -55,7 +63,12 @@ def run_standalone(job: Path, overrides: Sequence[str], reports: Path | None, re
     found = list_checkpoints(spec.storage.path)
     newest = latest_committed(spec.storage.path) if resume else None
     attempt = 1 + max((info.attempt for info in found), default=0)
-    order = replace(order, data=data.model_dump(mode="json"), attempt=attempt, resume_from=newest.path if newest else None)
+    order = replace(
+        order,
+        data=data.model_dump(mode="json"),
+        attempt=attempt,
+        resume_from=newest.path if newest else None,
+    )
     return _train(order, spec, store, reports)
 
 
@@ -69,18 +82,23 @@ def _train(order: StartOrder, spec: JobSpec, store: Store, reports: Path | None)
             spool.append(item.kind, vars(item))
         committer.report(item)
 
-    # torchrun's own store is shared by every group of the process: each attempt has its own prefix in it.
+    # torchrun's own store is shared by every group of the process: each attempt has its own prefix
+    # in it.
     try:
         outcome: Outcome = train(order, report, lambda: Command.CONTINUE)
     except ConfigProblem as problem:
-        raise UserMistake(str(problem) if env.rank == 0 else "") from problem  # every rank has found the same
+        raise UserMistake(
+            str(problem) if env.rank == 0 else ""
+        ) from problem  # every rank has found the same
     finally:
         committer.close()
         if spool is not None:
             spool.close()
     if committer.problem is not None:
         raise committer.problem
-    return f"{outcome}; newest checkpoint: {committer.committed or 'none'}" if env.rank == 0 else None
+    return (
+        f"{outcome}; newest checkpoint: {committer.committed or 'none'}" if env.rank == 0 else None
+    )
 
 
 def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
@@ -90,31 +108,52 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
     except OSError as error:
         raise UserMistake(f"cannot read {job}: {error.strerror}") from error
     except ValidationError as error:
-        lines = [f"/{'/'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors()]
+        lines = [
+            f"/{'/'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors()
+        ]
         raise UserMistake(f"{job} is not a job spec:\n  " + "\n  ".join(lines)) from error
     except ValueError as error:
         raise UserMistake(str(error)) from error
     problems = check.find_problems(spec, world_size)
     if problems:
-        raise UserMistake("\n  ".join([f"{job} cannot run:", *(f"{problem.pointer}: {problem.detail}" for problem in problems)]))
+        raise UserMistake(
+            "\n  ".join(
+                [
+                    f"{job} cannot run:",
+                    *(f"{problem.pointer}: {problem.detail}" for problem in problems),
+                ]
+            )
+        )
     resolved = resolution.resolve(spec, world_size)
     needed = resolution.world_size(resolved)
     if needed != world_size:
-        text = f"the layout makes up {needed} ranks, torchrun started {world_size}; use --nproc-per-node {needed}, or change parallel"
+        text = (
+            f"the layout makes up {needed} ranks, torchrun started {world_size}; use "
+            f"--nproc-per-node {needed}, or change parallel"
+        )
         raise UserMistake(text)
     storage = resolved.storage or StorageConfig(path=str(Path("runs", spec.name).absolute()))
-    return JobSpec.from_mapping({**resolved.model_dump(mode="json"), "storage": storage.model_dump()})
+    return JobSpec.from_mapping(
+        {**resolved.model_dump(mode="json"), "storage": storage.model_dump()}
+    )
 
 
 def _device(spec: JobSpec) -> str:
     wanted = spec.resources.accelerator
     if wanted == "gpu" and not torch.cuda.is_available():
-        raise UserMistake("resources.accelerator is gpu, but this machine has no usable GPU; set it to auto or cpu")
+        raise UserMistake(
+            "resources.accelerator is gpu, but this machine has no usable GPU; set it to "
+            "auto or cpu"
+        )
     return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
-    """Rank 0 prepares, the others wait for its word. Raises UserMistake everywhere when the data are not usable."""
+    """Rank 0 prepares, the others wait for its word.
+
+    Raises UserMistake everywhere when the data are not usable.
+    """
     if env.rank == 0:
         try:
             data = prepare_data(spec)
@@ -136,8 +175,11 @@ class StoreCommitter:
 
     def __init__(self, spec: JobSpec, order: StartOrder, store: Store) -> None:
         assert spec.storage is not None
-        self._spec, self._order, self._store = spec, order, store
-        self._path, self._world_size = spec.storage.path, order.env.world_size
+        self._spec = spec
+        self._order = order
+        self._store = store
+        self._path = spec.storage.path
+        self._world_size = order.env.world_size
         self._ledger = CheckpointLedger(1, order.attempt)
         self._items: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self.committed: str | None = None
@@ -172,7 +214,9 @@ class StoreCommitter:
                 self._await_all(key)
                 self._ledger.written(0, item.step, item.path, self._store.add(f"{key}/bytes", 0))
         elif rank == 0 and isinstance(item, StepReport | EvalReport):
-            self._ledger.reported({"kind": item.kind, "attempt": self._order.attempt, "data": {**vars(item)}})
+            self._ledger.reported(
+                {"kind": item.kind, "attempt": self._order.attempt, "data": {**vars(item)}}
+            )
         while rank == 0 and (whole := self._ledger.take_whole()):
             manifest = {"world_size": self._world_size, "spec": self._order.spec}
             commit_whole(whole, self._path, self._spec.checkpoint.keep_last, manifest)
@@ -183,5 +227,8 @@ class StoreCommitter:
         while self._store.add(key, 0) < self._world_size:
             if time.monotonic() > deadline:
                 limit = self._order.timeout_s
-                raise TimeoutError(f"not every rank wrote its part of the checkpoint within {limit:g} s; it stays uncommitted")
+                raise TimeoutError(
+                    f"not every rank wrote its part of the checkpoint within {limit:g} s; "
+                    "it stays uncommitted"
+                )
             time.sleep(0.02)

@@ -1,7 +1,9 @@
-"""Checkpoints of a job as folders. Owns: their names, what makes one count, which are kept. Must not know: tensors, torch.
+"""Checkpoints of a job as folders.
 
-A checkpoint counts once its COMMITTED marker is there, which is written last and deleted first; manifest.json lists every
-file with its size, so that a folder that lost one is recognised.
+Owns: their names, what makes one count, which are kept. Must not know: tensors, torch.
+
+A checkpoint counts once its COMMITTED marker is there, which is written last and deleted first;
+manifest.json lists every file with its size, so that a folder that lost one is recognised.
 """
 
 import json
@@ -51,7 +53,9 @@ class CheckpointInfo:
 
 
 def checkpoint_path(storage_path: str, step: int, attempt: int) -> str:
-    """Folder of a checkpoint; the attempt is in the name, so that a fenced-off attempt cannot touch a later one's."""
+    """Folder of a checkpoint; the attempt is in the name, so that a fenced-off attempt cannot touch
+    a later one's.
+    """
     return f"{storage_path.rstrip('/')}/{FOLDER}/step-{step:08d}-a{attempt:04d}"
 
 
@@ -65,7 +69,11 @@ def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
         if name and not entry.is_folder:
             files[name] = entry.size
     matches = ((_NAME.fullmatch(folder), files) for folder, files in folders.items())
-    found = [_info(storage, storage_path, int(match[1]), int(match[2]), files) for match, files in matches if match]
+    found = [
+        _info(storage, storage_path, int(match[1]), int(match[2]), files)
+        for match, files in matches
+        if match
+    ]
     return sorted(found, key=lambda info: info.order)
 
 
@@ -75,16 +83,25 @@ def latest_committed(storage_path: str) -> CheckpointInfo | None:
 
 
 def commit(path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str, Any]]) -> None:
-    """Makes a checkpoint count: reports, then the manifest with all files, then the marker. Committing again changes nothing.
+    """Makes a checkpoint count: reports, then the manifest with all files, then the marker.
 
-    All ranks must have said that their part is durable. Raises CheckpointError when the common part or a rank's part is missing.
+    Committing again changes nothing.
+
+    All ranks must have said that their part is durable. Raises CheckpointError when the common part
+    or a rank's part is missing.
     """
     storage = open_storage(path)
     if storage.exists(COMMITTED):
         return
     _check_parts(storage, path)
-    storage.write_bytes_atomic(REPORTS, b"".join(json.dumps(dict(report)).encode() + b"\n" for report in reports))
-    files = {entry.name: entry.size for entry in storage.list(recursive=True) if not entry.is_folder and entry.name != MANIFEST}
+    storage.write_bytes_atomic(
+        REPORTS, b"".join(json.dumps(dict(report)).encode() + b"\n" for report in reports)
+    )
+    files = {
+        entry.name: entry.size
+        for entry in storage.list(recursive=True)
+        if not entry.is_folder and entry.name != MANIFEST
+    }
     body = {**manifest, "format_version": FORMAT_VERSION, "files": files}
     storage.write_bytes_atomic(MANIFEST, json.dumps(body, indent=2).encode())
     storage.write_bytes_atomic(COMMITTED, b"")
@@ -103,7 +120,9 @@ def _check_parts(storage: Storage, path: str) -> None:
     try:
         index = json.loads(storage.read_bytes(INDEX))
     except MissingFile as error:
-        raise CheckpointError("commit", path, f"{INDEX} is missing, rank 0 has not written its part") from error
+        raise CheckpointError(
+            "commit", path, f"{INDEX} is missing, rank 0 has not written its part"
+        ) from error
     if damage := _damage(index, {entry.name: entry.size for entry in storage.list(recursive=True)}):
         raise CheckpointError("commit", path, damage)
 
@@ -111,13 +130,19 @@ def _check_parts(storage: Storage, path: str) -> None:
 def read_manifest(path: str) -> dict[str, Any]:
     """Manifest of a checkpoint that may be loaded.
 
-    Raises CheckpointError when it is not committed, has lost a file, or was written by a newer version.
+    Raises CheckpointError when it is not committed, has lost a file, or was written by a newer
+    version.
     """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
         if not storage.list():
             raise CheckpointError("load", path, "there is no checkpoint at this path")
-        raise CheckpointError("load", path, "it is not committed (no COMMITTED marker): the save did not finish, use an older checkpoint")
+        raise CheckpointError(
+            "load",
+            path,
+            "it is not committed (no COMMITTED marker): the save did not finish, use an "
+            "older checkpoint",
+        )
     manifest = _manifest(storage, "")
     if manifest is None:
         raise CheckpointError("load", path, f"{MANIFEST} is missing or not readable")
@@ -133,23 +158,35 @@ def check_format_version(path: str, values: Mapping[str, Any]) -> None:
     version = values.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise CheckpointError(
-            "load", path, f"its format_version is {version}, this program reads up to {FORMAT_VERSION}; use the newer program"
+            "load",
+            path,
+            f"its format_version is {version}, this program reads up to {FORMAT_VERSION}; "
+            "use the newer program",
         )
 
 
 def apply_retention(storage_path: str, keep_last: int) -> Sequence[str]:
-    """Deletes committed checkpoints beyond the newest `keep_last` and what was never finished before the newest; returns paths.
+    """Deletes committed checkpoints beyond the newest `keep_last` and what was never finished
+    before the newest; returns paths.
 
-    Nothing newer than the newest committed one is touched: it may be in the making. Raises ValueError for keep_last < 1.
+    Nothing newer than the newest committed one is touched: it may be in the making. Raises
+    ValueError for keep_last < 1.
     """
     if keep_last < 1:
-        raise ValueError(f"keep_last={keep_last} must be at least 1: the only committed checkpoint is never deleted")
+        raise ValueError(
+            f"keep_last={keep_last} must be at least 1: the only committed checkpoint is "
+            "never deleted"
+        )
     found = list_checkpoints(storage_path)
     committed = [info for info in found if info.committed]
     if not committed:
         return []
     newest = committed[-1]
-    unfinished = [info for info in found if not info.committed and info.step <= newest.step and info.attempt <= newest.attempt]
+    unfinished = [
+        info
+        for info in found
+        if not info.committed and info.step <= newest.step and info.attempt <= newest.attempt
+    ]
     doomed = committed[:-keep_last] + [info for info in unfinished if info.order < newest.order]
     for info in doomed:
         delete_checkpoint(storage_path, info)
@@ -164,9 +201,13 @@ def delete_checkpoint(storage_path: str, info: CheckpointInfo) -> None:
     storage.delete_tree(folder)
 
 
-def _info(storage: Storage, storage_path: str, step: int, attempt: int, files: dict[str, int]) -> CheckpointInfo:
+def _info(
+    storage: Storage, storage_path: str, step: int, attempt: int, files: dict[str, int]
+) -> CheckpointInfo:
     path = checkpoint_path(storage_path, step, attempt)
-    manifest = _manifest(storage, f"{FOLDER}/{path.rpartition('/')[2]}/") if COMMITTED in files else None
+    manifest = (
+        _manifest(storage, f"{FOLDER}/{path.rpartition('/')[2]}/") if COMMITTED in files else None
+    )
     whole = manifest is not None and not _damage(manifest, files)
     loss = manifest.get("loss") if manifest is not None and whole else None
     return CheckpointInfo(step, attempt, path, whole, loss, sum(files.values()))
@@ -178,7 +219,9 @@ def _manifest(storage: Storage, folder: str) -> dict[str, Any] | None:
         manifest = json.loads(storage.read_bytes(folder + MANIFEST))
     except (MissingFile, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    return manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    return (
+        manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+    )
 
 
 def _damage(manifest: Mapping[str, Any], files: Mapping[str, int]) -> str | None:

@@ -1,7 +1,9 @@
-"""Where each box of each logical tensor lies in the files of a checkpoint. Owns: who writes what, file offsets, index.json.
+"""Where each box of each logical tensor lies in the files of a checkpoint.
 
-Planning is collective but happens once per layout: with it every rank knows its part for good, and the background thread that
-writes needs no collective. Must not know: staging, threads.
+Owns: who writes what, file offsets, index.json.
+
+Planning is collective but happens once per layout: with it every rank knows its part for good, and
+the background thread that writes needs no collective. Must not know: staging, threads.
 """
 
 import json
@@ -14,7 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, check_format_version
+from megatron_ray.checkpoint.directory import (
+    FORMAT_VERSION,
+    INDEX,
+    CheckpointError,
+    check_format_version,
+)
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState
@@ -73,16 +80,24 @@ def data_file(rank: int) -> str:
 
 
 def plan_save(state: ShardedState, group: Group) -> RankPlan:
-    """Collective over `group`: removes replicas, spreads them evenly, lays out the files. Raises ValueError on every rank when
-    the boxes of all ranks do not cover each tensor exactly."""
-    mine = [Held(fqn, tensor.shape, held.box, held.tensor.dtype) for fqn, tensor in state.items() for held in tensor.held()]
+    """Collective over `group`: removes replicas, spreads them evenly, lays out the files.
+
+    Raises ValueError on every rank when the boxes of all ranks do not cover each tensor exactly.
+    """
+    mine = [
+        Held(fqn, tensor.shape, held.box, held.tensor.dtype)
+        for fqn, tensor in state.items()
+        for held in tensor.held()
+    ]
     if group is None:
         answer = plan_all([mine])[0]
     else:
         holdings: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
         dist.gather_object(mine, holdings, group=group, group_dst=0)
         received: list[RankPlan | str] = [""]
-        dist.scatter_object_list(received, plan_all(holdings) if holdings is not None else None, group=group, group_src=0)
+        dist.scatter_object_list(
+            received, plan_all(holdings) if holdings is not None else None, group=group, group_src=0
+        )
         answer = received[0]
     if isinstance(answer, str):
         raise ValueError(answer)
@@ -90,7 +105,9 @@ def plan_save(state: ShardedState, group: Group) -> RankPlan:
 
 
 def plan_all(holdings: Sequence[Sequence[Held]]) -> list[RankPlan | str]:
-    """From what each rank holds, each rank's plan; or the same problem for all, so that none waits for the others."""
+    """From what each rank holds, each rank's plan; or the same problem for all, so that none waits
+    for the others.
+    """
     slots = [_lay_out(mine) for mine in _without_replicas(holdings)]
     shapes = {held.fqn: held.shape for mine in holdings for held in mine}
     if problem := _uncovered(slots, shapes):
@@ -115,7 +132,8 @@ def _without_replicas(holdings: Sequence[Sequence[Held]]) -> list[list[Held]]:
 
 
 def _lay_out(mine: Sequence[Held]) -> tuple[Slot, ...]:
-    slots, start = [], 0
+    slots = []
+    start = 0
     for held in mine:
         slot = Slot(held.fqn, held.box, held.dtype, start)
         slots.append(slot)
@@ -130,13 +148,29 @@ def _uncovered(slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, .
         for slot in mine:
             boxes[slot.fqn].append(slot.box)
     covered = {fqn: sum(box.num_elements for box in held) for fqn, held in boxes.items()}
-    wrong = [f"{fqn} has {count} of {prod(shapes[fqn])} elements" for fqn, count in covered.items() if count != prod(shapes[fqn])]
-    # As many elements as there should be, all inside, and none twice: then none is missing.
-    wrong += [f"{fqn} has {box} outside of {shapes[fqn]}" for fqn, held in boxes.items() for box in held if not _inside(box, shapes[fqn])]
-    wrong += [
-        f"{fqn} has {box} and {other}, which overlap" for fqn, held in boxes.items() for box, other in overlaps(held, held) if box != other
+    wrong = [
+        f"{fqn} has {count} of {prod(shapes[fqn])} elements"
+        for fqn, count in covered.items()
+        if count != prod(shapes[fqn])
     ]
-    return f"the boxes of all ranks do not cover every tensor: {'; '.join(wrong[:5])}" if wrong else None
+    # As many elements as there should be, all inside, and none twice: then none is missing.
+    wrong += [
+        f"{fqn} has {box} outside of {shapes[fqn]}"
+        for fqn, held in boxes.items()
+        for box in held
+        if not _inside(box, shapes[fqn])
+    ]
+    wrong += [
+        f"{fqn} has {box} and {other}, which overlap"
+        for fqn, held in boxes.items()
+        for box, other in overlaps(held, held)
+        if box != other
+    ]
+    return (
+        f"the boxes of all ranks do not cover every tensor: {'; '.join(wrong[:5])}"
+        if wrong
+        else None
+    )
 
 
 def _inside(box: Box, shape: tuple[int, ...]) -> bool:
@@ -163,10 +197,14 @@ def _index_json(slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, 
     for rank, mine in enumerate(slots):
         for slot in mine:
             name = str(slot.dtype).removeprefix("torch.")
-            entry = tensors.setdefault(slot.fqn, {"dtype": name, "shape": shapes[slot.fqn], "chunks": []})
+            entry = tensors.setdefault(
+                slot.fqn, {"dtype": name, "shape": shapes[slot.fqn], "chunks": []}
+            )
             entry["chunks"].append([slot.box.offset, slot.box.size, rank, slot.start])
     files = {data_file(rank): _end(mine) for rank, mine in enumerate(slots)}
-    return json.dumps({"format_version": FORMAT_VERSION, "files": files, "tensors": tensors}).encode()
+    return json.dumps(
+        {"format_version": FORMAT_VERSION, "files": files, "tensors": tensors}
+    ).encode()
 
 
 @dataclass(frozen=True)
@@ -180,7 +218,10 @@ class SavedTensor:
 
 
 def read_index(storage: Storage, path: str) -> dict[str, SavedTensor]:
-    """All tensors of a checkpoint. Raises CheckpointError when the index is newer or not readable."""
+    """All tensors of a checkpoint.
+
+    Raises CheckpointError when the index is newer or not readable.
+    """
     try:
         body = json.loads(storage.read_bytes(INDEX))
         check_format_version(path, body)
@@ -194,5 +235,10 @@ def _saved(fqn: str, entry: dict[str, Any]) -> SavedTensor:
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{fqn}: unknown dtype {entry['dtype']!r}")
     chunks = entry["chunks"]
-    slots = tuple(Slot(fqn, Box(tuple(offset), tuple(size)), dtype, start) for offset, size, _, start in chunks)
-    return SavedTensor(tuple(entry["shape"]), slots, tuple(data_file(rank) for _, _, rank, _ in chunks))
+    slots = tuple(
+        Slot(fqn, Box(tuple(offset), tuple(size)), dtype, start)
+        for offset, size, _, start in chunks
+    )
+    return SavedTensor(
+        tuple(entry["shape"]), slots, tuple(data_file(rank) for _, _, rank, _ in chunks)
+    )

@@ -1,5 +1,7 @@
-"""What a run begins with, as far as that is known without reading a tensor. Owns: telling a checkpoint of ours from a Hugging Face
-folder, and whether a run's model is the one that the weights were made for. Torch-free. Must not know: tensors, optimizers.
+"""What a run begins with, as far as that is known without reading a tensor.
+
+Owns: telling a checkpoint of ours from a Hugging Face folder, and whether a run's model is the one
+that the weights were made for. Torch-free. Must not know: tensors, optimizers.
 """
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
@@ -14,22 +16,32 @@ from megatron_ray.validation.initial_weights import contradictions, with_vocabul
 
 
 def is_own(path: str) -> bool:
-    """Whether a committed checkpoint of ours lies at a path or URI, or else a Hugging Face folder. Raises CheckpointError for neither."""
+    """Whether a committed checkpoint of ours lies at a path or URI, or else a Hugging Face folder.
+
+    Raises CheckpointError for neither.
+    """
     if open_storage(path).exists(COMMITTED):
         return True
     if is_hf_folder(path):
         return False
-    text = "it is neither a committed checkpoint (no COMMITTED marker) nor a folder in Hugging Face's format (no config.json)"
+    text = (
+        "it is neither a committed checkpoint (no COMMITTED marker) nor a folder in Hugging "
+        "Face's format (no config.json)"
+    )
     raise CheckpointError("read", path, text)
 
 
 def starting_model(path: str) -> ModelConfig:
-    """The model of the weights at a path or URI. Raises CheckpointError for what is damaged, ConfigProblem for what is not supported."""
+    """The model of the weights at a path or URI. Raises CheckpointError for what is damaged,
+    ConfigProblem for what is not supported.
+    """
     return saved_model(path, read_train_state(path, 0)) if is_own(path) else HfFolder(path).model
 
 
 def begin(checkpoint: CheckpointConfig, model: ModelConfig) -> tuple[ModelConfig, list[Problem]]:
-    """A run's model with the vocabulary of the weights that it begins with, and what contradicts them. As it is without such weights."""
+    """A run's model with the vocabulary of the weights that it begins with, and what contradicts
+    them. As it is without such weights.
+    """
     if checkpoint.start_from is None:
         return model, []
     try:

@@ -1,4 +1,6 @@
-"""Weights that a new run begins with: a committed checkpoint of ours or a Hugging Face folder. Owns: reading either, box by box.
+"""Weights that a new run begins with: a committed checkpoint of ours or a Hugging Face folder.
+
+Owns: reading either, box by box.
 
 Must not know: optimizers, layouts, the run.
 """
@@ -10,8 +12,9 @@ from megatron_ray.sharding.sharded_state import ShardedState
 
 
 def load_weights(path: str, state: ShardedState) -> None:
-    """Fills every `model/...` box of `state` and leaves the others alone; every rank reads what it holds. Raises CheckpointError,
-    ConfigProblem."""
+    """Fills every `model/...` box of `state` and leaves the others alone; every rank reads what it
+    holds. Raises CheckpointError, ConfigProblem.
+    """
     wanted = {name: held for name, held in state.items() if name.startswith("model/")}
     if is_own(path):
         load_into(path, wanted)

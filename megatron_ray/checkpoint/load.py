@@ -30,19 +30,25 @@ class Read:
 
 
 def load_into(path: str, state: ShardedState) -> None:
-    """Fills every box of `state`, converting dtypes where they differ; tensors of the checkpoint not asked for are left out.
+    """Fills every box of `state`, converting dtypes where they differ; tensors of the checkpoint
+    not asked for are left out.
 
-    Raises CheckpointError when the checkpoint is not committed, torn, newer, or lacks a tensor or has it in another shape.
+    Raises CheckpointError when the checkpoint is not committed, torn, newer, or lacks a tensor or
+    has it in another shape.
     """
     SavedCheckpoint(path).load_into(state)
 
 
 class SavedCheckpoint:
-    """A committed checkpoint that is read several times. Raises CheckpointError as `load_into` does."""
+    """A committed checkpoint that is read several times.
+
+    Raises CheckpointError as `load_into` does.
+    """
 
     def __init__(self, path: str) -> None:
         read_manifest(path)
-        self.path, self._storage = path, open_storage(path)
+        self.path = path
+        self._storage = open_storage(path)
         self.tensors = read_index(self._storage, path)
 
     def load_into(self, state: ShardedState) -> None:
@@ -55,7 +61,9 @@ class SavedCheckpoint:
 
 
 def read_all(storage: Storage, work: Mapping[str, Sequence[Read]]) -> None:
-    """Carries out the reads of each file in the order of the file, through scratch memory of a fixed size."""
+    """Carries out the reads of each file in the order of the file, through scratch memory of a
+    fixed size.
+    """
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     for file, reads in work.items():
         with storage.open_input(file) as source:
@@ -63,15 +71,26 @@ def read_all(storage: Storage, work: Mapping[str, Sequence[Read]]) -> None:
                 _read(source, read, scratch)
 
 
-def _reads(path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor) -> list[tuple[str, Read]]:
+def _reads(
+    path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor
+) -> list[tuple[str, Read]]:
     """Overlaps of what is wanted with what was saved, each with its file."""
     if saved is None:
-        raise CheckpointError("load", path, f"it has no tensor {fqn!r}: it was saved from another model, or with that frozen")
+        raise CheckpointError(
+            "load",
+            path,
+            f"it has no tensor {fqn!r}: it was saved from another model, or with that frozen",
+        )
     if saved.shape != wanted.shape:
-        raise CheckpointError("load", path, f"its tensor {fqn!r} has shape {saved.shape}, the model needs {wanted.shape}")
+        raise CheckpointError(
+            "load",
+            path,
+            f"its tensor {fqn!r} has shape {saved.shape}, the model needs {wanted.shape}",
+        )
     slots = {slot.box: (file, slot) for file, slot in zip(saved.files, saved.slots, strict=True)}
     memory = {held.box: held.tensor.detach() for held in wanted.held()}
-    reads, found = [], 0
+    reads = []
+    found = 0
     for box, source in overlaps(list(memory), list(slots)):
         file, slot = slots[source]
         part = box.intersection(source)
@@ -83,15 +102,23 @@ def _reads(path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor
         found += part.num_elements
     missing = sum(box.num_elements for box in memory) - found
     if missing:
-        raise CheckpointError("load", path, f"its tensor {fqn!r} lacks {missing} elements of the boxes asked for")
+        raise CheckpointError(
+            "load", path, f"its tensor {fqn!r} lacks {missing} elements of the boxes asked for"
+        )
     return reads
 
 
 def _read(source: Readable, read: Read, scratch: torch.Tensor) -> None:
-    """Whole rows go straight into the target's memory, everything else through `scratch`, some rows at a time."""
-    slot, target = read.slot, read.target
-    sizes, lengths = slot.box.size or (1,), read.part.size or (1,)
-    offsets = tuple(inner - outer for inner, outer in zip(read.part.offset, slot.box.offset, strict=True)) or (0,)
+    """Whole rows go straight into the target's memory, everything else through `scratch`, some rows
+    at a time.
+    """
+    slot = read.slot
+    target = read.target
+    sizes = slot.box.size or (1,)
+    lengths = read.part.size or (1,)
+    offsets = tuple(
+        inner - outer for inner, outer in zip(read.part.offset, slot.box.offset, strict=True)
+    ) or (0,)
     target = target.reshape(1) if target.dim() == 0 else target
     row_bytes = prod(sizes[1:]) * slot.dtype.itemsize
     first = slot.start + offsets[0] * row_bytes

@@ -1,4 +1,6 @@
-"""What a checkpoint says beside its tensors: the run's progress, its config, its tokenizer's name. Owns: those files. Torch-free.
+"""What a checkpoint says beside its tensors: the run's progress, its config, its tokenizer's name.
+
+Owns: those files. Torch-free.
 
 Must not know: tensors, what a run does with it.
 """
@@ -22,13 +24,16 @@ def rank_state_file(rank: int) -> str:
 
 
 def read_train_state(path: str, rank: int) -> dict[str, Any]:
-    """What the run saved beside the tensors, with this rank's own part (`rng`) where the saving layout had such a rank.
+    """What the run saved beside the tensors, with this rank's own part (`rng`) where the saving
+    layout had such a rank.
 
     Raises CheckpointError when the checkpoint is not committed, torn, or newer.
     """
     files = read_manifest(path)["files"]
     storage = open_storage(path)
-    parts = [TRAIN_STATE, rank_state_file(rank)] if rank_state_file(rank) in files else [TRAIN_STATE]
+    parts = (
+        [TRAIN_STATE, rank_state_file(rank)] if rank_state_file(rank) in files else [TRAIN_STATE]
+    )
     state: dict[str, Any] = {}
     for part in parts:
         try:
@@ -44,4 +49,6 @@ def saved_model(path: str, train_state: Mapping[str, Any]) -> ModelConfig:
     try:
         return ModelConfig.model_validate(train_state["config"]["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("read", path, f"it does not say which model it holds: {error}") from error
+        raise CheckpointError(
+            "read", path, f"it does not say which model it holds: {error}"
+        ) from error

@@ -1,7 +1,10 @@
-"""Saving a rank's part of a checkpoint, in the background. Owns: the host copy, the writing thread, errors that surface late.
+"""Saving a rank's part of a checkpoint, in the background.
 
-A save blocks for the copy into host memory only. The thread writes that memory in large blocks, without collectives, so a rank
-that dies meanwhile holds up nobody; the checkpoint then simply never counts. Must not know: who commits, what is saved.
+Owns: the host copy, the writing thread, errors that surface late.
+
+A save blocks for the copy into host memory only. The thread writes that memory in large blocks,
+without collectives, so a rank that dies meanwhile holds up nobody; the checkpoint then simply never
+counts. Must not know: who commits, what is saved.
 """
 
 import json
@@ -31,14 +34,24 @@ class Abandoned(Exception):
 
 
 class CheckpointWriter:
-    """One per rank. `on_written` is called when the rank's part is durable: from the writing thread in `async` mode.
+    """One per rank.
+
+    `on_written` is called when the rank's part is durable: from the writing thread in `async` mode.
 
     The layout of the state (names, boxes, dtypes) is fixed by `prepare`, which plans collectively.
     """
 
-    def __init__(self, mesh: ParallelMesh, mode: Literal["async", "sync"], on_written: Callable[[CheckpointReport], None]) -> None:
-        self._mesh, self._on_written = mesh, on_written
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
+    def __init__(
+        self,
+        mesh: ParallelMesh,
+        mode: Literal["async", "sync"],
+        on_written: Callable[[CheckpointReport], None],
+    ) -> None:
+        self._mesh = mesh
+        self._on_written = on_written
+        self._thread = (
+            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
+        )
         self._pending: Future[None] | None = None
         self._abandoned = threading.Event()
         self._layout: list[tuple[object, ...]] = []
@@ -51,29 +64,43 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending.done()
 
     def prepare(self, state: ShardedState) -> None:
-        """Plans and takes the host memory; every rank must call it. Optional: the first save does it otherwise, and takes longer.
+        """Plans and takes the host memory; every rank must call it.
+
+        Optional: the first save does it otherwise, and takes longer.
 
         Raises ValueError when the boxes of all ranks do not cover the tensors.
         """
         if self._plan is None:
-            self._plan, self._layout = plan_save(state, self._mesh.world_group), _layout(state)
+            self._plan = plan_save(state, self._mesh.world_group)
+            self._layout = _layout(state)
             self._host = _host_memory(self._plan.num_bytes, self._mesh.device)
 
     def _planned(self, state: ShardedState) -> RankPlan:
         self.prepare(state)
         if self._plan is None or _layout(state) != self._layout:
-            raise ValueError("the layout of the state changed since the first save; a new layout needs a new CheckpointWriter")
+            raise ValueError(
+                "the layout of the state changed since the first save; a new layout needs "
+                "a new CheckpointWriter"
+            )
         return self._plan
 
     def save(
-        self, step: int, path: str, state: ShardedState, train_state: Mapping[str, Any], files: Mapping[str, bytes] | None = None
+        self,
+        step: int,
+        path: str,
+        state: ShardedState,
+        train_state: Mapping[str, Any],
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Copies this rank's part to host memory and has it written to the folder `path`; every rank must call it.
+        """Copies this rank's part to host memory and has it written to the folder `path`; every
+        rank must call it.
 
-        Rank 0 writes `files` (name -> content, small) beside the tensors, for readers that have only the checkpoint.
+        Rank 0 writes `files` (name -> content, small) beside the tensors, for readers that have
+        only the checkpoint.
 
-        The live memory may change as soon as it returns. Waits first for a save that is under way and raises its error.
-        Raises ValueError when the state's layout changed or its boxes do not cover the tensors.
+        The live memory may change as soon as it returns. Waits first for a save that is under way
+        and raises its error. Raises ValueError when the state's layout changed or its boxes do not
+        cover the tensors.
         """
         self.wait()
         start = time.monotonic()
@@ -87,7 +114,8 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Until the last save is durable. Raises the error that ended it, once."""
-        pending, self._pending = self._pending, None
+        pending = self._pending
+        self._pending = None
         if pending is not None:
             pending.result()
 
@@ -99,7 +127,8 @@ class CheckpointWriter:
             self._end()
 
     def abandon(self) -> None:
-        """Returns at once; a save that is under way ends with the block that it is writing, and never counts.
+        """Returns at once; a save that is under way ends with the block that it is writing, and
+        never counts.
 
         For a run that has failed and is wanted again soon.
         """
@@ -112,29 +141,52 @@ class CheckpointWriter:
             self._thread.shutdown(wait=wait)
         if self._mesh.device.type == "cuda" and self._plan is not None:
             _unlock(self._host)
-        self._plan, self._host = None, torch.empty(0, dtype=torch.uint8)
+        self._plan = None
+        self._host = torch.empty(0, dtype=torch.uint8)
 
     def _copy(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
-        """On CUDA the copies are queued before any later work of this stream; the event says when they are done."""
+        """On CUDA the copies are queued before any later work of this stream; the event says when
+        they are done.
+        """
         for slot in plan.slots:
-            target = self._host[slot.start : slot.start + slot.num_bytes].view(slot.dtype).view(slot.box.size)
+            target = (
+                self._host[slot.start : slot.start + slot.num_bytes]
+                .view(slot.dtype)
+                .view(slot.box.size)
+            )
             target.copy_(state[slot.fqn].memory(slot.box), non_blocking=True)
         if self._mesh.device.type != "cuda":
             return None
         event: torch.cuda.Event = torch.cuda.current_stream(self._mesh.device).record_event()
         return event
 
-    def _small_files(self, plan: RankPlan, train_state: Mapping[str, Any], extra: Mapping[str, bytes]) -> list[tuple[str, bytes]]:
-        """Made before `save` returns: the caller may go on changing its state. The index comes last."""
+    def _small_files(
+        self, plan: RankPlan, train_state: Mapping[str, Any], extra: Mapping[str, bytes]
+    ) -> list[tuple[str, bytes]]:
+        """Made before `save` returns: the caller may go on changing its state.
+
+        The index comes last.
+        """
         rank = self._mesh.rank
         own = {key: train_state[key] for key in RANK_KEYS if key in train_state}
         small = [(rank_state_file(rank), json.dumps(own).encode())]
         if plan.index is not None:
             common = {key: value for key, value in train_state.items() if key not in RANK_KEYS}
-            small += [*extra.items(), (TRAIN_STATE, json.dumps(common).encode()), (INDEX, plan.index)]
+            small += [
+                *extra.items(),
+                (TRAIN_STATE, json.dumps(common).encode()),
+                (INDEX, plan.index),
+            ]
         return small
 
-    def _write(self, step: int, path: str, small: list[tuple[str, bytes]], copied: torch.cuda.Event | None, start: float) -> None:
+    def _write(
+        self,
+        step: int,
+        path: str,
+        small: list[tuple[str, bytes]],
+        copied: torch.cuda.Event | None,
+        start: float,
+    ) -> None:
         if copied is not None:
             copied.synchronize()
         storage = open_storage(path)
@@ -154,11 +206,16 @@ class CheckpointWriter:
 
 def _layout(state: ShardedState) -> list[tuple[object, ...]]:
     """What must stay the same between saves."""
-    return [(fqn, tensor.shape, held.box, held.tensor.dtype) for fqn, tensor in state.items() for held in tensor.boxes]
+    return [
+        (fqn, tensor.shape, held.box, held.tensor.dtype)
+        for fqn, tensor in state.items()
+        for held in tensor.boxes
+    ]
 
 
 def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Reused by every save; filled, so that the first one does not wait for the kernel to find its pages.
+    """Reused by every save; filled, so that the first one does not wait for the kernel to find its
+    pages.
 
     Page-locked for CUDA by registering it: the pinned allocator would round up to a power of two.
     """
@@ -166,7 +223,10 @@ def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
     if device.type == "cuda" and num_bytes:
         status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
         if status:
-            raise MemoryError(f"cannot page-lock {num_bytes} bytes of host memory for checkpoints (CUDA error {status})")
+            raise MemoryError(
+                f"cannot page-lock {num_bytes} bytes of host memory for checkpoints (CUDA "
+                f"error {status})"
+            )
     return memory
 
 

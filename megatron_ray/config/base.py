@@ -4,7 +4,9 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """Frozen, refuses unknown keys; the string under a field is its documentation and its schema description."""
+    """Frozen, refuses unknown keys; the string under a field is its documentation and its schema
+    description.
+    """
 
     model_config = ConfigDict(
         extra="forbid",

@@ -24,9 +24,11 @@ class OptimizerConfig(Config):
     """Decoupled decay, multiplied by the learning rate."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 turns clipping off (the norm is still reported)."""
-    freeze: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(default=(), max_length=64)
-    """Names of parameters that are not trained, with `*` for any characters: `embedding.weight`, `layers.0.*`. They have no gradients and
-    no optimizer state."""
+    freeze: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        default=(), max_length=64
+    )
+    """Names of parameters that are not trained, with `*` for any characters: `embedding.weight`,
+    `layers.0.*`. They have no gradients and no optimizer state."""
 
 
 class ScheduleConfig(Config):

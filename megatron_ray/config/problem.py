@@ -16,4 +16,6 @@ class Problem:
 
 
 class ConfigProblem(ValueError):
-    """A config that contradicts itself, its data or its world: the user's to mend, so nothing is gained by trying again."""
+    """A config that contradicts itself, its data or its world: the user's to mend, so nothing is
+    gained by trying again.
+    """

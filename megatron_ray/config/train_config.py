@@ -1,4 +1,7 @@
-"""The whole tree a training run needs. Owns: reading, resolving, writing it. Must not know: jobs, clusters, Ray."""
+"""The whole tree a training run needs.
+
+Owns: reading, resolving, writing it. Must not know: jobs, clusters, Ray.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -39,7 +42,9 @@ class TrainConfig(Config):
 
     @property
     def data_cache(self) -> str | None:
-        """Folder of prepared data and indices; None where neither data.cache nor storage.path is given."""
+        """Folder of prepared data and indices; None where neither data.cache nor storage.path is
+        given.
+        """
         if self.data.cache or self.storage is None:
             return self.data.cache or None
         return f"{self.storage.path.rstrip('/')}/data"
@@ -67,7 +72,10 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`path.to.field=value` (value read as YAML) over a mapping; returns a new one. Raises ValueError on bad syntax."""
+    """`path.to.field=value` (value read as YAML) over a mapping; returns a new one.
+
+    Raises ValueError on bad syntax.
+    """
     result = json.loads(json.dumps(values))
     for override in overrides:
         path, equals, raw = override.partition("=")
@@ -82,5 +90,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         try:
             node[leaf] = yaml.safe_load(raw)
         except yaml.YAMLError as error:
-            raise ValueError(f"--set {override!r}: the value is not valid YAML; put it in quotes") from error
+            raise ValueError(
+                f"--set {override!r}: the value is not valid YAML; put it in quotes"
+            ) from error
     return result  # type: ignore[no-any-return]

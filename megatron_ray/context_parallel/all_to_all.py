@@ -1,14 +1,15 @@
-"""Whole sequences of some heads instead of parts of all heads (DeepSpeed-Ulysses, Jacobs et al. 2023). Owns: the exchange around an inner
-attention, which then has longer sequences and fewer heads: all of the sequence, or, in a hierarchy, the part of a ring's rank.
+"""Whole sequences of some heads instead of parts of all heads (DeepSpeed-Ulysses, Jacobs et al.
+2023). Owns: the exchange around an inner attention, which then has longer sequences and fewer
+heads: all of the sequence, or, in a hierarchy, the part of a ring's rank.
 
-Must not know: what the inner attention does. Shapes: B batch, N heads, D head width, S tokens before and L = S x group after the exchange.
+Must not know: what the inner attention does. Shapes: B batch, N heads, D head width, S tokens
+before and L = S x group after the exchange.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.context_parallel.all_gather import by_rank, in_order
 from megatron_ray.distributed import collectives
@@ -17,17 +18,22 @@ from megatron_ray.models.batch import Packed
 
 
 class ExchangeAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> [B, N, S, D], by `inner` over heads cut among the group.
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> [B, N, S, D], by `inner` over heads cut among the
+    group.
 
-    The group's ranks are neighbours in the zig-zag order, so their chunks put together are again two runs, one early and one late: what a
-    rank of an outer ring has, and the whole sequence where there is none outside.
+    The group's ranks are neighbours in the zig-zag order, so their chunks put together are again
+    two runs, one early and one late: what a rank of an outer ring has, and the whole sequence where
+    there is none outside.
     """
 
     def __init__(self, group: Group, inner: nn.Module) -> None:
         super().__init__()
-        self.group, self.inner = group, inner
+        self.group = group
+        self.inner = inner
 
-    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
+    def forward(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
+    ) -> Tensor:
         q, k, v = (_ToHeads.apply(x, self.group) for x in (q_BNSD, k_BGSD, v_BGSD))  # type: ignore[no-untyped-call]
         return _ToTokens.apply(self.inner(q, k, v, packed), self.group)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -47,8 +53,8 @@ def _to_tokens(x_BNLD: Tensor, group: Group) -> Tensor:
 
 class _ToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
         return _to_heads(x, group)
 
     @staticmethod
@@ -58,8 +64,8 @@ class _ToHeads(torch.autograd.Function):
 
 class _ToTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
         return _to_tokens(x, group)
 
     @staticmethod

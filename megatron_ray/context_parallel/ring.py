@@ -1,18 +1,28 @@
-"""Ring attention: keys and values go round the context-parallel ranks, point to point (Liu et al. 2023). Owns: that order of hops.
+"""Ring attention: keys and values go round the context-parallel ranks, point to point (Liu et al.
+2023). Owns: that order of hops.
 
-While a rank attends to one block of keys and values the next is on its way, so it never holds more than two. In the backward each block
-goes round once more, its gradient one hop behind it, so that it arrives home complete. Must not know: heads exchanged, layers.
+While a rank attends to one block of keys and values the next is on its way, so it never holds more
+than two. In the backward each block goes round once more, its gradient one hop behind it, so that
+it arrives home complete. Must not know: heads exchanged, layers.
 
-Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens: two chunks of every sequence (data.sequence_cut).
+Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens: two chunks of
+every sequence (data.sequence_cut).
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
-from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, TileGradients, attend, attend_backward, chunks_of
+from megatron_ray.context_parallel.tiles import (
+    Attended,
+    Documents,
+    Tile,
+    TileGradients,
+    attend,
+    attend_backward,
+    chunks_of,
+)
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.models.batch import Packed
@@ -21,8 +31,11 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
-    """What a rank's `length` queries see of the keys of `owner`; as much work for every pair but a rank and itself."""
-    half, everything = length // 2, slice(0, length)
+    """What a rank's `length` queries see of the keys of `owner`; as much work for every pair but a
+    rank and itself.
+    """
+    half = length // 2
+    everything = slice(0, length)
     if owner == rank:
         return [Tile(everything, everything, causal=True)]
     if owner < rank:  # its early chunk lies before both of ours, its late one after both
@@ -31,28 +44,46 @@ def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
 
 
 def windowed_ring_tiles(cut: SequenceCut, owner: int, length: int, window: int) -> list[Tile]:
-    """As `ring_tiles`, chunk against chunk: those too far apart are left out, and a window that ends inside one is said."""
-    chunk, tiles = length // 2, []
+    """As `ring_tiles`, chunk against chunk: those too far apart are left out, and a window that
+    ends inside one is said.
+    """
+    chunk = length // 2
+    tiles = []
     for place, number in enumerate(cut.chunks):
         for other_place, other in enumerate(SequenceCut(cut.cp, owner).chunks):
             behind = (number - other) * chunk
-            nearest, farthest = max(0, behind - chunk + 1), behind + chunk - 1
+            nearest = max(0, behind - chunk + 1)
+            farthest = behind + chunk - 1
             if behind < 0 or nearest >= window:
                 continue
-            rows, columns = (slice(which * chunk, (which + 1) * chunk) for which in (place, other_place))
-            tiles.append(Tile(rows, columns, causal=behind == 0, band=(behind, window) if farthest >= window else None))
+            rows, columns = (
+                slice(which * chunk, (which + 1) * chunk) for which in (place, other_place)
+            )
+            tiles.append(
+                Tile(
+                    rows,
+                    columns,
+                    causal=behind == 0,
+                    band=(behind, window) if farthest >= window else None,
+                )
+            )
     return tiles
 
 
 class RingAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of the whole group."""
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of
+    the whole group.
+    """
 
     def __init__(self, group: Group, window: int | None = None) -> None:
         """`window`: tokens that a token sees, itself included; None for all."""
         super().__init__()
-        self.group, self.window = group, window
+        self.group = group
+        self.window = window
 
-    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
+    def forward(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
+    ) -> Tensor:
         documents = packed.documents_BS if packed is not None else None
         return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -61,16 +92,22 @@ class _Hops:
     """Which block is here at which hop, and moving it to the next rank."""
 
     def __init__(self, group: Group, documents: Tensor | None, window: int | None) -> None:
-        self.group, self.rank, self.size = group, collectives.rank(group), collectives.size(group)
-        self._documents, self._window = documents, window
+        self.group = group
+        self.rank = collectives.rank(group)
+        self.size = collectives.size(group)
+        self._documents = documents
+        self._window = window
 
     def owner(self, hop: int) -> int:
         return (self.rank - hop) % self.size
 
     def start(self, tensor: Tensor) -> tuple[Tensor, collectives.Pending]:
-        """What the rank before sends is in the first item after `wait`; `tensor` must stay as it is until then."""
+        """What the rank before sends is in the first item after `wait`; `tensor` must stay as it is
+        until then.
+        """
         arriving = torch.empty_like(tensor)
-        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        after = (self.rank + 1) % self.size
+        before = (self.rank - 1) % self.size
         return arriving, collectives.start_exchange(tensor, after, arriving, before, self.group)
 
     def tiles(self, owner: int, length: int) -> list[Tile]:
@@ -82,13 +119,28 @@ class _Hops:
     def documents(self, owner: int) -> Documents | None:
         if self._documents is None:
             return None
-        return Documents(*(chunks_of(self._documents, SequenceCut(self.size, rank), dim=1) for rank in (self.rank, owner)))
+        return Documents(
+            *(
+                chunks_of(self._documents, SequenceCut(self.size, rank), dim=1)
+                for rank in (self.rank, owner)
+            )
+        )
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, group: Group, window: int | None) -> Tensor:
-        hops, so_far, length = _Hops(group, documents, window), Attended.nothing(q), q.shape[2]
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        documents: Tensor | None,
+        group: Group,
+        window: int | None,
+    ) -> Tensor:
+        hops = _Hops(group, documents, window)
+        so_far = Attended.nothing(q)
+        length = q.shape[2]
         own = torch.stack([k, v])
         block = own
         for hop in range(hops.size):
@@ -101,7 +153,7 @@ class _Ring(torch.autograd.Function):
                 block = arriving
         output = tokens_first(so_far.output, q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
-        ctx.hops = hops  # type: ignore[attr-defined]
+        ctx.hops = hops
         return output
 
     @staticmethod
@@ -117,7 +169,9 @@ class _Ring(torch.autograd.Function):
             owner = hops.owner(hop)
             gradients = TileGradients(grad_q, torch.zeros_like(block, dtype=lse.dtype))
             tiles = hops.tiles(owner, q.shape[2])
-            attend_backward(gradients, grad, q, block[0], block[1], (output, lse), tiles, hops.documents(owner))
+            attend_backward(
+                gradients, grad, q, block[0], block[1], (output, lse), tiles, hops.documents(owner)
+            )
             if travelling is not None:
                 travelling[1].wait()
                 gradients.keys_values += travelling[0]

@@ -1,7 +1,10 @@
-"""Finished work under the cache folder. Owns: reuse, completeness. Must not know: what is made.
+"""Finished work under the cache folder.
 
-An artifact is a folder with `complete.json`, which describes it and lists its files' sizes. Locally the whole folder appears at
-once (`work_folders`); in an object store, which cannot rename, `complete.json` is uploaded last.
+Owns: reuse, completeness. Must not know: what is made.
+
+An artifact is a folder with `complete.json`, which describes it and lists its files' sizes. Locally
+the whole folder appears at once (`work_folders`); in an object store, which cannot rename,
+`complete.json` is uploaded last.
 """
 
 import contextlib
@@ -21,7 +24,10 @@ Description = dict[str, Any]
 
 
 def produce(cache: Place, name: str, make: Callable[[Path], Description]) -> Description:
-    """The description of artifact `name`, made by `make(work folder)` unless complete. Raises OSError and what `make` raises."""
+    """The description of artifact `name`, made by `make(work folder)` unless complete.
+
+    Raises OSError and what `make` raises.
+    """
     target = cache / name
     found = complete(target)
     if found is not None:
@@ -36,14 +42,17 @@ def produce(cache: Place, name: str, make: Callable[[Path], Description]) -> Des
     with appearing(folder) as work_folder:
         description = _made(work_folder, make)
         if folder.is_dir() and complete(target) is None:
-            # Somebody has damaged it; out of the way in one rename, so that no reader sees half of it go.
+            # Somebody has damaged it; out of the way in one rename, so that no reader sees half of
+            # it go.
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(folder.with_name(f"{WORK}damaged-{uuid.uuid4().hex}"))
     return complete(target) or description
 
 
 def complete(target: Place) -> Description | None:
-    """The description of a complete artifact; None when it is missing or a file of it is missing or has another size."""
+    """The description of a complete artifact; None when it is missing or a file of it is missing or
+    has another size.
+    """
     try:
         description: Description = json.loads(read_bytes(target / COMPLETE))
     except (FileNotFoundError, NotADirectoryError, ValueError):

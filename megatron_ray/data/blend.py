@@ -1,7 +1,10 @@
-"""Several datasets as one, by weight. Owns: which sample comes from which. Must not know: files, tokens, ranks.
+"""Several datasets as one, by weight.
 
-Greedy as in Megatron: sample i goes to the dataset that lags its share most, argmax over d of weight_d * max(i, 1) - taken_d, the
-lowest d on ties. So every prefix of the blend has the asked-for proportions to within one sample a dataset.
+Owns: which sample comes from which. Must not know: files, tokens, ranks.
+
+Greedy as in Megatron: sample i goes to the dataset that lags its share most, argmax over d of
+weight_d * max(i, 1) - taken_d, the lowest d on ties. So every prefix of the blend has the asked-for
+proportions to within one sample a dataset.
 """
 
 import math
@@ -30,7 +33,10 @@ class SampleDataset(Protocol):
 
 
 def normalized(weights: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Weights that add up to one. Raises ValueError when one is not positive or there are too many."""
+    """Weights that add up to one.
+
+    Raises ValueError when one is not positive or there are too many.
+    """
     if not weights or len(weights) > _MAX_DATASETS:
         raise ValueError(f"a blend has 1 to {_MAX_DATASETS} datasets, not {len(weights)}")
     if min(weights) <= 0:
@@ -41,24 +47,36 @@ def normalized(weights: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def samples_needed(weights: Sequence[float], size: int) -> list[int]:
-    """Samples to build of each dataset: its share, rounded up, and half a percent for the greedy order's detours."""
-    return [math.ceil(math.ceil(size * weight) * (1 + _SURPLUS)) for weight in normalized(weights).tolist()]
+    """Samples to build of each dataset: its share, rounded up, and half a percent for the greedy
+    order's detours.
+    """
+    return [
+        math.ceil(math.ceil(size * weight) * (1 + _SURPLUS))
+        for weight in normalized(weights).tolist()
+    ]
 
 
 def build_blend_indices(weights: Sequence[float], size: int) -> Arrays:
-    """dataset_index [size] int16 and dataset_sample_index [size] int64. About 0.1 us a sample and dataset, so the caller keeps it."""
+    """dataset_index [size] int16 and dataset_sample_index [size] int64.
+
+    About 0.1 us a sample and dataset, so the caller keeps it.
+    """
     shares: list[float] = normalized(weights).tolist()
     taken = [0] * len(shares)
-    datasets, samples = np.empty(size, np.int16), np.empty(size, np.int64)
+    datasets = np.empty(size, np.int16)
+    samples = np.empty(size, np.int64)
     choices = range(1, len(shares))
     for index in range(size):
         scale = max(float(index), 1.0)
-        best, worst = 0, shares[0] * scale - taken[0]
+        best = 0
+        worst = shares[0] * scale - taken[0]
         for dataset in choices:
             error = shares[dataset] * scale - taken[dataset]
             if error > worst:
-                best, worst = dataset, error
-        datasets[index], samples[index] = best, taken[best]
+                best = dataset
+                worst = error
+        datasets[index] = best
+        samples[index] = taken[best]
         taken[best] += 1
     return {"dataset_index": datasets, "dataset_sample_index": samples}
 
@@ -66,18 +84,30 @@ def build_blend_indices(weights: Sequence[float], size: int) -> Arrays:
 class BlendedDataset:
     """`size` samples of several datasets in proportion to their weights."""
 
-    def __init__(self, datasets: Sequence[SampleDataset], weights: Sequence[float], size: int, cache_dir: str | None = None) -> None:
-        """Builds the order or maps it from `cache_dir`. Raises ValueError when a dataset is too short for its share."""
+    def __init__(
+        self,
+        datasets: Sequence[SampleDataset],
+        weights: Sequence[float],
+        size: int,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Builds the order or maps it from `cache_dir`.
+
+        Raises ValueError when a dataset is too short for its share.
+        """
         if len(datasets) != len(weights):
             raise ValueError(f"{len(datasets)} datasets with {len(weights)} weights")
         self._datasets = list(datasets)
         key = cache_key({"format": 1, "weights": normalized(weights).tolist(), "size": size})
         arrays = load_or_build(cache_dir, key, lambda: build_blend_indices(weights, size))
-        self.dataset_index, self.dataset_sample_index = arrays["dataset_index"], arrays["dataset_sample_index"]
+        self.dataset_index = arrays["dataset_index"]
+        self.dataset_sample_index = arrays["dataset_sample_index"]
         counts = np.bincount(self.dataset_index, minlength=len(datasets))
         for number, (count, dataset) in enumerate(zip(counts.tolist(), datasets, strict=True)):
             if count > len(dataset):
-                raise ValueError(f"the blend takes {count} samples of dataset {number}, which has {len(dataset)}")
+                raise ValueError(
+                    f"the blend takes {count} samples of dataset {number}, which has {len(dataset)}"
+                )
 
     def __len__(self) -> int:
         return len(self.dataset_index)

@@ -1,4 +1,7 @@
-"""A look at the data before a job is accepted. Owns: what can be told in a second. Must not know: tokenizing, caches, jobs."""
+"""A look at the data before a job is accepted.
+
+Owns: what can be told in a second. Must not know: tokenizing, caches, jobs.
+"""
 
 import pyarrow as pa
 
@@ -11,10 +14,12 @@ from megatron_ray.storage.files import place, probe_writable
 
 
 def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
-    """What is surely wrong: paths, the first document of each source, the tokenizer, too little text, storage that refuses a file.
+    """What is surely wrong: paths, the first document of each source, the tokenizer, too little
+    text, storage that refuses a file.
 
-    Reads a few kilobytes and tokenizes nothing, so an empty list is no promise: `prepare` sees the rest. Writes and deletes one small
-    file below `storage_path` (and data.cache), and creates no folder on a local disk.
+    Reads a few kilobytes and tokenizes nothing, so an empty list is no promise: `prepare` sees the
+    rest. Writes and deletes one small file below `storage_path` (and data.cache), and creates no
+    folder on a local disk.
     """
     found = find_all(data)
     problems = list(found.problems)
@@ -35,7 +40,9 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
     return problems
 
 
-def _source_problems(owner: str, found: FoundSource, data: DataConfig, needed: int) -> list[Problem]:
+def _source_problems(
+    owner: str, found: FoundSource, data: DataConfig, needed: int
+) -> list[Problem]:
     try:
         most = _most_tokens(found, data)
     except DataError as error:
@@ -43,14 +50,18 @@ def _source_problems(owner: str, found: FoundSource, data: DataConfig, needed: i
     if most is None or most >= needed:
         return []
     text = (
-        f"{found.source.path} has at most {most} tokens, but at least {needed} are needed for samples of seq_length + 1;"
+        f"{found.source.path} has at most {most} tokens, but at least {needed} are needed "
+        "for samples of seq_length + 1;"
         " give more text or lower training.seq_length"
     )
     return [Problem(f"{owner}/path", "too_short", text)]
 
 
 def _most_tokens(found: FoundSource, data: DataConfig) -> int | None:
-    """An upper bound of the tokens; None when size alone does not tell. Raises DataError when the first document is unreadable."""
+    """An upper bound of the tokens; None when size alone does not tell.
+
+    Raises DataError when the first document is unreadable.
+    """
     if found.kind == "prepared":
         if not found.root.local:
             return None  # the index of a large remote corpus takes long to fetch
@@ -63,7 +74,8 @@ def _most_tokens(found: FoundSource, data: DataConfig) -> int | None:
     packed = any(file.path.lower().endswith(".parquet") for file in found.files)
     if packed or data.tokenizer.kind == "file":
         return None
-    # A byte-level token is at least one byte, and each file's last document has an end mark; jsonl has more syntax than marks.
+    # A byte-level token is at least one byte, and each file's last document has an end mark; jsonl
+    # has more syntax than marks.
     return found.size + len(found.files)
 
 
@@ -71,6 +83,9 @@ def _storage_problems(pointer: str, path: str) -> list[Problem]:
     try:
         probe_writable(place(path))
     except (OSError, ValueError, pa.ArrowException) as error:
-        text = f"{path} cannot be written where the job runs: {error}; give a folder or URI that it may write"
+        text = (
+            f"{path} cannot be written where the job runs: {error}; give a folder or URI that "
+            "it may write"
+        )
         return [Problem(pointer, "not_writable", text)]
     return []

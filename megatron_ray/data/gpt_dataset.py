@@ -1,9 +1,13 @@
-"""Fixed-length samples from a corpus, in Megatron's order. Owns: the three indices. Must not know: blends, ranks, tokenizers.
+"""Fixed-length samples from a corpus, in Megatron's order.
 
-Sequences of all epochs are laid end to end in the order of the document index; sample j is the seq_length + 1 tokens from token
-j * seq_length of that tape (neighbours share one token: the last label is the next first input); the shuffle index says which j is
-served i-th. A last epoch of which less than 80% is needed is shuffled apart, so that it does not thin out the epochs before it.
-The order is a function of (sequence lengths, num_samples, seq_length, seed) alone. Equal to megatron-core's GPTDataset.
+Owns: the three indices. Must not know: blends, ranks, tokenizers.
+
+Sequences of all epochs are laid end to end in the order of the document index; sample j is the
+seq_length + 1 tokens from token j * seq_length of that tape (neighbours share one token: the last
+label is the next first input); the shuffle index says which j is served i-th. A last epoch of which
+less than 80% is needed is shuffled apart, so that it does not thin out the epochs before it. The
+order is a function of (sequence lengths, num_samples, seq_length, seed) alone. Equal to
+megatron-core's GPTDataset.
 """
 
 import hashlib
@@ -33,17 +37,24 @@ class EpochPlan:
 
 
 def plan_epochs(tokens_per_epoch: int, num_samples: int, seq_length: int) -> EpochPlan:
-    """Fewest epochs that hold `num_samples` samples and the one extra token. Raises ValueError when there are no tokens."""
+    """Fewest epochs that hold `num_samples` samples and the one extra token.
+
+    Raises ValueError when there are no tokens.
+    """
     if tokens_per_epoch < 1:
         raise ValueError("the corpus has no tokens")
     epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
     before_last = max(0, (epochs - 1) * tokens_per_epoch - 1) // seq_length
     from_last = num_samples - before_last
     per_epoch = (tokens_per_epoch - 1) // seq_length
-    return EpochPlan(epochs, before_last, epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch))
+    return EpochPlan(
+        epochs, before_last, epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch)
+    )
 
 
-def build_document_index(num_sequences: int, plan: EpochPlan, random: np.random.RandomState) -> IntArray:
+def build_document_index(
+    num_sequences: int, plan: EpochPlan, random: np.random.RandomState
+) -> IntArray:
     """[epochs * num_sequences] int32: sequence ids in the order of the tape."""
     sequences = np.arange(num_sequences, dtype=np.int32)
     parts = (plan.epochs - 1, 1) if plan.separate_last else (plan.epochs,)
@@ -55,11 +66,15 @@ def build_document_index(num_sequences: int, plan: EpochPlan, random: np.random.
     return np.concatenate(shuffled)
 
 
-def build_sample_index(lengths: IntArray, document_index: IntArray, num_samples: int, seq_length: int) -> IntArray:
-    """[num_samples + 1, 2]: row j = (position in the document index, token offset) where sample j starts and j - 1 ends.
+def build_sample_index(
+    lengths: IntArray, document_index: IntArray, num_samples: int, seq_length: int
+) -> IntArray:
+    """[num_samples + 1, 2]: row j = (position in the document index, token offset) where sample j
+    starts and j - 1 ends.
 
-    Row j is where token j * seq_length of the tape lies: one binary search in the running sum of lengths, in chunks so that the
-    only large arrays are the sum (8 bytes an entry of the document index) and the result.
+    Row j is where token j * seq_length of the tape lies: one binary search in the running sum of
+    lengths, in chunks so that the only large arrays are the sum (8 bytes an entry of the document
+    index) and the result.
     """
     ends = np.cumsum(lengths[document_index], dtype=np.int64)
     large = max(len(document_index), int(lengths.max(initial=0))) > np.iinfo(np.int32).max
@@ -70,7 +85,8 @@ def build_sample_index(lengths: IntArray, document_index: IntArray, num_samples:
         tokens = np.arange(start, stop, dtype=np.int64) * seq_length
         position = np.searchsorted(ends, tokens, side="right")
         begins = np.where(position > 0, ends[position - 1], 0)
-        index[start:stop, 0], index[start:stop, 1] = position, tokens - begins
+        index[start:stop, 0] = position
+        index[start:stop, 1] = tokens - begins
     return index
 
 
@@ -87,23 +103,39 @@ def build_shuffle_index(num_samples: int, total: int, random: np.random.RandomSt
 
 
 def build_indices(lengths: IntArray, num_samples: int, seq_length: int, seed: int) -> Arrays:
-    """document_index, sample_index and shuffle_index. Raises ValueError when there are no tokens."""
+    """document_index, sample_index and shuffle_index.
+
+    Raises ValueError when there are no tokens.
+    """
     tokens = int(lengths.sum(dtype=np.int64))
     plan = plan_epochs(tokens, num_samples, seq_length)
     total = (plan.epochs * tokens - 1) // seq_length
     random = np.random.RandomState(seed)
     documents = build_document_index(len(lengths), plan, random)
     samples = build_sample_index(lengths, documents, total, seq_length)
-    shuffle = build_shuffle_index(plan.samples_before_last if plan.separate_last else total, total, random)
+    shuffle = build_shuffle_index(
+        plan.samples_before_last if plan.separate_last else total, total, random
+    )
     return {"document_index": documents, "sample_index": samples, "shuffle_index": shuffle}
 
 
 class GPTDataset:
     """At least `num_samples` samples of one corpus."""
 
-    def __init__(self, corpus: IndexedDataset, num_samples: int, seq_length: int, seed: int, cache_dir: str | None = None) -> None:
-        """Builds the indices or maps them from `cache_dir`. Raises ValueError when there are no tokens, OSError from the disk."""
-        self._corpus, self._seq_length = corpus, seq_length
+    def __init__(
+        self,
+        corpus: IndexedDataset,
+        num_samples: int,
+        seq_length: int,
+        seed: int,
+        cache_dir: str | None = None,
+    ) -> None:
+        """Builds the indices or maps them from `cache_dir`.
+
+        Raises ValueError when there are no tokens, OSError from the disk.
+        """
+        self._corpus = corpus
+        self._seq_length = seq_length
         fields = {
             "format": 1,
             "lengths": hashlib.sha256(np.ascontiguousarray(corpus.lengths).data).hexdigest(),
@@ -111,7 +143,11 @@ class GPTDataset:
             "seq_length": seq_length,
             "seed": seed,
         }
-        arrays = load_or_build(cache_dir, cache_key(fields), lambda: build_indices(corpus.lengths, num_samples, seq_length, seed))
+        arrays = load_or_build(
+            cache_dir,
+            cache_key(fields),
+            lambda: build_indices(corpus.lengths, num_samples, seq_length, seed),
+        )
         self.document_index = arrays["document_index"]
         self.sample_index = arrays["sample_index"]
         self.shuffle_index = arrays["shuffle_index"]
@@ -120,7 +156,9 @@ class GPTDataset:
         return len(self.shuffle_index)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample `index` as [seq_length + 1]: inputs are all but the last token, labels all but the first. Raises IndexError."""
+        """Sample `index` as [seq_length + 1]: inputs are all but the last token, labels all but the
+        first. Raises IndexError.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         sample = int(self.shuffle_index[index])
@@ -131,7 +169,10 @@ class GPTDataset:
         while position <= last:
             sequence = int(self.document_index[position])
             end = last_offset + 1 if position == last else int(self._corpus.lengths[sequence])
-            tokens[filled : filled + end - offset] = self._corpus.get(sequence, offset, end - offset)
+            tokens[filled : filled + end - offset] = self._corpus.get(
+                sequence, offset, end - offset
+            )
             filled += end - offset
-            position, offset = position + 1, 0
+            position = position + 1
+            offset = 0
         return tokens

@@ -23,8 +23,8 @@ def cache_key(fields: Mapping[str, object]) -> str:
 def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
     """The arrays under `key`, built when missing and then memory-mapped.
 
-    A reader sees the whole folder or none. Ranks that build at the same time do equal work, and all use the first to appear. Without
-    a local cache the arrays stay in memory. Raises OSError.
+    A reader sees the whole folder or none. Ranks that build at the same time do equal work, and all
+    use the first to appear. Without a local cache the arrays stay in memory. Raises OSError.
     """
     if cache_dir is None or not is_local(cache_dir):
         return build()

@@ -1,8 +1,11 @@
-"""Megatron's indexed corpus, byte for byte. Owns: the .bin/.idx format. Must not know: tokenizers, samples, splits.
+"""Megatron's indexed corpus, byte for byte.
 
-`.bin` holds token ids back to back. `.idx` is little-endian: magic, version, dtype code, N sequences, D document marks, then N
-int32 lengths, N int64 byte positions in `.bin`, D int64 document starts (first 0, last N). Positions need not be contiguous,
-so an index may select sequences of a `.bin` that it shares (`write_index`).
+Owns: the .bin/.idx format. Must not know: tokenizers, samples, splits.
+
+`.bin` holds token ids back to back. `.idx` is little-endian: magic, version, dtype code, N
+sequences, D document marks, then N int32 lengths, N int64 byte positions in `.bin`, D int64
+document starts (first 0, last N). Positions need not be contiguous, so an index may select
+sequences of a `.bin` that it shares (`write_index`).
 """
 
 import copy
@@ -56,17 +59,24 @@ class IndexTable:
 
 
 def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
-    """Parses an .idx file; arrays are views of `content`. Raises ValueError that names `name` when it is no such file."""
+    """Parses an .idx file; arrays are views of `content`.
+
+    Raises ValueError that names `name` when it is no such file.
+    """
     if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
         raise ValueError(f"{name} is not a Megatron index: it does not start with MMIDIDX")
     _, version, code, num_sequences, num_documents = _HEADER.unpack(bytes(content[: _HEADER.size]))
     if version != _VERSION:
-        raise ValueError(f"{name} is a Megatron index of version {version}; only version {_VERSION} can be read")
+        raise ValueError(
+            f"{name} is a Megatron index of version {version}; only version {_VERSION} can be read"
+        )
     if code not in _DTYPES:
         raise ValueError(f"{name} has the unknown token type {code}; known are {sorted(_DTYPES)}")
     need = _HEADER.size + num_sequences * 12 + num_documents * 8
     if len(content) < need:
-        raise ValueError(f"{name} is cut short: {len(content)} bytes where {num_sequences} sequences need {need}")
+        raise ValueError(
+            f"{name} is cut short: {len(content)} bytes where {num_sequences} sequences need {need}"
+        )
     lengths = np.frombuffer(content, "<i4", num_sequences, _HEADER.size)
     pointers = np.frombuffer(content, "<i8", num_sequences, _HEADER.size + num_sequences * 4)
     documents = np.frombuffer(content, "<i8", num_documents, _HEADER.size + num_sequences * 12)
@@ -75,33 +85,55 @@ def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
 
 def write_index(path: Path, table: IndexTable) -> None:
     """Writes an .idx file. Raises OSError."""
-    header = _HEADER.pack(_MAGIC, _VERSION, _CODES[table.dtype], len(table.lengths), len(table.documents))
+    header = _HEADER.pack(
+        _MAGIC, _VERSION, _CODES[table.dtype], len(table.lengths), len(table.documents)
+    )
     with path.open("wb") as file:
         file.write(header)
-        for array, dtype in ((table.lengths, "<i4"), (table.pointers, "<i8"), (table.documents, "<i8")):
+        for array, dtype in (
+            (table.lengths, "<i4"),
+            (table.pointers, "<i8"),
+            (table.documents, "<i8"),
+        ):
             file.write(np.ascontiguousarray(array, dtype).data)
 
 
 class IndexedDataset:
-    """Reads a corpus: memory-mapped when local, by ranges through pyarrow.fs when not. Cheap to open; nothing is loaded ahead."""
+    """Reads a corpus: memory-mapped when local, by ranges through pyarrow.fs when not.
+
+    Cheap to open; nothing is loaded ahead.
+    """
 
     def __init__(self, prefix: str) -> None:
-        """Opens `prefix`.idx and `prefix`.bin. Raises OSError when one is missing, ValueError when they are not a corpus."""
+        """Opens `prefix`.idx and `prefix`.bin.
+
+        Raises OSError when one is missing, ValueError when they are not a corpus.
+        """
         self.prefix = prefix
         where = place(prefix)
-        index, tokens = where.with_suffix(".idx"), where.with_suffix(".bin")
+        index = where.with_suffix(".idx")
+        tokens = where.with_suffix(".bin")
         found = stat(tokens)
         if found is None:
             raise FileNotFoundError(2, "no such file", tokens.path)
         local_index = where.local and stat(index) is not None
         content = np.memmap(index.path, np.uint8, "r") if local_index else read_bytes(index)
         self.table = read_index(content, index.path)
-        end = int((self.table.pointers + self.lengths.astype(np.int64) * self.itemsize).max(initial=0))
+        end = int(
+            (self.table.pointers + self.lengths.astype(np.int64) * self.itemsize).max(initial=0)
+        )
         if end > found.size:
-            raise ValueError(f"{tokens.path} is cut short: {found.size} bytes where its index needs {end}")
+            raise ValueError(
+                f"{tokens.path} is cut short: {found.size} bytes where its index needs {end}"
+            )
         self._file = None if where.local else tokens.filesystem.open_input_file(tokens.path)
-        # An empty file cannot be mapped. A plain array over the map slices ten times faster than np.memmap itself.
-        self._map = np.asarray(np.memmap(tokens.path, np.uint8, "r")) if where.local and found.size else None
+        # An empty file cannot be mapped. A plain array over the map slices ten times faster than
+        # np.memmap itself.
+        self._map = (
+            np.asarray(np.memmap(tokens.path, np.uint8, "r"))
+            if where.local and found.size
+            else None
+        )
 
     def __len__(self) -> int:
         """Sequences."""
@@ -128,11 +160,15 @@ class IndexedDataset:
         return max(len(self.table.documents) - 1, 0)
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> IntArray:
-        """`length` tokens (default: the rest) of a sequence from token `offset`, in the stored dtype; read-only when mapped."""
+        """`length` tokens (default: the rest) of a sequence from token `offset`, in the stored
+        dtype; read-only when mapped.
+        """
         size = int(self.table.lengths[sequence])
         length = size - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > size:
-            raise IndexError(f"tokens {offset}..{offset + length} of sequence {sequence}, which has {size}")
+            raise IndexError(
+                f"tokens {offset}..{offset + length} of sequence {sequence}, which has {size}"
+            )
         start = int(self.table.pointers[sequence]) + offset * self.itemsize
         if self._map is not None:
             return self._map[start : start + length * self.itemsize].view(self.table.dtype)
@@ -151,18 +187,25 @@ class IndexedDataset:
 
 
 class IndexedDatasetBuilder:
-    """Writes a corpus, streaming: memory holds 8 bytes a sequence, never tokens. `close` writes the index, so a dead build has none."""
+    """Writes a corpus, streaming: memory holds 8 bytes a sequence, never tokens.
+
+    `close` writes the index, so a dead build has none.
+    """
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
         """Starts `prefix`.bin on a local disk. Raises OSError."""
-        self._prefix, self._dtype = prefix, np.dtype(dtype)
+        self._prefix = prefix
+        self._dtype = np.dtype(dtype)
         self._file = _with_suffix(prefix, ".bin").open("wb")
         self._lengths: list[int] = []
         self._documents = [0]
         self._open_tokens = 0
 
     def add(self, tokens: IntArray | Sequence[int]) -> None:
-        """Appends to the sequence under way. Raises OverflowError when a token does not fit into the dtype."""
+        """Appends to the sequence under way.
+
+        Raises OverflowError when a token does not fit into the dtype.
+        """
         values = np.asarray(tokens)
         if values.size == 0:
             return
@@ -197,7 +240,12 @@ class IndexedDatasetBuilder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if kind is None:
             self.close()
         else:

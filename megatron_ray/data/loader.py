@@ -1,4 +1,6 @@
-"""Samples to tensors on the device. Owns: the batch type and which samples a rank turns into which microbatch.
+"""Samples to tensors on the device.
+
+Owns: the batch type and which samples a rank turns into which microbatch.
 
 The only file of this folder that sees torch. Must not know: the model, how corpora were made.
 """
@@ -24,16 +26,19 @@ class BatchMaker:
     cut: SequenceCut = SequenceCut()
     """This rank's part of each sequence."""
     end_of_document: int | None = None
-    """Given: documents are kept apart, positions count from 0 in each, and what follows its last token is no label."""
+    """Given: documents are kept apart, positions count from 0 in each, and what follows its last
+    token is no label."""
     further: int = 0
     """Tokens beyond the next one that have labels too."""
 
     def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
         """[B, S + 1] token ids -> batch; only the first `counted_rows` samples count in the loss."""
-        rows, length = samples.shape[0], samples.shape[1] - 1
+        rows = samples.shape[0]
+        length = samples.shape[1] - 1
         mask = np.ones((rows, length), dtype=np.float32)
         mask[rows if counted_rows is None else counted_rows :] = 0
-        positions, packed = np.arange(length, dtype=np.int64)[None], None
+        positions = np.arange(length, dtype=np.int64)[None]
+        packed = None
         if self.end_of_document is not None:
             ends = samples[:, :-1] == self.end_of_document
             mask[ends] = 0
@@ -46,14 +51,21 @@ class BatchMaker:
         else:
             here = self.cut.positions(length)
             found = self._move(tokens[:, here]), self._move(tokens[:, here + 1])
-            mask, positions = mask[:, here], positions[:, here]
-        return Batch(*found, self._move(mask), self._move(positions), int(mask.sum()), packed, further)
+            mask = mask[:, here]
+            positions = positions[:, here]
+        return Batch(
+            *found, self._move(mask), self._move(positions), int(mask.sum()), packed, further
+        )
 
     def _further(self, tokens: np.ndarray, mask: np.ndarray) -> Further:
-        """A label further on must lie in the sample and in the same document: no token up to it may be without a label of its own."""
+        """A label further on must lie in the sample and in the same document: no token up to it may
+        be without a label of its own.
+        """
         rows, length = mask.shape
-        labels, masks = np.empty((self.further, rows, length), dtype=np.int64), np.zeros((self.further, rows, length), dtype=np.float32)
-        before, here = mask, self.cut.positions(length)
+        labels = np.empty((self.further, rows, length), dtype=np.int64)
+        masks = np.zeros((self.further, rows, length), dtype=np.float32)
+        before = mask
+        here = self.cut.positions(length)
         for depth in range(self.further):
             shift = depth + 1
             labels[depth] = tokens[:, np.minimum(np.arange(length) + shift + 1, length)]
@@ -69,35 +81,64 @@ class BatchMaker:
         starts[:, 1:] = ends[:, :-1]
         index = np.arange(length, dtype=np.int64)
         positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-        lengths = tuple(tuple(np.diff(np.append(np.flatnonzero(row), length)).tolist()) for row in starts)
+        lengths = tuple(
+            tuple(np.diff(np.append(np.flatnonzero(row), length)).tolist()) for row in starts
+        )
         return positions, Packed(self._move(np.cumsum(starts, axis=1, dtype=np.int32)), lengths)
 
     def _move(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(
+            self.device, non_blocking=True
+        )
 
 
 class StepLoader:
-    """The microbatches of a step for one data-parallel rank; a pure function of the consumed samples."""
+    """The microbatches of a step for one data-parallel rank; a pure function of the consumed
+    samples.
+    """
 
     def __init__(
-        self, dataset: SampleDataset, micro_batch_size: int, global_batch_size: int, dp_rank: int, dp: int, make_batch: BatchMaker
+        self,
+        dataset: SampleDataset,
+        micro_batch_size: int,
+        global_batch_size: int,
+        dp_rank: int,
+        dp: int,
+        make_batch: BatchMaker,
     ) -> None:
-        self.dataset, self.micro_batch_size, self.make_batch = dataset, micro_batch_size, make_batch
-        self.dp_rank, self.dp = dp_rank, dp
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.make_batch = make_batch
+        self.dp_rank = dp_rank
+        self.dp = dp
         self.num_microbatches = global_batch_size // (micro_batch_size * dp)
 
     def step(self, consumed_samples: int) -> list[Batch]:
         """Batches of the step that starts after `consumed_samples`."""
-        ids = sample_ids(consumed_samples, self.micro_batch_size, self.dp_rank, self.dp, self.num_microbatches)
-        return [replace(self.make_batch(np.stack([self.dataset[int(index)] for index in row])), first_sample=int(row[0])) for row in ids]
+        ids = sample_ids(
+            consumed_samples, self.micro_batch_size, self.dp_rank, self.dp, self.num_microbatches
+        )
+        return [
+            replace(
+                self.make_batch(np.stack([self.dataset[int(index)] for index in row])),
+                first_sample=int(row[0]),
+            )
+            for row in ids
+        ]
 
 
 def evaluation_batches(
-    dataset: SampleDataset, num_samples: int, micro_batch_size: int, dp_rank: int, dp: int, make_batch: BatchMaker
+    dataset: SampleDataset,
+    num_samples: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp: int,
+    make_batch: BatchMaker,
 ) -> Iterator[Batch]:
-    """The first `num_samples` samples, dealt out over the replicas; every replica gets equally many batches, filled up with
-    samples that do not count."""
+    """The first `num_samples` samples, dealt out over the replicas; every replica gets equally many
+    batches, filled up with samples that do not count.
+    """
     blocks = -(-num_samples // (micro_batch_size * dp))
     for block in range(blocks):
         start = (block * dp + dp_rank) * micro_batch_size

@@ -1,7 +1,11 @@
-"""From data config to manifest. Owns: tokenizer choice, cache keys, the split's rules, the unigram baseline. Must not know: jobs, ranks.
+"""From data config to manifest.
 
-Everything made is an artifact named by a hash of what it is made from (`artifacts`), so a second run with the same content reads
-a few small files, and a change of one source redoes that source only.
+Owns: tokenizer choice, cache keys, the split's rules, the unigram baseline. Must not know: jobs,
+ranks.
+
+Everything made is an artifact named by a hash of what it is made from (`artifacts`), so a second
+run with the same content reads a few small files, and a change of one source redoes that source
+only.
 """
 
 import errno
@@ -23,7 +27,14 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.artifacts import produce
 from megatron_ray.data.corpora import COUNTS, Progress, make_corpus
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
-from megatron_ray.data.sources import DataError, FoundSource, file_pieces, find_all, fingerprint, in_sampling_order
+from megatron_ray.data.sources import (
+    DataError,
+    FoundSource,
+    file_pieces,
+    find_all,
+    fingerprint,
+    in_sampling_order,
+)
 from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
 from megatron_ray.storage.files import Place, place, read_bytes
 
@@ -47,11 +58,14 @@ def silent(message: str) -> None:
     """Reports no progress."""
 
 
-def prepare(data: DataConfig, cache: str, *, seq_length: int, progress: Progress = silent) -> PreparedData:
+def prepare(
+    data: DataConfig, cache: str, *, seq_length: int, progress: Progress = silent
+) -> PreparedData:
     """Tokenizes what is not in `cache` (path or URI of a folder) yet and describes it all.
 
-    `progress` gets short lines for people. Safe to run twice at once, and to kill. Raises DataProblem for whatever the user can
-    mend, at JSON pointers below /data (or /storage/path when the default cache cannot be written).
+    `progress` gets short lines for people. Safe to run twice at once, and to kill. Raises
+    DataProblem for whatever the user can mend, at JSON pointers below /data (or /storage/path when
+    the default cache cannot be written).
     """
     with _cache_errors(data, cache):
         where = _open_cache(cache)
@@ -78,10 +92,14 @@ def prepare(data: DataConfig, cache: str, *, seq_length: int, progress: Progress
 
 
 def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float | None:
-    """Entropy in nats per token of a blend of (weight, token counts): what always predicting the frequencies would cost."""
+    """Entropy in nats per token of a blend of (weight, token counts): what always predicting the
+    frequencies would cost.
+    """
     if not blend:
         return None
-    share = sum(weight * counts / counts.sum() for weight, counts in blend) / sum(weight for weight, _ in blend)
+    share = sum(weight * counts / counts.sum() for weight, counts in blend) / sum(
+        weight for weight, _ in blend
+    )
     used = np.asarray(share)[np.asarray(share) > 0]
     # Plus zero: the entropy of a single token is 0.0, not -0.0.
     return float(-(used * np.log(used)).sum()) + 0.0
@@ -90,9 +108,14 @@ def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float 
 class _Made:
     """A source's artifact."""
 
-    def __init__(self, owner: str, source: DataSource, folder: Place, uri: str, description: dict[str, Any]) -> None:
-        self.owner, self.source = owner, source
-        self._folder, self._uri, self._description = folder, uri, description
+    def __init__(
+        self, owner: str, source: DataSource, folder: Place, uri: str, description: dict[str, Any]
+    ) -> None:
+        self.owner = owner
+        self.source = source
+        self._folder = folder
+        self._uri = uri
+        self._description = description
 
     def tokens(self, split: str) -> int:
         return int(self._description[split]["num_tokens"])
@@ -101,7 +124,12 @@ class _Made:
         part = self._description[split]
         # A bare name is a file of the artifact; a path is a prepared source used where it lies.
         prefix = part["prefix"] if "/" in part["prefix"] else f"{self._uri}/{part['prefix']}"
-        return PreparedCorpus(prefix=prefix, weight=self.source.weight, num_tokens=part["num_tokens"], num_documents=part["num_documents"])
+        return PreparedCorpus(
+            prefix=prefix,
+            weight=self.source.weight,
+            num_tokens=part["num_tokens"],
+            num_documents=part["num_documents"],
+        )
 
     def counts(self) -> npt.NDArray[np.int64]:
         counts: npt.NDArray[np.int64] = np.load(io.BytesIO(read_bytes(self._folder / COUNTS)))
@@ -112,7 +140,10 @@ class _Maker:
     """Makes artifacts of one cache with one tokenizer."""
 
     def __init__(self, cache: Place, uri: str, tokenizer: Tokenizer, progress: Progress) -> None:
-        self._cache, self._uri, self._tokenizer, self._progress = cache, _root(cache, uri), tokenizer, progress
+        self._cache = cache
+        self._uri = _root(cache, uri)
+        self._tokenizer = tokenizer
+        self._progress = progress
         self._digest = _digest(tokenizer.to_json(), tokenizer.end_of_document)
 
     def make(self, owner: str, found: FoundSource, held_out: float | None) -> _Made:
@@ -121,13 +152,17 @@ class _Maker:
             name = f"corpora/{_digest(fingerprint(found), self._digest, held_out)}"
 
             def fill(work: Path) -> dict[str, Any]:
-                return make_corpus(work, found, self._tokenizer, held_out, self._cache.local, self._progress)
+                return make_corpus(
+                    work, found, self._tokenizer, held_out, self._cache.local, self._progress
+                )
 
             description = produce(self._cache, name, fill)
         return _Made(owner, found.source, self._cache / name, f"{self._uri}/{name}", description)
 
 
-def _tokenizer(config: TokenizerConfig, train: Sequence[_Owned], cache: Place, uri: str, progress: Progress) -> tuple[Tokenizer, str]:
+def _tokenizer(
+    config: TokenizerConfig, train: Sequence[_Owned], cache: Place, uri: str, progress: Progress
+) -> tuple[Tokenizer, str]:
     """The tokenizer and the path of its tokenizer.json in the cache."""
     if config.kind == "bpe":
         parts = [(fingerprint(source), source.source.weight) for _, source in train]
@@ -137,7 +172,9 @@ def _tokenizer(config: TokenizerConfig, train: Sequence[_Owned], cache: Place, u
             progress(f"training a tokenizer of {config.vocab_size} tokens")
             return Tokenizer.train_bpe(_sample(train), config.vocab_size).to_json()
     else:
-        given = (Tokenizer.of_bytes() if config.kind == "bytes" else read_tokenizer(config)).to_json()
+        given = (
+            Tokenizer.of_bytes() if config.kind == "bytes" else read_tokenizer(config)
+        ).to_json()
         name = f"tokenizers/{config.kind}-{_digest(given)}"
 
         def text() -> str:
@@ -149,7 +186,9 @@ def _tokenizer(config: TokenizerConfig, train: Sequence[_Owned], cache: Place, u
 
     produce(cache, name, fill)
     content = read_bytes(cache / name / "tokenizer.json").decode()
-    return Tokenizer.from_json(content, config.end_of_document), f"{_root(cache, uri)}/{name}/tokenizer.json"
+    return Tokenizer.from_json(
+        content, config.end_of_document
+    ), f"{_root(cache, uri)}/{name}/tokenizer.json"
 
 
 def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
@@ -158,7 +197,9 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
     try:
         return Tokenizer.from_json(read_bytes(place(path)).decode(), config.end_of_document)
     except TokenizerError as error:
-        raise DataProblem([Problem(f"/data/tokenizer/{error.field}", error.code, f"{path}: {error.detail}")]) from error
+        raise DataProblem(
+            [Problem(f"/data/tokenizer/{error.field}", error.code, f"{path}: {error.detail}")]
+        ) from error
     except FileNotFoundError as error:
         text = f"{path} does not exist where the job runs; check the path"
         raise DataProblem([Problem("/data/tokenizer/path", "not_found", text)]) from error
@@ -168,7 +209,9 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def _sample(train: Sequence[_Owned]) -> Iterator[str]:
-    """At most 32 Mi characters to train a tokenizer on: each source its weight's share, whole files in a fixed mixed order."""
+    """At most 32 Mi characters to train a tokenizer on: each source its weight's share, whole files
+    in a fixed mixed order.
+    """
     total = sum(source.source.weight for _, source in train)
     for owner, source in train:
         with _pointing(owner):
@@ -189,7 +232,8 @@ def _require_length(made: Sequence[_Made], split: str, needed: int) -> None:
         Problem(
             f"{part.owner}/path",
             "too_short",
-            f"{part.source.path} has {part.tokens(split)} {split} tokens, but one sample needs seq_length + 1 = {needed};"
+            f"{part.source.path} has {part.tokens(split)} {split} tokens, but one sample "
+            f"needs seq_length + 1 = {needed};"
             " give more text or lower training.seq_length",
         )
         for part in made
@@ -200,15 +244,21 @@ def _require_length(made: Sequence[_Made], split: str, needed: int) -> None:
 
 
 def _long_enough(train: Sequence[_Made], needed: int, progress: Progress) -> list[_Made]:
-    """The corpora whose held-out documents give a sample; a small one may sit out, but not all of them."""
+    """The corpora whose held-out documents give a sample; a small one may sit out, but not all of
+    them.
+    """
     kept = [part for part in train if part.tokens("validation") >= needed]
     for part in train:
         if part not in kept:
-            progress(f"{part.source.path}: {part.tokens('validation')} held-out tokens are too few to evaluate on")
+            progress(
+                f"{part.source.path}: {part.tokens('validation')} held-out tokens are too "
+                "few to evaluate on"
+            )
     if not kept:
         most = max(part.tokens("validation") for part in train)
         text = (
-            f"the held-out documents have {most} tokens, but one sample needs seq_length + 1 = {needed}; raise validation_fraction,"
+            f"the held-out documents have {most} tokens, but one sample needs seq_length + "
+            f"1 = {needed}; raise validation_fraction,"
             " lower training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
         )
         raise DataProblem([Problem("/data/validation_fraction", "too_short", text)])
@@ -232,12 +282,17 @@ def _open_cache(cache: str) -> Place:
 
 @contextmanager
 def _cache_errors(data: DataConfig, cache: str) -> Iterator[None]:
-    """Sources and tokenizer have turned their errors into problems; what the disk still says is about the cache."""
+    """Sources and tokenizer have turned their errors into problems; what the disk still says is
+    about the cache.
+    """
     try:
         yield
     except (OSError, pa.ArrowException) as error:
         pointer = "/storage/path" if data.cache is None else "/data/cache"
-        text = f"prepared data cannot be kept in {cache}: {error}; give a folder that the job may write and that has room"
+        text = (
+            f"prepared data cannot be kept in {cache}: {error}; give a folder that the job may "
+            "write and that has room"
+        )
         raise DataProblem([Problem(pointer, "not_writable", text)]) from error
 
 

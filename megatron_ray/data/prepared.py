@@ -1,4 +1,7 @@
-"""The manifest of prepared data. Owns: what `prepare` hands to training, as values. Must not know: how it was made."""
+"""The manifest of prepared data.
+
+Owns: what `prepare` hands to training, as values. Must not know: how it was made.
+"""
 
 from megatron_ray.config.base import Config
 
@@ -30,4 +33,5 @@ class PreparedData(Config):
     end_of_document: int
     """Token id that ends a document."""
     unigram_nats: float | None = None
-    """Cross entropy, nats per token, of the validation tokens under their own unigram frequencies: the baseline to beat."""
+    """Cross entropy, nats per token, of the validation tokens under their own unigram frequencies:
+    the baseline to beat."""

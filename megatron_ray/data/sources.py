@@ -1,4 +1,7 @@
-"""Text from wherever it lies. Owns: naming, listing and reading sources. Must not know: tokens, splits, caches."""
+"""Text from wherever it lies.
+
+Owns: naming, listing and reading sources. Must not know: tokens, splits, caches.
+"""
 
 import fnmatch
 import hashlib
@@ -22,8 +25,13 @@ from megatron_ray.storage.files import FileStat, Place, is_folder, open_stream, 
 STDLIB = "builtin://python-stdlib"
 
 _READABLE = (".txt", ".jsonl", ".parquet")
-_WANTED = "give .txt, .jsonl or .parquet files, a folder or glob of them, the prefix of prepared .bin/.idx files, or " + STDLIB
-_SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
+_WANTED = (
+    "give .txt, .jsonl or .parquet files, a folder or glob of them, the prefix of prepared "
+    ".bin/.idx files, or " + STDLIB
+)
+_SKIPPED_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
 _WILD = "*?["
 _PIECE_CHARS = 1 << 18
 
@@ -33,7 +41,9 @@ class DataError(Exception):
 
     def __init__(self, code: str, detail: str, field: str = "path") -> None:
         super().__init__(detail)
-        self.code, self.detail, self.field = code, detail, field
+        self.code = code
+        self.detail = detail
+        self.field = field
 
     def problem(self, owner: str) -> Problem:
         """As a problem of the field below JSON pointer `owner`."""
@@ -41,7 +51,9 @@ class DataError(Exception):
 
 
 class Piece(NamedTuple):
-    """Text of a document, in order; a long document is several pieces so that none is ever whole in memory."""
+    """Text of a document, in order; a long document is several pieces so that none is ever whole in
+    memory.
+    """
 
     text: str
     ends_document: bool
@@ -66,7 +78,9 @@ class FoundSource:
 
 @dataclass(frozen=True)
 class FoundData:
-    """All sources of a config, each with its JSON pointer, and what is wrong with those that are missing here."""
+    """All sources of a config, each with its JSON pointer, and what is wrong with those that are
+    missing here.
+    """
 
     train: list[tuple[str, FoundSource]]
     validation: list[tuple[str, FoundSource]]
@@ -76,38 +90,59 @@ class FoundData:
 def find_all(data: DataConfig) -> FoundData:
     """Finds every source; what cannot be found becomes a problem."""
     result = FoundData([], [], [])
-    for name, sources, found in (("train", data.train, result.train), ("validation", data.validation, result.validation)):
+    for name, sources, found in (
+        ("train", data.train, result.train),
+        ("validation", data.validation, result.validation),
+    ):
         for number, source in enumerate(sources):
             owner = f"/data/{name}/{number}"
             try:
                 found.append((owner, find(source)))
             except DataError as error:
                 result.problems.append(error.problem(owner))
-    ready = next((owner for owner, source in result.train + result.validation if source.kind == "prepared"), None)
+    ready = next(
+        (owner for owner, source in result.train + result.validation if source.kind == "prepared"),
+        None,
+    )
     if ready and data.tokenizer.kind == "bpe":
-        text = f"{ready}/path is already tokenized and a tokenizer trained now would not fit; use kind `file` with the one it was made with"
+        text = (
+            f"{ready}/path is already tokenized and a tokenizer trained now would not fit; use "
+            "kind `file` with the one it was made with"
+        )
         result.problems.append(Problem("/data/tokenizer/kind", "tokenizer_needed", text))
     return result
 
 
 def find(source: DataSource) -> FoundSource:
-    """Lists a source's files without reading them. Raises DataError when there are none or they are of no known type."""
+    """Lists a source's files without reading them.
+
+    Raises DataError when there are none or they are of no known type.
+    """
     with _readable(source.path):
         if source.path.startswith("builtin://"):
             return _find_builtin(source)
         try:
             root = place(source.path)
         except (ValueError, pa.ArrowException) as error:
-            raise DataError("bad_uri", f"{source.path} cannot be understood: {_first_line(error)}; {_WANTED}") from error
+            raise DataError(
+                "bad_uri", f"{source.path} cannot be understood: {_first_line(error)}; {_WANTED}"
+            ) from error
         found = stat(root)
         if found is not None and root.path.endswith((".bin", ".idx")):
             return _find_prepared(source, Place(root.filesystem, root.path[:-4], root.local))
         if found is not None:
             return FoundSource(source, "text", root, _checked(source, [found]))
         if is_folder(root):
-            files = [file for file in walk(root) if _suffix(file.path) in _READABLE and not _hidden(file.path, root.path)]
+            files = [
+                file
+                for file in walk(root)
+                if _suffix(file.path) in _READABLE and not _hidden(file.path, root.path)
+            ]
             if not files:
-                raise DataError("no_files", f"the folder {source.path} holds no {', '.join(_READABLE)} file; {_WANTED}")
+                raise DataError(
+                    "no_files",
+                    f"the folder {source.path} holds no {', '.join(_READABLE)} file; {_WANTED}",
+                )
             return FoundSource(source, "text", root, _checked(source, files))
         if any(mark in root.path for mark in _WILD):
             return FoundSource(source, "text", root, _checked(source, _glob(root)))
@@ -115,7 +150,9 @@ def find(source: DataSource) -> FoundSource:
 
 
 def fingerprint(found: FoundSource) -> str:
-    """Changes when the content may have: names, sizes and times; for the builtin corpus the content itself, on any machine alike."""
+    """Changes when the content may have: names, sizes and times; for the builtin corpus the content
+    itself, on any machine alike.
+    """
     parts: list[object] = [found.kind, found.source.text_key]
     if found.kind == "builtin":
         parts += [[piece.text for piece in pieces(found)]]
@@ -125,14 +162,18 @@ def fingerprint(found: FoundSource) -> str:
 
 
 def pieces(found: FoundSource) -> Iterator[Piece]:
-    """All documents, in file order. Raises DataError that names the file, and the line where there are lines."""
+    """All documents, in file order.
+
+    Raises DataError that names the file, and the line where there are lines.
+    """
     for file in found.files:
         yield from file_pieces(found, file)
 
 
 def file_pieces(found: FoundSource, file: FileStat) -> Iterator[Piece]:
     """The documents of one file. Empty documents are left out. Raises DataError."""
-    where, key = Place(found.root.filesystem, file.path, found.root.local), found.source.text_key
+    where = Place(found.root.filesystem, file.path, found.root.local)
+    key = found.source.text_key
     with _readable(file.path):
         if found.kind == "builtin":
             yield from _builtin_pieces(Path(file.path))
@@ -145,30 +186,50 @@ def file_pieces(found: FoundSource, file: FileStat) -> Iterator[Piece]:
 
 
 def in_sampling_order(found: FoundSource) -> list[FileStat]:
-    """The files in an order that is fixed but has nothing to do with their names' order, so that the first few are typical."""
-    return sorted(found.files, key=lambda file: hashlib.sha256(_relative(file.path, found.root.path).encode()).digest())
+    """The files in an order that is fixed but has nothing to do with their names' order, so that
+    the first few are typical.
+    """
+    return sorted(
+        found.files,
+        key=lambda file: hashlib.sha256(_relative(file.path, found.root.path).encode()).digest(),
+    )
 
 
 def _find_builtin(source: DataSource) -> FoundSource:
     if source.path != STDLIB:
-        raise DataError("unknown_builtin", f"{source.path} is not a builtin corpus; the only one is {STDLIB}")
+        raise DataError(
+            "unknown_builtin", f"{source.path} is not a builtin corpus; the only one is {STDLIB}"
+        )
     folder = Path(sysconfig.get_path("stdlib"))
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if name not in _SKIPPED_FOLDERS]
         files += [_local_stat(Path(parent, name)) for name in names if name.endswith(".py")]
     if not files:
-        raise DataError("no_files", f"this Python keeps no sources of its standard library in {folder}; give another path")
-    return FoundSource(source, "builtin", place(str(folder)), tuple(sorted(files, key=lambda file: file.path)))
+        raise DataError(
+            "no_files",
+            f"this Python keeps no sources of its standard library in {folder}; give another path",
+        )
+    return FoundSource(
+        source, "builtin", place(str(folder)), tuple(sorted(files, key=lambda file: file.path))
+    )
 
 
 def _find_prepared(source: DataSource, prefix: Place) -> FoundSource:
-    index, tokens = stat(prefix.with_suffix(".idx")), stat(prefix.with_suffix(".bin"))
+    index = stat(prefix.with_suffix(".idx"))
+    tokens = stat(prefix.with_suffix(".bin"))
     if index is None and tokens is None:
-        raise DataError("not_found", f"{source.path} does not exist where the job runs; check the path, or mount it there; {_WANTED}")
+        raise DataError(
+            "not_found",
+            f"{source.path} does not exist where the job runs; check the path, or mount it "
+            f"there; {_WANTED}",
+        )
     if index is None or tokens is None:
         missing = ".idx" if index is None else ".bin"
-        raise DataError("incomplete_prefix", f"{prefix.path}{missing} is missing beside its neighbour; prepared data need both files")
+        raise DataError(
+            "incomplete_prefix",
+            f"{prefix.path}{missing} is missing beside its neighbour; prepared data need both files",
+        )
     return FoundSource(source, "prepared", prefix, (index, tokens))
 
 
@@ -192,12 +253,18 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
         return not parts
     if patterns[0] == "**":
         return _matches(parts, patterns[1:]) or (bool(parts) and _matches(parts[1:], patterns))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
+    return (
+        bool(parts)
+        and fnmatch.fnmatchcase(parts[0], patterns[0])
+        and _matches(parts[1:], patterns[1:])
+    )
 
 
 def _checked(source: DataSource, files: list[FileStat]) -> tuple[FileStat, ...]:
     if not files:
-        raise DataError("not_found", f"no file matches {source.path} where the job runs; check the pattern")
+        raise DataError(
+            "not_found", f"no file matches {source.path} where the job runs; check the pattern"
+        )
     for file in files:
         if _suffix(file.path) not in _READABLE:
             raise DataError("file_type", f"{file.path} is of a type that cannot be read; {_WANTED}")
@@ -222,7 +289,11 @@ def _cut(reader: io.TextIOWrapper) -> Iterator[Piece]:
 
 def _read_lines(reader: io.TextIOWrapper) -> str:
     text = reader.read(_PIECE_CHARS)
-    return text + reader.readline(_PIECE_CHARS) if len(text) == _PIECE_CHARS and not text.endswith("\n") else text
+    return (
+        text + reader.readline(_PIECE_CHARS)
+        if len(text) == _PIECE_CHARS and not text.endswith("\n")
+        else text
+    )
 
 
 def _builtin_pieces(path: Path) -> Iterator[Piece]:
@@ -252,14 +323,28 @@ def _line_text(line: bytes, key: str, name: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError("bad_line", f"{name} is not JSON ({_first_line(error)}); mend or remove the line") from error
+        raise DataError(
+            "bad_line", f"{name} is not JSON ({_first_line(error)}); mend or remove the line"
+        ) from error
     if not isinstance(record, dict):
-        raise DataError("bad_line", f"{name} is a JSON {type(record).__name__}, not an object with a field {key!r}")
+        raise DataError(
+            "bad_line",
+            f"{name} is a JSON {type(record).__name__}, not an object with a field {key!r}",
+        )
     if key not in record:
         has = ", ".join(sorted(record)[:8]) or "none"
-        raise DataError("text_key", f"{name} has no field {key!r} (its fields: {has}); set text_key to the field with the text", "text_key")
+        raise DataError(
+            "text_key",
+            f"{name} has no field {key!r} (its fields: {has}); set text_key to the field "
+            "with the text",
+            "text_key",
+        )
     if not isinstance(record[key], str):
-        raise DataError("text_key", f"{name}: field {key!r} is a {type(record[key]).__name__}, not text; set text_key", "text_key")
+        raise DataError(
+            "text_key",
+            f"{name}: field {key!r} is a {type(record[key]).__name__}, not text; set text_key",
+            "text_key",
+        )
     return str(record[key])
 
 
@@ -268,7 +353,9 @@ def _parquet_pieces(where: Place, key: str) -> Iterator[Piece]:
         try:
             table = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
-            raise DataError("file_type", f"{where.path} is not a Parquet file: {_first_line(error)}") from error
+            raise DataError(
+                "file_type", f"{where.path} is not a Parquet file: {_first_line(error)}"
+            ) from error
         check_column(table.schema_arrow, key, where.path)
         for batch in table.iter_batches(batch_size=1024, columns=[key]):
             for text in batch.column(0).to_pylist():
@@ -281,11 +368,18 @@ def check_column(schema: pa.Schema, key: str, name: str) -> None:
     if key not in schema.names:
         has = ", ".join(schema.names[:8])
         raise DataError(
-            "text_key", f"{name} has no column {key!r} (its columns: {has}); set text_key to the column with the text", "text_key"
+            "text_key",
+            f"{name} has no column {key!r} (its columns: {has}); set text_key to the "
+            "column with the text",
+            "text_key",
         )
     kind = schema.field(key).type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise DataError("text_key", f"{name}: column {key!r} is {kind}, not text; set text_key to a text column", "text_key")
+        raise DataError(
+            "text_key",
+            f"{name}: column {key!r} is {kind}, not text; set text_key to a text column",
+            "text_key",
+        )
 
 
 @contextmanager
@@ -294,14 +388,25 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:
-        text = f"{name} is not UTF-8 text (byte 0x{error.object[error.start]:02x}); convert it to UTF-8"
+        text = (
+            f"{name} is not UTF-8 text (byte 0x{error.object[error.start]:02x}); convert it to "
+            "UTF-8"
+        )
         raise DataError("not_utf8", text) from error
     except PermissionError as error:
-        raise DataError("unreadable", f"{name} may not be read by the user that runs the job; change its permissions") from error
+        raise DataError(
+            "unreadable",
+            f"{name} may not be read by the user that runs the job; change its permissions",
+        ) from error
     except FileNotFoundError as error:
-        raise DataError("not_found", f"{name} does not exist where the job runs; check the path") from error
+        raise DataError(
+            "not_found", f"{name} does not exist where the job runs; check the path"
+        ) from error
     except (OSError, pa.ArrowException) as error:
-        raise DataError("unreadable", f"{name} cannot be read: {_first_line(error)}; check the path and the credentials") from error
+        raise DataError(
+            "unreadable",
+            f"{name} cannot be read: {_first_line(error)}; check the path and the credentials",
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -317,4 +422,8 @@ def _relative(path: str, root: str) -> str:
 
 
 def _hidden(path: str, root: str) -> bool:
-    return any(part.startswith((".", "_")) for part in PurePosixPath(_relative(path, root)).parts if part != "/")
+    return any(
+        part.startswith((".", "_"))
+        for part in PurePosixPath(_relative(path, root)).parts
+        if part != "/"
+    )

@@ -1,7 +1,7 @@
 """Contiguous memory for parameters and main gradients, and the overlapped reduction of its buckets.
 
-Owns: flat buffers, views into them, starting a bucket's collective the moment its last gradient is complete. Must not know: the
-optimizer's arithmetic, scaling (gradients stay sums over tokens here).
+Owns: flat buffers, views into them, starting a bucket's collective the moment its last gradient is
+complete. Must not know: the optimizer's arithmetic, scaling (gradients stay sums over tokens here).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +20,9 @@ from megatron_ray.sharding.buckets import Bucket, BucketPlan
 
 @dataclass(frozen=True)
 class FlatBuffers:
-    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut by the same plan; padding is zero. The gradients
-    end where the frozen parameters begin."""
+    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut by the same
+    plan; padding is zero. The gradients end where the frozen parameters begin.
+    """
 
     plan: BucketPlan
     parameters: Tensor
@@ -30,34 +31,53 @@ class FlatBuffers:
     @classmethod
     def allocate(cls, plan: BucketPlan, dtype: torch.dtype, device: torch.device) -> "FlatBuffers":
         """Zero-filled buffers."""
-        return cls(plan, torch.zeros(plan.num_elements, dtype=dtype, device=device), torch.zeros(plan.num_trainable, device=device))
+        return cls(
+            plan,
+            torch.zeros(plan.num_elements, dtype=dtype, device=device),
+            torch.zeros(plan.num_trainable, device=device),
+        )
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """The tensor inside a flat buffer of each parameter that it reaches to."""
         reached = [placed for placed in self.plan.placed if placed.end <= buffer.numel()]
-        return {placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape) for placed in reached}
+        return {
+            placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape)
+            for placed in reached
+        }
 
 
 def adopt_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
-    """Replaces the model's (meta) parameters by views into flat buffers. Raises ValueError when names or shapes disagree."""
+    """Replaces the model's (meta) parameters by views into flat buffers.
+
+    Raises ValueError when names or shapes disagree.
+    """
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     offered = {name: tuple(view.shape) for name, view in views.items()}
     if expected != offered:
         wrong = sorted(set(expected.items()) ^ set(offered.items()))
         raise ValueError(f"the model and the parameter table disagree: {wrong[:4]}")
-    replace_parameters(model, {old: nn.Parameter(views[name], old.requires_grad) for name, old in model.named_parameters()})
+    replace_parameters(
+        model,
+        {
+            old: nn.Parameter(views[name], old.requires_grad)
+            for name, old in model.named_parameters()
+        },
+    )
 
 
 def replace_parameters(model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Puts another in the place of each, wherever in the model it stands; one that two layers share stays shared."""
+    """Puts another in the place of each, wherever in the model it stands; one that two layers share
+    stays shared.
+    """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, replaced[parameter])
 
 
 def attach_slots(model: nn.Module, gradients: Mapping[str, Tensor], sink: WeightGradSink) -> None:
-    """Gives every layer the slots of its trainable parameters, onto these main gradients; a parameter that two layers share expects
-    the contributions of both."""
+    """Gives every layer the slots of its trainable parameters, onto these main gradients; a
+    parameter that two layers share expects the contributions of both.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     slots: dict[str, GradSlot] = {}
     for module in model.modules():
@@ -74,27 +94,45 @@ def attach_slots(model: nn.Module, gradients: Mapping[str, Tensor], sink: Weight
 
 
 class GradReducer:
-    """Sums main gradients over the data-parallel group, bucket by bucket, while the backward pass goes on.
+    """Sums main gradients over the data-parallel group, bucket by bucket, while the backward pass
+    goes on.
 
-    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place; the rest of the bucket is then meaningless.
+    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place; the rest of
+    the bucket is then meaningless.
     """
 
-    def __init__(self, buffers: FlatBuffers, group: Group, *, sharded: bool, on_start: Callable[[Bucket], None] | None = None) -> None:
-        self.buffers, self.group, self.sharded = buffers, group, sharded
+    def __init__(
+        self,
+        buffers: FlatBuffers,
+        group: Group,
+        *,
+        sharded: bool,
+        on_start: Callable[[Bucket], None] | None = None,
+    ) -> None:
+        self.buffers = buffers
+        self.group = group
+        self.sharded = sharded
         self._on_start = on_start
-        self._bucket_of = {placed.parameter.name: bucket for bucket in buffers.plan.buckets for placed in bucket.placed}
+        self._bucket_of = {
+            placed.parameter.name: bucket
+            for bucket in buffers.plan.buckets
+            for placed in bucket.placed
+        }
         self._missing: dict[int, int] = {}
         self._pending: list[Pending] = []
 
     def begin_step(self, trainable: set[str]) -> None:
         """Expects each trainable parameter once; buckets without any are never reduced."""
         self._missing = {
-            bucket.index: sum(placed.parameter.name in trainable for placed in bucket.placed) for bucket in self.buffers.plan.buckets
+            bucket.index: sum(placed.parameter.name in trainable for placed in bucket.placed)
+            for bucket in self.buffers.plan.buckets
         }
         self._pending = []
 
     def ready(self, slot: GradSlot) -> None:
-        """A parameter's gradient is complete; starts the bucket's collective when it was the last one."""
+        """A parameter's gradient is complete; starts the bucket's collective when it was the last
+        one.
+        """
         bucket = self._bucket_of[slot.name]
         self._missing[bucket.index] -= 1
         if self._missing[bucket.index] == 0:
@@ -103,11 +141,18 @@ class GradReducer:
             self._pending.append(self._start(bucket))
 
     def finish(self) -> None:
-        """Waits for every bucket. Raises RuntimeError when a gradient never came: the sum would be silently wrong."""
-        left = [bucket.index for bucket in self.buffers.plan.buckets if self._missing[bucket.index] > 0]
+        """Waits for every bucket.
+
+        Raises RuntimeError when a gradient never came: the sum would be silently wrong.
+        """
+        left = [
+            bucket.index for bucket in self.buffers.plan.buckets if self._missing[bucket.index] > 0
+        ]
         if left:
             absent = [placed.parameter.name for placed in self.buffers.plan.buckets[left[0]].placed]
-            raise RuntimeError(f"{len(left)} gradient buckets were never complete; the first holds {absent[:4]}")
+            raise RuntimeError(
+                f"{len(left)} gradient buckets were never complete; the first holds {absent[:4]}"
+            )
         for pending in self._pending:
             pending.wait()
         self._pending = []
@@ -117,7 +162,9 @@ class GradReducer:
         if not self.sharded or self.group is None:
             return collectives.start_all_reduce(whole, self.group)
         low, high = bucket.shard(collectives.rank(self.group), collectives.size(self.group))
-        return collectives.start_reduce_scatter_into(self.buffers.gradients[low:high], whole, self.group)
+        return collectives.start_reduce_scatter_into(
+            self.buffers.gradients[low:high], whole, self.group
+        )
 
 
 class Reducer(Protocol):
@@ -139,4 +186,5 @@ class ParameterFamily:
     group: Group
     """Who has the same buffers."""
     adopt: Callable[[], None] = lambda: None
-    """Takes over weights that were written to the flat buffers, where the model does not live in them."""
+    """Takes over weights that were written to the flat buffers, where the model does not live in
+    them."""

@@ -1,5 +1,7 @@
-"""Typed wrappers over torch.distributed. Owns: which torch version names a collective how. The group is always an argument;
-`None` is a group of one rank, for which everything is the identity. Must not know: axes, layers, buckets.
+"""Typed wrappers over torch.distributed.
+
+Owns: which torch version names a collective how. The group is always an argument; `None` is a group
+of one rank, for which everything is the identity. Must not know: axes, layers, buckets.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,18 +48,26 @@ class _All:
         return all(work.is_completed() for work in self._works)
 
 
-# gloo hands a collective from thread to thread, which takes longer than the transfer where cores are few, and its reduce-scatter is an
-# all-reduce of a copy. Its messages are neither, so on CPU some collectives are made of them (measured with two ranks on two cores:
-# a tensor-parallel step 15 % faster, a reduce-scatter in half the time). The tag keeps them apart from a pipeline's messages.
+# gloo hands a collective from thread to thread, which takes longer than the transfer where cores
+# are few, and its reduce-scatter is an all-reduce of a copy. Its messages are neither, so on CPU
+# some collectives are made of them (measured with two ranks on two cores: a tensor-parallel step 15
+# % faster, a reduce-scatter in half the time). The tag keeps them apart from a pipeline's messages.
 _TAG = 1
 
 
-def _start_messages(outgoing: Sequence[Tensor], incoming: Sequence[Tensor], group: dist.ProcessGroup) -> Pending:
-    """outgoing[r] to rank r and incoming[r] from it, all contiguous; this rank's own are left alone, and so are empty ones, for which gloo
-    would wait for ever."""
-    others = [rank for rank in range(group.size()) if rank != group.rank() and incoming[rank].numel() > 0]
+def _start_messages(
+    outgoing: Sequence[Tensor], incoming: Sequence[Tensor], group: dist.ProcessGroup
+) -> Pending:
+    """outgoing[r] to rank r and incoming[r] from it, all contiguous; this rank's own are left
+    alone, and so are empty ones, for which gloo would wait for ever.
+    """
+    others = [
+        rank for rank in range(group.size()) if rank != group.rank() and incoming[rank].numel() > 0
+    ]
     sent = [dist.isend(outgoing[rank], group=group, group_dst=rank, tag=_TAG) for rank in others]
-    received = [dist.irecv(incoming[rank], group=group, group_src=rank, tag=_TAG) for rank in others]
+    received = [
+        dist.irecv(incoming[rank], group=group, group_src=rank, tag=_TAG) for rank in others
+    ]
     return _All([*sent, *received])  # type: ignore[list-item]
 
 
@@ -65,7 +75,9 @@ class _Then:
     """Transfers, and what is to be done once with what has come; that is done in `wait`."""
 
     def __init__(self, transfers: Pending, finish: Callable[[], object]) -> None:
-        self._transfers, self._finish, self._done = transfers, finish, False
+        self._transfers = transfers
+        self._finish = finish
+        self._done = False
 
     def wait(self) -> object:
         if not self._done:
@@ -78,7 +90,9 @@ class _Then:
         return self._done
 
 
-def _start_pair_reduction(tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType) -> Pending:
+def _start_pair_reduction(
+    tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType
+) -> Pending:
     """An all-reduce of two ranks: each sends all it has and adds, which gives both the same bits."""
     other = torch.empty_like(tensor)
 
@@ -88,9 +102,14 @@ def _start_pair_reduction(tensor: Tensor, group: dist.ProcessGroup, op: dist.Red
     return _Then(_start_messages([tensor] * 2, [other] * 2, group), add)
 
 
-def _start_direct_reduce_scatter(shard: Tensor, tensor: Tensor, group: dist.ProcessGroup) -> Pending:
-    """Every rank sends every other its part and adds up what it gets, beginning with its own and going on in the order of ranks."""
-    parts, rank = tensor.view(group.size(), *shard.shape), group.rank()
+def _start_direct_reduce_scatter(
+    shard: Tensor, tensor: Tensor, group: dist.ProcessGroup
+) -> Pending:
+    """Every rank sends every other its part and adds up what it gets, beginning with its own and
+    going on in the order of ranks.
+    """
+    parts = tensor.view(group.size(), *shard.shape)
+    rank = group.rank()
     received = torch.empty((group.size() - 1, *shard.shape), dtype=shard.dtype, device=shard.device)
 
     def add_up() -> None:
@@ -99,7 +118,9 @@ def _start_direct_reduce_scatter(shard: Tensor, tensor: Tensor, group: dist.Proc
         for part in received:
             shard.add_(part)
 
-    return _Then(_start_messages(list(parts), [*received[:rank], shard, *received[rank:]], group), add_up)
+    return _Then(
+        _start_messages(list(parts), [*received[:rank], shard, *received[rank:]], group), add_up
+    )
 
 
 DONE: Pending = _Done()
@@ -115,14 +136,20 @@ def rank(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
-def all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce(
+    tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Tensor:
     """Reduces in place and returns the same tensor."""
     start_all_reduce(tensor, group, op).wait()
     return tensor
 
 
-def start_all_reduce(tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Starts a sum (or maximum) in place; the tensor, contiguous, is the result after `wait` and must stay as it is until then."""
+def start_all_reduce(
+    tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Pending:
+    """Starts a sum (or maximum) in place; the tensor, contiguous, is the result after `wait` and
+    must stay as it is until then.
+    """
     if group is None:
         return DONE
     if tensor.device.type == "cpu" and group.size() == 2:
@@ -173,8 +200,9 @@ def start_reduce_scatter_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pen
 
 
 def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pending:
-    """Starts a sum of `tensor` of which `shard` receives this rank's equal part of dim 0; it may be that very part of `tensor`, the rest of
-    which must stay as it is until `wait`."""
+    """Starts a sum of `tensor` of which `shard` receives this rank's equal part of dim 0; it may be
+    that very part of `tensor`, the rest of which must stay as it is until `wait`.
+    """
     if group is None:
         return DONE
     if tensor.device.type == "cpu":
@@ -183,8 +211,11 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
 
 
 def all_gather_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
-    """Concatenates along dim 0 in group order, rank r having rows[r] of them. All send as many as the largest has, because gloo knows
-    nothing else; NCCL would broadcast one rank after another."""
+    """Concatenates along dim 0 in group order, rank r having rows[r] of them.
+
+    All send as many as the largest has, because gloo knows nothing else; NCCL would broadcast one
+    rank after another.
+    """
     if group is None:
         return tensor
     most = max(rows)
@@ -192,7 +223,14 @@ def all_gather_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) ->
         return all_gather_rows(tensor, group)
     padded = tensor.new_zeros((most, *tensor.shape[1:]))
     padded[: tensor.shape[0]] = tensor
-    return torch.cat([part[:count] for part, count in zip(torch.split(all_gather_rows(padded, group), most), rows, strict=True)])
+    return torch.cat(
+        [
+            part[:count]
+            for part, count in zip(
+                torch.split(all_gather_rows(padded, group), most), rows, strict=True
+            )
+        ]
+    )
 
 
 def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
@@ -211,7 +249,8 @@ def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group
 def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
     """Starts sending to a rank of the group; the tensor must stay as it is until `wait`.
 
-    Between two ranks sends and receives match in the order in which they are started, in both directions together (NCCL).
+    Between two ranks sends and receives match in the order in which they are started, in both
+    directions together (NCCL).
     """
     if group is None:
         raise ValueError("a group of one rank has nobody to send to")
@@ -225,12 +264,18 @@ def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
     return dist.irecv(tensor, group=group, group_src=sender)  # type: ignore[return-value]
 
 
-def start_exchange(outgoing: Tensor, to: int, incoming: Tensor, sender: int, group: Group) -> Pending:
-    """Starts a send and a receive that belong together, so that no order of ranks can block; both are done after `wait`."""
+def start_exchange(
+    outgoing: Tensor, to: int, incoming: Tensor, sender: int, group: Group
+) -> Pending:
+    """Starts a send and a receive that belong together, so that no order of ranks can block; both
+    are done after `wait`.
+    """
     if group is None:
         incoming.copy_(outgoing)
         return DONE
-    if outgoing.device.type != "cuda":  # gloo buffers what it is given; NCCL would wait for the other side with both sends first
+    if (
+        outgoing.device.type != "cuda"
+    ):  # gloo buffers what it is given; NCCL would wait for the other side with both sends first
         sent = dist.isend(outgoing, group=group, group_dst=to)
         return _All([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
     sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
@@ -238,8 +283,15 @@ def start_exchange(outgoing: Tensor, to: int, incoming: Tensor, sender: int, gro
     return _All(dist.batch_isend_irecv([sending, receiving]))
 
 
-def all_to_all_rows(tensor: Tensor, group: Group, send: Sequence[int] | None = None, receive: Sequence[int] | None = None) -> Tensor:
-    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order; equal parts where the numbers are not given."""
+def all_to_all_rows(
+    tensor: Tensor,
+    group: Group,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+) -> Tensor:
+    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order; equal parts
+    where the numbers are not given.
+    """
     if group is None:
         return tensor
     rows = tensor.shape[0] if receive is None else sum(receive)

@@ -1,6 +1,9 @@
-"""This rank's place in the grid and its live process groups. Owns: turning ParallelDims into groups. Must not know: layers, Ray.
+"""This rank's place in the grid and its live process groups.
 
-The mesh is passed as an argument, always: a group read from a module's global once gave wrong numbers with no error elsewhere.
+Owns: turning ParallelDims into groups. Must not know: layers, Ray.
+
+The mesh is passed as an argument, always: a group read from a module's global once gave wrong
+numbers with no error elsewhere.
 """
 
 from dataclasses import dataclass
@@ -59,16 +62,21 @@ class ParallelMesh:
     """Who has the same experts: edp."""
 
     @classmethod
-    def create(cls, dims: ParallelDims, world: World, timeout: timedelta | None = None) -> "ParallelMesh":
+    def create(
+        cls, dims: ParallelDims, world: World, timeout: timedelta | None = None
+    ) -> "ParallelMesh":
         """Builds every group and runs one collective on each, so that the store may die afterwards.
 
-        torch.distributed must be initialised with `world.world_size` ranks (not needed for a world of one).
-        Raises ValueError when the degrees do not make up the world.
+        torch.distributed must be initialised with `world.world_size` ranks (not needed for a world
+        of one). Raises ValueError when the degrees do not make up the world.
         """
         if dims.world_size != world.world_size:
-            raise ValueError(f"the layout needs {dims.world_size} ranks, the world has {world.world_size}")
+            raise ValueError(
+                f"the layout needs {dims.world_size} ranks, the world has {world.world_size}"
+            )
         chosen = device.select(world.device, world.local_rank)
-        rank, groups = world.rank, _Groups(timeout)
+        rank = world.rank
+        groups = _Groups(timeout)
         cp_levels = tuple(groups.get(level, "cp level") for level in dims.context_levels_of(rank))
         shard, copy = (groups.get(level, "shard level") for level in dims.shard_levels_of(rank))
         found = {
@@ -122,8 +130,10 @@ class ParallelMesh:
 
 
 class _Groups:
-    """A rank makes the groups it is in and no others, in the same order of axes as everybody: work that does not grow with the world. Axes
-    that come down to the same ranks share a group: each costs connections and memory."""
+    """A rank makes the groups it is in and no others, in the same order of axes as everybody: work
+    that does not grow with the world. Axes that come down to the same ranks share a group: each
+    costs connections and memory.
+    """
 
     def __init__(self, timeout: timedelta | None) -> None:
         self._timeout = timeout
@@ -134,5 +144,10 @@ class _Groups:
         if len(members) == 1:
             return None
         if members not in self._known:
-            self._known[members] = dist.new_group(list(members), timeout=self._timeout, group_desc=name, use_local_synchronization=True)
+            self._known[members] = dist.new_group(
+                list(members),
+                timeout=self._timeout,
+                group_desc=name,
+                use_local_synchronization=True,
+            )
         return self._known[members]

@@ -1,9 +1,13 @@
-"""Random numbers as pure functions of what they are for. Owns: how a name becomes a generator, and the streams of each axis.
+"""Random numbers as pure functions of what they are for.
 
-A stream belongs to a place in the model and to this rank's coordinates along the axes that cut what is drawn for. So ranks that hold
-the same activations draw the same, and ranks that hold different parts draw apart; pipeline stages differ by place, data-parallel
-replicas by sample. Nothing is kept from draw to draw: a resumed run, a recomputed layer and a microbatch that ran elsewhere get the
-numbers they always would, no state is saved, and nobody else's generator is touched. Must not know: layers, what is drawn.
+Owns: how a name becomes a generator, and the streams of each axis.
+
+A stream belongs to a place in the model and to this rank's coordinates along the axes that cut what
+is drawn for. So ranks that hold the same activations draw the same, and ranks that hold different
+parts draw apart; pipeline stages differ by place, data-parallel replicas by sample. Nothing is kept
+from draw to draw: a resumed run, a recomputed layer and a microbatch that ran elsewhere get the
+numbers they always would, no state is saved, and nobody else's generator is touched. Must not know:
+layers, what is drawn.
 """
 
 import hashlib
@@ -14,7 +18,10 @@ import torch
 
 
 def generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for this name, on the device that draws (`meta` draws nothing). A CPU takes 32 bits of the seed, CUDA 63."""
+    """A generator of its own for this name, on the device that draws (`meta` draws nothing).
+
+    A CPU takes 32 bits of the seed, CUDA 63.
+    """
     digest = hashlib.sha256(name.encode()).digest()
     where = "cpu" if torch.device(device).type == "meta" else device
     return torch.Generator(where).manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,7 +1,10 @@
-"""The layers of a mixture of experts whose weights and state are cut or counted by rank. Owns: the router's product, the experts'
-grouped products, the balancing bias. Weight gradients go to slots, as everywhere. Must not know: which expert a token goes to and why.
+"""The layers of a mixture of experts whose weights and state are cut or counted by rank.
 
-Shapes: T tokens, R rows that lie expert by expert, H hidden, E experts (of this rank, in grouped products), I inputs, O outputs.
+Owns: the router's product, the experts' grouped products, the balancing bias. Weight gradients go
+to slots, as everywhere. Must not know: which expert a token goes to and why.
+
+Shapes: T tokens, R rows that lie expert by expert, H hidden, E experts (of this rank, in grouped
+products), I inputs, O outputs.
 """
 
 from collections.abc import Collection
@@ -9,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
@@ -26,9 +28,19 @@ from megatron_ray.ops.matmul import (
 
 
 class RouterLinear(SlottedModule):
-    """One logit per token and expert, in fp32 whatever the type of the activations; whole on every rank."""
+    """One logit per token and expert, in fp32 whatever the type of the activations; whole on every
+    rank.
+    """
 
-    def __init__(self, width: int, num_experts: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        width: int,
+        num_experts: int,
+        *,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__(group, sequence_parallel)
         self.weight = nn.Parameter(torch.empty(num_experts, width, dtype=dtype))
 
@@ -38,9 +50,9 @@ class RouterLinear(SlottedModule):
 
 class _RouterLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, module: RouterLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, module: RouterLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.module = module  # type: ignore[attr-defined]
+        ctx.module = module
         return forward_product(widened(x), widened(weight))
 
     @staticmethod
@@ -52,7 +64,9 @@ class _RouterLinear(torch.autograd.Function):
 
 
 class GroupedLinear(SlottedModule):
-    """Y = X W_e^T for the rows of each expert e, with the weights of this rank's experts one after another: [R, I] -> [R, O]."""
+    """Y = X W_e^T for the rows of each expert e, with the weights of this rank's experts one after
+    another: [R, I] -> [R, O].
+    """
 
     def __init__(self, num_experts: int, inputs: int, outputs: int, *, dtype: torch.dtype) -> None:
         super().__init__(None, sequence_parallel=False)
@@ -65,30 +79,43 @@ class GroupedLinear(SlottedModule):
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, counts: Counts, module: GroupedLinear) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, counts: Counts, module: GroupedLinear
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.counts, ctx.module = counts, module  # type: ignore[attr-defined]
-        return grouped_forward_product(inputs, weight.view(module.num_experts, -1, weight.shape[1]), counts)
+
+        ctx.counts = counts
+        ctx.module = module
+        return grouped_forward_product(
+            inputs, weight.view(module.num_experts, -1, weight.shape[1]), counts
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        counts, module = ctx.counts, ctx.module
+        counts = ctx.counts
+        module = ctx.module
         grad = grad.contiguous()
-        grad_inputs = grouped_input_grad_product(grad, weight.view(module.num_experts, -1, weight.shape[1]), counts)
+        grad_inputs = grouped_input_grad_product(
+            grad, weight.view(module.num_experts, -1, weight.shape[1]), counts
+        )
         grad_weight = None
         if weight.requires_grad:
             slot = module.slot("weight")
             if slot is None:
-                grad_weight = grouped_weight_grad_product(grad, inputs, counts, module.num_experts).flatten(0, 1)
+                grad_weight = grouped_weight_grad_product(
+                    grad, inputs, counts, module.num_experts
+                ).flatten(0, 1)
             else:
                 slot.grouped(inputs, grad, counts, module.num_experts)
         return grad_inputs, grad_weight, None, None
 
 
 class ExpertBias(nn.Module):
-    """What is added to the scores by which experts are chosen, so that they get equally many tokens (Wang et al. 2024, Auxiliary-loss-free
-    load balancing). The same on every rank; no parameter, it has no gradient, but part of a checkpoint."""
+    """What is added to the scores by which experts are chosen, so that they get equally many tokens
+    (Wang et al. 2024, Auxiliary-loss-free load balancing). The same on every rank; no parameter, it
+    has no gradient, but part of a checkpoint.
+    """
 
     def __init__(self, num_experts: int, rate: float) -> None:
         """`rate`: what a step moves a bias by."""
@@ -101,17 +128,25 @@ class ExpertBias(nn.Module):
 
     def allocate(self, device: torch.device) -> None:
         """Zeros in real memory, for a model that was built on `meta`."""
-        self.value, self.tokens = (torch.zeros(buffer.shape, device=device) for buffer in (self.value, self.tokens))
+        self.value, self.tokens = (
+            torch.zeros(buffer.shape, device=device) for buffer in (self.value, self.tokens)
+        )
 
     def count(self, tokens_E: Tensor) -> None:
-        """Adds a microbatch's tokens per expert; forward passes without gradients (evaluation, recomputed layers' first) do not count."""
+        """Adds a microbatch's tokens per expert; forward passes without gradients (evaluation,
+        recomputed layers' first) do not count.
+        """
         if torch.is_grad_enabled():
             self.tokens += tokens_E
 
 
 @torch.no_grad()
-def update_expert_biases(biases: Collection[ExpertBias], token_group: Group, dp_group: Group) -> None:
-    """One step's move of every bias, by the sign of mean - tokens over all ranks that saw tokens (tp x cp x dp); forgets the counts."""
+def update_expert_biases(
+    biases: Collection[ExpertBias], token_group: Group, dp_group: Group
+) -> None:
+    """One step's move of every bias, by the sign of mean - tokens over all ranks that saw tokens
+    (tp x cp x dp); forgets the counts.
+    """
     if not biases:
         return
     tokens = torch.stack([bias.tokens for bias in biases])

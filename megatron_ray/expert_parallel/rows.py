@@ -1,8 +1,11 @@
-"""Moving tokens to where their experts are and back, with gradients. Owns: the differentiable moves, one class each.
+"""Moving tokens to where their experts are and back, with gradients.
+
+Owns: the differentiable moves, one class each.
 
 Every sum over ranks is a sum. Must not know: layers, who holds which expert.
 
-Shapes: T tokens, K experts of a token, H hidden, R rows (a token once for each of its experts that are here).
+Shapes: T tokens, K experts of a token, H hidden, R rows (a token once for each of its experts that
+are here).
 """
 
 from collections.abc import Sequence
@@ -10,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
@@ -23,8 +25,10 @@ def take_tokens(x_TH: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
 
 
 def weigh_and_sum(rows_RH: Tensor, weights_TK: Tensor, slots_R: Tensor) -> Tensor:
-    """Each token's rows times their weights, added up in fp32: [T, H]. Where a token has no row for one of its K there is nothing to
-    add."""
+    """Each token's rows times their weights, added up in fp32: [T, H].
+
+    Where a token has no row for one of its K there is nothing to add.
+    """
     return _WeighAndSum.apply(rows_RH, weights_TK, slots_R)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -33,7 +37,9 @@ def reorder(rows_RH: Tensor, order_R: Tensor) -> Tensor:
     return _Reorder.apply(rows_RH, order_R)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def exchange(rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group) -> Tensor:
+def exchange(
+    rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group
+) -> Tensor:
     """All-to-all; the gradient goes back the way the rows came."""
     return rows if group is None else _Exchange.apply(rows, send, receive, group)  # type: ignore[no-untyped-call]
 
@@ -49,16 +55,19 @@ def sum_and_scatter(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor
 
 
 def _spread(rows: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
-    """Each row at its slot, zeros elsewhere: [slots, ...]. Rows that are only padding all go to one more slot, which is cut off."""
+    """Each row at its slot, zeros elsewhere: [slots, ...].
+
+    Rows that are only padding all go to one more slot, which is cut off.
+    """
     spread = rows.new_zeros((num_slots + 1, *rows.shape[1:]))
     return spread.index_copy_(0, slots_R, rows)[:num_slots]
 
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, slots: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, slots: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(slots)
-        ctx.shape = x.shape[0], top_k  # type: ignore[attr-defined]
+        ctx.shape = x.shape[0], top_k
         tokens = torch.div(slots, top_k, rounding_mode="floor")
         rows = x.index_select(0, tokens.clamp(max=x.shape[0] - 1))
         return rows.masked_fill_((tokens == x.shape[0])[:, None], 0)
@@ -72,7 +81,7 @@ class _Take(torch.autograd.Function):
 
 class _WeighAndSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, slots)
         spread = _spread(rows, slots, weights.numel()).view(*weights.shape, -1)
         total = widened(spread[:, 0]) * weights[:, :1]
@@ -83,8 +92,12 @@ class _WeighAndSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, slots = ctx.saved_tensors
-        tokens = torch.div(slots, weights.shape[1], rounding_mode="floor").clamp_(max=weights.shape[0] - 1)
-        of_row = weights.flatten()[slots.clamp(max=weights.numel() - 1)].masked_fill_(slots == weights.numel(), 0)
+        tokens = torch.div(slots, weights.shape[1], rounding_mode="floor").clamp_(
+            max=weights.shape[0] - 1
+        )
+        of_row = weights.flatten()[slots.clamp(max=weights.numel() - 1)].masked_fill_(
+            slots == weights.numel(), 0
+        )
         grads = widened(grad.index_select(0, tokens))
         grad_of_row = torch.linalg.vecdot(grads, widened(rows))
         grad_weights = _spread(grad_of_row, slots, weights.numel()).view(weights.shape)
@@ -93,7 +106,7 @@ class _WeighAndSum(torch.autograd.Function):
 
 class _Reorder(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, order: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
         return rows.index_select(0, order)
 
@@ -105,8 +118,14 @@ class _Reorder(torch.autograd.Function):
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group) -> Tensor:
-        ctx.way = send, receive, group  # type: ignore[attr-defined]
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        send: Sequence[int] | None,
+        receive: Sequence[int] | None,
+        group: Group,
+    ) -> Tensor:
+        ctx.way = send, receive, group
         return collectives.all_to_all_rows(rows, group, send, receive)
 
     @staticmethod
@@ -117,8 +136,8 @@ class _Exchange(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-        ctx.way = counts, group  # type: ignore[attr-defined]
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+        ctx.way = counts, group
         return collectives.all_gather_uneven_rows(rows, counts, group)
 
     @staticmethod
@@ -128,8 +147,8 @@ class _Gather(torch.autograd.Function):
 
 class _SumAndScatter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-        ctx.way = counts, group  # type: ignore[attr-defined]
+    def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
+        ctx.way = counts, group
         return collectives.reduce_scatter_uneven_rows(rows, counts, group)
 
     @staticmethod

@@ -1,6 +1,9 @@
-"""Text from a committed checkpoint, on one process. Owns: loading a model for inference, the sampler with its cache, the command.
+"""Text from a committed checkpoint, on one process.
 
-`python -m megatron_ray.inference.generate --checkpoint PATH --prompt TEXT` prints prompt and continuation. Must not know: jobs.
+Owns: loading a model for inference, the sampler with its cache, the command.
+
+`python -m megatron_ray.inference.generate --checkpoint PATH --prompt TEXT` prints prompt and
+continuation. Must not know: jobs.
 """
 
 import argparse
@@ -51,7 +54,8 @@ class Sampling:
     top_k: int | None = None
     """Choose among this many likeliest tokens."""
     top_p: float | None = None
-    """Choose among the fewest likeliest tokens that together reach this probability (nucleus, Holtzman et al. 2019)."""
+    """Choose among the fewest likeliest tokens that together reach this probability (nucleus,
+    Holtzman et al. 2019)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -65,21 +69,33 @@ class Sampling:
 def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenizer]:
     """The trained model in fp32 on one device, and its tokenizer, whatever layout saved them.
 
-    Raises StorageError (CheckpointError when the checkpoint may not be loaded), ValueError when its config is not understood.
+    Raises StorageError (CheckpointError when the checkpoint may not be loaded), ValueError when its
+    config is not understood.
     """
     train_state = read_train_state(checkpoint_path, 0)
     if "config" not in train_state:
-        raise CheckpointError("load", checkpoint_path, "it does not say which model it holds (no config in its train state)")
+        raise CheckpointError(
+            "load",
+            checkpoint_path,
+            "it does not say which model it holds (no config in its train state)",
+        )
     config = TrainConfig.from_mapping(train_state["config"])
     mesh = ParallelMesh.single(device)
     model = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float32)
-    plan = plan_buckets(local_parameters(config.model, mesh.dims, 0), 1, config.parallel.bucket_elements)
+    plan = plan_buckets(
+        local_parameters(config.model, mesh.dims, 0), 1, config.parallel.bucket_elements
+    )
     weights = torch.zeros(plan.num_elements, device=mesh.device)
     buffers = FlatBuffers(plan, weights, torch.empty(0))  # nobody asks for gradients
     views = buffers.views(weights)
     adopt_parameters(model, views)
-    biases = {f"model/{name}": whole_tensor(bias.value) for name, bias in allocate_expert_biases(model, mesh.device).items()}
-    load_into(checkpoint_path, _model_state([placed.parameter for placed in plan.placed], views) | biases)
+    biases = {
+        f"model/{name}": whole_tensor(bias.value)
+        for name, bias in allocate_expert_biases(model, mesh.device).items()
+    }
+    load_into(
+        checkpoint_path, _model_state([placed.parameter for placed in plan.placed], views) | biases
+    )
     model.requires_grad_(False).eval()
     return model, _load_tokenizer(checkpoint_path, train_state.get("end_of_document"))
 
@@ -87,7 +103,8 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
 def _model_state(table: Sequence[LocalParameter], views: dict[str, Tensor]) -> ShardedState:
     return {
         f"model/{part.logical.name}": ShardedTensor(
-            part.logical.shape, [TensorBox(part.box, views[local.name].narrow(0, part.start, part.box.size[0]))]
+            part.logical.shape,
+            [TensorBox(part.box, views[local.name].narrow(0, part.start, part.box.size[0]))],
         )
         for local in table
         for part in local.parts
@@ -98,7 +115,11 @@ def _load_tokenizer(checkpoint_path: str, end_of_document: int | None) -> Tokeni
     try:
         text = open_storage(checkpoint_path).read_bytes(TOKENIZER).decode("utf-8")
     except MissingFile as error:
-        raise CheckpointError("load", checkpoint_path, f"it holds no {TOKENIZER}, so its tokens cannot be turned into text") from error
+        raise CheckpointError(
+            "load",
+            checkpoint_path,
+            f"it holds no {TOKENIZER}, so its tokens cannot be turned into text",
+        ) from error
     return Tokenizer.from_json(text, end_of_document)
 
 
@@ -112,9 +133,11 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Generation:
-    """Continues `prompt` until a document ends or `max_new_tokens` are there; an empty prompt begins a new document.
+    """Continues `prompt` until a document ends or `max_new_tokens` are there; an empty prompt
+    begins a new document.
 
-    The same seed gives the same text. Raises ValueError for wrong sampling values and for more tokens than learned positions.
+    The same seed gives the same text. Raises ValueError for wrong sampling values and for more
+    tokens than learned positions.
     """
     start = tokenizer.encode(prompt) or [tokenizer.end_of_document]
     tokens = generate_tokens(
@@ -128,24 +151,36 @@ def generate(
     )
     ended = bool(tokens) and tokens[-1] == tokenizer.end_of_document
     new = tokens[:-1] if ended else tokens
-    # Some tokenizers drop a leading space when they decode; what the prompt adds to the whole keeps it.
-    before, whole = tokenizer.decode(start), tokenizer.decode(start + new)
+    # Some tokenizers drop a leading space when they decode; what the prompt adds to the whole keeps
+    # it.
+    before = tokenizer.decode(start)
+    whole = tokenizer.decode(start + new)
     text = whole[len(before) :] if prompt and whole.startswith(before) else tokenizer.decode(new)
     return Generation(prompt, text, tuple(new), "end_of_document" if ended else "length")
 
 
 @torch.no_grad()
 def generate_tokens(
-    model: GPT, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int, *, stop: int, vocabulary: int
+    model: GPT,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    *,
+    stop: int,
+    vocabulary: int,
 ) -> list[int]:
-    """New token ids, `stop` included when it came; ids from `vocabulary` on (the model's spare rows) are never chosen."""
+    """New token ids, `stop` included when it came; ids from `vocabulary` on (the model's spare
+    rows) are never chosen.
+    """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     _check_positions(model, len(prompt), max_new_tokens)
     caches = _empty_caches(model, len(prompt) + max_new_tokens)
     device = caches[0].keys.device
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that devices agree
-    tokens, new = list(prompt), list[int]()
+    tokens = list(prompt)
+    new = list[int]()
     seen = 0
     while len(new) < max_new_tokens and (not new or new[-1] != stop):
         fresh = torch.tensor([tokens[seen:]], device=device)
@@ -178,38 +213,64 @@ def _check_positions(model: GPT, prompt_tokens: int, max_new_tokens: int) -> Non
     if model.config.position_embedding != "learned" or prompt_tokens + max_new_tokens <= limit:
         return
     if prompt_tokens >= limit:
-        raise ValueError(f"the prompt has {prompt_tokens} tokens, the model has learned {limit} positions; shorten the prompt")
+        raise ValueError(
+            f"the prompt has {prompt_tokens} tokens, the model has learned {limit} "
+            "positions; shorten the prompt"
+        )
     raise ValueError(
-        f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones need more than the {limit} positions that the model has "
+        f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones need more than the "
+        f"{limit} positions that the model has "
         f"learned; ask for at most {limit - prompt_tokens} new tokens"
     )
 
 
 def _empty_caches(model: GPT, capacity: int) -> list[KeyValueCache]:
-    config, like = model.config, next(model.parameters())
+    config = model.config
+    like = next(model.parameters())
     shape = (1, config.kv_heads, capacity, config.head_width)
-    return [KeyValueCache(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(config.num_layers)]
+    return [
+        KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
+        for _ in range(config.num_layers)
+    ]
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m megatron_ray.inference.generate", description="Generate text from a checkpoint.")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_ray.inference.generate",
+        description="Generate text from a checkpoint.",
+    )
     parser.add_argument("--checkpoint", required=True, help="path or URI of a committed checkpoint")
-    parser.add_argument("--prompt", default="", help="text to go on from; empty begins a new document")
+    parser.add_argument(
+        "--prompt", default="", help="text to go on from; empty begins a new document"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0 always takes the likeliest token"
+    )
     parser.add_argument("--top-k", type=int, help="choose among this many tokens")
-    parser.add_argument("--top-p", type=float, help="choose among tokens that make up this probability")
+    parser.add_argument(
+        "--top-p", type=float, help="choose among tokens that make up this probability"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--json", action="store_true", help="one JSON object: prompt, text, tokens, finish_reason")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object: prompt, text, tokens, finish_reason"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code. A user's mistake is one line on stderr."""
     options = _parse(arguments)
-    device = options.device if options.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    sampling = {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    device = (
+        options.device
+        if options.device != "auto"
+        else ("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    sampling = {
+        name: getattr(options, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    }
     try:
         model, tokenizer = load_model(options.checkpoint, device)
         generation = generate(model, tokenizer, options.prompt, **sampling)

@@ -1,7 +1,9 @@
-"""Causal self-attention with grouped key/value heads. Owns: the maths of one attention layer. Must not know: ranks, groups.
+"""Causal self-attention with grouped key/value heads.
 
-Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head width. How many heads are here is what the
-projection says, so tensor parallelism shrinks them unseen.
+Owns: the maths of one attention layer. Must not know: ranks, groups.
+
+Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head width. How
+many heads are here is what the projection says, so tensor parallelism shrinks them unseen.
 """
 
 from collections.abc import Callable
@@ -23,17 +25,24 @@ from megatron_ray.ops.matmul import multiplies_wide
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens so far, [B, G, S, D] with room for `capacity` tokens; one per layer."""
+    """Keys and values of the tokens so far, [B, G, S, D] with room for `capacity` tokens; one per
+    layer.
+    """
 
     keys: Tensor
     values: Tensor
     length: int = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores new [B, G, S, D] entries and returns everything so far. Raises ValueError when there is no room."""
+        """Stores new [B, G, S, D] entries and returns everything so far.
+
+        Raises ValueError when there is no room.
+        """
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
-            raise ValueError(f"the cache has room for {self.keys.shape[2]} tokens, {end} are needed")
+            raise ValueError(
+                f"the cache has room for {self.keys.shape[2]} tokens, {end} are needed"
+            )
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -42,8 +51,10 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class Positions:
-    """What a block needs to know of a batch besides its activations: its shape, with rotary positions the cos and sin [B or 1, S, 1, D],
-    its documents, and what its routers are told or are to tell."""
+    """What a block needs to know of a batch besides its activations: its shape, with rotary
+    positions the cos and sin [B or 1, S, 1, D], its documents, and what its routers are told or are
+    to tell.
+    """
 
     batch: int
     sequence: int
@@ -68,20 +79,33 @@ class CausalAttention(nn.Module):
         self.core = layers.attention(window)
         self.dropping_core = layers.dropping_attention(f"{place}.probabilities", window)
 
-    def attended(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions, cache: KeyValueCache | None) -> Tensor:
+    def attended(
+        self,
+        q_BNSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        positions: Positions,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
         """[B, N, S, D]"""
         if cache is not None:
             return self._attend_cached(q_BNSD, k_BGSD, v_BGSD, cache)
         return self._attend(q_BNSD, k_BGSD, v_BGSD, positions)
 
-    def _attend(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions) -> Tensor:
+    def _attend(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions
+    ) -> Tensor:
         if self.dropping_core is None or positions.first_sample is None:
             attended: Tensor = self.core(q_BNSD, k_BGSD, v_BGSD, positions.packed)
         else:
-            attended = self.dropping_core(q_BNSD, k_BGSD, v_BGSD, (positions.packed, positions.first_sample))
+            attended = self.dropping_core(
+                q_BNSD, k_BGSD, v_BGSD, (positions.packed, positions.first_sample)
+            )
         return attended
 
-    def _attend_cached(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache) -> Tensor:
+    def _attend_cached(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, cache: KeyValueCache
+    ) -> Tensor:
         seen = cache.length
         k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
         if not seen:
@@ -90,29 +114,44 @@ class CausalAttention(nn.Module):
         # The new tokens see the window before them, or everything.
         window = self.window or k_BGSD.shape[2]
         first = max(0, seen - window + 1)
-        k_BGSD, v_BGSD = k_BGSD[:, :, first:], v_BGSD[:, :, first:]
+        k_BGSD = k_BGSD[:, :, first:]
+        v_BGSD = v_BGSD[:, :, first:]
         mask = band(q_BNSD.shape[2], k_BGSD.shape[2], seen - first, window, q_BNSD.device)
         grouped = q_BNSD.shape[1] > k_BGSD.shape[1]
-        return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=grouped)
+        return nn.functional.scaled_dot_product_attention(
+            q_BNSD, k_BGSD, v_BGSD, attn_mask=mask, enable_gqa=grouped
+        )
 
 
 class Attention(CausalAttention):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given. Queries and keys are normed first, then
-    rotated, where the model has either."""
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given.
+
+    Queries and keys are normed first, then rotated, where the model has either.
+    """
 
     def __init__(self, config: ModelConfig, layers: Layers, place: str, window: int | None) -> None:
         super().__init__(layers, place, window)
         self.head_width = config.head_width
         self.rotation = ROTATION
-        heads, groups = config.num_attention_heads, config.kv_heads
-        self.qkv = layers.qkv(config.hidden_size, heads, groups, self.head_width, config.has_qkv_bias)
+        heads = config.num_attention_heads
+        groups = config.kv_heads
+        self.qkv = layers.qkv(
+            config.hidden_size, heads, groups, self.head_width, config.has_qkv_bias
+        )
         self.q_norm = layers.norm(self.head_width) if config.qk_norm else None
         self.k_norm = layers.norm(self.head_width) if config.qk_norm else None
         self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TH: Tensor,
+        residual_TH: Tensor | None,
+        positions: Positions,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
-        heads, groups = self.qkv.heads, self.qkv.groups
+        heads = self.qkv.heads
+        groups = self.qkv.groups
         if self.q_norm is not None and self.k_norm is not None:
             qkv = _normed(qkv, self.q_norm, self.k_norm, (heads, groups, self.head_width))
         if positions.cos is not None:
@@ -121,33 +160,51 @@ class Attention(CausalAttention):
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
         attended = self.attended(q, k, v, positions, cache)
-        merged = attended.transpose(1, 2).reshape(positions.batch * positions.sequence, heads * self.head_width)
+        merged = attended.transpose(1, 2).reshape(
+            positions.batch * positions.sequence, heads * self.head_width
+        )
         output: Tensor = self.o(merged, residual_TH)
         return output
 
 
-def _normed(qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, sizes: tuple[int, int, int]) -> Tensor:
+def _normed(
+    qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, sizes: tuple[int, int, int]
+) -> Tensor:
     """The fused [B, S, (N + 2 G) D] with each head's query and key normalised; `sizes`: N, G, D."""
     heads, groups, width = sizes
     q, k, v = torch.split(qkv, [heads * width, groups * width, groups * width], dim=-1)
-    # Rows of a head's width; always copies, which the norms keep: a view of a single head would keep the whole of qkv.
-    parts = [norm(part.reshape(-1, width).contiguous()).view(part.shape) for norm, part in ((q_norm, q), (k_norm, k))]
+    # Rows of a head's width; always copies, which the norms keep: a view of a single head would
+    # keep the whole of qkv.
+    parts = [
+        norm(part.reshape(-1, width).contiguous()).view(part.shape)
+        for norm, part in ((q_norm, q), (k_norm, k))
+    ]
     return torch.cat([*parts, v], -1)
 
 
 class WholeAttention(nn.Module):
-    """Causal attention of sequences that lie whole on this rank; over the last `window` tokens where one is given."""
+    """Causal attention of sequences that lie whole on this rank; over the last `window` tokens
+    where one is given.
+    """
 
     def __init__(self, window: int | None = None) -> None:
         super().__init__()
         self.window = window
 
-    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None) -> Tensor:
+    def forward(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
+    ) -> Tensor:
         if packed is None:
             return _whole(q_BNSD, k_BGSD, v_BGSD, self.window)
         rows = []
         for row, lengths in enumerate(packed.lengths):
-            documents = zip(*(torch.split(x[row : row + 1], list(lengths), dim=2) for x in (q_BNSD, k_BGSD, v_BGSD)), strict=True)
+            documents = zip(
+                *(
+                    torch.split(x[row : row + 1], list(lengths), dim=2)
+                    for x in (q_BNSD, k_BGSD, v_BGSD)
+                ),
+                strict=True,
+            )
             rows.append(torch.cat([_whole(q, k, v, self.window) for q, k, v in documents], dim=2))
         return torch.cat(rows)
 
@@ -161,4 +218,6 @@ def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int | None) -
     if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
         return causal_attention(q_BNSD, k_BGSD, v_BGSD)
     grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
-    return nn.functional.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped)
+    return nn.functional.scaled_dot_product_attention(
+        q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped
+    )

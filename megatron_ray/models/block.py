@@ -13,7 +13,9 @@ from megatron_ray.models.moe.layer import MoE
 
 
 class Block(nn.Module):
-    """hidden + attention(norm(hidden)), then + mlp(norm(.)), or + experts(norm(.)); a residual is added inside its half's last product."""
+    """hidden + attention(norm(hidden)), then + mlp(norm(.)), or + experts(norm(.)); a residual is
+    added inside its half's last product.
+    """
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
@@ -26,14 +28,25 @@ class Block(nn.Module):
         self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
-    def forward(self, hidden_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None) -> Tensor:
-        if self.attention_dropout is not None and self.mlp_dropout is not None and positions.first_sample is not None:
+    def forward(
+        self, hidden_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        if (
+            self.attention_dropout is not None
+            and self.mlp_dropout is not None
+            and positions.first_sample is not None
+        ):
             return self._dropping(hidden_TH, positions, positions.first_sample)
         hidden_TH = self.attention(self.attention_norm(hidden_TH), hidden_TH, positions, cache)
         return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, positions)
 
-    def _feed_forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
-        output: Tensor = self.moe(x_TH, residual_TH, positions) if self.moe is not None else self.mlp(x_TH, residual_TH)  # type: ignore[misc]
+    def _feed_forward(
+        self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions
+    ) -> Tensor:
+        if self.moe is not None:
+            output: Tensor = self.moe(x_TH, residual_TH, positions)
+        else:
+            output = self.mlp(x_TH, residual_TH)  # type: ignore[misc]
         return output
 
     def _dropping(self, hidden_TH: Tensor, positions: Positions, first_sample: int) -> Tensor:
@@ -54,7 +67,9 @@ def make_attention(config: ModelConfig, layers: Layers, index: int) -> Attention
     return Attention(config, layers, place, config.window_on(index))
 
 
-def one_after_another(blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
+def one_after_another(
+    blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions
+) -> Tensor:
     """Activations through a row of blocks."""
     for block in blocks:
         hidden_TH = block(hidden_TH, positions, None)

@@ -1,7 +1,10 @@
-"""Initial weights as a pure function of (seed, logical name, block of rows). Owns: that function. Must not know: layouts.
+"""Initial weights as a pure function of (seed, logical name, block of rows).
 
-Each block of at most 4 Mi elements has its own generator, seeded by a hash, and a rank draws only the blocks that it owns rows
-of. So every layout starts equal, and no rank ever holds more than its shard plus one block.
+Owns: that function. Must not know: layouts.
+
+Each block of at most 4 Mi elements has its own generator, seeded by a hash, and a rank draws only
+the blocks that it owns rows of. So every layout starts equal, and no rank ever holds more than its
+shard plus one block.
 """
 
 import torch
@@ -30,7 +33,8 @@ def draw_box(logical: LogicalParameter, box: Box, seed: int) -> Tensor:
         return torch.full(box.size, 1.0 if logical.init.kind == "ones" else 0.0)
     row_elements = logical.num_elements // logical.shape[0]
     block_rows = max(1, BLOCK_ELEMENTS // row_elements)
-    first, last = box.offset[0], box.offset[0] + box.size[0]
+    first = box.offset[0]
+    last = box.offset[0] + box.size[0]
     value = torch.empty(box.size)
     for block in range(first // block_rows, -(-last // block_rows)):
         start = block * block_rows
@@ -38,7 +42,8 @@ def draw_box(logical: LogicalParameter, box: Box, seed: int) -> Tensor:
         drawn = torch.empty((rows, *logical.shape[1:])).normal_(
             0.0, logical.init.std, generator=generator(f"{seed}/{logical.name}/{block}")
         )
-        low, high = max(first, start), min(last, start + rows)
+        low = max(first, start)
+        high = min(last, start + rows)
         wanted = drawn[low - start : high - start]
         for dim in range(1, len(box.size)):
             wanted = wanted.narrow(dim, box.offset[dim], box.size[dim])

@@ -1,10 +1,12 @@
-"""The feed-forward half of a block. Owns: its maths. Must not know: ranks, groups. Shapes: T tokens, F inner width, H hidden."""
+"""The feed-forward half of a block.
+
+Owns: its maths. Must not know: ranks, groups. Shapes: T tokens, F inner width, H hidden.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.layers import Layers
@@ -30,7 +32,9 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
-        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.activation = nn.GELU(
+            approximate="tanh" if config.activation == "gelu_tanh" else "none"
+        )
         self.up = layers.column(config.hidden_size, width, config.linear_bias)
         self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
@@ -89,7 +93,9 @@ def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad_gate_up = torch.empty_like(gate_up)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
     torch.mul(grad, nn.functional.gelu(gate, approximate="tanh"), out=grad_up)
-    torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
+    torch.ops.aten.gelu_backward.grad_input(
+        grad * up, gate, approximate="tanh", grad_input=grad_gate
+    )
     return grad_gate_up
 
 
@@ -99,9 +105,9 @@ GEGLU_TANH = Kernel(_geglu_tanh, _geglu_tanh_backward)
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, gate_up: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, kernel: Kernel) -> Tensor:
         ctx.save_for_backward(gate_up)
-        ctx.kernel = kernel  # type: ignore[attr-defined]
+        ctx.kernel = kernel
         return kernel.forward(gate_up)  # type: ignore[no-any-return]
 
     @staticmethod

@@ -1,8 +1,10 @@
-"""A layer that predicts one token more into the future (DeepSeek-V3, section 2.2). Owns: how it joins a token with what came before.
+"""A layer that predicts one token more into the future (DeepSeek-V3, section 2.2).
 
-As published: embedding first and hidden state second, a block, a norm of its own; hidden states are those after the norm before the head,
-also from one such layer to the next (so Megatron-LM, SGLang and transformers). Embedding and head are the model's. Must not know: ranks,
-groups, losses.
+Owns: how it joins a token with what came before.
+
+As published: embedding first and hidden state second, a block, a norm of its own; hidden states are
+those after the norm before the head, also from one such layer to the next (so Megatron-LM, SGLang
+and transformers). Embedding and head are the model's. Must not know: ranks, groups, losses.
 
 Shapes: T tokens, H hidden.
 """
@@ -19,16 +21,22 @@ from megatron_ray.models.layers import Layers
 
 
 class FurtherToken(nn.Module):
-    """norm(block(projection [norm(embedding of the next token), norm(hidden)])) [T, H], for the head."""
+    """norm(block(projection [norm(embedding of the next token), norm(hidden)])) [T, H], for the
+    head.
+    """
 
     def __init__(self, config: ModelConfig, layers: Layers, depth: int) -> None:
         super().__init__()
-        self.embedding_norm, self.hidden_norm, self.final_norm = (layers.norm(config.hidden_size) for _ in range(3))
+        self.embedding_norm, self.hidden_norm, self.final_norm = (
+            layers.norm(config.hidden_size) for _ in range(3)
+        )
         self.embedding_dropout = layers.hidden_dropout(f"mtp.{depth}.embedding")
         self.projection = layers.replicated(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config, layers, config.num_layers + depth)
         kind = f"mtp_{depth + 1}_loss"
-        divisor = config.attached_losses.get(kind, 1.0)  # a loss of weight 0 is not reported: nobody takes it
+        divisor = config.attached_losses.get(
+            kind, 1.0
+        )  # a loss of weight 0 is not reported: nobody takes it
         self.loss = layers.attached_loss(kind, divisor, of_own_tokens=False)
 
     def forward(

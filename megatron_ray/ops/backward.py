@@ -1,13 +1,15 @@
-"""A backward pass that starts from a given gradient. Owns: that. Must not know: who wants one.
+"""A backward pass that starts from a given gradient.
 
-torch's own way to hand over a gradient compares shapes as symbols, for which it imports sympy: a second of a rank's start.
+Owns: that. Must not know: who wants one.
+
+torch's own way to hand over a gradient compares shapes as symbols, for which it imports sympy: a
+second of a rank's start.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 
 class Backward:
@@ -25,8 +27,8 @@ class Backward:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, output: Tensor, gradient: list[Tensor]) -> Tensor:
-        ctx.gradient = gradient  # type: ignore[attr-defined]
+    def forward(ctx: Any, output: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
         return output.new_zeros(())
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""Layers whose backward hands weight gradients to slots. Owns: the slots of a module and the delivery of its gradients. Must not know: what a layer computes."""
+"""Layers whose backward hands weight gradients to slots.
+
+Owns: the slots of a module and the delivery of its gradients. Must not know: what a layer computes.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +12,9 @@ from megatron_ray.ops.weight_grad import GradSlot
 
 
 class SlottedModule(nn.Module):
-    """A layer whose backward hands its weight gradients to slots; without slots it is an ordinary module (inference)."""
+    """A layer whose backward hands its weight gradients to slots; without slots it is an ordinary
+    module (inference).
+    """
 
     def __init__(self, group: Group, sequence_parallel: bool) -> None:
         super().__init__()
@@ -17,7 +22,8 @@ class SlottedModule(nn.Module):
         self.sequence_group = group if sequence_parallel else None
         self.slots: dict[str, GradSlot] = {}
         self.uses = 1
-        """How often a microbatch goes through it, and so how often each of its gradients is delivered."""
+        """How often a microbatch goes through it, and so how often each of its gradients is
+        delivered."""
 
     def slot(self, name: str) -> GradSlot | None:
         """Slot of the parameter, or None where nobody collects gradients."""
@@ -55,7 +61,9 @@ def deliver_bias(module: SlottedModule, grad_TO: Tensor) -> Tensor | None:
     return deliver(module, "bias", grad_TO.sum(0, dtype=torch.float32))
 
 
-def deliver_rows(module: SlottedModule, weight: Tensor, rows: Tensor, grad: Tensor) -> Tensor | None:
+def deliver_rows(
+    module: SlottedModule, weight: Tensor, rows: Tensor, grad: Tensor
+) -> Tensor | None:
     slot = module.slot("weight")
     if slot is None:
         return torch.zeros_like(weight).index_add_(0, rows, grad)

@@ -1,8 +1,11 @@
-"""Where weight gradients go. Owns: accumulation into fp32 main gradients, and saying that one is complete.
+"""Where weight gradients go.
 
-A layer's backward computes only the input gradient and hands (input, output gradient) to its slot; the sink behind the slot decides
-whether to multiply now or later, and counts the microbatches. So buckets, accumulation fusion and zero-bubble schedules share
-one mechanism, and autograd hooks have no part in it. Must not know: buckets' layout, groups, schedules.
+Owns: accumulation into fp32 main gradients, and saying that one is complete.
+
+A layer's backward computes only the input gradient and hands (input, output gradient) to its slot;
+the sink behind the slot decides whether to multiply now or later, and counts the microbatches. So
+buckets, accumulation fusion and zero-bubble schedules share one mechanism, and autograd hooks have
+no part in it. Must not know: buckets' layout, groups, schedules.
 
 Shapes: T tokens, I inputs, O outputs, E experts.
 """
@@ -25,9 +28,11 @@ class GradSlot:
     main_grad: Tensor
     sink: "WeightGradSink"
     uses: int = 1
-    """Contributions per microbatch: 2 for a tied embedding, more where further tokens are predicted."""
+    """Contributions per microbatch: 2 for a tied embedding, more where further tokens are
+    predicted."""
     fresh: bool = True
-    """Nothing accumulated yet in this step: the first contribution overwrites, so that nobody needs to clear the buffer."""
+    """Nothing accumulated yet in this step: the first contribution overwrites, so that nobody needs
+    to clear the buffer."""
     seen: int = field(default=0)
     """Contributions of the last microbatch so far."""
 
@@ -37,11 +42,16 @@ class GradSlot:
         return self.sink.puts_off
 
     def linear(self, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> None:
-        """Adds grad^T @ inputs, the gradient of a [O, I] weight. Inputs [T, I] that are called come when the product is computed."""
+        """Adds grad^T @ inputs, the gradient of a [O, I] weight.
+
+        Inputs [T, I] that are called come when the product is computed.
+        """
         self.sink.linear(self, inputs, grad_TO)
 
     def grouped(self, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
-        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; each expert's rows lie together, in the order of experts."""
+        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; each expert's rows lie
+        together, in the order of experts.
+        """
         self.sink.grouped(self, inputs_TI, grad_TO, counts, num_experts)
 
     def add(self, gradient: Tensor) -> None:
@@ -49,13 +59,17 @@ class GradSlot:
         self.sink.add(self, gradient)
 
     def add_rows(self, rows_T: Tensor, grad_TI: Tensor) -> None:
-        """Adds each row of `grad_TI` to the row of the main gradient that `rows_T` names (an embedding's gradient)."""
+        """Adds each row of `grad_TI` to the row of the main gradient that `rows_T` names (an
+        embedding's gradient).
+        """
         self.sink.add_rows(self, rows_T, grad_TI)
 
 
 class WeightGradSink:
-    """Accumulates at once, or later where a schedule puts that off. `on_ready` is called with a slot when its gradient of the whole
-    step is complete."""
+    """Accumulates at once, or later where a schedule puts that off.
+
+    `on_ready` is called with a slot when its gradient of the whole step is complete.
+    """
 
     def __init__(self, on_ready: Callable[[GradSlot], None]) -> None:
         self._on_ready = on_ready
@@ -73,16 +87,21 @@ class WeightGradSink:
     def begin_step(self) -> None:
         """Forgets the gradients of the previous step."""
         for slot in self.slots.values():
-            slot.fresh, slot.seen = True, 0
-        self._last_microbatch, self._put_off = False, None
+            slot.fresh = True
+            slot.seen = 0
+        self._last_microbatch = False
+        self._put_off = None
         self._later.clear()
 
     def begin_microbatch(self, *, last: bool) -> None:
         """Announces a microbatch; only in the last one gradients become ready."""
-        self._last_microbatch, self._put_off = last, None
+        self._last_microbatch = last
+        self._put_off = None
 
     def put_off(self, key: object) -> None:
-        """Announces a microbatch whose weight products are computed later, by `catch_up` with the same key."""
+        """Announces a microbatch whose weight products are computed later, by `catch_up` with the
+        same key.
+        """
         self._put_off = self._later[key]
 
     @torch.no_grad()
@@ -96,11 +115,15 @@ class WeightGradSink:
         """Whether weight products of the announced microbatch are computed later."""
         return self._put_off is not None
 
-    def linear(self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> None:
+    def linear(
+        self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor
+    ) -> None:
         """grad^T @ inputs into the main gradient."""
         self._now_or_later(lambda: self._linear(slot, inputs, grad_TO))
 
-    def grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
+    def grouped(
+        self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int
+    ) -> None:
         """grad^T @ inputs of each expert into its part of the main gradient."""
         self._now_or_later(lambda: self._grouped(slot, inputs_TI, grad_TO, counts, num_experts))
 
@@ -118,12 +141,16 @@ class WeightGradSink:
         else:
             self._put_off.append(work)
 
-    def _linear(self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> None:
+    def _linear(
+        self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor
+    ) -> None:
         inputs_TI = inputs if isinstance(inputs, Tensor) else inputs()
         accumulate_weight_grad(slot.main_grad, grad_TO, inputs_TI, fresh=slot.fresh)
         self._done(slot)
 
-    def _grouped(self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
+    def _grouped(
+        self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int
+    ) -> None:
         main_EOI = slot.main_grad.view(num_experts, -1, slot.main_grad.shape[1])
         accumulate_grouped_weight_grad(main_EOI, grad_TO, inputs_TI, counts, fresh=slot.fresh)
         self._done(slot)

@@ -1,13 +1,21 @@
-"""Learning rate as a pure function of the step. Owns: warm-up and decay, as Megatron defines them. Torch-free."""
+"""Learning rate as a pure function of the step.
+
+Owns: warm-up and decay, as Megatron defines them. Torch-free.
+"""
 
 from math import cos, pi
 
 from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 
 
-def learning_rate(step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int) -> float:
-    """Rate of update number `step` (from 1) in a job of `steps`; after the decay it stays at min_lr."""
-    peak, low = optimizer.lr, schedule.min_lr
+def learning_rate(
+    step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
+) -> float:
+    """Rate of update number `step` (from 1) in a job of `steps`; after the decay it stays at
+    min_lr.
+    """
+    peak = optimizer.lr
+    low = schedule.min_lr
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.kind == "constant":

@@ -1,4 +1,6 @@
-"""Which elements of the flat buffers a rank updates. Owns: the `flat` strategy (equal ranges, parameter borders ignored).
+"""Which elements of the flat buffers a rank updates.
+
+Owns: the `flat` strategy (equal ranges, parameter borders ignored).
 
 Pure; torch-free. Must not know: gradients, arithmetic of the update.
 """
@@ -20,7 +22,8 @@ class Run:
     """Where the range begins in this rank's shard, which is its runs one after another."""
     decay: bool
     counts_once: bool
-    """Whether every tp rank holds other elements here; otherwise only one of them adds to the global norm."""
+    """Whether every tp rank holds other elements here; otherwise only one of them adds to the
+    global norm."""
     counted: bool = True
     """Whether this pipeline stage adds to it."""
 
@@ -41,14 +44,24 @@ def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tupl
 
 
 def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tuple[Run, ...]:
-    """Neighbouring parameters with the same rules make one run; alignment gaps belong to the run before them."""
+    """Neighbouring parameters with the same rules make one run; alignment gaps belong to the run
+    before them.
+    """
     runs: list[Run] = []
     shard_start = 0
     for bucket in plan.buckets:
         low, high = owned_range(bucket, dp_rank, dp, sharded=sharded)
         for start, end, placed, part in _spans(bucket, low, high):
-            rules = placed.parameter.decay, placed.parameter.tp_sharded, placed.parameter.counted and part.counted
-            if runs and runs[-1].end == start and (runs[-1].decay, runs[-1].counts_once, runs[-1].counted) == rules:
+            rules = (
+                placed.parameter.decay,
+                placed.parameter.tp_sharded,
+                placed.parameter.counted and part.counted,
+            )
+            if (
+                runs
+                and runs[-1].end == start
+                and (runs[-1].decay, runs[-1].counts_once, runs[-1].counted) == rules
+            ):
                 last = runs.pop()
                 runs.append(Run(last.start, end, last.shard_start, *rules))
             else:
@@ -61,16 +74,24 @@ def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
     """Every parameter's stretches in the runs, in buffer order."""
     for placed in plan.placed:
         for run in runs:
-            start, end = max(placed.start, run.start), min(placed.end, run.end)
+            start = max(placed.start, run.start)
+            end = min(placed.end, run.end)
             if start < end:
                 yield Piece(placed, start, end, run.shard_start + start - run.start)
 
 
 def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Placed, Part]]:
-    """The parts of the bucket's parameters cut to [low, high), each stretched over the gap that follows it."""
-    found = [(placed.part_start(part), placed, part) for placed in bucket.placed for part in placed.parameter.parts]
+    """The parts of the bucket's parameters cut to [low, high), each stretched over the gap that
+    follows it.
+    """
+    found = [
+        (placed.part_start(part), placed, part)
+        for placed in bucket.placed
+        for part in placed.parameter.parts
+    ]
     starts = [bucket.start, *(start for start, _, _ in found[1:]), bucket.end]
     for (_, placed, part), first, stretched in zip(found, starts[:-1], starts[1:], strict=True):
-        start, end = max(first, low), min(stretched, high)
+        start = max(first, low)
+        end = min(stretched, high)
         if start < end:
             yield start, end, placed, part

@@ -1,9 +1,11 @@
-"""AdamW over this rank's shard of the flat buffers, with fp32 main parameters. Owns: main parameters, moments, the update, the
-gather of updated weights. Must not know: the model, microbatches, files.
+"""AdamW over this rank's shard of the flat buffers, with fp32 main parameters.
 
-ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every bucket. In fp32 the main parameters are
-the model's own memory; in bf16 they are a separate fp32 shard. The update is torch's functional AdamW: the class would import the
-compiler, a second of every start.
+Owns: main parameters, moments, the update, the gather of updated weights. Must not know: the model,
+microbatches, files.
+
+ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every bucket. In
+fp32 the main parameters are the model's own memory; in bf16 they are a separate fp32 shard. The
+update is torch's functional AdamW: the class would import the compiler, a second of every start.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,22 +37,32 @@ class Update:
 
 
 class OptimizerShard:
-    """What this rank updates of one family of parameters: runs of its flat buffers; `state` tensors are flat shards in run order."""
+    """What this rank updates of one family of parameters: runs of its flat buffers; `state` tensors
+    are flat shards in run order.
+    """
 
     def __init__(self, config: OptimizerConfig, family: ParameterFamily, *, sharded: bool) -> None:
         """With `sharded` each of those that have the same buffers updates its own part."""
-        self.buffers, self.group = family.buffers, family.group
+        self.buffers = family.buffers
+        self.group = family.group
         self.sharded = sharded and self.group is not None
         self._adopt = family.adopt
-        buffers, group = self.buffers, self.group
-        dp_rank, dp = collectives.rank(group), collectives.size(group)
+        buffers = self.buffers
+        group = self.group
+        dp_rank = collectives.rank(group)
+        dp = collectives.size(group)
         self.runs = flat_runs(buffers.plan, dp_rank, dp, sharded=self.sharded)
-        self._owned = [owned_range(bucket, dp_rank, dp, sharded=self.sharded) for bucket in buffers.plan.buckets]
+        self._owned = [
+            owned_range(bucket, dp_rank, dp, sharded=self.sharded)
+            for bucket in buffers.plan.buckets
+        ]
         length = sum(run.end - run.start for run in self.runs)
         device = buffers.parameters.device
         self.main_is_model = buffers.parameters.dtype == torch.float32
         self._main_shard = None if self.main_is_model else torch.zeros(length, device=device)
-        self.state = {name: torch.zeros(length, device=device) for name in ("exp_avg", "exp_avg_sq")}
+        self.state = {
+            name: torch.zeros(length, device=device) for name in ("exp_avg", "exp_avg_sq")
+        }
         self._placed = {placed.parameter.name: placed for placed in buffers.plan.placed}
         self.pieces = tuple(pieces(buffers.plan, self.runs))
         self._pieces_of: dict[str, list[Piece]] = {}
@@ -109,7 +121,9 @@ class OptimizerShard:
                 taken.fill_(float(steps))
 
     def publish(self) -> None:
-        """Main parameters -> model weights of every rank (after an update, a load, or initialisation of the shard)."""
+        """Main parameters -> model weights of every rank (after an update, a load, or
+        initialisation of the shard).
+        """
         if self._main_shard is not None:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
@@ -121,7 +135,9 @@ class OptimizerShard:
             return
         flat = self.buffers.parameters
         pending = [
-            collectives.start_all_gather_into(flat[bucket.start : bucket.end], flat[low:high], self.group)
+            collectives.start_all_gather_into(
+                flat[bucket.start : bucket.end], flat[low:high], self.group
+            )
             for bucket, (low, high) in zip(self.buffers.plan.buckets, self._owned, strict=True)
         ]
         for gather in pending:
@@ -132,26 +148,36 @@ class OptimizerShard:
         return name in self._placed
 
     def initialise(self, name: str, value: Tensor) -> None:
-        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main parameters."""
+        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main
+        parameters.
+        """
         flat = value.reshape(-1)
         self._model_range(name).copy_(flat)
         if self._main_shard is None:
             return
         for piece in self._pieces_of.get(name, ()):
-            offset, length = piece.start - piece.placed.start, piece.end - piece.start
-            self._main_shard[piece.shard_start : piece.shard_start + length].copy_(flat[offset : offset + length])
+            offset = piece.start - piece.placed.start
+            length = piece.end - piece.start
+            self._main_shard[piece.shard_start : piece.shard_start + length].copy_(
+                flat[offset : offset + length]
+            )
 
     def _model_range(self, name: str) -> Tensor:
         placed = self._placed[name]
         return self.buffers.parameters[placed.start : placed.end]
 
     def sharded_state(self) -> ShardedState:
-        """Live views of what this rank holds: `model/...` are the fp32 main parameters, or the model's own where those are frozen;
-        `optimizer/...` the moments."""
+        """Live views of what this rank holds: `model/...` are the fp32 main parameters, or the
+        model's own where those are frozen; `optimizer/...` the moments.
+        """
         state: ShardedState = {}
         for piece in self.pieces:
             shard = slice(piece.shard_start, piece.shard_start + piece.end - piece.start)
-            main = self.buffers.parameters[piece.start : piece.end] if self._main_shard is None else self._main_shard[shard]
+            main = (
+                self.buffers.parameters[piece.start : piece.end]
+                if self._main_shard is None
+                else self._main_shard[shard]
+            )
             _add_boxes(state, "model/", piece, main)
             for name, flat in self.state.items():
                 _add_boxes(state, f"optimizer/{name}/", piece, flat[shard])
@@ -161,7 +187,9 @@ class OptimizerShard:
         return state
 
     def sharded_gradients(self) -> ShardedState:
-        """Live views of the gradients this rank updates with, by logical name: what layouts are compared by."""
+        """Live views of the gradients this rank updates with, by logical name: what layouts are
+        compared by.
+        """
         state: ShardedState = {}
         for piece in self.pieces:
             _add_boxes(state, "", piece, self.buffers.gradients[piece.start : piece.end])
@@ -169,14 +197,24 @@ class OptimizerShard:
 
 
 class ShardedOptimizer:
-    """All that this rank updates: one shard per family of parameters, since each family has replicas of its own."""
+    """All that this rank updates: one shard per family of parameters, since each family has
+    replicas of its own.
+    """
 
-    def __init__(self, config: OptimizerConfig, families: Sequence[ParameterFamily], *, sharded: bool) -> None:
+    def __init__(
+        self, config: OptimizerConfig, families: Sequence[ParameterFamily], *, sharded: bool
+    ) -> None:
         self.shards = tuple(OptimizerShard(config, family, sharded=sharded) for family in families)
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """Every part of a parameter that this rank updates, in buffer order, and its flat main gradient."""
-        return ((piece, shard.buffers.gradients[piece.start : piece.end]) for shard in self.shards for piece in shard.pieces)
+        """Every part of a parameter that this rank updates, in buffer order, and its flat main
+        gradient.
+        """
+        return (
+            (piece, shard.buffers.gradients[piece.start : piece.end])
+            for shard in self.shards
+            for piece in shard.pieces
+        )
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -191,35 +229,54 @@ class ShardedOptimizer:
             shard.set_steps_taken(steps)
 
     def publish(self) -> None:
-        """Main parameters -> model weights of every rank (after an update, a load, or initialisation of the shard)."""
+        """Main parameters -> model weights of every rank (after an update, a load, or
+        initialisation of the shard).
+        """
         for shard in self.shards:
             shard.publish()
 
     def initialise(self, name: str, value: Tensor) -> None:
-        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main parameters."""
+        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main
+        parameters.
+        """
         for shard in self.shards:
             if shard.holds(name):
                 shard.initialise(name, value)
 
     def sharded_state(self) -> ShardedState:
-        """Live views of what this rank holds: `model/...` are the fp32 main parameters, `optimizer/...` the moments."""
+        """Live views of what this rank holds: `model/...` are the fp32 main parameters,
+        `optimizer/...` the moments.
+        """
         return {name: held for shard in self.shards for name, held in shard.sharded_state().items()}
 
     def sharded_gradients(self) -> ShardedState:
-        """Live views of the gradients this rank updates with, by logical name: what layouts are compared by."""
-        return {name: held for shard in self.shards for name, held in shard.sharded_gradients().items()}
+        """Live views of the gradients this rank updates with, by logical name: what layouts are
+        compared by.
+        """
+        return {
+            name: held for shard in self.shards for name, held in shard.sharded_gradients().items()
+        }
 
 
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
-    """Cuts the flat range of a piece into boxes of the logical tensors fused in its parameter; padding rows fall out."""
+    """Cuts the flat range of a piece into boxes of the logical tensors fused in its parameter;
+    padding rows fall out.
+    """
     parameter = piece.placed.parameter
     for part in parameter.parts:
         part_start = piece.placed.part_start(part)
-        start, end = max(piece.start, part_start), min(piece.end, part_start + part.box.num_elements)
+        start = max(piece.start, part_start)
+        end = min(piece.end, part_start + part.box.num_elements)
         if start >= end:
             continue
         entry = state.setdefault(prefix + part.logical.name, ShardedTensor(part.logical.shape, []))
-        for box, low, high in flat_range_to_boxes(part.box.size, start - part_start, end - part_start):
-            offset = tuple(outer + inner for outer, inner in zip(part.box.offset, box.offset, strict=True))
-            view = flat[part_start + low - piece.start : part_start + high - piece.start].view(box.size)
+        for box, low, high in flat_range_to_boxes(
+            part.box.size, start - part_start, end - part_start
+        ):
+            offset = tuple(
+                outer + inner for outer, inner in zip(part.box.offset, box.offset, strict=True)
+            )
+            view = flat[part_start + low - piece.start : part_start + high - piece.start].view(
+                box.size
+            )
             entry.boxes.append(TensorBox(Box(offset, box.size), view))

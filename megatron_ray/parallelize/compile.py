@@ -1,8 +1,12 @@
-"""The elementwise parts of a model as plain formulas that torch.compile fuses. Owns: those formulas, and where they go in a model.
+"""The elementwise parts of a model as plain formulas that torch.compile fuses.
 
-Products, attention and collectives are left to their libraries, and weight gradients to their slots: neither gains from being compiled,
-and a compiler cannot see through them. What is left is bound by memory, where one pass instead of several is all there is to gain. Routed
-experts stay as they are: their rows change with every microbatch, and new shapes are new code. Must not know: groups, schedules.
+Owns: those formulas, and where they go in a model.
+
+Products, attention and collectives are left to their libraries, and weight gradients to their
+slots: neither gains from being compiled, and a compiler cannot see through them. What is left is
+bound by memory, where one pass instead of several is all there is to gain. Routed experts stay as
+they are: their rows change with every microbatch, and new shapes are new code. Must not know:
+groups, schedules.
 """
 
 import sysconfig
@@ -51,7 +55,8 @@ def apply_fusions(model: GPT, fusions: Fusions) -> None:
 
 
 def compiled_fusions() -> Fusions:
-    """The formulas, each to be compiled when it is first used (seconds), and again for another shape. Imports the compiler.
+    """The formulas, each to be compiled when it is first used (seconds), and again for another
+    shape. Imports the compiler.
 
     Raises ConfigProblem where this machine lacks what the compiler needs.
     """
@@ -59,8 +64,12 @@ def compiled_fusions() -> Fusions:
 
     _refuse_without_tools()
     inductor.compile_threads = 1  # else it starts a pool of processes that outlives the rank
-    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(torch.compile, fullgraph=True)
-    rms_norm, swiglu, geglu_tanh, rotation = (Kernel(compiled(kernel.forward), compiled(kernel.backward)) for kernel in FORMULAS[:-1])
+    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(
+        torch.compile, fullgraph=True
+    )
+    rms_norm, swiglu, geglu_tanh, rotation = (
+        Kernel(compiled(kernel.forward), compiled(kernel.backward)) for kernel in FORMULAS[:-1]
+    )
     return Fusions(rms_norm, swiglu, geglu_tanh, rotation, compiled(FORMULAS.exponentials_))
 
 
@@ -68,14 +77,19 @@ def _refuse_without_tools() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
-    absent = "" if Path(sysconfig.get_path("include"), "Python.h").exists() else "Python's headers (Python.h)"
+    absent = (
+        ""
+        if Path(sysconfig.get_path("include"), "Python.h").exists()
+        else "Python's headers (Python.h)"
+    )
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         absent = "a C++ compiler (g++)"
     if absent:
         raise ConfigProblem(
-            f"/training/compile: blocks needs {absent} on every node, and this one has none; install it, or set compile to none"
+            f"/training/compile: blocks needs {absent} on every node, and this one has "
+            "none; install it, or set compile to none"
         )
 
 
@@ -85,8 +99,11 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (wide * rstd * weight).to(x.dtype), rstd
 
 
-def _rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    normed, wide = widened(x) * rstd, widened(grad)
+def _rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    normed = widened(x) * rstd
+    wide = widened(grad)
     projected = wide * normed
     mean = (projected * weight).mean(-1, keepdim=True)
     return ((wide * weight - normed * mean) * rstd).to(x.dtype), projected.sum(0)
@@ -99,14 +116,16 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = (widened(half) for half in gate_up.chunk(2, -1))
-    wide, share = widened(grad), gate.sigmoid()
+    wide = widened(grad)
+    share = gate.sigmoid()
     grad_gate = wide * up * share * (1 + gate * (1 - share))
     return torch.cat([grad_gate, wide * gate * share], -1).to(gate_up.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     """(GELU by its tanh approximation (Hendrycks and Gimpel 2016), its slope)."""
-    scale, cubic = sqrt(2 / pi), 0.044715
+    scale = sqrt(2 / pi)
+    cubic = 0.044715
     bent = (scale * (x + cubic * x * x * x)).tanh()
     slope = 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * scale * (1 + 3 * cubic * x * x)
     return 0.5 * x * (1 + bent), slope
@@ -119,7 +138,8 @@ def _geglu_tanh(gate_up: Tensor) -> Tensor:
 
 def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = (widened(half) for half in gate_up.chunk(2, -1))
-    wide, (gelu, slope) = widened(grad), _gelu_tanh(gate)
+    wide = widened(grad)
+    (gelu, slope) = _gelu_tanh(gate)
     return torch.cat([wide * up * slope, wide * gelu], -1).to(gate_up.dtype)
 
 
@@ -135,7 +155,9 @@ def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     return cos[..., half:], sin[..., half:]
 
 
-def _rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_width: int) -> tuple[Tensor, ...]:
+def _rotate_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_width: int
+) -> tuple[Tensor, ...]:
     split = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
     q, k, v = torch.split(split, [heads, groups, groups], dim=2)
     parts = [_rotated(q, *_halves(cos, sin)), _rotated(k, *_halves(cos, sin)), v.clone()]
@@ -144,7 +166,9 @@ def _rotate_qkv(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, 
     return tuple(part.transpose(1, 2) for part in parts)
 
 
-def _rotate_qkv_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate_qkv_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
     half_cos, half_sin = _halves(cos, sin)
     rotated = [_rotated(grad.transpose(1, 2), half_cos, -half_sin) for grad in (grad_q, grad_k)]
     return torch.cat([*rotated, grad_v.transpose(1, 2)], 2).flatten(2)
@@ -152,13 +176,15 @@ def _rotate_qkv_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Te
 
 def _exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
     wide = widened(logits)
-    largest, chosen = wide.amax(1), wide.gather(1, local[:, None]).squeeze(1)
+    largest = wide.amax(1)
+    chosen = wide.gather(1, local[:, None]).squeeze(1)
     shares = (wide - largest[:, None]).exp()
     total = shares.sum(1)
     if logits.dtype.itemsize >= 4:
         logits.copy_(shares)
         return Exponentials(largest, total, chosen, torch.ones_like(total))
-    # As probabilities, so that what is rounded is multiplied by one, and not rounded again, where nobody shares the vocabulary.
+    # As probabilities, so that what is rounded is multiplied by one, and not rounded again, where
+    # nobody shares the vocabulary.
     logits.copy_(shares / total[:, None])
     return Exponentials(largest, total, chosen, total.clone())
 

@@ -1,4 +1,7 @@
-"""The `local` spec: layers on plain torch, for any device. Owns: which class fills which slot. Must not know: who builds what when."""
+"""The `local` spec: layers on plain torch, for any device.
+
+Owns: which class fills which slot. Must not know: who builds what when.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,57 +60,127 @@ class LocalLayers:
         streams: Streams,
         attention: Callable[[int | None], nn.Module] = WholeAttention,
     ) -> None:
-        self.config, self.group, self.sequence_parallel, self.dtype = config, group, sequence_parallel, dtype
-        self.experts, self._attention, self._streams = experts, attention, streams
+        self.config = config
+        self.group = group
+        self.sequence_parallel = sequence_parallel
+        self.dtype = dtype
+        self.experts = experts
+        self._attention = attention
+        self._streams = streams
         self.rows = padded_vocabulary(config, tp)
 
     def embedding(self, width: int, uses: int) -> nn.Module:
-        found = VocabParallelEmbedding(self.rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+        found = VocabParallelEmbedding(
+            self.rows,
+            width,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
         found.uses = uses
         return found
 
     def position_embedding(self, rows: int, width: int) -> nn.Module:
-        return PositionEmbedding(rows, width, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+        return PositionEmbedding(
+            rows,
+            width,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
 
     def norm(self, width: int) -> nn.Module:
-        config, group, sequence_parallel, dtype = self.config, self.group, self.sequence_parallel, self.dtype
+        config = self.config
+        group = self.group
+        sequence_parallel = self.sequence_parallel
+        dtype = self.dtype
         if config.norm == "layernorm":
-            return LayerNorm(width, config.norm_eps, group=group, sequence_parallel=sequence_parallel, dtype=dtype)
+            return LayerNorm(
+                width,
+                config.norm_eps,
+                group=group,
+                sequence_parallel=sequence_parallel,
+                dtype=dtype,
+            )
         centred = config.zero_centered_norm
-        return RMSNorm(width, config.norm_eps, group=group, sequence_parallel=sequence_parallel, dtype=dtype, zero_centered=centred)
+        return RMSNorm(
+            width,
+            config.norm_eps,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+            zero_centered=centred,
+        )
 
     def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
         return ColumnParallelLinear(
-            inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+            inputs,
+            outputs,
+            bias=bias,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
         )
 
     def replicated(self, inputs: int, outputs: int) -> nn.Module:
-        return ReplicatedLinear(inputs, outputs, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+        return ReplicatedLinear(
+            inputs,
+            outputs,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
 
     def shared_by_heads(self) -> nn.Module:
         return SharedByHeads(self.group, self.sequence_parallel)
 
-    def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKVParallelLinear:
+    def qkv(
+        self, inputs: int, heads: int, groups: int, head_width: int, bias: bool
+    ) -> QKVParallelLinear:
         return QKVParallelLinear(
-            inputs, heads, groups, head_width, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype
+            inputs,
+            heads,
+            groups,
+            head_width,
+            bias=bias,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
         )
 
     def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        return RowParallelLinear(inputs, outputs, bias=bias, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+        return RowParallelLinear(
+            inputs,
+            outputs,
+            bias=bias,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
 
     def attention(self, window: int | None) -> nn.Module:
         return self._attention(window)
 
     def router(self, width: int, num_experts: int) -> nn.Module:
-        return RouterLinear(width, num_experts, group=self.group, sequence_parallel=self.sequence_parallel, dtype=self.dtype)
+        return RouterLinear(
+            width,
+            num_experts,
+            group=self.group,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
 
     def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
         local = num_experts // collectives.size(self.experts.ep_group)
-        return GroupedLinear(local, inputs, outputs // collectives.size(self.experts.etp_group), dtype=self.dtype)
+        return GroupedLinear(
+            local, inputs, outputs // collectives.size(self.experts.etp_group), dtype=self.dtype
+        )
 
     def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
         local = num_experts // collectives.size(self.experts.ep_group)
-        return GroupedLinear(local, inputs // collectives.size(self.experts.etp_group), outputs, dtype=self.dtype)
+        return GroupedLinear(
+            local, inputs // collectives.size(self.experts.etp_group), outputs, dtype=self.dtype
+        )
 
     def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
         return ExpertBias(num_experts, rate)
@@ -117,7 +190,9 @@ class LocalLayers:
         return kind(num_experts, self.experts.ep_group, self.experts.etp_group)
 
     def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AttachedLoss:
-        return AttachedLoss(kind, divisor if of_own_tokens else divisor * collectives.size(self.group))
+        return AttachedLoss(
+            kind, divisor if of_own_tokens else divisor * collectives.size(self.group)
+        )
 
     def own_rows(self, tensor: Tensor) -> Tensor:
         return collectives.local_rows(tensor, self.group if self.sequence_parallel else None)
@@ -132,7 +207,11 @@ class LocalLayers:
 
     def dropping_attention(self, place: str, window: int | None) -> nn.Module | None:
         rate = self.config.attention_dropout
-        return DroppingAttention(rate, self._streams.stream(place, ("cp", "tp")), window) if rate else None
+        return (
+            DroppingAttention(rate, self._streams.stream(place, ("cp", "tp")), window)
+            if rate
+            else None
+        )
 
     def head(self, width: int, embedding: nn.Module | None, uses: int) -> nn.Module:
         tied = embedding.weight if embedding is not None else None

@@ -1,6 +1,9 @@
-"""From a config and a mesh to a model on this rank, its buffers and its gradient path. Owns: the order of assembly.
+"""From a config and a mesh to a model on this rank, its buffers and its gradient path.
 
-The only place that sees both the model and the layout. Must not know: the optimizer's arithmetic, data, the loop.
+Owns: the order of assembly.
+
+The only place that sees both the model and the layout. Must not know: the optimizer's arithmetic,
+data, the loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +18,13 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.context_parallel.all_gather import GatherAttention
 from megatron_ray.context_parallel.all_to_all import ExchangeAttention
 from megatron_ray.context_parallel.ring import RingAttention
-from megatron_ray.data_parallel.buffers import FlatBuffers, GradReducer, ParameterFamily, adopt_parameters, attach_slots
+from megatron_ray.data_parallel.buffers import (
+    FlatBuffers,
+    GradReducer,
+    ParameterFamily,
+    adopt_parameters,
+    attach_slots,
+)
 from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
@@ -57,7 +66,8 @@ class ParallelModel:
     """This rank's list for a step; empty where there is one stage only."""
     sequence_parallel: bool
     dtype: torch.dtype
-    """Of activations; under ZeRO-3 not that of the buffers, whose fp32 weights are gathered in this type."""
+    """Of activations; under ZeRO-3 not that of the buffers, whose fp32 weights are gathered in this
+    type."""
 
     @property
     def has_loss(self) -> bool:
@@ -80,7 +90,9 @@ def build_model(
     held: Sequence[StageContents] | None = None,
     seed: int = 0,
 ) -> GPT:
-    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is allocated yet. `seed` is dropout's."""
+    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is
+    allocated yet. `seed` is dropout's.
+    """
     layers = LocalLayers(
         config,
         mesh.tp_group,
@@ -96,7 +108,9 @@ def build_model(
 
 
 def context_attention(method: str, mesh: ParallelMesh, window: int | None = None) -> nn.Module:
-    """Attention over sequences, or the last `window` tokens of them, that context-parallel ranks share, or that lie whole on this one."""
+    """Attention over sequences, or the last `window` tokens of them, that context-parallel ranks
+    share, or that lie whole on this one.
+    """
     if mesh.cp_group is None:
         return WholeAttention(window)
     if method == "p2p":
@@ -109,36 +123,75 @@ def context_attention(method: str, mesh: ParallelMesh, window: int | None = None
     return ExchangeAttention(exchange, RingAttention(ring, window))
 
 
-def parallelize(config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None) -> ParallelModel:
-    """Builds the model, places its parameters in flat buffers (zeros) and wires gradients to the buckets.
+def parallelize(
+    config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None
+) -> ParallelModel:
+    """Builds the model, places its parameters in flat buffers (zeros) and wires gradients to the
+    buckets.
 
     `on_reduce` hears of every bucket whose reduction starts (tests and traces).
     """
-    parallel, dtype, pipeline = config.parallel, DTYPES[config.training.precision], plan_pipeline(config)
-    held, fully_sharded = pipeline.held(mesh.pp_rank), parallel.zero == 3 and mesh.shard_group is not None
+    parallel = config.parallel
+    dtype = DTYPES[config.training.precision]
+    pipeline = plan_pipeline(config)
+    held = pipeline.held(mesh.pp_rank)
+    fully_sharded = parallel.zero == 3 and mesh.shard_group is not None
     held_type = torch.float32 if fully_sharded else dtype
-    module = build_model(config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed)
+    module = build_model(
+        config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed
+    )
     if config.training.compile == "blocks":
         apply_fusions(module, compiled_fusions())
     apply_recompute(module, config.training.recompute)
-    table = local_parameters(config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held)
+    table = local_parameters(
+        config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held
+    )
     table = freeze(table, config.optimizer.freeze)
     for local in table:
         module.get_parameter(local.name).requires_grad_(local.trainable)
-    num_microbatches = config.training.global_batch_size // (config.training.micro_batch_size * mesh.dims.dp)
-    actions = pipeline.training_actions(num_microbatches, mesh.pp_rank) if pipeline.stages.num_stages > 1 else []
+    num_microbatches = config.training.global_batch_size // (
+        config.training.micro_batch_size * mesh.dims.dp
+    )
+    actions = (
+        pipeline.training_actions(num_microbatches, mesh.pp_rank)
+        if pipeline.stages.num_stages > 1
+        else []
+    )
     if fully_sharded:
         table, families = _fully_sharded(config, mesh, module, table)
         sink = WeightGradSink(families[0].reducer.ready)
     else:
         families = _families(config, mesh, table, on_reduce)
         adopt_parameters(module, _views(families, _weights))
-        reducers = {name: family.reducer for family in families for name in family.buffers.views(family.buffers.gradients)}
+        reducers = {
+            name: family.reducer
+            for family in families
+            for name in family.buffers.views(family.buffers.gradients)
+        }
         sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
         attach_slots(module, _views(families, _gradients), sink)
-    biases, kinds = allocate_expert_biases(module, mesh.device), config.model.attached_losses
-    losses = {kind: [part for part in module.modules() if isinstance(part, AttachedLoss) and part.kind == kind] for kind in kinds}
-    return ParallelModel(module, table, families, biases, losses, sink, pipeline, actions, parallel.sequence_parallel, dtype)
+    biases = allocate_expert_biases(module, mesh.device)
+    kinds = config.model.attached_losses
+    losses = {
+        kind: [
+            part
+            for part in module.modules()
+            if isinstance(part, AttachedLoss) and part.kind == kind
+        ]
+        for kind in kinds
+    }
+    return ParallelModel(
+        module,
+        table,
+        families,
+        biases,
+        losses,
+        sink,
+        pipeline,
+        actions,
+        parallel.sequence_parallel,
+        dtype,
+    )
 
 
 def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:
@@ -150,9 +203,14 @@ def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, Exper
 
 
 def _families(
-    config: TrainConfig, mesh: ParallelMesh, table: Sequence[LocalParameter], on_reduce: Callable[[Bucket], None] | None
+    config: TrainConfig,
+    mesh: ParallelMesh,
+    table: Sequence[LocalParameter],
+    on_reduce: Callable[[Bucket], None] | None,
 ) -> tuple[ParameterFamily, ...]:
-    """Flat buffers (zeros) of the dense parameters and of the experts, each with the reduction over its own replicas."""
+    """Flat buffers (zeros) of the dense parameters and of the experts, each with the reduction over
+    its own replicas.
+    """
     found = []
     for of_expert, group in ((False, mesh.replica_group), (True, mesh.expert_replica_group)):
         parameters = [parameter for parameter in table if parameter.of_expert == of_expert]
@@ -168,20 +226,26 @@ def _families(
 def _fully_sharded(
     config: TrainConfig, mesh: ParallelMesh, module: GPT, table: Sequence[LocalParameter]
 ) -> tuple[tuple[LocalParameter, ...], tuple[ParameterFamily, ...]]:
-    """This rank's rows, and both families as torch's fully_shard cuts them: dense parameters over dp x cp, or a part of it where there
-    are copies, experts over edp."""
+    """This rank's rows, and both families as torch's fully_shard cuts them: dense parameters over
+    dp x cp, or a part of it where there are copies, experts over edp.
+    """
     experts = [part for part in module.modules() if isinstance(part, GatedExperts | PlainExperts)]
-    dense = Shards([*module.layers.values(), *module.mtp.values(), module], mesh.shard_group, mesh.copy_group)
+    dense = Shards(
+        [*module.layers.values(), *module.mtp.values(), module], mesh.shard_group, mesh.copy_group
+    )
     of_experts = Shards(experts, mesh.expert_replica_group)
     shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
-    families, found = list[ParameterFamily](), list[LocalParameter]()
+    families = list[ParameterFamily]()
+    found = list[LocalParameter]()
     for of_expert, part in ((False, dense), (True, of_experts)):
         if of_expert and not experts:
             continue
         mine = [parameter for parameter in table if parameter.of_expert == of_expert]
         rows = shard_rows(mine, collectives.rank(part.group), collectives.size(part.group))
         found += rows
-        buffers = FlatBuffers.allocate(plan_buckets(rows, 1, config.parallel.bucket_elements), torch.float32, mesh.device)
+        buffers = FlatBuffers.allocate(
+            plan_buckets(rows, 1, config.parallel.bucket_elements), torch.float32, mesh.device
+        )
         adopt = shards.adopt if not of_expert else lambda: None
         families.append(ParameterFamily(buffers, TorchReducer(buffers), part.copies, adopt))
     weights, gradients = (_views(families, choose) for choose in (_weights, _gradients))
@@ -197,5 +261,11 @@ def _gradients(buffers: FlatBuffers) -> Tensor:
     return buffers.gradients
 
 
-def _views(families: Sequence[ParameterFamily], choose: Callable[[FlatBuffers], Tensor]) -> dict[str, Tensor]:
-    return {name: view for family in families for name, view in family.buffers.views(choose(family.buffers)).items()}
+def _views(
+    families: Sequence[ParameterFamily], choose: Callable[[FlatBuffers], Tensor]
+) -> dict[str, Tensor]:
+    return {
+        name: view
+        for family in families
+        for name, view in family.buffers.views(choose(family.buffers)).items()
+    }

@@ -1,9 +1,13 @@
-"""Activations that the backward pass computes again instead of keeping them (Chen et al. 2016). Owns: how, and with which parts of a model.
+"""Activations that the backward pass computes again instead of keeping them (Chen et al. 2016).
 
-Two ways. `recomputed` keeps a region's inputs and runs it again. `give_back` frees the output of a small module once its consumer has
-used it and writes it again into the same memory before the consumer's backward reads it. Nothing of a region's forward but its inputs
-decides what it computes, random numbers included (rng.py), so the second run equals the first bit for bit. Weight gradients go
-to their slots in the backward only, once, whoever ran the forward how often. Must not know: schedules, groups.
+Owns: how, and with which parts of a model.
+
+Two ways. `recomputed` keeps a region's inputs and runs it again. `give_back` frees the output of a
+small module once its consumer has used it and writes it again into the same memory before the
+consumer's backward reads it. Nothing of a region's forward but its inputs decides what it computes,
+random numbers included (rng.py), so the second run equals the first bit for bit. Weight gradients
+go to their slots in the backward only, once, whoever ran the forward how often. Must not know:
+schedules, groups.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.models.attention import Positions
@@ -28,7 +31,11 @@ def apply_recompute(model: GPT, config: RecomputeConfig) -> None:
     """Puts recomputation into a model as the config asks for it."""
     if config.granularity == "full":
         assert config.num_layers is not None
-        model.through = _Chunks(config.num_layers) if config.method == "uniform" else _FirstLayers(config.num_layers)
+        model.through = (
+            _Chunks(config.num_layers)
+            if config.method == "uniform"
+            else _FirstLayers(config.num_layers)
+        )
     for block in model.blocks:
         for name in config.chosen_modules:
             _MODULES[name](block)
@@ -43,7 +50,9 @@ class _Chunks:
     def __init__(self, length: int) -> None:
         self._length = length
 
-    def __call__(self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
+    def __call__(
+        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions
+    ) -> Tensor:
         row = list(blocks)
         for start in range(0, len(row), self._length):
             hidden_TH = _layers(row[start : start + self._length], hidden_TH, positions)
@@ -56,9 +65,15 @@ class _FirstLayers:
     def __init__(self, count: int) -> None:
         self._count = count
 
-    def __call__(self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
+    def __call__(
+        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions
+    ) -> Tensor:
         for place, block in enumerate(blocks):
-            hidden_TH = _layers([block], hidden_TH, positions) if place < self._count else block(hidden_TH, positions, None)
+            hidden_TH = (
+                _layers([block], hidden_TH, positions)
+                if place < self._count
+                else block(hidden_TH, positions, None)
+            )
         return hidden_TH
 
 
@@ -66,7 +81,8 @@ def _layers(blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: Positions
     def run(positions: Positions, hidden_TH: Tensor) -> Tensor:
         return one_after_another(blocks, hidden_TH, positions)
 
-    first, again = partial(run, positions), partial(run, _unheard(positions))
+    first = partial(run, positions)
+    again = partial(run, _unheard(positions))
     return recomputed(first, hidden_TH, again=again, last=_last_product(blocks[-1]))
 
 
@@ -97,7 +113,8 @@ class _RecomputedCore(nn.Module):
 def _mlp(block: Block) -> None:
     if block.mlp is None:
         return
-    plain, last = block.mlp.forward, _last_product(block)
+    plain = block.mlp.forward
+    last = _last_product(block)
 
     def forward(x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
         if residual_TH is None:
@@ -154,20 +171,28 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
 def _last_product(block: nn.Module) -> RowParallelLinear | None:
     """The product that makes the output of a block's MLP; experts have none such."""
     assert isinstance(block, Block)
-    return block.mlp.down if block.mlp is not None and isinstance(block.mlp.down, RowParallelLinear) else None
+    return (
+        block.mlp.down
+        if block.mlp is not None and isinstance(block.mlp.down, RowParallelLinear)
+        else None
+    )
 
 
 # ---- regions kept as their inputs
 
 
 def recomputed(
-    run: Callable[..., Tensor], *inputs: Tensor, again: Callable[..., Tensor] | None = None, last: RowParallelLinear | None = None
+    run: Callable[..., Tensor],
+    *inputs: Tensor,
+    again: Callable[..., Tensor] | None = None,
+    last: RowParallelLinear | None = None,
 ) -> Tensor:
     """run(*inputs), of which only the inputs are kept for the backward pass.
 
-    `again` computes the same in the backward pass, where that is to be told apart. `last`: the layer that makes the output and of which
-    nothing in the region reads the output; its second product, and under tensor parallelism the communication of it, are spared. `run`
-    must be a function of its inputs alone; everything that needs a gradient is an input, or a parameter.
+    `again` computes the same in the backward pass, where that is to be told apart. `last`: the
+    layer that makes the output and of which nothing in the region reads the output; its second
+    product, and under tensor parallelism the communication of it, are spared. `run` must be a
+    function of its inputs alone; everything that needs a gradient is an input, or a parameter.
     """
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return run(*inputs)
@@ -177,9 +202,15 @@ def recomputed(
 class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, run: Callable[..., Tensor], again: Callable[..., Tensor], last: RowParallelLinear | None, *inputs: Tensor
+        ctx: Any,
+        run: Callable[..., Tensor],
+        again: Callable[..., Tensor],
+        last: RowParallelLinear | None,
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.run, ctx.last = again, last  # type: ignore[attr-defined]
+
+        ctx.run = again
+        ctx.last = last
         ctx.save_for_backward(*inputs)
         return run(*inputs)  # autograd records nothing inside a function's forward
 
@@ -212,11 +243,14 @@ def _unread(layer: RowParallelLinear | None) -> Iterator[None]:
 
 
 def give_back(producer: nn.Module, consumer: nn.Module) -> None:
-    """Frees the output of `producer` after `consumer`, the only one to read it, has run; it is there again for the consumer's backward.
+    """Frees the output of `producer` after `consumer`, the only one to read it, has run; it is
+    there again for the consumer's backward.
 
-    Costs one run of the producer and one copy of its output. The output must have memory of its own.
+    Costs one run of the producer and one copy of its output. The output must have memory of its
+    own.
     """
-    plain, under_way = producer.forward, list[Any]()
+    plain = producer.forward
+    under_way = list[Any]()
 
     def produce(*inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
@@ -231,7 +265,8 @@ def give_back(producer: nn.Module, consumer: nn.Module) -> None:
             size = memory.nbytes()
             memory.resize_(0)
             assert consumed.grad_fn is not None
-            # Of the node and not of the tensor, whose hooks come before: under ZeRO-3 one of them gathers the weights.
+            # Of the node and not of the tensor, whose hooks come before: under ZeRO-3 one of them
+            # gathers the weights.
             consumed.grad_fn.register_prehook(lambda _: _write_again(node, memory, size))
 
     _replace_forward(producer, produce)
@@ -240,8 +275,8 @@ def give_back(producer: nn.Module, consumer: nn.Module) -> None:
 
 class _GivenBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.run = run  # type: ignore[attr-defined]
+    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        ctx.run = run
         ctx.save_for_backward(*inputs)
         return run(*inputs)
 
@@ -254,7 +289,9 @@ class _GivenBack(torch.autograd.Function):
 
 
 def _write_again(node: Any, memory: torch.UntypedStorage, size: int) -> None:
-    """Runs the producer once more, for its graph and for its output, which goes where the consumer has it from."""
+    """Runs the producer once more, for its graph and for its output, which goes where the consumer
+    has it from.
+    """
     inputs = _leaves(node.saved_tensors)
     with torch.enable_grad():
         output = node.run(*inputs)

@@ -1,8 +1,10 @@
-"""Executes a lowered schedule on one rank. Owns: activations between forward and backward, transfers under way.
+"""Executes a lowered schedule on one rank.
 
-It does what the list says, in its order, and decides nothing: a trace of what it did equals the list. Transfers are started where the
-list has them and waited for where their content is used, so that they overlap with computing. Must not know: which schedule it is,
-layers, the loss.
+Owns: activations between forward and backward, transfers under way.
+
+It does what the list says, in its order, and decides nothing: a trace of what it did equals the
+list. Transfers are started where the list has them and waited for where their content is used, so
+that they overlap with computing. Must not know: which schedule it is, layers, the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +20,8 @@ from megatron_ray.ops.backward import Backward
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
 
 Chunk = Callable[[Tensor | None, int], Tensor]
-"""A stage's part of the model: (activations received, microbatch) -> activations for the next stage, or the last stage's loss (a
-scalar). The first stage receives None."""
+"""A stage's part of the model: (activations received, microbatch) -> activations for the next
+stage, or the last stage's loss (a scalar). The first stage receives None."""
 
 
 class WeightGrads(Protocol):
@@ -54,7 +56,10 @@ _Key = tuple[int, int]
 
 
 class PipelineRunner:
-    """One rank's. `group` is the pipeline group; `on_action` hears of every action when it is done (traces)."""
+    """One rank's.
+
+    `group` is the pipeline group; `on_action` hears of every action when it is done (traces).
+    """
 
     def __init__(
         self,
@@ -66,11 +71,21 @@ class PipelineRunner:
         weight_grads: WeightGrads | None = None,
         on_action: Callable[[Action], None] | None = None,
     ) -> None:
-        self._actions, self._stages, self._chunks, self._group = actions, stages, chunks, group
-        self._rank, self._transfer, self._weight_grads, self._on_action = collectives.rank(group), transfer, weight_grads, on_action
+        self._actions = actions
+        self._stages = stages
+        self._chunks = chunks
+        self._group = group
+        self._rank = collectives.rank(group)
+        self._transfer = transfer
+        self._weight_grads = weight_grads
+        self._on_action = on_action
         self._keeps = any(action.op in (Op.BACKWARD, Op.BACKWARD_INPUT) for action in actions)
         """Activations for a backward pass; an evaluation has none."""
-        self._last = {action.chunk: place for place, action in enumerate(actions) if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)}
+        self._last = {
+            action.chunk: place
+            for place, action in enumerate(actions)
+            if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
+        }
         self._forget()
 
     def _forget(self) -> None:
@@ -84,7 +99,10 @@ class PipelineRunner:
         self._losses: dict[int, Tensor] = {}
 
     def step(self) -> list[Tensor]:
-        """All microbatches, forward and backward. Returns the losses on the rank of the last stage, by microbatch, else nothing."""
+        """All microbatches, forward and backward.
+
+        Returns the losses on the rank of the last stage, by microbatch, else nothing.
+        """
         self._forget()
         doing = {
             Op.FORWARD: self._forward,
@@ -125,18 +143,23 @@ class PipelineRunner:
 
     def _backward(self, place: int, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        stash, gradient = self._stashes.pop(key), self._take(self._gradients, Op.RECV_BACKWARD, key)
+        stash = self._stashes.pop(key)
+        gradient = self._take(self._gradients, Op.RECV_BACKWARD, key)
         if self._weight_grads is not None:
             if action.op is Op.BACKWARD:
                 self._weight_grads.begin_microbatch(last=place == self._last[action.chunk])
             else:
                 self._weight_grads.put_off(key)
         if stash.output.requires_grad:  # not where all of the first stage is frozen
-            torch.autograd.backward(stash.output) if gradient is None else Backward(stash.output).run(gradient)
+            torch.autograd.backward(stash.output) if gradient is None else Backward(
+                stash.output
+            ).run(gradient)
         if stash.received is not None:
             assert stash.received.grad is not None
             stage = self._stages.stage(self._rank, action.chunk)
-            self._hand_over(stage - 1, Op.SEND_BACKWARD, self._gradients, action, stash.received.grad)
+            self._hand_over(
+                stage - 1, Op.SEND_BACKWARD, self._gradients, action, stash.received.grad
+            )
 
     def _backward_weight(self, place: int, action: Action) -> None:
         if self._weight_grads is None:
@@ -146,7 +169,9 @@ class PipelineRunner:
 
     # ---- moving
 
-    def _hand_over(self, stage: int, op: Op, here: dict[_Key, Tensor], action: Action, content: Tensor) -> None:
+    def _hand_over(
+        self, stage: int, op: Op, here: dict[_Key, Tensor], action: Action, content: Tensor
+    ) -> None:
         """To a stage of this rank at once, else to whoever sends it."""
         home, chunk = self._stages.home(stage)
         if home == self._rank:
@@ -155,7 +180,9 @@ class PipelineRunner:
             self._to_send[op, action.chunk, action.microbatch] = content
 
     def _take(self, here: dict[_Key, Tensor], op: Op, key: _Key) -> Tensor | None:
-        """What has come for a chunk, from another rank or from this one; None where nothing ever comes."""
+        """What has come for a chunk, from another rank or from this one; None where nothing ever
+        comes.
+        """
         pending = self._arriving.pop((op, *key), None)
         if pending is not None:
             pending.wait()
@@ -163,7 +190,9 @@ class PipelineRunner:
 
     def _send(self, place: int, action: Action) -> None:
         content = self._to_send.pop((action.op, action.chunk, action.microbatch)).contiguous()
-        self._leaving = [(pending, tensor) for pending, tensor in self._leaving if not pending.is_completed()]
+        self._leaving = [
+            (pending, tensor) for pending, tensor in self._leaving if not pending.is_completed()
+        ]
         self._leaving.append((collectives.start_send(content, action.peer, self._group), content))
 
     def _receive(self, place: int, action: Action) -> None:

@@ -1,10 +1,14 @@
-"""Bytes that one rank sends in a step, by axis and kind of collective. Owns: that count, of exactly what the library sends.
+"""Bytes that one rank sends in a step, by axis and kind of collective.
 
-Bytes are those of the tensors that a rank hands to its collectives: the whole tensor of an all-reduce, a reduce-scatter or an all-to-all,
-its own part of an all-gather, what it sends of a send or of a hop in a ring. What it receives is what others send. Everything is taken
-to be trained, and experts to be balanced. Pure. Must not know: torch, bandwidths, how a collective is carried out.
+Owns: that count, of exactly what the library sends.
 
-Letters as in `activations`: T tokens of a microbatch on a context-parallel rank, t = T / tp under sequence parallelism, else T.
+Bytes are those of the tensors that a rank hands to its collectives: the whole tensor of an
+all-reduce, a reduce-scatter or an all-to-all, its own part of an all-gather, what it sends of a
+send or of a hop in a ring. What it receives is what others send. Everything is taken to be trained,
+and experts to be balanced. Pure. Must not know: torch, bandwidths, how a collective is carried out.
+
+Letters as in `activations`: T tokens of a microbatch on a context-parallel rank, t = T / tp under
+sequence parallelism, else T.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,8 +27,8 @@ from megatron_ray.planning.microbatch import num_microbatches, own_tokens_of, to
 from megatron_ray.sharding.parameters import Part
 
 Axis = Literal["tp", "cp", "pp", "dp", "ep", "etp", "edp", "embedding", "tokens", "world"]
-"""`dp`: the replicas of dense parameters, dp x cp; `edp`: those of an expert; `tokens`: tp x cp, who shares a microbatch; `embedding`: both
-holders of tied word embeddings."""
+"""`dp`: the replicas of dense parameters, dp x cp; `edp`: those of an expert; `tokens`: tp x cp,
+who shares a microbatch; `embedding`: both holders of tied word embeddings."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -45,7 +49,9 @@ class Tally:
     def add_all(self, other: "Tally", times: int = 1) -> None:
         """Everything in another tally, `times` over."""
         for (axis, kind), size in other.bytes.items():
-            self.operations[axis, kind] = self.operations.get((axis, kind), 0) + times * other.operations[axis, kind]
+            self.operations[axis, kind] = (
+                self.operations.get((axis, kind), 0) + times * other.operations[axis, kind]
+            )
             self.bytes[axis, kind] = self.bytes.get((axis, kind), 0) + times * size
 
 
@@ -66,9 +72,13 @@ def group_sizes(dims: ParallelDims) -> dict[Axis, int]:
 
 
 def step_communication(config: TrainConfig, rank: int) -> Tally | None:
-    """All that a rank of a resolved config sends in one step. None where the library does not send it by itself: under ZeRO-3, where torch
-    gathers and scatters."""
-    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
+    """All that a rank of a resolved config sends in one step.
+
+    None where the library does not send it by itself: under ZeRO-3, where torch gathers and
+    scatters.
+    """
+    dims = ParallelDims.of(config.parallel)
+    pipeline = plan_pipeline(config)
     if is_fully_sharded(config, dims):
         return None
     pp_rank = dims.coordinates(rank)["pp"]
@@ -76,8 +86,12 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     found = Tally(group_sizes(dims))
     for chunk, stage in enumerate(pipeline.held(pp_rank)):
         found.add_all(stage_communication(config, dims, stage), count)
-        found.add("pp", "send", transfer_bytes(config), count * _neighbours(pipeline, pp_rank, chunk))
-    found.add_all(update_communication(config, dims, pipeline, rank_buffers(config, dims, pipeline, rank)))
+        found.add(
+            "pp", "send", transfer_bytes(config), count * _neighbours(pipeline, pp_rank, chunk)
+        )
+    found.add_all(
+        update_communication(config, dims, pipeline, rank_buffers(config, dims, pipeline, rank))
+    )
     return found
 
 
@@ -87,10 +101,15 @@ def transfer_bytes(config: TrainConfig) -> int:
 
 
 def _neighbours(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:
-    """Other ranks to which a chunk sends: activations to the next stage, gradients to the one before."""
+    """Other ranks to which a chunk sends: activations to the next stage, gradients to the one
+    before.
+    """
     stages = pipeline.stages
     stage = stages.stage(pp_rank, chunk)
-    return sum(0 <= to < stages.num_stages and stages.home(to)[0] != pp_rank for to in (stage - 1, stage + 1))
+    return sum(
+        0 <= to < stages.num_stages and stages.home(to)[0] != pp_rank
+        for to in (stage - 1, stage + 1)
+    )
 
 
 # ---- one microbatch
@@ -110,11 +129,16 @@ def stage_communication(config: TrainConfig, dims: ParallelDims, stage: StageCon
         one.attention_backward()
         one.feed_forward(layer)
         one.feed_backward(layer)
-        microbatch.tally.add_all(one.tally, sum((config.model.experts_on(index) is not None) == experts for index in layers))
+        microbatch.tally.add_all(
+            one.tally,
+            sum((config.model.experts_on(index) is not None) == experts for index in layers),
+        )
     microbatch.recomputed(stage.layers)
     if stage.loss:
         microbatch.head()
-    for layer in further:  # each looks up the tokens after those of the one before, and has the head once more
+    for layer in (
+        further
+    ):  # each looks up the tokens after those of the one before, and has the head once more
         microbatch.embedding()
         microbatch.recomputed([layer])
         microbatch.head()
@@ -125,8 +149,13 @@ class _Microbatch:
     """Adds what parts of the model send to a tally."""
 
     def __init__(self, config: TrainConfig, tally: Tally) -> None:
-        self.config, self.model, self.parallel, self.tally = config, config.model, config.parallel, tally
-        self.width, self.tokens, self.own = width_of(config), tokens_of(config), own_tokens_of(config)
+        self.config = config
+        self.model = config.model
+        self.parallel = config.parallel
+        self.tally = tally
+        self.width = width_of(config)
+        self.tokens = tokens_of(config)
+        self.own = own_tokens_of(config)
         self.hidden = self.width * config.model.hidden_size
         """Bytes of a token's activations."""
 
@@ -149,7 +178,9 @@ class _Microbatch:
         self._sum(width)
 
     def _gather(self, width: int | None = None) -> None:
-        """Of tokens, where they are cut over tp; `width`: not of hidden states but of so many numbers each."""
+        """Of tokens, where they are cut over tp; `width`: not of hidden states but of so many
+        numbers each.
+        """
         if self.parallel.sequence_parallel:
             self.tally.add("tp", "all_gather", self.own * self._bytes(width))
 
@@ -172,14 +203,18 @@ class _Microbatch:
     def attention_backward(self) -> None:
         self._gather()
         self._core_backward()
-        if self.model.mla is not None:  # the part of the key that all heads share; nothing of it is needed again
+        if (
+            self.model.mla is not None
+        ):  # the part of the key that all heads share; nothing of it is needed again
             self._sum(self.model.mla.qk_rope_head_dim)
         for width in self._read_by_heads:
             self._column_backward(width)
 
     @property
     def _read_by_heads(self) -> tuple[int | None, ...]:
-        """Widths of what products cut by heads take: hidden states (None), or the latents, which are made of a rank's own tokens."""
+        """Widths of what products cut by heads take: hidden states (None), or the latents, which
+        are made of a rank's own tokens.
+        """
         mla = self.model.mla
         return (None,) if mla is None else (mla.q_lora_rank, mla.kv_lora_rank)
 
@@ -195,7 +230,8 @@ class _Microbatch:
     # ---- context parallelism
 
     def _core_forward(self) -> None:
-        cp, method = self.parallel.cp, self.parallel.cp_method
+        cp = self.parallel.cp
+        method = self.parallel.cp_method
         if method == "all_gather":
             self.tally.add("cp", "all_gather", self._keys_values * self.width)
         if method.startswith("a2a"):
@@ -203,7 +239,8 @@ class _Microbatch:
         self.tally.add("cp", "send", self._keys_values * self.width, self._hops(cp, method))
 
     def _core_backward(self) -> None:
-        cp, method = self.parallel.cp, self.parallel.cp_method
+        cp = self.parallel.cp
+        method = self.parallel.cp_method
         if method == "all_gather":
             self.tally.add("cp", "all_gather", self._keys_values * self.width)
             self.tally.add("cp", "reduce_scatter", self._keys_values * 4 * cp)
@@ -211,7 +248,9 @@ class _Microbatch:
             self._exchange()
         hops = self._hops(cp, method)
         self.tally.add("cp", "send", self._keys_values * self.width, hops)
-        self.tally.add("cp", "send", self._keys_values * 4, hops + 1 if hops else 0)  # gradients go all the way home
+        self.tally.add(
+            "cp", "send", self._keys_values * 4, hops + 1 if hops else 0
+        )  # gradients go all the way home
 
     def _hops(self, cp: int, method: str) -> int:
         sizes = self.parallel.hierarchical_cp_sizes
@@ -222,7 +261,9 @@ class _Microbatch:
         sizes = self.parallel.hierarchical_cp_sizes
         if self.parallel.cp_method == "a2a+p2p" and (sizes is None or sizes[0] == 1):
             return
-        queries = self.tokens * self.model.num_attention_heads * self.model.head_width // self.parallel.tp
+        queries = (
+            self.tokens * self.model.num_attention_heads * self.model.head_width // self.parallel.tp
+        )
         self.tally.add("cp", "all_to_all", queries * self.width, 2)
         self.tally.add("cp", "all_to_all", self._keys_values // 2 * self.width, 2)
 
@@ -240,7 +281,9 @@ class _Microbatch:
             self._mlp_forward()
             return
         self._experts_forward(moe)
-        if moe.aux_loss_coeff:  # once, also where the layer is recomputed: only a forward pass with gradients makes the loss
+        # once, also where the layer is recomputed: only a forward pass with gradients makes the
+        # loss
+        if moe.aux_loss_coeff:
             sequences = 1 if moe.aux_loss == "aux_loss" else self.config.training.micro_batch_size
             self.tally.add("tokens", "all_reduce", 4 * sequences * moe.num_experts)
 
@@ -270,7 +313,8 @@ class _Microbatch:
 
     def _dispatch(self, moe: MoEConfig) -> None:
         """Rows to their experts and outputs back; in a backward pass the same the other way round."""
-        ep, etp = self.parallel.ep, self.parallel.expert_tp
+        ep = self.parallel.ep
+        etp = self.parallel.expert_tp
         if self.parallel.dispatcher == "allgather":
             for axis, rows, size in (("etp", self.own, etp), ("ep", self.own * etp, ep)):
                 self.tally.add(axis, "all_gather", rows * self.hidden)  # type: ignore[arg-type]
@@ -288,7 +332,9 @@ class _Microbatch:
         self.tally.add("etp", "reduce_scatter", 4 * moe.top_k * inner)
 
     def _rows(self, moe: MoEConfig) -> int:
-        """That this rank sends out: one for each expert of each of its tokens, unless there is a limit."""
+        """That this rank sends out: one for each expert of each of its tokens, unless there is a
+        limit.
+        """
         chosen = self.own * moe.top_k
         if moe.capacity_factor is None:
             return chosen
@@ -298,7 +344,9 @@ class _Microbatch:
     # ---- recomputation
 
     def recomputed(self, layers: Sequence[int]) -> None:
-        """The second forward passes; the last product of a region is not summed again, because nothing reads it."""
+        """The second forward passes; the last product of a region is not summed again, because
+        nothing reads it.
+        """
         recompute = self.config.training.recompute
         if recompute.granularity == "full":
             for chunk in _chunks(layers, recompute.method == "uniform", recompute.num_layers or 1):
@@ -331,7 +379,9 @@ def _chunks(layers: Sequence[int], uniform: bool, size: int) -> Iterable[Sequenc
 # ---- once a step
 
 
-def update_communication(config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, held: RankBuffers) -> Tally:
+def update_communication(
+    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, held: RankBuffers
+) -> Tally:
     """Of one step on a rank: gradients, weights, and the step's numbers."""
     found = Tally(group_sizes(dims))
     for buffer in held.buffers:
@@ -343,8 +393,16 @@ def update_communication(config: TrainConfig, dims: ParallelDims, pipeline: Pipe
                 found.add(axis, "all_gather", buffer.width * size // buffer.replicas)
     _add_shared(found, dims, held.buffers)
     model = config.model
-    layers = [layer for stage in pipeline.held(held.pp_rank) for layer in (*stage.layers, *stage.further(model.num_layers))]
-    biases = [moe.num_experts for layer in layers if (moe := model.experts_on(layer)) is not None and moe.expert_bias]
+    layers = [
+        layer
+        for stage in pipeline.held(held.pp_rank)
+        for layer in (*stage.layers, *stage.further(model.num_layers))
+    ]
+    biases = [
+        moe.num_experts
+        for layer in layers
+        if (moe := model.experts_on(layer)) is not None and moe.expert_bias
+    ]
     found.add("tokens", "all_reduce", 4 * sum(biases))
     if dims.dp > 1:
         found.add("dp", "all_reduce", 4 * sum(biases))
@@ -354,18 +412,22 @@ def update_communication(config: TrainConfig, dims: ParallelDims, pipeline: Pipe
 
 
 def _add_shared(found: Tally, dims: ParallelDims, buffers: Sequence[PlannedBuffer]) -> None:
-    """Gradients that more ranks than the replicas hold parts of, as far as this rank updates them; fp32."""
+    """Gradients that more ranks than the replicas hold parts of, as far as this rank updates them;
+    fp32.
+    """
     over_tp = heads = copies = 0
     for buffer in buffers:
         for bucket in buffer.plan.buckets:
             for placed in bucket.placed:
-                parameter, owned = placed.parameter, buffer.owned(placed.start, placed.end)
+                parameter = placed.parameter
+                owned = buffer.owned(placed.start, placed.end)
                 over_tp += owned if parameter.sum_over_tp else 0
                 if parameter.on_two_stages:
                     found.add("embedding", "all_reduce", 4 * owned)
                 shared: list[Part] = [part for part in parameter.parts if part.copies > 1]
                 for part in shared:
                     start = placed.part_start(part)
-                    heads, copies = heads + buffer.owned(start, start + part.box.num_elements), part.copies
+                    heads = heads + buffer.owned(start, start + part.box.num_elements)
+                    copies = part.copies
     found.add("tp", "all_reduce", 4 * over_tp)
     found.add("tp", "all_reduce", 4 * heads * (dims.tp // copies if copies else 1))

@@ -1,9 +1,12 @@
-"""Model FLOPs of a training step. Owns: the one count that MFU means here. Torch-free.
+"""Model FLOPs of a training step.
 
-6 N + 6 (D + V) h S per layer and token (PaLM, appendix B): N matrix parameters with the output head and without the embedding look-up, h
-heads whose queries and keys are D wide and whose values V: 12 L H S where both are H / h. Attention is counted as the full square, no
-causal halving, as Megatron and nanoGPT do, and nothing is taken off for sliding windows. A layer that predicts a further token counts as a
-layer, its projection (2 H^2) and the head once more.
+Owns: the one count that MFU means here. Torch-free.
+
+6 N + 6 (D + V) h S per layer and token (PaLM, appendix B): N matrix parameters with the output head
+and without the embedding look-up, h heads whose queries and keys are D wide and whose values V: 12
+L H S where both are H / h. Attention is counted as the full square, no causal halving, as Megatron
+and nanoGPT do, and nothing is taken off for sliding windows. A layer that predicts a further token
+counts as a layer, its projection (2 H^2) and the head once more.
 """
 
 from megatron_ray.config.model import ModelConfig
@@ -11,23 +14,37 @@ from megatron_ray.config.model import ModelConfig
 
 def matmul_parameters(model: ModelConfig) -> int:
     """Parameters that a token is multiplied with: of experts, those it goes to."""
-    layers, matrices = model.num_layers + model.further_layers, 3 if model.gated else 2
+    layers = model.num_layers + model.further_layers
+    matrices = 3 if model.gated else 2
     widths = sum(_ffn_width(model, layer) for layer in range(layers))
-    routers = sum(moe.num_experts for layer in range(layers) if (moe := model.experts_on(layer)) is not None)
+    routers = sum(
+        moe.num_experts for layer in range(layers) if (moe := model.experts_on(layer)) is not None
+    )
     further = model.further_layers * 2 * model.hidden_size
     heads = (1 + model.further_layers) * model.vocabulary
-    return layers * attention_parameters(model) + model.hidden_size * (matrices * widths + routers + further + heads)
+    return layers * attention_parameters(model) + model.hidden_size * (
+        matrices * widths + routers + further + heads
+    )
 
 
 def attention_parameters(model: ModelConfig) -> int:
     """Of the products of one layer's attention."""
-    hidden, heads, mla = model.hidden_size, model.num_attention_heads, model.mla
+    hidden = model.hidden_size
+    heads = model.num_attention_heads
+    mla = model.mla
     if mla is None:
         return hidden * 2 * (heads + model.kv_heads) * model.head_width
     queries = heads * mla.qk_head_dim
-    of_queries = hidden * queries if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + queries)
+    of_queries = (
+        hidden * queries if mla.q_lora_rank is None else mla.q_lora_rank * (hidden + queries)
+    )
     down = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-    return of_queries + down + heads * (mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim) + mla.v_head_dim * hidden)
+    return (
+        of_queries
+        + down
+        + heads
+        * (mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim) + mla.v_head_dim * hidden)
+    )
 
 
 def _ffn_width(model: ModelConfig, layer: int) -> int:
@@ -41,5 +58,7 @@ def _ffn_width(model: ModelConfig, layer: int) -> int:
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     """Forward and backward."""
     layers = model.num_layers + model.further_layers
-    attention = 6 * layers * model.num_attention_heads * (model.head_width + model.value_width) * seq_length
+    attention = (
+        6 * layers * model.num_attention_heads * (model.head_width + model.value_width) * seq_length
+    )
     return 6 * matmul_parameters(model) + attention

@@ -1,4 +1,7 @@
-"""Sizes of a microbatch on one rank, of which bytes, sends and work are multiples. Owns: these few. Pure. Must not know: torch, layers."""
+"""Sizes of a microbatch on one rank, of which bytes, sends and work are multiples.
+
+Owns: these few. Pure. Must not know: torch, layers.
+"""
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.parameters import padded_vocabulary
@@ -30,4 +33,8 @@ def num_microbatches(config: TrainConfig) -> int:
     """Of a step, on each rank. Raises ValueError while dp is not resolved."""
     if config.parallel.dp == "auto":
         raise ValueError("parallel.dp is not resolved")
-    return max(1, config.training.global_batch_size // (config.training.micro_batch_size * config.parallel.dp))
+    return max(
+        1,
+        config.training.global_batch_size
+        // (config.training.micro_batch_size * config.parallel.dp),
+    )

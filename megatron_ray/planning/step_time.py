@@ -1,8 +1,11 @@
-"""How long a step takes, before anything is started: an estimate. Owns: from work and bytes to seconds on a named device.
+"""How long a step takes, before anything is started: an estimate.
 
-A rank's microbatch is products + attention + trips to memory + what it has to wait for of what is sent. The slowest pipeline rank's, times
-the microbatches, plus the schedule's bubble (the simulator's), plus the update. Sends that have something to hide behind count only as
-far as they take longer than that. Pure. Must not know: torch, the service.
+Owns: from work and bytes to seconds on a named device.
+
+A rank's microbatch is products + attention + trips to memory + what it has to wait for of what is
+sent. The slowest pipeline rank's, times the microbatches, plus the schedule's bubble (the
+simulator's), plus the update. Sends that have something to hide behind count only as far as they
+take longer than that. Pure. Must not know: torch, the service.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,7 +16,14 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.pipeline_parallel.schedules.simulation import Costs
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
-from megatron_ray.planning.communication import Axis, Kind, Tally, stage_communication, transfer_bytes, update_communication
+from megatron_ray.planning.communication import (
+    Axis,
+    Kind,
+    Tally,
+    stage_communication,
+    transfer_bytes,
+    update_communication,
+)
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.microbatch import num_microbatches, width_of
@@ -36,7 +46,8 @@ class StepTime:
     update_s: float
     """Optimizer, with the gradients and weights that are waited for."""
     model_flops: float
-    """Of the whole step over all ranks, as MFU counts them: nothing recomputed, attention in full, frozen weights like all others."""
+    """Of the whole step over all ranks, as MFU counts them: nothing recomputed, attention in full,
+    frozen weights like all others."""
     mfu: float
     """model_flops / (step_s x ranks x the device's peak)."""
     tokens_per_s: float
@@ -60,15 +71,23 @@ class Parts:
     ring: float
     """Keys and values that move while others are attended to."""
     hidden: float
-    """Sends that move while the rest is computed: activations between stages, weights that ZeRO-3 gathers."""
+    """Sends that move while the rest is computed: activations between stages, weights that ZeRO-3
+    gathers."""
     latency: float
 
     def seconds(self, share: Efficiency) -> tuple[float, float, float, float]:
         """(products, attention, memory, waiting) at these efficiencies."""
-        products, attention, memory = self.products / share.products, self.attention / share.attention, self.memory / share.memory
+        products = self.products / share.products
+        attention = self.attention / share.attention
+        memory = self.memory / share.memory
         ring = max(0.0, self.ring / share.network - attention)
         hidden = max(0.0, self.hidden / share.network - products - attention - memory)
-        return products, attention, memory, self.exposed / share.network + ring + hidden + self.latency
+        return (
+            products,
+            attention,
+            memory,
+            self.exposed / share.network + ring + hidden + self.latency,
+        )
 
 
 @dataclass(frozen=True)
@@ -90,18 +109,39 @@ class StepParts:
         """At these efficiencies."""
         each = [parts.seconds(share) for parts in self.stages]
         slowest = max(each, key=sum)
-        products, attention, memory, waiting = (seconds * self.num_microbatches for seconds in slowest)
+        products, attention, memory, waiting = (
+            seconds * self.num_microbatches for seconds in slowest
+        )
         idle = self.bubble * sum(slowest)
         backward = sum(slowest) * 2 / 3
         once = self.update
-        update = once.memory / share.memory + max(0.0, once.reduced / share.network - backward) + once.published / share.network
+        update = (
+            once.memory / share.memory
+            + max(0.0, once.reduced / share.network - backward)
+            + once.published / share.network
+        )
         step = products + attention + memory + waiting + idle + update
         mfu = self.model_flops / (step * self.ranks * self.peak)
-        return StepTime(step, products, attention, memory, waiting, idle, update, self.model_flops, mfu, self.tokens / step)
+        return StepTime(
+            step,
+            products,
+            attention,
+            memory,
+            waiting,
+            idle,
+            update,
+            self.model_flops,
+            mfu,
+            self.tokens / step,
+        )
 
 
-def step_time(config: TrainConfig, hardware: Hardware, precision: str | None = None) -> StepTime | None:
-    """Of a resolved config whose vocabulary is known; None where the device is not known to compute in the precision."""
+def step_time(
+    config: TrainConfig, hardware: Hardware, precision: str | None = None
+) -> StepTime | None:
+    """Of a resolved config whose vocabulary is known; None where the device is not known to compute
+    in the precision.
+    """
     precision = precision or config.training.precision
     if precision not in hardware.efficiencies:
         return None
@@ -110,7 +150,9 @@ def step_time(config: TrainConfig, hardware: Hardware, precision: str | None = N
 
 @dataclass(frozen=True)
 class Update:
-    """What happens once a step on a rank, in seconds if every figure of the device were reached: the same for every micro batch."""
+    """What happens once a step on a rank, in seconds if every figure of the device were reached:
+    the same for every micro batch.
+    """
 
     memory: float
     reduced: float
@@ -121,22 +163,36 @@ class Update:
 
 def step_parts(config: TrainConfig, hardware: Hardware, precision: str) -> StepParts:
     """What a step's time is made of on a kind of device."""
-    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
+    dims = ParallelDims.of(config.parallel)
+    pipeline = plan_pipeline(config)
     kinds = distinct_buffers(config, dims, pipeline)
     return parts_with(config, hardware, precision, step_update(config, hardware, kinds), kinds)
 
 
-def parts_with(config: TrainConfig, hardware: Hardware, precision: str, update: Update, kinds: Sequence[RankBuffers]) -> StepParts:
+def parts_with(
+    config: TrainConfig,
+    hardware: Hardware,
+    precision: str,
+    update: Update,
+    kinds: Sequence[RankBuffers],
+) -> StepParts:
     """The same where the update is known already, of these kinds of pipeline ranks."""
-    dims, pipeline, training = ParallelDims.of(config.parallel), plan_pipeline(config), config.training
-    count, network = num_microbatches(config), _Network(dims, hardware)
+    dims = ParallelDims.of(config.parallel)
+    pipeline = plan_pipeline(config)
+    training = config.training
+    count = num_microbatches(config)
+    network = _Network(dims, hardware)
     costs = Costs(1.0, 2.0 if training.recompute.granularity == "full" else 1.0, 1.0)
     return StepParts(
-        stages=tuple(_microbatch(config, dims, pipeline, held, network, precision) for held in kinds),
+        stages=tuple(
+            _microbatch(config, dims, pipeline, held, network, precision) for held in kinds
+        ),
         num_microbatches=count,
         bubble=bubble(pipeline, count, costs) / costs.microbatch,
         update=update,
-        model_flops=float(flops_per_token(config.model, training.seq_length)) * training.seq_length * training.global_batch_size,
+        model_flops=float(flops_per_token(config.model, training.seq_length))
+        * training.seq_length
+        * training.global_batch_size,
         tokens=training.seq_length * training.global_batch_size,
         ranks=dims.world_size,
         peak=hardware.peaks[precision],
@@ -145,27 +201,39 @@ def parts_with(config: TrainConfig, hardware: Hardware, precision: str, update: 
 
 def step_update(config: TrainConfig, hardware: Hardware, kinds: Sequence[RankBuffers]) -> Update:
     """Of the pipeline rank for which each part takes longest."""
-    dims, pipeline = ParallelDims.of(config.parallel), plan_pipeline(config)
+    dims = ParallelDims.of(config.parallel)
+    pipeline = plan_pipeline(config)
     network = _Network(dims, hardware)
     found = [_update(config, dims, pipeline, held, network) for held in kinds]
     return Update(*(max(part) for part in zip(*found, strict=True)))
 
 
 def _microbatch(
-    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, held: RankBuffers, network: "_Network", precision: str
+    config: TrainConfig,
+    dims: ParallelDims,
+    pipeline: PipelinePlan,
+    held: RankBuffers,
+    network: "_Network",
+    precision: str,
 ) -> Parts:
     """Of one pipeline rank, all its chunks."""
-    stages, hardware = pipeline.held(held.pp_rank), network.hardware
+    stages = pipeline.held(held.pp_rank)
+    hardware = network.hardware
     work = sum((stage_work(config, stage) for stage in stages), Work())
     sent = Tally({})
     for stage in stages:
         sent.add_all(stage_communication(config, dims, stage))
-    hidden = network.seconds("pp", "send", 2 * len(stages) * transfer_bytes(config)) if dims.pp > 1 else 0.0
+    hidden = (
+        network.seconds("pp", "send", 2 * len(stages) * transfer_bytes(config))
+        if dims.pp > 1
+        else 0.0
+    )
     if is_fully_sharded(config, dims):
         hidden += _gathering(config, dims, held, network)
     ring = [(axis, kind) for axis, kind in sent.bytes if (axis, kind) == ("cp", "send")]
     others = [way for way in sent.bytes if way not in ring]
-    peak, attention_peak = hardware.peaks[precision], hardware.peaks.get("bf16" if precision == "fp8" else precision, 0.0)
+    peak = hardware.peaks[precision]
+    attention_peak = hardware.peaks.get("bf16" if precision == "fp8" else precision, 0.0)
     return Parts(
         products=work.products / peak,
         attention=work.attention / attention_peak,
@@ -177,29 +245,52 @@ def _microbatch(
     )
 
 
-def _gathering(config: TrainConfig, dims: ParallelDims, held: RankBuffers, network: "_Network") -> float:
-    """ZeRO-3: weights are gathered for the forward, for the backward and for a second forward; gradients are scattered in fp32."""
-    width, seconds = width_of(config), 0.0
+def _gathering(
+    config: TrainConfig, dims: ParallelDims, held: RankBuffers, network: "_Network"
+) -> float:
+    """ZeRO-3: weights are gathered for the forward, for the backward and for a second forward;
+    gradients are scattered in fp32.
+    """
+    width = width_of(config)
+    seconds = 0.0
     passes = 3 if config.training.recompute.granularity == "full" else 2
-    axes: tuple[tuple[Axis, bool, int], ...] = (("dp", False, dims.size("dp", "cp")), ("edp", True, dims.expert_dp))
+    axes: tuple[tuple[Axis, bool, int], ...] = (
+        ("dp", False, dims.size("dp", "cp")),
+        ("edp", True, dims.expert_dp),
+    )
     for axis, of_expert, size in axes:
-        elements = sum(parameter.num_elements for parameter in held.table if parameter.of_expert == of_expert)
+        elements = sum(
+            parameter.num_elements for parameter in held.table if parameter.of_expert == of_expert
+        )
         seconds += passes * network.seconds(axis, "all_gather", elements * width / size)
         seconds += network.seconds(axis, "reduce_scatter", 4 * elements)
     return seconds
 
 
 def _update(
-    config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, held: RankBuffers, network: "_Network"
+    config: TrainConfig,
+    dims: ParallelDims,
+    pipeline: PipelinePlan,
+    held: RankBuffers,
+    network: "_Network",
 ) -> tuple[float, float, float]:
-    """(trips to memory, reductions, everything that nothing hides) at the end of a step, in seconds."""
-    work = update_work(sum(buffer.num_updated for buffer in held.buffers), sum(buffer.plan.num_trainable for buffer in held.buffers))
+    """(trips to memory, reductions, everything that nothing hides) at the end of a step, in
+    seconds.
+    """
+    work = update_work(
+        sum(buffer.num_updated for buffer in held.buffers),
+        sum(buffer.plan.num_trainable for buffer in held.buffers),
+    )
     if is_fully_sharded(config, dims):
         return work.memory / network.hardware.memory_bandwidth, 0.0, 0.0
     sent = update_communication(config, dims, pipeline, held)
     reductions = [way for way in sent.bytes if way[0] in ("dp", "edp") and way[1] != "all_gather"]
     others = [way for way in sent.bytes if way not in reductions]
-    return work.memory / network.hardware.memory_bandwidth, network.total(sent, reductions), network.total(sent, others)
+    return (
+        work.memory / network.hardware.memory_bandwidth,
+        network.total(sent, reductions),
+        network.total(sent, others),
+    )
 
 
 class _Network:
@@ -224,10 +315,14 @@ class _Network:
 
     def _bandwidth(self, members: tuple[int, ...]) -> float:
         within = sum(member < self.hardware.node_size for member in members)
-        return self.hardware.link_bandwidth if within == len(members) else self.hardware.link(within)
+        return (
+            self.hardware.link_bandwidth if within == len(members) else self.hardware.link(within)
+        )
 
     def seconds(self, axis: Axis, kind: Kind, size: float) -> float:
-        """Of `size` bytes handed over, by rings: each of n ranks passes on n - 1 parts (two rounds of them in an all-reduce)."""
+        """Of `size` bytes handed over, by rings: each of n ranks passes on n - 1 parts (two rounds
+        of them in an all-reduce).
+        """
         n = self._sizes[axis]
         passed = {
             "all_reduce": 2 * (n - 1) / n,

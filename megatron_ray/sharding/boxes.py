@@ -17,7 +17,10 @@ class Box:
         return prod(self.size)
 
     def intersection(self, other: "Box") -> "Box | None":
-        """What lies in both; None when they have no element in common. Both are of the same tensor."""
+        """What lies in both; None when they have no element in common.
+
+        Both are of the same tensor.
+        """
         spans = list(zip(self.offset, self.size, other.offset, other.size, strict=True))
         start = tuple(max(mine, theirs) for mine, _, theirs, _ in spans)
         end = tuple(min(mine + length, theirs + extent) for mine, length, theirs, extent in spans)

@@ -1,6 +1,9 @@
-"""Which parameter lies where in the flat buffers, and how they are cut into buckets. Owns: that plan, a pure function of the spec.
+"""Which parameter lies where in the flat buffers, and how they are cut into buckets.
 
-Never of arrival order, so that sums are the same in every run. Torch-free. Must not know: gradients, groups.
+Owns: that plan, a pure function of the spec.
+
+Never of arrival order, so that sums are the same in every run. Torch-free. Must not know:
+gradients, groups.
 """
 
 from collections.abc import Iterable
@@ -69,19 +72,26 @@ class BucketPlan:
 
 
 def default_bucket_elements(dp: int, trainable: int) -> int:
-    """Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an eighth of a small model, where one bucket would leave
-    nothing to overlap with, nor less than 1e6 x dp, below which a ring is bound by latency."""
+    """Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an eighth of a
+    small model, where one bucket would leave nothing to overlap with, nor less than 1e6 x dp, below
+    which a ring is bound by latency.
+    """
     return min(max(40_000_000, 1_000_000 * dp), max(trainable // 8, 1_000_000 * dp))
 
 
-def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None) -> BucketPlan:
-    """Reverse table order (a backward pass goes from the head to the embedding); a bucket closes once it is full enough.
+def plan_buckets(
+    parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None
+) -> BucketPlan:
+    """Reverse table order (a backward pass goes from the head to the embedding); a bucket closes
+    once it is full enough.
 
     What two pipeline stages hold is alone in its bucket: its shards are then the same rows on both.
     """
     table = list(parameters)
     trainable = [parameter for parameter in reversed(table) if parameter.trainable]
-    limit = bucket_elements or default_bucket_elements(dp, sum(prod(parameter.shape) for parameter in trainable))
+    limit = bucket_elements or default_bucket_elements(
+        dp, sum(prod(parameter.shape) for parameter in trainable)
+    )
     buckets: list[Bucket] = []
     placed: list[Placed] = []
     bucket_start = cursor = 0
@@ -91,7 +101,8 @@ def plan_buckets(parameters: Iterable[LocalParameter], dp: int, bucket_elements:
         if placed:
             cursor = bucket_start + _round_up(cursor - bucket_start, ALIGNMENT * dp)
             buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
-            bucket_start, placed = cursor, []
+            bucket_start = cursor
+            placed = []
 
     for parameter in trainable:
         if parameter.on_two_stages:

@@ -1,6 +1,10 @@
-"""How many tokens the loss looks at in one go. Owns: that number, which planning counts with too. Torch-free."""
+"""How many tokens the loss looks at in one go.
 
-# fp32 logits worked on at a time: a share of the last-level cache on CPU; enough to fill the machine on CUDA.
+Owns: that number, which planning counts with too. Torch-free.
+"""
+
+# fp32 logits worked on at a time: a share of the last-level cache on CPU; enough to fill the
+# machine on CUDA.
 _CHUNK_ELEMENTS = {"cpu": 1024 * 1024, "cuda": 64 * 1024 * 1024}
 
 

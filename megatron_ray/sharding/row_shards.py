@@ -1,6 +1,9 @@
-"""Which rows of a tensor a rank keeps where parameters themselves are sharded over replicas. Owns: that cut of the parameter table.
+"""Which rows of a tensor a rank keeps where parameters themselves are sharded over replicas.
 
-It is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so what is sharded and what is planned agree. Pure. Must not know: torch, groups.
+Owns: that cut of the parameter table.
+
+It is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so what is sharded and what is planned
+agree. Pure. Must not know: torch, groups.
 """
 
 from collections.abc import Iterable
@@ -10,26 +13,44 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.parameters import LocalParameter, Part
 
 
-def shard_rows(table: Iterable[LocalParameter], rank: int, shards: int) -> tuple[LocalParameter, ...]:
-    """The rows of each tensor that one of `shards` ranks keeps: blocks of ceil(rows / shards), the last ones shorter or none, as
-    torch.chunk cuts. Tensors of which it has none are left out."""
+def shard_rows(
+    table: Iterable[LocalParameter], rank: int, shards: int
+) -> tuple[LocalParameter, ...]:
+    """The rows of each tensor that one of `shards` ranks keeps: blocks of ceil(rows / shards), the
+    last ones shorter or none, as torch.chunk cuts. Tensors of which it has none are left out.
+    """
     found = []
     for parameter in table:
         rows = parameter.shape[0]
         block = -(-rows // shards)
-        start, end = min(rank * block, rows), min((rank + 1) * block, rows)
+        start = min(rank * block, rows)
+        end = min((rank + 1) * block, rows)
         if start < end:
-            parts = tuple(part for whole in parameter.parts if (part := _rows_of(whole, start, end)) is not None)
-            found.append(replace(parameter, shape=(end - start, *parameter.shape[1:]), parts=parts or (_nothing_of(parameter),)))
+            parts = tuple(
+                part
+                for whole in parameter.parts
+                if (part := _rows_of(whole, start, end)) is not None
+            )
+            found.append(
+                replace(
+                    parameter,
+                    shape=(end - start, *parameter.shape[1:]),
+                    parts=parts or (_nothing_of(parameter),),
+                )
+            )
     return tuple(found)
 
 
 def _rows_of(part: Part, start: int, end: int) -> Part | None:
     """What of a part lies in local rows [start, end), as a part of those."""
-    low, high = max(part.start, start), min(part.start + part.box.size[0], end)
+    low = max(part.start, start)
+    high = min(part.start + part.box.size[0], end)
     if low >= high:
         return None
-    box = Box((part.box.offset[0] + low - part.start, *part.box.offset[1:]), (high - low, *part.box.size[1:]))
+    box = Box(
+        (part.box.offset[0] + low - part.start, *part.box.offset[1:]),
+        (high - low, *part.box.size[1:]),
+    )
     return replace(part, box=box, start=low - start)
 
 

@@ -1,7 +1,10 @@
-"""Which tokens of a sequence a context-parallel rank has. Owns: the zig-zag cut. Torch-free. Must not know: batches, groups.
+"""Which tokens of a sequence a context-parallel rank has.
 
-Causal attention costs a token as much as it has before it, so cutting a sequence into cp equal parts in order would leave the first rank
-idle. It is cut into 2 cp chunks instead, and rank r has chunks r and 2 cp - 1 - r (Llama 3 and Megatron-LM do so): one cheap, one dear.
+Owns: the zig-zag cut. Torch-free. Must not know: batches, groups.
+
+Causal attention costs a token as much as it has before it, so cutting a sequence into cp equal
+parts in order would leave the first rank idle. It is cut into 2 cp chunks instead, and rank r has
+chunks r and 2 cp - 1 - r (Llama 3 and Megatron-LM do so): one cheap, one dear.
 """
 
 from dataclasses import dataclass
@@ -23,10 +26,20 @@ class SequenceCut:
         return self.rank, 2 * self.cp - 1 - self.rank
 
     def positions(self, length: int) -> npt.NDArray[np.int64]:
-        """Indices into a sequence of `length` tokens. Raises ValueError when 2 cp does not divide it."""
+        """Indices into a sequence of `length` tokens.
+
+        Raises ValueError when 2 cp does not divide it.
+        """
         if self.cp == 1:
             return np.arange(length, dtype=np.int64)
         chunk, rest = divmod(length, 2 * self.cp)
         if rest:
-            raise ValueError(f"a sequence of {length} tokens is no multiple of 2 x cp = {2 * self.cp}")
-        return np.concatenate([np.arange(number * chunk, (number + 1) * chunk, dtype=np.int64) for number in self.chunks])
+            raise ValueError(
+                f"a sequence of {length} tokens is no multiple of 2 x cp = {2 * self.cp}"
+            )
+        return np.concatenate(
+            [
+                np.arange(number * chunk, (number + 1) * chunk, dtype=np.int64)
+                for number in self.chunks
+            ]
+        )

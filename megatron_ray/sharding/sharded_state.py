@@ -1,5 +1,6 @@
-"""What a rank holds of logical tensors, as boxes over live memory. Owns: the state's types. Must not know: files, layouts, what the
-tensors mean.
+"""What a rank holds of logical tensors, as boxes over live memory.
+
+Owns: the state's types. Must not know: files, layouts, what the tensors mean.
 """
 
 from collections.abc import Iterator
@@ -20,12 +21,17 @@ class TensorBox:
 
     def __post_init__(self) -> None:
         if tuple(self.tensor.shape) != self.box.size:
-            raise ValueError(f"a tensor of shape {tuple(self.tensor.shape)} does not fill a box of size {self.box.size}")
+            raise ValueError(
+                f"a tensor of shape {tuple(self.tensor.shape)} does not fill a box of size "
+                f"{self.box.size}"
+            )
 
 
 @dataclass
 class ShardedTensor:
-    """The boxes of one logical tensor that this rank holds; boxes of all ranks together cover it, replicas are equal boxes."""
+    """The boxes of one logical tensor that this rank holds; boxes of all ranks together cover it,
+    replicas are equal boxes.
+    """
 
     shape: tuple[int, ...]
     boxes: list[TensorBox]
@@ -35,7 +41,10 @@ class ShardedTensor:
         return (held for held in self.boxes if held.box.num_elements)
 
     def memory(self, box: Box) -> torch.Tensor:
-        """The live memory of a box held here, without gradient history. Raises KeyError when it is not."""
+        """The live memory of a box held here, without gradient history.
+
+        Raises KeyError when it is not.
+        """
         for held in self.held():
             if held.box == box:
                 return held.tensor.detach()
@@ -43,7 +52,8 @@ class ShardedTensor:
 
 
 ShardedState = dict[str, ShardedTensor]
-"""`model/<logical name>`, `optimizer/exp_avg/<logical name>`, `optimizer/exp_avg_sq/<logical name>` -> what this rank holds."""
+"""`model/<logical name>`, `optimizer/exp_avg/<logical name>`, `optimizer/exp_avg_sq/<logical name>`
+-> what this rank holds."""
 
 
 def whole_tensor(tensor: torch.Tensor) -> ShardedTensor:

@@ -1,4 +1,7 @@
-"""Local paths and URIs behind one face. Owns: pyarrow filesystems for data. Must not know: what the files hold."""
+"""Local paths and URIs behind one face.
+
+Owns: pyarrow filesystems for data. Must not know: what the files hold.
+"""
 
 import errno
 import io
@@ -21,7 +24,8 @@ class Place:
     filesystem: Any
     path: str
     local: bool
-    """True when `path` is a plain path of this machine, which memory mapping, links and renames need."""
+    """True when `path` is a plain path of this machine, which memory mapping, links and renames
+    need."""
 
     def __truediv__(self, name: str) -> "Place":
         return Place(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.local)
@@ -46,7 +50,11 @@ def is_local(path: str) -> bool:
 
 
 def place(path: str) -> Place:
-    """Where a path or URI is. Raises ValueError when the scheme is unknown or the URI is malformed, OSError without credentials."""
+    """Where a path or URI is.
+
+    Raises ValueError when the scheme is unknown or the URI is malformed, OSError without
+    credentials.
+    """
     if not is_local(path):
         filesystem, inner = _from_uri(path)
         return Place(filesystem, inner, False)
@@ -60,7 +68,10 @@ def place(path: str) -> Place:
 
 
 def stat(where: Place) -> FileStat | None:
-    """Size and time of a file; None when there is no file of that name. Raises OSError when it cannot be asked."""
+    """Size and time of a file; None when there is no file of that name.
+
+    Raises OSError when it cannot be asked.
+    """
     info = where.filesystem.get_file_info(where.path)
     return _file_stat(info) if info.type == arrow_fs.FileType.File else None
 
@@ -87,7 +98,9 @@ def open_stream(where: Place) -> IO[bytes]:
     if where.local:
         return Path(where.path).open("rb")
     # Arrow's streams cannot read lines; Python's buffer over them can.
-    return io.BufferedReader(where.filesystem.open_input_stream(where.path, compression=None), _BUFFER_BYTES)
+    return io.BufferedReader(
+        where.filesystem.open_input_stream(where.path, compression=None), _BUFFER_BYTES
+    )
 
 
 def read_bytes(where: Place) -> bytes:
@@ -99,13 +112,19 @@ def read_bytes(where: Place) -> bytes:
 def upload(source: Path, target: Place) -> None:
     """Copies a local file to a place, streaming. Raises OSError."""
     target.filesystem.create_dir(str(Path(target.path).parent), recursive=True)
-    with source.open("rb") as reader, target.filesystem.open_output_stream(target.path, compression=None) as writer:
+    with (
+        source.open("rb") as reader,
+        target.filesystem.open_output_stream(target.path, compression=None) as writer,
+    ):
         while block := reader.read(1 << 22):
             writer.write(block)
 
 
 def probe_writable(where: Place) -> None:
-    """Writes and deletes a small file there, or in the nearest folder above that exists. Raises OSError when it cannot."""
+    """Writes and deletes a small file there, or in the nearest folder above that exists.
+
+    Raises OSError when it cannot.
+    """
     folder = where
     if where.local:
         nearest = Path(where.path)

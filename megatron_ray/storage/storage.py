@@ -1,7 +1,10 @@
-"""Files of a job on any storage. Owns: paths and URIs to bytes, atomic and durable writes, one error type.
+"""Files of a job on any storage.
 
-Local paths and `file://` go through the operating system (fsync, rename); `s3://` and `gs://` through pyarrow.fs, where one
-put is atomic by itself. Torch-free. Must not know: what the files mean.
+Owns: paths and URIs to bytes, atomic and durable writes, one error type.
+
+Local paths and `file://` go through the operating system (fsync, rename); `s3://` and `gs://`
+through pyarrow.fs, where one put is atomic by itself. Torch-free. Must not know: what the files
+mean.
 """
 
 import os
@@ -26,7 +29,9 @@ class StorageError(Exception):
 
     def __init__(self, operation: str, path: str, cause: object) -> None:
         super().__init__(f"cannot {operation} {path}: {cause}")
-        self.operation, self.path, self.cause = operation, path, str(cause)
+        self.operation = operation
+        self.path = path
+        self.cause = str(cause)
 
     def __reduce__(self) -> tuple[type["StorageError"], tuple[str, str, str]]:
         return type(self), (self.operation, self.path, self.cause)
@@ -60,7 +65,10 @@ class Entry:
 
 
 class Storage(ABC):
-    """Files under one root; every name is relative to it, `/` between parts. All methods raise StorageError."""
+    """Files under one root; every name is relative to it, `/` between parts.
+
+    All methods raise StorageError.
+    """
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -80,7 +88,9 @@ class Storage(ABC):
 
     @abstractmethod
     def open_output(self, name: str) -> AbstractContextManager[Writable]:
-        """Context manager yielding a Writable; the file appears, durable, at a normal exit and (locally) never otherwise."""
+        """Context manager yielding a Writable; the file appears, durable, at a normal exit and
+        (locally) never otherwise.
+        """
 
     @abstractmethod
     def open_input(self, name: str) -> AbstractContextManager[Readable]:
@@ -92,7 +102,10 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
-        """Entries of a folder, sorted by name; empty when it does not exist. Unfinished writes are left out."""
+        """Entries of a folder, sorted by name; empty when it does not exist.
+
+        Unfinished writes are left out.
+        """
 
     @abstractmethod
     def delete_file(self, name: str) -> None:
@@ -100,21 +113,33 @@ class Storage(ABC):
 
     @abstractmethod
     def delete_tree(self, name: str) -> None:
-        """Deletes a folder with all below it; nothing happens when there is none. Refuses the root itself."""
+        """Deletes a folder with all below it; nothing happens when there is none.
+
+        Refuses the root itself.
+        """
 
     def _inside(self, name: str) -> str:
         if not name or name.startswith("/") or ".." in name.split("/"):
-            raise StorageError("use", f"{name!r} under {self.root}", "a name inside the storage root is needed")
+            raise StorageError(
+                "use", f"{name!r} under {self.root}", "a name inside the storage root is needed"
+            )
         return name
 
 
 def open_storage(path: str) -> Storage:
-    """Storage rooted at a local path or a URI. Raises StorageError for a scheme or URI that is not understood."""
+    """Storage rooted at a local path or a URI. Raises StorageError for a scheme or URI that is not
+    understood.
+    """
     scheme = path.partition("://")[0] if "://" in path else ""
     if not scheme:
         return LocalStorage(os.path.abspath(path))
     if scheme not in _SCHEMES:
-        raise StorageError("open", path, f"unknown scheme {scheme!r}; use a local path or one of {', '.join(s + '://' for s in _SCHEMES)}")
+        raise StorageError(
+            "open",
+            path,
+            f"unknown scheme {scheme!r}; use a local path or one of "
+            f"{', '.join(s + '://' for s in _SCHEMES)}",
+        )
     if scheme == "file":
         return LocalStorage(_path_of_file_uri(path))
     try:
@@ -129,7 +154,11 @@ def open_storage(path: str) -> Storage:
 def _path_of_file_uri(uri: str) -> str:
     parts = urlsplit(uri)
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise StorageError("open", uri, "a file URI has three slashes and an absolute path, as in file:///data/jobs")
+        raise StorageError(
+            "open",
+            uri,
+            "a file URI has three slashes and an absolute path, as in file:///data/jobs",
+        )
     return unquote(parts.path)
 
 
@@ -183,7 +212,11 @@ class LocalStorage(Storage):
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
         folder = self._path(name) if name else Path(self.root)
         with _translated("list", str(folder)):
-            return sorted(_walk(folder, "", recursive), key=lambda entry: entry.name) if folder.is_dir() else []
+            return (
+                sorted(_walk(folder, "", recursive), key=lambda entry: entry.name)
+                if folder.is_dir()
+                else []
+            )
 
     def delete_file(self, name: str) -> None:
         path = self._path(name)
@@ -203,7 +236,9 @@ class LocalStorage(Storage):
 
 
 class _WholeWrites:
-    """An unbuffered file whose `write` returns only when all bytes are with the kernel (which cuts writes at 2 GiB)."""
+    """An unbuffered file whose `write` returns only when all bytes are with the kernel (which cuts
+    writes at 2 GiB).
+    """
 
     def __init__(self, file: Any) -> None:
         self.file = file
@@ -220,14 +255,19 @@ class _LocalInput:
     """Positioned reads straight into the caller's memory."""
 
     def __init__(self, file: Any, path: str) -> None:
-        self.file, self.path = file, path
+        self.file = file
+        self.path = path
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         done = 0
         while done < len(buffer):
             count = os.preadv(self.file.fileno(), [buffer[done:]], offset + done)
             if not count:
-                raise StorageError("read", self.path, f"the file ends at byte {offset + done}, {len(buffer) - done} bytes too early")
+                raise StorageError(
+                    "read",
+                    self.path,
+                    f"the file ends at byte {offset + done}, {len(buffer) - done} bytes too early",
+                )
             done += count
 
 
@@ -241,7 +281,8 @@ def _walk(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
         if found.name.endswith(_PARTIAL):
             continue
         try:
-            is_folder, size = found.is_dir(), found.stat().st_size
+            is_folder = found.is_dir()
+            size = found.stat().st_size
         except FileNotFoundError:
             continue
         yield Entry(prefix + found.name, is_folder, 0 if is_folder else size)
@@ -259,14 +300,20 @@ def _sync_folder(folder: Path) -> None:
 
 
 class ObjectStorage(Storage):
-    """A prefix of a bucket (or any other filesystem that pyarrow opens); an object appears when its put is complete."""
+    """A prefix of a bucket (or any other filesystem that pyarrow opens); an object appears when its
+    put is complete.
+    """
 
     def __init__(self, root: str, filesystem: fs.FileSystem, base: str) -> None:
         super().__init__(root)
-        self.filesystem, self.base = filesystem, base.rstrip("/")
+        self.filesystem = filesystem
+        self.base = base.rstrip("/")
 
     def read_bytes(self, name: str) -> bytes:
-        with _translated("read", self.uri(name)), self.filesystem.open_input_file(self._key(name)) as file:
+        with (
+            _translated("read", self.uri(name)),
+            self.filesystem.open_input_file(self._key(name)) as file,
+        ):
             return bytes(file.read())
 
     @contextmanager
@@ -281,7 +328,10 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def open_input(self, name: str) -> Iterator[Readable]:
-        with _translated("read", self.uri(name)), self.filesystem.open_input_file(self._key(name)) as file:
+        with (
+            _translated("read", self.uri(name)),
+            self.filesystem.open_input_file(self._key(name)) as file,
+        ):
             yield _ObjectInput(file, self.uri(name))
 
     def exists(self, name: str) -> bool:
@@ -291,8 +341,13 @@ class ObjectStorage(Storage):
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
         base = self._key(name) if name else self.base
         with _translated("list", self.uri(name)):
-            found = self.filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True, recursive=recursive))
-        entries = [Entry(info.path[len(base) + 1 :], info.type == fs.FileType.Directory, info.size or 0) for info in found]
+            found = self.filesystem.get_file_info(
+                fs.FileSelector(base, allow_not_found=True, recursive=recursive)
+            )
+        entries = [
+            Entry(info.path[len(base) + 1 :], info.type == fs.FileType.Directory, info.size or 0)
+            for info in found
+        ]
         return sorted(entries, key=lambda entry: entry.name)
 
     def delete_file(self, name: str) -> None:
@@ -313,10 +368,13 @@ class _ObjectInput:
     """Range requests into the caller's memory."""
 
     def __init__(self, file: BinaryIO, path: str) -> None:
-        self.file, self.path = file, path
+        self.file = file
+        self.path = path
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         data = self.file.read_at(len(buffer), offset)  # type: ignore[attr-defined]
         if len(data) != len(buffer):
-            raise StorageError("read", self.path, f"the object ends at byte {offset + len(data)}, too early")
+            raise StorageError(
+                "read", self.path, f"the object ends at byte {offset + len(data)}, too early"
+            )
         buffer[:] = data

@@ -1,12 +1,16 @@
-"""Output head and cross entropy in one step, over a vocabulary cut across the tensor-parallel group.
+"""Output head and cross entropy in one step, over a vocabulary cut across the tensor-parallel
+group.
 
-Owns: the sum of -log p(label) over tokens, and its gradient. A token's probabilities are its exponentials times one number, so the
-exponentials are written over the logits while these are in cache, and the numbers, which tensor-parallel ranks have to agree on, go into
-the narrow side of both products of the backward: no second exponential, no fp32 copy of all logits in bf16, no pass over the vocabulary
-once the sums are known. The weight gradient is one product, handed to the slot, so a schedule can defer it. Two collectives of T numbers
-per call. Must not know: microbatches, loss scaling.
+Owns: the sum of -log p(label) over tokens, and its gradient. A token's probabilities are its
+exponentials times one number, so the exponentials are written over the logits while these are in
+cache, and the numbers, which tensor-parallel ranks have to agree on, go into the narrow side of
+both products of the backward: no second exponential, no fp32 copy of all logits in bf16, no pass
+over the vocabulary once the sums are known. The weight gradient is one product, handed to the slot,
+so a schedule can defer it. Two collectives of T numbers per call. Must not know: microbatches, loss
+scaling.
 
-Shapes: T tokens (t of them on this rank under sequence parallelism), H hidden, V this rank's vocabulary rows.
+Shapes: T tokens (t of them on this rank under sequence parallelism), H hidden, V this rank's
+vocabulary rows.
 """
 
 from collections.abc import Callable
@@ -15,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
@@ -25,8 +28,8 @@ from megatron_ray.ops.matmul import forward_product, input_grad_product
 from megatron_ray.sharding.loss_chunks import rows_at_once
 from megatron_ray.tensor_parallel.layers import local_ids, start_input_grad_reduction
 
-# A rank whose largest logit is further below the largest of all has probabilities under 1e-26; they count as that instead of nothing, so
-# that no quotient overflows.
+# A rank whose largest logit is further below the largest of all has probabilities under 1e-26; they
+# count as that instead of nothing, so that no quotient overflows.
 _FARTHEST = -60.0
 
 
@@ -54,15 +57,19 @@ class VocabParallelHead(SlottedModule):
         self.exponentials_: Callable[[Tensor, Tensor], Exponentials] = exponentials_
 
     def forward(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
-        """Sum over this data-parallel rank's tokens of mask x -log p(label), fp32, the same on every tp rank.
+        """Sum over this data-parallel rank's tokens of mask x -log p(label), fp32, the same on
+        every tp rank.
 
-        Its backward takes the incoming gradient to be one: scaling by tokens happens once, in finalize_grads.
+        Its backward takes the incoming gradient to be one: scaling by tokens happens once, in
+        finalize_grads.
         """
         loss: Tensor = _HeadLoss.apply(hidden_TH, self.weight, labels_T, mask_T, self)  # type: ignore[no-untyped-call]
         return loss
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, vocabulary] on every rank, padding cut off; for inference, no gradient to slots."""
+        """Logits [T, vocabulary] on every rank, padding cut off; for inference, no gradient to
+        slots.
+        """
         gathered = collectives.all_gather_rows(hidden_TH, self.sequence_group)
         local = forward_product(gathered, self.weight)
         if self.group is not None:
@@ -71,7 +78,9 @@ class VocabParallelHead(SlottedModule):
 
 
 class Exponentials(NamedTuple):
-    """What is known of rows of logits that shares have overwritten: exp(logits - largest) = shares x unit. All [T], fp32 or wider."""
+    """What is known of rows of logits that shares have overwritten: exp(logits - largest) = shares
+    x unit. All [T], fp32 or wider.
+    """
 
     largest: Tensor
     total: Tensor
@@ -83,7 +92,14 @@ class Exponentials(NamedTuple):
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, mask: Tensor, module: VocabParallelHead) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        module: VocabParallelHead,
+    ) -> Tensor:
         gathered = collectives.all_gather_rows(hidden, module.sequence_group)
         logits = forward_product(gathered, weight)
         if module.valid_rows < logits.shape[1]:
@@ -95,11 +111,13 @@ class _HeadLoss(torch.autograd.Function):
         predicted = own.chosen - largest
         if outside is not None:
             predicted.masked_fill_(outside, 0)
-        total, predicted = collectives.all_reduce(torch.stack([own.total * rescale, predicted]), module.group)
-        if any(ctx.needs_input_grad[:2]):  # type: ignore[attr-defined]
+        total, predicted = collectives.all_reduce(
+            torch.stack([own.total * rescale, predicted]), module.group
+        )
+        if any(ctx.needs_input_grad[:2]):
             _take_label_away_(logits, local, outside, own, total / rescale)
             ctx.save_for_backward(gathered, weight, logits, own.unit * rescale / total * mask)
-            ctx.module = module  # type: ignore[attr-defined]
+            ctx.module = module
         loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
         return loss
 
@@ -111,7 +129,9 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden = input_grad_product(shares, weight)
         grad_hidden.mul_(factor[:, None])
         reduced, pending = start_input_grad_reduction(module, grad_hidden)
-        grad_weight = deliver_linear(module, torch.mul(gathered, factor[:, None], out=torch.empty_like(gathered)), shares)
+        grad_weight = deliver_linear(
+            module, torch.mul(gathered, factor[:, None], out=torch.empty_like(gathered)), shares
+        )
         pending.wait()
         return reduced, grad_weight, None, None, None
 
@@ -119,7 +139,10 @@ class _HeadLoss(torch.autograd.Function):
 def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> Exponentials:
     """Writes shares over the logits [T, V], as many rows at a time as stay in cache."""
     rows = rows_at_once(logits.device.type, logits.shape[1])
-    parts = [module.exponentials_(*chunk) for chunk in zip(torch.split(logits, rows), torch.split(local, rows), strict=True)]
+    parts = [
+        module.exponentials_(*chunk)
+        for chunk in zip(torch.split(logits, rows), torch.split(local, rows), strict=True)
+    ]
     found = Exponentials(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if module.valid_rows > 0:
         return found
@@ -128,8 +151,12 @@ def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> Ex
     return found._replace(total=torch.zeros_like(found.total), unit=torch.ones_like(found.unit))
 
 
-def _take_label_away_(shares: Tensor, local: Tensor, outside: Tensor | None, own: Exponentials, one: Tensor) -> None:
-    """Subtracts one from the label's probability, before it is rounded; `one` is what that is in exponentials of this rank."""
+def _take_label_away_(
+    shares: Tensor, local: Tensor, outside: Tensor | None, own: Exponentials, one: Tensor
+) -> None:
+    """Subtracts one from the label's probability, before it is rounded; `one` is what that is in
+    exponentials of this rank.
+    """
     label = ((own.chosen - own.largest).exp_() - one) / own.unit
     if outside is not None:
         label = torch.where(outside, shares.gather(1, local[:, None]).squeeze(1), label)
@@ -139,18 +166,24 @@ def _take_label_away_(shares: Tensor, local: Tensor, outside: Tensor | None, own
 def exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
     """Overwrites logits [rows, V] with shares; `local` [rows] are the labels' columns.
 
-    A softmax takes one pass for difference, exponential, sum and quotient, and the largest logit's exponential is one, so its share
-    tells the sum. But its exponential on CPU is off by up to 20 units in the last place: good for what is rounded to bf16, not for fp32.
+    A softmax takes one pass for difference, exponential, sum and quotient, and the largest logit's
+    exponential is one, so its share tells the sum. But its exponential on CPU is off by up to 20
+    units in the last place: good for what is rounded to bf16, not for fp32.
     """
     # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
-    on_cpu, rounded = logits.device.type == "cpu", logits.dtype.itemsize < 4
+    on_cpu = logits.device.type == "cpu"
+    rounded = logits.dtype.itemsize < 4
     source = widened(logits) if on_cpu else logits
     largest = widened(source.amax(1))
     chosen = widened(source.gather(1, local[:, None]).squeeze(1))
     if on_cpu and not rounded:
         logits.sub_(largest[:, None]).exp_()
         return Exponentials(largest, logits.sum(1), chosen, torch.ones_like(largest))
-    shares = torch.softmax(source, 1, out=source) if on_cpu else torch.softmax(source, 1, dtype=largest.dtype)
+    shares = (
+        torch.softmax(source, 1, out=source)
+        if on_cpu
+        else torch.softmax(source, 1, dtype=largest.dtype)
+    )
     total = shares.amax(1).reciprocal_()
     logits.copy_(shares)
     return Exponentials(largest, total, chosen, total)

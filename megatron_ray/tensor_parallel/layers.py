@@ -1,11 +1,15 @@
-"""Column- and row-parallel linear layers, vocabulary-parallel embedding, norms. Owns: the tensor-parallel forward and backward.
+"""Column- and row-parallel linear layers, vocabulary-parallel embedding, norms.
 
-The f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence parallelism (Korthikanti et al. 2022), in the form of whole layers
-because the overlap of communication with the weight gradient needs both in one backward. Activations are flat tokens
-[T, width], so the sequence-parallel cut is along dim 0 whatever the batch. Every layer takes its group as an argument. Must not
-know: the model, data parallelism.
+Owns: the tensor-parallel forward and backward.
 
-Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs, H hidden, V vocabulary rows.
+The f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence parallelism (Korthikanti et
+al. 2022), in the form of whole layers because the overlap of communication with the weight gradient
+needs both in one backward. Activations are flat tokens [T, width], so the sequence-parallel cut is
+along dim 0 whatever the batch. Every layer takes its group as an argument. Must not know: the
+model, data parallelism.
+
+Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs, H hidden,
+V vocabulary rows.
 """
 
 from functools import partial
@@ -13,18 +17,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.ops.grad_slots import SlottedModule, deliver_bias, deliver_linear, deliver_rows, needs_grad
+from megatron_ray.ops.grad_slots import (
+    SlottedModule,
+    deliver_bias,
+    deliver_linear,
+    deliver_rows,
+    needs_grad,
+)
 from megatron_ray.ops.matmul import forward_product, forward_product_plus, input_grad_product
 
 
 class ColumnParallelLinear(SlottedModule):
     """Y = X W^T + b with the rows of W cut over the group: [T or t, I] -> [T, O/tp]."""
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__(group, sequence_parallel)
         local = outputs // collectives.size(group)
         self.weight = nn.Parameter(torch.empty(local, inputs, dtype=dtype))
@@ -35,8 +53,10 @@ class ColumnParallelLinear(SlottedModule):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Queries, keys and values of the heads of this rank, one after another. Where there are fewer key/value heads than ranks, several
-    ranks hold the same one."""
+    """Queries, keys and values of the heads of this rank, one after another.
+
+    Where there are fewer key/value heads than ranks, several ranks hold the same one.
+    """
 
     def __init__(
         self,
@@ -52,18 +72,40 @@ class QKVParallelLinear(ColumnParallelLinear):
     ) -> None:
         tp = collectives.size(group)
         held = max(groups, tp)
-        super().__init__(inputs, (heads + 2 * held) * head_width, bias=bias, group=group, sequence_parallel=sequence_parallel, dtype=dtype)
-        self.heads, self.groups = heads // tp, held // tp
+        super().__init__(
+            inputs,
+            (heads + 2 * held) * head_width,
+            bias=bias,
+            group=group,
+            sequence_parallel=sequence_parallel,
+            dtype=dtype,
+        )
+        self.heads = heads // tp
+        self.groups = held // tp
 
 
 class RowParallelLinear(SlottedModule):
-    """Y = residual (if given) + sum over ranks of X W^T, + b, with the columns of W cut over the group: [T, I/tp] -> [T or t, O]."""
+    """Y = residual (if given) + sum over ranks of X W^T, + b, with the columns of W cut over the
+    group: [T, I/tp] -> [T or t, O].
+    """
 
-    def __init__(self, inputs: int, outputs: int, *, bias: bool, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        bias: bool,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__(group, sequence_parallel)
         self.unread = False
-        """While true a forward leaves its result unwritten: a recomputation wants only what the backward needs."""
-        self.weight = nn.Parameter(torch.empty(outputs, inputs // collectives.size(group), dtype=dtype))
+        """While true a forward leaves its result unwritten: a recomputation wants only what the
+        backward needs."""
+        self.weight = nn.Parameter(
+            torch.empty(outputs, inputs // collectives.size(group), dtype=dtype)
+        )
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
 
     def forward(self, inputs_TI: Tensor, residual_TO: Tensor | None) -> Tensor:
@@ -71,10 +113,21 @@ class RowParallelLinear(SlottedModule):
 
 
 class ReplicatedLinear(SlottedModule):
-    """Y = X W^T with W whole on every rank: [T or t, I] -> [T or t, O], nothing sent. Under sequence parallelism each rank sees its own
-    tokens only, and the parameter table says that the gradients are then summed over tp."""
+    """Y = X W^T with W whole on every rank: [T or t, I] -> [T or t, O], nothing sent.
 
-    def __init__(self, inputs: int, outputs: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    Under sequence parallelism each rank sees its own tokens only, and the parameter table says that
+    the gradients are then summed over tp.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__(group, sequence_parallel)
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
 
@@ -83,7 +136,10 @@ class ReplicatedLinear(SlottedModule):
 
 
 class SharedByHeads(SlottedModule):
-    """What the heads of all ranks read: [T or t, width] -> [T, width]. Each rank's heads give a part of its gradient."""
+    """What the heads of all ranks read: [T or t, width] -> [T, width].
+
+    Each rank's heads give a part of its gradient.
+    """
 
     def forward(self, x_TW: Tensor) -> Tensor:
         return _SharedByHeads.apply(x_TW, self)  # type: ignore[no-any-return, no-untyped-call]
@@ -92,7 +148,9 @@ class SharedByHeads(SlottedModule):
 class VocabParallelEmbedding(SlottedModule):
     """Rows of the table cut over the group: ids [T] -> [T or t, H]."""
 
-    def __init__(self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__(group, sequence_parallel)
         self.weight = nn.Parameter(torch.empty(rows // collectives.size(group), width, dtype=dtype))
 
@@ -103,7 +161,9 @@ class VocabParallelEmbedding(SlottedModule):
 class PositionEmbedding(SlottedModule):
     """A table that every rank holds whole: position ids [T] -> [T or t, H]."""
 
-    def __init__(self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__(group, sequence_parallel)
         self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
 
@@ -112,8 +172,12 @@ class PositionEmbedding(SlottedModule):
         return _Lookup.apply(ids, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def start_input_grad_reduction(module: SlottedModule, grad_TI: Tensor) -> tuple[Tensor, collectives.Pending]:
-    """Starts the sum of a column-cut product's input gradient over tp; each rank keeps its tokens under sequence parallelism."""
+def start_input_grad_reduction(
+    module: SlottedModule, grad_TI: Tensor
+) -> tuple[Tensor, collectives.Pending]:
+    """Starts the sum of a column-cut product's input gradient over tp; each rank keeps its tokens
+    under sequence parallelism.
+    """
     if module.sequence_group is not None:
         return collectives.start_reduce_scatter_rows(grad_TI, module.sequence_group)
     return grad_TI, collectives.start_all_reduce(grad_TI, module.group)
@@ -121,9 +185,15 @@ def start_input_grad_reduction(module: SlottedModule, grad_TI: Tensor) -> tuple[
 
 class _Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, bias: Tensor | None, module: ColumnParallelLinear) -> Tensor:
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: ColumnParallelLinear,
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.module = module  # type: ignore[attr-defined]
+        ctx.module = module
         gathered = collectives.all_gather_rows(inputs, module.sequence_group)
         output = forward_product(gathered, weight)
         return output.add_(bias) if bias is not None else output
@@ -133,12 +203,15 @@ class _Column(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         module: ColumnParallelLinear = ctx.module
         grad = grad.contiguous()
-        # Inputs are gathered again instead of kept: behind the input gradient's product, or when the weight's product is computed if that
-        # is later, so that a schedule which puts it off holds no more than others.
+        # Inputs are gathered again instead of kept: behind the input gradient's product, or when
+        # the weight's product is computed if that is later, so that a schedule which puts it off
+        # holds no more than others.
         slot = module.slot("weight")
         later = slot is not None and slot.puts_off
         gathers = needs_grad(module, "weight") and not later
-        gathered, arriving = collectives.start_all_gather_rows(inputs, module.sequence_group if gathers else None)
+        gathered, arriving = collectives.start_all_gather_rows(
+            inputs, module.sequence_group if gathers else None
+        )
         grad_inputs = input_grad_product(grad, weight)
         arriving.wait()
         reduced, pending = start_input_grad_reduction(module, grad_inputs)
@@ -155,14 +228,27 @@ class _Column(torch.autograd.Function):
 class _Row(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, inputs: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, module: RowParallelLinear
+        ctx: Any,
+        inputs: Tensor,
+        residual: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: RowParallelLinear,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.module, ctx.adds = module, residual is not None  # type: ignore[attr-defined]
+
+        ctx.module = module
+        ctx.adds = residual is not None
         if module.unread:
-            return inputs.new_empty(inputs.shape[0] // collectives.size(module.sequence_group), weight.shape[0])
+            return inputs.new_empty(
+                inputs.shape[0] // collectives.size(module.sequence_group), weight.shape[0]
+            )
         if module.group is None:
-            output = forward_product(inputs, weight) if residual is None else forward_product_plus(inputs, weight, residual)
+            output = (
+                forward_product(inputs, weight)
+                if residual is None
+                else forward_product_plus(inputs, weight, residual)
+            )
         else:
             partial = forward_product(inputs, weight)
             if module.sequence_group is not None:
@@ -181,14 +267,20 @@ class _Row(torch.autograd.Function):
         gathered = collectives.all_gather_rows(grad, module.sequence_group)
         grad_inputs = input_grad_product(gathered, weight)
         grad_weight = deliver_linear(module, inputs, gathered)
-        return grad_inputs, grad if ctx.adds else None, grad_weight, deliver_bias(module, grad), None
+        return (
+            grad_inputs,
+            grad if ctx.adds else None,
+            grad_weight,
+            deliver_bias(module, grad),
+            None,
+        )
 
 
 class _Replicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, inputs: Tensor, weight: Tensor, module: ReplicatedLinear) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, module: ReplicatedLinear) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.module = module  # type: ignore[attr-defined]
+        ctx.module = module
         return forward_product(inputs, weight)
 
     @staticmethod
@@ -200,8 +292,8 @@ class _Replicated(torch.autograd.Function):
 
 class _SharedByHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, module: SharedByHeads) -> Tensor:
-        ctx.module = module  # type: ignore[attr-defined]
+    def forward(ctx: Any, x: Tensor, module: SharedByHeads) -> Tensor:
+        ctx.module = module
         return collectives.all_gather_rows(x.contiguous(), module.sequence_group)
 
     @staticmethod
@@ -213,8 +305,8 @@ class _SharedByHeads(torch.autograd.Function):
 
 class _VocabEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor, module: VocabParallelEmbedding) -> Tensor:
-        ctx.module = module  # type: ignore[attr-defined]
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, module: VocabParallelEmbedding) -> Tensor:
+        ctx.module = module
         ctx.save_for_backward(ids, weight)
         rows, outside = local_ids(ids, weight.shape[0], module.group)
         found = torch.nn.functional.embedding(rows, weight)
@@ -239,8 +331,9 @@ class _VocabEmbedding(torch.autograd.Function):
 
 
 def local_ids(ids: Tensor, rows: int, group: Group) -> tuple[Tensor, Tensor | None]:
-    """Ids as rows of this rank, which has `rows` of the vocabulary; those of other ranks point at row 0 and are marked in the mask; None
-    where there are none."""
+    """Ids as rows of this rank, which has `rows` of the vocabulary; those of other ranks point at
+    row 0 and are marked in the mask; None where there are none.
+    """
     if group is None:
         return ids, None
     local = ids - group.rank() * rows
@@ -250,8 +343,8 @@ def local_ids(ids: Tensor, rows: int, group: Group) -> tuple[Tensor, Tensor | No
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, ids: Tensor, weight: Tensor, module: PositionEmbedding) -> Tensor:
-        ctx.module = module  # type: ignore[attr-defined]
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, module: PositionEmbedding) -> Tensor:
+        ctx.module = module
         ctx.save_for_backward(ids, weight)
         return torch.nn.functional.embedding(ids, weight)
 

@@ -1,7 +1,10 @@
-"""The training loop, on one page. Owns: the order of a step and what is due after it. Must not know: Ray, HTTP, files' layout.
+"""The training loop, on one page.
 
-Numbers of a step are read when they are there: at once on CPU, one step later on CUDA, so that the device's queue never runs
-empty. Ranks agree on commands through the step's own small reduction, and act on them at the same boundary.
+Owns: the order of a step and what is due after it. Must not know: Ray, HTTP, files' layout.
+
+Numbers of a step are read when they are there: at once on CPU, one step later on CUDA, so that the
+device's queue never runs empty. Ranks agree on commands through the step's own small reduction, and
+act on them at the same boundary.
 """
 
 from collections import deque
@@ -37,11 +40,20 @@ class Progress:
 
 
 class NonFiniteLoss(Exception):
-    """Loss or gradient norm of a step is no number; every rank raises it at the same step. Going on would only repeat it."""
+    """Loss or gradient norm of a step is no number; every rank raises it at the same step.
+
+    Going on would only repeat it.
+    """
 
     def __init__(self, report: StepReport) -> None:
-        found = f"the loss of step {report.step} is {report.loss} and its gradient norm {report.grad_norm}"
-        super().__init__(f"{found}; lower optimizer.lr, lengthen schedule.warmup_steps or look at the data from an earlier checkpoint on")
+        found = (
+            f"the loss of step {report.step} is {report.loss} and its gradient norm "
+            f"{report.grad_norm}"
+        )
+        super().__init__(
+            f"{found}; lower optimizer.lr, lengthen schedule.warmup_steps or look at the "
+            "data from an earlier checkpoint on"
+        )
 
 
 class Saver(Protocol):
@@ -66,9 +78,14 @@ class Parts:
     saver: Saver
 
 
-def train(parts: Parts, progress: Progress, report: Callable[[Report], None], poll: Callable[[], Command]) -> Outcome:
-    """Runs from `progress` to the last step, or to the boundary at which all ranks have agreed to stop. Raises NonFiniteLoss."""
-    config, optimizer = parts.config, parts.optimizer
+def train(
+    parts: Parts, progress: Progress, report: Callable[[Report], None], poll: Callable[[], Command]
+) -> Outcome:
+    """Runs from `progress` to the last step, or to the boundary at which all ranks have agreed to
+    stop. Raises NonFiniteLoss.
+    """
+    config = parts.config
+    optimizer = parts.optimizer
     reading = _Reading(parts, report)
     while progress.step < config.training.steps:
         timer = reading.timer
@@ -79,18 +96,35 @@ def train(parts: Parts, progress: Progress, report: Callable[[Report], None], po
         tokens = sum(batch.num_tokens for batch in batches)
         stats = finalize_grads(parts.model, optimizer, parts.mesh, loss_sum, tokens, _flags(poll()))
         timer.mark("reduce")
-        lr = learning_rate(progress.step + 1, config.optimizer, config.schedule, config.training.steps)
+        lr = learning_rate(
+            progress.step + 1, config.optimizer, config.schedule, config.training.steps
+        )
         scale_and_clip(optimizer, stats, config.optimizer.clip_grad_norm)
         optimizer.step(lr)
         timer.mark("optimizer")
-        progress = Progress(progress.step + 1, progress.consumed_samples + config.training.global_batch_size)
+        progress = Progress(
+            progress.step + 1, progress.consumed_samples + config.training.global_batch_size
+        )
         last = progress.step == config.training.steps
         command = reading.add(progress, stats, lr, drain=last)
         if _evaluation_due(config, progress) and parts.evaluation is not None:
-            report(evaluate(parts.model, parts.evaluation(), parts.mesh, step=progress.step, split="validation"))
+            report(
+                evaluate(
+                    parts.model,
+                    parts.evaluation(),
+                    parts.mesh,
+                    step=progress.step,
+                    split="validation",
+                )
+            )
             reading.timer.restart()
-        if _save_due(config, progress) or command in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP):
-            command = max(command, reading.drain())  # weights that are no numbers any more are never saved
+        if _save_due(config, progress) or command in (
+            Command.CHECKPOINT,
+            Command.CHECKPOINT_AND_STOP,
+        ):
+            command = max(
+                command, reading.drain()
+            )  # weights that are no numbers any more are never saved
             parts.saver.save(progress)
         if command >= Command.STOP and not last:
             reading.drain()
@@ -118,7 +152,9 @@ class _Reading:
     """Turns device numbers into reports, `lag` steps late."""
 
     def __init__(self, parts: Parts, report: Callable[[Report], None]) -> None:
-        self._config, self._device, self._report = parts.config, parts.mesh.device, report
+        self._config = parts.config
+        self._device = parts.mesh.device
+        self._report = report
         self._attached = tuple(parts.config.model.attached_losses)
         self._lag = 1 if self._device.type == "cuda" else 0
         peak = device.peak_flops(self._device)
@@ -128,21 +164,41 @@ class _Reading:
         self.timer = StepTimer()
 
     def add(self, progress: Progress, stats: StepStats, lr: float, *, drain: bool) -> Command:
-        """Queues a step, reports those that are due and returns the strongest command that they agreed on."""
+        """Queues a step, reports those that are due and returns the strongest command that they
+        agreed on.
+        """
         seconds, split = self.timer.finish()
         memory = device.peak_memory_bytes(self._device)
-        blank = StepReport(progress.step, 0.0, 0.0, lr, 0, progress.consumed_samples, seconds, 0.0, 0.0, memory, split)
+        blank = StepReport(
+            progress.step,
+            0.0,
+            0.0,
+            lr,
+            0,
+            progress.consumed_samples,
+            seconds,
+            0.0,
+            0.0,
+            memory,
+            split,
+        )
         self._waiting.append((blank, read_later(stats.values)))
         return self.drain(keep=0 if drain else self._lag)
 
     def drain(self, keep: int = 0) -> Command:
-        """Reports everything that waits but the newest `keep`; the strongest command among them. Raises NonFiniteLoss."""
-        return max([self._emit() for _ in range(len(self._waiting) - keep)], default=Command.CONTINUE)
+        """Reports everything that waits but the newest `keep`; the strongest command among them.
+
+        Raises NonFiniteLoss.
+        """
+        return max(
+            [self._emit() for _ in range(len(self._waiting) - keep)], default=Command.CONTINUE
+        )
 
     def _emit(self) -> Command:
         blank, read = self._waiting.popleft()
         loss_sum, tokens, squared_norm, *rest = read()
-        attached, flags = rest[: len(self._attached)], rest[len(self._attached) :]
+        attached = rest[: len(self._attached)]
+        flags = rest[len(self._attached) :]
         rate = tokens / blank.step_s
         step = replace(
             blank,
@@ -151,7 +207,10 @@ class _Reading:
             num_tokens=int(tokens),
             tokens_per_s=rate,
             mfu=rate * self._mfu_per_rate,
-            other_losses={kind: value / max(tokens, 1.0) for kind, value in zip(self._attached, attached, strict=True)},
+            other_losses={
+                kind: value / max(tokens, 1.0)
+                for kind, value in zip(self._attached, attached, strict=True)
+            },
         )
         self._report(step)
         if not (isfinite(step.loss) and isfinite(step.grad_norm)):

@@ -1,6 +1,9 @@
-"""The loop's checkpoints. Owns: what a checkpoint of a training run contains, saving and resuming. Must not know: who commits.
+"""The loop's checkpoints.
 
-Shapes on disk are logical and layout-free; what only this rank knows (its random stream) goes into its own part.
+Owns: what a checkpoint of a training run contains, saving and resuming. Must not know: who commits.
+
+Shapes on disk are logical and layout-free; what only this rank knows (its random stream) goes into
+its own part.
 """
 
 import base64
@@ -27,7 +30,9 @@ from megatron_ray.training.loop import Progress
 
 
 class TrainingSaver:
-    """Writes the optimizer's shard and the run's progress; `on_written` hears when this rank's part is durable."""
+    """Writes the optimizer's shard and the run's progress; `on_written` hears when this rank's part
+    is durable.
+    """
 
     def __init__(
         self,
@@ -42,7 +47,10 @@ class TrainingSaver:
     ) -> None:
         if config.storage is None:
             raise ConfigProblem("storage.path is not set; checkpoints have nowhere to go")
-        self._config, self._model, self._optimizer, self._attempt = config, model, optimizer, attempt
+        self._config = config
+        self._model = model
+        self._optimizer = optimizer
+        self._attempt = attempt
         self._storage_path = config.storage.path
         self._end_of_document = data.end_of_document
         # A checkpoint can then be sampled from wherever it is copied to.
@@ -51,12 +59,22 @@ class TrainingSaver:
         self._writer.prepare(training_state(model, optimizer))
 
     def save(self, progress: Progress) -> None:
-        """Copies the shard and lets the background write it; waits for a save that is still under way."""
+        """Copies the shard and lets the background write it; waits for a save that is still under
+        way.
+        """
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
-        self._writer.save(progress.step, path, training_state(self._model, self._optimizer), self._train_state(progress), self._files)
+        self._writer.save(
+            progress.step,
+            path,
+            training_state(self._model, self._optimizer),
+            self._train_state(progress),
+            self._files,
+        )
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is durable; raises what went wrong in the background."""
+        """Until this rank's part of the last save is durable; raises what went wrong in the
+        background.
+        """
         self._writer.wait()
 
     def close(self) -> None:
@@ -72,7 +90,8 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
-            # Only the run's own tree: whoever wraps it (a job) may have fields that a reader of checkpoints need not know.
+            # Only the run's own tree: whoever wraps it (a job) may have fields that a reader of
+            # checkpoints need not know.
             "config": self._config.model_dump(mode="json", include=set(TrainConfig.model_fields)),
             "end_of_document": self._end_of_document,
             "rng": {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
@@ -85,25 +104,34 @@ def _read_file(path: str) -> bytes:
 
 
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
-    """Live views of everything that a checkpoint has of the model: main parameters, moments, balancing biases of experts."""
-    biases = {f"model/{name}": whole_tensor(bias.value) for name, bias in model.expert_biases.items()}
+    """Live views of everything that a checkpoint has of the model: main parameters, moments,
+    balancing biases of experts.
+    """
+    biases = {
+        f"model/{name}": whole_tensor(bias.value) for name, bias in model.expert_biases.items()
+    }
     return optimizer.sharded_state() | biases
 
 
 def resume(path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: int) -> Progress:
-    """Loads main parameters and moments from any layout, publishes the weights and says how far the job was."""
+    """Loads main parameters and moments from any layout, publishes the weights and says how far the
+    job was.
+    """
     load_into(path, training_state(model, optimizer))
     state = read_train_state(path, rank)
     optimizer.set_steps_taken(state["step"])
     optimizer.publish()
-    if "rng" in state:  # absent for a rank that the saving layout did not have: it keeps its seed's stream
+    if (
+        "rng" in state
+    ):  # absent for a rank that the saving layout did not have: it keeps its seed's stream
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
     return Progress(state["step"], state["consumed_samples"])
 
 
 def begin_with(path: str, model: ParallelModel, optimizer: ShardedOptimizer) -> None:
-    """Loads main parameters, as `resume` does, from a checkpoint or a Hugging Face folder; moments and steps stay at zero. Raises
-    CheckpointError, ConfigProblem."""
+    """Loads main parameters, as `resume` does, from a checkpoint or a Hugging Face folder; moments
+    and steps stay at zero. Raises CheckpointError, ConfigProblem.
+    """
     load_weights(path, training_state(model, optimizer))
     optimizer.publish()

@@ -1,4 +1,7 @@
-"""A rank's pipeline stages at work on a list of microbatches. Owns: what a stage takes and what is sent. Must not know: schedules."""
+"""A rank's pipeline stages at work on a list of microbatches.
+
+Owns: what a stage takes and what is sent. Must not know: schedules.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -13,13 +16,26 @@ from megatron_ray.pipeline_parallel.schedules.actions import Order
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 
 
-def run_stages(model: ParallelModel, mesh: ParallelMesh, actions: Order, batches: Sequence[Batch]) -> list[Tensor]:
-    """Executes a rank's list on these microbatches; the losses by microbatch where the last stage is, else none."""
+def run_stages(
+    model: ParallelModel, mesh: ParallelMesh, actions: Order, batches: Sequence[Batch]
+) -> list[Tensor]:
+    """Executes a rank's list on these microbatches; the losses by microbatch where the last stage
+    is, else none.
+    """
     chunks = [_chunk(model, stage, batches) for stage in model.module.held]
-    return PipelineRunner(actions, model.pipeline.stages, chunks, mesh.pp_group, _transfer(model, mesh, batches[0]), model.sink).step()
+    return PipelineRunner(
+        actions,
+        model.pipeline.stages,
+        chunks,
+        mesh.pp_group,
+        _transfer(model, mesh, batches[0]),
+        model.sink,
+    ).step()
 
 
-def _chunk(model: ParallelModel, stage: StageContents, batches: Sequence[Batch]) -> Callable[[Tensor | None, int], Tensor]:
+def _chunk(
+    model: ParallelModel, stage: StageContents, batches: Sequence[Batch]
+) -> Callable[[Tensor | None, int], Tensor]:
     def run(received_TH: Tensor | None, microbatch: int) -> Tensor:
         return model.module.stage(stage, received_TH, batches[microbatch])
 
@@ -27,7 +43,9 @@ def _chunk(model: ParallelModel, stage: StageContents, batches: Sequence[Batch])
 
 
 def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfer:
-    """Between stages each tp rank sends its tokens only under sequence parallelism, and all of them otherwise."""
+    """Between stages each tp rank sends its tokens only under sequence parallelism, and all of them
+    otherwise.
+    """
     tokens = batch.tokens_BS.numel() // (mesh.dims.tp if model.sequence_parallel else 1)
     return Transfer((tokens, model.module.config.hidden_size), model.dtype, mesh.device)
 

@@ -1,4 +1,6 @@
-"""One optimizer step on one rank. Owns: forward and backward over the microbatches, and reading the step's numbers late.
+"""One optimizer step on one rank.
+
+Owns: forward and backward over the microbatches, and reading the step's numbers late.
 
 Must not know: schedules of learning rate or checkpoints, who listens.
 """
@@ -16,8 +18,9 @@ from megatron_ray.training.stages import loss_sum, run_stages
 
 
 def forward_backward(model: ParallelModel, mesh: ParallelMesh, batches: Sequence[Batch]) -> Tensor:
-    """Sum of the losses of this replica's microbatches, zero on pipeline ranks without the last stage; gradients end up as sums in
-    the main gradients, reductions under way."""
+    """Sum of the losses of this replica's microbatches, zero on pipeline ranks without the last
+    stage; gradients end up as sums in the main gradients, reductions under way.
+    """
     model.begin_step()
     if model.actions:
         return loss_sum(run_stages(model, mesh, model.actions, batches), mesh)
@@ -33,7 +36,10 @@ def forward_backward(model: ParallelModel, mesh: ParallelMesh, batches: Sequence
 
 
 def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Starts copying device scalars to the host; calling the result waits for the copy. On CPU there is nothing to wait for."""
+    """Starts copying device scalars to the host; calling the result waits for the copy.
+
+    On CPU there is nothing to wait for.
+    """
     if values.device.type != "cuda":
         return values.tolist
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -50,7 +56,10 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 class StepTimer:
-    """Wall time of a step and its parts. On CUDA the parts are launch times; the whole is right once the queue is full."""
+    """Wall time of a step and its parts.
+
+    On CUDA the parts are launch times; the whole is right once the queue is full.
+    """
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -66,7 +75,8 @@ class StepTimer:
     def finish(self) -> tuple[float, dict[str, float]]:
         """Seconds since the last `finish` and their split; starts the next step."""
         now = time.perf_counter()
-        seconds, parts = now - self._step_start, self._parts
+        seconds = now - self._step_start
+        parts = self._parts
         self._step_start = self._last = now
         self._parts = {}
         return seconds, parts

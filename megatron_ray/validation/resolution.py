@@ -7,9 +7,11 @@ from megatron_ray.config.train_config import TrainConfig
 
 
 def resolve_dp(config: TrainConfig, max_world: int) -> int:
-    """dp for `auto`: the largest number of replicas that fits into `max_world` ranks, divides the batch and completes the experts' grid;
-    the least that does where none of those fits."""
-    parallel, training = config.parallel, config.training
+    """dp for `auto`: the largest number of replicas that fits into `max_world` ranks, divides the
+    batch and completes the experts' grid; the least that does where none of those fits.
+    """
+    parallel = config.parallel
+    training = config.training
     if parallel.dp != "auto":
         return parallel.dp
     model = parallel.tp * parallel.pp * parallel.cp
@@ -21,7 +23,9 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
 
 
 def least_dp(config: TrainConfig) -> int:
-    """dp must be a multiple of this, so that experts and copies of sharded state can be dealt out over the replicas."""
+    """dp must be a multiple of this, so that experts and copies of sharded state can be dealt out
+    over the replicas.
+    """
     return lcm(expert_dp_multiple(config), _replica_dp_multiple(config))
 
 
@@ -49,10 +53,16 @@ def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
 
 
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
-    """Fills model.vocab_size from the tokenizer. Raises ConfigProblem when the model's own is too small for it."""
+    """Fills model.vocab_size from the tokenizer.
+
+    Raises ConfigProblem when the model's own is too small for it.
+    """
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
-        raise ConfigProblem(f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}; raise it, or leave it out")
+        raise ConfigProblem(
+            f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}; raise "
+            "it, or leave it out"
+        )
     model = config.model.model_copy(update={"vocab_size": given or vocab_size})
     return config.model_copy(update={"model": model})
 

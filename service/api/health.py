@@ -21,7 +21,9 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 def readyz(service: Service, response: Response) -> dict[str, Any]:
-    """200 while requests can be served: `ok` with every agent there, `degraded` without. 503 when the database does not answer."""
+    """200 while requests can be served: `ok` with every agent there, `degraded` without. 503 when
+    the database does not answer.
+    """
     try:
         service.store.ping()
         agents = [_agent(service, name) for name in service.settings.clusters]

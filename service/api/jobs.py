@@ -1,4 +1,7 @@
-"""/v1/jobs: make, list, show, cancel, checkpoint, delete. Must not know: tables' columns beyond filtering."""
+"""/v1/jobs: make, list, show, cancel, checkpoint, delete.
+
+Must not know: tables' columns beyond filtering.
+"""
 
 from typing import Annotated, Any
 
@@ -20,12 +23,23 @@ from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
-Key = Annotated[str | None, Header(alias="Idempotency-Key", description="Repeating a request with its key gives the first answer again.")]
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="Repeating a request with its key gives the first answer again.",
+    ),
+]
 
 
 @router.post("/jobs", status_code=201, response_model=Job)
-async def create_job(spec: JobSpec, request: Request, service: Service, by: By, key: Key = None) -> Response:
-    """Submits a job. Everything wrong with the spec is answered at once, before anything is stored or reserved."""
+async def create_job(
+    spec: JobSpec, request: Request, service: Service, by: By, key: Key = None
+) -> Response:
+    """Submits a job.
+
+    Everything wrong with the spec is answered at once, before anything is stored or reserved.
+    """
     given = await request.json()
     answer = await submit(service, spec, given, Repeatable.of(key, by.token_id, "/v1/jobs", given))
     headers = {"Location": f"/v1/jobs/{answer.body['id']}"}
@@ -39,16 +53,28 @@ def list_jobs(
     request: Request,
     service: Service,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(description="Id of the last job of the page before.")] = None,
+    after: Annotated[
+        str | None, Query(description="Id of the last job of the page before.")
+    ] = None,
     status: Annotated[str | None, Query(description="States, separated by commas.")] = None,
 ) -> Page[JobSummary]:
-    """Jobs, newest first. `metadata[key]=value` keeps those with that label; several must all hold."""
-    statement = sa.select(JobRow).where(JobRow.deleted_at.is_(None)).order_by(JobRow.number.desc()).limit(limit + 1)
+    """Jobs, newest first.
+
+    `metadata[key]=value` keeps those with that label; several must all hold.
+    """
+    statement = (
+        sa.select(JobRow)
+        .where(JobRow.deleted_at.is_(None))
+        .order_by(JobRow.number.desc())
+        .limit(limit + 1)
+    )
     if status is not None:
         statement = statement.where(JobRow.status.in_(_states(status)))
     for name, value in request.query_params.multi_items():
         if name.startswith("metadata[") and name.endswith("]"):
-            label = sa.select(LabelRow.job).where(LabelRow.key == name[9:-1], LabelRow.value == value)
+            label = sa.select(LabelRow.job).where(
+                LabelRow.key == name[9:-1], LabelRow.value == value
+            )
             statement = statement.where(JobRow.number.in_(label))
     with service.store.read() as session:
         if after is not None:
@@ -66,8 +92,13 @@ def show_job(job_id: str, service: Service) -> Job:
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, response_model=Job)
-def cancel_job(job_id: str, service: Service, by: By, body: CancelRequest | None = None, key: Key = None) -> Response:
-    """Asks for the job's end; `checkpoint` says whether it writes a last one. Cancelling an ended job changes nothing."""
+def cancel_job(
+    job_id: str, service: Service, by: By, body: CancelRequest | None = None, key: Key = None
+) -> Response:
+    """Asks for the job's end; `checkpoint` says whether it writes a last one.
+
+    Cancelling an ended job changes nothing.
+    """
     wish = body or CancelRequest()
     repeat = Repeatable.of(key, by.token_id, f"/v1/jobs/{job_id}/cancel", wish.model_dump())
 
@@ -98,7 +129,9 @@ def _change(service: Service, job_id: str, repeat: Repeatable, work: Any) -> Res
         job = lifecycle.lock(session, job_id)
         earlier = repeat.earlier(session)
         if earlier is not None:
-            return JSONResponse(earlier[1], status_code=earlier[0], headers={"Idempotent-Replayed": "true"})
+            return JSONResponse(
+                earlier[1], status_code=earlier[0], headers={"Idempotent-Replayed": "true"}
+            )
         work(session, job)
         body = render.job(session, job).model_dump(mode="json")
         repeat.remember(session, 202, body)
@@ -111,7 +144,9 @@ def _states(text: str) -> list[str]:
     wrong = [name for name in given if name not in known]
     if wrong:
         detail = f"status {wrong[0][:80]!r} is unknown; known: {', '.join(known)}"
-        raise ProblemError("request_invalid", detail, errors=[Problem("/query/status", "unknown_state", detail)])
+        raise ProblemError(
+            "request_invalid", detail, errors=[Problem("/query/status", "unknown_state", detail)]
+        )
     return given
 
 
@@ -119,5 +154,7 @@ def _number(session: Session, job_id: str) -> int:
     found = session.scalar(sa.select(JobRow.number).where(JobRow.id == job_id))
     if found is None:
         detail = f"after={job_id[:80]!r} is no job's id; use last_id of the page before"
-        raise ProblemError("request_invalid", detail, errors=[Problem("/query/after", "unknown_id", detail)])
+        raise ProblemError(
+            "request_invalid", detail, errors=[Problem("/query/after", "unknown_id", detail)]
+        )
     return found

@@ -19,7 +19,9 @@ class Body(BaseModel):
 class Page(Body, Generic[Item]):
     """One page of a list; the next one starts `after` last_id."""
 
-    model_config = ConfigDict(use_attribute_docstrings=False)  # pydantic looks for the source of Page[...] where there is none
+    model_config = ConfigDict(
+        use_attribute_docstrings=False
+    )  # pydantic looks for the source of Page[...] where there is none
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -166,7 +168,10 @@ class PlanRank(Body):
 
 
 class PlanMemory(Body):
-    """Bytes on the fullest rank. Weights, gradients and optimizer state are counted to the byte; the rest is estimated."""
+    """Bytes on the fullest rank.
+
+    Weights, gradients and optimizer state are counted to the byte; the rest is estimated.
+    """
 
     rank: int
     """Which rank that is; others may be as full."""
@@ -186,7 +191,8 @@ class PlanTraffic(Body):
     """What the fullest rank sends in a step along one axis by one kind of collective."""
 
     axis: str
-    """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an expert), embedding, tokens (tp x cp) or world."""
+    """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an expert),
+    embedding, tokens (tp x cp) or world."""
     kind: str
     operations: int
     bytes: int

@@ -11,7 +11,16 @@ from megatron_ray.planning.communication import Tally
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.planning.step_time import StepTime
 from megatron_ray.planning.suggest import Suggestion, suggest
-from service.api.models import FieldError, Plan, PlanMemory, PlanRank, PlanSuggestion, PlanTime, PlanTraffic, Suggestions
+from service.api.models import (
+    FieldError,
+    Plan,
+    PlanMemory,
+    PlanRank,
+    PlanSuggestion,
+    PlanTime,
+    PlanTraffic,
+    Suggestions,
+)
 from service.http.dependencies import Service
 from service.http.errors import ProblemError, spec_invalid
 from service.jobs import estimates, submissions, submit
@@ -21,19 +30,37 @@ from workers.protocol.job import JobSpec
 
 MOST_RANKS = 65536
 router = APIRouter(prefix="/v1", tags=["plans"])
-Device = Annotated[str | None, Query(description="What the time is estimated for, and whose memory counts: A100, H100, H200, B200 or CPU.")]
-Ranks = Annotated[int | None, Query(ge=1, le=MOST_RANKS, description="How many ranks; as many as the job would get when not given.")]
+Device = Annotated[
+    str | None,
+    Query(
+        description="What the time is estimated for, and whose memory counts: A100, H100, H200, B200 "
+        "or CPU."
+    ),
+]
+Ranks = Annotated[
+    int | None,
+    Query(
+        ge=1,
+        le=MOST_RANKS,
+        description="How many ranks; as many as the job would get when not given.",
+    ),
+]
 
 
 @router.post("/plans")
 async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) -> Plan:
-    """Resolved spec, rank map, memory, communication and an estimate of the step's time; the body is a job spec.
+    """Resolved spec, rank map, memory, communication and an estimate of the step's time; the body
+    is a job spec.
 
     One that is wrong is refused; one that is right but does not fit says so in `problems`.
     """
     asked = _device(hardware)
     room = await _right(service, spec)
-    job_dir = spec.storage.path if spec.storage is not None else str(service.settings.data_dir / "jobs" / "job-example")
+    job_dir = (
+        spec.storage.path
+        if spec.storage is not None
+        else str(service.settings.data_dir / "jobs" / "job-example")
+    )
     found = submissions.resolve(spec, room, job_dir)
     _refuse_too_many(found.world_size)
     device = asked or _device_of(spec, found.spec, room)
@@ -46,7 +73,9 @@ async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) ->
         world_size=found.world_size,
         ranks=[PlanRank.model_construct(**rank) for rank in estimates.rank_map(found.spec)],
         memory=None if known is None else _memory(known),
-        communication=None if known is None or known.communication is None else _traffic(known.communication),
+        communication=None
+        if known is None or known.communication is None
+        else _traffic(known.communication),
         bubble_share=None if known is None else known.bubble_share,
         hardware=None if device is None else device.name,
         time=None if known is None or known.time is None else _time(known.time),
@@ -58,26 +87,47 @@ async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) ->
 
 
 @router.post("/plans/suggest")
-async def make_suggestions(spec: JobSpec, service: Service, hardware: Device = None, ranks: Ranks = None) -> Suggestions:
-    """The quickest layouts that fit: tp, pp, vpp, cp, ep, dp, micro batch and recomputation are tried, everything else is the spec's."""
+async def make_suggestions(
+    spec: JobSpec, service: Service, hardware: Device = None, ranks: Ranks = None
+) -> Suggestions:
+    """The quickest layouts that fit: tp, pp, vpp, cp, ep, dp, micro batch and recomputation are
+    tried, everything else is the spec's.
+    """
     asked = _device(hardware)
     room = await _right(service, spec)
     found = submissions.resolve(spec, room, str(service.settings.data_dir / "jobs" / "job-example"))
-    device, world = asked or _device_of(spec, found.spec, room), ranks or found.world_size
+    device = asked or _device_of(spec, found.spec, room)
+    world = ranks or found.world_size
     known = estimates.with_vocabulary(found.spec)
     notes = []
     if device is None:
         raise _wrong_query("hardware", "which device the cluster has is not known; name one")
     if known is None:
-        notes.append("nothing can be estimated before the tokenizer's file is read; set model.vocab_size")
+        notes.append(
+            "nothing can be estimated before the tokenizer's file is read; set model.vocab_size"
+        )
     elif known.training.precision not in device.efficiencies:
-        notes.append(f"{device.name} is not known to compute in {known.training.precision}; name another device or precision")
+        notes.append(
+            f"{device.name} is not known to compute in {known.training.precision}; name "
+            "another device or precision"
+        )
     if ranks is None and not room.known:
-        notes.append(f"cluster {spec.cluster!r} has not been reported yet: {world} ranks are what the job needs at least; give ranks")
+        notes.append(
+            f"cluster {spec.cluster!r} has not been reported yet: {world} ranks are what "
+            "the job needs at least; give ranks"
+        )
     best = [] if known is None else await run_in_threadpool(suggest, known, world, device)
     if not best and not notes:
-        notes.append(f"no layout of those that are tried fits on {world} ranks; give more, or use zero=3 or a smaller model")
-    return Suggestions(world_size=world, hardware=device.name, data=[_suggestion(entry) for entry in best], notes=notes)
+        notes.append(
+            f"no layout of those that are tried fits on {world} ranks; give more, or use "
+            "zero=3 or a smaller model"
+        )
+    return Suggestions(
+        world_size=world,
+        hardware=device.name,
+        data=[_suggestion(entry) for entry in best],
+        notes=notes,
+    )
 
 
 async def _right(service: Service, spec: JobSpec) -> Room:
@@ -95,11 +145,15 @@ def _look(service: Service, spec: JobSpec) -> tuple[Room, list[Problem]]:
 
 
 def _unfit(spec: JobSpec, resolved: JobSpec, room: Room, asked: Hardware | None) -> list[Problem]:
-    """What keeps it from running; the memory is that of the device asked for, else of the cluster's."""
+    """What keeps it from running; the memory is that of the device asked for, else of the
+    cluster's.
+    """
     found = submissions.check_fit(spec, room)
     if asked is None:
         return found
-    return [problem for problem in found if problem.code != "memory_fits"] or estimates.check_memory(resolved, asked)
+    return [
+        problem for problem in found if problem.code != "memory_fits"
+    ] or estimates.check_memory(resolved, asked)
 
 
 def _refuse_too_many(ranks: int) -> None:
@@ -116,12 +170,16 @@ def _device(name: str | None) -> Hardware | None:
         return None
     found = hardware_named(name)
     if found is None:
-        raise _wrong_query("hardware", f"hardware={name[:80]!r} is not known; known: {', '.join(HARDWARE)}")
+        raise _wrong_query(
+            "hardware", f"hardware={name[:80]!r} is not known; known: {', '.join(HARDWARE)}"
+        )
     return found
 
 
 def _wrong_query(name: str, detail: str) -> ProblemError:
-    return ProblemError("request_invalid", detail, errors=[Problem(f"/query/{name}", "unknown_hardware", detail)])
+    return ProblemError(
+        "request_invalid", detail, errors=[Problem(f"/query/{name}", "unknown_hardware", detail)]
+    )
 
 
 def _device_of(spec: JobSpec, resolved: JobSpec, room: Room) -> Hardware | None:
@@ -136,12 +194,15 @@ def _device_of(spec: JobSpec, resolved: JobSpec, room: Room) -> Hardware | None:
 
 def _memory(known: Estimates) -> PlanMemory:
     memory = known.memory
-    return PlanMemory(**asdict(memory), total_bytes_estimate=memory.total_bytes, vocab_size=known.vocab_size)
+    return PlanMemory(
+        **asdict(memory), total_bytes_estimate=memory.total_bytes, vocab_size=known.vocab_size
+    )
 
 
 def _traffic(sent: Tally) -> list[PlanTraffic]:
     return [
-        PlanTraffic(axis=axis, kind=kind, operations=sent.operations[axis, kind], bytes=size) for (axis, kind), size in sent.bytes.items()
+        PlanTraffic(axis=axis, kind=kind, operations=sent.operations[axis, kind], bytes=size)
+        for (axis, kind), size in sent.bytes.items()
     ]
 
 
@@ -150,23 +211,40 @@ def _time(time: StepTime) -> PlanTime:
 
 
 def _suggestion(entry: Suggestion) -> PlanSuggestion:
-    return PlanSuggestion(changes=entry.changes, total_bytes_estimate=entry.memory.total_bytes, time=_time(entry.time))
+    return PlanSuggestion(
+        changes=entry.changes, total_bytes_estimate=entry.memory.total_bytes, time=_time(entry.time)
+    )
 
 
-def _unknowns(spec: JobSpec, room: Room, device: Hardware | None, known: Estimates | None, *, paths_known: bool) -> list[str]:
+def _unknowns(
+    spec: JobSpec,
+    room: Room,
+    device: Hardware | None,
+    known: Estimates | None,
+    *,
+    paths_known: bool,
+) -> list[str]:
     notes = []
     if not room.known:
         notes.append(
-            f"cluster {spec.cluster!r} has not been reported yet: whether the job fits is not known, dp: auto counts as 1, no GPUs"
+            f"cluster {spec.cluster!r} has not been reported yet: whether the job fits is "
+            "not known, dp: auto counts as 1, no GPUs"
         )
     if not paths_known:
         notes.append("paths were not checked: no agent answered")
     if known is None:
-        return [*notes, "memory is not known before the tokenizer's file is read; set model.vocab_size to see it"]
+        return [
+            *notes,
+            "memory is not known before the tokenizer's file is read; set model.vocab_size "
+            "to see it",
+        ]
     if known.communication is None:
         notes.append("communication is not counted where torch gathers weights (zero=3)")
     if device is None:
-        notes.append("no time is estimated: what the job would run on is not known; name a device with hardware")
+        notes.append(
+            "no time is estimated: what the job would run on is not known; name a device "
+            "with hardware"
+        )
     elif known.time is None:
         notes.append(f"no time is estimated for {spec.training.precision} on {device.name}")
     return notes

@@ -1,4 +1,7 @@
-"""Rows as bodies. Owns: what the public API shows of a table, and paging. Must not know: requests."""
+"""Rows as bodies.
+
+Owns: what the public API shows of a table, and paging. Must not know: requests.
+"""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -7,7 +10,18 @@ from typing import TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from service.api.models import Attempt, Checkpoint, Cluster, Event, Job, JobSummary, LastCheckpoint, Node, Page, Progress
+from service.api.models import (
+    Attempt,
+    Checkpoint,
+    Cluster,
+    Event,
+    Job,
+    JobSummary,
+    LastCheckpoint,
+    Node,
+    Page,
+    Progress,
+)
 from service.jobs.agents import Agents
 from service.store.schema import AttemptRow, CheckpointRow, ClusterRow, EventRow, JobRow, LabelRow
 from workers.protocol.states import DesiredState, JobState, StatusReason
@@ -28,7 +42,12 @@ def moment_or_none(seconds: float | None) -> datetime | None:
 
 def page(items: Sequence[Item], ids: Sequence[str], *, has_more: bool) -> Page[Item]:
     """One page of a list."""
-    return Page(data=list(items), first_id=ids[0] if ids else None, last_id=ids[-1] if ids else None, has_more=has_more)
+    return Page(
+        data=list(items),
+        first_id=ids[0] if ids else None,
+        last_id=ids[-1] if ids else None,
+        has_more=has_more,
+    )
 
 
 def summaries(session: Session, rows: Sequence[JobRow]) -> list[JobSummary]:
@@ -77,7 +96,12 @@ def attempt(row: AttemptRow) -> Attempt:
 def checkpoint(row: CheckpointRow) -> Checkpoint:
     """One checkpoint."""
     return Checkpoint(
-        step=row.step, attempt=row.attempt, path=row.path, committed_at=moment(row.committed_at), bytes=row.bytes, loss=row.loss
+        step=row.step,
+        attempt=row.attempt,
+        path=row.path,
+        committed_at=moment(row.committed_at),
+        bytes=row.bytes,
+        loss=row.loss,
     )
 
 
@@ -102,7 +126,11 @@ def cluster(name: str, row: ClusterRow | None, agents: Agents) -> Cluster:
 
 def _labels(session: Session, rows: Sequence[JobRow]) -> dict[int, dict[str, str]]:
     found: dict[int, dict[str, str]] = {}
-    for label in session.scalars(sa.select(LabelRow).where(LabelRow.job.in_([row.number for row in rows])).order_by(LabelRow.key)):
+    for label in session.scalars(
+        sa.select(LabelRow)
+        .where(LabelRow.job.in_([row.number for row in rows]))
+        .order_by(LabelRow.key)
+    ):
         found.setdefault(label.job, {})[label.key] = label.value
     return found
 
@@ -128,13 +156,18 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         progress=_progress(row),
         problem=row.problem,
         storage_path=row.job_dir,
-        last_checkpoint=last and LastCheckpoint(step=last["step"], path=last["path"], committed_at=moment(last["committed_at"])),
+        last_checkpoint=last
+        and LastCheckpoint(
+            step=last["step"], path=last["path"], committed_at=moment(last["committed_at"])
+        ),
     )
 
 
 def _progress(row: JobRow) -> Progress:
-    seen, steps = row.progress, int(row.resolved_spec["training"]["steps"])
-    step, step_s = seen.get("step"), seen.get("step_s")
+    seen = row.progress
+    steps = int(row.resolved_spec["training"]["steps"])
+    step = seen.get("step")
+    step_s = seen.get("step_s")
     eta_s = None
     if row.status == JobState.RUNNING and step is not None and step_s is not None:
         eta_s = max(0, steps - step) * step_s

@@ -1,4 +1,7 @@
-"""Where the service is. Owns: --url, --token, --data-dir, and stack.json when nothing is given. Must not know: commands."""
+"""Where the service is.
+
+Owns: --url, --token, --data-dir, and stack.json when nothing is given. Must not know: commands.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,12 +14,24 @@ from service.local_stack.record import RecordUnreadableError, StackRecord, read_
 from service.settings import Settings, SettingsError
 
 Url = Annotated[
-    str | None, typer.Option("--url", help="Address of the service; the local stack's when not given.", rich_help_panel="Service")
+    str | None,
+    typer.Option(
+        "--url",
+        help="Address of the service; the local stack's when not given.",
+        rich_help_panel="Service",
+    ),
 ]
-Token = Annotated[str | None, typer.Option("--token", help="Token, or @FILE that holds it.", rich_help_panel="Service")]
+Token = Annotated[
+    str | None,
+    typer.Option("--token", help="Token, or @FILE that holds it.", rich_help_panel="Service"),
+]
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Folder of the local stack; MEGATRON_RAY_DATA_DIR or ~/.megatron-ray.", rich_help_panel="Service"),
+    typer.Option(
+        "--data-dir",
+        help="Folder of the local stack; MEGATRON_RAY_DATA_DIR or ~/.megatron-ray.",
+        rich_help_panel="Service",
+    ),
 ]
 
 
@@ -48,7 +63,10 @@ def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client
     folder = resolve_data_dir(data_dir)
     record = local_stack(folder)
     if record is None or not record.url:
-        raise Failure(f"no local stack is up (data dir {folder})", remedy="start one with `megatron-ray up`, or name a service with --url")
+        raise Failure(
+            f"no local stack is up (data dir {folder})",
+            remedy="start one with `megatron-ray up`, or name a service with --url",
+        )
     return Client(record.url, secret or record.token)
 
 
@@ -58,4 +76,6 @@ def _read_token(given: str | None) -> str | None:
     try:
         return Path(given[1:]).expanduser().read_text().strip()
     except OSError as error:
-        raise Failure(f"--token {given}: {error.strerror}", remedy="name a file that holds the token alone") from error
+        raise Failure(
+            f"--token {given}: {error.strerror}", remedy="name a file that holds the token alone"
+        ) from error

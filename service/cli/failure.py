@@ -1,4 +1,7 @@
-"""What a command says when it fails. Owns: turning errors into one message with field and remedy. Must not know: commands."""
+"""What a command says when it fails.
+
+Owns: turning errors into one message with field and remedy. Must not know: commands.
+"""
 
 import json
 import sys
@@ -19,9 +22,18 @@ _REMEDIES = {
 class Failure(Exception):
     """The asked-for thing did not happen: one message, what to do about it, and the exit code."""
 
-    def __init__(self, message: str, *, remedy: str = "", exit_code: int = 1, body: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        remedy: str = "",
+        exit_code: int = 1,
+        body: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(message)
-        self.remedy, self.exit_code, self.body = remedy, exit_code, body
+        self.remedy = remedy
+        self.exit_code = exit_code
+        self.body = body
 
     def as_json(self) -> dict[str, Any]:
         """The problem as the service gave it, or one of the same shape."""
@@ -30,13 +42,19 @@ class Failure(Exception):
 
 def from_service(error: ServiceError) -> Failure:
     """A refusal in words: one line per wrong field."""
-    # With wrong fields the detail repeats the first of them, so the title says better what this is about.
+    # With wrong fields the detail repeats the first of them, so the title says better what this is
+    # about.
     lines = [str(error.problem.get("title") or error.detail) if error.errors else error.detail]
     lines += [f"  {problem.pointer or '/'}: {problem.detail}" for problem in error.errors]
     remedy = _REMEDIES.get(error.code) or _REMEDIES.get(f"http_{error.status}", "")
     if error.status >= 500 and error.request_id:
         remedy = f"the service's log says more, under request {error.request_id}"
-    body = error.problem or {"title": "failed", "code": error.code, "detail": error.detail, "remedy": remedy}
+    body = error.problem or {
+        "title": "failed",
+        "code": error.code,
+        "detail": error.detail,
+        "remedy": remedy,
+    }
     return Failure("\n".join(lines), remedy=remedy, body=body)
 
 

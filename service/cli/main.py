@@ -1,4 +1,6 @@
-"""The command line. Owns: the list of commands and the way out: exit code 0 only when the asked-for thing happened.
+"""The command line.
+
+Owns: the list of commands and the way out: exit code 0 only when the asked-for thing happened.
 
 Must not know: what a command does.
 """

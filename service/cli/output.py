@@ -1,4 +1,7 @@
-"""What commands print. Owns: JSON, tables, how numbers and times read. Must not know: where the values come from."""
+"""What commands print.
+
+Owns: JSON, tables, how numbers and times read. Must not know: where the values come from.
+"""
 
 import itertools
 import json
@@ -36,8 +39,16 @@ def print_json_line(body: Any) -> None:
     sys.stdout.flush()
 
 
-def print_page(page: Mapping[str, Any], as_json: bool, columns: Mapping[str, Column], empty: str, style: Column = lambda entry: "") -> None:
-    """One page of a list, as it came or as a table: `columns` says how each cell is made of an entry, `style` a row's colour."""
+def print_page(
+    page: Mapping[str, Any],
+    as_json: bool,
+    columns: Mapping[str, Column],
+    empty: str,
+    style: Column = lambda entry: "",
+) -> None:
+    """One page of a list, as it came or as a table: `columns` says how each cell is made of an
+    entry, `style` a row's colour.
+    """
     if as_json:
         print_json(page)
         return
@@ -45,8 +56,12 @@ def print_page(page: Mapping[str, Any], as_json: bool, columns: Mapping[str, Col
     print_table(list(columns), rows, empty, styles=[style(entry) for entry in page["data"]])
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], empty: str, styles: Sequence[str] = ()) -> None:
-    """A borderless table, or the sentence `empty` when there is no row; `styles` are the rows' colours."""
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[str]], empty: str, styles: Sequence[str] = ()
+) -> None:
+    """A borderless table, or the sentence `empty` when there is no row; `styles` are the rows'
+    colours.
+    """
     cells = list(rows)
     if not cells:
         console().print(escape(empty))

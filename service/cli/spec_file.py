@@ -1,4 +1,7 @@
-"""Job specs from files. Owns: reading, --set, relative paths. Must not know: the service, which validates."""
+"""Job specs from files.
+
+Owns: reading, --set, relative paths. Must not know: the service, which validates.
+"""
 
 import json
 from collections.abc import Iterable
@@ -10,9 +13,14 @@ import typer
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from service.cli.failure import Failure
 
-SpecFile = Annotated[Path, typer.Argument(help="Job spec, YAML or JSON.", metavar="SPEC", show_default=False)]
+SpecFile = Annotated[
+    Path, typer.Argument(help="Job spec, YAML or JSON.", metavar="SPEC", show_default=False)
+]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="path.to.field=value over the spec; may be repeated.", metavar="PATH=VALUE")
+    list[str] | None,
+    typer.Option(
+        "--set", help="path.to.field=value over the spec; may be repeated.", metavar="PATH=VALUE"
+    ),
 ]
 
 
@@ -21,16 +29,26 @@ def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
     try:
         values = read_mapping(path)
     except OSError as error:
-        raise Failure(f"cannot read the job spec {path}: {error.strerror}", remedy="name a YAML or JSON file", exit_code=2) from error
+        raise Failure(
+            f"cannot read the job spec {path}: {error.strerror}",
+            remedy="name a YAML or JSON file",
+            exit_code=2,
+        ) from error
     except UnicodeDecodeError as error:
-        raise Failure(f"{path} is not text", remedy="name a YAML or JSON file", exit_code=2) from error
+        raise Failure(
+            f"{path} is not text", remedy="name a YAML or JSON file", exit_code=2
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise Failure(str(error), remedy="see deploy/jobs/stdlib-tp2.yaml for a spec that works", exit_code=2) from error
+        raise Failure(
+            str(error), remedy="see deploy/jobs/stdlib-tp2.yaml for a spec that works", exit_code=2
+        ) from error
     _require_json(values, path)
     try:
         values = apply_overrides(values, overrides or ())
     except ValueError as error:
-        raise Failure(str(error), remedy="for example --set training.steps=10", exit_code=2) from error
+        raise Failure(
+            str(error), remedy="for example --set training.steps=10", exit_code=2
+        ) from error
     _require_json(values, "--set")
     return anchor_paths(values, Path.cwd())
 
@@ -40,11 +58,17 @@ def _require_json(values: dict[str, Any], source: Path | str) -> None:
     try:
         json.dumps(values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise Failure(f"{source} holds a value that JSON cannot: {error}", remedy="write a number, or quote it", exit_code=2) from error
+        raise Failure(
+            f"{source} holds a value that JSON cannot: {error}",
+            remedy="write a number, or quote it",
+            exit_code=2,
+        ) from error
 
 
 def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Relative paths mean what they mean where the command runs: the service and the ranks run in other folders."""
+    """Relative paths mean what they mean where the command runs: the service and the ranks run in
+    other folders.
+    """
 
     def anchored(path: Any) -> Any:
         if not isinstance(path, str) or not path or "://" in path or path.startswith("/"):
@@ -52,7 +76,11 @@ def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         return str((folder / Path(path).expanduser()).absolute())
 
     def in_group(group: Any, key: str) -> Any:
-        return {**group, key: anchored(group[key])} if isinstance(group, dict) and key in group else group
+        return (
+            {**group, key: anchored(group[key])}
+            if isinstance(group, dict) and key in group
+            else group
+        )
 
     result = {**spec}
     if "storage" in spec:

@@ -1,7 +1,10 @@
-"""Who is calling. Owns: tokens, scopes, which scope an address needs. Must not know: what the routes do.
+"""Who is calling.
 
-Tokens of users and agents are 256 random bits of which only the SHA-256 is kept. A job's token is derived from the service's key
-and the job's id, so it can be told to the agent again and again without being stored anywhere.
+Owns: tokens, scopes, which scope an address needs. Must not know: what the routes do.
+
+Tokens of users and agents are 256 random bits of which only the SHA-256 is kept. A job's token is
+derived from the service's key and the job's id, so it can be told to the agent again and again
+without being stored anywhere.
 """
 
 import contextlib
@@ -41,7 +44,8 @@ class Authenticator:
     """Knows every token's fingerprint; asking it never blocks."""
 
     def __init__(self, fingerprints: Mapping[str, Scope], key: bytes) -> None:
-        self._fingerprints, self._key = dict(fingerprints), key
+        self._fingerprints = dict(fingerprints)
+        self._key = key
 
     @classmethod
     def load(cls, store: Store, settings: Settings) -> "Authenticator":
@@ -61,7 +65,8 @@ class Authenticator:
         job_id, dot, _ = token.partition(".")
         if dot and hmac.compare_digest(token.encode(), self.job_token(job_id).encode()):
             return Caller(Scope.JOB, job_id, job_id)
-        given, found = fingerprint(token), None
+        given = fingerprint(token)
+        found = None
         for known, scope in self._fingerprints.items():  # all of them, so that time tells nothing
             if hmac.compare_digest(known, given):
                 found = Caller(scope, known[:16])
@@ -74,19 +79,32 @@ class Authenticator:
             return None
         kind, _, token = (authorization or "").partition(" ")
         if not authorization:
-            raise ProblemError("unauthenticated", "no token was sent; send the header Authorization: Bearer <token>", headers=_CHALLENGE)
+            raise ProblemError(
+                "unauthenticated",
+                "no token was sent; send the header Authorization: Bearer <token>",
+                headers=_CHALLENGE,
+            )
         caller = self.identify(token.strip()) if kind.lower() == "bearer" else None
         if caller is None:
-            raise ProblemError("unauthenticated", "the token is not known here; check that it belongs to this service", headers=_CHALLENGE)
+            raise ProblemError(
+                "unauthenticated",
+                "the token is not known here; check that it belongs to this service",
+                headers=_CHALLENGE,
+            )
         if caller.scope is not needed:
-            raise ProblemError("forbidden", f"this is a token for scope {caller.scope}; {path} needs one for scope {needed}")
+            raise ProblemError(
+                "forbidden",
+                f"this is a token for scope {caller.scope}; {path} needs one for scope {needed}",
+            )
         if needed is Scope.JOB and caller.job_id != path.split("/")[4]:
             raise ProblemError("forbidden", f"this token speaks for {caller.job_id} only")
         return caller
 
 
 def required_scope(path: str) -> Scope | None:
-    """Which scope an address needs; a user's token unless said otherwise, so a forgotten address is closed."""
+    """Which scope an address needs; a user's token unless said otherwise, so a forgotten address is
+    closed.
+    """
     if path in OPEN_ADDRESSES:
         return None
     if path.startswith("/internal/v1/jobs/"):
@@ -100,19 +118,29 @@ def fingerprint(token: str) -> str:
 
 
 def create_token(store: Store, scope: Scope, name: str) -> str:
-    """Makes a token, stores its fingerprint and returns the token, which cannot be had again; known after the next start."""
+    """Makes a token, stores its fingerprint and returns the token, which cannot be had again; known
+    after the next start.
+    """
     token = new_token()
     with store.write() as session:
-        session.add(TokenRow(sha256=fingerprint(token), scope=scope, name=name, created_at=time.time()))
+        session.add(
+            TokenRow(sha256=fingerprint(token), scope=scope, name=name, created_at=time.time())
+        )
     return token
 
 
 def adopt_tokens(store: Store, tokens: Mapping[Scope, str]) -> None:
-    """Makes a tokens file's tokens the ones from a file: earlier ones are gone, tokens made otherwise stay."""
+    """Makes a tokens file's tokens the ones from a file: earlier ones are gone, tokens made
+    otherwise stay.
+    """
     with store.write() as session:
         session.execute(sa.delete(TokenRow).where(TokenRow.name == FROM_FILE))
         for scope, token in tokens.items():
-            session.merge(TokenRow(sha256=fingerprint(token), scope=scope, name=FROM_FILE, created_at=time.time()))
+            session.merge(
+                TokenRow(
+                    sha256=fingerprint(token), scope=scope, name=FROM_FILE, created_at=time.time()
+                )
+            )
 
 
 def has_configured_token(settings: Settings) -> bool:
@@ -122,18 +150,31 @@ def has_configured_token(settings: Settings) -> bool:
     store = Store.open(settings.url)
     try:
         with store.read() as session:
-            return session.scalars(sa.select(TokenRow.scope).where(TokenRow.scope == Scope.USER)).first() is not None
+            return (
+                session.scalars(
+                    sa.select(TokenRow.scope).where(TokenRow.scope == Scope.USER)
+                ).first()
+                is not None
+            )
     finally:
         store.close()
 
 
 def service_key(data_dir: Path) -> bytes:
-    """The key job tokens are derived from: 256 random bits in a file of mode 0600, made on first use."""
+    """The key job tokens are derived from: 256 random bits in a file of mode 0600, made on first
+    use.
+    """
     path = data_dir / "service.key"
     data_dir.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError), os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with (
+        contextlib.suppress(FileExistsError),
+        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
+    ):
         file.write(secrets.token_bytes(32))
     key = path.read_bytes()
     if len(key) < 32:
-        raise SettingsError(f"{path} is damaged: {len(key)} bytes instead of 32; delete it, drivers are then told new tokens")
+        raise SettingsError(
+            f"{path} is damaged: {len(key)} bytes instead of 32; delete it, drivers are "
+            "then told new tokens"
+        )
     return key

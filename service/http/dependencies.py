@@ -1,4 +1,7 @@
-"""What every route may use. Owns: the parts of one running service, put together. Must not know: routes."""
+"""What every route may use.
+
+Owns: the parts of one running service, put together. Must not know: routes.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated

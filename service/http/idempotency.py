@@ -1,7 +1,9 @@
-"""Requests that may be sent twice. Owns: what an Idempotency-Key was answered. Must not know: what the requests do.
+"""Requests that may be sent twice.
 
-The answer is stored in the transaction that does the work, so either both are there or neither, and of two requests at
-once the second finds the first one's answer.
+Owns: what an Idempotency-Key was answered. Must not know: what the requests do.
+
+The answer is stored in the transaction that does the work, so either both are there or neither, and
+of two requests at once the second finds the first one's answer.
 """
 
 import asyncio
@@ -40,25 +42,39 @@ class Repeatable:
         """Raises ProblemError request_invalid for a key that is empty or too long."""
         if key is not None and not 1 <= len(key) <= LONGEST_KEY:
             raise ProblemError(
-                "request_invalid", f"an Idempotency-Key has 1 to {LONGEST_KEY} characters, not {len(key)}; a UUID is a good one"
+                "request_invalid",
+                f"an Idempotency-Key has 1 to {LONGEST_KEY} characters, not {len(key)}; a "
+                "UUID is a good one",
             )
         text = json.dumps(body, sort_keys=True)
         return cls(key, f"{caller} {path}", hashlib.sha256(text.encode()).hexdigest())
 
     def earlier(self, session: Session) -> tuple[int, dict[str, Any]] | None:
-        """Status and body of the first answer. Raises ProblemError when the key came with another body."""
+        """Status and body of the first answer.
+
+        Raises ProblemError when the key came with another body.
+        """
         row = None if self.key is None else session.get(IdempotencyRow, (self.scope, self.key))
         if row is None:
             return None
         if row.body_sha256 != self.body_sha256:
-            text = "this Idempotency-Key was used with another body; repeat the first body, or send the new one with a new key"
+            text = (
+                "this Idempotency-Key was used with another body; repeat the first body, or "
+                "send the new one with a new key"
+            )
             raise ProblemError("idempotency_key_reused", text)
         return row.status, row.body
 
     def remember(self, session: Session, status: int, body: dict[str, Any]) -> None:
         """Stores the answer."""
         if self.key is not None:
-            row = IdempotencyRow(scope=self.scope, key=self.key, body_sha256=self.body_sha256, status=status, body=body)
+            row = IdempotencyRow(
+                scope=self.scope,
+                key=self.key,
+                body_sha256=self.body_sha256,
+                status=status,
+                body=body,
+            )
             row.created_at = time.time()
             session.add(row)
             session.flush()
@@ -67,7 +83,9 @@ class Repeatable:
 def forget_old(store: Store) -> None:
     """Drops answers that nobody will ask for again."""
     with store.write() as session:
-        session.execute(sa.delete(IdempotencyRow).where(IdempotencyRow.created_at < time.time() - KEPT_S))
+        session.execute(
+            sa.delete(IdempotencyRow).where(IdempotencyRow.created_at < time.time() - KEPT_S)
+        )
 
 
 async def forget_regularly(store: Store) -> None:
@@ -77,4 +95,8 @@ async def forget_regularly(store: Store) -> None:
         try:
             await run_in_threadpool(forget_old, store)
         except sa.exc.SQLAlchemyError:
-            logger.warning("old answers could not be dropped; trying again in %.0f s", FORGET_EVERY_S, exc_info=True)
+            logger.warning(
+                "old answers could not be dropped; trying again in %.0f s",
+                FORGET_EVERY_S,
+                exc_info=True,
+            )

@@ -1,6 +1,9 @@
-"""What every request passes first. Owns: request ids, tokens, the size of bodies, timing. Must not know: routes.
+"""What every request passes first.
 
-A plain ASGI layer: it answers before anything of the body has been read, and it leaves streams alone.
+Owns: request ids, tokens, the size of bodies, timing. Must not know: routes.
+
+A plain ASGI layer: it answers before anything of the body has been read, and it leaves streams
+alone.
 """
 
 import logging
@@ -20,17 +23,22 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Gate:
-    """Lets requests in; `context` is asked per request, because the service is put together after this layer."""
+    """Lets requests in; `context` is asked per request, because the service is put together after
+    this layer.
+    """
 
     def __init__(self, app: ASGIApp, context: Callable[[], Context]) -> None:
-        self._app, self._context = app, context
+        self._app = app
+        self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context, began, status = self._context(), time.monotonic(), 500
+        context = self._context()
+        began = time.monotonic()
+        status = 500
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
@@ -41,12 +49,17 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-request-id", request_id.encode()),
+                ]
             await send(message)
 
         try:
             try:
-                state["caller"] = context.auth.authorize(scope["path"], headers.get(b"authorization"))
+                state["caller"] = context.auth.authorize(
+                    scope["path"], headers.get(b"authorization")
+                )
                 limited = _limited(scope, headers, receive, context)
             except ProblemError as error:
                 await respond(error, scope["path"], request_id)(scope, receive, send_marked)
@@ -55,14 +68,28 @@ class Gate:
         finally:
             seconds = time.monotonic() - began
             route = _template(scope)
-            context.telemetry.observe(scope["method"], route, status, seconds, waits=route.endswith(("/stream", "/desired")))
-            logger.debug("%s %s %s %d %.3fs", request_id, scope["method"], scope["path"], status, seconds)
+            context.telemetry.observe(
+                scope["method"],
+                route,
+                status,
+                seconds,
+                waits=route.endswith(("/stream", "/desired")),
+            )
+            logger.debug(
+                "%s %s %s %d %.3fs", request_id, scope["method"], scope["path"], status, seconds
+            )
 
 
-def _limited(scope: Scope, headers: dict[bytes, str], receive: Receive, context: Context) -> Receive:
+def _limited(
+    scope: Scope, headers: dict[bytes, str], receive: Receive, context: Context
+) -> Receive:
     """Refuses a body that is, or turns out to be, too large."""
     settings = context.settings
-    most = settings.max_internal_body_bytes if scope["path"].startswith("/internal/") else settings.max_body_bytes
+    most = (
+        settings.max_internal_body_bytes
+        if scope["path"].startswith("/internal/")
+        else settings.max_body_bytes
+    )
     error = ProblemError("body_too_large", f"a body may have {most} bytes here; send less")
     length = headers.get(b"content-length", "0")
     if not length.isdigit() or int(length) > most:

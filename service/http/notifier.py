@@ -1,4 +1,7 @@
-"""Who waits for what. Owns: wake-ups between threads that commit and coroutines that wait. Must not know: the database's content.
+"""Who waits for what.
+
+Owns: wake-ups between threads that commit and coroutines that wait. Must not know: the database's
+content.
 
 A waiter takes a ticket first and reads the database second, so a commit in between is never missed.
 """
@@ -9,7 +12,9 @@ from collections.abc import Iterator
 
 
 class Hub:
-    """Topics are plain strings, such as `job/<id>`; a wake-up carries no data, the waiter reads again."""
+    """Topics are plain strings, such as `job/<id>`; a wake-up carries no data, the waiter reads
+    again.
+    """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -61,10 +66,14 @@ class Ticket:
     """One waiter's place."""
 
     def __init__(self, event: asyncio.Event, hub: Hub) -> None:
-        self._event, self._hub = event, hub
+        self._event = event
+        self._hub = hub
 
     async def wait(self, timeout_s: float) -> bool:
-        """True when woken, False when the time is over; at once when the hub is closed. Ready to wait again afterwards."""
+        """True when woken, False when the time is over; at once when the hub is closed.
+
+        Ready to wait again afterwards.
+        """
         if self._hub.closed:
             return True
         try:

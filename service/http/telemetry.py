@@ -1,4 +1,7 @@
-"""Numbers about the service for Prometheus. Owns: metric names, and keeping their number bounded. Must not know: routes."""
+"""Numbers about the service for Prometheus.
+
+Owns: metric names, and keeping their number bounded. Must not know: routes.
+"""
 
 import contextlib
 from collections.abc import Iterable, Iterator
@@ -17,19 +20,40 @@ UNKNOWN_ROUTE = "unknown"
 
 
 class Telemetry:
-    """One registry per service; label values are route templates, methods, states and job ids, never what a caller sends."""
+    """One registry per service; label values are route templates, methods, states and job ids,
+    never what a caller sends.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
         buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
         labels = ("method", "route", "status")
         text = "Time to answer; event streams and long polls are not counted."
-        self.latency = Histogram("megatron_ray_http_request_seconds", text, labels, buckets=buckets, registry=self.registry)
-        self.requests = Counter("megatron_ray_http_requests", "Requests by route and status class.", labels, registry=self.registry)
-        self.jobs_created = Counter("megatron_ray_jobs_created", "Jobs accepted since the start.", registry=self.registry)
-        self.records = Counter("megatron_ray_records_received", "Records in batches that were stored.", registry=self.registry)
+        self.latency = Histogram(
+            "megatron_ray_http_request_seconds",
+            text,
+            labels,
+            buckets=buckets,
+            registry=self.registry,
+        )
+        self.requests = Counter(
+            "megatron_ray_http_requests",
+            "Requests by route and status class.",
+            labels,
+            registry=self.registry,
+        )
+        self.jobs_created = Counter(
+            "megatron_ray_jobs_created", "Jobs accepted since the start.", registry=self.registry
+        )
+        self.records = Counter(
+            "megatron_ray_records_received",
+            "Records in batches that were stored.",
+            registry=self.registry,
+        )
         self._open_streams = 0
-        self.streams = Gauge("megatron_ray_streams_open", "Event streams open now.", registry=self.registry)
+        self.streams = Gauge(
+            "megatron_ray_streams_open", "Event streams open now.", registry=self.registry
+        )
 
     @property
     def open_streams(self) -> int:
@@ -57,7 +81,9 @@ class Telemetry:
     def render(self, session: Session, agent_silence_s: dict[str, float | None]) -> bytes:
         """Text in Prometheus' format: the counters, and the jobs as they are in the database."""
         registry = CollectorRegistry()
-        registry.register(_Snapshot([*_jobs_by_state(session), *_running_jobs(session), _agents(agent_silence_s)]))
+        registry.register(
+            _Snapshot([*_jobs_by_state(session), *_running_jobs(session), _agents(agent_silence_s)])
+        )
         return generate_latest(self.registry) + generate_latest(registry)
 
 
@@ -73,7 +99,11 @@ class _Snapshot:
 
 
 def _jobs_by_state(session: Session) -> list[GaugeMetricFamily]:
-    statement = sa.select(JobRow.status, sa.func.count()).where(JobRow.deleted_at.is_(None)).group_by(JobRow.status)
+    statement = (
+        sa.select(JobRow.status, sa.func.count())
+        .where(JobRow.deleted_at.is_(None))
+        .group_by(JobRow.status)
+    )
     counts = {str(status): int(count) for status, count in session.execute(statement)}
     family = GaugeMetricFamily("megatron_ray_jobs", "Jobs by state.", labels=["state"])
     for state in JobState:
@@ -82,7 +112,9 @@ def _jobs_by_state(session: Session) -> list[GaugeMetricFamily]:
 
 
 def _running_jobs(session: Session) -> list[GaugeMetricFamily]:
-    statement = sa.select(JobRow.id, JobRow.name, JobRow.progress).where(JobRow.status == JobState.RUNNING)
+    statement = sa.select(JobRow.id, JobRow.name, JobRow.progress).where(
+        JobRow.status == JobState.RUNNING
+    )
     rows = session.execute(statement.order_by(JobRow.number.desc()).limit(MOST_JOBS)).all()
     families = []
     for key, text in {
@@ -100,7 +132,9 @@ def _running_jobs(session: Session) -> list[GaugeMetricFamily]:
 
 
 def _agents(agent_silence_s: dict[str, float | None]) -> GaugeMetricFamily:
-    family = GaugeMetricFamily("megatron_ray_agent_silence_seconds", "Time since an agent spoke.", labels=["cluster"])
+    family = GaugeMetricFamily(
+        "megatron_ray_agent_silence_seconds", "Time since an agent spoke.", labels=["cluster"]
+    )
     for cluster, silence in agent_silence_s.items():
         if silence is not None:
             family.add_metric([cluster], silence)

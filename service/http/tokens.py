@@ -1,4 +1,7 @@
-"""The tokens file: how it is made and read. Owns: its form, what a token is. Must not know: who checks tokens, the database."""
+"""The tokens file: how it is made and read.
+
+Owns: its form, what a token is. Must not know: who checks tokens, the database.
+"""
 
 import json
 import os
@@ -26,7 +29,8 @@ def new_token() -> str:
 
 
 def write_tokens(path: Path) -> dict[Scope, str]:
-    """Makes a tokens file (mode 0600) with one token for the local user and one for the agent; whole or not at all.
+    """Makes a tokens file (mode 0600) with one token for the local user and one for the agent;
+    whole or not at all.
 
     Raises FileExistsError.
     """
@@ -60,10 +64,18 @@ def read_tokens(path: Path) -> dict[Scope, str]:
         given = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
-        raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path}: {reason}; it must hold {wanted}") from None
+        raise SettingsError(
+            f"MEGATRON_RAY_TOKENS_FILE {path}: {reason}; it must hold {wanted}"
+        ) from None
     if not isinstance(given, dict) or not given or not set(given) <= {Scope.USER, Scope.AGENT}:
         raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path} must hold {wanted}")
-    if not all(isinstance(token, str) and len(token) >= SHORTEST_TOKEN and "." not in token for token in given.values()):
+    if not all(
+        isinstance(token, str) and len(token) >= SHORTEST_TOKEN and "." not in token
+        for token in given.values()
+    ):
         remedy = "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path}: a token has at least {SHORTEST_TOKEN} characters and no dots; {remedy}")
+        raise SettingsError(
+            f"MEGATRON_RAY_TOKENS_FILE {path}: a token has at least {SHORTEST_TOKEN} "
+            f"characters and no dots; {remedy}"
+        )
     return {Scope(scope): token for scope, token in given.items()}

@@ -1,8 +1,10 @@
-"""Who may ask Ray for resources next. Owns: the queue's rule. Pure. Must not know: the database, HTTP, Ray.
+"""Who may ask Ray for resources next.
 
-Higher priority first, then first come, first served. A job that must wait holds back those behind it that want the same kind
-of rank (with a GPU or without), so a large job is never starved by small ones. A job that the whole cluster could not hold
-holds back nobody.
+Owns: the queue's rule. Pure. Must not know: the database, HTTP, Ray.
+
+Higher priority first, then first come, first served. A job that must wait holds back those behind
+it that want the same kind of rank (with a GPU or without), so a large job is never starved by small
+ones. A job that the whole cluster could not hold holds back nobody.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,7 +46,9 @@ class Decision:
     message: str
 
 
-def decide(waiting: Iterable[Waiting], held: Iterable[Held], nodes: Sequence[NodeInfo]) -> list[Decision]:
+def decide(
+    waiting: Iterable[Waiting], held: Iterable[Held], nodes: Sequence[NodeInfo]
+) -> list[Decision]:
     """One decision per waiting job, in the order of the queue."""
     free = Room(nodes)
     for holder in held:
@@ -60,13 +64,26 @@ def _decide_one(job: Waiting, free: Room, whole: Room, blocked_by: dict[bool, st
     need = job.need
     kind = "GPU" if need.gpu else "CPU"
     if whole.ranks(need) < need.ranks:
-        text = f"waits for nodes: {need.ranks} {kind} ranks in islands of {need.island}, the whole cluster has room for {whole.ranks(need)}"
+        text = (
+            f"waits for nodes: {need.ranks} {kind} ranks in islands of {need.island}, the "
+            f"whole cluster has room for {whole.ranks(need)}"
+        )
         return Decision(job.job_id, False, StatusReason.WAITING_QUOTA, text)
     if need.gpu in blocked_by:
-        return Decision(job.job_id, False, StatusReason.WAITING_QUOTA, f"waits behind {blocked_by[need.gpu]}")
+        return Decision(
+            job.job_id, False, StatusReason.WAITING_QUOTA, f"waits behind {blocked_by[need.gpu]}"
+        )
     free_ranks = free.ranks(need)
     if free.take(need):
-        return Decision(job.job_id, True, None, f"admitted: {need.ranks} {kind} ranks, there was room for {free_ranks}")
+        return Decision(
+            job.job_id,
+            True,
+            None,
+            f"admitted: {need.ranks} {kind} ranks, there was room for {free_ranks}",
+        )
     blocked_by[need.gpu] = job.job_id
-    text = f"waits for room: {need.ranks} {kind} ranks in islands of {need.island}, there is room for {free_ranks} now"
+    text = (
+        f"waits for room: {need.ranks} {kind} ranks in islands of {need.island}, there is room "
+        f"for {free_ranks} now"
+    )
     return Decision(job.job_id, False, StatusReason.WAITING_QUOTA, text)

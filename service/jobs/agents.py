@@ -1,6 +1,9 @@
-"""Agents as the service knows them. Owns: when each was last heard, and questions waiting for their answers.
+"""Agents as the service knows them.
 
-Lives on the event loop and in memory: after a restart an agent counts as gone until it speaks. Must not know: the database, HTTP.
+Owns: when each was last heard, and questions waiting for their answers.
+
+Lives on the event loop and in memory: after a restart an agent counts as gone until it speaks. Must
+not know: the database, HTTP.
 """
 
 import asyncio
@@ -18,7 +21,9 @@ class Agents:
     def __init__(self, lost_s: float) -> None:
         self._lost_s = lost_s
         self._heard: dict[str, float] = {}
-        self._open: dict[str, dict[str, tuple[CheckRequest, asyncio.Future[tuple[Problem, ...]]]]] = {}
+        self._open: dict[
+            str, dict[str, tuple[CheckRequest, asyncio.Future[tuple[Problem, ...]]]]
+        ] = {}
 
     def heard(self, cluster: str) -> None:
         """The agent has just spoken."""
@@ -40,7 +45,9 @@ class Agents:
 
     def ask(self, cluster: str, spec: dict[str, Any], storage_path: str) -> "Question":
         """Puts a question where the agent's long poll finds it; the caller wakes the poll."""
-        request = CheckRequest(check_id=f"check-{uuid.uuid4().hex[:12]}", spec=spec, storage_path=storage_path)
+        request = CheckRequest(
+            check_id=f"check-{uuid.uuid4().hex[:12]}", spec=spec, storage_path=storage_path
+        )
         future = asyncio.get_running_loop().create_future()
         self._open.setdefault(cluster, {})[request.check_id] = (request, future)
         return Question(self, cluster, request.check_id, future)
@@ -59,11 +66,23 @@ class Agents:
 class Question:
     """One open question."""
 
-    def __init__(self, agents: Agents, cluster: str, check_id: str, future: "asyncio.Future[tuple[Problem, ...]]") -> None:
-        self._agents, self._cluster, self._check_id, self._future = agents, cluster, check_id, future
+    def __init__(
+        self,
+        agents: Agents,
+        cluster: str,
+        check_id: str,
+        future: "asyncio.Future[tuple[Problem, ...]]",
+    ) -> None:
+        self._agents = agents
+        self._cluster = cluster
+        self._check_id = check_id
+        self._future = future
 
     async def answer(self, timeout_s: float) -> tuple[Problem, ...] | None:
-        """What the agent found; None when it did not say in time. The question is over either way."""
+        """What the agent found; None when it did not say in time.
+
+        The question is over either way.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._future

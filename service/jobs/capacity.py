@@ -1,4 +1,7 @@
-"""How many ranks a cluster has room for. Owns: counting islands per node. Pure. Must not know: jobs, the database."""
+"""How many ranks a cluster has room for.
+
+Owns: counting islands per node. Pure. Must not know: jobs, the database.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,7 +48,9 @@ class Room:
     def __init__(self, nodes: Iterable[NodeInfo]) -> None:
         """Nodes that are dead, or that cannot read the shared storage, do not count."""
         usable = [node for node in nodes if node.alive and node.storage_ok is not False]
-        self._nodes = [_Node(node.node_id, node.cpus, node.gpus, node.accelerator_type) for node in usable]
+        self._nodes = [
+            _Node(node.node_id, node.cpus, node.gpus, node.accelerator_type) for node in usable
+        ]
 
     @property
     def known(self) -> bool:
@@ -59,11 +64,16 @@ class Room:
 
     @property
     def gpu(self) -> Hardware | None:
-        """The cluster's GPU, the one with most memory where there are several kinds; None while a node with GPUs does not say, or names one
-        that is not known here."""
+        """The cluster's GPU, the one with most memory where there are several kinds; None while a
+        node with GPUs does not say, or names one that is not known here.
+        """
         found = [hardware_named(node.accelerator) for node in self._nodes if node.gpus >= 1]
         known = [device for device in found if device is not None]
-        return max(known, key=lambda device: device.memory_bytes or 0) if known and len(known) == len(found) else None
+        return (
+            max(known, key=lambda device: device.memory_bytes or 0)
+            if known and len(known) == len(found)
+            else None
+        )
 
     @property
     def most_cpus(self) -> float:
@@ -75,7 +85,9 @@ class Room:
         return need.island * sum(node.islands(need) for node in self._nodes)
 
     def take(self, need: Need) -> bool:
-        """Places a job, fullest nodes first, so that big gaps stay big; takes nothing and returns False when it does not fit."""
+        """Places a job, fullest nodes first, so that big gaps stay big; takes nothing and returns
+        False when it does not fit.
+        """
         if self.ranks(need) < need.ranks:
             return False
         left = need.ranks // need.island
@@ -86,12 +98,16 @@ class Room:
         return True
 
     def hold(self, need: Need, placed: Mapping[str, int]) -> None:
-        """Uses up what a running job holds: where its ranks are known to be, or somewhere while that is not known."""
+        """Uses up what a running job holds: where its ranks are known to be, or somewhere while
+        that is not known.
+        """
         if placed:
             for node in self._nodes:
                 node.take(need, placed.get(node.node_id, 0))
         elif not self.take(need):
-            for node in self._nodes:  # it holds what it holds, even if the report says that there is less
+            for (
+                node
+            ) in self._nodes:  # it holds what it holds, even if the report says that there is less
                 node.take(need, node.islands(need) * need.island)
 
 
@@ -99,4 +115,6 @@ def need_of(spec: JobSpec, ranks: int, *, has_gpus: bool) -> Need:
     """What a spec asks for, at a number of ranks."""
     accelerator = spec.resources.accelerator
     gpu = has_gpus if accelerator == "auto" else accelerator == "gpu"
-    return Need(ranks=ranks, island=spec.parallel.tp, cpus_per_rank=spec.resources.cpus_per_rank, gpu=gpu)
+    return Need(
+        ranks=ranks, island=spec.parallel.tp, cpus_per_rank=spec.resources.cpus_per_rank, gpu=gpu
+    )

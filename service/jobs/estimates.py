@@ -1,4 +1,6 @@
-"""How a job would run, before anything is started. Owns: what of the library's planning a plan shows, and whether a job fits into a device.
+"""How a job would run, before anything is started.
+
+Owns: what of the library's planning a plan shows, and whether a job fits into a device.
 
 Pure. Must not know: HTTP, the database.
 """
@@ -41,14 +43,19 @@ def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
     """Every rank with its coordinates and its island: ranks of one island share a node."""
     dims = ParallelDims.of(config.parallel)
     island = {rank: index for index, group in enumerate(dims.groups(("tp",))) for rank in group}
-    return [{"rank": rank, "coordinates": dims.coordinates(rank), "island": island[rank]} for rank in range(dims.world_size)]
+    return [
+        {"rank": rank, "coordinates": dims.coordinates(rank), "island": island[rank]}
+        for rank in range(dims.world_size)
+    ]
 
 
 def vocabulary(config: TrainConfig) -> int | None:
     """Tokens the model will know; None when only the tokenizer's file can tell."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    return {"bpe": config.data.tokenizer.vocab_size, "bytes": BYTE_VOCABULARY}.get(config.data.tokenizer.kind)
+    return {"bpe": config.data.tokenizer.vocab_size, "bytes": BYTE_VOCABULARY}.get(
+        config.data.tokenizer.kind
+    )
 
 
 def with_vocabulary(config: TrainConfig) -> TrainConfig | None:
@@ -73,26 +80,48 @@ def estimates(config: TrainConfig, hardware: Hardware | None) -> Estimates | Non
 
 
 def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
-    """Whether a resolved config fits into the device; nothing while its vocabulary or the device's memory are not known."""
-    known, room = with_vocabulary(config), hardware.memory_bytes
+    """Whether a resolved config fits into the device; nothing while its vocabulary or the device's
+    memory are not known.
+    """
+    known = with_vocabulary(config)
+    room = hardware.memory_bytes
     if known is None or room is None:
         return []
     memory = fullest_rank(known)
     if memory.total_bytes <= room:
         return []
-    largest = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in list(memory.terms.items())[:3] if size)
-    text = f"rank {memory.rank} needs {memory.total_bytes / _GIB:.1f} GiB ({largest}), and {hardware.name} has {room / _GIB:.0f}"
+    largest = ", ".join(
+        f"{name} {size / _GIB:.1f}" for name, size in list(memory.terms.items())[:3] if size
+    )
+    text = (
+        f"rank {memory.rank} needs {memory.total_bytes / _GIB:.1f} GiB ({largest}), and "
+        f"{hardware.name} has {room / _GIB:.0f}"
+    )
     return [Problem("/parallel", "memory_fits", f"{text}; {_remedy(known, hardware)}")]
 
 
 def _remedy(config: TrainConfig, hardware: Hardware) -> str:
-    world, precision = resolution.world_size(config), config.training.precision
+    world = resolution.world_size(config)
+    precision = config.training.precision
     if precision not in hardware.efficiencies:
-        return f"no layouts are compared for {precision} on {hardware.name}; raise tp or pp, add nodes, or use zero=3 or another precision"
+        return (
+            f"no layouts are compared for {precision} on {hardware.name}; raise tp or pp, add "
+            "nodes, or use zero=3 or another precision"
+        )
     found = nearest(config, world, hardware)
     if found is None:
-        return f"no layout that is tried fits on {world} ranks; add nodes, or use zero=3 or a smaller model"
+        return (
+            f"no layout that is tried fits on {world} ranks; add nodes, or use zero=3 or a "
+            "smaller model"
+        )
     training = found.config.training
-    recompute = "nothing recomputed" if training.recompute.granularity == "none" else f"recompute {training.recompute.granularity}"
-    sizes = f"{degrees(found.config.parallel)}, micro_batch_size={training.micro_batch_size}, {recompute}"
+    recompute = (
+        "nothing recomputed"
+        if training.recompute.granularity == "none"
+        else f"recompute {training.recompute.granularity}"
+    )
+    sizes = (
+        f"{degrees(found.config.parallel)}, micro_batch_size={training.micro_batch_size}, "
+        f"{recompute}"
+    )
     return f"the nearest layout that fits is {sizes} ({found.memory.total_bytes / _GIB:.1f} GiB)"

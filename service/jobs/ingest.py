@@ -1,6 +1,9 @@
-"""What drivers say. Owns: fencing, numbering, and the meaning of each kind of record. Must not know: HTTP, waiting.
+"""What drivers say.
 
-A batch is applied as a whole or not at all; what was stored before is skipped, so sending again is always safe.
+Owns: fencing, numbering, and the meaning of each kind of record. Must not know: HTTP, waiting.
+
+A batch is applied as a whole or not at all; what was stored before is skipped, so sending again is
+always safe.
 """
 
 import math
@@ -81,11 +84,14 @@ class _Eval(_Data):
 def apply(store: Store, session: Session, batch: RecordBatch) -> int:
     """Stores a batch; returns the highest number now stored of its source.
 
-    Raises ProblemError: not_found, protocol_unsupported, fenced (a newer driver has spoken), gap, request_invalid.
+    Raises ProblemError: not_found, protocol_unsupported, fenced (a newer driver has spoken), gap,
+    request_invalid.
     """
     check_protocol(batch.protocol)
     if not _SOURCE.fullmatch(batch.source):
-        raise _bad("/source", f"{batch.source[:80]!r} is no source; it is 'driver' or 'a<attempt>/r<rank>'")
+        raise _bad(
+            "/source", f"{batch.source[:80]!r} is no source; it is 'driver' or 'a<attempt>/r<rank>'"
+        )
     job = lifecycle.lock(session, batch.job_id)
     take_epoch(job, batch.epoch)
     row = session.get(SourceRow, (job.number, batch.source))
@@ -95,7 +101,10 @@ def apply(store: Store, session: Session, batch: RecordBatch) -> int:
     new = [(index, record) for index, record in enumerate(batch.records) if record.n > row.stored]
     for expected, (index, record) in enumerate(new, start=row.stored + 1):
         if record.n != expected:
-            text = f"record {index} of source {batch.source} has n={record.n}, but {row.stored} are stored"
+            text = (
+                f"record {index} of source {batch.source} has n={record.n}, but {row.stored} "
+                "are stored"
+            )
             text += f"; send from {row.stored + 1} on, without holes"
             raise ProblemError("gap", text, stored=row.stored)
     _Applier(store, session, job, batch.source).apply(new)
@@ -106,14 +115,20 @@ def apply(store: Store, session: Session, batch: RecordBatch) -> int:
 def check_protocol(protocol: int) -> None:
     """Raises ProblemError protocol_unsupported unless it is this version's or the one before."""
     if protocol not in (PROTOCOL, PROTOCOL - 1):
-        text = f"protocol {protocol} is not spoken here, {PROTOCOL} is; run the service and the workers in versions at most one apart"
+        text = (
+            f"protocol {protocol} is not spoken here, {PROTOCOL} is; run the service and the "
+            "workers in versions at most one apart"
+        )
         raise ProblemError("protocol_unsupported", text, protocol=PROTOCOL)
 
 
 def take_epoch(job: JobRow, epoch: int) -> None:
     """A higher epoch takes over. Raises ProblemError fenced for a lower one."""
     if epoch < max(job.epoch, 1):
-        text = f"epoch {epoch} is over, epoch {job.epoch} drives {job.id}; end without touching anything"
+        text = (
+            f"epoch {epoch} is over, epoch {job.epoch} drives {job.id}; end without touching "
+            "anything"
+        )
         raise ProblemError("fenced", text, epoch=job.epoch)
     job.epoch = epoch
 
@@ -122,7 +137,10 @@ class _Applier:
     """One batch of one source."""
 
     def __init__(self, store: Store, session: Session, job: JobRow, source: str) -> None:
-        self.store, self.session, self.job, self.source = store, session, job, source
+        self.store = store
+        self.session = session
+        self.job = job
+        self.source = source
         self.steps: list[tuple[int, StepRow]] = []
         self.needs_admission = False
         self.kinds: dict[str, Callable[[Record], None]] = {
@@ -152,20 +170,43 @@ class _Applier:
             self.session.flush()
             lifecycle.admit(self.session, lifecycle.lock_cluster(self.session, self.job.cluster))
 
-    def _fact(self, record: Record, type_: str, message: str = "", level: str = "info", data: dict[str, Any] | None = None) -> Fact:
+    def _fact(
+        self,
+        record: Record,
+        type_: str,
+        message: str = "",
+        level: str = "info",
+        data: dict[str, Any] | None = None,
+    ) -> Fact:
         known = clean(record.data if data is None else data)
-        return Fact(type_, message, level, known, source=self.source, n=record.n, attempt=record.attempt, at=record.at)
+        return Fact(
+            type_,
+            message,
+            level,
+            known,
+            source=self.source,
+            n=record.n,
+            attempt=record.attempt,
+            at=record.at,
+        )
 
     def _state(self, record: Record) -> None:
         given = _State.model_validate(record.data)
         # A recovery is told by attempt.failed and policy.decision, with its cause and what follows.
-        fact = self._fact(record, f"job.{given.state}", given.message, "error" if given.state is JobState.FAILED else "info")
+        fact = self._fact(
+            record,
+            f"job.{given.state}",
+            given.message,
+            "error" if given.state is JobState.FAILED else "info",
+        )
         if not lifecycle.transition(self.session, self.job, given.state, given.reason, fact):
             return
         if given.state is JobState.FAILED:
             reason = given.reason or StatusReason.INTERNAL
             kind = "spec_invalid" if reason is StatusReason.SPEC_INVALID else "job_failed"
-            self.job.problem = document(kind, given.message or f"the job failed: {reason}", reason=reason.value)
+            self.job.problem = document(
+                kind, given.message or f"the job failed: {reason}", reason=reason.value
+            )
         self.needs_admission |= given.state.is_terminal or given.state is JobState.QUEUED
 
     def _event(self, record: Record) -> None:
@@ -174,7 +215,8 @@ class _Applier:
         lifecycle.add_event(self.session, self.job, Fact(**{**fact.__dict__, "ranks": given.ranks}))
 
     def _attempt(self, record: Record) -> None:
-        given, job = _Attempt.model_validate(record.data), self.job
+        given = _Attempt.model_validate(record.data)
+        job = self.job
         row = self._attempt_row(record)
         ended = given.state not in (AttemptState.STARTING, AttemptState.RUNNING)
         if given.state is AttemptState.FAILED and row.state != AttemptState.FAILED:
@@ -183,10 +225,18 @@ class _Applier:
             else:
                 job.failures += 1
         row.world_size = given.world_size or row.world_size
-        if ended or not JobState(job.status).is_terminal:  # a late word does not open what the job's end has closed
-            row.state, row.reason, row.message = given.state, given.reason, given.message
+        if (
+            ended or not JobState(job.status).is_terminal
+        ):  # a late word does not open what the job's end has closed
+            row.state = given.state
+            row.reason = given.reason
+            row.message = given.message
             row.ended_at = record.at if ended else None
-        type_ = "attempt.ended" if ended else f"attempt.{'started' if given.state is AttemptState.STARTING else 'running'}"
+        type_ = (
+            "attempt.ended"
+            if ended
+            else f"attempt.{'started' if given.state is AttemptState.STARTING else 'running'}"
+        )
         lifecycle.add_event(self.session, job, self._fact(record, type_, given.message))
 
     def _ranks(self, record: Record) -> None:
@@ -194,71 +244,136 @@ class _Applier:
         row = self._attempt_row(record)
         row.ranks = clean(sorted(given.ranks, key=lambda rank: int(rank.get("rank", 0))))
         nodes = len({rank.get("node_id") for rank in given.ranks})
-        text = f"{len(given.ranks)} rank{'s' * (len(given.ranks) != 1)} on {nodes} node{'s' * (nodes != 1)}"
+        text = (
+            f"{len(given.ranks)} rank{'s' * (len(given.ranks) != 1)} on {nodes} "
+            f"node{'s' * (nodes != 1)}"
+        )
         lifecycle.add_event(
-            self.session, self.job, self._fact(record, "ranks.assigned", text, data={"ranks": len(given.ranks), "nodes": nodes})
+            self.session,
+            self.job,
+            self._fact(
+                record, "ranks.assigned", text, data={"ranks": len(given.ranks), "nodes": nodes}
+            ),
         )
 
     def _prepared(self, record: Record) -> None:
         job = self.job
         job.prepared = clean(record.data)
         manifest = record.data.get("manifest")
-        unigram = record.data.get("unigram_nats", manifest.get("unigram_nats") if isinstance(manifest, dict) else None)
+        unigram = record.data.get(
+            "unigram_nats", manifest.get("unigram_nats") if isinstance(manifest, dict) else None
+        )
         job.progress = {**job.progress, "unigram_nats": clean(unigram)}
-        lifecycle.add_event(self.session, job, self._fact(record, "job.prepared", "the data are ready"))
+        lifecycle.add_event(
+            self.session, job, self._fact(record, "job.prepared", "the data are ready")
+        )
         if job.status == JobState.PREPARING:
-            lifecycle.transition(self.session, job, JobState.QUEUED, None, Fact("job.queued", "ready to run", at=record.at))
+            lifecycle.transition(
+                self.session,
+                job,
+                JobState.QUEUED,
+                None,
+                Fact("job.queued", "ready to run", at=record.at),
+            )
             self.needs_admission = True
 
     def _checkpoint(self, record: Record) -> None:
-        given, job = _Checkpoint.model_validate(record.data), self.job
+        given = _Checkpoint.model_validate(record.data)
+        job = self.job
         row = self.session.get(CheckpointRow, (job.number, given.path))
         if given.action == "deleted":
             if row is not None:
                 row.deleted_at = record.at
         elif row is None:
             values = given.model_dump(exclude={"action"})
-            row = CheckpointRow(job=job.number, attempt=record.attempt, committed_at=record.at, **values)
+            row = CheckpointRow(
+                job=job.number, attempt=record.attempt, committed_at=record.at, **values
+            )
             self.session.add(row)
-            job.last_checkpoint = {"step": given.step, "path": given.path, "committed_at": record.at}
+            job.last_checkpoint = {
+                "step": given.step,
+                "path": given.path,
+                "committed_at": record.at,
+            }
         else:
             row.deleted_at = None
         text = f"checkpoint of step {given.step} {given.action}"
-        lifecycle.add_event(self.session, job, self._fact(record, f"checkpoint.{given.action}", text))
+        lifecycle.add_event(
+            self.session, job, self._fact(record, f"checkpoint.{given.action}", text)
+        )
 
     def _problem(self, record: Record) -> None:
-        found = [Problem(item.pointer, item.code, item.detail) for item in _Problems.model_validate(record.data).problems]
-        lifecycle.fail(self.session, self.job, found, self._fact(record, "job.failed", found[0].detail, "error"))
+        found = [
+            Problem(item.pointer, item.code, item.detail)
+            for item in _Problems.model_validate(record.data).problems
+        ]
+        lifecycle.fail(
+            self.session,
+            self.job,
+            found,
+            self._fact(record, "job.failed", found[0].detail, "error"),
+        )
         self.needs_admission = True
 
     def _step(self, record: Record) -> None:
-        row, progress = StepRow.model_validate(record.data), self.job.progress
+        row = StepRow.model_validate(record.data)
+        progress = self.job.progress
         self.steps.append((record.attempt, row))
         self._see_attempt(record.attempt)
         if (record.attempt, row.step) <= (progress.get("attempt", 0), progress.get("step", -1)):
             return
-        past, now = progress.get("step_s"), row.step_s
-        smooth = past if now is None else now if past is None else past * _SMOOTHING + now * (1 - _SMOOTHING)
-        seen = {"attempt": record.attempt, "step": row.step, "loss": row.loss, "tokens_per_s": row.tokens_per_s, "mfu": row.mfu}
+        past = progress.get("step_s")
+        now = row.step_s
+        smooth = (
+            past
+            if now is None
+            else now
+            if past is None
+            else past * _SMOOTHING + now * (1 - _SMOOTHING)
+        )
+        seen = {
+            "attempt": record.attempt,
+            "step": row.step,
+            "loss": row.loss,
+            "tokens_per_s": row.tokens_per_s,
+            "mfu": row.mfu,
+        }
         self.job.progress = {**progress, **seen, "step_s": smooth}
 
     def _eval(self, record: Record) -> None:
         given = _Eval.model_validate(record.data)
         if given.split == "validation":
-            self.job.progress = {**self.job.progress, "val_loss": given.loss, "val_step": given.step}
-        text = f"{given.split} loss at step {given.step}: {'not finite' if given.loss is None else format(given.loss, '.4f')}"
+            self.job.progress = {
+                **self.job.progress,
+                "val_loss": given.loss,
+                "val_step": given.step,
+            }
+        text = (
+            f"{given.split} loss at step {given.step}: "
+            f"{'not finite' if given.loss is None else format(given.loss, '.4f')}"
+        )
         lifecycle.add_event(self.session, self.job, self._fact(record, "eval.completed", text))
 
     def _unknown(self, record: Record) -> None:
         """A newer worker's news: kept as it came."""
-        lifecycle.add_event(self.session, self.job, self._fact(record, f"record.{record.kind[:50]}"))
+        lifecycle.add_event(
+            self.session, self.job, self._fact(record, f"record.{record.kind[:50]}")
+        )
 
     def _attempt_row(self, record: Record) -> AttemptRow:
         row = self.session.get(AttemptRow, (self.job.number, record.attempt))
         if row is None:
             over = JobState(self.job.status).is_terminal
-            row = AttemptRow(job=self.job.number, attempt=record.attempt, message="", started_at=record.at, ranks=[])
-            row.state, row.ended_at = (AttemptState.STOPPED, record.at) if over else (AttemptState.STARTING, None)
+            row = AttemptRow(
+                job=self.job.number,
+                attempt=record.attempt,
+                message="",
+                started_at=record.at,
+                ranks=[],
+            )
+            row.state, row.ended_at = (
+                (AttemptState.STOPPED, record.at) if over else (AttemptState.STARTING, None)
+            )
             self.session.add(row)
             self.session.flush()
         self._see_attempt(record.attempt)
@@ -270,7 +385,10 @@ class _Applier:
 
 def stored(session: Session, job: JobRow) -> dict[str, int]:
     """Highest number stored of each source."""
-    return {row.source: row.stored for row in session.scalars(sa.select(SourceRow).where(SourceRow.job == job.number))}
+    return {
+        row.source: row.stored
+        for row in session.scalars(sa.select(SourceRow).where(SourceRow.job == job.number))
+    }
 
 
 def clean(value: Any) -> Any:
@@ -283,4 +401,6 @@ def clean(value: Any) -> Any:
 
 
 def _bad(pointer: str, detail: str) -> ProblemError:
-    return ProblemError("request_invalid", detail, errors=[Problem(pointer, "record_invalid", detail)])
+    return ProblemError(
+        "request_invalid", detail, errors=[Problem(pointer, "record_invalid", detail)]
+    )

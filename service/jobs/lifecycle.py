@@ -1,4 +1,6 @@
-"""The only code that changes a job. Owns: creation, transitions, wishes (run, cancel, checkpoint), events, the queue.
+"""The only code that changes a job.
+
+Owns: creation, transitions, wishes (run, cancel, checkpoint), events, the queue.
 
 Works inside the caller's transaction. Must not know: HTTP, waiting, how records arrive.
 """
@@ -61,8 +63,12 @@ def desired_topic(cluster: str) -> str:
 
 
 def lock_cluster(session: Session, name: str) -> ClusterRow:
-    """The cluster's row, locked; taken before any of its jobs, so that two writers cannot wait for each other."""
-    found = session.scalars(sa.select(ClusterRow).where(ClusterRow.name == name).with_for_update()).one_or_none()
+    """The cluster's row, locked; taken before any of its jobs, so that two writers cannot wait for
+    each other.
+    """
+    found = session.scalars(
+        sa.select(ClusterRow).where(ClusterRow.name == name).with_for_update()
+    ).one_or_none()
     if found is None:
         found = ClusterRow(name=name, revision=0)
         session.add(found)
@@ -74,13 +80,20 @@ def lock(session: Session, job_id: str) -> JobRow:
     """The job, locked for change. Raises ProblemError not_found."""
     cluster = find(session, job_id).cluster
     lock_cluster(session, cluster)
-    statement = sa.select(JobRow).where(JobRow.id == job_id).with_for_update().execution_options(populate_existing=True)
+    statement = (
+        sa.select(JobRow)
+        .where(JobRow.id == job_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
     return session.scalars(statement).one()
 
 
 def find(session: Session, job_id: str) -> JobRow:
     """The job, for reading. Raises ProblemError not_found."""
-    found = session.scalars(sa.select(JobRow).where(JobRow.id == job_id, JobRow.deleted_at.is_(None))).one_or_none()
+    found = session.scalars(
+        sa.select(JobRow).where(JobRow.id == job_id, JobRow.deleted_at.is_(None))
+    ).one_or_none()
     if found is None:
         raise ProblemError("not_found", f"there is no job {job_id[:80]!r}; GET /v1/jobs lists them")
     return found
@@ -88,10 +101,15 @@ def find(session: Session, job_id: str) -> JobRow:
 
 def create(session: Session, job: JobRow, labels: dict[str, str], *, known: bool) -> None:
     """Adds a job in state preparing; `known`: an agent is there to prepare it."""
-    job.status, job.desired = JobState.PREPARING, DesiredState.PREPARE
+    job.status = JobState.PREPARING
+    job.desired = DesiredState.PREPARE
     job.status_reason = StatusReason.PREPARING_DATA if known else StatusReason.WAITING_AGENT
     job.message = "" if known else f"waits for the agent of cluster {job.cluster!r}"
-    job.progress, job.last_seq, job.epoch, job.attempt, job.metrics_cursor = {}, 0, 0, 0, 0
+    job.progress = {}
+    job.last_seq = 0
+    job.epoch = 0
+    job.attempt = 0
+    job.metrics_cursor = 0
     session.add(job)
     session.flush()
     session.add_all(LabelRow(job=job.number, key=key, value=value) for key, value in labels.items())
@@ -134,17 +152,33 @@ def raise_revision(session: Session, cluster: str) -> int:
     return row.revision
 
 
-def transition(session: Session, job: JobRow, new: JobState, reason: StatusReason | None, fact: Fact) -> bool:
+def transition(
+    session: Session, job: JobRow, new: JobState, reason: StatusReason | None, fact: Fact
+) -> bool:
     """Moves the observed state if the table allows it, and writes the history either way.
 
-    A state that may not follow is a late word of a driver that has not yet heard: it is kept as `job.state_ignored`.
+    A state that may not follow is a late word of a driver that has not yet heard: it is kept as
+    `job.state_ignored`.
     """
     current = JobState(job.status)
     if not may_follow(current, new) or (current == new and new.is_terminal):
         text = f"the driver said {new.value}, the job stays {current.value}"
-        add_event(session, job, Fact("job.state_ignored", text, data={"state": new.value}, source=fact.source, n=fact.n, at=fact.at))
+        add_event(
+            session,
+            job,
+            Fact(
+                "job.state_ignored",
+                text,
+                data={"state": new.value},
+                source=fact.source,
+                n=fact.n,
+                at=fact.at,
+            ),
+        )
         return False
-    job.status, job.status_reason, job.message = new, reason, fact.message
+    job.status = new
+    job.status_reason = reason
+    job.message = fact.message
     at = time.time() if fact.at is None else fact.at
     if new is JobState.RUNNING and job.started_at is None:
         job.started_at = at
@@ -161,10 +195,16 @@ def transition(session: Session, job: JobRow, new: JobState, reason: StatusReaso
 
 
 def _close_attempts(session: Session, job: JobRow) -> None:
-    """What has no end by now gets the job's: a driver that is cancelled or killed may never tell it."""
+    """What has no end by now gets the job's: a driver that is cancelled or killed may never tell
+    it.
+    """
     state = AttemptState.SUCCEEDED if job.status == JobState.SUCCEEDED else AttemptState.STOPPED
-    for row in session.scalars(sa.select(AttemptRow).where(AttemptRow.job == job.number, AttemptRow.ended_at.is_(None))):
-        row.state, row.reason, row.ended_at = state, job.status_reason, job.ended_at
+    for row in session.scalars(
+        sa.select(AttemptRow).where(AttemptRow.job == job.number, AttemptRow.ended_at.is_(None))
+    ):
+        row.state = state
+        row.reason = job.status_reason
+        row.ended_at = job.ended_at
 
 
 def fail(session: Session, job: JobRow, problems: list[Problem], fact: Fact) -> None:
@@ -178,12 +218,21 @@ def fail(session: Session, job: JobRow, problems: list[Problem], fact: Fact) -> 
 
 
 def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
-    """Asks for the job's end; one that no driver has taken up ends here and now. Harmless when asked again."""
+    """Asks for the job's end; one that no driver has taken up ends here and now.
+
+    Harmless when asked again.
+    """
     state = JobState(job.status)
     if state.is_terminal or job.desired == DesiredState.CANCEL:
         return
-    job.desired, job.final_checkpoint = DesiredState.CANCEL, final_checkpoint
-    fact = Fact("job.cancelling", "the user asked for the job's end", data={"checkpoint": final_checkpoint}, actor="user")
+    job.desired = DesiredState.CANCEL
+    job.final_checkpoint = final_checkpoint
+    fact = Fact(
+        "job.cancelling",
+        "the user asked for the job's end",
+        data={"checkpoint": final_checkpoint},
+        actor="user",
+    )
     transition(session, job, JobState.CANCELLING, StatusReason.USER_CANCELLED, fact)
     changed(session, job)
     if job.epoch == 0:
@@ -192,49 +241,80 @@ def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
 
 
 def request_checkpoint(session: Session, job: JobRow) -> None:
-    """Asks for one checkpoint now. Raises ProblemError job_ended, or job_active while nothing trains."""
+    """Asks for one checkpoint now.
+
+    Raises ProblemError job_ended, or job_active while nothing trains.
+    """
     state = JobState(job.status)
     if state.is_terminal:
-        raise ProblemError("job_ended", f"the job has {state.value}; only a running job can write a checkpoint")
+        raise ProblemError(
+            "job_ended", f"the job has {state.value}; only a running job can write a checkpoint"
+        )
     if state is not JobState.RUNNING:
         raise ProblemError("job_active", f"the job is {state.value}; wait until it is running")
     job.checkpoint_requests += 1
-    add_event(session, job, Fact("checkpoint.requested", "the user asked for a checkpoint", actor="user"))
+    add_event(
+        session, job, Fact("checkpoint.requested", "the user asked for a checkpoint", actor="user")
+    )
     changed(session, job)
 
 
 def delete(session: Session, job: JobRow) -> None:
-    """Forgets an ended job and its history; its id stays known, so that leftovers in the cluster can be told apart."""
+    """Forgets an ended job and its history; its id stays known, so that leftovers in the cluster
+    can be told apart.
+    """
     state = JobState(job.status)
     if not state.is_terminal:
-        raise ProblemError("job_active", f"the job is {state.value}; cancel it first (POST /v1/jobs/{job.id}/cancel) and wait for its end")
+        raise ProblemError(
+            "job_active",
+            f"the job is {state.value}; cancel it first (POST /v1/jobs/{job.id}/cancel) "
+            "and wait for its end",
+        )
     for table in (EventRow, MetricRow, AttemptRow, CheckpointRow, SourceRow, LabelRow):
         session.execute(sa.delete(table).where(table.job == job.number))
-    job.deleted_at, job.spec, job.resolved_spec, job.progress = time.time(), {}, {}, {}
+    job.deleted_at = time.time()
+    job.spec = {}
+    job.resolved_spec = {}
+    job.progress = {}
     job.prepared = job.problem = job.last_checkpoint = None
     wake(session, job_topic(job.id))
 
 
 def active(session: Session, cluster: str) -> list[JobRow]:
     """Jobs of a cluster that are not over, oldest first."""
-    statement = sa.select(JobRow).where(JobRow.cluster == cluster, JobRow.status.not_in(TERMINAL)).order_by(JobRow.number)
+    statement = (
+        sa.select(JobRow)
+        .where(JobRow.cluster == cluster, JobRow.status.not_in(TERMINAL))
+        .order_by(JobRow.number)
+    )
     return list(session.scalars(statement))
 
 
 def admit(session: Session, cluster: ClusterRow) -> None:
-    """Decides about the queue with what the cluster has reported; does nothing while that is unknown."""
+    """Decides about the queue with what the cluster has reported; does nothing while that is
+    unknown.
+    """
     if cluster.report is None:
         return
     nodes = AgentReport.model_validate(cluster.report).nodes
     rows = {row.id: row for row in active(session, cluster.name) if row.world_size is not None}
-    queued = [row for row in rows.values() if row.status == JobState.QUEUED and row.desired == DesiredState.PREPARE]
+    queued = [
+        row
+        for row in rows.values()
+        if row.status == JobState.QUEUED and row.desired == DesiredState.PREPARE
+    ]
     if not queued:
         return
-    waiting, held = [], []
+    waiting = []
+    held = []
     for row in rows.values():
-        need = need_of(JobSpec.model_validate(row.resolved_spec), row.world_size or 0, has_gpus=False)
+        need = need_of(
+            JobSpec.model_validate(row.resolved_spec), row.world_size or 0, has_gpus=False
+        )
         if row in queued:
-            waiting.append(admission.Waiting(row.id, row.priority, row.queue_number or row.number, need))
+            waiting.append(
+                admission.Waiting(row.id, row.priority, row.queue_number or row.number, need)
+            )
         elif JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
             held.append(admission.Held(row.id, need, _placed(session, row, nodes)))
     for decision in admission.decide(waiting, held, nodes):
@@ -243,11 +323,14 @@ def admit(session: Session, cluster: ClusterRow) -> None:
 
 def _apply(session: Session, job: JobRow, decision: admission.Decision) -> None:
     if decision.admit:
-        job.desired, job.status_reason, job.message = DesiredState.RUN, None, decision.message
+        job.desired = DesiredState.RUN
+        job.status_reason = None
+        job.message = decision.message
         add_event(session, job, Fact("job.admitted", decision.message))
         changed(session, job)
     elif (job.status_reason, job.message) != (decision.reason, decision.message):
-        job.status_reason, job.message = decision.reason, decision.message
+        job.status_reason = decision.reason
+        job.message = decision.message
         wake(session, job_topic(job.id))
 
 
@@ -265,5 +348,7 @@ def _placed(session: Session, job: JobRow, nodes: tuple[NodeInfo, ...]) -> dict[
 
 def _enqueue(session: Session, job: JobRow) -> None:
     if job.queue_number is None:
-        last = session.scalar(sa.select(sa.func.max(JobRow.queue_number)).where(JobRow.cluster == job.cluster))
+        last = session.scalar(
+            sa.select(sa.func.max(JobRow.queue_number)).where(JobRow.cluster == job.cluster)
+        )
         job.queue_number = (last or 0) + 1

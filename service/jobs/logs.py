@@ -1,4 +1,7 @@
-"""Files a job has written, read back. Owns: where logs lie under job_dir. Must not know: HTTP, the database."""
+"""Files a job has written, read back.
+
+Owns: where logs lie under job_dir. Must not know: HTTP, the database.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,11 @@ def log_path(attempt: int, rank: int) -> str:
     return f"logs/attempt-{attempt:04d}/rank-{rank:05d}.log"
 
 
-def read_log(job_dir: str, attempt: int, rank: int, offset: int, limit: int) -> tuple[int, str, int]:
-    """(bytes in the file, text from `offset`, offset after it); a file that is not there yet is empty.
+def read_log(
+    job_dir: str, attempt: int, rank: int, offset: int, limit: int
+) -> tuple[int, str, int]:
+    """(bytes in the file, text from `offset`, offset after it); a file that is not there yet is
+    empty.
 
     Raises ProblemError unavailable when the storage does not answer.
     """
@@ -32,7 +38,9 @@ def read_log(job_dir: str, attempt: int, rank: int, offset: int, limit: int) -> 
             raw: bytes = file.read(min(limit, size - offset))
     except (OSError, ValueError) as error:
         raise ProblemError(
-            "unavailable", f"the job's storage {job_dir} does not answer: {error}; check that the service can reach it"
+            "unavailable",
+            f"the job's storage {job_dir} does not answer: {error}; check that the service "
+            "can reach it",
         ) from error
     text, used = _decode(raw, at_end=offset + len(raw) >= size)
     return size, text, offset + used
@@ -41,8 +49,12 @@ def read_log(job_dir: str, attempt: int, rank: int, offset: int, limit: int) -> 
 def _inside(system: Any, root: str, relative: str) -> str:
     """The file's path; a link that leads out of the folder is not followed."""
     path = f"{root.rstrip('/')}/{relative}"
-    if isinstance(system, fs.LocalFileSystem) and not Path(path).resolve().is_relative_to(Path(root).resolve()):
-        raise ProblemError("not_found", f"{relative} leads out of the job's storage, so it is not shown")
+    if isinstance(system, fs.LocalFileSystem) and not Path(path).resolve().is_relative_to(
+        Path(root).resolve()
+    ):
+        raise ProblemError(
+            "not_found", f"{relative} leads out of the job's storage, so it is not shown"
+        )
     return path
 
 
@@ -52,7 +64,17 @@ def _decode(raw: bytes, *, at_end: bool) -> tuple[str, int]:
         for back in range(1, min(4, len(raw)) + 1):
             byte = raw[-back]
             if byte & 0xC0 != 0x80:  # start of the last character
-                needed = 1 if byte < 0x80 else 2 if byte >> 5 == 0b110 else 3 if byte >> 4 == 0b1110 else 4 if byte >> 3 == 0b11110 else 1
+                needed = (
+                    1
+                    if byte < 0x80
+                    else 2
+                    if byte >> 5 == 0b110
+                    else 3
+                    if byte >> 4 == 0b1110
+                    else 4
+                    if byte >> 3 == 0b11110
+                    else 1
+                )
                 raw = raw[:-back] if needed > back else raw
                 break
     return raw.decode("utf-8", errors="replace"), len(raw)

@@ -1,4 +1,7 @@
-"""pydantic's complaints in the user's words. Owns: JSON pointers and hints for wrong fields. Pure. Must not know: HTTP."""
+"""pydantic's complaints in the user's words.
+
+Owns: JSON pointers and hints for wrong fields. Pure. Must not know: HTTP.
+"""
 
 import difflib
 import typing
@@ -16,9 +19,14 @@ _NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")
 
 
 def from_pydantic(
-    errors: Iterable[ErrorDetails | dict[str, Any]], given: Any, *, skip: int = 0, model: type[BaseModel] | None = JobSpec
+    errors: Iterable[ErrorDetails | dict[str, Any]],
+    given: Any,
+    *,
+    skip: int = 0,
+    model: type[BaseModel] | None = JobSpec,
 ) -> list[Problem]:
-    """One Problem per field; `skip` leading parts of each location are not part of what was given; `model` knows the fields.
+    """One Problem per field; `skip` leading parts of each location are not part of what was given;
+    `model` knows the fields.
 
     Members of a union complain one by one about the same field; they become one problem.
     """
@@ -42,8 +50,11 @@ def pointer_to(parts: Iterable[str | int]) -> str:
 
 
 def _locate(location: Sequence[str | int], given: Any, *, missing: bool) -> tuple[str, Any]:
-    """Follows a location as far as what was given goes: what pydantic adds beyond (union members, `[key]`) is no field."""
-    node, parts = given, []
+    """Follows a location as far as what was given goes: what pydantic adds beyond (union members,
+    `[key]`) is no field.
+    """
+    node = given
+    parts = []
     for part in location:
         if isinstance(node, dict) and part in node:
             node = node[part]
@@ -57,12 +68,24 @@ def _locate(location: Sequence[str | int], given: Any, *, missing: bool) -> tupl
     return pointer_to(parts), node
 
 
-def _detail(error: ErrorDetails | dict[str, Any], location: Sequence[str | int], value: Any, model: type[BaseModel] | None) -> str:
-    kind, name = error["type"], str(location[-1]) if location else "the body"
+def _detail(
+    error: ErrorDetails | dict[str, Any],
+    location: Sequence[str | int],
+    value: Any,
+    model: type[BaseModel] | None,
+) -> str:
+    kind = error["type"]
+    name = str(location[-1]) if location else "the body"
     if kind == "extra_forbidden":
         known = _fields_at(location[:-1], model)
         close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}" if known else "leave it out"
+        hint = (
+            f"did you mean {close[0]!r}?"
+            if close
+            else f"known here: {', '.join(known)}"
+            if known
+            else "leave it out"
+        )
         return f"unknown field {_short(name)}; {hint}"
     if kind == "missing":
         return f"{name} is required; add it"
@@ -79,7 +102,11 @@ def _short(value: Any) -> str:
         return "an object"
     if isinstance(value, list | tuple):
         return "a list"
-    text = {None: "null", True: "true", False: "false"}.get(value) if value is None or isinstance(value, bool) else repr(value)
+    text = (
+        {None: "null", True: "true", False: "false"}.get(value)
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
     assert text is not None
     return text if len(text) <= LONGEST_VALUE else text[:LONGEST_VALUE] + "..."
 
@@ -95,6 +122,13 @@ def _fields_at(location: Sequence[str | int], model: type[BaseModel] | None) -> 
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and typing.get_origin(annotation) is None and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and typing.get_origin(annotation) is None
+        and issubclass(annotation, BaseModel)
+    ):
         return annotation
-    return next((found for item in typing.get_args(annotation) if (found := _model_in(item)) is not None), None)
+    return next(
+        (found for item in typing.get_args(annotation) if (found := _model_in(item)) is not None),
+        None,
+    )

@@ -1,4 +1,6 @@
-"""From a submitted spec to one that can run. Owns: what the service itself checks, resolving against the cluster's room.
+"""From a submitted spec to one that can run.
+
+Owns: what the service itself checks, resolving against the cluster's room.
 
 Pure but for what takes a session. Must not know: HTTP.
 """
@@ -39,77 +41,125 @@ Answer = Resolved | list[Problem]
 def room_of(session: Session, cluster: str) -> Room:
     """The cluster as last reported; empty (`known` is false) before that."""
     row = session.get(ClusterRow, cluster)
-    return Room(()) if row is None or row.report is None else Room(AgentReport.model_validate(row.report).nodes)
+    return (
+        Room(())
+        if row is None or row.report is None
+        else Room(AgentReport.model_validate(row.report).nodes)
+    )
 
 
 def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
     """What is wrong with a spec wherever it runs."""
-    return [*_names(spec, settings), *_texts(spec.model_dump(mode="json"), ()), *_paths(spec), *check.find_problems(spec)]
+    return [
+        *_names(spec, settings),
+        *_texts(spec.model_dump(mode="json"), ()),
+        *_paths(spec),
+        *check.find_problems(spec),
+    ]
 
 
 def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
-    """Why the cluster cannot hold the job, even when it is empty; nothing while the cluster is not known."""
+    """Why the cluster cannot hold the job, even when it is empty; nothing while the cluster is not
+    known.
+    """
     if not room.known:
         return []
     need = _least(spec, room)
     if need.gpu and not room.has_gpus:
-        text = f"accelerator=gpu, but no node of cluster {spec.cluster!r} has a GPU; use cpu or auto, or add nodes"
+        text = (
+            f"accelerator=gpu, but no node of cluster {spec.cluster!r} has a GPU; use cpu or "
+            "auto, or add nodes"
+        )
         return [Problem("/resources/accelerator", "no_gpus", text)]
     if need.cpus_per_rank > room.most_cpus:
-        text = f"cpus_per_rank={need.cpus_per_rank:g}, but the largest node has {room.most_cpus:g} CPUs; lower it or add nodes"
+        text = (
+            f"cpus_per_rank={need.cpus_per_rank:g}, but the largest node has "
+            f"{room.most_cpus:g} CPUs; lower it or add nodes"
+        )
         return [Problem("/resources/cpus_per_rank", "cpus_fit", text)]
     ranks = room.ranks(need)
     if ranks == 0:
         single = room.ranks(Need(1, 1, need.cpus_per_rank, need.gpu))
-        text = f"tp={spec.parallel.tp} ranks must share a node, and no node has room for them ({single} ranks in the whole cluster)"
+        text = (
+            f"tp={spec.parallel.tp} ranks must share a node, and no node has room for them "
+            f"({single} ranks in the whole cluster)"
+        )
         return [Problem("/parallel/tp", "island_fits", text + "; lower tp or add larger nodes")]
-    return [problem for problem in check.find_problems(spec, ranks) if problem.code == "world_fits"] or _check_memory(spec, room)
+    return [
+        problem for problem in check.find_problems(spec, ranks) if problem.code == "world_fits"
+    ] or _check_memory(spec, room)
 
 
 def _check_memory(spec: JobSpec, room: Room) -> list[Problem]:
     """Whether it fits into the cluster's GPUs, where they are known."""
     need = _least(spec, room)
     device = room.gpu if need.gpu else None
-    return estimates.check_memory(resolution.resolve(spec, room.ranks(need)), device) if device is not None else []
+    return (
+        estimates.check_memory(resolution.resolve(spec, room.ranks(need)), device)
+        if device is not None
+        else []
+    )
 
 
 def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
-    """Whether another job that is not over writes to the folder asked for: two would tear each other's checkpoints and reports."""
+    """Whether another job that is not over writes to the folder asked for: two would tear each
+    other's checkpoints and reports.
+    """
     if spec.storage is None:
         return []
     wanted = _folder(spec.storage.path)
-    for other, job_dir in session.execute(sa.select(JobRow.id, JobRow.job_dir).where(JobRow.status.not_in(lifecycle.TERMINAL))):
+    for other, job_dir in session.execute(
+        sa.select(JobRow.id, JobRow.job_dir).where(JobRow.status.not_in(lifecycle.TERMINAL))
+    ):
         if _folder(job_dir) == wanted:
-            text = f"{other} is writing to {job_dir}; choose another folder, leave storage out, or wait for that job's end"
+            text = (
+                f"{other} is writing to {job_dir}; choose another folder, leave storage out, "
+                "or wait for that job's end"
+            )
             return [Problem("/storage/path", "in_use", text)]
     return []
 
 
 def resolve(spec: JobSpec, room: Room, job_dir: str) -> Resolved:
-    """Fills dp, sequence parallelism, accelerator and storage. An unknown cluster counts as one replica's room, without GPUs."""
+    """Fills dp, sequence parallelism, accelerator and storage.
+
+    An unknown cluster counts as one replica's room, without GPUs.
+    """
     need = _least(spec, room)
     full = resolution.resolve(spec, room.ranks(need) if room.known else need.ranks)
     assert isinstance(full, JobSpec)
     accelerator = full.resources.model_copy(update={"accelerator": "gpu" if need.gpu else "cpu"})
-    full = full.model_copy(update={"resources": accelerator, "storage": StorageConfig(path=job_dir)})
+    full = full.model_copy(
+        update={"resources": accelerator, "storage": StorageConfig(path=job_dir)}
+    )
     return Resolved(full, resolution.world_size(full))
 
 
 def unresolved(session: Session, cluster: str) -> dict[str, tuple[JobSpec, str]]:
     """Jobs that came before the cluster was known, with their spec and folder, by id."""
-    found = sa.select(JobRow).where(JobRow.cluster == cluster, JobRow.status == JobState.PREPARING, JobRow.world_size.is_(None))
-    return {job.id: (JobSpec.model_validate(job.resolved_spec), job.job_dir) for job in session.scalars(found)}
+    found = sa.select(JobRow).where(
+        JobRow.cluster == cluster, JobRow.status == JobState.PREPARING, JobRow.world_size.is_(None)
+    )
+    return {
+        job.id: (JobSpec.model_validate(job.resolved_spec), job.job_dir)
+        for job in session.scalars(found)
+    }
 
 
 def answer(spec: JobSpec, room: Room, job_dir: str) -> Answer:
-    """What becomes of such a job. Takes seconds where a layout that fits is searched for, so not for inside a transaction."""
+    """What becomes of such a job.
+
+    Takes seconds where a layout that fits is searched for, so not for inside a transaction.
+    """
     return check_fit(spec, room) or resolve(spec, room, job_dir)
 
 
 def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer]) -> None:
-    """The agent has spoken: nobody waits for it any more, and jobs that came before the cluster was known are resolved.
+    """The agent has spoken: nobody waits for it any more, and jobs that came before the cluster was
+    known are resolved.
 
-    Those that the cluster cannot hold end with a problem; one that came since the `answers` were found waits for the next report.
+    Those that the cluster cannot hold end with a problem; one that came since the `answers` were
+    found waits for the next report.
     """
     room = room_of(session, cluster.name)
     if not room.known:
@@ -117,18 +167,32 @@ def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer])
     preparing = JobRow.cluster == cluster.name, JobRow.status == JobState.PREPARING
     waiting = JobRow.status_reason == StatusReason.WAITING_AGENT, JobRow.world_size.is_not(None)
     for job in session.scalars(sa.select(JobRow).where(*preparing, *waiting)):
-        job.status_reason, job.message = StatusReason.PREPARING_DATA, ""
-    for job in session.scalars(sa.select(JobRow).where(*preparing, JobRow.world_size.is_(None)).order_by(JobRow.number)):
+        job.status_reason = StatusReason.PREPARING_DATA
+        job.message = ""
+    for job in session.scalars(
+        sa.select(JobRow).where(*preparing, JobRow.world_size.is_(None)).order_by(JobRow.number)
+    ):
         found = answers.get(job.id)
         if found is None:
             continue
         if not isinstance(found, Resolved):
-            lifecycle.fail(session, job, found, lifecycle.Fact("job.failed", "the cluster cannot hold the job", "error"))
+            lifecycle.fail(
+                session,
+                job,
+                found,
+                lifecycle.Fact("job.failed", "the cluster cannot hold the job", "error"),
+            )
             continue
-        job.resolved_spec, job.world_size = found.spec.model_dump(mode="json"), found.world_size
-        job.status_reason, job.message = StatusReason.PREPARING_DATA, ""
+        job.resolved_spec = found.spec.model_dump(mode="json")
+        job.world_size = found.world_size
+        job.status_reason = StatusReason.PREPARING_DATA
+        job.message = ""
         text = f"resolved to {found.world_size} ranks"
-        lifecycle.add_event(session, job, lifecycle.Fact("job.resolved", text, data={"world_size": found.world_size}))
+        lifecycle.add_event(
+            session,
+            job,
+            lifecycle.Fact("job.resolved", text, data={"world_size": found.world_size}),
+        )
         lifecycle.changed(session, job)
 
 
@@ -147,24 +211,52 @@ def _names(spec: JobSpec, settings: Settings) -> list[Problem]:
     ):
         for index, value in enumerate(given):
             if value not in allowed:
-                known = f"known: {', '.join(allowed)}" if allowed else "none is set up here; leave it out"
+                known = (
+                    f"known: {', '.join(allowed)}"
+                    if allowed
+                    else "none is set up here; leave it out"
+                )
                 pointer = f"/{name}/{index}" if name == "credentials" else f"/{name}"
-                found.append(Problem(pointer, "unknown_name", f"{name} {value[:80]!r} is not set up here; {known}"))
+                found.append(
+                    Problem(
+                        pointer,
+                        "unknown_name",
+                        f"{name} {value[:80]!r} is not set up here; {known}",
+                    )
+                )
     return found
 
 
 def _texts(node: Any, parts: tuple[str | int, ...]) -> list[Problem]:
     if isinstance(node, str) and "\0" in node:
-        return [Problem(pointer_to(parts), "nul_character", "text may not contain NUL characters; remove them")]
+        return [
+            Problem(
+                pointer_to(parts),
+                "nul_character",
+                "text may not contain NUL characters; remove them",
+            )
+        ]
     if isinstance(node, dict):
         keys = (
-            [Problem(pointer_to(parts), "nul_character", "keys may not contain NUL characters; remove them")]
+            [
+                Problem(
+                    pointer_to(parts),
+                    "nul_character",
+                    "keys may not contain NUL characters; remove them",
+                )
+            ]
             if "\0" in "".join(node)
             else []
         )
-        return keys + [problem for key, value in node.items() for problem in _texts(value, (*parts, key))]
+        return keys + [
+            problem for key, value in node.items() for problem in _texts(value, (*parts, key))
+        ]
     if isinstance(node, list):
-        return [problem for index, value in enumerate(node) for problem in _texts(value, (*parts, index))]
+        return [
+            problem
+            for index, value in enumerate(node)
+            for problem in _texts(value, (*parts, index))
+        ]
     return []
 
 
@@ -176,13 +268,24 @@ def _folder(path: str) -> str:
 
 
 def _paths(spec: JobSpec) -> list[Problem]:
-    given = {"/storage/path": "" if spec.storage is None else spec.storage.path, "/checkpoint/start_from": spec.checkpoint.start_from}
-    return [problem for pointer, path in given.items() if path and "://" not in path for problem in _absolute(pointer, path)]
+    given = {
+        "/storage/path": "" if spec.storage is None else spec.storage.path,
+        "/checkpoint/start_from": spec.checkpoint.start_from,
+    }
+    return [
+        problem
+        for pointer, path in given.items()
+        if path and "://" not in path
+        for problem in _absolute(pointer, path)
+    ]
 
 
 def _absolute(pointer: str, path: str) -> list[Problem]:
     if not path.startswith("/"):
-        text = f"{path[:80]!r} is relative, and nodes share no working directory; give an absolute path or a URI, or leave it out"
+        text = (
+            f"{path[:80]!r} is relative, and nodes share no working directory; give an "
+            "absolute path or a URI, or leave it out"
+        )
         return [Problem(pointer, "absolute", text)]
     if ".." in PurePosixPath(path).parts:
         return [Problem(pointer, "absolute", f"{path[:80]!r} contains '..'; write the path out")]

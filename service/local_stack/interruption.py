@@ -1,11 +1,16 @@
-"""Why a stack ends before it should. Owns: signals as a flag, and the two errors of a start. Must not know: what is started."""
+"""Why a stack ends before it should.
+
+Owns: signals as a flag, and the two errors of a start. Must not know: what is started.
+"""
 
 import signal
 from types import FrameType
 
 
 class StackError(Exception):
-    """The stack cannot be started; the message says why and what to do, `log_tail` what the responsible process wrote last."""
+    """The stack cannot be started; the message says why and what to do, `log_tail` what the
+    responsible process wrote last.
+    """
 
     def __init__(self, message: str, log_tail: str = "") -> None:
         super().__init__(message)
@@ -17,7 +22,9 @@ class StartInterrupted(Exception):
 
 
 class Interruption:
-    """Counts SIGINT, SIGTERM and SIGHUP from `listen` on; the first ends the stack, the second ends it without waiting for jobs."""
+    """Counts SIGINT, SIGTERM and SIGHUP from `listen` on; the first ends the stack, the second ends
+    it without waiting for jobs.
+    """
 
     def __init__(self) -> None:
         self.count = 0

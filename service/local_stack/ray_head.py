@@ -1,7 +1,9 @@
-"""Command line and environment of a local Ray head. Owns: its ports, its temp dir, its token. Never imports ray.
+"""Command line and environment of a local Ray head.
 
-Ray's ports are open on all interfaces whatever address it is given, hence token mode, always, with the token in the
-environment only.
+Owns: its ports, its temp dir, its token. Never imports ray.
+
+Ray's ports are open on all interfaces whatever address it is given, hence token mode, always, with
+the token in the environment only.
 """
 
 import contextlib
@@ -29,11 +31,15 @@ _PORT_OPTIONS = {
 }
 PORT_NAMES: tuple[str, ...] = tuple(_PORT_OPTIONS)
 
-_OBJECT_STORE_BYTES = 256 << 20  # training never puts tensors there; Ray's default would be a third of the machine
+_OBJECT_STORE_BYTES = (
+    256 << 20
+)  # training never puts tensors there; Ray's default would be a third of the machine
 
 
 def free_ports(names: Sequence[str]) -> dict[str, int]:
-    """One port per name, free on all interfaces a moment ago, picked by the kernel; all held at once, so all differ."""
+    """One port per name, free on all interfaces a moment ago, picked by the kernel; all held at
+    once, so all differ.
+    """
     sockets = [socket.socket() for _ in names]
     try:
         for held in sockets:
@@ -56,16 +62,33 @@ def is_free(port: int) -> bool:
 
 
 def head_command(ports: dict[str, int], temp_dir: Path, num_cpus: int) -> list[str]:
-    """`ray start --head`, staying in the foreground so that its process leads the session for as long as Ray lives."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", "--disable-usage-stats", f"--temp-dir={temp_dir}"]
+    """`ray start --head`, staying in the foreground so that its process leads the session for as
+    long as Ray lives.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--block",
+        "--node-ip-address=127.0.0.1",
+    ]
+    command += [
+        "--include-dashboard=true",
+        "--dashboard-host=127.0.0.1",
+        "--disable-usage-stats",
+        f"--temp-dir={temp_dir}",
+    ]
     command += [f"--object-store-memory={_OBJECT_STORE_BYTES}"]
     command += [f"--num-cpus={num_cpus}"]
     return command + [f"{option}={ports[name]}" for name, option in _PORT_OPTIONS.items()]
 
 
 def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use, a container's quota included; at least 2, so that a two-rank job fits on any machine."""
+    """Cores that this process may use, a container's quota included; at least 2, so that a two-rank
+    job fits on any machine.
+    """
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = quota_file.read_text().split()
@@ -76,11 +99,16 @@ def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
 
 
 def may_raise_priority() -> bool:
-    """Whether processes of this user may take back a priority they gave away. Tried by a thread, which ends with what it has lost."""
+    """Whether processes of this user may take back a priority they gave away.
+
+    Tried by a thread, which ends with what it has lost.
+    """
     found = []
 
     def lower_and_raise() -> None:
-        with contextlib.suppress(PermissionError):  # of the first already where this process runs at a lower priority
+        with contextlib.suppress(
+            PermissionError
+        ):  # of the first already where this process runs at a lower priority
             os.setpriority(os.PRIO_PROCESS, 0, 1)
             os.setpriority(os.PRIO_PROCESS, 0, 0)
             found.append(True)
@@ -97,14 +125,21 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A process that has run a task waits a minute for another one even while ranks have all CPUs; Ray would end it after a second, and
-        # each check of a spec would begin with two seconds of imports.
+        # A process that has run a task waits a minute for another one even while ranks have all
+        # CPUs; Ray would end it after a second, and each check of a spec would begin with two
+        # seconds of imports.
         "RAY_idle_worker_killing_time_threshold_ms": "60000",
-        # Ray's default: what starts, prepares data or stands by lets the ranks go first, which raise themselves where they may.
+        # Ray's default: what starts, prepares data or stands by lets the ranks go first, which
+        # raise themselves where they may.
         "RAY_worker_niceness": "15" if may_raise_priority() else "0",
-        # A rank keeps its memory (megatron_ray.distributed.device.KeptMemory); what can no longer be set in a living process is set here.
-        "MALLOC_ARENA_MAX": "1",  # a Ray worker has many arenas before a rank can say that it keeps its memory in one
-        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",  # else scraps of aligned blocks keep those from being joined and used again
+        # A rank keeps its memory (megatron_ray.distributed.device.KeptMemory); what can no longer
+        # be set in a living process is set here. a Ray worker has many arenas before a rank can say
+        # that it keeps its memory in one
+        "MALLOC_ARENA_MAX": "1",
+        # else scraps of aligned blocks keep those from being joined and used again
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
         "RAY_ADDRESS": None,  # another cluster's address would be taken for this one's
-        "TMPDIR": str(temp_dir),  # killed processes leave sockets behind; here they go with the temp dir
+        "TMPDIR": str(
+            temp_dir
+        ),  # killed processes leave sockets behind; here they go with the temp dir
     }

@@ -1,4 +1,6 @@
-"""stack.json. Owns: what is recorded of a local stack, before each thing starts, so that `down` can always end it.
+"""stack.json.
+
+Owns: what is recorded of a local stack, before each thing starts, so that `down` can always end it.
 
 Must not know: how anything is started or ended.
 """
@@ -66,10 +68,19 @@ class StackRecord(BaseModel):
     ports: dict[str, int] = Field(default_factory=dict)
     sessions: tuple[RecordedSession, ...] = ()
 
-    def with_session(self, name: Literal["ray", "service", "agent"], session: Session) -> "StackRecord":
+    def with_session(
+        self, name: Literal["ray", "service", "agent"], session: Session
+    ) -> "StackRecord":
         """This record with `name` now being that session."""
         others = tuple(entry for entry in self.sessions if entry.name != name)
-        return self.model_copy(update={"sessions": (*others, RecordedSession(name=name, sid=session.sid, start_ticks=session.start_ticks))})
+        return self.model_copy(
+            update={
+                "sessions": (
+                    *others,
+                    RecordedSession(name=name, sid=session.sid, start_ticks=session.start_ticks),
+                )
+            }
+        )
 
     @property
     def may_be_alive(self) -> bool:
@@ -83,7 +94,9 @@ def record_path(data_dir: Path) -> Path:
 
 
 def write_record(record: StackRecord) -> None:
-    """Replaces stack.json atomically and durably; readable by its owner only, because it holds tokens."""
+    """Replaces stack.json atomically and durably; readable by its owner only, because it holds
+    tokens.
+    """
     folder = Path(record.data_dir)
     handle, name = tempfile.mkstemp(dir=folder, prefix=RECORD_NAME + ".")  # mode 0600 by definition
     try:
@@ -105,9 +118,14 @@ def read_record(data_dir: Path) -> StackRecord | None:
     except FileNotFoundError:
         return None
     except PermissionError as error:
-        raise RecordUnreadableError(f"{path} belongs to somebody else; name your own with --data-dir") from error
+        raise RecordUnreadableError(
+            f"{path} belongs to somebody else; name your own with --data-dir"
+        ) from error
     except ValidationError as error:
-        raise RecordUnreadableError(f"{path} was written by another version; end that stack with the version that started it") from error
+        raise RecordUnreadableError(
+            f"{path} was written by another version; end that stack with the version that "
+            "started it"
+        ) from error
 
 
 def forget(data_dir: Path) -> None:

@@ -1,7 +1,11 @@
-"""Process sessions. Owns: starting a command in a session of its own, finding and killing all that lives in it. Linux only.
+"""Process sessions.
 
-Every process that Ray forks keeps the session id of `ray start`, whereas process groups and environments change on the way. So
-a session is what is recorded and what is killed. Must not know: what the commands are for.
+Owns: starting a command in a session of its own, finding and killing all that lives in it. Linux
+only.
+
+Every process that Ray forks keeps the session id of `ray start`, whereas process groups and
+environments change on the way. So a session is what is recorded and what is killed. Must not know:
+what the commands are for.
 """
 
 import os
@@ -12,9 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The gate: reads NAME=VALUE lines (-NAME takes one away) and runs the command once it reads `go`. When its parent dies before
-# that, it reads the end of the pipe and exits. So no command ever runs that its parent has not recorded first, and secrets
-# travel by pipe, neither in an argument list nor in this process's own environment.
+# The gate: reads NAME=VALUE lines (-NAME takes one away) and runs the command once it reads `go`.
+# When its parent dies before that, it reads the end of the pipe and exits. So no command ever runs
+# that its parent has not recorded first, and secrets travel by pipe, neither in an argument list
+# nor in this process's own environment.
 _GATE = """while IFS= read -r line; do case "$line" in
 go) exec "$@" </dev/null ;;
 -*) unset "${line#-}" ;;
@@ -64,8 +69,14 @@ class GatedProcess:
         self.session = Session(leader.pid, leader.start_ticks)
 
     def release(self, environment: Mapping[str, str | None]) -> None:
-        """Adds to the inherited environment (None takes away) and runs the command. Values must be single lines."""
-        lines = [f"-{name}" if value is None else f"{name}={value}" for name, value in environment.items()]
+        """Adds to the inherited environment (None takes away) and runs the command.
+
+        Values must be single lines.
+        """
+        lines = [
+            f"-{name}" if value is None else f"{name}={value}"
+            for name, value in environment.items()
+        ]
         if any("\n" in line for line in lines):
             raise ValueError("an environment value spans several lines")
         gate = self.process.stdin
@@ -100,17 +111,27 @@ def is_running(pid: int, start_ticks: int) -> bool:
 
 
 def members(sessions: Iterable[Session]) -> list[Process]:
-    """All processes of these sessions, zombies included; none of a session whose number was given to somebody else."""
-    # A number cannot be given away while one process of the session lives. A leader with another start time therefore means
-    # that all of the session is gone, and so does a member older than the leader.
+    """All processes of these sessions, zombies included; none of a session whose number was given
+    to somebody else.
+    """
+    # A number cannot be given away while one process of the session lives. A leader with another
+    # start time therefore means that all of the session is gone, and so does a member older than
+    # the leader.
     starts = {session.sid: session.start_ticks for session in sessions if not _taken_over(session)}
     numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     found = (process for process in map(read_process, numbers) if process is not None)
-    return [process for process in found if process.session in starts and process.start_ticks >= starts[process.session]]
+    return [
+        process
+        for process in found
+        if process.session in starts and process.start_ticks >= starts[process.session]
+    ]
 
 
 def send_signal(pid: int, start_ticks: int, number: signal.Signals) -> bool:
-    """Signals exactly this process; False when it is gone. The handle is opened before the check, so no recycled pid is hit."""
+    """Signals exactly this process; False when it is gone.
+
+    The handle is opened before the check, so no recycled pid is hit.
+    """
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -127,7 +148,10 @@ def send_signal(pid: int, start_ticks: int, number: signal.Signals) -> bool:
 
 
 def kill_sessions(sessions: Sequence[Session], timeout_s: float = 20.0) -> int:
-    """SIGKILLs every member until none is left; how many were killed. Raises TimeoutError with the pids that would not go."""
+    """SIGKILLs every member until none is left; how many were killed.
+
+    Raises TimeoutError with the pids that would not go.
+    """
     killed: set[int] = set()
     deadline = time.monotonic() + timeout_s
     while True:
@@ -135,15 +159,22 @@ def kill_sessions(sessions: Sequence[Session], timeout_s: float = 20.0) -> int:
         if not alive:
             break
         if time.monotonic() > deadline:
-            raise TimeoutError(f"processes that do not end: {', '.join(str(process.pid) for process in alive)}")
-        killed.update(process.pid for process in alive if send_signal(process.pid, process.start_ticks, signal.SIGKILL))
+            raise TimeoutError(
+                f"processes that do not end: {', '.join(str(process.pid) for process in alive)}"
+            )
+        killed.update(
+            process.pid
+            for process in alive
+            if send_signal(process.pid, process.start_ticks, signal.SIGKILL)
+        )
         time.sleep(0.02)
     _wait_for_reaping(sessions)
     return len(killed)
 
 
 def _wait_for_reaping(sessions: Sequence[Session]) -> None:
-    # Orphans are reaped by process 1, on some systems only every second or so; one that never does is no reason to wait for ever.
+    # Orphans are reaped by process 1, on some systems only every second or so; one that never does
+    # is no reason to wait for ever.
     deadline = time.monotonic() + _ZOMBIE_WAIT_S
     while members(sessions) and time.monotonic() < deadline:
         for session in sessions:

@@ -1,7 +1,9 @@
-"""A local stack while it lives. Owns: starting Ray, service and agent, in the order that can always be undone, and supervising them.
+"""A local stack while it lives.
 
-Whoever starts it holds the data dir's lock. Signals only set a flag (`Interruption`); every wait looks at it, so that no
-exception ever interrupts a clean-up. Must not know: terminals, torch, ray.
+Owns: starting Ray, service and agent, in the order that can always be undone, and supervising them.
+
+Whoever starts it holds the data dir's lock. Signals only set a flag (`Interruption`); every wait
+looks at it, so that no exception ever interrupts a clean-up. Must not know: terminals, torch, ray.
 """
 
 import fcntl
@@ -21,7 +23,15 @@ from service.client import Client
 from service.http.tokens import Scope, read_or_create_tokens
 from service.local_stack.backoff import Restart, after_end
 from service.local_stack.interruption import Interruption, StackError, StartInterrupted
-from service.local_stack.ray_head import MAX_TEMP_DIR_LENGTH, PORT_NAMES, available_cpus, free_ports, head_command, is_free, ray_environment
+from service.local_stack.ray_head import (
+    MAX_TEMP_DIR_LENGTH,
+    PORT_NAMES,
+    available_cpus,
+    free_ports,
+    head_command,
+    is_free,
+    ray_environment,
+)
 from service.local_stack.record import (
     LOCK_NAME,
     TEMP_PREFIX,
@@ -42,7 +52,9 @@ _POLL_S = 0.1
 _LOOK_S = 0.03  # between looks that cost nothing
 _RAY_TRIES = 3  # a port found free may be taken before Ray binds it
 _RAY_START_S = 90.0
-_AGENT_SETTLES_S = 10.0  # it has no sign of its own that it works, and importing Ray alone may take this long
+_AGENT_SETTLES_S = (
+    10.0  # it has no sign of its own that it works, and importing Ray alone may take this long
+)
 _LOG_TAIL_LINES = 20
 _LAST_PORT = "service.port"
 
@@ -75,12 +87,17 @@ class _Child:
         return self.gated.process.poll() is not None
 
     def after_end(self, now: float) -> Restart:
-        return after_end(self.crashes, now - self.started, None if self.ready_at is None else now - self.ready_at)
+        return after_end(
+            self.crashes, now - self.started, None if self.ready_at is None else now - self.ready_at
+        )
 
 
 @dataclass
 class LocalStack:
-    """One Ray head, one service, one agent. `start`, then `supervise`, and `end` whatever happened."""
+    """One Ray head, one service, one agent.
+
+    `start`, then `supervise`, and `end` whatever happened.
+    """
 
     options: StackOptions
     say: Say
@@ -93,7 +110,10 @@ class LocalStack:
     # ---- start
 
     def start(self) -> StackRecord:
-        """Returns once agent and Ray are there. Raises StackError, StartInterrupted; call `end` after either."""
+        """Returns once agent and Ray are there.
+
+        Raises StackError, StartInterrupted; call `end` after either.
+        """
         data_dir = self.options.data_dir
         self._take_lock(data_dir)
         left = read_record(data_dir)
@@ -103,7 +123,11 @@ class LocalStack:
         self._keep(self._new_record(data_dir))
         Path(self._known.temp_dir).mkdir(mode=0o700)
         self._rotate_logs()
-        self._keep(self._known.model_copy(update={"token": self._tokens()[Scope.USER], "ray_token": secrets.token_hex(32)}))
+        self._keep(
+            self._known.model_copy(
+                update={"token": self._tokens()[Scope.USER], "ray_token": secrets.token_hex(32)}
+            )
+        )
 
         self.progress("starting Ray and the service")
         self._start_service(port=self._last_port())
@@ -119,15 +143,25 @@ class LocalStack:
             data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._lock = (data_dir / LOCK_NAME).open("w")
         except OSError as error:
-            raise StackError(f"cannot write to the data dir {data_dir}: {error.strerror}; name another with --data-dir") from error
+            raise StackError(
+                f"cannot write to the data dir {data_dir}: {error.strerror}; name another "
+                "with --data-dir"
+            ) from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._lock.close()
             self._lock = None
             running = read_record(data_dir)
-            where = f"at {running.url} (pid {running.up_pid})" if running and running.url else "and starting"
-            message = f"a stack with data dir {data_dir} is already up {where}; end it with `megatron-ray down --data-dir {data_dir}`"
+            where = (
+                f"at {running.url} (pid {running.up_pid})"
+                if running and running.url
+                else "and starting"
+            )
+            message = (
+                f"a stack with data dir {data_dir} is already up {where}; end it with "
+                f"`megatron-ray down --data-dir {data_dir}`"
+            )
             raise StackError(f"{message}, or name another with --data-dir") from error
 
     def _new_record(self, data_dir: Path) -> StackRecord:
@@ -140,7 +174,10 @@ class LocalStack:
             root = Path(tempfile.gettempdir())
         temp_dir = root / f"{TEMP_PREFIX}{stack_id}"
         if len(str(temp_dir)) > MAX_TEMP_DIR_LENGTH:
-            raise StackError(f"temp dir {temp_dir} is too long for Ray's sockets; make /tmp writable or set TMPDIR to a short path")
+            raise StackError(
+                f"temp dir {temp_dir} is too long for Ray's sockets; make /tmp writable or "
+                "set TMPDIR to a short path"
+            )
         return StackRecord(
             stack_id=stack_id,
             boot_id=boot_id(),
@@ -162,8 +199,12 @@ class LocalStack:
 
     # ---- the three processes
 
-    def _launch(self, name: Name, command: list[str], environment: Mapping[str, str | None]) -> None:
-        """At the gate, recorded, released: in this order a kill at any moment leaves nothing that `down` does not know."""
+    def _launch(
+        self, name: Name, command: list[str], environment: Mapping[str, str | None]
+    ) -> None:
+        """At the gate, recorded, released: in this order a kill at any moment leaves nothing that
+        `down` does not know.
+        """
         self._check_interrupted()
         crashes = self._children[name].crashes if name in self._children else 0
         gated = GatedProcess(command, log=self._log(name))
@@ -176,7 +217,9 @@ class LocalStack:
         self._children[name] = _Child(gated, started=time.monotonic(), crashes=crashes)
 
     def _last_port(self) -> int:
-        """The port this data dir's service had before, if it is free, so that addresses stay good; else 0, the kernel's choice."""
+        """The port this data dir's service had before, if it is free, so that addresses stay good;
+        else 0, the kernel's choice.
+        """
         try:
             port = int((self.options.data_dir / _LAST_PORT).read_text())
         except (OSError, ValueError):
@@ -198,10 +241,22 @@ class LocalStack:
         for attempt in range(1, _RAY_TRIES + 1):
             ports = free_ports(PORT_NAMES)
             dashboard = f"http://127.0.0.1:{ports['ray_dashboard']}"
-            update = {"ports": {**self._known.ports, **ports}, "ray_address": f"127.0.0.1:{ports['ray_gcs']}", "dashboard_url": dashboard}
+            update = {
+                "ports": {**self._known.ports, **ports},
+                "ray_address": f"127.0.0.1:{ports['ray_gcs']}",
+                "dashboard_url": dashboard,
+            }
             self._keep(self._known.model_copy(update=update))
-            ray_dir = Path(self._known.temp_dir) / str(attempt) if attempt > 1 else Path(self._known.temp_dir) / "ray"
-            self._launch("ray", head_command(ports, ray_dir, self.options.num_cpus or available_cpus()), self._ray_environment())
+            ray_dir = (
+                Path(self._known.temp_dir) / str(attempt)
+                if attempt > 1
+                else Path(self._known.temp_dir) / "ray"
+            )
+            self._launch(
+                "ray",
+                head_command(ports, ray_dir, self.options.num_cpus or available_cpus()),
+                self._ray_environment(),
+            )
             if self._wait_for_ray(dashboard):
                 return
             self._kill("ray")
@@ -235,12 +290,25 @@ class LocalStack:
         port = int(self._port_file.read_text())
         (self.options.data_dir / _LAST_PORT).write_text(f"{port}\n")
         ports = {**self._known.ports, "service": port}
-        self._keep(self._known.model_copy(update={"url": f"http://127.0.0.1:{port}", "ports": ports}))
+        self._keep(
+            self._known.model_copy(update={"url": f"http://127.0.0.1:{port}", "ports": ports})
+        )
 
     def _start_agent(self) -> None:
         known = self._known
-        command = [*self.options.agent_command, "--service", known.url, "--address", known.ray_address, "--cluster", "default"]
-        secret = {"MEGATRON_RAY_AGENT_TOKEN": self._tokens()[Scope.AGENT], "MEGATRON_RAY_AGENT_TOKEN_FILE": None}
+        command = [
+            *self.options.agent_command,
+            "--service",
+            known.url,
+            "--address",
+            known.ray_address,
+            "--cluster",
+            "default",
+        ]
+        secret = {
+            "MEGATRON_RAY_AGENT_TOKEN": self._tokens()[Scope.AGENT],
+            "MEGATRON_RAY_AGENT_TOKEN_FILE": None,
+        }
         environment: dict[str, str | None] = {**self._ray_environment(), **secret}
         self._launch("agent", command, environment)
         self._children["agent"].ready_at = time.monotonic() + _AGENT_SETTLES_S
@@ -256,9 +324,13 @@ class LocalStack:
                 self._pause()
                 for name, child in self._children.items():
                     if child.has_ended():
-                        raise StackError(f"{_LABELS[name]} ended while starting", self.log_tail(name))
+                        raise StackError(
+                            f"{_LABELS[name]} ended while starting", self.log_tail(name)
+                        )
                 if time.monotonic() > deadline:
-                    text = f"not ready after {self.options.ready_timeout_s:.0f} s{_waiting_for(state)}"
+                    text = (
+                        f"not ready after {self.options.ready_timeout_s:.0f} s{_waiting_for(state)}"
+                    )
                     raise StackError(text, self.log_tail("agent"))
 
     # ---- while it lives
@@ -276,15 +348,18 @@ class LocalStack:
                     self.say(f"{error}; trying again\n{error.log_tail}")
 
     def _look_after(self, name: Name) -> None:
-        child, now = self._children[name], time.monotonic()
+        child = self._children[name]
+        now = time.monotonic()
         if not child.has_ended():
             return
         if child.restart_at is None:
             restart = child.after_end(now)
-            child.crashes, child.restart_at = restart.crashes, now + restart.wait_s
+            child.crashes = restart.crashes
+            child.restart_at = now + restart.wait_s
             code = child.gated.process.returncode
             self.say(
-                f"{_LABELS[name]} ended ({_ending(code)}); restarting" + (f" in {restart.wait_s:.0f} s" if restart.wait_s >= 1 else "")
+                f"{_LABELS[name]} ended ({_ending(code)}); restarting"
+                + (f" in {restart.wait_s:.0f} s" if restart.wait_s >= 1 else "")
             )
         if now >= child.restart_at:
             child.restart_at = None
@@ -324,8 +399,11 @@ class LocalStack:
         try:
             if self.record is None:
                 return TeardownReport(was_up=False)
-            record, self.record = self.record, None
-            report = end_recorded(record, self.say, self.options.job_grace_s, hurry=lambda: self.interruption.urgent)
+            record = self.record
+            self.record = None
+            report = end_recorded(
+                record, self.say, self.options.job_grace_s, hurry=lambda: self.interruption.urgent
+            )
             for child in self._children.values():
                 child.gated.process.wait()
             return report
@@ -392,4 +470,8 @@ def _waiting_for(state: Mapping[str, Any]) -> str:
     if state.get("status") == "unavailable":
         return ": the database does not answer"
     live = any(agent.get("live") for agent in state.get("agents") or ())
-    return ": the agent has spoken but sees no Ray node yet" if live else ": the agent has not spoken yet"
+    return (
+        ": the agent has spoken but sees no Ray node yet"
+        if live
+        else ": the agent has not spoken yet"
+    )

@@ -1,11 +1,23 @@
-"""The tables. Owns: names, types, keys. Must not know: who reads or writes them.
+"""The tables.
 
-Times are seconds since the epoch, for people; order comes from `number`, `seq` and `step`. A change here needs a migration.
+Owns: names, types, keys. Must not know: who reads or writes them.
+
+Times are seconds since the epoch, for people; order comes from `number`, `seq` and `step`. A change
+here needs a migration.
 """
 
 from typing import Any
 
-from sqlalchemy import JSON, BigInteger, ForeignKey, Index, Integer, MetaData, String, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
@@ -102,7 +114,9 @@ class JobRow(Table):
 
 
 def _job_key(**options: Any) -> Mapped[int]:
-    return mapped_column(BigKey, ForeignKey("jobs.number", ondelete="CASCADE"), primary_key=True, **options)
+    return mapped_column(
+        BigKey, ForeignKey("jobs.number", ondelete="CASCADE"), primary_key=True, **options
+    )
 
 
 class LabelRow(Table):

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Everything a service, a validation or a plan needs. `megatron_ray.data.loader` is the one file of data/ that may see torch.
+# Everything a service, a validation or a plan needs. `megatron_ray.data.loader` is the one file of
+# data/ that may see torch.
 TORCH_FREE_PACKAGES = (
     "service",
     "megatron_ray/config",
@@ -68,15 +69,31 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def test_import_contracts_hold() -> None:
-    done = subprocess.run([Path(sys.executable).parent / "lint-imports", "--no-logo"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-logo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_service_and_pure_modules_import_with_torch_and_ray_blocked() -> None:
-    files = [path for path in python_files(*TORCH_FREE_PACKAGES) if "versions" not in path.parts and path.name != "env.py"]
-    names = {module_name(path) for path in [*files, *(ROOT / name for name in TORCH_FREE_FILES)]} - NOT_TORCH_FREE
+    files = [
+        path
+        for path in python_files(*TORCH_FREE_PACKAGES)
+        if "versions" not in path.parts and path.name != "env.py"
+    ]
+    names = {
+        module_name(path) for path in [*files, *(ROOT / name for name in TORCH_FREE_FILES)]
+    } - NOT_TORCH_FREE
     names = {name for name in names if not name.endswith("__main__")}
-    done = subprocess.run([sys.executable, "-c", _IMPORT_ALL, *sorted(names)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _IMPORT_ALL, *sorted(names)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -85,7 +102,11 @@ MODEL_FILES = python_files("megatron_ray/models")
 
 @pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.name)
 def test_a_model_file_contains_only_the_model(path: Path) -> None:
-    forbidden = ("torch.distributed", "megatron_ray.distributed.mesh", "megatron_ray.distributed.collectives")
+    forbidden = (
+        "torch.distributed",
+        "megatron_ray.distributed.mesh",
+        "megatron_ray.distributed.collectives",
+    )
     found = [name for name in imported_names(path) if name.startswith(forbidden)]
     assert found == [], f"{path.name} reaches for ranks or collectives: {found}"
     assert "torch.distributed" not in attribute_chains(path)
@@ -102,4 +123,8 @@ def imported_names(path: Path) -> list[str]:
 
 
 def attribute_chains(path: Path) -> set[str]:
-    return {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    return {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }

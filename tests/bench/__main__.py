@@ -1,17 +1,22 @@
-"""`make bench [BENCH=name]`: one JSON object a line on stdout and nothing else; what is being done goes to stderr."""
+"""`make bench [BENCH=name]`: one JSON object a line on stdout and nothing else; what is being done
+goes to stderr.
+"""
 
 import argparse
 import importlib
 import json
 import sys
 
-# Each is a module beside this one, imported when it is its turn: `gpu` runs where there is neither Ray nor a web framework.
+# Each is a module beside this one, imported when it is its turn: `gpu` runs where there is neither
+# Ray nor a web framework.
 BENCHES = ("first_step", "gpu", "overhead", "peers", "plan", "recovery", "save")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make bench")
-    parser.add_argument("bench", nargs="?", choices=BENCHES, help="which one; all of them when not given")
+    parser.add_argument(
+        "bench", nargs="?", choices=BENCHES, help="which one; all of them when not given"
+    )
     chosen = parser.parse_args().bench
     for name in [chosen] if chosen else BENCHES:
         print(f"bench {name} ...", file=sys.stderr)

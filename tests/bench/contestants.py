@@ -1,5 +1,7 @@
-"""Programs that train the reference model: this library, a plain torch loop over Hugging Face transformers, and megatron-core (in a file of
-its own). Run as one child process per rank, they take a number of steps per line of stdin and answer with losses, norms and seconds."""
+"""Programs that train the reference model: this library, a plain torch loop over Hugging Face
+transformers, and megatron-core (in a file of its own). Run as one child process per rank, they take
+a number of steps per line of stdin and answer with losses, norms and seconds.
+"""
 
 import json
 import os
@@ -18,8 +20,8 @@ from megatron_ray.distributed.device import KeptMemory
 from tests.bench import reference
 
 Step = Callable[[np.ndarray, bool], tuple[float, float] | None]
-"""(tokens [samples, sequence + 1] of the global batch, whether the gradient norm has to be exact) -> loss, gradient norm before clipping;
-None where a rank does not know them."""
+"""(tokens [samples, sequence + 1] of the global batch, whether the gradient norm has to be exact)
+-> loss, gradient norm before clipping; None where a rank does not know them."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ class Terms:
         """This rank's, in order."""
         if self.dp > 1:
             rows = np.split(rows, self.dp)[rank]
-        return [rows[start : start + self.micro_batch] for start in range(0, len(rows), self.micro_batch)]
+        return [
+            rows[start : start + self.micro_batch]
+            for start in range(0, len(rows), self.micro_batch)
+        ]
 
     @property
     def checked(self) -> int:
@@ -94,7 +99,9 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     def step(rows: np.ndarray, exact: bool) -> tuple[float, float]:
         batches = [make_batch(part) for part in terms.microbatches(rows, rank)]
         loss = forward_backward(model, mesh, batches)
-        stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+        stats = finalize_grads(
+            model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
+        )
         scale_and_clip(optimizer, stats, 1.0)
         optimizer.step(reference.LEARNING_RATE)
         loss_sum, tokens, squared_norm = stats.values.tolist()
@@ -121,12 +128,20 @@ def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     model = LlamaForCausalLM(config)
     model.load_state_dict(reference.weights(), strict=False)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=reference.LEARNING_RATE, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=reference.LEARNING_RATE,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+    )
 
     def microbatch_loss(part: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=terms.precision == "bf16"):
             logits = model(input_ids=part[:, :-1], use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), part[:, 1:].flatten())
+        return torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), part[:, 1:].flatten()
+        )
 
     if compiled:
         microbatch_loss = torch.compile(microbatch_loss)
@@ -139,8 +154,13 @@ def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
             loss = microbatch_loss(part) / len(microbatches)
             loss.backward()
             total += loss.item()
-        # The library's own fp32 norm is off by up to 1e-4 on matrices of this size; the exact one is what is compared.
-        squares = [parameter.grad.double().square().sum() for parameter in model.parameters() if exact and parameter.grad is not None]
+        # The library's own fp32 norm is off by up to 1e-4 on matrices of this size; the exact one
+        # is what is compared.
+        squares = [
+            parameter.grad.double().square().sum()
+            for parameter in model.parameters()
+            if exact and parameter.grad is not None
+        ]
         norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -150,7 +170,9 @@ def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
 
 
 def megatron_core(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
-    os.environ["TORCHDYNAMO_DISABLE"] = str(int(not compiled))  # it decorates functions with the compiler wherever it is
+    os.environ["TORCHDYNAMO_DISABLE"] = str(
+        int(not compiled)
+    )  # it decorates functions with the compiler wherever it is
     from tests.bench import megatron_core
 
     return megatron_core.program(terms, rank, compiled=compiled)
@@ -167,14 +189,23 @@ PROGRAMS: dict[str, Callable[[Terms, int], Step]] = {
 
 
 def main() -> None:
-    name, given, rank, meeting_point = sys.argv[1], Terms(**json.loads(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
+    name = sys.argv[1]
+    given = Terms(**json.loads(sys.argv[2]))
+    rank = int(sys.argv[3])
+    meeting_point = sys.argv[4]
     torch.set_num_threads(1)
     if given.world_size > 1 or name.startswith("megatron-core"):
-        dist.init_process_group("gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=given.world_size)
-    step, number = PROGRAMS[name](given, rank), 0
+        dist.init_process_group(
+            "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=given.world_size
+        )
+    step = PROGRAMS[name](given, rank)
+    number = 0
     memory = KeptMemory() if name.startswith("ours") else None  # as every rank has it
     for line in sys.stdin:
-        losses, norms, seconds, before = [], [], [], time.process_time()
+        losses = []
+        norms = []
+        seconds = []
+        before = time.process_time()
         for _ in range(int(line)):
             rows = reference.samples(number)
             start = time.perf_counter()
@@ -188,7 +219,18 @@ def main() -> None:
             number += 1
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         used = time.process_time() - before
-        print(json.dumps({"losses": losses, "norms": norms, "seconds": seconds, "cpu_s": used, "peak_mb": peak}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "losses": losses,
+                    "norms": norms,
+                    "seconds": seconds,
+                    "cpu_s": used,
+                    "peak_mb": peak,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

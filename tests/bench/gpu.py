@@ -1,6 +1,8 @@
-"""Training speed on one CUDA device, through the library alone: whole steps with a real optimizer, no recompute.
+"""Training speed on one CUDA device, through the library alone: whole steps with a real optimizer,
+no recompute.
 
-MFU counts 6 N + 12 L H S per token against the chip's dense bf16 peak; the figure with causal halving stands beside it.
+MFU counts 6 N + 12 L H S per token against the chip's dense bf16 peak; the figure with causal
+halving stands beside it.
 """
 
 import itertools
@@ -27,20 +29,38 @@ _LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "position_embedding": "rope
 MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
     # name: (shape, micro batch, goal in percent of the bf16 peak)
     "0.1B": (
-        _LLAMA | {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "ffn_hidden_size": 2048, "vocab_size": 50304},
+        _LLAMA
+        | {
+            "num_layers": 12,
+            "hidden_size": 768,
+            "num_attention_heads": 12,
+            "ffn_hidden_size": 2048,
+            "vocab_size": 50304,
+        },
         8,
         40,
     ),
     "1B": (
-        _LLAMA | {"num_layers": 16, "hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 8192, "vocab_size": 128256},
+        _LLAMA
+        | {
+            "num_layers": 16,
+            "hidden_size": 2048,
+            "num_attention_heads": 16,
+            "ffn_hidden_size": 8192,
+            "vocab_size": 128256,
+        },
         4,
         60,
     ),
     "8B": ({"preset": "llama3-8b"}, 1, None),
 }
-SEQUENCE, STEPS, WARMUP, MICROBATCHES = 4096, 10, 3, 2
+SEQUENCE = 4096
+STEPS = 10
+WARMUP = 3
+MICROBATCHES = 2
 CURVE = {"preset": "gpt-tiny", "vocab_size": 512}
-CURVE_STEPS, CURVE_SEQUENCE = 12, 256
+CURVE_STEPS = 12
+CURVE_SEQUENCE = 256
 
 
 def run() -> Iterator[dict[str, Any]]:
@@ -49,16 +69,21 @@ def run() -> Iterator[dict[str, Any]]:
         return
     yield loss_curve()
     for name, (shape, micro_batch, goal) in MODELS.items():
-        needed, there = state_bytes(shape), torch.cuda.get_device_properties(0).total_memory
+        needed = state_bytes(shape)
+        there = torch.cuda.get_device_properties(0).total_memory
         if needed >= there:
             print(
-                f"{name}: weights, gradients and AdamW take {needed / 2**30:.0f} GiB, the device has {there / 2**30:.0f}", file=sys.stderr
+                f"{name}: weights, gradients and AdamW take {needed / 2**30:.0f} GiB, the "
+                f"device has {there / 2**30:.0f}",
+                file=sys.stderr,
             )
             continue
         yield measure(name, shape, micro_batch, goal)
 
 
-def training_config(shape: dict[str, Any], sequence: int, micro_batch: int, steps: int) -> TrainConfig:
+def training_config(
+    shape: dict[str, Any], sequence: int, micro_batch: int, steps: int
+) -> TrainConfig:
     """bf16 on one rank, as everywhere in this bench."""
     batch = {"micro_batch_size": micro_batch, "global_batch_size": micro_batch * MICROBATCHES}
     return TrainConfig.from_mapping(
@@ -78,8 +103,12 @@ def state_bytes(shape: dict[str, Any]) -> int:
     return (2 + 4 + 12) * sum(parameter.num_elements for parameter in logical_parameters(model))
 
 
-def steps_on(config: TrainConfig, mesh: ParallelMesh, rows: list[Any]) -> Iterator[tuple[float, float]]:
-    """Whole steps over the same samples: mean loss, and seconds until the device has nothing left to do."""
+def steps_on(
+    config: TrainConfig, mesh: ParallelMesh, rows: list[Any]
+) -> Iterator[tuple[float, float]]:
+    """Whole steps over the same samples: mean loss, and seconds until the device has nothing left
+    to do.
+    """
     model, optimizer = build(config, mesh)
     batches = [BatchMaker(mesh.device)(row) for row in rows]
     tokens = sum(batch.num_tokens for batch in batches)
@@ -96,7 +125,9 @@ def steps_on(config: TrainConfig, mesh: ParallelMesh, rows: list[Any]) -> Iterat
 
 def random_rows(vocabulary: int, micro_batch: int, sequence: int) -> list[Any]:
     """Samples of one step, a micro batch each."""
-    rows = np.random.default_rng(0).integers(0, vocabulary, (micro_batch * MICROBATCHES, sequence + 1))
+    rows = np.random.default_rng(0).integers(
+        0, vocabulary, (micro_batch * MICROBATCHES, sequence + 1)
+    )
     return [rows[start : start + micro_batch] for start in range(0, len(rows), micro_batch)]
 
 
@@ -104,7 +135,10 @@ def loss_curve() -> dict[str, Any]:
     """The same bf16 run from the same seed on both kinds of device."""
     config = training_config(CURVE, CURVE_SEQUENCE, 4, CURVE_STEPS)
     rows = random_rows(config.model.vocabulary, 4, CURVE_SEQUENCE)
-    both = [itertools.islice(steps_on(config, ParallelMesh.single(kind), rows), CURVE_STEPS) for kind in ("cuda", "cpu")]
+    both = [
+        itertools.islice(steps_on(config, ParallelMesh.single(kind), rows), CURVE_STEPS)
+        for kind in ("cuda", "cpu")
+    ]
     curves = [[loss for loss, _ in steps] for steps in both]
     return {
         "bench": "gpu",
@@ -117,12 +151,17 @@ def loss_curve() -> dict[str, Any]:
     }
 
 
-def measure(name: str, shape: dict[str, Any], micro_batch: int, goal: float | None) -> dict[str, Any]:
+def measure(
+    name: str, shape: dict[str, Any], micro_batch: int, goal: float | None
+) -> dict[str, Any]:
     """Median step time over STEPS steps after WARMUP."""
-    config, mesh = training_config(shape, SEQUENCE, micro_batch, STEPS), ParallelMesh.single("cuda")
+    config = training_config(shape, SEQUENCE, micro_batch, STEPS)
+    mesh = ParallelMesh.single("cuda")
     torch.cuda.reset_peak_memory_stats()
     rows = random_rows(config.model.vocabulary, micro_batch, SEQUENCE)
-    seconds = [taken for _, taken in itertools.islice(steps_on(config, mesh, rows), WARMUP, WARMUP + STEPS)]
+    seconds = [
+        taken for _, taken in itertools.islice(steps_on(config, mesh, rows), WARMUP, WARMUP + STEPS)
+    ]
     rate = micro_batch * MICROBATCHES * SEQUENCE / statistics.median(seconds)
     peak = device.peak_flops(mesh.device)
 

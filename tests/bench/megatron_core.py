@@ -1,8 +1,10 @@
-"""megatron-core 0.16.1 as a contestant: its GPTModel by the local layer spec, its distributed data parallelism, sharded optimizer and
-schedules, on CPU with gloo. bf16 is Megatron's: bf16 parameters, fp32 main parameters and gradient buffers.
+"""megatron-core 0.16.1 as a contestant: its GPTModel by the local layer spec, its distributed data
+parallelism, sharded optimizer and schedules, on CPU with gloo. bf16 is Megatron's: bf16 parameters,
+fp32 main parameters and gradient buffers.
 
-With `compiled` those of its fusions that torch compiles are on: SwiGLU, residual and dropout, cross entropy. What is CUDA only is off:
-fused scores, fused norms, accumulation in the product, and attention by Transformer Engine.
+With `compiled` those of its fusions that torch compiles are on: SwiGLU, residual and dropout, cross
+entropy. What is CUDA only is off: fused scores, fused norms, accumulation in the product, and
+attention by Transformer Engine.
 """
 
 import logging
@@ -20,7 +22,11 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator  # noqa: E402
@@ -40,7 +46,9 @@ def program(terms: Terms, rank: int, *, compiled: bool) -> Step:
     parallel_state.initialize_model_parallel(terms.tp, terms.pp)
     megatron_core_on_cpu.patch_random()
     tensor_parallel.model_parallel_cuda_manual_seed(reference.SEED)
-    init_num_microbatches_calculator(rank, None, reference.GLOBAL_BATCH, terms.micro_batch, terms.dp)
+    init_num_microbatches_calculator(
+        rank, None, reference.GLOBAL_BATCH, terms.micro_batch, terms.dp
+    )
     config = _config(terms, compiled)
     model = _model(config, terms)
     optimizer = get_megatron_optimizer(
@@ -61,7 +69,8 @@ def program(terms: Terms, rank: int, *, compiled: bool) -> Step:
     )
     for group in optimizer.param_groups:
         group["lr"] = reference.LEARNING_RATE
-    config.finalize_model_grads_func, config.grad_scale_func = finalize_model_grads, optimizer.scale_loss
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
     return _step(terms, rank, model, optimizer)
 
 
@@ -109,7 +118,8 @@ def _model(config: TransformerConfig, terms: Terms) -> DistributedDataParallel:
         position_embedding_type="rope",
         rotary_base=10000,
     )
-    whole, tp_rank = _megatron_names(reference.weights()), parallel_state.get_tensor_model_parallel_rank()
+    whole = _megatron_names(reference.weights())
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
@@ -118,7 +128,9 @@ def _model(config: TransformerConfig, terms: Terms) -> DistributedDataParallel:
             parameter.copy_(_part(name, whole[name], tp_rank, terms.tp))
     wrapped = DistributedDataParallel(
         config=config,
-        ddp_config=DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=True, grad_reduce_in_fp32=True
+        ),
         module=Float16Module(config, model) if config.bf16 else model,
     )
     wrapped.broadcast_params()
@@ -126,7 +138,10 @@ def _model(config: TransformerConfig, terms: Terms) -> DistributedDataParallel:
 
 
 def _megatron_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The whole tensors; layers as `<number>.<rest>`. Rows of the fused projection go head by head: query, key, value."""
+    """The whole tensors; layers as `<number>.<rest>`.
+
+    Rows of the fused projection go head by head: query, key, value.
+    """
     found = {
         "embedding.word_embeddings.weight": state["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": state["model.norm.weight"],
@@ -134,11 +149,20 @@ def _megatron_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     for layer in range(reference.LAYERS):
         prefix = f"model.layers.{layer}."
-        heads = [state[f"{prefix}self_attn.{name}_proj.weight"].view(reference.HEADS, -1, reference.HIDDEN) for name in "qkv"]
+        heads = [
+            state[f"{prefix}self_attn.{name}_proj.weight"].view(
+                reference.HEADS, -1, reference.HIDDEN
+            )
+            for name in "qkv"
+        ]
         found |= {
-            f"{layer}.self_attention.linear_qkv.weight": torch.cat(heads, dim=1).reshape(-1, reference.HIDDEN),
+            f"{layer}.self_attention.linear_qkv.weight": torch.cat(heads, dim=1).reshape(
+                -1, reference.HIDDEN
+            ),
             f"{layer}.self_attention.linear_proj.weight": state[prefix + "self_attn.o_proj.weight"],
-            f"{layer}.mlp.linear_fc1.weight": torch.cat([state[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")]),
+            f"{layer}.mlp.linear_fc1.weight": torch.cat(
+                [state[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")]
+            ),
             f"{layer}.mlp.linear_fc2.weight": state[prefix + "mlp.down_proj.weight"],
             f"{layer}.input_layernorm.weight": state[prefix + "input_layernorm.weight"],
             f"{layer}.pre_mlp_layernorm.weight": state[prefix + "post_attention_layernorm.weight"],
@@ -147,7 +171,9 @@ def _megatron_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _part(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
-    """A rank's rows, or columns of what comes second in attention and MLP; gate and up are cut each."""
+    """A rank's rows, or columns of what comes second in attention and MLP; gate and up are cut
+    each.
+    """
     if "norm" in name:
         return whole
     if "linear_fc1" in name:
@@ -157,7 +183,9 @@ def _part(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
 
 def _step(terms: Terms, rank: int, model: DistributedDataParallel, optimizer: object) -> Step:
     positions = torch.arange(reference.SEQUENCE).unsqueeze(0).expand(terms.micro_batch, -1)
-    mask = torch.triu(torch.ones(reference.SEQUENCE, reference.SEQUENCE), diagonal=1).bool()[None, None]
+    mask = torch.triu(torch.ones(reference.SEQUENCE, reference.SEQUENCE), diagonal=1).bool()[
+        None, None
+    ]
     forward_backward = get_forward_backward_func()
 
     def loss_function(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

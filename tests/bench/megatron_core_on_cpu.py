@@ -1,6 +1,8 @@
-"""What megatron-core 0.16.1 needs to run on CPU with gloo: stand-ins for the parts of torch.cuda that it uses whatever the device.
+"""What megatron-core 0.16.1 needs to run on CPU with gloo: stand-ins for the parts of torch.cuda
+that it uses whatever the device.
 
-None of its files is changed. `install` comes before its import. Streams and events do nothing, as CPU has no queue.
+None of its files is changed. `install` comes before its import. Streams and events do nothing, as
+CPU has no queue.
 """
 
 import contextlib
@@ -62,8 +64,11 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Before megatron.core is imported. The compiler, which its import brings in, builds its tables of torch's functions before that, and
-    learns that there is no GPU."""
+    """Before megatron.core is imported.
+
+    The compiler, which its import brings in, builds its tables of torch's functions before that,
+    and learns that there is no GPU.
+    """
     trace_rules.get_torch_obj_rule_map()
     CacheBase.get_system()
     cuda: Any = torch.cuda
@@ -79,7 +84,18 @@ def install() -> None:
     cuda.Stream = cuda.Event = _NoStream
     cuda.current_stream = cuda.default_stream = lambda *_, **__: _NoStream()
     cuda.stream = _no_stream
-    for name in ("empty", "zeros", "ones", "tensor", "full", "randn", "rand", "arange", "empty_like", "zeros_like"):
+    for name in (
+        "empty",
+        "zeros",
+        "ones",
+        "tensor",
+        "full",
+        "randn",
+        "rand",
+        "arange",
+        "empty_like",
+        "zeros_like",
+    ):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     tensor: Any = torch.Tensor
     tensor.cuda = lambda self, *_, **__: self
@@ -88,7 +104,11 @@ def install() -> None:
     def type_name(self: torch.Tensor, *args: Any, **options: Any) -> Any:
         """Both of its optimizers dispatch on this string."""
         found = plain(self, *args, **options)
-        return found.replace("torch.", "torch.cuda.", 1) if not args and not options and ".cuda." not in found else found
+        return (
+            found.replace("torch.", "torch.cuda.", 1)
+            if not args and not options and ".cuda." not in found
+            else found
+        )
 
     tensor.type = type_name
 

@@ -1,8 +1,10 @@
-"""What being a job costs a step: the same run as a job and under torchrun, turn by turn, beside the same idle Ray head and service.
+"""What being a job costs a step: the same run as a job and under torchrun, turn by turn, beside the
+same idle Ray head and service.
 
-One reader of server-sent events is connected in both: to the job itself, or, while torchrun runs, to a job in the queue that waits for
-a node too large to come, in all rounds alike: its stream idles. The data are prepared once, in a cache that both share; both train with
-one torch thread per rank. The first steps of each run are left out.
+One reader of server-sent events is connected in both: to the job itself, or, while torchrun runs,
+to a job in the queue that waits for a node too large to come, in all rounds alike: its stream
+idles. The data are prepared once, in a cache that both share; both train with one torch thread per
+rank. The first steps of each run are left out.
 """
 
 import json
@@ -27,7 +29,9 @@ from workers.rank.environment import RankEnv
 from workers.rank.messages import StartOrder
 from workers.rank.worker import RankAttempt
 
-ROUNDS, STEPS, WARMUP = 7, 200, 20
+ROUNDS = 7
+STEPS = 200
+WARMUP = 20
 CASES: dict[str, tuple[int, float | None]] = {"rank-1": (1, 1.02), "tp-2": (2, None)}
 """Ranks, goal."""
 MODEL = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384}
@@ -51,18 +55,26 @@ def run() -> Iterator[dict[str, Any]]:
             yield compare(road, folder, waiting, case, ranks, goal)
 
 
-def compare(road: Road, folder: str, waiting: str, case: str, ranks: int, goal: float | None) -> dict[str, Any]:
+def compare(
+    road: Road, folder: str, waiting: str, case: str, ranks: int, goal: float | None
+) -> dict[str, Any]:
     """Median over the rounds of the ratio of the two median step times; who goes first alternates."""
     spec = job(road, folder, ranks)
     as_job(road, spec)  # warms Ray up and prepares the data
     pairs = []
     for number in range(ROUNDS):
         if number % 2:
-            bare, job_s = under_torchrun(road, folder, waiting, spec, ranks), as_job(road, spec)
+            bare = under_torchrun(road, folder, waiting, spec, ranks)
+            job_s = as_job(road, spec)
         else:
-            job_s, bare = as_job(road, spec), under_torchrun(road, folder, waiting, spec, ranks)
+            job_s = as_job(road, spec)
+            bare = under_torchrun(road, folder, waiting, spec, ranks)
         pairs.append((job_s, bare))
-        print(f"{case}: round {number + 1}: {job_s * 1e3:.2f} ms as a job, {bare * 1e3:.2f} ms under torchrun", file=sys.stderr)
+        print(
+            f"{case}: round {number + 1}: {job_s * 1e3:.2f} ms as a job, {bare * 1e3:.2f} "
+            "ms under torchrun",
+            file=sys.stderr,
+        )
     low, middle, high = statistics.quantiles([mine / bare for mine, bare in pairs], n=4)
     return {
         "bench": "overhead",
@@ -80,14 +92,29 @@ def compare(road: Road, folder: str, waiting: str, case: str, ranks: int, goal: 
 
 
 def wait_in_queue(road: Road, folder: str) -> str:
-    """A job that nothing will ever run. The service refuses what cannot fit, so a large node is reported for a moment."""
+    """A job that nothing will ever run.
+
+    The service refuses what cannot fit, so a large node is reported for a moment.
+    """
     token = json.loads((road.data_dir / "tokens.json").read_text())["agent"]
     node = NodeInfo(node_id="passing", address="127.0.0.1", cpus=1000)
-    report = AgentReport(cluster="default", agent_id="bench", code_version="", ray_version="", namespace="", nodes=(node,))
-    url, headers = f"{road.record.url}/internal/v1/agent/report", {"Authorization": f"Bearer {token}"}
+    report = AgentReport(
+        cluster="default",
+        agent_id="bench",
+        code_version="",
+        ray_version="",
+        namespace="",
+        nodes=(node,),
+    )
+    url = f"{road.record.url}/internal/v1/agent/report"
+    headers = {"Authorization": f"Bearer {token}"}
     httpx.post(url, headers=headers, content=report.model_dump_json()).raise_for_status()
-    job_id: str = road.client.submit(job(road, folder, 1) | {"resources": {"accelerator": "cpu", "cpus_per_rank": 1000}})["id"]
-    road.wait(job_id, lambda found: found["status"] == "queued" and "nodes" in (found["message"] or ""))
+    job_id: str = road.client.submit(
+        job(road, folder, 1) | {"resources": {"accelerator": "cpu", "cpus_per_rank": 1000}}
+    )["id"]
+    road.wait(
+        job_id, lambda found: found["status"] == "queued" and "nodes" in (found["message"] or "")
+    )
     return job_id
 
 
@@ -96,9 +123,18 @@ def job(road: Road, folder: str, ranks: int) -> dict[str, Any]:
     return road.spec(
         model=MODEL,
         parallel={"tp": ranks, "dp": 1},
-        training={"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 1, "steps": WARMUP + STEPS},
+        training={
+            "seq_length": 128,
+            "micro_batch_size": 1,
+            "global_batch_size": 1,
+            "steps": WARMUP + STEPS,
+        },
         checkpoint={"every_steps": None},
-        data={"train": [{"path": str(road.corpus)}], "tokenizer": {"kind": "bytes"}, "cache": f"{folder}/cache"},
+        data={
+            "train": [{"path": str(road.corpus)}],
+            "tokenizer": {"kind": "bytes"},
+            "cache": f"{folder}/cache",
+        },
         resources={"accelerator": "cpu", "cpus_per_rank": 1},
     )
 
@@ -114,15 +150,35 @@ def as_job(road: Road, spec: dict[str, Any]) -> float:
     return statistics.median(row["step_s"] for row in rows[WARMUP:])
 
 
-def under_torchrun(road: Road, folder: str, waiting: str, spec: dict[str, Any], ranks: int) -> float:
+def under_torchrun(
+    road: Road, folder: str, waiting: str, spec: dict[str, Any], ranks: int
+) -> float:
     """The same without Ray: `workers.rank` started by torchrun, while another job's stream is read."""
     with tempfile.TemporaryDirectory(dir=folder) as place, reader(road, waiting):
-        described, reports = Path(place, "job.yaml"), Path(place, "reports.jsonl")
+        described = Path(place, "job.yaml")
+        reports = Path(place, "reports.jsonl")
         described.write_text(json.dumps(spec | {"storage": {"path": f"{place}/out"}}))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        torchrun = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(ranks),
+        ]
         command = [*torchrun, "-m", "workers.rank", str(described), "--reports", str(reports)]
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # what a worker sets; torchrun does so from two ranks on
-        subprocess.run(command, check=True, timeout=600, stdout=subprocess.DEVNULL, cwd=ROOT, env=os.environ | threads)
+        threads = {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }  # what a worker sets; torchrun does so from two ranks on
+        subprocess.run(
+            command,
+            check=True,
+            timeout=600,
+            stdout=subprocess.DEVNULL,
+            cwd=ROOT,
+            env=os.environ | threads,
+        )
         found = [json.loads(line) for line in reports.read_bytes().splitlines()]
     steps = [record["data"]["step_s"] for record in found if record["kind"] == StepReport.kind]
     assert len(steps) == WARMUP + STEPS
@@ -131,9 +187,13 @@ def under_torchrun(road: Road, folder: str, waiting: str, spec: dict[str, Any], 
 
 @contextmanager
 def reader(road: Road, job_id: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that reads a job's stream until the job or the block ends; it has read the first event when this enters."""
+    """A process that reads a job's stream until the job or the block ends; it has read the first
+    event when this enters.
+    """
     command = [sys.executable, "-c", _READER, road.record.url, job_id]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(f"{road.record.token}\n")
@@ -146,7 +206,9 @@ def reader(road: Road, job_id: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def report_cost() -> dict[str, Any]:
-    """Microseconds of the training thread for one StepReport, from the loop's call to the written line."""
+    """Microseconds of the training thread for one StepReport, from the loop's call to the written
+    line.
+    """
     rng = random.Random(1)
     costs = []
     with tempfile.TemporaryDirectory(prefix="bench-report-") as folder:
@@ -174,5 +236,15 @@ def step_report(step: int, rng: random.Random) -> StepReport:
     """A report as the loop fills it: all digits of every number."""
     split = {part: rng.random() for part in ("data", "forward_backward", "reduce", "optimizer")}
     return StepReport(
-        step, 10 * rng.random(), rng.random(), 1e-3 * rng.random(), 1024, 8 * step, 0.03, 3e4 * rng.random(), 0.0, 3 << 28, split
+        step,
+        10 * rng.random(),
+        rng.random(),
+        1e-3 * rng.random(),
+        1024,
+        8 * step,
+        0.03,
+        3e4 * rng.random(),
+        0.0,
+        3 << 28,
+        split,
     )

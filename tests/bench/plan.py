@@ -1,7 +1,8 @@
-"""How well the estimate of a step's time does on published runs: fitted to all others of its chip and precision, held against each.
+"""How well the estimate of a step's time does on published runs: fitted to all others of its chip
+and precision, held against each.
 
-Only runs whose layout is published in full are in the file. They were made by other software, which hides and fuses other things, so this
-judges the model of a step, not this library.
+Only runs whose layout is published in full are in the file. They were made by other software, which
+hides and fuses other things, so this judges the model of a step, not this library.
 """
 
 import json
@@ -17,9 +18,16 @@ from megatron_ray.planning.step_time import StepParts, step_parts
 from megatron_ray.validation import check
 
 FILE = Path(__file__).with_name("published_runs.json")
-GOAL, TOLERANCE = 0.7, 0.25
-# Where an efficiency may lie; what is hidden behind products makes the network look faster than it is.
-BOUNDS = {"products": (0.3, 0.95), "attention": (0.1, 0.9), "memory": (0.3, 1.0), "network": (0.3, 2.0)}
+GOAL = 0.7
+TOLERANCE = 0.25
+# Where an efficiency may lie; what is hidden behind products makes the network look faster than it
+# is.
+BOUNDS = {
+    "products": (0.3, 0.95),
+    "attention": (0.1, 0.9),
+    "memory": (0.3, 1.0),
+    "network": (0.3, 2.0),
+}
 START = Efficiency(products=0.7, attention=0.45, memory=0.7, network=0.7)
 _PULL = 0.02
 """How much a run weighs against the start, so that what the runs do not tell stays there."""
@@ -44,7 +52,8 @@ def load() -> list[Run]:
 
 
 def _run(entry: dict[str, Any], model: dict[str, Any]) -> Run:
-    parallel, ranks = entry["parallel"], entry["gpus"]
+    parallel = entry["parallel"]
+    ranks = entry["gpus"]
     training = {
         "seq_length": entry["sequence"],
         "micro_batch_size": entry["micro_batch"],
@@ -67,8 +76,21 @@ def _run(entry: dict[str, Any], model: dict[str, Any]) -> Run:
     if problems:
         raise ValueError(f"{entry}: {problems[0].detail}")
     parts = step_parts(config, HARDWARE[entry["chip"]], entry["precision"])
-    words = [f"{axis}{size}" for axis, size in parallel.items() if axis in ("tp", "pp", "vpp", "cp", "zero") and size != 1]
-    name = " ".join([entry["source"], entry["model"], f"seq{entry['sequence']}", f"{ranks} GPUs", f"micro{entry['micro_batch']}", *words])
+    words = [
+        f"{axis}{size}"
+        for axis, size in parallel.items()
+        if axis in ("tp", "pp", "vpp", "cp", "zero") and size != 1
+    ]
+    name = " ".join(
+        [
+            entry["source"],
+            entry["model"],
+            f"seq{entry['sequence']}",
+            f"{ranks} GPUs",
+            f"micro{entry['micro_batch']}",
+            *words,
+        ]
+    )
     return Run(name, entry["chip"], entry["precision"], parts, _published_seconds(entry, config))
 
 
@@ -76,15 +98,25 @@ def _published_seconds(entry: dict[str, Any], config: TrainConfig) -> float:
     tokens = entry["sequence"] * entry["global_batch"]
     if "tokens_per_s_per_gpu" in entry:
         return float(tokens / (entry["tokens_per_s_per_gpu"] * entry["gpus"]))
-    model, length = config.model, entry["sequence"]
+    model = config.model
+    length = entry["sequence"]
     # Narayanan et al. 2021, eq. 3: forward, backward and a second forward.
-    hidden, layers = model.hidden_size, model.num_layers
-    flops = 96 * tokens * layers * hidden**2 * (1 + length / (6 * hidden) + model.vocabulary / (16 * layers * hidden))
+    hidden = model.hidden_size
+    layers = model.num_layers
+    flops = (
+        96
+        * tokens
+        * layers
+        * hidden**2
+        * (1 + length / (6 * hidden) + model.vocabulary / (16 * layers * hidden))
+    )
     return float(flops / (entry["recomputing_tflops_per_gpu"] * 1e12 * entry["gpus"]))
 
 
 def fit(runs: Sequence[Run]) -> Efficiency:
-    """One set of efficiencies: least squares of the logarithm of estimate / published, one constant after another."""
+    """One set of efficiencies: least squares of the logarithm of estimate / published, one constant
+    after another.
+    """
     best = START
     lowest = _loss(best, runs)
     factor = 1.2
@@ -96,7 +128,9 @@ def fit(runs: Sequence[Run]) -> Efficiency:
                 tried = replace(best, **{name: value})
                 loss = _loss(tried, runs)
                 if loss < lowest:
-                    best, lowest, improved = tried, loss, True
+                    best = tried
+                    lowest = loss
+                    improved = True
         if not improved:
             factor = factor**0.5
     return best
@@ -104,18 +138,27 @@ def fit(runs: Sequence[Run]) -> Efficiency:
 
 def _loss(share: Efficiency, runs: Sequence[Run]) -> float:
     pull = sum(log(getattr(share, name) / getattr(START, name)) ** 2 for name in BOUNDS)
-    return sum(log(run.parts.step_time(share).step_s / run.step_s) ** 2 for run in runs) + _PULL * pull
+    return (
+        sum(log(run.parts.step_time(share).step_s / run.step_s) ** 2 for run in runs) + _PULL * pull
+    )
 
 
 def held_out(runs: Sequence[Run]) -> Iterator[tuple[Run, float]]:
-    """Each run with estimate / published, by constants fitted to all others of its chip and precision."""
+    """Each run with estimate / published, by constants fitted to all others of its chip and
+    precision.
+    """
     for run in runs:
-        others = [other for other in runs if other is not run and (other.chip, other.precision) == (run.chip, run.precision)]
+        others = [
+            other
+            for other in runs
+            if other is not run and (other.chip, other.precision) == (run.chip, run.precision)
+        ]
         yield run, run.parts.step_time(fit(others)).step_s / run.step_s
 
 
 def run() -> Iterator[dict[str, Any]]:
-    runs, ratios = load(), list[float]()
+    runs = load()
+    ratios = list[float]()
     for published, ratio in held_out(runs):
         ratios.append(ratio)
         case = f"{published.chip} {published.precision}: {published.name}"
@@ -131,7 +174,14 @@ def run() -> Iterator[dict[str, Any]]:
         share = fit([one for one in runs if (one.chip, one.precision) == (chip, precision)])
         for name in BOUNDS:
             value = round(getattr(share, name), 3)
-            yield {"bench": "plan", "case": f"{chip} {precision} {name}", "value": value, "unit": "share", "baseline": None, "goal": None}
+            yield {
+                "bench": "plan",
+                "case": f"{chip} {precision} {name}",
+                "value": value,
+                "unit": "share",
+                "baseline": None,
+                "goal": None,
+            }
     close = sum(1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios) / len(ratios)
     spread = exp(sum(abs(log(ratio)) for ratio in ratios) / len(ratios))
     yield {
@@ -142,4 +192,11 @@ def run() -> Iterator[dict[str, Any]]:
         "baseline": None,
         "goal": GOAL,
     }
-    yield {"bench": "plan", "case": "typical error", "value": round(spread, 3), "unit": "ratio", "baseline": None, "goal": 1}
+    yield {
+        "bench": "plan",
+        "case": "typical error",
+        "value": round(spread, 3),
+        "unit": "ratio",
+        "baseline": None,
+        "goal": 1,
+    }

@@ -1,7 +1,8 @@
-"""What a SIGKILL costs: of a rank, until there is a step beyond all done before; of the service, until it serves again; of the driver,
-the longest pause between two steps, in medians.
+"""What a SIGKILL costs: of a rank, until there is a step beyond all done before; of the service,
+until it serves again; of the driver, the longest pause between two steps, in medians.
 
-A rank's times are those of its own report file, by the clock of the machine. `rank` strikes at a random step between two checkpoints.
+A rank's times are those of its own report file, by the clock of the machine. `rank` strikes at a
+random step between two checkpoints.
 """
 
 import os
@@ -27,10 +28,21 @@ PAUSE_S = 3.0
 """Between two kills of the service, which serves meanwhile."""
 WATCHED_S = 15.0
 """How long a job's steps are looked at after its driver is killed."""
-# The training thread and what it does are the library's reference shape: a step of 20 to 50 ms at tp=2 on two cores.
+# The training thread and what it does are the library's reference shape: a step of 20 to 50 ms at
+# tp=2 on two cores.
 STEP = {
-    "model": {"num_layers": 1, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384},
-    "training": {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1_000_000},
+    "model": {
+        "num_layers": 1,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 384,
+    },
+    "training": {
+        "seq_length": 128,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "steps": 1_000_000,
+    },
 }
 Measured = tuple[float, dict[str, float]]
 """A value, and its parts."""
@@ -38,17 +50,45 @@ Measured = tuple[float, dict[str, float]]
 
 def run() -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="bench-road-") as folder, stack(Path(folder)) as road:
-        spec = road.spec(**STEP, checkpoint={"every_steps": EVERY_STEPS}, restart={"max_failures": 1000, "backoff_s": 0})
-        yield line("rank", "seconds from SIGKILL to a step beyond all before, tp=2", 5.0, measured(road, spec, kill_rank))
+        spec = road.spec(
+            **STEP,
+            checkpoint={"every_steps": EVERY_STEPS},
+            restart={"max_failures": 1000, "backoff_s": 0},
+        )
+        yield line(
+            "rank",
+            "seconds from SIGKILL to a step beyond all before, tp=2",
+            5.0,
+            measured(road, spec, kill_rank),
+        )
         cold = {**spec, "restart": {**spec["restart"], "standby": False}}
-        yield line("rank-cold", "the same without a process that stands by", None, measured(road, cold, kill_rank))
-        yield line("service", "seconds from SIGKILL to serving again", 3.0, measured(road, spec, kill_service))
+        yield line(
+            "rank-cold",
+            "the same without a process that stands by",
+            None,
+            measured(road, cold, kill_rank),
+        )
+        yield line(
+            "service",
+            "seconds from SIGKILL to serving again",
+            3.0,
+            measured(road, spec, kill_service),
+        )
         # No checkpoint and no evaluation falls between the steps that are looked at.
-        spec = road.spec(**STEP, checkpoint={"every_steps": None}, restart={"max_failures": 1000, "backoff_s": 0})
-        yield line("driver", "longest pause between two steps after SIGKILL, in medians, tp=2", 3.0, measured(road, spec, kill_driver))
+        spec = road.spec(
+            **STEP, checkpoint={"every_steps": None}, restart={"max_failures": 1000, "backoff_s": 0}
+        )
+        yield line(
+            "driver",
+            "longest pause between two steps after SIGKILL, in medians, tp=2",
+            3.0,
+            measured(road, spec, kill_driver),
+        )
 
 
-def measured(road: Road, spec: dict[str, Any], kill: Callable[[Road, str, RankFile], Measured]) -> list[Measured]:
+def measured(
+    road: Road, spec: dict[str, Any], kill: Callable[[Road, str, RankFile], Measured]
+) -> list[Measured]:
     """One job for all kills; ended at last."""
     job_id = road.client.submit(spec)["id"]
     with RankFile(road, job_id) as file:
@@ -72,29 +112,51 @@ def line(case: str, unit: str, goal: float | None, found: list[Measured]) -> dic
         "goal": goal,
         "quartiles": [round(low, 3), round(high, 3)],
         "worst": round(max(values), 3),
-        **{part: round(statistics.median(parts[part] for _, parts in found), 4) for part in found[0][1]},
+        **{
+            part: round(statistics.median(parts[part] for _, parts in found), 4)
+            for part in found[0][1]
+        },
     }
 
 
 def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
-    """The last rank dies. Detection is what the driver's own account of the recovery leaves over."""
+    """The last rank dies.
+
+    Detection is what the driver's own account of the recovery leaves over.
+    """
     if road.client.show(job_id)["resolved_spec"]["restart"]["standby"]:
-        until("a process that stands by", lambda: len([title for _, title in busy_workers(road) if "RankWorker" in title]) == 3, 60)
+        until(
+            "a process that stands by",
+            lambda: len([title for _, title in busy_workers(road) if "RankWorker" in title]) == 3,
+            60,
+        )
         time.sleep(WARM_S)
     commits = (road.client.show(job_id)["last_checkpoint"] or {"step": 0})["step"]
-    road.wait(job_id, lambda job: job["last_checkpoint"]["step"] > commits)  # else it would look like a crash loop
+    road.wait(
+        job_id, lambda job: job["last_checkpoint"]["step"] > commits
+    )  # else it would look like a crash loop
     steps = file.steps()
     attempt = steps[-1]["attempt"]
     file.reached(steps[-1]["step"] + random.randrange(EVERY_STEPS), attempt=attempt)
-    pid, said = road.pids(job_id)[-1], history(road, job_id)[-1]["id"]
+    pid = road.pids(job_id)[-1]
+    said = history(road, job_id)[-1]["id"]
     killed = time.time()
     os.kill(pid, signal.SIGKILL)
-    recovered = until("the driver's account of the recovery", lambda: account(road, job_id, said), 120)
-    seen, split = datetime.fromisoformat(recovered["created_at"]).timestamp(), recovered["data"]
-    (new,) = [row for row in file.steps() if row["attempt"] > attempt and row["step"] == split["step"]]
+    recovered = until(
+        "the driver's account of the recovery", lambda: account(road, job_id, said), 120
+    )
+    seen = datetime.fromisoformat(recovered["created_at"]).timestamp()
+    split = recovered["data"]
+    (new,) = [
+        row for row in file.steps() if row["attempt"] > attempt and row["step"] == split["step"]
+    ]
     total = new["at"] - killed
     parts = {part: split[part] for part in ("rebuild_s", "load_s", "recompute_s")}
-    return total, {"detect_s": seen - split["seconds"] - killed, **parts, "steps_again": split["step"] - 1 - split["from_step"]}
+    return total, {
+        "detect_s": seen - split["seconds"] - killed,
+        **parts,
+        "steps_again": split["step"] - 1 - split["from_step"],
+    }
 
 
 def account(road: Road, job_id: str, after: str) -> dict[str, Any] | None:
@@ -108,7 +170,11 @@ def kill_service(road: Road, job_id: str, file: RankFile) -> Measured:
     before = road.service_session()
     started = time.monotonic()
     os.kill(before.sid, signal.SIGKILL)
-    until("the service serving again", lambda: road.service_session() != before and road.answers(), 120)
+    until(
+        "the service serving again",
+        lambda: road.service_session() != before and road.answers(),
+        120,
+    )
     taken = time.monotonic() - started
     time.sleep(PAUSE_S)
     return taken, {}
@@ -117,13 +183,18 @@ def kill_service(road: Road, job_id: str, file: RankFile) -> Measured:
 def kill_driver(road: Road, job_id: str, file: RankFile) -> Measured:
     """Adopted by the next driver within the time that is looked at; the ranks go on."""
     (pid,) = [pid for pid, title in busy_workers(road) if title.startswith("ray::JobDriver")]
-    pids, first = road.pids(job_id), file.steps()[-1]["step"]
+    pids = road.pids(job_id)
+    first = file.steps()[-1]["step"]
     os.kill(pid, signal.SIGKILL)
     killed = time.time()
     time.sleep(WATCHED_S)  # nothing else, so that looking disturbs nothing
     until("the next driver", lambda: pid not in (found := drivers(road)) and found, 60)
     assert road.pids(job_id) == pids, "the same ranks go on"
-    rows = [row["at"] for row in file.steps() if row["step"] >= first and row["at"] <= killed + WATCHED_S]
+    rows = [
+        row["at"]
+        for row in file.steps()
+        if row["step"] >= first and row["at"] <= killed + WATCHED_S
+    ]
     gaps = [later - earlier for earlier, later in zip(rows, rows[1:], strict=False)]
     median = statistics.median(gaps)
     return max(gaps) / median, {"median_step_s": median, "longest_s": max(gaps)}

@@ -1,4 +1,7 @@
-"""Writes schedule_bubbles.json anew: `python -m tests.golden.schedule_bubbles`. A change of it is a change of a schedule: look at it."""
+"""Writes schedule_bubbles.json anew: `python -m tests.golden.schedule_bubbles`.
+
+A change of it is a change of a schedule: look at it.
+"""
 
 import json
 
@@ -12,7 +15,9 @@ def main() -> None:
     for case in [*SMALL, *LARGE]:
         if formula(case) is None:
             name, pp, vpp, count = case
-            found[key(case)] = round(outcome(compute_orders(name, pp, count, vpp), stage_map(name, pp, vpp)).bubble, 6)
+            found[key(case)] = round(
+                outcome(compute_orders(name, pp, count, vpp), stage_map(name, pp, vpp)).bubble, 6
+            )
     GOLDEN.write_text(json.dumps(found, indent=0) + "\n")
 
 

@@ -1,4 +1,5 @@
-"""What the tests that kill things share: who is who among a stack's processes, a service kept away, a rank's own file, what is left.
+"""What the tests that kill things share: who is who among a stack's processes, a service kept away,
+a rank's own file, what is left.
 
 Random moments come from one seed, printed by every test that uses it; MEGATRON_RAY_SEED replays it.
 """
@@ -48,7 +49,9 @@ def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
 
 
 class Observer:
-    """Ray's own word on what it holds, over a process of its own; follows the stack to a new Ray head."""
+    """Ray's own word on what it holds, over a process of its own; follows the stack to a new Ray
+    head.
+    """
 
     def __init__(self, road: Road) -> None:
         self._road = road
@@ -63,7 +66,9 @@ class Observer:
         """Living processes of a job by role: `driver`, `w<slot>`."""
         rows = (self._try() or {"actors": []})["actors"]
         return {
-            row["name"].partition("/")[2]: row["pid"] for row in rows if row["name"].startswith(f"{job_id}/") and row["state"] == "ALIVE"
+            row["name"].partition("/")[2]: row["pid"]
+            for row in rows
+            if row["name"].startswith(f"{job_id}/") and row["state"] == "ALIVE"
         }
 
     def hold(self) -> None:
@@ -92,7 +97,11 @@ class Observer:
     def _ask(self, word: str) -> dict[str, Any] | None:
         """None: Ray is away, or went away meanwhile."""
         record = self._road.record
-        if self._process is None or self._process.poll() is not None or self._address != record.ray_address:
+        if (
+            self._process is None
+            or self._process.poll() is not None
+            or self._address != record.ray_address
+        ):
             self.close()
             self._address = record.ray_address
             environment = {**os.environ, **ray_environment(record.ray_token, Path(record.temp_dir))}
@@ -147,14 +156,19 @@ def kill(pid: int) -> None:
     if process is not None and send_signal(pid, process.start_ticks, signal.SIGKILL):
         until(
             f"the end of {pid}",
-            lambda: (now := read_process(pid)) is None or now.start_ticks != process.start_ticks or now.state == "Z",
+            lambda: (
+                (now := read_process(pid)) is None
+                or now.start_ticks != process.start_ticks
+                or now.state == "Z"
+            ),
             20,
         )
 
 
 @contextmanager
 def service_away(road: Road) -> Iterator[None]:
-    """SIGKILLs the service and keeps it away: `up` is stopped and the port taken by somebody who never answers.
+    """SIGKILLs the service and keeps it away: `up` is stopped and the port taken by somebody who
+    never answers.
 
     Afterwards `up` goes on and starts the service on another port.
     """
@@ -165,18 +179,28 @@ def service_away(road: Road) -> Iterator[None]:
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             # A killed process shows as a zombie while its threads still hold the port.
-            until("the service's port to be free", lambda: listens(taken, httpx.URL(record.url).port or 0), 20)
+            until(
+                "the service's port to be free",
+                lambda: listens(taken, httpx.URL(record.url).port or 0),
+                20,
+            )
             try:
                 yield
             finally:
                 send_signal(record.up_pid, record.up_start_ticks, signal.SIGCONT)
-                until("the service on another port", lambda: road.record.url != record.url and road.answers(), 120)
+                until(
+                    "the service on another port",
+                    lambda: road.record.url != record.url and road.answers(),
+                    120,
+                )
     finally:
         send_signal(record.up_pid, record.up_start_ticks, signal.SIGCONT)
 
 
 def listens(taken: socket.socket, port: int) -> bool:
-    """Takes a port; one that is only bound could still be had with SO_REUSEADDR, hence the listening."""
+    """Takes a port; one that is only bound could still be had with SO_REUSEADDR, hence the
+    listening.
+    """
     try:
         taken.bind(("127.0.0.1", port))
     except OSError:
@@ -186,10 +210,13 @@ def listens(taken: socket.socket, port: int) -> bool:
 
 
 class RankFile:
-    """Rank 0's own files of all attempts, kept by hard links beyond the job's end; a thread looks for new ones."""
+    """Rank 0's own files of all attempts, kept by hard links beyond the job's end; a thread looks
+    for new ones.
+    """
 
     def __init__(self, road: Road, job_id: str) -> None:
-        self._temp_dir, self._job_id = Path(road.record.temp_dir), job_id
+        self._temp_dir = Path(road.record.temp_dir)
+        self._job_id = job_id
         self._kept = self._temp_dir / "kept" / job_id
         self._kept.mkdir(parents=True)
         self._ended = threading.Event()
@@ -206,22 +233,39 @@ class RankFile:
     def lines(self, attempt: int | None = None) -> list[dict[str, Any]]:
         """Reports in the order of writing."""
         paths = sorted(self._kept.iterdir())
-        found = [json.loads(text) for path in paths for text in path.read_bytes().splitlines(keepends=True) if text.endswith(b"\n")]
-        return sorted((line for line in found if attempt in (None, line["attempt"])), key=lambda line: (line["attempt"], line["n"]))
+        found = [
+            json.loads(text)
+            for path in paths
+            for text in path.read_bytes().splitlines(keepends=True)
+            if text.endswith(b"\n")
+        ]
+        return sorted(
+            (line for line in found if attempt in (None, line["attempt"])),
+            key=lambda line: (line["attempt"], line["n"]),
+        )
 
     def steps(self, attempt: int | None = None) -> list[dict[str, Any]]:
         """{step, at, loss, grad_norm, attempt} of each step."""
         keep = ("step", "loss", "grad_norm")
         rows = [line for line in self.lines(attempt) if line["kind"] == "step"]
-        return [{"at": row["at"], "attempt": row["attempt"], **{key: row["data"][key] for key in keep}} for row in rows]
+        return [
+            {"at": row["at"], "attempt": row["attempt"], **{key: row["data"][key] for key in keep}}
+            for row in rows
+        ]
 
     def reached(self, step: int, timeout_s: float = 120, attempt: int | None = None) -> None:
         """Waits until the rank has done a step, whoever else lives."""
-        until(f"step {step} in the rank's own file", lambda: any(row["step"] >= step for row in self.steps(attempt)), timeout_s)
+        until(
+            f"step {step} in the rank's own file",
+            lambda: any(row["step"] >= step for row in self.steps(attempt)),
+            timeout_s,
+        )
 
     def _watch(self) -> None:
         while not self._ended.wait(0.1):
-            for path in self._temp_dir.glob(f"*/session_2*/megatron-ray/{self._job_id}/attempt-*/rank-00000.jsonl*"):
+            for path in self._temp_dir.glob(
+                f"*/session_2*/megatron-ray/{self._job_id}/attempt-*/rank-00000.jsonl*"
+            ):
                 kept = self._kept / f"{path.parents[3].name}-{path.parent.name}-{path.name}"
                 with contextlib.suppress(FileExistsError, FileNotFoundError):
                     os.link(path, kept)
@@ -245,19 +289,33 @@ def history(road: Road, job_id: str) -> list[dict[str, Any]]:
 def story(road: Road, job_id: str) -> str:
     """The history as a person reads it; for messages of failed tests."""
     rows = history(road, job_id)
-    return "\n".join(f"{row['seq']:4} {row['created_at']} a{row['attempt']} {row['type']}: {row['message'][:200]}" for row in rows)
+    return "\n".join(
+        f"{row['seq']:4} {row['created_at']} a{row['attempt']} {row['type']}: "
+        f"{row['message'][:200]}"
+        for row in rows
+    )
 
 
-def assert_as_undisturbed(road: Road, job: dict[str, Any], undisturbed: Sequence[dict[str, Any]]) -> None:
+def assert_as_undisturbed(
+    road: Road, job: dict[str, Any], undisturbed: Sequence[dict[str, Any]]
+) -> None:
     """Succeeded, every step there once, losses and norms bit for bit, a history without gaps."""
     said = story(road, job["id"])
     assert job["status"] == "succeeded", f"{job['status']}: {job['message']}\n{said}"
     rows = road.rows(job["id"])
     missing = sorted({row["step"] for row in undisturbed} - {row["step"] for row in rows})
-    assert not missing and len(rows) == len(undisturbed), f"steps missing: {missing}, {len(rows)} rows\n{said}"
-    differing = [step for (step, *found), (_, *wanted) in zip(values(rows), values(undisturbed), strict=True) if found != wanted]
+    assert not missing and len(rows) == len(undisturbed), (
+        f"steps missing: {missing}, {len(rows)} rows\n{said}"
+    )
+    differing = [
+        step
+        for (step, *found), (_, *wanted) in zip(values(rows), values(undisturbed), strict=True)
+        if found != wanted
+    ]
     assert not differing, f"loss or norm differ at steps {differing}\n{said}"
-    assert [event["seq"] for event in history(road, job["id"])] == list(range(1, len(said.splitlines()) + 1)), said
+    assert [event["seq"] for event in history(road, job["id"])] == list(
+        range(1, len(said.splitlines()) + 1)
+    ), said
 
 
 def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str, Any]:
@@ -265,7 +323,11 @@ def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str,
     seen = observer.look()
     ours = [row for row in seen["actors"] if row["name"].partition("/")[0] in job_ids]
     others = {row["pid"] for row in seen["actors"] if row not in ours}
-    folders = [str(path) for job_id in job_ids for path in Path(road.record.temp_dir).glob(f"*/session_latest/megatron-ray/{job_id}")]
+    folders = [
+        str(path)
+        for job_id in job_ids
+        for path in Path(road.record.temp_dir).glob(f"*/session_latest/megatron-ray/{job_id}")
+    ]
     found = {
         "actors": ours,
         "groups": [row for row in seen["groups"] if row["name"] in job_ids],
@@ -280,7 +342,13 @@ def busy_workers(road: Road) -> list[tuple[int, str]]:
     found = []
     for process in members([session(road, "ray")]):
         try:
-            title = Path(f"/proc/{process.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            title = (
+                Path(f"/proc/{process.pid}/cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
         except OSError:
             continue
         if title.startswith("ray::") and not title.startswith(RAYS_OWN):
@@ -288,7 +356,9 @@ def busy_workers(road: Road) -> list[tuple[int, str]]:
     return found
 
 
-def assert_nothing_left(road: Road, observer: Observer, job_ids: Sequence[str], timeout_s: float = 20) -> None:
+def assert_nothing_left(
+    road: Road, observer: Observer, job_ids: Sequence[str], timeout_s: float = 20
+) -> None:
     """Waits until nothing of ended jobs is left in Ray, in its processes and in its folder."""
     deadline = time.monotonic() + timeout_s
     while (left := left_of(road, observer, job_ids)) and time.monotonic() < deadline:
@@ -301,7 +371,15 @@ def open_rows(road: Road) -> list[tuple[Any, ...]]:
     terminal = ", ".join(f"'{state}'" for state in ENDS)
     (path,) = road.data_dir.glob("service.db")
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
-        jobs = database.execute(f"SELECT id, status, desired FROM jobs WHERE status NOT IN ({terminal}) OR ended_at IS NULL").fetchall()
-        query = "SELECT jobs.id, attempts.attempt, attempts.state FROM attempts JOIN jobs ON jobs.number = attempts.job"
-        attempts = database.execute(f"{query} WHERE attempts.ended_at IS NULL OR attempts.state IN ('starting', 'running')").fetchall()
+        jobs = database.execute(
+            f"SELECT id, status, desired FROM jobs WHERE status NOT IN ({terminal}) OR "
+            "ended_at IS NULL"
+        ).fetchall()
+        query = (
+            "SELECT jobs.id, attempts.attempt, attempts.state FROM attempts JOIN jobs ON "
+            "jobs.number = attempts.job"
+        )
+        attempts = database.execute(
+            f"{query} WHERE attempts.ended_at IS NULL OR attempts.state IN ('starting', 'running')"
+        ).fetchall()
     return [*jobs, *attempts]

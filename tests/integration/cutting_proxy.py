@@ -1,4 +1,6 @@
-"""A TCP proxy that cuts connections after a random number of bytes: what a bad network does to a stream."""
+"""A TCP proxy that cuts connections after a random number of bytes: what a bad network does to a
+stream.
+"""
 
 import contextlib
 import random
@@ -9,19 +11,30 @@ from collections.abc import Callable
 from typing import Self
 
 _PIECE = 4096
-_EARLY_CUTS, _REPLAY_BYTES = 5, 200_000
+_EARLY_CUTS = 5
+_REPLAY_BYTES = 200_000
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing sends RST instead of FIN
 
 
 class CuttingProxy:
-    """Listens on a port of its own and passes everything on to where `upstream` says; one connection at a time is enough.
+    """Listens on a port of its own and passes everything on to where `upstream` says; one
+    connection at a time is enough.
 
-    Cuts the first `most_cuts` connections, each after its own number of bytes from the server, some of them in the middle of the
-    response's head; then it leaves them alone.
+    Cuts the first `most_cuts` connections, each after its own number of bytes from the server, some
+    of them in the middle of the response's head; then it leaves them alone.
     """
 
-    def __init__(self, upstream: Callable[[], tuple[str, int]], rng: random.Random, most_cuts: int, on_cut: Callable[[], None]) -> None:
-        self._upstream, self._rng, self._most_cuts, self._on_cut = upstream, rng, most_cuts, on_cut
+    def __init__(
+        self,
+        upstream: Callable[[], tuple[str, int]],
+        rng: random.Random,
+        most_cuts: int,
+        on_cut: Callable[[], None],
+    ) -> None:
+        self._upstream = upstream
+        self._rng = rng
+        self._most_cuts = most_cuts
+        self._on_cut = on_cut
         self.cuts = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.settimeout(0.2)
@@ -86,7 +99,9 @@ class CuttingProxy:
                 return
 
     def _bytes_until_cut(self) -> int | None:
-        """Few at first, within the replay and within heads; then enough for the whole replay; then few again, so that cuts come thick."""
+        """Few at first, within the replay and within heads; then enough for the whole replay; then
+        few again, so that cuts come thick.
+        """
         if self.cuts >= self._most_cuts:
             return None
         if self.cuts == _EARLY_CUTS:

@@ -1,4 +1,6 @@
-"""A training loop of ten lines behind the real driver and workers: gloo all-reduce per step, checkpoints, planned accidents."""
+"""A training loop of ten lines behind the real driver and workers: gloo all-reduce per step,
+checkpoints, planned accidents.
+"""
 
 import json
 import os
@@ -20,9 +22,12 @@ from workers.rank.session import process_group
 from workers.rank.worker import RankWorker
 
 
-def fake_train(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+def fake_train(
+    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+) -> str:
     spec = JobSpec.from_mapping(order.spec)
-    plan, rank = spec.metadata, order.env.rank
+    plan = spec.metadata
+    rank = order.env.rank
     step = int(order.resume_from.rpartition("step-")[2].split("-")[0]) if order.resume_from else 0
     with process_group(order):
         while step < spec.training.steps:
@@ -44,7 +49,10 @@ def fake_train(order: StartOrder, report: Callable[[Report], None], poll: Callab
 
 
 def accident(plan: dict[str, str], order: StartOrder, rank: int, step: int) -> None:
-    if (plan.get("fail_rank"), plan.get("fail_step")) == (str(rank), str(step)) and order.attempt <= int(plan.get("fail_attempts", "1")):
+    if (plan.get("fail_rank"), plan.get("fail_step")) == (
+        str(rank),
+        str(step),
+    ) and order.attempt <= int(plan.get("fail_attempts", "1")):
         if plan.get("fail_kind") == "exit":
             os.abort()
         raise LookupError(f"planned accident at step {step}")
@@ -65,7 +73,9 @@ class FakeWorker(RankWorker):
     train = staticmethod(fake_train)
 
 
-def tell_gpus(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+def tell_gpus(
+    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+) -> str:
     """Writes which GPUs this process would see."""
     Path(order.spec["said"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
     return "finished"

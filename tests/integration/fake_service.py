@@ -1,4 +1,6 @@
-"""The service's internal API in a hundred lines, in memory: enough to see what agent and drivers say, and to go away and come back."""
+"""The service's internal API in a hundred lines, in memory: enough to see what agent and drivers
+say, and to go away and come back.
+"""
 
 import json
 import threading
@@ -44,7 +46,9 @@ class FakeService:
 
             def _answer(self, body: Any) -> None:
                 if service._server is not self.server:
-                    self.close_connection = True  # down: connections that are still open get no answer either
+                    self.close_connection = (
+                        True  # down: connections that are still open get no answer either
+                    )
                     return
                 url = urlsplit(self.path)
                 query = {key: values[0] for key, values in parse_qs(url.query).items()}
@@ -90,7 +94,9 @@ class FakeService:
             }
             self.changed.notify_all()
 
-    def stored(self, job_id: str, source: str = "driver", kind: str | None = None) -> list[dict[str, Any]]:
+    def stored(
+        self, job_id: str, source: str = "driver", kind: str | None = None
+    ) -> list[dict[str, Any]]:
         with self.changed:
             found = self.records.get((job_id, source), [])
             return [record for record in found if kind is None or record["kind"] == kind]
@@ -99,7 +105,11 @@ class FakeService:
         return [record["data"]["state"] for record in self.stored(job_id, kind="state")]
 
     def events(self, job_id: str, type_: str) -> list[dict[str, Any]]:
-        return [record["data"] for record in self.stored(job_id, kind="event") if record["data"]["type"] == type_]
+        return [
+            record["data"]
+            for record in self.stored(job_id, kind="event")
+            if record["data"]["type"] == type_
+        ]
 
     def steps(self, job_id: str, attempt: int) -> list[int]:
         return [record["data"]["step"] for record in self.stored(job_id, f"a{attempt}/r0", "step")]
@@ -113,15 +123,21 @@ class FakeService:
             with self.changed:
                 self.changed.wait(0.05)
         said = [
-            f"{key[1]} {record['kind']} {record['data'].get('state', record['data'].get('type', ''))} {record['data'].get('message', '')}"
+            f"{key[1]} {record['kind']} "
+            f"{record['data'].get('state', record['data'].get('type', ''))} "
+            f"{record['data'].get('message', '')}"
             for key, records in self.records.items()
             for record in [found for found in records if found["kind"] != "step"][-12:]
         ]
-        raise AssertionError(f"waited {timeout_s} s for {what}; newest records:\n" + "\n".join(said))
+        raise AssertionError(
+            f"waited {timeout_s} s for {what}; newest records:\n" + "\n".join(said)
+        )
 
     # ---- routes
 
-    def route(self, path: str, query: dict[str, str], body: Any, authorization: str) -> tuple[int, Any]:
+    def route(
+        self, path: str, query: dict[str, str], body: Any, authorization: str
+    ) -> tuple[int, Any]:
         parts = path.strip("/").split("/")[2:]
         expected = AGENT_TOKEN if parts[0] == "agent" else f"token-{parts[1]}"
         if authorization != f"Bearer {expected}":
@@ -139,11 +155,18 @@ class FakeService:
                 self.reports.append(body)
             elif verb == "checks":
                 self.check_results.append(body)
-                self.checks = [check for check in self.checks if check["check_id"] != body["check_id"]]
+                self.checks = [
+                    check for check in self.checks if check["check_id"] != body["check_id"]
+                ]
             else:
                 self._await(query, lambda: self.revision)
                 jobs = [job for job in self.jobs.values() if job["job_id"] not in self.terminal]
-                return {"revision": self.revision, "jobs": jobs, "terminal": sorted(self.terminal), "checks": self.checks}
+                return {
+                    "revision": self.revision,
+                    "jobs": jobs,
+                    "terminal": sorted(self.terminal),
+                    "checks": self.checks,
+                }
             self.changed.notify_all()
         return {"ok": True}
 
@@ -154,7 +177,13 @@ class FakeService:
                 return 409, {"code": "fenced", "detail": f"epoch {epoch} is over"}
             self.epochs[job_id] = max(epoch, self.epochs.get(job_id, 0))
             if verb == "cursor":
-                return 200, {"stored": {source: len(found) for (job, source), found in self.records.items() if job == job_id}}
+                return 200, {
+                    "stored": {
+                        source: len(found)
+                        for (job, source), found in self.records.items()
+                        if job == job_id
+                    }
+                }
             if verb == "desired":
                 self._await(query, lambda: self.jobs[job_id]["revision"])
                 return 200, self.jobs[job_id]
@@ -164,7 +193,11 @@ class FakeService:
                     stored.append(record)
                 elif record["n"] > len(stored):
                     return 422, {"code": "gap", "detail": f"n={record['n']} after {len(stored)}"}
-                if record["kind"] == "state" and record["data"]["state"] in ("succeeded", "failed", "cancelled"):
+                if record["kind"] == "state" and record["data"]["state"] in (
+                    "succeeded",
+                    "failed",
+                    "cancelled",
+                ):
                     self.terminal.add(job_id)
                     self.revision += 1
             self.changed.notify_all()
@@ -172,5 +205,9 @@ class FakeService:
 
     def _await(self, query: dict[str, str], revision: Callable[[], int]) -> None:
         deadline = time.monotonic() + float(query.get("wait_s", 0))
-        while revision() <= int(query.get("after", 0)) and time.monotonic() < deadline and self._server is not None:
+        while (
+            revision() <= int(query.get("after", 0))
+            and time.monotonic() < deadline
+            and self._server is not None
+        ):
             self.changed.wait(0.1)

@@ -1,4 +1,6 @@
-"""A stack as a user starts it, and shorthands for looking at it: what the tests of the whole road share."""
+"""A stack as a user starts it, and shorthands for looking at it: what the tests of the whole road
+share.
+"""
 
 import json
 import subprocess
@@ -22,7 +24,13 @@ SPEC: dict[str, Any] = {
     "name": "road",
     "model": {"preset": "gpt-tiny", "num_layers": 2, "hidden_size": 64},
     "parallel": {"tp": 2, "sequence_parallel": True},
-    "training": {"seq_length": 64, "micro_batch_size": 4, "global_batch_size": 8, "steps": 60, "eval_samples": 8},
+    "training": {
+        "seq_length": 64,
+        "micro_batch_size": 4,
+        "global_batch_size": 8,
+        "steps": 60,
+        "eval_samples": 8,
+    },
     "optimizer": {"lr": 3e-3},
     "checkpoint": {"every_steps": 20},
 }
@@ -32,9 +40,12 @@ class Road:
     """A running stack and shorthands for looking at it."""
 
     def __init__(self, data_dir: Path, corpus: Path) -> None:
-        self.data_dir, self.corpus = data_dir, corpus
+        self.data_dir = data_dir
+        self.corpus = corpus
         self._client: Client | None = None
-        self._http = httpx.Client(timeout=5, trust_env=False)  # httpx.get would read all certificates each time: 40 ms of a core
+        self._http = httpx.Client(
+            timeout=5, trust_env=False
+        )  # httpx.get would read all certificates each time: 40 ms of a core
 
     @property
     def client(self) -> Client:
@@ -62,17 +73,25 @@ class Road:
         return record
 
     def spec(self, **groups: Any) -> dict[str, Any]:
-        spec = {**SPEC, "data": {"train": [{"path": str(self.corpus)}], "tokenizer": {"kind": "bytes"}}}
+        spec = {
+            **SPEC,
+            "data": {"train": [{"path": str(self.corpus)}], "tokenizer": {"kind": "bytes"}},
+        }
         for name, fields in groups.items():
             spec[name] = {**spec.get(name, {}), **fields} if isinstance(fields, dict) else fields
         return spec
 
-    def wait(self, job_id: str, reached: Callable[[dict[str, Any]], bool], timeout_s: float = 120) -> dict[str, Any]:
+    def wait(
+        self, job_id: str, reached: Callable[[dict[str, Any]], bool], timeout_s: float = 120
+    ) -> dict[str, Any]:
         """Polls until it is so; a service that is away for a moment is no failure."""
-        deadline, job = time.monotonic() + timeout_s, {}
+        deadline = time.monotonic() + timeout_s
+        job = {}
         while time.monotonic() < deadline:
             try:
-                response = self._http.get(f"{self.record.url}/v1/jobs/{job_id}", headers=self.headers)
+                response = self._http.get(
+                    f"{self.record.url}/v1/jobs/{job_id}", headers=self.headers
+                )
                 job = response.json()
                 if response.status_code == 200 and reached(job):
                     return job
@@ -112,11 +131,15 @@ class Road:
 
 @contextmanager
 def stack(folder: Path) -> Iterator[Road]:
-    """A stack of two CPUs in a fresh folder, with a small corpus; taken down at the end, and nothing may be left."""
+    """A stack of two CPUs in a fresh folder, with a small corpus; taken down at the end, and
+    nothing may be left.
+    """
     corpus = folder / "corpus"
     corpus.mkdir()
     for index in range(60):
-        (corpus / f"{index}.txt").write_text(" ".join(str(index * number % 97) for number in range(400)))
+        (corpus / f"{index}.txt").write_text(
+            " ".join(str(index * number % 97) for number in range(400))
+        )
     data_dir = folder / "stack"
     subprocess.run(
         [CLI, "up", "--detach", "--cpus", "2", "--ready-timeout-s", "240", "--data-dir", data_dir],
@@ -133,7 +156,12 @@ def stack(folder: Path) -> Iterator[Road]:
             started.close()
         sessions = [entry.session for entry in started.record.sessions]
     finally:
-        subprocess.run([CLI, "down", "--data-dir", data_dir], check=True, timeout=120, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [CLI, "down", "--data-dir", data_dir],
+            check=True,
+            timeout=120,
+            stdout=subprocess.DEVNULL,
+        )
     assert members(set(sessions)) == []
 
 

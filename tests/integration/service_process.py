@@ -1,4 +1,6 @@
-"""The service as a process of its own, killed and started again over the same data; and an agent and a driver that speak to it."""
+"""The service as a process of its own, killed and started again over the same data; and an agent
+and a driver that speak to it.
+"""
 
 import contextlib
 import json
@@ -20,7 +22,10 @@ START_S = 60.0
 SPEC: Json = {
     "name": "tiny",
     "model": {"preset": "gpt-tiny"},
-    "data": {"train": [{"path": "builtin://python-stdlib"}], "tokenizer": {"kind": "bpe", "vocab_size": 1024}},
+    "data": {
+        "train": [{"path": "builtin://python-stdlib"}],
+        "tokenizer": {"kind": "bpe", "vocab_size": 1024},
+    },
     "training": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "steps": 20},
     "optimizer": {"lr": 1e-3},
 }
@@ -30,9 +35,11 @@ class ServiceProcess:
     """`python -m service.main` with one data dir; `address` is that of the newest start."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.log = folder, folder / "service.log"
+        self.folder = folder
+        self.log = folder / "service.log"
         tokens = read_or_create_tokens(folder / "tokens.json")
-        self.user_token, self.agent_token = tokens[Scope.USER], tokens[Scope.AGENT]
+        self.user_token = tokens[Scope.USER]
+        self.agent_token = tokens[Scope.AGENT]
         self.address = ("127.0.0.1", 0)
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -63,11 +70,17 @@ class ServiceProcess:
             "MEGATRON_RAY_CHECK_WAIT_S": "0",  # no agent looks at paths here
         }
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen([sys.executable, "-m", "service.main"], env={**os.environ, **variables}, stderr=log)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "service.main"], env={**os.environ, **variables}, stderr=log
+            )
         deadline = time.monotonic() + START_S
         while not port_file.exists():
-            assert self.process.poll() is None, f"the service ended while starting:\n{self.log.read_text()}"
-            assert time.monotonic() < deadline, f"the service has not started in {START_S:.0f} s:\n{self.log.read_text()}"
+            assert self.process.poll() is None, (
+                f"the service ended while starting:\n{self.log.read_text()}"
+            )
+            assert time.monotonic() < deadline, (
+                f"the service has not started in {START_S:.0f} s:\n{self.log.read_text()}"
+            )
             time.sleep(0.02)
         self.address = ("127.0.0.1", int(port_file.read_text()))
 
@@ -78,7 +91,12 @@ class ServiceProcess:
         self.process.wait(timeout=20)
 
     def client(self, token: str) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=30, trust_env=False)
+        return httpx.Client(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {token}"},
+            timeout=30,
+            trust_env=False,
+        )
 
 
 def free_port() -> int:
@@ -90,21 +108,32 @@ def free_port() -> int:
 
 def post(client: httpx.Client, path: str, body: Any) -> Json:
     """The answer's JSON; anything but a success fails the test."""
-    response = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    response = client.post(
+        path, content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
     assert response.status_code < 300, f"{path}: {response.status_code} {response.text}"
     return dict(response.json())
 
 
 def report_nodes(agent: httpx.Client) -> None:
     """The agent says that there is one node with 4 CPUs."""
-    body = {"protocol": PROTOCOL, "cluster": "default", "agent_id": "a", "code_version": "1", "ray_version": "2", "namespace": "n"}
+    body = {
+        "protocol": PROTOCOL,
+        "cluster": "default",
+        "agent_id": "a",
+        "code_version": "1",
+        "ray_version": "2",
+        "namespace": "n",
+    }
     node = {"node_id": "n1", "address": "10.0.0.1", "cpus": 4}
     post(agent, "/internal/v1/agent/report", {**body, "nodes": [node]})
 
 
 def job_token(agent: httpx.Client, job_id: str) -> str:
     """What the agent is told for the job's driver."""
-    reply = agent.get("/internal/v1/agent/desired", params={"cluster": "default", "after": -1, "wait_s": 0}).json()
+    reply = agent.get(
+        "/internal/v1/agent/desired", params={"cluster": "default", "after": -1, "wait_s": 0}
+    ).json()
     return str(next(job["token"] for job in reply["jobs"] if job["job_id"] == job_id))
 
 
@@ -112,7 +141,8 @@ class Records:
     """Numbers a driver's records by source, as the workers do."""
 
     def __init__(self, job_id: str, epoch: int = 1) -> None:
-        self.job_id, self.epoch = job_id, epoch
+        self.job_id = job_id
+        self.epoch = epoch
         self._next: dict[str, int] = {}
 
     def batch(self, source: str, attempt: int, *facts: tuple[str, Json]) -> Json:
@@ -120,15 +150,35 @@ class Records:
         first = self._next.get(source, 1)
         self._next[source] = first + len(facts)
         records = [
-            {"n": first + i, "at": 1.7e9 + i, "kind": kind, "attempt": attempt, "data": data} for i, (kind, data) in enumerate(facts)
+            {"n": first + i, "at": 1.7e9 + i, "kind": kind, "attempt": attempt, "data": data}
+            for i, (kind, data) in enumerate(facts)
         ]
-        return {"protocol": PROTOCOL, "job_id": self.job_id, "epoch": self.epoch, "source": source, "records": records}
+        return {
+            "protocol": PROTOCOL,
+            "job_id": self.job_id,
+            "epoch": self.epoch,
+            "source": source,
+            "records": records,
+        }
 
 
 def step_row(step: int, attempt: int = 1) -> tuple[str, Json]:
     """A step's record; attempts differ in their loss."""
-    row = {"step": step, "loss": 9.0 - 0.01 * step + attempt / 7, "grad_norm": 1 / 3, "lr": 1e-3, "num_tokens": 1024}
-    return "step", {**row, "consumed_samples": 8 * step, "step_s": 0.5, "tokens_per_s": 2048.5, "mfu": 0.1, "split_s": {"data": 0.01}}
+    row = {
+        "step": step,
+        "loss": 9.0 - 0.01 * step + attempt / 7,
+        "grad_norm": 1 / 3,
+        "lr": 1e-3,
+        "num_tokens": 1024,
+    }
+    return "step", {
+        **row,
+        "consumed_samples": 8 * step,
+        "step_s": 0.5,
+        "tokens_per_s": 2048.5,
+        "mfu": 0.1,
+        "split_s": {"data": 0.01},
+    }
 
 
 def open_files(pid: int) -> tuple[int, int]:

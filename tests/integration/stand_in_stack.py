@@ -1,4 +1,6 @@
-"""`up` with stand-ins for service and agent (Ray is real), for tests that kill it: python stand_in_stack.py DATA_DIR."""
+"""`up` with stand-ins for service and agent (Ray is real), for tests that kill it: python
+stand_in_stack.py DATA_DIR.
+"""
 
 import sys
 from pathlib import Path

@@ -15,16 +15,30 @@ from tests.integration.fake_service import AGENT_TOKEN, NAMESPACE, FakeService
 pytestmark = pytest.mark.ray
 
 
-def start_agent(service: FakeService, address: str, folder: Path, *extra: str) -> "subprocess.Popen[bytes]":
+def start_agent(
+    service: FakeService, address: str, folder: Path, *extra: str
+) -> "subprocess.Popen[bytes]":
     token = folder / "token"
     token.write_text(AGENT_TOKEN)
-    command = [sys.executable, "-m", "workers.agent", "--service", service.url, "--address", address, "--token-file", str(token)]
+    command = [
+        sys.executable,
+        "-m",
+        "workers.agent",
+        "--service",
+        service.url,
+        "--address",
+        address,
+        "--token-file",
+        str(token),
+    ]
     with open(folder / "agent.log", "ab") as log:
         return subprocess.Popen([*command, *extra], stdout=log, stderr=log, cwd=folder)
 
 
 @pytest.fixture
-def agent(ray_cluster: str, fake_service: FakeService, tmp_path: Path) -> "Iterator[subprocess.Popen[bytes]]":
+def agent(
+    ray_cluster: str, fake_service: FakeService, tmp_path: Path
+) -> "Iterator[subprocess.Popen[bytes]]":
     process = start_agent(fake_service, ray_cluster, tmp_path, "--storage", str(tmp_path))
     yield process
     if process.poll() is None:
@@ -54,18 +68,29 @@ def corpus(folder: Path) -> Path:
     return path
 
 
-def test_a_real_job_through_the_agent(agent: "subprocess.Popen[bytes]", fake_service: FakeService, tmp_path: Path) -> None:
-    """Real library, real agent: from the desired state to a committed checkpoint, and out on SIGTERM."""
+def test_a_real_job_through_the_agent(
+    agent: "subprocess.Popen[bytes]", fake_service: FakeService, tmp_path: Path
+) -> None:
+    """Real library, real agent: from the desired state to a committed checkpoint, and out on
+    SIGTERM.
+    """
     import ray
 
-    report = fake_service.wait("a report", lambda: fake_service.reports and fake_service.reports[-1])
+    report = fake_service.wait(
+        "a report", lambda: fake_service.reports and fake_service.reports[-1]
+    )
     assert report["namespace"] == NAMESPACE
     assert report["nodes"][0]["cpus"] == 4
-    fake_service.wait("the storage check", lambda: fake_service.reports[-1]["nodes"][0]["storage_ok"] is True)
+    fake_service.wait(
+        "the storage check", lambda: fake_service.reports[-1]["nodes"][0]["storage_ok"] is True
+    )
     job_id = f"job-{uuid.uuid4().hex[:12]}"
     fake_service.want(job_id, desired="prepare", **job(tmp_path, job_id, corpus(tmp_path)))
     fake_service.wait("prepared data", lambda: fake_service.stored(job_id, kind="prepared"))
-    fake_service.wait("the driver in a report", lambda: [row for row in fake_service.reports[-1]["drivers"] if row["alive"]])
+    fake_service.wait(
+        "the driver in a report",
+        lambda: [row for row in fake_service.reports[-1]["drivers"] if row["alive"]],
+    )
     fake_service.want(job_id, desired="run")
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.steps(job_id, 1) == [1, 2, 3, 4, 5, 6]
@@ -76,36 +101,54 @@ def test_a_real_job_through_the_agent(agent: "subprocess.Popen[bytes]", fake_ser
     assert AGENT_TOKEN not in (tmp_path / "agent.log").read_text()
 
 
-def test_checks_orphans_and_reaping(agent: "subprocess.Popen[bytes]", fake_service: FakeService, ends_actors: None, tmp_path: Path) -> None:
+def test_checks_orphans_and_reaping(
+    agent: "subprocess.Popen[bytes]", fake_service: FakeService, ends_actors: None, tmp_path: Path
+) -> None:
     import ray
 
     body = job(tmp_path, "job-check", tmp_path / "nowhere.txt")
     with fake_service.changed:
-        fake_service.checks.append({"check_id": "check-1", "spec": body["spec"], "storage_path": str(tmp_path / "jobs")})
+        fake_service.checks.append(
+            {"check_id": "check-1", "spec": body["spec"], "storage_path": str(tmp_path / "jobs")}
+        )
         fake_service.revision += 1
     found = fake_service.wait("an answer", lambda: fake_service.check_results)
-    assert [(row["pointer"], "nowhere.txt" in row["detail"]) for row in found[0]["problems"]] == [("/data/train/0/path", True)]
+    assert [(row["pointer"], "nowhere.txt" in row["detail"]) for row in found[0]["problems"]] == [
+        ("/data/train/0/path", True)
+    ]
 
     @ray.remote(num_cpus=0)
     class Left:
         def ping(self) -> None:
             pass
 
-    over, unknown = f"job-{uuid.uuid4().hex[:12]}", f"job-{uuid.uuid4().hex[:12]}"
-    held = [Left.options(name=f"{job_id}/w0", lifetime="detached").remote() for job_id in (over, unknown)]
+    over = f"job-{uuid.uuid4().hex[:12]}"
+    unknown = f"job-{uuid.uuid4().hex[:12]}"
+    held = [
+        Left.options(name=f"{job_id}/w0", lifetime="detached").remote()
+        for job_id in (over, unknown)
+    ]
     ray.get([actor.ping.remote() for actor in held])
     group = ray.util.placement_group([{"CPU": 1}], name=over, lifetime="detached")
     assert group.wait(10)
     fake_service.terminal.add(over)
-    fake_service.want("job-other", **{**body, "job_dir": str(tmp_path / "other")}, desired="prepare")
+    fake_service.want(
+        "job-other", **{**body, "job_dir": str(tmp_path / "other")}, desired="prepare"
+    )
     fake_service.wait("the reaper", lambda: f"{over}/w0" not in ray.util.list_named_actors(), 40)
-    assert f"{unknown}/w0" in ray.util.list_named_actors(), "what the service never named is only reported"
-    assert f"{unknown}/w0" in fake_service.wait("orphans", lambda: fake_service.reports[-1]["orphans"])
+    assert f"{unknown}/w0" in ray.util.list_named_actors(), (
+        "what the service never named is only reported"
+    )
+    assert f"{unknown}/w0" in fake_service.wait(
+        "orphans", lambda: fake_service.reports[-1]["orphans"]
+    )
     with pytest.raises(ValueError, match="placement group"):
         ray.util.get_placement_group(over)
 
 
-def test_an_agent_outlives_the_service_being_away(agent: "subprocess.Popen[bytes]", fake_service: FakeService) -> None:
+def test_an_agent_outlives_the_service_being_away(
+    agent: "subprocess.Popen[bytes]", fake_service: FakeService
+) -> None:
     fake_service.wait("a report", lambda: fake_service.reports)
     port = int(fake_service.url.rpartition(":")[2])
     fake_service.down()
@@ -123,7 +166,21 @@ def test_an_agent_that_finds_no_ray_says_so(fake_service: FakeService, tmp_path:
 
 
 def test_an_agent_without_a_token_does_not_start(fake_service: FakeService, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "workers.agent", "--service", fake_service.url, "--address", "127.0.0.1:1"]
-    done = subprocess.run([*command, "--token-file", str(tmp_path / "none")], capture_output=True, text=True, timeout=60, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "workers.agent",
+        "--service",
+        fake_service.url,
+        "--address",
+        "127.0.0.1:1",
+    ]
+    done = subprocess.run(
+        [*command, "--token-file", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 2
     assert "cannot read the agent's token file" in done.stderr

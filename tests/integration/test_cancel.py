@@ -1,4 +1,6 @@
-"""A job is cancelled in each of its states: it ends in time, with a last checkpoint where there was something to save."""
+"""A job is cancelled in each of its states: it ends in time, with a last checkpoint where there was
+something to save.
+"""
 
 import random
 import sys
@@ -12,7 +14,17 @@ import httpx
 import pytest
 import yaml
 
-from tests.integration.chaos_road import Observer, assert_nothing_left, busy_workers, dice, history, kill, observed, story, until
+from tests.integration.chaos_road import (
+    Observer,
+    assert_nothing_left,
+    busy_workers,
+    dice,
+    history,
+    kill,
+    observed,
+    story,
+    until,
+)
 from tests.integration.road import Road
 
 pytestmark = pytest.mark.ray
@@ -30,7 +42,12 @@ def observer(road: Road) -> Iterator[Observer]:
 
 def endless(road: Road, **groups: Any) -> dict[str, Any]:
     """A job that ends only when it is told to, and writes no checkpoint by itself."""
-    return road.spec(training={"steps": 100_000}, checkpoint={"every_steps": 100_000}, restart={"backoff_s": 0.2}, **groups)
+    return road.spec(
+        training={"steps": 100_000},
+        checkpoint={"every_steps": 100_000},
+        restart={"backoff_s": 0.2},
+        **groups,
+    )
 
 
 @contextmanager
@@ -38,9 +55,21 @@ def preparing(road: Road, observer: Observer) -> Iterator[str]:
     """Megabytes to learn a vocabulary from take their time."""
     words = random.Random(7)
     path = road.data_dir / f"large-{time.monotonic_ns()}.txt"
-    path.write_text(" ".join("".join(words.choices("abcdefghij", k=words.randint(3, 9))) for _ in range(700_000)))
-    job_id = road.client.submit(road.spec(data={"train": [{"path": str(path)}], "tokenizer": {"kind": "bpe", "vocab_size": 8192}}))["id"]
-    until("the task that prepares the data", lambda: any("prepare" in title for _, title in busy_workers(road)), 60)
+    path.write_text(
+        " ".join(
+            "".join(words.choices("abcdefghij", k=words.randint(3, 9))) for _ in range(700_000)
+        )
+    )
+    job_id = road.client.submit(
+        road.spec(
+            data={"train": [{"path": str(path)}], "tokenizer": {"kind": "bpe", "vocab_size": 8192}}
+        )
+    )["id"]
+    until(
+        "the task that prepares the data",
+        lambda: any("prepare" in title for _, title in busy_workers(road)),
+        60,
+    )
     yield job_id
 
 
@@ -98,7 +127,8 @@ def cancelling(road: Road, observer: Observer) -> Iterator[str]:
 
 
 STATES: dict[str, Callable[[Road, Observer], Any]] = {
-    state.__name__: state for state in (preparing, queued, scheduling, starting, running, recovering, cancelling)
+    state.__name__: state
+    for state in (preparing, queued, scheduling, starting, running, recovering, cancelling)
 }
 
 
@@ -109,7 +139,12 @@ def seen(road: Road, job_id: str, kind: str) -> bool:
 def cancel(road: Road, job_id: str, **body: Any) -> None:
     """As a user does; without a body, or with one."""
     url = f"{road.record.url}/v1/jobs/{job_id}/cancel"
-    assert httpx.post(url, json=body or None, headers=road.headers, timeout=20, trust_env=False).status_code == 202
+    assert (
+        httpx.post(
+            url, json=body or None, headers=road.headers, timeout=20, trust_env=False
+        ).status_code
+        == 202
+    )
 
 
 def end(road: Road, observer: Observer, job_id: str, **body: Any) -> float:
@@ -123,7 +158,8 @@ def end(road: Road, observer: Observer, job_id: str, **body: Any) -> float:
     assert job["status"] == "cancelled" and job["status_reason"] == "user_cancelled", said
     assert seconds <= GRACE_S, said
     if before == "running":
-        last, rows = job["last_checkpoint"], road.rows(job_id)
+        last = job["last_checkpoint"]
+        rows = road.rows(job_id)
         if body.get("checkpoint", True):
             assert last is not None and last["step"] == rows[-1]["step"], said
         else:
@@ -172,5 +208,7 @@ def test_the_demos_spec_ends_quickly(road: Road, observer: Observer) -> None:
         road.wait(job_id, lambda job: job["status"] == "running", 600)
         road.step(job_id, chance.randint(1, 20))
         taken.append(end(road, observer, job_id))
-    sys.stdout.write(f"seconds from POST to cancelled: {[round(seconds, 2) for seconds in taken]}\n")
+    sys.stdout.write(
+        f"seconds from POST to cancelled: {[round(seconds, 2) for seconds in taken]}\n"
+    )
     assert max(taken) <= DEMO_S

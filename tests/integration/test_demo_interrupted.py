@@ -13,7 +13,15 @@ from tests.integration.watched import Watched
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
 SEED = 20261120
-DEMO = (sys.executable, "-m", "service.cli.entry", "demo", "--set", "training.steps=100", "--data-dir")
+DEMO = (
+    sys.executable,
+    "-m",
+    "service.cli.entry",
+    "demo",
+    "--set",
+    "training.steps=100",
+    "--data-dir",
+)
 
 
 def moments(kind: str) -> list[float]:

@@ -1,4 +1,6 @@
-"""A job on a real Ray cluster: driver, workers and placement group are real; only the training loop is ten lines."""
+"""A job on a real Ray cluster: driver, workers and placement group are real; only the training loop
+is ten lines.
+"""
 
 import os
 import signal
@@ -23,7 +25,11 @@ def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
         "name": "fake",
         "model": {"preset": "gpt-tiny"},
         "parallel": {"tp": 2, "dp": 1},
-        "data": {"train": [{"path": "corpus.txt"}], "tokenizer": {"kind": "bytes"}, "validation_fraction": 0.0},
+        "data": {
+            "train": [{"path": "corpus.txt"}],
+            "tokenizer": {"kind": "bytes"},
+            "validation_fraction": 0.0,
+        },
         "training": {"seq_length": 16, "global_batch_size": 2, "steps": steps},
         "optimizer": {"lr": 0.001},
         "checkpoint": {"every_steps": 5, "keep_last": 2},
@@ -36,7 +42,9 @@ def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
 
 @pytest.fixture
 def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Submit:
-    """Does for one job what agent and service do: makes the driver, attaches it, admits the job once its data are ready."""
+    """Does for one job what agent and service do: makes the driver, attaches it, admits the job
+    once its data are ready.
+    """
     from tests.integration.fake_job import FakeDriver
     from workers.agent.driver_registry import DriverRegistry
     from workers.protocol.wire import DesiredReply
@@ -46,14 +54,24 @@ def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Subm
     corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
 
     def reconcile() -> None:
-        jobs = [job for job in fake_service.jobs.values() if job["job_id"] not in fake_service.terminal]
-        registry.want(DesiredReply.model_validate({"revision": 1, "jobs": jobs, "terminal": sorted(fake_service.terminal)}))
+        jobs = [
+            job for job in fake_service.jobs.values() if job["job_id"] not in fake_service.terminal
+        ]
+        registry.want(
+            DesiredReply.model_validate(
+                {"revision": 1, "jobs": jobs, "terminal": sorted(fake_service.terminal)}
+            )
+        )
         registry.reconcile()
 
     def run(body: dict[str, Any], *, start: bool = True) -> str:
         job_id = f"job-{uuid.uuid4().hex[:12]}"
         folder = str(tmp_path / job_id)
-        body = {**body, "storage": {"path": folder}, "data": {**body["data"], "train": [{"path": str(corpus)}]}}
+        body = {
+            **body,
+            "storage": {"path": folder},
+            "data": {**body["data"], "train": [{"path": str(corpus)}]},
+        }
         fake_service.want(job_id, desired="prepare", spec=body, job_dir=folder)
         reconcile()
         if start:
@@ -78,7 +96,11 @@ def rank_pids(service: FakeService, job_id: str) -> list[int]:
 def committed(service: FakeService, job_id: str) -> list[tuple[int, int]]:
     """(attempt, step) of each commit told."""
     found = service.stored(job_id, kind="checkpoint")
-    return [(record["attempt"], record["data"]["step"]) for record in found if record["data"]["action"] == "committed"]
+    return [
+        (record["attempt"], record["data"]["step"])
+        for record in found
+        if record["data"]["action"] == "committed"
+    ]
 
 
 def alive(pid: int) -> bool:
@@ -107,10 +129,19 @@ def assert_gap_free(service: FakeService, job_id: str) -> None:
 def test_job_runs_to_succeeded(submit: Submit, fake_service: FakeService, tmp_path: Path) -> None:
     job_id = submit(spec())
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
-    assert fake_service.states(job_id) == ["preparing", "scheduling", "starting", "running", "succeeded"]
+    assert fake_service.states(job_id) == [
+        "preparing",
+        "scheduling",
+        "starting",
+        "running",
+        "succeeded",
+    ]
     assert fake_service.steps(job_id, 1) == list(range(1, 21))
     assert_gap_free(fake_service, job_id)
-    checkpoints = [(r["data"]["action"], r["data"]["step"]) for r in fake_service.stored(job_id, kind="checkpoint")]
+    checkpoints = [
+        (r["data"]["action"], r["data"]["step"])
+        for r in fake_service.stored(job_id, kind="checkpoint")
+    ]
     assert [step for action, step in checkpoints if action == "committed"] == [5, 10, 15, 20]
     assert [step for action, step in checkpoints if action == "deleted"] == [5, 10]
     rows = fake_service.stored(job_id, kind="ranks")[0]["data"]["ranks"]
@@ -119,7 +150,9 @@ def test_job_runs_to_succeeded(submit: Submit, fake_service: FakeService, tmp_pa
     assert (tmp_path / job_id / "checkpoints" / "step-00000020-a0001" / "COMMITTED").exists()
 
 
-def test_killed_rank_goes_on_from_the_last_commit(submit: Submit, fake_service: FakeService) -> None:
+def test_killed_rank_goes_on_from_the_last_commit(
+    submit: Submit, fake_service: FakeService
+) -> None:
     job_id = submit(spec(steps=40, step_s="0.05"))
     fake_service.wait("a commit", lambda: fake_service.stored(job_id, kind="checkpoint"))
     before = rank_pids(fake_service, job_id)
@@ -149,7 +182,9 @@ def test_killed_driver_adopts_the_same_processes(submit: Submit, fake_service: F
     before = rank_pids(fake_service, job_id)
     pid = ray.get(ray.get_actor(f"{job_id}/driver").pid.remote())
     os.kill(pid, signal.SIGKILL)
-    fake_service.wait("adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"))  # type: ignore[attr-defined]
+    fake_service.wait(
+        "adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted")
+    )  # type: ignore[attr-defined]
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.events(job_id, "driver.adopted")[0]["data"]["pids"] == before
     assert fake_service.steps(job_id, 1) == list(range(1, 81))
@@ -186,7 +221,9 @@ def submit_url(submit: Submit, service: FakeService) -> None:
 
 
 @pytest.mark.parametrize("final_checkpoint", [True, False])
-def test_cancel_leaves_nothing(submit: Submit, fake_service: FakeService, final_checkpoint: bool) -> None:
+def test_cancel_leaves_nothing(
+    submit: Submit, fake_service: FakeService, final_checkpoint: bool
+) -> None:
     job_id = submit(spec(steps=2000, step_s="0.05"))
     fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 2)
     pids = rank_pids(fake_service, job_id)
@@ -224,7 +261,9 @@ def test_no_room_in_time_goes_back_to_the_queue(submit: Submit, fake_service: Fa
     fake_service.wait("a second try", lambda: fake_service.states(job_id).count("scheduling") == 2)
 
 
-def test_failing_rank_is_the_cause_and_its_log_is_there(submit: Submit, fake_service: FakeService, tmp_path: Path) -> None:
+def test_failing_rank_is_the_cause_and_its_log_is_there(
+    submit: Submit, fake_service: FakeService, tmp_path: Path
+) -> None:
     body = spec(fail_rank="1", fail_step="3", fail_attempts="9")
     body["restart"] = {"max_failures": 0}
     job_id = submit(body)
@@ -238,10 +277,14 @@ def test_failing_rank_is_the_cause_and_its_log_is_there(submit: Submit, fake_ser
     assert_nothing_left(fake_service, job_id, rank_pids(fake_service, job_id))
 
 
-def test_native_crash_leaves_its_log_and_is_tried_again(submit: Submit, fake_service: FakeService) -> None:
+def test_native_crash_leaves_its_log_and_is_tried_again(
+    submit: Submit, fake_service: FakeService
+) -> None:
     job_id = submit(spec(fail_rank="0", fail_step="8", fail_kind="exit"))
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
-    assert fake_service.steps(job_id, 1) == list(range(1, 8)), "steps that only the dead rank's file had are there too"
+    assert fake_service.steps(job_id, 1) == list(range(1, 8)), (
+        "steps that only the dead rank's file had are there too"
+    )
     assert fake_service.steps(job_id, 2) == list(range(6, 21))
     assert_gap_free(fake_service, job_id)
 
@@ -257,7 +300,10 @@ def test_crash_loop_ends_with_no_progress(submit: Submit, fake_service: FakeServ
 
 def test_missing_data_is_the_users_problem(submit: Submit, fake_service: FakeService) -> None:
     body = spec()
-    body["data"] = {**body["data"], "tokenizer": {"kind": "file", "path": "/nowhere/tokenizer.json"}}
+    body["data"] = {
+        **body["data"],
+        "tokenizer": {"kind": "file", "path": "/nowhere/tokenizer.json"},
+    }
     job_id = submit(body, start=False)
     found = fake_service.wait("a problem", lambda: fake_service.stored(job_id, kind="problem"))
     assert found[0]["data"]["problems"][0]["pointer"] == "/data/tokenizer/path"
@@ -280,20 +326,29 @@ def test_a_frozen_rank_is_given_up(submit: Submit, fake_service: FakeService) ->
     assert_nothing_left(fake_service, job_id, before)
 
 
-def test_one_stands_by_and_takes_a_dead_ranks_place(submit: Submit, fake_service: FakeService) -> None:
+def test_one_stands_by_and_takes_a_dead_ranks_place(
+    submit: Submit, fake_service: FakeService
+) -> None:
     import ray
 
     job_id = submit(spec(steps=100_000, step_s="0.02"))
     fake_service.wait("one that stands by", lambda: f"{job_id}/w2" in actors(job_id), 40)
     before = rank_pids(fake_service, job_id)
     os.kill(before[1], signal.SIGKILL)
-    started = fake_service.wait("a second attempt", lambda: fake_service.events(job_id, "ranks.started")[1:])[0]
-    assert started["data"]["stepped_in"] == [1] and "; rank 1 in a process that stood by (pid " in started["message"]
+    started = fake_service.wait(
+        "a second attempt", lambda: fake_service.events(job_id, "ranks.started")[1:]
+    )[0]
+    assert (
+        started["data"]["stepped_in"] == [1]
+        and "; rank 1 in a process that stood by (pid " in started["message"]
+    )
     fake_service.wait("its steps", lambda: fake_service.steps(job_id, 2))
     after = rank_pids(fake_service, job_id)
     assert after[0] == before[0] and after[1] != before[1]
     os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
-    fake_service.wait("adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"))  # type: ignore[attr-defined]
+    fake_service.wait(
+        "adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted")
+    )  # type: ignore[attr-defined]
     assert rank_pids(fake_service, job_id) == after
     fake_service.wait("another one that stands by", lambda: f"{job_id}/w1" in actors(job_id), 40)
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)
@@ -311,7 +366,9 @@ def test_a_wish_for_a_checkpoint_is_granted_once(submit: Submit, fake_service: F
     fake_service.want(job_id, checkpoint_requests=1)
     fake_service.wait("the checkpoint", lambda: committed(fake_service, job_id))
     os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
-    fake_service.wait("adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"))  # type: ignore[attr-defined]
+    fake_service.wait(
+        "adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted")
+    )  # type: ignore[attr-defined]
     fake_service.want(job_id, checkpoint_requests=2)
     fake_service.wait("the second", lambda: len(committed(fake_service, job_id)) > 1)
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)
@@ -329,7 +386,9 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
     from workers.ray.nodes import job_folder, read_nodes
     from workers.ray.worker_group import WorkerGroup
 
-    group, fence, (node,) = WorkerGroup("job-late", NAMESPACE, LateWorker), Fence(1, 1), read_nodes()
+    group = WorkerGroup("job-late", NAMESPACE, LateWorker)
+    fence = Fence(1, 1)
+    (node,) = read_nodes()
     folder = job_folder(node.node_id, "job-late")
     plan = plan_placement(JobSpec.from_mapping(spec()), [node], "cpu")
     assert ray.get(group.placement_group(plan).ready(), timeout=30)
@@ -337,7 +396,9 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
         group.create(plan, fill_posts(plan, (), (), (), group.nodes(plan)).recruits, 1)
         group.probe([0], fence, 60, lambda: None)
         assert folder.exists()
-        assert group.retire(fence, 2, 0.5) == () and not folder.exists(), "the first one has removed what there was"
+        assert group.retire(fence, 2, 0.5) == () and not folder.exists(), (
+            "the first one has removed what there was"
+        )
         group.probe([1], fence, 60, lambda: None)
         assert group.retire(fence, 2, 5.0) == (node.node_id,) and not folder.exists()
     finally:

@@ -1,4 +1,7 @@
-"""Whoever takes over a dead rank's post uses its GPU, though Ray's books give it none. Ray counts GPUs that are not there."""
+"""Whoever takes over a dead rank's post uses its GPU, though Ray's books give it none.
+
+Ray counts GPUs that are not there.
+"""
 
 import time
 from pathlib import Path
@@ -17,7 +20,13 @@ pytestmark = pytest.mark.ray
 NUM_GPUS = 2
 
 FENCE = Fence(1, 1)
-PLAN = PlacementPlan("gpu", (Bundle(0, {"CPU": 2.0, "GPU": 2.0}, (0, 1)),), {"CPU": 1.0, "GPU": 1.0}, ParallelDims(tp=2), room=1)
+PLAN = PlacementPlan(
+    "gpu",
+    (Bundle(0, {"CPU": 2.0, "GPU": 2.0}, (0, 1)),),
+    {"CPU": 1.0, "GPU": 1.0},
+    ParallelDims(tp=2),
+    room=1,
+)
 
 
 def order(path: Path, gpu: int | None) -> StartOrder:
@@ -43,7 +52,9 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
     try:
         first = fill_posts(PLAN, (), (), (), group.nodes(PLAN))
         group.create(PLAN, first.recruits, 1)
-        places = assign_ranks(first.posted(group.probe(first.posts, FENCE, 60, lambda: None)), PLAN.dims)
+        places = assign_ranks(
+            first.posted(group.probe(first.posts, FENCE, 60, lambda: None)), PLAN.dims
+        )
         assert sorted(place.gpu for place in places) == [0, 1], "Ray gave each one of its own"
         group.create(PLAN, standbys_wanted(PLAN, places, group.slots, {}), 1)
         (waiting,) = group.probe([2], FENCE, 60, lambda: None)
@@ -57,14 +68,22 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
         again = {place.slot: place for place in assign_ranks(facts, PLAN.dims)}
         assert again[2].gpu == dead.gpu
         assert seen(group, 2, tmp_path / "stepped-in", again[2].gpu) == str(dead.gpu)
-        assert seen(group, places[0].slot, tmp_path / "survivor", places[0].gpu) == str(places[0].gpu)
+        assert seen(group, places[0].slot, tmp_path / "survivor", places[0].gpu) == str(
+            places[0].gpu
+        )
 
         group.kill_slots([places[0].slot])
         third = fill_posts(PLAN, tuple(again.values()), group.slots, [], group.nodes(PLAN))
         group.create(PLAN, third.recruits, 1)
         (recruit,) = third.recruits
-        (fresh,) = [facts for facts in third.posted(group.probe(third.posts, FENCE, 60, lambda: None)) if facts.slot == recruit.slot]
-        assert fresh.gpu == places[0].gpu, "not the one that Ray's books call free and the other is using"
+        (fresh,) = [
+            facts
+            for facts in third.posted(group.probe(third.posts, FENCE, 60, lambda: None))
+            if facts.slot == recruit.slot
+        ]
+        assert fresh.gpu == places[0].gpu, (
+            "not the one that Ray's books call free and the other is using"
+        )
         assert seen(group, recruit.slot, tmp_path / "fresh", fresh.gpu) == str(places[0].gpu)
     finally:
         group.remove_all(3)

@@ -30,15 +30,27 @@ from tests.integration.road import ENDS, Road
 
 pytestmark = pytest.mark.ray
 
-STEPS, EVERY = 300, 100
-MOMENT_STEPS, MOMENT_EVERY = 120, 40
+STEPS = 300
+EVERY = 100
+MOMENT_STEPS = 120
+MOMENT_EVERY = 40
 """Of the jobs that are hit at random moments."""
-AWAY_S, AWAY_STEPS = 10.0, 200
+AWAY_S = 10.0
+AWAY_STEPS = 200
 RUNS_AGAIN_S = 15.0
 MOST_GAP = 3.0
-"""Longest pause between two steps, in medians; a machine whose undisturbed steps pause for longer is measured by that."""
+"""Longest pause between two steps, in medians; a machine whose undisturbed steps pause for longer
+is measured by that."""
 
-PHASES = ("job.created", "job.scheduling", "job.starting", "ranks.assigned", "attempt.running", "checkpointing", "recovering")
+PHASES = (
+    "job.created",
+    "job.scheduling",
+    "job.starting",
+    "ranks.assigned",
+    "attempt.running",
+    "checkpointing",
+    "recovering",
+)
 VICTIMS = ("service", "driver", "agent", "rank", "ray")
 
 
@@ -57,11 +69,15 @@ def quick(road: Road, **groups: Any) -> dict[str, Any]:
 
 def short_lived(road: Road, **groups: Any) -> dict[str, Any]:
     """A job for random moments: a short life, any number of tries."""
-    return quick(road, training={"steps": MOMENT_STEPS}, checkpoint={"every_steps": MOMENT_EVERY}, **groups)
+    return quick(
+        road, training={"steps": MOMENT_STEPS}, checkpoint={"every_steps": MOMENT_EVERY}, **groups
+    )
 
 
 def steady(road: Road, steps: int = 240) -> dict[str, Any]:
-    """A job whose pauses are judged: its steps are long against the tenths of a second for which a busy machine holds a process up."""
+    """A job whose pauses are judged: its steps are long against the tenths of a second for which a
+    busy machine holds a process up.
+    """
     return quick(road, training={"steps": steps, "global_batch_size": 8})
 
 
@@ -93,14 +109,23 @@ def undisturbed_moments(road: Road) -> Rows:
 
 def gaps(file: RankFile) -> tuple[float, float, str]:
     """(median, longest, both in words) time between two steps, by the rank's own clock."""
-    found = sorted((after["at"] - before["at"], after["step"]) for before, after in pairwise(file.steps()))
+    found = sorted(
+        (after["at"] - before["at"], after["step"]) for before, after in pairwise(file.steps())
+    )
     median = statistics.median(seconds for seconds, _ in found)
     longest = ", ".join(f"{seconds:.3f} before step {step}" for seconds, step in found[:-4:-1])
-    return median, found[-1][0], f"median {median:.4f} s, longest {longest}: {found[-1][0] / median:.1f} medians"
+    return (
+        median,
+        found[-1][0],
+        f"median {median:.4f} s, longest {longest}: {found[-1][0] / median:.1f} medians",
+    )
 
 
 def assert_no_pause(away: Callable[[], tuple[RankFile, str]], undisturbed_pause: float) -> None:
-    """Judged last, so that everything else has been looked at. The machine may pause by itself, but hardly in two jobs that it disturbs."""
+    """Judged last, so that everything else has been looked at.
+
+    The machine may pause by itself, but hardly in two jobs that it disturbs.
+    """
     said = []
     for _ in range(2):
         file, driver_died = away()
@@ -118,21 +143,31 @@ def living(observer: Observer, job_id: str, role: str) -> int:
 
 
 def stay_away(road: Road, observer: Observer, job_id: str, file: RankFile, seconds: float) -> str:
-    """The service is away so long, and for 200 steps, a checkpoint and a SIGKILL of the driver; says at what step that was."""
+    """The service is away so long, and for 200 steps, a checkpoint and a SIGKILL of the driver;
+    says at what step that was.
+    """
     driver = living(observer, job_id, "driver")
     with service_away(road):
-        gone_at, before = time.monotonic(), file.steps()[-1]["step"]
+        gone_at = time.monotonic()
+        before = file.steps()[-1]["step"]
         file.reached(before + 20)
         kill(driver)
         driver_died = f"at step {file.steps()[-1]['step']}"
         file.reached(before + AWAY_STEPS)
-        assert any(line["kind"] == "checkpoint_written" and line["data"]["step"] > before for line in file.lines())
+        assert any(
+            line["kind"] == "checkpoint_written" and line["data"]["step"] > before
+            for line in file.lines()
+        )
         time.sleep(max(0.0, seconds - (time.monotonic() - gone_at)))
     return driver_died
 
 
-def away_once(road: Road, observer: Observer, spec: dict[str, Any], undisturbed: Rows, seconds: float) -> tuple[RankFile, str]:
-    """One job without its service for so long, looked at in every way but its pauses; its file, and when the driver died."""
+def away_once(
+    road: Road, observer: Observer, spec: dict[str, Any], undisturbed: Rows, seconds: float
+) -> tuple[RankFile, str]:
+    """One job without its service for so long, looked at in every way but its pauses; its file, and
+    when the driver died.
+    """
     job_id = road.client.submit(spec)["id"]
     with RankFile(road, job_id) as file:
         file.reached(10)
@@ -152,7 +187,9 @@ def test_the_service_is_away_and_the_driver_dies(road: Road, observer: Observer)
     assert_no_pause(lambda: away_once(road, observer, steady(road), undisturbed, AWAY_S), pause)
 
 
-def test_the_agent_dies_and_then_the_rank_that_serves_the_store(road: Road, observer: Observer, undisturbed: Rows) -> None:
+def test_the_agent_dies_and_then_the_rank_that_serves_the_store(
+    road: Road, observer: Observer, undisturbed: Rows
+) -> None:
     job_id = road.client.submit(quick(road))["id"]
     with RankFile(road, job_id) as file:
         file.reached(10)
@@ -162,7 +199,9 @@ def test_the_agent_dies_and_then_the_rank_that_serves_the_store(road: Road, obse
         until("another agent", lambda: session(road, "agent") != agent, 30)
         file.reached(EVERY + 20)
         after = observer.actors(job_id)
-        assert (after["w0"], after["w1"]) == before and {row["attempt"] for row in file.steps()} == {1}
+        assert (after["w0"], after["w1"]) == before and {
+            row["attempt"] for row in file.steps()
+        } == {1}
         kill(before[0])
         job = road.finish(job_id)
     assert job["attempt"] == 2 and job["failures"] == 1
@@ -170,7 +209,9 @@ def test_the_agent_dies_and_then_the_rank_that_serves_the_store(road: Road, obse
     assert_nothing_left(road, observer, [job_id])
 
 
-def test_a_rank_dies_while_the_service_is_away(road: Road, observer: Observer, undisturbed: Rows) -> None:
+def test_a_rank_dies_while_the_service_is_away(
+    road: Road, observer: Observer, undisturbed: Rows
+) -> None:
     job_id = road.client.submit(quick(road))["id"]
     with RankFile(road, job_id) as file:
         file.reached(EVERY + 10)
@@ -184,7 +225,9 @@ def test_a_rank_dies_while_the_service_is_away(road: Road, observer: Observer, u
             kill(rank)
             file.reached(newest.step + 1, RUNS_AGAIN_S, attempt=2)
             first = file.steps(2)[0]
-            sys.stdout.write(f"running again after {first['at'] - killed_at:.2f} s from step {newest.step}\n")
+            sys.stdout.write(
+                f"running again after {first['at'] - killed_at:.2f} s from step {newest.step}\n"
+            )
         job = road.finish(job_id)
     assert first["step"] == newest.step + 1 and first["at"] - killed_at <= RUNS_AGAIN_S
     assert job["attempt"] == 2 and job["failures"] == 1
@@ -247,11 +290,16 @@ def reach(road: Road, job_id: str, file: RankFile, phase: str) -> None:
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("number", range(20))
-def test_anything_at_any_moment(road: Road, observer: Observer, undisturbed_moments: Rows, number: int) -> None:
+def test_anything_at_any_moment(
+    road: Road, observer: Observer, undisturbed_moments: Rows, number: int
+) -> None:
     chance = dice(f"moment {number}")
-    phase, delay_s = PHASES[number % len(PHASES)], chance.uniform(0.0, 1.5)
+    phase = PHASES[number % len(PHASES)]
+    delay_s = chance.uniform(0.0, 1.5)
     victims = chance.sample(VICTIMS, chance.choice((1, 2)))
-    job_id = road.client.submit(short_lived(road, restart={"max_failures": 20, "backoff_s": 0.2}))["id"]
+    job_id = road.client.submit(short_lived(road, restart={"max_failures": 20, "backoff_s": 0.2}))[
+        "id"
+    ]
     with RankFile(road, job_id) as file:
         reach(road, job_id, file, phase)
         time.sleep(delay_s)

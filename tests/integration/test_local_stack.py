@@ -1,4 +1,6 @@
-"""A real Ray head, started and ended in every way there is; service and agent are stand-ins, so only the stack is on trial."""
+"""A real Ray head, started and ended in every way there is; service and agent are stand-ins, so
+only the stack is on trial.
+"""
 
 import os
 import random
@@ -41,7 +43,9 @@ def end_quietly(data_dir: Path) -> TeardownReport:
 
 def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
     said: list[str] = []
-    stack = LocalStack(stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption())
+    stack = LocalStack(
+        stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption()
+    )
     try:
         record = stack.start()
         sessions = {entry.name: entry.session for entry in record.sessions}
@@ -50,26 +54,48 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         assert (tmp_path / "data" / "stack.json").stat().st_mode & 0o777 == 0o600
         assert (tmp_path / "data" / "tokens.json").stat().st_mode & 0o777 == 0o600
         assert len(members([sessions["ray"]])) > 5
-        assert httpx.get(f"{record.dashboard_url}/api/version", trust_env=False).status_code == 401, "Ray must ask for its token"
+        assert (
+            httpx.get(f"{record.dashboard_url}/api/version", trust_env=False).status_code == 401
+        ), "Ray must ask for its token"
         headers = {"Authorization": f"Bearer {record.ray_token}"}
-        assert httpx.get(f"{record.dashboard_url}/api/version", headers=headers, trust_env=False).status_code == 200
-        arguments = b"".join(Path(f"/proc/{process.pid}/cmdline").read_bytes() for process in members(sessions.values()))
+        assert (
+            httpx.get(
+                f"{record.dashboard_url}/api/version", headers=headers, trust_env=False
+            ).status_code
+            == 200
+        )
+        arguments = b"".join(
+            Path(f"/proc/{process.pid}/cmdline").read_bytes()
+            for process in members(sessions.values())
+        )
         assert record.ray_token.encode() not in arguments and record.token.encode() not in arguments
 
         with pytest.raises(StackError, match="already up at http://127.0.0.1:.*megatron-ray down"):
-            LocalStack(stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption()).start()
+            LocalStack(
+                stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption()
+            ).start()
 
         for _ in range(4):
             kill_the_service(stack, record.url, tmp_path / "data")
-        assert said == ["the service ended (signal 9); restarting"] * 4, "one that worked is started again without a wait"
+        assert said == ["the service ended (signal 9); restarting"] * 4, (
+            "one that worked is started again without a wait"
+        )
 
-        gcs = next(process for process in members([sessions["ray"]]) if b"gcs_server" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+        gcs = next(
+            process
+            for process in members([sessions["ray"]])
+            if b"gcs_server" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+        )
         os.kill(gcs.pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
-        stack.supervise(until=lambda: time.monotonic() > deadline or "the agent is started again" in said)
+        stack.supervise(
+            until=lambda: time.monotonic() > deadline or "the agent is started again" in said
+        )
         again = read_record(tmp_path / "data")
         assert again is not None and again.ray_address != record.ray_address
-        assert _answers(f"{again.dashboard_url}/api/gcs_healthz"), "a Ray that dies is replaced whole"
+        assert _answers(f"{again.dashboard_url}/api/gcs_healthz"), (
+            "a Ray that dies is replaced whole"
+        )
         assert members([sessions["ray"], sessions["agent"]]) == []
         record = again
     finally:
@@ -78,11 +104,15 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
     assert members(entry.session for entry in record.sessions) == []
     assert not Path(record.temp_dir).exists()
     assert read_record(tmp_path / "data") is None
-    assert end_quietly(tmp_path / "data") == TeardownReport(was_up=False), "ending again is harmless"
+    assert end_quietly(tmp_path / "data") == TeardownReport(was_up=False), (
+        "ending again is harmless"
+    )
 
 
 def kill_the_service(stack: LocalStack, url: str, data_dir: Path) -> None:
-    """Once it has lived for long enough to have proven that it works; returns when the next one serves at the same address."""
+    """Once it has lived for long enough to have proven that it works; returns when the next one
+    serves at the same address.
+    """
     proven = time.monotonic() + PROVEN_S
     stack.supervise(until=lambda: time.monotonic() > proven)
     record = read_record(data_dir)
@@ -90,7 +120,9 @@ def kill_the_service(stack: LocalStack, url: str, data_dir: Path) -> None:
     (killed,) = [entry.session for entry in record.sessions if entry.name == "service"]
     os.kill(killed.sid, signal.SIGKILL)
     deadline = time.monotonic() + 20
-    stack.supervise(until=lambda: time.monotonic() > deadline or (members([killed]) == [] and _answers(url)))
+    stack.supervise(
+        until=lambda: time.monotonic() > deadline or (members([killed]) == [] and _answers(url))
+    )
     assert _answers(url), "the service comes back at the same address"
     assert members([killed]) == [], "what the old service had started is gone"
 
@@ -137,7 +169,11 @@ def test_up_cleans_up_after_one_that_was_killed(watched: Watched) -> None:
     again = Watched(watched.data_dir)
     try:
         deadline = time.monotonic() + 60
-        while (second := again.look()) is None or second.stack_id == first.stack_id or second.phase != "ready":
+        while (
+            (second := again.look()) is None
+            or second.stack_id == first.stack_id
+            or second.phase != "ready"
+        ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         assert second.url == first.url, "a data dir keeps its address while the port is free"

@@ -1,4 +1,6 @@
-"""Any one change to a valid spec is either refused with a pointer, or the job it makes reaches its first step."""
+"""Any one change to a valid spec is either refused with a pointer, or the job it makes reaches its
+first step.
+"""
 
 import copy
 import json
@@ -15,13 +17,42 @@ from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray
 
-VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 64, 0.5, 1.5, 1e30, 10**12, "", "x", "auto", "-1", "é\u0000", [], [1], {}, {"a": 1}]
+VALUES = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    64,
+    0.5,
+    1.5,
+    1e30,
+    10**12,
+    "",
+    "x",
+    "auto",
+    "-1",
+    "é\u0000",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
 Path = tuple[str | int, ...]
 
 
 def full_spec() -> dict[str, Any]:
-    """Every field spelt out, so that every field can be changed; short and small, so that what is accepted starts quickly."""
-    spec = {**copy.deepcopy(SPEC), "data": {"train": [{"path": "CORPUS"}], "tokenizer": {"kind": "bytes"}}}
+    """Every field spelt out, so that every field can be changed; short and small, so that what is
+    accepted starts quickly.
+    """
+    spec = {
+        **copy.deepcopy(SPEC),
+        "data": {"train": [{"path": "CORPUS"}], "tokenizer": {"kind": "bytes"}},
+    }
     values = JobSpec.from_mapping(spec).model_dump(mode="json")
     del values["storage"]
     return values
@@ -29,7 +60,13 @@ def full_spec() -> dict[str, Any]:
 
 def paths(node: Any, prefix: Path = ()) -> Iterator[Path]:
     """Of every field, groups included."""
-    items: Any = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items: Any = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, value in items:
         yield (*prefix, key)
         yield from paths(value, (*prefix, key))
@@ -61,18 +98,33 @@ def check(road: Road, change: str, spec: dict[str, Any]) -> None:
     if response.status_code != 201:
         assert 400 <= response.status_code < 500, f"{change}: {response.text}"
         problem = response.json()
-        assert problem["errors"] and all(entry["pointer"].startswith("/") and entry["detail"] for entry in problem["errors"]), problem
+        assert problem["errors"] and all(
+            entry["pointer"].startswith("/") and entry["detail"] for entry in problem["errors"]
+        ), problem
         return
     job_id = response.json()["id"]
-    job = road.wait(job_id, lambda job: bool((job["progress"] or {}).get("step")) or job["ended_at"] is not None)
+    job = road.wait(
+        job_id, lambda job: bool((job["progress"] or {}).get("step")) or job["ended_at"] is not None
+    )
     if job["status"] == "failed":
-        # Only what reading the data has shown may come this late, still by field and before any rank was placed.
+        # Only what reading the data has shown may come this late, still by field and before any
+        # rank was placed.
         assert job["attempt"] == 0 and job["problem"]["errors"], f"{change}: {job}"
-    httpx.post(f"{road.record.url}/v1/jobs/{job_id}/cancel", json={"checkpoint": False}, headers=road.headers, timeout=10)
+    httpx.post(
+        f"{road.record.url}/v1/jobs/{job_id}/cancel",
+        json={"checkpoint": False},
+        headers=road.headers,
+        timeout=10,
+    )
     road.finish(job_id)
 
 
-OPTIONS = {"deadline": None, "phases": [Phase.generate], "database": None, "suppress_health_check": list(HealthCheck)}
+OPTIONS = {
+    "deadline": None,
+    "phases": [Phase.generate],
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+}
 
 
 @settings(max_examples=12, derandomize=True, **OPTIONS)  # type: ignore[arg-type]

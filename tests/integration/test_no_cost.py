@@ -1,4 +1,6 @@
-"""The training thread calls neither Ray nor HTTP: a real session in a real worker under a real driver, every call of it recorded."""
+"""The training thread calls neither Ray nor HTTP: a real session in a real worker under a real
+driver, every call of it recorded.
+"""
 
 import json
 import os
@@ -23,14 +25,29 @@ from workers.rank.worker import RankWorker, train_for_real
 pytestmark = pytest.mark.ray
 
 STEPS = 12
-FORBIDDEN = {"ray", "grpc", "httpx", "httpcore", "h11", "urllib", "urllib3", "requests", "aiohttp", "http", "asyncio", "anyio"}
+FORBIDDEN = {
+    "ray",
+    "grpc",
+    "httpx",
+    "httpcore",
+    "h11",
+    "urllib",
+    "urllib3",
+    "requests",
+    "aiohttp",
+    "http",
+    "asyncio",
+    "anyio",
+}
 FORBIDDEN |= {"socket", "_socket", "ssl", "_ssl", "select", "subprocess", "_posixsubprocess"}
 CALLS = "calls-of-the-training-thread.json"
 
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
-    """Modules of all Python functions and modules or types of all C functions that this thread calls in the block."""
+    """Modules of all Python functions and modules or types of all C functions that this thread
+    calls in the block.
+    """
     seen: set[str] = set()
 
     def note(frame: FrameType, event: str, called: Any) -> None:
@@ -53,7 +70,9 @@ def roots(modules: set[str]) -> set[str]:
     return {name.partition(".")[0] for name in modules}
 
 
-def recorded_train(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+def recorded_train(
+    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+) -> str:
     with recorded() as seen:
         outcome = train_for_real(order, report, poll)
     Path(order.spec["storage"]["path"], CALLS).write_text(json.dumps(sorted(seen)))
@@ -71,10 +90,22 @@ class RecordedDriver(JobDriver):
 def spec(folder: Path) -> dict[str, Any]:
     return {
         "name": "recorded",
-        "model": {"preset": "gpt-tiny", "num_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "ffn_hidden_size": 32},
+        "model": {
+            "preset": "gpt-tiny",
+            "num_layers": 1,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "ffn_hidden_size": 32,
+        },
         "parallel": {"tp": 1, "dp": 1},
         "data": {"train": [{"path": str(folder / "corpus.txt")}], "tokenizer": {"kind": "bytes"}},
-        "training": {"seq_length": 16, "micro_batch_size": 2, "global_batch_size": 4, "steps": STEPS, "eval_every_steps": 5},
+        "training": {
+            "seq_length": 16,
+            "micro_batch_size": 2,
+            "global_batch_size": 4,
+            "steps": STEPS,
+            "eval_every_steps": 5,
+        },
         "optimizer": {"lr": 0.001},
         "checkpoint": {"every_steps": 4},
         "resources": {"accelerator": "cpu"},
@@ -82,7 +113,9 @@ def spec(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_the_training_thread_calls_neither_ray_nor_http(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> None:
+def test_the_training_thread_calls_neither_ray_nor_http(
+    fake_service: FakeService, ends_actors: None, tmp_path: Path
+) -> None:
     from workers.agent.driver_registry import DriverRegistry
     from workers.protocol.wire import DesiredReply
 
@@ -90,7 +123,11 @@ def test_the_training_thread_calls_neither_ray_nor_http(fake_service: FakeServic
     registry = DriverRegistry(fake_service.url, NAMESPACE, RecordedDriver)
     job_id = f"job-{uuid.uuid4().hex[:12]}"
     fake_service.want(job_id, desired="prepare", spec=spec(tmp_path), job_dir=str(tmp_path / "job"))
-    registry.want(DesiredReply.model_validate({"revision": 1, "jobs": list(fake_service.jobs.values()), "terminal": []}))
+    registry.want(
+        DesiredReply.model_validate(
+            {"revision": 1, "jobs": list(fake_service.jobs.values()), "terminal": []}
+        )
+    )
     registry.reconcile()
     fake_service.wait("prepared data", lambda: fake_service.stored(job_id, kind="prepared"))
     fake_service.want(job_id, desired="run")
@@ -105,8 +142,12 @@ def test_the_training_thread_calls_neither_ray_nor_http(fake_service: FakeServic
         "workers.rank.worker",
         "workers.rank.spool",
     }
-    assert worked | {"posix"} <= seen, "the record is of the thread that trains, evaluates, saves and reports"
-    assert roots(seen) & FORBIDDEN == set(), sorted(name for name in seen if name.partition(".")[0] in FORBIDDEN)
+    assert worked | {"posix"} <= seen, (
+        "the record is of the thread that trains, evaluates, saves and reports"
+    )
+    assert roots(seen) & FORBIDDEN == set(), sorted(
+        name for name in seen if name.partition(".")[0] in FORBIDDEN
+    )
 
 
 def test_the_record_would_show_a_call() -> None:

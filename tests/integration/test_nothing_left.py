@@ -1,4 +1,6 @@
-"""Jobs end in every way there is; afterwards Ray holds nothing of them, the database has no open row, and nobody has grown."""
+"""Jobs end in every way there is; afterwards Ray holds nothing of them, the database has no open
+row, and nobody has grown.
+"""
 
 import os
 import sys
@@ -28,10 +30,12 @@ from tests.integration.service_process import open_files
 pytestmark = pytest.mark.ray
 
 JOBS = 50
-SHORT_JOBS, FIRST_LOOK = 200, 50
+SHORT_JOBS = 200
+FIRST_LOOK = 50
 MOST_GROWTH = 0.10
-"""Of resident memory from the first look to the last: caches and heaps settle within the first jobs, and what is kept per job
-(rows of history in a cache, say, or a leaked object) would add up over three times as many jobs again."""
+"""Of resident memory from the first look to the last: caches and heaps settle within the first
+jobs, and what is kept per job (rows of history in a cache, say, or a leaked object) would add up
+over three times as many jobs again."""
 GROWTH_FLOOR_BYTES = 8 << 20
 """Less than this is the allocator's, whatever the process' size."""
 
@@ -49,7 +53,9 @@ def short(road: Road, steps: int = 4, **groups: Any) -> dict[str, Any]:
     """One rank, few steps."""
     training = {"steps": steps, "global_batch_size": 4, **groups.pop("training", {})}
     restart = {"backoff_s": 0.1, **groups.pop("restart", {})}
-    return road.spec(parallel={"tp": 1, "sequence_parallel": False}, training=training, restart=restart, **groups)
+    return road.spec(
+        parallel={"tp": 1, "sequence_parallel": False}, training=training, restart=restart, **groups
+    )
 
 
 def submit(road: Road, spec: dict[str, Any]) -> str:
@@ -85,7 +91,9 @@ def is_mistaken(road: Road, observer: Observer) -> str:
 
 
 def diverges(road: Road, observer: Observer) -> str:
-    return submit(road, short(road, 100, optimizer={"lr": 100.0, "weight_decay": 1.0}))  # weights grow a hundredfold per step
+    return submit(
+        road, short(road, 100, optimizer={"lr": 100.0, "weight_decay": 1.0})
+    )  # weights grow a hundredfold per step
 
 
 def spends_its_budget(road: Road, observer: Observer) -> str:
@@ -97,7 +105,10 @@ def spends_its_budget(road: Road, observer: Observer) -> str:
 def crashes_in_a_loop(road: Road, observer: Observer) -> str:
     job_id = endless(road, restart={"max_failures": 10, "backoff_s": 0})
     for attempt in (1, 2, 3):
-        road.wait(job_id, lambda job, attempt=attempt: job["attempt"] == attempt and job["status"] == "running")
+        road.wait(
+            job_id,
+            lambda job, attempt=attempt: job["attempt"] == attempt and job["status"] == "running",
+        )
         kill_role(observer, job_id, "w0")
     return job_id
 
@@ -189,7 +200,10 @@ def end_in(road: Road, observer: Observer, way: Way, wanted: tuple[str, ...]) ->
     job_id = way(road, observer)
     job = road.finish(job_id, 180)
     name = getattr(way, "__name__", "")
-    sys.stdout.write(f"{name}: {job['status']} {job['status_reason'] or ''} after {time.monotonic() - started:.1f} s\n")
+    sys.stdout.write(
+        f"{name}: {job['status']} {job['status_reason'] or ''} after "
+        f"{time.monotonic() - started:.1f} s\n"
+    )
     assert job["status"] in wanted, f"{name}\n{story(road, job_id)}"
     return job_id
 
@@ -209,7 +223,9 @@ def assert_clean(road: Road, observer: Observer, job_ids: list[str]) -> None:
 
 
 def test_a_handful(road: Road, observer: Observer) -> None:
-    assert_clean(road, observer, [end_in(road, observer, way, wanted) for way, wanted in SOME.items()])
+    assert_clean(
+        road, observer, [end_in(road, observer, way, wanted) for way, wanted in SOME.items()]
+    )
 
 
 # ---- the long forms
@@ -218,7 +234,11 @@ def test_a_handful(road: Road, observer: Observer) -> None:
 @pytest.mark.chaos
 def test_fifty_jobs_that_end_in_every_way(road: Road, observer: Observer) -> None:
     ways = list(ALL.items())
-    assert_clean(road, observer, [end_in(road, observer, *ways[number % len(ways)]) for number in range(JOBS)])
+    assert_clean(
+        road,
+        observer,
+        [end_in(road, observer, *ways[number % len(ways)]) for number in range(JOBS)],
+    )
 
 
 @dataclass(frozen=True)
@@ -226,8 +246,8 @@ class Size:
     """What a process holds."""
 
     fds: int
-    """Without the database's files: the service keeps a connection for as many requests as there have been at once, up to a bound that
-    tests/integration/test_service_leaks.py looks at."""
+    """Without the database's files: the service keeps a connection for as many requests as there
+    have been at once, up to a bound that tests/integration/test_service_leaks.py looks at."""
     memory_bytes: int
 
     @classmethod
@@ -250,7 +270,9 @@ def run_short_jobs(road: Road, job_count: int, done: int) -> None:
 
 @pytest.mark.chaos
 def test_nobody_grows_over_short_jobs(road: Road, observer: Observer) -> None:
-    long_job = submit(road, short(road, 1_000_000, checkpoint={"every_steps": 1000, "keep_last": 1}))
+    long_job = submit(
+        road, short(road, 1_000_000, checkpoint={"every_steps": 1000, "keep_last": 1})
+    )
     road.step(long_job, 2)
     pids = {"service": session(road, "service").sid, "agent": session(road, "agent").sid}
     pids["driver"] = int(until("a driver", lambda: observer.actors(long_job).get("driver"), 60))
@@ -259,7 +281,10 @@ def test_nobody_grows_over_short_jobs(road: Road, observer: Observer) -> None:
         run_short_jobs(road, count, max(looks, default=0))
         time.sleep(3)  # ended drivers are reaped, connections closed
         looks[count] = {name: Size.of(pid) for name, pid in pids.items()}
-        line = ", ".join(f"{name} {size.fds} fds {size.memory_bytes / 2**20:.1f} MiB" for name, size in looks[count].items())
+        line = ", ".join(
+            f"{name} {size.fds} fds {size.memory_bytes / 2**20:.1f} MiB"
+            for name, size in looks[count].items()
+        )
         sys.stdout.write(f"after {count} short jobs: {line}\n")
     road.client.cancel(long_job)
     road.finish(long_job)
@@ -267,5 +292,7 @@ def test_nobody_grows_over_short_jobs(road: Road, observer: Observer) -> None:
         before = looks[FIRST_LOOK][name]
         assert after.fds <= before.fds, f"{name}: {before.fds} -> {after.fds} fds"
         grown = after.memory_bytes - before.memory_bytes
-        assert grown <= max(GROWTH_FLOOR_BYTES, MOST_GROWTH * before.memory_bytes), f"{name}: grew by {grown / 2**20:.1f} MiB"
+        assert grown <= max(GROWTH_FLOOR_BYTES, MOST_GROWTH * before.memory_bytes), (
+            f"{name}: grew by {grown / 2**20:.1f} MiB"
+        )
     assert_clean(road, observer, [long_job])

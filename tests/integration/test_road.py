@@ -1,4 +1,6 @@
-"""The whole road on one machine: the local stack as a user starts it, jobs through the public API, things killed on the way."""
+"""The whole road on one machine: the local stack as a user starts it, jobs through the public API,
+things killed on the way.
+"""
 
 import os
 import signal
@@ -29,13 +31,28 @@ def test_a_job_goes_the_whole_road(road: Road, undisturbed: list[dict[str, Any]]
     assert undisturbed[-1]["loss"] < undisturbed[0]["loss"] - 1
     job = road.client.jobs(limit=1)["data"][0]
     assert job["status"] == "succeeded" and job["progress"]["val_loss"] < undisturbed[0]["loss"] - 1
-    assert [entry["step"] for entry in road.client.checkpoints(job["id"])["data"]] in ([60, 40], [40, 60])
+    assert [entry["step"] for entry in road.client.checkpoints(job["id"])["data"]] in (
+        [60, 40],
+        [40, 60],
+    )
     ranks = road.client.ranks(job["id"])["data"]
-    assert [entry["rank"] for entry in ranks] == [0, 1] and len({entry["pid"] for entry in ranks}) == 2
+    assert [entry["rank"] for entry in ranks] == [0, 1] and len(
+        {entry["pid"] for entry in ranks}
+    ) == 2
     events = road.client.events(job["id"], limit=100)["data"]
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     text = subprocess.run(
-        [CLI, "generate", job["id"], "--prompt", "1 2 3", "--max-new-tokens", "20", "--data-dir", road.data_dir],
+        [
+            CLI,
+            "generate",
+            job["id"],
+            "--prompt",
+            "1 2 3",
+            "--max-new-tokens",
+            "20",
+            "--data-dir",
+            road.data_dir,
+        ],
         check=True,
         capture_output=True,
         text=True,
@@ -46,24 +63,33 @@ def test_a_job_goes_the_whole_road(road: Road, undisturbed: list[dict[str, Any]]
 
 def test_a_pipeline_trains_as_one_rank_does(road: Road) -> None:
     def train(**parallel: Any) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        spec = road.spec(parallel={"tp": 1, "sequence_parallel": False, "dp": 1} | parallel, training={"steps": 8})
+        spec = road.spec(
+            parallel={"tp": 1, "sequence_parallel": False, "dp": 1} | parallel,
+            training={"steps": 8},
+        )
         job = road.finish(road.client.submit(spec)["id"])
         assert job["status"] == "succeeded", job
         return road.rows(job["id"]), road.client.ranks(job["id"])["data"]
 
-    (rows, ranks), (expected, alone) = train(pp=2), train()
+    (rows, ranks) = train(pp=2)
+    (expected, alone) = train()
     assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, 9))
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-5)
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.5
-    assert [entry["coordinates"] for entry in ranks] == [{"tp": 0, "cp": 0, "dp": 0, "pp": place} for place in range(2)]
+    assert [entry["coordinates"] for entry in ranks] == [
+        {"tp": 0, "cp": 0, "dp": 0, "pp": place} for place in range(2)
+    ]
     assert len({entry["pid"] for entry in ranks}) == 2 and len(alone) == 1
 
 
-def test_the_service_may_die_while_a_job_trains(road: Road, undisturbed: list[dict[str, Any]]) -> None:
+def test_the_service_may_die_while_a_job_trains(
+    road: Road, undisturbed: list[dict[str, Any]]
+) -> None:
     job_id = road.client.submit(road.spec())["id"]
     road.step(job_id, 10)
-    pids, before = road.pids(job_id), road.service_session()
+    pids = road.pids(job_id)
+    before = road.service_session()
     os.kill(before.sid, signal.SIGKILL)
     job = road.finish(job_id)
     assert road.service_session() != before
@@ -118,36 +144,55 @@ def unwritable(road: Road) -> str:
 BAD: dict[str, tuple[Callable[[Road], dict[str, Any]], str]] = {
     "unknown field": (lambda road: {**road.spec(), "learning_rate": 1}, "/learning_rate"),
     "tp that does not divide": (lambda road: road.spec(parallel={"tp": 3}), "/parallel/tp"),
-    "context": (lambda road: road.spec(parallel={"tp": 1, "cp": 3, "sequence_parallel": False}), "/training/seq_length"),
+    "context": (
+        lambda road: road.spec(parallel={"tp": 1, "cp": 3, "sequence_parallel": False}),
+        "/training/seq_length",
+    ),
     "world too large": (lambda road: road.spec(parallel={"dp": 2}), "/parallel"),
-    "missing data": (lambda road: road.spec(data={"train": [{"path": "/nowhere/at/all"}]}), "/data/train/0/path"),
-    "data too short": (lambda road: road.spec(data={"train": [{"path": short_file(road)}]}), "/data/train"),
+    "missing data": (
+        lambda road: road.spec(data={"train": [{"path": "/nowhere/at/all"}]}),
+        "/data/train/0/path",
+    ),
+    "data too short": (
+        lambda road: road.spec(data={"train": [{"path": short_file(road)}]}),
+        "/data/train",
+    ),
     "corrupt tokenizer": (
         lambda road: road.spec(data={"tokenizer": {"kind": "file", "path": bad_tokenizer(road)}}),
         "/data/tokenizer/path",
     ),
-    "unwritable storage": (lambda road: road.spec(storage={"path": unwritable(road)}), "/storage/path"),
+    "unwritable storage": (
+        lambda road: road.spec(storage={"path": unwritable(road)}),
+        "/storage/path",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_refused_at_once_by_field(road: Road, case: str) -> None:
     make, pointer = BAD[case]
-    response = httpx.post(f"{road.record.url}/v1/jobs", json=make(road), headers=road.headers, timeout=20)
+    response = httpx.post(
+        f"{road.record.url}/v1/jobs", json=make(road), headers=road.headers, timeout=20
+    )
     assert response.status_code == 422, response.text
     assert response.headers["content-type"].startswith("application/problem+json")
     problem = response.json()
     assert {"type", "title", "status", "detail", "code", "request_id"} <= problem.keys()
-    assert any(entry["pointer"].startswith(pointer) and entry["detail"] for entry in problem["errors"]), problem
+    assert any(
+        entry["pointer"].startswith(pointer) and entry["detail"] for entry in problem["errors"]
+    ), problem
     assert "Traceback" not in response.text
 
 
 def test_an_idempotency_key_gives_the_same_job_and_takes_no_other_body(road: Road) -> None:
     headers = road.headers | {"Idempotency-Key": "once"}
-    url, spec = f"{road.record.url}/v1/jobs", road.spec(training={"steps": 5000})
+    url = f"{road.record.url}/v1/jobs"
+    spec = road.spec(training={"steps": 5000})
     first = httpx.post(url, json=spec, headers=headers, timeout=20)
     again = httpx.post(url, json=spec, headers=headers, timeout=20)
-    assert first.status_code == again.status_code == 201 and first.json()["id"] == again.json()["id"]
+    assert (
+        first.status_code == again.status_code == 201 and first.json()["id"] == again.json()["id"]
+    )
     other = httpx.post(url, json=road.spec(), headers=headers, timeout=20)
     assert other.status_code == 422 and "Idempotency-Key" in other.text
     road.client.cancel(first.json()["id"])

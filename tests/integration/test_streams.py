@@ -1,4 +1,6 @@
-"""Streams through a network that cuts them and a service that is killed: each reader gets what the history lists, once."""
+"""Streams through a network that cuts them and a service that is killed: each reader gets what the
+history lists, once.
+"""
 
 import os
 import random
@@ -15,26 +17,46 @@ import pytest
 from service.client import Client, ServiceError
 from service.store.metrics import KEYS
 from tests.integration.cutting_proxy import CuttingProxy
-from tests.integration.service_process import SPEC, Records, ServiceProcess, free_port, job_token, post, report_nodes, step_row
+from tests.integration.service_process import (
+    SPEC,
+    Records,
+    ServiceProcess,
+    free_port,
+    job_token,
+    post,
+    report_nodes,
+    step_row,
+)
 
-READERS, CUTS, KILL_AT = 3, 50, (3, 18, 35)
+READERS = 3
+CUTS = 50
+KILL_AT = (3, 18, 35)
 DEADLINE_S = 120.0
 ODD = "line\u2028separators\x85 and ends\x1c\n\r of lines, ümläute"
 Json = dict[str, Any]
 
 
 class Producer(threading.Thread):
-    """A driver: two attempts, the second repeating steps; every batch is sent until it is stored, wherever the service is."""
+    """A driver: two attempts, the second repeating steps; every batch is sent until it is stored,
+    wherever the service is.
+    """
 
-    def __init__(self, service: ServiceProcess, job_id: str, token: str, rng: random.Random) -> None:
+    def __init__(
+        self, service: ServiceProcess, job_id: str, token: str, rng: random.Random
+    ) -> None:
         super().__init__(daemon=True)
-        self.service, self.records, self.rng = service, Records(job_id), rng
+        self.service = service
+        self.records = Records(job_id)
+        self.rng = rng
         self.path = f"/internal/v1/jobs/{job_id}/records"
         self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         self.http = httpx.Client(timeout=5, trust_env=False)
-        self.attempt, self.step, self.rows = 1, 0, 0
+        self.attempt = 1
+        self.step = 0
+        self.rows = 0
         self.ahead: Callable[[], int] = lambda: 0
-        self.second_attempt, self.finish = threading.Event(), threading.Event()
+        self.second_attempt = threading.Event()
+        self.finish = threading.Event()
         self.error: str | None = None
 
     def history(self) -> None:
@@ -45,27 +67,67 @@ class Producer(threading.Thread):
             self.work(rows=15)
 
     def begin_attempt(self) -> None:
-        self.say(("attempt", {"state": "starting", "world_size": 4}), ("state", {"state": "starting"}), ("state", {"state": "running"}))
+        self.say(
+            ("attempt", {"state": "starting", "world_size": 4}),
+            ("state", {"state": "starting"}),
+            ("state", {"state": "running"}),
+        )
 
     def run(self) -> None:
         while not self.finish.wait(0.005):
             if self.second_attempt.is_set() and self.attempt == 1:
-                self.say(("state", {"state": "recovering", "reason": "worker_died", "message": "rank 1 died"}))
-                self.say(("attempt", {"state": "failed", "reason": "worker_died", "message": "rank 1 died"}))
-                self.attempt, self.step = 2, max(0, self.step - 70)
+                self.say(
+                    (
+                        "state",
+                        {"state": "recovering", "reason": "worker_died", "message": "rank 1 died"},
+                    )
+                )
+                self.say(
+                    (
+                        "attempt",
+                        {"state": "failed", "reason": "worker_died", "message": "rank 1 died"},
+                    )
+                )
+                self.attempt = 2
+                self.step = max(0, self.step - 70)
                 self.begin_attempt()
-            if self.ahead() < 100:  # so that readers come to the live end of the stream, on the slowest machine too
+            if (
+                self.ahead() < 100
+            ):  # so that readers come to the live end of the stream, on the slowest machine too
                 self.work(rows=self.rng.randint(3, 15))
         self.say(("attempt", {"state": "succeeded"}), ("state", {"state": "succeeded"}))
 
     def work(self, rows: int) -> None:
         """Some steps and, now and then, something for the history."""
-        first, self.step, self.rows = self.step + 1, self.step + rows, self.rows + rows
-        self.send(f"a{self.attempt}/r0", *(step_row(step, self.attempt) for step in range(first, self.step + 1)))
+        first = self.step + 1
+        self.step = self.step + rows
+        self.rows = self.rows + rows
+        self.send(
+            f"a{self.attempt}/r0",
+            *(step_row(step, self.attempt) for step in range(first, self.step + 1)),
+        )
         if self.rng.random() < 0.3:
-            self.say(("event", {"type": "test.note", "level": self.rng.choice(("info", "warn")), "message": f"{ODD} {self.step}"}))
+            self.say(
+                (
+                    "event",
+                    {
+                        "type": "test.note",
+                        "level": self.rng.choice(("info", "warn")),
+                        "message": f"{ODD} {self.step}",
+                    },
+                )
+            )
         if self.rng.random() < 0.1:
-            self.say(("checkpoint", {"step": self.step, "path": f"checkpoints/{self.attempt}-{self.step}", "bytes": 7}))
+            self.say(
+                (
+                    "checkpoint",
+                    {
+                        "step": self.step,
+                        "path": f"checkpoints/{self.attempt}-{self.step}",
+                        "bytes": 7,
+                    },
+                )
+            )
 
     def say(self, *facts: tuple[str, Json]) -> None:
         self.send("driver", *facts)
@@ -75,7 +137,9 @@ class Producer(threading.Thread):
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
             try:
-                response = self.http.post(self.service.url + self.path, json=batch, headers=self.headers)
+                response = self.http.post(
+                    self.service.url + self.path, json=batch, headers=self.headers
+                )
             except httpx.HTTPError:
                 time.sleep(0.02)  # killed; the next one is on its way
                 continue
@@ -89,10 +153,19 @@ class Producer(threading.Thread):
 class Reader(threading.Thread):
     """A user's client behind a bad network; keeps all that it was given, in order."""
 
-    def __init__(self, service: ServiceProcess, job_id: str, rng: random.Random, known_events: int, known_rows: int) -> None:
+    def __init__(
+        self,
+        service: ServiceProcess,
+        job_id: str,
+        rng: random.Random,
+        known_events: int,
+        known_rows: int,
+    ) -> None:
         super().__init__(daemon=True)
         self.proxy = CuttingProxy(lambda: service.address, rng, CUTS, self.was_cut)
-        self.service, self.job_id, self.known = service, job_id, (known_events, known_rows)
+        self.service = service
+        self.job_id = job_id
+        self.known = (known_events, known_rows)
         self.events: list[Json] = []
         self.rows: list[Json] = []
         self.ended = False
@@ -116,7 +189,12 @@ class Reader(threading.Thread):
                     elif event.event != "state":
                         assert event.data["type"] == event.event
                         self.events.append(event.data)
-        except (ServiceError, AssertionError, ValueError, KeyError) as error:  # shown by the test, which is in another thread
+        except (
+            ServiceError,
+            AssertionError,
+            ValueError,
+            KeyError,
+        ) as error:  # shown by the test, which is in another thread
             self.error = error
 
 
@@ -133,14 +211,19 @@ def service(tmp_path: Path) -> Iterator[ServiceProcess]:
         yield started
 
 
-def test_readers_cut_fifty_times_each_receive_the_history_once(service: ServiceProcess, rng: random.Random) -> None:
+def test_readers_cut_fifty_times_each_receive_the_history_once(
+    service: ServiceProcess, rng: random.Random
+) -> None:
     with service.client(service.user_token) as user, service.client(service.agent_token) as agent:
         report_nodes(agent)
         job_id = post(user, "/v1/jobs", SPEC)["id"]
         producer = Producer(service, job_id, job_token(agent, job_id), random.Random(rng.random()))
         producer.history()
         known = len(user.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()["data"])
-    readers = [Reader(service, job_id, random.Random(rng.random()), known, producer.step) for _ in range(READERS)]
+    readers = [
+        Reader(service, job_id, random.Random(rng.random()), known, producer.step)
+        for _ in range(READERS)
+    ]
     producer.ahead = lambda: producer.rows - min(len(reader.rows) for reader in readers)
     threads: list[threading.Thread] = [producer, *readers]
     for thread in threads:
@@ -161,14 +244,20 @@ def test_readers_cut_fifty_times_each_receive_the_history_once(service: ServiceP
 
     with Client(service.url, service.user_token) as client:
         events = [event for page in pages(client, job_id) for event in page]
-        rows = [row for attempt in (1, 2) for row in client.metrics(job_id, keys=",".join(KEYS), attempt=attempt)["data"]]
+        rows = [
+            row
+            for attempt in (1, 2)
+            for row in client.metrics(job_id, keys=",".join(KEYS), attempt=attempt)["data"]
+        ]
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1)) and len(rows) > 600
     assert any(ODD in event["message"] for event in events)
     for reader in readers:
         assert reader.error is None and reader.ended
         assert reader.events == events
         assert sorted(reader.rows, key=key) == sorted(rows, key=key)
-        assert reader.proxy.cuts == CUTS and reader.cuts_in_replay >= 3 and reader.cuts_live >= 3, vars(reader)
+        assert reader.proxy.cuts == CUTS and reader.cuts_in_replay >= 3 and reader.cuts_live >= 3, (
+            vars(reader)
+        )
 
 
 def key(row: Json) -> tuple[int, int]:
@@ -192,8 +281,16 @@ def fewest_cuts(readers: list[Reader]) -> int:
 def wait_for(reached: Callable[[], bool], readers: list[Reader], producer: Producer) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not reached():
-        state = [(reader.proxy.cuts, len(reader.events), len(reader.rows), reader.error) for reader in readers]
-        assert time.monotonic() < deadline, f"not reached in {DEADLINE_S:.0f} s: {state}, {producer.error}"
+        state = [
+            (reader.proxy.cuts, len(reader.events), len(reader.rows), reader.error)
+            for reader in readers
+        ]
+        assert time.monotonic() < deadline, (
+            f"not reached in {DEADLINE_S:.0f} s: {state}, {producer.error}"
+        )
         assert producer.is_alive() or producer.finish.is_set(), "the producer has died"
-        assert producer.error is None and not any(reader.error for reader in readers), (state, producer.error)
+        assert producer.error is None and not any(reader.error for reader in readers), (
+            state,
+            producer.error,
+        )
         time.sleep(0.02)

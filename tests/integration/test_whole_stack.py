@@ -1,4 +1,6 @@
-"""The road a newcomer walks, by the command line alone: up, plan, submit, look, generate, cancel, down."""
+"""The road a newcomer walks, by the command line alone: up, plan, submit, look, generate, cancel,
+down.
+"""
 
 import json
 import subprocess
@@ -29,11 +31,21 @@ class CommandLine:
     """`megatron-ray` in one folder, with one data dir."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.data_dir = folder, folder / "data"
+        self.folder = folder
+        self.data_dir = folder / "data"
 
     def run(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "service.cli.entry", *arguments, "--data-dir", str(self.data_dir)]
-        return subprocess.run(command, cwd=self.folder, capture_output=True, text=True, timeout=timeout_s)
+        command = [
+            sys.executable,
+            "-m",
+            "service.cli.entry",
+            *arguments,
+            "--data-dir",
+            str(self.data_dir),
+        ]
+        return subprocess.run(
+            command, cwd=self.folder, capture_output=True, text=True, timeout=timeout_s
+        )
 
     def ok(self, *arguments: str) -> str:
         done = self.run(*arguments)
@@ -45,7 +57,11 @@ class CommandLine:
 def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
     folder = tmp_path_factory.mktemp("road")
     (folder / "spec.yaml").write_text(SPEC)
-    (folder / "corpus.txt").write_text("\n\n".join(f"Document {index} says: " + "the quick brown fox. " * 20 for index in range(60)))
+    (folder / "corpus.txt").write_text(
+        "\n\n".join(
+            f"Document {index} says: " + "the quick brown fox. " * 20 for index in range(60)
+        )
+    )
     line = CommandLine(folder)
     line.ok("up", "--detach", "--cpus", "2")
     yield line
@@ -58,19 +74,29 @@ def test_the_road(cli: CommandLine) -> None:
 
     done = cli.run("submit", "spec.yaml", "--watch")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "running" in done.stdout and "step 12/12" in done.stdout and done.stdout.rstrip().endswith("succeeded")
+    assert (
+        "running" in done.stdout
+        and "step 12/12" in done.stdout
+        and done.stdout.rstrip().endswith("succeeded")
+    )
 
     (job,) = json.loads(cli.ok("jobs", "--json"))["data"]
     shown = json.loads(cli.ok("show", job["id"], "--json"))
     assert shown["status"] == "succeeded" and shown["progress"]["step"] == 12
     rows = json.loads(cli.ok("metrics", job["id"], "--json"))["data"]
-    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < rows[0]["loss"]
+    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < rows[0][
+        "loss"
+    ]
     assert len(json.loads(cli.ok("ranks", job["id"], "--json"))["data"]) == 2
-    assert [entry["step"] for entry in json.loads(cli.ok("checkpoints", job["id"], "--json"))["data"]] == [6, 12]
+    assert [
+        entry["step"] for entry in json.loads(cli.ok("checkpoints", job["id"], "--json"))["data"]
+    ] == [6, 12]
     seqs = [event["seq"] for event in json.loads(cli.ok("events", job["id"], "--json"))["data"]]
     assert seqs == list(range(1, len(seqs) + 1))
     cli.ok("logs", job["id"])
-    generated = json.loads(cli.ok("generate", job["id"], "--prompt", "Document", "--max-new-tokens", "20", "--json"))
+    generated = json.loads(
+        cli.ok("generate", job["id"], "--prompt", "Document", "--max-new-tokens", "20", "--json")
+    )
     assert generated["text"]
 
 
@@ -92,7 +118,10 @@ def test_mistakes_are_one_message(cli: CommandLine) -> None:
         ("parallel.dp=2", "/parallel: "),
     ]:
         done = cli.run("submit", "spec.yaml", "--set", override)
-        assert done.returncode == 1 and pointer in done.stderr and "Traceback" not in done.stderr, (override, done.stderr)
+        assert done.returncode == 1 and pointer in done.stderr and "Traceback" not in done.stderr, (
+            override,
+            done.stderr,
+        )
     assert "already up" in cli.run("up").stderr
 
 

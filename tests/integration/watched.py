@@ -1,4 +1,6 @@
-"""A stack in a process group of its own, watched: every session it ever recorded is remembered, so that what is left can be told."""
+"""A stack in a process group of its own, watched: every session it ever recorded is remembered, so
+that what is left can be told.
+"""
 
 import os
 import signal
@@ -17,16 +19,24 @@ SCRIPT = Path(__file__).parent / "stand_in_stack.py"
 class Watched:
     """`up` in a process group of its own, and every session that it ever recorded."""
 
-    def __init__(self, data_dir: Path, command: Sequence[str] = (sys.executable, str(SCRIPT))) -> None:
-        """`command` gets the data dir as its last argument; by default the stack with stand-ins for service and agent."""
+    def __init__(
+        self, data_dir: Path, command: Sequence[str] = (sys.executable, str(SCRIPT))
+    ) -> None:
+        """`command` gets the data dir as its last argument; by default the stack with stand-ins for
+        service and agent.
+        """
         self.data_dir = data_dir
         self.seen: set[Session] = set()
         self.temp_dirs: set[Path] = set()
-        # A shell's background job ignores SIGINT and so would its children; what is handled here is at its default there.
+        # A shell's background job ignores SIGINT and so would its children; what is handled here is
+        # at its default there.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             self.process = subprocess.Popen(
-                [*command, str(data_dir)], process_group=0, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                [*command, str(data_dir)],
+                process_group=0,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
         finally:
             signal.signal(signal.SIGINT, before)

@@ -1,5 +1,7 @@
-"""Trains one tiny model under any layout and brings home what layouts are compared by: initial weights, first gradients, losses,
-norms, weights. Runs inside real ranks; results are numpy, reassembled by logical name in the parent."""
+"""Trains one tiny model under any layout and brings home what layouts are compared by: initial
+weights, first gradients, losses, norms, weights. Runs inside real ranks; results are numpy,
+reassembled by logical name in the parent.
+"""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,7 +51,9 @@ class RandomDataset:
 
     def __init__(self, vocabulary: int, seq_length: int, ends: float = 0.0) -> None:
         """`ends`: how often a document ends."""
-        self.vocabulary, self.seq_length, self.ends = vocabulary, seq_length, ends
+        self.vocabulary = vocabulary
+        self.seq_length = seq_length
+        self.ends = ends
 
     def __len__(self) -> int:
         return 1 << 30
@@ -58,9 +62,17 @@ class RandomDataset:
         rng = np.random.default_rng((99, index))
         first = rng.integers(0, self.vocabulary)
         # Half predictable, so that there is something to learn and gradients do not die out.
-        steps = np.where(rng.random(self.seq_length + 1) < 0.5, 1, rng.integers(0, self.vocabulary, self.seq_length + 1))
+        steps = np.where(
+            rng.random(self.seq_length + 1) < 0.5,
+            1,
+            rng.integers(0, self.vocabulary, self.seq_length + 1),
+        )
         tokens = (first + np.cumsum(steps)) % self.vocabulary
-        return np.where(rng.random(self.seq_length + 1) < self.ends, END, tokens) if self.ends else tokens
+        return (
+            np.where(rng.random(self.seq_length + 1) < self.ends, END, tokens)
+            if self.ends
+            else tokens
+        )
 
 
 class NoSaver:
@@ -121,14 +133,19 @@ def make_config(
 
 
 def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
-    return ParallelMesh.create(ParallelDims.of(config.parallel, world_size), World(rank, world_size, 0, "cpu"))
+    return ParallelMesh.create(
+        ParallelDims.of(config.parallel, world_size), World(rank, world_size, 0, "cpu")
+    )
 
 
 def boxes(state: ShardedState, prefix: str = "") -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     found = []
     for name, entry in state.items():
         if name.startswith(prefix):
-            found += [(name.removeprefix(prefix), box.box.offset, box.tensor.detach().clone().numpy()) for box in entry.boxes]
+            found += [
+                (name.removeprefix(prefix), box.box.offset, box.tensor.detach().clone().numpy())
+                for box in entry.boxes
+            ]
     return found
 
 
@@ -136,12 +153,16 @@ class Replay:
     """Batches that tell routers what to choose: [steps, samples of a step, tokens, layers, K]."""
 
     def __init__(self, loader: StepLoader, choices: np.ndarray) -> None:
-        self.loader, self.choices = loader, choices
+        self.loader = loader
+        self.choices = choices
 
     def step(self, consumed_samples: int) -> list[Batch]:
-        loader, (step, rest) = self.loader, divmod(consumed_samples, self.choices.shape[1])
+        loader = self.loader
+        (step, rest) = divmod(consumed_samples, self.choices.shape[1])
         assert rest == 0
-        rows = sample_ids(0, loader.micro_batch_size, loader.dp_rank, loader.dp, loader.num_microbatches)
+        rows = sample_ids(
+            0, loader.micro_batch_size, loader.dp_rank, loader.dp, loader.num_microbatches
+        )
         cut = loader.make_batch.cut
         of_step = torch.from_numpy(self.choices[step][:, cut.positions(self.choices.shape[2])])
         return [
@@ -150,14 +171,31 @@ class Replay:
         ]
 
 
-def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: int = 5, choices: np.ndarray | None = None) -> RankResult:
-    """The first step's gradients, then the real loop from the same start; routers take `choices` (see `Replay`) where given."""
+def run_layout(
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    weights_after: int = 5,
+    choices: np.ndarray | None = None,
+) -> RankResult:
+    """The first step's gradients, then the real loop from the same start; routers take `choices`
+    (see `Replay`) where given.
+    """
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
     training = config.training
-    dataset = RandomDataset(config.model.vocabulary, training.seq_length, ends=0.15 if config.data.separate_documents else 0.0)
+    dataset = RandomDataset(
+        config.model.vocabulary,
+        training.seq_length,
+        ends=0.15 if config.data.separate_documents else 0.0,
+    )
     loader: Any = StepLoader(
-        dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh, END)
+        dataset,
+        training.micro_batch_size,
+        training.global_batch_size,
+        mesh.dp_rank,
+        mesh.dims.dp,
+        batch_maker(config, mesh, END),
     )
     if choices is not None:
         loader = Replay(loader, choices)
@@ -185,7 +223,12 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
             weights.extend(boxes(optimizer.sharded_state(), "model/"))
         return Command.CONTINUE
 
-    assert train(Parts(config, mesh, model, optimizer, loader, None, NoSaver()), Progress(), note, poll) == "finished"
+    assert (
+        train(
+            Parts(config, mesh, model, optimizer, loader, None, NoSaver()), Progress(), note, poll
+        )
+        == "finished"
+    )
     return RankResult(
         initial,
         gradients,
@@ -193,18 +236,33 @@ def run_layout(rank: int, world_size: int, config: TrainConfig, weights_after: i
         [report.loss for report in reports],
         [report.grad_norm for report in reports],
         [list(report.other_losses.values()) for report in reports],
-        sum(flat.numel() * flat.element_size() for shard in optimizer.shards for flat in shard.state.values()),
-        sum(family.buffers.parameters.numel() * family.buffers.parameters.element_size() for family in model.families),
+        sum(
+            flat.numel() * flat.element_size()
+            for shard in optimizer.shards
+            for flat in shard.state.values()
+        ),
+        sum(
+            family.buffers.parameters.numel() * family.buffers.parameters.element_size()
+            for family in model.families
+        ),
         chosen,
     )
 
 
 def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
-    """What the routers of one rank chose: [steps, samples of a step, tokens, layers, K]; -1 for layers without experts."""
+    """What the routers of one rank chose: [steps, samples of a step, tokens, layers, K]; -1 for
+    layers without experts.
+    """
     assert config.model.moe is not None
-    training, layers = config.training, config.model.num_layers + config.model.further_layers
-    samples, length = training.micro_batch_size, training.seq_length
-    choices = np.full((training.steps, training.global_batch_size, length, layers, config.model.moe.top_k), -1, dtype=np.int64)
+    training = config.training
+    layers = config.model.num_layers + config.model.further_layers
+    samples = training.micro_batch_size
+    length = training.seq_length
+    choices = np.full(
+        (training.steps, training.global_batch_size, length, layers, config.model.moe.top_k),
+        -1,
+        dtype=np.int64,
+    )
     seen = dict.fromkeys(range(layers), 0)
     for layer, experts in one.choices:
         step, start = divmod(seen[layer], training.global_batch_size)
@@ -214,14 +272,23 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
     return choices
 
 
-def assemble(config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], np.ndarray]]]) -> dict[str, np.ndarray]:
-    """Full tensors from every rank's boxes; replicas must agree to the bit, and everything must be covered."""
+def assemble(
+    config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], np.ndarray]]]
+) -> dict[str, np.ndarray]:
+    """Full tensors from every rank's boxes; replicas must agree to the bit, and everything must be
+    covered.
+    """
     from megatron_ray.sharding.parameters import logical_parameters
 
-    full = {parameter.name: np.full(parameter.shape, np.nan, dtype=np.float32) for parameter in logical_parameters(config.model)}
+    full = {
+        parameter.name: np.full(parameter.shape, np.nan, dtype=np.float32)
+        for parameter in logical_parameters(config.model)
+    }
     for rank_boxes in parts:
         for name, offset, values in rank_boxes:
-            where = tuple(slice(start, start + size) for start, size in zip(offset, values.shape, strict=True))
+            where = tuple(
+                slice(start, start + size) for start, size in zip(offset, values.shape, strict=True)
+            )
             before = full[name][where]
             known = ~np.isnan(before)
             assert np.array_equal(before[known], values[known]), f"replicas of {name} differ"
@@ -234,18 +301,27 @@ def assemble(config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], n
 def relative_l2(measured: np.ndarray, reference: np.ndarray, floor: float) -> float:
     """||measured - reference|| / max(||reference||, floor), in float64."""
     wide = reference.astype(np.float64)
-    return float(np.linalg.norm(measured.astype(np.float64) - wide) / max(np.linalg.norm(wide), floor))
+    return float(
+        np.linalg.norm(measured.astype(np.float64) - wide) / max(np.linalg.norm(wide), floor)
+    )
 
 
-def worst_relative_l2(measured: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> tuple[float, str]:
+def worst_relative_l2(
+    measured: dict[str, np.ndarray], reference: dict[str, np.ndarray]
+) -> tuple[float, str]:
     """Largest per-tensor distance and its name; the floor is 1e-8 of the largest norm."""
     floor = 1e-8 * max(float(np.linalg.norm(tensor)) for tensor in reference.values())
-    return max((relative_l2(measured[name], tensor, floor), name) for name, tensor in reference.items())
+    return max(
+        (relative_l2(measured[name], tensor, floor), name) for name, tensor in reference.items()
+    )
 
 
-def split_vanishing(config: TrainConfig, gradients: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(all others, those that are zero in exact arithmetic and hence only rounding): without rotary positions a key bias shifts all
-    scores of a query alike, which softmax does not see."""
+def split_vanishing(
+    config: TrainConfig, gradients: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """(all others, those that are zero in exact arithmetic and hence only rounding): without rotary
+    positions a key bias shifts all scores of a query alike, which softmax does not see.
+    """
     rotary = config.model.position_embedding == "rope"
     vanishing = {name for name in gradients if name.endswith("attention.k.bias") and not rotary}
     return (
@@ -254,14 +330,20 @@ def split_vanishing(config: TrainConfig, gradients: dict[str, np.ndarray]) -> tu
     )
 
 
-def float64_gradients(rank: int, world_size: int, config: TrainConfig, choices: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no buckets, no reductions."""
+def float64_gradients(
+    rank: int, world_size: int, config: TrainConfig, choices: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no
+    buckets, no reductions.
+    """
     from megatron_ray.models.initialization import draw_local
     from megatron_ray.parallelize.parallelize import build_model
     from megatron_ray.sharding.parameters import local_parameters
 
     mesh = ParallelMesh.single()
-    module = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float64).to_empty(device="cpu")
+    module = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float64).to_empty(
+        device="cpu"
+    )
     if config.model.tie_embeddings:
         module.head.weight = module.embedding.weight  # to_empty has made two of the shared one
     table = local_parameters(config.model, mesh.dims, 0)
@@ -269,8 +351,19 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig, choices: 
     for local in table:
         parameters[local.name].data.copy_(draw_local(local, config.training.seed))
     training = config.training
-    dataset = RandomDataset(config.model.vocabulary, training.seq_length, ends=0.15 if config.data.separate_documents else 0.0)
-    loader = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh, END))
+    dataset = RandomDataset(
+        config.model.vocabulary,
+        training.seq_length,
+        ends=0.15 if config.data.separate_documents else 0.0,
+    )
+    loader = StepLoader(
+        dataset,
+        training.micro_batch_size,
+        training.global_batch_size,
+        0,
+        1,
+        batch_maker(config, mesh, END),
+    )
     batches = (loader if choices is None else Replay(loader, choices)).step(0)
     for batch in batches:
         further = batch.further
@@ -283,5 +376,7 @@ def float64_gradients(rank: int, world_size: int, config: TrainConfig, choices: 
         gradient = parameters[local.name].grad
         assert gradient is not None
         for part in local.parts:
-            found[part.logical.name] = (gradient.narrow(0, part.start, part.box.size[0]) / tokens).numpy()
+            found[part.logical.name] = (
+                gradient.narrow(0, part.start, part.box.size[0]) / tokens
+            ).numpy()
     return found

@@ -1,4 +1,7 @@
-"""Which matrix products a piece of code computes. Owns: a counter under torch's dispatcher, where whatever calls them must pass."""
+"""Which matrix products a piece of code computes.
+
+Owns: a counter under torch's dispatcher, where whatever calls them must pass.
+"""
 
 from collections import Counter
 from typing import Any
@@ -17,18 +20,28 @@ Shape = tuple[int, int, int]
 
 
 class Products(TorchDispatchMode):
-    """`linear` has every product of two matrices by shape; `attention` how often each fused attention ran. Batched products, which only
-    unfused attention has, are counted with attention: it multiplies activations with each other and has no weights."""
+    """`linear` has every product of two matrices by shape; `attention` how often each fused
+    attention ran. Batched products, which only unfused attention has, are counted with attention:
+    it multiplies activations with each other and has no weights.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.linear: Counter[Shape] = Counter()
         self.attention: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        packet, name = func.overloadpacket, str(func)
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        packet = func.overloadpacket
+        name = str(func)
         if packet is torch.ops.mkldnn._linear_pointwise:
-            # Takes its second matrix as a weight, [columns, inner]; with `binary` it is third, behind what is added.
+            # Takes its second matrix as a weight, [columns, inner]; with `binary` it is third,
+            # behind what is added.
             weight = args[2 if "binary" in name else 1]
             self.linear[args[0].shape[0], args[0].shape[1], weight.shape[0]] += 1
         elif packet in (_aten.mm, _aten.addmm, _aten.addmm_):
@@ -40,7 +53,9 @@ class Products(TorchDispatchMode):
 
     def take(self) -> tuple[Counter[Shape], Counter[str]]:
         """What has come since the last call."""
-        taken, self.linear, self.attention = (self.linear, self.attention), Counter(), Counter()
+        taken = (self.linear, self.attention)
+        self.linear = Counter()
+        self.attention = Counter()
         return taken
 
 
@@ -48,9 +63,15 @@ def linear_layers(module: nn.Module, *, trained_only: bool = False) -> list[tupl
     """[O, I] of each weight that the module's forward multiplies with; embeddings are looked up."""
     kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
     layers = [part.weight for part in module.modules() if isinstance(part, kinds)]
-    return [(weight.shape[0], weight.shape[1]) for weight in layers if weight.requires_grad or not trained_only]
+    return [
+        (weight.shape[0], weight.shape[1])
+        for weight in layers
+        if weight.requires_grad or not trained_only
+    ]
 
 
 def flops(products: Counter[Shape]) -> int:
     """Multiplications and additions."""
-    return sum(2 * rows * inner * columns * times for (rows, inner, columns), times in products.items())
+    return sum(
+        2 * rows * inner * columns * times for (rows, inner, columns), times in products.items()
+    )

@@ -1,4 +1,6 @@
-"""Checkpoints on real ranks: any layout in, any layout out, bit for bit; what is torn or fails is seen."""
+"""Checkpoints on real ranks: any layout in, any layout out, bit for bit; what is torn or fails is
+seen.
+"""
 
 import os
 import time
@@ -9,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ray.checkpoint.directory import CheckpointError, checkpoint_path, commit, latest_committed, read_manifest
+from megatron_ray.checkpoint.directory import (
+    CheckpointError,
+    checkpoint_path,
+    commit,
+    latest_committed,
+    read_manifest,
+)
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
@@ -25,12 +33,19 @@ from tests.ranks import RankFailed
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
 
-SHAPES: dict[str, tuple[int, ...]] = {"model/a": (24, 10), "model/norm": (10,), "optimizer/exp_avg/a": (24, 10), "model/scale": ()}
+SHAPES: dict[str, tuple[int, ...]] = {
+    "model/a": (24, 10),
+    "model/norm": (10,),
+    "optimizer/exp_avg/a": (24, 10),
+    "model/scale": (),
+}
 
 
 def truth(name: str) -> torch.Tensor:
     dtype = torch.bfloat16 if name == "model/norm" else torch.float32
-    return torch.randn(SHAPES[name], generator=torch.Generator().manual_seed(len(name)), dtype=torch.float32).to(dtype)
+    return torch.randn(
+        SHAPES[name], generator=torch.Generator().manual_seed(len(name)), dtype=torch.float32
+    ).to(dtype)
 
 
 def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
@@ -40,7 +55,9 @@ def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def cut(layout: str, rank: int, world_size: int, *, filled: bool) -> ShardedState:
-    """`rows` and `columns` as tensor parallelism cuts, `flat` as a ZeRO-1 shard, `whole` on every rank; small ones replicated."""
+    """`rows` and `columns` as tensor parallelism cuts, `flat` as a ZeRO-1 shard, `whole` on every
+    rank; small ones replicated.
+    """
     state: ShardedState = {}
     for name, shape in SHAPES.items():
         whole = Box((0,) * len(shape), shape)
@@ -52,11 +69,21 @@ def cut(layout: str, rank: int, world_size: int, *, filled: bool) -> ShardedStat
                 "whole": [whole],
                 "rows": [Box((rank * part[0], 0), (part[0], shape[1]))],
                 "columns": [Box((0, rank * part[1]), (shape[0], part[1]))],
-                "flat": [box for box, _, _ in flat_range_to_boxes(shape, rank * elements, (rank + 1) * elements)],
+                "flat": [
+                    box
+                    for box, _, _ in flat_range_to_boxes(
+                        shape, rank * elements, (rank + 1) * elements
+                    )
+                ],
             }[layout]
         full = truth(name)
-        tensors = [box_of(full, box).clone() if filled else torch.zeros(box.size, dtype=full.dtype) for box in boxes]
-        state[name] = ShardedTensor(shape, [TensorBox(box, tensor) for box, tensor in zip(boxes, tensors, strict=True)])
+        tensors = [
+            box_of(full, box).clone() if filled else torch.zeros(box.size, dtype=full.dtype)
+            for box in boxes
+        ]
+        state[name] = ShardedTensor(
+            shape, [TensorBox(box, tensor) for box, tensor in zip(boxes, tensors, strict=True)]
+        )
     return state
 
 
@@ -64,12 +91,18 @@ def mesh(rank: int, world_size: int) -> ParallelMesh:
     return ParallelMesh.create(ParallelDims(dp=world_size), World(rank, world_size, rank, "cpu"))
 
 
-def save(rank: int, world_size: int, layout: str, path: str, mode: str = "async") -> tuple[list[CheckpointReport], float, bool]:
+def save(
+    rank: int, world_size: int, layout: str, path: str, mode: str = "async"
+) -> tuple[list[CheckpointReport], float, bool]:
     reports: list[CheckpointReport] = []
-    writer = CheckpointWriter(mesh(rank, world_size), "async" if mode == "async" else "sync", reports.append)
+    writer = CheckpointWriter(
+        mesh(rank, world_size), "async" if mode == "async" else "sync", reports.append
+    )
     state = cut(layout, rank, world_size, filled=True)
     rng = {"cpu": f"stream of {rank}"}
-    writer.save(5, path, state, {"format_version": 1, "step": 5, "consumed_samples": 40, "rng": rng})
+    writer.save(
+        5, path, state, {"format_version": 1, "step": 5, "consumed_samples": 40, "rng": rng}
+    )
     for tensor in state.values():
         for held in tensor.boxes:
             held.tensor.fill_(-1.0)  # the save has its own copy
@@ -82,7 +115,12 @@ def load(rank: int, world_size: int, layout: str, path: str) -> list[str]:
     """Names of tensors that are not bit-equal."""
     state = cut(layout, rank, world_size, filled=False)
     load_into(path, state)
-    return [name for name, tensor in state.items() for held in tensor.boxes if not torch.equal(held.tensor, box_of(truth(name), held.box))]
+    return [
+        name
+        for name, tensor in state.items()
+        for held in tensor.boxes
+        if not torch.equal(held.tensor, box_of(truth(name), held.box))
+    ]
 
 
 def train_state(rank: int, world_size: int, path: str) -> dict[str, Any]:
@@ -93,10 +131,21 @@ def train_state(rank: int, world_size: int, path: str) -> dict[str, Any]:
 def test_every_layout_loads_under_every_other(run_ranks: Run, tmp_path: Path, layout: str) -> None:
     path = checkpoint_path(str(tmp_path), 5, 1)
     answers = run_ranks(save, 4, layout, path)
-    assert all([report.step for report in reports] == [5] and reports[0].path == path for reports, _, _ in answers)
+    assert all(
+        [report.step for report in reports] == [5] and reports[0].path == path
+        for reports, _, _ in answers
+    )
     commit(path, {"step": 5}, [])
-    elements = sum(4 * 240 if name != "model/norm" else 20 for name in ("model/a", "optimizer/exp_avg/a", "model/norm")) + 4
-    data = sum(size for name, size in read_manifest(path)["files"].items() if name.startswith("data/"))
+    elements = (
+        sum(
+            4 * 240 if name != "model/norm" else 20
+            for name in ("model/a", "optimizer/exp_avg/a", "model/norm")
+        )
+        + 4
+    )
+    data = sum(
+        size for name, size in read_manifest(path)["files"].items() if name.startswith("data/")
+    )
     assert data <= elements + 64 * 12, "replicas are written once"
     for world_size, wanted in ((1, "whole"), (2, "columns"), (2, "flat"), (4, "rows"), (3, "flat")):
         assert run_ranks(load, world_size, wanted, path) == [[]] * world_size
@@ -109,13 +158,19 @@ def test_a_file_uri_and_sync_mode_are_the_same(run_ranks: Run, tmp_path: Path) -
     assert run_ranks(load, 1, "whole", path) == [[]]
 
 
-def test_ranks_get_their_own_random_stream_and_new_ranks_none(run_ranks: Run, tmp_path: Path) -> None:
+def test_ranks_get_their_own_random_stream_and_new_ranks_none(
+    run_ranks: Run, tmp_path: Path
+) -> None:
     path = checkpoint_path(str(tmp_path), 5, 1)
     run_ranks(save, 2, "rows", path)
     commit(path, {}, [])
     states = run_ranks(train_state, 3, path)
     assert [state["step"] for state in states] == [5, 5, 5]
-    assert [state.get("rng") for state in states] == [{"cpu": "stream of 0"}, {"cpu": "stream of 1"}, None]
+    assert [state.get("rng") for state in states] == [
+        {"cpu": "stream of 0"},
+        {"cpu": "stream of 1"},
+        None,
+    ]
 
 
 def test_an_uncommitted_checkpoint_is_refused(run_ranks: Run, tmp_path: Path) -> None:
@@ -133,12 +188,16 @@ def die_while_writing(rank: int, world_size: int, path: str) -> None:
     save(rank, world_size, "rows", path)
 
 
-def test_a_rank_that_dies_while_writing_leaves_nothing_that_counts(run_ranks: Run, tmp_path: Path) -> None:
+def test_a_rank_that_dies_while_writing_leaves_nothing_that_counts(
+    run_ranks: Run, tmp_path: Path
+) -> None:
     path = checkpoint_path(str(tmp_path), 5, 1)
     with pytest.raises(RankFailed, match="rank 1 died with exit code 9"):
         run_ranks(die_while_writing, 2, path)
     assert not Path(path, "data", "rank-00001.bin").exists()
-    with pytest.raises(CheckpointError, match=r"cannot commit .*: its file data/rank-00001.bin is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot commit .*: its file data/rank-00001.bin is missing"
+    ):
         commit(path, {}, [])
     assert latest_committed(str(tmp_path)) is None
     run_ranks(save, 2, "rows", path)
@@ -148,7 +207,9 @@ def test_a_rank_that_dies_while_writing_leaves_nothing_that_counts(run_ranks: Ru
 
 def uncovered(rank: int, world_size: int, path: str) -> None:
     writer = CheckpointWriter(mesh(rank, world_size), "sync", lambda _: None)
-    state: ShardedState = {"model/a": ShardedTensor((4, 2), [TensorBox(Box((rank, 0), (1, 2)), torch.zeros(1, 2))])}
+    state: ShardedState = {
+        "model/a": ShardedTensor((4, 2), [TensorBox(Box((rank, 0), (1, 2)), torch.zeros(1, 2))])
+    }
     writer.save(1, path, state, {})
 
 
@@ -171,8 +232,13 @@ def fail_in_background(rank: int, world_size: int, blocked: str, good: str) -> t
     return message, len(reports)
 
 
-def test_an_error_in_the_thread_surfaces_at_the_next_save_once(run_ranks: Run, tmp_path: Path) -> None:
+def test_an_error_in_the_thread_surfaces_at_the_next_save_once(
+    run_ranks: Run, tmp_path: Path
+) -> None:
     (tmp_path / "blocked").write_text("a file where a folder should be")
     answers = run_ranks(fail_in_background, 2, str(tmp_path / "blocked"), str(tmp_path / "good"))
-    assert all("cannot write" in message and "blocked" in message and count == 1 for message, count in answers)
+    assert all(
+        "cannot write" in message and "blocked" in message and count == 1
+        for message, count in answers
+    )
     assert not (tmp_path / "blocked" / "index.json").exists()

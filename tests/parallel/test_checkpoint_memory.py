@@ -1,4 +1,6 @@
-"""Memory of a save and of a load under another layout: measured on real ranks by the kernel's own high-water mark."""
+"""Memory of a save and of a load under another layout: measured on real ranks by the kernel's own
+high-water mark.
+"""
 
 import re
 from collections.abc import Callable
@@ -37,11 +39,15 @@ def forget_peak() -> None:
 
 def shard(rank: int, world_size: int, dim: int) -> ShardedState:
     """Equal parts along a dimension, every page touched."""
-    size, offset = list(SHAPE), [0, 0]
+    size = list(SHAPE)
+    offset = [0, 0]
     size[dim] //= world_size
     offset[dim] = rank * size[dim]
     box = Box((offset[0], offset[1]), (size[0], size[1]))
-    return {f"model/{index}": ShardedTensor(SHAPE, [TensorBox(box, torch.ones(box.size))]) for index in range(TENSORS)}
+    return {
+        f"model/{index}": ShardedTensor(SHAPE, [TensorBox(box, torch.ones(box.size))])
+        for index in range(TENSORS)
+    }
 
 
 def shard_bytes(world_size: int) -> int:
@@ -76,4 +82,6 @@ def test_saving_and_loading_need_little_more_than_the_shard(run_ranks: Run, tmp_
     commit(str(tmp_path), {}, [])
     loading = run_ranks(measure_load, 2, str(tmp_path))
     assert max(saving) <= limit, f"{max(saving) // MIB} MiB"
-    assert max(loading) <= 64 * MIB, f"{max(loading) // MIB} MiB: a load goes through bounded scratch memory"
+    assert max(loading) <= 64 * MIB, (
+        f"{max(loading) // MIB} MiB: a load goes through bounded scratch memory"
+    )

@@ -1,4 +1,6 @@
-"""A run's checkpoints end to end: resume is bit-exact in the same layout, goes on in another, and one process can speak from them."""
+"""A run's checkpoints end to end: resume is bit-exact in the same layout, goes on in another, and
+one process can speak from them.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +37,17 @@ def config(folder: Path, tp: int, dp: int, **parallel: Any) -> TrainConfig:
         {
             "model": MODEL,
             "parallel": {"tp": tp, "dp": dp, "sequence_parallel": tp > 1, **parallel},
-            "data": {"train": [{"path": str(folder / "corpus.txt")}], "tokenizer": {"kind": "bytes"}, "cache": str(folder / "cache")},
-            "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "steps": 8},
+            "data": {
+                "train": [{"path": str(folder / "corpus.txt")}],
+                "tokenizer": {"kind": "bytes"},
+                "cache": str(folder / "cache"),
+            },
+            "training": {
+                "seq_length": 32,
+                "micro_batch_size": 2,
+                "global_batch_size": 8,
+                "steps": 8,
+            },
             "optimizer": {"lr": 0.01},
             "checkpoint": {"every_steps": 4},
             "storage": {"path": str(folder / f"tp{tp}")},
@@ -44,20 +55,37 @@ def config(folder: Path, tp: int, dp: int, **parallel: Any) -> TrainConfig:
     )
 
 
-def train(rank: int, world_size: int, settings: TrainConfig, data: PreparedData, attempt: int, resume_from: str | None) -> Any:
+def train(
+    rank: int,
+    world_size: int,
+    settings: TrainConfig,
+    data: PreparedData,
+    attempt: int,
+    resume_from: str | None,
+) -> Any:
     """Losses and norms by step, as rank 0 saw them; 0 is the evaluation at the end."""
     dims = ParallelDims.of(settings.parallel)
     reports: list[Report] = []
     mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
-    TrainingSession(settings, mesh, data, report=reports.append, attempt=attempt, resume_from=resume_from).run()
-    steps = {report.step: (report.loss, report.grad_norm) for report in reports if isinstance(report, StepReport)}
-    return steps | dict([(0, (report.loss, 0.0)) for report in reports if isinstance(report, EvalReport)][-1:])
+    TrainingSession(
+        settings, mesh, data, report=reports.append, attempt=attempt, resume_from=resume_from
+    ).run()
+    steps = {
+        report.step: (report.loss, report.grad_norm)
+        for report in reports
+        if isinstance(report, StepReport)
+    }
+    return steps | dict(
+        [(0, (report.loss, 0.0)) for report in reports if isinstance(report, EvalReport)][-1:]
+    )
 
 
 def goes_on_here_and_elsewhere(
     run: Run, settings: TrainConfig, elsewhere: TrainConfig, data: PreparedData, *, rel: float
 ) -> tuple[dict[int, Any], str]:
-    """A whole run, and its checkpoint halfway, from which it goes on bit for bit as it is and, to `rel`, in another layout."""
+    """A whole run, and its checkpoint halfway, from which it goes on bit for bit as it is and, to
+    `rel`, in another layout.
+    """
     here, there = (ParallelDims.of(each.parallel).world_size for each in (settings, elsewhere))
     whole = run(train, here, settings, data, 1, None)[0]
     assert settings.storage is not None
@@ -72,16 +100,24 @@ def goes_on_here_and_elsewhere(
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> PreparedData:
-    (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
+    (tmp_path / "corpus.txt").write_text(
+        "\n".join(f"line {number}: {number * number} is a square" for number in range(400))
+    )
     return prepare(config(tmp_path, 1, 1).data, str(tmp_path / "cache"), seq_length=32)
 
 
-def diverge(rank: int, world_size: int, settings: TrainConfig, data: PreparedData) -> tuple[str, list[int]]:
+def diverge(
+    rank: int, world_size: int, settings: TrainConfig, data: PreparedData
+) -> tuple[str, list[int]]:
     """What ended the run, and the steps that were reported."""
     reports: list[Report] = []
-    mesh = ParallelMesh.create(ParallelDims.for_world(world_size, tp=2), World(rank, world_size, rank, "cpu"))
+    mesh = ParallelMesh.create(
+        ParallelDims.for_world(world_size, tp=2), World(rank, world_size, rank, "cpu")
+    )
     try:
-        TrainingSession(settings, mesh, data, report=reports.append, attempt=1, resume_from=None).run()
+        TrainingSession(
+            settings, mesh, data, report=reports.append, attempt=1, resume_from=None
+        ).run()
     except NonFiniteLoss as problem:
         return str(problem), [report.step for report in reports if isinstance(report, StepReport)]
     return "it went on", []
@@ -98,17 +134,26 @@ def test_a_loss_that_is_no_number_ends_the_run_on_every_rank_and_is_never_saved(
         }
     )
     (problem, steps), (same, _) = run_ranks(diverge, 2, settings, corpus)
-    assert problem == same and problem.startswith(f"the loss of step {steps[-1]} is ") and "its gradient norm nan; lower" in problem
+    assert (
+        problem == same
+        and problem.startswith(f"the loss of step {steps[-1]} is ")
+        and "its gradient norm nan; lower" in problem
+    )
     saved = [info.step for info in list_checkpoints(str(tmp_path / "tp2"))]
     assert saved == steps[:-1], "the step itself is reported, its weights are not kept"
 
 
-def test_resuming_is_exact_and_other_layouts_go_on(run_ranks: Run, tmp_path: Path, corpus: PreparedData) -> None:
+def test_resuming_is_exact_and_other_layouts_go_on(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
     settings = config(tmp_path, 2, 2)
     whole = run_ranks(train, 4, settings, corpus, 1, None)[0]
     assert sorted(whole) == list(range(9))
     saved = [info.path for info in list_checkpoints(str(tmp_path / "tp2"))]
-    assert [path.rpartition("/")[2] for path in saved] == ["step-00000004-a0001", "step-00000008-a0001"]
+    assert [path.rpartition("/")[2] for path in saved] == [
+        "step-00000004-a0001",
+        "step-00000008-a0001",
+    ]
     for path in saved:
         commit(path, {}, [])
     again = run_ranks(train, 4, settings, corpus, 2, saved[0])[0]
@@ -136,7 +181,8 @@ def test_every_layout_saves_resumes_evaluates_and_changes_places(
     run_ranks: Run, tmp_path: Path, corpus: PreparedData, parallel: dict[str, Any]
 ) -> None:
     one = run_ranks(train, 1, config(tmp_path / "one", 1, 1), corpus, 1, None)[0]
-    settings, flat = config(tmp_path, 2, 1, **parallel), config(tmp_path / "flat", 1, 2)
+    settings = config(tmp_path, 2, 1, **parallel)
+    flat = config(tmp_path / "flat", 1, 2)
     piped, _ = goes_on_here_and_elsewhere(run_ranks, settings, flat, corpus, rel=2e-5)
     for step, values in piped.items():
         assert values == pytest.approx(one[step], rel=2e-5), "the evaluation too"

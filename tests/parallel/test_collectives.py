@@ -13,12 +13,15 @@ pytestmark = pytest.mark.parallel
 
 
 def sums(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows apart, a flat part in its place with another sum under way, and what the others' places hold afterwards."""
+    """Rows apart, a flat part in its place with another sum under way, and what the others' places
+    hold afterwards.
+    """
     group = dist.group.WORLD
     rows = torch.arange(world_size * 6.0).view(world_size * 2, 3) + 100 * rank
     scattered, pending = collectives.start_reduce_scatter_rows(rows, group)
     flat = torch.arange(world_size * 4.0) * (rank + 1)
-    before, own = flat.clone(), flat[rank * 4 : rank * 4 + 4]
+    before = flat.clone()
+    own = flat[rank * 4 : rank * 4 + 4]
     second = collectives.start_reduce_scatter_into(own, flat, group)
     assert not second.is_completed()
     pending.wait()
@@ -30,7 +33,9 @@ def sums(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-def test_each_rank_gets_the_sum_of_its_part(ranks: int, run_ranks: Callable[..., list[Any]]) -> None:
+def test_each_rank_gets_the_sum_of_its_part(
+    ranks: int, run_ranks: Callable[..., list[Any]]
+) -> None:
     hundreds = 100 * sum(range(ranks))
     for rank, (scattered, own, others) in enumerate(run_ranks(sums, ranks)):
         expected = torch.arange(6.0).view(2, 3) + 6 * rank
@@ -46,7 +51,8 @@ def gathers_and_reductions(rank: int, world_size: int) -> tuple[torch.Tensor, ..
     whole[3 * rank : 3 * rank + 3] = float(rank)
     in_place = collectives.start_all_gather_into(whole, whole[3 * rank : 3 * rank + 3], group)
     gathered = collectives.all_gather_rows(rows, group)
-    first, second = torch.full((5,), 0.1 * (rank + 1)), torch.tensor([rank, -rank])
+    first = torch.full((5,), 0.1 * (rank + 1))
+    second = torch.tensor([rank, -rank])
     pending = collectives.start_all_reduce(first, group)
     largest = collectives.all_reduce(second, group, dist.ReduceOp.MAX)
     empty = collectives.all_reduce(torch.empty(0), group)
@@ -60,7 +66,9 @@ def test_everybody_gets_the_same(ranks: int, run_ranks: Callable[..., list[Any]]
     results = run_ranks(gathers_and_reductions, ranks)
     for found in results:
         gathered, whole, first, largest, empty = found
-        assert torch.equal(gathered, torch.cat([torch.arange(4.0).view(2, 2) + 10 * rank for rank in range(ranks)]))
+        assert torch.equal(
+            gathered, torch.cat([torch.arange(4.0).view(2, 2) + 10 * rank for rank in range(ranks)])
+        )
         assert torch.equal(whole, torch.arange(float(ranks)).repeat_interleave(3))
         torch.testing.assert_close(first, torch.full((5,), 0.1 * sum(range(1, ranks + 1))))
         assert torch.equal(first, results[0][2])

@@ -1,4 +1,6 @@
-"""What a plan says that a rank sends is what it does send: one whole step of a rank among 4,096, every collective written down."""
+"""What a plan says that a rank sends is what it does send: one whole step of a rank among 4,096,
+every collective written down.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +20,8 @@ from tests.parallel.matrix import EXPERTS
 from tests.parallel.parity import GPT2, LLAMA
 from tests.parallel.test_meta_step import step
 
-RANK, RANKS = 17, 4096
+RANK = 17
+RANKS = 4096
 LAST = RANKS - 1
 SHAPE = LLAMA | {
     "num_layers": 8,
@@ -28,9 +31,19 @@ SHAPE = LLAMA | {
     "ffn_hidden_size": 128,
     "head_dim": 8,
 }
-MOE = SHAPE | {"moe": EXPERTS | {"num_experts": 16, "capacity_factor": 1.0, "pad_to_capacity": True}}
-LATENT: dict[str, Any] = {name: value for name, value in SHAPE.items() if name not in ("num_query_groups", "head_dim")}
-LATENT["mla"] = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+MOE = SHAPE | {
+    "moe": EXPERTS | {"num_experts": 16, "capacity_factor": 1.0, "pad_to_capacity": True}
+}
+LATENT: dict[str, Any] = {
+    name: value for name, value in SHAPE.items() if name not in ("num_query_groups", "head_dim")
+}
+LATENT["mla"] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+}
 DIRECT = LATENT | {"mla": LATENT["mla"] | {"q_lora_rank": None}}
 FURTHER = {"mtp": {"num_layers": 2}}
 DEEPSEEK = LATENT | {
@@ -53,7 +66,12 @@ Sent = Counter[tuple[Group, str]]
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("tp with sequence parallelism", SHAPE, {"tp": 8, "sequence_parallel": True}, {}),
     ("tp without, nothing sharded", SHAPE, {"tp": 8, "zero": 0}, {}),
-    ("more tp ranks than key/value heads", SHAPE, {"tp": 16, "sequence_parallel": True, "bucket_elements": 5000}, {}),
+    (
+        "more tp ranks than key/value heads",
+        SHAPE,
+        {"tp": 16, "sequence_parallel": True, "bucket_elements": 5000},
+        {},
+    ),
     ("1f1b", SHAPE, {"tp": 2, "sequence_parallel": True, "pp": 4}, {}),
     (
         "interleaved, tied embeddings",
@@ -66,31 +84,114 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("ring recomputed", SHAPE, {"cp": 4}, {"recompute": {"granularity": "selective"}}),
     ("gathered keys", SHAPE, {"cp": 4, "cp_method": "all_gather"}, {}),
     ("heads exchanged", SHAPE, {"cp": 4, "cp_method": "a2a"}, {"precision": "fp32"}),
-    ("heads exchanged in a ring", SHAPE, {"cp": 8, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (4, 2)}, {}),
-    ("layers recomputed", SHAPE, {"tp": 4, "sequence_parallel": True, "pp": 2}, {"recompute": FULL}),
-    ("mlp recomputed", SHAPE, {"tp": 4}, {"recompute": {"granularity": "selective", "modules": ("mlp", "norm")}}),
+    (
+        "heads exchanged in a ring",
+        SHAPE,
+        {"cp": 8, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (4, 2)},
+        {},
+    ),
+    (
+        "layers recomputed",
+        SHAPE,
+        {"tp": 4, "sequence_parallel": True, "pp": 2},
+        {"recompute": FULL},
+    ),
+    (
+        "mlp recomputed",
+        SHAPE,
+        {"tp": 4},
+        {"recompute": {"granularity": "selective", "modules": ("mlp", "norm")}},
+    ),
     ("experts", MOE, {"ep": 8}, {}),
-    ("experts in all directions", MOE, {"tp": 4, "sequence_parallel": True, "ep": 4, "etp": 2, "pp": 2, "cp": 2}, {}),
-    ("experts, everything gathered", MOE, {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 2, "dispatcher": "allgather"}, {}),
-    ("experts recomputed", MOE, {"tp": 2, "sequence_parallel": True, "ep": 4, "pp": 2}, {"recompute": FULL}),
+    (
+        "experts in all directions",
+        MOE,
+        {"tp": 4, "sequence_parallel": True, "ep": 4, "etp": 2, "pp": 2, "cp": 2},
+        {},
+    ),
+    (
+        "experts, everything gathered",
+        MOE,
+        {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 2, "dispatcher": "allgather"},
+        {},
+    ),
+    (
+        "experts recomputed",
+        MOE,
+        {"tp": 2, "sequence_parallel": True, "ep": 4, "pp": 2},
+        {"recompute": FULL},
+    ),
     (
         "shared and biased experts",
-        MOE | {"moe": MOE["moe"] | {"shared_expert_ffn_hidden_size": 32, "score_function": "sigmoid", "expert_bias": True}},
+        MOE
+        | {
+            "moe": MOE["moe"]
+            | {
+                "shared_expert_ffn_hidden_size": 32,
+                "score_function": "sigmoid",
+                "expert_bias": True,
+            }
+        },
         {"tp": 2, "sequence_parallel": True, "ep": 4, "cp": 2},
         {"recompute": {"granularity": "selective", "modules": ("moe",)}},
     ),
-    ("latent attention, tp with sequence parallelism", LATENT, {"tp": 8, "sequence_parallel": True}, {}),
+    (
+        "latent attention, tp with sequence parallelism",
+        LATENT,
+        {"tp": 8, "sequence_parallel": True},
+        {},
+    ),
     ("latent attention, tp without", LATENT, {"tp": 8}, {}),
-    ("latent attention with direct queries", DIRECT, {"tp": 4, "sequence_parallel": True, "zero": 0}, {}),
+    (
+        "latent attention with direct queries",
+        DIRECT,
+        {"tp": 4, "sequence_parallel": True, "zero": 0},
+        {},
+    ),
     ("latent attention in a ring", LATENT, {"tp": 2, "sequence_parallel": True, "cp": 4}, {}),
-    ("latent attention, heads exchanged", LATENT | FURTHER, {"tp": 2, "cp": 4, "cp_method": "a2a"}, {"precision": "fp32"}),
-    ("latent attention, gathered keys", LATENT | FURTHER, {"cp": 4, "cp_method": "all_gather"}, {"recompute": CORE}),
+    (
+        "latent attention, heads exchanged",
+        LATENT | FURTHER,
+        {"tp": 2, "cp": 4, "cp_method": "a2a"},
+        {"precision": "fp32"},
+    ),
+    (
+        "latent attention, gathered keys",
+        LATENT | FURTHER,
+        {"cp": 4, "cp_method": "all_gather"},
+        {"recompute": CORE},
+    ),
     ("further tokens", SHAPE | FURTHER, {"tp": 4, "sequence_parallel": True}, {}),
-    ("further tokens in a pipeline", SHAPE | FURTHER, {"tp": 2, "pp": 4, "layout": "Ett|tt|ttt|tmmL"}, {}),
-    ("further tokens, tied embeddings", SHAPE | FURTHER | {"tie_embeddings": True}, {"pp": 2, "vpp": 2, "bucket_elements": 5000}, {}),
-    ("further tokens in a V", LATENT | FURTHER, {"tp": 2, "pp": 4, "vpp": 2, "schedule": "zb-v"}, {}),
-    ("further tokens recomputed", LATENT | FURTHER, {"tp": 4, "sequence_parallel": True, "pp": 2}, {"recompute": FULL}),
-    ("deepseek", DEEPSEEK, {"tp": 2, "sequence_parallel": True, "ep": 8, "pp": 4, "layout": "Ett|ttt|tt|tmL"}, {}),
+    (
+        "further tokens in a pipeline",
+        SHAPE | FURTHER,
+        {"tp": 2, "pp": 4, "layout": "Ett|tt|ttt|tmmL"},
+        {},
+    ),
+    (
+        "further tokens, tied embeddings",
+        SHAPE | FURTHER | {"tie_embeddings": True},
+        {"pp": 2, "vpp": 2, "bucket_elements": 5000},
+        {},
+    ),
+    (
+        "further tokens in a V",
+        LATENT | FURTHER,
+        {"tp": 2, "pp": 4, "vpp": 2, "schedule": "zb-v"},
+        {},
+    ),
+    (
+        "further tokens recomputed",
+        LATENT | FURTHER,
+        {"tp": 4, "sequence_parallel": True, "pp": 2},
+        {"recompute": FULL},
+    ),
+    (
+        "deepseek",
+        DEEPSEEK,
+        {"tp": 2, "sequence_parallel": True, "ep": 8, "pp": 4, "layout": "Ett|ttt|tt|tmL"},
+        {},
+    ),
     (
         "deepseek in all directions",
         DEEPSEEK,
@@ -102,7 +203,13 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 
 def make(shape: dict[str, Any], parallel: dict[str, Any], training: dict[str, Any]) -> TrainConfig:
     dp = RANKS // (parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1))
-    batch = {"seq_length": 128, "micro_batch_size": 1, "global_batch_size": 2 * dp, "steps": 1, "precision": "bf16"}
+    batch = {
+        "seq_length": 128,
+        "micro_batch_size": 1,
+        "global_batch_size": 2 * dp,
+        "steps": 1,
+        "precision": "bf16",
+    }
     fields = {
         "model": shape,
         "parallel": parallel | {"dp": dp},
@@ -131,15 +238,22 @@ def recording(sent: Sent) -> Callable[[ParallelMesh], AbstractContextManager[Non
         }
         with pytest.MonkeyPatch.context() as patch:
             for name, (kind, content, place) in watched.items():
-                patch.setattr(collectives, name, _noting(sent, getattr(collectives, name), kind, content, place))
+                patch.setattr(
+                    collectives,
+                    name,
+                    _noting(sent, getattr(collectives, name), kind, content, place),
+                )
             yield
 
     return during
 
 
-def _noting(sent: Sent, plain: Callable[..., Any], kind: str, content: int, place: int) -> Callable[..., Any]:
+def _noting(
+    sent: Sent, plain: Callable[..., Any], kind: str, content: int, place: int
+) -> Callable[..., Any]:
     def call(*given: Any) -> Any:
-        tensor, group = given[content], given[place]
+        tensor = given[content]
+        group = given[place]
         assert isinstance(tensor, Tensor)
         if group is not None:
             sent[group, kind] += tensor.numel() * tensor.element_size()
@@ -148,20 +262,29 @@ def _noting(sent: Sent, plain: Callable[..., Any], kind: str, content: int, plac
     return call
 
 
-RUNS = [(f"{name}, rank {rank}", config, rank) for name, *config in CASES for rank in (RANK, LAST) if rank == RANK or config[1].get("pp")]
+RUNS = [
+    (f"{name}, rank {rank}", config, rank)
+    for name, *config in CASES
+    for rank in (RANK, LAST)
+    if rank == RANK or config[1].get("pp")
+]
 
 
 @pytest.mark.parametrize(("parts", "rank"), [pytest.param(*run[1:], id=run[0]) for run in RUNS])
-def test_bytes_per_axis_and_kind_are_those_of_the_plan(parts: list[dict[str, Any]], rank: int) -> None:
+def test_bytes_per_axis_and_kind_are_those_of_the_plan(
+    parts: list[dict[str, Any]], rank: int
+) -> None:
     config = make(*parts)
-    sent, meshes = Sent(), list[ParallelMesh]()
+    sent = Sent()
+    meshes = list[ParallelMesh]()
 
     def around(mesh: ParallelMesh) -> AbstractContextManager[None]:
         meshes.append(mesh)
         return recording(sent)(mesh)
 
     step(config, rank, "meta", around)
-    mesh, planned = meshes[0], step_communication(config, rank)
+    mesh = meshes[0]
+    planned = step_communication(config, rank)
     assert planned is not None
     groups = {
         "tp": mesh.tp_group,
@@ -175,8 +298,11 @@ def test_bytes_per_axis_and_kind_are_those_of_the_plan(parts: list[dict[str, Any
         "tokens": mesh.token_group,
         "world": mesh.world_group,
     }
-    within = dict.fromkeys(mesh.cp_levels, mesh.cp_group) | {mesh.dp_group: mesh.replica_group}  # parts of an axis are that axis
-    found, expected = Sent(), Sent()
+    within = dict.fromkeys(mesh.cp_levels, mesh.cp_group) | {
+        mesh.dp_group: mesh.replica_group
+    }  # parts of an axis are that axis
+    found = Sent()
+    expected = Sent()
     for (group, kind), size in sent.items():
         found[group if group in groups.values() else within[group], kind] += size
     for (axis, kind), size in planned.bytes.items():

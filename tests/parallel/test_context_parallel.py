@@ -1,4 +1,6 @@
-"""Context parallelism: what each method sends, what it holds, and that documents kept apart stay apart under every cut."""
+"""Context parallelism: what each method sends, what it holds, and that documents kept apart stay
+apart under every cut.
+"""
 
 import gc
 import weakref
@@ -24,12 +26,23 @@ pytestmark = pytest.mark.parallel
 HIERARCHY = {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)}
 
 
-def attend_and_count(rank: int, world_size: int, parallel: dict[str, Any], dtype: torch.dtype) -> tuple[Counter[str], int, float]:
-    """Calls of torch.distributed by name in one forward and backward, most foreign blocks at once, worst distance from one rank."""
+def attend_and_count(
+    rank: int, world_size: int, parallel: dict[str, Any], dtype: torch.dtype
+) -> tuple[Counter[str], int, float]:
+    """Calls of torch.distributed by name in one forward and backward, most foreign blocks at once,
+    worst distance from one rank.
+    """
     mesh = make_mesh(rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1))
     torch.manual_seed(1)
-    batch, heads, groups, length, width = 2, 8, 4, 64, 16
-    q, k, v, grad = (torch.randn(batch, count, length, width, dtype=dtype) for count in (heads, groups, groups, heads))
+    batch = 2
+    heads = 8
+    groups = 4
+    length = 64
+    width = 16
+    q, k, v, grad = (
+        torch.randn(batch, count, length, width, dtype=dtype)
+        for count in (heads, groups, groups, heads)
+    )
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)
     expected.backward(grad)
@@ -39,16 +52,30 @@ def attend_and_count(rank: int, world_size: int, parallel: dict[str, Any], dtype
     with counting(blocks) as (calls, most):
         output = context_attention(parallel.get("cp_method", "p2p"), mesh)(*mine, None)
         output.backward(grad[:, :, here])
-    pairs = [(output, expected[:, :, here]), *((part.grad, full.grad[:, :, here]) for part, full in zip(mine, whole, strict=True))]
+    pairs = [
+        (output, expected[:, :, here]),
+        *((part.grad, full.grad[:, :, here]) for part, full in zip(mine, whole, strict=True)),
+    ]
     return calls, most[0], max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 class counting:  # noqa: N801 - reads as a statement
-    """Counts calls of torch.distributed, and blocks of keys and values from other ranks that are alive together."""
+    """Counts calls of torch.distributed, and blocks of keys and values from other ranks that are
+    alive together.
+    """
 
     def __init__(self, blocks: list[weakref.ref[Tensor]]) -> None:
-        self.blocks, self.calls, self.most = blocks, Counter[str](), [0]
-        self.names = ("batch_isend_irecv", "all_to_all_single", "all_gather_into_tensor", "all_gather_single", "all_reduce", "isend")
+        self.blocks = blocks
+        self.calls = Counter[str]()
+        self.most = [0]
+        self.names = (
+            "batch_isend_irecv",
+            "all_to_all_single",
+            "all_gather_into_tensor",
+            "all_gather_single",
+            "all_reduce",
+            "isend",
+        )
 
     def __enter__(self) -> tuple[Counter[str], list[int]]:
         self.originals = {name: getattr(dist, name) for name in self.names if hasattr(dist, name)}
@@ -82,13 +109,16 @@ class counting:  # noqa: N801 - reads as a statement
 
 def test_the_ring_holds_two_foreign_blocks_and_sends_only_point_to_point() -> None:
     for calls, most, distance in run_ranks(attend_and_count, 4, {"cp": 4}, torch.float32):
-        # Forward: keys and values three hops. Backward: the same, and their gradients four, to come home.
+        # Forward: keys and values three hops. Backward: the same, and their gradients four, to come
+        # home.
         assert calls == {"isend": 3 + 3 + 4}
         assert most <= 2 + 2, "two blocks, and in the backward two gradients"
         assert distance < 1e-6
 
 
-@pytest.mark.parametrize("parallel", [{"cp": 2, "cp_method": "all_gather"}, {"cp": 4, "cp_method": "a2a"}, HIERARCHY])
+@pytest.mark.parametrize(
+    "parallel", [{"cp": 2, "cp_method": "all_gather"}, {"cp": 4, "cp_method": "a2a"}, HIERARCHY]
+)
 def test_every_method_is_attention_over_the_whole_sequence(parallel: dict[str, Any]) -> None:
     for calls, _, distance in run_ranks(attend_and_count, parallel["cp"], parallel, torch.float64):
         assert distance < 1e-12
@@ -96,17 +126,32 @@ def test_every_method_is_attention_over_the_whole_sequence(parallel: dict[str, A
         assert ("isend" in calls) == ("p2p" in parallel["cp_method"])
 
 
-METHODS: tuple[dict[str, Any], ...] = ({"cp": 4}, {"cp": 4, "cp_method": "all_gather"}, {"cp": 4, "cp_method": "a2a"}, HIERARCHY)
+METHODS: tuple[dict[str, Any], ...] = (
+    {"cp": 4},
+    {"cp": 4, "cp_method": "all_gather"},
+    {"cp": 4, "cp_method": "a2a"},
+    HIERARCHY,
+)
 
 
 def windowed(rank: int, world_size: int, windows: list[int]) -> dict[tuple[str, int, bool], float]:
-    """Worst distance from one rank of outputs and gradients, by method, window and whether documents are apart."""
+    """Worst distance from one rank of outputs and gradients, by method, window and whether
+    documents are apart.
+    """
     torch.manual_seed(1)
-    batch, heads, groups, length, width = 2, 8, 4, 64, 16
-    q, k, v, grad = (torch.randn(batch, count, length, width, dtype=torch.float64) for count in (heads, groups, groups, heads))
+    batch = 2
+    heads = 8
+    groups = 4
+    length = 64
+    width = 16
+    q, k, v, grad = (
+        torch.randn(batch, count, length, width, dtype=torch.float64)
+        for count in (heads, groups, groups, heads)
+    )
     documents = torch.arange(length).ge(23).int().expand(batch, -1)
     behind = torch.arange(length)[:, None] - torch.arange(length)
-    here, found = torch.from_numpy(SequenceCut(world_size, rank).positions(length)), {}
+    here = torch.from_numpy(SequenceCut(world_size, rank).positions(length))
+    found = {}
     for parallel in METHODS:
         mesh = make_mesh(rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1))
         for window, packed in product(windows, (None, Packed(documents, ((23, 41),) * batch))):
@@ -114,19 +159,30 @@ def windowed(rank: int, world_size: int, windows: list[int]) -> dict[tuple[str, 
             if packed is not None:
                 seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
             whole = [x.clone().requires_grad_() for x in (q, k, v)]
-            expected = nn.functional.scaled_dot_product_attention(*whole, attn_mask=seen, enable_gqa=True)
+            expected = nn.functional.scaled_dot_product_attention(
+                *whole, attn_mask=seen, enable_gqa=True
+            )
             expected.backward(grad)
             mine = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
             method = str(parallel.get("cp_method", "p2p"))
             output = context_attention(method, mesh, window)(*mine, packed)
             output.backward(grad[:, :, here])
-            pairs = [(output, expected[:, :, here]), *((part.grad, full.grad[:, :, here]) for part, full in zip(mine, whole, strict=True))]
-            found[method, window, packed is not None] = max(float((a - b).norm() / v.norm()) for a, b in pairs)
+            pairs = [
+                (output, expected[:, :, here]),
+                *(
+                    (part.grad, full.grad[:, :, here])
+                    for part, full in zip(mine, whole, strict=True)
+                ),
+            ]
+            found[method, window, packed is not None] = max(
+                float((a - b).norm() / v.norm()) for a, b in pairs
+            )
     return found
 
 
 def test_every_method_knows_the_window() -> None:
-    # Shorter than a chunk of 8 tokens, of one, ending within one, over several, and longer than the sequence.
+    # Shorter than a chunk of 8 tokens, of one, ending within one, over several, and longer than the
+    # sequence.
     for found in run_ranks(windowed, 4, [1, 3, 8, 9, 21, 60, 64, 100]):
         assert len(found) == 4 * 8 * 2
         assert max(found.values()) < 1e-12, found
@@ -139,7 +195,11 @@ def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it() -> None:
     for keys in (slice(0, 3), slice(3, 6)):
         attend(so_far, q, k, v, [Tile(slice(0, 6), keys)], documents)
     apart = torch.cat(
-        [nn.functional.scaled_dot_product_attention(*(x[:, :, part] for x in (q, k, v))) for part in (slice(3), slice(3, 6))], 2
+        [
+            nn.functional.scaled_dot_product_attention(*(x[:, :, part] for x in (q, k, v)))
+            for part in (slice(3), slice(3, 6))
+        ],
+        2,
     )
     torch.testing.assert_close(so_far.output, apart)
 

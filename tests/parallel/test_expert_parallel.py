@@ -1,4 +1,7 @@
-"""Experts in every layout equal one rank. Routers replay one rank's choices, since a tie that falls the other way is another model."""
+"""Experts in every layout equal one rank.
+
+Routers replay one rank's choices, since a tie that falls the other way is another model.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -21,10 +24,20 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 
-MOE: dict[str, Any] = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48, "aux_loss_coeff": 0.02, "z_loss_coeff": 1e-3}
+MOE: dict[str, Any] = {
+    "num_experts": 4,
+    "top_k": 2,
+    "ffn_hidden_size": 48,
+    "aux_loss_coeff": 0.02,
+    "z_loss_coeff": 1e-3,
+}
 MODELS = {
     "softmax": LLAMA | {"moe": MOE},
-    "shared": LLAMA | {"moe": MOE | {"shared_expert_ffn_hidden_size": 32, "aux_loss": "seq_aux_loss", "layer_pattern": [0, 1]}},
+    "shared": LLAMA
+    | {
+        "moe": MOE
+        | {"shared_expert_ffn_hidden_size": 32, "aux_loss": "seq_aux_loss", "layer_pattern": [0, 1]}
+    },
     "sigmoid": LLAMA
     | {
         "activation": "gelu_tanh",
@@ -40,10 +53,12 @@ MODELS = {
         },
     },
 }
-# Capacity is a share of a rank's tokens, so these are compared where ranks have as many tokens of a microbatch as one rank.
+# Capacity is a share of a rank's tokens, so these are compared where ranks have as many tokens of a
+# microbatch as one rank.
 DROPPING = {
     "dropping": LLAMA | {"moe": MOE | {"capacity_factor": 0.75}},
-    "padded": LLAMA | {"moe": MOE | {"capacity_factor": 0.75, "pad_to_capacity": True, "drop_policy": "position"}},
+    "padded": LLAMA
+    | {"moe": MOE | {"capacity_factor": 0.75, "pad_to_capacity": True, "drop_policy": "position"}},
 }
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -94,7 +109,10 @@ def test_experts_in_a_layout_equal_one_rank(layout: str) -> None:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("model", DROPPING)
-@pytest.mark.parametrize("layout", [name for name, parallel in LONG_LAYOUTS.items() if not parallel.keys() & {"tp", "cp"}])
+@pytest.mark.parametrize(
+    "layout",
+    [name for name, parallel in LONG_LAYOUTS.items() if not parallel.keys() & {"tp", "cp"}],
+)
 def test_full_experts_send_the_same_tokens_away_in_every_layout(layout: str, model: str) -> None:
     one, choices = reference(model)
     compare(DROPPING[model], LONG_LAYOUTS[layout], one, choices)
@@ -109,18 +127,32 @@ def test_experts_in_more_layouts_equal_one_rank(layout: str, model: str) -> None
 
 
 @pytest.mark.parametrize(
-    "layout", [{"dp": 2, "ep": 2}, pytest.param(SP | {"dp": 2, "ep": 2, "etp": 1, "dispatcher": "allgather"}, marks=pytest.mark.parity)]
+    "layout",
+    [
+        {"dp": 2, "ep": 2},
+        pytest.param(
+            SP | {"dp": 2, "ep": 2, "etp": 1, "dispatcher": "allgather"}, marks=pytest.mark.parity
+        ),
+    ],
 )
-def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(layout: dict[str, Any]) -> None:
+def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(
+    layout: dict[str, Any],
+) -> None:
     _, choices = reference("softmax")
     config = make_config(MODELS["softmax"], layout, steps=1)
-    dims, training = ParallelDims.of(config.parallel), config.training
+    dims = ParallelDims.of(config.parallel)
+    training = config.training
     same = total = 0
     for rank, result in enumerate(run_ranks(parity.run_layout, dims.world_size, config)):
-        place, size = dims.coordinates(rank), training.micro_batch_size
-        blocks = sample_ids(0, size, place["dp"], dims.dp, training.global_batch_size // (size * dims.dp))
+        place = dims.coordinates(rank)
+        size = training.micro_batch_size
+        blocks = sample_ids(
+            0, size, place["dp"], dims.dp, training.global_batch_size // (size * dims.dp)
+        )
         for index, (layer, experts) in enumerate(result.choices):
-            rows = choices[0][blocks[index // config.model.num_layers], :, layer].reshape(-1, experts.shape[1])
+            rows = choices[0][blocks[index // config.model.num_layers], :, layer].reshape(
+                -1, experts.shape[1]
+            )
             expected = np.split(rows, dims.tp)[place["tp"]]
             same += int((np.sort(experts) == np.sort(expected)).all(1).sum())
             total += len(experts)
@@ -129,7 +161,9 @@ def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(layout
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("layout", [{"dp": 2, "ep": 2}, SP | {"dp": 2, "ep": 2}], ids=["ep2", "ep2-tp2-dp2"])
+@pytest.mark.parametrize(
+    "layout", [{"dp": 2, "ep": 2}, SP | {"dp": 2, "ep": 2}], ids=["ep2", "ep2-tp2-dp2"]
+)
 def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(layout: dict[str, Any]) -> None:
     _, choices = reference("shared")
 
@@ -141,7 +175,9 @@ def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(layout: dict[str
     def distance(parallel: dict[str, Any]) -> float:
         ranks = ParallelDims.of(config(parallel).parallel).world_size
         results = run_ranks(parity.run_layout, ranks, config(parallel), 1, choices, timeout_s=180)
-        return distance_from(truth, assemble(config(parallel), [result.gradients for result in results]))
+        return distance_from(
+            truth, assemble(config(parallel), [result.gradients for result in results])
+        )
 
     allowed = 1.3 * distance({"dp": 1})
     assert allowed < 0.1 and distance(layout) <= allowed
@@ -149,12 +185,19 @@ def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(layout: dict[str
 
 def with_experts(settings: TrainConfig) -> TrainConfig:
     fields = settings.model_dump()
-    fields["model"]["moe"] = MOE | {"score_function": "sigmoid", "expert_bias": True, "bias_update_rate": 0.01, "capacity_factor": 4.0}
+    fields["model"]["moe"] = MOE | {
+        "score_function": "sigmoid",
+        "expert_bias": True,
+        "bias_update_rate": 0.01,
+        "capacity_factor": 4.0,
+    }
     return TrainConfig.from_mapping(fields)
 
 
 def test_experts_and_their_bias_resume_exactly_and_change_places(tmp_path: Path) -> None:
-    (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
+    (tmp_path / "corpus.txt").write_text(
+        "\n".join(f"line {number}: {number * number} is a square" for number in range(400))
+    )
     settings = with_experts(checkpoint_config(tmp_path, 1, 2, ep=2))
     data = prepare(settings.data, str(tmp_path / "cache"), seq_length=32)
     elsewhere = with_experts(checkpoint_config(tmp_path, 2, 2, ep=2, etp=2))

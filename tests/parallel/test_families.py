@@ -1,4 +1,6 @@
-"""What families have beside a plain Llama equals one rank under every layout: norms of heads, windows, stretched positions and the rest."""
+"""What families have beside a plain Llama equals one rank under every layout: norms of heads,
+windows, stretched positions and the rest.
+"""
 
 from functools import cache
 from typing import Any
@@ -20,7 +22,12 @@ EVERYTHING: dict[str, Any] = LLAMA | {
     "qkv_bias": True,
     "sliding_window": 11,
     "full_attention_every": 2,
-    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 12, "beta_fast": 4.0},
+    "rope_scaling": {
+        "kind": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 12,
+        "beta_fast": 4.0,
+    },
     "activation": "geglu_tanh",
     "zero_centered_norm": True,
     "embedding_scale": 8.0,
@@ -45,17 +52,30 @@ IN_CHECK = ("tp2", "cp2-p2p", "tp4")
 
 @cache
 def one_rank() -> RankResult:
-    found: RankResult = run_ranks(parity.run_layout, 1, make_config(EVERYTHING, {"dp": 1}, steps=STEPS))[0]
+    found: RankResult = run_ranks(
+        parity.run_layout, 1, make_config(EVERYTHING, {"dp": 1}, steps=STEPS)
+    )[0]
     return found
 
 
-@pytest.mark.parametrize("layout", [name if name in IN_CHECK else pytest.param(name, marks=pytest.mark.parity) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        name if name in IN_CHECK else pytest.param(name, marks=pytest.mark.parity)
+        for name in LAYOUTS
+    ],
+)
 def test_layout_equals_one_rank(layout: str) -> None:
     compare(EVERYTHING, LAYOUTS[layout], one_rank())
 
 
 def test_layer_norms_of_heads_have_biases_whose_gradients_are_summed_too() -> None:
-    model = EVERYTHING | {"norm": "layernorm", "zero_centered_norm": False, "sliding_window": None, "full_attention_every": None}
+    model = EVERYTHING | {
+        "norm": "layernorm",
+        "zero_centered_norm": False,
+        "sliding_window": None,
+        "full_attention_every": None,
+    }
     one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=STEPS))[0]
     assert "layers.0.attention.k_norm.bias" in {name for name, _, _ in one.gradients}
     compare(model, LAYOUTS["tp2"], one)
@@ -84,15 +104,20 @@ def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
     compare(EVERYTHING, LAYOUTS[layout], one_rank(), compiled=True)
 
 
-@pytest.mark.parametrize("layout", ["cp2-p2p", pytest.param("cp2-all-gather", marks=pytest.mark.parity)])
+@pytest.mark.parametrize(
+    "layout", ["cp2-p2p", pytest.param("cp2-all-gather", marks=pytest.mark.parity)]
+)
 def test_packed_documents_with_a_window_equal_one_rank(layout: str) -> None:
     def run(parallel: dict[str, Any]) -> list[RankResult]:
         config = make_config(EVERYTHING, {"dp": 1} | parallel, steps=5, separate_documents=True)
         return run_ranks(parity.run_layout, parallel.get("cp", 1), config)
 
-    (one,), cut = run({}), run(LAYOUTS[layout])
+    (one,) = run({})
+    cut = run(LAYOUTS[layout])
     config = make_config(EVERYTHING, {"dp": 1}, steps=5)
-    distance = worst_relative_l2(assemble(config, [rank.gradients for rank in cut]), assemble(config, [one.gradients]))
+    distance = worst_relative_l2(
+        assemble(config, [rank.gradients for rank in cut]), assemble(config, [one.gradients])
+    )
     assert distance[0] <= 5e-6, distance
     for rank in cut:
         np.testing.assert_allclose(rank.losses, one.losses, rtol=1e-5)

@@ -1,5 +1,6 @@
-"""The matrix: random legal layouts with all options mixed, each equal to one rank; one whole step of each without a device; checkpoints
-that go from one to another."""
+"""The matrix: random legal layouts with all options mixed, each equal to one rank; one whole step
+of each without a device; checkpoints that go from one to another.
+"""
 
 import os
 from collections import Counter
@@ -30,11 +31,16 @@ SHORT = (4, 8)
 def some(entries: tuple[Entry, ...]) -> list[Any]:
     """All of them as parameters; those beyond the first few small ones belong to the long form."""
     small = [entry for entry in entries if entry.world_size <= SHORT[0]][: SHORT[1]]
-    return [pytest.param(entry, id=entry.name, marks=[] if entry in small else pytest.mark.parity) for entry in entries]
+    return [
+        pytest.param(entry, id=entry.name, marks=[] if entry in small else pytest.mark.parity)
+        for entry in entries
+    ]
 
 
 def alone_config(experts: bool, packed: bool, **wanted: Any) -> TrainConfig:
-    return Entry({"dp": 1} | ({"ep": 1} if experts else {}), None, packed).config(alone=True, **wanted)
+    return Entry({"dp": 1} | ({"ep": 1} if experts else {}), None, packed).config(
+        alone=True, **wanted
+    )
 
 
 @cache
@@ -60,14 +66,18 @@ def test_an_entry_equals_one_rank(entry: Entry) -> None:
     one, choices = alone(entry.experts, entry.packed)
     config = entry.config(steps=STEPS)
     results = run_ranks(parity.run_layout, entry.world_size, config, 5, choices, timeout_s=300)
-    gradients, expected = (assemble(config, [rank.gradients for rank in ranks]) for ranks in (results, [one]))
+    gradients, expected = (
+        assemble(config, [rank.gradients for rank in ranks]) for ranks in (results, [one])
+    )
     distance = worst_relative_l2(gradients, expected)
     assert distance[0] <= 5e-6, distance
     for rank in results:
         np.testing.assert_allclose(rank.losses, one.losses, rtol=2e-5)
         np.testing.assert_allclose(rank.grad_norms, one.grad_norms, rtol=2e-5)
         np.testing.assert_allclose(rank.other_losses, one.other_losses, rtol=2e-5)
-    weights, expected = (assemble(config, [rank.weights for rank in ranks]) for ranks in (results, [one]))
+    weights, expected = (
+        assemble(config, [rank.weights for rank in ranks]) for ranks in (results, [one])
+    )
     assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
 
 
@@ -86,16 +96,23 @@ def truth_and_bf16(experts: bool, packed: bool) -> tuple[dict[str, np.ndarray], 
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in MATRIX])
 def test_an_entry_in_bf16_stays_as_close_to_float64_as_one_bf16_rank(entry: Entry) -> None:
     truth, of_one = truth_and_bf16(entry.experts, entry.packed)
-    config, (_, choices) = entry.config(steps=2, precision="bf16"), alone(entry.experts, entry.packed)
+    config = entry.config(steps=2, precision="bf16")
+    (_, choices) = alone(entry.experts, entry.packed)
     results = run_ranks(parity.run_layout, entry.world_size, config, 1, choices, timeout_s=300)
-    assert distance_from(truth, assemble(config, [rank.gradients for rank in results])) <= 1.3 * of_one < 0.1
+    assert (
+        distance_from(truth, assemble(config, [rank.gradients for rank in results]))
+        <= 1.3 * of_one
+        < 0.1
+    )
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     folder = tmp_path_factory.mktemp("matrix")
     for index in range(40):
-        (folder / f"{index}.txt").write_text(" ".join(str(index * number % 97) for number in range(300)))
+        (folder / f"{index}.txt").write_text(
+            " ".join(str(index * number % 97) for number in range(300))
+        )
     config = on_disk(MATRIX[0], folder, str(folder))
     return prepare(config.data, str(folder / "cache"), seq_length=32)
 
@@ -107,7 +124,8 @@ def on_disk(entry: Entry, storage: Path, source: str, *, alone: bool = False) ->
     return TrainConfig.from_mapping(fields)
 
 
-# Experts choose freely here, and a tie that falls the other way is another model: they change places in test_expert_parallel.
+# Experts choose freely here, and a tie that falls the other way is another model: they change
+# places in test_expert_parallel.
 _DENSE = [entry for entry in MATRIX if not entry.experts and not entry.packed]
 PAIRS = [(_DENSE[index], _DENSE[(index + 1) % len(_DENSE)]) for index in range(min(8, len(_DENSE)))]
 
@@ -115,13 +133,39 @@ PAIRS = [(_DENSE[index], _DENSE[(index + 1) % len(_DENSE)]) for index in range(m
 @pytest.mark.parallel
 @pytest.mark.parity
 @pytest.mark.parametrize(("before", "after"), PAIRS, ids=[f"{a.name}--{b.name}" for a, b in PAIRS])
-def test_a_checkpoint_goes_on_under_another_layout(before: Entry, after: Entry, tmp_path: Path, corpus: PreparedData) -> None:
+def test_a_checkpoint_goes_on_under_another_layout(
+    before: Entry, after: Entry, tmp_path: Path, corpus: PreparedData
+) -> None:
     source = "unused"
-    one = run_ranks(train_session, 1, on_disk(before, tmp_path / "one", source, alone=True), corpus, None, None, timeout_s=300)[0]
-    first = run_ranks(train_session, before.world_size, on_disk(before, tmp_path / "a", source), corpus, None, None, timeout_s=300)[0]
+    one = run_ranks(
+        train_session,
+        1,
+        on_disk(before, tmp_path / "one", source, alone=True),
+        corpus,
+        None,
+        None,
+        timeout_s=300,
+    )[0]
+    first = run_ranks(
+        train_session,
+        before.world_size,
+        on_disk(before, tmp_path / "a", source),
+        corpus,
+        None,
+        None,
+        timeout_s=300,
+    )[0]
     np.testing.assert_allclose(first[0], one[0], rtol=2e-5)
     halfway = first[3][0]
     commit(halfway, {}, [])
-    second = run_ranks(train_session, after.world_size, on_disk(after, tmp_path / "b", source), corpus, halfway, None, timeout_s=300)[0]
+    second = run_ranks(
+        train_session,
+        after.world_size,
+        on_disk(after, tmp_path / "b", source),
+        corpus,
+        halfway,
+        None,
+        timeout_s=300,
+    )[0]
     np.testing.assert_allclose(second[0], one[0][5:], rtol=2e-5)
     np.testing.assert_allclose(second[1], one[1][5:], rtol=2e-5)

@@ -1,4 +1,6 @@
-"""The mechanisms are what they are called: overlap happens, ZeRO-1 shards, a resumed run is the undisturbed one."""
+"""The mechanisms are what they are called: overlap happens, ZeRO-1 shards, a resumed run is the
+undisturbed one.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,19 @@ from tests.ranks import run_ranks
 pytestmark = pytest.mark.parallel
 
 
-def record_overlap(rank: int, world_size: int, config: TrainConfig) -> tuple[list[str], int, list[str]]:
-    """Events of one step's backward, in order; the number of buckets; what was waited for inside the backward."""
+def record_overlap(
+    rank: int, world_size: int, config: TrainConfig
+) -> tuple[list[str], int, list[str]]:
+    """Events of one step's backward, in order; the number of buckets; what was waited for inside
+    the backward.
+    """
     mesh = make_mesh(rank, world_size, config)
     events: list[str] = []
-    model = parallelize(config, mesh, on_reduce=lambda bucket: events.append(f"reduce {bucket.index}"))
-    reducer, waits = model.families[0].reducer, []
+    model = parallelize(
+        config, mesh, on_reduce=lambda bucket: events.append(f"reduce {bucket.index}")
+    )
+    reducer = model.families[0].reducer
+    waits = []
     ready = reducer.ready
 
     class Watched:
@@ -45,10 +54,20 @@ def record_overlap(rank: int, world_size: int, config: TrainConfig) -> tuple[lis
     def note(slot: GradSlot) -> None:
         events.append(f"ready {slot.name}")
         ready(slot)
-        reducer._pending = [pending if isinstance(pending, Watched) else Watched(pending) for pending in reducer._pending]
+        reducer._pending = [
+            pending if isinstance(pending, Watched) else Watched(pending)
+            for pending in reducer._pending
+        ]
 
     model.sink._on_ready = note
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh))
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, 32),
+        2,
+        8,
+        mesh.dp_rank,
+        mesh.dims.dp,
+        batch_maker(config, mesh),
+    )
     forward_backward(model, mesh, loader.step(0))
     inside = list(waits)
     reducer.finish()
@@ -66,12 +85,17 @@ def test_buckets_are_reduced_while_the_backward_goes_on(zero: int) -> None:
         assert waits_inside == []
 
 
-def rows_put_off(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[str, int], dict[str, bool]]:
-    """Rows of the inputs that wait for their weight products, 0 where they are still to be gathered; whether the gradients that come of
-    it are those of a backward at once."""
+def rows_put_off(
+    rank: int, world_size: int, config: TrainConfig
+) -> tuple[dict[str, int], dict[str, bool]]:
+    """Rows of the inputs that wait for their weight products, 0 where they are still to be
+    gathered; whether the gradients that come of it are those of a backward at once.
+    """
     mesh = make_mesh(rank, world_size, config)
     model, _ = build(config, mesh)
-    batches = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)).step(0)
+    batches = StepLoader(
+        RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)
+    ).step(0)
     forward_backward(model, mesh, batches)
     at_once = {name: slot.main_grad.clone() for name, slot in model.sink.slots.items()}
     waiting: dict[str, int] = {}
@@ -87,14 +111,17 @@ def rows_put_off(rank: int, world_size: int, config: TrainConfig) -> tuple[dict[
     model.module(batches[0]).backward()
     model.sink.begin_microbatch(last=True)
     model.sink.catch_up("all")
-    return waiting, {name: torch.equal(slot.main_grad, at_once[name]) for name, slot in model.sink.slots.items()}
+    return waiting, {
+        name: torch.equal(slot.main_grad, at_once[name]) for name, slot in model.sink.slots.items()
+    }
 
 
 def test_weight_products_that_wait_hold_no_gathered_inputs() -> None:
     config = make_config(LLAMA, {"tp": 2, "sequence_parallel": True}, steps=1)
     for waiting, equal in run_ranks(rows_put_off, 2, config):
         inside = {name: rows for name, rows in waiting.items() if name.startswith("layers.")}
-        # What is cut over tp anyway stays whole in tokens; what would be whole in both is gathered when it is needed.
+        # What is cut over tp anyway stays whole in tokens; what would be whole in both is gathered
+        # when it is needed.
         assert {name.split(".", 2)[2]: rows for name, rows in inside.items()} == {
             "attention.qkv.weight": 0,
             "attention.o.weight": 64,
@@ -120,12 +147,19 @@ def test_a_gradient_that_never_came_is_an_error() -> None:
     mesh = make_mesh(0, 1, config)
     model, optimizer = build(config, mesh)
     model.begin_step()
-    with pytest.raises(RuntimeError, match="1 gradient buckets were never complete; the first holds"):
+    with pytest.raises(
+        RuntimeError, match="1 gradient buckets were never complete; the first holds"
+    ):
         finalize_grads(model, optimizer, mesh, torch.zeros(()), 1)
 
 
 def train_session(
-    rank: int, world_size: int, config: TrainConfig, data: PreparedData, resume_from: str | None, stop_at: int | None
+    rank: int,
+    world_size: int,
+    config: TrainConfig,
+    data: PreparedData,
+    resume_from: str | None,
+    stop_at: int | None,
 ) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], np.ndarray]], list[str], str]:
     """Losses, norms, final weights, checkpoints written, outcome."""
     reports: list[Report] = []
@@ -135,7 +169,14 @@ def train_session(
         asked = stop_at is not None and rank == 0 and steps and steps[-1] + 1 >= stop_at
         return Command.CHECKPOINT_AND_STOP if asked else Command.CONTINUE
 
-    session = TrainingSession(config, make_mesh(rank, world_size, config), data, report=reports.append, poll=poll, resume_from=resume_from)
+    session = TrainingSession(
+        config,
+        make_mesh(rank, world_size, config),
+        data,
+        report=reports.append,
+        poll=poll,
+        resume_from=resume_from,
+    )
     outcome = session.run()
     steps = [report for report in reports if isinstance(report, StepReport)]
     written = [report.path for report in reports if isinstance(report, CheckpointReport)]
@@ -147,7 +188,9 @@ def train_session(
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, PreparedData]:
     folder = tmp_path_factory.mktemp("corpus")
     for index in range(40):
-        (folder / f"{index}.txt").write_text(" ".join(str(index * number % 97) for number in range(300)))
+        (folder / f"{index}.txt").write_text(
+            " ".join(str(index * number % 97) for number in range(300))
+        )
     config = make_config(LLAMA | {"vocab_size": None}, {"dp": 1}, steps=10)
     fields = config.model_dump()
     fields["data"] = {"train": [{"path": str(folder)}], "tokenizer": {"kind": "bytes"}}
@@ -157,7 +200,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Prepa
     return config, prepare(config.data, str(folder / "cache"), seq_length=32)
 
 
-def with_layout(config: TrainConfig, storage: Path, parallel: dict[str, Any], **training: Any) -> TrainConfig:
+def with_layout(
+    config: TrainConfig, storage: Path, parallel: dict[str, Any], **training: Any
+) -> TrainConfig:
     fields = config.model_dump()
     fields["parallel"] |= {"dp": 1} | parallel
     fields["storage"] = {"path": str(storage)}
@@ -172,18 +217,26 @@ RECOMPUTE = {"granularity": "full", "method": "uniform", "num_layers": 1}
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("parallel", [{"tp": 2, "sequence_parallel": True}, {"dp": 2}])
 def test_a_resumed_run_is_the_undisturbed_one(
-    corpus: tuple[TrainConfig, PreparedData], tmp_path: Path, parallel: dict[str, Any], precision: str
+    corpus: tuple[TrainConfig, PreparedData],
+    tmp_path: Path,
+    parallel: dict[str, Any],
+    precision: str,
 ) -> None:
     config, data = corpus
     config = with_layout(config, tmp_path, parallel, precision=precision)
     again = config
-    if precision == "bf16":  # with dropout, whose masks are those of the undisturbed run, recomputed or not
+    if (
+        precision == "bf16"
+    ):  # with dropout, whose masks are those of the undisturbed run, recomputed or not
         model = config.model.model_copy(update={"hidden_dropout": 0.1, "attention_dropout": 0.1})
         config = config.model_copy(update={"model": model})
         again = with_layout(config, tmp_path, parallel, precision=precision, recompute=RECOMPUTE)
     whole = run_ranks(train_session, 2, config, data, None, None)
     losses, norms, _, written, outcome = whole[0]
-    assert outcome == "finished" and [path[-11:] for path in written] == ["00005-a0001", "00010-a0001"]
+    assert outcome == "finished" and [path[-11:] for path in written] == [
+        "00005-a0001",
+        "00010-a0001",
+    ]
     commit(written[0], {}, [])
     resumed = run_ranks(train_session, 2, again, data, written[0], None)
     for before, after in zip(whole, resumed, strict=True):
@@ -192,13 +245,20 @@ def test_a_resumed_run_is_the_undisturbed_one(
     if precision == "fp32":
         other = {"dp": 2} if "tp" in parallel else {"tp": 2}
         crossed = run_ranks(
-            train_session, 2, with_layout(config, tmp_path, {"tp": 1, "sequence_parallel": False} | other), data, written[0], None
+            train_session,
+            2,
+            with_layout(config, tmp_path, {"tp": 1, "sequence_parallel": False} | other),
+            data,
+            written[0],
+            None,
         )
         np.testing.assert_allclose(crossed[0][0], losses[5:], rtol=1e-5)
         np.testing.assert_allclose(crossed[0][1], norms[5:], rtol=1e-5)
 
 
-def test_all_ranks_stop_at_the_step_that_one_asked_for(corpus: tuple[TrainConfig, PreparedData], tmp_path: Path) -> None:
+def test_all_ranks_stop_at_the_step_that_one_asked_for(
+    corpus: tuple[TrainConfig, PreparedData], tmp_path: Path
+) -> None:
     config, data = corpus
     config = with_layout(config, tmp_path, {"tp": 2})
     for losses, _, _, written, outcome in run_ranks(train_session, 2, config, data, None, 7):
@@ -206,7 +266,9 @@ def test_all_ranks_stop_at_the_step_that_one_asked_for(corpus: tuple[TrainConfig
         assert [path[-11:] for path in written] == ["00005-a0001", "00007-a0001"]
 
 
-def test_a_bpe_that_ended_with_fewer_tokens_than_asked_for_trains(corpus: tuple[TrainConfig, PreparedData], tmp_path: Path) -> None:
+def test_a_bpe_that_ended_with_fewer_tokens_than_asked_for_trains(
+    corpus: tuple[TrainConfig, PreparedData], tmp_path: Path
+) -> None:
     config, data = corpus
     fields = with_layout(config, tmp_path, {}, steps=1).model_dump()
     fields["data"]["tokenizer"] = {"kind": "bpe", "vocab_size": 4096}

@@ -1,6 +1,8 @@
-"""One whole step without a device, in worlds of any size: whatever names a device or waits for one fails here.
+"""One whole step without a device, in worlds of any size: whatever names a device or waits for one
+fails here.
 
-Tensors are on device `meta` and collectives go through torch's fake process group, so nothing is computed and nothing sent.
+Tensors are on device `meta` and collectives go through torch's fake process group, so nothing is
+computed and nothing sent.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,18 +30,46 @@ from tests.parallel.test_matrix import MATRIX
 
 LARGE: dict[str, Any] = {
     "model": {"preset": "llama3-405b"},
-    "parallel": {"tp": 8, "cp": 2, "pp": 16, "dp": 64, "sequence_parallel": True, "first_stage_layers": 7, "last_stage_layers": 7},
+    "parallel": {
+        "tp": 8,
+        "cp": 2,
+        "pp": 16,
+        "dp": 64,
+        "sequence_parallel": True,
+        "first_stage_layers": 7,
+        "last_stage_layers": 7,
+    },
     "data": {"train": [{"path": "unused"}]},
-    "training": {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 128, "steps": 10, "precision": "bf16"},
+    "training": {
+        "seq_length": 8192,
+        "micro_batch_size": 1,
+        "global_batch_size": 128,
+        "steps": 10,
+        "precision": "bf16",
+    },
     "optimizer": {"lr": 8e-5},
 }
 
 
 DEEPSEEK: dict[str, Any] = {
     "model": {"preset": "deepseek-v3"},
-    "parallel": {"tp": 4, "pp": 16, "dp": 32, "ep": 64, "etp": 1, "sequence_parallel": True, "layout": "Ettt|(tttt|)*14ttmL"},
+    "parallel": {
+        "tp": 4,
+        "pp": 16,
+        "dp": 32,
+        "ep": 64,
+        "etp": 1,
+        "sequence_parallel": True,
+        "layout": "Ettt|(tttt|)*14ttmL",
+    },
     "data": {"train": [{"path": "unused"}]},
-    "training": {"seq_length": 4096, "micro_batch_size": 1, "global_batch_size": 512, "steps": 10, "precision": "bf16"},
+    "training": {
+        "seq_length": 4096,
+        "micro_batch_size": 1,
+        "global_batch_size": 512,
+        "steps": 10,
+        "precision": "bf16",
+    },
     "optimizer": {"lr": 2.2e-4},
 }
 
@@ -70,18 +100,30 @@ Around = Callable[[ParallelMesh], AbstractContextManager[object]]
 """Something that is to last as long as a step."""
 
 
-def step(config: TrainConfig, rank: int, device: str, around: Around = lambda _: nullcontext()) -> None:
-    dims, training = ParallelDims.of(config.parallel), config.training
+def step(
+    config: TrainConfig, rank: int, device: str, around: Around = lambda _: nullcontext()
+) -> None:
+    dims = ParallelDims.of(config.parallel)
+    training = config.training
     with world(rank, dims.world_size):
         mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, device))
         model, optimizer = build(config, mesh, initialise=False)
         make_batch = batch_maker(config, mesh, END)
-        loader = StepLoader(OneToken(training.seq_length), 1, training.global_batch_size, mesh.dp_rank, dims.dp, make_batch)
+        loader = StepLoader(
+            OneToken(training.seq_length),
+            1,
+            training.global_batch_size,
+            mesh.dp_rank,
+            dims.dp,
+            make_batch,
+        )
         batches = loader.step(0)
         nothing = [0.0] * (len(Command) - 1)
         with around(mesh):
             loss = forward_backward(model, mesh, batches)
-            stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches), nothing)
+            stats = finalize_grads(
+                model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches), nothing
+            )
             scale_and_clip(optimizer, stats, 1.0)
             optimizer.step(1e-3)
         assert stats.values.device.type == device
@@ -90,10 +132,16 @@ def step(config: TrainConfig, rank: int, device: str, around: Around = lambda _:
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in MATRIX])
 def test_every_layout_of_the_matrix_steps_without_a_device(entry: Entry) -> None:
     fields = entry.config(steps=1).model_dump()
-    if entry.experts:  # rows sent between ranks are counted on the host; with full buffers there is nothing to count
+    # rows sent between ranks are counted on the host; with full buffers there is nothing to count
+    if entry.experts:
         fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
-    # torch's fully_shard takes no parameters on meta; with the fake group no other rank is needed all the same.
-    step(TrainConfig.from_mapping(fields), entry.world_size - 1, "cpu" if entry.parallel["zero"] == 3 else "meta")
+    # torch's fully_shard takes no parameters on meta; with the fake group no other rank is needed
+    # all the same.
+    step(
+        TrainConfig.from_mapping(fields),
+        entry.world_size - 1,
+        "cpu" if entry.parallel["zero"] == 3 else "meta",
+    )
 
 
 RECOMPUTE: list[dict[str, Any]] = [
@@ -104,7 +152,11 @@ RECOMPUTE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("recompute", RECOMPUTE, ids=["full", "selective"])
 def test_recomputed_layers_with_dropout_step_without_a_device(recompute: dict[str, Any]) -> None:
-    fields = make_config(LLAMA | {"hidden_dropout": 0.1, "attention_dropout": 0.1}, {"dp": 1, "tp": 2, "pp": 2}, steps=1).model_dump()
+    fields = make_config(
+        LLAMA | {"hidden_dropout": 0.1, "attention_dropout": 0.1},
+        {"dp": 1, "tp": 2, "pp": 2},
+        steps=1,
+    ).model_dump()
     fields["parallel"] |= {"sequence_parallel": True}
     fields["training"] |= {"recompute": recompute, "micro_batch_size": 1}
     step(TrainConfig.from_mapping(fields), 3, "meta")
@@ -128,7 +180,9 @@ def test_every_family_steps_without_a_device(preset: str) -> None:
         model["moe"] = PRESETS[preset]["moe"] | {"capacity_factor": 1.0, "pad_to_capacity": True}
     parallel = {"dp": 1} | FAMILIES[preset]
     training = LARGE["training"] | {"global_batch_size": 2 * parallel["dp"]}
-    config = TrainConfig.from_mapping(LARGE | {"model": model, "parallel": parallel, "training": training})
+    config = TrainConfig.from_mapping(
+        LARGE | {"model": model, "parallel": parallel, "training": training}
+    )
     assert check.find_problems(config) == []
     step(config, ParallelDims.of(config.parallel).world_size - 1, "meta")
 
@@ -141,7 +195,10 @@ def test_a_rank_of_405b_on_16384_steps_without_a_device(rank: int) -> None:
 @pytest.mark.parametrize("rank", [5, 4 * 32 * 15 + 77], ids=["first stage", "last stage"])
 def test_a_rank_of_deepseek_v3_on_2048_steps_without_a_device(rank: int) -> None:
     fields = TrainConfig.from_mapping(DEEPSEEK).model_dump()
-    fields["model"]["moe"] |= {"capacity_factor": 1.0, "pad_to_capacity": True}  # nothing to count on the host
+    fields["model"]["moe"] |= {
+        "capacity_factor": 1.0,
+        "pad_to_capacity": True,
+    }  # nothing to count on the host
     config = TrainConfig.from_mapping(fields)
     assert check.find_problems(config, 2048) == []
     step(config, rank, "meta")

@@ -44,7 +44,9 @@ def samples(rows: int = 4) -> np.ndarray:
 
 
 def test_a_packed_batch_says_which_documents_it_has() -> None:
-    batch = BatchMaker(CPU, end_of_document=END)(np.array([[1, 2, END, 3, 4, 5, END, 6, 7, 8]])[:, [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    batch = BatchMaker(CPU, end_of_document=END)(
+        np.array([[1, 2, END, 3, 4, 5, END, 6, 7, 8]])[:, [0, 1, 2, 3, 4, 5, 6, 7, 8]]
+    )
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert batch.packed is not None and batch.packed.lengths == ((3, 4, 1),)
     assert batch.packed.documents_BS.tolist() == [[1, 1, 1, 2, 2, 2, 2, 3]]
@@ -55,38 +57,56 @@ def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
     tokens = np.array([[1, 2, END, 3, 4, 5, END, 6, 8]])
     further = BatchMaker(CPU, end_of_document=END, further=2)(tokens).further
     assert further is not None
-    assert further.labels_DBS.tolist() == [[[END, 3, 4, 5, END, 6, 8, 8]], [[3, 4, 5, END, 6, 8, 8, 8]]]
-    assert further.loss_mask_DBS.tolist() == [[[1, 0, 0, 1, 1, 0, 0, 0]], [[0, 0, 0, 1, 0, 0, 0, 0]]]
+    assert further.labels_DBS.tolist() == [
+        [[END, 3, 4, 5, END, 6, 8, 8]],
+        [[3, 4, 5, END, 6, 8, 8, 8]],
+    ]
+    assert further.loss_mask_DBS.tolist() == [
+        [[1, 0, 0, 1, 1, 0, 0, 0]],
+        [[0, 0, 0, 1, 0, 0, 0, 0]],
+    ]
     together = BatchMaker(CPU, further=2)(np.concatenate([tokens, tokens]), counted_rows=1).further
     assert together is not None
-    assert together.loss_mask_DBS.tolist() == [[[1] * 7 + [0], [0] * 8], [[1] * 6 + [0] * 2, [0] * 8]]
+    assert together.loss_mask_DBS.tolist() == [
+        [[1] * 7 + [0], [0] * 8],
+        [[1] * 6 + [0] * 2, [0] * 8],
+    ]
 
 
 def test_a_cut_batch_has_the_tokens_of_its_two_chunks() -> None:
-    whole, parts = BatchMaker(CPU, end_of_document=END, further=2)(samples()), []
+    whole = BatchMaker(CPU, end_of_document=END, further=2)(samples())
+    parts = []
     for rank in range(2):
         part = BatchMaker(CPU, SequenceCut(2, rank), END, further=2)(samples())
         here = torch.tensor([*range(8 * rank, 8 * rank + 8), *range(24 - 8 * rank, 32 - 8 * rank)])
         for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[:, here]), name
         for name in ("labels_DBS", "loss_mask_DBS"):
-            assert torch.equal(getattr(part.further, name), getattr(whole.further, name)[:, :, here]), name
+            assert torch.equal(
+                getattr(part.further, name), getattr(whole.further, name)[:, :, here]
+            ), name
         parts.append(part.num_tokens)
     assert sum(parts) == whole.num_tokens
 
 
-def gradients(model: dict[str, Any], batches: list[Batch], precision: str) -> tuple[float, dict[str, np.ndarray]]:
+def gradients(
+    model: dict[str, Any], batches: list[Batch], precision: str
+) -> tuple[float, dict[str, np.ndarray]]:
     config = make_config(model, {"dp": 1}, steps=1, precision=precision)
     mesh = make_mesh(0, 1, config)
     parallel, optimizer = build(config, mesh)
     loss = forward_backward(parallel, mesh, batches)
     finalize_grads(parallel, optimizer, mesh, loss, 1)
-    return float(loss), split_vanishing(config, assemble(config, [boxes(optimizer.sharded_gradients())]))[0]
+    return float(loss), split_vanishing(
+        config, assemble(config, [boxes(optimizer.sharded_gradients())])
+    )[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
-def test_packed_documents_equal_the_documents_one_by_one(model: dict[str, Any], precision: str) -> None:
+def test_packed_documents_equal_the_documents_one_by_one(
+    model: dict[str, Any], precision: str
+) -> None:
     rows = samples()
     packed = BatchMaker(CPU, end_of_document=END)(rows)
     assert packed.packed is not None and max(map(len, packed.packed.lengths)) > 3
@@ -103,15 +123,25 @@ def test_packed_documents_equal_the_documents_one_by_one(model: dict[str, Any], 
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize("layout", [name if "p2p" in name else pytest.param(name, marks=pytest.mark.parity) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout",
+    [name if "p2p" in name else pytest.param(name, marks=pytest.mark.parity) for name in LAYOUTS],
+)
 def test_packed_documents_equal_one_rank_under_every_cut(layout: str) -> None:
     def run(parallel: dict[str, Any]) -> list[parity.RankResult]:
         config = make_config(LLAMA, {"dp": 1} | parallel, steps=5, separate_documents=True)
-        return run_ranks(parity.run_layout, int(np.prod([parallel.get(axis, 1) for axis in ("tp", "cp", "pp")])), config)
+        return run_ranks(
+            parity.run_layout,
+            int(np.prod([parallel.get(axis, 1) for axis in ("tp", "cp", "pp")])),
+            config,
+        )
 
-    (one,), cut = run({}), run(LAYOUTS[layout])
+    (one,) = run({})
+    cut = run(LAYOUTS[layout])
     config = make_config(LLAMA, {"dp": 1}, steps=5)
-    distance = worst_relative_l2(assemble(config, [rank.gradients for rank in cut]), assemble(config, [one.gradients]))
+    distance = worst_relative_l2(
+        assemble(config, [rank.gradients for rank in cut]), assemble(config, [one.gradients])
+    )
     assert distance[0] <= 5e-6, distance
     for rank in cut:
         np.testing.assert_allclose(rank.losses, one.losses, rtol=1e-5)

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from tests.parallel import parity
-from tests.parallel.parity import GPT2, LLAMA, RankResult, assemble, make_config, split_vanishing, worst_relative_l2
+from tests.parallel.parity import (
+    GPT2,
+    LLAMA,
+    RankResult,
+    assemble,
+    make_config,
+    split_vanishing,
+    worst_relative_l2,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
@@ -81,9 +89,24 @@ LONG_LAYOUTS = FULL_SHARD | {
     "tp4-dp2-zero0": {"tp": 4, "dp": 2, "zero": 0},
     "pp4-layout": {"pp": 4, "layout": "E|t|t|L"},
     "pp2-vpp2-layout": {"pp": 2, "vpp": 2, "layout": "E|t|t|L"},
-    "pp2-vpp2-tp2-sp-dp2": {"pp": 2, "vpp": 2, "tp": 2, "dp": 2, "sequence_parallel": True, "layout": "Et||t|L"},
+    "pp2-vpp2-tp2-sp-dp2": {
+        "pp": 2,
+        "vpp": 2,
+        "tp": 2,
+        "dp": 2,
+        "sequence_parallel": True,
+        "layout": "Et||t|L",
+    },
     "pp4-zb-v": {"pp": 4, "vpp": 2, "schedule": "zb-v", "layout": "E|||t||t||L"},
-    "pp2-zb-v-tp2-sp-dp2": {"pp": 2, "vpp": 2, "tp": 2, "dp": 2, "sequence_parallel": True, "schedule": "zb-v", "layout": "Et||t|L"},
+    "pp2-zb-v-tp2-sp-dp2": {
+        "pp": 2,
+        "vpp": 2,
+        "tp": 2,
+        "dp": 2,
+        "sequence_parallel": True,
+        "schedule": "zb-v",
+        "layout": "Et||t|L",
+    },
     "pp4-zb-dp2-zero0": {"pp": 4, "dp": 2, "schedule": "zb-h1", "layout": "E|t|t|L", "zero": 0},
 }
 LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}
@@ -100,7 +123,10 @@ def reference(models: str, model: str) -> RankResult:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", [pytest.param(name, marks=[] if name in IN_CHECK else pytest.mark.parity) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[] if name in IN_CHECK else pytest.mark.parity) for name in LAYOUTS],
+)
 def test_layout_equals_one_rank(model: str, layout: str) -> None:
     compare(MODELS[model], LAYOUTS[layout], reference("short", model))
 
@@ -112,7 +138,13 @@ def test_larger_layout_equals_one_rank(model: str, layout: str) -> None:
     compare(LONG_MODELS[model], LONG_LAYOUTS[layout], reference("long", model))
 
 
-@pytest.mark.parametrize("layout", [name if name == "tp4" else pytest.param(name, marks=pytest.mark.parity) for name in SHARED_HEADS])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        name if name == "tp4" else pytest.param(name, marks=pytest.mark.parity)
+        for name in SHARED_HEADS
+    ],
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
     model = LLAMA | {"num_attention_heads": 8, "num_query_groups": 2, "linear_bias": bias}
@@ -121,7 +153,11 @@ def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param(name, marks=[] if name == "tp2-sp" else pytest.mark.parity) for name in ("tp2-sp", "pp2-zb-v", "cp2-p2p")]
+    "layout",
+    [
+        pytest.param(name, marks=[] if name == "tp2-sp" else pytest.mark.parity)
+        for name in ("tp2-sp", "pp2-zb-v", "cp2-p2p")
+    ],
 )
 def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
     parallel = (LAYOUTS | CONTEXT_LAYOUTS)[layout]
@@ -129,14 +165,21 @@ def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
 
 
 def compare(
-    model: dict[str, Any], layout: dict[str, Any], one: RankResult, choices: np.ndarray | None = None, *, compiled: bool = False
+    model: dict[str, Any],
+    layout: dict[str, Any],
+    one: RankResult,
+    choices: np.ndarray | None = None,
+    *,
+    compiled: bool = False,
 ) -> None:
     """Trains in the layout, with the experts that are given, and compares with one rank."""
     parallel = {"dp": 1} | layout | SMALL_BUCKETS
     config = make_config(model, parallel, steps=STEPS, compiled=compiled)
     results = run_ranks(parity.run_layout, world(parallel), config, 5, choices, timeout_s=180)
 
-    def whole(choose: Callable[[RankResult], Any], ranks: list[RankResult]) -> dict[str, np.ndarray]:
+    def whole(
+        choose: Callable[[RankResult], Any], ranks: list[RankResult]
+    ) -> dict[str, np.ndarray]:
         return assemble(config, [choose(result) for result in ranks])
 
     initial = whole(lambda result: result.initial, results)
@@ -154,15 +197,22 @@ def compare(
         np.testing.assert_allclose(result.other_losses, one.other_losses, rtol=1e-5)
     weights, expected = (whole(lambda r: r.weights, ranks) for ranks in (results, [one]))
     assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
-    distance = worst_relative_l2(split_vanishing(config, weights)[0], split_vanishing(config, expected)[0])
+    distance = worst_relative_l2(
+        split_vanishing(config, weights)[0], split_vanishing(config, expected)[0]
+    )
     assert distance[0] <= 1e-5, distance
     assert one.losses[-1] < one.losses[0] - 0.1, "nothing was learnt, so nothing was compared"
 
 
 def distance_from(truth: dict[str, np.ndarray], measured: dict[str, np.ndarray]) -> float:
     """Relative L2 of all gradients together."""
-    squared = sum(float(np.square(measured[name].astype(np.float64) - tensor).sum()) for name, tensor in truth.items())
-    return float(np.sqrt(squared / sum(float(np.square(tensor).sum()) for tensor in truth.values())))
+    squared = sum(
+        float(np.square(measured[name].astype(np.float64) - tensor).sum())
+        for name, tensor in truth.items()
+    )
+    return float(
+        np.sqrt(squared / sum(float(np.square(tensor).sum()) for tensor in truth.values()))
+    )
 
 
 @pytest.mark.parametrize("layouts", ["check", pytest.param("rest", marks=pytest.mark.parity)])
@@ -172,7 +222,9 @@ def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(model: str, layo
     truth = run_ranks(parity.float64_gradients, 1, one)[0]
 
     def distance(parallel: dict[str, Any]) -> float:
-        config = make_config(MODELS[model], {"dp": 1} | parallel | SMALL_BUCKETS, steps=2, precision="bf16")
+        config = make_config(
+            MODELS[model], {"dp": 1} | parallel | SMALL_BUCKETS, steps=2, precision="bf16"
+        )
         results = run_ranks(parity.run_layout, world(parallel), config, 1)
         return distance_from(truth, assemble(config, [result.gradients for result in results]))
 

@@ -1,8 +1,10 @@
-"""Gradients of our pipelines equal those of torch.distributed.pipelining: same stages, weights and microbatches, tensor by tensor.
+"""Gradients of our pipelines equal those of torch.distributed.pipelining: same stages, weights and
+microbatches, tensor by tensor.
 
-Ours go through slots into main gradients. Torch's schedules collect `parameter.grad`, so their side has the same stage modules without
-slots: a layer then returns its weight gradient to autograd. That also lets torch's zero bubble, which takes a backward apart by
-walking the graph, find the weights; our sink would be handed everything in its first half.
+Ours go through slots into main gradients. Torch's schedules collect `parameter.grad`, so their side
+has the same stage modules without slots: a layer then returns its weight gradient to autograd. That
+also lets torch's zero bubble, which takes a backward apart by walking the graph, find the weights;
+our sink would be handed everything in its first half.
 """
 
 from dataclasses import dataclass
@@ -36,8 +38,12 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 
-# Untied: summing a tied embedding's two gradients is finalize_grads' work, which torch's schedules have no counterpart of.
-MODELS = {"llama": LLAMA | {"num_layers": 4}, "gpt2": GPT2 | {"num_layers": 4, "tie_embeddings": False}}
+# Untied: summing a tied embedding's two gradients is finalize_grads' work, which torch's schedules
+# have no counterpart of.
+MODELS = {
+    "llama": LLAMA | {"num_layers": 4},
+    "gpt2": GPT2 | {"num_layers": 4, "tie_embeddings": False},
+}
 TORCHS: dict[str, Any] = {
     "gpipe": ScheduleGPipe,
     "1f1b": Schedule1F1B,
@@ -66,17 +72,29 @@ class Found:
 
 
 class Stage(nn.Module):
-    """One of the model's stages as torch calls it: activations first, the microbatch's tokens and labels by name."""
+    """One of the model's stages as torch calls it: activations first, the microbatch's tokens and
+    labels by name.
+    """
 
-    def __init__(self, config: TrainConfig, mesh: ParallelMesh, contents: StageContents, weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: ParallelMesh,
+        contents: StageContents,
+        weights: dict[str, Tensor],
+    ) -> None:
         super().__init__()
         self.contents = contents
-        self.part: GPT = build_model(config.model, mesh, config.parallel, dtype=torch.float32, held=[contents])
+        self.part: GPT = build_model(
+            config.model, mesh, config.parallel, dtype=torch.float32, held=[contents]
+        )
         self.part.to_empty(device="cpu")
         for name, parameter in self.part.named_parameters():
             parameter.data.copy_(weights[name])
 
-    def forward(self, received_TH: Tensor | None = None, *, tokens: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self, received_TH: Tensor | None = None, *, tokens: Tensor, labels: Tensor
+    ) -> Tensor:
         positions = torch.arange(tokens.shape[1])[None]
         batch = Batch(tokens, labels, torch.ones(tokens.shape), positions, tokens.numel())
         output = self.part.stage(self.contents, received_TH, batch)
@@ -92,7 +110,9 @@ def torchs_gradients(
     batches: list[Batch],
 ) -> tuple[float, dict[str, Tensor]]:
     """This rank's loss and gradients by torch's schedule of the same name."""
-    sent = torch.empty(batches[0].num_tokens, config.model.hidden_size, device="meta", requires_grad=True)
+    sent = torch.empty(
+        batches[0].num_tokens, config.model.hidden_size, device="meta", requires_grad=True
+    )
     modules = {number: Stage(config, mesh, stage, weights) for number, stage in contents.items()}
     stages = [
         PipelineStage(
@@ -101,7 +121,9 @@ def torchs_gradients(
             num_stages,
             mesh.device,
             input_args=(sent,) if number else (),
-            output_args=torch.empty(1, device="meta", requires_grad=True) if module.contents.loss else sent,
+            output_args=torch.empty(1, device="meta", requires_grad=True)
+            if module.contents.loss
+            else sent,
             group=mesh.pp_group,
         )
         for number, module in modules.items()
@@ -111,12 +133,18 @@ def torchs_gradients(
     schedule = kind(held, len(batches), loss_fn=lambda output, _: output.sum(), scale_grads=False)
     losses: list[Tensor] = []
     schedule.step(
-        target=torch.zeros(len(batches)) if any(stage.loss for stage in contents.values()) else None,
+        target=torch.zeros(len(batches))
+        if any(stage.loss for stage in contents.values())
+        else None,
         losses=losses,
         tokens=torch.cat([batch.tokens_BS for batch in batches]),
         labels=torch.cat([batch.labels_BS for batch in batches]),
     )
-    gradients = {name: parameter.grad for module in modules.values() for name, parameter in module.part.named_parameters()}
+    gradients = {
+        name: parameter.grad
+        for module in modules.values()
+        for name, parameter in module.part.named_parameters()
+    }
     assert all(gradient is not None for gradient in gradients.values())
     return sum(loss.item() for loss in losses), gradients  # type: ignore[return-value]
 
@@ -128,31 +156,54 @@ def compare(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Foun
 
 
 def compare_one(config: TrainConfig, mesh: ParallelMesh) -> Found:
-    training, dataset = config.training, RandomDataset(config.model.vocabulary, config.training.seq_length)
-    batches = StepLoader(dataset, training.micro_batch_size, training.global_batch_size, 0, 1, batch_maker(config, mesh)).step(0)
+    training = config.training
+    dataset = RandomDataset(config.model.vocabulary, config.training.seq_length)
+    batches = StepLoader(
+        dataset,
+        training.micro_batch_size,
+        training.global_batch_size,
+        0,
+        1,
+        batch_maker(config, mesh),
+    ).step(0)
     model, _ = build(config, mesh)
     loss = forward_backward(model, mesh, batches)
     buffers = model.families[0].buffers
-    ours, weights = buffers.views(buffers.gradients), buffers.views(buffers.parameters)
+    ours = buffers.views(buffers.gradients)
+    weights = buffers.views(buffers.parameters)
     stages = model.pipeline.stages
-    contents = {stages.stage(mesh.pp_rank, chunk): stage for chunk, stage in enumerate(model.module.held)}
-    torchs_loss, torchs = torchs_gradients(config, mesh, contents, stages.num_stages, weights, batches)
+    contents = {
+        stages.stage(mesh.pp_rank, chunk): stage for chunk, stage in enumerate(model.module.held)
+    }
+    torchs_loss, torchs = torchs_gradients(
+        config, mesh, contents, stages.num_stages, weights, batches
+    )
     assert torchs.keys() == ours.keys()
-    return Found(float(loss), torchs_loss, {name: distance(ours[name], torchs[name]) for name in ours})
+    return Found(
+        float(loss), torchs_loss, {name: distance(ours[name], torchs[name]) for name in ours}
+    )
 
 
 def distance(ours: Tensor, torchs: Tensor) -> float:
     return float((ours.double() - torchs.double()).norm() / torchs.double().norm())
 
 
-@pytest.mark.parametrize(("pp", "model", "cut"), [(2, "gpt2", {}), (4, "llama", {"layout": "E|t|t||t||t|L"})])
+@pytest.mark.parametrize(
+    ("pp", "model", "cut"), [(2, "gpt2", {}), (4, "llama", {"layout": "E|t|t||t||t|L"})]
+)
 def test_gradients_are_those_of_torchs_schedules(pp: int, model: str, cut: dict[str, Any]) -> None:
-    layouts = [{"dp": 1, "pp": pp} | parallel | (cut if "vpp" in parallel else {}) for parallel in SCHEDULES]
+    layouts = [
+        {"dp": 1, "pp": pp} | parallel | (cut if "vpp" in parallel else {})
+        for parallel in SCHEDULES
+    ]
     configs = [make_config(MODELS[model], layout, steps=1, batch=12) for layout in layouts]
     ranks = run_ranks(compare, pp, configs, timeout_s=120)
     for layout, config, *by_rank in zip(layouts, configs, *ranks, strict=True):
-        ours, torchs = sum(found.our_loss for found in by_rank), sum(found.torchs_loss for found in by_rank)
+        ours = sum(found.our_loss for found in by_rank)
+        torchs = sum(found.torchs_loss for found in by_rank)
         assert ours == pytest.approx(torchs, rel=1e-6) and ours > 1000, layout
         distances = [(name, value) for found in by_rank for name, value in found.distances.items()]
-        assert sorted(name for name, _ in distances) == sorted(local.name for local in local_parameters(config.model, ParallelDims(), 0))
+        assert sorted(name for name, _ in distances) == sorted(
+            local.name for local in local_parameters(config.model, ParallelDims(), 0)
+        )
         assert [entry for entry in distances if not entry[1] <= 2e-6] == [], layout

@@ -1,4 +1,6 @@
-"""The runner on real ranks: every schedule gives one process' losses and gradients, and does exactly what its list says."""
+"""The runner on real ranks: every schedule gives one process' losses and gradients, and does
+exactly what its list says.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +19,8 @@ from megatron_ray.tensor_parallel.layers import ColumnParallelLinear
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
-WIDTH, TOKENS = 6, 5
+WIDTH = 6
+TOKENS = 5
 
 
 class Part(nn.Module):
@@ -25,7 +28,9 @@ class Part(nn.Module):
 
     def __init__(self, stage: int, last: bool) -> None:
         super().__init__()
-        self.linear = ColumnParallelLinear(WIDTH, WIDTH, bias=True, group=None, sequence_parallel=False, dtype=torch.float32)
+        self.linear = ColumnParallelLinear(
+            WIDTH, WIDTH, bias=True, group=None, sequence_parallel=False, dtype=torch.float32
+        )
         generator = torch.Generator().manual_seed(stage)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -34,13 +39,18 @@ class Part(nn.Module):
 
     def forward(self, received: Tensor | None, microbatch: int) -> Tensor:
         if received is None:
-            received = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(100 + microbatch))
+            received = torch.randn(
+                TOKENS, WIDTH, generator=torch.Generator().manual_seed(100 + microbatch)
+            )
         hidden = torch.tanh(self.linear(received))
         return hidden.square().sum() if self.last else hidden
 
 
-def with_slots(parts: dict[int, Part], on_ready: Callable[[GradSlot], None]) -> tuple[WeightGradSink, dict[str, Tensor]]:
-    sink, gradients = WeightGradSink(on_ready), dict[str, Tensor]()
+def with_slots(
+    parts: dict[int, Part], on_ready: Callable[[GradSlot], None]
+) -> tuple[WeightGradSink, dict[str, Tensor]]:
+    sink = WeightGradSink(on_ready)
+    gradients = dict[str, Tensor]()
     for stage, part in parts.items():
         for name, parameter in part.linear.named_parameters():
             gradients[f"{stage}.{name}"] = torch.full_like(parameter, float("nan"))
@@ -48,8 +58,12 @@ def with_slots(parts: dict[int, Part], on_ready: Callable[[GradSlot], None]) -> 
     return sink, gradients
 
 
-def piped(rank: int, world_size: int, name: ScheduleName, vpp: int, count: int, steps: int) -> tuple[Any, ...]:
-    """Losses, gradients, whether the trace is the list, and the parameters in the order in which they became ready."""
+def piped(
+    rank: int, world_size: int, name: ScheduleName, vpp: int, count: int, steps: int
+) -> tuple[Any, ...]:
+    """Losses, gradients, whether the trace is the list, and the parameters in the order in which
+    they became ready.
+    """
     stages = stage_map(name, world_size, vpp)
     actions = lower(compute_orders(name, world_size, count, vpp), stages)[rank]
     numbers = [stages.stage(rank, chunk) for chunk in range(vpp)]
@@ -58,7 +72,9 @@ def piped(rank: int, world_size: int, name: ScheduleName, vpp: int, count: int, 
     trace: list[Action] = []
     sink, gradients = with_slots(parts, lambda slot: ready.append(slot.name))
     transfer = Transfer((TOKENS, WIDTH), torch.float32, torch.device("cpu"))
-    runner = PipelineRunner(actions, stages, list(parts.values()), dist.group.WORLD, transfer, sink, trace.append)
+    runner = PipelineRunner(
+        actions, stages, list(parts.values()), dist.group.WORLD, transfer, sink, trace.append
+    )
     for _ in range(steps):
         ready.clear(), trace.clear()
         sink.begin_step()
@@ -97,11 +113,15 @@ def whole(num_stages: int, count: int) -> tuple[list[float], dict[str, Tensor]]:
         ("zb-v", 4, 2, 9),
     ],
 )
-def test_every_schedule_is_one_process(run_ranks: Run, name: ScheduleName, pp: int, vpp: int, count: int) -> None:
+def test_every_schedule_is_one_process(
+    run_ranks: Run, name: ScheduleName, pp: int, vpp: int, count: int
+) -> None:
     losses, gradients = whole(pp * vpp, count)
     found = run_ranks(piped, pp, name, vpp, count, 2)
     at, _ = stage_map(name, pp, vpp).home(pp * vpp - 1)
-    assert [ranks_losses for ranks_losses, *_ in found] == [losses if rank == at else [] for rank in range(pp)]
+    assert [ranks_losses for ranks_losses, *_ in found] == [
+        losses if rank == at else [] for rank in range(pp)
+    ]
     for _, own, follows, ready in found:
         assert follows, "the trace is the list"
         assert sorted(ready) == sorted(own), "each gradient was ready once"
@@ -115,7 +135,14 @@ def test_stages_of_one_rank_hand_over_without_a_group() -> None:
     actions = lower(compute_orders("interleaved", 1, 4, 3), stages)[0]
     parts = {stage: Part(stage, stage == 2) for stage in range(3)}
     sink, gradients = with_slots(parts, lambda slot: None)
-    runner = PipelineRunner(actions, stages, list(parts.values()), None, Transfer((1,), torch.float32, torch.device("cpu")), sink)
+    runner = PipelineRunner(
+        actions,
+        stages,
+        list(parts.values()),
+        None,
+        Transfer((1,), torch.float32, torch.device("cpu")),
+        sink,
+    )
     losses, expected = whole(3, 4)
     assert [float(loss) for loss in runner.step()] == losses
     assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
@@ -123,6 +150,12 @@ def test_stages_of_one_rank_hand_over_without_a_group() -> None:
 
 def test_weight_gradients_apart_need_a_sink() -> None:
     actions = lower(compute_orders("zb-h1", 1, 1), StageMap(1))[0]
-    runner = PipelineRunner(actions, StageMap(1), [Part(0, True)], None, Transfer((1,), torch.float32, torch.device("cpu")))
+    runner = PipelineRunner(
+        actions,
+        StageMap(1),
+        [Part(0, True)],
+        None,
+        Transfer((1,), torch.float32, torch.device("cpu")),
+    )
     with pytest.raises(ValueError, match="need a place that can put them off"):
         runner.step()

@@ -1,4 +1,6 @@
-"""What a plan says that a rank holds is what it does hold: every rank of every layout of the matrix, without other processes."""
+"""What a plan says that a rank holds is what it does hold: every rank of every layout of the
+matrix, without other processes.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +30,12 @@ PRECISIONS = ("fp32", "bf16")
 def runs(entries: Sequence[Entry]) -> list[Any]:
     """Every entry in one precision, in turn; in the other one where all layouts are compared."""
     return [
-        pytest.param(entry, precision, id=f"{entry.name}-{precision}", marks=[] if place % 2 == turn else [pytest.mark.parity])
+        pytest.param(
+            entry,
+            precision,
+            id=f"{entry.name}-{precision}",
+            marks=[] if place % 2 == turn else [pytest.mark.parity],
+        )
         for place, entry in enumerate(entries)
         for turn, precision in enumerate(PRECISIONS)
     ]
@@ -44,19 +51,33 @@ def held(config: TrainConfig, rank: int) -> tuple[int, int, int]:
     # torch's fully_shard takes no parameters on meta.
     device = "cpu" if config.parallel.zero == 3 else "meta"
     with world(rank, dims.world_size):
-        model, optimizer = build(config, ParallelMesh.create(dims, World(rank, dims.world_size, 0, device)), initialise=False)
+        model, optimizer = build(
+            config,
+            ParallelMesh.create(dims, World(rank, dims.world_size, 0, device)),
+            initialise=False,
+        )
     buffers = [family.buffers for family in model.families]
     state = [tensor for shard in optimizer.shards for tensor in shard.state.values()]
     state += [shard._main_shard for shard in optimizer.shards if shard._main_shard is not None]
-    return size([part.parameters for part in buffers]), size([part.gradients for part in buffers]), size(state)
+    return (
+        size([part.parameters for part in buffers]),
+        size([part.gradients for part in buffers]),
+        size(state),
+    )
 
 
 @pytest.mark.parametrize(("entry", "precision"), runs(MATRIX))
-def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(entry: Entry, precision: str) -> None:
+def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(
+    entry: Entry, precision: str
+) -> None:
     config = entry.config(steps=1, precision=precision)
     planned = [rank_memory(config, rank) for rank in range(entry.world_size)]
     for rank in (0, entry.world_size - 1):
-        found = planned[rank].parameters_bytes, planned[rank].gradients_bytes, planned[rank].optimizer_bytes
+        found = (
+            planned[rank].parameters_bytes,
+            planned[rank].gradients_bytes,
+            planned[rank].optimizer_bytes,
+        )
         assert found == held(config, rank)
     assert fullest_rank(config).total_bytes == max(memory.total_bytes for memory in planned)
 
@@ -66,15 +87,27 @@ def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
     fields["optimizer"]["freeze"] = ("layers.[01].*", "embedding.weight")
     config = TrainConfig.from_mapping(fields)
     memory = rank_memory(config, 1)
-    assert (memory.parameters_bytes, memory.gradients_bytes, memory.optimizer_bytes) == held(config, 1)
+    assert (memory.parameters_bytes, memory.gradients_bytes, memory.optimizer_bytes) == held(
+        config, 1
+    )
 
 
-def kept(model: ParallelModel, stage: StageContents, config: TrainConfig, mesh: ParallelMesh) -> int:
-    """Storages that autograd holds of one microbatch of a stage; parameters, and angles that all layers share, are left out."""
+def kept(
+    model: ParallelModel, stage: StageContents, config: TrainConfig, mesh: ParallelMesh
+) -> int:
+    """Storages that autograd holds of one microbatch of a stage; parameters, and angles that all
+    layers share, are left out.
+    """
     dataset = RandomDataset(config.model.vocabulary, config.training.seq_length)
-    batch = StepLoader(dataset, 1, 8, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh, 0)).step(0)[0]
+    batch = StepLoader(
+        dataset, 1, 8, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh, 0)
+    ).step(0)[0]
     tokens = batch.tokens_BS.numel() // (mesh.dims.tp if model.sequence_parallel else 1)
-    received = None if stage.embedding else torch.randn(tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True)
+    received = (
+        None
+        if stage.embedding
+        else torch.randn(tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True)
+    )
     found: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -86,11 +119,15 @@ def kept(model: ParallelModel, stage: StageContents, config: TrainConfig, mesh: 
     assert output.requires_grad  # and alive, so that nothing has been freed
     angles = [tensor for tensor in found if tensor.shape[1:3] == (batch.tokens_BS.shape[1], 1)]
     apart = {tensor.untyped_storage()._cdata for tensor in (*model.module.parameters(), *angles)}
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
+    storages = {
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found
+    }
     return sum(size for storage, size in storages.items() if storage not in apart)
 
 
-@pytest.mark.parametrize(("entry", "precision"), runs([entry for entry in MATRIX if entry.parallel["zero"] != 3]))
+@pytest.mark.parametrize(
+    ("entry", "precision"), runs([entry for entry in MATRIX if entry.parallel["zero"] != 3])
+)
 def test_activations_of_a_microbatch_are_within_a_tenth(entry: Entry, precision: str) -> None:
     fields: dict[str, Any] = entry.config(steps=1, precision=precision).model_dump()
     fields["training"]["seq_length"] = 64
@@ -107,7 +144,9 @@ def assert_kept(config: TrainConfig, within: float) -> None:
         mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, "cpu"))
         model, _ = build(config, mesh, initialise=False)
         for stage in model.module.held:
-            assert kept_by_stage(config, stage) == pytest.approx(kept(model, stage, config, mesh), rel=within)
+            assert kept_by_stage(config, stage) == pytest.approx(
+                kept(model, stage, config, mesh), rel=within
+            )
 
 
 ROOM = {"capacity_factor": 1.0, "pad_to_capacity": True}
@@ -125,16 +164,30 @@ DEEPSEEK_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
     ),
     "ring": (DENSE, {"tp": 2, "cp": 2}, {}),
     "heads-exchanged": (DENSE, {"cp": 2, "cp_method": "a2a"}, {}),
-    "pipeline": (DEEPSEEK_WITH_ROOM, {"tp": 2, "sequence_parallel": True, "pp": 2, "layout": "Ettt|tmmL"}, {}),
-    "recomputed": (DENSE, {"pp": 2, "vpp": 2}, {"granularity": "full", "method": "uniform", "num_layers": 1}),
-    "norms": (DENSE, {"tp": 2}, {"granularity": "selective", "modules": ("norm", "activation", "core_attention")}),
+    "pipeline": (
+        DEEPSEEK_WITH_ROOM,
+        {"tp": 2, "sequence_parallel": True, "pp": 2, "layout": "Ettt|tmmL"},
+        {},
+    ),
+    "recomputed": (
+        DENSE,
+        {"pp": 2, "vpp": 2},
+        {"granularity": "full", "method": "uniform", "num_layers": 1},
+    ),
+    "norms": (
+        DENSE,
+        {"tp": 2},
+        {"granularity": "selective", "modules": ("norm", "activation", "core_attention")},
+    ),
     "dropout": (DENSE | {"hidden_dropout": 0.2}, {"tp": 2, "sequence_parallel": True}, {}),
 }
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", DEEPSEEK_CASES)
-def test_latent_attention_and_further_tokens_are_planned_as_they_are(case: str, precision: str) -> None:
+def test_latent_attention_and_further_tokens_are_planned_as_they_are(
+    case: str, precision: str
+) -> None:
     model, parallel, recompute = DEEPSEEK_CASES[case]
     config = make_config(model, {"dp": 1} | parallel, steps=1, precision=precision)
     fields = config.model_dump()
@@ -142,5 +195,7 @@ def test_latent_attention_and_further_tokens_are_planned_as_they_are(case: str, 
     config = TrainConfig.from_mapping(fields)
     for rank in (0, ParallelDims.of(config.parallel).world_size - 1):
         planned = rank_memory(config, rank)
-        assert (planned.parameters_bytes, planned.gradients_bytes, planned.optimizer_bytes) == held(config, rank)
+        assert (planned.parameters_bytes, planned.gradients_bytes, planned.optimizer_bytes) == held(
+            config, rank
+        )
     assert_kept(config, within=0.01)

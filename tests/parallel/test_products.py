@@ -1,7 +1,9 @@
-"""Which products a step computes: a zero-bubble backward is cut where it is said to be, and nothing is multiplied twice.
+"""Which products a step computes: a zero-bubble backward is cut where it is said to be, and nothing
+is multiplied twice.
 
-Every linear layer [O, I] is one product per pass, known by its shape: T,I,O forward, T,O,I for the input gradient, O,T,I for the
-weight gradient, with T other than any O and I here. Attention's products have no weights and belong to forward and input gradient.
+Every linear layer [O, I] is one product per pass, known by its shape: T,I,O forward, T,O,I for the
+input gradient, O,T,I for the weight gradient, with T other than any O and I here. Attention's
+products have no weights and belong to forward and input gradient.
 """
 
 from collections import Counter
@@ -46,9 +48,11 @@ def count_by_action(rank: int, world_size: int, configs: list[TrainConfig]) -> l
 
 def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
     model, _ = build(config, mesh)
-    dataset, count = RandomDataset(config.model.vocabulary, TOKENS), config.training.global_batch_size
+    dataset = RandomDataset(config.model.vocabulary, TOKENS)
+    count = config.training.global_batch_size
     batches = StepLoader(dataset, 1, count, 0, 1, batch_maker(config, mesh)).step(0)
-    module, transfer = model.module, Transfer((TOKENS, config.model.hidden_size), torch.float32, mesh.device)
+    module = model.module
+    transfer = Transfer((TOKENS, config.model.hidden_size), torch.float32, mesh.device)
     chunks = [partial(run_stage, module, stage, batches) for stage in module.held]
     found: list[tuple[Action, Counts]] = []
     model.begin_step()
@@ -57,21 +61,36 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
         def note(action: Action) -> None:
             found.append((action, products.take()))
 
-        PipelineRunner(model.actions, model.pipeline.stages, chunks, mesh.pp_group, transfer, model.sink, note).step()
+        PipelineRunner(
+            model.actions, model.pipeline.stages, chunks, mesh.pp_group, transfer, model.sink, note
+        ).step()
     return Counted(found, [linear_layers(parts_of(module, stage)) for stage in module.held])
 
 
-def run_stage(module: GPT, stage: StageContents, batches: list[Batch], received: Tensor | None, microbatch: int) -> Tensor:
+def run_stage(
+    module: GPT,
+    stage: StageContents,
+    batches: list[Batch],
+    received: Tensor | None,
+    microbatch: int,
+) -> Tensor:
     return module.stage(stage, received, batches[microbatch])
 
 
 def parts_of(module: GPT, stage: StageContents) -> nn.ModuleList:
-    return nn.ModuleList([module.layers[str(index)] for index in stage.layers] + ([module.head] if stage.loss else []))
+    return nn.ModuleList(
+        [module.layers[str(index)] for index in stage.layers]
+        + ([module.head] if stage.loss else [])
+    )
 
 
 def test_a_zero_bubble_backward_is_cut_between_input_and_weight_gradients() -> None:
     schedules = ({"schedule": "zb-h1"}, {"schedule": "zb-v", "vpp": 2, "layout": "E|t|t|L"})
-    configs = [make_config(model, {"dp": 1, "pp": 2} | one, steps=1, micro_batch=1) for model in (LLAMA, GPT2) for one in schedules]
+    configs = [
+        make_config(model, {"dp": 1, "pp": 2} | one, steps=1, micro_batch=1)
+        for model in (LLAMA, GPT2)
+        for one in schedules
+    ]
     ranks = run_ranks(count_by_action, 2, configs)
     for config, *counted in zip(configs, *ranks, strict=True):
         assert sum(len(layers) for rank in counted for layers in rank.layers) == 2 * 4 + 1
@@ -90,7 +109,9 @@ def check(rank: Counted, num_microbatches: int) -> None:
         }
         assert linear == expected.get(action.op, Counter()), action
         has_attention = action.op in (Op.FORWARD, Op.BACKWARD_INPUT) and len(layers) >= 4
-        assert {"backward" in name for name in attention} == ({action.op is Op.BACKWARD_INPUT} if has_attention else set()), action
+        assert {"backward" in name for name in attention} == (
+            {action.op is Op.BACKWARD_INPUT} if has_attention else set()
+        ), action
         total[action.op] += flops(linear)
     every = [layer for layers in rank.layers for layer in layers]
     assert all(TOKENS not in layer for layer in every), "a product's kind is known by its shape"

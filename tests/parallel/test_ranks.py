@@ -64,7 +64,9 @@ def test_a_rank_uses_one_thread(run_ranks: Callable[..., list[Any]]) -> None:
 def test_the_first_error_is_raised_with_its_traceback(run_ranks: Callable[..., list[Any]]) -> None:
     with pytest.raises(ValueError, match="rank one gives up") as caught:
         run_ranks(fail_on_one, 3)
-    assert isinstance(caught.value.__cause__, RankFailed) and "in fail_on_one" in str(caught.value.__cause__)
+    assert isinstance(caught.value.__cause__, RankFailed) and "in fail_on_one" in str(
+        caught.value.__cause__
+    )
 
 
 def test_a_dead_rank_is_named(run_ranks: Callable[..., list[Any]]) -> None:
@@ -73,5 +75,7 @@ def test_a_dead_rank_is_named(run_ranks: Callable[..., list[Any]]) -> None:
 
 
 def test_a_hang_ends_at_the_timeout_with_the_stack(run_ranks: Callable[..., list[Any]]) -> None:
-    with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\] of 2 gave no answer in 3.0 s.*in hang_on_one"):
+    with pytest.raises(
+        TimeoutError, match=r"(?s)ranks \[1\] of 2 gave no answer in 3.0 s.*in hang_on_one"
+    ):
         run_ranks(hang_on_one, 2, timeout_s=3.0)

@@ -1,4 +1,6 @@
-"""Recomputation on real ranks: under every layout the gradients are, to the bit, those of the same layout without it."""
+"""Recomputation on real ranks: under every layout the gradients are, to the bit, those of the same
+layout without it.
+"""
 
 from typing import Any
 
@@ -28,10 +30,22 @@ MODELS = {"llama": LLAMA | {"num_layers": 4}, "gpt2": GPT2 | {"num_layers": 4}}
 DEEPSEEK = {
     "preset": "deepseek-tiny",
     "vocab_size": 259,
-    "mla": {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    "mla": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
     "mtp": {"num_layers": 2},
 }
-EXPERTS = {"num_experts": 4, "ffn_hidden_size": 48, "aux_loss_coeff": 0.01, "score_function": "sigmoid", "expert_bias": True}
+EXPERTS = {
+    "num_experts": 4,
+    "ffn_hidden_size": 48,
+    "aux_loss_coeff": 0.01,
+    "score_function": "sigmoid",
+    "expert_bias": True,
+}
 
 
 def gradients(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Tensor]:
@@ -40,16 +54,28 @@ def gradients(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Te
 
 
 def _gradients(rank: int, world_size: int, config: TrainConfig) -> Tensor:
-    mesh, training = make_mesh(rank, world_size, config), config.training
+    mesh = make_mesh(rank, world_size, config)
+    training = config.training
     model, optimizer = build(config, mesh)
     dataset = RandomDataset(config.model.vocabulary, training.seq_length)
     loader = StepLoader(
-        dataset, training.micro_batch_size, training.global_batch_size, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh)
+        dataset,
+        training.micro_batch_size,
+        training.global_batch_size,
+        mesh.dp_rank,
+        mesh.dims.dp,
+        batch_maker(config, mesh),
     )
     batches = loader.step(0)
     loss = forward_backward(model, mesh, batches)
     finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
-    return torch.cat([box.tensor.detach().flatten().clone() for entry in optimizer.sharded_gradients().values() for box in entry.boxes])
+    return torch.cat(
+        [
+            box.tensor.detach().flatten().clone()
+            for entry in optimizer.sharded_gradients().values()
+            for box in entry.boxes
+        ]
+    )
 
 
 def with_recompute(config: TrainConfig, recompute: dict[str, Any]) -> TrainConfig:
@@ -60,13 +86,20 @@ def with_recompute(config: TrainConfig, recompute: dict[str, Any]) -> TrainConfi
 
 def compare(model: str, parallel: dict[str, Any], precision: str, dropout: bool) -> None:
     shape = (MODELS | {"moe": LLAMA | {"moe": EXPERTS}, "deepseek": DEEPSEEK})[model] | (
-        {"hidden_dropout": 0.2, "attention_dropout": 0.1 if "cp" not in parallel else 0.0} if dropout else {}
+        {"hidden_dropout": 0.2, "attention_dropout": 0.1 if "cp" not in parallel else 0.0}
+        if dropout
+        else {}
     )
     config = make_config(shape, {"dp": 1} | parallel, steps=1, precision=precision)
     world = 1
     for axis in ("tp", "pp", "cp", "dp"):
         world *= int(parallel.get(axis, 1))
-    for found in run_ranks(gradients, world, [config, *(with_recompute(config, setting) for setting in SETTINGS)], timeout_s=180):
+    for found in run_ranks(
+        gradients,
+        world,
+        [config, *(with_recompute(config, setting) for setting in SETTINGS)],
+        timeout_s=180,
+    ):
         expected, *others = found
         assert expected.any()
         for setting, other in zip(SETTINGS, others, strict=True):
@@ -77,20 +110,29 @@ def bytes_kept(rank: int, world_size: int, configs: list[TrainConfig]) -> list[i
     return [kept_bytes(config, make_mesh(rank, world_size, config)) for config in configs]
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2}, pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.parity)])
+@pytest.mark.parametrize(
+    "parallel",
+    [{"tp": 2}, pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.parity)],
+)
 def test_bytes_kept_on_a_rank_are_the_formula(parallel: dict[str, Any]) -> None:
     dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
-    latent = {name: value for name, value in MODELS["llama"].items() if name != "num_query_groups"} | {"mla": DEEPSEEK["mla"]}
+    latent = {
+        name: value for name, value in MODELS["llama"].items() if name != "num_query_groups"
+    } | {"mla": DEEPSEEK["mla"]}
     one_key_head = MODELS["llama"] | {"num_query_groups": 1, "qk_norm": True, "sliding_window": 9}
     shapes = (*MODELS.values(), MODELS["llama"] | dropout, one_key_head, latent)
     plain = [make_config(shape, {"dp": 1} | parallel, steps=1) for shape in shapes]
     configs = [with_recompute(config, setting) for config in plain for setting in ({}, *SETTINGS)]
     for found in run_ranks(bytes_kept, 2, configs):
-        assert found == [kept_activations(config, range(config.model.num_layers)) for config in configs]
+        assert found == [
+            kept_activations(config, range(config.model.num_layers)) for config in configs
+        ]
 
 
 def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_change() -> None:
-    compare("llama", {"pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "zb-h1"}, "bf16", True)
+    compare(
+        "llama", {"pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "zb-h1"}, "bf16", True
+    )
 
 
 @pytest.mark.parity
@@ -107,13 +149,25 @@ def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_ch
         ("llama", {"cp": 2}, "fp32", True),
         ("llama", {"cp": 2, "cp_method": "a2a"}, "bf16", False),
         ("moe", {"dp": 2, "ep": 2}, "fp32", True),
-        ("moe", {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2, "schedule": "zb-h1"}, "bf16", False),
-        ("deepseek", {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2}, "fp32", True),
+        (
+            "moe",
+            {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2, "schedule": "zb-h1"},
+            "bf16",
+            False,
+        ),
+        (
+            "deepseek",
+            {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2},
+            "fp32",
+            True,
+        ),
         ("deepseek", {"cp": 2}, "fp32", False),
         ("deepseek", {"dp": 2, "zero": 3}, "bf16", False),
         ("gpt2", {"dp": 2, "zero": 3}, "fp32", True),
         ("llama", {"dp": 2, "tp": 2, "sequence_parallel": True, "zero": 3}, "bf16", False),
     ],
 )
-def test_gradients_of_other_layouts_do_not_change(model: str, parallel: dict[str, Any], precision: str, dropout: bool) -> None:
+def test_gradients_of_other_layouts_do_not_change(
+    model: str, parallel: dict[str, Any], precision: str, dropout: bool
+) -> None:
     compare(model, parallel, precision, dropout)

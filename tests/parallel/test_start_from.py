@@ -1,4 +1,6 @@
-"""Continued pre-training: a run begins with given weights under any layout, and transformers agrees with what it makes of them."""
+"""Continued pre-training: a run begins with given weights under any layout, and transformers agrees
+with what it makes of them.
+"""
 
 import re
 from collections.abc import Callable
@@ -38,14 +40,29 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def config(folder: Path, start_from: Path | None, model: dict[str, Any] | None = None, steps: int = 20, **parallel: Any) -> TrainConfig:
+def config(
+    folder: Path,
+    start_from: Path | None,
+    model: dict[str, Any] | None = None,
+    steps: int = 20,
+    **parallel: Any,
+) -> TrainConfig:
     ranks = "-".join(f"{name}{degree}" for name, degree in parallel.items()) or "one"
     return TrainConfig.from_mapping(
         {
             "model": LLAMA | (model or {}),
             "parallel": {"dp": 1, "sequence_parallel": parallel.get("tp", 1) > 1, **parallel},
-            "data": {"train": [{"path": str(folder / "corpus.txt")}], "tokenizer": {"kind": "bytes"}, "cache": str(folder / "cache")},
-            "training": {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "steps": steps},
+            "data": {
+                "train": [{"path": str(folder / "corpus.txt")}],
+                "tokenizer": {"kind": "bytes"},
+                "cache": str(folder / "cache"),
+            },
+            "training": {
+                "seq_length": 32,
+                "micro_batch_size": 2,
+                "global_batch_size": 8,
+                "steps": steps,
+            },
             "optimizer": {"lr": 0.003},
             "checkpoint": {"start_from": str(start_from) if start_from else None},
             "storage": {"path": str(folder / ranks)},
@@ -53,17 +70,27 @@ def config(folder: Path, start_from: Path | None, model: dict[str, Any] | None =
     )
 
 
-def train(rank: int, world_size: int, settings: TrainConfig, data: PreparedData, resume_from: str | None = None) -> list[Report]:
+def train(
+    rank: int,
+    world_size: int,
+    settings: TrainConfig,
+    data: PreparedData,
+    resume_from: str | None = None,
+) -> list[Report]:
     """Everything that this rank reported."""
     reports: list[Report] = []
-    mesh = ParallelMesh.create(ParallelDims.of(settings.parallel), World(rank, world_size, rank, "cpu"))
+    mesh = ParallelMesh.create(
+        ParallelDims.of(settings.parallel), World(rank, world_size, rank, "cpu")
+    )
     TrainingSession(settings, mesh, data, report=reports.append, resume_from=resume_from).run()
     return reports
 
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> PreparedData:
-    (tmp_path / "corpus.txt").write_text("\n".join(f"line {number}: {number * number} is a square" for number in range(400)))
+    (tmp_path / "corpus.txt").write_text(
+        "\n".join(f"line {number}: {number * number} is a square" for number in range(400))
+    )
     return prepare(config(tmp_path, None).data, str(tmp_path / "cache"), seq_length=32)
 
 
@@ -75,45 +102,73 @@ def judged_loss(folder: Path, settings: TrainConfig, data: PreparedData, tokens:
     """transformers' loss over the samples that the run was evaluated on, in float64."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
     count = tokens // settings.training.seq_length
-    samples = build_dataset(data.validation, count, settings.training.seq_length, settings.training.seed, settings.data_cache)
+    samples = build_dataset(
+        data.validation,
+        count,
+        settings.training.seq_length,
+        settings.training.seed,
+        settings.data_cache,
+    )
     batch = torch.stack([torch.as_tensor(samples[index].astype("int64")) for index in range(count)])
     with torch.no_grad():
         logits = model(batch[:, :-1]).logits
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
 
 
-def test_pretraining_goes_on_and_transformers_agrees_with_the_outcome(run_ranks: Run, tmp_path: Path, corpus: PreparedData) -> None:
+def test_pretraining_goes_on_and_transformers_agrees_with_the_outcome(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
     publish("llama", tmp_path / "hf", shard="30KB")
     settings = config(tmp_path, tmp_path / "hf", tp=2, pp=2)
     whole = run_ranks(train, 4, settings, corpus)
     evaluation = next(report for report in whole[0] if isinstance(report, EvalReport))
-    first, last = losses(whole[0])[0], losses(whole[0])[-1]
+    first = losses(whole[0])[0]
+    last = losses(whole[0])[-1]
     assert len(losses(whole[0])) == 20 and last < first - 0.5, "it learns"
     (saved,) = list_checkpoints(str(tmp_path / "tp2-pp2"))
     commit(saved.path, {}, [])
     exported = export_folder(saved.path, str(tmp_path / "out"))
     assert exported.architecture == "LlamaForCausalLM" and exported.tokenizer
-    assert judged_loss(tmp_path / "out", settings, corpus, evaluation.num_tokens) == pytest.approx(evaluation.loss, abs=1e-5)
+    assert judged_loss(tmp_path / "out", settings, corpus, evaluation.num_tokens) == pytest.approx(
+        evaluation.loss, abs=1e-5
+    )
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2, "dp": 2}, {"dp": 2, "zero": 3}], ids=["tp2", "pp2-dp2", "zero3"])
-def test_every_layout_begins_with_the_same_weights(run_ranks: Run, tmp_path: Path, corpus: PreparedData, parallel: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "parallel",
+    [{"tp": 2}, {"pp": 2, "dp": 2}, {"dp": 2, "zero": 3}],
+    ids=["tp2", "pp2-dp2", "zero3"],
+)
+def test_every_layout_begins_with_the_same_weights(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData, parallel: dict[str, Any]
+) -> None:
     publish("llama", tmp_path / "hf")
     import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     one = losses(run_ranks(train, 1, config(tmp_path, tmp_path / "hf", steps=3), corpus)[0])
     settings = config(tmp_path, tmp_path / "ours", steps=3, **parallel)
     many = next(
         found
-        for reports in run_ranks(train, settings.parallel.tp * settings.parallel.pp * parallel.get("dp", 1), settings, corpus)
+        for reports in run_ranks(
+            train,
+            settings.parallel.tp * settings.parallel.pp * parallel.get("dp", 1),
+            settings,
+            corpus,
+        )
         if (found := losses(reports))
     )
     assert many == pytest.approx(one, rel=1e-5)
 
 
-def test_a_run_that_goes_on_takes_its_own_checkpoint(run_ranks: Run, tmp_path: Path, corpus: PreparedData) -> None:
+def test_a_run_that_goes_on_takes_its_own_checkpoint(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
     publish("llama", tmp_path / "hf")
     settings = config(tmp_path, tmp_path / "hf", steps=4)
-    settings = settings.model_copy(update={"checkpoint": settings.checkpoint.model_copy(update={"every_steps": 2, "keep_last": 2})})
+    settings = settings.model_copy(
+        update={
+            "checkpoint": settings.checkpoint.model_copy(update={"every_steps": 2, "keep_last": 2})
+        }
+    )
     whole = losses(run_ranks(train, 1, settings, corpus)[0])
     for info in list_checkpoints(str(tmp_path / "one")):
         commit(info.path, {}, [])
@@ -132,13 +187,23 @@ def refusal(settings: TrainConfig, data: PreparedData) -> str:
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, corpus: PreparedData) -> None:
     publish("llama", tmp_path / "hf")
     text = "contradicts the weights of checkpoint.start_from, which were made with"
-    assert refusal(config(tmp_path, tmp_path / "hf", {"num_layers": 3, "vocab_size": 300}), corpus) == (
-        f"/model/num_layers: num_layers=3 {text} 2; set it to that; /model/vocab_size: vocab_size=300 {text} {VOCABULARY}; set it to that"
+    assert refusal(
+        config(tmp_path, tmp_path / "hf", {"num_layers": 3, "vocab_size": 300}), corpus
+    ) == (
+        f"/model/num_layers: num_layers=3 {text} 2; set it to that; /model/vocab_size: "
+        f"vocab_size=300 {text} {VOCABULARY}; set it to that"
     )
-    assert "neither a committed checkpoint" in refusal(config(tmp_path, tmp_path / "nowhere"), corpus)
+    assert "neither a committed checkpoint" in refusal(
+        config(tmp_path, tmp_path / "nowhere"), corpus
+    )
     too_many = corpus.model_copy(update={"vocab_size": VOCABULARY + 1})
-    assert re.match(rf"model.vocab_size={VOCABULARY} is smaller than the tokenizer's", refusal(config(tmp_path, tmp_path / "hf"), too_many))
+    assert re.match(
+        rf"model.vocab_size={VOCABULARY} is smaller than the tokenizer's",
+        refusal(config(tmp_path, tmp_path / "hf"), too_many),
+    )
     edit_config(tmp_path / "hf", hidden_act="relu")
-    assert "hidden_act='relu' is not supported" in refusal(config(tmp_path, tmp_path / "hf"), corpus)
+    assert "hidden_act='relu' is not supported" in refusal(
+        config(tmp_path, tmp_path / "hf"), corpus
+    )
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
     assert "which is no safetensors file" in refusal(config(tmp_path, tmp_path / "hf"), corpus)

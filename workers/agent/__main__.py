@@ -1,6 +1,9 @@
-"""The agent as a process. Owns: its command line, signals and exit codes. Must not know: what the agent does.
+"""The agent as a process.
 
-python -m workers.agent --service URL --cluster default --address RAY_ADDRESS [--token-file FILE] [--storage ROOT]
+Owns: its command line, signals and exit codes. Must not know: what the agent does.
+
+python -m workers.agent --service URL --cluster default --address RAY_ADDRESS [--token-file FILE]
+[--storage ROOT]
 """
 
 import argparse
@@ -13,7 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from workers.agent.agent import Agent, AgentOptions
-from workers.rank.environment import EnvironmentProblem, agent_token, forget_agent_token, prepare_ray_client
+from workers.rank.environment import (
+    EnvironmentProblem,
+    agent_token,
+    forget_agent_token,
+    prepare_ray_client,
+)
 from workers.service_client import ServiceRefused
 
 _LOG = logging.getLogger("megatron_ray.agent")
@@ -23,14 +31,26 @@ EXIT_BAD_START = 2
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[AgentOptions, Path | None]:
     """Command line to options and token file."""
-    parser = argparse.ArgumentParser(prog="python -m workers.agent", description="Connects one Ray cluster to the service.")
-    parser.add_argument("--service", "--service-url", dest="service", required=True, help="URL of the service")
+    parser = argparse.ArgumentParser(
+        prog="python -m workers.agent", description="Connects one Ray cluster to the service."
+    )
+    parser.add_argument(
+        "--service", "--service-url", dest="service", required=True, help="URL of the service"
+    )
     parser.add_argument("--cluster", default="default", help="name of this cluster in job specs")
-    parser.add_argument("--address", "--ray-address", dest="address", required=True, help="host:port of Ray's head")
-    parser.add_argument("--token-file", type=Path, help="file with the agent's token; else from the environment")
-    parser.add_argument("--storage", help="folder or URI that all nodes must see; else what the service says")
+    parser.add_argument(
+        "--address", "--ray-address", dest="address", required=True, help="host:port of Ray's head"
+    )
+    parser.add_argument(
+        "--token-file", type=Path, help="file with the agent's token; else from the environment"
+    )
+    parser.add_argument(
+        "--storage", help="folder or URI that all nodes must see; else what the service says"
+    )
     given = parser.parse_args(arguments)
-    return AgentOptions(given.service, given.cluster, given.address, given.storage), given.token_file
+    return AgentOptions(
+        given.service, given.cluster, given.address, given.storage
+    ), given.token_file
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_until_signal(agent: Agent) -> int:
-    """The agent works beside the main thread: ray.init puts signal handlers of its own only where they can be put back."""
+    """The agent works beside the main thread: ray.init puts signal handlers of its own only where
+    they can be put back.
+    """
     outcome: list[int] = []
 
     def work() -> None:

@@ -1,7 +1,10 @@
-"""The process per Ray cluster. Owns: creating and adopting drivers, reporting nodes, answering checks, reaping ended jobs.
+"""The process per Ray cluster.
 
-The only process that has both Ray and an agent token. It holds no state that matters: when it loses Ray it exits and is started
-again; jobs run on without it. Must not know: torch, how a job runs, the database.
+Owns: creating and adopting drivers, reporting nodes, answering checks, reaping ended jobs.
+
+The only process that has both Ray and an agent token. It holds no state that matters: when it loses
+Ray it exits and is started again; jobs run on without it. Must not know: torch, how a job runs, the
+database.
 """
 
 import logging
@@ -46,7 +49,8 @@ class Agent:
     """One run of the agent; `stop` may be called from a signal handler."""
 
     def __init__(self, options: AgentOptions, token: str) -> None:
-        self._options, self._token = options, token
+        self._options = options
+        self._token = token
         self._agent_id = f"agent-{uuid.uuid4().hex[:12]}"
         self._inbox: queue.SimpleQueue[DesiredReply | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -63,7 +67,10 @@ class Agent:
         return self._stopping.is_set()
 
     def run(self) -> int:
-        """Until stopped (0) or until Ray is lost (EXIT_RAY_LOST). Raises ServiceRefused when the service will not have this agent."""
+        """Until stopped (0) or until Ray is lost (EXIT_RAY_LOST).
+
+        Raises ServiceRefused when the service will not have this agent.
+        """
         link = ServiceLink(self._options.service_url, self._token)
         hello = self._greet(link)
         if hello is None:
@@ -74,11 +81,18 @@ class Agent:
             _LOG.error("cannot reach Ray at %s: %s", self._options.ray_address, error)
             return EXIT_RAY_LOST
         threading.Thread(target=self._follow, name="desired", daemon=True).start()
-        threading.Thread(target=watch_ray, args=(self._options.ray_address,), name="ray", daemon=True).start()
+        threading.Thread(
+            target=watch_ray, args=(self._options.ray_address,), name="ray", daemon=True
+        ).start()
         registry = DriverRegistry(self._options.service_url, hello.namespace)
         checks = CheckDesk(link)
         storage = StorageChecks(self._options.storage_root or hello.storage_root)
-        _LOG.info("cluster %s at %s, namespace %s", self._options.cluster, self._options.ray_address, hello.namespace)
+        _LOG.info(
+            "cluster %s at %s, namespace %s",
+            self._options.cluster,
+            self._options.ray_address,
+            hello.namespace,
+        )
         try:
             self._loop(link, hello, registry, checks, storage)
         except (RayError, OSError, RuntimeError) as error:
@@ -86,7 +100,14 @@ class Agent:
             return EXIT_RAY_LOST
         return 0
 
-    def _loop(self, link: ServiceLink, hello: Hello, registry: DriverRegistry, checks: CheckDesk, storage: StorageChecks) -> None:
+    def _loop(
+        self,
+        link: ServiceLink,
+        hello: Hello,
+        registry: DriverRegistry,
+        checks: CheckDesk,
+        storage: StorageChecks,
+    ) -> None:
         while not self._stopping.is_set():
             nodes = read_nodes(storage.results())
             storage.look(nodes)
@@ -107,7 +128,9 @@ class Agent:
         except queue.Empty:
             return None
 
-    def _tell(self, link: ServiceLink, hello: Hello, registry: DriverRegistry, nodes: tuple[NodeInfo, ...]) -> None:
+    def _tell(
+        self, link: ServiceLink, hello: Hello, registry: DriverRegistry, nodes: tuple[NodeInfo, ...]
+    ) -> None:
         report = AgentReport(
             cluster=self._options.cluster,
             agent_id=self._agent_id,
@@ -153,9 +176,14 @@ class Agent:
 
 
 def connect_ray(address: str, namespace: str) -> str | None:
-    """Connects this process to a running cluster; returns its dashboard's URL, when it has one. Raises OSError or Ray's own."""
+    """Connects this process to a running cluster; returns its dashboard's URL, when it has one.
+
+    Raises OSError or Ray's own.
+    """
     knock(address)  # Ray itself would try for minutes before it says that nobody is there
-    context = ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING)
+    context = ray.init(
+        address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING
+    )
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
@@ -166,7 +194,9 @@ def knock(address: str) -> None:
 
 
 def watch_ray(address: str) -> None:
-    """Ends the process when Ray's head has been away for a while: calls into Ray block for a minute before they fail."""
+    """Ends the process when Ray's head has been away for a while: calls into Ray block for a minute
+    before they fail.
+    """
     away_since: float | None = None
     while True:
         time.sleep(_TICK_S)

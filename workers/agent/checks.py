@@ -1,4 +1,7 @@
-"""Questions that only the cluster can answer. Owns: checks of a spec's paths, and whether every node sees the storage."""
+"""Questions that only the cluster can answer.
+
+Owns: checks of a spec's paths, and whether every node sees the storage.
+"""
 
 import logging
 import time
@@ -35,7 +38,9 @@ class CheckDesk:
         for request in requests:
             if request.check_id not in self._seen:
                 self._seen[request.check_id] = None
-                self._running[request.check_id] = anywhere(check_task, request.spec, request.storage_path)
+                self._running[request.check_id] = anywhere(
+                    check_task, request.spec, request.storage_path
+                )
         while len(self._seen) > _REMEMBERED:
             self._seen.pop(next(iter(self._seen)))
 
@@ -48,9 +53,19 @@ class CheckDesk:
             try:
                 problems = result(call)
             except TaskFailed as failure:
-                problems = [{"pointer": "", "code": "check_failed", "detail": f"the cluster could not look at the paths: {failure}"}]
+                problems = [
+                    {
+                        "pointer": "",
+                        "code": "check_failed",
+                        "detail": f"the cluster could not look at the paths: {failure}",
+                    }
+                ]
             try:
-                self._link.check_result(CheckResult(check_id=check_id, problems=tuple(ProblemMessage(**row) for row in problems)))
+                self._link.check_result(
+                    CheckResult(
+                        check_id=check_id, problems=tuple(ProblemMessage(**row) for row in problems)
+                    )
+                )
             except (ServiceAway, ServiceRefused) as error:
                 _LOG.warning("%s", error)
 
@@ -79,7 +94,11 @@ class StorageChecks:
                 del self._running[node_id]
                 self._take(node_id, call, now)
         for node in nodes:
-            if node.alive and node.node_id not in self._running and now >= self._due.get(node.node_id, 0.0):
+            if (
+                node.alive
+                and node.node_id not in self._running
+                and now >= self._due.get(node.node_id, 0.0)
+            ):
                 self._ask(node.node_id, now)
 
     def _take(self, node_id: str, call: Any, now: float) -> None:

@@ -1,8 +1,11 @@
-"""Where ranks go. Owns: bundles before placement, the rank map after it, and the reason when neither is possible. Pure.
+"""Where ranks go.
 
-A bundle is an island, the ranks that must share NVLink (a tensor-parallel group). A bundle cannot span nodes, so "TP inside a
-node" holds by construction. Ray orders bundles as it likes: ranks are assigned from what the workers report.
-Must not know: Ray, torch.
+Owns: bundles before placement, the rank map after it, and the reason when neither is possible.
+Pure.
+
+A bundle is an island, the ranks that must share NVLink (a tensor-parallel group). A bundle cannot
+span nodes, so "TP inside a node" holds by construction. Ray orders bundles as it likes: ranks are
+assigned from what the workers report. Must not know: Ray, torch.
 """
 
 from collections import Counter
@@ -58,7 +61,9 @@ class PlacementPlan:
     def explanation(self) -> str:
         """Asked against available, node by node."""
         asked = f"{len(self.bundles)} x {_words(self.bundles[0].resources)}, each on one node"
-        return f"asked for {asked}; the cluster could hold {self.room}: " + ("; ".join(self.node_reasons) or "it has no nodes")
+        return f"asked for {asked}; the cluster could hold {self.room}: " + (
+            "; ".join(self.node_reasons) or "it has no nodes"
+        )
 
 
 class SlotFacts(BaseModel):
@@ -101,8 +106,13 @@ class RankPlace(BaseModel):
     local_dir: str = ""
 
 
-def plan_placement(spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | None = None) -> PlacementPlan:
-    """Bundles for a resolved spec and what the cluster could hold of them. `accelerator` repeats an earlier decision."""
+def plan_placement(
+    spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | None = None
+) -> PlacementPlan:
+    """Bundles for a resolved spec and what the cluster could hold of them.
+
+    `accelerator` repeats an earlier decision.
+    """
     alive = [node for node in nodes if node.alive]
     kind = accelerator or spec.resources.accelerator
     if kind == "auto":
@@ -112,7 +122,8 @@ def plan_placement(spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | 
     per_rank = {"CPU": spec.resources.cpus_per_rank} | ({"GPU": 1.0} if kind == "gpu" else {})
     resources = {name: amount * island for name, amount in per_rank.items()}
     bundles = tuple(
-        Bundle(index, resources, tuple(range(index * island, (index + 1) * island))) for index in range(dims.world_size // island)
+        Bundle(index, resources, tuple(range(index * island, (index + 1) * island)))
+        for index in range(dims.world_size // island)
     )
     room = {node.node_id: _islands_on(node, resources) for node in alive}
     return PlacementPlan(
@@ -130,7 +141,9 @@ def _islands_on(node: NodeInfo, resources: dict[str, float]) -> int:
     if node.storage_ok is False:
         return 0
     has = {"CPU": node.cpus, "GPU": node.gpus}
-    return min(floor(has[name] / amount + _EPSILON) for name, amount in resources.items() if amount > 0)
+    return min(
+        floor(has[name] / amount + _EPSILON) for name, amount in resources.items() if amount > 0
+    )
 
 
 def _reason(node: NodeInfo, resources: dict[str, float], islands: int) -> str:
@@ -145,22 +158,33 @@ def _words(resources: dict[str, float]) -> str:
 
 
 def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPlace, ...]:
-    """The rank map, by rank: islands sorted by NVLink domain, node and GPU, each one tensor-parallel group of neighbouring ranks.
+    """The rank map, by rank: islands sorted by NVLink domain, node and GPU, each one
+    tensor-parallel group of neighbouring ranks.
 
-    A pure function of the reported places, so it comes out the same after a restart in the same place.
-    Raises PlacementProblem when the slots are not exactly one world, or an island is not on one node.
+    A pure function of the reported places, so it comes out the same after a restart in the same
+    place. Raises PlacementProblem when the slots are not exactly one world, or an island is not on
+    one node.
     """
     islands: dict[int, list[SlotFacts]] = {}
     found = list(slots)
     if len({facts.slot for facts in found}) != len(found) or len(found) != dims.world_size:
-        raise PlacementProblem(f"{len(found)} workers reported for a world of {dims.world_size} ranks")
+        raise PlacementProblem(
+            f"{len(found)} workers reported for a world of {dims.world_size} ranks"
+        )
     for facts in found:
         islands.setdefault(facts.bundle, []).append(facts)
     for bundle, members in islands.items():
         _check_island(bundle, members, dims.tp)
-    order = sorted(islands.values(), key=lambda members: (*_node_key(members[0]), min(_device_key(facts) for facts in members)))
+    order = sorted(
+        islands.values(),
+        key=lambda members: (*_node_key(members[0]), min(_device_key(facts) for facts in members)),
+    )
     placed = [facts for members in order for facts in sorted(members, key=_device_key)]
-    ranked = {rank: facts for group, rank in _ranks_by_group(dims) for facts in [placed[group * dims.tp + dims.coordinates(rank)["tp"]]]}
+    ranked = {
+        rank: facts
+        for group, rank in _ranks_by_group(dims)
+        for facts in [placed[group * dims.tp + dims.coordinates(rank)["tp"]]]
+    }
     places = _with_local_ranks(ranked, dims)
     assert_groups_local(places, dims)
     return places
@@ -172,13 +196,21 @@ def _ranks_by_group(dims: ParallelDims) -> Iterable[tuple[int, int]]:
 
 def _check_island(bundle: int, members: list[SlotFacts], size: int) -> None:
     if len(members) != size:
-        raise PlacementProblem(f"bundle {bundle} has {len(members)} workers, a tensor-parallel group needs {size}")
+        raise PlacementProblem(
+            f"bundle {bundle} has {len(members)} workers, a tensor-parallel group needs {size}"
+        )
     nodes = sorted({facts.address for facts in members})
     if len({facts.node_id for facts in members}) != 1:
         raise PlacementProblem(f"bundle {bundle} lies on several nodes: {', '.join(nodes)}")
-    gpus = [gpu for gpu, count in Counter(facts.gpu_uuid or facts.gpu for facts in members).items() if gpu is not None and count > 1]
+    gpus = [
+        gpu
+        for gpu, count in Counter(facts.gpu_uuid or facts.gpu for facts in members).items()
+        if gpu is not None and count > 1
+    ]
     if gpus:
-        raise PlacementProblem(f"bundle {bundle}: several workers report GPU {gpus[0]} on node {nodes[0]}")
+        raise PlacementProblem(
+            f"bundle {bundle}: several workers report GPU {gpus[0]} on node {nodes[0]}"
+        )
 
 
 def _node_key(facts: SlotFacts) -> tuple[str, tuple[int, ...], str, str]:
@@ -219,7 +251,10 @@ def _with_local_ranks(ranked: dict[int, SlotFacts], dims: ParallelDims) -> tuple
 
 
 def assert_groups_local(places: Sequence[RankPlace], dims: ParallelDims) -> None:
-    """Every tensor-parallel group on one node, before any collective. Raises PlacementProblem with the group."""
+    """Every tensor-parallel group on one node, before any collective.
+
+    Raises PlacementProblem with the group.
+    """
     node_of = {place.rank: place.node_id for place in places}
     for group in dims.groups(["tp"]):
         if len({node_of[rank] for rank in group}) != 1:

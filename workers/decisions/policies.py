@@ -1,4 +1,6 @@
-"""What to do when something goes wrong. Owns: root cause, restart, silence and hang decisions. Pure: state in, decision out.
+"""What to do when something goes wrong.
+
+Owns: root cause, restart, silence and hang decisions. Pure: state in, decision out.
 
 Must not know: Ray, torch, clocks, random numbers (all three come in as values).
 """
@@ -12,9 +14,11 @@ from workers.protocol.job import RestartConfig
 from workers.protocol.states import StatusReason
 
 SILENCE_S = 15.0
-"""A rank that has not answered for so long counts as dead; Ray itself notices a frozen node after a minute."""
+"""A rank that has not answered for so long counts as dead; Ray itself notices a frozen node after a
+minute."""
 START_SILENCE_S = 90.0
-"""The same while processes start: importing torch on a busy machine holds the interpreter for long."""
+"""The same while processes start: importing torch on a busy machine holds the interpreter for
+long."""
 HANG_FLOOR_S = 120.0
 """No rank reports anything for max(this, 10 x the longest gap so far): hung."""
 FIRST_STEP_S = 1800.0
@@ -25,7 +29,9 @@ BACKOFF_CAP_S = 60.0
 
 
 class FailureKind(StrEnum):
-    """Classes of what ends an attempt; `RANKED` says which one is the cause when several are seen together."""
+    """Classes of what ends an attempt; `RANKED` says which one is the cause when several are seen
+    together.
+    """
 
     USER = "user"
     OOM = "oom"
@@ -65,7 +71,8 @@ _REASONS = {
     FailureKind.STORAGE: StatusReason.STORAGE_ERROR,
     FailureKind.PROCESS_DIED: StatusReason.WORKER_DIED,
     FailureKind.NODE_LOST: StatusReason.NODE_LOST,
-    FailureKind.NODE_MEMORY: StatusReason.OOM,  # of the whole node, perhaps another's doing: tried again, unlike a rank's own
+    # of the whole node, perhaps another's doing: tried again, unlike a rank's own
+    FailureKind.NODE_MEMORY: StatusReason.OOM,
     FailureKind.SILENT: StatusReason.NODE_LOST,
     FailureKind.PREEMPTED: StatusReason.PREEMPTED,
     FailureKind.HANG: StatusReason.HANG,
@@ -74,7 +81,8 @@ _REASONS = {
     FailureKind.START: StatusReason.INTERNAL,
 }
 
-# Text of errors that a rank gets because another one went away: never the cause when any other is known.
+# Text of errors that a rank gets because another one went away: never the cause when any other is
+# known.
 _COLLATERAL_TEXTS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -91,7 +99,13 @@ _USER_TYPES = ("ConfigProblem", "DataProblem", "UserMistake", "ValidationError")
 _OOM_TYPES = ("OutOfMemoryError", "MemoryError")
 _STORAGE_TYPES = ("StorageError", "MissingFile")
 _NAN_TYPES = ("NonFiniteLoss",)
-_GROUP_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "RuntimeError", "ConnectionError")
+_GROUP_TYPES = (
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "RuntimeError",
+    "ConnectionError",
+)
 
 
 @dataclass(frozen=True)
@@ -132,7 +146,10 @@ def classify(type_name: str, message: str) -> FailureKind:
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure:
-    """The failure that explains the others: first by class, then by arrival. Raises ValueError when there is none."""
+    """The failure that explains the others: first by class, then by arrival.
+
+    Raises ValueError when there is none.
+    """
     if not failures:
         raise ValueError("no failure to explain")
     return min(failures, key=lambda failure: (RANKED.index(failure.kind), failure.order))
@@ -159,32 +176,61 @@ class RestartDecision:
     """What is spent, this failure included."""
 
 
-def decide_restart(policy: RestartConfig, history: RestartHistory, cause: Failure, last_commit: int, jitter: float) -> RestartDecision:
-    """What follows a failed attempt. `last_commit`: step of the newest committed checkpoint (0: none); `jitter`: uniform in [0, 1)."""
+def decide_restart(
+    policy: RestartConfig, history: RestartHistory, cause: Failure, last_commit: int, jitter: float
+) -> RestartDecision:
+    """What follows a failed attempt.
+
+    `last_commit`: step of the newest committed checkpoint (0: none); `jitter`: uniform in [0, 1).
+    """
     said = cause.sentence()
     if cause.kind in (FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS):
-        return RestartDecision(False, 0.0, cause.reason, f"{said} (not tried again: it would only repeat)", history)
+        return RestartDecision(
+            False, 0.0, cause.reason, f"{said} (not tried again: it would only repeat)", history
+        )
     if cause.kind is FailureKind.PREEMPTED:
-        spent = RestartHistory(history.failures, history.preemptions + 1, history.commits_at_failure)
+        spent = RestartHistory(
+            history.failures, history.preemptions + 1, history.commits_at_failure
+        )
         if 0 <= policy.max_preemptions < spent.preemptions:
-            text = f"{said} (preempted {spent.preemptions} times, restart.max_preemptions is {policy.max_preemptions})"
+            text = (
+                f"{said} (preempted {spent.preemptions} times, restart.max_preemptions is "
+                f"{policy.max_preemptions})"
+            )
             return RestartDecision(False, 0.0, StatusReason.BUDGET_SPENT, text, spent)
         return RestartDecision(True, 0.0, cause.reason, said, spent)
-    spent = RestartHistory(history.failures + 1, history.preemptions, (*history.commits_at_failure, last_commit))
+    spent = RestartHistory(
+        history.failures + 1, history.preemptions, (*history.commits_at_failure, last_commit)
+    )
     if spent.failures > policy.max_failures:
         text = f"{said} (failure {spent.failures}, restart.max_failures is {policy.max_failures})"
-        return RestartDecision(False, 0.0, StatusReason.BUDGET_SPENT if spent.failures > 1 else cause.reason, text, spent)
+        return RestartDecision(
+            False,
+            0.0,
+            StatusReason.BUDGET_SPENT if spent.failures > 1 else cause.reason,
+            text,
+            spent,
+        )
     if _no_progress(spent.commits_at_failure):
-        text = f"{said} ({PROGRESS_ATTEMPTS} attempts failed without a checkpoint beyond step {last_commit})"
+        text = (
+            f"{said} ({PROGRESS_ATTEMPTS} attempts failed without a checkpoint beyond step "
+            f"{last_commit})"
+        )
         return RestartDecision(False, 0.0, StatusReason.NO_PROGRESS, text, spent)
-    return RestartDecision(True, backoff_s(policy, spent.failures, jitter), cause.reason, said, spent)
+    return RestartDecision(
+        True, backoff_s(policy, spent.failures, jitter), cause.reason, said, spent
+    )
 
 
 def backoff_s(policy: RestartConfig, failures: int, jitter: float) -> float:
-    """Wait before the try that follows failure number `failures`: none after the first, then doubling to 60 s, less up to half."""
+    """Wait before the try that follows failure number `failures`: none after the first, then
+    doubling to 60 s, less up to half.
+    """
     if failures <= 1:
         return 0.0
-    return min(BACKOFF_CAP_S, policy.backoff_s * 2.0 ** min(failures - 2, 30)) * (1.0 - 0.5 * jitter)
+    return min(BACKOFF_CAP_S, policy.backoff_s * 2.0 ** min(failures - 2, 30)) * (
+        1.0 - 0.5 * jitter
+    )
 
 
 def _no_progress(commits: tuple[int, ...]) -> bool:
@@ -216,11 +262,19 @@ def hang(now: float, progress: Progress) -> str | None:
     """A sentence when nothing has advanced for too long, else None."""
     limit = max(HANG_FLOOR_S, 10 * progress.longest_gap_s) if progress.reports else FIRST_STEP_S
     quiet = now - progress.last_at
-    return f"no rank reported anything for {quiet:.0f} s (limit {limit:.0f} s)" if quiet > limit else None
+    return (
+        f"no rank reported anything for {quiet:.0f} s (limit {limit:.0f} s)"
+        if quiet > limit
+        else None
+    )
 
 
 def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
     """Class and message of an error that a rank reported ({type, message, user})."""
-    kind = FailureKind.USER if error.get("user") else classify(str(error.get("type", "")), str(error.get("message", "")))
+    kind = (
+        FailureKind.USER
+        if error.get("user")
+        else classify(str(error.get("type", "")), str(error.get("message", "")))
+    )
     message = str(error.get("message", ""))
     return kind, message if kind is FailureKind.USER else f"{error.get('type', 'error')}: {message}"

@@ -1,6 +1,9 @@
-"""How long it took until new work was done again after a failure, by part. Pure: times come in as values. Must not know: Ray.
+"""How long it took until new work was done again after a failure, by part.
 
-The clock starts when the driver sees the failure; how long that took after the failure itself only an outsider can tell.
+Pure: times come in as values. Must not know: Ray.
+
+The clock starts when the driver sees the failure; how long that took after the failure itself only
+an outsider can tell.
 """
 
 from collections.abc import Mapping
@@ -46,5 +49,11 @@ class RecoveryWatch:
 
 def in_words(split: Mapping[str, Any], attempt: int) -> str:
     """The split as a line of the history."""
-    text = f"steps go on at {split['step']} (attempt {attempt}), {split['seconds']:.1f} s after the failure was noticed:"
-    return f"{text} rebuild {split['rebuild_s']:.1f} s, load {split['load_s']:.1f} s, recompute {split['recompute_s']:.1f} s"
+    text = (
+        f"steps go on at {split['step']} (attempt {attempt}), {split['seconds']:.1f} s after "
+        "the failure was noticed:"
+    )
+    return (
+        f"{text} rebuild {split['rebuild_s']:.1f} s, load {split['load_s']:.1f} s, recompute "
+        f"{split['recompute_s']:.1f} s"
+    )

@@ -1,6 +1,9 @@
-"""What one incarnation of a driver knows of its job and says about it. Owns: journal entry, epoch, records, the service's wish.
+"""What one incarnation of a driver knows of its job and says about it.
 
-Shared by the phases (`job_life`) and the attempts (`attempts`). Must not know: Ray, HTTP, what comes next.
+Owns: journal entry, epoch, records, the service's wish.
+
+Shared by the phases (`job_life`) and the attempts (`attempts`). Must not know: Ray, HTTP, what
+comes next.
 """
 
 from typing import Any
@@ -22,7 +25,8 @@ class JobContext:
     """Takes the next epoch when made. Raises StorageError, JournalProblem."""
 
     def __init__(self, job_id: str, job_dir: str) -> None:
-        self.job_id, self.job_dir = job_id, job_dir
+        self.job_id = job_id
+        self.job_dir = job_dir
         self._spec: JobSpec | None = None
         self._journal = Journal(job_dir)
         self.found = self._journal.latest()
@@ -79,7 +83,9 @@ class JobContext:
 
     @property
     def wish(self) -> DesiredState:
-        """What is to be done now: the service's word, and until it is heard what an earlier incarnation has begun to carry out."""
+        """What is to be done now: the service's word, and until it is heard what an earlier
+        incarnation has begun to carry out.
+        """
         return self.desired.desired if self.desired else self.entry.stopping or DesiredState.RUN
 
     def check_replaced(self) -> None:
@@ -88,9 +94,14 @@ class JobContext:
             raise DriverReplaced(self.outbox.replaced)
 
     def stop_if_unwanted(self) -> None:
-        """Raises JobEnds or BackToQueue when the job is no longer wanted to run; DriverReplaced when this driver is not."""
+        """Raises JobEnds or BackToQueue when the job is no longer wanted to run; DriverReplaced
+        when this driver is not.
+        """
         self.check_replaced()
         if self.wish is DesiredState.CANCEL:
             raise JobEnds(JobState.CANCELLED, StatusReason.USER_CANCELLED)
-        if self.wish is DesiredState.PAUSE and self.entry.phase not in (Phase.PREPARING, Phase.READY):
+        if self.wish is DesiredState.PAUSE and self.entry.phase not in (
+            Phase.PREPARING,
+            Phase.READY,
+        ):
             raise BackToQueue(JobState.PAUSED, None, "", self.revision)

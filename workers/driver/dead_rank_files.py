@@ -1,4 +1,7 @@
-"""Files of ranks on their nodes. Owns: fetching what dead ranks left, removing what a job leaves. Best effort, beside the recovery."""
+"""Files of ranks on their nodes.
+
+Owns: fetching what dead ranks left, removing what a job leaves. Best effort, beside the recovery.
+"""
 
 import threading
 import time
@@ -26,13 +29,15 @@ class Leftovers:
     """Of one job."""
 
     def __init__(self, outbox: Outbox, logs: JobLogs) -> None:
-        self._outbox, self._logs = outbox, logs
+        self._outbox = outbox
+        self._logs = logs
         self._threads: list[threading.Thread] = []
         self._asked: set[tuple[int, int]] = set()
         self._sweeps: list[Any] = []
 
     def salvage(self, dead: Iterable[DeadRank]) -> None:
-        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of logs; of each dead rank once.
+        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of
+        logs; of each dead rank once.
 
         To be called when their successors run, since starting a process for it would hold those up.
         """
@@ -40,7 +45,12 @@ class Leftovers:
         for attempt, place in ((found.attempt, found.place) for found in dead):
             if (attempt, place.rank) not in self._asked:
                 self._asked.add((attempt, place.rank))
-                thread = threading.Thread(target=self._salvage_rank, args=(attempt, place), name=f"salvage-{place.rank}", daemon=True)
+                thread = threading.Thread(
+                    target=self._salvage_rank,
+                    args=(attempt, place),
+                    name=f"salvage-{place.rank}",
+                    daemon=True,
+                )
                 thread.start()
                 self._threads.append(thread)
 
@@ -53,7 +63,11 @@ class Leftovers:
     def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
         """Begins to remove the job's folder on those of the nodes that still live."""
         alive = {node.node_id for node in read_nodes() if node.alive}
-        self._sweeps = [on_node(node, sweep_task, str(job_folder(node, job_id))) for node in nodes if node in alive]
+        self._sweeps = [
+            on_node(node, sweep_task, str(job_folder(node, job_id)))
+            for node in nodes
+            if node in alive
+        ]
 
     def await_sweep(self, timeout_s: float) -> None:
         """Until that is done, at most so long."""
@@ -62,11 +76,15 @@ class Leftovers:
             result_or_none(call, max(0.0, deadline - time.monotonic()))
 
     def _salvage_rank(self, attempt: int, place: RankPlace) -> None:
-        folder, source = Path(place.local_dir), source_of(attempt)
+        folder = Path(place.local_dir)
+        source = source_of(attempt)
         offset = self._logs.size(attempt, place.rank)
-        reports, log = report_file(folder, attempt, place.rank), log_file(folder, attempt, place.rank)
+        reports = report_file(folder, attempt, place.rank)
+        log = log_file(folder, attempt, place.rank)
         after = self._outbox.last(source) if place.rank == 0 else _NOTHING
-        call = on_node(place.node_id, salvage_task, str(reports), after, str(log), offset, _LOG_BYTES)
+        call = on_node(
+            place.node_id, salvage_task, str(reports), after, str(log), offset, _LOG_BYTES
+        )
         found = result_or_none(call, _SALVAGE_S)
         if found is not None:
             lines, data = found

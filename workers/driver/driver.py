@@ -1,7 +1,10 @@
-"""JobDriver: the detached, named Ray actor of one job. Owns: the actor's face and its thread. What it does is in `job_life`.
+"""JobDriver: the detached, named Ray actor of one job.
 
-Its constructor takes ids only and does nothing that can raise: an actor whose constructor raises on restart is dead for ever.
-Where the service is, and the token, come by `attach` from the agent at run time. Must not know: torch, phases.
+Owns: the actor's face and its thread. What it does is in `job_life`.
+
+Its constructor takes ids only and does nothing that can raise: an actor whose constructor raises on
+restart is dead for ever. Where the service is, and the token, come by `attach` from the agent at
+run time. Must not know: torch, phases.
 """
 
 import os
@@ -36,7 +39,8 @@ class JobDriver:
 
     def __init__(self, job_id: str, job_dir: str) -> None:
         let_ranks_go_first()
-        self._job_id, self._job_dir = job_id, job_dir
+        self._job_id = job_id
+        self._job_dir = job_dir
         self._attached: tuple[str, str, DesiredJob] | None = None
         self._life: JobLife | None = None
         self._trouble = ""
@@ -45,7 +49,9 @@ class JobDriver:
         threading.Thread(target=self._main, name="job", daemon=True).start()
 
     def attach(self, url: str, token: str, desired: dict[str, Any]) -> DriverStatus:
-        """Where the service is and what it wants; said again whenever the agent sees either change, or just to be sure."""
+        """Where the service is and what it wants; said again whenever the agent sees either change,
+        or just to be sure.
+        """
         with self._lock:
             self._attached = (url, token, DesiredJob.model_validate({**desired, "token": token}))
             if self._life is not None:
@@ -55,14 +61,20 @@ class JobDriver:
     def status(self) -> DriverStatus:
         """What a person wants to know of it."""
         life = self._life
-        return DriverStatus(job_id=self._job_id, alive=True, detail=self._trouble or (life.phase if life else "starting"))
+        return DriverStatus(
+            job_id=self._job_id,
+            alive=True,
+            detail=self._trouble or (life.phase if life else "starting"),
+        )
 
     def pid(self) -> int:
         """Process id, for operators and tests."""
         return os.getpid()
 
     def _main(self) -> None:
-        """Runs the job's life; after trouble (storage away, a bug) it is entered again from the journal."""
+        """Runs the job's life; after trouble (storage away, a bug) it is entered again from the
+        journal.
+        """
         failures = bugs = 0
         while True:
             try:
@@ -74,8 +86,13 @@ class JobDriver:
                 # Not ray.kill: that would end the newer incarnation, which has the same actor id.
                 os._exit(0)
             except ForeignJournal as foreign:
-                ending = Ending(state=JobState.FAILED.value, reason=StatusReason.SPEC_INVALID.value, message=f"/storage/path: {foreign}")
-                self._job_dir, self._ending = f"{self._job_dir}/refused-{self._job_id}", ending
+                ending = Ending(
+                    state=JobState.FAILED.value,
+                    reason=StatusReason.SPEC_INVALID.value,
+                    message=f"/storage/path: {foreign}",
+                )
+                self._job_dir = f"{self._job_dir}/refused-{self._job_id}"
+                self._ending = ending
                 continue
             except (StorageError, JournalProblem) as error:
                 self._trouble = str(error)
@@ -85,7 +102,11 @@ class JobDriver:
                 traceback.print_exc()
                 if bugs == _MOST_BUGS:
                     text = f"the job's driver cannot go on: {self._trouble}"
-                    self._ending = Ending(state=JobState.FAILED.value, reason=StatusReason.INTERNAL.value, message=text)
+                    self._ending = Ending(
+                        state=JobState.FAILED.value,
+                        reason=StatusReason.INTERNAL.value,
+                        message=text,
+                    )
             finally:
                 if self._life is not None:
                     self._life.outbox.close()
@@ -95,7 +116,9 @@ class JobDriver:
 
     def _live(self) -> None:
         namespace = ray.get_runtime_context().namespace
-        life = JobLife(self._job_id, self._job_dir, namespace, type(self).worker_class, self._trouble)
+        life = JobLife(
+            self._job_id, self._job_dir, namespace, type(self).worker_class, self._trouble
+        )
         self._trouble = ""
         with self._lock:
             self._life = life

@@ -1,4 +1,7 @@
-"""Ways out of a job's road through its phases. Owns: these exceptions. Must not know: who takes them."""
+"""Ways out of a job's road through its phases.
+
+Owns: these exceptions. Must not know: who takes them.
+"""
 
 from workers.driver.journal import Ending
 from workers.protocol.states import JobState, StatusReason
@@ -7,9 +10,18 @@ from workers.protocol.states import JobState, StatusReason
 class JobEnds(Exception):
     """Ends the road through the phases; carries how."""
 
-    def __init__(self, state: JobState, reason: StatusReason | None = None, message: str = "", *, told: bool = False) -> None:
+    def __init__(
+        self,
+        state: JobState,
+        reason: StatusReason | None = None,
+        message: str = "",
+        *,
+        told: bool = False,
+    ) -> None:
         super().__init__(message)
-        self.ending = Ending(state=state.value, reason=reason.value if reason else None, message=message, told=told)
+        self.ending = Ending(
+            state=state.value, reason=reason.value if reason else None, message=message, told=told
+        )
 
 
 class DriverReplaced(Exception):
@@ -17,8 +29,14 @@ class DriverReplaced(Exception):
 
 
 class BackToQueue(Exception):
-    """The resources are given back; the job waits until it is wanted again at a revision above `revision`."""
+    """The resources are given back; the job waits until it is wanted again at a revision above
+    `revision`.
+    """
 
-    def __init__(self, state: JobState, reason: StatusReason | None, message: str, revision: int) -> None:
+    def __init__(
+        self, state: JobState, reason: StatusReason | None, message: str, revision: int
+    ) -> None:
         super().__init__(message)
-        self.state, self.reason, self.revision = state, reason, revision
+        self.state = state
+        self.reason = reason
+        self.revision = revision

@@ -1,4 +1,7 @@
-"""Training gauges on Ray's own metrics port, for its dashboard and Prometheus. Owns: their names. Live curves go another way."""
+"""Training gauges on Ray's own metrics port, for its dashboard and Prometheus.
+
+Owns: their names. Live curves go another way.
+"""
 
 import math
 from typing import Any
@@ -16,7 +19,10 @@ class TrainingGauges:
     """Gauges of one job, labelled with its id."""
 
     def __init__(self, job_id: str) -> None:
-        self._gauges = {key: Gauge(name, description=text, tag_keys=("job",)) for key, (name, text) in _GAUGES.items()}
+        self._gauges = {
+            key: Gauge(name, description=text, tag_keys=("job",))
+            for key, (name, text) in _GAUGES.items()
+        }
         for gauge in self._gauges.values():
             gauge.set_default_tags({"job": job_id})
 

@@ -1,7 +1,10 @@
-"""What a job's driver must remember to go on after its own death. Owns: job_dir/attempts/NNNN.json and the epoch.
+"""What a job's driver must remember to go on after its own death.
 
-Written whole before acting, read by the next incarnation. The database says what is wanted and what happened; the journal says
-how it runs, so that recovery goes on while the service is away. Never holds a token. Must not know: Ray, torch, HTTP.
+Owns: job_dir/attempts/NNNN.json and the epoch.
+
+Written whole before acting, read by the next incarnation. The database says what is wanted and what
+happened; the journal says how it runs, so that recovery goes on while the service is away. Never
+holds a token. Must not know: Ray, torch, HTTP.
 """
 
 import json
@@ -29,7 +32,10 @@ class ForeignJournal(Exception):
     """The folder holds another job: its checkpoints and records must not be mixed with this one's."""
 
     def __init__(self, job_dir: str, owner: str) -> None:
-        super().__init__(f"{job_dir} belongs to {owner}; give this job a storage.path of its own, or leave it out")
+        super().__init__(
+            f"{job_dir} belongs to {owner}; give this job a storage.path of its own, or "
+            "leave it out"
+        )
         self.owner = owner
 
 
@@ -46,7 +52,9 @@ class Phase(StrEnum):
 
 
 class Ending(BaseModel):
-    """How the job ends; written before the clean-up, so that a restarted driver ends it the same way."""
+    """How the job ends; written before the clean-up, so that a restarted driver ends it the same
+    way.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,7 +66,9 @@ class Ending(BaseModel):
 
 
 class FailedAttempt(BaseModel):
-    """Why the current attempt ended, until it is decided what follows: a driver that dies in between goes on from here."""
+    """Why the current attempt ended, until it is decided what follows: a driver that dies in
+    between goes on from here.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -136,23 +146,42 @@ class Journal:
 
     def write(self, entry: JournalEntry) -> None:
         """Replaces the entry of its attempt, atomically and durably."""
-        self._storage.write_bytes_atomic(_name(entry.attempt), entry.model_dump_json(indent=1).encode())
+        self._storage.write_bytes_atomic(
+            _name(entry.attempt), entry.model_dump_json(indent=1).encode()
+        )
 
     def latest(self) -> JournalEntry | None:
-        """The entry of the highest attempt; None for a new job. Raises JournalProblem when it cannot be read as one."""
-        names = [entry.name for entry in self._storage.list(FOLDER) if entry.name.endswith(".json") and entry.name[:-5].isdigit()]
+        """The entry of the highest attempt; None for a new job.
+
+        Raises JournalProblem when it cannot be read as one.
+        """
+        names = [
+            entry.name
+            for entry in self._storage.list(FOLDER)
+            if entry.name.endswith(".json") and entry.name[:-5].isdigit()
+        ]
         if not names:
             return None
         name = f"{FOLDER}/{max(names, key=lambda name: int(name[:-5]))}"
         try:
             return JournalEntry.model_validate(json.loads(self._storage.read_bytes(name)))
         except (ValueError, ValidationError) as error:
-            raise JournalProblem(f"{self._storage.uri(name)} is not a journal entry of format {FORMAT_VERSION}: {error}") from error
+            raise JournalProblem(
+                f"{self._storage.uri(name)} is not a journal entry of format "
+                f"{FORMAT_VERSION}: {error}"
+            ) from error
 
 
 def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartOrder]:
-    """What each slot's worker is told, from the journal alone. Raises ValueError before the rank map and the data are known."""
-    if entry.spec is None or entry.prepared is None or (entry.store is None and len(entry.ranks) > 1):
+    """What each slot's worker is told, from the journal alone.
+
+    Raises ValueError before the rank map and the data are known.
+    """
+    if (
+        entry.spec is None
+        or entry.prepared is None
+        or (entry.store is None and len(entry.ranks) > 1)
+    ):
         raise ValueError(f"attempt {entry.attempt} has no spec, data or store yet")
     master_addr, master_port = entry.store or (None, None)
     # Ray shows a worker its own GPU only, so that is always number 0 there.

@@ -1,7 +1,10 @@
-"""A job from its first data task to its last actor. Owns: the order of phases, and what is left at the end (nothing).
+"""A job from its first data task to its last actor.
 
-Runs in the driver's own thread. Every phase is written to the journal before it is begun, every creation is get-or-create, and
-nothing is said twice, so a restarted driver enters at the phase that it finds. Must not know: HTTP, torch, actor plumbing.
+Owns: the order of phases, and what is left at the end (nothing).
+
+Runs in the driver's own thread. Every phase is written to the journal before it is begun, every
+creation is get-or-create, and nothing is said twice, so a restarted driver enters at the phase that
+it finds. Must not know: HTTP, torch, actor plumbing.
 """
 
 import time
@@ -26,16 +29,21 @@ _EXPLAIN_EVERY_S = 15.0
 _RETIRE_S = 2.0
 _SWEEP_S = 5.0
 _LATE_SWEEP_S = 60.0
-"""A node that is too busy to start a process for the clean-up holds nobody up: it may come after the last word."""
+"""A node that is too busy to start a process for the clean-up holds nobody up: it may come after
+the last word."""
 
 
 class JobLife:
-    """One incarnation's work on one job. `worker_class` is what runs the ranks; `trouble` is what ended the incarnation before.
+    """One incarnation's work on one job.
+
+    `worker_class` is what runs the ranks; `trouble` is what ended the incarnation before.
 
     Raises StorageError, JournalProblem, ForeignJournal.
     """
 
-    def __init__(self, job_id: str, job_dir: str, namespace: str, worker_class: type, trouble: str = "") -> None:
+    def __init__(
+        self, job_id: str, job_dir: str, namespace: str, worker_class: type, trouble: str = ""
+    ) -> None:
         self._job = JobContext(job_id, job_dir)
         self.outbox = self._job.outbox
         self._trouble = trouble
@@ -49,14 +57,18 @@ class JobLife:
         return f"attempt {self._job.entry.attempt}, {self._job.entry.phase.value}"
 
     def run(self, ending: Ending | None = None) -> None:
-        """To the end of the job, at once when it is given; returns when the service has stored the last record.
+        """To the end of the job, at once when it is given; returns when the service has stored the
+        last record.
 
         Raises DriverReplaced.
         """
         job = self._job
         if job.found is not None:
             why = f" after: {self._trouble}" if self._trouble else ""
-            text = f"driver incarnation {job.entry.epoch} took over in phase {job.found.phase.value}{why}"
+            text = (
+                f"driver incarnation {job.entry.epoch} took over in phase "
+                f"{job.found.phase.value}{why}"
+            )
             job.say.event("driver.restarted", text, "warn")
         ending = job.entry.ending or ending
         if ending is None:
@@ -110,7 +122,9 @@ class JobLife:
     def _prepare(self) -> None:
         job = self._job
         if job.entry.prepared is None:
-            job.say.state(JobState.PREPARING, StatusReason.PREPARING_DATA, "the data are being prepared")
+            job.say.state(
+                JobState.PREPARING, StatusReason.PREPARING_DATA, "the data are being prepared"
+            )
             job.write(prepared=self._prepared_data(), phase=Phase.READY)
         data = PreparedData.model_validate(job.entry.prepared)
         tokens = sum(corpus.num_tokens for corpus in data.train)
@@ -125,13 +139,20 @@ class JobLife:
                 self._job.outbox.wait(0.1)
             found = tasks.result(call)
         except TaskFailed as failure:
-            raise JobEnds(JobState.FAILED, StatusReason.INTERNAL, f"preparing the data failed: {failure}") from failure
+            raise JobEnds(
+                JobState.FAILED, StatusReason.INTERNAL, f"preparing the data failed: {failure}"
+            ) from failure
         finally:
             tasks.end(call)
         if "problems" in found:
             self._job.say.problems(found["problems"])
             first = found["problems"][0]
-            raise JobEnds(JobState.FAILED, StatusReason.SPEC_INVALID, f"{first['pointer']}: {first['detail']}", told=True)
+            raise JobEnds(
+                JobState.FAILED,
+                StatusReason.SPEC_INVALID,
+                f"{first['pointer']}: {first['detail']}",
+                told=True,
+            )
         return dict(found["prepared"])
 
     def _await_run(self) -> None:
@@ -140,7 +161,11 @@ class JobLife:
         while True:
             job.stop_if_unwanted()
             desired = job.desired
-            if desired is not None and desired.desired is DesiredState.RUN and desired.revision > used:
+            if (
+                desired is not None
+                and desired.desired is DesiredState.RUN
+                and desired.revision > used
+            ):
                 return
             job.outbox.wait(1.0)
 
@@ -150,13 +175,17 @@ class JobLife:
         return self._place()
 
     def _place(self) -> PlacementPlan:
-        """The placement group, ready. Raises BackToQueue at the deadline, JobEnds when cancelled."""
+        """The placement group, ready.
+
+        Raises BackToQueue at the deadline, JobEnds when cancelled.
+        """
         job = self._job
         plan = plan_placement(job.spec, read_nodes(), job.entry.accelerator)
         if plan.accelerator != job.entry.accelerator:
             job.write(accelerator=plan.accelerator)
         placed = self._group.placement_group(plan)
-        started, explain_at = time.monotonic(), time.monotonic() + 2.0
+        started = time.monotonic()
+        explain_at = time.monotonic() + 2.0
         limit = job.spec.resources.placement_timeout_s
         while not placed.wait(0.2):
             job.stop_if_unwanted()
@@ -165,7 +194,9 @@ class JobLife:
                 explain_at = now + _EXPLAIN_EVERY_S
                 plan = plan_placement(job.spec, read_nodes(), job.entry.accelerator)
                 if now - started < _EXPLAIN_EVERY_S or not plan.feasible:
-                    job.say.event("placement.waiting", plan.explanation, "info" if plan.feasible else "warn")
+                    job.say.event(
+                        "placement.waiting", plan.explanation, "info" if plan.feasible else "warn"
+                    )
             if now - started > limit:
                 text = f"no room within {limit:g} s: {plan.explanation}"
                 raise BackToQueue(JobState.QUEUED, StatusReason.WAITING_GANG, text, job.revision)
@@ -189,7 +220,11 @@ class JobLife:
         self._leftovers.await_sweep(_SWEEP_S)
         job.outbox.flush()
         if not ending.told:
-            job.say.state(JobState(ending.state), StatusReason(ending.reason) if ending.reason else None, ending.message)
+            job.say.state(
+                JobState(ending.state),
+                StatusReason(ending.reason) if ending.reason else None,
+                ending.message,
+            )
             job.outbox.flush()
         job.check_replaced()
         job.outbox.close()
@@ -197,4 +232,9 @@ class JobLife:
 
 
 def _given_back(back: BackToQueue) -> GivenBack:
-    return GivenBack(state=back.state.value, reason=back.reason.value if back.reason else None, message=str(back), revision=back.revision)
+    return GivenBack(
+        state=back.state.value,
+        reason=back.reason.value if back.reason else None,
+        message=str(back),
+        revision=back.revision,
+    )

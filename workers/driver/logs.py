@@ -1,7 +1,10 @@
-"""The ranks' logs in the job's folder. Owns: writing shipped bytes where the service reads them. Must not know: Ray, HTTP.
+"""The ranks' logs in the job's folder.
 
-Local folders are written in place at the byte's own offset, so that a restarted driver may ship a piece again. Object stores
-cannot append: there the newest piece of each log is kept in memory and put as a whole now and then.
+Owns: writing shipped bytes where the service reads them. Must not know: Ray, HTTP.
+
+Local folders are written in place at the byte's own offset, so that a restarted driver may ship a
+piece again. Object stores cannot append: there the newest piece of each log is kept in memory and
+put as a whole now and then.
 """
 
 import contextlib
@@ -25,7 +28,11 @@ def log_name(attempt: int, rank: int) -> str:
 
 
 class JobLogs:
-    """Logs of one job. Storage trouble never reaches training: bytes are dropped, and the newest problem is kept to be told."""
+    """Logs of one job.
+
+    Storage trouble never reaches training: bytes are dropped, and the newest problem is kept to be
+    told.
+    """
 
     def __init__(self, job_dir: str) -> None:
         self._storage = open_storage(job_dir)

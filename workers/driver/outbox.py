@@ -1,7 +1,10 @@
-"""What a driver has to say, until the service has stored it. Owns: the driver's own numbered records and the pushing thread.
+"""What a driver has to say, until the service has stored it.
 
-The driver's records are written to the job's folder before they are sent, so that a restart goes on numbering; a rank's are in its
-spool. Nothing here blocks training: while the service is away, lines wait. Must not know: Ray, torch, what a record means.
+Owns: the driver's own numbered records and the pushing thread.
+
+The driver's records are written to the job's folder before they are sent, so that a restart goes on
+numbering; a rank's are in its spool. Nothing here blocks training: while the service is away, lines
+wait. Must not know: Ray, torch, what a record means.
 """
 
 import threading
@@ -24,7 +27,9 @@ _RETRY_S = (0.2, 0.5, 1.0, 2.0)
 
 
 class RecordBook:
-    """The driver's own records on storage: files of up to 100, the last one rewritten whole with each record."""
+    """The driver's own records on storage: files of up to 100, the last one rewritten whole with
+    each record.
+    """
 
     def __init__(self, job_dir: str) -> None:
         self._storage = open_storage(job_dir)
@@ -47,7 +52,9 @@ class RecordBook:
         record = Record(n=self.last_n + 1, at=time.time(), kind=kind, attempt=attempt, data=data)
         tail = [*self._tail, record]
         name = f"{FOLDER}/records-{(record.n - 1) // _PER_FILE:06d}.jsonl"
-        self._storage.write_bytes_atomic(name, "".join(item.model_dump_json() + "\n" for item in tail).encode())
+        self._storage.write_bytes_atomic(
+            name, "".join(item.model_dump_json() + "\n" for item in tail).encode()
+        )
         self.last_n = record.n
         self._tail = [] if len(tail) == _PER_FILE else tail
         return record
@@ -65,13 +72,21 @@ class Outbox:
     """Pushes records in the background; `desired` is what the service last asked for."""
 
     def __init__(
-        self, job_id: str, book: RecordBook, said: Iterable[Record], epoch: int, recalled: Mapping[str, Sequence[Line]] | None = None
+        self,
+        job_id: str,
+        book: RecordBook,
+        said: Iterable[Record],
+        epoch: int,
+        recalled: Mapping[str, Sequence[Line]] | None = None,
     ) -> None:
-        """`said`: what the book holds; `recalled`: ranks' reports by source, in order, that are kept elsewhere than in their own files.
+        """`said`: what the book holds; `recalled`: ranks' reports by source, in order, that are
+        kept elsewhere than in their own files.
 
         The service may lack some of either.
         """
-        self._job_id, self._book, self._epoch = job_id, book, epoch
+        self._job_id = job_id
+        self._book = book
+        self._epoch = epoch
         self._recalled = dict(recalled or {})
         self._sources: dict[str, _Source] = {DRIVER: _Source(deque(said))}
         self._changed = threading.Condition()
@@ -80,7 +95,10 @@ class Outbox:
         self._closed = False
         self.replaced: str | None = None
         self.desired: DesiredJob | None = None
-        self._threads = [threading.Thread(target=run, name=run.__name__, daemon=True) for run in (self._push, self._follow)]
+        self._threads = [
+            threading.Thread(target=run, name=run.__name__, daemon=True)
+            for run in (self._push, self._follow)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -103,7 +121,9 @@ class Outbox:
         with self._changed:
             queue = self._sources.setdefault(source, _Source())
             last = queue.pending[-1].n if queue.pending else queue.stored
-            queue.pending.extend(Record.model_validate_json(line.text) for line in lines if line.n > last)
+            queue.pending.extend(
+                Record.model_validate_json(line.text) for line in lines if line.n > last
+            )
             self._changed.notify_all()
 
     def stored(self, source: str) -> int:
@@ -123,7 +143,9 @@ class Outbox:
             self._changed.wait(timeout_s)
 
     def flush(self, *, timeout_s: float | None = None) -> bool:
-        """Waits until everything said is stored (for ever, without a timeout); False when time runs out or this driver is replaced."""
+        """Waits until everything said is stored (for ever, without a timeout); False when time runs
+        out or this driver is replaced.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
             while self._recalled or any(source.pending for source in self._sources.values()):
@@ -151,8 +173,12 @@ class Outbox:
         self._talk(self._follow_once)
 
     def _talk(self, once: Callable[[ServiceLink], None]) -> None:
-        """Repeats one exchange for as long as the driver lives, over a link to wherever the service is now."""
-        link, address, failures = None, None, 0
+        """Repeats one exchange for as long as the driver lives, over a link to wherever the service
+        is now.
+        """
+        link = None
+        address = None
+        failures = 0
         while not self._closed and not self.replaced:
             with self._changed:
                 if self._address is None:
@@ -162,7 +188,8 @@ class Outbox:
             if link is None or current != address:
                 if link is not None:
                     link.close()
-                link, address = ServiceLink(*current), current
+                link = ServiceLink(*current)
+                address = current
             try:
                 once(link)
                 failures = 0
@@ -171,7 +198,8 @@ class Outbox:
                     self.replaced = str(why)
                     self._changed.notify_all()
             except (ServiceAway, ServiceRefused):
-                # A refusal is no different from silence here: the agent brings a new token or address, or a person mends the service.
+                # A refusal is no different from silence here: the agent brings a new token or
+                # address, or a person mends the service.
                 self._pause(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
                 failures += 1
         if link is not None:
@@ -197,10 +225,19 @@ class Outbox:
                 self._changed.wait(1.0)
                 return
             batches = [
-                (name, tuple(source.pending[index] for index in range(min(_PER_BATCH, len(source.pending))))) for name, source in waiting
+                (
+                    name,
+                    tuple(
+                        source.pending[index]
+                        for index in range(min(_PER_BATCH, len(source.pending)))
+                    ),
+                )
+                for name, source in waiting
             ]
         for name, records in batches:
-            batch = RecordBatch(job_id=self._job_id, epoch=self._epoch, source=name, records=records)
+            batch = RecordBatch(
+                job_id=self._job_id, epoch=self._epoch, source=name, records=records
+            )
             reply = link.records(batch)
             with self._changed:
                 self._store(name, reply.stored)
@@ -208,7 +245,9 @@ class Outbox:
                 self._changed.notify_all()
 
     def _recall(self) -> None:
-        """Under the lock, as soon as it is known what the service has: puts what follows that before what is on its way."""
+        """Under the lock, as soon as it is known what the service has: puts what follows that
+        before what is on its way.
+        """
         for name, lines in self._recalled.items():
             source = self._sources.setdefault(name, _Source())
             end = source.pending[0].n if source.pending else None
@@ -234,4 +273,6 @@ class Outbox:
             self._learn(desired)
             self._changed.notify_all()
         if not fresh:
-            self._pause(0.1)  # a service that answers at once with nothing new must not be asked in a tight loop
+            self._pause(
+                0.1
+            )  # a service that answers at once with nothing new must not be asked in a tight loop

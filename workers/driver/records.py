@@ -1,7 +1,10 @@
-"""A job's own records in the words of the wire. Owns: their fields, and that nothing is said twice. Must not know: when.
+"""A job's own records in the words of the wire.
 
-A driver writes its journal and says its records in two steps, and may die in between. Each step can therefore be taken again: what
-an earlier incarnation has said already is known from its own book of records and is not said a second time.
+Owns: their fields, and that nothing is said twice. Must not know: when.
+
+A driver writes its journal and says its records in two steps, and may die in between. Each step can
+therefore be taken again: what an earlier incarnation has said already is known from its own book of
+records and is not said a second time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,13 +19,17 @@ _ENDED = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.STOPPED)
 
 
 class JobRecords:
-    """Says things about one job; `attempt` gives the current attempt's number, `said` what earlier incarnations have said.
+    """Says things about one job; `attempt` gives the current attempt's number, `said` what earlier
+    incarnations have said.
 
     Methods raise StorageError.
     """
 
-    def __init__(self, outbox: Outbox, attempt: Callable[[], int], said: Iterable[Record] = ()) -> None:
-        self._outbox, self._attempt = outbox, attempt
+    def __init__(
+        self, outbox: Outbox, attempt: Callable[[], int], said: Iterable[Record] = ()
+    ) -> None:
+        self._outbox = outbox
+        self._attempt = attempt
         self._state: dict[str, Any] = {}
         self._attempts: dict[int, AttemptState] = {}
         self._mapped: set[int] = set()
@@ -38,7 +45,9 @@ class JobRecords:
 
     @property
     def kept_checkpoints(self) -> dict[str, int]:
-        """Steps of the checkpoints that were said to be committed and not yet to be deleted, by path."""
+        """Steps of the checkpoints that were said to be committed and not yet to be deleted, by
+        path.
+        """
         return dict(self._kept)
 
     def attempt_state(self, attempt: int) -> AttemptState | None:
@@ -47,30 +56,77 @@ class JobRecords:
 
     def state(self, state: JobState, reason: StatusReason | None = None, message: str = "") -> None:
         """The job's observed state."""
-        data = {"state": state.value, "reason": reason.value if reason else None, "message": message}
+        data = {
+            "state": state.value,
+            "reason": reason.value if reason else None,
+            "message": message,
+        }
         if data != self._state:
             self._say("state", data)
 
-    def attempt(self, state: AttemptState, world_size: int, reason: StatusReason | None = None, message: str = "") -> None:
+    def attempt(
+        self,
+        state: AttemptState,
+        world_size: int,
+        reason: StatusReason | None = None,
+        message: str = "",
+    ) -> None:
         """The attempt's state; one that has ended stays ended."""
         known = self._attempts.get(self._attempt())
         if known != state and known not in _ENDED:
-            data = {"state": state.value, "reason": reason.value if reason else None, "message": message, "world_size": world_size}
+            data = {
+                "state": state.value,
+                "reason": reason.value if reason else None,
+                "message": message,
+                "world_size": world_size,
+            }
             self._say("attempt", data)
 
-    def event(self, kind: str, message: str, level: str = "info", data: dict[str, Any] | None = None, ranks: Sequence[int] = ()) -> None:
+    def event(
+        self,
+        kind: str,
+        message: str,
+        level: str = "info",
+        data: dict[str, Any] | None = None,
+        ranks: Sequence[int] = (),
+    ) -> None:
         """Anything worth a line in the history."""
-        self._say("event", {"type": kind, "level": level, "message": message, "data": data or {}, "ranks": list(ranks)})
+        self._say(
+            "event",
+            {
+                "type": kind,
+                "level": level,
+                "message": message,
+                "data": data or {},
+                "ranks": list(ranks),
+            },
+        )
 
     def ranks(self, places: Sequence[RankPlace]) -> None:
         """The attempt's rank map."""
         if self._attempt() not in self._mapped:
-            self._say("ranks", {"ranks": [place.model_dump(mode="json", exclude={"local_dir"}) for place in places]})
+            self._say(
+                "ranks",
+                {
+                    "ranks": [
+                        place.model_dump(mode="json", exclude={"local_dir"}) for place in places
+                    ]
+                },
+            )
 
-    def prepared(self, manifest: dict[str, Any], num_train_tokens: int, unigram_nats: float | None) -> None:
+    def prepared(
+        self, manifest: dict[str, Any], num_train_tokens: int, unigram_nats: float | None
+    ) -> None:
         """The data are ready."""
         if not self._prepared:
-            self._say("prepared", {"manifest": manifest, "num_train_tokens": num_train_tokens, "unigram_nats": unigram_nats})
+            self._say(
+                "prepared",
+                {
+                    "manifest": manifest,
+                    "num_train_tokens": num_train_tokens,
+                    "unigram_nats": unigram_nats,
+                },
+            )
 
     def problems(self, problems: list[dict[str, str]]) -> None:
         """The user's mistakes; the service fails the job with them."""
@@ -79,7 +135,10 @@ class JobRecords:
     def committed(self, step: int, path: str, size: int, loss: float | None) -> None:
         """A checkpoint counts from now on."""
         if path not in self._kept:
-            self._say("checkpoint", {"action": "committed", "step": step, "path": path, "bytes": size, "loss": loss})
+            self._say(
+                "checkpoint",
+                {"action": "committed", "step": step, "path": path, "bytes": size, "loss": loss},
+            )
 
     def deleted(self, path: str) -> None:
         """Retention has deleted a checkpoint."""

@@ -1,7 +1,10 @@
-"""One attempt while it runs. Owns: the outstanding calls, the rank reports, commits, and the verdict when the attempt is over.
+"""One attempt while it runs.
 
-Observes (answers of the ranks, the service's wish, the clock), decides (policies), acts (commands, commits). It does not
-restart anything: it returns how the attempt ended. Must not know: HTTP, torch, how workers are made.
+Owns: the outstanding calls, the rank reports, commits, and the verdict when the attempt is over.
+
+Observes (answers of the ranks, the service's wish, the clock), decides (policies), acts (commands,
+commits). It does not restart anything: it returns how the attempt ended. Must not know: HTTP,
+torch, how workers are made.
 """
 
 import json
@@ -72,7 +75,8 @@ class AttemptPlan:
     stopping: DesiredState | None = None
     """Why they were told to stop before, by an earlier incarnation."""
     renew: bool = False
-    """Stop at a checkpoint and end: this code is another version than the one that started the ranks."""
+    """Stop at a checkpoint and end: this code is another version than the one that started the
+    ranks."""
 
 
 @dataclass
@@ -99,7 +103,9 @@ class Listener(Protocol):
 
     def committed(self, whole: WholeCheckpoint, deleted: Sequence[str]) -> None: ...
 
-    def commanded(self, *, stopping: DesiredState | None = None, checkpoint_requests: int | None = None) -> None: ...
+    def commanded(
+        self, *, stopping: DesiredState | None = None, checkpoint_requests: int | None = None
+    ) -> None: ...
 
 
 class Supervision:
@@ -113,10 +119,17 @@ class Supervision:
         logs: JobLogs,
         listener: Listener,
     ) -> None:
-        self._plan, self._group, self._outbox, self._logs, self._listener = plan, group, outbox, logs, listener
+        self._plan = plan
+        self._group = group
+        self._outbox = outbox
+        self._logs = logs
+        self._listener = listener
         now = time.monotonic()
         self.views = {
-            place.rank: RankView(place, now, cursor=None, log_offset=logs.size(plan.attempt, place.rank)) for place in plan.places
+            place.rank: RankView(
+                place, now, cursor=None, log_offset=logs.size(plan.attempt, place.rank)
+            )
+            for place in plan.places
         }
         self._fence = Fence(plan.attempt, plan.epoch)
         self._ledger = CheckpointLedger(len(plan.places), plan.attempt)
@@ -168,7 +181,14 @@ class Supervision:
         if rank == 0:
             released = min(released, self._outbox.stored(self.source))
         budget = min(_LOG_BYTES, _LOG_BYTES_ALL // len(self.views))
-        poll = Poll(view.cursor, released, _WAIT_S, steps=rank == 0, log_offset=view.log_offset, log_bytes=budget)
+        poll = Poll(
+            view.cursor,
+            released,
+            _WAIT_S,
+            steps=rank == 0,
+            log_offset=view.log_offset,
+            log_bytes=budget,
+        )
         self._group.poll(view.place.slot, rank, self._fence, poll)
 
     @property
@@ -180,7 +200,9 @@ class Supervision:
         view = self.views[answer.rank]
         view.heard_at = time.monotonic()
         if answer.reply is None:
-            self._died(answer.rank, answer.death or Death(FailureKind.PROCESS_DIED, "its process died"))
+            self._died(
+                answer.rank, answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
+            )
             return
         reply = answer.reply
         self._take_lines(view, reply.lines)
@@ -199,7 +221,9 @@ class Supervision:
             self._fail(FailureKind.START, "its worker does not run this attempt", view.place.rank)
         elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:
             kind, message = policies.describe_error(reply.error or {})
-            self._fail(kind, message, view.place.rank, str((reply.error or {}).get("traceback", "")))
+            self._fail(
+                kind, message, view.place.rank, str((reply.error or {}).get("traceback", ""))
+            )
         return reply.state
 
     def _take_lines(self, view: RankView, lines: list[Line]) -> None:
@@ -209,7 +233,9 @@ class Supervision:
             data = line.value()["data"]
             if data["step"] > self._plan.last_commit:
                 view.written_n[data["step"]] = line.n
-                self._ledger.written(view.place.rank, data["step"], data["path"], data["bytes_written"])
+                self._ledger.written(
+                    view.place.rank, data["step"], data["path"], data["bytes_written"]
+                )
         if view.place.rank == 0 and lines:
             told = [relayed(line) for line in lines]
             self._read_along(told)
@@ -233,7 +259,9 @@ class Supervision:
 
     def _died(self, rank: int, death: Death) -> None:
         place = self.views[rank].place
-        where = f"pid {place.pid} on node {place.address}" + ("" if place.gpu is None else f", GPU {place.gpu}")
+        where = f"pid {place.pid} on node {place.address}" + (
+            "" if place.gpu is None else f", GPU {place.gpu}"
+        )
         self._dead.add(rank)
         self.views[rank].state = RankState.FAILED
         self._fail(death.kind, f"{death.words} ({where})", rank)
@@ -244,11 +272,17 @@ class Supervision:
     def _look_at_clock(self) -> None:
         now = time.monotonic()
         limit = policies.SILENCE_S if self._stepped else policies.START_SILENCE_S
-        waiting = {rank: view.heard_at for rank, view in self.views.items() if not view.state.is_over}
+        waiting = {
+            rank: view.heard_at for rank, view in self.views.items() if not view.state.is_over
+        }
         for rank in policies.silent_ranks(now, waiting, limit):
             self._dead.add(rank)
             self.views[rank].state = RankState.FAILED
-            self._fail(FailureKind.SILENT, f"node {self.views[rank].place.address} has not answered for {limit:.0f} s", rank)
+            self._fail(
+                FailureKind.SILENT,
+                f"node {self.views[rank].place.address} has not answered for {limit:.0f} s",
+                rank,
+            )
         sentence = policies.hang(now, self._progress) if waiting else None
         if sentence:
             self._fail(FailureKind.HANG, sentence, None)
@@ -274,7 +308,9 @@ class Supervision:
         self._group.command(self.views[0].place.slot, self._fence, command)
 
     def _commit(self) -> None:
-        """One commit at a time, off this thread: storage may be slow, and ranks must still be heard."""
+        """One commit at a time, off this thread: storage may be slow, and ranks must still be
+        heard.
+        """
         if self._committing is not None:
             if not self._committing.done():
                 return
@@ -283,22 +319,31 @@ class Supervision:
         if whole is not None:
             self._commit_of = whole
             plan = self._plan
-            self._committing = self._committer.submit(commit_whole, whole, plan.storage_path, plan.keep_last, plan.manifest)
+            self._committing = self._committer.submit(
+                commit_whole, whole, plan.storage_path, plan.keep_last, plan.manifest
+            )
 
     def _take_commit(self) -> None:
         assert self._committing is not None and self._commit_of is not None
-        whole, future = self._commit_of, self._committing
+        whole = self._commit_of
+        future = self._committing
         self._commit_of = self._committing = None
         try:
             deleted = future.result()
         except StorageError as error:
-            self._fail(FailureKind.STORAGE, f"the checkpoint of step {whole.step} cannot be committed: {error}", None)
+            self._fail(
+                FailureKind.STORAGE,
+                f"the checkpoint of step {whole.step} cannot be committed: {error}",
+                None,
+            )
             return
         self._release(whole.step)
         self._listener.committed(whole, deleted)
 
     def _release(self, step: int) -> None:
-        """Reports up to a commit are in the checkpoint; what the service has stored too may go from the ranks' files."""
+        """Reports up to a commit are in the checkpoint; what the service has stored too may go from
+        the ranks' files.
+        """
         for view in self.views.values():
             if step in view.written_n:
                 view.released = view.written_n.pop(step)
@@ -308,7 +353,9 @@ class Supervision:
             self.views[0].released = min(self.views[0].released, max(lines))
 
     def _finish_commits(self) -> None:
-        """At the end of an attempt every whole checkpoint is committed before anything else happens."""
+        """At the end of an attempt every whole checkpoint is committed before anything else
+        happens.
+        """
         while True:
             self._commit()
             if self._committing is None:
@@ -316,9 +363,13 @@ class Supervision:
             self._committing.exception()
 
     def _settle(self) -> AttemptEnd:
-        """The first error is seldom alone: waits shortly for others, so that the cause is found, not its echo."""
+        """The first error is seldom alone: waits shortly for others, so that the cause is found,
+        not its echo.
+        """
         deadline = time.monotonic() + SETTLE_S
-        while time.monotonic() < deadline and not all(view.state.is_over for view in self.views.values()):
+        while time.monotonic() < deadline and not all(
+            view.state.is_over for view in self.views.values()
+        ):
             for answer in self._group.collect(0.05):
                 self._take(answer)
         self._finish_commits()
@@ -329,22 +380,42 @@ class Supervision:
 
 
 def relayed(line: Line) -> Line:
-    """A rank's report as a record the service knows: steps and evaluations as they are, the rest as events of the same number."""
+    """A rank's report as a record the service knows: steps and evaluations as they are, the rest as
+    events of the same number.
+    """
     if line.kind in (StepReport.kind, EvalReport.kind):
         return line
     record = json.loads(line.text)
     data = record["data"]
-    level, message = "info", ""
+    level = "info"
+    message = ""
     if line.kind == PhaseReport.kind:
         message = f"{data['phase']} took {data['seconds']:.2f} s"
     elif line.kind == CheckpointReport.kind:
-        message = f"wrote {data['bytes_written']} bytes of the checkpoint of step {data['step']} in {data['seconds']:.2f} s"
+        message = (
+            f"wrote {data['bytes_written']} bytes of the checkpoint of step {data['step']} in "
+            f"{data['seconds']:.2f} s"
+        )
     elif line.kind == "failed":
         kind, words = policies.describe_error(data)
-        # Of a rank that only lost another one; whoever reads warnings alone is to find the cause first.
+        # Of a rank that only lost another one; whoever reads warnings alone is to find the cause
+        # first.
         echo = kind is FailureKind.COLLATERAL
-        level, message = ("info", f"rank 0 lost a rank it was working with: {words}") if echo else ("warn", f"rank 0: {words}")
+        level, message = (
+            ("info", f"rank 0 lost a rank it was working with: {words}")
+            if echo
+            else ("warn", f"rank 0: {words}")
+        )
     elif line.kind == "ended":
         message = f"{data['outcome']} at step {data['step']}"
-    record |= {"kind": "event", "data": {"type": f"rank.{line.kind}", "level": level, "message": message, "data": data, "ranks": [0]}}
+    record |= {
+        "kind": "event",
+        "data": {
+            "type": f"rank.{line.kind}",
+            "level": level,
+            "message": message,
+            "data": data,
+            "ranks": [0],
+        },
+    }
     return Line(line.n, "event", json.dumps(record).encode())

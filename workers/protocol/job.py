@@ -1,4 +1,7 @@
-"""What a user submits. Owns: JobSpec = TrainConfig + resources + restart. Must not know: Ray, torch, HTTP."""
+"""What a user submits.
+
+Owns: JobSpec = TrainConfig + resources + restart. Must not know: Ray, torch, HTTP.
+"""
 
 from typing import Literal
 
@@ -34,10 +37,12 @@ class RestartConfig(Config):
     max_preemptions: int = Field(default=-1, ge=-1)
     """Attempts that may be preempted; -1: any number."""
     backoff_s: float = Field(default=1.0, ge=0, le=3600)
-    """Wait before the second try; doubles each time up to 60 s, with jitter; the first try is immediate."""
+    """Wait before the second try; doubles each time up to 60 s, with jitter; the first try is
+    immediate."""
     standby: bool = True
-    """Keep one process per node that has imported everything and waits: it takes a dead rank's place at once. It uses some 300 MB of
-    memory, no GPU and no CPU, from the first checkpoint on."""
+    """Keep one process per node that has imported everything and waits: it takes a dead rank's
+    place at once. It uses some 300 MB of memory, no GPU and no CPU, from the first checkpoint on.
+    """
 
 
 class JobSpec(TrainConfig):

@@ -1,4 +1,7 @@
-"""States of jobs and attempts. Owns: the one table of legal transitions and the closed set of reasons. Pure."""
+"""States of jobs and attempts.
+
+Owns: the one table of legal transitions and the closed set of reasons. Pure.
+"""
 
 from enum import StrEnum
 
@@ -28,7 +31,10 @@ class JobState(StrEnum):
     @property
     def holds_resources(self) -> bool:
         """Whether the job counts against the cluster's room."""
-        return self not in (JobState.PREPARING, JobState.QUEUED, JobState.PAUSED) and not self.is_terminal
+        return (
+            self not in (JobState.PREPARING, JobState.QUEUED, JobState.PAUSED)
+            and not self.is_terminal
+        )
 
 
 class DesiredState(StrEnum):
@@ -79,9 +85,16 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     _S.PREPARING: frozenset({_S.QUEUED, _S.CANCELLING}) | _END,
     _S.QUEUED: frozenset({_S.SCHEDULING, _S.CANCELLING, _S.PAUSED}) | _END,
     _S.SCHEDULING: frozenset({_S.STARTING, _S.QUEUED, _S.CANCELLING, _S.PAUSING}) | _END,
-    _S.STARTING: frozenset({_S.RUNNING, _S.RECOVERING, _S.CANCELLING, _S.PAUSING, _S.QUEUED, _S.SUCCEEDED}) | _END,
-    _S.RUNNING: frozenset({_S.SUCCEEDED, _S.RECOVERING, _S.PAUSING, _S.RESIZING, _S.CANCELLING}) | _END,
-    _S.RECOVERING: frozenset({_S.STARTING, _S.RUNNING, _S.QUEUED, _S.SCHEDULING, _S.CANCELLING, _S.PAUSING, _S.SUCCEEDED}) | _END,
+    _S.STARTING: frozenset(
+        {_S.RUNNING, _S.RECOVERING, _S.CANCELLING, _S.PAUSING, _S.QUEUED, _S.SUCCEEDED}
+    )
+    | _END,
+    _S.RUNNING: frozenset({_S.SUCCEEDED, _S.RECOVERING, _S.PAUSING, _S.RESIZING, _S.CANCELLING})
+    | _END,
+    _S.RECOVERING: frozenset(
+        {_S.STARTING, _S.RUNNING, _S.QUEUED, _S.SCHEDULING, _S.CANCELLING, _S.PAUSING, _S.SUCCEEDED}
+    )
+    | _END,
     _S.PAUSING: frozenset({_S.PAUSED, _S.SUCCEEDED, _S.CANCELLING}) | _END,
     _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLING}) | _END,
     _S.RESIZING: frozenset({_S.STARTING, _S.RUNNING, _S.RECOVERING, _S.CANCELLING}) | _END,
@@ -93,5 +106,7 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 
 def may_follow(current: JobState, new: JobState) -> bool:
-    """Whether a job may go from one state to another (staying put is no transition and is always allowed)."""
+    """Whether a job may go from one state to another (staying put is no transition and is always
+    allowed).
+    """
     return new == current or new in TRANSITIONS[current]

@@ -1,4 +1,7 @@
-"""Version of the installed code. Owns: that one string; an attempt records it, and drivers of another version do not adopt."""
+"""Version of the installed code.
+
+Owns: that one string; an attempt records it, and drivers of another version do not adopt.
+"""
 
 from importlib.metadata import PackageNotFoundError, version
 

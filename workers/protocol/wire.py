@@ -1,6 +1,9 @@
-"""Messages between service, agent and driver. Owns: their fields and the protocol number. Must not know: ray, torch, HTTP.
+"""Messages between service, agent and driver.
 
-The service accepts protocol N and N-1; unknown fields are ignored, so a newer producer may add some.
+Owns: their fields and the protocol number. Must not know: ray, torch, HTTP.
+
+The service accepts protocol N and N-1; unknown fields are ignored, so a newer producer may add
+some.
 """
 
 from typing import Any, Literal
@@ -107,7 +110,8 @@ class DesiredReply(Message):
     protocol: int = PROTOCOL
     revision: int
     jobs: tuple[DesiredJob, ...] = ()
-    """All jobs of the cluster that are not terminal, plus terminal ones whose driver the agent still reports."""
+    """All jobs of the cluster that are not terminal, plus terminal ones whose driver the agent
+    still reports."""
     terminal: tuple[str, ...] = ()
     """Jobs known to be over: their actors and placement groups may be reaped."""
     checks: tuple[CheckRequest, ...] = ()

@@ -1,6 +1,9 @@
-"""The command line of one rank without Ray and without a service, started by torchrun. Owns: its options and exit codes.
+"""The command line of one rank without Ray and without a service, started by torchrun.
 
-torchrun --standalone --nproc-per-node 2 -m workers.rank job.yaml --set parallel.tp=2 --reports reports.jsonl [--resume]
+Owns: its options and exit codes.
+
+torchrun --standalone --nproc-per-node 2 -m workers.rank job.yaml --set parallel.tp=2 --reports
+reports.jsonl [--resume]
 """
 
 from pathlib import Path
@@ -15,9 +18,16 @@ from workers.standalone import run_standalone
 
 def main(
     job: Annotated[Path, typer.Argument(help="Job spec, YAML or JSON.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="path.to.field=value over the spec; may be repeated.")] = None,
-    reports: Annotated[Path | None, typer.Option(help="File for rank 0's step reports, one JSON object a line.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest committed checkpoint under storage.path.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="path.to.field=value over the spec; may be repeated."),
+    ] = None,
+    reports: Annotated[
+        Path | None, typer.Option(help="File for rank 0's step reports, one JSON object a line.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest committed checkpoint under storage.path.")
+    ] = False,
 ) -> None:
     """Trains a job without Ray and without a service: one process per rank, started by torchrun."""
     try:

@@ -1,7 +1,10 @@
-"""The process environment of agent, driver and ranks. Owns: reading and writing it, priorities. Must not know: torch, Ray's API, HTTP.
+"""The process environment of agent, driver and ranks.
 
-No other file under workers/ or megatron_ray/ touches the environment. System names cannot come from a job spec, and secrets
-come from mounted files, so neither Ray's dashboard nor a log ever shows one.
+Owns: reading and writing it, priorities. Must not know: torch, Ray's API, HTTP.
+
+No other file under workers/ or megatron_ray/ touches the environment. System names cannot come from
+a job spec, and secrets come from mounted files, so neither Ray's dashboard nor a log ever shows
+one.
 """
 
 import contextlib
@@ -39,7 +42,10 @@ class RankEnv:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """What torchrun exported; a process started without torchrun is the only rank of its world. Raises EnvironmentProblem."""
+        """What torchrun exported; a process started without torchrun is the only rank of its world.
+
+        Raises EnvironmentProblem.
+        """
         source = os.environ if environ is None else environ
         if "RANK" not in source and "WORLD_SIZE" not in source:
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1)
@@ -53,7 +59,10 @@ class RankEnv:
             master_port=_integer(source, "MASTER_PORT"),
         )
         if not 0 <= found.rank < found.world_size:
-            raise EnvironmentProblem(f"RANK={found.rank} is outside WORLD_SIZE={found.world_size}; start ranks with torchrun")
+            raise EnvironmentProblem(
+                f"RANK={found.rank} is outside WORLD_SIZE={found.world_size}; start ranks "
+                "with torchrun"
+            )
         return found
 
     def to_environ(self) -> dict[str, str]:
@@ -81,12 +90,20 @@ def _integer(source: Mapping[str, str], *names: str) -> int:
             try:
                 return int(source[name])
             except ValueError:
-                raise EnvironmentProblem(f"{name}={source[name]!r} is not a whole number; start ranks with torchrun") from None
-    raise EnvironmentProblem(f"{names[0]} is not set although others of torchrun's variables are; start ranks with torchrun")
+                raise EnvironmentProblem(
+                    f"{name}={source[name]!r} is not a whole number; start ranks with torchrun"
+                ) from None
+    raise EnvironmentProblem(
+        f"{names[0]} is not set although others of torchrun's variables are; start ranks "
+        "with torchrun"
+    )
 
 
 def prepare_process(num_threads: int, address: str | None = None) -> None:
-    """Settings that must be there before torch is imported: threads per rank, gloo's interface. An operator's own choice wins."""
+    """Settings that must be there before torch is imported: threads per rank, gloo's interface.
+
+    An operator's own choice wins.
+    """
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(max(1, num_threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -102,10 +119,12 @@ def see_gpu(index: int) -> None:
 
 
 def run_before_others() -> None:
-    """Gives this process the ordinary priority where that is permitted: all its threads, for they share the interpreter's lock.
+    """Gives this process the ordinary priority where that is permitted: all its threads, for they
+    share the interpreter's lock.
 
-    Ray starts its workers at niceness 15, so that anything else on a node takes the processor from a rank and, with it, from
-    every other rank. Where a process may not raise itself the cluster must be started with RAY_worker_niceness=0.
+    Ray starts its workers at niceness 15, so that anything else on a node takes the processor from
+    a rank and, with it, from every other rank. Where a process may not raise itself the cluster
+    must be started with RAY_worker_niceness=0.
     """
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(PermissionError, ProcessLookupError):
@@ -118,11 +137,15 @@ def let_ranks_go_first() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has an IPv4 address; None when there is none (or this is not Linux)."""
+    """Name of the network interface that has an IPv4 address; None when there is none (or this is
+    not Linux).
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                answer = fcntl.ioctl(
+                    probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
+                )
             except OSError:
                 continue  # an interface without an IPv4 address
             if socket.inet_ntoa(answer[20:24]) == address:
@@ -131,7 +154,10 @@ def interface_of(address: str) -> str | None:
 
 
 def agent_token(token_file: Path | None = None, environ: Mapping[str, str] | None = None) -> str:
-    """The agent's token, from a file (given, or named by the environment) or from the environment. Raises EnvironmentProblem."""
+    """The agent's token, from a file (given, or named by the environment) or from the environment.
+
+    Raises EnvironmentProblem.
+    """
     source = os.environ if environ is None else environ
     named = source.get(AGENT_TOKEN_FILE)
     path = token_file or (Path(named) if named else None)
@@ -139,20 +165,31 @@ def agent_token(token_file: Path | None = None, environ: Mapping[str, str] | Non
         try:
             token = path.read_text().strip()
         except OSError as error:
-            raise EnvironmentProblem(f"cannot read the agent's token file {path}: {error.strerror}") from error
+            raise EnvironmentProblem(
+                f"cannot read the agent's token file {path}: {error.strerror}"
+            ) from error
     else:
         token = source.get(AGENT_TOKEN, "").strip()
     if not token:
-        raise EnvironmentProblem(f"no agent token: give --token-file, or set {AGENT_TOKEN_FILE} or {AGENT_TOKEN}")
+        raise EnvironmentProblem(
+            f"no agent token: give --token-file, or set {AGENT_TOKEN_FILE} or {AGENT_TOKEN}"
+        )
     return token
 
 
 def prepare_ray_client() -> None:
     """Makes explicit what Ray would otherwise decide from files and history of this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token" if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ else "disabled")
+    os.environ.setdefault(
+        "RAY_AUTH_MODE",
+        "token"
+        if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+        else "disabled",
+    )
 
 
 def forget_agent_token() -> None:
-    """Removes the token from this process's environment, so that nothing started from here inherits it."""
+    """Removes the token from this process's environment, so that nothing started from here inherits
+    it.
+    """
     os.environ.pop(AGENT_TOKEN, None)

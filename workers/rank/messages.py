@@ -1,4 +1,7 @@
-"""What a driver tells its workers and what they answer. Owns: plain values on that path. Must not know: Ray, torch, HTTP."""
+"""What a driver tells its workers and what they answer.
+
+Owns: plain values on that path. Must not know: Ray, torch, HTTP.
+"""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,11 +27,16 @@ class RankState(StrEnum):
 
 
 class UserMistake(Exception):
-    """Something the user wrote cannot work; the text says what and how to mend it. Never retried, never shown with a traceback."""
+    """Something the user wrote cannot work; the text says what and how to mend it.
+
+    Never retried, never shown with a traceback.
+    """
 
 
 class Fenced(Exception):
-    """A caller with an (attempt, epoch) lower than one already seen; it has been replaced and must end."""
+    """A caller with an (attempt, epoch) lower than one already seen; it has been replaced and must
+    end.
+    """
 
 
 class Busy(Exception):

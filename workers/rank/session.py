@@ -1,7 +1,9 @@
-"""One rank's life: environment and spec in, a training session run to its end. Ray-free; imports torch.
+"""One rank's life: environment and spec in, a training session run to its end.
 
-Owns: process group, mesh and session of one attempt. RankWorker calls `train` under Ray, `workers.standalone` under torchrun.
-Must not know: Ray, HTTP.
+Ray-free; imports torch.
+
+Owns: process group, mesh and session of one attempt. RankWorker calls `train` under Ray,
+`workers.standalone` under torchrun. Must not know: Ray, HTTP.
 """
 
 import time
@@ -30,7 +32,10 @@ CommandSource = Callable[[], Command]
 
 
 def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome:
-    """Runs one attempt on this rank. Leaves its process groups whatever happens, so that the other ranks are free at once."""
+    """Runs one attempt on this rank.
+
+    Leaves its process groups whatever happens, so that the other ranks are free at once.
+    """
     spec = JobSpec.from_mapping(order.spec)
     data = PreparedData.model_validate(order.data)
     if order.device == "cpu":
@@ -40,9 +45,19 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
     with process_group(order):
         env = order.env
         world = World(env.rank, env.world_size, order.device_index, order.device)
-        mesh = ParallelMesh.create(ParallelDims.of(spec.parallel), world, timedelta(seconds=order.timeout_s))
+        mesh = ParallelMesh.create(
+            ParallelDims.of(spec.parallel), world, timedelta(seconds=order.timeout_s)
+        )
         report(PhaseReport("rendezvous", time.monotonic() - started))
-        session = TrainingSession(spec, mesh, data, report=report, poll=poll, attempt=order.attempt, resume_from=order.resume_from)
+        session = TrainingSession(
+            spec,
+            mesh,
+            data,
+            report=report,
+            poll=poll,
+            attempt=order.attempt,
+            resume_from=order.resume_from,
+        )
         return session.run()
 
 
@@ -58,7 +73,9 @@ def _bounding(memory: device.KeptMemory, poll: CommandSource) -> CommandSource:
 
 @contextmanager
 def process_group(order: StartOrder) -> Iterator[None]:
-    """The default process group of an attempt, under its own prefix in the store; nothing at all for a world of one."""
+    """The default process group of an attempt, under its own prefix in the store; nothing at all
+    for a world of one.
+    """
     env = order.env
     if env.world_size == 1:
         yield

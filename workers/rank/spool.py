@@ -1,7 +1,10 @@
-"""A rank's report file and log file. Owns: appending, reading from a cursor, capping. Must not know: Ray, torch, who reads.
+"""A rank's report file and log file.
 
-One JSON line `{"n", "at", "kind", "attempt", "data"}` per report, one unbuffered O_APPEND write each: a report costs the
-training thread some microseconds and survives the death of the process. A torn last line (power cut, full disk) is cut off.
+Owns: appending, reading from a cursor, capping. Must not know: Ray, torch, who reads.
+
+One JSON line `{"n", "at", "kind", "attempt", "data"}` per report, one unbuffered O_APPEND write
+each: a report costs the training thread some microseconds and survives the death of the process. A
+torn last line (power cut, full disk) is cut off.
 """
 
 import os
@@ -18,7 +21,8 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 SEGMENT_BYTES = 16 << 20
 """A spool goes on in a new file at this size; files that nobody needs any more are deleted."""
 LOG_BYTES = 16 << 20
-"""A log file is emptied, with a notice, at this size; what was shipped before stays in the job's folder."""
+"""A log file is emptied, with a notice, at this size; what was shipped before stays in the job's
+folder."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,17 @@ class Line:
 
 
 class Spool:
-    """Appends to a report file; several threads of one process may write. Numbers go on where an existing file ends."""
+    """Appends to a report file; several threads of one process may write.
 
-    def __init__(self, path: Path, attempt: int, *, segment_bytes: int | None = SEGMENT_BYTES) -> None:
-        self.path, self.attempt, self._segment_bytes = path, attempt, segment_bytes
+    Numbers go on where an existing file ends.
+    """
+
+    def __init__(
+        self, path: Path, attempt: int, *, segment_bytes: int | None = SEGMENT_BYTES
+    ) -> None:
+        self.path = path
+        self.attempt = attempt
+        self._segment_bytes = segment_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         current = segments(path)[-1][1] if segments(path) else path
@@ -52,12 +63,20 @@ class Spool:
         """Writes one line and returns its number. Raises OSError when the disk does."""
         with self._lock:
             n = self.last_n + 1
-            record = {"n": n, "at": time.time(), "kind": kind, "attempt": self.attempt, "data": data}
+            record = {
+                "n": n,
+                "at": time.time(),
+                "kind": kind,
+                "attempt": self.attempt,
+                "data": data,
+            }
             line = _encode(record) + b"\n"
             written = os.write(self._file, line)
             if written != len(line):
                 os.ftruncate(self._file, self._size)
-                raise OSError(f"only {written} of {len(line)} bytes fitted into {self.path}: the disk is full")
+                raise OSError(
+                    f"only {written} of {len(line)} bytes fitted into {self.path}: the disk is full"
+                )
             self.last_n = n
             self._size += written
             if self._segment_bytes is not None and self._size >= self._segment_bytes:
@@ -65,7 +84,9 @@ class Spool:
             return n
 
     def release(self, n: int) -> None:
-        """Deletes segments all of whose lines are at or below `n`: everybody who needs them has them."""
+        """Deletes segments all of whose lines are at or below `n`: everybody who needs them has
+        them.
+        """
         with self._lock:
             found = segments(self.path)
         for (_, path), (first_of_next, _) in zip(found, found[1:], strict=False):
@@ -82,18 +103,26 @@ class Spool:
     def _next_segment(self) -> None:
         os.close(self._file)
         path = self.path.with_name(f"{self.path.name}.{self.last_n + 1:012d}")
-        self._file, self._size = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), 0
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._size = 0
 
 
 class SpoolReader:
-    """Reads a spool from a cursor; keeps its place, so that following a growing file costs only what is new."""
+    """Reads a spool from a cursor; keeps its place, so that following a growing file costs only
+    what is new.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._after, self._segment, self._offset = 0, path, 0
+        self._after = 0
+        self._segment = path
+        self._offset = 0
 
     def read(self, after: int, limit: int = 2000) -> list[Line]:
-        """Lines with n > after, in order, at most `limit`. Lines deleted meanwhile are left out; a torn last line is not returned."""
+        """Lines with n > after, in order, at most `limit`.
+
+        Lines deleted meanwhile are left out; a torn last line is not returned.
+        """
         if after != self._after:
             self._seek(after)
         found: list[Line] = []
@@ -106,7 +135,8 @@ class SpoolReader:
         return found
 
     def _seek(self, after: int) -> None:
-        self._after, self._offset = after, 0
+        self._after = after
+        self._offset = 0
         self._segment = self.path
         for first, path in segments(self.path):
             if first <= after + 1 or self._segment == self.path and not self.path.exists():
@@ -131,15 +161,22 @@ class SpoolReader:
 
     def _advance(self) -> bool:
         """Goes to the next segment, when there is one."""
-        later = [path for first, path in segments(self.path) if first > self._after and path != self._segment]
+        later = [
+            path
+            for first, path in segments(self.path)
+            if first > self._after and path != self._segment
+        ]
         if not later:
             return False
-        self._segment, self._offset = later[0], 0
+        self._segment = later[0]
+        self._offset = 0
         return True
 
 
 def parse_line(text: bytes) -> Line | None:
-    """A line of a spool; None when it is not one (a torn write in the middle of a file that another process went on writing)."""
+    """A line of a spool; None when it is not one (a torn write in the middle of a file that another
+    process went on writing).
+    """
     try:
         value = from_json(text)
         return Line(int(value["n"]), str(value["kind"]), text.rstrip(b"\n"))
@@ -148,17 +185,25 @@ def parse_line(text: bytes) -> Line | None:
 
 
 def segments(path: Path) -> list[tuple[int, Path]]:
-    """(first n, file) of each existing segment of a spool, in order; the first carries the spool's own name."""
+    """(first n, file) of each existing segment of a spool, in order; the first carries the spool's
+    own name.
+    """
     found = [(1, path)] if path.exists() else []
     prefix = path.name + "."
     if path.parent.is_dir():
-        named = [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix) and entry.name[len(prefix) :].isdigit()]
+        named = [
+            entry
+            for entry in path.parent.iterdir()
+            if entry.name.startswith(prefix) and entry.name[len(prefix) :].isdigit()
+        ]
         found += sorted((int(entry.name[len(prefix) :]), entry) for entry in named)
     return found
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
-    """JSON has no infinities and no NaN: they become null. pydantic's encoder and parser, because json's take seven times as long."""
+    """JSON has no infinities and no NaN: they become null. pydantic's encoder and parser, because
+    json's take seven times as long.
+    """
     try:
         return to_json(record, inf_nan_mode="null")
     except PydanticSerializationError:
@@ -166,7 +211,9 @@ def _encode(record: Mapping[str, Any]) -> bytes:
 
 
 def _encodable(value: Any) -> Any:
-    """An error's text may hold half a character (a file name that is no UTF-8): it is written as its escape."""
+    """An error's text may hold half a character (a file name that is no UTF-8): it is written as
+    its escape.
+    """
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     if isinstance(value, Mapping):
@@ -200,17 +247,24 @@ def _last_n(path: Path) -> int:
 
 
 class LogFile:
-    """A rank's standard output and error as one capped file, native crashes included. Offsets count every byte ever written."""
+    """A rank's standard output and error as one capped file, native crashes included.
+
+    Offsets count every byte ever written.
+    """
 
     def __init__(self, path: Path, *, cap_bytes: int = LOG_BYTES) -> None:
-        self.path, self._cap_bytes = path, cap_bytes
+        self.path = path
+        self._cap_bytes = cap_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._dropped = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
     def capture(self) -> None:
-        """Points file descriptors 1 and 2, and Python's streams, at the file. Call it before torch is imported."""
+        """Points file descriptors 1 and 2, and Python's streams, at the file.
+
+        Call it before torch is imported.
+        """
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         os.dup2(self._file, 1)
@@ -219,7 +273,9 @@ class LogFile:
         sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
 
     def read(self, offset: int, max_bytes: int) -> tuple[int, bytes]:
-        """(offset of the first byte returned, bytes): from `offset`, or from the oldest byte still there."""
+        """(offset of the first byte returned, bytes): from `offset`, or from the oldest byte still
+        there.
+        """
         with self._lock:
             start = max(offset, self._dropped)
             data = os.pread(self._file, max_bytes, start - self._dropped) if max_bytes > 0 else b""
@@ -231,7 +287,10 @@ class LogFile:
         size = os.fstat(self._file).st_size
         os.ftruncate(self._file, 0)
         self._dropped += size
-        os.write(self._file, f"[log emptied after {self._dropped} bytes: it may hold {self._cap_bytes}]\n".encode())
+        os.write(
+            self._file,
+            f"[log emptied after {self._dropped} bytes: it may hold {self._cap_bytes}]\n".encode(),
+        )
 
     def close(self) -> None:
         """Closes this object's descriptor; 1 and 2 stay where they are."""

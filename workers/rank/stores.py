@@ -1,4 +1,7 @@
-"""torch's key-value stores under their public names. Owns: the one place that knows torch does not declare them as exports."""
+"""torch's key-value stores under their public names.
+
+Owns: the one place that knows torch does not declare them as exports.
+"""
 
 from datetime import timedelta
 

@@ -1,7 +1,10 @@
-"""RankWorker: the Ray actor around one rank. Owns: the training thread, the report spool, the inbox, the lease.
+"""RankWorker: the Ray actor around one rank.
 
-The training thread never calls Ray: it writes to the spool and reads the inbox. A worker holds no handle to its driver; it answers
-whoever has the highest (attempt, epoch). Torch is imported after the log is captured, so this module must not import it.
+Owns: the training thread, the report spool, the inbox, the lease.
+
+The training thread never calls Ray: it writes to the spool and reads the inbox. A worker holds no
+handle to its driver; it answers whoever has the highest (attempt, epoch). Torch is imported after
+the log is captured, so this module must not import it.
 """
 
 import contextlib
@@ -30,17 +33,20 @@ from workers.ray.nodes import domain_of, job_folder, node_info, own_address, ray
 LEASE_S = 300.0
 """A worker that no driver has asked for so long ends itself."""
 LINGER_S = 0.5
-"""Step reports wait so long for company: a call per step would cost more than the step of a small model."""
+"""Step reports wait so long for company: a call per step would cost more than the step of a small
+model."""
 SWITCH_S = 0.001
-"""A thread that answers the driver gives the interpreter back to the training thread after so long; Python's own 5 ms are a fifth of
-a short step."""
+"""A thread that answers the driver gives the interpreter back to the training thread after so long;
+Python's own 5 ms are a fifth of a short step."""
 LEAVE_S = 4.0
 """How long `leave` waits for the training thread to come out of its collectives."""
 
 Train = Callable[[StartOrder, Callable[[Report], None], Callable[[], Command]], str]
 
 
-def train_for_real(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+def train_for_real(
+    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+) -> str:
     """The library's session; imports torch."""
     from workers.rank.session import train
 
@@ -48,7 +54,9 @@ def train_for_real(order: StartOrder, report: Callable[[Report], None], poll: Ca
 
 
 class Inbox:
-    """One command at a time from the driver to the training loop; a stop stays, a checkpoint request is taken once."""
+    """One command at a time from the driver to the training loop; a stop stays, a checkpoint
+    request is taken once.
+    """
 
     def __init__(self) -> None:
         self._command = Command.CONTINUE
@@ -69,20 +77,28 @@ class RankAttempt:
     """The training thread of one attempt, and what it has said."""
 
     def __init__(self, order: StartOrder, train: Train, folder: Path) -> None:
-        self.order, self.inbox = order, Inbox()
-        self.state, self.step = RankState.RUNNING, 0
+        self.order = order
+        self.inbox = Inbox()
+        self.state = RankState.RUNNING
+        self.step = 0
         self.error: dict[str, Any] | None = None
         path = report_file(folder, order.attempt, order.env.rank)
         self.spool = Spool(path, order.attempt)
         self._first_n = self.spool.last_n
-        self._reader, self._reading = SpoolReader(path), threading.Lock()
-        self._news, self._urgent = threading.Event(), threading.Event()
+        self._reader = SpoolReader(path)
+        self._reading = threading.Lock()
+        self._news = threading.Event()
+        self._urgent = threading.Event()
         self._released = 0
         self._train = train
-        self.thread = threading.Thread(target=self._run, name=f"attempt-{order.attempt}", daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, name=f"attempt-{order.attempt}", daemon=True
+        )
 
     def report(self, item: Report) -> None:
-        """Takes a report from the training thread or the checkpoint writer's: one write to a local file."""
+        """Takes a report from the training thread or the checkpoint writer's: one write to a local
+        file.
+        """
         self.spool.append(item.kind, vars(item))
         if isinstance(item, StepReport):
             if not self.step:
@@ -102,7 +118,10 @@ class RankAttempt:
         started = time.monotonic()
         run_before_others()
         env = self.order.env
-        self._log(f"rank {env.rank} of {env.world_size}, attempt {self.order.attempt}, pid {os.getpid()} on {socket.gethostname()}")
+        self._log(
+            f"rank {env.rank} of {env.world_size}, attempt {self.order.attempt}, pid "
+            f"{os.getpid()} on {socket.gethostname()}"
+        )
         try:
             import workers.rank.session  # noqa: F401 - torch and the library: a phase of its own
 
@@ -113,7 +132,11 @@ class RankAttempt:
             self.state = RankState.FINISHED if outcome == "finished" else RankState.STOPPED
         except BaseException as error:  # noqa: BLE001 - whatever ends a rank is told to the driver
             text = "".join(traceback.format_exception(error))
-            self.error = {"type": type(error).__name__, "message": str(error) or type(error).__name__, "traceback": text[-16000:]}
+            self.error = {
+                "type": type(error).__name__,
+                "message": str(error) or type(error).__name__,
+                "traceback": text[-16000:],
+            }
             self.error["step"] = self.step
             with contextlib.suppress(OSError):
                 self.spool.append("failed", self.error)
@@ -143,7 +166,9 @@ class RankAttempt:
             lines = [line for line in lines if line.kind not in (StepReport.kind, EvalReport.kind)]
         offset, data = log.read(poll.log_offset, poll.log_bytes) if log else (poll.log_offset, b"")
         return NextReply(
-            state=state if last_n >= self.spool.last_n or state is RankState.FAILED else RankState.RUNNING,
+            state=state
+            if last_n >= self.spool.last_n or state is RankState.FAILED
+            else RankState.RUNNING,
             attempt=self.order.attempt,
             last_n=last_n,
             lines=lines,
@@ -156,14 +181,22 @@ class RankAttempt:
 
 
 class RankWorker:
-    """One rank's process. `next` runs in its own concurrency group, so it answers while anything else is under way."""
+    """One rank's process.
+
+    `next` runs in its own concurrency group, so it answers while anything else is under way.
+    """
 
     train: ClassVar[Train] = staticmethod(train_for_real)
 
-    def __init__(self, job_id: str, slot: int, bundle: int, num_threads: int, standby: bool = False) -> None:
+    def __init__(
+        self, job_id: str, slot: int, bundle: int, num_threads: int, standby: bool = False
+    ) -> None:
         if not standby:
             run_before_others()
-        self._job_id, self._slot, self._bundle, self._standby = job_id, slot, bundle, standby
+        self._job_id = job_id
+        self._slot = slot
+        self._bundle = bundle
+        self._standby = standby
         context = ray.get_runtime_context()
         self._node_id = context.get_node_id()
         self._address = own_address()
@@ -200,7 +233,8 @@ class RankWorker:
         )
 
     def open_store(self, fence: Fence) -> tuple[str, int]:
-        """Host and port of the TCPStore that this process serves as long as it lives; each attempt has its own prefix in it.
+        """Host and port of the TCPStore that this process serves as long as it lives; each attempt
+        has its own prefix in it.
 
         The kernel picks the port. Raises Fenced.
         """
@@ -213,7 +247,10 @@ class RankWorker:
         return self._address, self._store.port
 
     def start(self, fence: Fence, order: StartOrder) -> None:
-        """Starts the attempt's training thread; repeating the same order changes nothing. Raises Fenced, Busy."""
+        """Starts the attempt's training thread; repeating the same order changes nothing.
+
+        Raises Fenced, Busy.
+        """
         self._admit(fence)
         current = self._attempt
         if current is not None:
@@ -230,7 +267,9 @@ class RankWorker:
 
     @ray.method(concurrency_group="poll")
     def next(self, fence: Fence, poll: Poll) -> NextReply:
-        """Reports since the cursor, log bytes and liveness in one; waits up to `poll.wait_s` for news. Raises Fenced."""
+        """Reports since the cursor, log bytes and liveness in one; waits up to `poll.wait_s` for
+        news. Raises Fenced.
+        """
         self._admit(fence)
         self._polled_at = time.monotonic()
         attempt = self._attempt
@@ -246,9 +285,11 @@ class RankWorker:
             self._attempt.inbox.put(command)
 
     def leave(self, fence: Fence, wait_s: float = LEAVE_S) -> bool:
-        """Asks the training thread to end; True once it has left its process groups and the process may be used again.
+        """Asks the training thread to end; True once it has left its process groups and the process
+        may be used again.
 
-        A rank blocked in a collective comes out when its neighbours close their ends. One that does not must be replaced.
+        A rank blocked in a collective comes out when its neighbours close their ends. One that does
+        not must be replaced.
         """
         self._admit(fence)
         attempt = self._attempt
@@ -259,7 +300,10 @@ class RankWorker:
         return not attempt.thread.is_alive()
 
     def retire(self, fence: Fence) -> str:
-        """Removes the job's files on this node, for good: the job is over. Returns the node's id. Raises Fenced."""
+        """Removes the job's files on this node, for good: the job is over.
+
+        Returns the node's id. Raises Fenced.
+        """
         self._admit(fence)
         shutil.rmtree(self._folder, ignore_errors=True)
         return self._node_id
@@ -268,8 +312,13 @@ class RankWorker:
         """Refuses whoever was replaced: a lower epoch, or a lower attempt in the same epoch."""
         with self._guard:
             seen = self._fence
-            if fence.epoch < seen.epoch or (fence.epoch == seen.epoch and fence.attempt < seen.attempt):
-                raise Fenced(f"(attempt {fence.attempt}, epoch {fence.epoch}) was replaced by ({seen.attempt}, {seen.epoch})")
+            if fence.epoch < seen.epoch or (
+                fence.epoch == seen.epoch and fence.attempt < seen.attempt
+            ):
+                raise Fenced(
+                    f"(attempt {fence.attempt}, epoch {fence.epoch}) was replaced by "
+                    f"({seen.attempt}, {seen.epoch})"
+                )
             self._fence = fence
 
     def _start_log(self, order: StartOrder) -> None:
@@ -282,7 +331,9 @@ class RankWorker:
         self._log = log
 
     def _preload(self) -> None:
-        """Imports torch and the library while the driver is still probing; a failure is the training thread's to report."""
+        """Imports torch and the library while the driver is still probing; a failure is the
+        training thread's to report.
+        """
         if self._standby:
             let_ranks_go_first()
         gc.disable()  # nothing of it is garbage, and looking for some takes a tenth of the import
@@ -315,7 +366,10 @@ def _in_words(item: Report) -> str:
     if isinstance(item, PhaseReport):
         return f"{item.phase} took {item.seconds:.2f} s"
     if isinstance(item, CheckpointReport):
-        return f"wrote {item.bytes_written} bytes of the checkpoint of step {item.step} in {item.seconds:.2f} s: {item.path}"
+        return (
+            f"wrote {item.bytes_written} bytes of the checkpoint of step {item.step} in "
+            f"{item.seconds:.2f} s: {item.path}"
+        )
     if isinstance(item, EvalReport):
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     return f"step {item.step}: loss {item.loss:.4f}"

@@ -15,7 +15,10 @@ NODE_ID_LABEL = "ray.io/node-id"
 
 
 def read_nodes(storage_ok: Mapping[str, bool] | None = None) -> tuple[NodeInfo, ...]:
-    """Every node of the connected cluster; needs `ray.init`. `storage_ok`: what the storage check found, by node id."""
+    """Every node of the connected cluster; needs `ray.init`.
+
+    `storage_ok`: what the storage check found, by node id.
+    """
     return tuple(node_info(node, storage_ok or {}) for node in ray_nodes())
 
 
@@ -33,7 +36,11 @@ def node_info(node: Mapping[str, Any], storage_ok: Mapping[str, bool]) -> NodeIn
     """One row of `ray.nodes()` as a value."""
     resources = node.get("Resources", {})
     labels = {str(key): str(value) for key, value in (node.get("Labels") or {}).items()}
-    types = [name.removeprefix("accelerator_type:") for name in resources if name.startswith("accelerator_type:")]
+    types = [
+        name.removeprefix("accelerator_type:")
+        for name in resources
+        if name.startswith("accelerator_type:")
+    ]
     return NodeInfo(
         node_id=str(node["NodeID"]),
         address=str(node["NodeManagerAddress"]),

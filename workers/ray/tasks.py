@@ -1,4 +1,7 @@
-"""Plain functions as Ray tasks on CPU. Owns: how they are sent and how their failures read. Must not know: what they do."""
+"""Plain functions as Ray tasks on CPU. Owns: how they are sent and how their failures read.
+
+Must not know: what they do.
+"""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,14 +19,19 @@ class TaskFailed(Exception):
 
 
 def anywhere(body: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function on any node; it waits for no resources, so a full cluster still answers. Returns the reference."""
+    """Runs a function on any node; it waits for no resources, so a full cluster still answers.
+
+    Returns the reference.
+    """
     return _remote(body).options(num_cpus=0, scheduling_strategy="SPREAD").remote(*args)
 
 
 def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
     """Runs a function on one node, once, without asking for resources; returns the reference."""
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return _remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(*args)
+    return (
+        _remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(*args)
+    )
 
 
 @cache
@@ -51,7 +59,9 @@ def result(call: Any) -> Any:
     except RayTaskError as error:
         raise TaskFailed(f"{type(error.cause).__name__}: {error.cause}") from error
     except RayError as error:
-        raise TaskFailed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise TaskFailed(
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        ) from error
 
 
 def result_or_none(call: Any, timeout_s: float) -> Any | None:

@@ -1,7 +1,9 @@
-"""A job's actors and placement group. Owns: get-or-create by name, one outstanding call per rank, ends by name.
+"""A job's actors and placement group.
 
-Every name is derived from job and slot, so that a restarted driver finds what an earlier one made. Decides nothing.
-Must not know: HTTP, torch, what follows a death.
+Owns: get-or-create by name, one outstanding call per rank, ends by name.
+
+Every name is derived from job and slot, so that a restarted driver finds what an earlier one made.
+Decides nothing. Must not know: HTTP, torch, what follows a death.
 """
 
 import contextlib
@@ -27,11 +29,16 @@ GONE_S = 10.0
 
 
 class GroupProblem(Exception):
-    """Actors that did not come up; `dead_slots` names those that must be made anew, `kind` says of what they died."""
+    """Actors that did not come up; `dead_slots` names those that must be made anew, `kind` says of
+    what they died.
+    """
 
-    def __init__(self, message: str, dead_slots: Iterable[int] = (), kind: FailureKind = FailureKind.START) -> None:
+    def __init__(
+        self, message: str, dead_slots: Iterable[int] = (), kind: FailureKind = FailureKind.START
+    ) -> None:
         super().__init__(message)
-        self.dead_slots, self.kind = tuple(dead_slots), kind
+        self.dead_slots = tuple(dead_slots)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ class WorkerGroup:
     """Workers by slot; ranks come with the map, after placement."""
 
     def __init__(self, job_id: str, namespace: str, worker_class: type) -> None:
-        self._job_id, self._namespace = job_id, namespace
+        self._job_id = job_id
+        self._namespace = namespace
         # Once, as every remote class that is made stays in memory, here and with Ray's head.
         as_actor: Any = ray.remote
         self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
@@ -87,7 +95,9 @@ class WorkerGroup:
         try:
             return ray.util.get_placement_group(self._job_id)
         except ValueError:
-            selector = {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"} if plan.avoid_nodes else {}
+            selector = (
+                {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"} if plan.avoid_nodes else {}
+            )
             return ray.util.placement_group(
                 [dict(bundle.resources) for bundle in plan.bundles],
                 strategy="PACK",
@@ -120,9 +130,13 @@ class WorkerGroup:
                 "max_restarts": 0,
                 "num_cpus": recruit.resources.get("CPU", 0),
                 "num_gpus": recruit.resources.get("GPU", 0),
-                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=recruit.bundle),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    group, placement_group_bundle_index=recruit.bundle
+                ),
             }
-            actor = self._worker_class.options(**options).remote(self._job_id, recruit.slot, recruit.bundle, num_threads, recruit.standby)
+            actor = self._worker_class.options(**options).remote(
+                self._job_id, recruit.slot, recruit.bundle, num_threads, recruit.standby
+            )
             self._slots[recruit.slot] = actor
 
     def adopt(self, slots: Iterable[int]) -> tuple[int, ...]:
@@ -136,35 +150,70 @@ class WorkerGroup:
                 self._slots[slot] = actor
         return tuple(missing)
 
-    def probe(self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
-        """Where some workers are. Raises GroupProblem naming the slots that died or did not come up."""
-        return self._all({slot: self._slots[slot].probe.remote(fence) for slot in slots}, timeout_s, stop)
+    def probe(
+        self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]
+    ) -> list[SlotFacts]:
+        """Where some workers are.
 
-    def look_up(self, slots: Iterable[int], fence: Fence, timeout_s: float) -> tuple[list[SlotFacts], tuple[int, ...]]:
-        """Where those workers are that answer in time, and the slots of those that are dead. Raises Fenced."""
-        found, dead = _in_time({self._slots[slot].probe.remote(fence): slot for slot in slots}, timeout_s)
+        Raises GroupProblem naming the slots that died or did not come up.
+        """
+        return self._all(
+            {slot: self._slots[slot].probe.remote(fence) for slot in slots}, timeout_s, stop
+        )
+
+    def look_up(
+        self, slots: Iterable[int], fence: Fence, timeout_s: float
+    ) -> tuple[list[SlotFacts], tuple[int, ...]]:
+        """Where those workers are that answer in time, and the slots of those that are dead.
+
+        Raises Fenced.
+        """
+        found, dead = _in_time(
+            {self._slots[slot].probe.remote(fence): slot for slot in slots}, timeout_s
+        )
         return list(found.values()), dead
 
-    def start(self, fence: Fence, orders: Mapping[int, StartOrder], timeout_s: float, stop: Callable[[], None]) -> None:
+    def start(
+        self,
+        fence: Fence,
+        orders: Mapping[int, StartOrder],
+        timeout_s: float,
+        stop: Callable[[], None],
+    ) -> None:
         """Starts the attempt, orders by slot. Raises GroupProblem."""
-        self._all({slot: self._slots[slot].start.remote(fence, order) for slot, order in orders.items()}, timeout_s, stop)
+        self._all(
+            {slot: self._slots[slot].start.remote(fence, order) for slot, order in orders.items()},
+            timeout_s,
+            stop,
+        )
 
-    def open_store(self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
+    def open_store(
+        self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]
+    ) -> tuple[str, int]:
         """Host and port of the TCPStore that a worker serves from now on. Raises GroupProblem."""
-        ((host, port),) = self._all({slot: self._slots[slot].open_store.remote(fence)}, timeout_s, stop)
+        ((host, port),) = self._all(
+            {slot: self._slots[slot].open_store.remote(fence)}, timeout_s, stop
+        )
         return host, port
 
-    def _all(self, calls: Mapping[int, Any], timeout_s: float, stop: Callable[[], None]) -> list[Any]:
+    def _all(
+        self, calls: Mapping[int, Any], timeout_s: float, stop: Callable[[], None]
+    ) -> list[Any]:
         """Results in slot order; `stop` may raise to end the wait."""
         deadline = time.monotonic() + timeout_s
         waiting = list(calls.values())
         while waiting and time.monotonic() < deadline:
             stop()
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(0.2, max(0.0, deadline - time.monotonic())))
+            _, waiting = ray.wait(
+                waiting,
+                num_returns=len(waiting),
+                timeout=min(0.2, max(0.0, deadline - time.monotonic())),
+            )
         late = [slot for slot, call in calls.items() if call in waiting]
         if late:
             raise GroupProblem(f"slots {late} did not answer within {timeout_s:g} s", late)
-        results, dead = [], {}
+        results = []
+        dead = {}
         for slot in sorted(calls):
             try:
                 results.append(ray.get(calls[slot]))
@@ -185,7 +234,10 @@ class WorkerGroup:
         self._calls[self._slots[slot].next.remote(fence, poll)] = rank
 
     def collect(self, timeout_s: float) -> list[Answer]:
-        """Calls that came back, in the order of their arrival as far as Ray tells. Raises Fenced when this driver was replaced."""
+        """Calls that came back, in the order of their arrival as far as Ray tells.
+
+        Raises Fenced when this driver was replaced.
+        """
         if not self._calls:
             time.sleep(timeout_s)
             return []
@@ -203,7 +255,9 @@ class WorkerGroup:
             return Answer(rank, reply=ray.get(call))
         except RayTaskError as error:
             raise_if_fenced(error)
-            return Answer(rank, death=Death(FailureKind.PROCESS_DIED, f"its worker failed: {error.cause}"))
+            return Answer(
+                rank, death=Death(FailureKind.PROCESS_DIED, f"its worker failed: {error.cause}")
+            )
         except RayError as error:
             return Answer(rank, death=death_of(error))
 
@@ -214,14 +268,20 @@ class WorkerGroup:
     # ---- ends
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
-        """Asks all workers to leave their groups, at once; returns the slots whose process may be used again."""
-        left, _ = _in_time({actor.leave.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s)
+        """Asks all workers to leave their groups, at once; returns the slots whose process may be
+        used again.
+        """
+        left, _ = _in_time(
+            {actor.leave.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s
+        )
         return tuple(sorted(slot for slot, free in left.items() if free))
 
     def kill_slots(self, slots: Sequence[int]) -> None:
         """Ends the workers of some slots and waits until their names are free."""
         for slot in slots:
-            actor = self._slots.pop(slot, None) or find_actor(worker_name(self._job_id, slot), self._namespace)
+            actor = self._slots.pop(slot, None) or find_actor(
+                worker_name(self._job_id, slot), self._namespace
+            )
             if actor is not None:
                 kill(actor)
         for slot in slots:
@@ -235,10 +295,13 @@ class WorkerGroup:
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         """Has living workers remove the job's files; returns the nodes where that is done.
 
-        None as long as a worker is silent: it may be starting, and make its folder after a neighbour has removed it.
+        None as long as a worker is silent: it may be starting, and make its folder after a
+        neighbour has removed it.
         """
         self.adopt(slot for slot in range(num_slots) if slot not in self._slots)
-        cleaned, _ = _in_time({actor.retire.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s)
+        cleaned, _ = _in_time(
+            {actor.retire.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s
+        )
         return tuple(sorted(set(cleaned.values()))) if len(cleaned) == len(self._slots) else ()
 
     def remove_all(self, num_slots: int) -> None:
@@ -262,9 +325,14 @@ class WorkerGroup:
 
 
 def _in_time(calls: Mapping[Any, int], timeout_s: float) -> tuple[dict[int, Any], tuple[int, ...]]:
-    """Answers by slot, of those that come in time, and the slots whose call failed: most likely they are dead. Raises Fenced."""
-    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
-    answers, failed = {}, []
+    """Answers by slot, of those that come in time, and the slots whose call failed: most likely
+    they are dead. Raises Fenced.
+    """
+    done, _ = (
+        ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+    )
+    answers = {}
+    failed = []
     for call in done:
         try:
             answers[calls[call]] = ray.get(call)
@@ -297,16 +365,31 @@ def death_of(error: RayError) -> Death:
     if "node has died" in text or "node is dead" in text or "node was terminated" in text:
         return Death(FailureKind.NODE_LOST, words)
     if "running low on memory" in text or "OutOfMemory" in text:
-        return Death(FailureKind.NODE_MEMORY, f"Ray ended it because the node was running out of memory: {words}")
+        return Death(
+            FailureKind.NODE_MEMORY,
+            f"Ray ended it because the node was running out of memory: {words}",
+        )
     return Death(FailureKind.PROCESS_DIED, words)
 
 
 def _words_of_death(text: str) -> str | None:
-    if "connection error code 2. End of file" in text:  # all that Ray knows of a process that was killed
-        return "its process died without a word: killed by a signal, as the kernel does when memory runs out, or crashed; see its log"
+    if (
+        "connection error code 2. End of file" in text
+    ):  # all that Ray knows of a process that was killed
+        return (
+            "its process died without a word: killed by a signal, as the kernel does when "
+            "memory runs out, or crashed; see its log"
+        )
     for line in text.splitlines():
         for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
             if mark in line:
-                words = line[line.index(mark) :].removeprefix("Worker exit detail:").partition("Some common causes")[0].strip()
-                return f"its process died: {words}" if "process" not in words.lower()[:20] else words
+                words = (
+                    line[line.index(mark) :]
+                    .removeprefix("Worker exit detail:")
+                    .partition("Some common causes")[0]
+                    .strip()
+                )
+                return (
+                    f"its process died: {words}" if "process" not in words.lower()[:20] else words
+                )
     return None

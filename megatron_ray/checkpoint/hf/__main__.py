@@ -1,7 +1,10 @@
-"""The command that converts. Owns: its arguments and last words.
+"""The command that converts.
 
-python -m megatron_ray.checkpoint.hf import FOLDER OUT [--json]
-python -m megatron_ray.checkpoint.hf export CHECKPOINT OUT [--dtype bf16|fp32] [--max-shard-bytes N] [--json]
+Owns: its arguments and last words.
+
+    python -m megatron_ray.checkpoint.hf import FOLDER OUT [--json]
+    python -m megatron_ray.checkpoint.hf export CHECKPOINT OUT
+        [--dtype bf16|fp32] [--max-shard-bytes N] [--json]
 """
 
 import argparse
@@ -20,14 +23,25 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m megatron_ray.checkpoint.hf", description="Convert from and to Hugging Face.")
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_ray.checkpoint.hf", description="Convert from and to Hugging Face."
+    )
     ways = parser.add_subparsers(dest="way", required=True)
     inwards = ways.add_parser("import", help="a folder of safetensors becomes a checkpoint")
     inwards.add_argument("source", help="folder or URI with config.json and safetensors")
     outwards = ways.add_parser("export", help="a checkpoint becomes a folder of safetensors")
     outwards.add_argument("source", help="path or URI of a committed checkpoint")
-    outwards.add_argument("--dtype", choices=sorted(_DTYPES), help="type of the weights; as the checkpoint has them when not given")
-    outwards.add_argument("--max-shard-bytes", type=int, default=DEFAULT_SHARD_BYTES, help="largest file, unless a tensor is larger")
+    outwards.add_argument(
+        "--dtype",
+        choices=sorted(_DTYPES),
+        help="type of the weights; as the checkpoint has them when not given",
+    )
+    outwards.add_argument(
+        "--max-shard-bytes",
+        type=int,
+        default=DEFAULT_SHARD_BYTES,
+        help="largest file, unless a tensor is larger",
+    )
     for way in (inwards, outwards):
         way.add_argument("out", help="folder to write; must not be there")
         way.add_argument("--json", action="store_true", help="one JSON object")
@@ -37,7 +51,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _convert(options: argparse.Namespace) -> Imported | Exported:
     if options.way == "import":
         return import_folder(options.source, options.out)
-    return export_folder(options.source, options.out, _DTYPES.get(options.dtype), options.max_shard_bytes)
+    return export_folder(
+        options.source, options.out, _DTYPES.get(options.dtype), options.max_shard_bytes
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,7 @@
-"""Whether a Hugging Face folder is what its config.json says. Owns: finding the place of every logical tensor, refusing what is missing,
-too much or of another shape. Reads headers only. Torch-free; must not know: what is done with the tensors.
+"""Whether a Hugging Face folder is what its config.json says.
+
+Owns: finding the place of every logical tensor, refusing what is missing, too much or of another
+shape. Reads headers only. Torch-free; must not know: what is done with the tensors.
 """
 
 from collections.abc import Mapping
@@ -8,7 +10,14 @@ from functools import cached_property
 
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.table import family_named, read_model
-from megatron_ray.checkpoint.hf.files import CONFIG, ELEMENT_BYTES, FP8, StoredModel, StoredTensor, open_folder
+from megatron_ray.checkpoint.hf.files import (
+    CONFIG,
+    ELEMENT_BYTES,
+    FP8,
+    StoredModel,
+    StoredTensor,
+    open_folder,
+)
 from megatron_ray.checkpoint.hf.places import Place, find_places
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigProblem
@@ -17,7 +26,8 @@ from megatron_ray.sharding.parameters import logical_parameters
 SCALES = "_scale_inv"
 """Ends the name of the tensor with a factor for each block of an fp8 weight."""
 _SHOWN = 4
-_ROUTER, _BIAS = "moe.router.weight", "moe.expert_bias"
+_ROUTER = "moe.router.weight"
+_BIAS = "moe.expert_bias"
 
 _FIELDS = {
     "embedding.weight": "vocab_size or model.hidden_size",
@@ -38,7 +48,9 @@ _FIELDS = {
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """All that a checkpoint has of a model, in forward order: parameters, and balancing biases of experts."""
+    """All that a checkpoint has of a model, in forward order: parameters, and balancing biases of
+    experts.
+    """
     found: dict[str, tuple[int, ...]] = {}
     for parameter in logical_parameters(model):
         found[parameter.name] = parameter.shape
@@ -50,38 +62,56 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 class HfFolder:
     """An opened folder whose names and shapes are those of its config.json.
 
-    Raises CheckpointError for damaged files, ConfigProblem for an unknown family, for options that are not supported and for tensors
-    that contradict config.json.
+    Raises CheckpointError for damaged files, ConfigProblem for an unknown family, for options that
+    are not supported and for tensors that contradict config.json.
     """
 
     def __init__(self, path: str) -> None:
         stored = open_folder(path)
-        self.path, self.config, self.storage = path, stored.config, stored.storage
+        self.path = path
+        self.config = stored.config
+        self.storage = stored.storage
         where = stored.storage.uri(CONFIG)
         self.family = family_named(stored.config, where)
         self.block = _fp8_block(stored.config, where)
         self.tensors = _full_names(stored, self.family)
-        self.model = self.family.present(read_model(self.family, stored.config, where), self.tensors)
+        self.model = self.family.present(
+            read_model(self.family, stored.config, where), self.tensors
+        )
         self.shapes = logical_shapes(self.model)
         self.places = self._find_places()
         self._check_shapes()
 
     def _find_places(self) -> dict[str, Place]:
-        """Raises ConfigProblem when a tensor is missing, or one is there that the model does not have."""
+        """Raises ConfigProblem when a tensor is missing, or one is there that the model does not
+        have.
+        """
         found = find_places(self.family.rules(self.model), self.shapes)
         places = {name: place for name, place in found.items() if place is not None}
         if len(places) < len(found):
             unknown = [name for name, place in found.items() if place is None]
-            raise ConfigProblem(f"{self.path}: {self.family.model_type} has no tensor for {_some(unknown)}")
+            raise ConfigProblem(
+                f"{self.path}: {self.family.model_type} has no tensor for {_some(unknown)}"
+            )
         needed = {place.name for place in places.values()}
         if missing := sorted(needed - self.tensors.keys()):
             raise ConfigProblem(
-                f"{self.path} lacks {len(missing)} of the {len(needed)} tensors that its {CONFIG} asks for: {_some(missing)}"
+                f"{self.path} lacks {len(missing)} of the {len(needed)} tensors that its "
+                f"{CONFIG} asks for: {_some(missing)}"
             )
-        known = needed | self.copies.keys() | {name + SCALES for name in needed if self.tensors[name].dtype == FP8}
+        known = (
+            needed
+            | self.copies.keys()
+            | {name + SCALES for name in needed if self.tensors[name].dtype == FP8}
+        )
         if extra := sorted(name for name in self.tensors.keys() - known if not self._ignored(name)):
-            text = f"{self.path} holds {len(extra)} tensors that a {self.family.model_type} model of {self.model.num_layers} layers"
-            raise ConfigProblem(f"{text}, as its {CONFIG} describes it, does not have: {_some(extra)}")
+            text = (
+                f"{self.path} holds {len(extra)} tensors that a {self.family.model_type} model "
+                f"of {self.model.num_layers} layers"
+            )
+            raise ConfigProblem(
+                f"{text}, as its {CONFIG} describes it, does not have: {_some(extra)}"
+            )
         return places
 
     @cached_property
@@ -89,7 +119,9 @@ class HfFolder:
         """Stored tensor -> the one that it repeats, where both are there."""
         found = dict(self.family.copies(self.model))
         if self.model.tie_embeddings:
-            found["lm_head.weight"] = find_places(self.family.rules(self.model), ["embedding.weight"])["embedding.weight"].name  # type: ignore[union-attr]
+            found["lm_head.weight"] = find_places(
+                self.family.rules(self.model), ["embedding.weight"]
+            )["embedding.weight"].name  # type: ignore[union-attr]
         return {name: original for name, original in found.items() if name in self.tensors}
 
     def _ignored(self, name: str) -> bool:
@@ -99,22 +131,41 @@ class HfFolder:
 
     def _check_shapes(self) -> None:
         for name, place in self.places.items():
-            stored, expected = self.tensors[place.name], place.stored_shape(self.shapes[name])
+            stored = self.tensors[place.name]
+            expected = place.stored_shape(self.shapes[name])
             if stored.dtype not in ELEMENT_BYTES:
-                raise ConfigProblem(f"{self.path}: tensor {place.name!r} has type {stored.dtype}, which is not supported")
+                raise ConfigProblem(
+                    f"{self.path}: tensor {place.name!r} has type {stored.dtype}, which is "
+                    "not supported"
+                )
             if stored.shape != expected:
-                field = next((text for pattern, text in _FIELDS.items() if fnmatchcase(name, pattern)), "hidden_size")
-                text = f"tensor {place.name!r} has shape {list(stored.shape)}, {list(expected)} is expected"
+                field = next(
+                    (text for pattern, text in _FIELDS.items() if fnmatchcase(name, pattern)),
+                    "hidden_size",
+                )
+                text = (
+                    f"tensor {place.name!r} has shape {list(stored.shape)}, {list(expected)} "
+                    "is expected"
+                )
                 raise ConfigProblem(f"{self.path}: {text} from {CONFIG}; look at model.{field}")
             if stored.dtype == FP8:
                 self._check_scales(stored)
 
     def _check_scales(self, stored: StoredTensor) -> None:
         scales = self.tensors.get(stored.name + SCALES)
-        wanted = tuple(-(-size // block) for size, block in zip(stored.shape, self.block, strict=False))
+        wanted = tuple(
+            -(-size // block) for size, block in zip(stored.shape, self.block, strict=False)
+        )
         if scales is None or scales.shape != wanted or len(stored.shape) != 2:
-            text = f"fp8 tensor {stored.name!r} of shape {list(stored.shape)} needs a factor for each block of {list(self.block)}"
-            there = "there is none" if scales is None else f"{scales.name!r} has shape {list(scales.shape)}"
+            text = (
+                f"fp8 tensor {stored.name!r} of shape {list(stored.shape)} needs a factor for "
+                f"each block of {list(self.block)}"
+            )
+            there = (
+                "there is none"
+                if scales is None
+                else f"{scales.name!r} has shape {list(scales.shape)}"
+            )
             raise ConfigProblem(f"{self.path}: {text}, and {there}")
 
 
@@ -122,7 +173,10 @@ def _full_names(stored: StoredModel, family: Family) -> dict[str, StoredTensor]:
     """Some published checkpoints are of the model without its head and leave out the prefix."""
     if any(name.startswith(family.prefix) for name in stored.tensors):
         return dict(stored.tensors)
-    return {name if name.startswith("lm_head.") else family.prefix + name: tensor for name, tensor in stored.tensors.items()}
+    return {
+        name if name.startswith("lm_head.") else family.prefix + name: tensor
+        for name, tensor in stored.tensors.items()
+    }
 
 
 def _fp8_block(config: Mapping[str, object], where: str) -> tuple[int, int]:
@@ -132,10 +186,17 @@ def _fp8_block(config: Mapping[str, object], where: str) -> tuple[int, int]:
     method = found.get("quant_method") if isinstance(found, dict) else found
     block = found.get("weight_block_size") if isinstance(found, dict) else None
     if method != "fp8" or not isinstance(block, list) or len(block) != 2:
-        text = f"quantization_config with quant_method={method!r} and weight_block_size={block!r} is not supported"
-        raise ConfigProblem(f"{where}: {text}; known: 'fp8' with two sizes of a block. Use the unquantised model")
+        text = (
+            f"quantization_config with quant_method={method!r} and weight_block_size={block!r} "
+            "is not supported"
+        )
+        raise ConfigProblem(
+            f"{where}: {text}; known: 'fp8' with two sizes of a block. Use the unquantised model"
+        )
     return int(block[0]), int(block[1])
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return ", ".join(names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )

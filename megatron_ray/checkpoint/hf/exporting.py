@@ -1,6 +1,9 @@
-"""From a committed checkpoint of ours to a Hugging Face folder. Owns: config.json, shards, their index, the tokenizer beside them.
+"""From a committed checkpoint of ours to a Hugging Face folder.
 
-Written tensor by tensor, and the folder appears whole or not at all. Must not know: training, ranks.
+Owns: config.json, shards, their index, the tokenizer beside them.
+
+Written tensor by tensor, and the folder appears whole or not at all. Must not know: training,
+ranks.
 """
 
 import json
@@ -32,7 +35,12 @@ from megatron_ray.storage.storage import MissingFile, open_storage
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CONFIG_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+_CONFIG_NAMES = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+    torch.float64: "float64",
+}
 _HEADER_STEP = 8
 
 
@@ -65,10 +73,17 @@ class Exported:
     """Whether the checkpoint's tokenizer lies beside."""
 
 
-def export_folder(checkpoint: str, out: str, dtype: torch.dtype | None = None, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Exported:
-    """Writes the folder `out`; weights keep the type that the checkpoint has them in unless `dtype` is given.
+def export_folder(
+    checkpoint: str,
+    out: str,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> Exported:
+    """Writes the folder `out`; weights keep the type that the checkpoint has them in unless `dtype`
+    is given.
 
-    Raises CheckpointError when the checkpoint may not be loaded or `out` is there, ConfigProblem when no known family is the model.
+    Raises CheckpointError when the checkpoint may not be loaded or `out` is there, ConfigProblem
+    when no known family is the model.
     """
     train_state = read_train_state(checkpoint, 0)
     model = saved_model(checkpoint, train_state)
@@ -81,7 +96,9 @@ def export_folder(checkpoint: str, out: str, dtype: torch.dtype | None = None, s
         config = _config(family, model, train_state, outputs)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     num_bytes = sum(output.num_bytes for output in outputs)
-    return Exported(out, family.model_type, family.architecture, len(outputs), num_bytes, files, tokenizer)
+    return Exported(
+        out, family.model_type, family.architecture, len(outputs), num_bytes, files, tokenizer
+    )
 
 
 def _family(model: ModelConfig, imported_as: str | None) -> Family:
@@ -89,12 +106,17 @@ def _family(model: ModelConfig, imported_as: str | None) -> Family:
     return FAMILIES[imported_as] if imported_as in FAMILIES else family_of(model)
 
 
-def _outputs(saved: SavedCheckpoint, family: Family, model: ModelConfig, dtype: torch.dtype | None) -> list[Output]:
+def _outputs(
+    saved: SavedCheckpoint, family: Family, model: ModelConfig, dtype: torch.dtype | None
+) -> list[Output]:
     shapes = logical_shapes(model)
     parts: dict[str, list[tuple[str, Place]]] = {}
     for name, place in find_places(family.rules(model), shapes).items():
         if place is None:
-            raise ConfigProblem(f"{name!r} has no place in a {family.model_type} model, so the checkpoint cannot be exported")
+            raise ConfigProblem(
+                f"{name!r} has no place in a {family.model_type} model, so the checkpoint "
+                "cannot be exported"
+            )
         if f"model/{name}" not in saved.tensors:
             raise CheckpointError("read", saved.path, f"it has no tensor {name!r}")
         parts.setdefault(place.name, []).append((name, place))
@@ -102,7 +124,8 @@ def _outputs(saved: SavedCheckpoint, family: Family, model: ModelConfig, dtype: 
     for stored, made_of in parts.items():
         name, place = made_of[0]
         kept = saved.tensors[f"model/{name}"].slots[0].dtype
-        # The bias of a choice among experts is small beside its scores: it is fp32 wherever it is published.
+        # The bias of a choice among experts is small beside its scores: it is fp32 wherever it is
+        # published.
         chosen = kept if dtype is None or name.endswith("expert_bias") else dtype
         outputs[stored] = Output(stored, chosen, place.stored_shape(shapes[name]), tuple(made_of))
     copies = [
@@ -112,7 +135,9 @@ def _outputs(saved: SavedCheckpoint, family: Family, model: ModelConfig, dtype: 
     return [*outputs.values(), *copies]
 
 
-def _write_shards(folder: Path, saved: SavedCheckpoint, outputs: Sequence[Output], shard_bytes: int) -> tuple[str, ...]:
+def _write_shards(
+    folder: Path, saved: SavedCheckpoint, outputs: Sequence[Output], shard_bytes: int
+) -> tuple[str, ...]:
     shards: list[list[Output]] = [[]]
     filled = 0
     for output in outputs:
@@ -121,12 +146,17 @@ def _write_shards(folder: Path, saved: SavedCheckpoint, outputs: Sequence[Output
             filled = 0
         shards[-1].append(output)
         filled += output.num_bytes
-    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    names = [
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        for number in range(1, len(shards) + 1)
+    ]
     names = [SINGLE] if len(shards) == 1 else names
     for name, shard in zip(names, shards, strict=True):
         _write_shard(folder / name, saved, shard)
     if len(shards) > 1:
-        where = {output.name: name for name, shard in zip(names, shards, strict=True) for output in shard}
+        where = {
+            output.name: name for name, shard in zip(names, shards, strict=True) for output in shard
+        }
         total = sum(output.num_bytes for output in outputs)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / SHARDS).write_text(json.dumps(index, indent=2) + "\n")
@@ -138,8 +168,13 @@ def _write_shard(path: Path, saved: SavedCheckpoint, shard: Sequence[Output]) ->
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for output in shard:
-        start, end = end, end + output.num_bytes
-        header[output.name] = {"dtype": _NAMES[output.dtype], "shape": output.shape, "data_offsets": [start, end]}
+        start = end
+        end = end + output.num_bytes
+        header[output.name] = {
+            "dtype": _NAMES[output.dtype],
+            "shape": output.shape,
+            "data_offsets": [start, end],
+        }
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % _HEADER_STEP)
     with open(path, "wb", buffering=0) as file:
@@ -162,8 +197,12 @@ def _assemble(saved: SavedCheckpoint, output: Output) -> Tensor:
             continue
         own = torch.empty(shape, dtype=output.dtype)
         saved.load_into(_one(name, own))
-        for here, there in Place("", rotary=place.rotary).pieces(shape, Box((0,) * len(shape), shape)):
-            part.narrow(0, there.offset[0], there.size[0]).copy_(own.narrow(0, here.offset[0], here.size[0]))
+        for here, there in Place("", rotary=place.rotary).pieces(
+            shape, Box((0,) * len(shape), shape)
+        ):
+            part.narrow(0, there.offset[0], there.size[0]).copy_(
+                own.narrow(0, here.offset[0], here.size[0])
+            )
     return whole
 
 
@@ -171,11 +210,21 @@ def _one(name: str, tensor: Tensor) -> ShardedState:
     return {f"model/{name}": whole_tensor(tensor)}
 
 
-def _config(family: Family, model: ModelConfig, train_state: Mapping[str, Any], outputs: Sequence[Output]) -> dict[str, Any]:
+def _config(
+    family: Family, model: ModelConfig, train_state: Mapping[str, Any], outputs: Sequence[Output]
+) -> dict[str, Any]:
     end = train_state.get("end_of_document")
-    ids = train_state.get("token_ids") or {"bos_token_id": end, "eos_token_id": end, "pad_token_id": None}
+    ids = train_state.get("token_ids") or {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": None,
+    }
     dtype = _CONFIG_NAMES.get(outputs[0].dtype, "float32")
-    own = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype}
+    own = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "torch_dtype": dtype,
+    }
     return own | family.write(model) | dict(ids)
 
 
@@ -187,7 +236,11 @@ def _write_tokenizer(folder: Path, checkpoint: str, train_state: Mapping[str, An
         return False
     (folder / HF_TOKENIZER).write_bytes(text)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    ends = [token["content"] for token in json.loads(text).get("added_tokens", []) if token["id"] == train_state.get("end_of_document")]
+    ends = [
+        token["content"]
+        for token in json.loads(text).get("added_tokens", [])
+        if token["id"] == train_state.get("end_of_document")
+    ]
     if ends:
         settings["eos_token"] = ends[0]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -1,7 +1,10 @@
-"""A folder of safetensors as Hugging Face publishes models. Owns: its files, headers and what can be wrong with them.
+"""A folder of safetensors as Hugging Face publishes models.
 
-The format (8 bytes of length, a JSON header, row-major tensors) is read here and not by its library, which maps whole files into
-memory and knows local paths only. Torch-free. Must not know: families, what tensors mean.
+Owns: its files, headers and what can be wrong with them.
+
+The format (8 bytes of length, a JSON header, row-major tensors) is read here and not by its
+library, which maps whole files into memory and knows local paths only. Torch-free. Must not know:
+families, what tensors mean.
 """
 
 import json
@@ -56,13 +59,24 @@ def is_hf_folder(path: str) -> bool:
 
 
 def open_folder(path: str) -> StoredModel:
-    """Reads config.json and all headers. Raises CheckpointError when the folder or a file in it is missing, torn or unreadable."""
+    """Reads config.json and all headers.
+
+    Raises CheckpointError when the folder or a file in it is missing, torn or unreadable.
+    """
     storage = open_storage(path)
     sizes = {entry.name: entry.size for entry in storage.list() if not entry.is_folder}
     if not sizes:
-        raise CheckpointError("read", path, "it is not a folder with files in it; give the folder that holds config.json")
+        raise CheckpointError(
+            "read",
+            path,
+            "it is not a folder with files in it; give the folder that holds config.json",
+        )
     if CONFIG not in sizes:
-        raise CheckpointError("read", path, f"it holds no {CONFIG}; give the folder of a model in Hugging Face's format")
+        raise CheckpointError(
+            "read",
+            path,
+            f"it holds no {CONFIG}; give the folder of a model in Hugging Face's format",
+        )
     tensors: dict[str, StoredTensor] = {}
     for file in _files(storage, path, sizes):
         tensors |= _header(storage, file, sizes[file])
@@ -82,7 +96,10 @@ def _files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list[str]:
         raise CheckpointError("read", storage.uri(SHARDS), "it has no weight_map")
     files = sorted(set(map(str, listed.values())))
     if missing := [file for file in files if file not in sizes]:
-        text = f"{len(missing)} of {len(files)} files that {SHARDS} names are missing: {', '.join(missing[:3])}; download them again"
+        text = (
+            f"{len(missing)} of {len(files)} files that {SHARDS} names are missing: "
+            f"{', '.join(missing[:3])}; download them again"
+        )
         raise CheckpointError("read", path, text)
     return files
 
@@ -93,21 +110,29 @@ def _json(storage: Storage, name: str) -> dict[str, Any]:
     except MissingFile:
         raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError("read", storage.uri(name), f"it is not valid JSON: {error}") from error
+        raise CheckpointError(
+            "read", storage.uri(name), f"it is not valid JSON: {error}"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError("read", storage.uri(name), "it does not hold a JSON object")
     return found
 
 
 def _header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
-    path, found = storage.uri(file), dict[str, StoredTensor]()
+    path = storage.uri(file)
+    found = dict[str, StoredTensor]()
     if size < 8:
-        raise CheckpointError("read", path, f"it has {size} bytes, which is no safetensors file; download it again")
+        raise CheckpointError(
+            "read", path, f"it has {size} bytes, which is no safetensors file; download it again"
+        )
     with storage.open_input(file) as source:
         source.read_into(0, memoryview(length := bytearray(8)))
         header_bytes = int.from_bytes(length, "little")
         if header_bytes > min(size - 8, _LONGEST_HEADER):
-            text = f"its header would be {header_bytes} bytes long and the file has {size}: it is cut short or no safetensors file"
+            text = (
+                f"its header would be {header_bytes} bytes long and the file has {size}: it is "
+                "cut short or no safetensors file"
+            )
             raise CheckpointError("read", path, text)
         source.read_into(8, memoryview(raw := bytearray(header_bytes)))
     try:
@@ -115,7 +140,9 @@ def _header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
             if name == "__metadata__":
                 continue
             first, last = entry["data_offsets"]
-            tensor = StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + first)
+            tensor = StoredTensor(
+                name, file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + first
+            )
             _check_extent(path, tensor, last - first, size)
             found[name] = tensor
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -126,7 +153,12 @@ def _header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
 def _check_extent(path: str, tensor: StoredTensor, num_bytes: int, size: int) -> None:
     element = (ELEMENT_BYTES | _OTHER_BYTES)[tensor.dtype]
     if prod(tensor.shape) * element != num_bytes or num_bytes < 0:
-        raise ValueError(f"{tensor.name} has shape {tensor.shape} of {tensor.dtype}, but {num_bytes} bytes")
+        raise ValueError(
+            f"{tensor.name} has shape {tensor.shape} of {tensor.dtype}, but {num_bytes} bytes"
+        )
     if tensor.start + num_bytes > size:
-        text = f"it is cut short: tensor {tensor.name!r} ends at byte {tensor.start + num_bytes}, the file at {size}; download it again"
+        text = (
+            f"it is cut short: tensor {tensor.name!r} ends at byte {tensor.start + num_bytes}, "
+            f"the file at {size}; download it again"
+        )
         raise CheckpointError("read", path, text)

@@ -1,4 +1,7 @@
-"""A new folder that appears whole or not at all. Owns: that. Must not know: what is written in it."""
+"""A new folder that appears whole or not at all.
+
+Owns: that. Must not know: what is written in it.
+"""
 
 import secrets
 import shutil
@@ -16,10 +19,14 @@ def new_folder(out: str) -> Iterator[Path]:
     Raises CheckpointError when `out` is a URI, is there already, or its place cannot be written to.
     """
     if "://" in out:
-        raise CheckpointError("write", out, "a local path is needed; copy the folder to where you want it afterwards")
+        raise CheckpointError(
+            "write", out, "a local path is needed; copy the folder to where you want it afterwards"
+        )
     final = Path(out).absolute()
     if final.exists():
-        raise CheckpointError("write", out, "it is there already; delete it, or choose another name")
+        raise CheckpointError(
+            "write", out, "it is there already; delete it, or choose another name"
+        )
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)

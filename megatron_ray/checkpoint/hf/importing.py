@@ -1,6 +1,9 @@
-"""From a Hugging Face folder to a committed checkpoint of ours, tensor by tensor. Owns: what such a checkpoint contains.
+"""From a Hugging Face folder to a committed checkpoint of ours, tensor by tensor.
 
-It has weights only, no layout, and beside them a job spec that begins with it. Must not know: training, ranks.
+Owns: what such a checkpoint contains.
+
+It has weights only, no layout, and beside them a job spec that begins with it. Must not know:
+training, ranks.
 """
 
 import json
@@ -41,9 +44,12 @@ class Imported:
 
 
 def import_folder(source: str, out: str) -> Imported:
-    """Writes the checkpoint folder `out`. Peak memory is the largest tensor and some scratch.
+    """Writes the checkpoint folder `out`.
 
-    Raises CheckpointError for damaged files and when `out` is there, ConfigProblem when the model is not one that can be read.
+    Peak memory is the largest tensor and some scratch.
+
+    Raises CheckpointError for damaged files and when `out` is there, ConfigProblem when the model
+    is not one that can be read.
     """
     weights = HfWeights(source)
     weights.check_copies()
@@ -62,7 +68,10 @@ def import_folder(source: str, out: str) -> Imported:
 
 
 def _write_tensors(weights: HfWeights, storage: Storage) -> int:
-    held = [Held(f"model/{name}", shape, Box((0,) * len(shape), shape), weights.dtype(name)) for name, shape in weights.shapes.items()]
+    held = [
+        Held(f"model/{name}", shape, Box((0,) * len(shape), shape), weights.dtype(name))
+        for name, shape in weights.shapes.items()
+    ]
     plan = plan_all([held])[0]
     if not isinstance(plan, RankPlan) or plan.index is None:
         raise CheckpointError("write", storage.uri(), plan)
@@ -88,7 +97,11 @@ def _settings(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
             "model": shown,
             "data": {
                 "train": [{"path": "builtin://python-stdlib"}],
-                **({"tokenizer": {"kind": "file", "path": tokenizer}} if tokenizer is not None else {}),
+                **(
+                    {"tokenizer": {"kind": "file", "path": tokenizer}}
+                    if tokenizer is not None
+                    else {}
+                ),
             },
             "training": {
                 "seq_length": min(model.max_sequence_length, _LONGEST),
@@ -119,4 +132,7 @@ def _spec(config: TrainConfig, path: str) -> str:
     fields = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     fields = {"name": "from-pretrained", **fields, "checkpoint": {"start_from": path}}
     text = yaml.safe_dump(fields, sort_keys=False)
-    return f"# A run that begins with these weights. Choose data, sequence length, batch, steps and learning rate.\n{text}"
+    return (
+        "# A run that begins with these weights. Choose data, sequence length, batch, steps "
+        f"and learning rate.\n{text}"
+    )

@@ -1,4 +1,7 @@
-"""A config.json as a family reads it. Owns: values with defaults, and refusals that name the key. Pure; must not know: families."""
+"""A config.json as a family reads it.
+
+Owns: values with defaults, and refusals that name the key. Pure; must not know: families.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -7,10 +10,14 @@ from megatron_ray.config.problem import ConfigProblem
 
 
 class Options:
-    """The values of a config.json. Every method raises ConfigProblem with the key and the remedy."""
+    """The values of a config.json.
+
+    Every method raises ConfigProblem with the key and the remedy.
+    """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
+        self.values = values
+        self.where = where
 
     def refuse(self, text: str) -> ConfigProblem:
         """The error to raise."""
@@ -37,7 +44,11 @@ class Options:
 
     def only(self, key: str, allowed: Iterable[Any], default: Any = None) -> Any:
         """A value that must be one of those that mean something here."""
-        found, known = self.get(key, default), list(allowed)
+        found = self.get(key, default)
+        known = list(allowed)
         if found not in known:
-            raise self.refuse(f"{key}={found!r} is not supported; known: {', '.join(repr(value) for value in known)}")
+            raise self.refuse(
+                f"{key}={found!r} is not supported; known: "
+                f"{', '.join(repr(value) for value in known)}"
+            )
         return found

@@ -1,5 +1,7 @@
-"""Where a logical tensor lies in the tensors of a Hugging Face checkpoint. Owns: that statement as data, and its arithmetic on shapes
-and boxes. Pure; must not know: families, files, torch.
+"""Where a logical tensor lies in the tensors of a Hugging Face checkpoint.
+
+Owns: that statement as data, and its arithmetic on shapes and boxes. Pure; must not know: families,
+files, torch.
 """
 
 import re
@@ -13,8 +15,10 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rows in an order of their own: of every `every` rows those from `first` on, `width` in all, are rotated in neighbouring pairs
-    (2i, 2i + 1) there and in halves (i, i + width / 2) here (transformers' `rope_interleave`)."""
+    """Rows in an order of their own: of every `every` rows those from `first` on, `width` in all,
+    are rotated in neighbouring pairs (2i, 2i + 1) there and in halves (i, i + width / 2) here
+    (transformers' `rope_interleave`).
+    """
 
     every: int
     first: int
@@ -31,10 +35,13 @@ class Rotary:
         return head * self.every + self.first + pair
 
     def runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Rows [start, end) as (first row here, first row there, count), neighbours together where the order is the same."""
+        """Rows [start, end) as (first row here, first row there, count), neighbours together where
+        the order is the same.
+        """
         row = start
         while row < end:
-            there, count = self.stored_row(row), 1
+            there = self.stored_row(row)
+            count = 1
             while row + count < end and self.stored_row(row + count) == there + count:
                 count += 1
             yield row, there, count
@@ -60,18 +67,27 @@ class Place:
         return whole[::-1] if self.transposed else whole
 
     def pieces(self, shape: Sequence[int], box: Box) -> Iterator[tuple[Box, Box]]:
-        """A box of the logical tensor as (box here, box there) pairs; where transposed the second is still to be turned."""
-        start, rows = box.offset[0], box.size[0]
-        runs = [(start, start, rows)] if self.rotary is None else self.rotary.runs(start, start + rows)
+        """A box of the logical tensor as (box here, box there) pairs; where transposed the second
+        is still to be turned.
+        """
+        start = box.offset[0]
+        rows = box.size[0]
+        runs = (
+            [(start, start, rows)] if self.rotary is None else self.rotary.runs(start, start + rows)
+        )
         for here, there, count in runs:
-            offset, size = (there + self.part * shape[0], *box.offset[1:]), (count, *box.size[1:])
+            offset = (there + self.part * shape[0], *box.offset[1:])
+            size = (count, *box.size[1:])
             stored = Box(offset[::-1], size[::-1]) if self.transposed else Box(offset, size)
             yield Box((here, *box.offset[1:]), size), stored
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Logical names of one kind and where they are stored. `{}` stands for a number, the same in both."""
+    """Logical names of one kind and where they are stored.
+
+    `{}` stands for a number, the same in both.
+    """
 
     logical: str
     stored: str
@@ -85,7 +101,9 @@ class Rule:
     def place(self, numbers: Sequence[str]) -> Place:
         """Where the tensor with these numbers in its name lies."""
         shifted = [str(int(numbers[0]) + self.first_layer), *numbers[1:]] if numbers else []
-        return Place(self.stored.format(*shifted), self.part, self.parts, self.transposed, self.rotary)
+        return Place(
+            self.stored.format(*shifted), self.part, self.parts, self.transposed, self.rotary
+        )
 
 
 def find_places(rules: Iterable[Rule], names: Iterable[str]) -> dict[str, Place | None]:
@@ -106,4 +124,6 @@ def linear(logical: str, stored: str, *, bias: bool = False) -> list[Rule]:
 
 def linears(pairs: Mapping[str, str], logical: str, stored: str) -> list[Rule]:
     """Weights by their last names, below two prefixes."""
-    return [rule for ours, theirs in pairs.items() for rule in linear(logical + ours, stored + theirs)]
+    return [
+        rule for ours, theirs in pairs.items() for rule in linear(logical + ours, stored + theirs)
+    ]

@@ -1,4 +1,7 @@
-"""Shapes of DeepSeek's models and of those built like them. Owns: numbers as published. Must not know: how a model is built."""
+"""Shapes of DeepSeek's models and of those built like them.
+
+Owns: numbers as published. Must not know: how a model is built.
+"""
 
 from typing import Any
 
@@ -21,7 +24,13 @@ DEEPSEEK: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "ffn_hidden_size": 384,
         "max_sequence_length": 1024,
-        "mla": {"q_lora_rank": 64, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32},
+        "mla": {
+            "q_lora_rank": 64,
+            "kv_lora_rank": 32,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+        },
         "moe": {
             **_V3_ROUTING,
             "num_experts": 8,

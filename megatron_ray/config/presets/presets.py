@@ -1,6 +1,9 @@
-"""Named model shapes. Owns: numbers as published. Must not know: how a model is built.
+"""Named model shapes.
 
-Each family's numbers are those of its authors' `config.json` on Hugging Face, the repository being named above it.
+Owns: numbers as published. Must not know: how a model is built.
+
+Each family's numbers are those of its authors' `config.json` on Hugging Face, the repository being
+named above it.
 """
 
 from typing import Any
@@ -8,14 +11,29 @@ from typing import Any
 from megatron_ray.config.presets.deepseek import DEEPSEEK
 
 
-def _sized(family: dict[str, Any], layers: int, hidden: int, heads: int, groups: int, ffn: int, **rest: Any) -> dict[str, Any]:
-    """A size of a family: its layers, width, query heads, key/value heads and width inside the MLP, and what else is its own."""
-    sizes = {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads, "ffn_hidden_size": ffn}
-    # As many as query heads are left out, so that who writes another number of heads beside a preset has to write it once.
+def _sized(
+    family: dict[str, Any], layers: int, hidden: int, heads: int, groups: int, ffn: int, **rest: Any
+) -> dict[str, Any]:
+    """A size of a family: its layers, width, query heads, key/value heads and width inside the MLP,
+    and what else is its own.
+    """
+    sizes = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_hidden_size": ffn,
+    }
+    # As many as query heads are left out, so that who writes another number of heads beside a
+    # preset has to write it once.
     return family | sizes | ({} if groups == heads else {"num_query_groups": groups}) | rest
 
 
-_LLAMA: dict[str, Any] = {"activation": "swiglu", "norm": "rmsnorm", "position_embedding": "rope", "norm_eps": 1e-5}
+_LLAMA: dict[str, Any] = {
+    "activation": "swiglu",
+    "norm": "rmsnorm",
+    "position_embedding": "rope",
+    "norm_eps": 1e-5,
+}
 _GPT2: dict[str, Any] = {
     "activation": "gelu_tanh",
     "norm": "layernorm",
@@ -36,9 +54,20 @@ _LLAMA3_SCALING = {
 }
 _LLAMA31 = _LLAMA3 | {"max_sequence_length": 131072, "rope_scaling": _LLAMA3_SCALING}
 _LLAMA32 = _LLAMA31 | {"rope_scaling": _LLAMA3_SCALING | {"factor": 32.0}, "tie_embeddings": True}
-_MISTRAL = _LLAMA | {"vocab_size": 32000, "rope_theta": 10000.0, "max_sequence_length": 32768, "sliding_window": 4096}
+_MISTRAL = _LLAMA | {
+    "vocab_size": 32000,
+    "rope_theta": 10000.0,
+    "max_sequence_length": 32768,
+    "sliding_window": 4096,
+}
 _MIXTRAL = _LLAMA | {"vocab_size": 32000, "rope_theta": 1e6, "max_sequence_length": 32768}
-_QWEN2 = _LLAMA | {"vocab_size": 151936, "rope_theta": 1e6, "norm_eps": 1e-6, "max_sequence_length": 131072, "qkv_bias": True}
+_QWEN2 = _LLAMA | {
+    "vocab_size": 151936,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "max_sequence_length": 131072,
+    "qkv_bias": True,
+}
 _QWEN3 = _LLAMA | {
     "vocab_size": 151936,
     "rope_theta": 1e6,
@@ -65,12 +94,45 @@ def _qwen3_experts(width: int) -> dict[str, Any]:
 # Layers and heads are multiples of 4, so that every small layout is legal.
 _TINY: dict[str, dict[str, Any]] = {
     "gpt-tiny": _sized(_LLAMA, 4, 128, 4, 4, 384, max_sequence_length=1024),
-    "moe-tiny": _sized(_LLAMA, 4, 128, 4, 4, 256, max_sequence_length=1024, moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.01}),
+    "moe-tiny": _sized(
+        _LLAMA,
+        4,
+        128,
+        4,
+        4,
+        256,
+        max_sequence_length=1024,
+        moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.01},
+    ),
     "gpt2-tiny": _sized(_GPT2, 4, 128, 4, 4, 512),
     # As their families are, but for the vocabulary, which is the tokenizer's.
-    "mistral-tiny": _sized(_MISTRAL, 4, 128, 4, 4, 384, vocab_size=None, max_sequence_length=1024, sliding_window=128),
-    "qwen3-tiny": _sized(_QWEN3, 4, 128, 4, 4, 384, vocab_size=None, max_sequence_length=1024, head_dim=32, tie_embeddings=True),
-    "gemma-tiny": _sized(_GEMMA, 4, 128, 4, 4, 512, vocab_size=None, max_sequence_length=1024, head_dim=64, embedding_scale=128**0.5),
+    "mistral-tiny": _sized(
+        _MISTRAL, 4, 128, 4, 4, 384, vocab_size=None, max_sequence_length=1024, sliding_window=128
+    ),
+    "qwen3-tiny": _sized(
+        _QWEN3,
+        4,
+        128,
+        4,
+        4,
+        384,
+        vocab_size=None,
+        max_sequence_length=1024,
+        head_dim=32,
+        tie_embeddings=True,
+    ),
+    "gemma-tiny": _sized(
+        _GEMMA,
+        4,
+        128,
+        4,
+        4,
+        512,
+        vocab_size=None,
+        max_sequence_length=1024,
+        head_dim=64,
+        embedding_scale=128**0.5,
+    ),
 }
 
 PRESETS: dict[str, dict[str, Any]] = _TINY | {
@@ -83,7 +145,8 @@ PRESETS: dict[str, dict[str, Any]] = _TINY | {
     "llama2-7b": _sized(_LLAMA2, 32, 4096, 32, 32, 11008),
     "llama2-13b": _sized(_LLAMA2, 40, 5120, 40, 40, 13824),
     "llama2-70b": _sized(_LLAMA2, 80, 8192, 64, 8, 28672),
-    # meta-llama/Meta-Llama-3-*; 405B as it was pre-trained (Llama 3 herd, section 3), before its context was stretched.
+    # meta-llama/Meta-Llama-3-*; 405B as it was pre-trained (Llama 3 herd, section 3), before its
+    # context was stretched.
     "llama3-8b": _sized(_LLAMA3, 32, 4096, 32, 8, 14336),
     "llama3-70b": _sized(_LLAMA3, 80, 8192, 64, 8, 28672),
     "llama3-405b": _sized(_LLAMA3, 126, 16384, 128, 8, 53248),
@@ -95,7 +158,9 @@ PRESETS: dict[str, dict[str, Any]] = _TINY | {
     "llama3.2-3b": _sized(_LLAMA32, 28, 3072, 24, 8, 8192),
     # mistralai/Mistral-7B-v0.1, Mixtral-8x7B-v0.1, Mixtral-8x22B-v0.1
     "mistral-7b": _sized(_MISTRAL, 32, 4096, 32, 8, 14336),
-    "mixtral-8x7b": _sized(_MIXTRAL, 32, 4096, 32, 8, 14336, moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.02}),
+    "mixtral-8x7b": _sized(
+        _MIXTRAL, 32, 4096, 32, 8, 14336, moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.02}
+    ),
     "mixtral-8x22b": _sized(
         *(_MIXTRAL, 56, 6144, 48, 8, 16384),
         max_sequence_length=65536,

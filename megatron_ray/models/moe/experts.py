@@ -1,4 +1,6 @@
-"""What an expert computes: an MLP, for many experts at once. Owns: its maths. Must not know: ranks, who sent the rows.
+"""What an expert computes: an MLP, for many experts at once.
+
+Owns: its maths. Must not know: ranks, who sent the rows.
 
 Shapes: R rows that lie expert by expert, L experts here, H hidden, F inner width.
 """
@@ -17,7 +19,9 @@ class GatedExperts(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
         self.activation = gated_activation(config)
-        self.gate_up = layers.expert_column(num_experts, config.hidden_size, 2 * config.expert_width)
+        self.gate_up = layers.expert_column(
+            num_experts, config.hidden_size, 2 * config.expert_width
+        )
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
@@ -30,7 +34,9 @@ class PlainExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
-        self.activation = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.activation = nn.GELU(
+            approximate="tanh" if config.activation == "gelu_tanh" else "none"
+        )
         self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
         self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
 

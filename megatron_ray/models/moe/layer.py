@@ -1,4 +1,6 @@
-"""The feed-forward half of a block that has experts. Owns: the order route, dispatch, compute, combine. Must not know: ranks, groups.
+"""The feed-forward half of a block that has experts.
+
+Owns: the order route, dispatch, compute, combine. Must not know: ranks, groups.
 
 Shapes: T tokens, E experts, K experts of a token, H hidden.
 """
@@ -17,13 +19,19 @@ from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 
 
 class MoE(nn.Module):
-    """x -> residual (if given) + sum over a token's experts of weight x expert(x), + a shared expert where there is one."""
+    """x -> residual (if given) + sum over a token's experts of weight x expert(x), + a shared
+    expert where there is one.
+    """
 
     def __init__(self, config: ModelConfig, moe: MoEConfig, layers: Layers, index: int) -> None:
         super().__init__()
-        self.moe, self.index, self.layers = moe, index, layers
+        self.moe = moe
+        self.index = index
+        self.layers = layers
         self.router = layers.router(config.hidden_size, moe.num_experts)
-        self.expert_bias = layers.expert_bias(moe.num_experts, moe.bias_update_rate) if moe.expert_bias else None
+        self.expert_bias = (
+            layers.expert_bias(moe.num_experts, moe.bias_update_rate) if moe.expert_bias else None
+        )
         kind = GatedExperts if config.gated else PlainExperts
         self.experts = kind(config, layers, moe.num_experts)
         shared = moe.shared_expert_ffn_hidden_size
@@ -31,13 +39,16 @@ class MoE(nn.Module):
         self.dispatcher = layers.dispatcher(moe.num_experts)
         weights = config.attached_losses
         self.balancing_loss, self.z_loss = (
-            layers.attached_loss(kind, weights[kind], of_own_tokens=True) if kind in weights else None
+            layers.attached_loss(kind, weights[kind], of_own_tokens=True)
+            if kind in weights
+            else None
             for kind in (moe.balancing_loss, "z_loss")
         )
 
     def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
         experts, weights = self._route(self.router(x_TH), positions)
-        # A generated token must not depend on what else is in its batch, so only a model that is trained sends tokens away.
+        # A generated token must not depend on what else is in its batch, so only a model that is
+        # trained sends tokens away.
         most = router.capacity(self.moe, len(experts)) if self.training else None
         if most is not None:
             experts, weights = router.limit(self.moe, experts, weights, most)
@@ -61,21 +72,33 @@ class MoE(nn.Module):
             weights = self._balanced(logits_TE, experts, weights, positions)
         return experts, weights
 
-    def _balanced(self, logits_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, positions: Positions) -> Tensor:
-        """The weights with the gradients of the balancing losses attached; a bias hears who was chosen."""
+    def _balanced(
+        self, logits_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, positions: Positions
+    ) -> Tensor:
+        """The weights with the gradients of the balancing losses attached; a bias hears who was
+        chosen.
+        """
         moe = self.moe
         if self.expert_bias is not None:
             everything = torch.zeros_like(experts_TK[:, 0])
-            self.expert_bias.count(router.count_tokens(experts_TK, moe.num_experts, everything, 1)[0])
+            self.expert_bias.count(
+                router.count_tokens(experts_TK, moe.num_experts, everything, 1)[0]
+            )
         if self.balancing_loss is not None:
             sequence, count = self._sequences(positions, len(experts_TK), experts_TK.device)
-            tokens = self.layers.sum_over_tokens(router.count_tokens(experts_TK, moe.num_experts, sequence, count))
-            weights_TK = self.balancing_loss(weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence))
+            tokens = self.layers.sum_over_tokens(
+                router.count_tokens(experts_TK, moe.num_experts, sequence, count)
+            )
+            weights_TK = self.balancing_loss(
+                weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence)
+            )
         if self.z_loss is not None:
             weights_TK = self.z_loss(weights_TK, router.z_loss(moe, logits_TE))
         return weights_TK
 
-    def _sequences(self, positions: Positions, num_tokens: int, device: torch.device) -> tuple[Tensor, int]:
+    def _sequences(
+        self, positions: Positions, num_tokens: int, device: torch.device
+    ) -> tuple[Tensor, int]:
         """(which sequence each of these tokens is balanced with, how many there are)."""
         if self.moe.aux_loss == "aux_loss":
             return torch.zeros(num_tokens, dtype=torch.int64, device=device), 1

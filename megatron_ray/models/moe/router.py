@@ -1,4 +1,6 @@
-"""Who gets which token, with what weight, and what keeps experts balanced. Owns: the router's maths after its logits, all in fp32.
+"""Who gets which token, with what weight, and what keeps experts balanced.
+
+Owns: the router's maths after its logits, all in fp32.
 
 Formulas are Megatron-LM's. Must not know: ranks, groups, where experts are.
 
@@ -16,8 +18,13 @@ _TINY = 1e-20
 """Keeps a sum of sigmoids that are all zero from dividing by it."""
 
 
-def choose(moe: MoEConfig, logits_TE: Tensor, bias_E: Tensor | None = None, given_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(experts [T, K], weights [T, K]). A bias counts for the choice, not for the weight; `given` experts are taken as they are."""
+def choose(
+    moe: MoEConfig, logits_TE: Tensor, bias_E: Tensor | None = None, given_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(experts [T, K], weights [T, K]).
+
+    A bias counts for the choice, not for the weight; `given` experts are taken as they are.
+    """
     over_chosen = moe.score_function == "softmax" and not moe.pre_softmax
     scores = logits_TE
     if not over_chosen:
@@ -49,8 +56,12 @@ def capacity(moe: MoEConfig, num_tokens: int) -> int | None:
     return min(num_tokens, ceil(num_tokens * moe.top_k / moe.num_experts * moe.capacity_factor))
 
 
-def limit(moe: MoEConfig, experts_TK: Tensor, weights_TK: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The choice with at most `most` tokens per expert: who has to go gets expert E, which is none, and weight 0."""
+def limit(
+    moe: MoEConfig, experts_TK: Tensor, weights_TK: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """The choice with at most `most` tokens per expert: who has to go gets expert E, which is none,
+    and weight 0.
+    """
     flat = experts_TK.flatten()
     order = torch.arange(len(flat), device=flat.device)
     if moe.drop_policy == "probs":
@@ -63,24 +74,31 @@ def limit(moe: MoEConfig, experts_TK: Tensor, weights_TK: Tensor, most: int) -> 
     return experts_TK.masked_fill(dropped, moe.num_experts), weights_TK.masked_fill(dropped, 0.0)
 
 
-def count_tokens(experts_TK: Tensor, num_experts: int, sequence_T: Tensor, num_sequences: int) -> Tensor:
+def count_tokens(
+    experts_TK: Tensor, num_experts: int, sequence_T: Tensor, num_sequences: int
+) -> Tensor:
     """How many tokens of each sequence chose each expert: [N, E], fp32."""
     which = (sequence_T[:, None] * num_experts + experts_TK).flatten()
     counts = torch.zeros(num_sequences * num_experts, device=which.device)
-    return counts.scatter_add_(0, which, torch.ones_like(which, dtype=counts.dtype)).view(num_sequences, num_experts)
+    return counts.scatter_add_(0, which, torch.ones_like(which, dtype=counts.dtype)).view(
+        num_sequences, num_experts
+    )
 
 
 def aux_loss(moe: MoEConfig, logits_TE: Tensor, tokens_NE: Tensor, sequence_T: Tensor) -> Tensor:
-    """These tokens' part of T x the balancing loss, T being the tokens of the whole microbatch, whoever holds them.
+    """These tokens' part of T x the balancing loss, T being the tokens of the whole microbatch,
+    whoever holds them.
 
-    Switch Transformer's E x coeff / (K T^2) x sum over experts of probabilities_e x tokens_e, over all tokens together or over each
-    sequence with the mean over sequences. `tokens` are of the whole microbatch, [1, E] or [N, E]; they have no gradient.
+    Switch Transformer's E x coeff / (K T^2) x sum over experts of probabilities_e x tokens_e, over
+    all tokens together or over each sequence with the mean over sequences. `tokens` are of the
+    whole microbatch, [1, E] or [N, E]; they have no gradient.
     """
     probabilities = logits_TE.softmax(-1)
     if moe.score_function == "sigmoid":
         probabilities = logits_TE.sigmoid()
         probabilities = probabilities / (probabilities.sum(-1, keepdim=True) + _TINY)
-    # Of tokens_e / (K T) the sum over experts is one, whatever was chosen: shares need no number of tokens from anybody.
+    # Of tokens_e / (K T) the sum over experts is one, whatever was chosen: shares need no number of
+    # tokens from anybody.
     shares = tokens_NE / tokens_NE.sum(-1, keepdim=True)
     of_token = shares if len(shares) == 1 else shares[sequence_T]
     return (probabilities * of_token).sum() * (moe.num_experts * moe.aux_loss_coeff)

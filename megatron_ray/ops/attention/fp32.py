@@ -1,6 +1,8 @@
-"""Causal attention of bf16 on a CPU that cannot multiply it: the fused kernel in fp32, of which only bf16 is kept for the backward.
+"""Causal attention of bf16 on a CPU that cannot multiply it: the fused kernel in fp32, of which
+only bf16 is kept for the backward.
 
-torch's own function takes 7 times as long there, forward and backward. Must not know: positions, caches, ranks.
+torch's own function takes 7 times as long there, forward and backward. Must not know: positions,
+caches, ranks.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width.
 """
@@ -9,19 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.ops.attention import fused
 
 
 def wide_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S, D], in memory [B, S, N, D]."""
+    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S, D], in memory
+    [B, S, N, D].
+    """
     return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _WideAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide, lse = fused.forward(q, k, v, causal=True, bias=None)
         output = fused.tokens_first(wide, q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)

@@ -1,9 +1,12 @@
-"""Causal attention in which a token sees itself and the few tokens before it (Longformer, Beltagy et al. 2020; Mistral), by stripes.
+"""Causal attention in which a token sees itself and the few tokens before it (Longformer, Beltagy
+et al. 2020; Mistral), by stripes.
 
-A stripe is some query rows and the keys that any of them sees, so work and memory grow with sequence x window. Keeps only q, k, v, the
-output and its logarithms of sums for the backward. Must not know: positions, caches, ranks.
+A stripe is some query rows and the keys that any of them sees, so work and memory grow with
+sequence x window. Keeps only q, k, v, the output and its logarithms of sums for the backward. Must
+not know: positions, caches, ranks.
 
-Shapes: B batch, S sequence, N query heads, G key/value heads, D head width, R rows and C columns of a stripe.
+Shapes: B batch, S sequence, N query heads, G key/value heads, D head width, R rows and C columns of
+a stripe.
 """
 
 from collections.abc import Iterator
@@ -12,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from megatron_ray.ops.attention import fused
 from megatron_ray.ops.attention.fused import band, band_bias
@@ -42,21 +44,29 @@ def stripes(sequence: int, window: int) -> Iterator[Stripe]:
     rows = max(_ROWS, window // 4 // _ALIGNED * _ALIGNED)
     for first in range(0, sequence, rows):
         end = min(first + rows, sequence)
-        yield Stripe(slice(first, end), slice(max(0, first - window + 1) // _ALIGNED * _ALIGNED, end))
+        yield Stripe(
+            slice(first, end), slice(max(0, first - window + 1) // _ALIGNED * _ALIGNED, end)
+        )
 
 
 def windowed_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own, `window` of them: [B, N, S, D]."""
+    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own, `window` of them: [B,
+    N, S, D].
+    """
     if fused.differentiates_masked(q_BNSD.device.type):
         return _by_torch(q_BNSD, k_BGSD, v_BGSD, window)
     return _Windowed.apply(q_BNSD, k_BGSD, v_BGSD, window)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:
-    k, v = (fused.for_each_query_head(x, q_BNSD) for x in (k_BGSD, v_BGSD))  # a mask and shared heads have no fast kernel
+    k, v = (
+        fused.for_each_query_head(x, q_BNSD) for x in (k_BGSD, v_BGSD)
+    )  # a mask and shared heads have no fast kernel
     attended = []
     for stripe in stripes(q_BNSD.shape[2], window):
-        q, keys, values = q_BNSD[:, :, stripe.rows], k[:, :, stripe.columns], v[:, :, stripe.columns]
+        q = q_BNSD[:, :, stripe.rows]
+        keys = k[:, :, stripe.columns]
+        values = v[:, :, stripe.columns]
         mask = band(*stripe.shape, window, q.device)
         attended.append(nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
     return torch.cat(attended, 2)
@@ -64,26 +74,34 @@ def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Te
 
 class _Windowed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
-        output, lse = torch.empty_like(q, dtype=wide), torch.empty(q.shape[:3], dtype=wide, device=q.device)
+        output = torch.empty_like(q, dtype=wide)
+        lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
         for stripe in stripes(q.shape[2], window):
-            rows, columns = stripe.rows, stripe.columns
+            rows = stripe.rows
+            columns = stripe.columns
             bias = band_bias(*stripe.shape, window, q)
-            found = fused.forward(q[:, :, rows], k[:, :, columns], v[:, :, columns], causal=False, bias=bias)
+            found = fused.forward(
+                q[:, :, rows], k[:, :, columns], v[:, :, columns], causal=False, bias=bias
+            )
             output[:, :, rows], lse[:, :, rows] = found
         attended = fused.tokens_first(output, q.dtype)
         ctx.save_for_backward(q, k, v, attended, lse)
-        ctx.window = window  # type: ignore[attr-defined]
+        ctx.window = window
         return attended
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         # Every stripe adds to the keys it sees; many roundings to bf16 would add up.
-        grad_q, grad_k, grad_v = torch.empty_like(q), *(torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+        grad_q, grad_k, grad_v = (
+            torch.empty_like(q),
+            *(torch.zeros_like(x, dtype=lse.dtype) for x in (k, v)),
+        )
         for stripe in stripes(q.shape[2], ctx.window):
-            rows, columns = stripe.rows, stripe.columns
+            rows = stripe.rows
+            columns = stripe.columns
             bias = band_bias(*stripe.shape, ctx.window, q)
             of_q, of_k, of_v = fused.backward(
                 *(grad[:, :, rows], q[:, :, rows], k[:, :, columns], v[:, :, columns]),

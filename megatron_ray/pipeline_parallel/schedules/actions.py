@@ -1,7 +1,10 @@
-"""What a pipeline rank does, as data. Owns: the actions of a step and which rank holds which stage. Pure; must not know: torch.
+"""What a pipeline rank does, as data.
 
-A schedule is one list of actions per pipeline rank. `orders` gives the computing ones; `lowering` adds what is sent, received and
-reduced; the runner executes that very list and `simulation` judges it.
+Owns: the actions of a step and which rank holds which stage. Pure; must not know: torch.
+
+A schedule is one list of actions per pipeline rank. `orders` gives the computing ones; `lowering`
+adds what is sent, received and reduced; the runner executes that very list and `simulation` judges
+it.
 """
 
 from dataclasses import dataclass
@@ -24,7 +27,8 @@ class Op(IntEnum):
     REDUCE_GRADS = 8
     """A chunk's gradients are complete: their reduction over data-parallel ranks may begin."""
     UNSHARD = 9
-    """A chunk's parameters are about to be used for the first time in the step (ZeRO-3 gathers them)."""
+    """A chunk's parameters are about to be used for the first time in the step (ZeRO-3 gathers
+    them)."""
 
     @property
     def is_compute(self) -> bool:
@@ -43,7 +47,10 @@ class Op(IntEnum):
 
 
 class Action(NamedTuple):
-    """One entry of a rank's list. Sends name what they send, receives what they need it for, by this rank's own chunk."""
+    """One entry of a rank's list.
+
+    Sends name what they send, receives what they need it for, by this rank's own chunk.
+    """
 
     op: Op
     chunk: int
@@ -61,8 +68,8 @@ Order = list[Action]
 class StageMap:
     """Which rank holds which stage, `vpp` of them each.
 
-    `loop` (Megatron's interleaving): stage s is chunk s // pp of rank s % pp. `v` (Qi et al. 2024, ZB-V): the second half comes back,
-    so that the first and the last stage are on rank 0.
+    `loop` (Megatron's interleaving): stage s is chunk s // pp of rank s % pp. `v` (Qi et al. 2024,
+    ZB-V): the second half comes back, so that the first and the last stage are on rank 0.
     """
 
     pp: int

@@ -1,8 +1,11 @@
-"""What each pipeline stage holds. Owns: Megatron's layout strings, even and uneven cuts. Pure; must not know: ranks, torch.
+"""What each pipeline stage holds.
 
-A layout string lists the parts in order: `E` embedding, `t` decoder layer, `m` multi-token-prediction layer, `L` head and loss; `|` ends
-a stage, `*n` repeats what stands before it, parentheses group, commas and blanks mean nothing. `Et*3|(tt|)*29,m|L` is 61 layers in
-32 stages.
+Owns: Megatron's layout strings, even and uneven cuts. Pure; must not know: ranks, torch.
+
+A layout string lists the parts in order: `E` embedding, `t` decoder layer, `m`
+multi-token-prediction layer, `L` head and loss; `|` ends a stage, `*n` repeats what stands before
+it, parentheses group, commas and blanks mean nothing. `Et*3|(tt|)*29,m|L` is 61 layers in 32
+stages.
 """
 
 from collections.abc import Sequence
@@ -15,7 +18,9 @@ _MOST_NESTING = 20
 
 
 class LayoutError(ValueError):
-    """A layout that cannot be; the text says what is wrong and what would be right, `field` which of `parallel` to change."""
+    """A layout that cannot be; the text says what is wrong and what would be right, `field` which
+    of `parallel` to change.
+    """
 
     def __init__(self, text: str, field: str = "layout") -> None:
         super().__init__(text)
@@ -47,33 +52,54 @@ def parse_layout(text: str, num_layers: int, num_mtp_layers: int = 0) -> tuple[S
     if len(stages) > 1 and not stages[-1]:
         stages.pop()  # a bar at the very end ends the last stage
     _check(text, stages, num_layers, num_mtp_layers)
-    contents, layer, mtp = [], 0, 0
+    contents = []
+    layer = 0
+    mtp = 0
     for parts in stages:
-        layers, mtps = parts.count("t"), parts.count("m")
+        layers = parts.count("t")
+        mtps = parts.count("m")
         contents.append(
-            StageContents(tuple(range(layer, layer + layers)), "E" in parts, "L" in parts, tuple(range(mtp, mtp + mtps))),
+            StageContents(
+                tuple(range(layer, layer + layers)),
+                "E" in parts,
+                "L" in parts,
+                tuple(range(mtp, mtp + mtps)),
+            ),
         )
-        layer, mtp = layer + layers, mtp + mtps
+        layer = layer + layers
+        mtp = mtp + mtps
     return tuple(contents)
 
 
 def cut_layers(
-    num_layers: int, num_stages: int, *, first: int | None = None, last: int | None = None, num_mtp_layers: int = 0
+    num_layers: int,
+    num_stages: int,
+    *,
+    first: int | None = None,
+    last: int | None = None,
+    num_mtp_layers: int = 0,
 ) -> tuple[StageContents, ...]:
-    """Equal stages, the first or last of another size where that is given. Raises LayoutError with the nearest sizes that would do.
+    """Equal stages, the first or last of another size where that is given.
+
+    Raises LayoutError with the nearest sizes that would do.
 
     Multi-token-prediction layers are in the last stage, beside the loss they share.
     """
     given = [size for size in (first, last) if size is not None]
-    middle, others = num_stages - len(given), num_layers - sum(given)
+    middle = num_stages - len(given)
+    others = num_layers - sum(given)
     if middle < 0 or others < 0 or (middle == 0 and others):
-        text = f"first_stage_layers and last_stage_layers ({given}) do not make up {num_layers} layers in {num_stages} stages"
+        text = (
+            f"first_stage_layers and last_stage_layers ({given}) do not make up {num_layers} "
+            f"layers in {num_stages} stages"
+        )
         raise LayoutError(text, field="pp")
     if middle and others % middle:
         near = sum(given) + others - others % middle
         legal = f"{near} or {near + middle}" if near > sum(given) else f"{near + middle}"
         raise LayoutError(
-            f"{others} layers do not divide evenly into {middle} stages; nearest: num_layers={legal},"
+            f"{others} layers do not divide evenly into {middle} stages; nearest: "
+            f"num_layers={legal},"
             " or give first_stage_layers, last_stage_layers or a layout",
             field="pp",
         )
@@ -92,26 +118,40 @@ def cut_layers(
     )
 
 
-def _check(text: str, stages: Sequence[Sequence[str]], num_layers: int, num_mtp_layers: int) -> None:
+def _check(
+    text: str, stages: Sequence[Sequence[str]], num_layers: int, num_mtp_layers: int
+) -> None:
     parts = [part for stage in stages for part in stage]
-    for part, name, wanted in (("t", "decoder layers", num_layers), ("m", "multi-token-prediction layers", num_mtp_layers)):
+    for part, name, wanted in (
+        ("t", "decoder layers", num_layers),
+        ("m", "multi-token-prediction layers", num_mtp_layers),
+    ):
         if parts.count(part) != wanted:
-            raise LayoutError(f"layout {text!r} has {parts.count(part)} {name} ({part!r}), the model has {wanted}")
+            raise LayoutError(
+                f"layout {text!r} has {parts.count(part)} {name} ({part!r}), the model has {wanted}"
+            )
     if parts.count("E") != 1 or parts[0] != "E":
         raise LayoutError(f"layout {text!r} must begin with the embedding 'E', and have it once")
     if parts.count("L") != 1 or parts[-1] != "L":
         raise LayoutError(f"layout {text!r} must end with the loss 'L', and have it once")
     if "m" in parts and "t" in parts[parts.index("m") :]:
-        raise LayoutError(f"layout {text!r} has a decoder layer behind a multi-token-prediction layer; put all 'm' behind the last 't'")
+        raise LayoutError(
+            f"layout {text!r} has a decoder layer behind a multi-token-prediction layer; "
+            "put all 'm' behind the last 't'"
+        )
     if sum("m" in stage for stage in stages) > 1:
-        raise LayoutError(f"layout {text!r} spreads multi-token-prediction layers over stages; put all 'm' into one")
+        raise LayoutError(
+            f"layout {text!r} spreads multi-token-prediction layers over stages; put all "
+            "'m' into one"
+        )
 
 
 class _Parser:
     """Recursive descent: sequence = item*, item = (part | bar | group) repeat?"""
 
     def __init__(self, text: str) -> None:
-        self._text, self._at = text, 0
+        self._text = text
+        self._at = 0
 
     def parts(self) -> list[str]:
         found = self._sequence(depth=0)
@@ -151,7 +191,10 @@ class _Parser:
             return 1
         self._at += 1
         start = self._at
-        while self._text[self._at : self._at + 1].isascii() and self._text[self._at : self._at + 1].isdigit():
+        while (
+            self._text[self._at : self._at + 1].isascii()
+            and self._text[self._at : self._at + 1].isdigit()
+        ):
             self._at += 1
         digits = self._text[start : self._at]
         if not digits or len(digits) > 6:

@@ -1,10 +1,13 @@
-"""From computing actions to everything a rank does. Owns: where sends, receives, gradient reductions and gathers stand in the lists.
+"""From computing actions to everything a rank does.
 
-NCCL knows neither tags nor buffers: between two ranks the k-th operation of one must be the counterpart of the k-th of the other. So
-the messages of each pair get one order, that of the times at which an undisturbed run at equal costs produces them, and both ranks
-post their sends and receives in it. A send stands right behind the action that produces it, a receive one computing action ahead of
-its use, or earlier where the order asks for it: no more buffers than needed, and nobody waits for an order's sake.
-Pure; must not know: torch.
+Owns: where sends, receives, gradient reductions and gathers stand in the lists.
+
+NCCL knows neither tags nor buffers: between two ranks the k-th operation of one must be the
+counterpart of the k-th of the other. So the messages of each pair get one order, that of the times
+at which an undisturbed run at equal costs produces them, and both ranks post their sends and
+receives in it. A send stands right behind the action that produces it, a receive one computing
+action ahead of its use, or earlier where the order asks for it: no more buffers than needed, and
+nobody waits for an order's sake. Pure; must not know: torch.
 """
 
 from collections import defaultdict
@@ -28,7 +31,10 @@ class _Message(NamedTuple):
 
 
 def lower(orders: Sequence[Order], stages: StageMap) -> list[Order]:
-    """Every rank's whole list. Raises ScheduleError when the computing actions alone would never end."""
+    """Every rank's whole list.
+
+    Raises ScheduleError when the computing actions alone would never end.
+    """
     queues: dict[int, dict[int, list[_Message]]] = defaultdict(lambda: defaultdict(list))
     for message in sorted(_messages(orders, stages)):
         queues[message.source][message.target].append(message)
@@ -37,9 +43,14 @@ def lower(orders: Sequence[Order], stages: StageMap) -> list[Order]:
 
 
 def lower_one(orders: Sequence[Order], stages: StageMap, rank: int) -> Order:
-    """One rank's list of those; placing the others' is most of the work. Raises ScheduleError likewise."""
+    """One rank's list of those; placing the others' is most of the work.
+
+    Raises ScheduleError likewise.
+    """
     queues: dict[int, list[_Message]] = defaultdict(list)
-    for message in sorted(message for message in _messages(orders, stages) if rank in (message.source, message.target)):
+    for message in sorted(
+        message for message in _messages(orders, stages) if rank in (message.source, message.target)
+    ):
         queues[message.target if message.source == rank else message.source].append(message)
     return _place(rank, orders[rank], stages, queues)
 
@@ -50,13 +61,16 @@ def _messages(orders: Sequence[Order], stages: StageMap) -> Iterator[_Message]:
         backward = op is Op.BACKWARD
         to = stage - 1 if backward else stage + 1
         if 0 <= to < stages.num_stages:
-            source, target = stages.home(stage)[0], stages.home(to)[0]
+            source = stages.home(stage)[0]
+            target = stages.home(to)[0]
             if source != target:
                 yield _Message(time, source, backward, stage, microbatch, target)
 
 
 def _place(rank: int, order: Order, stages: StageMap, queues: dict[int, list[_Message]]) -> Order:
-    """One rank's list: its computing actions at 0, 1, 2 ..., everything else at the halves between them."""
+    """One rank's list: its computing actions at 0, 1, 2 ..., everything else at the halves between
+    them.
+    """
     index = {
         (action.op is not Op.FORWARD, action.chunk, action.microbatch): place
         for place, action in enumerate(order)
@@ -95,12 +109,16 @@ def _post(
             chunk = stages.home(message.stage)[1]
             earliest = index[message.backward, chunk, message.microbatch] + 0.5
             op = Op.SEND_BACKWARD if message.backward else Op.SEND_FORWARD
-            entries.append((earliest, earliest, message, Action(op, chunk, message.microbatch, message.target)))
+            entries.append(
+                (earliest, earliest, message, Action(op, chunk, message.microbatch, message.target))
+            )
         else:
             chunk = stages.home(message.stage + (-1 if message.backward else 1))[1]
             ahead = index[message.backward, chunk, message.microbatch] - 1.5
             op = Op.RECV_BACKWARD if message.backward else Op.RECV_FORWARD
-            entries.append((earliest, ahead, message, Action(op, chunk, message.microbatch, message.source)))
+            entries.append(
+                (earliest, ahead, message, Action(op, chunk, message.microbatch, message.source))
+            )
     placed = []
     limit = float("inf")
     for low, wanted, message, action in reversed(entries):

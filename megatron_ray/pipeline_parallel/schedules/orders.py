@@ -1,8 +1,11 @@
-"""In which order a pipeline rank computes. Owns: GPipe, 1F1B, interleaved, ZB-H1, ZB-V. Pure; must not know: sends, torch.
+"""In which order a pipeline rank computes.
 
-GPipe: Huang et al. 2019. 1F1B and interleaving: Narayanan et al. 2021, with Megatron's warm-up counts. ZB-H1: Qi et al. 2023, which
-computes weight gradients apart, when nothing else is there to do, with no more activations than 1F1B's first rank holds. ZB-V (the
-same paper): so too, with two chunks per rank in a V, which halves what is left of the bubble.
+Owns: GPipe, 1F1B, interleaved, ZB-H1, ZB-V. Pure; must not know: sends, torch.
+
+GPipe: Huang et al. 2019. 1F1B and interleaving: Narayanan et al. 2021, with Megatron's warm-up
+counts. ZB-H1: Qi et al. 2023, which computes weight gradients apart, when nothing else is there to
+do, with no more activations than 1F1B's first rank holds. ZB-V (the same paper): so too, with two
+chunks per rank in a V, which halves what is left of the bubble.
 """
 
 from collections import Counter
@@ -19,17 +22,27 @@ def stage_map(name: ScheduleName, pp: int, vpp: int) -> StageMap:
     return StageMap(pp, vpp, "v" if name == "zb-v" else "loop")
 
 
-def compute_orders(name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1, group: int | None = None) -> list[Order]:
-    """Every rank's computing actions. `group`: microbatches per chunk in a row, interleaved only; pp when not given.
+def compute_orders(
+    name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1, group: int | None = None
+) -> list[Order]:
+    """Every rank's computing actions.
 
-    Raises ValueError for a schedule that cannot have so many chunks, or groups smaller than the pipeline.
+    `group`: microbatches per chunk in a row, interleaved only; pp when not given.
+
+    Raises ValueError for a schedule that cannot have so many chunks, or groups smaller than the
+    pipeline.
     """
     if pp < 1 or num_microbatches < 1 or vpp < 1:
-        raise ValueError(f"pp={pp}, vpp={vpp} and num_microbatches={num_microbatches} must be at least 1")
+        raise ValueError(
+            f"pp={pp}, vpp={vpp} and num_microbatches={num_microbatches} must be at least 1"
+        )
     if name == "interleaved":
         size = pp if group is None else group
         if size < pp:
-            raise ValueError(f"groups of {size} microbatches are smaller than the pipeline of {pp} ranks: the last one would wait")
+            raise ValueError(
+                f"groups of {size} microbatches are smaller than the pipeline of {pp} "
+                "ranks: the last one would wait"
+            )
         return [_interleaved(pp, rank, vpp, num_microbatches, size) for rank in range(pp)]
     if name == "zb-v":
         if vpp != 2:
@@ -44,8 +57,9 @@ def compute_orders(name: ScheduleName, pp: int, num_microbatches: int, vpp: int 
 
 
 def most_activations(name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1) -> int:
-    """What the rank that holds most (the first one, but for a short ZB-V) holds at once at most: microbatches of a chunk. Without making
-    the orders."""
+    """What the rank that holds most (the first one, but for a short ZB-V) holds at once at most:
+    microbatches of a chunk. Without making the orders.
+    """
     if name == "gpipe":
         return num_microbatches
     if name == "interleaved":
@@ -62,7 +76,9 @@ def _gpipe(pp: int, rank: int, count: int) -> Order:
 def _one_f_one_b(pp: int, rank: int, count: int) -> Order:
     warmup = min(pp - rank - 1, count)
     return _steady(
-        [Action(Op.FORWARD, 0, index) for index in range(count)], [Action(Op.BACKWARD, 0, index) for index in range(count)], warmup
+        [Action(Op.FORWARD, 0, index) for index in range(count)],
+        [Action(Op.BACKWARD, 0, index) for index in range(count)],
+        warmup,
     )
 
 
@@ -77,8 +93,8 @@ def _steady(forwards: Order, backwards: Order, warmup: int) -> Order:
 def _interleaved(pp: int, rank: int, vpp: int, count: int, group: int) -> Order:
     """Chunk by chunk within each group of microbatches.
 
-    Megatron refuses a last group smaller than the pipeline, because ranks would wait for each other for ever; here what is left over
-    is spread over all groups.
+    Megatron refuses a last group smaller than the pipeline, because ranks would wait for each other
+    for ever; here what is left over is spread over all groups.
     """
     sizes = _group_sizes(count, group)
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -107,10 +123,11 @@ def _group_sizes(count: int, group: int) -> list[int]:
 
 
 def _zb_h1(pp: int, count: int) -> list[Order]:
-    """1F1B's order of forwards and backwards with every weight gradient put off until its rank would wait.
+    """1F1B's order of forwards and backwards with every weight gradient put off until its rank
+    would wait.
 
-    Rank r has a lag of r: it keeps so many weight gradients back while it has forwards to do, and spends them in the cool-down, where
-    1F1B waits for gradients from the next rank.
+    Rank r has a lag of r: it keeps so many weight gradients back while it has forwards to do, and
+    spends them in the cool-down, where 1F1B waits for gradients from the next rank.
     """
     orders = []
     for rank in range(pp):
@@ -132,11 +149,13 @@ def _zb_h1(pp: int, count: int) -> list[Order]:
 
 
 def _zb_v(pp: int, rank: int, count: int) -> Order:
-    """Stages go down the ranks and come back, so the last rank has its second chunk's input at once and the first one its loss.
+    """Stages go down the ranks and come back, so the last rank has its second chunk's input at once
+    and the first one its loss.
 
-    Rank r fills up with 2 (pp - r) - 1 microbatches of its first chunk. By the time they have come back it goes round both chunks,
-    each with forward, input and weight gradient, and never waits again; weight gradients are put off only while the pipeline drains.
-    Of fewer than 2 pp microbatches it is the same order with the others left out.
+    Rank r fills up with 2 (pp - r) - 1 microbatches of its first chunk. By the time they have come
+    back it goes round both chunks, each with forward, input and weight gradient, and never waits
+    again; weight gradients are put off only while the pipeline drains. Of fewer than 2 pp
+    microbatches it is the same order with the others left out.
     """
     full = max(count, 2 * pp)
     order: Order = []
@@ -147,7 +166,10 @@ def _zb_v(pp: int, rank: int, count: int) -> Order:
             order.append(Action(op, chunk, done[op, chunk]))
             done[op, chunk] += 1
 
-    down, back = ([(op, chunk) for op in (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)] for chunk in (0, 1))
+    down, back = (
+        [(op, chunk) for op in (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT)]
+        for chunk in (0, 1)
+    )
     take(2 * (pp - rank) - 1, down[0])
     take(rank, back[0], down[0])
     take(pp - rank, *back)

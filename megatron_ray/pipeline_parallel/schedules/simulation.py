@@ -1,8 +1,11 @@
-"""How long a schedule takes, what it holds, and whether it can end at all. Owns: judging a list of actions. Pure; must not know: torch.
+"""How long a schedule takes, what it holds, and whether it can end at all.
 
-Two machines. `run_computing` gives the times of the computing actions alone, transfers costing nothing. `simulate` runs the lowered
-lists as NCCL would: a pair of ranks shares one queue, both sides put their sends and receives into it in their own order, and entry k
-of one side is done when entry k of the other side is there too and matches; there are no tags and no buffers.
+Owns: judging a list of actions. Pure; must not know: torch.
+
+Two machines. `run_computing` gives the times of the computing actions alone, transfers costing
+nothing. `simulate` runs the lowered lists as NCCL would: a pair of ranks shares one queue, both
+sides put their sends and receives into it in their own order, and entry k of one side is done when
+entry k of the other side is there too and matches; there are no tags and no buffers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +28,9 @@ class Costs:
     transfer: float = 0.0
 
     def prices(self, vpp: int) -> dict[Op, float]:
-        """Of each action on one of a rank's chunks; what is not computing takes no time of the rank's."""
+        """Of each action on one of a rank's chunks; what is not computing takes no time of the
+        rank's.
+        """
         both = self.backward_input + self.backward_weight
         computing = {
             Op.FORWARD: self.forward,
@@ -42,7 +47,8 @@ class Costs:
 
 
 EQUAL = Costs()
-"""Forward, input and weight gradients take the same time, transfers none: what the papers' formulas are usually given for."""
+"""Forward, input and weight gradients take the same time, transfers none: what the papers' formulas
+are usually given for."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +63,28 @@ class Outcome:
 
 
 Ends = dict[tuple[int, Op, int], float]
-"""(stage, op, microbatch) -> when it ends; op is FORWARD, or BACKWARD for the input gradient, whole or apart."""
+"""(stage, op, microbatch) -> when it ends; op is FORWARD, or BACKWARD for the input gradient, whole
+or apart."""
 
 
-def run_computing(orders: Sequence[Order], stages: StageMap, costs: Costs) -> tuple[Ends, list[float]]:
-    """Ends of all forwards and input gradients, and of each rank. Raises ScheduleError when ranks wait for each other for ever."""
+def run_computing(
+    orders: Sequence[Order], stages: StageMap, costs: Costs
+) -> tuple[Ends, list[float]]:
+    """Ends of all forwards and input gradients, and of each rank.
+
+    Raises ScheduleError when ranks wait for each other for ever.
+    """
     ends: Ends = {}
-    clocks, places = [0.0] * len(orders), [0] * len(orders)
+    clocks = [0.0] * len(orders)
+    places = [0] * len(orders)
     prices = costs.prices(stages.vpp)
     waiting: dict[tuple[int, Op, int], int] = {}
     ready = list(range(len(orders)))
     while ready:
         rank = ready.pop()
-        order, clock, place = orders[rank], clocks[rank], places[rank]
+        order = orders[rank]
+        clock = clocks[rank]
+        place = places[rank]
         while place < len(order):
             op, chunk, microbatch, _ = order[place]
             stage = stages.stage(rank, chunk)
@@ -86,14 +101,19 @@ def run_computing(orders: Sequence[Order], stages: StageMap, costs: Costs) -> tu
                 ends[done] = clock
                 if done in waiting:
                     ready.append(waiting.pop(done))
-        clocks[rank], places[rank] = clock, place
+        clocks[rank] = clock
+        places[rank] = place
     _refuse_unfinished(orders, places, "at")
     return ends, clocks
 
 
 def _refuse_unfinished(lists: Sequence[Order], places: Sequence[int], where: str) -> None:
     """Raises ScheduleError unless every rank has come to the end of its list."""
-    unfinished = [(rank, order[place]) for rank, (order, place) in enumerate(zip(lists, places, strict=True)) if place < len(order)]
+    unfinished = [
+        (rank, order[place])
+        for rank, (order, place) in enumerate(zip(lists, places, strict=True))
+        if place < len(order)
+    ]
     if unfinished:
         stuck = [f"rank {rank} {where} {_words(action)}" for rank, action in unfinished[:4]]
         raise ScheduleError("the schedule never ends: " + "; ".join(stuck))
@@ -105,7 +125,11 @@ def _need(op: Op, stage: int, microbatch: int, num_stages: int) -> tuple[int, Op
         return (stage - 1, Op.FORWARD, microbatch) if stage else None
     if op is Op.BACKWARD_WEIGHT:
         return None
-    return (stage + 1, Op.BACKWARD, microbatch) if stage + 1 < num_stages else (stage, Op.FORWARD, microbatch)
+    return (
+        (stage + 1, Op.BACKWARD, microbatch)
+        if stage + 1 < num_stages
+        else (stage, Op.FORWARD, microbatch)
+    )
 
 
 def _words(action: Action) -> str:
@@ -120,7 +144,9 @@ def outcome(orders: Sequence[Order], stages: StageMap, costs: Costs = EQUAL) -> 
 
 def _judge(lists: Sequence[Order], clocks: Sequence[float], prices: Mapping[Op, float]) -> Outcome:
     work = min(sum(prices[action.op] for action in order) for order in lists)
-    return Outcome(max(clocks), max(clocks) - work, tuple(peak_activations(order) for order in lists))
+    return Outcome(
+        max(clocks), max(clocks) - work, tuple(peak_activations(order) for order in lists)
+    )
 
 
 def peak_activations(order: Order) -> int:
@@ -137,22 +163,30 @@ def peak_activations(order: Order) -> int:
 
 @dataclass
 class _Queue:
-    """Of two ranks: what each side has posted and when, and when the last entry that both have posted was done."""
+    """Of two ranks: what each side has posted and when, and when the last entry that both have
+    posted was done.
+    """
 
     posted: dict[int, list[tuple[float, tuple[Op, int, int]]]]
     done: float = 0.0
 
 
 def simulate(lists: Sequence[Order], stages: StageMap, costs: Costs = EQUAL) -> Outcome:
-    """Of lowered lists, on NCCL's terms. Raises ScheduleError for a deadlock, and for a send that meets another receive than its own."""
+    """Of lowered lists, on NCCL's terms.
+
+    Raises ScheduleError for a deadlock, and for a send that meets another receive than its own.
+    """
     return _Machine(lists, stages, costs).run()
 
 
 class _Machine:
     def __init__(self, lists: Sequence[Order], stages: StageMap, costs: Costs) -> None:
-        self._lists, self._stages, self._costs = lists, stages, costs
+        self._lists = lists
+        self._stages = stages
+        self._costs = costs
         self._prices = costs.prices(stages.vpp)
-        self._clocks, self._places = [0.0] * len(lists), [0] * len(lists)
+        self._clocks = [0.0] * len(lists)
+        self._places = [0] * len(lists)
         self._queues: dict[tuple[int, int], _Queue] = {}
         self._arrived: dict[tuple[int, Op, int, int], float] = {}
         self._waiting: dict[tuple[int, Op, int, int], int] = {}
@@ -178,11 +212,23 @@ class _Machine:
             self._places[rank] += 1
 
     def _has_input(self, rank: int, action: Action) -> bool:
-        """Waits for what comes from another rank; what stays on a rank is there, or the list is wrong."""
-        need = _need(action.op, self._stages.stage(rank, action.chunk), action.microbatch, self._stages.num_stages)
+        """Waits for what comes from another rank; what stays on a rank is there, or the list is
+        wrong.
+        """
+        need = _need(
+            action.op,
+            self._stages.stage(rank, action.chunk),
+            action.microbatch,
+            self._stages.num_stages,
+        )
         if need is None or self._stages.home(need[0])[0] == rank:
             return True
-        key = (rank, Op.RECV_FORWARD if action.op is Op.FORWARD else Op.RECV_BACKWARD, action.chunk, action.microbatch)
+        key = (
+            rank,
+            Op.RECV_FORWARD if action.op is Op.FORWARD else Op.RECV_BACKWARD,
+            action.chunk,
+            action.microbatch,
+        )
         if key not in self._arrived:
             self._waiting[key] = rank
             return False
@@ -192,17 +238,22 @@ class _Machine:
     def _post(self, rank: int, action: Action) -> None:
         pair = (min(rank, action.peer), max(rank, action.peer))
         queue = self._queues.setdefault(pair, _Queue({pair[0]: [], pair[1]: []}))
-        ours, theirs = queue.posted[rank], queue.posted[action.peer]
+        ours = queue.posted[rank]
+        theirs = queue.posted[action.peer]
         ours.append((self._clocks[rank], (action.op, action.chunk, action.microbatch)))
         if len(ours) <= len(theirs):
             self._complete(queue, len(ours) - 1, rank, action.peer)
 
     def _complete(self, queue: _Queue, number: int, rank: int, peer: int) -> None:
         """Entry `number`, which both sides have posted; those before it are done."""
-        (at, ours), (peer_at, theirs) = queue.posted[rank][number], queue.posted[peer][number]
+        (at, ours) = queue.posted[rank][number]
+        (peer_at, theirs) = queue.posted[peer][number]
         sends = ours[0].is_send
         if theirs[0].is_send == sends:
-            raise ScheduleError(f"operation {number} between ranks {rank} and {peer} is the same on both sides: {ours}, {theirs}")
+            raise ScheduleError(
+                f"operation {number} between ranks {rank} and {peer} is the same on both "
+                f"sides: {ours}, {theirs}"
+            )
         sender, receiver = (rank, peer) if sends else (peer, rank)
         (sent, chunk, microbatch), got = (ours, theirs) if sends else (theirs, ours)
         step = 1 if sent is Op.SEND_FORWARD else -1
@@ -210,7 +261,8 @@ class _Machine:
         wanted = (Op.RECV_FORWARD if step == 1 else Op.RECV_BACKWARD, to, microbatch)
         if home != receiver or got != wanted:
             raise ScheduleError(
-                f"rank {sender} sends {(sent.name, chunk, microbatch)}, but rank {receiver} waits for {(got[0].name, *got[1:])}"
+                f"rank {sender} sends {(sent.name, chunk, microbatch)}, but rank "
+                f"{receiver} waits for {(got[0].name, *got[1:])}"
             )
         queue.done = max(queue.done, at, peer_at) + self._costs.transfer
         key = (receiver, *got)

@@ -1,4 +1,7 @@
-"""Commands that take models from Hugging Face's format and give them back. Both run where the command does and need no service."""
+"""Commands that take models from Hugging Face's format and give them back.
+
+Both run where the command does and need no service.
+"""
 
 import re
 from pathlib import Path
@@ -13,10 +16,22 @@ from service.cli.library import as_arguments, checkpoint_path, run_library
 from service.cli.output import AsJson, console, print_json, size
 
 _MODULE = "megatron_ray.checkpoint.hf"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+_UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+}
 
-convert_app = typer.Typer(name="convert", help="Models from and to Hugging Face's format.", no_args_is_help=True)
-Out = Annotated[Path, typer.Argument(help="Folder to write; must not be there yet.", show_default=False)]
+convert_app = typer.Typer(
+    name="convert", help="Models from and to Hugging Face's format.", no_args_is_help=True
+)
+Out = Annotated[
+    Path, typer.Argument(help="Folder to write; must not be there yet.", show_default=False)
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -26,7 +41,12 @@ def register(app: typer.Typer) -> None:
 
 @convert_app.command("import")
 def import_(
-    folder: Annotated[str, typer.Argument(help="Folder (or URI) with config.json and safetensors.", show_default=False)],
+    folder: Annotated[
+        str,
+        typer.Argument(
+            help="Folder (or URI) with config.json and safetensors.", show_default=False
+        ),
+    ],
     out: Out,
     as_json: AsJson = False,
 ) -> None:
@@ -38,10 +58,17 @@ def import_(
 @convert_app.command("export")
 def export(
     checkpoint: Annotated[
-        str, typer.Argument(help="Path or URI of a committed checkpoint, or a job id for its newest.", show_default=False)
+        str,
+        typer.Argument(
+            help="Path or URI of a committed checkpoint, or a job id for its newest.",
+            show_default=False,
+        ),
     ],
     out: Out,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32; as the checkpoint has the weights when not given.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="bf16 or fp32; as the checkpoint has the weights when not given."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     url: Url = None,
     token: Token = None,
@@ -62,7 +89,11 @@ def _bytes(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     amount = int(float(match[1]) * unit) if match and unit else 0
     if amount < 1:
-        raise Failure(f"--max-shard-size {text!r} is not a size", remedy="use a number and a unit, such as 500MB or 5GB", exit_code=2)
+        raise Failure(
+            f"--max-shard-size {text!r} is not a size",
+            remedy="use a number and a unit, such as 500MB or 5GB",
+            exit_code=2,
+        )
     return amount
 
 
@@ -71,5 +102,8 @@ def _show(answer: dict[str, Any], as_json: bool, next_step: str) -> None:
         print_json(answer)
         return
     out = console()
-    out.print(f"wrote {escape(str(answer['path']))}: {answer['tensors']} tensors of {answer['model_type']}, {size(answer['bytes'])}")
+    out.print(
+        f"wrote {escape(str(answer['path']))}: {answer['tensors']} tensors of "
+        f"{answer['model_type']}, {size(answer['bytes'])}"
+    )
     out.print(f"[dim]{escape(next_step)}[/dim]")

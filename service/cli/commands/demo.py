@@ -1,4 +1,7 @@
-"""`megatron-ray demo`: the whole road once. Starts a stack, submits a job through the public API, shows it, ends everything."""
+"""`megatron-ray demo`: the whole road once.
+
+Starts a stack, submits a job through the public API, shows it, ends everything.
+"""
 
 import threading
 import time
@@ -43,7 +46,9 @@ def demo(
     cpus: Cpus = None,
     keep: Annotated[bool, typer.Option("--keep", help="Stay up at the end, until Ctrl-C.")] = False,
 ) -> None:
-    """Train a small GPT through the service on this machine, look at it, and take everything down again."""
+    """Train a small GPT through the service on this machine, look at it, and take everything down
+    again.
+    """
     interruption = Interruption()
     interruption.listen()
     values = read_spec(spec, overrides)
@@ -52,18 +57,28 @@ def demo(
     screen = Console(highlight=False)
     story = DemoStory(values, screen)
     try:
-        with_stack(options, interruption, screen, lambda stack, record: _tell(story, stack, record, interruption, keep))
+        with_stack(
+            options,
+            interruption,
+            screen,
+            lambda stack, record: _tell(story, stack, record, interruption, keep),
+        )
     finally:
         screen.show_cursor()  # a progress bar cut short has hidden it
     if not story.succeeded:
         raise Failure("interrupted; nothing is left running", exit_code=INTERRUPTED)
-    words = f"Everything is kept in {options.data_dir}; `megatron-ray up --data-dir {folder}` serves it again."
+    words = (
+        f"Everything is kept in {options.data_dir}; `megatron-ray up --data-dir {folder}` "
+        "serves it again."
+    )
     screen.print(escape(words), soft_wrap=True)
 
 
 @dataclass
 class DemoStory:
-    """What the demo does with a stack that is up; runs in a thread, while the main thread supervises the stack."""
+    """What the demo does with a stack that is up; runs in a thread, while the main thread
+    supervises the stack.
+    """
 
     spec: dict[str, Any]
     screen: Console
@@ -91,34 +106,50 @@ class DemoStory:
             self.failure = from_service(error)
 
     def _tell(self, client: Client, record: StackRecord) -> None:
-        self.screen.print(f"service [bold]{escape(record.url)}[/bold], Ray dashboard [bold]{escape(record.dashboard_url)}[/bold]")
+        self.screen.print(
+            f"service [bold]{escape(record.url)}[/bold], Ray dashboard "
+            f"[bold]{escape(record.dashboard_url)}[/bold]"
+        )
         job = client.submit(self.spec)
         self.screen.print(f"submitted [bold]{escape(job['id'])}[/bold] to POST /v1/jobs")
         job = watch_job(client, job["id"], out=self.screen)
-        progress, checkpoint = job.get("progress") or {}, job.get("last_checkpoint")
+        progress = job.get("progress") or {}
+        checkpoint = job.get("last_checkpoint")
         if not checkpoint:
             raise Failure(f"{job['id']} succeeded without a committed checkpoint")
-        loss, baseline = progress.get("val_loss"), progress.get("unigram_nats")
+        loss = progress.get("val_loss")
+        baseline = progress.get("unigram_nats")
         if loss is None or baseline is None:
             raise Failure(
-                f"{job['id']} reported no validation loss or no unigram baseline", remedy="validation needs data.validation_fraction > 0"
+                f"{job['id']} reported no validation loss or no unigram baseline",
+                remedy="validation needs data.validation_fraction > 0",
             )
         text = sample(str(checkpoint["path"]))
         newest = client.checkpoints(job["id"])["data"]
-        stored = next((entry.get("bytes") for entry in newest if entry["path"] == checkpoint["path"]), None)
+        stored = next(
+            (entry.get("bytes") for entry in newest if entry["path"] == checkpoint["path"]), None
+        )
         for line in closing_lines(job, record, stored, text):
             self.screen.print(line, soft_wrap=True)
         if baseline - loss < MIN_GAIN_NATS:
             raise Failure(
-                f"the model beats the unigram baseline by {baseline - loss:.2f} nat/token only, expected at least {MIN_GAIN_NATS}"
+                f"the model beats the unigram baseline by {baseline - loss:.2f} nat/token "
+                f"only, expected at least {MIN_GAIN_NATS}"
             )
 
 
 def sample(checkpoint: str) -> str:
-    """The prompt and 300 generated characters; a model may end its document sooner, so up to five seeds are tried."""
+    """The prompt and 300 generated characters; a model may end its document sooner, so up to five
+    seeds are tried.
+    """
     longest = ""
     for seed in range(1, 6):
-        options = {"--max-new-tokens": SAMPLE_CHARACTERS, "--temperature": 0.8, "--top-k": 50, "--seed": seed}
+        options = {
+            "--max-new-tokens": SAMPLE_CHARACTERS,
+            "--temperature": 0.8,
+            "--top-k": 50,
+            "--seed": seed,
+        }
         generated = str(run_generation(checkpoint, _PROMPT, options)["text"])
         longest = max(longest, generated, key=len)
         if len(longest) >= SAMPLE_CHARACTERS:
@@ -126,17 +157,23 @@ def sample(checkpoint: str) -> str:
     return _PROMPT + longest[:SAMPLE_CHARACTERS]
 
 
-def closing_lines(job: dict[str, Any], record: StackRecord, checkpoint_bytes: int | None, text: str) -> list[str]:
+def closing_lines(
+    job: dict[str, Any], record: StackRecord, checkpoint_bytes: int | None, text: str
+) -> list[str]:
     """What the demo ends with, as console markup."""
-    progress, checkpoint = job["progress"], job["last_checkpoint"]
-    loss, baseline = progress["val_loss"], progress["unigram_nats"]
+    progress = job["progress"]
+    checkpoint = job["last_checkpoint"]
+    loss = progress["val_loss"]
+    baseline = progress["unigram_nats"]
     return [
         "",
         f"validation loss    [bold]{number(loss, 3)}[/bold] nat/token",
         f"unigram baseline   {number(baseline, 3)} nat/token, of the same validation tokens",
         f"gain               [bold]{number(baseline - loss, 3)}[/bold] nat/token",
-        f"checkpoint         {escape(str(checkpoint['path']))} (step {checkpoint['step']}, {size(checkpoint_bytes)})",
-        f"seen at            {escape(record.url)}/v1/jobs/{escape(job['id'])} (token in {escape(record.data_dir)}/tokens.json)",
+        f"checkpoint         {escape(str(checkpoint['path']))} (step {checkpoint['step']}, "
+        f"{size(checkpoint_bytes)})",
+        f"seen at            {escape(record.url)}/v1/jobs/{escape(job['id'])} (token in "
+        f"{escape(record.data_dir)}/tokens.json)",
         f"                   {escape(record.dashboard_url)} (Ray's dashboard)",
         f"{SAMPLE_CHARACTERS} characters generated from the checkpoint:",
         "",
@@ -145,7 +182,9 @@ def closing_lines(job: dict[str, Any], record: StackRecord, checkpoint_bytes: in
     ]
 
 
-def _tell(story: DemoStory, stack: LocalStack, record: StackRecord, interruption: Interruption, keep: bool) -> None:
+def _tell(
+    story: DemoStory, stack: LocalStack, record: StackRecord, interruption: Interruption, keep: bool
+) -> None:
     story.begin(record)
     deadline = time.monotonic() + _TIMEOUT_S
     stack.supervise(until=lambda: story.is_over() or time.monotonic() > deadline)

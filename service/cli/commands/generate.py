@@ -19,13 +19,22 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     checkpoint: Annotated[
-        str, typer.Argument(help="Path or URI of a committed checkpoint, or a job id for its newest.", show_default=False)
+        str,
+        typer.Argument(
+            help="Path or URI of a committed checkpoint, or a job id for its newest.",
+            show_default=False,
+        ),
     ],
     prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 always takes the likeliest token.")
+    ] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Choose among this many tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Choose among tokens that make up this probability.")] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Choose among tokens that make up this probability."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
     url: Url = None,
     token: Token = None,
@@ -34,7 +43,13 @@ def generate(
 ) -> None:
     """Generate text from a checkpoint."""
     path = checkpoint_path(checkpoint, url, token, data_dir)
-    options = {"--max-new-tokens": max_new_tokens, "--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
+    options = {
+        "--max-new-tokens": max_new_tokens,
+        "--temperature": temperature,
+        "--top-k": top_k,
+        "--top-p": top_p,
+        "--seed": seed,
+    }
     answer = run_generation(path, prompt, options)
     if as_json:
         print_json(answer)

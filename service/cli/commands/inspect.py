@@ -1,4 +1,7 @@
-"""Commands that only look: jobs, watch, logs, events, metrics, checkpoints, ranks. They change nothing."""
+"""Commands that only look: jobs, watch, logs, events, metrics, checkpoints, ranks.
+
+They change nothing.
+"""
 
 import sys
 import time
@@ -14,7 +17,16 @@ from service.cli.commands.show import EVENT_COLUMNS, event_style, show, step_of
 from service.cli.commands.watch import TERMINAL, watch_job
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import Failure
-from service.cli.output import AsJson, Column, duration, nested, number, print_json_line, print_page, size
+from service.cli.output import (
+    AsJson,
+    Column,
+    duration,
+    nested,
+    number,
+    print_json_line,
+    print_page,
+    size,
+)
 from service.client import Client
 
 _LOG_POLL_S = 0.5
@@ -38,7 +50,9 @@ def jobs(
 ) -> None:
     """List jobs."""
     with connect(url, token, data_dir) as client:
-        page = _pages(lambda after, size: client.jobs(limit=size, after=after, status=status), limit)
+        page = _pages(
+            lambda after, size: client.jobs(limit=size, after=after, status=status), limit
+        )
     columns: dict[str, Column] = {
         "id": lambda job: str(job["id"]),
         "name": lambda job: str(job.get("name")),
@@ -50,7 +64,13 @@ def jobs(
     print_page(page, as_json, columns, empty="no jobs yet; `megatron-ray submit SPEC` makes one")
 
 
-def watch(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+def watch(
+    job_id: JobId,
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
     """Follow a job to its end, live. Exit code 0 only when it succeeds."""
     with connect(url, token, data_dir) as client:
         watch_job(client, job_id, as_json=as_json)
@@ -60,7 +80,9 @@ def logs(
     job_id: JobId,
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
     attempt: Annotated[int | None, typer.Option(min=1, help="The newest when not given.")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
+    ] = False,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -77,8 +99,12 @@ def logs(
 def events(
     job_id: JobId,
     limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 1000,
-    level: Annotated[str | None, typer.Option(help="Only these levels, such as warn,error.")] = None,
-    newest: Annotated[bool, typer.Option("--newest", help="The newest ones first; else the oldest.")] = False,
+    level: Annotated[
+        str | None, typer.Option(help="Only these levels, such as warn,error.")
+    ] = None,
+    newest: Annotated[
+        bool, typer.Option("--newest", help="The newest ones first; else the oldest.")
+    ] = False,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -86,7 +112,12 @@ def events(
 ) -> None:
     """Print a job's history."""
     with connect(url, token, data_dir) as client:
-        page = _pages(lambda after, size: client.events(job_id, limit=size, after=after, levels=level, newest_first=newest), limit)
+        page = _pages(
+            lambda after, size: client.events(
+                job_id, limit=size, after=after, levels=level, newest_first=newest
+            ),
+            limit,
+        )
     print_page(page, as_json, EVENT_COLUMNS, empty="no events", style=event_style)
 
 
@@ -94,8 +125,13 @@ def metrics(
     job_id: JobId,
     keys: Annotated[str, typer.Option(help="Comma-separated names.")] = _METRICS,
     from_step: Annotated[int | None, typer.Option(min=0, help="First step.")] = None,
-    max_points: Annotated[int | None, typer.Option(min=1, help="Thin out to this many rows.")] = None,
-    attempt: Annotated[int | None, typer.Option(min=1, help="Only this attempt; the newest per step when not given.")] = None,
+    max_points: Annotated[
+        int | None, typer.Option(min=1, help="Thin out to this many rows.")
+    ] = None,
+    attempt: Annotated[
+        int | None,
+        typer.Option(min=1, help="Only this attempt; the newest per step when not given."),
+    ] = None,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -103,14 +139,25 @@ def metrics(
 ) -> None:
     """Print a job's metrics by step."""
     with connect(url, token, data_dir) as client:
-        page = client.metrics(job_id, keys=keys, from_step=from_step, max_points=max_points, attempt=attempt)
+        page = client.metrics(
+            job_id, keys=keys, from_step=from_step, max_points=max_points, attempt=attempt
+        )
     names = [name.strip() for name in keys.split(",") if name.strip()]
-    columns: dict[str, Column] = {"step": lambda row: str(row["step"]), "attempt": lambda row: str(row.get("attempt"))}
+    columns: dict[str, Column] = {
+        "step": lambda row: str(row["step"]),
+        "attempt": lambda row: str(row.get("attempt")),
+    }
     columns |= {name: lambda row, name=name: _cell(row.get(name)) for name in names}  # type: ignore[misc]
     print_page(page, as_json, columns, empty="no metrics yet")
 
 
-def checkpoints(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+def checkpoints(
+    job_id: JobId,
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
     """List a job's committed checkpoints."""
     with connect(url, token, data_dir) as client:
         page = client.checkpoints(job_id)
@@ -124,7 +171,13 @@ def checkpoints(job_id: JobId, url: Url = None, token: Token = None, data_dir: D
     print_page(page, as_json, columns, empty="no committed checkpoint yet")
 
 
-def ranks(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+def ranks(
+    job_id: JobId,
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
     """Show which rank runs where."""
     with connect(url, token, data_dir) as client:
         page = client.ranks(job_id)
@@ -134,7 +187,9 @@ def ranks(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir
         "address": lambda entry: str(entry.get("address")),
         "gpu": lambda entry: str(entry.get("gpu") if entry.get("gpu") is not None else "-"),
         "pid": lambda entry: str(entry.get("pid")),
-        "coordinates": lambda entry: " ".join(f"{axis}{index}" for axis, index in (entry.get("coordinates") or {}).items()),
+        "coordinates": lambda entry: " ".join(
+            f"{axis}{index}" for axis, index in (entry.get("coordinates") or {}).items()
+        ),
     }
     print_page(page, as_json, columns, empty="no ranks yet")
 
@@ -148,7 +203,12 @@ def _pages(fetch: Callable[[str | None, int], dict[str, Any]], limit: int) -> di
         data += page["data"]
         more = bool(page.get("has_more"))
         if not more or len(data) >= limit or not page["data"]:
-            return {**page, "data": data, "first_id": _id(data[0]) if data else None, "last_id": _id(data[-1]) if data else None}
+            return {
+                **page,
+                "data": data,
+                "first_id": _id(data[0]) if data else None,
+                "last_id": _id(data[-1]) if data else None,
+            }
         after = page.get("last_id") or _id(page["data"][-1])
 
 
@@ -169,24 +229,31 @@ class _LogReader:
     wrote: bool = False
 
     def read(self, as_json: bool) -> bool:
-        """Prints all there is; whether the job had ended before (what is written later is then none)."""
+        """Prints all there is; whether the job had ended before (what is written later is then
+        none).
+        """
         job = self.client.show(self.job_id)
         current = int(job.get("attempt") or 0)
         if self.attempt is None or (self.newest and current > self.attempt):
             if self.attempt:
                 self._drain(as_json)
-            self.attempt, self.offset = current or None, 0
+            self.attempt = current or None
+            self.offset = 0
         if self.attempt:
             self._drain(as_json)
         return job["status"] in TERMINAL
 
     def _drain(self, as_json: bool) -> None:
         while True:
-            piece = self.client.logs(self.job_id, rank=self.rank, attempt=self.attempt, offset=self.offset)
-            text, offset = str(piece.get("data") or ""), int(piece.get("next_offset") or self.offset)
+            piece = self.client.logs(
+                self.job_id, rank=self.rank, attempt=self.attempt, offset=self.offset
+            )
+            text = str(piece.get("data") or "")
+            offset = int(piece.get("next_offset") or self.offset)
             if offset <= self.offset:
                 return
-            self.offset, self.wrote = offset, True
+            self.offset = offset
+            self.wrote = True
             if as_json:
                 print_json_line(piece)
             else:
@@ -194,12 +261,17 @@ class _LogReader:
                 sys.stdout.flush()
 
 
-def _print_log(client: Client, job_id: str, *, rank: int, attempt: int | None, follow: bool, as_json: bool) -> None:
+def _print_log(
+    client: Client, job_id: str, *, rank: int, attempt: int | None, follow: bool, as_json: bool
+) -> None:
     reader = _LogReader(client, job_id, rank, attempt, newest=attempt is None)
     while not reader.read(as_json) and follow:
         time.sleep(_LOG_POLL_S)
     if not reader.wrote:
-        raise Failure(f"rank {rank} of {job_id} has written no log yet", remedy=f"`megatron-ray show {job_id}` says where the job is")
+        raise Failure(
+            f"rank {rank} of {job_id} has written no log yet",
+            remedy=f"`megatron-ray show {job_id}` says where the job is",
+        )
 
 
 def _ago(job: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""Commands that make or change a job: submit, cancel. Must not know: how a job is watched or shown."""
+"""Commands that make or change a job: submit, cancel.
+
+Must not know: how a job is watched or shown.
+"""
 
 import time
 from typing import Annotated, Any
@@ -13,7 +16,9 @@ from service.cli.output import AsJson, console, print_json, styled_status
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 from service.client import Client
 
-JobId = Annotated[str, typer.Argument(help="Job id, as `megatron-ray jobs` shows it.", show_default=False)]
+JobId = Annotated[
+    str, typer.Argument(help="Job id, as `megatron-ray jobs` shows it.", show_default=False)
+]
 _POLL_S = 0.3
 
 
@@ -26,8 +31,15 @@ def register(app: typer.Typer) -> None:
 def submit(
     spec: SpecFile,
     overrides: Overrides = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end; exit code 0 only when it succeeds.")] = False,
-    idempotency_key: Annotated[str | None, typer.Option(help="Submitting again with the same key gives the same job.")] = None,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Follow the job to its end; exit code 0 only when it succeeds."
+        ),
+    ] = False,
+    idempotency_key: Annotated[
+        str | None, typer.Option(help="Submitting again with the same key gives the same job.")
+    ] = None,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -39,17 +51,24 @@ def submit(
         job = client.submit(values, idempotency_key)
         if watch:
             if not as_json:
-                console().print(f"submitted [bold]{escape(job['id'])}[/bold] ({escape(str(job.get('name')))})")
+                console().print(
+                    f"submitted [bold]{escape(job['id'])}[/bold] ({escape(str(job.get('name')))})"
+                )
             watch_job(client, job["id"], as_json=as_json)
         elif as_json:
             print_json(job)
         else:
-            console().print(f"submitted [bold]{escape(job['id'])}[/bold]; `megatron-ray watch {escape(job['id'])}` follows it")
+            console().print(
+                f"submitted [bold]{escape(job['id'])}[/bold]; `megatron-ray watch "
+                f"{escape(job['id'])}` follows it"
+            )
 
 
 def cancel(
     job_id: JobId,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the job has ended.")] = True,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Wait until the job has ended.")
+    ] = True,
     timeout_s: Annotated[float, typer.Option(help="Longest wait, in seconds.")] = 180.0,
     url: Url = None,
     token: Token = None,
@@ -69,7 +88,11 @@ def cancel(
     if status in ("succeeded", "failed"):
         raise Failure(f"{job_id} had {status} before it could be cancelled", body=job)
     if wait and status != "cancelled":
-        raise Failure(f"{job_id} is still {status} after {timeout_s:.0f} s", remedy=f"`megatron-ray events {job_id}` says why", body=job)
+        raise Failure(
+            f"{job_id} is still {status} after {timeout_s:.0f} s",
+            remedy=f"`megatron-ray events {job_id}` says why",
+            body=job,
+        )
 
 
 def _wait_for_end(client: Client, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:

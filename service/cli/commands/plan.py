@@ -1,4 +1,7 @@
-"""`megatron-ray plan`: how a job would run, and which layouts would be quickest. Must not know: how any of it is worked out."""
+"""`megatron-ray plan`: how a job would run, and which layouts would be quickest.
+
+Must not know: how any of it is worked out.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -15,7 +18,11 @@ _MOST_ROWS = 64
 _AXES = ("tp", "cp", "ep", "dp", "pp")
 Json = Mapping[str, Any]
 Hardware = Annotated[
-    str | None, typer.Option("--hardware", help="Device to plan for: A100, H100, H200, B200 or CPU; the cluster's when not given.")
+    str | None,
+    typer.Option(
+        "--hardware",
+        help="Device to plan for: A100, H100, H200, B200 or CPU; the cluster's when not given.",
+    ),
 ]
 
 
@@ -28,8 +35,15 @@ def plan(
     spec: SpecFile,
     overrides: Overrides = None,
     hardware: Hardware = None,
-    suggest: Annotated[bool, typer.Option("--suggest", help="Show the quickest layouts that fit instead.")] = False,
-    ranks: Annotated[int | None, typer.Option(min=1, help="With --suggest: how many ranks; what the job would get when not given.")] = None,
+    suggest: Annotated[
+        bool, typer.Option("--suggest", help="Show the quickest layouts that fit instead.")
+    ] = False,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --suggest: how many ranks; what the job would get when not given."
+        ),
+    ] = None,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -40,7 +54,11 @@ def plan(
     if ranks is not None and not suggest:
         raise Failure("--ranks goes with --suggest; a plan has the ranks of its degrees")
     with connect(url, token, data_dir) as client:
-        answer = client.suggest(values, hardware=hardware, ranks=ranks) if suggest else client.plan(values, hardware=hardware)
+        answer = (
+            client.suggest(values, hardware=hardware, ranks=ranks)
+            if suggest
+            else client.plan(values, hardware=hardware)
+        )
     if as_json:
         print_json(answer)
     elif suggest:
@@ -50,8 +68,14 @@ def plan(
     if suggest and not answer.get("data"):
         raise Failure("no layout can be suggested", body=answer if as_json else None)
     if answer.get("problems") or answer.get("fits") is False:
-        lines = [f"{problem.get('pointer') or '/'}: {problem.get('detail')}" for problem in answer.get("problems") or ()]
-        raise Failure("\n  ".join(["the job would not run as it is", *lines]), body=answer if as_json else None)
+        lines = [
+            f"{problem.get('pointer') or '/'}: {problem.get('detail')}"
+            for problem in answer.get("problems") or ()
+        ]
+        raise Failure(
+            "\n  ".join(["the job would not run as it is", *lines]),
+            body=answer if as_json else None,
+        )
 
 
 def _print_plan(answer: Json) -> None:
@@ -87,10 +111,14 @@ def _print_traffic(traffic: Sequence[Json]) -> None:
 
 
 def _print_time(answer: Json) -> None:
-    time, share = answer.get("time"), answer.get("bubble_share")
+    time = answer.get("time")
+    share = answer.get("bubble_share")
     if time:
         rest = f"{number(time['tokens_per_s'], 0)} tokens/s, MFU {100 * time['mfu']:.1f} %"
-        console().print(f"[bold]step[/bold] on {answer.get('hardware')}, estimated: {_seconds(time['step_s'])}, {rest}")
+        console().print(
+            f"[bold]step[/bold] on {answer.get('hardware')}, estimated: "
+            f"{_seconds(time['step_s'])}, {rest}"
+        )
         for name in ("products", "attention", "memory", "communication", "bubble", "update"):
             if time[f"{name}_s"]:
                 console().print(f"  {name:24} {_seconds(time[f'{name}_s'])}")
@@ -115,15 +143,38 @@ def _print_ranks(ranks: Sequence[Json]) -> None:
 def _print_suggestions(answer: Json) -> None:
     out = console()
     if answer.get("data"):
-        out.print(f"[bold]{answer.get('world_size')} ranks[/bold] of {answer.get('hardware')}, quickest first; --set takes a row's fields")
+        out.print(
+            f"[bold]{answer.get('world_size')} ranks[/bold] of {answer.get('hardware')}, "
+            "quickest first; --set takes a row's fields"
+        )
     rows = []
     for entry in answer.get("data") or ():
-        changes, time = entry["changes"], entry["time"]
-        degrees = [str(changes.get(f"parallel.{axis}") or 1) for axis in ("tp", "pp", "vpp", "cp", "ep", "dp")]
+        changes = entry["changes"]
+        time = entry["time"]
+        degrees = [
+            str(changes.get(f"parallel.{axis}") or 1)
+            for axis in ("tp", "pp", "vpp", "cp", "ep", "dp")
+        ]
         recompute = (changes.get("training.recompute") or {}).get("granularity", "none")
-        estimate = [_seconds(time["step_s"]), f"{100 * time['mfu']:.1f} %", size(entry["total_bytes_estimate"])]
+        estimate = [
+            _seconds(time["step_s"]),
+            f"{100 * time['mfu']:.1f} %",
+            size(entry["total_bytes_estimate"]),
+        ]
         rows.append([*degrees, str(changes.get("training.micro_batch_size")), recompute, *estimate])
-    columns = ["tp", "pp", "vpp", "cp", "ep", "dp", "micro", "recompute", "step", "MFU", "fullest rank"]
+    columns = [
+        "tp",
+        "pp",
+        "vpp",
+        "cp",
+        "ep",
+        "dp",
+        "micro",
+        "recompute",
+        "step",
+        "MFU",
+        "fullest rank",
+    ]
     print_table(columns, rows, empty="no layout fits")
     for note in answer.get("notes") or ():
         out.print(f"[dim]{escape(str(note))}[/dim]")

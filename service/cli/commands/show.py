@@ -1,4 +1,7 @@
-"""`megatron-ray show`: where a job is, what went wrong last, what is left to spend. Must not know: how it is fetched by others."""
+"""`megatron-ray show`: where a job is, what went wrong last, what is left to spend.
+
+Must not know: how it is fetched by others.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -34,7 +37,13 @@ EVENT_COLUMNS: dict[str, Column] = {
 }
 
 
-def show(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir = None, as_json: AsJson = False) -> None:
+def show(
+    job_id: JobId,
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
     """Show one job: where it is, what went wrong last, what is left of its restarts."""
     with connect(url, token, data_dir) as client:
         job = client.show(job_id)
@@ -46,15 +55,28 @@ def show(job_id: JobId, url: Url = None, token: Token = None, data_dir: DataDir 
 
 def _print_job(client: Client, job: Json) -> None:
     attempts = client.attempts(job["id"])["data"]
-    started, recovered = (_newest(client, job["id"], kind) for kind in ("attempt.started", "job.recovered"))
-    troubles = client.events(job["id"], levels="warn,error", newest_first=True, limit=_NEWEST_TROUBLES)["data"]
+    started, recovered = (
+        _newest(client, job["id"], kind) for kind in ("attempt.started", "job.recovered")
+    )
+    troubles = client.events(
+        job["id"], levels="warn,error", newest_first=True, limit=_NEWEST_TROUBLES
+    )["data"]
     out = console()
-    out.print(f"[bold]{escape(job['id'])}[/bold] {escape(str(job.get('name')))}  {styled_status(job['status'])}")
-    for name, value in {**_state(job), **_history(job, attempts, started, recovered), **_place(job)}.items():
+    out.print(
+        f"[bold]{escape(job['id'])}[/bold] {escape(str(job.get('name')))}  "
+        f"{styled_status(job['status'])}"
+    )
+    for name, value in {
+        **_state(job),
+        **_history(job, attempts, started, recovered),
+        **_place(job),
+    }.items():
         if value:
             out.print(f"  {name:16} {escape(value)}")
     for error in nested(job, "problem.errors") or ():
-        out.print(f"  [red]{escape(str(error.get('pointer')))}[/red] {escape(str(error.get('detail')))}")
+        out.print(
+            f"  [red]{escape(str(error.get('pointer')))}[/red] {escape(str(error.get('detail')))}"
+        )
     if troubles:
         out.print("[bold]newest warnings and errors[/bold]")
         print_page({"data": troubles[::-1]}, False, EVENT_COLUMNS, empty="", style=event_style)
@@ -73,7 +95,8 @@ def event_style(event: Json) -> str:
 
 def step_of(job: Json) -> str:
     """Step and steps of a job."""
-    step, steps = nested(job, "progress.step"), nested(job, "progress.steps")
+    step = nested(job, "progress.step")
+    steps = nested(job, "progress.steps")
     return f"{step or 0}/{steps}" if steps else "-"
 
 
@@ -89,20 +112,30 @@ def _state(job: Json) -> dict[str, str]:
     }
 
 
-def _history(job: Json, attempts: Sequence[Json], started: Json | None, recovered: Json | None) -> dict[str, str]:
+def _history(
+    job: Json, attempts: Sequence[Json], started: Json | None, recovered: Json | None
+) -> dict[str, str]:
     current = attempts[-1] if attempts else None
     failed = [attempt for attempt in attempts if attempt["state"] == "failed"]
     return {
-        "attempt": _attempt(current, started) if current is not None else str(job.get("attempt") or "-"),
+        "attempt": _attempt(current, started)
+        if current is not None
+        else str(job.get("attempt") or "-"),
         "restarts": _restarts(job),
         "last failure": _failure(failed[-1]) if failed else "",
-        "last recovery": f"{moment(recovered['created_at'])}  {recovered['message']}" if recovered else "",
+        "last recovery": f"{moment(recovered['created_at'])}  {recovered['message']}"
+        if recovered
+        else "",
     }
 
 
 def _attempt(attempt: Json, started: Json | None) -> str:
     """`started` is the newest event of a start, whose message is where from."""
-    origin = f" {started['message']}" if started is not None and started["attempt"] == attempt["attempt"] else ""
+    origin = (
+        f" {started['message']}"
+        if started is not None and started["attempt"] == attempt["attempt"]
+        else ""
+    )
     since = f", since {moment(attempt['started_at'])}" if attempt.get("started_at") else ""
     ended = f", ended {moment(attempt['ended_at'])}" if attempt.get("ended_at") else ""
     return f"{attempt['attempt']} {attempt['state']}{origin}{since}{ended}"
@@ -112,12 +145,16 @@ def _failure(attempt: Json) -> str:
     """The root cause, in the words of the driver that has seen it."""
     at = f"{moment(attempt['ended_at'])}  " if attempt.get("ended_at") else ""
     reason = f" ({attempt['reason']})" if attempt.get("reason") else ""
-    return f"{at}attempt {attempt['attempt']}: {attempt.get('message') or 'no cause was recorded'}{reason}"
+    return (
+        f"{at}attempt {attempt['attempt']}: "
+        f"{attempt.get('message') or 'no cause was recorded'}{reason}"
+    )
 
 
 def _restarts(job: Json) -> str:
     """How much of the budget is spent; the attempt that fails with nothing left ends the job."""
-    failures, most = int(job.get("failures") or 0), nested(job, "resolved_spec.restart.max_failures")
+    failures = int(job.get("failures") or 0)
+    most = nested(job, "resolved_spec.restart.max_failures")
     text = f"{failures} failures" if most is None else f"{failures} of {most} failures spent"
     return text + (f", {job['preemptions']} preemptions" if job.get("preemptions") else "")
 

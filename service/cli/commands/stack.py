@@ -1,4 +1,7 @@
-"""Commands for the stack on this machine: up, down. Must not know: how it is started or ended (service/local_stack does)."""
+"""Commands for the stack on this machine: up, down.
+
+Must not know: how it is started or ended (service/local_stack does).
+"""
 
 import sys
 import time
@@ -20,7 +23,12 @@ from service.local_stack.stack import LocalStack, StackOptions
 from service.local_stack.teardown import TeardownReport
 from service.local_stack.teardown import down as end_stack
 
-Cpus = Annotated[int | None, typer.Option("--cpus", min=1, help="CPUs that Ray may hand out; those of the machine when not given.")]
+Cpus = Annotated[
+    int | None,
+    typer.Option(
+        "--cpus", min=1, help="CPUs that Ray may hand out; those of the machine when not given."
+    ),
+]
 INTERRUPTED = 130
 
 
@@ -33,8 +41,12 @@ def register(app: typer.Typer) -> None:
 def up(
     data_dir: DataDir = None,
     cpus: Cpus = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Return once everything is ready; `down` ends it.")] = False,
-    ready_timeout_s: Annotated[float, typer.Option(min=1, help="Longest wait until everything is there.")] = 120.0,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once everything is ready; `down` ends it.")
+    ] = False,
+    ready_timeout_s: Annotated[
+        float, typer.Option(min=1, help="Longest wait until everything is there.")
+    ] = 120.0,
     as_json: AsJson = False,
 ) -> None:
     """Start Ray, the service and its agent on this machine, and look after them until Ctrl-C."""
@@ -46,13 +58,21 @@ def up(
         return
     options = StackOptions(folder, num_cpus=cpus, ready_timeout_s=ready_timeout_s)
     screen = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    with_stack(options, interruption, screen, lambda stack, record: _announce(stack, record, as_json))
+    with_stack(
+        options, interruption, screen, lambda stack, record: _announce(stack, record, as_json)
+    )
 
 
 def with_stack(
-    options: StackOptions, interruption: Interruption, screen: Console, body: Callable[[LocalStack, StackRecord], None]
+    options: StackOptions,
+    interruption: Interruption,
+    screen: Console,
+    body: Callable[[LocalStack, StackRecord], None],
 ) -> TeardownReport:
-    """Starts a stack, runs `body` with it, ends it whatever happens. Raises Failure when it does not start or is interrupted."""
+    """Starts a stack, runs `body` with it, ends it whatever happens.
+
+    Raises Failure when it does not start or is interrupted.
+    """
 
     def say(text: str) -> None:
         screen.print(escape(text))
@@ -65,7 +85,9 @@ def with_stack(
             record = stack.start()
         body(stack, record)
     except StartInterrupted:
-        failure = Failure("interrupted while starting; nothing is left running", exit_code=INTERRUPTED)
+        failure = Failure(
+            "interrupted while starting; nothing is left running", exit_code=INTERRUPTED
+        )
     except StackError as error:
         text = f"{error}\n{error.log_tail}" if error.log_tail else str(error)
         failure = Failure(text)
@@ -79,7 +101,10 @@ def with_stack(
 
 
 def end_with_words(stack: LocalStack, screen: Console) -> TeardownReport:
-    """Ends a stack and says what that came to. Raises Failure for processes that survive SIGKILL."""
+    """Ends a stack and says what that came to.
+
+    Raises Failure for processes that survive SIGKILL.
+    """
     try:
         report = stack.end()
     except TimeoutError as error:
@@ -95,13 +120,19 @@ def describe(report: TeardownReport) -> str:
     if report.jobs_cancelled:
         lines.append(f"cancelled: {', '.join(report.jobs_cancelled)}")
     if report.jobs_interrupted:
-        lines.append(f"interrupted: {', '.join(report.jobs_interrupted)}; the next `up` takes them on from their last checkpoint")
+        lines.append(
+            f"interrupted: {', '.join(report.jobs_interrupted)}; the next `up` takes them "
+            "on from their last checkpoint"
+        )
     return "\n".join(lines)
 
 
 def down(
     data_dir: DataDir = None,
-    job_grace_s: Annotated[float, typer.Option(min=0, help="How long running jobs may take to write a last checkpoint.")] = 20.0,
+    job_grace_s: Annotated[
+        float,
+        typer.Option(min=0, help="How long running jobs may take to write a last checkpoint."),
+    ] = 20.0,
     as_json: AsJson = False,
 ) -> None:
     """End the local stack and all it started. May be repeated; works too when `up` was killed."""
@@ -114,7 +145,13 @@ def down(
     except TimeoutError as error:
         raise Failure(str(error), remedy="run `megatron-ray down` again") from error
     if as_json:
-        print_json({"was_up": report.was_up, "processes_killed": report.processes_killed, "data_dir": str(folder)})
+        print_json(
+            {
+                "was_up": report.was_up,
+                "processes_killed": report.processes_killed,
+                "data_dir": str(folder),
+            }
+        )
     elif not report.was_up:
         console().print(f"nothing is up (data dir {escape(str(folder))})")
     elif report.ended_by_up:
@@ -138,7 +175,10 @@ def _print_addresses(record: StackRecord, as_json: bool) -> None:
     out = console()
     out.print("[bold green]megatron-ray is up[/bold green]")
     out.print(f"  service    {escape(record.url)}  (tokens: {escape(record.data_dir)}/tokens.json)")
-    out.print(f"  dashboard  {escape(record.dashboard_url)}  (it asks for a token: ray_token in {escape(record.data_dir)}/stack.json)")
+    out.print(
+        f"  dashboard  {escape(record.dashboard_url)}  (it asks for a token: ray_token in "
+        f"{escape(record.data_dir)}/stack.json)"
+    )
     out.print(f"  logs       {escape(record.data_dir)}/logs")
 
 
@@ -154,9 +194,27 @@ def addresses(record: StackRecord) -> dict[str, Any]:
     }
 
 
-def _up_detached(folder: Path, cpus: int | None, ready_timeout_s: float, interruption: Interruption, as_json: bool) -> None:
-    """Runs `up` as a process of its own and waits until it is ready. It records itself before it starts anything."""
-    command = [sys.executable, "-m", "service.cli.entry", "up", "--data-dir", str(folder), "--ready-timeout-s", str(ready_timeout_s)]
+def _up_detached(
+    folder: Path,
+    cpus: int | None,
+    ready_timeout_s: float,
+    interruption: Interruption,
+    as_json: bool,
+) -> None:
+    """Runs `up` as a process of its own and waits until it is ready.
+
+    It records itself before it starts anything.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli.entry",
+        "up",
+        "--data-dir",
+        str(folder),
+        "--ready-timeout-s",
+        str(ready_timeout_s),
+    ]
     command += [] if cpus is None else ["--cpus", str(cpus)]
     log = folder / "logs" / "up.log"
     try:
@@ -164,7 +222,10 @@ def _up_detached(folder: Path, cpus: int | None, ready_timeout_s: float, interru
         before = log.stat().st_size if log.exists() else 0
         child = GatedProcess(command, log=log)
     except OSError as error:
-        raise Failure(f"cannot write to the data dir {folder}: {error.strerror}", remedy="name another with --data-dir") from error
+        raise Failure(
+            f"cannot write to the data dir {folder}: {error.strerror}",
+            remedy="name another with --data-dir",
+        ) from error
     child.release({})
     leader = child.session
     while True:
@@ -172,13 +233,17 @@ def _up_detached(folder: Path, cpus: int | None, ready_timeout_s: float, interru
             with log.open("rb") as file:
                 file.seek(before)
                 said = file.read().decode(errors="replace").strip().removeprefix("error: ")
-            raise Failure(said or "`up` ended while starting", exit_code=child.process.returncode or 1)
+            raise Failure(
+                said or "`up` ended while starting", exit_code=child.process.returncode or 1
+            )
         if interruption.asked:
             send_signal(leader.sid, leader.start_ticks, interruption.signal)
             while is_running(leader.sid, leader.start_ticks):
                 time.sleep(0.1)
                 child.process.poll()
-            raise Failure("interrupted while starting; nothing is left running", exit_code=INTERRUPTED)
+            raise Failure(
+                "interrupted while starting; nothing is left running", exit_code=INTERRUPTED
+            )
         record = local_stack(folder)
         if record is not None and record.up_pid == leader.sid and record.phase == "ready":
             _print_addresses(record, as_json)

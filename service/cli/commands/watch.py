@@ -1,4 +1,7 @@
-"""A job while it lives. Owns: the live progress bar, and its plain lines where there is no terminal. Must not know: commands.
+"""A job while it lives.
+
+Owns: the live progress bar, and its plain lines where there is no terminal. Must not know:
+commands.
 
 `Watcher` turns stream events into lines and numbers and knows no terminal; `watch_job` draws them.
 """
@@ -14,7 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 from service.cli.failure import Failure
-from service.cli.output import duration, nested, number, print_json_line, styled_level, styled_status
+from service.cli.output import (
+    duration,
+    nested,
+    number,
+    print_json_line,
+    styled_level,
+    styled_status,
+)
 from service.client import Client, StreamEvent
 from workers.protocol.states import JobState
 
@@ -43,7 +53,8 @@ class Watcher:
         """Takes what a Job object says about size and progress."""
         spec = job.get("resolved_spec") or job.get("spec") or {}
         steps = nested(job, "progress.steps") or nested(spec, "training.steps")
-        batch, length = nested(spec, "training.global_batch_size"), nested(spec, "training.seq_length")
+        batch = nested(spec, "training.global_batch_size")
+        length = nested(spec, "training.seq_length")
         self.steps = steps if isinstance(steps, int) else self.steps
         if isinstance(batch, int) and isinstance(length, int):
             self.tokens_per_step = batch * length
@@ -57,8 +68,13 @@ class Watcher:
             return []
         if event.event == "state":
             return self._take_state(data)
-        message, level = str(data.get("message") or ""), str(data.get("level"))
-        if event.event == "end" or not message or (not styled_level(level) and _is_detail(event.event)):
+        message = str(data.get("message") or "")
+        level = str(data.get("level"))
+        if (
+            event.event == "end"
+            or not message
+            or (not styled_level(level) and _is_detail(event.event))
+        ):
             return []
         self._said = message
         style = styled_level(level) or "dim"
@@ -74,15 +90,23 @@ class Watcher:
     def numbers(self) -> str:
         """Step, loss, throughput and ETA on one line."""
         speed = f"{self.tokens_per_s:,.0f}" if self.tokens_per_s is not None else "-"
-        return f"step {self.step}/{self.steps or '?'}  loss {number(self.loss)}  {speed} tokens/s  ETA {duration(self.eta_s)}"
+        return (
+            f"step {self.step}/{self.steps or '?'}  loss {number(self.loss)}  {speed} tokens/s "
+            f" ETA {duration(self.eta_s)}"
+        )
 
     def _take_row(self, row: Mapping[str, Any]) -> None:
         if isinstance(row.get("step"), int) and row.get("loss") is not None:
-            self.step, self.loss = row["step"], row["loss"]
+            self.step = row["step"]
+            self.loss = row["loss"]
         speed = row.get("tokens_per_s")
         if isinstance(speed, int | float) and speed > 0:
             self.tokens_per_s = float(speed)
-            self._smooth = float(speed) if self._smooth is None else (1 - _SMOOTHING) * self._smooth + _SMOOTHING * float(speed)
+            self._smooth = (
+                float(speed)
+                if self._smooth is None
+                else (1 - _SMOOTHING) * self._smooth + _SMOOTHING * float(speed)
+            )
 
     def _take_state(self, job: Mapping[str, Any]) -> list[str]:
         self.learn(job)
@@ -97,11 +121,15 @@ class Watcher:
 
 
 def _is_detail(event_type: str) -> bool:
-    """Whether `megatron-ray events` is the place for it: single ranks' doings, and state changes, which have lines of their own."""
+    """Whether `megatron-ray events` is the place for it: single ranks' doings, and state changes,
+    which have lines of their own.
+    """
     return event_type.startswith("rank.") or event_type in _STATE_EVENTS
 
 
-def watch_job(client: Client, job_id: str, *, as_json: bool = False, out: Console | None = None) -> dict[str, Any]:
+def watch_job(
+    client: Client, job_id: str, *, as_json: bool = False, out: Console | None = None
+) -> dict[str, Any]:
     """Follows a job to its end; the job as it ended. Raises Failure unless it succeeded."""
     watcher = Watcher()
     job = client.show(job_id)
@@ -113,8 +141,13 @@ def watch_job(client: Client, job_id: str, *, as_json: bool = False, out: Consol
             screen = out or Console(highlight=False)
             (_follow_live if screen.is_terminal else _follow_plain)(client, job_id, watcher, screen)
     except KeyboardInterrupt:
-        remedy = f"`megatron-ray watch {job_id}` comes back to it, `megatron-ray cancel {job_id}` ends it"
-        raise Failure(f"no longer watching; {job_id} goes on", remedy=remedy, exit_code=130) from None
+        remedy = (
+            f"`megatron-ray watch {job_id}` comes back to it, `megatron-ray cancel {job_id}` "
+            "ends it"
+        )
+        raise Failure(
+            f"no longer watching; {job_id} goes on", remedy=remedy, exit_code=130
+        ) from None
     job = client.show(job_id)
     if job["status"] != "succeeded":
         raise ended_badly(job)
@@ -124,10 +157,26 @@ def watch_job(client: Client, job_id: str, *, as_json: bool = False, out: Consol
 def ended_badly(job: Mapping[str, Any]) -> Failure:
     """The failure of a job that did not succeed, in the job's own words."""
     problem = job.get("problem") or {}
-    lines = [str(job.get("message") or problem.get("detail") or job.get("status_reason") or "no reason was recorded")]
-    lines += [f"  {error.get('pointer') or '/'}: {error.get('detail')}" for error in problem.get("errors") or ()]
-    remedy = f"`megatron-ray logs {job['id']}` and `megatron-ray events {job['id']}` say more" if job["status"] == "failed" else ""
-    return Failure(f"{job['id']} {job['status']}: " + "\n".join(lines), remedy=remedy, body=dict(job))
+    lines = [
+        str(
+            job.get("message")
+            or problem.get("detail")
+            or job.get("status_reason")
+            or "no reason was recorded"
+        )
+    ]
+    lines += [
+        f"  {error.get('pointer') or '/'}: {error.get('detail')}"
+        for error in problem.get("errors") or ()
+    ]
+    remedy = (
+        f"`megatron-ray logs {job['id']}` and `megatron-ray events {job['id']}` say more"
+        if job["status"] == "failed"
+        else ""
+    )
+    return Failure(
+        f"{job['id']} {job['status']}: " + "\n".join(lines), remedy=remedy, body=dict(job)
+    )
 
 
 def _follow_json(client: Client, job_id: str) -> None:
@@ -136,7 +185,11 @@ def _follow_json(client: Client, job_id: str) -> None:
 
 
 def _follow_live(client: Client, job_id: str, watcher: Watcher, screen: Console) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[numbers]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[numbers]}"),
+    )
     with Progress(*columns, console=screen, expand=True) as progress:
         task = progress.add_task(escape(job_id), total=watcher.steps, numbers="waiting")
         for event in client.stream(job_id):
@@ -146,14 +199,22 @@ def _follow_live(client: Client, job_id: str, watcher: Watcher, screen: Console)
             progress.update(task, total=watcher.steps, completed=watcher.step, numbers=shown)
 
 
-def _follow_plain(client: Client, job_id: str, watcher: Watcher, screen: Console, clock: Callable[[], float] = time.monotonic) -> None:
-    last_line, last_step = -_PLAIN_LINE_EVERY_S, 0
+def _follow_plain(
+    client: Client,
+    job_id: str,
+    watcher: Watcher,
+    screen: Console,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    last_line = -_PLAIN_LINE_EVERY_S
+    last_step = 0
     for event in client.stream(job_id):
         lines = watcher.take(event)
         finished = watcher.step == watcher.steps or event.event == "end"
         if watcher.step > last_step and (finished or clock() - last_line >= _PLAIN_LINE_EVERY_S):
             lines = [watcher.numbers(), *lines]
-            last_line, last_step = clock(), watcher.step
+            last_line = clock()
+            last_step = watcher.step
         for line in lines:
             screen.print(line, soft_wrap=True)
         sys.stdout.flush()

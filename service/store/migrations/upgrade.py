@@ -1,4 +1,7 @@
-"""Bringing a database up to date. Owns: Alembic's configuration. Must not know: when that is due (`service.store.database` decides)."""
+"""Bringing a database up to date.
+
+Owns: Alembic's configuration. Must not know: when that is due (`service.store.database` decides).
+"""
 
 import importlib.resources
 
@@ -15,6 +18,9 @@ def upgrade(connection: Connection) -> None:
 def configuration(connection: Connection) -> Config:
     """Of Alembic's commands on this connection."""
     config = Config()
-    config.set_main_option("script_location", str(importlib.resources.files("service.store") / "migrations").replace("%", "%%"))
+    config.set_main_option(
+        "script_location",
+        str(importlib.resources.files("service.store") / "migrations").replace("%", "%%"),
+    )
     config.attributes["connection"] = connection
     return config

@@ -10,7 +10,8 @@ import torch
 from megatron_ray.distributed import device
 from service.local_stack.ray_head import ray_environment
 
-# Allocates and frees 48 MB blocks, and prints the page faults of the second half, when memory is warm.
+# Allocates and frees 48 MB blocks, and prints the page faults of the second half, when memory is
+# warm.
 FAULTS = """
 import resource, sys, threading, torch
 from megatron_ray.distributed import device
@@ -33,8 +34,16 @@ thread.join()
 
 def faults(mode: str) -> int:
     """As a rank under Ray would have them."""
-    environment = os.environ | {name: value for name, value in ray_environment("", Path()).items() if value is not None}
-    done = subprocess.run([sys.executable, "-c", FAULTS, mode], check=True, capture_output=True, text=True, env=environment)
+    environment = os.environ | {
+        name: value for name, value in ray_environment("", Path()).items() if value is not None
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS, mode],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     return int(done.stdout)
 
 
@@ -73,6 +82,10 @@ def test_what_is_kept_is_given_back_once_the_process_has_grown() -> None:
 
 def test_cpu_facts() -> None:
     cpu = device.select("cpu")
-    assert cpu == torch.device("cpu") and device.backend_for(cpu) == "gloo" and device.peak_flops(cpu) is None
+    assert (
+        cpu == torch.device("cpu")
+        and device.backend_for(cpu) == "gloo"
+        and device.peak_flops(cpu) is None
+    )
     assert device.peak_memory_bytes(cpu) > 1 << 20
     device.synchronize(cpu)

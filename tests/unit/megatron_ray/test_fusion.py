@@ -20,7 +20,11 @@ from megatron_ray.tensor_parallel.norm import RMS_NORM
 
 # A kernel rounds some intermediate result where a formula does not.
 ALLOWED = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 1.2e-2}
-BATCH, SEQUENCE, HEADS, GROUPS, WIDTH = 2, 24, 4, 2, 16
+BATCH = 2
+SEQUENCE = 24
+HEADS = 4
+GROUPS = 2
+WIDTH = 16
 TOKENS = BATCH * SEQUENCE
 
 
@@ -29,7 +33,9 @@ def draw(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
 
 
 def rms_norm(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
-    x, weight, grad = draw(dtype, TOKENS, 48), draw(dtype, 48, seed=1), draw(dtype, TOKENS, 48, seed=2)
+    x = draw(dtype, TOKENS, 48)
+    weight = draw(dtype, 48, seed=1)
+    grad = draw(dtype, TOKENS, 48, seed=2)
     output, rstd = kernel.forward(x, weight, 1e-5)
     return [output, rstd, *kernel.backward(grad, x, weight, rstd)]
 
@@ -44,15 +50,26 @@ def rotation(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
     qkv = draw(dtype, BATCH, SEQUENCE, (HEADS + 2 * GROUPS) * WIDTH)
     found = kernel.forward(qkv, cos, sin, HEADS, GROUPS, WIDTH)
     assert all(part.stride(-1) == 1 and part.data_ptr() != qkv.data_ptr() for part in found)
-    grads = [draw(dtype, BATCH, SEQUENCE, heads, WIDTH, seed=heads).transpose(1, 2) for heads in (HEADS, GROUPS, GROUPS)]
+    grads = [
+        draw(dtype, BATCH, SEQUENCE, heads, WIDTH, seed=heads).transpose(1, 2)
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
     return [*found, kernel.backward(*grads, cos, sin)]
 
 
-def loss(exponentials_: Callable[[Tensor, Tensor], Exponentials], dtype: torch.dtype) -> list[Tensor]:
+def loss(
+    exponentials_: Callable[[Tensor, Tensor], Exponentials], dtype: torch.dtype
+) -> list[Tensor]:
     """Shares times their unit are the same however they are scaled."""
-    logits, local = 3 * draw(dtype, TOKENS, 100), torch.arange(TOKENS) * 2
+    logits = 3 * draw(dtype, TOKENS, 100)
+    local = torch.arange(TOKENS) * 2
     found = exponentials_(logits, local)
-    return [found.largest, found.total, found.chosen, logits.to(found.unit.dtype) * found.unit[:, None]]
+    return [
+        found.largest,
+        found.total,
+        found.chosen,
+        logits.to(found.unit.dtype) * found.unit[:, None],
+    ]
 
 
 CASES: dict[str, tuple[Callable[[Any, torch.dtype], list[Tensor]], Any]] = {
@@ -78,16 +95,29 @@ def test_a_formula_is_its_kernel(case: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.parity)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.parity)]
+)
 def test_what_the_compiler_makes_of_a_formula_is_the_formula(dtype: torch.dtype) -> None:
     fusions = compile.compiled_fusions()
     for case, (run, _) in CASES.items():
-        close(run(getattr(fusions, case), dtype), run(getattr(compile.FORMULAS, case), dtype), ALLOWED[dtype])
+        close(
+            run(getattr(fusions, case), dtype),
+            run(getattr(compile.FORMULAS, case), dtype),
+            ALLOWED[dtype],
+        )
 
 
 @pytest.mark.parametrize(("activation", "norms"), [("swiglu", 2), ("geglu_tanh", 4)])
-def test_every_part_of_a_model_but_its_routed_experts_is_replaced(activation: str, norms: int) -> None:
-    shape: dict[str, Any] = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "vocab_size": 64}
+def test_every_part_of_a_model_but_its_routed_experts_is_replaced(
+    activation: str, norms: int
+) -> None:
+    shape: dict[str, Any] = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
     shape |= {"activation": activation, "qk_norm": norms == 4}
     moe = {
         "num_experts": 4,
@@ -110,8 +140,14 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced(activation: st
         return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
     replaced = [name for name, module in model.named_modules() if of(module) is mark]
-    kept = [name for name, module in model.named_modules() if isinstance(module, GatedActivation) and of(module) is not mark]
-    assert len(replaced) == 2 * (norms + 2) + 2 and kept == [f"layers.{layer}.moe.experts.activation" for layer in range(2)], (
+    kept = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, GatedActivation) and of(module) is not mark
+    ]
+    assert len(replaced) == 2 * (norms + 2) + 2 and kept == [
+        f"layers.{layer}.moe.experts.activation" for layer in range(2)
+    ], (
         replaced,
         kept,
     )
@@ -125,5 +161,8 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(builder, "get_cpp_compiler", none)
-    with pytest.raises(ConfigProblem, match=r"/training/compile: blocks needs a C\+\+ compiler .* or set compile to none"):
+    with pytest.raises(
+        ConfigProblem,
+        match=r"/training/compile: blocks needs a C\+\+ compiler .* or set compile to none",
+    ):
         compile.compiled_fusions()

@@ -18,7 +18,11 @@ def test_the_published_example_of_sixteen_ranks() -> None:
 
 @given(sizes, sizes, sizes, sizes, st.permutations(["tp", "cp", "ep", "dp", "pp"]))
 def test_coordinates_and_groups_agree(tp: int, cp: int, dp: int, pp: int, order: list[str]) -> None:
-    dims = ParallelDims(tp, cp, dp, pp, order=tuple(order)) if order[-1] == "pp" else ParallelDims(tp, cp, dp, order=tuple(order))
+    dims = (
+        ParallelDims(tp, cp, dp, pp, order=tuple(order))
+        if order[-1] == "pp"
+        else ParallelDims(tp, cp, dp, order=tuple(order))
+    )
     for rank in range(dims.world_size):
         assert dims.rank_at(**dims.coordinates(rank)) == rank
     for axes in (("tp",), ("dp", "cp"), ("tp", "cp", "dp", "pp")):
@@ -33,7 +37,10 @@ def test_dp_is_derived_from_the_world() -> None:
 
 
 def test_a_world_that_does_not_factor_shows_the_whole_product() -> None:
-    with pytest.raises(ValueError, match=r"tp\(2\) x cp\(1\) x dp\(3\) x pp\(1\) does not make up a world of 8 ranks"):
+    with pytest.raises(
+        ValueError,
+        match=r"tp\(2\) x cp\(1\) x dp\(3\) x pp\(1\) does not make up a world of 8 ranks",
+    ):
         ParallelDims.for_world(8, tp=2, dp=3)
 
 
@@ -49,7 +56,9 @@ def test_bad_arguments_are_named() -> None:
 
 
 def test_the_expert_grid_lies_over_the_same_ranks() -> None:
-    """Megatron's example: tp2 dp4 with ep=4: experts' ranks are neighbours, and only one replica of each is left."""
+    """Megatron's example: tp2 dp4 with ep=4: experts' ranks are neighbours, and only one replica of
+    each is left.
+    """
     dims = ParallelDims(tp=2, dp=4, ep=4, etp=2)
     assert dims.expert_dp == 1 and dims.experts.groups(("ep",)) == ((0, 2, 4, 6), (1, 3, 5, 7))
     dims = ParallelDims(tp=2, dp=4, ep=4, etp=1)
@@ -66,14 +75,19 @@ def test_the_expert_grid_lies_over_the_same_ranks() -> None:
     st.sampled_from([1, 2, 3, 4]),
     st.permutations(["tp", "cp", "ep", "dp"]),
 )
-def test_both_grids_agree_on_the_stages(tp: int, cp: int, dp: int, pp: int, ep: int, etp: int, order: list[str]) -> None:
+def test_both_grids_agree_on_the_stages(
+    tp: int, cp: int, dp: int, pp: int, ep: int, etp: int, order: list[str]
+) -> None:
     if tp * cp * dp % (ep * etp):
         with pytest.raises(ValueError, match="must divide the world"):
             ParallelDims(tp, cp, dp, pp, ep, etp, (*order, "pp"))
         return
     dims = ParallelDims(tp, cp, dp, pp, ep, etp, (*order, "pp"))
     assert dims.experts.world_size == dims.world_size
-    assert all(dims.coordinates(rank)["pp"] == dims.experts.coordinates(rank)["pp"] for rank in range(dims.world_size))
+    assert all(
+        dims.coordinates(rank)["pp"] == dims.experts.coordinates(rank)["pp"]
+        for rank in range(dims.world_size)
+    )
     assert dims.groups(("pp",)) == dims.experts.groups(("pp",))
     for rank in range(dims.world_size):
         assert dims.experts.rank_at(**dims.experts.coordinates(rank)) == rank
@@ -81,18 +95,37 @@ def test_both_grids_agree_on_the_stages(tp: int, cp: int, dp: int, pp: int, ep: 
 
 def test_grids_whose_stages_differ_are_refused() -> None:
     order = ("tp", "cp", "ep", "pp", "dp")
-    assert ParallelDims(tp=2, dp=2, pp=2, order=order).experts.groups(("pp",)) == ((0, 2), (1, 3), (4, 6), (5, 7))
-    with pytest.raises(ValueError, match=r"order tp-cp-ep-pp-dp .* dp=4 and edp=2 differ; let the order end with pp"):
+    assert ParallelDims(tp=2, dp=2, pp=2, order=order).experts.groups(("pp",)) == (
+        (0, 2),
+        (1, 3),
+        (4, 6),
+        (5, 7),
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"order tp-cp-ep-pp-dp .* dp=4 and edp=2 differ; let the order end with pp",
+    ):
         ParallelDims(tp=2, dp=4, pp=2, ep=2, order=order)
     with pytest.raises(
-        ValueError, match=r"etp\(2\) x ep\(3\) x pp\(2\) = 12 must divide the world, tp\(2\) x cp\(1\) x dp\(4\) x pp\(2\) = 16 ranks"
+        ValueError,
+        match=r"etp\(2\) x ep\(3\) x pp\(2\) = 12 must divide the world, tp\(2\) x cp\(1\) x "
+        r"dp\(4\) x pp\(2\) = 16 ranks",
     ):
         ParallelDims(tp=2, dp=4, pp=2, ep=3)
 
 
 def test_embedding_groups_and_context_levels() -> None:
     dims = ParallelDims(tp=2, pp=4)
-    assert [dims.embedding_group_of(rank) for rank in range(8)] == [(0, 6), (1, 7), (2,), (3,), (4,), (5,), (0, 6), (1, 7)]
+    assert [dims.embedding_group_of(rank) for rank in range(8)] == [
+        (0, 6),
+        (1, 7),
+        (2,),
+        (3,),
+        (4,),
+        (5,),
+        (0, 6),
+        (1, 7),
+    ]
     assert ParallelDims(tp=2).embedding_group_of(1) == (1,)
     hierarchy = ParallelDims(cp=16, cp_sizes=(2, 2, 4))
     assert hierarchy.context_levels_of(0) == ((0, 1), (0, 2), (0, 4, 8, 12))

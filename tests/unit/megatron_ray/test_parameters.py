@@ -22,7 +22,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "gpt2": {"preset": "gpt2-tiny", "vocab_size": 1000},
     "latent": {"preset": "deepseek-tiny", "moe": None, "vocab_size": 1000},
-    "latent-tied": {"preset": "deepseek-tiny", "moe": None, "vocab_size": 1000, "tie_embeddings": True, "mtp": {"num_layers": 2}},
+    "latent-tied": {
+        "preset": "deepseek-tiny",
+        "moe": None,
+        "vocab_size": 1000,
+        "tie_embeddings": True,
+        "mtp": {"num_layers": 2},
+    },
     "qwen3": {"preset": "qwen3-tiny", "vocab_size": 1000, "qkv_bias": True},
 }
 
@@ -32,12 +38,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 def test_boxes_cover_each_logical_tensor_once_per_replica(shape: str, tp: int) -> None:
     model = ModelConfig.model_validate(SHAPES[shape])
     dims = ParallelDims(tp=tp)
-    covered = {parameter.name: np.zeros(parameter.shape, dtype=int) for parameter in logical_parameters(model)}
+    covered = {
+        parameter.name: np.zeros(parameter.shape, dtype=int)
+        for parameter in logical_parameters(model)
+    }
     for rank in range(tp):
         for local in local_parameters(model, dims, rank):
             rows = 0
             for part in local.parts:
-                where = tuple(slice(start, start + size) for start, size in zip(part.box.offset, part.box.size, strict=True))
+                where = tuple(
+                    slice(start, start + size)
+                    for start, size in zip(part.box.offset, part.box.size, strict=True)
+                )
                 covered[part.logical.name][where] += 1
                 assert part.start == rows
                 rows += part.box.size[0]
@@ -53,17 +65,33 @@ def test_stages_hold_each_layer_once_and_an_embedding_that_the_last_needs_twice(
     layout = "E|" + "t|" * model.num_layers + "m" * model.further_layers + "L"
     stages = parse_layout(layout, model.num_layers, model.further_layers)
     dims = ParallelDims(pp=len(stages))
-    held = [local for rank, stage in enumerate(stages) for local in local_parameters(model, dims, rank, held=[stage])]
+    held = [
+        local
+        for rank, stage in enumerate(stages)
+        for local in local_parameters(model, dims, rank, held=[stage])
+    ]
     names = [part.logical.name for local in held for part in local.parts]
-    further, needed = model.further_layers > 0, model.tie_embeddings or model.further_layers > 0
-    expected = [parameter.name for parameter in logical_parameters(model)] + (["embedding.weight"] if needed else [])
+    further = model.further_layers > 0
+    needed = model.tie_embeddings or model.further_layers > 0
+    expected = [parameter.name for parameter in logical_parameters(model)] + (
+        ["embedding.weight"] if needed else []
+    )
     assert sorted(names) == sorted(expected)
     twice = [local.name for local in held if local.on_two_stages]
-    assert twice == (["embedding.weight", "embedding.weight" if further else "head.weight"] if needed else [])
+    assert twice == (
+        ["embedding.weight", "embedding.weight" if further else "head.weight"] if needed else []
+    )
     assert [local.name for local in held if not local.counted] == twice[1:]
 
 
-MIXTURE = SHAPES["llama"] | {"moe": {"num_experts": 4, "ffn_hidden_size": 48, "shared_expert_ffn_hidden_size": 32, "layer_pattern": [0, 1]}}
+MIXTURE = SHAPES["llama"] | {
+    "moe": {
+        "num_experts": 4,
+        "ffn_hidden_size": 48,
+        "shared_expert_ffn_hidden_size": 32,
+        "layer_pattern": [0, 1],
+    }
+}
 
 
 @pytest.mark.parametrize(
@@ -92,23 +120,37 @@ def test_experts_lie_in_a_grid_of_their_own(dims: ParallelDims) -> None:
         for local in local_parameters(model, dims, rank, sequence_parallel=True):
             assert local.of_expert == (".experts." in local.name)
             for part in local.parts:
-                where = tuple(slice(start, start + size) for start, size in zip(part.box.offset, part.box.size, strict=True))
+                where = tuple(
+                    slice(start, start + size)
+                    for start, size in zip(part.box.offset, part.box.size, strict=True)
+                )
                 covered[part.logical.name][where] += 1
     for name, parameter in logical.items():
-        replicas = dims.expert_dp if parameter.of_expert else dims.size("dp", "cp") * (dims.tp if parameter.shard_dim is None else 1)
+        replicas = (
+            dims.expert_dp
+            if parameter.of_expert
+            else dims.size("dp", "cp") * (dims.tp if parameter.shard_dim is None else 1)
+        )
         assert (covered[name] == replicas).all(), name
 
 
 def test_sizes_of_published_models() -> None:
-    total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": "gpt2-124m"})))
+    total = sum(
+        p.num_elements
+        for p in logical_parameters(ModelConfig.model_validate({"preset": "gpt2-124m"}))
+    )
     assert total == 124_439_808
-    total = sum(p.num_elements for p in logical_parameters(ModelConfig.model_validate({"preset": "llama3-8b"})))
+    total = sum(
+        p.num_elements
+        for p in logical_parameters(ModelConfig.model_validate({"preset": "llama3-8b"}))
+    )
     assert total == 8_030_261_248
 
 
 def test_the_sizes_of_deepseek_v3() -> None:
-    """As its authors count: 671B of the model, 36.7B of them used by a token, and 14B of the prediction of a further token, its own copies
-    of embedding and head among them."""
+    """As its authors count: 671B of the model, 36.7B of them used by a token, and 14B of the
+    prediction of a further token, its own copies of embedding and head among them.
+    """
     model = ModelConfig.model_validate({"preset": "deepseek-v3"})
     sizes = {p.name: p.num_elements for p in logical_parameters(model)}
     further = sum(size for name, size in sizes.items() if name.startswith("mtp."))
@@ -118,15 +160,22 @@ def test_the_sizes_of_deepseek_v3() -> None:
     assert matmul_parameters(alone) == pytest.approx(36.7e9, rel=5e-3)
     # Two latents, the projection, a layer's nine experts and the head once more.
     assert matmul_parameters(model) - matmul_parameters(alone) == (
-        7168 * (1536 + 512 + 64) + 128 * (1536 * 192 + 512 * 256 + 128 * 7168) + 7168 * (2 * 7168 + 3 * 9 * 2048 + 256 + 129280)
+        7168 * (1536 + 512 + 64)
+        + 128 * (1536 * 192 + 512 * 256 + 128 * 7168)
+        + 7168 * (2 * 7168 + 3 * 9 * 2048 + 256 + 129280)
     )
-    assert flops_per_token(model, 4096) == 6 * matmul_parameters(model) + 6 * 62 * 128 * (192 + 128) * 4096
+    assert (
+        flops_per_token(model, 4096)
+        == 6 * matmul_parameters(model) + 6 * 62 * 128 * (192 + 128) * 4096
+    )
 
 
 def test_vocabulary_is_padded_to_a_multiple_times_tp() -> None:
     model = ModelConfig.model_validate(SHAPES["llama"])
     assert [padded_vocabulary(model, tp) for tp in (1, 2, 4)] == [384, 512, 512]
-    (embedding,) = [p for p in local_parameters(model, ParallelDims(tp=4), 3) if p.name == "embedding.weight"]
+    (embedding,) = [
+        p for p in local_parameters(model, ParallelDims(tp=4), 3) if p.name == "embedding.weight"
+    ]
     assert embedding.parts[0].box.size == (0, 64)
 
 
@@ -139,14 +188,21 @@ def test_a_degree_that_does_not_divide_is_refused() -> None:
 
 def test_a_token_is_multiplied_with_its_own_experts_only() -> None:
     model = ModelConfig.model_validate(MIXTURE)
-    dense, experts = 3 * 96, 2 * 3 * 48 + 3 * 32
+    dense = 3 * 96
+    experts = 2 * 3 * 48 + 3 * 32
     attention = 2 * 8 + 2 * 4
     assert matmul_parameters(model) == 64 * (2 * attention * 8 + dense + experts + 4 + 259)
 
 
 def test_flops_of_the_reference_model() -> None:
     model = ModelConfig.model_validate(
-        {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "ffn_hidden_size": 768, "vocab_size": 8192}
+        {
+            "num_layers": 4,
+            "hidden_size": 256,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 768,
+            "vocab_size": 8192,
+        }
     )
     assert matmul_parameters(model) == 5_505_024
     assert flops_per_token(model, 256) == 6 * 5_505_024 + 12 * 4 * 256 * 256

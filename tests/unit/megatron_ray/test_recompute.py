@@ -37,13 +37,20 @@ EXPERTS = {
     "capacity_factor": 1.0,
 }
 WITHOUT_GROUPS = {name: value for name, value in LLAMA.items() if name != "num_query_groups"}
-LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12}
+LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+}
 MODELS = {
     "llama": LLAMA | {"num_layers": LAYERS},
     "gpt2": GPT2 | {"num_layers": LAYERS},
     "moe": LLAMA | {"num_layers": LAYERS, "moe": EXPERTS},
     "latent": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT},
-    "latent-further": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT | {"q_lora_rank": None}, "mtp": {"num_layers": 2}},
+    "latent-further": WITHOUT_GROUPS
+    | {"num_layers": LAYERS, "mla": LATENT | {"q_lora_rank": None}, "mtp": {"num_layers": 2}},
     "families": LLAMA
     | {
         "num_layers": LAYERS,
@@ -74,7 +81,9 @@ DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 
 
 def config_of(setting: str, model: str, precision: str, dropout: bool) -> TrainConfig:
-    fields = make_config(MODELS[model] | (DROPOUT if dropout else {}), {"dp": 1}, steps=1, precision=precision).model_dump()
+    fields = make_config(
+        MODELS[model] | (DROPOUT if dropout else {}), {"dp": 1}, steps=1, precision=precision
+    ).model_dump()
     fields["training"]["recompute"] = SETTINGS[setting]
     return TrainConfig.from_mapping(fields)
 
@@ -83,7 +92,9 @@ def gradients(config: TrainConfig) -> tuple[Tensor, Tensor]:
     """Loss and main gradients of one step."""
     mesh = ParallelMesh.single()
     model, _ = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh))
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)
+    )
     loss = forward_backward(model, mesh, loader.step(0))
     return loss, torch.cat([family.buffers.gradients for family in model.families])
 
@@ -113,7 +124,9 @@ def one_thread() -> Iterator[None]:
         ("families", "bf16", True),
     ],
 )
-def test_gradients_are_those_without_recomputation_to_the_bit(model: str, precision: str, dropout: bool) -> None:
+def test_gradients_are_those_without_recomputation_to_the_bit(
+    model: str, precision: str, dropout: bool
+) -> None:
     loss, expected = gradients(config_of("none", model, precision, dropout))
     for setting in SETTINGS:
         again, found = gradients(config_of(setting, model, precision, dropout))
@@ -134,9 +147,10 @@ def without_capacity(config: TrainConfig) -> TrainConfig:
 def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -> None:
     for setting in SETTINGS:
         config = without_capacity(config_of(setting, model, precision, dropout))
-        measured, formula = kept_bytes(config, ParallelMesh.single()), kept_activations(config, range(LAYERS))
-        # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16 LayerNorm short statistics; the formula is that of CUDA.
-        # Of a router it leaves out some sums.
+        measured = kept_bytes(config, ParallelMesh.single())
+        formula = kept_activations(config, range(LAYERS))
+        # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16 LayerNorm short
+        # statistics; the formula is that of CUDA. Of a router it leaves out some sums.
         allowed = 0.025 if precision == "bf16" else 0.002 if model == "moe" else 0.0
         assert abs(measured - formula) <= allowed * formula, setting
 
@@ -175,9 +189,16 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
         return product(inputs, weight, addend)
 
     monkeypatch.setattr(layers, "forward_product_plus", last_product)
-    for kind, name in ((Block, "layer"), (WholeAttention, "core"), (RMSNorm, "norm"), (GatedActivation, "activation")):
+    for kind, name in (
+        (Block, "layer"),
+        (WholeAttention, "core"),
+        (RMSNorm, "norm"),
+        (GatedActivation, "activation"),
+    ):
         counted(kind, name)
-    model, hidden, positions = blocks_of(config_of(setting, "llama", "fp32", False), ParallelMesh.single())
+    model, hidden, positions = blocks_of(
+        config_of(setting, "llama", "fp32", False), ParallelMesh.single()
+    )
     runs.clear()
     model.through(model.layers.values(), hidden, positions).sum().backward()
     assert runs == {"layer": layer_runs, **part_runs}
@@ -186,12 +207,18 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
 def test_choices_are_heard_and_other_losses_counted_once() -> None:
     found = []
     for setting in ("none", "norm-moe", "uniform2", "block2"):
-        config, mesh, heard = config_of(setting, "moe", "fp32", False), ParallelMesh.single(), list[tuple[int, Tensor]]()
+        config = config_of(setting, "moe", "fp32", False)
+        mesh = ParallelMesh.single()
+        heard = list[tuple[int, Tensor]]()
         model, optimizer = build(config, mesh)
         model.module.on_choice = lambda layer, experts, heard=heard: heard.append((layer, experts))  # type: ignore[misc]
-        batches = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)).step(0)
+        batches = StepLoader(
+            RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)
+        ).step(0)
         loss = forward_backward(model, mesh, batches)
-        stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+        stats = finalize_grads(
+            model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
+        )
         assert [layer for layer, _ in heard] == [0, 2] * 2, setting
         found.append((torch.stack([experts for _, experts in heard]), stats.values))
     (choices, values), *others = found

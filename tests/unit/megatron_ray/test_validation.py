@@ -16,7 +16,9 @@ BASE: dict[str, Any] = {
 
 
 def config(**groups: dict[str, Any]) -> TrainConfig:
-    return TrainConfig.from_mapping({**BASE, **{name: {**BASE.get(name, {}), **fields} for name, fields in groups.items()}})
+    return TrainConfig.from_mapping(
+        {**BASE, **{name: {**BASE.get(name, {}), **fields} for name, fields in groups.items()}}
+    )
 
 
 def test_a_good_config_has_no_problem() -> None:
@@ -30,25 +32,29 @@ def test_a_good_config_has_no_problem() -> None:
             {"parallel": {"cp": 3}},
             None,
             "/training/seq_length",
-            "cp=3 cuts a sequence into 2 x cp = 6 chunks, and seq_length=256 is no multiple of that; use 258",
+            "cp=3 cuts a sequence into 2 x cp = 6 chunks, and seq_length=256 is no "
+            "multiple of that; use 258",
         ),
         (
             {"parallel": {"cp": 256}},
             None,
             "/training/seq_length",
-            "cp=256 cuts a sequence into 2 x cp = 512 chunks, and seq_length=256 is no multiple of that; use 512",
+            "cp=256 cuts a sequence into 2 x cp = 512 chunks, and seq_length=256 is no "
+            "multiple of that; use 512",
         ),
         (
             {"parallel": {"cp": 4, "tp": 2, "cp_method": "a2a"}},
             None,
             "/parallel/cp_method",
-            "num_attention_heads=4 over tp=2 cannot be dealt out to the 4 ranks that exchange heads; use a multiple of 8, or cp_method=p2p",
+            "num_attention_heads=4 over tp=2 cannot be dealt out to the 4 ranks that "
+            "exchange heads; use a multiple of 8, or cp_method=p2p",
         ),
         (
             {"parallel": {"cp": 4, "cp_method": "a2a+p2p"}},
             None,
             "/parallel/hierarchical_cp_sizes",
-            "hierarchical_cp_sizes is missing; give how many ranks exchange heads and how many such groups there are, with product 4",
+            "hierarchical_cp_sizes is missing; give how many ranks exchange heads and how "
+            "many such groups there are, with product 4",
         ),
         (
             {"parallel": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 4)}},
@@ -62,7 +68,12 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/hierarchical_cp_sizes",
             "hierarchical_cp_sizes goes with cp_method=a2a+p2p, not p2p",
         ),
-        ({"parallel": {"order": "tp-pp-dp"}}, None, "/parallel/order", "order=tp-pp-dp must name each of tp, cp, ep, dp, pp once"),
+        (
+            {"parallel": {"order": "tp-pp-dp"}},
+            None,
+            "/parallel/order",
+            "order=tp-pp-dp must name each of tp, cp, ep, dp, pp once",
+        ),
         (
             {"parallel": {"zero_replicas": 2}},
             None,
@@ -79,12 +90,33 @@ def test_a_good_config_has_no_problem() -> None:
             {"parallel": {"pp": 2, "schedule": "zb-h1", "zero": 3}},
             None,
             "/parallel/schedule",
-            "schedule=zb-h1 computes weight gradients after torch has given a block's weights away under zero=3; use 1f1b",
+            "schedule=zb-h1 computes weight gradients after torch has given a block's "
+            "weights away under zero=3; use 1f1b",
         ),
-        ({"parallel": {"ep": 2}}, None, "/parallel/ep", "ep=2 needs a model with experts; give model.moe, or leave it out"),
-        ({"parallel": {"vpp": 2}}, None, "/parallel/vpp", "vpp=2 needs pp > 1; raise pp, or leave it out"),
-        ({"parallel": {"layout": "EttttL"}}, None, "/parallel/layout", "layout=EttttL needs pp > 1"),
-        ({"parallel": {"pp": 3}}, None, "/parallel/pp", "4 layers do not divide evenly into 3 stages; nearest: num_layers=3 or 6"),
+        (
+            {"parallel": {"ep": 2}},
+            None,
+            "/parallel/ep",
+            "ep=2 needs a model with experts; give model.moe, or leave it out",
+        ),
+        (
+            {"parallel": {"vpp": 2}},
+            None,
+            "/parallel/vpp",
+            "vpp=2 needs pp > 1; raise pp, or leave it out",
+        ),
+        (
+            {"parallel": {"layout": "EttttL"}},
+            None,
+            "/parallel/layout",
+            "layout=EttttL needs pp > 1",
+        ),
+        (
+            {"parallel": {"pp": 3}},
+            None,
+            "/parallel/pp",
+            "4 layers do not divide evenly into 3 stages; nearest: num_layers=3 or 6",
+        ),
         (
             {"parallel": {"pp": 2, "vpp": 2, "schedule": "1f1b"}},
             None,
@@ -97,32 +129,81 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/schedule",
             "schedule=zb-v has two chunks per rank, not vpp=1; use vpp=2",
         ),
-        ({"parallel": {"pp": 2, "schedule": "interleaved"}}, None, "/parallel/schedule", "raise vpp, or use 1f1b"),
-        ({"parallel": {"pp": 2, "layout": "Ett|t|tL"}}, None, "/parallel/layout", "has 3 stages, pp x vpp = 2 x 1 needs 2"),
-        ({"parallel": {"pp": 2, "layout": "Ett|tL"}}, None, "/parallel/layout", "has 3 decoder layers ('t'), the model has 4"),
+        (
+            {"parallel": {"pp": 2, "schedule": "interleaved"}},
+            None,
+            "/parallel/schedule",
+            "raise vpp, or use 1f1b",
+        ),
+        (
+            {"parallel": {"pp": 2, "layout": "Ett|t|tL"}},
+            None,
+            "/parallel/layout",
+            "has 3 stages, pp x vpp = 2 x 1 needs 2",
+        ),
+        (
+            {"parallel": {"pp": 2, "layout": "Ett|tL"}},
+            None,
+            "/parallel/layout",
+            "has 3 decoder layers ('t'), the model has 4",
+        ),
         (
             {"parallel": {"pp": 2, "layout": "Ett|ttL", "first_stage_layers": 2}},
             None,
             "/parallel/layout",
             "layout says what each stage holds",
         ),
-        ({"parallel": {"etp": 4}}, None, "/parallel/etp", "etp=4 needs a model with experts; give model.moe, or leave it out"),
-        ({"parallel": {"tp": 3}}, None, "/parallel/tp", "tp=3 does not divide model.num_attention_heads=4; use a tp that divides both"),
         (
-            {"model": {"num_attention_heads": 12, "num_query_groups": 6, "head_dim": 32, "ffn_hidden_size": 384}, "parallel": {"tp": 4}},
+            {"parallel": {"etp": 4}},
+            None,
+            "/parallel/etp",
+            "etp=4 needs a model with experts; give model.moe, or leave it out",
+        ),
+        (
+            {"parallel": {"tp": 3}},
+            None,
+            "/parallel/tp",
+            "tp=3 does not divide model.num_attention_heads=4; use a tp that divides both",
+        ),
+        (
+            {
+                "model": {
+                    "num_attention_heads": 12,
+                    "num_query_groups": 6,
+                    "head_dim": 32,
+                    "ffn_hidden_size": 384,
+                },
+                "parallel": {"tp": 4},
+            },
             None,
             "/parallel/tp",
             "tp=4 is neither a multiple nor a divisor of model.num_query_groups=6",
         ),
-        ({"model": {"ffn_hidden_size": 386}, "parallel": {"tp": 4}}, None, "/parallel/tp", "does not divide model.ffn_hidden_size=386"),
+        (
+            {"model": {"ffn_hidden_size": 386}, "parallel": {"tp": 4}},
+            None,
+            "/parallel/tp",
+            "does not divide model.ffn_hidden_size=386",
+        ),
         (
             {"parallel": {"tp": 2, "sequence_parallel": True}, "training": {"seq_length": 255}},
             None,
             "/training/seq_length",
-            "sequence_parallel cuts seq_length=255 into tp x cp = 2 x 1 parts; use a multiple of 2, or turn it off",
+            "sequence_parallel cuts seq_length=255 into tp x cp = 2 x 1 parts; use a "
+            "multiple of 2, or turn it off",
         ),
-        ({"model": {"head_dim": 31}}, None, "/model/head_dim", "rotary positions need an even head_dim, not 31"),
-        ({"model": {"num_query_groups": 3}}, None, "/model/num_query_groups", "num_query_groups=3 does not divide num_attention_heads=4"),
+        (
+            {"model": {"head_dim": 31}},
+            None,
+            "/model/head_dim",
+            "rotary positions need an even head_dim, not 31",
+        ),
+        (
+            {"model": {"num_query_groups": 3}},
+            None,
+            "/model/num_query_groups",
+            "num_query_groups=3 does not divide num_attention_heads=4",
+        ),
         (
             {"model": {"position_embedding": "learned", "max_sequence_length": 128}},
             None,
@@ -133,7 +214,8 @@ def test_a_good_config_has_no_problem() -> None:
             {"model": {"full_attention_every": 2}},
             None,
             "/model/full_attention_every",
-            "full_attention_every=2 says which layers are without a window, and there is no sliding_window; give one, or leave it out",
+            "full_attention_every=2 says which layers are without a window, and there is "
+            "no sliding_window; give one, or leave it out",
         ),
         (
             {"model": {"zero_centered_norm": True, "norm": "layernorm"}},
@@ -142,16 +224,23 @@ def test_a_good_config_has_no_problem() -> None:
             "zero_centered_norm goes with norm=rmsnorm, not layernorm; leave it out, or change norm",
         ),
         (
-            {"model": {"position_embedding": "none", "rope_scaling": {"kind": "linear", "factor": 2.0}}},
+            {
+                "model": {
+                    "position_embedding": "none",
+                    "rope_scaling": {"kind": "linear", "factor": 2.0},
+                }
+            },
             None,
             "/model/rope_scaling",
-            "rope_scaling stretches rotary positions, and position_embedding=none has none; leave it out",
+            "rope_scaling stretches rotary positions, and position_embedding=none has "
+            "none; leave it out",
         ),
         (
             {"model": {"rope_scaling": {"kind": "llama3", "factor": 8.0, "low_freq_factor": 4.0}}},
             None,
             "/model/rope_scaling/high_freq_factor",
-            "high_freq_factor=4 must be above low_freq_factor=4: between them frequencies pass from kept to divided; raise it",
+            "high_freq_factor=4 must be above low_freq_factor=4: between them frequencies "
+            "pass from kept to divided; raise it",
         ),
         (
             {"model": {"rope_scaling": {"kind": "yarn", "factor": 8.0, "beta_fast": 0.5}}},
@@ -169,13 +258,15 @@ def test_a_good_config_has_no_problem() -> None:
             {"training": {"steps": 1 << 30}},
             None,
             "/training/steps",
-            "steps x global_batch_size = 1073741824 x 16 = 17179869184 samples, at most 2147483648 can be ordered",
+            "steps x global_batch_size = 1073741824 x 16 = 17179869184 samples, at most "
+            "2147483648 can be ordered",
         ),
         (
             {"model": {"attention_dropout": 0.1}, "parallel": {"cp": 2}},
             None,
             "/model/attention_dropout",
-            "attention_dropout=0.1 does not go with cp=2: attention over shared sequences keeps no probabilities to drop; use 0",
+            "attention_dropout=0.1 does not go with cp=2: attention over shared sequences "
+            "keeps no probabilities to drop; use 0",
         ),
         (
             {"training": {"recompute": {"granularity": "selective", "method": "uniform"}}},
@@ -208,13 +299,22 @@ def test_a_good_config_has_no_problem() -> None:
             "granularity=full needs num_layers; say how many layers: 1 recomputes each by itself",
         ),
         (
-            {"training": {"recompute": {"granularity": "full", "method": "block", "num_layers": 3}}, "parallel": {"pp": 2}},
+            {
+                "training": {
+                    "recompute": {"granularity": "full", "method": "block", "num_layers": 3}
+                },
+                "parallel": {"pp": 2},
+            },
             None,
             "/training/recompute/num_layers",
             "num_layers=3 is more than the 2 layers of the largest stage; lower it",
         ),
         (
-            {"training": {"recompute": {"granularity": "selective", "modules": ["mlp", "activation"]}}},
+            {
+                "training": {
+                    "recompute": {"granularity": "selective", "modules": ["mlp", "activation"]}
+                }
+            },
             None,
             "/training/recompute/modules",
             "activation is a part of mlp, which is recomputed whole; leave out one of the two",
@@ -225,20 +325,32 @@ def test_a_good_config_has_no_problem() -> None:
             "/training/recompute/modules",
             "moe is for layers that have experts, of which the model has none; leave it out",
         ),
-        ({"schedule": {"min_lr": 0.1}}, None, "/schedule/min_lr", "min_lr=0.1 is above optimizer.lr=0.001; lower it"),
+        (
+            {"schedule": {"min_lr": 0.1}},
+            None,
+            "/schedule/min_lr",
+            "min_lr=0.1 is above optimizer.lr=0.001; lower it",
+        ),
         (
             {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},
             None,
             "/optimizer/freeze",
-            "no parameter is called 'layers.4.*'; names are such as 'embedding.weight' and 'layers.0.attention_norm.weight'",
+            "no parameter is called 'layers.4.*'; names are such as 'embedding.weight' and "
+            "'layers.0.attention_norm.weight'",
         ),
         (
             {"optimizer": {"freeze": ["*.q.weight", "*.v.weight"]}},
             None,
             "/optimizer/freeze",
-            "are one tensor, and 'layers.0.attention.k.weight' would still be trained; freeze all or none",
+            "are one tensor, and 'layers.0.attention.k.weight' would still be trained; "
+            "freeze all or none",
         ),
-        ({"optimizer": {"freeze": ["*"]}}, None, "/optimizer/freeze", "all 39 parameters are frozen, so nothing would be trained"),
+        (
+            {"optimizer": {"freeze": ["*"]}},
+            None,
+            "/optimizer/freeze",
+            "all 39 parameters are frozen, so nothing would be trained",
+        ),
         (
             {"parallel": {"dp": 3}},
             None,
@@ -270,13 +382,19 @@ def test_auto_dp_is_the_largest_that_fits_and_divides(world: int, dp: int) -> No
 
 
 def test_sequence_parallel_means_nothing_without_tp() -> None:
-    assert not resolution.resolve(config(parallel={"sequence_parallel": True}), 4).parallel.sequence_parallel
+    assert not resolution.resolve(
+        config(parallel={"sequence_parallel": True}), 4
+    ).parallel.sequence_parallel
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
     assert resolution.with_vocabulary(config(), 300).model.vocab_size == 300
-    assert resolution.with_vocabulary(config(model={"vocab_size": 5000}), 300).model.vocab_size == 5000
-    with pytest.raises(ValueError, match="model.vocab_size=200 is smaller than the tokenizer's 300"):
+    assert (
+        resolution.with_vocabulary(config(model={"vocab_size": 5000}), 300).model.vocab_size == 5000
+    )
+    with pytest.raises(
+        ValueError, match="model.vocab_size=200 is smaller than the tokenizer's 300"
+    ):
         resolution.with_vocabulary(config(model={"vocab_size": 200}), 300)
 
 
@@ -286,17 +404,33 @@ def test_a_world_must_be_resolved_before_it_is_counted() -> None:
 
 
 def latent(**changes: Any) -> dict[str, Any]:
-    mla = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 24, "qk_rope_head_dim": 8, "v_head_dim": 24}
+    mla = {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 24,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 24,
+    }
     return {"preset": "gpt-tiny", "mla": mla} | changes
 
 
 @pytest.mark.parametrize(
     ("model", "parallel", "pointer", "words"),
     [
-        (latent(qkv_bias=True), {}, "/model/qkv_bias", "qkv_bias has no meaning with mla; leave it out, or leave out mla"),
+        (
+            latent(qkv_bias=True),
+            {},
+            "/model/qkv_bias",
+            "qkv_bias has no meaning with mla; leave it out, or leave out mla",
+        ),
         (latent(linear_bias=True), {}, "/model/linear_bias", "linear_bias has no meaning with mla"),
         (latent(qk_norm=True), {}, "/model/qk_norm", "qk_norm has no meaning with mla"),
-        (latent(sliding_window=64), {}, "/model/sliding_window", "sliding_window has no meaning with mla"),
+        (
+            latent(sliding_window=64),
+            {},
+            "/model/sliding_window",
+            "sliding_window has no meaning with mla",
+        ),
         (
             latent(position_embedding="none"),
             {},
@@ -307,21 +441,34 @@ def latent(**changes: Any) -> dict[str, Any]:
             latent(num_query_groups=2),
             {},
             "/model/num_query_groups",
-            "under mla all 4 heads have keys of their own, so num_query_groups=2 cannot be; leave it out",
+            "under mla all 4 heads have keys of their own, so num_query_groups=2 cannot "
+            "be; leave it out",
         ),
-        (latent(head_dim=48), {}, "/model/head_dim", "head_dim=48 is not qk_nope_head_dim + qk_rope_head_dim = 32; leave it out"),
+        (
+            latent(head_dim=48),
+            {},
+            "/model/head_dim",
+            "head_dim=48 is not qk_nope_head_dim + qk_rope_head_dim = 32; leave it out",
+        ),
         (
             latent(mla={"v_head_dim": 256}),
             {},
             "/model/mla/v_head_dim",
-            "v_head_dim=256 is wider than queries and keys (192), for which no kernel is here; use at most 192",
+            "v_head_dim=256 is wider than queries and keys (192), for which no kernel is "
+            "here; use at most 192",
         ),
-        (latent(num_attention_heads=6, num_query_groups=6), {"tp": 4}, "/parallel/tp", "tp=4 does not divide model.num_attention_heads=6"),
+        (
+            latent(num_attention_heads=6, num_query_groups=6),
+            {"tp": 4},
+            "/parallel/tp",
+            "tp=4 does not divide model.num_attention_heads=6",
+        ),
         (
             {"preset": "gpt2-tiny", "mtp": {}},
             {},
             "/model/mtp",
-            "mtp reads tokens ahead of their positions, for which a table of learned positions has no rule; use rope, or leave out mtp",
+            "mtp reads tokens ahead of their positions, for which a table of learned "
+            "positions has no rule; use rope, or leave out mtp",
         ),
         (
             {"preset": "gpt-tiny", "mtp": {}},
@@ -349,22 +496,40 @@ def test_each_rule_of_latent_attention_and_further_tokens(
     ("model", "parallel", "world"),
     [
         (latent(mtp={"num_layers": 2}), {"tp": 2, "cp": 2, "pp": 2, "layout": "Ett|ttmmL"}, 8),
-        ({"preset": "deepseek-tiny"}, {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2}, 4),
+        (
+            {"preset": "deepseek-tiny"},
+            {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2},
+            4,
+        ),
     ],
 )
-def test_latent_attention_and_further_tokens_go_with_every_axis(model: dict[str, Any], parallel: dict[str, Any], world: int) -> None:
+def test_latent_attention_and_further_tokens_go_with_every_axis(
+    model: dict[str, Any], parallel: dict[str, Any], world: int
+) -> None:
     assert check.find_problems(config(model=model, parallel=parallel), world) == []
 
 
 def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) -> TrainConfig:
-    return config(model={"preset": "moe-tiny", "moe": {"num_experts": 8} | moe} | model, parallel=parallel)
+    return config(
+        model={"preset": "moe-tiny", "moe": {"num_experts": 8} | moe} | model, parallel=parallel
+    )
 
 
 @pytest.mark.parametrize(
     ("moe", "parallel", "pointer", "words"),
     [
-        ({}, {"ep": 3}, "/parallel/ep", "ep=3 does not divide model.moe.num_experts=8; use an ep that does"),
-        ({"ffn_hidden_size": 90}, {"etp": 4}, "/parallel/etp", "etp=4 does not divide the experts' ffn_hidden_size=90"),
+        (
+            {},
+            {"ep": 3},
+            "/parallel/ep",
+            "ep=3 does not divide model.moe.num_experts=8; use an ep that does",
+        ),
+        (
+            {"ffn_hidden_size": 90},
+            {"etp": 4},
+            "/parallel/etp",
+            "etp=4 does not divide the experts' ffn_hidden_size=90",
+        ),
         (
             {"ffn_hidden_size": 90},
             {"tp": 4, "sequence_parallel": True},
@@ -377,41 +542,81 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
             "/model/moe/shared_expert_ffn_hidden_size",
             "tp=4 does not divide shared_expert_ffn_hidden_size=90; use a multiple of 4",
         ),
-        ({}, {"tp": 2}, "/parallel/sequence_parallel", "experts with tp=2 need each rank to have tokens of its own; set sequence_parallel"),
-        ({"layer_pattern": [0, 1]}, {}, "/model/moe/layer_pattern", "layer_pattern has 2 entries for num_layers=4; give one per layer"),
+        (
+            {},
+            {"tp": 2},
+            "/parallel/sequence_parallel",
+            "experts with tp=2 need each rank to have tokens of its own; set sequence_parallel",
+        ),
+        (
+            {"layer_pattern": [0, 1]},
+            {},
+            "/model/moe/layer_pattern",
+            "layer_pattern has 2 entries for num_layers=4; give one per layer",
+        ),
         ({"top_k": 9}, {}, "/model/moe/top_k", "top_k=9 is more than num_experts=8; lower it"),
-        ({"top_k": 1}, {}, "/model/moe/pre_softmax", "so the router would not learn; set pre_softmax"),
+        (
+            {"top_k": 1},
+            {},
+            "/model/moe/pre_softmax",
+            "so the router would not learn; set pre_softmax",
+        ),
         (
             {"score_function": "sigmoid", "pre_softmax": True},
             {},
             "/model/moe/pre_softmax",
             "pre_softmax has no meaning with score_function=sigmoid; leave it out",
         ),
-        ({"expert_bias": True}, {}, "/model/moe/expert_bias", "expert_bias needs score_function=sigmoid; set it, or use aux_loss_coeff"),
-        ({"pad_to_capacity": True}, {}, "/model/moe/pad_to_capacity", "pad_to_capacity needs a capacity_factor; give one"),
-        ({"num_groups": 2}, {}, "/model/moe/group_top_k", "num_groups and group_top_k belong together; give both, or none"),
-        ({"num_groups": 3, "group_top_k": 1}, {}, "/model/moe/num_groups", "num_groups=3 does not divide num_experts=8"),
+        (
+            {"expert_bias": True},
+            {},
+            "/model/moe/expert_bias",
+            "expert_bias needs score_function=sigmoid; set it, or use aux_loss_coeff",
+        ),
+        (
+            {"pad_to_capacity": True},
+            {},
+            "/model/moe/pad_to_capacity",
+            "pad_to_capacity needs a capacity_factor; give one",
+        ),
+        (
+            {"num_groups": 2},
+            {},
+            "/model/moe/group_top_k",
+            "num_groups and group_top_k belong together; give both, or none",
+        ),
+        (
+            {"num_groups": 3, "group_top_k": 1},
+            {},
+            "/model/moe/num_groups",
+            "num_groups=3 does not divide num_experts=8",
+        ),
         (
             {"num_groups": 4, "group_top_k": 3},
             {},
             "/model/moe/group_top_k",
-            "group_top_k=3 must be at most num_groups=4 and divide top_k=2, and each of those groups of 2 experts",
+            "group_top_k=3 must be at most num_groups=4 and divide top_k=2, and each of "
+            "those groups of 2 experts",
         ),
         (
             {},
             {"ep": 2, "dp": 4, "pp": 2, "order": "tp-cp-ep-pp-dp"},
             "/parallel/order",
-            "order tp-cp-ep-pp-dp puts the pipeline stages of dense layers and experts on different ranks",
+            "order tp-cp-ep-pp-dp puts the pipeline stages of dense layers and experts on "
+            "different ranks",
         ),
         (
             {},
             {"ep": 4, "dp": 2},
             "/parallel/ep",
-            "etp x ep = 1 x 4 must divide tp x cp x dp = 1 x 1 x 2; use a dp that is a multiple of 4, or lower ep or etp",
+            "etp x ep = 1 x 4 must divide tp x cp x dp = 1 x 1 x 2; use a dp that is a "
+            "multiple of 4, or lower ep or etp",
         ),
     ],
 )
-def test_each_rule_of_experts(moe: dict[str, Any], parallel: dict[str, Any], pointer: str, words: str) -> None:
+def test_each_rule_of_experts(
+    moe: dict[str, Any], parallel: dict[str, Any], pointer: str, words: str
+) -> None:
     problems = check.find_problems(with_experts(moe, parallel))
     assert [problem.pointer for problem in problems] == [pointer]
     assert words in problems[0].detail
@@ -419,16 +624,38 @@ def test_each_rule_of_experts(moe: dict[str, Any], parallel: dict[str, Any], poi
 
 def test_experts_have_no_biases() -> None:
     problems = check.find_problems(with_experts({}, {}, linear_bias=True))
-    assert [problem.detail for problem in problems] == ["experts have no biases in this version; set linear_bias to false"]
+    assert [problem.detail for problem in problems] == [
+        "experts have no biases in this version; set linear_bias to false"
+    ]
 
 
 @pytest.mark.parametrize(("world", "dp"), [(1, 4), (4, 4), (7, 4), (100, 4)])
 def test_auto_dp_completes_the_grid_of_experts_even_beyond_the_room(world: int, dp: int) -> None:
     assert resolution.resolve(with_experts({}, {"ep": 4}), world).parallel.dp == dp
-    assert resolution.resolve(with_experts({}, {"ep": 4, "tp": 2, "etp": 1, "sequence_parallel": True}), 2).parallel.dp == 2
+    assert (
+        resolution.resolve(
+            with_experts({}, {"ep": 4, "tp": 2, "etp": 1, "sequence_parallel": True}), 2
+        ).parallel.dp
+        == 2
+    )
 
 
 def test_good_experts_have_no_problem() -> None:
-    assert check.find_problems(with_experts({"layer_pattern": {"every": 2}}, {"ep": 4, "dp": 4}), 4) == []
-    grouped = {"num_groups": 4, "group_top_k": 2, "score_function": "sigmoid", "expert_bias": True, "top_k": 4}
-    assert check.find_problems(with_experts(grouped, {"tp": 2, "etp": 1, "ep": 4, "sequence_parallel": True, "dp": 2}), 4) == []
+    assert (
+        check.find_problems(with_experts({"layer_pattern": {"every": 2}}, {"ep": 4, "dp": 4}), 4)
+        == []
+    )
+    grouped = {
+        "num_groups": 4,
+        "group_top_k": 2,
+        "score_function": "sigmoid",
+        "expert_bias": True,
+        "top_k": 4,
+    }
+    assert (
+        check.find_problems(
+            with_experts(grouped, {"tp": 2, "etp": 1, "ep": 4, "sequence_parallel": True, "dp": 2}),
+            4,
+        )
+        == []
+    )

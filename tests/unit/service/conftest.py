@@ -19,13 +19,17 @@ from service.main import Server, bind
 from service.settings import Settings
 from workers.protocol.wire import PROTOCOL, DesiredReply
 
-USER_TOKEN, AGENT_TOKEN = "u" * 43, "a" * 43
+USER_TOKEN = "u" * 43
+AGENT_TOKEN = "a" * 43
 Json = dict[str, Any]
 
 SPEC: Json = {
     "name": "tiny",
     "model": {"preset": "gpt-tiny"},
-    "data": {"train": [{"path": "builtin://python-stdlib"}], "tokenizer": {"kind": "bpe", "vocab_size": 1024}},
+    "data": {
+        "train": [{"path": "builtin://python-stdlib"}],
+        "tokenizer": {"kind": "bpe", "vocab_size": 1024},
+    },
     "training": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "steps": 20},
     "optimizer": {"lr": 1e-3},
 }
@@ -36,7 +40,9 @@ def node(name: str = "n1", *, cpus: float = 4, gpus: float = 0, **more: Any) -> 
 
 
 class Running:
-    """One service process's worth of service, in a thread; `restart` starts another over the same data."""
+    """One service process's worth of service, in a thread; `restart` starts another over the same
+    data.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -60,7 +66,9 @@ class Running:
 
     def client(self, token: str | None, **options: Any) -> httpx.Client:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        client = httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False, **options)
+        client = httpx.Client(
+            base_url=self.url, headers=headers, timeout=30, trust_env=False, **options
+        )
         self._clients.append(client)
         return client
 
@@ -114,13 +122,24 @@ class Agent:
         self._stop = threading.Event()
 
     def report(self, *nodes: Json, **more: Any) -> None:
-        body = {"protocol": PROTOCOL, "cluster": "default", "agent_id": "agent-1", "code_version": "1", "ray_version": "2.60"}
-        response = self.http.post("/internal/v1/agent/report", json={**body, "namespace": "ns", "nodes": list(nodes), **more})
+        body = {
+            "protocol": PROTOCOL,
+            "cluster": "default",
+            "agent_id": "agent-1",
+            "code_version": "1",
+            "ray_version": "2.60",
+        }
+        response = self.http.post(
+            "/internal/v1/agent/report",
+            json={**body, "namespace": "ns", "nodes": list(nodes), **more},
+        )
         assert response.json() == {"ok": True}, response.text
 
     def desired(self, after: int = -1, wait_s: float = 0) -> DesiredReply:
         response = self.http.get(
-            "/internal/v1/agent/desired", params={"cluster": "default", "after": after, "wait_s": wait_s}, timeout=wait_s + 10
+            "/internal/v1/agent/desired",
+            params={"cluster": "default", "after": after, "wait_s": wait_s},
+            timeout=wait_s + 10,
         )
         assert response.status_code == 200, response.text
         return DesiredReply.model_validate(response.json())
@@ -134,7 +153,10 @@ class Agent:
                 reply = self.desired(after, 1.0)
                 after = reply.revision
                 for check in reply.checks:
-                    self.http.post("/internal/v1/agent/checks", json={"check_id": check.check_id, "problems": problems})
+                    self.http.post(
+                        "/internal/v1/agent/checks",
+                        json={"check_id": check.check_id, "problems": problems},
+                    )
 
         self._answering = threading.Thread(target=answer)
         self._answering.start()
@@ -152,19 +174,33 @@ class Driver:
     """Speaks as one job's driver; numbers its records by itself."""
 
     def __init__(self, client: httpx.Client, job_id: str, epoch: int = 1) -> None:
-        self.http, self.job_id, self.epoch = client, job_id, epoch
+        self.http = client
+        self.job_id = job_id
+        self.epoch = epoch
         self.next_n: dict[str, int] = {}
 
     def post(self, source: str, records: list[Json], **more: Any) -> httpx.Response:
-        body = {"protocol": PROTOCOL, "job_id": self.job_id, "epoch": self.epoch, "source": source, "records": records, **more}
+        body = {
+            "protocol": PROTOCOL,
+            "job_id": self.job_id,
+            "epoch": self.epoch,
+            "source": source,
+            "records": records,
+            **more,
+        }
         return self.http.post(
-            f"/internal/v1/jobs/{self.job_id}/records", content=json.dumps(body), headers={"Content-Type": "application/json"}
+            f"/internal/v1/jobs/{self.job_id}/records",
+            content=json.dumps(body),
+            headers={"Content-Type": "application/json"},
         )
 
     def number(self, source: str, *facts: tuple[str, Json], attempt: int = 0) -> list[Json]:
         first = self.next_n.get(source, 1)
         self.next_n[source] = first + len(facts)
-        return [{"n": first + i, "at": 1.7e9 + i, "kind": kind, "attempt": attempt, "data": data} for i, (kind, data) in enumerate(facts)]
+        return [
+            {"n": first + i, "at": 1.7e9 + i, "kind": kind, "attempt": attempt, "data": data}
+            for i, (kind, data) in enumerate(facts)
+        ]
 
     def send(self, *facts: tuple[str, Json], source: str = "driver", attempt: int = 0) -> Json:
         response = self.post(source, self.number(source, *facts, attempt=attempt))
@@ -172,29 +208,57 @@ class Driver:
         return response.json()
 
     def states(self, *states: str, attempt: int = 0, **more: Any) -> Json:
-        return self.send(*(("state", {"state": state, **more}) for state in states), attempt=attempt)
+        return self.send(
+            *(("state", {"state": state, **more}) for state in states), attempt=attempt
+        )
 
     def steps(self, first: int, last: int, attempt: int = 1, **more: Any) -> Json:
-        return self.send(*(("step", step_row(step, **more)) for step in range(first, last + 1)), source=f"a{attempt}/r0", attempt=attempt)
+        return self.send(
+            *(("step", step_row(step, **more)) for step in range(first, last + 1)),
+            source=f"a{attempt}/r0",
+            attempt=attempt,
+        )
 
     def cursor(self) -> httpx.Response:
-        return self.http.get(f"/internal/v1/jobs/{self.job_id}/cursor", params={"epoch": self.epoch})
+        return self.http.get(
+            f"/internal/v1/jobs/{self.job_id}/cursor", params={"epoch": self.epoch}
+        )
 
     def desired(self, after: int = -1, wait_s: float = 0) -> Json:
-        response = self.http.get(f"/internal/v1/jobs/{self.job_id}/desired", params={"after": after, "wait_s": wait_s})
+        response = self.http.get(
+            f"/internal/v1/jobs/{self.job_id}/desired", params={"after": after, "wait_s": wait_s}
+        )
         assert response.status_code == 200, response.text
         return response.json()
 
 
 def step_row(step: int, **more: Any) -> Json:
-    row = {"step": step, "loss": 9.0 - 0.01 * step, "grad_norm": 1.0, "lr": 1e-3, "num_tokens": 1024, "consumed_samples": 8 * step}
-    return {**row, "step_s": 0.5, "tokens_per_s": 2048.0, "mfu": 0.1, "memory_bytes": 1 << 30, "split_s": {"data": 0.01}, **more}
+    row = {
+        "step": step,
+        "loss": 9.0 - 0.01 * step,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "num_tokens": 1024,
+        "consumed_samples": 8 * step,
+    }
+    return {
+        **row,
+        "step_s": 0.5,
+        "tokens_per_s": 2048.0,
+        "mfu": 0.1,
+        "memory_bytes": 1 << 30,
+        "split_s": {"data": 0.01},
+        **more,
+    }
 
 
 @pytest.fixture(scope="session")
 def new_database(request: pytest.FixtureRequest) -> Iterator[Callable[[], str | None]]:
-    """URLs of fresh databases, gone at the end: None for SQLite's in the data dir, which nobody asked to replace by --postgres."""
-    server, names = request.config.getoption("--postgres"), []
+    """URLs of fresh databases, gone at the end: None for SQLite's in the data dir, which nobody
+    asked to replace by --postgres.
+    """
+    server = request.config.getoption("--postgres")
+    names = []
     engine = sa.create_engine(server, isolation_level="AUTOCOMMIT") if server else None
 
     def make() -> str | None:
@@ -218,7 +282,13 @@ def settings(tmp_path: Path, new_database: Callable[[], str | None]) -> Settings
     tokens = tmp_path / "tokens.json"
     tokens.write_text(json.dumps({"user": USER_TOKEN, "agent": AGENT_TOKEN}))
     tokens.chmod(0o600)
-    return Settings(data_dir=tmp_path / "data", database_url=new_database(), tokens_file=tokens, check_wait_s=0.05, ping_s=0.5)
+    return Settings(
+        data_dir=tmp_path / "data",
+        database_url=new_database(),
+        tokens_file=tokens,
+        check_wait_s=0.05,
+        ping_s=0.5,
+    )
 
 
 @pytest.fixture

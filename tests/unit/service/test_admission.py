@@ -10,7 +10,9 @@ from workers.protocol.wire import NodeInfo
 
 
 def node(name: str, cpus: float = 8, gpus: float = 0, **more: object) -> NodeInfo:
-    return NodeInfo.model_validate({"node_id": name, "address": name, "cpus": cpus, "gpus": gpus, **more})
+    return NodeInfo.model_validate(
+        {"node_id": name, "address": name, "cpus": cpus, "gpus": gpus, **more}
+    )
 
 
 def cpu(ranks: int, island: int = 1, cpus: float = 1.0) -> Need:
@@ -30,7 +32,12 @@ def test_room_counts_whole_islands_per_node() -> None:
 
 
 def test_dead_and_blind_nodes_do_not_count() -> None:
-    nodes = [node("a", alive=False), node("b", storage_ok=False), node("c", storage_ok=True), node("d", storage_ok=None)]
+    nodes = [
+        node("a", alive=False),
+        node("b", storage_ok=False),
+        node("c", storage_ok=True),
+        node("d", storage_ok=None),
+    ]
     assert Room(nodes).ranks(cpu(1)) == 16
     assert not Room(nodes[:2]).known
 
@@ -54,19 +61,29 @@ def by_id(decisions: list[Decision]) -> dict[str, Decision]:
 
 
 def test_first_come_first_served_within_a_priority() -> None:
-    waiting = [Waiting("late", 0, 3, cpu(1)), Waiting("early", 0, 1, cpu(1)), Waiting("urgent", 5, 9, cpu(1))]
+    waiting = [
+        Waiting("late", 0, 3, cpu(1)),
+        Waiting("early", 0, 1, cpu(1)),
+        Waiting("urgent", 5, 9, cpu(1)),
+    ]
     decisions = decide(waiting, [], [node("a", 2)])
     assert [decision.job_id for decision in decisions] == ["urgent", "early", "late"]
     assert [decision.admit for decision in decisions] == [True, True, False]
     assert decisions[2].reason is StatusReason.WAITING_QUOTA
-    assert decisions[2].message == "waits for room: 1 CPU ranks in islands of 1, there is room for 0 now"
+    assert (
+        decisions[2].message
+        == "waits for room: 1 CPU ranks in islands of 1, there is room for 0 now"
+    )
 
 
 def test_small_jobs_do_not_starve_a_large_one() -> None:
     waiting = [Waiting("large", 0, 1, cpu(8)), Waiting("small", 0, 2, cpu(1))]
     found = by_id(decide(waiting, [Held("running", cpu(4))], [node("a", 8)]))
     assert not found["large"].admit and not found["small"].admit
-    assert found["large"].message == "waits for room: 8 CPU ranks in islands of 1, there is room for 4 now"
+    assert (
+        found["large"].message
+        == "waits for room: 8 CPU ranks in islands of 1, there is room for 4 now"
+    )
     assert found["small"].message == "waits behind large"
 
 
@@ -84,21 +101,38 @@ def test_a_wait_for_gpus_does_not_hold_back_cpu_jobs() -> None:
     assert found["cpu"].message == "admitted: 2 CPU ranks, there was room for 7"
 
 
-needs = st.builds(Need, ranks=st.integers(1, 8), island=st.just(1), cpus_per_rank=st.sampled_from([0.5, 1.0, 2.0]), gpu=st.booleans())
-nodes_strategy = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=4).map(
-    lambda sizes: [node(f"n{i}", cpus, gpus) for i, (cpus, gpus) in enumerate(sizes)]
+needs = st.builds(
+    Need,
+    ranks=st.integers(1, 8),
+    island=st.just(1),
+    cpus_per_rank=st.sampled_from([0.5, 1.0, 2.0]),
+    gpu=st.booleans(),
 )
+nodes_strategy = st.lists(
+    st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=4
+).map(lambda sizes: [node(f"n{i}", cpus, gpus) for i, (cpus, gpus) in enumerate(sizes)])
 
 
 @given(st.lists(st.tuples(needs, st.integers(-2, 2)), max_size=8), nodes_strategy)
-def test_what_is_admitted_fits_and_nobody_is_overtaken(jobs: list[tuple[Need, int]], nodes: list[NodeInfo]) -> None:
+def test_what_is_admitted_fits_and_nobody_is_overtaken(
+    jobs: list[tuple[Need, int]], nodes: list[NodeInfo]
+) -> None:
     waiting = [Waiting(f"j{i}", priority, i, need) for i, (need, priority) in enumerate(jobs)]
     decisions = decide(waiting, [], nodes)
     need_of = {job.job_id: job.need for job in waiting}
     admitted = [need_of[decision.job_id] for decision in decisions if decision.admit]
-    assert sum(need.ranks * need.cpus_per_rank for need in admitted) <= sum(item.cpus for item in nodes) + 1e-6
+    assert (
+        sum(need.ranks * need.cpus_per_rank for need in admitted)
+        <= sum(item.cpus for item in nodes) + 1e-6
+    )
     assert sum(need.ranks for need in admitted if need.gpu) <= sum(item.gpus for item in nodes)
     assert len(decisions) == len(waiting)
     for kind in (True, False):
-        order = [decision for decision in decisions if need_of[decision.job_id].gpu is kind and "whole cluster" not in decision.message]
-        assert [decision.admit for decision in order] == sorted((decision.admit for decision in order), reverse=True)
+        order = [
+            decision
+            for decision in decisions
+            if need_of[decision.job_id].gpu is kind and "whole cluster" not in decision.message
+        ]
+        assert [decision.admit for decision in order] == sorted(
+            (decision.admit for decision in order), reverse=True
+        )

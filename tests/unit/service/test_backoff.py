@@ -12,7 +12,8 @@ def test_what_worked_is_started_again_at_once_however_often_it_is_killed() -> No
 
 
 def test_starts_of_what_never_works_move_apart() -> None:
-    crashes, waits = 0, []
+    crashes = 0
+    waits = []
     for _ in range(9):
         restart = after_end(crashes, lived_s=0.5, ready_s=None)
         crashes = restart.crashes
@@ -22,7 +23,9 @@ def test_starts_of_what_never_works_move_apart() -> None:
 
 def test_ready_and_gone_at_once_is_a_crash() -> None:
     assert after_end(2, lived_s=0.25, ready_s=PROVEN_S / 2) == Restart(wait_s=0.75, crashes=3)
-    assert after_end(2, lived_s=20.0, ready_s=-1.0) == Restart(wait_s=0.0, crashes=3), "it lived longer than starts are to be apart"
+    assert after_end(2, lived_s=20.0, ready_s=-1.0) == Restart(wait_s=0.0, crashes=3), (
+        "it lived longer than starts are to be apart"
+    )
 
 
 def test_one_good_life_is_forgiveness() -> None:

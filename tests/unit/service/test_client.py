@@ -1,4 +1,6 @@
-"""The client against a scripted transport: what it sends, what it repeats, what it raises, how it follows a stream."""
+"""The client against a scripted transport: what it sends, what it repeats, what it raises, how it
+follows a stream.
+"""
 
 import json
 from collections.abc import Callable, Iterator
@@ -41,12 +43,19 @@ def client_for(script: Script) -> Client:
 
 
 def sse(*events: tuple[str, str, Any]) -> httpx.Response:
-    text = "".join(f"event: {name}\nid: {identity}\ndata: {json.dumps(data)}\n\n" for name, identity, data in events)
+    text = "".join(
+        f"event: {name}\nid: {identity}\ndata: {json.dumps(data)}\n\n"
+        for name, identity, data in events
+    )
     return httpx.Response(200, text=text, headers={"Content-Type": "text/event-stream"})
 
 
 def test_submit_sends_token_spec_and_one_key_for_all_tries() -> None:
-    script = Script(httpx.ConnectError("refused"), httpx.Response(503), httpx.Response(201, json={"id": "job-1"}))
+    script = Script(
+        httpx.ConnectError("refused"),
+        httpx.Response(503),
+        httpx.Response(201, json={"id": "job-1"}),
+    )
     assert client_for(script).submit({"name": "a"})["id"] == "job-1"
     keys = {request.headers["Idempotency-Key"] for request in script.requests}
     assert len(script.requests) == 3 and len(keys) == 1
@@ -82,9 +91,13 @@ def test_problem_json_becomes_one_exception() -> None:
         "detail": "the spec has 1 problem",
         "code": "invalid_spec",
         "request_id": "req-1",
-        "errors": [{"pointer": "/parallel/tp", "code": "tp_divides", "detail": "tp=3 does not divide 4"}],
+        "errors": [
+            {"pointer": "/parallel/tp", "code": "tp_divides", "detail": "tp=3 does not divide 4"}
+        ],
     }
-    script = Script(httpx.Response(422, json=problem, headers={"Content-Type": "application/problem+json"}))
+    script = Script(
+        httpx.Response(422, json=problem, headers={"Content-Type": "application/problem+json"})
+    )
     with pytest.raises(ServiceError) as caught:
         client_for(script).submit({})
     error = caught.value
@@ -94,7 +107,9 @@ def test_problem_json_becomes_one_exception() -> None:
     assert len(script.requests) == 1, "a refusal is no reason to ask again"
 
 
-@pytest.mark.parametrize(("status", "code"), [(401, "http_401"), (404, "http_404"), (500, "http_500")])
+@pytest.mark.parametrize(
+    ("status", "code"), [(401, "http_401"), (404, "http_404"), (500, "http_500")]
+)
 def test_refusal_without_problem_json_still_has_a_code(status: int, code: str) -> None:
     with pytest.raises(ServiceError) as caught:
         client_for(Script(httpx.Response(status, text="<html>"))).show("job-1")
@@ -104,7 +119,9 @@ def test_refusal_without_problem_json_still_has_a_code(status: int, code: str) -
 
 def test_unreachable_service(no_waiting: list[float]) -> None:
     script = Script(httpx.ConnectError("connection refused"))
-    with pytest.raises(ServiceError, match="no service answers at http://service .*connection refused") as caught:
+    with pytest.raises(
+        ServiceError, match="no service answers at http://service .*connection refused"
+    ) as caught:
         client_for(script).show("job-1")
     assert caught.value.code == "unreachable"
     assert len(script.requests) == 4 and no_waiting == [0.2, 0.5, 1.0]
@@ -116,9 +133,18 @@ def test_an_answer_that_is_no_object_is_refused() -> None:
 
 
 def test_ready_means_that_agents_and_ray_are_there_too() -> None:
-    assert client_for(Script(httpx.Response(200, json={"status": "ok"}))).ready() == (True, {"status": "ok"})
-    assert client_for(Script(httpx.Response(200, json={"status": "degraded"}))).ready() == (False, {"status": "degraded"})
-    assert client_for(Script(httpx.Response(503, json={"status": "unavailable"}))).ready() == (False, {"status": "unavailable"})
+    assert client_for(Script(httpx.Response(200, json={"status": "ok"}))).ready() == (
+        True,
+        {"status": "ok"},
+    )
+    assert client_for(Script(httpx.Response(200, json={"status": "degraded"}))).ready() == (
+        False,
+        {"status": "degraded"},
+    )
+    assert client_for(Script(httpx.Response(503, json={"status": "unavailable"}))).ready() == (
+        False,
+        {"status": "unavailable"},
+    )
     assert client_for(Script(httpx.ConnectError("no"))).ready() == (False, {})
 
 
@@ -133,14 +159,28 @@ def test_stream_goes_on_after_the_last_event_id() -> None:
         return httpx.Response(200, content=body())
 
     script = Script(
-        cut_in_the_middle, httpx.ConnectError("down"), httpx.Response(503), sse(("metrics", "1.7", {"rows": []}), ("end", "2.7", {}))
+        cut_in_the_middle,
+        httpx.ConnectError("down"),
+        httpx.Response(503),
+        sse(("metrics", "1.7", {"rows": []}), ("end", "2.7", {})),
     )
     events = list(client_for(script).stream("job-1"))
-    assert [(event.event, event.id) for event in events] == [("state", "1.0"), ("metrics", "1.7"), ("end", "2.7")]
-    assert [request.headers.get("Last-Event-ID") for request in script.requests] == [None, "1.0", "1.0", "1.0"]
+    assert [(event.event, event.id) for event in events] == [
+        ("state", "1.0"),
+        ("metrics", "1.7"),
+        ("end", "2.7"),
+    ]
+    assert [request.headers.get("Last-Event-ID") for request in script.requests] == [
+        None,
+        "1.0",
+        "1.0",
+        "1.0",
+    ]
 
 
-def test_stream_backs_off_from_a_service_that_is_away_and_not_from_one_whose_connections_break(no_waiting: list[float]) -> None:
+def test_stream_backs_off_from_a_service_that_is_away_and_not_from_one_whose_connections_break(
+    no_waiting: list[float],
+) -> None:
     def cut_at_once(request: httpx.Request) -> httpx.Response:
         def body() -> Iterator[bytes]:
             yield b"event: metr"
@@ -149,7 +189,11 @@ def test_stream_backs_off_from_a_service_that_is_away_and_not_from_one_whose_con
         return httpx.Response(200, content=body())
 
     away = httpx.ConnectError("down")
-    list(client_for(Script(away, away, away, cut_at_once, cut_at_once, cut_at_once, sse(("end", "1.0", {})))).stream("job-1"))
+    list(
+        client_for(
+            Script(away, away, away, cut_at_once, cut_at_once, cut_at_once, sse(("end", "1.0", {})))
+        ).stream("job-1")
+    )
     assert no_waiting == [0.1, 0.2, 0.5, 0.1, 0.1, 0.1]
 
 
@@ -161,7 +205,11 @@ def test_stream_starts_where_it_is_told_to() -> None:
 
 def test_stream_raises_what_will_not_pass() -> None:
     with pytest.raises(ServiceError) as caught:
-        list(client_for(Script(httpx.Response(404, json={"code": "not_found", "detail": "no job job-1"}))).stream("job-1"))
+        list(
+            client_for(
+                Script(httpx.Response(404, json={"code": "not_found", "detail": "no job job-1"}))
+            ).stream("job-1")
+        )
     assert caught.value.code == "not_found"
 
 
@@ -172,15 +220,25 @@ def test_stream_gives_up_on_a_service_that_stays_away() -> None:
 
 
 def test_only_line_feeds_end_the_lines_of_a_stream() -> None:
-    text = "event: a\r\nid: 1.0\r\ndata: " + json.dumps({"m": "x\u2028y\x85z\x1cä"}, ensure_ascii=False) + "\n\nevent: end\ndata: {}\n\n"
+    text = (
+        "event: a\r\nid: 1.0\r\ndata: "
+        + json.dumps({"m": "x\u2028y\x85z\x1cä"}, ensure_ascii=False)
+        + "\n\nevent: end\ndata: {}\n\n"
+    )
 
     def in_small_pieces(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, content=(bytes([byte]) for byte in text.encode()))
 
     events = list(client_for(Script(in_small_pieces)).stream("job-1"))
-    assert events == [StreamEvent("a", "1.0", {"m": "x\u2028y\x85z\x1cä"}), StreamEvent("end", "1.0", {})]
+    assert events == [
+        StreamEvent("a", "1.0", {"m": "x\u2028y\x85z\x1cä"}),
+        StreamEvent("end", "1.0", {}),
+    ]
 
 
 def test_parse_stream() -> None:
     text = ': ping\n\nid: 1\nevent: a\ndata: {"x":\ndata: 1}\n\ndata:2\n\nevent: lost\ndata: {"y"'
-    assert list(parse_stream(iter(text.split("\n")))) == [StreamEvent("a", "1", {"x": 1}), StreamEvent("message", "1", 2)]
+    assert list(parse_stream(iter(text.split("\n")))) == [
+        StreamEvent("a", "1", {"x": 1}),
+        StreamEvent("message", "1", 2),
+    ]

@@ -25,7 +25,9 @@ with importing():
 
 
 def test_an_interruption_is_not_lost_in_an_import() -> None:
-    with subprocess.Popen([sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "importing\n"
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
@@ -39,6 +41,8 @@ def test_afterwards_everything_is_as_it_was(handler: signal.Handlers) -> None:
     try:
         with importing():
             assert signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGINT) is handler or signal.getsignal(signal.SIGINT) == handler
+        assert (
+            signal.getsignal(signal.SIGINT) is handler or signal.getsignal(signal.SIGINT) == handler
+        )
     finally:
         signal.signal(signal.SIGINT, before)

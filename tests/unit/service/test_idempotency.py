@@ -22,7 +22,11 @@ def test_old_answers_are_dropped_while_the_service_runs(
     store = service.app.state.context.store
     with store.write() as session:
         old = IdempotencyRow.key == "old"
-        session.execute(sa.update(IdempotencyRow).where(old).values(created_at=time.time() - idempotency.KEPT_S - 60))
+        session.execute(
+            sa.update(IdempotencyRow)
+            .where(old)
+            .values(created_at=time.time() - idempotency.KEPT_S - 60)
+        )
     deadline = time.monotonic() + 20
     while True:
         with store.read() as session:

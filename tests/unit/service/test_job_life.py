@@ -1,4 +1,6 @@
-"""A job from submission to its end, over HTTP, with an agent and a driver that only speak the internal API."""
+"""A job from submission to its end, over HTTP, with an agent and a driver that only speak the
+internal API.
+"""
 
 import threading
 import time
@@ -17,19 +19,41 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
     service.agent.report(make_node(cpus=4))
     job = service.submit(spec | {"metadata": {"team": "a"}, "priority": 3})
     job_id = job["id"]
-    assert (job["object"], job["status"], job["desired_state"], job["status_reason"]) == ("job", "preparing", "prepare", "preparing_data")
-    assert job["spec"]["training"] == spec["training"] and job["metadata"] == {"team": "a"} and job["priority"] == 3
-    assert job["resolved_spec"]["parallel"]["dp"] == 4 and job["resolved_spec"]["resources"]["accelerator"] == "cpu"
-    assert job["storage_path"] == job["resolved_spec"]["storage"]["path"] == str(service.settings.data_dir / "jobs" / job_id)
+    assert (job["object"], job["status"], job["desired_state"], job["status_reason"]) == (
+        "job",
+        "preparing",
+        "prepare",
+        "preparing_data",
+    )
+    assert (
+        job["spec"]["training"] == spec["training"]
+        and job["metadata"] == {"team": "a"}
+        and job["priority"] == 3
+    )
+    assert (
+        job["resolved_spec"]["parallel"]["dp"] == 4
+        and job["resolved_spec"]["resources"]["accelerator"] == "cpu"
+    )
+    assert (
+        job["storage_path"]
+        == job["resolved_spec"]["storage"]["path"]
+        == str(service.settings.data_dir / "jobs" / job_id)
+    )
 
     driver = service.driver(job_id)
     assert driver.desired()["desired"] == "prepare"
     reply = driver.send(("prepared", {"manifest": {"unigram_nats": 6.2}, "num_train_tokens": 10}))
     assert reply["stored"] == 1 and reply["desired"]["desired"] == "run"
-    assert service.job(job_id)["status"] == "queued" and service.job(job_id)["desired_state"] == "run"
+    assert (
+        service.job(job_id)["status"] == "queued" and service.job(job_id)["desired_state"] == "run"
+    )
 
     driver.states("scheduling")
-    driver.send(("attempt", {"state": "starting", "world_size": 4}), ("ranks", {"ranks": ranks(4)}), attempt=1)
+    driver.send(
+        ("attempt", {"state": "starting", "world_size": 4}),
+        ("ranks", {"ranks": ranks(4)}),
+        attempt=1,
+    )
     driver.states("starting", "running", attempt=1)
     driver.send(("attempt", {"state": "running", "world_size": 4}), attempt=1)
     driver.steps(1, 10)
@@ -47,27 +71,71 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
     }
     path = job["storage_path"] + "/checkpoints/step-00000020-a0001"
     driver.steps(11, 20)
-    driver.send(("eval", {"step": 20, "split": "validation", "loss": 3.5, "num_tokens": 99}), source="a1/r0", attempt=1)
-    driver.send(("checkpoint", {"action": "committed", "step": 20, "path": path, "bytes": 77, "loss": 8.8}), attempt=1)
-    driver.send(("attempt", {"state": "succeeded"}), ("state", {"state": "succeeded", "message": "20 steps"}), attempt=1)
+    driver.send(
+        ("eval", {"step": 20, "split": "validation", "loss": 3.5, "num_tokens": 99}),
+        source="a1/r0",
+        attempt=1,
+    )
+    driver.send(
+        ("checkpoint", {"action": "committed", "step": 20, "path": path, "bytes": 77, "loss": 8.8}),
+        attempt=1,
+    )
+    driver.send(
+        ("attempt", {"state": "succeeded"}),
+        ("state", {"state": "succeeded", "message": "20 steps"}),
+        attempt=1,
+    )
 
     job = service.job(job_id)
-    assert job["status"] == "succeeded" and job["ended_at"] and job["message"] == "20 steps" and job["problem"] is None
+    assert (
+        job["status"] == "succeeded"
+        and job["ended_at"]
+        and job["message"] == "20 steps"
+        and job["problem"] is None
+    )
     assert job["progress"]["val_loss"] == 3.5 and job["progress"]["eta_s"] is None
     assert job["last_checkpoint"]["step"] == 20 and job["last_checkpoint"]["path"] == path
     events = service.events(job_id)
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert types(events) == [
-        *("job.created", "job.prepared", "job.queued", "job.admitted", "job.scheduling", "attempt.started", "ranks.assigned"),
-        *("job.starting", "job.running", "attempt.running", "eval.completed", "checkpoint.committed", "attempt.ended", "job.succeeded"),
+        *(
+            "job.created",
+            "job.prepared",
+            "job.queued",
+            "job.admitted",
+            "job.scheduling",
+            "attempt.started",
+            "ranks.assigned",
+        ),
+        *(
+            "job.starting",
+            "job.running",
+            "attempt.running",
+            "eval.completed",
+            "checkpoint.committed",
+            "attempt.ended",
+            "job.succeeded",
+        ),
     ]
-    assert events[0]["actor"] == "user" and events[0]["id"] == f"{job_id}.1" and events[0]["object"] == "job.event"
+    assert (
+        events[0]["actor"] == "user"
+        and events[0]["id"] == f"{job_id}.1"
+        and events[0]["object"] == "job.event"
+    )
     check_history(service, job_id, path)
 
 
 def ranks(world: int) -> list[dict[str, Any]]:
     return [
-        {"slot": rank, "rank": rank, "node_id": "n1", "address": "10.0.0.1", "gpu": None, "pid": 100 + rank, "coordinates": {"dp": rank}}
+        {
+            "slot": rank,
+            "rank": rank,
+            "node_id": "n1",
+            "address": "10.0.0.1",
+            "gpu": None,
+            "pid": 100 + rank,
+            "coordinates": {"dp": rank},
+        }
         for rank in range(world)
     ]
 
@@ -76,17 +144,31 @@ def check_history(service: Any, job_id: str, path: str) -> None:
     get = service.user.get
     assert get(f"/v1/jobs/{job_id}/ranks").json()["data"] == ranks(4)
     attempt = get(f"/v1/jobs/{job_id}/attempts").json()["data"][0]
-    assert (attempt["attempt"], attempt["state"], attempt["world_size"]) == (1, "succeeded", 4) and attempt["ended_at"]
+    assert (attempt["attempt"], attempt["state"], attempt["world_size"]) == (
+        1,
+        "succeeded",
+        4,
+    ) and attempt["ended_at"]
     checkpoints = get(f"/v1/jobs/{job_id}/checkpoints").json()["data"]
     assert [(item["step"], item["path"], item["bytes"]) for item in checkpoints] == [(20, path, 77)]
     rows = get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss,split_s"}).json()
     assert [row["step"] for row in rows["data"]] == list(range(1, 21)) and not rows["has_more"]
-    assert rows["data"][0] == {"step": 1, "attempt": 1, "loss": pytest.approx(8.99), "split_s": {"data": 0.01}}
+    assert rows["data"][0] == {
+        "step": 1,
+        "attempt": 1,
+        "loss": pytest.approx(8.99),
+        "split_s": {"data": 0.01},
+    }
 
 
-def test_job_before_any_agent_waits_and_is_resolved_by_the_first_report(service: Any, make_node: Callable[..., Any]) -> None:
+def test_job_before_any_agent_waits_and_is_resolved_by_the_first_report(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     job = service.submit()
-    assert (job["status"], job["status_reason"]) == ("preparing", "waiting_agent") and "agent" in job["message"]
+    assert (job["status"], job["status_reason"]) == (
+        "preparing",
+        "waiting_agent",
+    ) and "agent" in job["message"]
     assert service.agent.desired().jobs == (), "an unresolved spec is not offered"
     service.agent.report(make_node(cpus=2))
     job = service.job(job["id"])
@@ -101,28 +183,40 @@ def test_job_before_any_agent_that_the_cluster_cannot_hold_fails_with_its_field(
     service.agent.report(make_node("n1", cpus=2), make_node("n2", cpus=2))
     job = service.job(job["id"])
     assert (job["status"], job["status_reason"]) == ("failed", "spec_invalid")
-    assert job["problem"]["errors"][0]["pointer"] == "/parallel/tp" and "4 ranks" in job["problem"]["detail"].replace("tp=4", "4")
+    assert job["problem"]["errors"][0]["pointer"] == "/parallel/tp" and "4 ranks" in job["problem"][
+        "detail"
+    ].replace("tp=4", "4")
 
 
 def test_gpus_are_taken_where_there_are_any(service: Any, make_node: Callable[..., Any]) -> None:
     service.agent.report(make_node("n1", cpus=64, gpus=2), make_node("n2", cpus=64))
     job = service.submit()
-    assert job["resolved_spec"]["resources"]["accelerator"] == "gpu" and job["resolved_spec"]["parallel"]["dp"] == 2
+    assert (
+        job["resolved_spec"]["resources"]["accelerator"] == "gpu"
+        and job["resolved_spec"]["parallel"]["dp"] == 2
+    )
 
 
-def test_second_job_waits_for_room_and_is_admitted_when_the_first_ends(service: Any, make_node: Callable[..., Any]) -> None:
+def test_second_job_waits_for_room_and_is_admitted_when_the_first_ends(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     first, driver = service.running_job()
     second = service.submit()["id"]
     other = service.driver(second)
     assert other.send(("prepared", {"manifest": {}}))["desired"]["desired"] == "prepare"
     job = service.job(second)
-    assert (job["status"], job["status_reason"]) == ("queued", "waiting_quota") and "room for 0" in job["message"]
+    assert (job["status"], job["status_reason"]) == (
+        "queued",
+        "waiting_quota",
+    ) and "room for 0" in job["message"]
     driver.states("succeeded", attempt=1)
     assert other.desired()["desired"] == "run" and service.job(second)["desired_state"] == "run"
     assert first in service.agent.desired().terminal
 
 
-def test_job_back_in_the_queue_is_admitted_again_at_its_old_place(service: Any, make_node: Callable[..., Any]) -> None:
+def test_job_back_in_the_queue_is_admitted_again_at_its_old_place(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     service.agent.report(make_node(cpus=4))
     job_id = service.submit()["id"]
     driver = service.driver(job_id)
@@ -137,25 +231,34 @@ def test_job_back_in_the_queue_is_admitted_again_at_its_old_place(service: Any, 
 def test_cancel_before_a_driver_is_immediate(service: Any) -> None:
     job_id = service.submit()["id"]
     response = service.user.post(f"/v1/jobs/{job_id}/cancel")
-    assert response.status_code == 202 and response.json()["status"] == "cancelled" and response.json()["ended_at"]
+    assert (
+        response.status_code == 202
+        and response.json()["status"] == "cancelled"
+        and response.json()["ended_at"]
+    )
     assert service.user.post(f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelled"
     assert types(service.events(job_id)) == ["job.created", "job.cancelling", "job.cancelled"]
 
 
 def test_cancel_of_a_running_job_reaches_driver_and_agent_at_once(service: Any) -> None:
     job_id, driver = service.running_job()
-    revision, cluster_revision = driver.desired()["revision"], service.agent.desired().revision
+    revision = driver.desired()["revision"]
+    cluster_revision = service.agent.desired().revision
     heard: list[Any] = []
     waits = [
         threading.Thread(target=lambda: heard.append(driver.desired(revision, 20)["desired"])),
-        threading.Thread(target=lambda: heard.append(service.agent.desired(cluster_revision, 20).jobs[0].desired)),
+        threading.Thread(
+            target=lambda: heard.append(service.agent.desired(cluster_revision, 20).jobs[0].desired)
+        ),
     ]
     for wait in waits:
         wait.start()
     time.sleep(0.2)
     began = time.monotonic()
     response = service.user.post(f"/v1/jobs/{job_id}/cancel", json={"checkpoint": False})
-    assert response.json()["status"] == "cancelling" and response.json()["desired_state"] == "cancel"
+    assert (
+        response.json()["status"] == "cancelling" and response.json()["desired_state"] == "cancel"
+    )
     for wait in waits:
         wait.join(10)
     assert heard == ["cancel", "cancel"] and time.monotonic() - began < 2
@@ -171,7 +274,10 @@ def test_terminal_states_never_change(service: Any) -> None:
     job_id, driver = service.running_job()
     driver.states("failed", reason="oom", message="rank 3 is out of memory", attempt=1)
     before = service.job(job_id)
-    assert before["problem"]["detail"] == "rank 3 is out of memory" and before["problem"]["reason"] == "oom"
+    assert (
+        before["problem"]["detail"] == "rank 3 is out of memory"
+        and before["problem"]["reason"] == "oom"
+    )
     driver.states("running", "succeeded", "failed", attempt=1)
     driver.send(("problem", {"problems": [{"pointer": "/x", "code": "c", "detail": "d"}]}))
     service.user.post(f"/v1/jobs/{job_id}/cancel")
@@ -179,10 +285,16 @@ def test_terminal_states_never_change(service: Any) -> None:
     assert after == before
 
 
-def test_problem_found_while_preparing_fails_the_job_with_its_field(service: Any, make_node: Callable[..., Any]) -> None:
+def test_problem_found_while_preparing_fails_the_job_with_its_field(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     service.agent.report(make_node())
     job_id = service.submit()["id"]
-    problem = {"pointer": "/data/train/0/path", "code": "too_short", "detail": "12 tokens are not enough; add text"}
+    problem = {
+        "pointer": "/data/train/0/path",
+        "code": "too_short",
+        "detail": "12 tokens are not enough; add text",
+    }
     service.driver(job_id).send(("problem", {"problems": [problem]}))
     job = service.job(job_id)
     assert (job["status"], job["status_reason"]) == ("failed", "spec_invalid")
@@ -193,28 +305,51 @@ def test_failures_and_preemptions_are_counted_apart(service: Any) -> None:
     job_id, driver = service.running_job()
     driver.states("recovering", reason="worker_died", attempt=1)
     driver.send(
-        ("attempt", {"state": "failed", "reason": "worker_died"}), ("attempt", {"state": "failed", "reason": "worker_died"}), attempt=1
+        ("attempt", {"state": "failed", "reason": "worker_died"}),
+        ("attempt", {"state": "failed", "reason": "worker_died"}),
+        attempt=1,
     )
     driver.send(("attempt", {"state": "failed", "reason": "preempted"}), attempt=2)
     job = service.job(job_id)
-    assert (job["failures"], job["preemptions"], job["attempt"], job["status"]) == (1, 1, 2, "recovering")
+    assert (job["failures"], job["preemptions"], job["attempt"], job["status"]) == (
+        1,
+        1,
+        2,
+        "recovering",
+    )
 
 
 def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
     job_id, driver = service.running_job()
     for number in range(5):
-        driver.send(("event", {"type": "test.note", "level": ("info", "warn", "error")[number % 3], "message": str(number)}), attempt=1)
+        driver.send(
+            (
+                "event",
+                {
+                    "type": "test.note",
+                    "level": ("info", "warn", "error")[number % 3],
+                    "message": str(number),
+                },
+            ),
+            attempt=1,
+        )
     everything = [event["seq"] for event in service.events(job_id)]
 
     def page(**query: Any) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = service.user.get(f"/v1/jobs/{job_id}/events", params=query).json()["data"]
+        found: list[dict[str, Any]] = service.user.get(
+            f"/v1/jobs/{job_id}/events", params=query
+        ).json()["data"]
         return found
 
     newest = page(order="desc", limit=3)
     assert [event["seq"] for event in newest] == everything[::-1][:3]
     older = page(order="desc", limit=1000, after=newest[-1]["id"])
     assert [event["seq"] for event in [*newest, *older]] == everything[::-1]
-    assert [event["message"] for event in page(level="warn,error", type="test.note")] == ["1", "2", "4"]
+    assert [event["message"] for event in page(level="warn,error", type="test.note")] == [
+        "1",
+        "2",
+        "4",
+    ]
     assert [event["message"] for event in page(level="warn,error", order="desc", limit=1)] == ["4"]
 
 
@@ -223,24 +358,44 @@ def attempts(service: Any, job_id: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize(("end", "state"), [("succeeded", "succeeded"), ("failed", "stopped"), ("cancelled", "stopped")])
-def test_an_attempt_whose_end_nobody_told_ends_with_its_job(service: Any, end: str, state: str) -> None:
+@pytest.mark.parametrize(
+    ("end", "state"), [("succeeded", "succeeded"), ("failed", "stopped"), ("cancelled", "stopped")]
+)
+def test_an_attempt_whose_end_nobody_told_ends_with_its_job(
+    service: Any, end: str, state: str
+) -> None:
     job_id, driver = service.running_job()
     (open_,) = attempts(service, job_id)
     assert open_["ended_at"] is None
     driver.states(end, attempt=1)
     (closed,) = attempts(service, job_id)
-    assert closed["state"] == state and closed["ended_at"] == service.job(job_id)["ended_at"] is not None
+    assert (
+        closed["state"] == state
+        and closed["ended_at"] == service.job(job_id)["ended_at"] is not None
+    )
 
 
 def test_late_words_leave_an_ended_job_s_attempts_closed(service: Any) -> None:
     job_id, driver = service.running_job()
     driver.states("failed", reason="worker_died", attempt=1)
     driver.send(("attempt", {"state": "running"}), attempt=1)
-    driver.send(("attempt", {"state": "starting", "world_size": 4}), ("ranks", {"ranks": [{"rank": 0}]}), attempt=2)
-    assert [(row["state"], row["ended_at"] is None) for row in attempts(service, job_id)] == [("stopped", False), ("stopped", False)]
-    driver.send(("attempt", {"state": "failed", "reason": "worker_died", "message": "rank 0 died"}), attempt=1)
-    assert attempts(service, job_id)[0]["message"] == "rank 0 died" and service.job(job_id)["failures"] == 1
+    driver.send(
+        ("attempt", {"state": "starting", "world_size": 4}),
+        ("ranks", {"ranks": [{"rank": 0}]}),
+        attempt=2,
+    )
+    assert [(row["state"], row["ended_at"] is None) for row in attempts(service, job_id)] == [
+        ("stopped", False),
+        ("stopped", False),
+    ]
+    driver.send(
+        ("attempt", {"state": "failed", "reason": "worker_died", "message": "rank 0 died"}),
+        attempt=1,
+    )
+    assert (
+        attempts(service, job_id)[0]["message"] == "rank 0 died"
+        and service.job(job_id)["failures"] == 1
+    )
 
 
 def test_checkpoint_now_raises_the_counter(service: Any) -> None:
@@ -254,31 +409,50 @@ def test_checkpoint_now_raises_the_counter(service: Any) -> None:
 def test_deleted_checkpoints_are_not_listed(service: Any) -> None:
     job_id, driver = service.running_job()
     for step in (5, 10):
-        driver.send(("checkpoint", {"action": "committed", "step": step, "path": f"/c/{step}"}), attempt=1)
+        driver.send(
+            ("checkpoint", {"action": "committed", "step": step, "path": f"/c/{step}"}), attempt=1
+        )
     driver.send(("checkpoint", {"action": "deleted", "step": 5, "path": "/c/5"}), attempt=1)
-    assert [item["step"] for item in service.user.get(f"/v1/jobs/{job_id}/checkpoints").json()["data"]] == [10]
+    assert [
+        item["step"] for item in service.user.get(f"/v1/jobs/{job_id}/checkpoints").json()["data"]
+    ] == [10]
 
 
 def test_delete_takes_only_ended_jobs_and_leaves_the_id_known(service: Any) -> None:
     job_id, driver = service.running_job()
     refused = service.user.delete(f"/v1/jobs/{job_id}")
-    assert refused.status_code == 409 and refused.json()["code"] == "job_active" and "cancel" in refused.json()["detail"]
+    assert (
+        refused.status_code == 409
+        and refused.json()["code"] == "job_active"
+        and "cancel" in refused.json()["detail"]
+    )
     driver.states("succeeded", attempt=1)
     assert service.user.delete(f"/v1/jobs/{job_id}").status_code == 204
-    assert service.user.get(f"/v1/jobs/{job_id}").status_code == 404 and service.user.get("/v1/jobs").json()["data"] == []
+    assert (
+        service.user.get(f"/v1/jobs/{job_id}").status_code == 404
+        and service.user.get("/v1/jobs").json()["data"] == []
+    )
     assert job_id in service.agent.desired().terminal, "its actors may still be reaped"
 
 
 def test_restart_keeps_everything(service: Any) -> None:
     job_id, driver = service.running_job()
     driver.steps(1, 10)
-    before = service.job(job_id), service.events(job_id), service.user.get(f"/v1/jobs/{job_id}/metrics").json()
+    before = (
+        service.job(job_id),
+        service.events(job_id),
+        service.user.get(f"/v1/jobs/{job_id}/metrics").json(),
+    )
     hello = service.agent.http.get("/internal/v1/agent/hello").json()
     revision = service.agent.desired().revision
     token = driver.http.headers["Authorization"]
     service.restart()
     assert service.agent.http.get("/internal/v1/agent/hello").json() == hello
-    assert (service.job(job_id), service.events(job_id), service.user.get(f"/v1/jobs/{job_id}/metrics").json()) == before
+    assert (
+        service.job(job_id),
+        service.events(job_id),
+        service.user.get(f"/v1/jobs/{job_id}/metrics").json(),
+    ) == before
     assert service.agent.desired().revision == revision
     driver.http = service.client(token.removeprefix("Bearer "))
     assert driver.cursor().json()["stored"] == {"driver": 5, "a1/r0": 10}
@@ -286,7 +460,9 @@ def test_restart_keeps_everything(service: Any) -> None:
     assert service.job(job_id)["progress"]["step"] == 12
 
 
-def test_terminal_jobs_whose_driver_is_still_seen_are_listed_for_the_agent(service: Any, make_node: Callable[..., Any]) -> None:
+def test_terminal_jobs_whose_driver_is_still_seen_are_listed_for_the_agent(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     job_id, driver = service.running_job()
     driver.states("succeeded", attempt=1)
     assert service.agent.desired().jobs == ()
@@ -295,56 +471,90 @@ def test_terminal_jobs_whose_driver_is_still_seen_are_listed_for_the_agent(servi
     assert [job.job_id for job in reply.jobs] == [job_id] and job_id in reply.terminal
 
 
-def test_agent_poll_returns_after_its_wait_and_when_the_revision_went_back(service: Any, make_node: Callable[..., Any]) -> None:
+def test_agent_poll_returns_after_its_wait_and_when_the_revision_went_back(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     service.agent.report(make_node())
     revision = service.agent.desired().revision
     began = time.monotonic()
-    assert service.agent.desired(revision, 0.3).revision == revision and 0.25 < time.monotonic() - began < 3
-    began = time.monotonic()
-    assert service.agent.desired(revision + 100, 20).revision == revision and time.monotonic() - began < 3, (
-        "another database: answer at once"
+    assert (
+        service.agent.desired(revision, 0.3).revision == revision
+        and 0.25 < time.monotonic() - began < 3
     )
+    began = time.monotonic()
+    assert (
+        service.agent.desired(revision + 100, 20).revision == revision
+        and time.monotonic() - began < 3
+    ), "another database: answer at once"
 
 
-def test_listing_pages_filters_and_stays_stable_under_inserts(service: Any, spec: dict[str, Any]) -> None:
-    made = [service.submit(spec | {"metadata": {"team": "ab"[i % 2], "odd": str(i % 2)}})["id"] for i in range(5)]
+def test_listing_pages_filters_and_stays_stable_under_inserts(
+    service: Any, spec: dict[str, Any]
+) -> None:
+    made = [
+        service.submit(spec | {"metadata": {"team": "ab"[i % 2], "odd": str(i % 2)}})["id"]
+        for i in range(5)
+    ]
     first = service.user.get("/v1/jobs", params={"limit": 2}).json()
-    assert [job["id"] for job in first["data"]] == made[:2:-1] and first["has_more"] and first["last_id"] == made[3]
+    assert (
+        [job["id"] for job in first["data"]] == made[:2:-1]
+        and first["has_more"]
+        and first["last_id"] == made[3]
+    )
     assert "spec" not in first["data"][0]
     service.submit(spec)
     second = service.user.get("/v1/jobs", params={"limit": 2, "after": first["last_id"]}).json()
     assert [job["id"] for job in second["data"]] == [made[2], made[1]]
     third = service.user.get("/v1/jobs", params={"limit": 2, "after": second["last_id"]}).json()
     assert [job["id"] for job in third["data"]] == [made[0]] and not third["has_more"]
-    labelled = service.user.get("/v1/jobs", params={"metadata[team]": "a", "metadata[odd]": "0"}).json()["data"]
+    labelled = service.user.get(
+        "/v1/jobs", params={"metadata[team]": "a", "metadata[odd]": "0"}
+    ).json()["data"]
     assert [job["id"] for job in labelled] == [made[4], made[2], made[0]]
     service.user.post(f"/v1/jobs/{made[0]}/cancel")
     ended = service.user.get("/v1/jobs", params={"status": "cancelled,failed"}).json()["data"]
     assert [job["id"] for job in ended] == [made[0]]
 
 
-def test_same_key_and_body_gives_the_first_answer_also_at_the_same_time(service: Any, spec: dict[str, Any]) -> None:
+def test_same_key_and_body_gives_the_first_answer_also_at_the_same_time(
+    service: Any, spec: dict[str, Any]
+) -> None:
     answers: list[httpx.Response] = []
     send = [
-        threading.Thread(target=lambda: answers.append(service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": "k1"})))
+        threading.Thread(
+            target=lambda: answers.append(
+                service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": "k1"})
+            )
+        )
         for _ in range(8)
     ]
     for thread in send:
         thread.start()
     for thread in send:
         thread.join(20)
-    assert {answer.status_code for answer in answers} == {201} and len({answer.json()["id"] for answer in answers}) == 1
+    assert {answer.status_code for answer in answers} == {201} and len(
+        {answer.json()["id"] for answer in answers}
+    ) == 1
     assert sum("idempotent-replayed" in answer.headers for answer in answers) == 7
     assert len(service.user.get("/v1/jobs").json()["data"]) == 1
     service.restart()
     again = service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": "k1"})
-    assert again.json() == answers[0].json() and again.headers["Location"] == f"/v1/jobs/{again.json()['id']}"
+    assert (
+        again.json() == answers[0].json()
+        and again.headers["Location"] == f"/v1/jobs/{again.json()['id']}"
+    )
 
 
 def test_key_of_a_refused_request_may_be_used_again(service: Any, spec: dict[str, Any]) -> None:
     wrong = spec | {"parallel": {"tp": 3}}
-    assert service.user.post("/v1/jobs", json=wrong, headers={"Idempotency-Key": "k"}).status_code == 422
-    assert service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": "k"}).status_code == 201
+    assert (
+        service.user.post("/v1/jobs", json=wrong, headers={"Idempotency-Key": "k"}).status_code
+        == 422
+    )
+    assert (
+        service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": "k"}).status_code
+        == 201
+    )
 
 
 def test_cancel_is_repeatable_with_a_key(service: Any) -> None:
@@ -352,14 +562,21 @@ def test_cancel_is_repeatable_with_a_key(service: Any) -> None:
     headers = {"Idempotency-Key": "c1"}
     first = service.user.post(f"/v1/jobs/{job_id}/cancel", json={}, headers=headers)
     driver.states("cancelled", attempt=1)
-    assert service.user.post(f"/v1/jobs/{job_id}/cancel", json={}, headers=headers).json() == first.json()
+    assert (
+        service.user.post(f"/v1/jobs/{job_id}/cancel", json={}, headers=headers).json()
+        == first.json()
+    )
 
 
 def test_agents_look_at_the_paths_refuses_before_anything_is_stored(
     start: Callable[..., Any], settings: Any, spec: dict[str, Any], make_node: Callable[..., Any]
 ) -> None:
     service = start(settings.model_copy(update={"check_wait_s": 10.0}))
-    problem = {"pointer": "/data/train/0/path", "code": "not_found", "detail": "/nowhere.txt does not exist; correct the path"}
+    problem = {
+        "pointer": "/data/train/0/path",
+        "code": "not_found",
+        "detail": "/nowhere.txt does not exist; correct the path",
+    }
     service.agent.report(make_node())
     with service.agent as agent:
         agent.answer_checks(problem)
@@ -370,7 +587,9 @@ def test_agents_look_at_the_paths_refuses_before_anything_is_stored(
     assert plan["problems"] == [problem] and plan["fits"] is True and plan["notes"] == []
 
 
-def test_silent_agent_does_not_hold_a_submission_back(service: Any, make_node: Callable[..., Any]) -> None:
+def test_silent_agent_does_not_hold_a_submission_back(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     service.agent.report(make_node())
     began = time.monotonic()
     assert service.submit()["status"] == "preparing" and time.monotonic() - began < 5

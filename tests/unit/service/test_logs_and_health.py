@@ -9,7 +9,10 @@ from workers.driver.logs import log_name
 
 
 def log_file(service: Any, job_id: str, attempt: int = 1, rank: int = 0) -> Path:
-    path = Path(service.job(job_id)["storage_path"]) / f"logs/attempt-{attempt:04d}/rank-{rank:05d}.log"
+    path = (
+        Path(service.job(job_id)["storage_path"])
+        / f"logs/attempt-{attempt:04d}/rank-{rank:05d}.log"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -24,7 +27,8 @@ def test_pieces_make_up_the_whole_and_characters_stay_whole(service: Any) -> Non
     job_id, _ = service.running_job()
     text = "grüße, 世界 🎉\n" * 50
     log_file(service, job_id).write_text(text)
-    offset, pieces = 0, []
+    offset = 0
+    pieces = []
     while True:
         answer = read(service, job_id, offset=offset, limit=7)
         if not answer["data"]:
@@ -49,13 +53,24 @@ def test_bytes_that_are_no_text_do_not_stop_the_reader(service: Any) -> None:
 def test_log_of_a_rank_that_has_not_written_is_empty(service: Any) -> None:
     job_id, _ = service.running_job()
     assert read(service, job_id, rank=3) == {
-        **{"object": "log", "rank": 3, "attempt": 1, "offset": 0, "next_offset": 0, "size": 0, "data": ""},
+        **{
+            "object": "log",
+            "rank": 3,
+            "attempt": 1,
+            "offset": 0,
+            "next_offset": 0,
+            "size": 0,
+            "data": "",
+        },
     }
 
 
 def test_unknown_ranks_and_attempts_are_named(service: Any) -> None:
     job_id, _ = service.running_job()
-    for params, words in (({"rank": 4}, "ranks 0 to 3, not 4"), ({"attempt": 2}, "has had 1 attempts, not 2")):
+    for params, words in (
+        ({"rank": 4}, "ranks 0 to 3, not 4"),
+        ({"attempt": 2}, "has had 1 attempts, not 2"),
+    ):
         response = service.user.get(f"/v1/jobs/{job_id}/logs", params=params)
         assert response.status_code == 404 and words in response.json()["detail"]
 
@@ -65,10 +80,16 @@ def test_a_link_out_of_the_job_is_not_followed(service: Any, tmp_path: Path) -> 
     (tmp_path / "secret").write_text("secret")
     log_file(service, job_id).symlink_to(tmp_path / "secret")
     response = service.user.get(f"/v1/jobs/{job_id}/logs")
-    assert response.status_code == 404 and "leads out" in response.json()["detail"] and "secret" not in response.text
+    assert (
+        response.status_code == 404
+        and "leads out" in response.json()["detail"]
+        and "secret" not in response.text
+    )
 
 
-def test_storage_the_service_cannot_reach_is_said_plainly(service: Any, spec: dict[str, Any]) -> None:
+def test_storage_the_service_cannot_reach_is_said_plainly(
+    service: Any, spec: dict[str, Any]
+) -> None:
     job_id, _ = service.running_job(spec | {"storage": {"path": "nosuch://bucket/x"}})
     response = service.user.get(f"/v1/jobs/{job_id}/logs")
     assert response.status_code == 503 and "nosuch://bucket/x" in response.json()["detail"]
@@ -83,12 +104,24 @@ def test_ready_tells_database_agent_and_ray(service: Any, make_node: Any) -> Non
     assert nobody.get("/healthz").json() == {"status": "ok"}
     before = nobody.get("/readyz").json()
     assert (before["status"], before["database"]) == ("degraded", "ok")
-    assert before["agents"] == [{"cluster": "default", "live": False, "seen_s_ago": None, "ray_reachable": False, "nodes": 0}]
+    assert before["agents"] == [
+        {
+            "cluster": "default",
+            "live": False,
+            "seen_s_ago": None,
+            "ray_reachable": False,
+            "nodes": 0,
+        }
+    ]
     service.agent.report()
     assert nobody.get("/readyz").json()["status"] == "degraded", "an agent without nodes has no Ray"
     service.agent.report(make_node())
     after = nobody.get("/readyz").json()
-    assert after["status"] == "ok" and after["agents"][0]["nodes"] == 1 and after["agents"][0]["seen_s_ago"] < 5
+    assert (
+        after["status"] == "ok"
+        and after["agents"][0]["nodes"] == 1
+        and after["agents"][0]["seen_s_ago"] < 5
+    )
 
 
 def test_a_silent_agent_counts_as_gone(start: Any, settings: Any, make_node: Any) -> None:
@@ -100,10 +133,20 @@ def test_a_silent_agent_counts_as_gone(start: Any, settings: Any, make_node: Any
 
 def test_cluster_shows_the_last_report(service: Any, make_node: Any) -> None:
     assert service.user.get("/v1/cluster").json()["data"][0]["nodes"] == []
-    service.agent.report(make_node(gpus=2, labels={"rack": "r1"}), orphans=["job-x/w0"], dashboard_url="http://d")
+    service.agent.report(
+        make_node(gpus=2, labels={"rack": "r1"}), orphans=["job-x/w0"], dashboard_url="http://d"
+    )
     found = service.user.get("/v1/cluster").json()["data"][0]
-    assert found["live"] and found["nodes"][0]["labels"] == {"rack": "r1"} and found["orphans"] == ["job-x/w0"]
-    assert found["agent_id"] == "agent-1" and found["dashboard_url"] == "http://d" and found["reported_at"]
+    assert (
+        found["live"]
+        and found["nodes"][0]["labels"] == {"rack": "r1"}
+        and found["orphans"] == ["job-x/w0"]
+    )
+    assert (
+        found["agent_id"] == "agent-1"
+        and found["dashboard_url"] == "http://d"
+        and found["reported_at"]
+    )
 
 
 def test_prometheus_text_has_bounded_labels(service: Any) -> None:
@@ -112,9 +155,18 @@ def test_prometheus_text_has_bounded_labels(service: Any) -> None:
     for path in ("/v1/a", "/v1/b", "/v1/jobs/x", "/v1/jobs/y"):
         service.user.get(path)
     text = service.user.get("/metrics").text
-    assert 'megatron_ray_jobs{state="running"} 1.0' in text and 'megatron_ray_jobs{state="failed"} 0.0' in text
-    assert f'megatron_ray_job_step{{job="{job_id}",name="tiny"}} 3.0' in text and "megatron_ray_job_loss" in text
-    assert "megatron_ray_records_received_total 8.0" in text and "megatron_ray_jobs_created_total 1.0" in text
+    assert (
+        'megatron_ray_jobs{state="running"} 1.0' in text
+        and 'megatron_ray_jobs{state="failed"} 0.0' in text
+    )
+    assert (
+        f'megatron_ray_job_step{{job="{job_id}",name="tiny"}} 3.0' in text
+        and "megatron_ray_job_loss" in text
+    )
+    assert (
+        "megatron_ray_records_received_total 8.0" in text
+        and "megatron_ray_jobs_created_total 1.0" in text
+    )
     assert 'route="/v1/jobs/{job_id}"' in text and 'route="unknown"' in text
     assert '"/v1/a' not in text and "/v1/jobs/x" not in text and "agent_silence" in text
 
@@ -122,9 +174,30 @@ def test_prometheus_text_has_bounded_labels(service: Any) -> None:
 def test_openapi_describes_the_public_routes_only(service: Any) -> None:
     document = service.client(None).get("/openapi.json").json()
     paths = set(document["paths"])
-    parts = ("", "/cancel", "/checkpoint", "/events", "/metrics", "/logs", "/attempts", "/ranks", "/checkpoints", "/stream")
+    parts = (
+        "",
+        "/cancel",
+        "/checkpoint",
+        "/events",
+        "/metrics",
+        "/logs",
+        "/attempts",
+        "/ranks",
+        "/checkpoints",
+        "/stream",
+    )
     assert paths == {
-        *("/v1/jobs", "/v1/plans", "/v1/plans/suggest", "/v1/cluster", "/healthz", "/readyz", "/metrics"),
+        *(
+            "/v1/jobs",
+            "/v1/plans",
+            "/v1/plans/suggest",
+            "/v1/cluster",
+            "/healthz",
+            "/readyz",
+            "/metrics",
+        ),
         *(f"/v1/jobs/{{job_id}}{part}" for part in parts),
     }
-    assert "JobSpec" in document["components"]["schemas"] and "internal" not in json.dumps(document["paths"])
+    assert "JobSpec" in document["components"]["schemas"] and "internal" not in json.dumps(
+        document["paths"]
+    )

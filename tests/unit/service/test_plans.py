@@ -20,39 +20,82 @@ def plan(service: Any, spec: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(("precision", "weight", "state"), [("fp32", 4, 8), ("bf16", 2, 12)])
 @pytest.mark.parametrize("zero", [0, 1])
 def test_bytes_are_counted_from_the_parameter_table(
-    service: Any, spec: dict[str, Any], make_node: Any, precision: str, weight: int, state: int, zero: int
+    service: Any,
+    spec: dict[str, Any],
+    make_node: Any,
+    precision: str,
+    weight: int,
+    state: int,
+    zero: int,
 ) -> None:
     service.agent.report(make_node(cpus=4))
     spec["training"]["precision"] = precision
     spec["parallel"] = {"tp": 2, "sequence_parallel": True, "zero": zero}
     found = plan(service, spec)
-    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(update={"vocab_size": 1024})
-    elements = sum(item.num_elements for item in local_parameters(model, ParallelDims(tp=2, dp=2), 0))
+    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(
+        update={"vocab_size": 1024}
+    )
+    elements = sum(
+        item.num_elements for item in local_parameters(model, ParallelDims(tp=2, dp=2), 0)
+    )
     memory = found["memory"]
-    assert (found["world_size"], found["fits"], found["room"], found["problems"]) == (4, True, 4, [])
+    assert (found["world_size"], found["fits"], found["room"], found["problems"]) == (
+        4,
+        True,
+        4,
+        [],
+    )
     padded = pytest.approx(elements, rel=1e-3)
     assert memory["parameters_bytes"] / weight == padded and memory["gradients_bytes"] / 4 == padded
-    assert memory["optimizer_bytes"] / state * (2 if zero else 1) == padded and memory["vocab_size"] == 1024
+    assert (
+        memory["optimizer_bytes"] / state * (2 if zero else 1) == padded
+        and memory["vocab_size"] == 1024
+    )
     whole = ("total_bytes_estimate", "vocab_size", "rank")
-    assert memory["total_bytes_estimate"] == sum(memory[name] for name in memory if name not in whole)
-    assert {entry["axis"] for entry in found["communication"]} == {"tp", "dp", "world"} and found["bubble_share"] == 0
-    assert found["ranks"][3] == {"rank": 3, "coordinates": {"tp": 1, "cp": 0, "dp": 1, "pp": 0}, "island": 1}
+    assert memory["total_bytes_estimate"] == sum(
+        memory[name] for name in memory if name not in whole
+    )
+    assert {entry["axis"] for entry in found["communication"]} == {"tp", "dp", "world"} and found[
+        "bubble_share"
+    ] == 0
+    assert found["ranks"][3] == {
+        "rank": 3,
+        "coordinates": {"tp": 1, "cp": 0, "dp": 1, "pp": 0},
+        "island": 1,
+    }
     assert service.user.get("/v1/jobs").json()["data"] == []
 
 
-def test_what_is_frozen_needs_memory_for_its_weights_only(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+def test_what_is_frozen_needs_memory_for_its_weights_only(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
     service.agent.report(make_node(cpus=4))
-    whole, half = (plan(service, spec | {"optimizer": {"lr": 1e-3, "freeze": names}})["memory"] for names in ([], ["layers.[01].*"]))
+    whole, half = (
+        plan(service, spec | {"optimizer": {"lr": 1e-3, "freeze": names}})["memory"]
+        for names in ([], ["layers.[01].*"])
+    )
     assert half["parameters_bytes"] == whole["parameters_bytes"]
     left = half["gradients_bytes"] / whole["gradients_bytes"]
-    assert 0.5 < left < 0.7 and half["optimizer_bytes"] / whole["optimizer_bytes"] == pytest.approx(left, rel=1e-6)
+    assert 0.5 < left < 0.7 and half["optimizer_bytes"] / whole["optimizer_bytes"] == pytest.approx(
+        left, rel=1e-6
+    )
 
 
-def test_a_plan_larger_than_the_cluster_says_by_how_much(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+def test_a_plan_larger_than_the_cluster_says_by_how_much(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
     service.agent.report(make_node(cpus=2))
     found = plan(service, spec | {"parallel": {"dp": 4}})
-    assert (found["world_size"], found["fits"], found["room"], len(found["ranks"])) == (4, False, 2, 4)
-    assert found["problems"][0]["pointer"] == "/parallel" and "room for 2" in found["problems"][0]["detail"]
+    assert (found["world_size"], found["fits"], found["room"], len(found["ranks"])) == (
+        4,
+        False,
+        2,
+        4,
+    )
+    assert (
+        found["problems"][0]["pointer"] == "/parallel"
+        and "room for 2" in found["problems"][0]["detail"]
+    )
 
 
 def test_an_unknown_cluster_is_said_to_be_unknown(service: Any, spec: dict[str, Any]) -> None:
@@ -62,40 +105,77 @@ def test_an_unknown_cluster_is_said_to_be_unknown(service: Any, spec: dict[str, 
 
 
 def test_vocabularies(service: Any, spec: dict[str, Any]) -> None:
-    assert plan(service, spec | {"data": {**spec["data"], "tokenizer": {"kind": "bytes"}}})["memory"]["vocab_size"] == 257
+    assert (
+        plan(service, spec | {"data": {**spec["data"], "tokenizer": {"kind": "bytes"}}})["memory"][
+            "vocab_size"
+        ]
+        == 257
+    )
     file = spec | {"data": {**spec["data"], "tokenizer": {"kind": "file", "path": "/t.json"}}}
     found = plan(service, file)
     assert found["memory"] is None and "set model.vocab_size" in found["notes"][-1]
-    assert plan(service, file | {"model": {"preset": "gpt-tiny", "vocab_size": 99}})["memory"]["vocab_size"] == 99
+    assert (
+        plan(service, file | {"model": {"preset": "gpt-tiny", "vocab_size": 99}})["memory"][
+            "vocab_size"
+        ]
+        == 99
+    )
 
 
-def test_seventy_billion_parameters_are_planned_in_no_time(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+def test_seventy_billion_parameters_are_planned_in_no_time(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
     service.agent.report(*(make_node(f"n{i}", cpus=96, gpus=8) for i in range(256)))
-    training = {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 1024, "steps": 10, "precision": "bf16"}
+    training = {
+        "seq_length": 8192,
+        "micro_batch_size": 1,
+        "global_batch_size": 1024,
+        "steps": 10,
+        "precision": "bf16",
+    }
     found = plan(
-        service, spec | {"model": {"preset": "llama3-70b"}, "parallel": {"tp": 8, "sequence_parallel": True}, "training": training}
+        service,
+        spec
+        | {
+            "model": {"preset": "llama3-70b"},
+            "parallel": {"tp": 8, "sequence_parallel": True},
+            "training": training,
+        },
     )
     assert found["world_size"] == 2048 and found["fits"] and found["ranks"][2047]["island"] == 255
     assert found["memory"]["parameters_bytes"] == pytest.approx(2 * 70.55e9 / 8, rel=0.01)
 
 
-def test_experts_are_shared_out_over_their_own_ranks(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+def test_experts_are_shared_out_over_their_own_ranks(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
     service.agent.report(make_node(cpus=4))
     found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2}})
-    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(update={"vocab_size": 1024})
+    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(
+        update={"vocab_size": 1024}
+    )
     table = local_parameters(model, ParallelDims(dp=4, ep=2), 0)
     experts = sum(item.num_elements for item in table if item.of_expert)
     dense = sum(item.num_elements for item in table) - experts
     assert experts == 4 * 4 * 3 * 128 * 256
-    share, close = dense / 4 + experts / 2, 2e-3  # alignment and padding of buckets
+    # alignment and padding of buckets
+    share = dense / 4 + experts / 2
+    close = 2e-3
     assert found["memory"]["parameters_bytes"] == pytest.approx(4 * (dense + experts), rel=close)
     assert found["memory"]["optimizer_bytes"] == pytest.approx(8 * share, rel=close)
-    memory = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2, "zero": 3}})["memory"]
+    memory = plan(
+        service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2, "zero": 3}}
+    )["memory"]
     kinds = [memory[f"{kind}_bytes"] for kind in ("parameters", "gradients", "optimizer")]
-    assert kinds == pytest.approx([4 * share, 4 * share, 8 * share], rel=close) and memory["gathered_bytes_estimate"] > 0
+    assert (
+        kinds == pytest.approx([4 * share, 4 * share, 8 * share], rel=close)
+        and memory["gathered_bytes_estimate"] > 0
+    )
 
 
-def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(service: Any, spec: dict[str, Any]) -> None:
+def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(
+    service: Any, spec: dict[str, Any]
+) -> None:
     found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"ep": 4}})
     assert found["world_size"] == 4
 
@@ -103,7 +183,9 @@ def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_s
 def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) -> None:
     def activations(**recompute: Any) -> int:
         training = spec["training"] | {"recompute": recompute}
-        estimate: int = plan(service, spec | {"training": training})["memory"]["activations_bytes_estimate"]
+        estimate: int = plan(service, spec | {"training": training})["memory"][
+            "activations_bytes_estimate"
+        ]
         return estimate
 
     settings = [
@@ -117,38 +199,67 @@ def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) ->
 
 LARGE: dict[str, Any] = {
     "model": {"preset": "llama3-70b"},
-    "training": {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 1024, "steps": 10, "precision": "bf16"},
+    "training": {
+        "seq_length": 8192,
+        "micro_batch_size": 1,
+        "global_batch_size": 1024,
+        "steps": 10,
+        "precision": "bf16",
+    },
 }
 
 
-def test_time_is_estimated_for_the_clusters_gpus_or_for_those_asked_for(service: Any, spec: dict[str, Any], make_node: Any) -> None:
+def test_time_is_estimated_for_the_clusters_gpus_or_for_those_asked_for(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
     wanted = spec | LARGE | {"parallel": {"tp": 8, "pp": 4, "sequence_parallel": True}}
     found = service.user.post("/v1/plans?hardware=h200", json=wanted).json()
     assert found["hardware"] == "H200" and found["world_size"] == 32 and found["fits"] is None
     parts = ("products_s", "attention_s", "memory_s", "communication_s", "bubble_s", "update_s")
     assert sum(found["time"][part] for part in parts) == pytest.approx(found["time"]["step_s"])
     assert 0.2 < found["time"]["mfu"] < 0.7 and 0 < found["bubble_share"] < 0.02
-    assert plan(service, wanted)["hardware"] is None and "name a device" in plan(service, wanted)["notes"][-1]
-    service.agent.report(*(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8)))
-    assert plan(service, wanted)["hardware"] == "H100" and plan(service, wanted)["time"]["step_s"] > 0
+    assert (
+        plan(service, wanted)["hardware"] is None
+        and "name a device" in plan(service, wanted)["notes"][-1]
+    )
+    service.agent.report(
+        *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8))
+    )
+    assert (
+        plan(service, wanted)["hardware"] == "H100" and plan(service, wanted)["time"]["step_s"] > 0
+    )
     wrong = service.user.post("/v1/plans?hardware=abacus", json=wanted)
-    assert wrong.status_code == 422 and "known: A100, H100, H200, B200, CPU" in wrong.json()["errors"][0]["detail"]
+    assert (
+        wrong.status_code == 422
+        and "known: A100, H100, H200, B200, CPU" in wrong.json()["errors"][0]["detail"]
+    )
 
 
 def test_what_cannot_fit_into_the_gpus_is_refused_with_the_nearest_layout_that_does(
     service: Any, spec: dict[str, Any], make_node: Any
 ) -> None:
-    service.agent.report(*(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8)))
+    service.agent.report(
+        *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8))
+    )
     wanted = spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}}
     found = plan(service, wanted)
     (problem,) = found["problems"]
-    assert found["fits"] is False and (problem["pointer"], problem["code"]) == ("/parallel", "memory_fits")
-    assert "rank 0 needs" in problem["detail"] and "activations" in problem["detail"] and "H100 has 80" in problem["detail"]
+    assert found["fits"] is False and (problem["pointer"], problem["code"]) == (
+        "/parallel",
+        "memory_fits",
+    )
+    assert (
+        "rank 0 needs" in problem["detail"]
+        and "activations" in problem["detail"]
+        and "H100 has 80" in problem["detail"]
+    )
     assert "the nearest layout that fits is tp=8" in problem["detail"]
     refused = service.user.post("/v1/jobs", json=wanted)
     assert refused.status_code == 422 and refused.json()["errors"] == found["problems"]
     assert service.user.post("/v1/plans?hardware=B200", json=wanted).json()["problems"] == []
-    (problem,) = plan(service, wanted | {"training": wanted["training"] | {"precision": "fp32"}})["problems"]
+    (problem,) = plan(service, wanted | {"training": wanted["training"] | {"precision": "fp32"}})[
+        "problems"
+    ]
     assert "no layouts are compared for fp32 on H100" in problem["detail"]
     assert service.user.get("/v1/jobs").json()["data"] == []
 
@@ -157,7 +268,8 @@ def test_search_for_a_layout_that_fits_keeps_nobody_from_writing(
     service: Any, spec: dict[str, Any], make_node: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large = service.submit(spec | LARGE | {"parallel": {"tp": 8, "dp": 8}})
-    others, search = [], planning.nearest
+    others = []
+    search = planning.nearest
 
     def searching(*given: Any) -> Any:
         with ThreadPoolExecutor() as threads:  # would wait for the lock for ever
@@ -168,29 +280,65 @@ def test_search_for_a_layout_that_fits_keeps_nobody_from_writing(
     nodes = [make_node(f"n{index}", cpus=96, gpus=8, accelerator_type="H100") for index in range(8)]
     service.agent.report(*nodes)
     failed = service.job(large["id"])
-    assert failed["status"] == "failed" and "the nearest layout that fits is" in failed["problem"]["detail"]
+    assert (
+        failed["status"] == "failed"
+        and "the nearest layout that fits is" in failed["problem"]["detail"]
+    )
     (other,) = others
-    assert service.job(other["id"])["status_reason"] == "waiting_agent", "came too late for this report"
+    assert service.job(other["id"])["status_reason"] == "waiting_agent", (
+        "came too late for this report"
+    )
     service.agent.report(*nodes)
     assert service.job(other["id"])["status_reason"] == "preparing_data"
 
 
-def test_gpus_of_an_unknown_kind_refuse_nothing(service: Any, spec: dict[str, Any], make_node: Any) -> None:
-    service.agent.report(*(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="G9") for i in range(8)))
-    assert plan(service, spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}})["fits"] is True
+def test_gpus_of_an_unknown_kind_refuse_nothing(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
+    service.agent.report(
+        *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="G9") for i in range(8))
+    )
+    assert (
+        plan(service, spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}})[
+            "fits"
+        ]
+        is True
+    )
 
 
 def test_the_quickest_layouts_that_fit_are_suggested(service: Any, spec: dict[str, Any]) -> None:
-    small = spec | LARGE | {"model": {"preset": "llama3-8b"}, "training": LARGE["training"] | {"global_batch_size": 32}}
+    small = (
+        spec
+        | LARGE
+        | {
+            "model": {"preset": "llama3-8b"},
+            "training": LARGE["training"] | {"global_batch_size": 32},
+        }
+    )
     response = service.user.post("/v1/plans/suggest?hardware=H100&ranks=16", json=small)
     found = response.json()
-    assert response.status_code == 200 and (found["world_size"], found["hardware"], found["notes"]) == (16, "H100", [])
+    assert response.status_code == 200 and (
+        found["world_size"],
+        found["hardware"],
+        found["notes"],
+    ) == (16, "H100", [])
     steps = [entry["time"]["step_s"] for entry in found["data"]]
     assert steps == sorted(steps) and len(steps) == 10
     for entry in found["data"]:
         changes = entry["changes"]
-        assert changes["parallel.tp"] * changes["parallel.pp"] * changes["parallel.cp"] * changes["parallel.dp"] == 16
+        assert (
+            changes["parallel.tp"]
+            * changes["parallel.pp"]
+            * changes["parallel.cp"]
+            * changes["parallel.dp"]
+            == 16
+        )
         assert entry["total_bytes_estimate"] <= 80 * 2**30
     few = service.user.post("/v1/plans/suggest?hardware=H100&ranks=2", json=spec | LARGE).json()
-    assert few["data"] == [] and "no layout of those that are tried fits on 2 ranks" in few["notes"][0]
-    assert service.user.post("/v1/plans/suggest", json=spec | LARGE).json()["errors"][0]["pointer"] == "/query/hardware"
+    assert (
+        few["data"] == [] and "no layout of those that are tried fits on 2 ranks" in few["notes"][0]
+    )
+    assert (
+        service.user.post("/v1/plans/suggest", json=spec | LARGE).json()["errors"][0]["pointer"]
+        == "/query/hardware"
+    )

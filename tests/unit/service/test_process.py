@@ -20,7 +20,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from service.http.auth import adopt_tokens, create_token, fingerprint, has_configured_token, service_key
+from service.http.auth import (
+    adopt_tokens,
+    create_token,
+    fingerprint,
+    has_configured_token,
+    service_key,
+)
 from service.http.tokens import Scope, read_or_create_tokens, read_tokens, write_tokens
 from service.main import bind, is_loopback, refuse_open_bind
 from service.settings import Settings, SettingsError
@@ -39,7 +45,12 @@ def test_settings_come_from_the_environment(tmp_path: Path) -> None:
             "HOME": "/x",
         }
     )
-    assert (found.data_dir, found.port, found.clusters, found.host) == (tmp_path, 0, ("a", "b"), "127.0.0.1")
+    assert (found.data_dir, found.port, found.clusters, found.host) == (
+        tmp_path,
+        0,
+        ("a", "b"),
+        "127.0.0.1",
+    )
     assert found.url == f"sqlite:///{tmp_path}/service.db"
 
 
@@ -48,20 +59,28 @@ def test_the_data_dir_is_in_the_home_folder_when_none_is_given() -> None:
 
 
 def test_wrong_settings_name_their_variable() -> None:
-    with pytest.raises(SettingsError, match="MEGATRON_RAY_PORT: Input should be less than or equal to 65535"):
+    with pytest.raises(
+        SettingsError, match="MEGATRON_RAY_PORT: Input should be less than or equal to 65535"
+    ):
         Settings.from_environment({"MEGATRON_RAY_PORT": "70000"})
     with pytest.raises(SettingsError, match="MEGATRON_RAY_CLUSTERS"):
         Settings.from_environment({"MEGATRON_RAY_CLUSTERS": " , "})
 
 
-@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)])
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+)
 def test_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
 
 
 def test_open_addresses_need_a_configured_token(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, host="0.0.0.0")
-    with pytest.raises(SettingsError, match=r"refusing to listen on 0.0.0.0: no token is configured; set MEGATRON_RAY_TOKENS_FILE"):
+    with pytest.raises(
+        SettingsError,
+        match=r"refusing to listen on 0.0.0.0: no token is configured; set MEGATRON_RAY_TOKENS_FILE",
+    ):
         refuse_open_bind(settings)
     refuse_open_bind(settings.model_copy(update={"host": "127.0.0.1"}))
     write_tokens(tmp_path / "tokens.json")
@@ -71,7 +90,9 @@ def test_open_addresses_need_a_configured_token(tmp_path: Path) -> None:
     assert not has_configured_token(settings), "an agent's token lets no user in"
     token = create_token(store, Scope.USER, "me")
     with store.read() as session:
-        assert {row.sha256 for row in session.scalars(sa.select(TokenRow)) if row.scope == "user"} == {fingerprint(token)}
+        assert {
+            row.sha256 for row in session.scalars(sa.select(TokenRow)) if row.scope == "user"
+        } == {fingerprint(token)}
     store.close()
     refuse_open_bind(settings)
 
@@ -81,7 +102,10 @@ def test_unknown_hosts_and_taken_ports_are_said_plainly() -> None:
         is_loopback("no such host")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SettingsError, match=f"cannot listen on 127.0.0.1:{port}: .*; choose another MEGATRON_RAY_PORT, or 0"):
+        with pytest.raises(
+            SettingsError,
+            match=f"cannot listen on 127.0.0.1:{port}: .*; choose another MEGATRON_RAY_PORT, or 0",
+        ):
             bind("127.0.0.1", port)
 
 
@@ -93,12 +117,26 @@ def test_small_answers_are_not_held_back() -> None:
 def test_tokens_file(tmp_path: Path) -> None:
     path = tmp_path / "t" / "tokens.json"
     tokens = write_tokens(path)
-    assert read_tokens(path) == tokens and path.stat().st_mode & 0o777 == 0o600 and len(set(tokens.values())) == 2
+    assert (
+        read_tokens(path) == tokens
+        and path.stat().st_mode & 0o777 == 0o600
+        and len(set(tokens.values())) == 2
+    )
     with pytest.raises(FileExistsError):
         write_tokens(path)
-    assert read_tokens(path) == tokens and list(path.parent.iterdir()) == [path], "no rest of the second try"
+    assert read_tokens(path) == tokens and list(path.parent.iterdir()) == [path], (
+        "no rest of the second try"
+    )
     secret = "s" * 20
-    for content in ("", "[]", "{}", '{"root": "x"}', json.dumps({"user": secret}), '{"user": 7}', json.dumps({"user": "a.b" * 20})):
+    for content in (
+        "",
+        "[]",
+        "{}",
+        '{"root": "x"}',
+        json.dumps({"user": secret}),
+        '{"user": 7}',
+        json.dumps({"user": "a.b" * 20}),
+    ):
         path.write_text(content)
         with pytest.raises(SettingsError, match="MEGATRON_RAY_TOKENS_FILE") as caught:
             read_tokens(path)
@@ -122,7 +160,10 @@ def test_a_changed_tokens_file_revokes_the_old_tokens_and_keeps_others(tmp_path:
     adopt_tokens(store, {Scope.USER: "1" * 40, Scope.AGENT: "2" * 40})
     adopt_tokens(store, {Scope.USER: "3" * 40})
     with store.read() as session:
-        assert set(session.scalars(sa.select(TokenRow.sha256))) == {fingerprint(kept), fingerprint("3" * 40)}
+        assert set(session.scalars(sa.select(TokenRow.sha256))) == {
+            fingerprint(kept),
+            fingerprint("3" * 40),
+        }
     store.close()
 
 
@@ -134,13 +175,25 @@ def test_a_damaged_key_is_refused(tmp_path: Path) -> None:
         service_key(tmp_path)
 
 
-@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:", "nonsense", "nosuch://x/y", "mysql://x/y", "postgresql+nodriver://x/y"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite://",
+        "sqlite:///:memory:",
+        "nonsense",
+        "nosuch://x/y",
+        "mysql://x/y",
+        "postgresql+nodriver://x/y",
+    ],
+)
 def test_unusable_databases_are_refused(url: str) -> None:
     with pytest.raises(SettingsError, match="MEGATRON_RAY_DATABASE_URL"):
         Store.open(url)
 
 
-def test_migrations_make_exactly_the_tables_of_the_code(tmp_path: Path, new_database: Callable[[], str | None]) -> None:
+def test_migrations_make_exactly_the_tables_of_the_code(
+    tmp_path: Path, new_database: Callable[[], str | None]
+) -> None:
     url = new_database() or f"sqlite:///{tmp_path}/with space/100%/s.db"
     Store.open(url).close()
     store = Store.open(url)
@@ -157,7 +210,9 @@ def test_a_database_of_the_first_schema_keeps_its_steps(tmp_path: Path) -> None:
     engine = sa.create_engine(f"sqlite:///{tmp_path}/s.db")
     with engine.begin() as connection:
         command.upgrade(configuration(connection), "0001")
-        connection.exec_driver_sql("INSERT INTO metrics (job, step, attempt, cursor, loss) VALUES (1, 2, 1, 1, 0.5)")
+        connection.exec_driver_sql(
+            "INSERT INTO metrics (job, step, attempt, cursor, loss) VALUES (1, 2, 1, 1, 0.5)"
+        )
     store = Store.open(f"sqlite:///{tmp_path}/s.db")
     with store.read() as session:
         (row,) = session.scalars(sa.select(MetricRow))
@@ -177,14 +232,18 @@ def test_the_newest_migration_is_the_one_the_code_names(tmp_path: Path) -> None:
 def test_a_current_database_is_opened_without_alembic(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/s.db"
     Store.open(url).close()
-    code = f"import sys; from service.store.database import Store; Store.open({url!r}).close(); print('alembic' in sys.modules)"
+    code = (
+        f"import sys; from service.store.database import Store; Store.open({url!r}).close(); "
+        "print('alembic' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
 
 
 def test_starting_imports_nothing_that_only_some_requests_need() -> None:
     code = (
-        "import sys; import service.main; print([name for name in ('alembic', 'pyarrow', 'numpy', 'typer', 'rich') if name in sys.modules])"
+        "import sys; import service.main; print([name for name in ('alembic', 'pyarrow', "
+        "'numpy', 'typer', 'rich') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
@@ -212,18 +271,25 @@ def start_process(tmp_path: Path, **more: str) -> subprocess.Popen[str]:
         "MEGATRON_RAY_TOKENS_FILE": str(tmp_path / "tokens.json"),
     }
     environment = {**os.environ, **variables, **more}
-    return subprocess.Popen([sys.executable, "-m", "service.main"], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.main"], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_process_writes_its_port_and_ends_promptly_with_open_streams(tmp_path: Path, spec: dict[str, Any], number: signal.Signals) -> None:
+def test_process_writes_its_port_and_ends_promptly_with_open_streams(
+    tmp_path: Path, spec: dict[str, Any], number: signal.Signals
+) -> None:
     process = start_process(tmp_path)
     port_file = tmp_path / "port"
     while not port_file.exists():
         assert process.poll() is None
         time.sleep(0.02)
-    url, token = f"http://127.0.0.1:{port_file.read_text().strip()}", read_tokens(tmp_path / "tokens.json")[Scope.USER]
-    with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
+    url = f"http://127.0.0.1:{port_file.read_text().strip()}"
+    token = read_tokens(tmp_path / "tokens.json")[Scope.USER]
+    with httpx.Client(
+        base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
+    ) as client:
         job_id = client.post("/v1/jobs", json=spec).json()["id"]
         with client.stream("GET", f"/v1/jobs/{job_id}/stream") as response:
             lines = response.iter_lines()
@@ -232,23 +298,34 @@ def test_process_writes_its_port_and_ends_promptly_with_open_streams(tmp_path: P
             process.send_signal(number)
             _, log = process.communicate(timeout=20)
     assert time.monotonic() - began < 3
-    assert "Traceback" not in log and "ERROR" not in log and token not in log and "/stream" not in log
+    assert (
+        "Traceback" not in log and "ERROR" not in log and token not in log and "/stream" not in log
+    )
     assert process.returncode in (0, -number)
 
 
 def test_a_wrong_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:
     process = start_process(tmp_path, MEGATRON_RAY_PORT="x")
     _, log = process.communicate(timeout=30)
-    assert process.returncode == 1 and log.startswith("megatron-ray service: MEGATRON_RAY_PORT: ") and log.count("\n") == 1
+    assert (
+        process.returncode == 1
+        and log.startswith("megatron-ray service: MEGATRON_RAY_PORT: ")
+        and log.count("\n") == 1
+    )
 
 
 def test_service_imports_with_torch_and_ray_blocked() -> None:
-    code = "import sys; sys.modules['torch'] = sys.modules['ray'] = None; import service.main, service.app; print('ok')"
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['ray'] = None; import service.main, "
+        "service.app; print('ok')"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "ok\n", done.stderr
 
 
-def test_a_killed_service_loses_nothing_it_has_answered(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_killed_service_loses_nothing_it_has_answered(
+    tmp_path: Path, spec: dict[str, Any]
+) -> None:
     made: list[str] = []
     for attempt in range(2):
         (tmp_path / "tokens.json").unlink(missing_ok=True)
@@ -259,7 +336,9 @@ def test_a_killed_service_loses_nothing_it_has_answered(tmp_path: Path, spec: di
             time.sleep(0.02)
         token = read_tokens(tmp_path / "tokens.json")[Scope.USER]
         url = f"http://127.0.0.1:{(tmp_path / 'port').read_text().strip()}"
-        with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False) as client:
+        with httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
+        ) as client:
             listed = [job["id"] for job in client.get("/v1/jobs").json()["data"]]
             assert sorted(listed) == sorted(made), f"start {attempt}"
             made += [client.post("/v1/jobs", json=spec).json()["id"] for _ in range(5)]

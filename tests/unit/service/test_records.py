@@ -11,7 +11,9 @@ PROBLEM = "application/problem+json"
 
 def test_batches_sent_again_or_overlapping_change_nothing(service: Any, make_step: Any) -> None:
     job_id, driver = service.running_job()
-    records = driver.number("a1/r0", *(("step", make_step(step)) for step in range(1, 101)), attempt=1)
+    records = driver.number(
+        "a1/r0", *(("step", make_step(step)) for step in range(1, 101)), attempt=1
+    )
     rng = random.Random(7)
     stored = 0
     while stored < 100:
@@ -24,7 +26,9 @@ def test_batches_sent_again_or_overlapping_change_nothing(service: Any, make_ste
     rows = service.user.get(f"/v1/jobs/{job_id}/metrics").json()["data"]
     assert [row["step"] for row in rows] == list(range(1, 101))
     before = service.events(job_id)
-    events = driver.number("driver", *(("event", {"type": "test.note", "message": str(i)}) for i in range(5)))
+    events = driver.number(
+        "driver", *(("event", {"type": "test.note", "message": str(i)}) for i in range(5))
+    )
     for batch in (events[:3], events[:3], events[1:], events):
         driver.post("driver", batch)
     after = service.events(job_id)[len(before) :]
@@ -51,9 +55,19 @@ def test_lower_epochs_are_fenced_everywhere(service: Any) -> None:
     job_id, old = service.running_job()
     new = service.driver(job_id, epoch=2)
     assert new.cursor().json() == {"protocol": 1, "stored": {"driver": 5}}
-    for response in (old.cursor(), old.post("driver", old.number("driver", ("state", {"state": "succeeded"})))):
-        assert response.status_code == 409 and response.json()["code"] == "fenced" and response.json()["epoch"] == 2
-        assert response.headers["content-type"] == PROBLEM and "end without touching anything" in response.json()["detail"]
+    for response in (
+        old.cursor(),
+        old.post("driver", old.number("driver", ("state", {"state": "succeeded"}))),
+    ):
+        assert (
+            response.status_code == 409
+            and response.json()["code"] == "fenced"
+            and response.json()["epoch"] == 2
+        )
+        assert (
+            response.headers["content-type"] == PROBLEM
+            and "end without touching anything" in response.json()["detail"]
+        )
     assert service.job(job_id)["status"] == "running"
     zero = service.driver(job_id, epoch=0)
     assert zero.cursor().status_code == 409
@@ -92,7 +106,9 @@ def test_a_batch_is_stored_whole_or_not_at_all(service: Any, make_step: Any) -> 
         ("eval", {"step": 1}, "/records/0/data/split"),
     ],
 )
-def test_malformed_records_are_named(service: Any, kind: str, data: dict[str, Any], pointer: str) -> None:
+def test_malformed_records_are_named(
+    service: Any, kind: str, data: dict[str, Any], pointer: str
+) -> None:
     _, driver = service.running_job()
     response = driver.post("driver", driver.number("driver", (kind, data), attempt=1))
     assert response.status_code == 422 and response.json()["errors"][0]["pointer"] == pointer
@@ -111,11 +127,15 @@ def test_malformed_batches_are_refused(service: Any) -> None:
     ]
     for change, status, pointer in cases:
         response = driver.post(**{"source": "driver", "records": [], **change})
-        assert response.status_code == status and response.headers["content-type"] == PROBLEM, response.text
+        assert response.status_code == status and response.headers["content-type"] == PROBLEM, (
+            response.text
+        )
         if pointer:
             assert response.json()["errors"][0]["pointer"] == pointer
     assert driver.post("driver", [], protocol=99).json()["protocol"] == 1
-    assert driver.post("driver", [], protocol=0).status_code == 200, "the version before is spoken too"
+    assert driver.post("driver", [], protocol=0).status_code == 200, (
+        "the version before is spoken too"
+    )
     raw = driver.http.post(f"/internal/v1/jobs/{job_id}/records", content=b"{not json")
     assert raw.status_code == 422 and "Invalid JSON" in raw.json()["detail"]
 
@@ -124,18 +144,33 @@ def test_unknown_kinds_are_kept_as_they_came(service: Any) -> None:
     job_id, driver = service.running_job()
     driver.send(("aurora", {"colour": "green", "odd": math.nan, "list": [math.inf, 1]}), attempt=1)
     event = service.events(job_id)[-1]
-    assert event["type"] == "record.aurora" and event["data"] == {"colour": "green", "odd": None, "list": [None, 1]}
+    assert event["type"] == "record.aurora" and event["data"] == {
+        "colour": "green",
+        "odd": None,
+        "list": [None, 1],
+    }
 
 
 def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -> None:
     job_id, driver = service.running_job()
     driver.send(
-        ("step", make_step(1, loss=math.nan, grad_norm=math.inf, split_s={"data": math.nan}, other_losses={"z_loss": 2.5})),
+        (
+            "step",
+            make_step(
+                1,
+                loss=math.nan,
+                grad_norm=math.inf,
+                split_s={"data": math.nan},
+                other_losses={"z_loss": 2.5},
+            ),
+        ),
         ("eval", {"step": 1, "split": "validation", "loss": math.nan}),
         source="a1/r0",
         attempt=1,
     )
-    row = service.user.get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss,grad_norm,lr,split_s,other_losses"}).json()["data"][0]
+    row = service.user.get(
+        f"/v1/jobs/{job_id}/metrics", params={"keys": "loss,grad_norm,lr,split_s,other_losses"}
+    ).json()["data"][0]
     assert row == {
         "step": 1,
         "attempt": 1,
@@ -145,7 +180,10 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
         "split_s": {"data": None},
         "other_losses": {"z_loss": 2.5},
     }
-    assert "not finite" in service.events(job_id)[-1]["message"] and service.job(job_id)["progress"]["loss"] is None
+    assert (
+        "not finite" in service.events(job_id)[-1]["message"]
+        and service.job(job_id)["progress"]["loss"] is None
+    )
 
 
 def test_last_words_with_a_nul_in_them_are_stored(service: Any) -> None:
@@ -161,7 +199,10 @@ def test_states_that_may_not_follow_are_kept_and_change_nothing(service: Any) ->
     driver.states("scheduling", attempt=1)
     assert service.job(job_id)["status"] == "running"
     event = service.events(job_id)[-1]
-    assert event["type"] == "job.state_ignored" and event["message"] == "the driver said scheduling, the job stays running"
+    assert (
+        event["type"] == "job.state_ignored"
+        and event["message"] == "the driver said scheduling, the job stays running"
+    )
 
 
 def test_after_a_resume_the_highest_attempt_of_a_step_is_shown(service: Any) -> None:
@@ -170,8 +211,19 @@ def test_after_a_resume_the_highest_attempt_of_a_step_is_shown(service: Any) -> 
     driver.steps(5, 6, attempt=2, loss=2.0)
     get = service.user.get
     rows = get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss"}).json()["data"]
-    assert [(row["step"], row["attempt"]) for row in rows] == [(1, 1), (2, 1), (3, 1), (4, 1), (5, 2), (6, 2), (7, 1), (8, 1)]
-    first = get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss", "attempt": 1, "from_step": 4}).json()["data"]
+    assert [(row["step"], row["attempt"]) for row in rows] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 2),
+        (6, 2),
+        (7, 1),
+        (8, 1),
+    ]
+    first = get(
+        f"/v1/jobs/{job_id}/metrics", params={"keys": "loss", "attempt": 1, "from_step": 4}
+    ).json()["data"]
     assert [(row["step"], row["loss"]) for row in first] == [(step, 1.0) for step in range(4, 9)]
     job = service.job(job_id)
     assert job["progress"]["step"] == 6 and job["attempt"] == 2
@@ -188,17 +240,26 @@ def test_long_series_come_in_pages_or_thinned(service: Any, make_step: Any) -> N
     job_id, driver = service.running_job()
     spike = {777: 50.0, 4000: -50.0}
     for first in range(1, 12001, 4000):
-        facts = [("step", make_step(step, loss=spike.get(step, 1.0))) for step in range(first, first + 4000)]
+        facts = [
+            ("step", make_step(step, loss=spike.get(step, 1.0)))
+            for step in range(first, first + 4000)
+        ]
         driver.send(*facts, source="a1/r0", attempt=1)
     get = service.user.get
     page = get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss"}).json()
     assert len(page["data"]) == 10000 and page["has_more"] and page["last_id"] == "10000"
-    rest = get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss", "from_step": int(page["last_id"]) + 1}).json()
+    rest = get(
+        f"/v1/jobs/{job_id}/metrics", params={"keys": "loss", "from_step": int(page["last_id"]) + 1}
+    ).json()
     assert len(rest["data"]) == 2000 and not rest["has_more"]
     for keys in ("loss", "loss,split_s"):
-        thin = get(f"/v1/jobs/{job_id}/metrics", params={"keys": keys, "max_points": 50}).json()["data"]
+        thin = get(f"/v1/jobs/{job_id}/metrics", params={"keys": keys, "max_points": 50}).json()[
+            "data"
+        ]
         steps = [row["step"] for row in thin]
         assert len(steps) <= 50 and steps == sorted(steps) and {1, 777, 4000, 12000} <= set(steps)
         assert ("split_s" in thin[0]) == ("split_s" in keys)
-    few = get(f"/v1/jobs/{job_id}/metrics", params={"max_points": 50, "from_step": 11990}).json()["data"]
+    few = get(f"/v1/jobs/{job_id}/metrics", params={"max_points": 50, "from_step": 11990}).json()[
+        "data"
+    ]
     assert [row["step"] for row in few] == list(range(11990, 12001))

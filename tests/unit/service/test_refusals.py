@@ -19,9 +19,19 @@ Json = dict[str, Any]
 def assert_problem(response: httpx.Response, code: str) -> Json:
     body: Json = response.json()
     assert response.headers["content-type"] == "application/problem+json", response.text
-    assert (body["code"], body["status"], body["title"]) == (code, response.status_code, KINDS[code][1]), body
-    assert KINDS[code][0] == response.status_code and body["type"] == f"urn:megatron-ray:problem:{code}"
-    assert body["request_id"] == response.headers["x-request-id"] and body["instance"] == response.request.url.path
+    assert (body["code"], body["status"], body["title"]) == (
+        code,
+        response.status_code,
+        KINDS[code][1],
+    ), body
+    assert (
+        KINDS[code][0] == response.status_code
+        and body["type"] == f"urn:megatron-ray:problem:{code}"
+    )
+    assert (
+        body["request_id"] == response.headers["x-request-id"]
+        and body["instance"] == response.request.url.path
+    )
     assert body["detail"] and "Traceback" not in response.text and ".py" not in response.text
     for error in body["errors"]:
         assert set(error) == {"pointer", "code", "detail"} and error["detail"]
@@ -40,30 +50,60 @@ def change(spec: Json, path: str, value: Any) -> Json:
 FIELDS = [
     ("/parallell", {}, "/parallell", "unknown field 'parallell'; did you mean 'parallel'?"),
     ("/training/stepz", 3, "/training/stepz", "unknown field 'stepz'; did you mean 'steps'?"),
-    ("/data/tokenizer/zzzz", 3, "/data/tokenizer/zzzz", "known here: end_of_document, kind, path, vocab_size"),
+    (
+        "/data/tokenizer/zzzz",
+        3,
+        "/data/tokenizer/zzzz",
+        "known here: end_of_document, kind, path, vocab_size",
+    ),
     ("/training/steps", None, "/training/steps", "not null"),
     ("/training/steps", "many", "/training/steps", "not 'many'"),
     ("/training/steps", 0, "/training/steps", "greater than or equal to 1, not 0"),
-    ("/training/recompute", {"granularity": "selective", "modules": ["attn"]}, "/training/recompute/modules/0", "'core_attention'"),
+    (
+        "/training/recompute",
+        {"granularity": "selective", "modules": ["attn"]},
+        "/training/recompute/modules/0",
+        "'core_attention'",
+    ),
     (
         "/training/recompute",
         {"granularity": "full", "method": "block"},
         "/training/recompute/num_layers",
         "granularity=full needs num_layers",
     ),
-    ("/model", {"preset": "gpt-tiny", "hidden_dropout": 1.0}, "/model/hidden_dropout", "less than 1"),
+    (
+        "/model",
+        {"preset": "gpt-tiny", "hidden_dropout": 1.0},
+        "/model/hidden_dropout",
+        "less than 1",
+    ),
     ("/parallel/dp", "lots", "/parallel/dp", "or input should be 'auto'"),
     ("/parallel/dp", 0, "/parallel/dp", "greater than or equal to 1"),
     ("/parallel/tp", 3, "/parallel/tp", "tp=3 does not divide model.num_attention_heads=4"),
-    ("/parallel/pp", 3, "/parallel/pp", "layers do not divide evenly into 3 stages; nearest: num_layers="),
+    (
+        "/parallel/pp",
+        3,
+        "/parallel/pp",
+        "layers do not divide evenly into 3 stages; nearest: num_layers=",
+    ),
     ("/training/global_batch_size", 7, "/training/global_batch_size", "make it one"),
     ("/model", {"preset": "gpt-9"}, "/model", "unknown preset 'gpt-9'; known:"),
     ("/model", 7, "/model", "an object of fields is expected, not 7"),
-    ("/model", {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1024}, "/model/num_attention_heads", "use fewer heads"),
+    (
+        "/model",
+        {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1024},
+        "/model/num_attention_heads",
+        "use fewer heads",
+    ),
     ("/data/train", [{"path": ""}], "/data/train/0/path", "at least 1 character"),
     ("/data/train", [], "/data/train", "at least 1 item"),
     ("/data/train", [{"path": "a\0b"}], "/data/train/0/path", "NUL"),
-    ("/data/tokenizer", {"kind": "file"}, "/data/tokenizer", "data.tokenizer.path is needed for kind `file`"),
+    (
+        "/data/tokenizer",
+        {"kind": "file"},
+        "/data/tokenizer",
+        "data.tokenizer.path is needed for kind `file`",
+    ),
     ("/optimizer/lr", "NaN", "/optimizer/lr", "finite"),
     ("/schedule", {"min_lr": 5.0}, "/schedule/min_lr", "above optimizer.lr=0.001; lower it"),
     ("/spec_version", 2, "/spec_version", "less than or equal to 1"),
@@ -75,23 +115,56 @@ FIELDS = [
     ("/storage", {"path": "runs/x"}, "/storage/path", "absolute path or a URI"),
     ("/checkpoint", {"start_from": "models/x"}, "/checkpoint/start_from", "absolute path or a URI"),
     ("/storage", {"path": "/a/../b"}, "/storage/path", "write the path out"),
-    ("/resources", {"accelerator": "gpu"}, "/resources/accelerator", "no node of cluster 'default' has a GPU"),
-    ("/resources", {"cpus_per_rank": 64}, "/resources/cpus_per_rank", "the largest node has 4 CPUs"),
-    ("/parallel", {"tp": 4, "dp": 2}, "/parallel", "= 8 ranks, but there is room for 4; lower a degree or add nodes"),
-    ("/resources", {"cpus_per_rank": 3, "placement_timeout_s": 0}, "/resources/placement_timeout_s", "greater than 0"),
+    (
+        "/resources",
+        {"accelerator": "gpu"},
+        "/resources/accelerator",
+        "no node of cluster 'default' has a GPU",
+    ),
+    (
+        "/resources",
+        {"cpus_per_rank": 64},
+        "/resources/cpus_per_rank",
+        "the largest node has 4 CPUs",
+    ),
+    (
+        "/parallel",
+        {"tp": 4, "dp": 2},
+        "/parallel",
+        "= 8 ranks, but there is room for 4; lower a degree or add nodes",
+    ),
+    (
+        "/resources",
+        {"cpus_per_rank": 3, "placement_timeout_s": 0},
+        "/resources/placement_timeout_s",
+        "greater than 0",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("path", "value", "pointer", "words"), FIELDS, ids=[f"{field[0]}-{i}" for i, field in enumerate(FIELDS)])
-def test_wrong_fields_are_named_with_a_remedy(shared: Any, spec: Json, path: str, value: Any, pointer: str, words: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "value", "pointer", "words"),
+    FIELDS,
+    ids=[f"{field[0]}-{i}" for i, field in enumerate(FIELDS)],
+)
+def test_wrong_fields_are_named_with_a_remedy(
+    shared: Any, spec: Json, path: str, value: Any, pointer: str, words: str
+) -> None:
     wrong = change(spec, path, value)
-    for response in (shared.user.post("/v1/jobs", json=wrong), shared.user.post("/v1/plans", json=wrong)):
-        if response.status_code == 200:  # a plan tells why it would not fit, instead of being refused
+    for response in (
+        shared.user.post("/v1/jobs", json=wrong),
+        shared.user.post("/v1/plans", json=wrong),
+    ):
+        if (
+            response.status_code == 200
+        ):  # a plan tells why it would not fit, instead of being refused
             errors = response.json()["problems"]
             assert response.json()["fits"] is False
         else:
             errors = assert_problem(response, "spec_invalid")["errors"]
-        assert any(error["pointer"] == pointer and words in error["detail"] for error in errors), errors
+        assert any(error["pointer"] == pointer and words in error["detail"] for error in errors), (
+            errors
+        )
     assert shared.user.get("/v1/jobs").json()["data"] == []
 
 
@@ -100,15 +173,24 @@ def test_everything_wrong_is_said_at_once(shared: Any, spec: Json) -> None:
     change(spec, "/optimizer/lr", -1)
     del spec["training"]["seq_length"]
     body = assert_problem(shared.user.post("/v1/jobs", json=spec), "spec_invalid")
-    assert {error["pointer"] for error in body["errors"]} == {"/training/steps", "/training/seq_length", "/optimizer/lr"}
+    assert {error["pointer"] for error in body["errors"]} == {
+        "/training/steps",
+        "/training/seq_length",
+        "/optimizer/lr",
+    }
     assert "seq_length is required; add it" in json.dumps(body) and "(and 2 more)" in body["detail"]
 
 
 def test_islands_must_fit_on_a_node(start: Any, settings: Any, spec: Json, make_node: Any) -> None:
     service = start(settings)
     service.agent.report(make_node("n1", cpus=2), make_node("n2", cpus=2))
-    body = assert_problem(service.user.post("/v1/jobs", json=change(spec, "/parallel/tp", 4)), "spec_invalid")
-    assert body["errors"][0]["pointer"] == "/parallel/tp" and "4 ranks in the whole cluster" in body["errors"][0]["detail"]
+    body = assert_problem(
+        service.user.post("/v1/jobs", json=change(spec, "/parallel/tp", 4)), "spec_invalid"
+    )
+    assert (
+        body["errors"][0]["pointer"] == "/parallel/tp"
+        and "4 ranks in the whole cluster" in body["errors"][0]["detail"]
+    )
 
 
 BODIES = [
@@ -124,16 +206,24 @@ BODIES = [
 ]
 
 
-@pytest.mark.parametrize(("body", "status", "code", "words"), BODIES, ids=[str(case[0][:12]) for case in BODIES])
-def test_bodies_that_are_no_spec(shared: Any, body: bytes, status: int, code: str | None, words: str) -> None:
-    response = shared.user.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+@pytest.mark.parametrize(
+    ("body", "status", "code", "words"), BODIES, ids=[str(case[0][:12]) for case in BODIES]
+)
+def test_bodies_that_are_no_spec(
+    shared: Any, body: bytes, status: int, code: str | None, words: str
+) -> None:
+    response = shared.user.post(
+        "/v1/jobs", content=body, headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == status, response.text
     found = assert_problem(response, code or response.json()["code"])
     assert words in found["detail"]
 
 
 def test_body_of_unknown_length_is_cut_off(shared: Any) -> None:
-    response = shared.user.post("/v1/jobs", content=iter([b" " * 65536] * 40), headers={"Content-Type": "application/json"})
+    response = shared.user.post(
+        "/v1/jobs", content=iter([b" " * 65536] * 40), headers={"Content-Type": "application/json"}
+    )
     assert_problem(response, "body_too_large")
 
 
@@ -147,7 +237,12 @@ QUERIES = [
     ("GET", "/v1/jobs/{id}/metrics?keys=loss,mood", "/query/keys", "request_invalid"),
     ("GET", "/v1/jobs/{id}/metrics?max_points=1", "/query/max_points", "request_invalid"),
     ("GET", "/v1/jobs/{id}/logs?rank=-1", "/query/rank", "request_invalid"),
-    ("GET", "/v1/jobs/{id}/logs?offset=99999999999999999999999", "/query/offset", "request_invalid"),
+    (
+        "GET",
+        "/v1/jobs/{id}/logs?offset=99999999999999999999999",
+        "/query/offset",
+        "request_invalid",
+    ),
     ("GET", "/v1/jobs/{id}/logs", None, "not_found"),
     ("GET", "/v1/jobs/{id}/ranks?attempt=3", None, "not_found"),
     ("GET", "/v1/jobs/job-nope", None, "not_found"),
@@ -164,8 +259,12 @@ QUERIES = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "pointer", "code"), QUERIES, ids=[f"{case[0]} {case[1]}" for case in QUERIES])
-def test_addresses_and_parameters(with_job: tuple[Any, str], method: str, path: str, pointer: str | None, code: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "pointer", "code"), QUERIES, ids=[f"{case[0]} {case[1]}" for case in QUERIES]
+)
+def test_addresses_and_parameters(
+    with_job: tuple[Any, str], method: str, path: str, pointer: str | None, code: str
+) -> None:
     service, job_id = with_job
     body = assert_problem(service.user.request(method, path.replace("{id}", job_id)), code)
     if pointer:
@@ -174,26 +273,41 @@ def test_addresses_and_parameters(with_job: tuple[Any, str], method: str, path: 
 
 def test_bodies_of_other_routes(with_job: tuple[Any, str]) -> None:
     service, job_id = with_job
-    body = assert_problem(service.user.post(f"/v1/jobs/{job_id}/cancel", json={"chekpoint": True}), "request_invalid")
+    body = assert_problem(
+        service.user.post(f"/v1/jobs/{job_id}/cancel", json={"chekpoint": True}), "request_invalid"
+    )
     assert body["errors"][0]["pointer"] == "/chekpoint" and "leave it out" in body["detail"]
-    assert assert_problem(service.user.post("/v1/plans", json={}), "spec_invalid")["errors"][0]["pointer"] == "/model"
+    assert (
+        assert_problem(service.user.post("/v1/plans", json={}), "spec_invalid")["errors"][0][
+            "pointer"
+        ]
+        == "/model"
+    )
 
 
 def test_keys_with_another_body_are_refused(with_job: tuple[Any, str], spec: Json) -> None:
     service, _ = with_job
     headers = {"Idempotency-Key": "same"}
     assert service.user.post("/v1/jobs", json=spec, headers=headers).status_code == 201
-    body = assert_problem(service.user.post("/v1/jobs", json=spec | {"name": "other"}, headers=headers), "idempotency_key_reused")
+    body = assert_problem(
+        service.user.post("/v1/jobs", json=spec | {"name": "other"}, headers=headers),
+        "idempotency_key_reused",
+    )
     assert "new key" in body["detail"]
     for key in ("", "k" * 256):
         assert (
             "1 to 255"
-            in assert_problem(service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": key}), "request_invalid")["detail"]
+            in assert_problem(
+                service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": key}),
+                "request_invalid",
+            )["detail"]
         )
 
 
 @pytest.mark.parametrize("spelling", ["{0}", "{0}/", "/{0}", "file://{0}", "{0}/./"])
-def test_a_folder_that_an_active_job_writes_to_is_refused(service: Any, spec: Json, tmp_path: Path, spelling: str) -> None:
+def test_a_folder_that_an_active_job_writes_to_is_refused(
+    service: Any, spec: Json, tmp_path: Path, spelling: str
+) -> None:
     folder = str(tmp_path / "shared")
     first = service.submit(spec | {"storage": {"path": folder}})["id"]
     again = spec | {"storage": {"path": spelling.format(folder)}}
@@ -201,9 +315,15 @@ def test_a_folder_that_an_active_job_writes_to_is_refused(service: Any, spec: Js
         response = service.user.post(address, json=again)
         problem = response.json()
         assert response.status_code == 422 and problem["code"] == "spec_invalid", problem
-        assert problem["errors"][0]["pointer"] == "/storage/path" and problem["errors"][0]["code"] == "in_use"
+        assert (
+            problem["errors"][0]["pointer"] == "/storage/path"
+            and problem["errors"][0]["code"] == "in_use"
+        )
         assert first in problem["detail"] and "wait for that job's end" in problem["detail"]
-    assert service.user.post("/v1/plans", json=spec | {"storage": {"path": folder + "2"}}).status_code == 200
+    assert (
+        service.user.post("/v1/plans", json=spec | {"storage": {"path": folder + "2"}}).status_code
+        == 200
+    )
     service.user.post(f"/v1/jobs/{first}/cancel")
     assert service.user.post("/v1/plans", json=again).status_code == 200
     assert service.user.post("/v1/jobs", json=again).status_code == 201
@@ -211,18 +331,44 @@ def test_a_folder_that_an_active_job_writes_to_is_refused(service: Any, spec: Js
 
 def test_the_default_folder_of_an_active_job_is_refused_too(service: Any, spec: Json) -> None:
     first = service.submit(spec)
-    response = service.user.post("/v1/jobs", json=spec | {"storage": {"path": first["storage_path"]}})
+    response = service.user.post(
+        "/v1/jobs", json=spec | {"storage": {"path": first["storage_path"]}}
+    )
     assert response.status_code == 422 and first["id"] in response.json()["detail"]
-    assert service.user.post("/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/x"}}).status_code == 201
-    assert service.user.post("/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/x/"}}).status_code == 422
-    assert service.user.post("/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/y"}}).status_code == 201
+    assert (
+        service.user.post(
+            "/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/x"}}
+        ).status_code
+        == 201
+    )
+    assert (
+        service.user.post(
+            "/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/x/"}}
+        ).status_code
+        == 422
+    )
+    assert (
+        service.user.post(
+            "/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/y"}}
+        ).status_code
+        == 201
+    )
 
 
 def test_tokens_open_only_their_own_doors(service: Any) -> None:
     job_id, driver = service.running_job()
     other = service.submit()["id"]
-    nobody, user, agent = service.client(None), service.user, service.agent.http
-    for path in ("/v1/jobs", "/metrics", "/v1/nothing", "/docs", "/internal/v1/agent/hello", f"/internal/v1/jobs/{job_id}/desired"):
+    nobody = service.client(None)
+    user = service.user
+    agent = service.agent.http
+    for path in (
+        "/v1/jobs",
+        "/metrics",
+        "/v1/nothing",
+        "/docs",
+        "/internal/v1/agent/hello",
+        f"/internal/v1/jobs/{job_id}/desired",
+    ):
         response = nobody.get(path)
         assert (
             "Bearer" in response.headers["WWW-Authenticate"]
@@ -236,14 +382,21 @@ def test_tokens_open_only_their_own_doors(service: Any) -> None:
     assert_problem(user.get(f"/internal/v1/jobs/{job_id}/desired"), "forbidden")
     assert_problem(driver.http.get("/v1/jobs"), "forbidden")
     assert_problem(driver.http.get("/internal/v1/agent/hello"), "forbidden")
-    assert "speaks for" in assert_problem(driver.http.get(f"/internal/v1/jobs/{other}/desired"), "forbidden")["detail"]
+    assert (
+        "speaks for"
+        in assert_problem(driver.http.get(f"/internal/v1/jobs/{other}/desired"), "forbidden")[
+            "detail"
+        ]
+    )
     assert_problem(driver.http.get("/internal/v1/jobs/"), "forbidden")
     for path in ("/healthz", "/readyz", "/openapi.json"):
         assert nobody.get(path).status_code == 200
 
 
 def test_wrong_token_is_refused_before_the_body_is_read(service: Any) -> None:
-    response = service.client("x" * 43).post("/v1/jobs", content=b"{not json", headers={"Content-Type": "application/json"})
+    response = service.client("x" * 43).post(
+        "/v1/jobs", content=b"{not json", headers={"Content-Type": "application/json"}
+    )
     assert_problem(response, "unauthenticated")
 
 
@@ -251,7 +404,11 @@ def test_tokens_are_stored_as_fingerprints_only(service: Any) -> None:
     _, driver = service.running_job()
     secret = driver.http.headers["Authorization"].removeprefix("Bearer ")
     service.stop()
-    data = b"".join(path.read_bytes() for path in service.settings.data_dir.iterdir() if path.name.startswith("service.db"))
+    data = b"".join(
+        path.read_bytes()
+        for path in service.settings.data_dir.iterdir()
+        if path.name.startswith("service.db")
+    )
     for token in ("u" * 43, "a" * 43, secret, secret.partition(".")[2]):
         assert token.encode() not in data
     assert (service.settings.data_dir / "service.key").stat().st_mode & 0o777 == 0o600
@@ -259,13 +416,30 @@ def test_tokens_are_stored_as_fingerprints_only(service: Any) -> None:
 
 
 def test_agents_words_are_checked(service: Any, make_node: Callable[..., Any]) -> None:
-    good = {"protocol": 1, "cluster": "default", "agent_id": "a", "code_version": "1", "ray_version": "2", "namespace": "n"}
+    good = {
+        "protocol": 1,
+        "cluster": "default",
+        "agent_id": "a",
+        "code_version": "1",
+        "ray_version": "2",
+        "namespace": "n",
+    }
     post = service.agent.http.post
-    assert_problem(post("/internal/v1/agent/report", json=good | {"cluster": "mars"}), "request_invalid")
-    assert_problem(post("/internal/v1/agent/report", json=good | {"protocol": 7}), "protocol_unsupported")
-    body = assert_problem(post("/internal/v1/agent/report", json=good | {"nodes": [{"node_id": 1}]}), "request_invalid")
+    assert_problem(
+        post("/internal/v1/agent/report", json=good | {"cluster": "mars"}), "request_invalid"
+    )
+    assert_problem(
+        post("/internal/v1/agent/report", json=good | {"protocol": 7}), "protocol_unsupported"
+    )
+    body = assert_problem(
+        post("/internal/v1/agent/report", json=good | {"nodes": [{"node_id": 1}]}),
+        "request_invalid",
+    )
     assert body["errors"][0]["pointer"] == "/nodes/0/node_id"
-    assert_problem(service.agent.http.get("/internal/v1/agent/desired", params={"cluster": "mars"}), "request_invalid")
+    assert_problem(
+        service.agent.http.get("/internal/v1/agent/desired", params={"cluster": "mars"}),
+        "request_invalid",
+    )
     assert post("/internal/v1/agent/checks", json={"check_id": "long-gone"}).json() == {"ok": True}
 
 
@@ -276,12 +450,23 @@ def test_faults_of_the_service_are_logged_and_not_shown(
         raise RuntimeError("the secret inside")
 
     monkeypatch.setattr("service.api.render.summaries", broken)
-    body = assert_problem(service.user.get("/v1/jobs", headers={"X-Request-ID": "mine-1"}), "internal")
-    assert body["request_id"] == "mine-1" and "mine-1" in body["detail"] and "secret" not in json.dumps(body)
-    assert any("mine-1" in record.getMessage() and "the secret inside" in str(record.exc_info) for record in caplog.records)
+    body = assert_problem(
+        service.user.get("/v1/jobs", headers={"X-Request-ID": "mine-1"}), "internal"
+    )
+    assert (
+        body["request_id"] == "mine-1"
+        and "mine-1" in body["detail"]
+        and "secret" not in json.dumps(body)
+    )
+    assert any(
+        "mine-1" in record.getMessage() and "the secret inside" in str(record.exc_info)
+        for record in caplog.records
+    )
 
 
-def test_a_database_that_does_not_answer_is_said_plainly(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_does_not_answer_is_said_plainly(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sqlalchemy.exc import OperationalError
 
     def gone(*_: object) -> None:
@@ -289,23 +474,35 @@ def test_a_database_that_does_not_answer_is_said_plainly(service: Any, monkeypat
 
     monkeypatch.setattr("service.jobs.lifecycle.find", gone)
     response = service.user.get("/v1/jobs/job-x")
-    assert "try again" in assert_problem(response, "unavailable")["detail"] and response.headers["Retry-After"] == "2"
+    assert (
+        "try again" in assert_problem(response, "unavailable")["detail"]
+        and response.headers["Retry-After"] == "2"
+    )
     monkeypatch.setattr(service.app.state.context.store, "ping", gone)
     ready = service.client(None).get("/readyz")
     assert ready.status_code == 503 and ready.json()["status"] == "unavailable"
 
 
 @pytest.fixture(scope="module")
-def module_settings(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[], str | None]) -> Any:
+def module_settings(
+    tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[], str | None]
+) -> Any:
     from service.settings import Settings
 
     folder = tmp_path_factory.mktemp("refusals")
     (folder / "tokens.json").write_text(json.dumps({"user": "u" * 43, "agent": "a" * 43}))
-    return Settings(data_dir=folder / "data", database_url=new_database(), tokens_file=folder / "tokens.json", check_wait_s=0.0)
+    return Settings(
+        data_dir=folder / "data",
+        database_url=new_database(),
+        tokens_file=folder / "tokens.json",
+        check_wait_s=0.0,
+    )
 
 
 @pytest.fixture(scope="module")
-def shared(module_settings: Any, start_service: Callable[..., Any], new_node: Callable[..., Any]) -> Any:
+def shared(
+    module_settings: Any, start_service: Callable[..., Any], new_node: Callable[..., Any]
+) -> Any:
     """One service for refusals, which leave nothing behind; its cluster has one node with 4 CPUs."""
     service = start_service(module_settings)
     service.agent.report(new_node(cpus=4))
@@ -329,7 +526,13 @@ def with_job(
 
 def paths(node: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [here] if here else []
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     return found + [path for key, value in items for path in paths(value, (*here, key))]
 
 
@@ -339,7 +542,26 @@ ODD = st.one_of(
     st.integers(),
     st.floats(),
     st.sampled_from(
-        [0, -1, 1, 2, 3, 1 << 31, 1 << 63, 10**30, 1e308, -0.0, "", "auto", "NaN", "\0", "\ud800", "a" * 5000, "../x", "s3://b"]
+        [
+            0,
+            -1,
+            1,
+            2,
+            3,
+            1 << 31,
+            1 << 63,
+            10**30,
+            1e308,
+            -0.0,
+            "",
+            "auto",
+            "NaN",
+            "\0",
+            "\ud800",
+            "a" * 5000,
+            "../x",
+            "s3://b",
+        ]
     ),
     st.text(max_size=20),
     st.lists(st.integers(), max_size=3),
@@ -347,9 +569,15 @@ ODD = st.one_of(
 )
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=250,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(data=st.data())
-def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(shared: Any, full_spec: Json, data: st.DataObject) -> None:
+def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(
+    shared: Any, full_spec: Json, data: st.DataObject
+) -> None:
     spec = json.loads(json.dumps(full_spec))
     for _ in range(data.draw(st.integers(1, 3))):
         path = data.draw(st.sampled_from(paths(spec)))
@@ -366,7 +594,9 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(shared: Any, full_
         if not paths(spec):
             break
     content = json.dumps(spec).encode()
-    response = shared.user.post("/v1/plans", content=content, headers={"Content-Type": "application/json"})
+    response = shared.user.post(
+        "/v1/plans", content=content, headers={"Content-Type": "application/json"}
+    )
     if response.status_code == 200:
         body = response.json()
         assert len(body["ranks"]) == body["world_size"] >= 1 and json.dumps(body["resolved_spec"])
@@ -374,10 +604,15 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(shared: Any, full_
     else:
         body = assert_problem(response, response.json()["code"])
         assert 400 <= response.status_code < 500 and body["errors"], body
-    posted = shared.user.post("/v1/jobs", content=content, headers={"Content-Type": "application/json"})
+    posted = shared.user.post(
+        "/v1/jobs", content=content, headers={"Content-Type": "application/json"}
+    )
     if posted.status_code == 201:
         assert response.status_code == 200 and not response.json()["problems"]
-        assert shared.user.post(f"/v1/jobs/{posted.json()['id']}/cancel").json()["status"] == "cancelled"
+        assert (
+            shared.user.post(f"/v1/jobs/{posted.json()['id']}/cancel").json()["status"]
+            == "cancelled"
+        )
         assert shared.user.delete(f"/v1/jobs/{posted.json()['id']}").status_code == 204
     else:
         errors = assert_problem(posted, posted.json()["code"])["errors"]

@@ -1,4 +1,6 @@
-"""Sessions and records: nothing runs unrecorded, nobody else's process is hit, what was interrupted can be repeated."""
+"""Sessions and records: nothing runs unrecorded, nobody else's process is hit, what was interrupted
+can be repeated.
+"""
 
 import os
 import signal
@@ -11,9 +13,32 @@ from pathlib import Path
 import pytest
 
 from service.local_stack import record as record_module
-from service.local_stack.ray_head import PORT_NAMES, available_cpus, free_ports, head_command, is_free, may_raise_priority, ray_environment
-from service.local_stack.record import RecordUnreadableError, StackRecord, forget, read_record, record_path, write_record
-from service.local_stack.sessions import GatedProcess, Session, is_running, kill_sessions, members, read_process, send_signal
+from service.local_stack.ray_head import (
+    PORT_NAMES,
+    available_cpus,
+    free_ports,
+    head_command,
+    is_free,
+    may_raise_priority,
+    ray_environment,
+)
+from service.local_stack.record import (
+    RecordUnreadableError,
+    StackRecord,
+    forget,
+    read_record,
+    record_path,
+    write_record,
+)
+from service.local_stack.sessions import (
+    GatedProcess,
+    Session,
+    is_running,
+    kill_sessions,
+    members,
+    read_process,
+    send_signal,
+)
 from service.local_stack.teardown import down, remove_temp_dir
 
 
@@ -25,7 +50,12 @@ def log(tmp_path: Path) -> Path:
 @pytest.fixture
 def gated(log: Path) -> Iterator[GatedProcess]:
     process = GatedProcess(
-        [sys.executable, "-c", "import os; print(os.environ.get('SECRET'), os.environ.get('GONE'), flush=True)"], log=log
+        [
+            sys.executable,
+            "-c",
+            "import os; print(os.environ.get('SECRET'), os.environ.get('GONE'), flush=True)",
+        ],
+        log=log,
     )
     yield process
     kill_sessions([process.session])
@@ -51,10 +81,14 @@ def make_record(data_dir: Path, **changes: object) -> StackRecord:
 def test_nothing_runs_before_the_gate_opens(gated: GatedProcess, log: Path) -> None:
     time.sleep(0.1)
     assert log.read_text() == ""
-    assert [process.pid for process in members([gated.session])] == [gated.process.pid], "it waits in a session of its own"
+    assert [process.pid for process in members([gated.session])] == [gated.process.pid], (
+        "it waits in a session of its own"
+    )
 
 
-def test_environment_goes_through_the_gate(gated: GatedProcess, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_goes_through_the_gate(
+    gated: GatedProcess, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gated.release({"SECRET": "a b=c'\"$x", "GONE": None})
     assert gated.process.wait(timeout=10) == 0
     assert log.read_text() == "a b=c'\"$x None\n"
@@ -90,7 +124,10 @@ def test_abandoned_command_never_runs(log: Path, tmp_path: Path) -> None:
 
 
 def test_killing_takes_children_in_other_process_groups_too(log: Path) -> None:
-    script = "import subprocess, time; subprocess.Popen(['sleep', '100'], process_group=0); print('up', flush=True); time.sleep(100)"
+    script = (
+        "import subprocess, time; subprocess.Popen(['sleep', '100'], process_group=0); "
+        "print('up', flush=True); time.sleep(100)"
+    )
     gated = GatedProcess([sys.executable, "-c", script], log=log)
     gated.release({})
     deadline = time.monotonic() + 10
@@ -103,7 +140,9 @@ def test_killing_takes_children_in_other_process_groups_too(log: Path) -> None:
 
 def test_a_recycled_number_is_left_alone(log: Path) -> None:
     gated = GatedProcess(["sleep", "100"], log=log)
-    older = Session(gated.session.sid, gated.session.start_ticks - 1000)  # as if the recorded session had ended long before
+    older = Session(
+        gated.session.sid, gated.session.start_ticks - 1000
+    )  # as if the recorded session had ended long before
     assert members([older]) == [] and kill_sessions([older]) == 0
     assert not send_signal(older.sid, older.start_ticks, signal.SIGKILL)
     assert gated.process.poll() is None
@@ -116,7 +155,9 @@ def test_record_is_private_and_replaced_whole(tmp_path: Path) -> None:
     assert record_path(tmp_path).stat().st_mode & 0o777 == 0o600
     write_record(record.with_session("ray", Session(5, 6)).with_session("ray", Session(7, 8)))
     again = read_record(tmp_path)
-    assert again is not None and [(entry.name, entry.sid) for entry in again.sessions] == [("ray", 7)]
+    assert again is not None and [(entry.name, entry.sid) for entry in again.sessions] == [
+        ("ray", 7)
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["stack.json"]
     (tmp_path / "stack.json.rest").write_text("")
     forget(tmp_path)
@@ -130,7 +171,9 @@ def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"boot_id": "another"}, {"pid_namespace": 1}])
-def test_nothing_is_killed_after_a_reboot_or_in_another_container(tmp_path: Path, log: Path, changes: dict[str, object]) -> None:
+def test_nothing_is_killed_after_a_reboot_or_in_another_container(
+    tmp_path: Path, log: Path, changes: dict[str, object]
+) -> None:
     gated = GatedProcess(["sleep", "100"], log=log)
     record = make_record(tmp_path, **changes).with_session("ray", gated.session)
     write_record(record)
@@ -142,9 +185,14 @@ def test_nothing_is_killed_after_a_reboot_or_in_another_container(tmp_path: Path
     gated.abandon()
 
 
-def test_down_kills_an_up_that_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_down_kills_an_up_that_does_not_listen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("service.local_stack.teardown._UP_GRACE_S", 0.3)
-    script = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(100)"
+    script = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', "
+        "flush=True); time.sleep(100)"
+    )
     deaf = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert deaf.stdout is not None and deaf.stdout.readline() == "deaf\n"
     process = read_process(deaf.pid)
@@ -163,12 +211,18 @@ def test_only_temp_dirs_of_stacks_are_removed(tmp_path: Path) -> None:
 
 def test_ray_is_told_every_port_and_no_secret() -> None:
     ports = free_ports(PORT_NAMES)
-    assert len(set(ports.values())) == len(PORT_NAMES) and all(is_free(port) for port in ports.values())
+    assert len(set(ports.values())) == len(PORT_NAMES) and all(
+        is_free(port) for port in ports.values()
+    )
     command = head_command(ports, Path("/tmp/mr-x"), 2)
-    assert all(any(argument.endswith(f"={port}") for argument in command) for port in ports.values())
+    assert all(
+        any(argument.endswith(f"={port}") for argument in command) for port in ports.values()
+    )
     environment = ray_environment("token", Path("/tmp/mr-x"))
     assert environment["RAY_AUTH_MODE"] == "token" and "token" not in command
-    assert environment["RAY_worker_niceness"] == ("15" if may_raise_priority() else "0"), "ranks that cannot raise themselves start high"
+    assert environment["RAY_worker_niceness"] == ("15" if may_raise_priority() else "0"), (
+        "ranks that cannot raise themselves start high"
+    )
 
 
 def test_cpus_follow_the_container(tmp_path: Path) -> None:

@@ -13,20 +13,26 @@ Message = dict[str, Any]
 
 
 def messages(response: httpx.Response) -> Iterator[Message]:
-    """Complete server-sent events and comments; whatever is cut in the middle is dropped, as a browser does."""
+    """Complete server-sent events and comments; whatever is cut in the middle is dropped, as a
+    browser does.
+    """
     buffer = ""
     for text in response.iter_text():
         buffer += text
         while "\n\n" in buffer:
             block, buffer = buffer.split("\n\n", 1)
-            yield dict(line.split(": ", 1) if not line.startswith(":") else ("comment", line[2:]) for line in block.split("\n"))
+            yield dict(
+                line.split(": ", 1) if not line.startswith(":") else ("comment", line[2:])
+                for line in block.split("\n")
+            )
 
 
 class Reader:
     """Keeps what it has seen and where it is."""
 
     def __init__(self, service: Any, job_id: str) -> None:
-        self.service, self.job_id = service, job_id
+        self.service = service
+        self.job_id = job_id
         self.seqs: list[int] = []
         self.rows: list[tuple[int, int]] = []
         self.last_id: str | None = None
@@ -35,8 +41,12 @@ class Reader:
 
     def read(self, most_messages: int | None = None) -> None:
         headers = {"Last-Event-ID": self.last_id} if self.last_id else {}
-        with self.service.user.stream("GET", f"/v1/jobs/{self.job_id}/stream", headers=headers) as response:
-            assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+        with self.service.user.stream(
+            "GET", f"/v1/jobs/{self.job_id}/stream", headers=headers
+        ) as response:
+            assert response.status_code == 200 and response.headers["content-type"].startswith(
+                "text/event-stream"
+            )
             for count, message in enumerate(messages(response), start=1):
                 self.take(message)
                 if self.ended or count == most_messages:
@@ -73,14 +83,20 @@ def test_history_is_replayed_then_ends(service: Any) -> None:
     assert again.ended and again.rows == again.seqs == []
 
 
-def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(service: Any, make_step: Any) -> None:
+def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(
+    service: Any, make_step: Any
+) -> None:
     job_id, driver = service.running_job()
     rng = random.Random(11)
 
     def work() -> None:
         for step in range(1, 601, 5):
             attempt = 1 + step // 200
-            driver.send(*(("step", make_step(s)) for s in range(step, step + 5)), source=f"a{attempt}/r0", attempt=attempt)
+            driver.send(
+                *(("step", make_step(s)) for s in range(step, step + 5)),
+                source=f"a{attempt}/r0",
+                attempt=attempt,
+            )
             if rng.random() < 0.3:
                 driver.send(("event", {"type": "test.note", "message": str(step)}), attempt=attempt)
             if rng.random() < 0.1:
@@ -89,7 +105,9 @@ def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(service: Any, m
 
     thread = threading.Thread(target=work)
     thread.start()
-    reader, connections, cutting = Reader(service, job_id), 0, random.Random(5)
+    reader = Reader(service, job_id)
+    connections = 0
+    cutting = random.Random(5)
     while not reader.ended:
         reader.read(cutting.randint(1, 25))
         connections += 1
@@ -100,7 +118,9 @@ def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(service: Any, m
 
 
 def expected_rows() -> list[tuple[int, int]]:
-    return [(1 + first // 200, step) for first in range(1, 601, 5) for step in range(first, first + 5)]
+    return [
+        (1 + first // 200, step) for first in range(1, 601, 5) for step in range(first, first + 5)
+    ]
 
 
 def test_resume_over_a_restart_of_the_service(service: Any) -> None:
@@ -139,16 +159,23 @@ def test_positions_that_make_no_sense_are_refused(service: Any) -> None:
     job_id = service.submit()["id"]
     for wrong in ("abc", "1.2.3", "-1", "9" * 40):
         response = service.user.get(f"/v1/jobs/{job_id}/stream", headers={"Last-Event-ID": wrong})
-        assert response.status_code == 422 and response.json()["errors"][0]["pointer"] == "/header/Last-Event-ID"
+        assert (
+            response.status_code == 422
+            and response.json()["errors"][0]["pointer"] == "/header/Last-Event-ID"
+        )
         assert "start over" in response.json()["detail"]
 
 
 def test_position_may_come_in_the_query(service: Any) -> None:
     job_id = service.submit()["id"]
     service.user.post(f"/v1/jobs/{job_id}/cancel")
-    with service.user.stream("GET", f"/v1/jobs/{job_id}/stream", params={"after": "2.0"}) as response:
+    with service.user.stream(
+        "GET", f"/v1/jobs/{job_id}/stream", params={"after": "2.0"}
+    ) as response:
         found = list(messages(response))
-    assert [message["event"] for message in found] == ["job.cancelled", "state", "end"] and found[0]["id"] == "3.0"
+    assert [message["event"] for message in found] == ["job.cancelled", "state", "end"] and found[
+        0
+    ]["id"] == "3.0"
 
 
 def test_too_many_streams_are_refused_and_places_come_free(start: Any, settings: Any) -> None:
@@ -158,7 +185,11 @@ def test_too_many_streams_are_refused_and_places_come_free(start: Any, settings:
         held = messages(first)  # dropping it would close the connection
         assert next(held)["event"] == "job.created"
         refused = service.user.get(f"/v1/jobs/{job_id}/stream")
-        assert refused.status_code == 429 and refused.json()["code"] == "too_many_streams" and refused.headers["Retry-After"] == "5"
+        assert (
+            refused.status_code == 429
+            and refused.json()["code"] == "too_many_streams"
+            and refused.headers["Retry-After"] == "5"
+        )
     deadline = time.monotonic() + 5
     service.user.post(f"/v1/jobs/{job_id}/cancel")
     while (answer := service.user.get(f"/v1/jobs/{job_id}/stream")).status_code == 429:
@@ -180,7 +211,9 @@ def test_shutdown_with_open_streams_and_polls_is_prompt(service: Any) -> None:
 
     threads = [
         threading.Thread(target=follow),
-        threading.Thread(target=lambda: service.agent.desired(service.agent.desired().revision, 30)),
+        threading.Thread(
+            target=lambda: service.agent.desired(service.agent.desired().revision, 30)
+        ),
     ]
     for thread in threads:
         thread.start()

@@ -9,14 +9,23 @@ value = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
 
 
 @given(st.lists(st.tuples(value, value), min_size=1, max_size=300), st.integers(2, 60))
-def test_first_last_and_extremes_stay(points: list[tuple[float | None, float | None]], most: int) -> None:
+def test_first_last_and_extremes_stay(
+    points: list[tuple[float | None, float | None]], most: int
+) -> None:
     kept = thin(points, most)
-    assert kept == sorted(set(kept)) and len(kept) <= most and kept[0] == 0 and kept[-1] == len(points) - 1
+    assert (
+        kept == sorted(set(kept))
+        and len(kept) <= most
+        and kept[0] == 0
+        and kept[-1] == len(points) - 1
+    )
     if most >= 6:
         for column in range(2):
             known = [point[column] for point in points if point[column] is not None]
             if known:
-                shown = [points[index][column] for index in kept if points[index][column] is not None]
+                shown = [
+                    points[index][column] for index in kept if points[index][column] is not None
+                ]
                 assert min(shown) == min(known) and max(shown) == max(known)
 
 

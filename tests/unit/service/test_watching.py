@@ -22,7 +22,11 @@ JOB: dict[str, Any] = {
 
 
 def row(step: int, **values: Any) -> StreamEvent:
-    return StreamEvent("metrics", f"0.{step}", {"rows": [{"step": step, "attempt": 1, "loss": 3.0, "tokens_per_s": 4096.0, **values}]})
+    return StreamEvent(
+        "metrics",
+        f"0.{step}",
+        {"rows": [{"step": step, "attempt": 1, "loss": 3.0, "tokens_per_s": 4096.0, **values}]},
+    )
 
 
 def test_eta_comes_from_smoothed_throughput() -> None:
@@ -49,60 +53,93 @@ def test_state_changes_are_lines_and_repeats_are_not() -> None:
     state = StreamEvent("state", None, {**JOB, "message": "2 ranks on [node-1]"})
     assert watcher.take(state) == ["[cyan]running[/cyan]  2 ranks on \\[node-1]"]
     assert watcher.take(state) == []
-    assert watcher.take(StreamEvent("state", None, {**JOB, "status": "recovering", "status_reason": "worker_died"})) == [
-        "recovering  worker_died"
-    ]
+    assert watcher.take(
+        StreamEvent("state", None, {**JOB, "status": "recovering", "status_reason": "worker_died"})
+    ) == ["recovering  worker_died"]
 
 
 def test_evaluation_rows_without_loss_do_not_hide_the_loss() -> None:
     watcher = Watcher()
     watcher.take(row(10))
-    watcher.take(StreamEvent("metrics", "0.11", {"rows": [{"step": 10, "attempt": 1, "val_loss": 2.0}]}))
+    watcher.take(
+        StreamEvent("metrics", "0.11", {"rows": [{"step": 10, "attempt": 1, "val_loss": 2.0}]})
+    )
     assert (watcher.step, watcher.loss) == (10, 3.0)
 
 
 def test_details_and_repetitions_are_left_to_the_events_command() -> None:
     watcher = Watcher()
-    assert watcher.take(StreamEvent("rank.phase", "1.0", {"message": "model took 0.8 s", "level": "info"})) == []
-    assert watcher.take(StreamEvent("rank.died", "2.0", {"message": "rank 1 died", "level": "error"})) == ["[red]rank 1 died[/red]"]
-    assert watcher.take(StreamEvent("job.queued", "3.0", {"message": "ready to run", "level": "info"})) == []
-    assert watcher.take(StreamEvent("job.admitted", "4.0", {"message": "2 ranks", "level": "info"})) == ["[dim]2 ranks[/dim]"]
-    assert watcher.take(StreamEvent("state", None, {**JOB, "status": "queued", "message": "2 ranks"})) == ["queued"]
+    assert (
+        watcher.take(
+            StreamEvent("rank.phase", "1.0", {"message": "model took 0.8 s", "level": "info"})
+        )
+        == []
+    )
+    assert watcher.take(
+        StreamEvent("rank.died", "2.0", {"message": "rank 1 died", "level": "error"})
+    ) == ["[red]rank 1 died[/red]"]
+    assert (
+        watcher.take(StreamEvent("job.queued", "3.0", {"message": "ready to run", "level": "info"}))
+        == []
+    )
+    assert watcher.take(
+        StreamEvent("job.admitted", "4.0", {"message": "2 ranks", "level": "info"})
+    ) == ["[dim]2 ranks[/dim]"]
+    assert watcher.take(
+        StreamEvent("state", None, {**JOB, "status": "queued", "message": "2 ranks"})
+    ) == ["queued"]
 
 
 def test_unknown_events_pass() -> None:
     watcher = Watcher()
     assert watcher.take(StreamEvent("something.new", "1.0", {"no": "message"})) == []
     assert watcher.take(StreamEvent("something.new", "1.0", ["no mapping"])) == []
-    assert watcher.take(StreamEvent("job.warned", "2.0", {"message": "slow disk", "level": "warn"})) == ["[yellow]slow disk[/yellow]"]
+    assert watcher.take(
+        StreamEvent("job.warned", "2.0", {"message": "slow disk", "level": "warn"})
+    ) == ["[yellow]slow disk[/yellow]"]
 
 
 class ScriptedClient(Client):
     """A client whose job has this stream."""
 
     def __init__(self, *events: StreamEvent, status: str = "succeeded") -> None:
-        self.events, self.status = events, status
+        self.events = events
+        self.status = status
 
     def show(self, job_id: str) -> dict[str, Any]:
         return {**JOB, "status": self.status}
 
-    def stream(self, job_id: str, *, last_event_id: str | None = None, give_up_after_s: float = 0) -> Iterator[StreamEvent]:
+    def stream(
+        self, job_id: str, *, last_event_id: str | None = None, give_up_after_s: float = 0
+    ) -> Iterator[StreamEvent]:
         yield from self.events
 
 
 def test_a_terminal_sees_a_bar_and_the_lines_above_it() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, highlight=False)
-    events = (StreamEvent("state", None, {**JOB, "status": "running"}), row(50), row(100), StreamEvent("end", "1.100", {}))
+    events = (
+        StreamEvent("state", None, {**JOB, "status": "running"}),
+        row(50),
+        row(100),
+        StreamEvent("end", "1.100", {}),
+    )
     watch_job(ScriptedClient(*events), "job-abc", out=console)
     shown = screen.getvalue()
-    assert "running" in shown and "━" in shown and "step 100/100  loss 3.0000  4,096 tokens/s  ETA 0:00" in shown
+    assert (
+        "running" in shown
+        and "━" in shown
+        and "step 100/100  loss 3.0000  4,096 tokens/s  ETA 0:00" in shown
+    )
 
 
 def test_a_job_that_ends_otherwise_is_a_failure_with_its_words() -> None:
     with pytest.raises(Failure, match="job-abc cancelled: no reason was recorded"):
         watch_job(ScriptedClient(status="cancelled"), "job-abc", out=Console(file=io.StringIO()))
-    problem = {"detail": "bad data", "errors": [{"pointer": "/data/train/0/path", "detail": "empty; add text"}]}
+    problem = {
+        "detail": "bad data",
+        "errors": [{"pointer": "/data/train/0/path", "detail": "empty; add text"}],
+    }
     failure = ended_badly({**JOB, "status": "failed", "problem": problem})
     assert str(failure) == "job-abc failed: bad data\n  /data/train/0/path: empty; add text"
 
@@ -119,7 +156,11 @@ def test_demo_ends_with_everything_asked_for() -> None:
         url="http://127.0.0.1:1",
         dashboard_url="http://127.0.0.1:2",
     )
-    job = {**JOB, "progress": {"val_loss": 3.25, "unigram_nats": 6.5}, "last_checkpoint": {"path": "/runs/demo/c", "step": 200}}
+    job = {
+        **JOB,
+        "progress": {"val_loss": 3.25, "unigram_nats": 6.5},
+        "last_checkpoint": {"path": "/runs/demo/c", "step": 200},
+    }
     text = "\n".join(closing_lines(job, record, 3 << 20, "x" * 300))
     for expected in (
         "3.250",

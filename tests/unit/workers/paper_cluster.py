@@ -1,4 +1,6 @@
-"""A cluster and a service on paper: what a job's driver acts on, without Ray, HTTP or time, so that it can die between any two acts."""
+"""A cluster and a service on paper: what a job's driver acts on, without Ray, HTTP or time, so that
+it can die between any two acts.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +28,8 @@ class Mortality:
     """Counts the driver's acts and ends it at one of them."""
 
     def __init__(self, at: int) -> None:
-        self.at, self.acts = at, 0
+        self.at = at
+        self.acts = 0
 
     def act(self) -> None:
         self.acts += 1
@@ -35,15 +38,24 @@ class Mortality:
 
 
 class PaperService:
-    """Keeps records as the service does: numbers without holes, the table of transitions, admission at once."""
+    """Keeps records as the service does: numbers without holes, the table of transitions, admission
+    at once.
+    """
 
     def __init__(self, spec: dict[str, Any], job_dir: str) -> None:
         self.records: list[Record] = []
         self.steps: dict[int, int] = {}
         self.away = False
         """Ranks' reports do not come through."""
-        self.state, self.ignored = JobState.PREPARING, list[str]()
-        self._job: dict[str, Any] = {"job_id": "job-p", "spec": spec, "job_dir": job_dir, "token": "t", "revision": 1}
+        self.state = JobState.PREPARING
+        self.ignored = list[str]()
+        self._job: dict[str, Any] = {
+            "job_id": "job-p",
+            "spec": spec,
+            "job_dir": job_dir,
+            "token": "t",
+            "revision": 1,
+        }
         self.desired = DesiredJob(desired=DesiredState.PREPARE, **self._job)
 
     def want(self, desired: DesiredState) -> None:
@@ -77,8 +89,15 @@ class PaperOutbox:
 
     replaced: str | None = None
 
-    def __init__(self, service: PaperService, book: RecordBook, said: Iterable[Record], recalled: Mapping[str, Sequence[Line]]) -> None:
-        self._service, self._book = service, book
+    def __init__(
+        self,
+        service: PaperService,
+        book: RecordBook,
+        said: Iterable[Record],
+        recalled: Mapping[str, Sequence[Line]],
+    ) -> None:
+        self._service = service
+        self._book = book
         for record in said:
             service.take(record)
         for source, lines in recalled.items():
@@ -118,9 +137,13 @@ class PaperOutbox:
 
 class _Worker:
     def __init__(self, slot: int, pid: int, standby: bool, version: str) -> None:
-        self.slot, self.pid, self.standby, self.version = slot, pid, standby, version
+        self.slot = slot
+        self.pid = pid
+        self.standby = standby
+        self.version = version
         self.order: StartOrder | None = None
-        self.step, self.lines = 0, list[Line]()
+        self.step = 0
+        self.lines = list[Line]()
         self.state = RankState.IDLE
         self.stop = False
 
@@ -135,10 +158,13 @@ class PaperCluster:
     """Lives on when the driver dies. Rank `dies[0]` dies before its step `dies[1]`, once."""
 
     def __init__(self, steps: int, every: int, dies: tuple[int, int] | None) -> None:
-        self.steps, self.every, self.dies = steps, every, dies
+        self.steps = steps
+        self.every = every
+        self.dies = dies
         self.workers: dict[int, _Worker] = {}
         self.placed = False
-        self.pids, self.version = 100, "1"
+        self.pids = 100
+        self.version = "1"
         self.saves_on_stop = True
 
     def recruit(self, recruit: Recruit) -> _Worker:
@@ -147,7 +173,9 @@ class PaperCluster:
         return _Worker(recruit.slot, self.pids, recruit.standby, self.version)
 
     def advance(self, worker: _Worker) -> None:
-        """One step, unless the attempt is over; all ranks are told apart by nothing but their number."""
+        """One step, unless the attempt is over; all ranks are told apart by nothing but their
+        number.
+        """
         assert worker.order is not None
         rank = worker.order.env.rank
         if worker.state is not RankState.RUNNING:
@@ -166,18 +194,26 @@ class PaperCluster:
 
     def _save(self, worker: _Worker, rank: int) -> None:
         assert worker.order is not None
-        folder = Path(checkpoint_path(worker.order.spec["storage"]["path"], worker.step, worker.order.attempt))
+        folder = Path(
+            checkpoint_path(worker.order.spec["storage"]["path"], worker.step, worker.order.attempt)
+        )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "index.json").write_text(json.dumps({"files": {"rank-0": 1, "rank-1": 1}}))
         (folder / f"rank-{rank}").write_text("x")
-        worker.say("checkpoint_written", {"step": worker.step, "path": str(folder), "bytes_written": 1, "seconds": 0.0})
+        worker.say(
+            "checkpoint_written",
+            {"step": worker.step, "path": str(folder), "bytes_written": 1, "seconds": 0.0},
+        )
 
 
 class PaperGroup:
-    """WorkerGroup's face over the paper cluster; every act may be the driver's last, before it or after it."""
+    """WorkerGroup's face over the paper cluster; every act may be the driver's last, before it or
+    after it.
+    """
 
     def __init__(self, cluster: PaperCluster, mortality: Mortality) -> None:
-        self._cluster, self._mortality = cluster, mortality
+        self._cluster = cluster
+        self._mortality = mortality
         self._slots: set[int] = set()
         self._calls: dict[int, tuple[int, Poll]] = {}
 
@@ -205,29 +241,59 @@ class PaperGroup:
         self._slots |= wanted & self._cluster.workers.keys()
         return tuple(sorted(wanted - self._cluster.workers.keys()))
 
-    def open_store(self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]) -> tuple[str, int]:
+    def open_store(
+        self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]
+    ) -> tuple[str, int]:
         self._mortality.act()
         return "paper", self._cluster.workers[slot].pid
 
-    def probe(self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]) -> list[SlotFacts]:
+    def probe(
+        self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]
+    ) -> list[SlotFacts]:
         return [self._facts(slot) for slot in sorted(slots)]
 
-    def look_up(self, slots: Iterable[int], fence: Fence, timeout_s: float) -> tuple[list[SlotFacts], tuple[int, ...]]:
+    def look_up(
+        self, slots: Iterable[int], fence: Fence, timeout_s: float
+    ) -> tuple[list[SlotFacts], tuple[int, ...]]:
         living = [slot for slot in slots if slot in self._cluster.workers]
         return [self._facts(slot) for slot in living], tuple(set(slots) - set(living))
 
     def _facts(self, slot: int) -> SlotFacts:
         worker = self._cluster.workers[slot]
-        return SlotFacts(slot=slot, pid=worker.pid, standby=worker.standby, bundle=0, node_id="node", address="127.0.0.1")
+        return SlotFacts(
+            slot=slot,
+            pid=worker.pid,
+            standby=worker.standby,
+            bundle=0,
+            node_id="node",
+            address="127.0.0.1",
+        )
 
-    def start(self, fence: Fence, orders: Mapping[int, StartOrder], timeout_s: float, stop: Callable[[], None]) -> None:
+    def start(
+        self,
+        fence: Fence,
+        orders: Mapping[int, StartOrder],
+        timeout_s: float,
+        stop: Callable[[], None],
+    ) -> None:
         for slot, order in orders.items():
             self._mortality.act()
             worker = self._cluster.workers[slot]
-            assert worker.state is not RankState.RUNNING, "the ranks of the attempt before must have left"
-            assert worker.version == self._cluster.version, "a driver gives orders to processes of its own version"
-            worker.order, worker.state, worker.stop, worker.lines = order, RankState.RUNNING, False, []
-            worker.step = int(order.resume_from.rpartition("step-")[2].split("-")[0]) if order.resume_from else 0
+            assert worker.state is not RankState.RUNNING, (
+                "the ranks of the attempt before must have left"
+            )
+            assert worker.version == self._cluster.version, (
+                "a driver gives orders to processes of its own version"
+            )
+            worker.order = order
+            worker.state = RankState.RUNNING
+            worker.stop = False
+            worker.lines = []
+            worker.step = (
+                int(order.resume_from.rpartition("step-")[2].split("-")[0])
+                if order.resume_from
+                else 0
+            )
             if worker.step == self._cluster.steps:  # all that was missing is that somebody said so
                 worker.state = RankState.FINISHED
 
@@ -242,13 +308,27 @@ class PaperGroup:
                 self._cluster.advance(worker)
                 worker = self._cluster.workers.get(slot)
             if worker is None:
-                answers.append(Answer(rank, death=Death(FailureKind.PROCESS_DIED, "its process died: SIGKILL")))
+                answers.append(
+                    Answer(rank, death=Death(FailureKind.PROCESS_DIED, "its process died: SIGKILL"))
+                )
                 continue
             assert worker.order is not None
             after = poll.released if poll.after is None else poll.after
             lines = [line for line in worker.lines if line.n > after]
             shown = [line for line in lines if poll.steps or line.kind != "step"]
-            answers.append(Answer(rank, NextReply(worker.state, worker.order.attempt, len(worker.lines), shown, worker.step, worker.step)))
+            answers.append(
+                Answer(
+                    rank,
+                    NextReply(
+                        worker.state,
+                        worker.order.attempt,
+                        len(worker.lines),
+                        shown,
+                        worker.step,
+                        worker.step,
+                    ),
+                )
+            )
         self._calls.clear()
         return answers
 

@@ -21,7 +21,13 @@ def test_whole_when_every_rank_wrote_and_the_step_is_reported() -> None:
     ledger.written(1, 2, "/c/2", 5)
     whole = ledger.take_whole()
     assert whole is not None
-    assert (whole.step, whole.attempt, whole.path, whole.bytes_written, whole.loss) == (2, 3, "/c/2", 15, 0.5)
+    assert (whole.step, whole.attempt, whole.path, whole.bytes_written, whole.loss) == (
+        2,
+        3,
+        "/c/2",
+        15,
+        0.5,
+    )
     assert whole.reports == (step(1), step(2))
     assert ledger.take_whole() is None
     assert not ledger.waiting
@@ -47,10 +53,14 @@ def test_reports_go_to_the_checkpoint_they_belong_to() -> None:
         ledger.reported(step(n))
     ledger.written(0, 4, "/c/4", 1)
     ledger.written(0, 2, "/c/2", 1)
-    first, second = ledger.take_whole(), ledger.take_whole()
+    first = ledger.take_whole()
+    second = ledger.take_whole()
     assert first is not None
     assert second is not None
-    assert [[record["n"] for record in whole.reports] for whole in (first, second)] == [[1, 2], [3, 4]]
+    assert [[record["n"] for record in whole.reports] for whole in (first, second)] == [
+        [1, 2],
+        [3, 4],
+    ]
 
 
 def event(n: int) -> dict[str, Any]:
@@ -85,7 +95,9 @@ def test_what_checkpoints_contain_is_read_back_by_source(tmp_path: Path) -> None
         path = Path(checkpoint_path(str(tmp_path), at, attempt))
         path.mkdir(parents=True)
         (path / "index.json").write_text('{"files": {}}')
-        commit_whole(WholeCheckpoint(at, attempt, str(path), 1, tuple(records), 1.0), str(tmp_path), 9, {})
+        commit_whole(
+            WholeCheckpoint(at, attempt, str(path), 1, tuple(records), 1.0), str(tmp_path), 9, {}
+        )
 
     save(2, 1, [event(1), step(2)])
     save(4, 1, [step(2), event(3), step(4)])  # a driver that came back has read one again
@@ -93,5 +105,9 @@ def test_what_checkpoints_contain_is_read_back_by_source(tmp_path: Path) -> None
     save(8, 3, [{"kind": "step", "data": {"step": 8}}])  # under torchrun nobody numbers them
     (tmp_path / "checkpoints" / "step-00000010-a0001").mkdir()
     found = contained_records(str(tmp_path))
-    assert {source: [line.n for line in lines] for source, lines in found.items()} == {"a1/r0": [1, 2, 3, 4], "a2/r0": [6], "a3/r0": []}
+    assert {source: [line.n for line in lines] for source, lines in found.items()} == {
+        "a1/r0": [1, 2, 3, 4],
+        "a2/r0": [6],
+        "a3/r0": [],
+    }
     assert found["a2/r0"][0].value() == step(6)

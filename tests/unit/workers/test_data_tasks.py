@@ -24,11 +24,18 @@ LLAMA = {
 def write_folder(folder: Path, *, vocab_size: int = 300) -> None:
     """A published model of zeros, written by hand: these tasks know no torch."""
     shapes = {"model.embed_tokens": [vocab_size, 8], "model.norm": [8]}
-    layer = {f"self_attn.{name}_proj": [8, 8] for name in "qkvo"} | {"mlp.gate_proj": [16, 8], "mlp.up_proj": [16, 8]}
+    layer = {f"self_attn.{name}_proj": [8, 8] for name in "qkvo"} | {
+        "mlp.gate_proj": [16, 8],
+        "mlp.up_proj": [16, 8],
+    }
     layer |= {"mlp.down_proj": [8, 16], "input_layernorm": [8], "post_attention_layernorm": [8]}
-    header, end = {}, 0
-    for name, shape in (shapes | {f"model.layers.0.{name}": shape for name, shape in layer.items()}).items():
-        start, end = end, end + 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
+    header = {}
+    end = 0
+    for name, shape in (
+        shapes | {f"model.layers.0.{name}": shape for name, shape in layer.items()}
+    ).items():
+        start = end
+        end = end + 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
         header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
     raw = json.dumps(header).encode()
     folder.mkdir(exist_ok=True)
@@ -62,19 +69,32 @@ def test_weights_that_fit_are_no_problem(spec: dict[str, Any]) -> None:
     assert prepare_data(JobSpec.from_mapping(spec)).vocab_size == 257
 
 
-def test_weights_of_another_model_are_found_before_the_data_are_prepared(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_of_another_model_are_found_before_the_data_are_prepared(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
     spec["model"]["ffn_hidden_size"] = 32
     (problem,) = check_task(spec, spec["storage"]["path"])
     assert (problem["pointer"], problem["code"]) == ("/model/ffn_hidden_size", "start_from_model")
-    with pytest.raises(DataProblem, match="ffn_hidden_size=32 contradicts the weights of checkpoint.start_from, which were made with 16"):
+    with pytest.raises(
+        DataProblem,
+        match="ffn_hidden_size=32 contradicts the weights of checkpoint.start_from, which were "
+        "made with 16",
+    ):
         prepare_data(JobSpec.from_mapping(spec))
     assert not (tmp_path / "storage").exists()
 
 
-def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
     write_folder(tmp_path / "hf", vocab_size=100)
-    with pytest.raises(DataProblem, match="model.vocab_size=100 is smaller than the tokenizer's 257"):
+    with pytest.raises(
+        DataProblem, match="model.vocab_size=100 is smaller than the tokenizer's 257"
+    ):
         prepare_data(JobSpec.from_mapping(spec))
     (tmp_path / "hf" / "model.safetensors").unlink()
     (problem,) = check_task(spec, spec["storage"]["path"])
-    assert problem["pointer"] == "/checkpoint/start_from" and "holds neither model.safetensors nor" in problem["detail"]
+    assert (
+        problem["pointer"] == "/checkpoint/start_from"
+        and "holds neither model.safetensors nor" in problem["detail"]
+    )

@@ -12,29 +12,48 @@ from workers.ray.worker_group import death_of
 
 SIGKILL = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RankWorker\n"
-    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits"
-    " with a connection error code 2. End of file. Some common causes include: (1) the process was killed by the OOM killer"
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR "
+    "Worker exit detail: Worker unexpectedly exits"
+    " with a connection error code 2. End of file. Some common causes include: (1) the "
+    "process was killed by the OOM killer"
 )
 
 
 class Said(ActorDiedError):
     def __init__(self, text: str, preempted: bool = False) -> None:
         super().__init__()
-        self.error_msg, self._preempted = text, preempted
+        self.error_msg = text
+        self._preempted = preempted
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "words"),
     [
-        (Said(SIGKILL), FailureKind.PROCESS_DIED, "its process died without a word: killed by a signal"),
-        (Said("The actor died because its node has died. Node Id: 12ab"), FailureKind.NODE_LOST, "its node has died. Node Id: 12ab"),
-        (Said("The actor died because its node has died.", preempted=True), FailureKind.PREEMPTED, "its node was preempted"),
+        (
+            Said(SIGKILL),
+            FailureKind.PROCESS_DIED,
+            "its process died without a word: killed by a signal",
+        ),
+        (
+            Said("The actor died because its node has died. Node Id: 12ab"),
+            FailureKind.NODE_LOST,
+            "its node has died. Node Id: 12ab",
+        ),
+        (
+            Said("The actor died because its node has died.", preempted=True),
+            FailureKind.PREEMPTED,
+            "its node was preempted",
+        ),
         (
             Said("The actor died because Task was killed due to the node running low on memory."),
             FailureKind.NODE_MEMORY,
             "because the node was running out of memory",
         ),
-        (ActorUnavailableError("no answer", b"1" * 16), FailureKind.PROCESS_DIED, "ActorUnavailableError"),
+        (
+            ActorUnavailableError("no answer", b"1" * 16),
+            FailureKind.PROCESS_DIED,
+            "ActorUnavailableError",
+        ),
     ],
 )
 def test_deaths_are_told_apart(error: ActorDiedError, kind: FailureKind, words: str) -> None:
@@ -55,7 +74,13 @@ def test_deaths_are_told_apart(error: ActorDiedError, kind: FailureKind, words: 
         ),
     ],
 )
-def test_warnings_begin_with_the_cause_not_with_its_echo(type_name: str, text: str, level: str, words: str) -> None:
-    record = {"n": 7, "kind": "failed", "data": {"type": type_name, "message": text, "traceback": "..."}}
+def test_warnings_begin_with_the_cause_not_with_its_echo(
+    type_name: str, text: str, level: str, words: str
+) -> None:
+    record = {
+        "n": 7,
+        "kind": "failed",
+        "data": {"type": type_name, "message": text, "traceback": "..."},
+    }
     event = json.loads(relayed(Line(7, "failed", json.dumps(record).encode())).text)["data"]
     assert (event["level"], event["message"], event["ranks"]) == (level, words, [0])

@@ -1,4 +1,6 @@
-"""A driver that dies before or after any of its acts: the next one finishes the job, and the history is as if nobody had died."""
+"""A driver that dies before or after any of its acts: the next one finishes the job, and the
+history is as if nobody had died.
+"""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -9,14 +11,28 @@ from typing import Any
 import pytest
 
 from megatron_ray.storage.storage import LocalStorage
-from tests.unit.workers.paper_cluster import DriverDies, Mortality, PaperCluster, PaperGroup, PaperOutbox, PaperService
+from tests.unit.workers.paper_cluster import (
+    DriverDies,
+    Mortality,
+    PaperCluster,
+    PaperGroup,
+    PaperOutbox,
+    PaperService,
+)
 from workers.driver import attempts, context, lifecycle, spares, supervision
 from workers.driver.journal import DeadRank, Journal
 from workers.driver.lifecycle import JobLife
 from workers.protocol.states import DesiredState, JobState
 from workers.protocol.wire import NodeInfo
 
-PREPARED = {"train": [], "validation": [], "tokenizer_path": "t", "vocab_size": 256, "end_of_document": 0, "unigram_nats": 5.0}
+PREPARED = {
+    "train": [],
+    "validation": [],
+    "tokenizer_path": "t",
+    "vocab_size": 256,
+    "end_of_document": 0,
+    "unigram_nats": 5.0,
+}
 MOST_ACTS = 400
 
 
@@ -56,8 +72,11 @@ class AtOnce:
 class Paper:
     """One job, its cluster and its service; drivers come and go."""
 
-    def __init__(self, folder: Path, patch: pytest.MonkeyPatch, dies: tuple[int, int] | None = (1, 5)) -> None:
-        self.folder, self.patch = folder, patch
+    def __init__(
+        self, folder: Path, patch: pytest.MonkeyPatch, dies: tuple[int, int] | None = (1, 5)
+    ) -> None:
+        self.folder = folder
+        self.patch = patch
         spec = {
             "model": {"preset": "gpt-tiny"},
             "parallel": {"tp": 2, "dp": 1},
@@ -87,7 +106,13 @@ class Paper:
         node = NodeInfo(node_id="node", address="127.0.0.1", cpus=4)
         with self.patch.context() as patch:
             patch.setattr(LocalStorage, "write_bytes_atomic", write)
-            patch.setattr(context, "Outbox", lambda job_id, book, said, epoch, recalled: PaperOutbox(self.service, book, said, recalled))
+            patch.setattr(
+                context,
+                "Outbox",
+                lambda job_id, book, said, epoch, recalled: PaperOutbox(
+                    self.service, book, said, recalled
+                ),
+            )
             patch.setattr(lifecycle, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
             patch.setattr(lifecycle, "Leftovers", lambda *_: PaperLeftovers(self.heard))
             patch.setattr(lifecycle, "read_nodes", lambda: (node,))
@@ -117,7 +142,12 @@ class Paper:
         assert self.service.ignored == []
 
 
-def lives(tmp_path: Path, patch: pytest.MonkeyPatch, make: Callable[[Paper], None] = _nothing, **given: Any):
+def lives(
+    tmp_path: Path,
+    patch: pytest.MonkeyPatch,
+    make: Callable[[Paper], None] = _nothing,
+    **given: Any,
+):
     """A job for each act of its driver that may be the last one."""
     for die_at in range(1, MOST_ACTS):
         folder = tmp_path / str(die_at)
@@ -132,40 +162,68 @@ def lives(tmp_path: Path, patch: pytest.MonkeyPatch, make: Callable[[Paper], Non
 
 
 @pytest.mark.parametrize("stand_by", [False, True])
-def test_a_job_with_a_failure_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_by: bool) -> None:
+def test_a_job_with_a_failure_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stand_by: bool
+) -> None:
     count = 0
     if stand_by:
         monkeypatch.setattr(spares, "AFTER_S", 0.0)
         monkeypatch.setattr(spares, "EVERY_S", 0.0)
     for die_at, paper in lives(tmp_path, monkeypatch):
-        service, where = paper.service, f"died at act {die_at}"
+        service = paper.service
+        where = f"died at act {die_at}"
         paper.assert_nothing_left()
         assert service.state is JobState.SUCCEEDED, where
         assert sorted(service.steps) == list(range(1, 9)), where
-        committed = [record.data["path"] for record in service.said("checkpoint") if record.data["action"] == "committed"]
-        deleted = [record.data["path"] for record in service.said("checkpoint") if record.data["action"] == "deleted"]
+        committed = [
+            record.data["path"]
+            for record in service.said("checkpoint")
+            if record.data["action"] == "committed"
+        ]
+        deleted = [
+            record.data["path"]
+            for record in service.said("checkpoint")
+            if record.data["action"] == "deleted"
+        ]
         assert len(set(committed)) == len(committed), f"{where}: told twice"
-        assert {int(path.rpartition("step-")[2].split("-")[0]) for path in committed} == {2, 4, 6, 8}, where
+        assert {int(path.rpartition("step-")[2].split("-")[0]) for path in committed} == {
+            2,
+            4,
+            6,
+            8,
+        }, where
         left = {str(path.parent) for path in paper.folder.glob("checkpoints/*/COMMITTED")}
         assert set(committed) - set(deleted) == left, f"{where}: what is listed is what is there"
         latest = Journal(str(paper.folder)).latest()
         assert latest is not None and latest.failures == 1, f"{where}: one failure is one failure"
-        (failed,) = [record.attempt for record in service.said("attempt") if record.data["state"] == "failed"]
+        (failed,) = [
+            record.attempt for record in service.said("attempt") if record.data["state"] == "failed"
+        ]
         assert paper.heard == {(failed, 1)}, f"{where}: a dead rank's last words"
         states = [record.data["state"] for record in service.said("state")]
         assert states.count("succeeded") == 1 and len(service.said("prepared")) == 1, where
         ended = {record.attempt: record.data["state"] for record in service.said("attempt")}
-        assert set(ended.values()) <= {"succeeded", "failed", "stopped"}, f"{where}: an attempt was left open"
+        assert set(ended.values()) <= {"succeeded", "failed", "stopped"}, (
+            f"{where}: an attempt was left open"
+        )
         assert list(ended.values()).count("failed") == 1, where
-        assert any(record.data["data"]["retry"] for record in service.events("policy.decision")), where
-        stepped_in = [rank for record in service.events("ranks.started") for rank in record.data["data"]["stepped_in"]]
+        assert any(record.data["data"]["retry"] for record in service.events("policy.decision")), (
+            where
+        )
+        stepped_in = [
+            rank
+            for record in service.events("ranks.started")
+            for rank in record.data["data"]["stepped_in"]
+        ]
         assert stepped_in in ([[], [1]] if stand_by else [[]]), where
         count = die_at
     assert stepped_in == ([1] if stand_by else []), "of the driver that nothing happened to"
     assert count > 60, "there are that many acts to die at"
 
 
-def test_the_next_driver_is_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_driver_is_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def upgraded(paper: Paper) -> None:
         paper.after_death = lambda: setattr(paper.cluster, "version", "2")
 
@@ -179,8 +237,12 @@ def test_the_next_driver_is_of_another_version(tmp_path: Path, monkeypatch: pyte
     assert renewed > 10, "running ranks go on to a checkpoint first"
 
 
-def test_the_driver_is_lost_with_the_node_and_the_service_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody has the ranks' files any more: what happened before the last checkpoint is in the checkpoints."""
+def test_the_driver_is_lost_with_the_node_and_the_service_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has the ranks' files any more: what happened before the last checkpoint is in the
+    checkpoints.
+    """
 
     def lose_all(paper: Paper) -> None:
         paper.service.away = True
@@ -199,7 +261,9 @@ def test_the_driver_is_lost_with_the_node_and_the_service_is_away(tmp_path: Path
         assert not missing, f"died at act {die_at}: steps {missing} are nowhere"
 
 
-def test_a_cancelled_job_is_never_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cancelled_job_is_never_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def cancel_at_step_3(paper: Paper) -> None:
         advance = paper.cluster.advance
 
@@ -220,8 +284,12 @@ def test_a_cancelled_job_is_never_begun_again(tmp_path: Path, monkeypatch: pytes
         assert set(ended.values()) <= {"stopped", "failed"}, where
 
 
-def test_what_a_driver_had_begun_to_stop_stays_stopped_while_the_service_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The wish is in the journal: a driver that comes back without having heard the service does not start the job again."""
+def test_what_a_driver_had_begun_to_stop_stays_stopped_while_the_service_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wish is in the journal: a driver that comes back without having heard the service does
+    not start the job again.
+    """
     job_context = context.JobContext
     paper = Paper(tmp_path, monkeypatch, dies=None)
     monkeypatch.setattr(context, "Outbox", lambda *_: SimpleNamespace(desired=None, replaced=None))

@@ -34,13 +34,18 @@ def test_an_entry_is_replaced_whole(tmp_path: Path) -> None:
 def test_what_is_no_entry_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "attempts").mkdir()
     (tmp_path / "attempts" / "0003.json").write_text(text)
-    with pytest.raises(JournalProblem, match=r"attempts/0003.json is not a journal entry of format 1"):
+    with pytest.raises(
+        JournalProblem, match=r"attempts/0003.json is not a journal entry of format 1"
+    ):
         Journal(str(tmp_path)).latest()
 
 
 def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     Journal(str(tmp_path)).write(JournalEntry(job_id="job-old", epoch=3))
-    with pytest.raises(ForeignJournal, match=r"belongs to job-old; give this job a storage.path of its own, or leave it out"):
+    with pytest.raises(
+        ForeignJournal,
+        match=r"belongs to job-old; give this job a storage.path of its own, or leave it out",
+    ):
         JobContext("job-new", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["attempts"]
     latest = Journal(str(tmp_path)).latest()
@@ -59,5 +64,8 @@ def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(tmp_pat
     }
     (problem,) = check_task(spec, str(storage))
     assert (problem["pointer"], problem["code"]) == ("/storage/path", "in_use")
-    assert "holds another job already (job-old); give this job a folder of its own" in problem["detail"]
+    assert (
+        "holds another job already (job-old); give this job a folder of its own"
+        in problem["detail"]
+    )
     assert check_task(spec, str(tmp_path / "fresh")) == []

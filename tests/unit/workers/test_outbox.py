@@ -40,7 +40,9 @@ def line(n: int) -> Line:
     return Line(n, "step", json.dumps(record).encode())
 
 
-def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(tmp_path: Path, service: FakeService) -> None:
+def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(
+    tmp_path: Path, service: FakeService
+) -> None:
     first = open_outbox(tmp_path, epoch=1)
     for index in range(205):
         first.say("event", {"type": "t", "index": index}, 1)
@@ -73,7 +75,9 @@ def test_lines_wait_for_the_service_and_come_once(tmp_path: Path, service: FakeS
 
 
 def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeService) -> None:
-    service.records[(JOB, "a1/r0")] = [{"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)]
+    service.records[(JOB, "a1/r0")] = [
+        {"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)
+    ]
     outbox = open_outbox(tmp_path, epoch=2)
     outbox.relay("a1/r0", [line(1), line(2), line(3)])
     attach(outbox, service)
@@ -89,13 +93,23 @@ def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeSer
         ((1, 2, 3, 4, 5), (4, 5, 6), (1, 2, 3, 4, 5, 6)),
         ((2, 3), (3, 4), (1, 2, 3, 4)),
         ((1, 2), (3,), (1, 2, 3)),
-        ((5, 6), (), (1, 2)),  # what is between was lost: the service takes no gap, and nothing else may wait for it
+        (
+            (5, 6),
+            (),
+            (1, 2),
+        ),  # what is between was lost: the service takes no gap, and nothing else may wait for it
     ],
 )
 def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
-    tmp_path: Path, service: FakeService, recalled: tuple[int, ...], relayed: tuple[int, ...], stored: tuple[int, ...]
+    tmp_path: Path,
+    service: FakeService,
+    recalled: tuple[int, ...],
+    relayed: tuple[int, ...],
+    stored: tuple[int, ...],
 ) -> None:
-    service.records[(JOB, "a1/r0")] = [{"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)]
+    service.records[(JOB, "a1/r0")] = [
+        {"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)
+    ]
     outbox = open_outbox(tmp_path, 2, [line(n) for n in recalled])
     outbox.say("event", {"type": "t"}, 1)
     outbox.relay("a1/r0", [line(n) for n in relayed])
@@ -113,7 +127,11 @@ def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> 
     while outbox.desired is None or outbox.desired.desired != "cancel":
         assert time.monotonic() < deadline
         outbox.wait(0.1)
-    outbox.attach(service.url, f"token-{JOB}", outbox.desired.model_copy(update={"revision": 0, "desired": "run"}))
+    outbox.attach(
+        service.url,
+        f"token-{JOB}",
+        outbox.desired.model_copy(update={"revision": 0, "desired": "run"}),
+    )
     assert outbox.desired.desired == "cancel", "an older wish does not undo a newer one"
     outbox.close()
 
@@ -129,11 +147,17 @@ def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) 
 
 
 def test_failures_of_the_link_have_classes(service: FakeService) -> None:
-    with ServiceLink(service.url, "wrong") as link, pytest.raises(ServiceRefused, match="refused .401 unauthorized.: wrong token"):
+    with (
+        ServiceLink(service.url, "wrong") as link,
+        pytest.raises(ServiceRefused, match="refused .401 unauthorized.: wrong token"),
+    ):
         link.hello()
     with ServiceLink(service.url, f"token-{JOB}") as link:
         assert link.cursor(JOB, 3).stored == {}
         with pytest.raises(Replaced, match="epoch 2 is over"):
             link.records(RecordBatch(job_id=JOB, epoch=2, source="driver"))
-    with ServiceLink("http://127.0.0.1:1", "x") as link, pytest.raises(ServiceAway, match=r"GET http://127.0.0.1:1/.*Connect"):
+    with (
+        ServiceLink("http://127.0.0.1:1", "x") as link,
+        pytest.raises(ServiceAway, match=r"GET http://127.0.0.1:1/.*Connect"),
+    ):
         link.hello()

@@ -62,11 +62,15 @@ def test_accelerator_is_decided_once() -> None:
 def test_nodes_that_do_not_see_the_storage_are_refused_by_name() -> None:
     plan = plan_placement(spec(1, 1), [node("1", storage_ok=False), node("2", alive=False)])
     assert plan.avoid_nodes == ("1",)
-    assert plan.explanation.endswith("the cluster could hold 0: node 10.0.0.1 refused: it does not see the job storage")
+    assert plan.explanation.endswith(
+        "the cluster could hold 0: node 10.0.0.1 refused: it does not see the job storage"
+    )
     assert plan_placement(spec(1, 1), []).explanation.endswith("it has no nodes")
 
 
-def facts(slot: int, bundle: int, node_name: str, gpu: int | None = None, **extra: object) -> SlotFacts:
+def facts(
+    slot: int, bundle: int, node_name: str, gpu: int | None = None, **extra: object
+) -> SlotFacts:
     fields = {
         "slot": slot,
         "bundle": bundle,
@@ -80,7 +84,14 @@ def facts(slot: int, bundle: int, node_name: str, gpu: int | None = None, **extr
 
 def test_ranks_follow_nodes_and_gpus_not_bundle_numbers() -> None:
     # Ray put bundle 0 alone on the second node.
-    slots = [facts(0, 0, "10", 1), facts(1, 0, "10", 0), facts(2, 1, "9", 3), facts(3, 1, "9", 2), facts(4, 2, "9", 0), facts(5, 2, "9", 1)]
+    slots = [
+        facts(0, 0, "10", 1),
+        facts(1, 0, "10", 0),
+        facts(2, 1, "9", 3),
+        facts(3, 1, "9", 2),
+        facts(4, 2, "9", 0),
+        facts(5, 2, "9", 1),
+    ]
     places = assign_ranks(slots, ParallelDims(tp=2, dp=3))
     assert [place.slot for place in places] == [4, 5, 3, 2, 1, 0]
     assert [place.local_rank for place in places] == [0, 1, 2, 3, 0, 1]
@@ -95,7 +106,9 @@ def test_domains_come_first() -> None:
 
 
 def test_an_island_on_two_nodes_is_refused() -> None:
-    with pytest.raises(PlacementProblem, match=r"bundle 0 lies on several nodes: 10.0.0.1, 10.0.0.2"):
+    with pytest.raises(
+        PlacementProblem, match=r"bundle 0 lies on several nodes: 10.0.0.1, 10.0.0.2"
+    ):
         assign_ranks([facts(0, 0, "1"), facts(1, 0, "2")], ParallelDims(tp=2))
 
 
@@ -104,8 +117,12 @@ def test_a_wrong_number_of_workers_is_refused() -> None:
         assign_ranks([facts(0, 0, "1")], ParallelDims(tp=2))
     with pytest.raises(PlacementProblem, match="2 workers reported for a world of 2"):
         assign_ranks([facts(0, 0, "1"), facts(0, 1, "1")], ParallelDims(dp=2))
-    with pytest.raises(PlacementProblem, match="bundle 0 has 3 workers, a tensor-parallel group needs 2"):
-        assign_ranks([facts(slot, int(slot == 3), "1") for slot in range(4)], ParallelDims(tp=2, dp=2))
+    with pytest.raises(
+        PlacementProblem, match="bundle 0 has 3 workers, a tensor-parallel group needs 2"
+    ):
+        assign_ranks(
+            [facts(slot, int(slot == 3), "1") for slot in range(4)], ParallelDims(tp=2, dp=2)
+        )
 
 
 def test_one_gpu_for_two_workers_is_refused() -> None:
@@ -114,11 +131,17 @@ def test_one_gpu_for_two_workers_is_refused() -> None:
 
 
 def test_thousands_of_ranks() -> None:
-    tp, dp, pp = 8, 64, 8
+    tp = 8
+    dp = 64
+    pp = 8
     dims = ParallelDims(tp=tp, dp=dp, pp=pp)
     order = list(range(dims.world_size // tp))
     random.Random(0).shuffle(order)
-    slots = [facts(bundle * tp + gpu, bundle, f"{island:04d}", gpu) for bundle, island in enumerate(order) for gpu in range(tp)]
+    slots = [
+        facts(bundle * tp + gpu, bundle, f"{island:04d}", gpu)
+        for bundle, island in enumerate(order)
+        for gpu in range(tp)
+    ]
     random.Random(1).shuffle(slots)
     started = time.perf_counter()
     places = assign_ranks(slots, dims)
@@ -127,4 +150,6 @@ def test_thousands_of_ranks() -> None:
     for group in range(0, 4096, tp):
         assert len({place.node_id for place in places[group : group + tp]}) == 1
         assert [place.gpu for place in places[group : group + tp]] == list(range(tp))
-    assert places == assign_ranks(sorted(slots, key=lambda item: item.slot), dims), "a pure function of the places"
+    assert places == assign_ranks(sorted(slots, key=lambda item: item.slot), dims), (
+        "a pure function of the places"
+    )

@@ -11,7 +11,12 @@ DIED = Failure(FailureKind.PROCESS_DIED, "its process died", rank=1)
 POLICY = RestartConfig(max_failures=3, backoff_s=1.0)
 
 
-def decide(cause: Failure = DIED, history: RestartHistory | None = None, commit: int = 0, policy: RestartConfig = POLICY):
+def decide(
+    cause: Failure = DIED,
+    history: RestartHistory | None = None,
+    commit: int = 0,
+    policy: RestartConfig = POLICY,
+):
     return policies.decide_restart(policy, history or RestartHistory(), cause, commit, jitter=0.0)
 
 
@@ -19,11 +24,27 @@ def decide(cause: Failure = DIED, history: RestartHistory | None = None, commit:
     ("type_name", "message", "kind"),
     [
         ("DataProblem", "/data/train/0/path: nothing there", FailureKind.USER),
-        ("ConfigProblem", "model.vocab_size=10 is smaller than the tokenizer's 256", FailureKind.USER),
+        (
+            "ConfigProblem",
+            "model.vocab_size=10 is smaller than the tokenizer's 256",
+            FailureKind.USER,
+        ),
         ("OutOfMemoryError", "CUDA out of memory", FailureKind.OOM),
-        ("RuntimeError", "[enforce fail] DefaultCPUAllocator: can't allocate memory", FailureKind.OOM),
-        ("RuntimeError", "[gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]", FailureKind.COLLATERAL),
-        ("DistBackendError", "NCCL error: remote process exited or there was a network error", FailureKind.COLLATERAL),
+        (
+            "RuntimeError",
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+            FailureKind.OOM,
+        ),
+        (
+            "RuntimeError",
+            "[gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]",
+            FailureKind.COLLATERAL,
+        ),
+        (
+            "DistBackendError",
+            "NCCL error: remote process exited or there was a network error",
+            FailureKind.COLLATERAL,
+        ),
         ("StorageError", "cannot write x: No space left on device", FailureKind.STORAGE),
         ("LookupError", "connection closed by peer", FailureKind.EXCEPTION),
         ("RuntimeError", "shape mismatch", FailureKind.EXCEPTION),
@@ -36,7 +57,12 @@ def test_classes_of_exceptions(type_name: str, message: str, kind: FailureKind) 
 def test_an_echo_that_arrives_first_is_not_the_cause() -> None:
     echo = Failure(FailureKind.COLLATERAL, "connection closed", rank=0, order=0)
     later_echo = Failure(FailureKind.COLLATERAL, "connection closed", rank=2, order=2)
-    assert policies.root_cause([echo, Failure(FailureKind.PROCESS_DIED, "died", rank=1, order=1), later_echo]).rank == 1
+    assert (
+        policies.root_cause(
+            [echo, Failure(FailureKind.PROCESS_DIED, "died", rank=1, order=1), later_echo]
+        ).rank
+        == 1
+    )
     assert policies.root_cause([echo, later_echo]).rank == 0
     with pytest.raises(ValueError, match="no failure"):
         policies.root_cause([])
@@ -56,7 +82,13 @@ def test_what_would_only_repeat_is_not_tried_again(kind: FailureKind) -> None:
 
 
 def test_first_try_is_immediate_then_waits_double() -> None:
-    assert [policies.backoff_s(POLICY, failures, 0.0) for failures in range(1, 6)] == [0, 1, 2, 4, 8]
+    assert [policies.backoff_s(POLICY, failures, 0.0) for failures in range(1, 6)] == [
+        0,
+        1,
+        2,
+        4,
+        8,
+    ]
     assert policies.backoff_s(POLICY, 40, 0.0) == 60
     assert policies.backoff_s(POLICY, 3, 0.5) == pytest.approx(1.5)
 
@@ -68,7 +100,9 @@ def test_budget_of_failures() -> None:
     assert decision.reason is StatusReason.BUDGET_SPENT
     assert "failure 4, restart.max_failures is 3" in decision.message
     alone = decide(policy=RestartConfig(max_failures=0))
-    assert alone.reason is StatusReason.WORKER_DIED, "the only failure is the reason, not the budget"
+    assert alone.reason is StatusReason.WORKER_DIED, (
+        "the only failure is the reason, not the budget"
+    )
 
 
 def test_preemptions_have_a_budget_of_their_own() -> None:
@@ -83,7 +117,14 @@ def test_preemptions_have_a_budget_of_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("before", "commit", "retry"),
-    [((), 0, True), ((0,), 0, True), ((0, 0), 0, False), ((50, 50), 50, True), ((50, 50, 50), 50, False), ((0, 0), 5, True)],
+    [
+        ((), 0, True),
+        ((0,), 0, True),
+        ((0, 0), 0, False),
+        ((50, 50), 50, True),
+        ((50, 50, 50), 50, False),
+        ((0, 0), 5, True),
+    ],
 )
 def test_crash_loop_guard(before: tuple[int, ...], commit: int, retry: bool) -> None:
     history = RestartHistory(failures=len(before), commits_at_failure=before)
@@ -106,11 +147,19 @@ def test_hang_waits_for_ten_of_the_longest_gaps() -> None:
     progress = progress.advanced(900.0).advanced(930.0)
     assert progress.longest_gap_s == 30.0
     assert policies.hang(930.0 + 299, progress) is None
-    assert policies.hang(930.0 + 301, progress) == "no rank reported anything for 301 s (limit 300 s)"
+    assert (
+        policies.hang(930.0 + 301, progress) == "no rank reported anything for 301 s (limit 300 s)"
+    )
     assert policies.hang(10.0 + 121, Progress(10.0, 0.1, 5)) is not None
 
 
 def test_errors_of_ranks_in_words() -> None:
-    assert policies.describe_error({"type": "ValueError", "message": "bad"}) == (FailureKind.EXCEPTION, "ValueError: bad")
-    assert policies.describe_error({"type": "UserMistake", "message": "bad"}) == (FailureKind.USER, "bad")
+    assert policies.describe_error({"type": "ValueError", "message": "bad"}) == (
+        FailureKind.EXCEPTION,
+        "ValueError: bad",
+    )
+    assert policies.describe_error({"type": "UserMistake", "message": "bad"}) == (
+        FailureKind.USER,
+        "bad",
+    )
     assert policies.describe_error({})[0] is FailureKind.EXCEPTION

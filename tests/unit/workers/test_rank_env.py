@@ -58,11 +58,16 @@ def test_half_an_environment_is_refused(change: dict[str, str | None], text: str
 def test_token_from_file_before_environment(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("secret\n")
     assert agent_token(tmp_path / "token", {}) == "secret"
-    assert agent_token(None, {AGENT_TOKEN_FILE: str(tmp_path / "token"), AGENT_TOKEN: "other"}) == "secret"
+    assert (
+        agent_token(None, {AGENT_TOKEN_FILE: str(tmp_path / "token"), AGENT_TOKEN: "other"})
+        == "secret"
+    )
     assert agent_token(None, {AGENT_TOKEN: " other "}) == "other"
     with pytest.raises(EnvironmentProblem, match="no agent token: give --token-file"):
         agent_token(None, {})
-    with pytest.raises(EnvironmentProblem, match="cannot read the agent's token file .*: No such file"):
+    with pytest.raises(
+        EnvironmentProblem, match="cannot read the agent's token file .*: No such file"
+    ):
         agent_token(tmp_path / "none", {})
 
 
@@ -111,7 +116,11 @@ print(before, lowered, mine(), other[0])
 
 def test_a_process_that_steps_back_and_comes_forward() -> None:
     """In a process of its own, whose priority it changes."""
-    said = subprocess.run([sys.executable, "-c", PRIORITIES], check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", PRIORITIES], check=True, capture_output=True, text=True
+    ).stdout
     before, lowered, raised, other = map(int, said.split())
     assert lowered == min(19, before + 10)
-    assert raised == other == (0 if may_raise_priority() else lowered), "all threads, those that were there before too"
+    assert raised == other == (0 if may_raise_priority() else lowered), (
+        "all threads, those that were there before too"
+    )

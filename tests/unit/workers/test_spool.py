@@ -32,7 +32,12 @@ def test_lines_are_numbered_and_read_from_a_cursor(tmp_path: Path) -> None:
     (line,) = reader.read(5)
     assert line.kind == "eval"
     value = line.value()
-    assert {key: value[key] for key in ("n", "kind", "attempt", "data")} == {"n": 6, "kind": "eval", "attempt": 2, "data": {"step": 5}}
+    assert {key: value[key] for key in ("n", "kind", "attempt", "data")} == {
+        "n": 6,
+        "kind": "eval",
+        "attempt": 2,
+        "data": {"step": 5},
+    }
     assert reader.read(6) == []
     assert [line.n for line in reader.read(3)] == [4, 5, 6], "a cursor may go back"
 
@@ -61,15 +66,33 @@ def test_garbage_in_the_middle_is_skipped(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "r.jsonl", 1)
-    spool.append("step", {"loss": float("nan"), "split_s": {"a": float("inf"), "b": 1.0}, "list": [float("-inf"), 2]})
+    spool.append(
+        "step",
+        {
+            "loss": float("nan"),
+            "split_s": {"a": float("inf"), "b": 1.0},
+            "list": [float("-inf"), 2],
+        },
+    )
     (line,) = SpoolReader(spool.path).read(0)
-    assert line.value()["data"] == {"loss": None, "split_s": {"a": None, "b": 1.0}, "list": [None, 2]}
+    assert line.value()["data"] == {
+        "loss": None,
+        "split_s": {"a": None, "b": 1.0},
+        "list": [None, 2],
+    }
 
 
 def test_every_number_comes_back_exactly(tmp_path: Path) -> None:
     rng = random.Random(7)
-    floats = [value for value in (struct.unpack("d", rng.randbytes(8))[0] for _ in range(2000)) if math.isfinite(value)]
-    data = {"floats": [*floats, 0.1, 1e16, 5e-324, -0.0, np.float64(1 / 3)], "whole": [0, -1, 2**63, 10**25]}
+    floats = [
+        value
+        for value in (struct.unpack("d", rng.randbytes(8))[0] for _ in range(2000))
+        if math.isfinite(value)
+    ]
+    data = {
+        "floats": [*floats, 0.1, 1e16, 5e-324, -0.0, np.float64(1 / 3)],
+        "whole": [0, -1, 2**63, 10**25],
+    }
     spool = Spool(tmp_path / "r.jsonl", 1)
     spool.append("step", data)
     (line,) = SpoolReader(spool.path).read(0)
@@ -79,7 +102,13 @@ def test_every_number_comes_back_exactly(tmp_path: Path) -> None:
 
 def test_any_text_is_one_line(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "r.jsonl", 1)
-    texts = ["two\nlines\r\n", "\u2028 \x85 \x00", 'quotes " and \\', "ä 漢 \U0001f600", "half a character: \udc80"]
+    texts = [
+        "two\nlines\r\n",
+        "\u2028 \x85 \x00",
+        'quotes " and \\',
+        "ä 漢 \U0001f600",
+        "half a character: \udc80",
+    ]
     for text in texts:
         spool.append("failed", {"message": text, text: [text]})
     read = [line.value()["data"] for line in SpoolReader(spool.path).read(0)]
@@ -139,7 +168,9 @@ def test_a_report_costs_microseconds(tmp_path: Path) -> None:
         started = time.perf_counter()
         spool.append("step", data)
         times.append(time.perf_counter() - started)
-    assert sorted(times)[len(times) // 4] < 1e-3, "orders of magnitude only: the machine may be busy"
+    assert sorted(times)[len(times) // 4] < 1e-3, (
+        "orders of magnitude only: the machine may be busy"
+    )
 
 
 def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

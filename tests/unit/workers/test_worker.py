@@ -20,7 +20,9 @@ def step(n: int) -> StepReport:
     return StepReport(n, 1.0, 1.0, 0.1, 1, n, 0.1, 10.0, 0.0, 0)
 
 
-def three_steps(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+def three_steps(
+    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+) -> str:
     for n in (1, 2, 3):
         report(step(n))
     report(CheckpointReport(3, "/c/3", 1, 0.1))
@@ -37,13 +39,22 @@ def run(train: Callable[..., str], folder: Path) -> RankAttempt:
 def test_a_finished_attempt_tells_everything(tmp_path: Path) -> None:
     attempt = run(three_steps, tmp_path)
     reply = attempt.next(Poll(after=None, wait_s=0), None)
-    assert [line.kind for line in reply.lines] == ["phase", "step", "step", "step", "checkpoint_written", "ended"]
+    assert [line.kind for line in reply.lines] == [
+        "phase",
+        "step",
+        "step",
+        "step",
+        "checkpoint_written",
+        "ended",
+    ]
     assert (reply.state, reply.last_n, reply.step, reply.reports) == (RankState.FINISHED, 6, 3, 6)
     filtered = attempt.next(Poll(after=0, wait_s=0, steps=False), None)
     assert [line.kind for line in filtered.lines] == ["phase", "checkpoint_written", "ended"]
     assert filtered.last_n == 6
     assert attempt.next(Poll(after=6, released=4, wait_s=0), None).lines == []
-    assert [line.n for line in attempt.next(Poll(after=None, wait_s=0), None).lines] == [5, 6], "a new driver goes on after the released"
+    assert [line.n for line in attempt.next(Poll(after=None, wait_s=0), None).lines] == [5, 6], (
+        "a new driver goes on after the released"
+    )
 
 
 def test_a_failed_attempt_says_why(tmp_path: Path) -> None:
@@ -62,7 +73,9 @@ def test_a_failed_attempt_says_why(tmp_path: Path) -> None:
 def test_news_wake_a_waiting_call(tmp_path: Path) -> None:
     go = threading.Event()
 
-    def train(order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]) -> str:
+    def train(
+        order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+    ) -> str:
         go.wait(60)
         report(step(1))
         while poll() is not Command.STOP:
@@ -95,7 +108,8 @@ def test_a_request_is_taken_once_and_a_stop_stays() -> None:
 
 def test_lower_fences_are_refused() -> None:
     worker = object.__new__(RankWorker)
-    worker._fence, worker._guard = Fence(0, 0), threading.Lock()
+    worker._fence = Fence(0, 0)
+    worker._guard = threading.Lock()
     for fence in (Fence(1, 1), Fence(1, 1), Fence(2, 1), Fence(2, 2), Fence(1, 3)):
         worker._admit(fence)
     for old in (Fence(9, 2), Fence(0, 3)):

@@ -1,4 +1,7 @@
-"""What Llama and its relatives have in common in config.json and in names. Owns: that. Pure. Must not know: which family asks."""
+"""What Llama and its relatives have in common in config.json and in names.
+
+Owns: that. Pure. Must not know: which family asks.
+"""
 
 from typing import Any
 
@@ -7,7 +10,8 @@ from megatron_ray.checkpoint.hf.options import Options
 from megatron_ray.checkpoint.hf.places import Rule, linear, linears
 from megatron_ray.config.model import ModelConfig
 
-LAYER, STORED_LAYER = "layers.{}.", "model.layers.{}."
+LAYER = "layers.{}."
+STORED_LAYER = "model.layers.{}."
 SILU = {"silu": "swiglu", "swish": "swiglu"}
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
@@ -31,7 +35,12 @@ def read_sizes(options: Options, *, eps: float, tied: bool = False) -> dict[str,
 
 
 def read_decoder(
-    options: Options, *, eps: float = 1e-6, theta: float = 10000.0, head_dim: int | None = None, tied: bool = False
+    options: Options,
+    *,
+    eps: float = 1e-6,
+    theta: float = 10000.0,
+    head_dim: int | None = None,
+    tied: bool = False,
 ) -> dict[str, Any]:
     """All fields of a plain decoder with grouped-query attention; defaults are the family's own."""
     return {
@@ -73,7 +82,10 @@ def read_windows(options: Options, num_layers: int) -> dict[str, Any]:
     if window is None:
         return {}
     from_layer = options.number("max_window_layers", 28)
-    default = ["full_attention" if layer < from_layer else "sliding_attention" for layer in range(num_layers)]
+    default = [
+        "full_attention" if layer < from_layer else "sliding_attention"
+        for layer in range(num_layers)
+    ]
     full = [kind == "full_attention" for kind in options.get("layer_types", default)]
     if not any(full):
         return {"sliding_window": window}
@@ -81,7 +93,10 @@ def read_windows(options: Options, num_layers: int) -> dict[str, Any]:
     if every == 1 and all(full):
         return {}
     if full != [(layer + 1) % every == 0 for layer in range(num_layers)]:
-        raise options.refuse("layer_types (or max_window_layers) must give every n-th layer full attention, or no layer")
+        raise options.refuse(
+            "layer_types (or max_window_layers) must give every n-th layer full attention, "
+            "or no layer"
+        )
     return {"sliding_window": window, "full_attention_every": every}
 
 
@@ -93,7 +108,9 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
         "use_sliding_window": used,
         "sliding_window": model.sliding_window,
         "max_window_layers": 0 if used else model.num_layers,
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
+        "layer_types": [
+            "full_attention" if window is None else "sliding_attention" for window in windows
+        ],
     }
 
 
@@ -103,15 +120,21 @@ def frame_rules(model: ModelConfig) -> list[Rule]:
     return rules if model.tie_embeddings else [*rules, *linear("head", "lm_head")]
 
 
-def norm_rules(logical: str = LAYER, stored: str = STORED_LAYER, first_layer: int = 0) -> list[Rule]:
+def norm_rules(
+    logical: str = LAYER, stored: str = STORED_LAYER, first_layer: int = 0
+) -> list[Rule]:
     """The two norms of a layer."""
     pairs = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    return [Rule(f"{logical}{ours}.weight", f"{stored}{theirs}.weight", first_layer=first_layer) for ours, theirs in pairs.items()]
+    return [
+        Rule(f"{logical}{ours}.weight", f"{stored}{theirs}.weight", first_layer=first_layer)
+        for ours, theirs in pairs.items()
+    ]
 
 
 def decoder_rules(model: ModelConfig) -> list[Rule]:
     """A plain decoder's tensors; biases and norms of queries and keys where the model has them."""
-    attention, stored = LAYER + "attention.", STORED_LAYER + "self_attn."
+    attention = LAYER + "attention."
+    stored = STORED_LAYER + "self_attn."
     rules = frame_rules(model) + norm_rules()
     for name in "qkv":
         rules += linear(attention + name, f"{stored}{name}_proj", bias=model.has_qkv_bias)

@@ -1,11 +1,22 @@
-"""DeepSeek-V3. Owns: its config.json and names: latent attention with rotated parts in pairs, a balancing bias, shared experts, and
-layers that predict further tokens behind the last one. Pure.
+"""DeepSeek-V3.
+
+Owns: its config.json and names: latent attention with rotated parts in pairs, a balancing bias,
+shared experts, and layers that predict further tokens behind the last one. Pure.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from megatron_ray.checkpoint.hf.families.decoder import LAYER, MLP, SILU, STORED_LAYER, frame_rules, norm_rules, read_sizes, write_sizes
+from megatron_ray.checkpoint.hf.families.decoder import (
+    LAYER,
+    MLP,
+    SILU,
+    STORED_LAYER,
+    frame_rules,
+    norm_rules,
+    read_sizes,
+    write_sizes,
+)
 from megatron_ray.checkpoint.hf.families.experts import expert_rules, layers_with_experts, mixture
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.rope import read_rope
@@ -15,8 +26,18 @@ from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 
 _BLOCK = "mtp.{}.block."
-_LATENT_SIZES = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-_FURTHER = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "projection": "eh_proj", "final_norm": "shared_head.norm"}
+_LATENT_SIZES = {
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+_FURTHER = {
+    "embedding_norm": "enorm",
+    "hidden_norm": "hnorm",
+    "projection": "eh_proj",
+    "final_norm": "shared_head.norm",
+}
 _EPS = 1e-6
 _BEST_OF_A_GROUP = 2
 """Groups are ranked by the sum of this many scores."""
@@ -33,8 +54,14 @@ def _read(options: Options) -> dict[str, Any]:
     options.only("rms_norm_eps", (_EPS,), _EPS)
     activation = SILU[options.only("hidden_act", SILU, "silu")]
     fields = {**read_sizes(options, eps=_EPS), **read_rope(options), "activation": activation}
-    if options.get("num_key_value_heads", fields["num_attention_heads"]) != fields["num_attention_heads"]:
-        raise options.refuse("num_key_value_heads differs from num_attention_heads: latent attention has no query groups")
+    if (
+        options.get("num_key_value_heads", fields["num_attention_heads"])
+        != fields["num_attention_heads"]
+    ):
+        raise options.refuse(
+            "num_key_value_heads differs from num_attention_heads: latent attention has no "
+            "query groups"
+        )
     further = options.number("num_nextn_predict_layers", 0)
     return fields | {
         "mla": {
@@ -49,14 +76,21 @@ def _read(options: Options) -> dict[str, Any]:
 
 def _read_moe(options: Options, num_layers: int) -> dict[str, Any]:
     dense = min(options.number("first_k_dense_replace", 3), num_layers)
-    width, shared = options.number("moe_intermediate_size", 2048), options.number("n_shared_experts", 1)
+    width = options.number("moe_intermediate_size", 2048)
+    shared = options.number("n_shared_experts", 1)
     top_k, groups, of_groups = (
-        options.number(key, default) for key, default in (("num_experts_per_tok", 8), ("n_group", 1), ("topk_group", 1))
+        options.number(key, default)
+        for key, default in (("num_experts_per_tok", 8), ("n_group", 1), ("topk_group", 1))
     )
     limited = groups > 1 and of_groups < groups
     if limited and top_k // of_groups != _BEST_OF_A_GROUP:
-        text = f"num_experts_per_tok={top_k} with topk_group={of_groups} is not supported: groups are ranked by their best"
-        raise options.refuse(f"{text} {_BEST_OF_A_GROUP} scores there, by num_experts_per_tok / topk_group here")
+        text = (
+            f"num_experts_per_tok={top_k} with topk_group={of_groups} is not supported: groups "
+            "are ranked by their best"
+        )
+        raise options.refuse(
+            f"{text} {_BEST_OF_A_GROUP} scores there, by num_experts_per_tok / topk_group here"
+        )
     return {
         "num_experts": options.number("n_routed_experts", 256),
         "top_k": top_k,
@@ -72,7 +106,9 @@ def _read_moe(options: Options, num_layers: int) -> dict[str, Any]:
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
-    moe, mla, width = mixture(model), latent(model), model.expert_width
+    moe = mixture(model)
+    mla = latent(model)
+    width = model.expert_width
     return write_sizes(model) | {
         "num_key_value_heads": model.num_attention_heads,
         "hidden_act": "silu",
@@ -109,7 +145,9 @@ def _rules(model: ModelConfig) -> list[Rule]:
         first = model.num_layers
         rules += _layer_rules(model, _BLOCK, first)
         for ours, theirs in _FURTHER.items():
-            rules.append(Rule(f"mtp.{{}}.{ours}.weight", f"{STORED_LAYER}{theirs}.weight", first_layer=first))
+            rules.append(
+                Rule(f"mtp.{{}}.{ours}.weight", f"{STORED_LAYER}{theirs}.weight", first_layer=first)
+            )
     return rules
 
 
@@ -119,7 +157,13 @@ def _layer_rules(model: ModelConfig, logical: str, first: int) -> list[Rule]:
     rules.append(Rule(logical + "moe.expert_bias", gate, first_layer=first))
     for ours, theirs in MLP.items():
         for mine, place in {"mlp.": "mlp.", "moe.shared.": "mlp.shared_experts."}.items():
-            rules.append(Rule(f"{logical}{mine}{ours}.weight", f"{STORED_LAYER}{place}{theirs}.weight", first_layer=first))
+            rules.append(
+                Rule(
+                    f"{logical}{mine}{ours}.weight",
+                    f"{STORED_LAYER}{place}{theirs}.weight",
+                    first_layer=first,
+                )
+            )
     return rules + _attention_rules(latent(model), logical + "attention.", first)
 
 
@@ -136,9 +180,15 @@ def _attention_rules(mla: LatentAttentionConfig, logical: str, first: int) -> li
     if mla.q_lora_rank is None:
         pairs["q"] = ("q_proj", of_query)
     else:
-        pairs |= {"q_down": ("q_a_proj", None), "q_norm": ("q_a_layernorm", None), "q_up": ("q_b_proj", of_query)}
+        pairs |= {
+            "q_down": ("q_a_proj", None),
+            "q_norm": ("q_a_layernorm", None),
+            "q_up": ("q_b_proj", of_query),
+        }
     return [
-        Rule(f"{logical}{ours}.weight", f"{stored}{theirs}.weight", rotary=rotary, first_layer=first)
+        Rule(
+            f"{logical}{ours}.weight", f"{stored}{theirs}.weight", rotary=rotary, first_layer=first
+        )
         for ours, (theirs, rotary) in pairs.items()
     ]
 
@@ -160,4 +210,6 @@ def _present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
     return model if further else model.model_copy(update={"mtp": None})
 
 
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _read, _write, _rules, copies=_copies, present=_present)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", _read, _write, _rules, copies=_copies, present=_present
+)

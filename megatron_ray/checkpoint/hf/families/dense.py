@@ -1,33 +1,53 @@
-"""Llama, Mistral, Qwen2, Qwen3 and Gemma. Owns: what tells them apart. Pure. Must not know: files, torch."""
+"""Llama, Mistral, Qwen2, Qwen3 and Gemma.
+
+Owns: what tells them apart. Pure. Must not know: files, torch.
+"""
 
 from math import isclose, sqrt
 from typing import Any
 
-from megatron_ray.checkpoint.hf.families.decoder import decoder_rules, read_decoder, read_windows, write_decoder, write_windows
+from megatron_ray.checkpoint.hf.families.decoder import (
+    decoder_rules,
+    read_decoder,
+    read_windows,
+    write_decoder,
+    write_windows,
+)
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.options import Options
 from megatron_ray.config.model import ModelConfig
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
-"""Gemma's first published files say `gelu` and mean the approximation, as transformers knows too."""
+"""Gemma's first published files say `gelu` and mean the approximation, as transformers knows
+too."""
 
 
 def _read_llama(options: Options) -> dict[str, Any]:
-    attention, mlp = options.flag("attention_bias", False), options.flag("mlp_bias", False)
+    attention = options.flag("attention_bias", False)
+    mlp = options.flag("mlp_bias", False)
     if attention != mlp:
-        text = f"attention_bias={attention} with mlp_bias={mlp} is not supported: all linear layers have a bias, or none"
+        text = (
+            f"attention_bias={attention} with mlp_bias={mlp} is not supported: all linear "
+            "layers have a bias, or none"
+        )
         raise options.refuse(text.replace("True", "true").replace("False", "false"))
     return read_decoder(options) | {"linear_bias": attention}
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
-    return write_decoder(model) | {"attention_bias": model.linear_bias, "mlp_bias": model.linear_bias}
+    return write_decoder(model) | {
+        "attention_bias": model.linear_bias,
+        "mlp_bias": model.linear_bias,
+    }
 
 
 def _read_mistral(options: Options) -> dict[str, Any]:
     # The key that is missing and the key that is null mean different things here.
     window = options.values.get("sliding_window", 4096)
-    return read_decoder(options) | {"sliding_window": window, "num_query_groups": options.get("num_key_value_heads", 8)}
+    return read_decoder(options) | {
+        "sliding_window": window,
+        "num_query_groups": options.get("num_key_value_heads", 8),
+    }
 
 
 def _write_mistral(model: ModelConfig) -> dict[str, Any]:
@@ -56,15 +76,25 @@ def _write_qwen3(model: ModelConfig) -> dict[str, Any]:
 def _read_gemma(options: Options) -> dict[str, Any]:
     options.only("attention_bias", (False,), False)
     options.only("use_bidirectional_attention", (False,), False)
-    options.only("hidden_activation" if options.get("hidden_activation") else "hidden_act", _GELU, _GELU[0])
+    options.only(
+        "hidden_activation" if options.get("hidden_activation") else "hidden_act", _GELU, _GELU[0]
+    )
     known = Options({**options.values, "hidden_act": "silu"}, options.where)
-    own = {"activation": "geglu_tanh", "zero_centered_norm": True, "embedding_scale": sqrt(options.number("hidden_size"))}
+    own = {
+        "activation": "geglu_tanh",
+        "zero_centered_norm": True,
+        "embedding_scale": sqrt(options.number("hidden_size")),
+    }
     return read_decoder(known, head_dim=256, tied=True) | own
 
 
 def _write_gemma(model: ModelConfig) -> dict[str, Any]:
     scaled = isclose(model.embedding_scale, sqrt(model.hidden_size), rel_tol=1e-6)
-    own = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "attention_bias": False}
+    own = {
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attention_bias": False,
+    }
     return write_decoder(model) | own if scaled else write_decoder(model)
 
 

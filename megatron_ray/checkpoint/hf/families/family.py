@@ -1,4 +1,7 @@
-"""What a family of published models is. Owns: the shape of that statement. Pure; must not know: any family, files, torch."""
+"""What a family of published models is.
+
+Owns: the shape of that statement. Pure; must not know: any family, files, torch.
+"""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +30,8 @@ class Family:
     architecture: str
     """Class that transformers makes of it."""
     read: Callable[[Options], dict[str, Any]]
-    """config.json -> fields of ModelConfig. Raises ConfigProblem for what a ModelConfig cannot say."""
+    """config.json -> fields of ModelConfig. Raises ConfigProblem for what a ModelConfig cannot
+    say."""
     write: Callable[[ModelConfig], dict[str, Any]]
     """ModelConfig -> config.json, as far as the family can say it (see `writing_problems`)."""
     rules: Callable[[ModelConfig], Sequence[Rule]]
@@ -39,4 +43,5 @@ class Family:
     copies: Callable[[ModelConfig], Mapping[str, str]] = no_copies
     """Stored tensor -> the stored tensor that it repeats."""
     present: Callable[[ModelConfig, Collection[str]], ModelConfig] = all_present
-    """The model without parts that config.json speaks of and that are not among the stored names."""
+    """The model without parts that config.json speaks of and that are not among the stored
+    names."""

@@ -1,4 +1,8 @@
-"""GPT-2. Owns: its config.json and names; linear layers are stored transposed, queries, keys and values in one. Pure."""
+"""GPT-2.
+
+Owns: its config.json and names; linear layers are stored transposed, queries, keys and values in
+one. Pure.
+"""
 
 from typing import Any
 
@@ -7,7 +11,12 @@ from megatron_ray.checkpoint.hf.options import Options
 from megatron_ray.checkpoint.hf.places import Rule, linear
 from megatron_ray.config.model import ModelConfig
 
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+}
 
 
 def _read(options: Options) -> dict[str, Any]:
@@ -16,7 +25,9 @@ def _read(options: Options) -> dict[str, Any]:
     options.only("add_cross_attention", (False,), False)
     dropout = options.number("resid_pdrop", 0.1)
     if options.number("embd_pdrop", 0.1) != dropout:
-        raise options.refuse("embd_pdrop differs from resid_pdrop, which is not supported: set both alike")
+        raise options.refuse(
+            "embd_pdrop differs from resid_pdrop, which is not supported: set both alike"
+        )
     return {
         "num_layers": options.number("n_layer"),
         "hidden_size": options.number("n_embd"),
@@ -56,20 +67,34 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 
 
 def _rules(model: ModelConfig) -> list[Rule]:
-    layer, stored = "layers.{}.", "transformer.h.{}."
+    layer = "layers.{}."
+    stored = "transformer.h.{}."
     rules = linear("embedding", "transformer.wte") + linear("position_embedding", "transformer.wpe")
     rules += linear("final_norm", "transformer.ln_f", bias=True)
     rules += [] if model.tie_embeddings else linear("head", "lm_head")
     for ours, theirs in {"attention_norm": "ln_1", "mlp_norm": "ln_2"}.items():
         rules += linear(layer + ours, stored + theirs, bias=True)
-    for ours, theirs in {"attention.o": "attn.c_proj", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}.items():
+    for ours, theirs in {
+        "attention.o": "attn.c_proj",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }.items():
         rules += [Rule(f"{layer}{ours}.weight", f"{stored}{theirs}.weight", transposed=True)]
         rules += [Rule(f"{layer}{ours}.bias", f"{stored}{theirs}.bias")]
     for part, name in enumerate("qkv"):
-        ours, theirs = f"{layer}attention.{name}.", stored + "attn.c_attn."
+        ours = f"{layer}attention.{name}."
+        theirs = stored + "attn.c_attn."
         rules += [Rule(ours + "weight", theirs + "weight", part=part, parts=3, transposed=True)]
         rules += [Rule(ours + "bias", theirs + "bias", part=part, parts=3)]
     return rules
 
 
-GPT2 = Family("gpt2", "GPT2LMHeadModel", _read, _write, _rules, prefix="transformer.", ignored=("*h.*.attn.bias", "*h.*.attn.masked_bias"))
+GPT2 = Family(
+    "gpt2",
+    "GPT2LMHeadModel",
+    _read,
+    _write,
+    _rules,
+    prefix="transformer.",
+    ignored=("*h.*.attn.bias", "*h.*.attn.masked_bias"),
+)

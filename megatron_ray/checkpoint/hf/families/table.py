@@ -1,4 +1,7 @@
-"""The families that are known. Owns: the list, which of them a config.json or a model belongs to, and what neither can say. Pure."""
+"""The families that are known.
+
+Owns: the list, which of them a config.json or a model belongs to, and what neither can say. Pure.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,40 +18,68 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigProblem
 from megatron_ray.validation.initial_weights import essence
 
-FAMILIES = {family.model_type: family for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3)}
+FAMILIES = {
+    family.model_type: family
+    for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3)
+}
 
 
 def family_named(values: Mapping[str, Any], where: str) -> Family:
-    """The family of a config.json, by `model_type` or else by `architectures`. Raises ConfigProblem."""
-    model_type, architectures = values.get("model_type"), values.get("architectures") or []
+    """The family of a config.json, by `model_type` or else by `architectures`.
+
+    Raises ConfigProblem.
+    """
+    model_type = values.get("model_type")
+    architectures = values.get("architectures") or []
     by_class = {family.architecture: family for family in FAMILIES.values()}
-    named = FAMILIES.get(str(model_type)) or next((by_class[name] for name in architectures if name in by_class), None)
+    named = FAMILIES.get(str(model_type)) or next(
+        (by_class[name] for name in architectures if name in by_class), None
+    )
     if named is not None and (not architectures or named.architecture in architectures):
         return named
-    known = ", ".join(f"{family.model_type} ({family.architecture})" for family in FAMILIES.values())
-    raise ConfigProblem(f"{where}: model_type={model_type!r} with architectures={architectures!r} is not supported; known: {known}")
+    known = ", ".join(
+        f"{family.model_type} ({family.architecture})" for family in FAMILIES.values()
+    )
+    raise ConfigProblem(
+        f"{where}: model_type={model_type!r} with architectures={architectures!r} is not "
+        f"supported; known: {known}"
+    )
 
 
 def read_model(family: Family, values: Mapping[str, Any], where: str) -> ModelConfig:
-    """The model that a config.json describes. Raises ConfigProblem for what is not supported or not sensible."""
+    """The model that a config.json describes.
+
+    Raises ConfigProblem for what is not supported or not sensible.
+    """
     fields = family.read(Options(values, where))
     try:
         return ModelConfig.model_validate(fields)
     except ValidationError as error:
-        found = (f"model.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}" for item in error.errors())
+        found = (
+            f"model.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+            for item in error.errors()
+        )
         raise ConfigProblem(f"{where} does not describe a model: {'; '.join(found)}") from error
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The family that a model can be published as. Raises ConfigProblem with the field that its nearest family cannot say."""
+    """The family that a model can be published as.
+
+    Raises ConfigProblem with the field that its nearest family cannot say.
+    """
     family = _nearest(model)
     try:
         read_back = essence(read_model(family, family.write(model), family.model_type))
     except ConfigProblem as problem:
-        raise ConfigProblem(f"the model cannot be written as {family.model_type}: {problem}") from problem
+        raise ConfigProblem(
+            f"the model cannot be written as {family.model_type}: {problem}"
+        ) from problem
     for field, value in essence(model).items():
         if read_back[field] != value:
-            text = f"model.{field}={value!r} cannot be said in the config.json of {family.model_type}, the nearest known family"
+            text = (
+                f"model.{field}={value!r} cannot be said in the config.json of "
+                f"{family.model_type}, the nearest known family"
+            )
             raise ConfigProblem(f"{text} (it would be read as {read_back[field]!r})")
     return family
 

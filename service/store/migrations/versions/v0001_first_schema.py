@@ -114,7 +114,9 @@ def _jobs() -> None:
         sa.Column("job", KEY, nullable=False),
         sa.Column("key", sa.String(), nullable=False),
         sa.Column("value", sa.String(), nullable=False),
-        sa.ForeignKeyConstraint(["job"], ["jobs.number"], name=op.f("fk_job_labels_job"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job"], ["jobs.number"], name=op.f("fk_job_labels_job"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job", "key", name=op.f("pk_job_labels")),
     )
     op.create_index(op.f("ix_job_labels_key_value"), "job_labels", ["key", "value"], unique=False)
@@ -126,7 +128,9 @@ def _history() -> None:
         sa.Column("job", KEY, nullable=False),
         sa.Column("source", sa.String(length=64), nullable=False),
         sa.Column("stored", sa.BigInteger(), nullable=False),
-        sa.ForeignKeyConstraint(["job"], ["jobs.number"], name=op.f("fk_sources_job"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job"], ["jobs.number"], name=op.f("fk_sources_job"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job", "source", name=op.f("pk_sources")),
     )
     op.create_table(
@@ -143,7 +147,9 @@ def _history() -> None:
         sa.Column("data", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("ranks", sa.JSON(), nullable=False),
         sa.Column("actor", sa.String(length=16), nullable=False),
-        sa.ForeignKeyConstraint(["job"], ["jobs.number"], name=op.f("fk_events_job"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job"], ["jobs.number"], name=op.f("fk_events_job"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job", "seq", name=op.f("pk_events")),
         sa.UniqueConstraint("job", "source", "n", name=op.f("uq_events_job_source_n")),
     )
@@ -163,7 +169,9 @@ def _history() -> None:
         sa.Column("mfu", sa.Double(), nullable=True),
         sa.Column("memory_bytes", sa.BigInteger(), nullable=True),
         sa.Column("split_s", sa.JSON(none_as_null=True), nullable=True),
-        sa.ForeignKeyConstraint(["job"], ["jobs.number"], name=op.f("fk_metrics_job"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job"], ["jobs.number"], name=op.f("fk_metrics_job"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job", "step", "attempt", name=op.f("pk_metrics")),
         sa.UniqueConstraint("job", "cursor", name=op.f("uq_metrics_job_cursor")),
         sqlite_with_rowid=False,
@@ -182,7 +190,9 @@ def _attempts() -> None:
         sa.Column("started_at", sa.Double(), nullable=True),
         sa.Column("ended_at", sa.Double(), nullable=True),
         sa.Column("ranks", sa.JSON(), nullable=False),
-        sa.ForeignKeyConstraint(["job"], ["jobs.number"], name=op.f("fk_attempts_job"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job"], ["jobs.number"], name=op.f("fk_attempts_job"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job", "attempt", name=op.f("pk_attempts")),
     )
     op.create_table(
@@ -195,6 +205,8 @@ def _attempts() -> None:
         sa.Column("loss", sa.Double(), nullable=True),
         sa.Column("committed_at", sa.Double(), nullable=False),
         sa.Column("deleted_at", sa.Double(), nullable=True),
-        sa.ForeignKeyConstraint(["job"], ["jobs.number"], name=op.f("fk_checkpoints_job"), ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job"], ["jobs.number"], name=op.f("fk_checkpoints_job"), ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job", "path", name=op.f("pk_checkpoints")),
     )

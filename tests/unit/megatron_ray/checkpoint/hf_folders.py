@@ -82,7 +82,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", _GROUPED | {"sliding_window": 16}),
     "mixtral": ("Mixtral", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma": ("Gemma", _WIDE | {"num_key_value_heads": 1}),
-    "qwen2": ("Qwen2", _GROUPED | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}),
+    "qwen2": (
+        "Qwen2",
+        _GROUPED | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+    ),
     "qwen3": ("Qwen3", _WIDE),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -106,13 +109,25 @@ def make(family: str, **changed: Any) -> nn.Module:
     name, settings = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**settings | changed)
     torch.manual_seed(sum(map(ord, family)))
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    for tensor in [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if "correction" in name)]:
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+        config, experts_implementation="eager"
+    )
+    for tensor in [
+        *model.parameters(),
+        *(buffer for name, buffer in model.named_buffers() if "correction" in name),
+    ]:
         tensor.data.add_(torch.randn_like(tensor), alpha=0.1 if tensor.dim() == 1 else 0.05)
     return model.eval()
 
 
-def publish(family: str, folder: Path, *, shard: str = "5GB", dtype: torch.dtype | None = None, **changed: Any) -> nn.Module:
+def publish(
+    family: str,
+    folder: Path,
+    *,
+    shard: str = "5GB",
+    dtype: torch.dtype | None = None,
+    **changed: Any,
+) -> nn.Module:
     """Writes the folder and returns the model."""
     model = make(family, **changed)
     if dtype is not None:
@@ -139,11 +154,19 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, T
 def add_further_layer(folder: Path) -> None:
     """What DeepSeek publishes behind the last layer and transformers does not save."""
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-    last, further = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+    last = f"model.layers.{layers - 1}."
+    further = f"model.layers.{layers}."
 
     def add(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        block = {further + name.removeprefix(last): tensor + 0.01 for name, tensor in tensors.items() if name.startswith(last)}
-        norms = {f"{further}{name}.weight": torch.rand(32) for name in ("enorm", "hnorm", "shared_head.norm")}
+        block = {
+            further + name.removeprefix(last): tensor + 0.01
+            for name, tensor in tensors.items()
+            if name.startswith(last)
+        }
+        norms = {
+            f"{further}{name}.weight": torch.rand(32)
+            for name in ("enorm", "hnorm", "shared_head.norm")
+        }
         copies = {
             further + "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
             further + "shared_head.head.weight": tensors["lm_head.weight"].clone(),

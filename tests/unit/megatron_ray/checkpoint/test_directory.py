@@ -20,13 +20,17 @@ from megatron_ray.checkpoint.directory import (
 from megatron_ray.storage.storage import open_storage
 
 
-def write(root: Path, step: int, attempt: int = 1, *, committed: bool = True, loss: float | None = None) -> str:
+def write(
+    root: Path, step: int, attempt: int = 1, *, committed: bool = True, loss: float | None = None
+) -> str:
     path = checkpoint_path(str(root), step, attempt)
     storage = open_storage(path)
     storage.write_bytes_atomic("index.json", b'{"files": {"data/rank-00000.bin": 8}}')
     storage.write_bytes_atomic("data/rank-00000.bin", b"12345678")
     if committed:
-        commit(path, {"step": step, "attempt": attempt, "loss": loss}, [{"kind": "step", "step": step}])
+        commit(
+            path, {"step": step, "attempt": attempt, "loss": loss}, [{"kind": "step", "step": step}]
+        )
     return path
 
 
@@ -35,13 +39,22 @@ def steps(root: Path) -> list[tuple[int, int]]:
 
 
 def test_paths_carry_step_and_attempt() -> None:
-    assert checkpoint_path("s3://bucket/job/", 50, 1) == "s3://bucket/job/checkpoints/step-00000050-a0001"
+    assert (
+        checkpoint_path("s3://bucket/job/", 50, 1)
+        == "s3://bucket/job/checkpoints/step-00000050-a0001"
+    )
 
 
 def test_a_committed_checkpoint_has_reports_manifest_and_loss(tmp_path: Path) -> None:
     path = write(tmp_path, 50, loss=2.5)
     (info,) = list_checkpoints(str(tmp_path))
-    assert (info.step, info.attempt, info.path, info.committed, info.loss) == (50, 1, path, True, 2.5)
+    assert (info.step, info.attempt, info.path, info.committed, info.loss) == (
+        50,
+        1,
+        path,
+        True,
+        2.5,
+    )
     assert info.bytes > 10
     manifest = read_manifest(path)
     assert manifest["files"] == {"index.json": 37, "data/rank-00000.bin": 8, "reports.jsonl": 29}
@@ -75,7 +88,9 @@ def test_a_marker_without_manifest_does_not_count(tmp_path: Path) -> None:
     path = write(tmp_path, 9)
     Path(path, "manifest.json").write_text("[1]")
     assert latest_committed(str(tmp_path)) is None
-    with pytest.raises(CheckpointError, match=r"cannot load .*a0001: manifest.json is missing or not readable"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot load .*a0001: manifest.json is missing or not readable"
+    ):
         read_manifest(path)
 
 
@@ -86,26 +101,37 @@ def test_committing_twice_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_commit_needs_the_common_part(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot commit .*: index.json is missing, rank 0 has not written its part"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"cannot commit .*: index.json is missing, rank 0 has not written its part",
+    ):
         commit(str(tmp_path / "empty"), {}, [])
 
 
 def test_commit_needs_every_rank(tmp_path: Path) -> None:
     path = write(tmp_path, 5, committed=False)
     Path(path, "data/rank-00000.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"cannot commit .*: its file data/rank-00000.bin is missing"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot commit .*: its file data/rank-00000.bin is missing"
+    ):
         commit(path, {}, [])
     assert not Path(path, "COMMITTED").exists()
 
 
 def test_torn_checkpoints_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"cannot load .*/nowhere: there is no checkpoint at this path"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot load .*/nowhere: there is no checkpoint at this path"
+    ):
         read_manifest(str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointError, match=r"cannot load .*a0001: it is not committed \(no COMMITTED marker\)"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot load .*a0001: it is not committed \(no COMMITTED marker\)"
+    ):
         read_manifest(write(tmp_path, 5, committed=False))
     path = write(tmp_path, 6)
     Path(path, "data/rank-00000.bin").write_bytes(b"1234")
-    with pytest.raises(CheckpointError, match=r"its file data/rank-00000.bin has 4 bytes, 8 were written"):
+    with pytest.raises(
+        CheckpointError, match=r"its file data/rank-00000.bin has 4 bytes, 8 were written"
+    ):
         read_manifest(path)
     Path(path, "data/rank-00000.bin").unlink()
     with pytest.raises(CheckpointError, match=r"its file data/rank-00000.bin is missing"):
@@ -117,7 +143,10 @@ def test_newer_formats_are_refused(tmp_path: Path, version: object) -> None:
     path = write(tmp_path, 5)
     manifest = json.loads(Path(path, "manifest.json").read_text())
     Path(path, "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
-    with pytest.raises(CheckpointError, match=rf"format_version is {version}, this program reads up to 1; use the newer program"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"format_version is {version}, this program reads up to 1; use the newer program",
+    ):
         read_manifest(path)
 
 
@@ -128,7 +157,11 @@ def test_retention_keeps_the_newest_and_what_may_be_in_the_making(tmp_path: Path
     write(tmp_path, 50, committed=False)
     write(tmp_path, 30, 2, committed=False)  # a later attempt that went back
     deleted = apply_retention(str(tmp_path), 2)
-    assert sorted(path.rpartition("/")[2] for path in deleted) == ["step-00000010-a0001", "step-00000020-a0001", "step-00000025-a0001"]
+    assert sorted(path.rpartition("/")[2] for path in deleted) == [
+        "step-00000010-a0001",
+        "step-00000020-a0001",
+        "step-00000025-a0001",
+    ]
     assert steps(tmp_path) == [(30, 1), (30, 2), (40, 1), (50, 1)]
     assert apply_retention(str(tmp_path), 2) == []
 
@@ -137,7 +170,10 @@ def test_the_only_committed_checkpoint_stays(tmp_path: Path) -> None:
     write(tmp_path, 10)
     write(tmp_path, 20, committed=False)
     assert apply_retention(str(tmp_path), 1) == []
-    with pytest.raises(ValueError, match="keep_last=0 must be at least 1: the only committed checkpoint is never deleted"):
+    with pytest.raises(
+        ValueError,
+        match="keep_last=0 must be at least 1: the only committed checkpoint is never deleted",
+    ):
         apply_retention(str(tmp_path), 0)
 
 
@@ -155,5 +191,8 @@ def test_deleting_takes_the_marker_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_drivers_need_no_torch_to_commit() -> None:
-    code = "import sys; sys.modules['torch'] = None; import megatron_ray.checkpoint.directory, megatron_ray.sharding.flat_boxes"
+    code = (
+        "import sys; sys.modules['torch'] = None; import megatron_ray.checkpoint.directory, "
+        "megatron_ray.sharding.flat_boxes"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

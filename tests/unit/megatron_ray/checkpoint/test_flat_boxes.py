@@ -26,7 +26,9 @@ def test_boxes_hold_exactly_the_range_in_order(case: tuple[tuple[int, ...], int,
     boxes = flat_range_to_boxes(shape, start, end)
     for box, low, high in boxes:
         assert low == position
-        slices = tuple(slice(offset, offset + size) for offset, size in zip(box.offset, box.size, strict=True))
+        slices = tuple(
+            slice(offset, offset + size) for offset, size in zip(box.offset, box.size, strict=True)
+        )
         assert tensor[slices].reshape(-1).tolist() == list(range(low, high))
         assert tensor[slices].shape == box.size
         position = high
@@ -50,5 +52,7 @@ def test_whole_rows_are_one_box_and_nothing_is_none() -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 2), (3, 2), (0, 41)])
 def test_a_range_outside_is_refused(start: int, end: int) -> None:
-    with pytest.raises(ValueError, match=r"flat range .* is not inside a tensor of shape \(4, 10\)"):
+    with pytest.raises(
+        ValueError, match=r"flat range .* is not inside a tensor of shape \(4, 10\)"
+    ):
         flat_range_to_boxes((4, 10), start, end)

@@ -1,4 +1,6 @@
-"""Folders of transformers become checkpoints and folders again: equal to the bit, judged by transformers, and clear about what is bad."""
+"""Folders of transformers become checkpoints and folders again: equal to the bit, judged by
+transformers, and clear about what is bad.
+"""
 
 import json
 from collections.abc import Callable
@@ -41,7 +43,11 @@ LOGITS_BAR = 5e-6
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -56,7 +62,12 @@ def settings_of(path: str) -> TrainConfig:
             "model": starting_model(path).model_dump(mode="json"),
             "parallel": {"dp": 1, "sequence_parallel": False},
             "data": {"train": [{"path": "x"}]},
-            "training": {"seq_length": SEQUENCE, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1},
+            "training": {
+                "seq_length": SEQUENCE,
+                "micro_batch_size": 1,
+                "global_batch_size": 1,
+                "steps": 1,
+            },
             "optimizer": {"lr": 0.001},
         }
     )
@@ -83,13 +94,18 @@ def test_a_folder_goes_in_and_comes_out_equal(tmp_path: Path, name: str) -> None
     imported = import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     assert imported.model_type == name.partition("-")[0].replace("llama3", "llama")
     exported = export_folder(str(tmp_path / "ours"), str(tmp_path / "again"), shard_bytes=20_000)
-    assert len(exported.files) > 1 and (tmp_path / "again" / "model.safetensors.index.json").exists()
+    assert (
+        len(exported.files) > 1 and (tmp_path / "again" / "model.safetensors.index.json").exists()
+    )
     assert_equal(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again"))
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", output_loading_info=True, experts_implementation="eager"
     )
     assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
-    assert type(loaded) is type(published) and loaded.config.eos_token_id == published.config.eos_token_id
+    assert (
+        type(loaded) is type(published)
+        and loaded.config.eos_token_id == published.config.eos_token_id
+    )
     tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
     expected = logits_there(published, tokens)
     assert torch.equal(logits_there(loaded.eval(), tokens), expected)
@@ -97,13 +113,19 @@ def test_a_folder_goes_in_and_comes_out_equal(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("source", ["hf", "ours"])
-def test_a_run_that_begins_with_them_computes_the_same(tmp_path: Path, name: str, source: str) -> None:
+def test_a_run_that_begins_with_them_computes_the_same(
+    tmp_path: Path, name: str, source: str
+) -> None:
     published = publish(name, tmp_path / "hf", shard="30KB")
     if source == "ours":
         import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
     expected = logits_there(published.double(), tokens)
-    found = logits_here(str(tmp_path / source), tokens).double().reshape(expected.shape[0], expected.shape[1], -1)[..., :VOCABULARY]
+    found = (
+        logits_here(str(tmp_path / source), tokens)
+        .double()
+        .reshape(expected.shape[0], expected.shape[1], -1)[..., :VOCABULARY]
+    )
     assert (found - expected).norm() / expected.norm() <= LOGITS_BAR
 
 
@@ -121,12 +143,25 @@ def test_types_are_kept_or_chosen(tmp_path: Path) -> None:
 def test_boxes_are_read_from_anywhere(tmp_path: Path) -> None:
     publish("gpt2", tmp_path / "hf")
     weights = HfWeights(str(tmp_path / "hf"))
-    for name in ("layers.1.attention.k.weight", "layers.0.mlp.down.weight", "layers.0.attention.v.bias"):
+    for name in (
+        "layers.1.attention.k.weight",
+        "layers.0.mlp.down.weight",
+        "layers.0.attention.v.bias",
+    ):
         whole = load_whole(weights, name)
-        offset, size = (5, 3)[: whole.dim()], (7, 11)[: whole.dim()]
+        offset = (5, 3)[: whole.dim()]
+        size = (7, 11)[: whole.dim()]
         part = torch.zeros(size)
-        weights.load_into({f"model/{name}": ShardedTensor(tuple(whole.shape), [TensorBox(Box(offset, size), part)])})
-        where = tuple(slice(start, start + length) for start, length in zip(offset, size, strict=True))
+        weights.load_into(
+            {
+                f"model/{name}": ShardedTensor(
+                    tuple(whole.shape), [TensorBox(Box(offset, size), part)]
+                )
+            }
+        )
+        where = tuple(
+            slice(start, start + length) for start, length in zip(offset, size, strict=True)
+        )
         assert torch.equal(part, whole[where])
 
 
@@ -141,15 +176,25 @@ def test_a_checkpoint_made_here_speaks_and_its_tokenizer_goes_along(tmp_path: Pa
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
     assert again("a line")["input_ids"] == list(b"a line") and again.eos_token_id == 256
     config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (256, [256, 7], None)
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
+        256,
+        [256, 7],
+        None,
+    )
 
 
 def test_names_without_the_prefix_and_computed_tensors_are_read(tmp_path: Path) -> None:
     publish("gpt2", tmp_path / "hf")
     whole = tensors_of(tmp_path / "hf")
     import_folder(str(tmp_path / "hf"), str(tmp_path / "one"))
-    edit_tensors(tmp_path / "hf", lambda found: {name.removeprefix("transformer."): tensor for name, tensor in found.items()})
-    edit_tensors(tmp_path / "hf", lambda found: found | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)})
+    edit_tensors(
+        tmp_path / "hf",
+        lambda found: {name.removeprefix("transformer."): tensor for name, tensor in found.items()},
+    )
+    edit_tensors(
+        tmp_path / "hf",
+        lambda found: found | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)},
+    )
     import_folder(str(tmp_path / "hf"), str(tmp_path / "two"))
     export_folder(str(tmp_path / "two"), str(tmp_path / "again"))
     assert_equal(whole, tensors_of(tmp_path / "again"))
@@ -159,13 +204,17 @@ def test_names_without_the_prefix_and_computed_tensors_are_read(tmp_path: Path) 
 
 def quantise(tensors: dict[str, Tensor], block: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(as DeepSeek publishes them, what they stand for)."""
-    stored, meant = dict(tensors), dict(tensors)
+    stored = dict(tensors)
+    meant = dict(tensors)
     for name, tensor in tensors.items():
         if name.endswith("_proj.weight"):
             rows, columns = (-(-size // block) for size in tensor.shape)
             scales = torch.rand(rows, columns) + 0.5
-            stored[name], stored[name + "_scale_inv"] = tensor.to(torch.float8_e4m3fn), scales
-            factors = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[: tensor.shape[0], : tensor.shape[1]]
+            stored[name] = tensor.to(torch.float8_e4m3fn)
+            stored[name + "_scale_inv"] = scales
+            factors = scales.repeat_interleave(block, 0).repeat_interleave(block, 1)[
+                : tensor.shape[0], : tensor.shape[1]
+            ]
             meant[name] = (stored[name].float() * factors).bfloat16()
     return stored, meant
 
@@ -175,12 +224,21 @@ def test_blocks_of_fp8_are_undone(tmp_path: Path, name: str) -> None:
     publish(name, tmp_path / "hf")
     stored, meant = quantise(tensors_of(tmp_path / "hf"), 12)
     edit_tensors(tmp_path / "hf", lambda _: stored)
-    edit_config(tmp_path / "hf", quantization_config={"quant_method": "fp8", "weight_block_size": [12, 12]})
+    edit_config(
+        tmp_path / "hf", quantization_config={"quant_method": "fp8", "weight_block_size": [12, 12]}
+    )
     import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     export_folder(str(tmp_path / "ours"), str(tmp_path / "again"))
     assert_equal(meant, tensors_of(tmp_path / "again"))
-    weights, part = HfWeights(str(tmp_path / "hf")), torch.zeros(9, 15)
-    weights.load_into({"model/layers.0.mlp.up.weight": ShardedTensor((48, 32), [TensorBox(Box((11, 5), (9, 15)), part)])})
+    weights = HfWeights(str(tmp_path / "hf"))
+    part = torch.zeros(9, 15)
+    weights.load_into(
+        {
+            "model/layers.0.mlp.up.weight": ShardedTensor(
+                (48, 32), [TensorBox(Box((11, 5), (9, 15)), part)]
+            )
+        }
+    )
     assert torch.equal(part.bfloat16(), meant["model.layers.0.mlp.up_proj.weight"][11:20, 5:20])
 
 
@@ -199,7 +257,9 @@ def lose_shard(folder: Path) -> None:
 
 
 def without(name: str) -> Damage:
-    return lambda folder: edit_tensors(folder, lambda found: {key: value for key, value in found.items() if key != name})
+    return lambda folder: edit_tensors(
+        folder, lambda found: {key: value for key, value in found.items() if key != name}
+    )
 
 
 def with_tensor(name: str, tensor: Tensor) -> Damage:
@@ -214,36 +274,74 @@ def with_config(**changed: Any) -> Damage:
     ("damage", "words"),
     [
         (cut_short, "is cut short: tensor 'model.norm.weight' ends at byte"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"PK\3\4" * 9), "its header would be"),
-        (lambda folder: (folder / "model.safetensors").write_bytes(b"abc"), "it has 3 bytes, which is no safetensors file"),
         (
-            lambda folder: (folder / "model.safetensors").write_bytes((4).to_bytes(8, "little") + b"nope"),
+            lambda folder: (folder / "model.safetensors").write_bytes(b"PK\3\4" * 9),
+            "its header would be",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"abc"),
+            "it has 3 bytes, which is no safetensors file",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(
+                (4).to_bytes(8, "little") + b"nope"
+            ),
             "its header is not readable",
         ),
         (lose_shard, "files that model.safetensors.index.json names are missing: model-00002-of-"),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "weights in torch's own format are not read"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            "weights in torch's own format are not read",
+        ),
         (lambda folder: (folder / "config.json").unlink(), "it holds no config.json"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json: it is not valid JSON"),
-        (without("model.norm.weight"), "lacks 1 of the 21 tensors that its config.json asks for: model.norm.weight"),
+        (
+            lambda folder: (folder / "config.json").write_text("{"),
+            "config.json: it is not valid JSON",
+        ),
+        (
+            without("model.norm.weight"),
+            "lacks 1 of the 21 tensors that its config.json asks for: model.norm.weight",
+        ),
         (
             with_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(32)),
-            "holds 1 tensors that a llama model of 2 layers, as its config.json describes it, does not have: model.layers.0.self_attn",
+            "holds 1 tensors that a llama model of 2 layers, as its config.json describes "
+            "it, does not have: model.layers.0.self_attn",
         ),
-        (with_config(num_hidden_layers=1), "a llama model of 1 layers, as its config.json describes it, does not have: model.layers.1."),
+        (
+            with_config(num_hidden_layers=1),
+            "a llama model of 1 layers, as its config.json describes it, does not have: "
+            "model.layers.1.",
+        ),
         (
             with_config(intermediate_size=64),
-            "tensor 'model.layers.0.mlp.gate_proj.weight' has shape [48, 32], [64, 32] is expected from config.json;"
+            "tensor 'model.layers.0.mlp.gate_proj.weight' has shape [48, 32], [64, 32] is "
+            "expected from config.json;"
             " look at model.ffn_hidden_size",
         ),
         (with_config(num_key_value_heads=4), "look at model.num_query_groups or model.head_dim"),
         (with_config(vocab_size=300), "look at model.vocab_size or model.hidden_size"),
-        (with_config(tie_word_embeddings=True), "tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', but the model has them"),
-        (with_config(quantization_config={"quant_method": "gptq"}), "quantization_config with quant_method='gptq'"),
         (
-            lambda folder: edit_tensors(folder, lambda found: {name: tensor.to(torch.float8_e4m3fn) for name, tensor in found.items()}),
+            with_config(tie_word_embeddings=True),
+            "tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', but the "
+            "model has them",
+        ),
+        (
+            with_config(quantization_config={"quant_method": "gptq"}),
+            "quantization_config with quant_method='gptq'",
+        ),
+        (
+            lambda folder: edit_tensors(
+                folder,
+                lambda found: {
+                    name: tensor.to(torch.float8_e4m3fn) for name, tensor in found.items()
+                },
+            ),
             "needs a factor for each block of [128, 128], and there is none",
         ),
-        (with_tensor("model.norm.weight", torch.ones(32, dtype=torch.int64)), "'model.norm.weight' has type I64, which is not supported"),
+        (
+            with_tensor("model.norm.weight", torch.ones(32, dtype=torch.int64)),
+            "'model.norm.weight' has type I64, which is not supported",
+        ),
     ],
 )
 def test_a_bad_folder_is_one_message_and_leaves_nothing(
@@ -258,7 +356,9 @@ def test_a_bad_folder_is_one_message_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def test_out_must_be_new_and_in_must_be_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_out_must_be_new_and_in_must_be_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     publish("llama", tmp_path / "hf")
     (tmp_path / "there").mkdir()
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "there")]) == 1
@@ -267,11 +367,16 @@ def test_out_must_be_new_and_in_must_be_a_folder(tmp_path: Path, capsys: pytest.
     assert "it is not a folder with files in it" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
     assert "it is not committed" in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match="neither a committed checkpoint .* nor a folder in Hugging Face's format"):
+    with pytest.raises(
+        CheckpointError,
+        match="neither a committed checkpoint .* nor a folder in Hugging Face's format",
+    ):
         starting_model(str(tmp_path / "there"))
 
 
-def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,6 @@
-"""Families as data: config.json both ways, names, the order of rotated rows, and one clear refusal for what is not supported."""
+"""Families as data: config.json both ways, names, the order of rotated rows, and one clear refusal
+for what is not supported.
+"""
 
 import json
 import re
@@ -43,7 +45,13 @@ LLAMA = {
 """As Llama 3.1 8B is published."""
 
 
-SMALL = {"attention_dropout": 0.0, "hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "torch_dtype": "bfloat16"}
+SMALL = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "torch_dtype": "bfloat16",
+}
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "gpt2": (
         {
@@ -64,7 +72,10 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         124_439_808,
     ),
-    "llama-3.1-8b": (LLAMA | {"attention_bias": False, "pretraining_tp": 1, "mlp_bias": False}, 8_030_261_248),
+    "llama-3.1-8b": (
+        LLAMA | {"attention_bias": False, "pretraining_tp": 1, "mlp_bias": False},
+        8_030_261_248,
+    ),
     "mistral-7b-v0.1": (
         SMALL
         | {
@@ -128,7 +139,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         2_506_172_416,
     ),
 }
-"""config.json as published (what no reader looks at left out), and the published number of parameters."""
+"""config.json as published (what no reader looks at left out), and the published number of
+parameters."""
 
 
 def read(values: dict[str, Any]) -> ModelConfig:
@@ -146,11 +158,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", hf_folders.FAMILIES)
 def test_a_config_read_and_written_says_the_same(published: Path, name: str) -> None:
     values = json.loads((published / name / "config.json").read_text())
-    model, family = read(values), FAMILIES[name.partition("-")[0] if not name.startswith("llama") else "llama"]
+    model = read(values)
+    family = FAMILIES[name.partition("-")[0] if not name.startswith("llama") else "llama"]
     assert family_of(model) is family
     written = family.write(model)
     # Spelt differently on purpose, or without a meaning where no window is used.
-    spelt = {key for key in written if values.get(key) is not None and not key.startswith(("rope", "max_window"))}
+    spelt = {
+        key
+        for key in written
+        if values.get(key) is not None and not key.startswith(("rope", "max_window"))
+    }
     assert {key: values[key] for key in spelt} == {key: written[key] for key in spelt}
     assert essence(read_model(family, written, "written")) == essence(model)
 
@@ -160,8 +177,12 @@ def test_rules_speak_of_all_stored_names_and_of_no_others(published: Path, name:
     model = read(json.loads((published / name / "config.json").read_text()))
     family = family_of(model)
     with safe_open(published / name / "model.safetensors", "pt") as file:
-        stored = {re.sub(r"\d+", "{}", key) for key in file.keys() if key not in family.copies(model)}  # noqa: SIM118
-    spoken = {re.sub(r"\d+", "{}", rule.stored.replace("w{}", "w1")) for rule in family.rules(model)}
+        stored = {
+            re.sub(r"\d+", "{}", key) for key in file.keys() if key not in family.copies(model)
+        }  # noqa: SIM118
+    spoken = {
+        re.sub(r"\d+", "{}", rule.stored.replace("w{}", "w1")) for rule in family.rules(model)
+    }
     assert stored <= spoken
     plain_mlp = {f"model.layers.{{}}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     assert spoken - stored <= (plain_mlp if model.moe is not None else set())
@@ -176,34 +197,66 @@ def test_both_spellings_of_rope_are_one() -> None:
     oldest = LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     assert (
         read(oldest).rope_scaling
-        == ModelConfig.model_validate({"preset": "llama3-8b", "rope_scaling": {"kind": "linear", "factor": 2.0}}).rope_scaling
+        == ModelConfig.model_validate(
+            {"preset": "llama3-8b", "rope_scaling": {"kind": "linear", "factor": 2.0}}
+        ).rope_scaling
     )
 
 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"model_type": "opt", "architectures": ["OPTForCausalLM"]}, "model_type='opt' with architectures=['OPTForCausalLM'] is not"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "is not supported; known: gpt2 (GPT2LMHeadModel)"),
+        (
+            {"model_type": "opt", "architectures": ["OPTForCausalLM"]},
+            "model_type='opt' with architectures=['OPTForCausalLM'] is not",
+        ),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            "is not supported; known: gpt2 (GPT2LMHeadModel)",
+        ),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported; known: 'silu'"),
         ({"attention_bias": True}, "attention_bias=true with mlp_bias=false is not supported"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' is not supported; known: 'default', 'llama3'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}}, "truncate=False is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}}, "attention_factor=3.0 is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_type='dynamic' is not supported; known: 'default', 'llama3'",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "truncate=False is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 3.0}},
+            "attention_factor=3.0 is not supported",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None, a number is needed"),
         ({"hidden_size": 4}, "does not describe a model: model.hidden_size: "),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', true or false is needed"),
         (
-            {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "scale_attn_by_inverse_layer_idx": True},
+            {
+                "model_type": "gpt2",
+                "architectures": ["GPT2LMHeadModel"],
+                "scale_attn_by_inverse_layer_idx": True,
+            },
             "scale_attn_by_inverse_layer_idx=True is not supported",
         ),
         (
-            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 4},
+            {
+                "model_type": "qwen2",
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "sliding_window": 4,
+            },
             "layer_types (or max_window_layers) must give every n-th layer",
         ),
-        ({"model_type": "deepseek_v3", "architectures": None, "rope_interleave": False}, "rope_interleave=False is not supported"),
-        ({"model_type": "deepseek_v3", "architectures": None, "rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05 is not supported"),
+        (
+            {"model_type": "deepseek_v3", "architectures": None, "rope_interleave": False},
+            "rope_interleave=False is not supported",
+        ),
+        (
+            {"model_type": "deepseek_v3", "architectures": None, "rms_norm_eps": 1e-5},
+            "rms_norm_eps=1e-05 is not supported",
+        ),
     ],
 )
 def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> None:
@@ -214,10 +267,19 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"activation": "gelu"}, "model.activation='gelu' cannot be said in the config.json of llama"),
+        (
+            {"activation": "gelu"},
+            "model.activation='gelu' cannot be said in the config.json of llama",
+        ),
         ({"embedding_scale": 3.0}, "model.embedding_scale=3.0 cannot be said"),
-        ({"qkv_bias": True, "qk_norm": True}, "model.qkv_bias=True cannot be said in the config.json of qwen3"),
-        ({"moe": {"num_experts": 4, "shared_expert_ffn_hidden_size": 8}}, "model.moe.shared_expert_ffn_hidden_size=8 cannot be said"),
+        (
+            {"qkv_bias": True, "qk_norm": True},
+            "model.qkv_bias=True cannot be said in the config.json of qwen3",
+        ),
+        (
+            {"moe": {"num_experts": 4, "shared_expert_ffn_hidden_size": 8}},
+            "model.moe.shared_expert_ffn_hidden_size=8 cannot be said",
+        ),
         ({"moe": {"num_experts": 4, "layer_pattern": {"every": 2}}}, "model.moe.layer_pattern="),
         ({"position_embedding": "none"}, "model.position_embedding='none' cannot be said"),
     ],
@@ -234,14 +296,18 @@ def test_rotated_pairs_become_halves() -> None:
         order |= {here.offset[0] + row: there.offset[0] + row for row in range(here.size[0])}
     assert [order[row] for row in range(12)] == [0, 1, 2, 4, 3, 5, 6, 7, 8, 10, 9, 11]
     middle = list(place.pieces((12, 3), Box((3, 1), (2, 1))))
-    assert [(here.offset, there.offset) for here, there in middle] == [((3, 1), (4, 1)), ((4, 1), (3, 1))]
+    assert [(here.offset, there.offset) for here, there in middle] == [
+        ((3, 1), (4, 1)),
+        ((4, 1), (3, 1)),
+    ]
 
 
 def test_rotated_rows_compute_what_transformers_computes() -> None:
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    rotary, width = Rotary(8, 0, 8), 8
+    rotary = Rotary(8, 0, 8)
+    width = 8
     values = torch.randn(1, 2, 5, width)
     angles = torch.randn(1, 5, width // 2)
     cos, sin = (function(torch.cat((angles, angles), -1)) for function in (torch.cos, torch.sin))
@@ -258,7 +324,16 @@ BASE = {"preset": "gpt-tiny", "vocab_size": 300}
     ("run", "weights", "pointers"),
     [
         ({}, {}, []),
-        ({"hidden_dropout": 0.1, "init_std": 0.1, "vocab_multiple": 64, "max_sequence_length": 9000}, {}, []),
+        (
+            {
+                "hidden_dropout": 0.1,
+                "init_std": 0.1,
+                "vocab_multiple": 64,
+                "max_sequence_length": 9000,
+            },
+            {},
+            [],
+        ),
         ({"vocab_size": None}, {}, ["/model/vocab_size"]),
         ({}, {"norm_eps": 1e-6, "rope_theta": 5e5}, ["/model/norm_eps", "/model/rope_theta"]),
         ({"rope_theta": 1e6}, {"rope_theta": 5e5}, []),
@@ -267,16 +342,26 @@ BASE = {"preset": "gpt-tiny", "vocab_size": 300}
         ({"sliding_window": 8}, {}, []),
         ({}, {"moe": {"num_experts": 4}}, ["/model/moe/num_experts", "/model/ffn_hidden_size"]),
         ({"moe": {"num_experts": 4, "aux_loss_coeff": 0.1}}, {"moe": {"num_experts": 4}}, []),
-        ({"moe": {"num_experts": 4, "top_k": 1}}, {"moe": {"num_experts": 4}}, ["/model/moe/top_k"]),
+        (
+            {"moe": {"num_experts": 4, "top_k": 1}},
+            {"moe": {"num_experts": 4}},
+            ["/model/moe/top_k"],
+        ),
         ({}, {"qkv_bias": True}, ["/model/qkv_bias"]),
         ({"mtp": {}}, {}, ["/model/mtp"]),
         ({}, {"mtp": {}}, []),
     ],
 )
-def test_a_run_that_contradicts_its_weights(run: dict[str, Any], weights: dict[str, Any], pointers: list[str]) -> None:
-    found = contradictions(ModelConfig.model_validate(BASE | run), ModelConfig.model_validate(BASE | weights))
+def test_a_run_that_contradicts_its_weights(
+    run: dict[str, Any], weights: dict[str, Any], pointers: list[str]
+) -> None:
+    found = contradictions(
+        ModelConfig.model_validate(BASE | run), ModelConfig.model_validate(BASE | weights)
+    )
     assert [problem.pointer for problem in found] == pointers
-    assert all("contradicts the weights of checkpoint.start_from" in problem.detail for problem in found)
+    assert all(
+        "contradicts the weights of checkpoint.start_from" in problem.detail for problem in found
+    )
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,4 +1,6 @@
-"""Memory of a conversion, measured by the kernel's own high-water mark in a process of its own: the largest tensor and some scratch."""
+"""Memory of a conversion, measured by the kernel's own high-water mark in a process of its own: the
+largest tensor and some scratch.
+"""
 
 import json
 import subprocess
@@ -20,7 +22,8 @@ def memory(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 way, source, out, small, *options = sys.argv[1:]
-# A small one first: what code is used is then in memory already (of torch's libraries alone that is tens of MiB).
+# A small one first: what code is used is then in memory already (of torch's libraries alone that is
+# tens of MiB).
 assert command.main([way, small, out + "-small", *options]) == 0
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
@@ -45,13 +48,29 @@ def write_llama(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
     }
     (folder / "config.json").write_text(json.dumps(config))
     weights = {f"self_attn.{name}_proj": (hidden, hidden) for name in "qkvo"}
-    weights |= {"mlp.gate_proj": (4 * hidden, hidden), "mlp.up_proj": (4 * hidden, hidden), "mlp.down_proj": (hidden, 4 * hidden)}
-    shapes: dict[str, tuple[int, ...]] = {**weights, "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    weights |= {
+        "mlp.gate_proj": (4 * hidden, hidden),
+        "mlp.up_proj": (4 * hidden, hidden),
+        "mlp.down_proj": (hidden, 4 * hidden),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        **weights,
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
     where: dict[str, str] = {}
     total = 0
-    frame = {"model.embed_tokens.weight": (1000, hidden), "lm_head.weight": (1000, hidden), "model.norm.weight": (hidden,)}
+    frame = {
+        "model.embed_tokens.weight": (1000, hidden),
+        "lm_head.weight": (1000, hidden),
+        "model.norm.weight": (hidden,),
+    }
     for part in range(layers + 1):
-        named = frame if part == layers else {f"model.layers.{part}.{name}.weight": shape for name, shape in shapes.items()}
+        named = (
+            frame
+            if part == layers
+            else {f"model.layers.{part}.{name}.weight": shape for name, shape in shapes.items()}
+        )
         tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in named.items()}
         save_file(tensors, folder / f"part-{part}.safetensors", metadata={"format": "pt"})
         where |= dict.fromkeys(named, f"part-{part}.safetensors")
@@ -61,7 +80,13 @@ def write_llama(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
 
 
 def peak_bytes(*arguments: str) -> int:
-    done = subprocess.run([sys.executable, "-c", PROBE, *arguments, "--json"], capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return int(done.stdout.splitlines()[-1])
 
@@ -72,9 +97,18 @@ def judge(tmp_path: Path, layers: int, hidden: int, least: int, spare: int) -> N
     total, largest = write_llama(tmp_path / "hf", layers, hidden)
     write_llama(tmp_path / "small", 1, 64)
     assert total >= least
-    inwards = peak_bytes("import", str(tmp_path / "hf"), str(tmp_path / "ours"), str(tmp_path / "small"))
+    inwards = peak_bytes(
+        "import", str(tmp_path / "hf"), str(tmp_path / "ours"), str(tmp_path / "small")
+    )
     assert inwards <= spare + largest, f"import took {inwards // MIB} MiB of {total // MIB}"
-    outwards = peak_bytes("export", str(tmp_path / "ours"), str(tmp_path / "again"), str(tmp_path / "ours-small"), "--dtype", "bf16")
+    outwards = peak_bytes(
+        "export",
+        str(tmp_path / "ours"),
+        str(tmp_path / "again"),
+        str(tmp_path / "ours-small"),
+        "--dtype",
+        "bf16",
+    )
     assert outwards <= spare + largest, f"export took {outwards // MIB} MiB of {total // MIB}"
 
 

@@ -1,4 +1,6 @@
-"""Saving and loading on one rank: refusals, dtypes, bounded reads, object storage, the interplay of saves."""
+"""Saving and loading on one rank: refusals, dtypes, bounded reads, object storage, the interplay of
+saves.
+"""
 
 import json
 import threading
@@ -22,7 +24,9 @@ from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, Ten
 from megatron_ray.storage.storage import LocalStorage, ObjectStorage, StorageError
 
 
-def one(tensor: torch.Tensor, box: Box | None = None, shape: tuple[int, ...] | None = None) -> ShardedTensor:
+def one(
+    tensor: torch.Tensor, box: Box | None = None, shape: tuple[int, ...] | None = None
+) -> ShardedTensor:
     size = tuple(tensor.shape)
     return ShardedTensor(shape or size, [TensorBox(box or Box((0,) * len(size), size), tensor)])
 
@@ -36,7 +40,9 @@ def saved(path: Path, state: ShardedState, train_state: dict[str, Any] | None = 
 
 
 @pytest.mark.parametrize("scratch", [16, 64, 1 << 20])
-def test_columns_come_through_a_small_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: int) -> None:
+def test_columns_come_through_a_small_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch: int
+) -> None:
     monkeypatch.setattr(load_module, "SCRATCH_BYTES", scratch)
     full = torch.randn(7, 5, 3)
     path = saved(tmp_path / "c", {"model/x": one(full)})
@@ -56,32 +62,51 @@ def test_dtypes_are_converted_on_loading(tmp_path: Path) -> None:
 def test_strided_and_gradient_carrying_targets_are_filled(tmp_path: Path) -> None:
     full = torch.randn(6, 4)
     path = saved(tmp_path / "c", {"model/x": one(full), "model/y": one(full * 2)})
-    wide, parameter = torch.zeros(6, 9), torch.nn.Parameter(torch.zeros(6, 4))
+    wide = torch.zeros(6, 9)
+    parameter = torch.nn.Parameter(torch.zeros(6, 4))
     load_into(path, {"model/x": one(wide[:, 2:6]), "model/y": one(parameter)})
-    assert torch.equal(wide[:, 2:6], full) and torch.equal(parameter, full * 2) and wide[:, :2].eq(0).all()
+    assert (
+        torch.equal(wide[:, 2:6], full)
+        and torch.equal(parameter, full * 2)
+        and wide[:, :2].eq(0).all()
+    )
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path / "c", {"model/x": one(torch.zeros(6, 4))})
-    with pytest.raises(CheckpointError, match=r"it has no tensor 'model/y': it was saved from another model, or with that frozen"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"it has no tensor 'model/y': it was saved from another model, or with that frozen",
+    ):
         load_into(path, {"model/y": one(torch.zeros(6, 4))})
-    with pytest.raises(CheckpointError, match=r"its tensor 'model/x' has shape \(6, 4\), the model needs \(6, 5\)"):
+    with pytest.raises(
+        CheckpointError, match=r"its tensor 'model/x' has shape \(6, 4\), the model needs \(6, 5\)"
+    ):
         load_into(path, {"model/x": one(torch.zeros(6, 5))})
-    with pytest.raises(CheckpointError, match=r"its tensor 'model/x' lacks 4 elements of the boxes asked for"):
+    with pytest.raises(
+        CheckpointError, match=r"its tensor 'model/x' lacks 4 elements of the boxes asked for"
+    ):
         load_into(path, {"model/x": one(torch.zeros(2, 4), Box((5, 0), (2, 4)), (6, 4))})
-    with pytest.raises(ValueError, match=r"a tensor of shape \(2, 4\) does not fill a box of size \(3, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"a tensor of shape \(2, 4\) does not fill a box of size \(3, 4\)"
+    ):
         TensorBox(Box((0, 0), (3, 4)), torch.zeros(2, 4))
 
 
 def test_tensors_not_asked_for_are_left_out(tmp_path: Path) -> None:
-    path = saved(tmp_path / "c", {"model/x": one(torch.ones(3)), "optimizer/exp_avg/x": one(torch.zeros(3))})
+    path = saved(
+        tmp_path / "c", {"model/x": one(torch.ones(3)), "optimizer/exp_avg/x": one(torch.zeros(3))}
+    )
     target = torch.zeros(3)
     load_into(path, {"model/x": one(target)})
     assert target.tolist() == [1, 1, 1]
 
 
 def test_partly_held_tensors_cannot_be_saved(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"the boxes of all ranks do not cover every tensor: model/x has 8 of 24 elements"):
+    with pytest.raises(
+        ValueError,
+        match=r"the boxes of all ranks do not cover every tensor: model/x has 8 of 24 elements",
+    ):
         saved(tmp_path / "c", {"model/x": one(torch.zeros(2, 4), Box((0, 0), (2, 4)), (6, 4))})
 
 
@@ -94,7 +119,10 @@ def test_partly_held_tensors_cannot_be_saved(tmp_path: Path) -> None:
             b'{"format_version": 1, "files": {}, "tensors": {"x": {"dtype": "Tensor", "shape": [], "chunks": []}}}',
             "x: unknown dtype 'Tensor'",
         ),
-        (b'{"format_version": 2, "files": {}, "tensors": {}}', "format_version is 2, this program reads up to 1"),
+        (
+            b'{"format_version": 2, "files": {}, "tensors": {}}',
+            "format_version is 2, this program reads up to 1",
+        ),
     ],
 )
 def test_a_bad_index_is_refused(tmp_path: Path, index: bytes, message: str) -> None:
@@ -104,7 +132,10 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: bytes, message: str) -> N
         load_into(str(tmp_path / "c"), {})
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "train_state.json is not readable"), ('{"format_version": 9}', "format_version is 9")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "train_state.json is not readable"), ('{"format_version": 9}', "format_version is 9")],
+)
 def test_a_bad_train_state_is_refused(tmp_path: Path, text: str, message: str) -> None:
     LocalStorage(str(tmp_path)).write_bytes_atomic("c/index.json", b'{"files": {}}')
     Path(tmp_path, "c", "train_state.json").write_text(text)
@@ -129,7 +160,8 @@ def test_a_changed_layout_needs_a_new_writer(tmp_path: Path) -> None:
 
 
 def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
-    gate, written = threading.Event(), list[int]()
+    gate = threading.Event()
+    written = list[int]()
 
     def slow(report: CheckpointReport) -> None:
         gate.wait(10)
@@ -147,8 +179,12 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_an_abandoned_save_neither_counts_nor_holds_anybody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    reached, gate, written = threading.Event(), threading.Event(), list[CheckpointReport]()
+def test_an_abandoned_save_neither_counts_nor_holds_anybody_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached = threading.Event()
+    gate = threading.Event()
+    written = list[CheckpointReport]()
 
     def slow(storage: LocalStorage, name: str, data: bytes) -> None:
         reached.set()
@@ -180,7 +216,9 @@ def test_an_error_in_the_thread_is_raised_by_wait_once(tmp_path: Path) -> None:
         writer.close()
 
 
-def test_object_storage_holds_checkpoints_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_object_storage_holds_checkpoints_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def as_objects(path: str) -> ObjectStorage:
         return ObjectStorage(path, fs.LocalFileSystem(), path)
 

@@ -1,4 +1,6 @@
-"""Storage: the same behaviour on a local path and on a pyarrow filesystem, atomic writes, errors that name the path."""
+"""Storage: the same behaviour on a local path and on a pyarrow filesystem, atomic writes, errors
+that name the path.
+"""
 
 import pickle
 from pathlib import Path
@@ -6,7 +8,15 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from megatron_ray.storage.storage import Entry, LocalStorage, MissingFile, ObjectStorage, Storage, StorageError, open_storage
+from megatron_ray.storage.storage import (
+    Entry,
+    LocalStorage,
+    MissingFile,
+    ObjectStorage,
+    Storage,
+    StorageError,
+    open_storage,
+)
 
 
 @pytest.fixture(params=["local", "pyarrow"])
@@ -27,7 +37,11 @@ def test_listing_is_sorted_relative_and_empty_for_a_missing_folder(storage: Stor
     storage.write_bytes_atomic("x/two", b"22")
     storage.write_bytes_atomic("x/one/deep", b"1")
     assert storage.list("x") == [Entry("one", True, 0), Entry("two", False, 2)]
-    assert storage.list("x", recursive=True) == [Entry("one", True, 0), Entry("one/deep", False, 1), Entry("two", False, 2)]
+    assert storage.list("x", recursive=True) == [
+        Entry("one", True, 0),
+        Entry("one/deep", False, 1),
+        Entry("two", False, 2),
+    ]
     assert [entry.name for entry in storage.list()] == ["x"]
     assert storage.list("nowhere") == []
 
@@ -50,7 +64,10 @@ def test_streams_write_buffers_and_read_ranges(storage: Storage) -> None:
     with storage.open_input("stream.bin") as file:
         file.read_into(3, memoryview(buffer))
         assert bytes(buffer) == b"3456"
-        with pytest.raises(StorageError, match=r"cannot read .*stream\.bin: the (file|object) ends at byte 10, .*too early"):
+        with pytest.raises(
+            StorageError,
+            match=r"cannot read .*stream\.bin: the (file|object) ends at byte 10, .*too early",
+        ):
             file.read_into(8, memoryview(buffer))
 
 
@@ -99,7 +116,10 @@ def test_file_uris_are_local_paths(tmp_path: Path) -> None:
 
 
 def test_unknown_schemes_and_broken_uris_are_refused() -> None:
-    with pytest.raises(StorageError, match=r"cannot open ftp://x/y: unknown scheme 'ftp'; use a local path or one of file://, s3://"):
+    with pytest.raises(
+        StorageError,
+        match=r"cannot open ftp://x/y: unknown scheme 'ftp'; use a local path or one of file://, s3://",
+    ):
         open_storage("ftp://x/y")
     with pytest.raises(StorageError, match=r"cannot open s3://: the URI names no bucket"):
         open_storage("s3://")
@@ -107,4 +127,6 @@ def test_unknown_schemes_and_broken_uris_are_refused() -> None:
 
 def test_errors_cross_process_borders() -> None:
     error = pickle.loads(pickle.dumps(MissingFile("read", "p", "gone")))
-    assert isinstance(error, MissingFile) and error.path == "p" and str(error) == "cannot read p: gone"
+    assert (
+        isinstance(error, MissingFile) and error.path == "p" and str(error) == "cannot read p: gone"
+    )

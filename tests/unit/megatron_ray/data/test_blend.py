@@ -20,7 +20,8 @@ class Counting:
     """Sample i of dataset `name` is [name, i]."""
 
     def __init__(self, name: int, size: int) -> None:
-        self._name, self._size = name, size
+        self._name = name
+        self._size = size
 
     def __len__(self) -> int:
         return self._size
@@ -33,14 +34,21 @@ def test_greedy_order_by_hand() -> None:
     arrays = build_blend_indices([3, 1], 8)
     assert arrays["dataset_index"].tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
     assert arrays["dataset_sample_index"].tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
-    assert (arrays["dataset_index"].dtype, arrays["dataset_sample_index"].dtype) == (np.int16, np.int64)
+    assert (arrays["dataset_index"].dtype, arrays["dataset_sample_index"].dtype) == (
+        np.int16,
+        np.int64,
+    )
 
 
 @given(weights=weights_strategy, size=st.integers(1, 300))
-def test_every_prefix_keeps_the_proportions_and_each_dataset_its_order(weights: list[float], size: int) -> None:
+def test_every_prefix_keeps_the_proportions_and_each_dataset_its_order(
+    weights: list[float], size: int
+) -> None:
     arrays = build_blend_indices(weights, size)
     shares = normalized(weights)
-    for dataset, (share, needed) in enumerate(zip(shares, samples_needed(weights, size), strict=True)):
+    for dataset, (share, needed) in enumerate(
+        zip(shares, samples_needed(weights, size), strict=True)
+    ):
         mine = arrays["dataset_index"] == dataset
         taken = np.cumsum(mine)
         assert (taken <= share * np.arange(1, size + 1) + 1).all()
@@ -74,7 +82,9 @@ def test_blend_errors() -> None:
     steps=st.integers(1, 3),
     blocks=st.sampled_from([(1, 12), (2, 6), (3, 4), (6, 2)]),
 )
-def test_a_step_consumes_the_same_blocks_at_every_dp(consumed: int, micro: int, steps: int, blocks: tuple[int, int]) -> None:
+def test_a_step_consumes_the_same_blocks_at_every_dp(
+    consumed: int, micro: int, steps: int, blocks: tuple[int, int]
+) -> None:
     dp, num_microbatches = blocks
     batch = 12 * micro
     for step in range(steps):
@@ -95,11 +105,14 @@ def corpus(tmp_path: Path, name: str, weight: float, token: int) -> PreparedCorp
     with IndexedDatasetBuilder(tmp_path / name, np.dtype(np.uint16)) as builder:
         builder.add([token] * 50)
         builder.end_document()
-    return PreparedCorpus(prefix=str(tmp_path / name), weight=weight, num_tokens=50, num_documents=1)
+    return PreparedCorpus(
+        prefix=str(tmp_path / name), weight=weight, num_tokens=50, num_documents=1
+    )
 
 
 def test_build_dataset(tmp_path: Path) -> None:
-    one, two = corpus(tmp_path, "one", 3, 1), corpus(tmp_path, "two", 1, 2)
+    one = corpus(tmp_path, "one", 3, 1)
+    two = corpus(tmp_path, "two", 1, 2)
     alone = build_dataset([one], 30, 4, 1, str(tmp_path))
     assert len(alone) >= 30
     blend = build_dataset([one, two], 40, 4, 1, str(tmp_path))

@@ -18,7 +18,9 @@ def config(path: Path | str, **changes: Any) -> DataConfig:
 
 
 def found(data: DataConfig, storage: Path | str, seq_length: int = 8) -> list[tuple[str, str]]:
-    return [(problem.pointer, problem.code) for problem in check_data(data, seq_length, str(storage))]
+    return [
+        (problem.pointer, problem.code) for problem in check_data(data, seq_length, str(storage))
+    ]
 
 
 def long_text(tmp_path: Path) -> Path:
@@ -53,7 +55,10 @@ def test_surely_too_short(tmp_path: Path) -> None:
     assert found(no_validation, tmp_path, 16) == []
     (problem,) = check_data(no_validation, 17, str(tmp_path))
     assert (problem.pointer, problem.code) == ("/data/train/0/path", "too_short")
-    assert "has at most 17 tokens, but at least 18 are needed for samples of seq_length + 1; give more text" in problem.detail
+    assert (
+        "has at most 17 tokens, but at least 18 are needed for samples of seq_length + 1; "
+        "give more text" in problem.detail
+    )
     assert found(config(tmp_path / "a.txt"), tmp_path, 8) == [("/data/train/0/path", "too_short")]
     (tmp_path / "long").mkdir()
     long = long_text(tmp_path / "long")
@@ -73,13 +78,17 @@ def test_prepared_data(tmp_path: Path) -> None:
     data = config(tmp_path / "c", tokenizer=TokenizerConfig(kind="bytes"), validation_fraction=0)
     assert found(data, tmp_path, 19) == []
     assert found(data, tmp_path, 20) == [("/data/train/0/path", "too_short")]
-    assert found(config(tmp_path / "c"), tmp_path, 4) == [("/data/tokenizer/kind", "tokenizer_needed")]
+    assert found(config(tmp_path / "c"), tmp_path, 4) == [
+        ("/data/tokenizer/kind", "tokenizer_needed")
+    ]
     (tmp_path / "c.idx").write_bytes(b"x")
     assert found(data, tmp_path, 4) == [("/data/train/0/path", "bad_corpus")]
 
 
 def test_tokenizer_file(tmp_path: Path) -> None:
-    data = config(long_text(tmp_path), tokenizer=TokenizerConfig(kind="file", path=str(tmp_path / "t.json")))
+    data = config(
+        long_text(tmp_path), tokenizer=TokenizerConfig(kind="file", path=str(tmp_path / "t.json"))
+    )
     assert found(data, tmp_path) == [("/data/tokenizer/path", "not_found")]
     (tmp_path / "t.json").write_text("{}")
     assert found(data, tmp_path) == [("/data/tokenizer/path", "bad_tokenizer")]

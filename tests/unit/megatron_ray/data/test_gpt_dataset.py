@@ -29,7 +29,10 @@ def corpus_of(prefix: Path, sequences: list[list[int]]) -> IndexedDataset:
 @pytest.mark.parametrize("case", GOLDEN["gptdataset"], ids=lambda case: f"seed{case['seed']}")
 @pytest.mark.parametrize("cached", [False, True])
 def test_equal_to_megatron_core(tmp_path: Path, case: dict[str, Any], cached: bool) -> None:
-    corpus = corpus_of(tmp_path / "c", [sequence for document in GOLDEN["indexed"]["documents"] for sequence in document])
+    corpus = corpus_of(
+        tmp_path / "c",
+        [sequence for document in GOLDEN["indexed"]["documents"] for sequence in document],
+    )
     cache = str(tmp_path / "cache") if cached else None
     for _ in range(2):
         dataset = GPTDataset(corpus, case["num_samples"], case["seq"], case["seed"], cache)
@@ -37,33 +40,62 @@ def test_equal_to_megatron_core(tmp_path: Path, case: dict[str, Any], cached: bo
         assert dataset.document_index.tolist() == case["document_index"]
         assert dataset.sample_index.tolist() == case["sample_index"]
         assert dataset.shuffle_index.tolist() == case["shuffle_index"]
-        # The golden run's tokenizer calls 95 padding, and Megatron shows padding as 0 after masking it; we have no padding.
+        # The golden run's tokenizer calls 95 padding, and Megatron shows padding as 0 after masking
+        # it; we have no padding.
         served = [np.where(dataset[i] == 95, 0, dataset[i]).tolist() for i in range(len(dataset))]
         assert served == case["windows"]
         assert dataset[0].dtype == np.int64
-    assert (dataset.document_index.dtype, dataset.sample_index.dtype, dataset.shuffle_index.dtype) == (np.int32, np.int32, np.uint32)
+    assert (
+        dataset.document_index.dtype,
+        dataset.sample_index.dtype,
+        dataset.shuffle_index.dtype,
+    ) == (np.int32, np.int32, np.uint32)
 
 
-def walk(lengths: list[int], document_index: list[int], num_samples: int, seq_length: int) -> list[list[int]]:
+def walk(
+    lengths: list[int], document_index: list[int], num_samples: int, seq_length: int
+) -> list[list[int]]:
     """The definition, token by token."""
-    places = [[position, offset] for position, sequence in enumerate(document_index) for offset in range(lengths[sequence])]
+    places = [
+        [position, offset]
+        for position, sequence in enumerate(document_index)
+        for offset in range(lengths[sequence])
+    ]
     return [[0, 0]] + [places[sample * seq_length] for sample in range(1, num_samples + 1)]
 
 
-lengths_strategy = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(lambda values: sum(values) > 0)
+lengths_strategy = st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(
+    lambda values: sum(values) > 0
+)
 
 
-@given(lengths=lengths_strategy, num_samples=st.integers(1, 40), seq_length=st.integers(1, 15), seed=st.integers(0, 99))
-def test_sample_index_is_the_definition(lengths: list[int], num_samples: int, seq_length: int, seed: int) -> None:
+@given(
+    lengths=lengths_strategy,
+    num_samples=st.integers(1, 40),
+    seq_length=st.integers(1, 15),
+    seed=st.integers(0, 99),
+)
+def test_sample_index_is_the_definition(
+    lengths: list[int], num_samples: int, seq_length: int, seed: int
+) -> None:
     arrays = build_indices(np.array(lengths, np.int32), num_samples, seq_length, seed)
     total = len(arrays["shuffle_index"])
     assert total >= num_samples
-    assert arrays["sample_index"].tolist() == walk(lengths, arrays["document_index"].tolist(), total, seq_length)
+    assert arrays["sample_index"].tolist() == walk(
+        lengths, arrays["document_index"].tolist(), total, seq_length
+    )
     assert sorted(arrays["shuffle_index"].tolist()) == list(range(total))
 
 
-@given(lengths=lengths_strategy, num_samples=st.integers(1, 60), seq_length=st.integers(1, 15), seed=st.integers(0, 99))
-def test_every_epoch_covers_every_sequence_once(lengths: list[int], num_samples: int, seq_length: int, seed: int) -> None:
+@given(
+    lengths=lengths_strategy,
+    num_samples=st.integers(1, 60),
+    seq_length=st.integers(1, 15),
+    seed=st.integers(0, 99),
+)
+def test_every_epoch_covers_every_sequence_once(
+    lengths: list[int], num_samples: int, seq_length: int, seed: int
+) -> None:
     plan = plan_epochs(sum(lengths), num_samples, seq_length)
     arrays = build_indices(np.array(lengths, np.int32), num_samples, seq_length, seed)
     documents = arrays["document_index"]
@@ -83,7 +115,8 @@ def test_order_is_a_function_of_the_seed(seed: int) -> None:
 
 
 def test_chunks_of_the_sample_index_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths, documents = np.array([3, 0, 7, 5], np.int32), np.array([1, 0, 2, 3, 1, 2], np.int32)
+    lengths = np.array([3, 0, 7, 5], np.int32)
+    documents = np.array([1, 0, 2, 3, 1, 2], np.int32)
     whole = build_sample_index(lengths, documents, 10, 2)
     monkeypatch.setattr(gpt_dataset, "_CHUNK", 3)
     assert (build_sample_index(lengths, documents, 10, 2) == whole).all()
@@ -116,7 +149,13 @@ def test_cache_tells_inputs_apart(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "c", [[1, 2, 3, 4, 5, 6, 7]] * 9)
     other = corpus_of(tmp_path / "d", [[1, 2, 3, 4, 5, 6, 7, 8]] * 9)
     cache = str(tmp_path / "cache")
-    for made in ((corpus, 20, 4, 1), (corpus, 21, 4, 1), (corpus, 20, 3, 1), (corpus, 20, 4, 2), (other, 20, 4, 1)):
+    for made in (
+        (corpus, 20, 4, 1),
+        (corpus, 21, 4, 1),
+        (corpus, 20, 3, 1),
+        (corpus, 20, 4, 2),
+        (other, 20, 4, 1),
+    ):
         GPTDataset(*made, cache)
     assert len(list((tmp_path / "cache").iterdir())) == 5
 

@@ -11,9 +11,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder, IndexTable, token_dtype, write_index
+from megatron_ray.data.indexed import (
+    IndexedDataset,
+    IndexedDatasetBuilder,
+    IndexTable,
+    token_dtype,
+    write_index,
+)
 
-GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "megatron_data.json").read_text())["indexed"]
+GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "megatron_data.json").read_text())[
+    "indexed"
+]
 
 
 def build(prefix: Path, documents: list[list[list[int]]], dtype: Any) -> IndexedDataset:
@@ -27,23 +35,39 @@ def build(prefix: Path, documents: list[list[list[int]]], dtype: Any) -> Indexed
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("u16", np.uint16), ("i32", np.int32)])
-def test_builder_writes_the_same_bytes_as_megatron_core(tmp_path: Path, name: str, dtype: Any) -> None:
+def test_builder_writes_the_same_bytes_as_megatron_core(
+    tmp_path: Path, name: str, dtype: Any
+) -> None:
     corpus = build(tmp_path / name, GOLDEN["documents"], dtype)
     expected = GOLDEN[name]
-    assert hashlib.sha256((tmp_path / f"{name}.bin").read_bytes()).hexdigest() == expected["bin_sha256"]
+    assert (
+        hashlib.sha256((tmp_path / f"{name}.bin").read_bytes()).hexdigest()
+        == expected["bin_sha256"]
+    )
     assert (tmp_path / f"{name}.idx").read_bytes() == base64.b64decode(expected["idx_base64"])
-    assert hashlib.sha256((tmp_path / f"{name}.idx").read_bytes()).hexdigest() == expected["idx_sha256"]
+    assert (
+        hashlib.sha256((tmp_path / f"{name}.idx").read_bytes()).hexdigest()
+        == expected["idx_sha256"]
+    )
     assert corpus.lengths.tolist() == expected["sequence_lengths"]
     assert corpus.table.documents.tolist() == expected["document_indices"]
     assert corpus.num_documents == len(GOLDEN["documents"])
     assert corpus.num_tokens == sum(expected["sequence_lengths"])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(documents=st.lists(st.lists(st.lists(st.integers(0, 65000), max_size=9), max_size=3), max_size=6))
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    documents=st.lists(
+        st.lists(st.lists(st.integers(0, 65000), max_size=9), max_size=3), max_size=6
+    )
+)
 def test_round_trip(tmp_path: Path, documents: list[list[list[int]]]) -> None:
     corpus = build(tmp_path / "c", documents, np.uint16)
-    assert [corpus[i].tolist() for i in range(len(corpus))] == [sequence for document in documents for sequence in document]
+    assert [corpus[i].tolist() for i in range(len(corpus))] == [
+        sequence for document in documents for sequence in document
+    ]
     assert corpus.num_documents == len(documents)
 
 
@@ -59,7 +83,10 @@ def test_file_uri_and_ranges(tmp_path: Path) -> None:
 def test_ranges_through_a_filesystem_without_mapping(tmp_path: Path) -> None:
     build(tmp_path / "c", [[[1, 2, 3, 4, 5]], [[6, 7]]], np.int32)
     corpus = IndexedDataset(str(tmp_path / "c"))
-    corpus._map, corpus._file = None, __import__("pyarrow.fs").fs.LocalFileSystem().open_input_file(str(tmp_path / "c.bin"))
+    corpus._map = None
+    corpus._file = (
+        __import__("pyarrow.fs").fs.LocalFileSystem().open_input_file(str(tmp_path / "c.bin"))
+    )
     assert corpus.get(0, 1, 3).tolist() == [2, 3, 4]
     assert corpus[1].tolist() == [6, 7]
 
@@ -70,13 +97,17 @@ def test_a_document_added_in_pieces_is_one_sequence(tmp_path: Path) -> None:
         builder.add([])
         builder.add([3])
         builder.end_document()
-    assert [sequence.tolist() for sequence in [IndexedDataset(str(tmp_path / "c"))[0]]] == [[1, 2, 3]]
+    assert [sequence.tolist() for sequence in [IndexedDataset(str(tmp_path / "c"))[0]]] == [
+        [1, 2, 3]
+    ]
 
 
 def test_an_index_may_select_from_a_shared_bin(tmp_path: Path) -> None:
     corpus = build(tmp_path / "c", [[[1, 2, 3]], [[4, 5]], [[6]]], np.uint16)
     chosen = np.array([2, 0])
-    table = IndexTable(corpus.table.dtype, corpus.lengths[chosen], corpus.table.pointers[chosen], np.arange(3))
+    table = IndexTable(
+        corpus.table.dtype, corpus.lengths[chosen], corpus.table.pointers[chosen], np.arange(3)
+    )
     write_index(tmp_path / "part.idx", table)
     (tmp_path / "part.bin").symlink_to("c.bin")
     part = IndexedDataset(str(tmp_path / "part"))
@@ -91,7 +122,10 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_build_that_fails_leaves_no_index(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), IndexedDatasetBuilder(tmp_path / "c", np.dtype(np.uint16)) as builder:
+    with (
+        pytest.raises(RuntimeError),
+        IndexedDatasetBuilder(tmp_path / "c", np.dtype(np.uint16)) as builder,
+    ):
         builder.add([1])
         raise RuntimeError
     assert not (tmp_path / "c.idx").exists()
@@ -106,9 +140,22 @@ def test_dtype_rule() -> None:
     ("content", "message"),
     [
         (b"hello", "is not a Megatron index: it does not start with MMIDIDX"),
-        (b"MMIDIDX\0\0" + (2).to_bytes(8, "little") + b"\x08" + bytes(16), "of version 2; only version 1"),
-        (b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x09" + bytes(16), "unknown token type 9; known are"),
-        (b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x08" + (3).to_bytes(8, "little") + bytes(8), "is cut short: 34 bytes where 3"),
+        (
+            b"MMIDIDX\0\0" + (2).to_bytes(8, "little") + b"\x08" + bytes(16),
+            "of version 2; only version 1",
+        ),
+        (
+            b"MMIDIDX\0\0" + (1).to_bytes(8, "little") + b"\x09" + bytes(16),
+            "unknown token type 9; known are",
+        ),
+        (
+            b"MMIDIDX\0\0"
+            + (1).to_bytes(8, "little")
+            + b"\x08"
+            + (3).to_bytes(8, "little")
+            + bytes(8),
+            "is cut short: 34 bytes where 3",
+        ),
     ],
 )
 def test_broken_index(tmp_path: Path, content: bytes, message: str) -> None:

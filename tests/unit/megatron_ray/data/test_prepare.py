@@ -55,17 +55,24 @@ def texts_of(corpus: PreparedCorpus, tokenizer: Tokenizer) -> list[str]:
     return made
 
 
-def refused(data: DataConfig, cache: Path | str, pointer: str, code: str, message: str, seq_length: int = 8) -> None:
+def refused(
+    data: DataConfig, cache: Path | str, pointer: str, code: str, message: str, seq_length: int = 8
+) -> None:
     with pytest.raises(DataProblem, match=message) as caught:
         prepare(data, str(cache), seq_length=seq_length)
     assert (pointer, code) in [(problem.pointer, problem.code) for problem in caught.value.problems]
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, TokenizerConfig(kind="bpe", vocab_size=300)], ids=["bytes", "bpe"])
-def test_documents_are_split_and_nothing_is_lost(tmp_path: Path, corpus: Path, tokenizer: TokenizerConfig) -> None:
+@pytest.mark.parametrize(
+    "tokenizer", [BYTES, TokenizerConfig(kind="bpe", vocab_size=300)], ids=["bytes", "bpe"]
+)
+def test_documents_are_split_and_nothing_is_lost(
+    tmp_path: Path, corpus: Path, tokenizer: TokenizerConfig
+) -> None:
     made = prepare(config(corpus, tokenizer=tokenizer), str(tmp_path / "cache"), seq_length=8)
     loaded = Tokenizer.load(made.tokenizer_path, made.end_of_document)
-    train, validation = texts_of(made.train[0], loaded), texts_of(made.validation[0], loaded)
+    train = texts_of(made.train[0], loaded)
+    validation = texts_of(made.validation[0], loaded)
     assert len(validation) == 6
     assert sorted(train + validation) == sorted(TEXTS)
     assert (made.train[0].num_documents, made.validation[0].num_documents) == (54, 6)
@@ -82,8 +89,11 @@ def test_manifest_feeds_datasets(tmp_path: Path, corpus: Path) -> None:
     assert dataset[0].shape == (9,)
 
 
-def test_second_run_is_a_cache_hit_with_the_same_manifest(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, cache = config(corpus, tokenizer=TokenizerConfig(vocab_size=300)), str(tmp_path / "cache")
+def test_second_run_is_a_cache_hit_with_the_same_manifest(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = config(corpus, tokenizer=TokenizerConfig(vocab_size=300))
+    cache = str(tmp_path / "cache")
     said: list[str] = []
     first = prepare(data, cache, seq_length=8, progress=said.append)
     assert any("training a tokenizer of 300 tokens" in line for line in said)
@@ -98,7 +108,9 @@ def test_second_run_is_a_cache_hit_with_the_same_manifest(tmp_path: Path, corpus
     assert prepare(data, cache, seq_length=8, progress=again.append) == first
     assert prepare(data, f"file://{cache}/", seq_length=8) == first
     assert not again
-    assert json.loads(first.model_dump_json()) == json.loads(prepare(data, cache, seq_length=4).model_dump_json())
+    assert json.loads(first.model_dump_json()) == json.loads(
+        prepare(data, cache, seq_length=4).model_dump_json()
+    )
 
 
 def test_changed_content_and_changed_split_are_made_anew(tmp_path: Path, corpus: Path) -> None:
@@ -113,7 +125,8 @@ def test_changed_content_and_changed_split_are_made_anew(tmp_path: Path, corpus:
 
 
 def test_the_split_depends_on_content_only(tmp_path: Path) -> None:
-    first, second = write(tmp_path / "a.jsonl", TEXTS), write(tmp_path / "b.jsonl", TEXTS[::-1])
+    first = write(tmp_path / "a.jsonl", TEXTS)
+    second = write(tmp_path / "b.jsonl", TEXTS[::-1])
     held = []
     for path in (first, second):
         made = prepare(config(path), str(tmp_path / "cache"), seq_length=8)
@@ -124,14 +137,17 @@ def test_the_split_depends_on_content_only(tmp_path: Path) -> None:
 def test_equal_documents_stay_on_one_side(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", TEXTS[:20] * 3)
     made = prepare(config(path), str(tmp_path / "cache"), seq_length=8)
-    train, validation = (set(texts_of(part[0], Tokenizer.of_bytes())) for part in (made.train, made.validation))
+    train, validation = (
+        set(texts_of(part[0], Tokenizer.of_bytes())) for part in (made.train, made.validation)
+    )
     assert not train & validation
 
 
 def test_a_single_document_is_cut_near_its_end(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("0123456789" * 100)
     made = prepare(config(tmp_path / "a.txt"), str(tmp_path / "cache"), seq_length=8)
-    train, validation = IndexedDataset(made.train[0].prefix), IndexedDataset(made.validation[0].prefix)
+    train = IndexedDataset(made.train[0].prefix)
+    validation = IndexedDataset(made.validation[0].prefix)
     assert bytes(train[0].tolist()) == b"0123456789" * 90 + b"0"
     assert bytes(validation[0][:-1].tolist()) == b"0123456789"[1:] + b"0123456789" * 9
     assert validation[0][-1] == 256
@@ -154,7 +170,9 @@ def test_validation_sources_and_no_validation(tmp_path: Path, corpus: Path) -> N
 def test_unigram_baseline_follows_the_blend() -> None:
     assert unigram_nats([]) is None
     assert unigram_nats([(1.0, np.array([0, 7]))]) == 0.0
-    assert unigram_nats([(1.0, np.array([10, 0])), (1.0, np.array([0, 1]))]) == pytest.approx(math.log(2))
+    assert unigram_nats([(1.0, np.array([10, 0])), (1.0, np.array([0, 1]))]) == pytest.approx(
+        math.log(2)
+    )
     mixed = unigram_nats([(3.0, np.array([10, 0])), (1.0, np.array([0, 1]))])
     assert mixed == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
 
@@ -179,12 +197,24 @@ def ready_made(prefix: Path, documents: list[list[list[int]]]) -> Path:
 
 
 def test_prepared_data_are_split_without_a_copy(tmp_path: Path) -> None:
-    prefix = ready_made(tmp_path / "ready", [[[number, 1], [number, 2, 3, 4, 256]] for number in range(20)])
+    prefix = ready_made(
+        tmp_path / "ready", [[[number, 1], [number, 2, 3, 4, 256]] for number in range(20)]
+    )
     made = prepare(config(prefix), str(tmp_path / "cache"), seq_length=4)
     assert Path(made.train[0].prefix + ".bin").resolve() == tmp_path / "ready.bin"
-    train, validation = IndexedDataset(made.train[0].prefix), IndexedDataset(made.validation[0].prefix)
-    assert (train.num_documents, len(train), validation.num_documents, len(validation)) == (18, 36, 2, 4)
-    firsts = [int(part[sequence][0]) for part in (train, validation) for sequence in range(0, len(part), 2)]
+    train = IndexedDataset(made.train[0].prefix)
+    validation = IndexedDataset(made.validation[0].prefix)
+    assert (train.num_documents, len(train), validation.num_documents, len(validation)) == (
+        18,
+        36,
+        2,
+        4,
+    )
+    firsts = [
+        int(part[sequence][0])
+        for part in (train, validation)
+        for sequence in range(0, len(part), 2)
+    ]
     assert sorted(firsts) == list(range(20))
     whole = prepare(config(prefix, validation_fraction=0), str(tmp_path / "cache"), seq_length=4)
     assert whole.train[0].prefix == str(prefix)
@@ -193,14 +223,20 @@ def test_prepared_data_are_split_without_a_copy(tmp_path: Path) -> None:
 
 
 def test_one_prepared_document_is_cut_across_sequences(tmp_path: Path) -> None:
-    prefix = ready_made(tmp_path / "ready", [[list(range(10)), list(range(10, 30)), list(range(30, 40))]])
+    prefix = ready_made(
+        tmp_path / "ready", [[list(range(10)), list(range(10, 30)), list(range(30, 40))]]
+    )
     made = prepare(config(prefix, validation_fraction=0.4), str(tmp_path / "cache"), seq_length=4)
     for part, tokens in ((made.train[0], range(24)), (made.validation[0], range(24, 40))):
         read = IndexedDataset(part.prefix)
-        assert [token for sequence in range(len(read)) for token in read[sequence].tolist()] == list(tokens)
+        assert [
+            token for sequence in range(len(read)) for token in read[sequence].tolist()
+        ] == list(tokens)
 
 
-def test_a_disk_without_links_gets_copies(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_links_gets_copies(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     linked = prepare(config(corpus), str(tmp_path / "cache"), seq_length=8)
 
     def no_links(self: Path, target: str) -> None:
@@ -211,7 +247,9 @@ def test_a_disk_without_links_gets_copies(tmp_path: Path, corpus: Path, monkeypa
     assert not Path(copied.train[0].prefix + ".bin").is_symlink()
     for split in ("train", "validation"):
         one, two = (IndexedDataset(getattr(made, split)[0].prefix) for made in (linked, copied))
-        assert [one[i].tolist() for i in range(len(one))] == [two[i].tolist() for i in range(len(two))]
+        assert [one[i].tolist() for i in range(len(one))] == [
+            two[i].tolist() for i in range(len(two))
+        ]
 
 
 @pytest.fixture
@@ -229,11 +267,17 @@ def test_everything_in_an_object_store(tmp_path: Path, bucket: Path) -> None:
     made = prepare(data, "test://bucket/cache/", seq_length=8)
     assert prepare(data, "test://bucket/cache", seq_length=8) == made
     assert made.train[0].prefix.startswith("test://bucket/cache/corpora/")
-    loaded = Tokenizer.from_json(files.read_bytes(files.place(made.tokenizer_path)).decode(), made.end_of_document)
-    assert sorted(texts_of(made.train[0], loaded) + texts_of(made.validation[0], loaded)) == sorted(TEXTS)
+    loaded = Tokenizer.from_json(
+        files.read_bytes(files.place(made.tokenizer_path)).decode(), made.end_of_document
+    )
+    assert sorted(texts_of(made.train[0], loaded) + texts_of(made.validation[0], loaded)) == sorted(
+        TEXTS
+    )
     assert not list((bucket / "cache").rglob("tokens.*"))
     assert build_dataset(made.train, 10, 8, 1, "test://bucket/cache")[3].shape == (9,)
-    ready = config(made.train[0].prefix, tokenizer=TokenizerConfig(kind="file", path=made.tokenizer_path))
+    ready = config(
+        made.train[0].prefix, tokenizer=TokenizerConfig(kind="file", path=made.tokenizer_path)
+    )
     assert prepare(ready, str(tmp_path / "local"), seq_length=8).train[0].num_documents == 49
 
 
@@ -246,8 +290,10 @@ def in_threads(count: int, work: Callable[[], None]) -> None:
 
 
 def test_concurrent_prepares_agree(tmp_path: Path, corpus: Path) -> None:
-    data, cache = config(corpus, tokenizer=TokenizerConfig(vocab_size=300)), tmp_path / "cache"
-    start, made = threading.Barrier(4), []
+    data = config(corpus, tokenizer=TokenizerConfig(vocab_size=300))
+    cache = tmp_path / "cache"
+    start = threading.Barrier(4)
+    made = []
 
     def work() -> None:
         start.wait()
@@ -265,11 +311,17 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(tmp_path: Path, cor
         "import os, sys\n"
         "from megatron_ray.config.data import *\n"
         "from megatron_ray.data.prepare import prepare\n"
-        "data = DataConfig(train=[DataSource(path=sys.argv[1])], tokenizer=TokenizerConfig(kind='bytes'), validation_fraction=0.1)\n"
-        "prepare(data, sys.argv[2], seq_length=8, progress=lambda text: os.kill(os.getpid(), 9) if 'tokenized' in text else None)\n"
+        "data = DataConfig(train=[DataSource(path=sys.argv[1])], "
+        "tokenizer=TokenizerConfig(kind='bytes'), validation_fraction=0.1)\n"
+        "prepare(data, sys.argv[2], seq_length=8, progress=lambda text: "
+        "os.kill(os.getpid(), 9) if 'tokenized' in text else None)\n"
     )
     root = str(Path(__file__).parents[4])
-    killed = subprocess.run([sys.executable, "-c", code, str(corpus), str(cache)], env={**os.environ, "PYTHONPATH": root}, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", code, str(corpus), str(cache)],
+        env={**os.environ, "PYTHONPATH": root},
+        check=False,
+    )
     assert killed.returncode == -9
     left = list((cache / "corpora").iterdir())
     assert [path.name[:5] for path in left] == [".tmp-"]
@@ -281,14 +333,20 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(tmp_path: Path, cor
     assert not left[0].exists()
 
 
-def test_a_broken_line_is_named_while_the_tokenizer_is_trained(tmp_path: Path, corpus: Path) -> None:
+def test_a_broken_line_is_named_while_the_tokenizer_is_trained(
+    tmp_path: Path, corpus: Path
+) -> None:
     broken = write(tmp_path / "broken.jsonl", ["fine"])
     broken.write_text(broken.read_text() + "{broken\n")
     data = config(corpus, broken, tokenizer=TokenizerConfig(vocab_size=300))
-    refused(data, tmp_path / "cache", "/data/train/1/path", "bad_line", "broken.jsonl:2 is not JSON")
+    refused(
+        data, tmp_path / "cache", "/data/train/1/path", "bad_line", "broken.jsonl:2 is not JSON"
+    )
 
 
-def test_the_tokenizer_sees_a_bounded_sample_by_weight(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tokenizer_sees_a_bounded_sample_by_weight(
+    tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = write(tmp_path / "other.jsonl", ["z" * 50] * 50)
     monkeypatch.setattr(prepare_module, "_SAMPLE_CHARS", 400)
     data = DataConfig(train=(DataSource(path=str(corpus), weight=3.0), DataSource(path=str(other))))
@@ -296,7 +354,9 @@ def test_the_tokenizer_sees_a_bounded_sample_by_weight(tmp_path: Path, corpus: P
     assert (len(sample), sample.count("z")) == (400, 100)
 
 
-def test_a_failed_prepare_cleans_up_and_a_damaged_artifact_is_made_again(tmp_path: Path, corpus: Path) -> None:
+def test_a_failed_prepare_cleans_up_and_a_damaged_artifact_is_made_again(
+    tmp_path: Path, corpus: Path
+) -> None:
     cache = tmp_path / "cache"
     corpus.write_text(corpus.read_text() + "{broken\n")
     refused(config(corpus), cache, "/data/train/0/path", "bad_line", "corpus.jsonl:61 is not JSON")
@@ -312,72 +372,171 @@ def test_too_little_text(tmp_path: Path) -> None:
     short = write(tmp_path / "short.jsonl", ["abc", "defg"])
     cache = tmp_path / "cache"
     without = config(short, validation_fraction=0)
-    refused(without, cache, "/data/train/0/path", "too_short", r"has 9 train tokens, but one sample needs seq_length \+ 1 = 17", 16)
-    message = r"held-out documents have [45] tokens, .* = 5; raise validation_fraction, .*set 0 to evaluate nothing"
+    refused(
+        without,
+        cache,
+        "/data/train/0/path",
+        "too_short",
+        r"has 9 train tokens, but one sample needs seq_length \+ 1 = 17",
+        16,
+    )
+    message = (
+        r"held-out documents have [45] tokens, .* = 5; raise validation_fraction, .*set 0 to "
+        r"evaluate nothing"
+    )
     only_four = write(tmp_path / "four.jsonl", ["a" * 3, "a" * 3 + "b", "a" * 20])
-    assert prepare(config(short, validation_fraction=0), str(cache), seq_length=8).train[0].num_tokens == 9
+    assert (
+        prepare(config(short, validation_fraction=0), str(cache), seq_length=8).train[0].num_tokens
+        == 9
+    )
     with pytest.raises(DataProblem):
         prepare(config(only_four), str(cache), seq_length=20)
     docs = write(tmp_path / "docs.jsonl", [f"{number:03}" for number in range(30)])
-    refused(config(docs, validation_fraction=0.01), cache, "/data/validation_fraction", "too_short", message, 4)
+    refused(
+        config(docs, validation_fraction=0.01),
+        cache,
+        "/data/validation_fraction",
+        "too_short",
+        message,
+        4,
+    )
     named = config(docs, validation=(DataSource(path=str(short)),))
-    refused(named, cache, "/data/validation/0/path", "too_short", "short.jsonl has 9 validation tokens", 16)
+    refused(
+        named,
+        cache,
+        "/data/validation/0/path",
+        "too_short",
+        "short.jsonl has 9 validation tokens",
+        16,
+    )
 
 
 def test_a_small_corpus_of_a_blend_may_sit_out_the_evaluation(tmp_path: Path, corpus: Path) -> None:
     docs = write(tmp_path / "docs.jsonl", [f"{number:03}" for number in range(30)])
     said: list[str] = []
-    made = prepare(config(corpus, docs, validation_fraction=0.03), str(tmp_path / "cache"), seq_length=8, progress=said.append)
+    made = prepare(
+        config(corpus, docs, validation_fraction=0.03),
+        str(tmp_path / "cache"),
+        seq_length=8,
+        progress=said.append,
+    )
     assert (len(made.train), len(made.validation)) == (2, 1)
     assert any("docs.jsonl: 4 held-out tokens are too few to evaluate on" in line for line in said)
 
 
 def test_empty_sources(tmp_path: Path) -> None:
-    refused(config(write(tmp_path / "a.jsonl", ["", ""])), tmp_path / "c", "/data/train/0/path", "empty", "a.jsonl holds no text")
+    refused(
+        config(write(tmp_path / "a.jsonl", ["", ""])),
+        tmp_path / "c",
+        "/data/train/0/path",
+        "empty",
+        "a.jsonl holds no text",
+    )
     ready_made(tmp_path / "none", [])
-    refused(config(tmp_path / "none"), tmp_path / "c", "/data/train/0/path", "empty", "none holds no tokens")
+    refused(
+        config(tmp_path / "none"),
+        tmp_path / "c",
+        "/data/train/0/path",
+        "empty",
+        "none holds no tokens",
+    )
 
 
 def test_missing_sources_are_all_named_at_once(tmp_path: Path) -> None:
-    data = config(tmp_path / "a", tmp_path / "b", validation=(DataSource(path=str(tmp_path / "c")),))
+    data = config(
+        tmp_path / "a", tmp_path / "b", validation=(DataSource(path=str(tmp_path / "c")),)
+    )
     with pytest.raises(DataProblem) as caught:
         prepare(data, str(tmp_path / "cache"), seq_length=8)
-    assert [problem.pointer for problem in caught.value.problems] == ["/data/train/0/path", "/data/train/1/path", "/data/validation/0/path"]
+    assert [problem.pointer for problem in caught.value.problems] == [
+        "/data/train/0/path",
+        "/data/train/1/path",
+        "/data/validation/0/path",
+    ]
     assert not (tmp_path / "cache").exists()
 
 
 def test_prepared_data_that_do_not_fit(tmp_path: Path) -> None:
     prefix = ready_made(tmp_path / "ready", [[[1, 300, 2]]])
-    message = "holds token 300, but the tokenizer has 257 tokens; give the tokenizer the data were made with"
+    message = (
+        "holds token 300, but the tokenizer has 257 tokens; give the tokenizer the data were "
+        "made with"
+    )
     refused(config(prefix), tmp_path / "c", "/data/train/0/path", "vocab_mismatch", message)
     trained = config(prefix, tokenizer=TokenizerConfig())
-    refused(trained, tmp_path / "c", "/data/tokenizer/kind", "tokenizer_needed", "/data/train/0/path is already tokenized")
+    refused(
+        trained,
+        tmp_path / "c",
+        "/data/tokenizer/kind",
+        "tokenizer_needed",
+        "/data/train/0/path is already tokenized",
+    )
     (tmp_path / "ready.idx").write_bytes(b"nonsense")
-    refused(config(prefix), tmp_path / "c", "/data/train/0/path", "bad_corpus", "is not a Megatron index: .*; prepare the data again")
+    refused(
+        config(prefix),
+        tmp_path / "c",
+        "/data/train/0/path",
+        "bad_corpus",
+        "is not a Megatron index: .*; prepare the data again",
+    )
     with IndexedDatasetBuilder(tmp_path / "signed", np.dtype(np.int32)) as builder:
         builder.add([-1, 2])
         builder.end_document()
-    refused(config(tmp_path / "signed"), tmp_path / "c", "/data/train/0/path", "vocab_mismatch", "holds token -1")
+    refused(
+        config(tmp_path / "signed"),
+        tmp_path / "c",
+        "/data/train/0/path",
+        "vocab_mismatch",
+        "holds token -1",
+    )
     header = bytearray((tmp_path / "signed.idx").read_bytes())
     header[17] = 7
     (tmp_path / "signed.idx").write_bytes(header)
-    refused(config(tmp_path / "signed"), tmp_path / "c", "/data/train/0/path", "bad_corpus", "holds float32 values, not tokens")
+    refused(
+        config(tmp_path / "signed"),
+        tmp_path / "c",
+        "/data/train/0/path",
+        "bad_corpus",
+        "holds float32 values, not tokens",
+    )
 
 
 def test_tokenizer_files(tmp_path: Path, corpus: Path) -> None:
     path = tmp_path / "tokenizer.json"
 
     def given(end: str | None = None) -> DataConfig:
-        return config(corpus, tokenizer=TokenizerConfig(kind="file", path=str(path), end_of_document=end))
+        return config(
+            corpus, tokenizer=TokenizerConfig(kind="file", path=str(path), end_of_document=end)
+        )
 
     cache = tmp_path / "cache"
-    refused(given(), cache, "/data/tokenizer/path", "not_found", "tokenizer.json does not exist where the job runs")
+    refused(
+        given(),
+        cache,
+        "/data/tokenizer/path",
+        "not_found",
+        "tokenizer.json does not exist where the job runs",
+    )
     path.write_text("{]")
-    refused(given(), cache, "/data/tokenizer/path", "bad_tokenizer", "not a Hugging Face tokenizer.json")
+    refused(
+        given(), cache, "/data/tokenizer/path", "bad_tokenizer", "not a Hugging Face tokenizer.json"
+    )
     path.write_bytes(b"\xff\xfe")
-    refused(given(), cache, "/data/tokenizer/path", "unreadable", "cannot be read: .*give the path of a tokenizer.json")
+    refused(
+        given(),
+        cache,
+        "/data/tokenizer/path",
+        "unreadable",
+        "cannot be read: .*give the path of a tokenizer.json",
+    )
     Tokenizer.train_bpe(TEXTS, 300).save(path)
-    refused(given("stop"), cache, "/data/tokenizer/end_of_document", "no_end_token", "has no token 'stop'")
+    refused(
+        given("stop"),
+        cache,
+        "/data/tokenizer/end_of_document",
+        "no_end_token",
+        "has no token 'stop'",
+    )
     made = prepare(given(), str(cache), seq_length=8)
     assert Path(made.tokenizer_path).is_relative_to(cache)
     other = prepare(given("l"), str(cache), seq_length=8)
@@ -388,7 +547,27 @@ def test_tokenizer_files(tmp_path: Path, corpus: Path) -> None:
 def test_a_cache_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     cache = tmp_path / "file" / "cache"
-    refused(config(corpus), cache, "/storage/path", "not_writable", "prepared data cannot be kept in .*file/cache: .*give a folder")
-    refused(config(corpus, cache=str(cache)), cache, "/data/cache", "not_writable", "cannot be kept")
-    refused(config(corpus), "nowhere://x", "/storage/path", "not_writable", "cannot be kept in nowhere://x")
-    refused(config(corpus), "file://", "/storage/path", "not_writable", "the path is empty or holds a NUL character")
+    refused(
+        config(corpus),
+        cache,
+        "/storage/path",
+        "not_writable",
+        "prepared data cannot be kept in .*file/cache: .*give a folder",
+    )
+    refused(
+        config(corpus, cache=str(cache)), cache, "/data/cache", "not_writable", "cannot be kept"
+    )
+    refused(
+        config(corpus),
+        "nowhere://x",
+        "/storage/path",
+        "not_writable",
+        "cannot be kept in nowhere://x",
+    )
+    refused(
+        config(corpus),
+        "file://",
+        "/storage/path",
+        "not_writable",
+        "the path is empty or holds a NUL character",
+    )

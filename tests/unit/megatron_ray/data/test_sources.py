@@ -12,11 +12,20 @@ from hypothesis import strategies as st
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
 from megatron_ray.data import sources
-from megatron_ray.data.sources import STDLIB, DataError, find, find_all, fingerprint, in_sampling_order, pieces
+from megatron_ray.data.sources import (
+    STDLIB,
+    DataError,
+    find,
+    find_all,
+    fingerprint,
+    in_sampling_order,
+    pieces,
+)
 
 
 def documents(path: Path | str, text_key: str = "text") -> list[str]:
-    made, current = [], ""
+    made = []
+    current = ""
     for piece in pieces(find(DataSource(path=str(path), text_key=text_key))):
         current += piece.text
         if piece.ends_document:
@@ -31,7 +40,9 @@ def jsonl(path: Path, *texts: str) -> Path:
     return path
 
 
-def refused(path: Path | str, code: str, message: str, field: str = "path", text_key: str = "text") -> None:
+def refused(
+    path: Path | str, code: str, message: str, field: str = "path", text_key: str = "text"
+) -> None:
     with pytest.raises(DataError, match=message) as caught:
         documents(path, text_key)
     assert (caught.value.code, caught.value.field) == (code, field)
@@ -51,9 +62,13 @@ def test_kinds_read_the_same_documents(tmp_path: Path) -> None:
     assert documents(tmp_path) == texts * 3
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(text=st.text(min_size=1))
-def test_long_documents_come_whole_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_long_documents_come_whole_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
     monkeypatch.setattr(sources, "_PIECE_CHARS", 5)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", errors="replace", newline="")
     written = (tmp_path / "a.txt").read_bytes().decode()
@@ -63,7 +78,11 @@ def test_long_documents_come_whole_in_pieces(tmp_path: Path, monkeypatch: pytest
 def test_pieces_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_PIECE_CHARS", 4)
     (tmp_path / "a.txt").write_text("abcdef\nghi\nj")
-    assert [piece.text for piece in pieces(find(DataSource(path=str(tmp_path / "a.txt"))))] == ["abcdef\n", "ghi\n", "j"]
+    assert [piece.text for piece in pieces(find(DataSource(path=str(tmp_path / "a.txt"))))] == [
+        "abcdef\n",
+        "ghi\n",
+        "j",
+    ]
 
 
 def test_folders_are_walked_sorted_without_hidden_files(tmp_path: Path) -> None:
@@ -71,7 +90,12 @@ def test_folders_are_walked_sorted_without_hidden_files(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     assert documents(tmp_path) == ["a/y.txt", "b/z.txt"]
-    assert documents(tmp_path / "**" / "*.txt") == [".git/x.txt", "_logs/w.txt", "a/y.txt", "b/z.txt"]
+    assert documents(tmp_path / "**" / "*.txt") == [
+        ".git/x.txt",
+        "_logs/w.txt",
+        "a/y.txt",
+        "b/z.txt",
+    ]
     assert documents(tmp_path / "[ab]" / "*.txt") == ["a/y.txt", "b/z.txt"]
 
 
@@ -106,16 +130,28 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "notes.pdf").write_text("x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "half.idx").write_text("x")
-    refused(tmp_path / "missing.txt", "not_found", r"missing.txt does not exist where the job runs; check the path, .*give .txt, .jsonl")
+    refused(
+        tmp_path / "missing.txt",
+        "not_found",
+        r"missing.txt does not exist where the job runs; check the path, .*give .txt, .jsonl",
+    )
     refused(tmp_path / "*.txt2", "not_found", r"no file matches .*\*.txt2")
     refused(tmp_path / "no" / "*.txt", "not_found", "no file matches")
     refused(tmp_path / "empty.txt", "empty", "empty.txt is empty")
-    refused(tmp_path / "notes.pdf", "file_type", r"notes.pdf is of a type that cannot be read; give .txt")
+    refused(
+        tmp_path / "notes.pdf",
+        "file_type",
+        r"notes.pdf is of a type that cannot be read; give .txt",
+    )
     refused(tmp_path / "*.pdf", "file_type", "notes.pdf is of a type")
     refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
     refused(tmp_path / "half", "incomplete_prefix", "half.bin is missing beside its neighbour")
     refused("builtin://shakespeare", "unknown_builtin", "the only one is builtin://python-stdlib")
-    refused("~nobody-of-this-name/x", "bad_uri", "the home folder in ~nobody-of-this-name/x is not known")
+    refused(
+        "~nobody-of-this-name/x",
+        "bad_uri",
+        "the home folder in ~nobody-of-this-name/x is not known",
+    )
     refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
     refused("nowhere://bucket/x", "bad_uri", "nowhere://bucket/x cannot be understood")
 
@@ -124,22 +160,45 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
     ("line", "code", "message", "field"),
     [
         ('{"text": "a', "bad_line", r"d.jsonl:3 is not JSON .*; mend or remove the line", "path"),
-        ('["a"]', "bad_line", r"d.jsonl:3 is a JSON list, not an object with a field 'text'", "path"),
-        ('{"body": "a", "id": 1}', "text_key", r"d.jsonl:3 has no field 'text' \(its fields: body, id\); set text_key", "text_key"),
+        (
+            '["a"]',
+            "bad_line",
+            r"d.jsonl:3 is a JSON list, not an object with a field 'text'",
+            "path",
+        ),
+        (
+            '{"body": "a", "id": 1}',
+            "text_key",
+            r"d.jsonl:3 has no field 'text' \(its fields: body, id\); set text_key",
+            "text_key",
+        ),
         ("{}", "text_key", r"its fields: none", "text_key"),
         ('{"text": 5}', "text_key", r"d.jsonl:3: field 'text' is a int, not text", "text_key"),
         ("[" * 100_000, "bad_line", r"d.jsonl:3 is not JSON", "path"),
     ],
 )
-def test_jsonl_lines_that_are_wrong(tmp_path: Path, line: str, code: str, message: str, field: str) -> None:
+def test_jsonl_lines_that_are_wrong(
+    tmp_path: Path, line: str, code: str, message: str, field: str
+) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
     refused(tmp_path / "d.jsonl", code, message, field)
 
 
 def test_parquet_that_is_wrong(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "d.parquet")
-    refused(tmp_path / "d.parquet", "text_key", r"d.parquet has no column 'text' \(its columns: body, id\)", "text_key")
-    refused(tmp_path / "d.parquet", "text_key", "column 'id' is int64, not text", "text_key", text_key="id")
+    refused(
+        tmp_path / "d.parquet",
+        "text_key",
+        r"d.parquet has no column 'text' \(its columns: body, id\)",
+        "text_key",
+    )
+    refused(
+        tmp_path / "d.parquet",
+        "text_key",
+        "column 'id' is int64, not text",
+        "text_key",
+        text_key="id",
+    )
     assert documents(tmp_path / "d.parquet", "body") == ["a"]
     (tmp_path / "e.parquet").write_text("not parquet")
     refused(tmp_path / "e.parquet", "file_type", "e.parquet is not a Parquet file")
@@ -147,7 +206,11 @@ def test_parquet_that_is_wrong(tmp_path: Path) -> None:
 
 def test_text_in_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
-    refused(tmp_path / "a.txt", "not_utf8", r"a.txt is not UTF-8 text \(byte 0xfc\); convert it to UTF-8")
+    refused(
+        tmp_path / "a.txt",
+        "not_utf8",
+        r"a.txt is not UTF-8 text \(byte 0xfc\); convert it to UTF-8",
+    )
 
 
 def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +225,11 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     deny(PermissionError(13, "denied"))
     refused(tmp_path / "a.txt", "unreadable", "a.txt may not be read by the user that runs the job")
     deny(OSError(5, "the disk is tired"))
-    refused(tmp_path / "a.txt", "unreadable", "a.txt cannot be read: .*the disk is tired; check the path and the credentials")
+    refused(
+        tmp_path / "a.txt",
+        "unreadable",
+        "a.txt cannot be read: .*the disk is tired; check the path and the credentials",
+    )
     deny(FileNotFoundError(2, "gone"))
     refused(tmp_path / "a.txt", "not_found", "a.txt does not exist")
 
@@ -171,7 +238,9 @@ def test_find_all_gathers_problems(tmp_path: Path) -> None:
     jsonl(tmp_path / "d.jsonl", "a")
     (tmp_path / "c.bin").write_text("x")
     (tmp_path / "c.idx").write_text("x")
-    good, ready, missing = (DataSource(path=str(tmp_path / name)) for name in ("d.jsonl", "c", "nothing"))
+    good, ready, missing = (
+        DataSource(path=str(tmp_path / name)) for name in ("d.jsonl", "c", "nothing")
+    )
     found = find_all(DataConfig(train=(good, missing, ready), validation=(missing,)))
     assert [(problem.pointer, problem.code) for problem in found.problems] == [
         ("/data/train/1/path", "not_found"),

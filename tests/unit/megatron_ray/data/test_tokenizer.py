@@ -11,11 +11,17 @@ from tokenizers import models
 
 from megatron_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer, TokenizerError
 
-TEXTS = ["def add(a, b):\n    return a + b\n", "for i in range(10):\n    add(i, i)\n", "größer als 日本"] * 5
+TEXTS = [
+    "def add(a, b):\n    return a + b\n",
+    "for i in range(10):\n    add(i, i)\n",
+    "größer als 日本",
+] * 5
 BPE = Tokenizer.train_bpe(TEXTS, 290)
 BYTES = Tokenizer.of_bytes()
 
-any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.just(f"a{END_OF_DOCUMENT}b")
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.just(
+    f"a{END_OF_DOCUMENT}b"
+)
 
 
 @settings(deadline=None)
@@ -60,7 +66,10 @@ def test_batches_equal_single_texts() -> None:
 
 def test_save_and_load(tmp_path: Path) -> None:
     BPE.save(tmp_path / "tokenizer.json")
-    for loaded in (Tokenizer.load(tmp_path / "tokenizer.json"), Tokenizer.load(tmp_path / "tokenizer.json", 0)):
+    for loaded in (
+        Tokenizer.load(tmp_path / "tokenizer.json"),
+        Tokenizer.load(tmp_path / "tokenizer.json", 0),
+    ):
         assert loaded.encode(TEXTS[0]) == BPE.encode(TEXTS[0])
         assert loaded.end_of_document == 0
 
@@ -73,7 +82,13 @@ def test_settings_of_other_uses_are_dropped() -> None:
 
 
 def words(*names: str) -> str:
-    return str(Inner(models.WordLevel({name: 2 * number for number, name in enumerate(names)}, unk_token=names[0])).to_str())
+    return str(
+        Inner(
+            models.WordLevel(
+                {name: 2 * number for number, name in enumerate(names)}, unk_token=names[0]
+            )
+        ).to_str()
+    )
 
 
 def test_end_token_by_name_by_guess_and_with_holes_in_the_ids() -> None:
@@ -85,9 +100,27 @@ def test_end_token_by_name_by_guess_and_with_holes_in_the_ids() -> None:
 @pytest.mark.parametrize(
     ("text", "end", "code", "field", "message"),
     [
-        ("{", None, "bad_tokenizer", "path", "not a Hugging Face tokenizer.json: .*; save one with"),
-        (json.dumps({"model": {}}), None, "bad_tokenizer", "path", "not a Hugging Face tokenizer.json"),
-        (str(Inner(models.BPE()).to_str()), None, "bad_tokenizer", "path", "has no tokens; train it first"),
+        (
+            "{",
+            None,
+            "bad_tokenizer",
+            "path",
+            "not a Hugging Face tokenizer.json: .*; save one with",
+        ),
+        (
+            json.dumps({"model": {}}),
+            None,
+            "bad_tokenizer",
+            "path",
+            "not a Hugging Face tokenizer.json",
+        ),
+        (
+            str(Inner(models.BPE()).to_str()),
+            None,
+            "bad_tokenizer",
+            "path",
+            "has no tokens; train it first",
+        ),
         (
             words("a", "b"),
             None,
@@ -95,7 +128,13 @@ def test_end_token_by_name_by_guess_and_with_holes_in_the_ids() -> None:
             "end_of_document",
             r"none of the usual end tokens \(<\|endoftext\|>, .*set end_of_document",
         ),
-        (words("a", "b"), "stop", "no_end_token", "end_of_document", "has no token 'stop'; name the token that ends a document"),
+        (
+            words("a", "b"),
+            "stop",
+            "no_end_token",
+            "end_of_document",
+            "has no token 'stop'; name the token that ends a document",
+        ),
     ],
 )
 def test_refusals(text: str, end: str | None, code: str, field: str, message: str) -> None:

@@ -1,4 +1,6 @@
-"""Dispatch on one rank: rows lie expert by expert, and come back with their weights; gradients are those of a plain loop."""
+"""Dispatch on one rank: rows lie expert by expert, and come back with their weights; gradients are
+those of a plain loop.
+"""
 
 from typing import Any
 
@@ -10,7 +12,9 @@ from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllD
 from megatron_ray.expert_parallel.layers import GroupedLinear
 from megatron_ray.ops import matmul
 
-TOKENS, EXPERTS, WIDTH = 7, 4, 8
+TOKENS = 7
+EXPERTS = 4
+WIDTH = 8
 CHOICES = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [3, 1], [1, 3]])
 """Nobody wants expert 2."""
 
@@ -18,7 +22,9 @@ CHOICES = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [3, 1], [1, 3]])
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = ((TOKENS, WIDTH), (TOKENS, 2), (EXPERTS * WIDTH, WIDTH))
-    x, weights, matrices = (torch.randn(shape, generator=generator).requires_grad_() for shape in shapes)
+    x, weights, matrices = (
+        torch.randn(shape, generator=generator).requires_grad_() for shape in shapes
+    )
     return x, weights, matrices
 
 
@@ -35,7 +41,11 @@ def expected(x: Tensor, weights: Tensor, matrices: Tensor, experts: Tensor) -> T
 
 
 @pytest.mark.parametrize("kind", [AllToAllDispatcher, AllGatherDispatcher])
-@pytest.mark.parametrize("room", [Room(), Room(all_go=False), Room(all_go=False, rows=5)], ids=["all", "dropped", "padded"])
+@pytest.mark.parametrize(
+    "room",
+    [Room(), Room(all_go=False), Room(all_go=False, rows=5)],
+    ids=["all", "dropped", "padded"],
+)
 def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: Room) -> None:
     experts = CHOICES.clone()
     if not room.all_go:
@@ -45,36 +55,57 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: 
     linear.weight = torch.nn.Parameter(matrices.detach().clone())
     dispatched = kind(EXPERTS, None, None).dispatch(x, experts, room)
     counts = [int((experts == expert).sum()) for expert in range(EXPERTS)]
-    assert dispatched.counts == 5 if isinstance(dispatched.counts, int) else dispatched.counts.tolist() == counts
+    assert (
+        dispatched.counts == 5
+        if isinstance(dispatched.counts, int)
+        else dispatched.counts.tolist() == counts
+    )
     output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     truth = expected(x, weights, matrices, experts)
     torch.testing.assert_close(output, truth)
     along = torch.linspace(-1, 1, WIDTH)
     measured = torch.autograd.grad((output * along).sum(), (x, weights, linear.weight))
-    for found, wanted in zip(measured, torch.autograd.grad((truth * along).sum(), (x, weights, matrices)), strict=True):
+    for found, wanted in zip(
+        measured, torch.autograd.grad((truth * along).sum(), (x, weights, matrices)), strict=True
+    ):
         torch.testing.assert_close(found, wanted)
     assert measured[2].view(EXPERTS, -1)[2].abs().sum() == 0
 
 
 def test_rows_of_an_expert_are_in_the_order_of_tokens() -> None:
     x = torch.arange(TOKENS, dtype=torch.float32)[:, None].expand(TOKENS, WIDTH)
-    rows = AllToAllDispatcher(EXPERTS, None, None).dispatch(x, CHOICES, Room()).rows_RH[:, 0].tolist()
+    rows = (
+        AllToAllDispatcher(EXPERTS, None, None).dispatch(x, CHOICES, Room()).rows_RH[:, 0].tolist()
+    )
     assert rows == [0, 2, 3, 4, 1, 2, 4, 5, 6, 0, 1, 3, 5, 6]
 
 
-def test_one_kernel_multiplies_as_one_product_per_expert_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPU the kernel has an implementation too, which nobody else uses: it shows that the arguments are right."""
+def test_one_kernel_multiplies_as_one_product_per_expert_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CPU the kernel has an implementation too, which nobody else uses: it shows that the
+    arguments are right.
+    """
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor([5, 0, 7, 4])
-    x, weight, grad = (torch.randn(shape, generator=generator).bfloat16() for shape in ((16, 32), (4, 24, 32), (16, 24)))
+    x, weight, grad = (
+        torch.randn(shape, generator=generator).bfloat16()
+        for shape in ((16, 32), (4, 24, 32), (16, 24))
+    )
 
     def products() -> list[Tensor]:
         main = torch.full((4, 24, 32), 7.0)
         for fresh in (True, False):
             matmul.accumulate_grouped_weight_grad(main, grad, x, counts, fresh=fresh)
-        return [matmul.grouped_forward_product(x, weight, counts), matmul.grouped_input_grad_product(grad, weight, counts), main]
+        return [
+            matmul.grouped_forward_product(x, weight, counts),
+            matmul.grouped_input_grad_product(grad, weight, counts),
+            main,
+        ]
 
-    monkeypatch.setattr(matmul, "multiplies_wide", lambda *_: False)  # the kernel rounds what it adds to the main gradient
+    monkeypatch.setattr(
+        matmul, "multiplies_wide", lambda *_: False
+    )  # the kernel rounds what it adds to the main gradient
     one_by_one = products()
     monkeypatch.setattr(matmul, "_one_kernel", lambda *_: True)
     for found, wanted in zip(products(), one_by_one, strict=True):
@@ -89,4 +120,8 @@ def test_nobody_may_go_anywhere() -> None:
     linear = GroupedLinear(EXPERTS, WIDTH, WIDTH, dtype=torch.float32)
     output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     output.sum().backward()
-    assert output.abs().sum() == 0 and linear.weight.grad is not None and linear.weight.grad.abs().sum() == 0
+    assert (
+        output.abs().sum() == 0
+        and linear.weight.grad is not None
+        and linear.weight.grad.abs().sum() == 0
+    )

@@ -1,4 +1,6 @@
-"""The sampler: equal to the uncached forward, reproducible, clear about what it refuses; and the command on a real checkpoint."""
+"""The sampler: equal to the uncached forward, reproducible, clear about what it refuses; and the
+command on a real checkpoint.
+"""
 
 import json
 from pathlib import Path
@@ -12,7 +14,14 @@ from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.inference.generate import Sampling, choose, generate, generate_tokens, load_model, main
+from megatron_ray.inference.generate import (
+    Sampling,
+    choose,
+    generate,
+    generate_tokens,
+    load_model,
+    main,
+)
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import build
 
@@ -43,7 +52,12 @@ WINDOWED = LLAMA | {
     "full_attention_every": 2,
     "qk_norm": True,
     "qkv_bias": True,
-    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4.0},
+    "rope_scaling": {
+        "kind": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 4.0,
+    },
 }
 GEMMA = LLAMA | {
     "sliding_window": 5,
@@ -64,17 +78,35 @@ def config(model: dict[str, Any], precision: str = "fp32") -> TrainConfig:
             "model": model,
             "parallel": {"dp": 1, "sequence_parallel": False},
             "data": {"train": [{"path": "x"}], "tokenizer": {"kind": "bytes"}},
-            "training": {"seq_length": 16, "micro_batch_size": 1, "global_batch_size": 1, "steps": 1, "precision": precision},
+            "training": {
+                "seq_length": 16,
+                "micro_batch_size": 1,
+                "global_batch_size": 1,
+                "steps": 1,
+                "precision": precision,
+            },
             "optimizer": {"lr": 0.001},
         }
     )
 
 
-def checkpoint(folder: Path, model: dict[str, Any], *, precision: str = "fp32", tokenizer: bool = True, **changed: Any) -> str:
+def checkpoint(
+    folder: Path,
+    model: dict[str, Any],
+    *,
+    precision: str = "fp32",
+    tokenizer: bool = True,
+    **changed: Any,
+) -> str:
     settings = config(model, precision)
     _, optimizer = build(settings, ParallelMesh.single())
     writer = CheckpointWriter(ParallelMesh.single(), "sync", lambda _: None)
-    state = {"format_version": 1, "step": 1, "config": settings.model_dump(mode="json"), "end_of_document": 256} | changed
+    state = {
+        "format_version": 1,
+        "step": 1,
+        "config": settings.model_dump(mode="json"),
+        "end_of_document": 256,
+    } | changed
     files = {"tokenizer.json": Tokenizer.of_bytes().to_json().encode()} if tokenizer else {}
     writer.save(1, str(folder), optimizer.sharded_state(), state, files)
     writer.close()
@@ -84,7 +116,8 @@ def checkpoint(folder: Path, model: dict[str, Any], *, precision: str = "fp32", 
 
 def uncached(model: GPT, prompt: list[int], count: int, sampling: Sampling, seed: int) -> list[int]:
     """Every token from a forward over everything before it."""
-    tokens, generator = list(prompt), torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _ in range(count):
             logits = model.logits(torch.tensor([tokens]), torch.arange(len(tokens))[None])
@@ -93,22 +126,35 @@ def uncached(model: GPT, prompt: list[int], count: int, sampling: Sampling, seed
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[GPT, Tokenizer]:
+def loaded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[GPT, Tokenizer]:
     return load_model(checkpoint(tmp_path_factory.mktemp("c") / "x", MODELS[request.param]))
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(0), Sampling(1.0), Sampling(0.7, top_k=20), Sampling(1.3, top_p=0.8), Sampling(0.9, top_k=50, top_p=0.5)]
+    "sampling",
+    [
+        Sampling(0),
+        Sampling(1.0),
+        Sampling(0.7, top_k=20),
+        Sampling(1.3, top_p=0.8),
+        Sampling(0.9, top_k=50, top_p=0.5),
+    ],
 )
 def test_the_cache_changes_no_token(loaded: tuple[GPT, Tokenizer], sampling: Sampling) -> None:
     model, _ = loaded
     for seed in range(4):
-        prompt = torch.randint(0, 256, (1 + 5 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        prompt = torch.randint(
+            0, 256, (1 + 5 * seed,), generator=torch.Generator().manual_seed(seed)
+        ).tolist()
         cached = generate_tokens(model, prompt, 30, sampling, seed, stop=-1, vocabulary=257)
         assert cached == uncached(model, prompt, 30, sampling, seed)
 
 
-def test_the_same_seed_gives_the_same_text_and_another_one_another(loaded: tuple[GPT, Tokenizer]) -> None:
+def test_the_same_seed_gives_the_same_text_and_another_one_another(
+    loaded: tuple[GPT, Tokenizer],
+) -> None:
     model, tokenizer = loaded
     first = generate(model, tokenizer, "def ", 20, seed=1)
     assert first == generate(model, tokenizer, "def ", 20, seed=1)
@@ -130,7 +176,9 @@ class Ended:
     """A tokenizer with another end."""
 
     def __init__(self, inner: Tokenizer, end: int) -> None:
-        self.inner, self.end_of_document, self.vocab_size = inner, end, inner.vocab_size
+        self.inner = inner
+        self.end_of_document = end
+        self.vocab_size = inner.vocab_size
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text)
@@ -143,7 +191,12 @@ def test_an_empty_prompt_begins_a_document(loaded: tuple[GPT, Tokenizer]) -> Non
     model, tokenizer = loaded
     answer = generate(model, tokenizer, "", 8, temperature=0)
     assert answer.prompt == "" and "endoftext" not in answer.text
-    assert list(answer.tokens) == generate_tokens(model, [256], 8, Sampling(0), 0, stop=256, vocabulary=257)[: len(answer.tokens)]
+    assert (
+        list(answer.tokens)
+        == generate_tokens(model, [256], 8, Sampling(0), 0, stop=256, vocabulary=257)[
+            : len(answer.tokens)
+        ]
+    )
 
 
 def test_spare_rows_of_the_vocabulary_are_never_chosen(loaded: tuple[GPT, Tokenizer]) -> None:
@@ -160,7 +213,12 @@ def test_sampling_follows_the_probabilities() -> None:
 
 @pytest.mark.parametrize(
     ("sampling", "allowed"),
-    [(Sampling(1.0, top_k=1), {1}), (Sampling(1.0, top_k=2), {1, 2}), (Sampling(1.0, top_p=0.41), {1, 2}), (Sampling(1.0, top_p=0.0), {1})],
+    [
+        (Sampling(1.0, top_k=1), {1}),
+        (Sampling(1.0, top_k=2), {1, 2}),
+        (Sampling(1.0, top_p=0.41), {1, 2}),
+        (Sampling(1.0, top_p=0.0), {1}),
+    ],
 )
 def test_top_k_and_top_p_keep_the_likeliest(sampling: Sampling, allowed: set[int]) -> None:
     logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
@@ -178,16 +236,25 @@ def test_top_k_and_top_p_keep_the_likeliest(sampling: Sampling, allowed: set[int
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
     ],
 )
-def test_senseless_values_are_refused(loaded: tuple[GPT, Tokenizer], values: dict[str, Any], message: str) -> None:
+def test_senseless_values_are_refused(
+    loaded: tuple[GPT, Tokenizer], values: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         generate(*loaded, "a", **values)
 
 
 def test_learned_positions_end_somewhere(tmp_path: Path) -> None:
     model, tokenizer = load_model(checkpoint(tmp_path / "c", GPT2))
-    with pytest.raises(ValueError, match="the prompt has 70 tokens, the model has learned 64 positions; shorten the prompt"):
+    with pytest.raises(
+        ValueError,
+        match="the prompt has 70 tokens, the model has learned 64 positions; shorten the prompt",
+    ):
         generate(model, tokenizer, "x" * 70, 1)
-    with pytest.raises(ValueError, match="60 prompt tokens and 9 new ones need more than the 64 positions .* at most 4 new tokens"):
+    with pytest.raises(
+        ValueError,
+        match="60 prompt tokens and 9 new ones need more than the 64 positions .* at most 4 new "
+        "tokens",
+    ):
         generate(model, tokenizer, "x" * 60, 9)
     assert len(generate_tokens(model, [1] * 60, 4, Sampling(0), 0, stop=-1, vocabulary=257)) == 4
 
@@ -200,11 +267,16 @@ def test_rotary_positions_go_on(tmp_path: Path) -> None:
 def test_the_main_parameters_of_a_bf16_run_are_what_is_loaded(tmp_path: Path) -> None:
     wide, _ = load_model(checkpoint(tmp_path / "fp32", LLAMA))
     narrow, _ = load_model(checkpoint(tmp_path / "bf16", LLAMA, precision="bf16"))
-    assert all(torch.equal(a, b) for a, b in zip(wide.parameters(), narrow.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(wide.parameters(), narrow.parameters(), strict=True)
+    )
 
 
 def test_checkpoints_that_cannot_speak_say_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="it holds no tokenizer.json, so its tokens cannot be turned into text"):
+    with pytest.raises(
+        CheckpointError,
+        match="it holds no tokenizer.json, so its tokens cannot be turned into text",
+    ):
         load_model(checkpoint(tmp_path / "a", LLAMA, tokenizer=False))
     path = checkpoint(tmp_path / "b", LLAMA)
     state = json.loads(Path(path, "train_state.json").read_text())
@@ -215,7 +287,9 @@ def test_checkpoints_that_cannot_speak_say_so(tmp_path: Path) -> None:
         load_model(path)
 
 
-def test_the_command_prints_text_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_text_or_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = checkpoint(tmp_path / "c", LLAMA)
     common = [
         "--device",
@@ -243,4 +317,7 @@ def test_the_command_prints_text_or_json(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", str(tmp_path / "none")]) == 1
     said = capsys.readouterr()
-    assert said.err == f"error: cannot load {tmp_path}/none: there is no checkpoint at this path\n" and said.out == ""
+    assert (
+        said.err == f"error: cannot load {tmp_path}/none: there is no checkpoint at this path\n"
+        and said.out == ""
+    )

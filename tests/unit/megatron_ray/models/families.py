@@ -1,4 +1,6 @@
-"""The families of models that transformers judges: a family is what it has beside a plain Llama, in their words and in ours."""
+"""The families of models that transformers judges: a family is what it has beside a plain Llama, in
+their words and in ours.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,7 +64,12 @@ class Family:
             "experts_implementation": "eager",
         }
         if self.logical is gpt2_logical:
-            plain = {"vocab_size": sizes.vocabulary, "n_positions": sizes.sequence, "n_embd": sizes.hidden, "n_layer": sizes.layers}
+            plain = {
+                "vocab_size": sizes.vocabulary,
+                "n_positions": sizes.sequence,
+                "n_embd": sizes.hidden,
+                "n_layer": sizes.layers,
+            }
         torch.manual_seed(seed)
         config = getattr(transformers, f"{self.judge}Config")(**plain | self.theirs)
         head = "LMHeadModel" if self.logical is gpt2_logical else "ForCausalLM"
@@ -72,7 +79,12 @@ class Family:
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 24,
+}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 12, "beta_fast": 4.0, "beta_slow": 1.0}
 QK_NORM = {"qk_norm": True, "head_dim": 24}
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48}
@@ -80,7 +92,13 @@ EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48}
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         "GPT2",
-        {"n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attn_implementation": "sdpa"},
+        {
+            "n_head": 4,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "attn_implementation": "sdpa",
+        },
         {
             "num_query_groups": 4,
             "ffn_hidden_size": None,
@@ -94,32 +112,65 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama2": Family("Llama"),
     "llama3.1": Family(
-        "Llama", {"rope_parameters": ROPE | {"rope_type": "llama3"} | LLAMA3}, {"rope_scaling": {"kind": "llama3"} | LLAMA3}
+        "Llama",
+        {"rope_parameters": ROPE | {"rope_type": "llama3"} | LLAMA3},
+        {"rope_scaling": {"kind": "llama3"} | LLAMA3},
     ),
     "llama-linear": Family(
-        "Llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}, {"rope_scaling": {"kind": "linear", "factor": 4.0}}
+        "Llama",
+        {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"kind": "linear", "factor": 4.0}},
     ),
-    "llama-yarn": Family("Llama", {"rope_parameters": ROPE | {"rope_type": "yarn"} | YARN}, {"rope_scaling": {"kind": "yarn"} | YARN}),
+    "llama-yarn": Family(
+        "Llama",
+        {"rope_parameters": ROPE | {"rope_type": "yarn"} | YARN},
+        {"rope_scaling": {"kind": "yarn"} | YARN},
+    ),
     "mistral": Family("Mistral", {"sliding_window": 11, "head_dim": None}, {"sliding_window": 11}),
     "mixtral": Family(
-        "Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48, "head_dim": None}, {"moe": EXPERTS}
+        "Mixtral",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 48,
+            "head_dim": None,
+        },
+        {"moe": EXPERTS},
     ),
     "qwen2": Family("Qwen2", {}, {"qkv_bias": True}),
     "qwen2-pattern": Family(
         "Qwen2",
-        {"use_sliding_window": True, "sliding_window": 11, "layer_types": ["sliding_attention", "full_attention"] * 2},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 11,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
         {"qkv_bias": True, "sliding_window": 11, "full_attention_every": 2},
     ),
-    "qwen3": Family("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}, QK_NORM | {"tie_embeddings": True}),
+    "qwen3": Family(
+        "Qwen3", {"head_dim": 24, "tie_word_embeddings": True}, QK_NORM | {"tie_embeddings": True}
+    ),
     "qwen3-moe": Family(
         "Qwen3Moe",
-        {"head_dim": 24, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+        {
+            "head_dim": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
         QK_NORM | {"moe": EXPERTS},
     ),
     "gemma": Family(
         "Gemma",
         # Its padding token would have no gradient.
-        {"head_dim": 24, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "pad_token_id": None},
+        {
+            "head_dim": 24,
+            "num_key_value_heads": 1,
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
         {
             "head_dim": 24,
             "num_query_groups": 1,

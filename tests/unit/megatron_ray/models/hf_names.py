@@ -1,5 +1,6 @@
-"""Logical parameter names <- Hugging Face state dicts, for the judges: one mapping for Llama and all made like it, one for GPT-2, one for
-DeepSeek-V3."""
+"""Logical parameter names <- Hugging Face state dicts, for the judges: one mapping for Llama and
+all made like it, one for GPT-2, one for DeepSeek-V3.
+"""
 
 import torch
 from torch import Tensor
@@ -11,18 +12,28 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 
 
 def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a decoder with Llama's names, with or without biases, norms of heads and experts, by logical name."""
-    found = {"embedding.weight": state["model.embed_tokens.weight"], "final_norm.weight": state["model.norm.weight"]}
+    """Weights (or gradients) of a decoder with Llama's names, with or without biases, norms of
+    heads and experts, by logical name.
+    """
+    found = {
+        "embedding.weight": state["model.embed_tokens.weight"],
+        "final_norm.weight": state["model.norm.weight"],
+    }
     if not config.tie_embeddings:
         found["head.weight"] = state["lm_head.weight"]
-    names = {"attention_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight"}
+    names = {
+        "attention_norm.weight": "input_layernorm.weight",
+        "mlp_norm.weight": "post_attention_layernorm.weight",
+    }
     names |= {f"attention.{part}.weight": f"self_attn.{part}_proj.weight" for part in "qkvo"}
     if config.has_qkv_bias:
         names |= {f"attention.{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
     if config.qk_norm:
         names |= {f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
     if config.moe is None:
-        names |= {f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+        names |= {
+            f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")
+        }
     for layer in range(config.num_layers):
         theirs = f"model.layers.{layer}."
         found |= {f"layers.{layer}.{ours}": state[theirs + name] for ours, name in names.items()}
@@ -34,30 +45,51 @@ def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
 def _experts(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
     """transformers keeps the matrices of a layer's experts in two tensors."""
     found = {ours + "router.weight": state[theirs + "gate.weight"]}
-    pairs = zip(state[theirs + "experts.gate_up_proj"], state[theirs + "experts.down_proj"], strict=True)
+    pairs = zip(
+        state[theirs + "experts.gate_up_proj"], state[theirs + "experts.down_proj"], strict=True
+    )
     for expert, (gate_up, down) in enumerate(pairs):
         gate, up = gate_up.chunk(2)
-        found |= {f"{ours}experts.{expert}.{name}.weight": part for name, part in (("gate", gate), ("up", up), ("down", down))}
+        found |= {
+            f"{ours}experts.{expert}.{name}.weight": part
+            for name, part in (("gate", gate), ("up", up), ("down", down))
+        }
     return found
 
 
 def deepseek_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a DeepseekV3ForCausalLM by logical name; its rotation turns neighbouring rows."""
+    """Weights (or gradients) of a DeepseekV3ForCausalLM by logical name; its rotation turns
+    neighbouring rows.
+    """
     found = {
         "embedding.weight": state["model.embed_tokens.weight"],
         "final_norm.weight": state["model.norm.weight"],
         "head.weight": state["lm_head.weight"],
     }
     for layer in range(config.num_layers):
-        found |= deepseek_block(state, config, f"model.layers.{layer}.", f"layers.{layer}.", config.experts_on(layer) is not None)
+        found |= deepseek_block(
+            state,
+            config,
+            f"model.layers.{layer}.",
+            f"layers.{layer}.",
+            config.experts_on(layer) is not None,
+        )
     return found
 
 
-def deepseek_block(state: dict[str, Tensor], config: ModelConfig, theirs: str, ours: str, experts: bool) -> dict[str, Tensor]:
+def deepseek_block(
+    state: dict[str, Tensor], config: ModelConfig, theirs: str, ours: str, experts: bool
+) -> dict[str, Tensor]:
     """One block's."""
-    mla, names = config.mla, {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    mla = config.mla
+    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
     assert mla is not None
-    attention = {"kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj", "o": "o_proj", "kv_down": "kv_a_proj_with_mqa"}
+    attention = {
+        "kv_norm": "kv_a_layernorm",
+        "kv_up": "kv_b_proj",
+        "o": "o_proj",
+        "kv_down": "kv_a_proj_with_mqa",
+    }
     if mla.q_lora_rank is None:
         attention |= {"q": "q_proj"}
     else:
@@ -66,48 +98,77 @@ def deepseek_block(state: dict[str, Tensor], config: ModelConfig, theirs: str, o
     mlp, expert = ("moe.shared.", "mlp.shared_experts.") if experts else ("mlp.", "mlp.")
     names |= {mlp + name: f"{expert}{name}_proj" for name in ("gate", "up", "down")}
     names |= {"moe.router": "mlp.gate"} if experts else {}
-    found = {f"{ours}{name}.weight": state[f"{theirs}{part}.weight"] for name, part in names.items()}
+    found = {
+        f"{ours}{name}.weight": state[f"{theirs}{part}.weight"] for name, part in names.items()
+    }
     for name, order in _rotated_rows(config.num_attention_heads, mla).items():
         if f"{ours}attention.{name}.weight" in found:
             found[f"{ours}attention.{name}.weight"] = found[f"{ours}attention.{name}.weight"][order]
     if experts:
-        stacked = zip(state[f"{theirs}mlp.experts.gate_up_proj"], state[f"{theirs}mlp.experts.down_proj"], strict=True)
+        stacked = zip(
+            state[f"{theirs}mlp.experts.gate_up_proj"],
+            state[f"{theirs}mlp.experts.down_proj"],
+            strict=True,
+        )
         for number, (gate_up, down) in enumerate(stacked):
             gate, up = gate_up.chunk(2)
             parts = {"gate": gate, "up": up, "down": down}
-            found |= {f"{ours}moe.experts.{number}.{name}.weight": part for name, part in parts.items()}
+            found |= {
+                f"{ours}moe.experts.{number}.{name}.weight": part for name, part in parts.items()
+            }
     return found
 
 
 def _rotated_rows(heads: int, mla: LatentAttentionConfig) -> dict[str, list[int]]:
     queries = halves_of_pairs(heads, mla.qk_nope_head_dim, mla.qk_rope_head_dim)
-    return {"q": queries, "q_up": queries, "kv_down": halves_of_pairs(1, mla.kv_lora_rank, mla.qk_rope_head_dim)}
+    return {
+        "q": queries,
+        "q_up": queries,
+        "kv_down": halves_of_pairs(1, mla.kv_lora_rank, mla.qk_rope_head_dim),
+    }
 
 
 def halves_of_pairs(heads: int, plain: int, rotated: int) -> list[int]:
-    """Rows of a projection whose heads have `plain` rows and then `rotated` ones, of which the checkpoint turns neighbours (0, 1), (2, 3)
-    ... and this library row i with row i + rotated / 2: row i here is row order[i] there."""
-    of_head = [*range(plain), *range(plain, plain + rotated, 2), *range(plain + 1, plain + rotated, 2)]
+    """Rows of a projection whose heads have `plain` rows and then `rotated` ones, of which the
+    checkpoint turns neighbours (0, 1), (2, 3) ... and this library row i with row i + rotated / 2:
+    row i here is row order[i] there.
+    """
+    of_head = [
+        *range(plain),
+        *range(plain, plain + rotated, 2),
+        *range(plain + 1, plain + rotated, 2),
+    ]
     return [head * (plain + rotated) + row for head in range(heads) for row in of_head]
 
 
 def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a GPT2LMHeadModel by logical name; its Conv1D matrices are stored transposed."""
+    """Weights (or gradients) of a GPT2LMHeadModel by logical name; its Conv1D matrices are stored
+    transposed.
+    """
     found = {
         "embedding.weight": state["transformer.wte.weight"],
         "position_embedding.weight": state["transformer.wpe.weight"],
         "final_norm.weight": state["transformer.ln_f.weight"],
         "final_norm.bias": state["transformer.ln_f.bias"],
     }
-    names = {"attention_norm": "ln_1", "attention.o": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"}
+    names = {
+        "attention_norm": "ln_1",
+        "attention.o": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
     for layer in range(config.num_layers):
         prefix = f"transformer.h.{layer}."
         for ours, theirs in names.items():
             for kind in ("weight", "bias"):
                 tensor = state[f"{prefix}{theirs}.{kind}"]
                 found[f"layers.{layer}.{ours}.{kind}"] = tensor.t() if tensor.dim() == 2 else tensor
-        fused_weight, fused_bias = state[f"{prefix}attn.c_attn.weight"].t(), state[f"{prefix}attn.c_attn.bias"]
-        for name, weight, bias in zip("qkv", fused_weight.chunk(3), fused_bias.chunk(3), strict=True):
+        fused_weight = state[f"{prefix}attn.c_attn.weight"].t()
+        fused_bias = state[f"{prefix}attn.c_attn.bias"]
+        for name, weight, bias in zip(
+            "qkv", fused_weight.chunk(3), fused_bias.chunk(3), strict=True
+        ):
             found[f"layers.{layer}.attention.{name}.weight"] = weight
             found[f"layers.{layer}.attention.{name}.bias"] = bias
     return found
@@ -117,7 +178,9 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
     """Norms away from one, biases away from zero, matrices larger: so that a forgotten term shows."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        noise = torch.empty_like(parameter).normal_(0, 0.1 if parameter.dim() == 1 else 0.03, generator=generator)
+        noise = torch.empty_like(parameter).normal_(
+            0, 0.1 if parameter.dim() == 1 else 0.03, generator=generator
+        )
         parameter.data.add_(noise)
 
 

@@ -1,4 +1,6 @@
-"""Attention by blocks, and in fp32, against float64, and against torch's fused attention in the same bf16."""
+"""Attention by blocks, and in fp32, against float64, and against torch's fused attention in the
+same bf16.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray.ops.attention.blockwise import _LARGEST, _SCORES, _blocks, blocks_are_faster, causal_attention
+from megatron_ray.ops.attention.blockwise import (
+    _LARGEST,
+    _SCORES,
+    _blocks,
+    blocks_are_faster,
+    causal_attention,
+)
 from megatron_ray.ops.attention.fp32 import wide_causal_attention
 
 SHAPES = {  # batch, heads, key/value heads, sequence, head width, factor on the queries
@@ -24,7 +32,9 @@ def relative(measured: Tensor, truth: Tensor) -> float:
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1])
+    return torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=q.shape[1] > k.shape[1]
+    )
 
 
 @pytest.mark.parametrize("attention", [causal_attention, wide_causal_attention])
@@ -51,13 +61,17 @@ def test_is_as_exact_as_fused_attention(shape: str, attention: Callable[..., Ten
     assert ours.dtype == torch.bfloat16 and ours.shape == theirs.shape
     assert ours.transpose(1, 2).is_contiguous(), "merging the heads would copy"
     assert relative(ours, truth) <= 1.3 * relative(theirs, truth)
-    # The product behind the gradients of the probabilities is rounded once more here; what that does to a model, the judges say.
+    # The product behind the gradients of the probabilities is rounded once more here; what that
+    # does to a model, the judges say.
     for own, peer, exact in zip(our_grads, their_grads, true_grads, strict=True):
         assert relative(own, exact) <= 1.8 * relative(peer, exact)
 
 
 def test_the_future_is_not_seen() -> None:
-    q, k, v = (torch.randn(1, 2, 300, 32, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (1, 2, 3))
+    q, k, v = (
+        torch.randn(1, 2, 300, 32, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        for seed in (1, 2, 3)
+    )
     before = causal_attention(q, k, v)
     for tensor in (k, v):
         tensor[:, :, 200:] = 1000.0
@@ -68,7 +82,12 @@ def test_the_future_is_not_seen() -> None:
 
 def test_is_repeatable_to_the_bit() -> None:
     def gradients() -> list[Tensor | None]:
-        leaves = [torch.randn(2, 4, 200, 64, generator=torch.Generator().manual_seed(i)).bfloat16().requires_grad_() for i in range(3)]
+        leaves = [
+            torch.randn(2, 4, 200, 64, generator=torch.Generator().manual_seed(i))
+            .bfloat16()
+            .requires_grad_()
+            for i in range(3)
+        ]
         causal_attention(*leaves).square().sum().backward()
         return [leaf.grad for leaf in leaves]
 
@@ -88,14 +107,19 @@ def test_is_repeatable_to_the_bit() -> None:
         ("meta", torch.bfloat16, 256, False),
     ],
 )
-def test_where_blocks_are_used(device: str, dtype: torch.dtype, sequence: int, chosen: bool) -> None:
+def test_where_blocks_are_used(
+    device: str, dtype: torch.dtype, sequence: int, chosen: bool
+) -> None:
     assert blocks_are_faster(device, dtype, sequence) is chosen
 
 
 @pytest.mark.parametrize(
-    ("pairs", "per_pair", "sequence"), [(16, 1, 256), (8, 4, 2048), (3, 8, 100), (2, 1, 65536), (1, 32, 8192), (5, 1, 16)]
+    ("pairs", "per_pair", "sequence"),
+    [(16, 1, 256), (8, 4, 2048), (3, 8, 100), (2, 1, 65536), (1, 32, 8192), (5, 1, 16)],
 )
-def test_blocks_cover_every_query_once_within_the_memory_allowed(pairs: int, per_pair: int, sequence: int) -> None:
+def test_blocks_cover_every_query_once_within_the_memory_allowed(
+    pairs: int, per_pair: int, sequence: int
+) -> None:
     seen = torch.zeros(pairs, sequence)
     for block in _blocks(pairs, per_pair, sequence):
         seen[block.pairs, block.rows] += 1

@@ -1,4 +1,6 @@
-"""Attention by stripes is attention with a mask, in every type and on either way, and a window as long as the sequence is none."""
+"""Attention by stripes is attention with a mask, in every type and on either way, and a window as
+long as the sequence is none.
+"""
 
 from collections.abc import Callable
 
@@ -19,14 +21,22 @@ CASES = [(48, 5), (48, 47), (300, 7), (300, 1), (300, 200), (700, 128)]
 
 def inputs(sequence: int, dtype: torch.dtype) -> list[Tensor]:
     draw = torch.Generator().manual_seed(3)
-    return [torch.randn(2, sequence, heads, 16, generator=draw).to(dtype).transpose(1, 2).requires_grad_() for heads in (4, 2, 2)]
+    return [
+        torch.randn(2, sequence, heads, 16, generator=draw)
+        .to(dtype)
+        .transpose(1, 2)
+        .requires_grad_()
+        for heads in (4, 2, 2)
+    ]
 
 
 def masked(sequence: int, window: int) -> Callable[..., Tensor]:
     """By the definition: a token sees those that are less than a window behind it."""
     behind = torch.arange(sequence)[:, None] - torch.arange(sequence)
     seen = (behind >= 0) & (behind < window)
-    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+    return lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, enable_gqa=True
+    )
 
 
 def run(attend: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -40,26 +50,38 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype) ->
 @pytest.mark.parametrize("by_torch", [False, True])
 @pytest.mark.parametrize("dtype", ALLOWED)
 @pytest.mark.parametrize(("sequence", "window"), CASES)
-def test_stripes_are_a_mask(sequence: int, window: int, dtype: torch.dtype, by_torch: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sliding_window.fused_attention, "differentiates_masked", lambda device: by_torch)
+def test_stripes_are_a_mask(
+    sequence: int, window: int, dtype: torch.dtype, by_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sliding_window.fused_attention, "differentiates_masked", lambda device: by_torch
+    )
     qkv = inputs(sequence, dtype)
     truth = run(masked(sequence, window), qkv, torch.float64)
     found = run(lambda *parts: windowed_attention(*parts, window), qkv, dtype)
     assert found[0].dtype == dtype
     if not by_torch:
         assert found[0].transpose(1, 2).is_contiguous(), "merging the heads would copy"
-    # Scores of a token that sees itself only have no gradient but rounding, of the size of what cancels.
+    # Scores of a token that sees itself only have no gradient but rounding, of the size of what
+    # cancels.
     floor = float(truth[3].norm()) if window == 1 else 0.0
     for one, exact in zip(found, truth, strict=True):
-        assert float((one.double() - exact).norm()) <= ALLOWED[dtype] * max(float(exact.norm()), floor)
+        assert float((one.double() - exact).norm()) <= ALLOWED[dtype] * max(
+            float(exact.norm()), floor
+        )
 
 
 @pytest.mark.parametrize(("sequence", "window"), [*CASES, (4096, 1024), (1000, 601)])
-def test_stripes_cover_every_row_with_what_it_sees_and_little_more(sequence: int, window: int) -> None:
+def test_stripes_cover_every_row_with_what_it_sees_and_little_more(
+    sequence: int, window: int
+) -> None:
     scores = 0
     for stripe in stripes(sequence, window):
         rows, columns, first = stripe.shape
-        assert 0 <= max(0, stripe.rows.start - window + 1) - stripe.columns.start < 16 and stripe.columns.stop == stripe.rows.stop
+        assert (
+            0 <= max(0, stripe.rows.start - window + 1) - stripe.columns.start < 16
+            and stripe.columns.stop == stripe.rows.stop
+        )
         assert first == stripe.rows.start - stripe.columns.start
         scores += rows * columns
     assert scores <= sequence * (window + 16 + max(128, window // 4))
@@ -70,14 +92,22 @@ def test_a_window_as_long_as_the_sequence_hides_nothing() -> None:
     assert torch.equal(WholeAttention(32)(*qkv, None), WholeAttention()(*qkv, None))
 
 
-@pytest.mark.parametrize("packed", [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))])
+@pytest.mark.parametrize(
+    "packed", [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))]
+)
 def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
     q, k, v = (x.double() for x in inputs(24, torch.float32))
     behind = torch.arange(24)[:, None] - torch.arange(24)
     seen = ((behind >= 0) & (behind < 6)).expand(2, 1, 24, 24)
     if packed is not None:
-        seen = seen & (packed.documents_BS[:, None, :, None] == packed.documents_BS[:, None, None, :])
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)
+        seen = seen & (
+            packed.documents_BS[:, None, :, None] == packed.documents_BS[:, None, None, :]
+        )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, enable_gqa=True
+    )
     torch.testing.assert_close(WholeAttention(6)(q, k, v, packed), expected, rtol=1e-12, atol=1e-12)
-    dropping = DroppingAttention(0.0, Streams(7, {"tp": 0, "cp": 0}).stream("layers.0", ("cp", "tp")), 6)
+    dropping = DroppingAttention(
+        0.0, Streams(7, {"tp": 0, "cp": 0}).stream("layers.0", ("cp", "tp")), 6
+    )
     torch.testing.assert_close(dropping(q, k, v, (packed, 0)), expected, rtol=1e-12, atol=1e-12)

@@ -1,5 +1,6 @@
-"""transformers' DeepSeek-V3 judges latent attention, the grouped router and shared experts, and, with a layer put together here from plain
-torch around its block, the prediction of further tokens."""
+"""transformers' DeepSeek-V3 judges latent attention, the grouped router and shared experts, and,
+with a layer put together here from plain torch around its block, the prediction of further tokens.
+"""
 
 import copy
 from typing import Any
@@ -24,8 +25,17 @@ from tests.parallel.parity import make_mesh
 from tests.ranks import run_ranks
 from tests.unit.megatron_ray.models.hf_names import deepseek_block, deepseek_logical, fill, perturb
 
-VOCABULARY, SEQUENCE, BATCH, END = 211, 24, 3, 7
-YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "mscale": 1.0, "mscale_all_dim": 0.8}
+VOCABULARY = 211
+SEQUENCE = 24
+BATCH = 3
+END = 7
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
 CASES: dict[str, dict[str, Any]] = {
     "experts": {"q_lora_rank": 24, "yarn": True, "dense": 1},
     "dense": {"q_lora_rank": None, "yarn": False, "dense": 2},
@@ -54,7 +64,8 @@ def judge(case: dict[str, Any], seed: int = 1) -> DeepseekV3ForCausalLM:
         num_experts_per_tok=4,
         first_k_dense_replace=case["dense"],
         max_position_embeddings=128,
-        rope_parameters={"rope_theta": 10000.0} | (YARN if case["yarn"] else {"rope_type": "default"}),
+        rope_parameters={"rope_theta": 10000.0}
+        | (YARN if case["yarn"] else {"rope_type": "default"}),
         attn_implementation="sdpa",
         experts_implementation="eager",  # the others know no float64
     )
@@ -75,10 +86,18 @@ def config_of(case: dict[str, Any], **changes: Any) -> TrainConfig:
         "ffn_hidden_size": 96,
         "vocab_size": VOCABULARY,
         "norm_eps": 1e-6,
-        "mla": {"q_lora_rank": case["q_lora_rank"], "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12},
+        "mla": {
+            "q_lora_rank": case["q_lora_rank"],
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 16,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 12,
+        },
     }
     if case["yarn"]:
-        model["rope_scaling"] = {"kind": "yarn"} | {name: value for name, value in YARN.items() if name != "rope_type"}
+        model["rope_scaling"] = {"kind": "yarn"} | {
+            name: value for name, value in YARN.items() if name != "rope_type"
+        }
     if case["dense"] < 2:
         model["moe"] = {
             "num_experts": 16,
@@ -97,14 +116,21 @@ def config_of(case: dict[str, Any], **changes: Any) -> TrainConfig:
             "model": model | changes.get("model", {}),
             "parallel": {"dp": 1} | changes.get("parallel", {}),
             "data": {"train": [{"path": "unused"}]},
-            "training": {"seq_length": SEQUENCE, "micro_batch_size": BATCH, "global_batch_size": BATCH, "steps": 1}
+            "training": {
+                "seq_length": SEQUENCE,
+                "micro_batch_size": BATCH,
+                "global_batch_size": BATCH,
+                "steps": 1,
+            }
             | changes.get("training", {}),
             "optimizer": {"lr": 1e-3},
         }
     )
 
 
-def ours(config: TrainConfig, mesh: ParallelMesh, theirs: nn.Module) -> tuple[ParallelModel, ShardedOptimizer]:
+def ours(
+    config: TrainConfig, mesh: ParallelMesh, theirs: nn.Module
+) -> tuple[ParallelModel, ShardedOptimizer]:
     model, optimizer = build(config, mesh, initialise=False)
     state = theirs.state_dict()
     fill(model, optimizer, logical(state, config))
@@ -118,10 +144,21 @@ def ours(config: TrainConfig, mesh: ParallelMesh, theirs: nn.Module) -> tuple[Pa
 def logical(state: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
     found = deepseek_logical(state, config.model)
     for depth in range(config.model.further_layers):
-        theirs, prefix = f"mtp.{depth}.", f"mtp.{depth}."
-        names = {"embedding_norm": "enorm", "hidden_norm": "hnorm", "projection": "eh_proj", "final_norm": "norm"}
-        found |= {f"{prefix}{name}.weight": state[f"{theirs}{part}.weight"] for name, part in names.items()}
-        found |= deepseek_block(state, config.model, f"{theirs}block.", f"{prefix}block.", config.model.moe is not None)
+        theirs = f"mtp.{depth}."
+        prefix = f"mtp.{depth}."
+        names = {
+            "embedding_norm": "enorm",
+            "hidden_norm": "hnorm",
+            "projection": "eh_proj",
+            "final_norm": "norm",
+        }
+        found |= {
+            f"{prefix}{name}.weight": state[f"{theirs}{part}.weight"]
+            for name, part in names.items()
+        }
+        found |= deepseek_block(
+            state, config.model, f"{theirs}block.", f"{prefix}block.", config.model.moe is not None
+        )
     return found
 
 
@@ -130,11 +167,19 @@ def relative(measured: Tensor, reference: Tensor, floor: float = 0.0) -> float:
     return float((measured.double() - wide).norm() / max(float(wide.norm()), floor))
 
 
-def worst_gradient(optimizer: ShardedOptimizer, theirs: nn.Module, config: TrainConfig) -> dict[str, float]:
+def worst_gradient(
+    optimizer: ShardedOptimizer, theirs: nn.Module, config: TrainConfig
+) -> dict[str, float]:
     """Largest distance of this rank's boxes, of routers and of all others."""
-    named = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.grad is not None}
-    reference, measured = logical(named, config), optimizer.sharded_gradients()
-    largest, found = max(float(gradient.norm()) for gradient in reference.values()), {"router": 0.0, "other": 0.0}
+    named = {
+        name: parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if parameter.grad is not None
+    }
+    reference = logical(named, config)
+    measured = optimizer.sharded_gradients()
+    largest = max(float(gradient.norm()) for gradient in reference.values())
+    found = {"router": 0.0, "other": 0.0}
     for name, entry in measured.items():
         for box in entry.boxes:
             expected = reference[name]
@@ -146,27 +191,43 @@ def worst_gradient(optimizer: ShardedOptimizer, theirs: nn.Module, config: Train
 
 
 def draw(seed: int = 2) -> np.ndarray:
-    return torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed)).numpy()
+    return torch.randint(
+        0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(seed)
+    ).numpy()
 
 
-def distances(rank: int, world_size: int, layouts: dict[str, dict[str, Any]]) -> list[dict[str, float]]:
+def distances(
+    rank: int, world_size: int, layouts: dict[str, dict[str, Any]]
+) -> list[dict[str, float]]:
     """Of logits, loss and gradients on one rank of each case's layout."""
-    return [_distances(rank, world_size, CASES[case], parallel) for case, parallel in layouts.items()]
+    return [
+        _distances(rank, world_size, CASES[case], parallel) for case, parallel in layouts.items()
+    ]
 
 
-def _distances(rank: int, world_size: int, case: dict[str, Any], parallel: dict[str, Any]) -> dict[str, float]:
-    theirs, config = judge(case), config_of(case, parallel=parallel)
+def _distances(
+    rank: int, world_size: int, case: dict[str, Any], parallel: dict[str, Any]
+) -> dict[str, float]:
+    theirs = judge(case)
+    config = config_of(case, parallel=parallel)
     mesh = make_mesh(rank, world_size, config)
     model, optimizer = ours(config, mesh, theirs)
     batch = BatchMaker(mesh.device)(draw())
     expected = theirs(input_ids=batch.tokens_BS, use_cache=False).logits
     with torch.no_grad():
         logits = model.module.logits(batch.tokens_BS, batch.position_ids)
-    loss = nn.functional.cross_entropy(expected.reshape(-1, VOCABULARY), batch.labels_BS.reshape(-1))
+    loss = nn.functional.cross_entropy(
+        expected.reshape(-1, VOCABULARY), batch.labels_BS.reshape(-1)
+    )
     loss.backward()
     own = forward_backward(model, mesh, [batch])
-    scale_and_clip(optimizer, finalize_grads(model, optimizer, mesh, own, batch.num_tokens), clip_grad_norm=0)
-    found = {"logits": relative(logits, expected.detach()), "loss": abs(float(own) / batch.num_tokens - float(loss.detach()))}
+    scale_and_clip(
+        optimizer, finalize_grads(model, optimizer, mesh, own, batch.num_tokens), clip_grad_norm=0
+    )
+    found = {
+        "logits": relative(logits, expected.detach()),
+        "loss": abs(float(own) / batch.num_tokens - float(loss.detach())),
+    }
     return found | worst_gradient(optimizer, theirs, config)
 
 
@@ -181,18 +242,25 @@ def test_logits_and_gradients_are_those_of_transformers(case: str) -> None:
 
 @pytest.mark.parallel
 def test_two_tensor_parallel_ranks_give_the_logits_and_gradients_of_transformers() -> None:
-    layouts = {"experts": {"tp": 2, "sequence_parallel": True, "zero": 0}, "dense": {"tp": 2, "zero": 0}}
+    layouts = {
+        "experts": {"tp": 2, "sequence_parallel": True, "zero": 0},
+        "dense": {"tp": 2, "zero": 0},
+    }
     for rank in run_ranks(distances, 2, layouts):
         for found in rank:
             assert all(found[kind] <= ALLOWED[kind] for kind in ALLOWED), found
 
 
 class Further(nn.Module):
-    """What the published checkpoint has beside a block: enorm, hnorm, eh_proj and the norm of its shared head."""
+    """What the published checkpoint has beside a block: enorm, hnorm, eh_proj and the norm of its
+    shared head.
+    """
 
     def __init__(self, config: DeepseekV3Config) -> None:
         super().__init__()
-        self.enorm, self.hnorm, self.norm = (nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(3))
+        self.enorm, self.hnorm, self.norm = (
+            nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in range(3)
+        )
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         without = config.first_k_dense_replace == config.num_hidden_layers
         self.block = DeepseekV3DecoderLayer(config, 0 if without else config.num_hidden_layers)
@@ -203,29 +271,43 @@ class Further(nn.Module):
 
 
 def further_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -> list[Tensor]:
-    """[sum of the loss over the tokens that have a label] of the next token and of each further one; no label is taken from beyond the
-    sample or from another document."""
-    base, length = theirs.model, tokens.shape[1] - 1
+    """[sum of the loss over the tokens that have a label] of the next token and of each further
+    one; no label is taken from beyond the sample or from another document.
+    """
+    base = theirs.model
+    length = tokens.shape[1] - 1
     documents = torch.zeros_like(tokens)
     if ends:
         documents[:, 1:] = (tokens[:, :-1] == END).cumsum(1)
-    seen = (documents[:, :-1, None] == documents[:, None, :-1]) & torch.ones(length, length, dtype=torch.bool).tril()
+    seen = (documents[:, :-1, None] == documents[:, None, :-1]) & torch.ones(
+        length, length, dtype=torch.bool
+    ).tril()
     mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[:, None]
-    words, positions = base.embed_tokens(tokens), torch.arange(length)[None]
+    words = base.embed_tokens(tokens)
+    positions = torch.arange(length)[None]
     angles = base.rotary_emb(words, positions)
     hidden = words[:, :-1]
     for layer in base.layers:
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, position_ids=positions)
+        hidden = layer(
+            hidden, attention_mask=mask, position_embeddings=angles, position_ids=positions
+        )
     states = [base.norm(hidden)]
     for depth in range(depths):
         part = theirs.mtp[depth]
         # Places without such a token are filled with the last one; nothing that counts sees them.
         ahead = words[:, torch.arange(length).add(depth + 1).clamp(max=length)]
         joined = part.eh_proj(torch.cat([part.enorm(ahead), part.hnorm(states[-1])], -1))
-        states.append(part.norm(part.block(joined, attention_mask=mask, position_embeddings=angles, position_ids=positions)))
+        states.append(
+            part.norm(
+                part.block(
+                    joined, attention_mask=mask, position_embeddings=angles, position_ids=positions
+                )
+            )
+        )
     found = []
     for depth, state in enumerate(states):
-        logits, total = theirs.lm_head(state), torch.zeros((), dtype=torch.float64)
+        logits = theirs.lm_head(state)
+        total = torch.zeros((), dtype=torch.float64)
         for row in range(len(tokens)):
             for place in range(length - depth):
                 target = place + depth + 1
@@ -235,10 +317,13 @@ def further_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -
     return found
 
 
-@pytest.mark.parametrize(("ends", "case"), [(False, "experts"), (True, "dense")], ids=["experts", "dense-documents"])
+@pytest.mark.parametrize(
+    ("ends", "case"), [(False, "experts"), (True, "dense")], ids=["experts", "dense-documents"]
+)
 def test_further_tokens_have_the_gradients_of_a_float64_reference(ends: bool, case: str) -> None:
     mtp = {"num_layers": 2, "loss_coeff": 0.6}
-    config, theirs = config_of(CASES[case], model={"mtp": mtp}), judge(CASES[case])
+    config = config_of(CASES[case], model={"mtp": mtp})
+    theirs = judge(CASES[case])
     theirs.mtp = nn.ModuleList([Further(theirs.config) for _ in range(2)])
     samples = draw()
     if ends:
@@ -250,16 +335,23 @@ def test_further_tokens_have_the_gradients_of_a_float64_reference(ends: bool, ca
     next_token, *further = further_losses(theirs.double(), torch.from_numpy(samples), ends, 2)
     ((next_token + 0.6 / 2 * torch.stack(further).sum()) / batch.num_tokens).backward()
     own = forward_backward(model, mesh, [batch])
-    scale_and_clip(optimizer, finalize_grads(model, optimizer, mesh, own, batch.num_tokens), clip_grad_norm=0)
-    assert abs(float(own) - float(next_token.detach())) <= 1e-5 * float(own), "what is reported is the next token's loss"
+    scale_and_clip(
+        optimizer, finalize_grads(model, optimizer, mesh, own, batch.num_tokens), clip_grad_norm=0
+    )
+    assert abs(float(own) - float(next_token.detach())) <= 1e-5 * float(own), (
+        "what is reported is the next token's loss"
+    )
     found = worst_gradient(optimizer, theirs, config)
     assert found["other"] <= 1e-5 and found["router"] <= 2e-5, found
 
 
 def bf16_distances(seed: int) -> tuple[float, float]:
-    """Squared distances of the gradients to float64's: ours in bf16, and transformers' under autocast."""
+    """Squared distances of the gradients to float64's: ours in bf16, and transformers' under
+    autocast.
+    """
     case = CASES["dense"] | {"yarn": True, "q_lora_rank": 24}
-    config, theirs = config_of(case, training={"precision": "bf16"}), judge(case, seed)
+    config = config_of(case, training={"precision": "bf16"})
+    theirs = judge(case, seed)
     mesh = ParallelMesh.single()
     model, optimizer = ours(config, mesh, theirs)
     batch = BatchMaker(mesh.device)(draw(seed))
@@ -268,16 +360,32 @@ def bf16_distances(seed: int) -> tuple[float, float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = module(input_ids=batch.tokens_BS, use_cache=False).logits
         wide = logits.float() if autocast else logits
-        nn.functional.cross_entropy(wide.reshape(-1, VOCABULARY), batch.labels_BS.reshape(-1)).backward()
-        return logical({name: parameter.grad for name, parameter in module.named_parameters() if parameter.grad is not None}, config)
+        nn.functional.cross_entropy(
+            wide.reshape(-1, VOCABULARY), batch.labels_BS.reshape(-1)
+        ).backward()
+        return logical(
+            {
+                name: parameter.grad
+                for name, parameter in module.named_parameters()
+                if parameter.grad is not None
+            },
+            config,
+        )
 
-    truth, autocast = gradients(copy.deepcopy(theirs).double(), False), gradients(theirs, True)
+    truth = gradients(copy.deepcopy(theirs).double(), False)
+    autocast = gradients(theirs, True)
     loss = forward_backward(model, mesh, [batch])
-    scale_and_clip(optimizer, finalize_grads(model, optimizer, mesh, loss, batch.num_tokens), clip_grad_norm=0)
+    scale_and_clip(
+        optimizer, finalize_grads(model, optimizer, mesh, loss, batch.num_tokens), clip_grad_norm=0
+    )
     own = {name: entry.boxes[0].tensor for name, entry in optimizer.sharded_gradients().items()}
     total = sum(float(gradient.square().sum()) for gradient in truth.values())
     ours_, others = (
-        sum(float((measured[name].double() - gradient).square().sum()) for name, gradient in truth.items()) / total
+        sum(
+            float((measured[name].double() - gradient).square().sum())
+            for name, gradient in truth.items()
+        )
+        / total
         for measured in (own, autocast)
     )
     return ours_, others
@@ -291,11 +399,14 @@ def test_bf16_is_as_close_to_float64_as_autocast() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_cached_generation_goes_on_as_the_whole_sequence_would(case: str) -> None:
-    config, theirs = config_of(CASES[case]), judge(CASES[case])
+    config = config_of(CASES[case])
+    theirs = judge(CASES[case])
     model, _ = ours(config, ParallelMesh.single(), theirs)
     model.module.eval()
     prompt = draw()[0, :6].tolist()
-    new = generate_tokens(model.module, prompt, 8, Sampling(temperature=0), 0, stop=-1, vocabulary=VOCABULARY)
+    new = generate_tokens(
+        model.module, prompt, 8, Sampling(temperature=0), 0, stop=-1, vocabulary=VOCABULARY
+    )
     tokens = torch.tensor([prompt + new])
     with torch.no_grad():
         expected = theirs(input_ids=tokens, use_cache=False).logits[0, 5:-1].argmax(-1)

@@ -1,4 +1,6 @@
-"""Masks have their rate and belong to nobody else; attention with dropout is softmax attention; without a sample nothing is dropped."""
+"""Masks have their rate and belong to nobody else; attention with dropout is softmax attention;
+without a sample nothing is dropped.
+"""
 
 from dataclasses import replace
 from math import sqrt
@@ -25,25 +27,35 @@ WHERE = HERE.stream("layers.0.mlp", ("cp", "tp"))
 
 
 def mask(
-    rate: float = 0.3, streams: Streams = HERE, place: str = "layers.0.mlp", cut_by: tuple[str, ...] = ("cp",), sample: int = 0
+    rate: float = 0.3,
+    streams: Streams = HERE,
+    place: str = "layers.0.mlp",
+    cut_by: tuple[str, ...] = ("cp",),
+    sample: int = 0,
 ) -> Tensor:
     return Dropout(rate, streams.stream(place, cut_by)).mask(torch.empty(400, 250), sample)
 
 
 def correlation(left: Tensor, right: Tensor) -> float:
     """In standard deviations of independent masks."""
-    return float(torch.corrcoef(torch.stack([left.flatten(), right.flatten()]).double())[0, 1]) * sqrt(left.numel())
+    return float(
+        torch.corrcoef(torch.stack([left.flatten(), right.flatten()]).double())[0, 1]
+    ) * sqrt(left.numel())
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_a_mask_drops_at_its_rate(rate: float) -> None:
     dropped = mask(rate)
-    assert abs(float(dropped.double().mean()) - rate) < 4 * sqrt(rate * (1 - rate) / dropped.numel())
+    assert abs(float(dropped.double().mean()) - rate) < 4 * sqrt(
+        rate * (1 - rate) / dropped.numel()
+    )
 
 
 def test_masks_differ_by_place_sample_seed_and_cut_and_by_nothing_else() -> None:
     drawn = mask()
-    assert torch.equal(drawn, mask()) and torch.equal(drawn, mask(streams=Streams(7, {"tp": 1, "cp": 0}))), "tp does not cut this"
+    assert torch.equal(drawn, mask()) and torch.equal(
+        drawn, mask(streams=Streams(7, {"tp": 1, "cp": 0}))
+    ), "tp does not cut this"
     others = [
         mask(place="layers.1.mlp"),
         mask(place="layers.0.attention"),
@@ -54,7 +66,11 @@ def test_masks_differ_by_place_sample_seed_and_cut_and_by_nothing_else() -> None
         mask(cut_by=("cp", "tp"), streams=Streams(7, {"tp": 1, "cp": 0})),
     ]
     both = [drawn, *others]
-    assert all(abs(correlation(left, right)) < 4 for index, left in enumerate(both) for right in both[:index])
+    assert all(
+        abs(correlation(left, right)) < 4
+        for index, left in enumerate(both)
+        for right in both[:index]
+    )
 
 
 def test_what_is_left_keeps_the_mean() -> None:
@@ -65,13 +81,22 @@ def test_what_is_left_keeps_the_mean() -> None:
 
 def qkv(dtype: torch.dtype, groups: int = 2) -> list[Tensor]:
     draw = torch.Generator().manual_seed(3)
-    return [torch.randn(2, heads, 24, 16, generator=draw, dtype=torch.float64).to(dtype).requires_grad_() for heads in (4, groups, groups)]
+    return [
+        torch.randn(2, heads, 24, 16, generator=draw, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for heads in (4, groups, groups)
+    ]
 
 
-@pytest.mark.parametrize("packed", [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))])
+@pytest.mark.parametrize(
+    "packed", [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))]
+)
 def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> None:
-    inputs, again = qkv(torch.float64), qkv(torch.float64)
-    found, expected = DroppingAttention(0.0, WHERE)(*inputs, (packed, 0)), WholeAttention()(*again, packed)
+    inputs = qkv(torch.float64)
+    again = qkv(torch.float64)
+    found = DroppingAttention(0.0, WHERE)(*inputs, (packed, 0))
+    expected = WholeAttention()(*again, packed)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for output in (found, expected):
         (output * torch.linspace(0, 1, 16, dtype=torch.float64)).sum().backward()
@@ -79,15 +104,23 @@ def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> Non
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_dropped_probabilities_count_for_nothing_and_the_others_for_more(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+def test_dropped_probabilities_count_for_nothing_and_the_others_for_more(
+    dtype: torch.dtype, tolerance: float
+) -> None:
     q, k, v = (x.detach() for x in qkv(dtype))
     core = DroppingAttention(0.4, WHERE)
     scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) / 4
-    probabilities = scores.masked_fill(torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+    probabilities = scores.masked_fill(
+        torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf
+    ).softmax(-1)
     kept = probabilities.masked_fill(core.dropout.mask(probabilities, 5), 0) / 0.6
     expected = kept @ v.double().repeat_interleave(2, 1)
-    torch.testing.assert_close(core(q, k, v, (None, 5)).double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        core(q, k, v, (None, 5)).double(), expected, rtol=tolerance, atol=tolerance
+    )
 
 
 class Operations(TorchDispatchMode):
@@ -106,7 +139,9 @@ def model_and_batch(**dropout: float) -> tuple[GPT, Batch]:
     config: TrainConfig = make_config(LLAMA | dropout, {"dp": 1}, steps=1)
     mesh = ParallelMesh.single()
     model, _ = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh))
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)
+    )
     return model.module, loader.step(0)[1]
 
 
@@ -126,17 +161,24 @@ def test_evaluation_and_generation_drop_nothing() -> None:
     dropping, _ = model_and_batch(hidden_dropout=0.3, attention_dropout=0.2)
     with torch.no_grad():
         assert torch.equal(dropping(replace(batch, first_sample=None)), plain(batch))
-        assert torch.equal(dropping.logits(batch.tokens_BS, batch.position_ids), plain.logits(batch.tokens_BS, batch.position_ids))
+        assert torch.equal(
+            dropping.logits(batch.tokens_BS, batch.position_ids),
+            plain.logits(batch.tokens_BS, batch.position_ids),
+        )
         assert not torch.equal(dropping(batch), plain(batch))
 
 
 @pytest.mark.parametrize("dropout", [{"hidden_dropout": 0.3}, {"attention_dropout": 0.3}])
-def test_a_forward_is_a_function_of_its_batch_and_touches_no_global_generator(dropout: dict[str, float]) -> None:
+def test_a_forward_is_a_function_of_its_batch_and_touches_no_global_generator(
+    dropout: dict[str, float],
+) -> None:
     model, batch = model_and_batch(**dropout)
     before = torch.get_rng_state()
     loss = model(batch)
     torch.manual_seed(99)
-    assert torch.equal(model(batch), loss) and not torch.equal(model(replace(batch, first_sample=4)), loss)
+    assert torch.equal(model(batch), loss) and not torch.equal(
+        model(replace(batch, first_sample=4)), loss
+    )
     torch.set_rng_state(before)
     model(batch)
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,6 @@
-"""Hugging Face transformers judges every family of models: same weights, same tokens, same logits and gradients, on one rank and on two."""
+"""Hugging Face transformers judges every family of models: same weights, same tokens, same logits
+and gradients, on one rank and on two.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -22,7 +24,8 @@ from tests.ranks import run_ranks
 from tests.unit.megatron_ray.models.families import FAMILIES, Family, Sizes
 from tests.unit.megatron_ray.models.hf_names import fill
 
-SIZES, SAMPLES = Sizes(), 2
+SIZES = Sizes()
+SAMPLES = 2
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
     "tp2-sp": {"tp": 2, "sequence_parallel": True},
@@ -66,7 +69,9 @@ class Found:
     gradients: list[tuple[str, tuple[int, ...], np.ndarray]]
 
 
-def config_of(family: Family, sizes: Sizes, parallel: dict[str, Any], precision: str = "fp32") -> TrainConfig:
+def config_of(
+    family: Family, sizes: Sizes, parallel: dict[str, Any], precision: str = "fp32"
+) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
             "model": family.shape(sizes),
@@ -85,7 +90,12 @@ def config_of(family: Family, sizes: Sizes, parallel: dict[str, Any], precision:
 
 
 def draw_samples(sizes: Sizes, seed: int) -> np.ndarray:
-    drawn = torch.randint(0, sizes.vocabulary, (SAMPLES, sizes.sequence + 1), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.randint(
+        0,
+        sizes.vocabulary,
+        (SAMPLES, sizes.sequence + 1),
+        generator=torch.Generator().manual_seed(seed),
+    )
     return drawn.numpy()
 
 
@@ -93,7 +103,9 @@ def whole_batch(sizes: Sizes, seed: int) -> Batch:
     return BatchMaker(torch.device("cpu"))(draw_samples(sizes, seed))
 
 
-def judgement(judge: torch.nn.Module, family: Family, sizes: Sizes, batch: Batch, autocast: bool = False) -> Verdict:
+def judgement(
+    judge: torch.nn.Module, family: Family, sizes: Sizes, batch: Batch, autocast: bool = False
+) -> Verdict:
     """Its logits, loss and gradients."""
     config = config_of(family, sizes, {}).model
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -101,13 +113,24 @@ def judgement(judge: torch.nn.Module, family: Family, sizes: Sizes, batch: Batch
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
     loss = torch.nn.functional.cross_entropy(wide.flatten(0, 1), batch.labels_BS.reshape(-1))
     loss.backward()
-    named = {name: parameter.grad for name, parameter in judge.named_parameters() if parameter.grad is not None}
-    return Verdict(family.logical(judge.state_dict(), config), logits.detach(), float(loss.detach()), family.logical(named, config))
+    named = {
+        name: parameter.grad
+        for name, parameter in judge.named_parameters()
+        if parameter.grad is not None
+    }
+    return Verdict(
+        family.logical(judge.state_dict(), config),
+        logits.detach(),
+        float(loss.detach()),
+        family.logical(named, config),
+    )
 
 
 @cache
 def verdict(name: str) -> Verdict:
-    return judgement(FAMILIES[name].build(SIZES, seed=1), FAMILIES[name], SIZES, whole_batch(SIZES, 2))
+    return judgement(
+        FAMILIES[name].build(SIZES, seed=1), FAMILIES[name], SIZES, whole_batch(SIZES, 2)
+    )
 
 
 @cache
@@ -117,19 +140,24 @@ def exact(name: str) -> Verdict:
     return judgement(family.build(SIZES, seed=1).double(), family, SIZES, whole_batch(SIZES, 2))
 
 
-def run_ours(rank: int, world: int, config: TrainConfig, weights: dict[str, Tensor], samples: np.ndarray) -> Found:
+def run_ours(
+    rank: int, world: int, config: TrainConfig, weights: dict[str, Tensor], samples: np.ndarray
+) -> Found:
     """Logits, loss per token and gradients of one step."""
     mesh = make_mesh(rank, world, config)
     model, optimizer = build(config, mesh, initialise=False)
     fill(model, optimizer, weights)
-    batch, logits = batch_maker(config, mesh)(samples), None
+    batch = batch_maker(config, mesh)(samples)
+    logits = None
     if config.parallel.pp == config.parallel.cp == 1:
         with torch.no_grad():
             logits = model.module.logits(batch.tokens_BS, batch.position_ids)
     loss = forward_backward(model, mesh, [batch])
     stats = finalize_grads(model, optimizer, mesh, loss, batch.num_tokens)
     scale_and_clip(optimizer, stats, clip_grad_norm=0)
-    return Found(logits, float(stats.values[0] / stats.values[1]), boxes(optimizer.sharded_gradients()))
+    return Found(
+        logits, float(stats.values[0] / stats.values[1]), boxes(optimizer.sharded_gradients())
+    )
 
 
 def relative(measured: Tensor, reference: Tensor, floor: float = 0.0) -> float:
@@ -139,12 +167,16 @@ def relative(measured: Tensor, reference: Tensor, floor: float = 0.0) -> float:
 
 def agree(name: str, config: TrainConfig, ranks: list[Found]) -> None:
     """The ranks together have found what the judge says."""
-    expected, model = verdict(name), config.model
+    expected = verdict(name)
+    model = config.model
     for found in ranks:
         assert abs(found.loss - expected.loss) <= 1e-5
         if found.logits is not None:
             assert relative(found.logits, expected.logits) <= 5e-6
-    measured = {name: torch.from_numpy(tensor) for name, tensor in assemble(config, [found.gradients for found in ranks]).items()}
+    measured = {
+        name: torch.from_numpy(tensor)
+        for name, tensor in assemble(config, [found.gradients for found in ranks]).items()
+    }
     assert measured.keys() == expected.gradients.keys()
     largest = max(float(gradient.norm()) for gradient in expected.gradients.values())
     for parameter, gradient in expected.gradients.items():
@@ -155,10 +187,16 @@ def agree(name: str, config: TrainConfig, ranks: list[Found]) -> None:
         distance = relative(measured[parameter], gradient, 1e-8 * largest)
         # A router's gradient is the small difference of its experts' outputs.
         if distance > (2e-5 if "router" in parameter else 1e-5):
-            # The judge rounds too: GPT-2's queries, whose scores are all but equal here, it misses by 1.9e-5 itself.
+            # The judge rounds too: GPT-2's queries, whose scores are all but equal here, it misses
+            # by 1.9e-5 itself.
             truth = exact(name).gradients[parameter]
-            ours, its = (relative(tensor, truth, 1e-8 * largest) for tensor in (measured[parameter], gradient))
-            assert ours <= its, f"{parameter}: {distance} from the judge, {ours} from it in fp64, the judge {its}"
+            ours, its = (
+                relative(tensor, truth, 1e-8 * largest)
+                for tensor in (measured[parameter], gradient)
+            )
+            assert ours <= its, (
+                f"{parameter}: {distance} from the judge, {ours} from it in fp64, the judge {its}"
+            )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -167,7 +205,9 @@ def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     agree(name, config, [run_ours(0, 1, config, verdict(name).weights, draw_samples(SIZES, 2))])
 
 
-def run_all(rank: int, world: int, cases: list[tuple[TrainConfig, dict[str, Tensor]]], samples: np.ndarray) -> list[Found]:
+def run_all(
+    rank: int, world: int, cases: list[tuple[TrainConfig, dict[str, Tensor]]], samples: np.ndarray
+) -> list[Found]:
     return [run_ours(rank, world, config, weights, samples) for config, weights in cases]
 
 
@@ -175,7 +215,10 @@ def run_all(rank: int, world: int, cases: list[tuple[TrainConfig, dict[str, Tens
 def found_by_two() -> dict[tuple[str, str], list[Found]]:
     """All families and layouts on one pair of ranks."""
     cases = [
-        (config_of(FAMILIES[name], SIZES, LAYOUTS[layout]), {key: tensor.detach() for key, tensor in verdict(name).weights.items()})
+        (
+            config_of(FAMILIES[name], SIZES, LAYOUTS[layout]),
+            {key: tensor.detach() for key, tensor in verdict(name).weights.items()},
+        )
         for name, layout in JUDGED_CUT
     ]
     by_rank = run_ranks(run_all, 2, cases, draw_samples(SIZES, 2), timeout_s=180)
@@ -184,27 +227,47 @@ def found_by_two() -> dict[tuple[str, str], list[Found]]:
 
 @pytest.mark.parallel
 @pytest.mark.parametrize(("name", "layout"), JUDGED_CUT)
-def test_two_ranks_find_the_same(found_by_two: dict[tuple[str, str], list[Found]], name: str, layout: str) -> None:
+def test_two_ranks_find_the_same(
+    found_by_two: dict[tuple[str, str], list[Found]], name: str, layout: str
+) -> None:
     agree(name, config_of(FAMILIES[name], SIZES, LAYOUTS[layout]), found_by_two[name, layout])
 
 
-def bf16_distances(name: str, seed: int, sizes: Sizes, *, sharpness: float, autocast: bool) -> dict[str, float]:
-    """Squared distances to float64 of logits and gradients of a model in bf16: ours, and transformers', whose weights are bf16 too, or
-    fp32 under autocast."""
-    family, batch = FAMILIES[name], whole_batch(sizes, seed)
+def bf16_distances(
+    name: str, seed: int, sizes: Sizes, *, sharpness: float, autocast: bool
+) -> dict[str, float]:
+    """Squared distances to float64 of logits and gradients of a model in bf16: ours, and
+    transformers', whose weights are bf16 too, or fp32 under autocast.
+    """
+    family = FAMILIES[name]
+    batch = whole_batch(sizes, seed)
     judge = family.build(sizes, seed)
     with torch.no_grad():
         for parameter_name, parameter in judge.named_parameters():
             if "q_proj" in parameter_name or "k_proj" in parameter_name:
                 parameter.mul_(sharpness)
     truth = judgement(copy.deepcopy(judge).double(), family, sizes, batch)
-    theirs = judgement(copy.deepcopy(judge) if autocast else copy.deepcopy(judge).bfloat16(), family, sizes, batch, autocast)
+    theirs = judgement(
+        copy.deepcopy(judge) if autocast else copy.deepcopy(judge).bfloat16(),
+        family,
+        sizes,
+        batch,
+        autocast,
+    )
     config = config_of(family, sizes, {}, "bf16")
-    ours = run_ours(0, 1, config, family.logical(judge.state_dict(), config.model), draw_samples(sizes, seed))
-    our_gradients = {name: torch.from_numpy(tensor) for name, tensor in assemble(config, [ours.gradients]).items()}
+    ours = run_ours(
+        0, 1, config, family.logical(judge.state_dict(), config.model), draw_samples(sizes, seed)
+    )
+    our_gradients = {
+        name: torch.from_numpy(tensor)
+        for name, tensor in assemble(config, [ours.gradients]).items()
+    }
 
     def squared(measured: dict[str, Tensor]) -> float:
-        errors = sum(float((measured[name].double() - exact).square().sum()) for name, exact in truth.gradients.items())
+        errors = sum(
+            float((measured[name].double() - exact).square().sum())
+            for name, exact in truth.gradients.items()
+        )
         return errors / sum(float(exact.square().sum()) for exact in truth.gradients.values())
 
     assert ours.logits is not None
@@ -218,28 +281,43 @@ def bf16_distances(name: str, seed: int, sizes: Sizes, *, sharpness: float, auto
 
 def no_farther(found: list[dict[str, float]], kinds: list[str]) -> None:
     for kind in kinds:
-        ours, theirs = (sum(one[f"{whose} {kind}"] for one in found) ** 0.5 for whose in ("our", "their"))
+        ours, theirs = (
+            sum(one[f"{whose} {kind}"] for one in found) ** 0.5 for whose in ("our", "their")
+        )
         assert ours <= 1.3 * theirs, f"{kind}: {ours / theirs:.3f} times as far"
 
 
-SMALL, LARGER = Sizes(layers=3), Sizes(256, 1024, 256, 3)
+SMALL = Sizes(layers=3)
+LARGER = Sizes(256, 1024, 256, 3)
 
 
 @pytest.mark.parametrize(
     ("sizes", "sharpness", "seeds", "kinds"),
     [
-        # One small model is luck, several are not: root mean squares over them are compared. Logits of small ones are not, since there
-        # the residual stream and norm weights rule, which are bf16 here (as in Megatron-LM) and fp32 under autocast.
+        # One small model is luck, several are not: root mean squares over them are compared. Logits
+        # of small ones are not, since there the residual stream and norm weights rule, which are
+        # bf16 here (as in Megatron-LM) and fp32 under autocast.
         (SMALL, 1.0, range(12), ["gradients"]),
         (SMALL, 6.0, range(12), ["gradients"]),
         (LARGER, 1.0, range(1), ["logits", "gradients"]),
         (LARGER, 3.0, range(1), ["logits", "gradients"]),
     ],
 )
-def test_bf16_is_as_close_to_float64_as_autocast(sizes: Sizes, sharpness: float, seeds: range, kinds: list[str]) -> None:
-    no_farther([bf16_distances("llama2", seed, sizes, sharpness=sharpness, autocast=True) for seed in seeds], kinds)
+def test_bf16_is_as_close_to_float64_as_autocast(
+    sizes: Sizes, sharpness: float, seeds: range, kinds: list[str]
+) -> None:
+    no_farther(
+        [
+            bf16_distances("llama2", seed, sizes, sharpness=sharpness, autocast=True)
+            for seed in seeds
+        ],
+        kinds,
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_is_as_close_to_float64_as_transformers_in_bf16(name: str) -> None:
-    no_farther([bf16_distances(name, seed, SIZES, sharpness=1.0, autocast=False) for seed in range(4)], ["logits", "gradients"])
+    no_farther(
+        [bf16_distances(name, seed, SIZES, sharpness=1.0, autocast=False) for seed in range(4)],
+        ["logits", "gradients"],
+    )

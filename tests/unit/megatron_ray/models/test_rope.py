@@ -28,14 +28,28 @@ SCALINGS: dict[str, dict[str, Any]] = {
         "original_max_position_embeddings": 16,
     },
     "yarn": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
-    "yarn-short": {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 8.0, "beta_slow": 2.0},
-    "yarn-deepseek": {"kind": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096, "mscale": 0.7, "mscale_all_dim": 0.5},
+    "yarn-short": {
+        "kind": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+    },
+    "yarn-deepseek": {
+        "kind": "yarn",
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "mscale": 0.7,
+        "mscale_all_dim": 0.5,
+    },
 }
 
 
 @pytest.mark.parametrize(("width", "theta"), [(16, 1e4), (64, 1e4), (128, 5e5)])
 @pytest.mark.parametrize("scaling", SCALINGS)
-def test_frequencies_and_concentration_are_those_of_transformers(scaling: str, width: int, theta: float) -> None:
+def test_frequencies_and_concentration_are_those_of_transformers(
+    scaling: str, width: int, theta: float
+) -> None:
     given = RopeScaling(**SCALINGS[scaling])
     fields = {name: value for name, value in SCALINGS[scaling].items() if name != "kind"}
     longest = int(given.factor * given.original_max_position_embeddings)
@@ -46,7 +60,9 @@ def test_frequencies_and_concentration_are_those_of_transformers(scaling: str, w
         rope_parameters={"rope_type": given.kind, "rope_theta": theta} | fields,
     )
     expected, factor = ROPE_INIT_FUNCTIONS[given.kind](judge, "cpu")
-    torch.testing.assert_close(inverse_frequencies(width, theta, given, CPU), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        inverse_frequencies(width, theta, given, CPU), expected, rtol=1e-6, atol=0
+    )
     assert concentration(given) == pytest.approx(factor, rel=1e-12)
     cos, sin = rotary_angles(torch.tensor([[0, 1]]), width, theta, torch.float32, given)
     length = (cos.square() + sin.square()).sqrt()

@@ -13,7 +13,8 @@ from megatron_ray.expert_parallel.layers import ExpertBias, update_expert_biases
 from megatron_ray.models.aux_loss import AttachedLoss
 from megatron_ray.models.moe import router
 
-TOKENS, EXPERTS = 24, 8
+TOKENS = 24
+EXPERTS = 8
 LOGITS = np.random.default_rng(5).normal(0, 1.5, (TOKENS, EXPERTS))
 BIAS = np.linspace(-0.4, 0.4, EXPERTS)
 
@@ -23,16 +24,24 @@ def softmax(values: np.ndarray) -> np.ndarray:
     return powers / powers.sum()
 
 
-def expected_choice(moe: MoEConfig, logits: np.ndarray, bias: np.ndarray | None) -> dict[int, float]:
+def expected_choice(
+    moe: MoEConfig, logits: np.ndarray, bias: np.ndarray | None
+) -> dict[int, float]:
     """Expert -> weight of one token."""
-    scores = {"softmax": softmax, "sigmoid": lambda values: 1 / (1 + np.exp(-values))}[moe.score_function](logits)
+    scores = {"softmax": softmax, "sigmoid": lambda values: 1 / (1 + np.exp(-values))}[
+        moe.score_function
+    ](logits)
     ranking = scores + (0 if bias is None else bias)
     allowed = set(range(EXPERTS))
     if moe.num_groups is not None and moe.group_top_k is not None:
         size = EXPERTS // moe.num_groups
         groups = [list(range(group * size, (group + 1) * size)) for group in range(moe.num_groups)]
         best = moe.top_k // moe.group_top_k
-        groups.sort(key=lambda members: -sum(sorted((ranking[expert] for expert in members), reverse=True)[:best]))
+        groups.sort(
+            key=lambda members: (
+                -sum(sorted((ranking[expert] for expert in members), reverse=True)[:best])
+            )
+        )
         allowed = {expert for members in groups[: moe.group_top_k] for expert in members}
     chosen = sorted(allowed, key=lambda expert: -ranking[expert])[: moe.top_k]
     weights = scores[chosen]
@@ -40,7 +49,10 @@ def expected_choice(moe: MoEConfig, logits: np.ndarray, bias: np.ndarray | None)
         weights = softmax(logits[chosen])
     if moe.score_function == "sigmoid" and moe.top_k > 1:
         weights = weights / weights.sum()
-    return {expert: float(weight) * moe.scaling_factor for expert, weight in zip(chosen, weights, strict=True)}
+    return {
+        expert: float(weight) * moe.scaling_factor
+        for expert, weight in zip(chosen, weights, strict=True)
+    }
 
 
 @pytest.mark.parametrize(
@@ -59,9 +71,13 @@ def expected_choice(moe: MoEConfig, logits: np.ndarray, bias: np.ndarray | None)
 )
 def test_experts_and_weights(fields: dict[str, Any], bias: np.ndarray | None) -> None:
     moe = MoEConfig(num_experts=EXPERTS, **fields)
-    experts, weights = router.choose(moe, torch.from_numpy(LOGITS), None if bias is None else torch.from_numpy(bias))
+    experts, weights = router.choose(
+        moe, torch.from_numpy(LOGITS), None if bias is None else torch.from_numpy(bias)
+    )
     for logits, chosen, given in zip(LOGITS, experts.tolist(), weights.tolist(), strict=True):
-        assert dict(zip(chosen, given, strict=True)) == pytest.approx(expected_choice(moe, logits, bias), rel=1e-12)
+        assert dict(zip(chosen, given, strict=True)) == pytest.approx(
+            expected_choice(moe, logits, bias), rel=1e-12
+        )
 
 
 def test_given_experts_are_taken_with_weights_of_their_own_scores() -> None:
@@ -80,29 +96,41 @@ def gradient(loss: Tensor, logits: Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("sequences", [1, 3])
-def test_the_balancing_loss_is_switch_transformers_times_the_tokens(score_function: Any, sequences: int) -> None:
+def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
+    score_function: Any, sequences: int
+) -> None:
     moe = MoEConfig(num_experts=EXPERTS, top_k=2, score_function=score_function, aux_loss_coeff=0.3)
     logits = torch.from_numpy(LOGITS).requires_grad_()
     sequence = torch.arange(sequences).repeat_interleave(TOKENS // sequences)
     experts, weights = router.choose(moe, logits)
     counts = router.count_tokens(experts, EXPERTS, sequence, sequences)
     length = TOKENS // sequences
-    scores = logits.softmax(-1) if score_function == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    scores = (
+        logits.softmax(-1)
+        if score_function == "softmax"
+        else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    )
     of_sequences = []
     for part in range(sequences):
         rows = slice(part * length, (part + 1) * length)
-        tokens = [sum(expert in chosen for chosen in experts[rows].tolist()) for expert in range(EXPERTS)]
+        tokens = [
+            sum(expert in chosen for chosen in experts[rows].tolist()) for expert in range(EXPERTS)
+        ]
         assert counts[part].tolist() == tokens
         total = sum(scores[rows, expert].sum() * tokens[expert] for expert in range(EXPERTS))
         of_sequences.append(EXPERTS * 0.3 / (2 * length**2) * total)
     expected = TOKENS * sum(of_sequences) / sequences
     measured = router.aux_loss(moe, logits, counts.double(), sequence)
     assert float(measured.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
-    np.testing.assert_allclose(gradient(measured, logits), gradient(expected, logits), rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(
+        gradient(measured, logits), gradient(expected, logits), rtol=1e-10, atol=1e-14
+    )
 
 
 def test_the_z_loss_is_the_mean_squared_logsumexp_times_the_tokens() -> None:
-    found = router.z_loss(MoEConfig(num_experts=EXPERTS, z_loss_coeff=1e-2), torch.from_numpy(LOGITS))
+    found = router.z_loss(
+        MoEConfig(num_experts=EXPERTS, z_loss_coeff=1e-2), torch.from_numpy(LOGITS)
+    )
     squares = [log(sum(exp(logit) for logit in logits)) ** 2 for logits in LOGITS]
     assert float(found) == pytest.approx(TOKENS * 1e-2 * sum(squares) / TOKENS, rel=1e-12)
 
@@ -116,9 +144,16 @@ def test_an_attached_loss_adds_its_gradient_and_changes_no_value() -> None:
     assert torch.equal(attached, weights)
     along = torch.linspace(0, 1, EXPERTS, dtype=torch.float64)
     expected = gradient((weights * along).sum() + extra, logits)
-    np.testing.assert_allclose(gradient((attach(logits.softmax(-1), logits.square().sum()) * along).sum(), logits), expected)
+    np.testing.assert_allclose(
+        gradient((attach(logits.softmax(-1), logits.square().sum()) * along).sum(), logits),
+        expected,
+    )
     counted = attach.take()
-    assert counted is not None and counted.item() == pytest.approx(extra.item() / 2) and attach.take() is None
+    assert (
+        counted is not None
+        and counted.item() == pytest.approx(extra.item() / 2)
+        and attach.take() is None
+    )
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
@@ -130,7 +165,9 @@ def test_a_full_expert_keeps_the_heaviest_or_the_first(policy: Any) -> None:
     kept, kept_weights = router.limit(moe, experts, weights, most)
     dropped = 0
     for expert in range(EXPERTS):
-        asking = [(token, k) for token in range(TOKENS) for k in range(3) if experts[token, k] == expert]
+        asking = [
+            (token, k) for token in range(TOKENS) for k in range(3) if experts[token, k] == expert
+        ]
         if policy == "probs":
             asking.sort(key=lambda place: -float(weights[place]))
         for place in asking[:most]:
@@ -159,5 +196,10 @@ def test_a_bias_moves_by_the_sign_of_what_is_missing_and_counts_only_with_gradie
 
 
 def test_which_layers_have_experts() -> None:
-    assert [MoEConfig(num_experts=2, layer_pattern=LayerPattern(every=3)).on_layer(i) for i in range(4)] == [True, False, False, True]
-    assert [MoEConfig(num_experts=2, layer_pattern=[0, 1]).on_layer(i) for i in range(2)] == [False, True]
+    assert [
+        MoEConfig(num_experts=2, layer_pattern=LayerPattern(every=3)).on_layer(i) for i in range(4)
+    ] == [True, False, False, True]
+    assert [MoEConfig(num_experts=2, layer_pattern=[0, 1]).on_layer(i) for i in range(2)] == [
+        False,
+        True,
+    ]

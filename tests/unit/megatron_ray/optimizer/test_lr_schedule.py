@@ -12,7 +12,9 @@ def rates(steps: int, at: list[int], **schedule: object) -> list[float]:
 
 
 def test_cosine_with_warmup() -> None:
-    assert rates(110, [1, 5, 10, 60, 110, 200], warmup_steps=10, min_lr=0.2) == pytest.approx([0.1, 0.5, 1.0, 0.6, 0.2, 0.2])
+    assert rates(110, [1, 5, 10, 60, 110, 200], warmup_steps=10, min_lr=0.2) == pytest.approx(
+        [0.1, 0.5, 1.0, 0.6, 0.2, 0.2]
+    )
 
 
 def test_linear() -> None:

@@ -8,7 +8,9 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.buckets import ALIGNMENT, default_bucket_elements, plan_buckets
 from megatron_ray.sharding.parameters import freeze, local_parameters
 
-TABLE = local_parameters(ModelConfig.model_validate({"preset": "gpt2-tiny", "vocab_size": 300}), ParallelDims(tp=2), 0)
+TABLE = local_parameters(
+    ModelConfig.model_validate({"preset": "gpt2-tiny", "vocab_size": 300}), ParallelDims(tp=2), 0
+)
 
 
 @pytest.mark.parametrize("dp", [1, 2, 3, 8])
@@ -18,12 +20,18 @@ def test_every_element_is_owned_once(dp: int, bucket_elements: int | None) -> No
     owned = [0] * plan.num_elements
     for rank in range(dp):
         runs = flat_runs(plan, rank, dp, sharded=True)
-        assert [run.shard_start for run in runs] == [sum(r.end - r.start for r in runs[:i]) for i in range(len(runs))]
+        assert [run.shard_start for run in runs] == [
+            sum(r.end - r.start for r in runs[:i]) for i in range(len(runs))
+        ]
         for run in runs:
             for index in range(run.start, run.end):
                 owned[index] += 1
     assert set(owned) == {1}
-    covered = sum(piece.end - piece.start for rank in range(dp) for piece in pieces(plan, flat_runs(plan, rank, dp, sharded=True)))
+    covered = sum(
+        piece.end - piece.start
+        for rank in range(dp)
+        for piece in pieces(plan, flat_runs(plan, rank, dp, sharded=True))
+    )
     assert covered == sum(parameter.num_elements for parameter in TABLE)
 
 
@@ -34,16 +42,23 @@ def test_runs_keep_rules_apart(dp: int) -> None:
         runs = flat_runs(plan, rank, dp, sharded=True)
         for piece in pieces(plan, runs):
             (run,) = [run for run in runs if run.start <= piece.start < run.end]
-            assert (run.decay, run.counts_once) == (piece.placed.parameter.decay, piece.placed.parameter.tp_sharded)
+            assert (run.decay, run.counts_once) == (
+                piece.placed.parameter.decay,
+                piece.placed.parameter.tp_sharded,
+            )
 
 
 def test_buckets_come_in_backward_order_and_divide_evenly() -> None:
     plan = plan_buckets(TABLE, 3, 20_000)
-    assert [placed.parameter.name for placed in plan.placed] == [parameter.name for parameter in reversed(TABLE)]
+    assert [placed.parameter.name for placed in plan.placed] == [
+        parameter.name for parameter in reversed(TABLE)
+    ]
     for bucket in plan.buckets:
         assert (bucket.end - bucket.start) % (3 * ALIGNMENT) == 0
         assert all(placed.start % ALIGNMENT == 0 for placed in bucket.placed)
-        assert [bucket.shard(rank, 3)[0] for rank in range(3)] == sorted(bucket.shard(rank, 3)[0] for rank in range(3))
+        assert [bucket.shard(rank, 3)[0] for rank in range(3)] == sorted(
+            bucket.shard(rank, 3)[0] for rank in range(3)
+        )
 
 
 def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> None:
@@ -51,18 +66,38 @@ def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> Non
     plan = plan_buckets(table, 3, 20_000)
     frozen = [parameter for parameter in table if not parameter.trainable]
     assert [placed.parameter for placed in plan.frozen] == frozen and len(frozen) == 9
-    assert all(placed.start >= plan.num_trainable for placed in plan.frozen) and plan.num_elements == plan.frozen[-1].end
-    assert sum(run.end - run.start for rank in range(3) for run in flat_runs(plan, rank, 3, sharded=True)) == plan.num_trainable
+    assert (
+        all(placed.start >= plan.num_trainable for placed in plan.frozen)
+        and plan.num_elements == plan.frozen[-1].end
+    )
+    assert (
+        sum(
+            run.end - run.start
+            for rank in range(3)
+            for run in flat_runs(plan, rank, 3, sharded=True)
+        )
+        == plan.num_trainable
+    )
     everything = plan_buckets(freeze(TABLE, ["*"]), 2)
-    assert (everything.num_trainable, everything.buckets, flat_runs(everything, 0, 2, sharded=True)) == (0, (), ())
+    assert (
+        everything.num_trainable,
+        everything.buckets,
+        flat_runs(everything, 0, 2, sharded=True),
+    ) == (0, (), ())
 
 
 def test_default_bucket_size_is_megatrons_but_for_small_models() -> None:
-    assert default_bucket_elements(8, 10**9) == 40_000_000 and default_bucket_elements(100, 10**9) == 100_000_000
+    assert (
+        default_bucket_elements(8, 10**9) == 40_000_000
+        and default_bucket_elements(100, 10**9) == 100_000_000
+    )
     assert default_bucket_elements(4, 80_000_000) == 10_000_000
     assert default_bucket_elements(4, 8_000_000) == 4_000_000
 
 
 def test_without_sharding_every_rank_owns_everything() -> None:
     plan = plan_buckets(TABLE, 4)
-    assert sum(run.end - run.start for run in flat_runs(plan, 2, 4, sharded=False)) == plan.num_elements
+    assert (
+        sum(run.end - run.start for run in flat_runs(plan, 2, 4, sharded=False))
+        == plan.num_elements
+    )

@@ -45,11 +45,21 @@ def test_a_plan_for_16384_ranks_takes_less_than_a_second_without_torch_or_ray() 
 
 @pytest.mark.parametrize(
     ("schedule", "pp", "vpp"),
-    [("gpipe", 4, 1), ("1f1b", 4, 1), ("interleaved", 4, 2), ("interleaved", 3, 3), ("zb-h1", 4, 1), ("zb-v", 4, 2)],
+    [
+        ("gpipe", 4, 1),
+        ("1f1b", 4, 1),
+        ("interleaved", 4, 2),
+        ("interleaved", 3, 3),
+        ("zb-h1", 4, 1),
+        ("zb-v", 4, 2),
+    ],
 )
 @pytest.mark.parametrize("extra", [0, 1, 3])
-def test_a_short_step_stands_for_a_long_one(schedule: ScheduleName, pp: int, vpp: int, extra: int) -> None:
-    count, stages = 6 * pp + extra, stage_map(schedule, pp, vpp)
+def test_a_short_step_stands_for_a_long_one(
+    schedule: ScheduleName, pp: int, vpp: int, extra: int
+) -> None:
+    count = 6 * pp + extra
+    stages = stage_map(schedule, pp, vpp)
     plan = PipelinePlan(schedule, stages, (StageContents(),) * stages.num_stages)
     orders = compute_orders(schedule, pp, count, vpp)
     costs = Costs(1.0, 1.3, 0.9)

@@ -1,4 +1,6 @@
-"""The estimate of a step's time: near published runs, and in the right order where the order is known."""
+"""The estimate of a step's time: near published runs, and in the right order where the order is
+known.
+"""
 
 from typing import Any
 
@@ -20,12 +22,25 @@ SELECTIVE = {"granularity": "selective", "modules": ("norm", "activation")}
 LAYOUTS = {1: "E" + "t" * 7 + "|" + "(tttttttt|)*14" + "t" * 7 + "L", 4: "Et|(tt|)*62tL"}
 
 
-def plan(model: str, parallel: dict[str, Any], *, batch: int, recompute: dict[str, Any] | None = None, hardware: str = "H100") -> StepTime:
+def plan(
+    model: str,
+    parallel: dict[str, Any],
+    *,
+    batch: int,
+    recompute: dict[str, Any] | None = None,
+    hardware: str = "H100",
+) -> StepTime:
     fields = {
         "model": {"preset": model},
         "parallel": {"sequence_parallel": parallel.get("tp", 1) > 1} | parallel,
         "data": {"train": [{"path": "unused"}]},
-        "training": {"seq_length": 8192, "global_batch_size": batch, "steps": 1, "precision": "bf16"} | {"recompute": recompute or {}},
+        "training": {
+            "seq_length": 8192,
+            "global_batch_size": batch,
+            "steps": 1,
+            "precision": "bf16",
+        }
+        | {"recompute": recompute or {}},
         "optimizer": {"lr": 1e-4},
     }
     config = TrainConfig.from_mapping(fields)
@@ -38,13 +53,23 @@ def plan(model: str, parallel: dict[str, Any], *, batch: int, recompute: dict[st
 def test_published_runs_are_met_by_the_constants_of_their_chip() -> None:
     runs = load()
     assert len(runs) >= 15 and FILE.exists()
-    ratios = [run.parts.step_time(HARDWARE[run.chip].efficiencies[run.precision]).step_s / run.step_s for run in runs]
-    assert sum(1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios) >= GOAL * len(runs)
+    ratios = [
+        run.parts.step_time(HARDWARE[run.chip].efficiencies[run.precision]).step_s / run.step_s
+        for run in runs
+    ]
+    assert sum(1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios) >= GOAL * len(
+        runs
+    )
 
 
 def test_interleaving_makes_405b_quicker_than_1f1b() -> None:
     plain, interleaved = (
-        plan("llama3-405b", {"tp": 8, "pp": 16, "vpp": vpp, "dp": 4, "layout": LAYOUTS[vpp]}, batch=256) for vpp in (1, 4)
+        plan(
+            "llama3-405b",
+            {"tp": 8, "pp": 16, "vpp": vpp, "dp": 4, "layout": LAYOUTS[vpp]},
+            batch=256,
+        )
+        for vpp in (1, 4)
     )
     assert interleaved.step_s < plain.step_s and interleaved.bubble_s < plain.bubble_s / 3
     assert interleaved.mfu > plain.mfu and interleaved.model_flops == plain.model_flops
@@ -58,20 +83,28 @@ def test_tensor_parallelism_belongs_inside_a_node() -> None:
 
 def test_recomputing_less_is_quicker() -> None:
     parallel = {"tp": 8, "pp": 4, "dp": 2}
-    none, selective, full = (plan("llama3-70b", parallel, batch=128, recompute=how).step_s for how in (None, SELECTIVE, FULL))
+    none, selective, full = (
+        plan("llama3-70b", parallel, batch=128, recompute=how).step_s
+        for how in (None, SELECTIVE, FULL)
+    )
     assert none < selective < full and full / none == pytest.approx(4 / 3, rel=0.1)
 
 
 def test_longer_steps_hide_the_bubble_and_faster_devices_are_faster() -> None:
     few, many = (plan("llama3-70b", {"tp": 8, "pp": 8, "dp": 1}, batch=batch) for batch in (8, 128))
     assert few.bubble_share > 0.4 and many.bubble_share < 0.06
-    chips = [plan("llama3-8b", {"tp": 2, "dp": 4}, batch=32, hardware=name).step_s for name in ("A100", "H100", "H200", "B200")]
+    chips = [
+        plan("llama3-8b", {"tp": 2, "dp": 4}, batch=32, hardware=name).step_s
+        for name in ("A100", "H100", "H200", "B200")
+    ]
     assert chips == sorted(chips, reverse=True)
 
 
 @pytest.mark.parametrize("model", ["llama3-8b", "deepseek-v2-lite", "deepseek-v3"])
 def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
-    """But for routers, which are small, and for what ranks do alike where tokens are not cut over them."""
+    """But for routers, which are small, and for what ranks do alike where tokens are not cut over
+    them.
+    """
 
     def products(**parallel: Any) -> float:
         batch = {"seq_length": 8192, "global_batch_size": 1, "steps": 1, "precision": "bf16"}
@@ -93,14 +126,31 @@ def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
 
 def test_parts_add_up() -> None:
     found = plan("llama3-8b", {"tp": 2, "pp": 2, "dp": 2, "zero": 3}, batch=32)
-    parts = (found.products_s, found.attention_s, found.memory_s, found.communication_s, found.bubble_s, found.update_s)
-    assert sum(parts) == pytest.approx(found.step_s) and found.tokens_per_s == pytest.approx(32 * 8192 / found.step_s)
+    parts = (
+        found.products_s,
+        found.attention_s,
+        found.memory_s,
+        found.communication_s,
+        found.bubble_s,
+        found.update_s,
+    )
+    assert sum(parts) == pytest.approx(found.step_s) and found.tokens_per_s == pytest.approx(
+        32 * 8192 / found.step_s
+    )
     assert found.mfu == pytest.approx(found.model_flops / (found.step_s * 8 * 989e12))
 
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("H100", "H100"), ("nvidia-h200-141gb", "H200"), ("A100-40G", "A100"), ("cpu", "CPU"), ("H1000", None), ("", None), (None, None)],
+    [
+        ("H100", "H100"),
+        ("nvidia-h200-141gb", "H200"),
+        ("A100-40G", "A100"),
+        ("cpu", "CPU"),
+        ("H1000", None),
+        ("", None),
+        (None, None),
+    ],
 )
 def test_devices_are_known_by_what_ray_calls_them(text: str | None, name: str | None) -> None:
     found = hardware_named(text)

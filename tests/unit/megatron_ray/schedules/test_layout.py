@@ -2,7 +2,12 @@
 
 import pytest
 
-from megatron_ray.pipeline_parallel.schedules.layout import LayoutError, StageContents, cut_layers, parse_layout
+from megatron_ray.pipeline_parallel.schedules.layout import (
+    LayoutError,
+    StageContents,
+    cut_layers,
+    parse_layout,
+)
 
 
 def test_megatrons_own_example() -> None:
@@ -67,9 +72,15 @@ def test_equal_and_unequal_cuts() -> None:
 
 
 def test_cuts_that_do_not_work_out() -> None:
-    with pytest.raises(LayoutError, match="10 layers do not divide evenly into 4 stages; nearest: num_layers=8 or 12"):
+    with pytest.raises(
+        LayoutError,
+        match="10 layers do not divide evenly into 4 stages; nearest: num_layers=8 or 12",
+    ):
         cut_layers(10, 4)
-    with pytest.raises(LayoutError, match="3 layers do not divide evenly into 4 stages; nearest: num_layers=4, or give"):
+    with pytest.raises(
+        LayoutError,
+        match="3 layers do not divide evenly into 4 stages; nearest: num_layers=4, or give",
+    ):
         cut_layers(3, 4)
     with pytest.raises(LayoutError, match=r"\[5, 5\]\) do not make up 8 layers"):
         cut_layers(8, 3, first=5, last=5)

@@ -1,4 +1,6 @@
-"""Pipeline schedules: what they cost against the papers' formulas, what they hold, and that they end on NCCL's terms."""
+"""Pipeline schedules: what they cost against the papers' formulas, what they hold, and that they
+end on NCCL's terms.
+"""
 
 import json
 from collections import Counter
@@ -9,23 +11,47 @@ import pytest
 
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, StageMap
 from megatron_ray.pipeline_parallel.schedules.lowering import lower, lower_one
-from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, most_activations, stage_map
-from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, Costs, Outcome, ScheduleError, outcome, peak_activations, simulate
+from megatron_ray.pipeline_parallel.schedules.orders import (
+    ScheduleName,
+    compute_orders,
+    most_activations,
+    stage_map,
+)
+from megatron_ray.pipeline_parallel.schedules.simulation import (
+    EQUAL,
+    Costs,
+    Outcome,
+    ScheduleError,
+    outcome,
+    peak_activations,
+    simulate,
+)
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "schedule_bubbles.json"
-"""Bubbles that no formula gives, by `name pp vpp microbatches`, at F = B = W = 1. Written by `python -m tests.golden.schedule_bubbles`."""
+"""Bubbles that no formula gives, by `name pp vpp microbatches`, at F = B = W = 1. Written by
+`python -m tests.golden.schedule_bubbles`."""
 Case = tuple[ScheduleName, int, int, int]
 
 
 def cases(pipelines: tuple[int, ...], chunks: tuple[int, ...], *more: int) -> Iterator[Case]:
     for pp in pipelines:
         for count in sorted({max(1, pp - 1), pp, pp + 1, 2 * pp - 1, 2 * pp, *more}):
-            yield from (("gpipe", pp, 1, count), ("1f1b", pp, 1, count), ("zb-h1", pp, 1, count), ("zb-v", pp, 2, count))
+            yield from (
+                ("gpipe", pp, 1, count),
+                ("1f1b", pp, 1, count),
+                ("zb-h1", pp, 1, count),
+                ("zb-v", pp, 2, count),
+            )
             yield from (("interleaved", pp, vpp, count) for vpp in chunks)
 
 
 SMALL = list(cases((1, 2, 3, 4, 8, 16), (1, 2, 3, 4), 1, 2, 3, 12, 64))
-LARGE = [*cases((32, 64), (2, 8), 1), *cases((64,), (), 512), ("interleaved", 64, 8, 512), ("interleaved", 32, 4, 500)]
+LARGE = [
+    *cases((32, 64), (2, 8), 1),
+    *cases((64,), (), 512),
+    ("interleaved", 64, 8, 512),
+    ("interleaved", 32, 4, 500),
+]
 
 
 def formula(case: Case, costs: Costs = EQUAL) -> float | None:
@@ -37,10 +63,16 @@ def formula(case: Case, costs: Costs = EQUAL) -> float | None:
     if name == "interleaved":
         return whole / vpp if count % pp == 0 else None
     if name == "zb-v":
-        lean, enough = (pp - 1) * costs.forward / 2, 2 * pp
+        lean = (pp - 1) * costs.forward / 2
+        enough = 2 * pp
     else:
-        lean, enough = (pp - 1) * (costs.forward + costs.backward_input - costs.backward_weight), 2 * pp - 1
-    return lean if count >= enough and costs.forward == costs.backward_input == costs.backward_weight else None
+        lean = (pp - 1) * (costs.forward + costs.backward_input - costs.backward_weight)
+        enough = 2 * pp - 1
+    return (
+        lean
+        if count >= enough and costs.forward == costs.backward_input == costs.backward_weight
+        else None
+    )
 
 
 def lower_bound(case: Case) -> float:
@@ -50,17 +82,25 @@ def lower_bound(case: Case) -> float:
 
 
 def judged(case: Case) -> Outcome:
-    """Computing alone and lowered come to the same when transfers are free; with transfers that cost, it still ends."""
+    """Computing alone and lowered come to the same when transfers are free; with transfers that
+    cost, it still ends.
+    """
     name, pp, vpp, count = case
-    stages, orders = stage_map(name, pp, vpp), compute_orders(name, pp, count, vpp)
-    free, lists = outcome(orders, stages), lower(orders, stages)
+    stages = stage_map(name, pp, vpp)
+    orders = compute_orders(name, pp, count, vpp)
+    free = outcome(orders, stages)
+    lists = lower(orders, stages)
     assert simulate(lists, stages) == pytest.approx(free), "the order of messages makes nobody wait"
-    assert simulate(lists, stages, Costs(1.0, 1.3, 0.8, transfer=0.4)).makespan > free.makespan or pp == 1
+    assert (
+        simulate(lists, stages, Costs(1.0, 1.3, 0.8, transfer=0.4)).makespan > free.makespan
+        or pp == 1
+    )
     return free
 
 
 def check(case: Case, golden: dict[str, float]) -> None:
-    found, expected = judged(case), formula(case)
+    found = judged(case)
+    expected = formula(case)
     if expected is None:
         assert found.bubble >= lower_bound(case) - 1e-9, case
         expected = golden[key(case)]
@@ -99,19 +139,35 @@ def test_formulas_hold_at_any_costs(name: ScheduleName) -> None:
 def test_every_action_is_there_once() -> None:
     for name, pp, vpp, count in SMALL:
         apart = name in ("zb-h1", "zb-v")
-        wanted = {Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT} if apart else {Op.FORWARD, Op.BACKWARD}
-        every = Counter(Action(op, chunk, microbatch) for op in wanted for chunk in range(vpp) for microbatch in range(count))
+        wanted = (
+            {Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
+            if apart
+            else {Op.FORWARD, Op.BACKWARD}
+        )
+        every = Counter(
+            Action(op, chunk, microbatch)
+            for op in wanted
+            for chunk in range(vpp)
+            for microbatch in range(count)
+        )
         for order in compute_orders(name, pp, count, vpp):
             assert Counter(order) == every
 
 
 def test_what_is_held() -> None:
-    """GPipe holds everything, 1F1B what is on its way, ZB-H1 and ZB-V (chunks of half a rank) nowhere more than 1F1B's first rank."""
+    """GPipe holds everything, 1F1B what is on its way, ZB-H1 and ZB-V (chunks of half a rank)
+    nowhere more than 1F1B's first rank.
+    """
     assert {peak_activations(order) for order in compute_orders("gpipe", 4, 32)} == {32}
     assert [peak_activations(order) for order in compute_orders("1f1b", 4, 32)] == [4, 3, 2, 1]
     assert {peak_activations(order) for order in compute_orders("zb-h1", 4, 32)} == {4}
     assert {peak_activations(order) for order in compute_orders("zb-v", 4, 32, 2)} == {8}
-    assert [peak_activations(order) for order in compute_orders("interleaved", 4, 32, 2)] == [11, 9, 7, 5], "Megatron's warm-up, and one"
+    assert [peak_activations(order) for order in compute_orders("interleaved", 4, 32, 2)] == [
+        11,
+        9,
+        7,
+        5,
+    ], "Megatron's warm-up, and one"
 
 
 def test_what_is_held_is_known_without_the_orders() -> None:
@@ -123,13 +179,17 @@ def test_what_is_held_is_known_without_the_orders() -> None:
 
 def test_the_order_of_megatron() -> None:
     order = compute_orders("interleaved", 2, 4, 2)[1]
-    words = [f"{'F' if action.op is Op.FORWARD else 'B'}{action.chunk}{action.microbatch}" for action in order]
+    words = [
+        f"{'F' if action.op is Op.FORWARD else 'B'}{action.chunk}{action.microbatch}"
+        for action in order
+    ]
     assert words == "F00 F01 F10 B10 F11 B11 F02 B00 F03 B01 F12 B12 F13 B13 B02 B03".split()
 
 
 def test_one_ranks_list_is_that_of_all() -> None:
     for name, pp, vpp, count in (("gpipe", 2, 1, 3), ("interleaved", 4, 3, 9), ("zb-h1", 3, 1, 7)):
-        orders, stages = compute_orders(name, pp, count, vpp), StageMap(pp, vpp)
+        orders = compute_orders(name, pp, count, vpp)
+        stages = StageMap(pp, vpp)
         assert [lower_one(orders, stages, rank) for rank in range(pp)] == lower(orders, stages)
 
 
@@ -137,17 +197,29 @@ def test_a_chunks_gradients_are_reduced_once_behind_its_last_backward_and_its_se
     for name, pp, vpp, count in (("interleaved", 4, 2, 8), ("zb-h1", 4, 1, 8)):
         for order in lower(compute_orders(name, pp, count, vpp), StageMap(pp, vpp)):
             for chunk in range(vpp):
-                (at,) = [place for place, action in enumerate(order) if action[:2] == (Op.REDUCE_GRADS, chunk)]
-                assert all(action.chunk != chunk or not action.op.is_compute for action in order[at:])
-                assert order[at - 1].op in (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.SEND_BACKWARD) or order[at - 1].op.is_receive
-                (first,) = [place for place, action in enumerate(order) if action[:2] == (Op.UNSHARD, chunk)]
+                (at,) = [
+                    place
+                    for place, action in enumerate(order)
+                    if action[:2] == (Op.REDUCE_GRADS, chunk)
+                ]
+                assert all(
+                    action.chunk != chunk or not action.op.is_compute for action in order[at:]
+                )
+                assert (
+                    order[at - 1].op in (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.SEND_BACKWARD)
+                    or order[at - 1].op.is_receive
+                )
+                (first,) = [
+                    place for place, action in enumerate(order) if action[:2] == (Op.UNSHARD, chunk)
+                ]
                 assert order[first + 1] == Action(Op.FORWARD, chunk, 0)
 
 
 def test_receives_are_posted_shortly_before_their_use() -> None:
     """A rank of GPipe would else take in the whole batch's activations at once."""
     order = lower(compute_orders("gpipe", 2, 16), StageMap(2))[1]
-    open_, most = 0, 0
+    open_ = 0
+    most = 0
     for action in order:
         open_ += (action.op is Op.RECV_FORWARD) - (action.op is Op.FORWARD)
         most = max(most, open_)
@@ -166,9 +238,15 @@ def test_a_deadlock_is_found_and_named() -> None:
     stages = StageMap(2)
     lists = lower(compute_orders("1f1b", 2, 2), stages)
     late = [action for action in lists[1] if action.op is not Op.SEND_BACKWARD]
-    with pytest.raises(ScheduleError, match=r"the schedule never ends: rank 0 before BACKWARD of chunk 0, microbatch 0"):
+    with pytest.raises(
+        ScheduleError,
+        match=r"the schedule never ends: rank 0 before BACKWARD of chunk 0, microbatch 0",
+    ):
         simulate([lists[0], late], stages)
-    backwards_first = [[Action(Op.BACKWARD, 0, 0), Action(Op.FORWARD, 0, 0)], compute_orders("1f1b", 2, 1)[1]]
+    backwards_first = [
+        [Action(Op.BACKWARD, 0, 0), Action(Op.FORWARD, 0, 0)],
+        compute_orders("1f1b", 2, 1)[1],
+    ]
     with pytest.raises(ScheduleError, match="rank 0 at BACKWARD"):
         lower(backwards_first, stages)
 
@@ -179,7 +257,11 @@ def test_messages_out_of_order_are_found() -> None:
     swapped = list(lists[0])
     sends = [place for place, action in enumerate(swapped) if action.op is Op.SEND_FORWARD]
     swapped[sends[0]], swapped[sends[1]] = swapped[sends[1]], swapped[sends[0]]
-    with pytest.raises(ScheduleError, match=r"rank 0 sends \('SEND_FORWARD', 0, 1\), but rank 1 waits for \('RECV_FORWARD', 0, 0\)"):
+    with pytest.raises(
+        ScheduleError,
+        match=r"rank 0 sends \('SEND_FORWARD', 0, 1\), but rank 1 waits for \('RECV_FORWARD', 0, "
+        r"0\)",
+    ):
         simulate([swapped, lists[1]], stages)
     with pytest.raises(ScheduleError, match="is the same on both sides"):
         simulate([[Action(Op.SEND_FORWARD, 0, 0, 1)], [Action(Op.SEND_BACKWARD, 0, 0, 0)]], stages)
@@ -194,6 +276,8 @@ def test_messages_out_of_order_are_found() -> None:
         ("interleaved", 0, None, "must be at least 1"),
     ],
 )
-def test_what_cannot_be_is_refused(name: ScheduleName, vpp: int, group: int | None, words: str) -> None:
+def test_what_cannot_be_is_refused(
+    name: ScheduleName, vpp: int, group: int | None, words: str
+) -> None:
     with pytest.raises(ValueError, match=words):
         compute_orders(name, 4, 8, vpp, group)

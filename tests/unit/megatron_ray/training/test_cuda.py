@@ -26,20 +26,33 @@ pytestmark = [
 def losses_and_norms(config: TrainConfig, kind: str) -> tuple[list[float], list[float]]:
     mesh = ParallelMesh.single(kind)
     model, optimizer = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh))
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh)
+    )
     reports: list[StepReport] = []
 
     def note(report: Report) -> None:
         assert isinstance(report, StepReport)
         reports.append(report)
 
-    train(Parts(config, mesh, model, optimizer, loader, None, NoSaver()), Progress(), note, lambda: Command.CONTINUE)
+    train(
+        Parts(config, mesh, model, optimizer, loader, None, NoSaver()),
+        Progress(),
+        note,
+        lambda: Command.CONTINUE,
+    )
     assert [report.step for report in reports] == list(range(1, config.training.steps + 1))
     return [report.loss for report in reports], [report.grad_norm for report in reports]
 
 
 LATENT = {name: value for name, value in LLAMA.items() if name != "num_query_groups"} | {
-    "mla": {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 12},
+    "mla": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+    },
     "mtp": {"num_layers": 2, "loss_coeff": 0.3},
 }
 
@@ -47,7 +60,8 @@ LATENT = {name: value for name, value in LLAMA.items() if name != "num_query_gro
 @pytest.mark.parametrize("model", [LLAMA, GPT2, LATENT])
 def test_fp32_equals_the_cpu(model: dict[str, Any]) -> None:
     config = make_config(model, {"dp": 1}, steps=20)
-    cpu, cuda = losses_and_norms(config, "cpu"), losses_and_norms(config, "cuda")
+    cpu = losses_and_norms(config, "cpu")
+    cuda = losses_and_norms(config, "cuda")
     np.testing.assert_allclose(cuda[0], cpu[0], rtol=1e-5)
     np.testing.assert_allclose(cuda[1], cpu[1], rtol=5e-5)
 
@@ -55,7 +69,9 @@ def test_fp32_equals_the_cpu(model: dict[str, Any]) -> None:
 @pytest.mark.parametrize("model", [LLAMA, GPT2, LATENT])
 def test_bf16_follows_the_cpu(model: dict[str, Any]) -> None:
     config = make_config(model, {"dp": 1}, steps=20, precision="bf16")
-    np.testing.assert_allclose(losses_and_norms(config, "cuda")[0], losses_and_norms(config, "cpu")[0], rtol=1.5e-2)
+    np.testing.assert_allclose(
+        losses_and_norms(config, "cuda")[0], losses_and_norms(config, "cpu")[0], rtol=1.5e-2
+    )
 
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
@@ -74,7 +90,8 @@ def with_recompute(config: TrainConfig, recompute: dict[str, Any]) -> TrainConfi
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_recomputed_layers_drop_what_they_dropped(recompute: dict[str, Any]) -> None:
     config = make_config(LLAMA | DROPOUT, {"dp": 1}, steps=10)
-    plain, again = losses_and_norms(config, "cuda"), losses_and_norms(with_recompute(config, recompute), "cuda")
+    plain = losses_and_norms(config, "cuda")
+    again = losses_and_norms(with_recompute(config, recompute), "cuda")
     np.testing.assert_allclose(again[0], plain[0], rtol=1e-5)
     np.testing.assert_allclose(again[1], plain[1], rtol=5e-5)
 
@@ -82,17 +99,26 @@ def test_recomputed_layers_drop_what_they_dropped(recompute: dict[str, Any]) -> 
 @pytest.mark.parametrize("recompute", [{}, *RECOMPUTE])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_never_waits_for_the_device(precision: str, recompute: dict[str, Any]) -> None:
-    config = with_recompute(make_config(LLAMA | (DROPOUT if recompute else {}), {"dp": 1}, steps=4, precision=precision), recompute)
+    config = with_recompute(
+        make_config(
+            LLAMA | (DROPOUT if recompute else {}), {"dp": 1}, steps=4, precision=precision
+        ),
+        recompute,
+    )
     mesh = ParallelMesh.single("cuda")
     model, optimizer = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh))
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, 32), 2, 8, 0, 1, batch_maker(config, mesh)
+    )
     for step in range(3):
         batches = loader.step(8 * step)
         if step == 2:  # the first steps compile and allocate
             torch.cuda.set_sync_debug_mode("error")
         try:
             loss = forward_backward(model, mesh, batches)
-            stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+            stats = finalize_grads(
+                model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
+            )
             scale_and_clip(optimizer, stats, 1.0)
             optimizer.step(1e-3)
         finally:

@@ -16,7 +16,14 @@ from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import LLAMA, NoSaver, RandomDataset, make_config
 
-EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48, "layer_pattern": [1, 0, 1], "aux_loss_coeff": 0.02, "z_loss_coeff": 1e-3}
+EXPERTS = {
+    "num_experts": 4,
+    "top_k": 2,
+    "ffn_hidden_size": 48,
+    "layer_pattern": [1, 0, 1],
+    "aux_loss_coeff": 0.02,
+    "z_loss_coeff": 1e-3,
+}
 MODEL = LLAMA | {"num_layers": 3, "moe": EXPERTS, "mtp": {"num_layers": 2, "loss_coeff": 0.3}}
 TOKENS = 64
 """Of the one microbatch."""
@@ -36,9 +43,12 @@ def balance(logits_TE: Tensor, by_sequence: bool) -> float:
 def test_losses_are_reported_before_their_coefficients_as_means_over_layers(kind: str) -> None:
     config = make_config(MODEL | {"moe": EXPERTS | {"aux_loss": kind}}, {"dp": 1}, steps=1, batch=2)
     mesh = ParallelMesh.single()
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh))
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)
+    )
     model, _ = build(config, mesh)
-    logits, losses = list[Tensor](), list[Tensor]()
+    logits = list[Tensor]()
+    losses = list[Tensor]()
     for part in model.module.modules():
         if isinstance(part, RouterLinear):
             part.register_forward_hook(lambda _, __, output: logits.append(output.detach()))
@@ -63,12 +73,19 @@ def test_losses_are_reported_before_their_coefficients_as_means_over_layers(kind
     }
     assert report.other_losses == pytest.approx(expected, rel=1e-5)
     assert report.loss == pytest.approx(float(losses[0]) / TOKENS, rel=1e-6)
-    assert 1.0 <= report.other_losses[balancing] < 2.0 and 4.0 < report.other_losses["mtp_1_loss"] < 7.0
+    assert (
+        1.0 <= report.other_losses[balancing] < 2.0
+        and 4.0 < report.other_losses["mtp_1_loss"] < 7.0
+    )
 
 
 def test_a_plain_model_reports_no_other_losses() -> None:
     assert make_config(LLAMA, {"dp": 1}, steps=1).model.attached_losses == {}
-    without = make_config(MODEL | {"moe": EXPERTS | {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}, "mtp": None}, {"dp": 1}, steps=1)
+    without = make_config(
+        MODEL | {"moe": EXPERTS | {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}, "mtp": None},
+        {"dp": 1},
+        steps=1,
+    )
     assert without.model.attached_losses == {}
 
 
@@ -76,7 +93,9 @@ def test_a_further_token_of_weight_zero_trains_and_is_not_reported() -> None:
     config = make_config(LLAMA | {"mtp": {"loss_coeff": 0.0}}, {"dp": 1}, steps=1, batch=2)
     mesh = ParallelMesh.single()
     model, optimizer = build(config, mesh)
-    loader = StepLoader(RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh))
+    loader = StepLoader(
+        RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)
+    )
     reports: list[Report] = []
     parts: Any = Parts(config, mesh, model, optimizer, loader, None, NoSaver())
     assert train(parts, Progress(), reports.append, lambda: Command.CONTINUE) == "finished"

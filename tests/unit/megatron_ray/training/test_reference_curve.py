@@ -1,4 +1,6 @@
-"""The first 12 losses and gradient norms of a small Llama are those that several independent libraries agree on."""
+"""The first 12 losses and gradient norms of a small Llama are those that several independent
+libraries agree on.
+"""
 
 import numpy as np
 import torch

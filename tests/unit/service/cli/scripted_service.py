@@ -23,7 +23,14 @@ JOB: dict[str, Any] = {
     "created_at": "2026-11-20T20:00:00+00:00",
     "attempt": 1,
     "failures": 0,
-    "progress": {"step": 5, "steps": 10, "loss": 3.25, "tokens_per_s": 1000.0, "eta_s": 12, "val_loss": None},
+    "progress": {
+        "step": 5,
+        "steps": 10,
+        "loss": 3.25,
+        "tokens_per_s": 1000.0,
+        "eta_s": 12,
+        "val_loss": None,
+    },
     "storage_path": "/data/jobs/job-abc",
     "last_checkpoint": {"step": 5, "path": "/data/jobs/job-abc/checkpoints/step-00000005-a0001"},
     "problem": None,
@@ -32,7 +39,9 @@ JOB: dict[str, Any] = {
 
 
 class FakeService:
-    """Routes `METHOD /path` to (status, body); a list of bodies is given out in turn, the last one repeats."""
+    """Routes `METHOD /path` to (status, body); a list of bodies is given out in turn, the last one
+    repeats.
+    """
 
     def __init__(self) -> None:
         self.routes: dict[str, tuple[int, Any]] = {}
@@ -43,14 +52,21 @@ class FakeService:
             def _answer(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 sent = self.rfile.read(length)
-                fake.requests.append((f"{self.command} {self.path}", json.loads(sent) if sent else None))
+                fake.requests.append(
+                    (f"{self.command} {self.path}", json.loads(sent) if sent else None)
+                )
                 missing = (404, {"code": "not_found", "detail": f"there is no {self.path}"})
-                status, body = fake.routes.get(f"{self.command} {self.path.partition('?')[0]}", missing)
+                status, body = fake.routes.get(
+                    f"{self.command} {self.path.partition('?')[0]}", missing
+                )
                 if isinstance(body, list):
                     body = body.pop(0) if len(body) > 1 else body[0]
                 payload = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
-                self.send_header("Content-Type", "text/event-stream" if isinstance(body, str) else "application/json")
+                self.send_header(
+                    "Content-Type",
+                    "text/event-stream" if isinstance(body, str) else "application/json",
+                )
                 self.send_header("Content-Length", str(len(payload)))
                 self.end_headers()
                 self.wfile.write(payload)
@@ -61,7 +77,9 @@ class FakeService:
                 pass
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.01}
+        )
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -75,4 +93,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 def stream(*events: tuple[str, Any]) -> str:
-    return "".join(f"event: {name}\nid: {index}.0\ndata: {json.dumps(data)}\n\n" for index, (name, data) in enumerate(events, 1))
+    return "".join(
+        f"event: {name}\nid: {index}.0\ndata: {json.dumps(data)}\n\n"
+        for index, (name, data) in enumerate(events, 1)
+    )

@@ -1,4 +1,6 @@
-"""Every command against a scripted HTTP service: output, JSON, exit codes, and the one message that a mistake is worth."""
+"""Every command against a scripted HTTP service: output, JSON, exit codes, and the one message that
+a mistake is worth.
+"""
 
 import json
 from pathlib import Path
@@ -9,9 +11,18 @@ import pytest
 from tests.unit.service.cli.scripted_service import JOB, FakeService, Run
 
 
-def test_submit_sends_the_spec_with_overrides_and_absolute_paths(run: Run, service: FakeService, tmp_path: Path) -> None:
+def test_submit_sends_the_spec_with_overrides_and_absolute_paths(
+    run: Run, service: FakeService, tmp_path: Path
+) -> None:
     service.routes["POST /v1/jobs"] = (201, JOB)
-    overrides = ("--set", "training.steps=20", "--set", "parallel.tp=2", "--set", "checkpoint.start_from=models/llama")
+    overrides = (
+        "--set",
+        "training.steps=20",
+        "--set",
+        "parallel.tp=2",
+        "--set",
+        "checkpoint.start_from=models/llama",
+    )
     code, out, _ = run("submit", "spec.yaml", *overrides, "--url", service.url)
     assert code == 0 and "job-abc" in out
     sent = service.requests[0][1]
@@ -33,7 +44,10 @@ def test_builtin_and_remote_paths_stay_as_they_are(run: Run, service: FakeServic
         service.url,
     )
     sent = service.requests[0][1]
-    assert sent["data"]["train"][0]["path"] == "builtin://python-stdlib" and sent["storage"]["path"] == "s3://b/x"
+    assert (
+        sent["data"]["train"][0]["path"] == "builtin://python-stdlib"
+        and sent["storage"]["path"] == "s3://b/x"
+    )
 
 
 def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> None:
@@ -42,12 +56,21 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
         "detail": "/parallel/tp: tp=3 does not divide 4; use a tp that does",
         "code": "spec_invalid",
         "status": 422,
-        "errors": [{"pointer": "/parallel/tp", "code": "tp_divides", "detail": "tp=3 does not divide 4; use a tp that does"}],
+        "errors": [
+            {
+                "pointer": "/parallel/tp",
+                "code": "tp_divides",
+                "detail": "tp=3 does not divide 4; use a tp that does",
+            }
+        ],
     }
     service.routes["POST /v1/jobs"] = (422, problem)
     code, out, err = run("submit", "spec.yaml", "--url", service.url)
     assert code == 1 and out == ""
-    assert err.splitlines() == ["error: The job spec cannot be run as it is", "  /parallel/tp: tp=3 does not divide 4; use a tp that does"]
+    assert err.splitlines() == [
+        "error: The job spec cannot be run as it is",
+        "  /parallel/tp: tp=3 does not divide 4; use a tp that does",
+    ]
     code, out, err = run("submit", "spec.yaml", "--url", service.url, "--json")
     assert code == 1 and out == "" and json.loads(err) == problem
 
@@ -60,14 +83,22 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
         (["list.yaml"], "list.yaml holds list, expected a mapping of fields"),
         (["binary.yaml"], "binary.yaml is not text"),
         (["date.yaml"], "holds a value that JSON cannot"),
-        (["spec.yaml", "--set", "training.steps"], "--set 'training.steps': expected path.to.field=value"),
+        (
+            ["spec.yaml", "--set", "training.steps"],
+            "--set 'training.steps': expected path.to.field=value",
+        ),
         (["spec.yaml", "--set", "name.x=1"], "'name' is a value, not a group of fields"),
-        (["spec.yaml", "--set", "training.steps=[1"], "--set 'training.steps=[1': the value is not valid YAML"),
+        (
+            ["spec.yaml", "--set", "training.steps=[1"],
+            "--set 'training.steps=[1': the value is not valid YAML",
+        ),
         (["spec.yaml", "--set", "name=2026-11-20"], "--set holds a value that JSON cannot"),
         (["spec.yaml", "--set", "optimizer.lr=.nan"], "--set holds a value that JSON cannot"),
     ],
 )
-def test_unreadable_specs(run: Run, service: FakeService, tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_unreadable_specs(
+    run: Run, service: FakeService, tmp_path: Path, arguments: list[str], message: str
+) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
@@ -80,12 +111,17 @@ def test_unreadable_specs(run: Run, service: FakeService, tmp_path: Path, argume
 def test_no_service_named_and_none_up(run: Run, tmp_path: Path) -> None:
     code, _, err = run("jobs")
     assert code == 1
-    assert f"no local stack is up (data dir {tmp_path}/nothing-here)" in err and "megatron-ray up" in err
+    assert (
+        f"no local stack is up (data dir {tmp_path}/nothing-here)" in err
+        and "megatron-ray up" in err
+    )
 
 
 def test_unreachable_service_says_what_to_do(run: Run) -> None:
     code, _, err = run("jobs", "--url", "http://127.0.0.1:9")
-    assert code == 1 and "no service answers at http://127.0.0.1:9" in err and "megatron-ray up" in err
+    assert (
+        code == 1 and "no service answers at http://127.0.0.1:9" in err and "megatron-ray up" in err
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,7 +137,10 @@ def test_wrong_connection_options(run: Run, arguments: list[str], message: str) 
 
 
 def test_wrong_token_names_the_remedy(run: Run, service: FakeService) -> None:
-    service.routes["GET /v1/jobs"] = (401, {"code": "unauthorized", "status": 401, "detail": "wrong token"})
+    service.routes["GET /v1/jobs"] = (
+        401,
+        {"code": "unauthorized", "status": 401, "detail": "wrong token"},
+    )
     code, _, err = run("jobs", "--url", service.url, "--token", "x")
     assert code == 1 and "wrong token" in err and "--token" in err
 
@@ -123,12 +162,26 @@ def test_wrong_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
-    first = {"object": "list", "data": [JOB], "first_id": "job-abc", "last_id": "job-abc", "has_more": True}
-    second = {"object": "list", "data": [{**JOB, "id": "job-def"}], "last_id": "job-def", "has_more": False}
+    first = {
+        "object": "list",
+        "data": [JOB],
+        "first_id": "job-abc",
+        "last_id": "job-abc",
+        "has_more": True,
+    }
+    second = {
+        "object": "list",
+        "data": [{**JOB, "id": "job-def"}],
+        "last_id": "job-def",
+        "has_more": False,
+    }
     service.routes["GET /v1/jobs"] = (200, [first, second])
     code, out, _ = run("jobs", "--url", service.url)
     assert code == 0 and "job-abc" in out and "job-def" in out and "5/10" in out
-    assert [path for path, _ in service.requests] == ["GET /v1/jobs?limit=20", "GET /v1/jobs?limit=19&after=job-abc"]
+    assert [path for path, _ in service.requests] == [
+        "GET /v1/jobs?limit=20",
+        "GET /v1/jobs?limit=19&after=job-abc",
+    ]
     service.routes["GET /v1/jobs"] = (200, {"data": [], "has_more": False})
     assert "no jobs yet" in run("jobs", "--url", service.url)[1]
 
@@ -143,14 +196,49 @@ def test_show_and_its_json(run: Run, service: FakeService) -> None:
 
 def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeService) -> None:
     budget = {**JOB["resolved_spec"], "restart": {"max_failures": 3}}
-    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "attempt": 2, "failures": 1, "preemptions": 2, "resolved_spec": budget})
-    first = {"attempt": 1, "state": "failed", "reason": "worker_died", "message": "rank 1: killed by signal 9 (SIGKILL)"}
+    service.routes["GET /v1/jobs/job-abc"] = (
+        200,
+        {**JOB, "attempt": 2, "failures": 1, "preemptions": 2, "resolved_spec": budget},
+    )
+    first = {
+        "attempt": 1,
+        "state": "failed",
+        "reason": "worker_died",
+        "message": "rank 1: killed by signal 9 (SIGKILL)",
+    }
     first |= {"started_at": "2026-11-21T03:10:00Z", "ended_at": "2026-11-21T03:12:05.123456Z"}
-    second = {"attempt": 2, "state": "running", "reason": None, "message": "", "started_at": "2026-11-21T03:12:06Z", "ended_at": None}
-    service.routes["GET /v1/jobs/job-abc/attempts"] = (200, {"object": "list", "data": [first, second], "has_more": False})
-    text = "steps go on at 121 (attempt 2), 3.3 s after the failure was noticed: rebuild 1.9 s, load 0.1 s, recompute 1.3 s"
-    recovered = {"seq": 9, "created_at": "2026-11-21T03:12:08Z", "attempt": 2, "level": "info", "type": "job.recovered", "message": text}
-    started = {"seq": 8, "created_at": "T", "attempt": 2, "level": "info", "type": "attempt.started", "message": "from step 100"}
+    second = {
+        "attempt": 2,
+        "state": "running",
+        "reason": None,
+        "message": "",
+        "started_at": "2026-11-21T03:12:06Z",
+        "ended_at": None,
+    }
+    service.routes["GET /v1/jobs/job-abc/attempts"] = (
+        200,
+        {"object": "list", "data": [first, second], "has_more": False},
+    )
+    text = (
+        "steps go on at 121 (attempt 2), 3.3 s after the failure was noticed: rebuild 1.9 s, "
+        "load 0.1 s, recompute 1.3 s"
+    )
+    recovered = {
+        "seq": 9,
+        "created_at": "2026-11-21T03:12:08Z",
+        "attempt": 2,
+        "level": "info",
+        "type": "job.recovered",
+        "message": text,
+    }
+    started = {
+        "seq": 8,
+        "created_at": "T",
+        "attempt": 2,
+        "level": "info",
+        "type": "attempt.started",
+        "message": "from step 100",
+    }
     trouble = {
         "seq": 7,
         "created_at": "2026-11-21T03:12:05Z",
@@ -159,17 +247,34 @@ def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeSer
         "type": "attempt.failed",
         "message": "rank [1]",
     }
-    pages = [{"object": "list", "data": [event], "has_more": False} for event in (started, recovered, trouble)]
+    pages = [
+        {"object": "list", "data": [event], "has_more": False}
+        for event in (started, recovered, trouble)
+    ]
     service.routes["GET /v1/jobs/job-abc/events"] = (200, pages)
     code, out, _ = run("show", "job-abc", "--url", service.url)
-    lines = {line[2:18].strip(): line[19:].strip() for line in out.splitlines() if line.startswith("  ")}
+    lines = {
+        line[2:18].strip(): line[19:].strip() for line in out.splitlines() if line.startswith("  ")
+    }
     assert code == 0 and lines["attempt"] == "2 running from step 100, since 2026-11-21 03:12:06Z"
     assert lines["restarts"] == "1 of 3 failures spent, 2 preemptions"
-    assert lines["last failure"] == "2026-11-21 03:12:05Z  attempt 1: rank 1: killed by signal 9 (SIGKILL) (worker_died)"
+    assert (
+        lines["last failure"]
+        == "2026-11-21 03:12:05Z  attempt 1: rank 1: killed by signal 9 (SIGKILL) (worker_died)"
+    )
     assert lines["last recovery"] == f"2026-11-21 03:12:08Z  {text}"
     assert lines["last checkpoint"].startswith("step 5  /data")
     table = out[out.index("newest warnings and errors") :].splitlines()
-    assert table[2].split() == ["7", "2026-11-21", "03:12:05Z", "1", "error", "attempt.failed", "rank", "[1]"]
+    assert table[2].split() == [
+        "7",
+        "2026-11-21",
+        "03:12:05Z",
+        "1",
+        "error",
+        "attempt.failed",
+        "rank",
+        "[1]",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -177,19 +282,38 @@ def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeSer
     [
         (
             "events",
-            {"seq": 1, "id": "ev-1", "created_at": "T", "type": "job.created", "message": "made [by] hand"},
+            {
+                "seq": 1,
+                "id": "ev-1",
+                "created_at": "T",
+                "type": "job.created",
+                "message": "made [by] hand",
+            },
             ["job.created", "made [by] hand"],
         ),
         ("metrics", {"step": 3, "attempt": 1, "loss": 2.5, "grad_norm": None}, ["3", "2.5"]),
-        ("checkpoints", {"step": 5, "attempt": 1, "loss": 2.5, "bytes": 3 << 20, "path": "/x/step-5"}, ["3.0 MiB", "/x/step-5"]),
+        (
+            "checkpoints",
+            {"step": 5, "attempt": 1, "loss": 2.5, "bytes": 3 << 20, "path": "/x/step-5"},
+            ["3.0 MiB", "/x/step-5"],
+        ),
         (
             "ranks",
-            {"rank": 0, "slot": 1, "address": "10.0.0.1", "gpu": None, "pid": 7, "coordinates": {"tp": 0, "dp": 1}},
+            {
+                "rank": 0,
+                "slot": 1,
+                "address": "10.0.0.1",
+                "gpu": None,
+                "pid": 7,
+                "coordinates": {"tp": 0, "dp": 1},
+            },
             ["10.0.0.1", "tp0 dp1"],
         ),
     ],
 )
-def test_listings(run: Run, service: FakeService, command: str, entry: dict[str, Any], words: list[str]) -> None:
+def test_listings(
+    run: Run, service: FakeService, command: str, entry: dict[str, Any], words: list[str]
+) -> None:
     page = {"object": "list", "data": [entry], "has_more": False}
     service.routes[f"GET /v1/jobs/job-abc/{command}"] = (200, page)
     code, out, _ = run(command, "job-abc", "--url", service.url)
@@ -199,7 +323,11 @@ def test_listings(run: Run, service: FakeService, command: str, entry: dict[str,
 
 def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -> None:
     losses = {"load_balancing_loss": 1.25, "z_loss": None}
-    page = {"object": "list", "data": [{"step": 3, "attempt": 1, "other_losses": losses, "split_s": {}}], "has_more": False}
+    page = {
+        "object": "list",
+        "data": [{"step": 3, "attempt": 1, "other_losses": losses, "split_s": {}}],
+        "has_more": False,
+    }
     service.routes["GET /v1/jobs/job-abc/metrics"] = (200, page)
     code, out, _ = run("metrics", "job-abc", "--keys", "other_losses,split_s", "--url", service.url)
     assert code == 0 and "load_balancing_loss 1.25, z_loss -" in out
@@ -207,13 +335,18 @@ def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -
 
 def test_cancel_waits_for_the_end(run: Run, service: FakeService) -> None:
     service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
-    service.routes["GET /v1/jobs/job-abc"] = (200, [{**JOB, "status": "cancelling"}, {**JOB, "status": "cancelled"}])
+    service.routes["GET /v1/jobs/job-abc"] = (
+        200,
+        [{**JOB, "status": "cancelling"}, {**JOB, "status": "cancelled"}],
+    )
     code, out, _ = run("cancel", "job-abc", "--url", service.url)
     assert code == 0 and "job-abc cancelled" in out
     assert run("cancel", "job-abc", "--no-wait", "--url", service.url)[0] == 0
 
 
-def test_cancel_fails_when_the_job_ended_otherwise_or_not_at_all(run: Run, service: FakeService) -> None:
+def test_cancel_fails_when_the_job_ended_otherwise_or_not_at_all(
+    run: Run, service: FakeService
+) -> None:
     service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "succeeded"})
     code, _, err = run("cancel", "job-abc", "--url", service.url)
     assert code == 1 and "had succeeded before it could be cancelled" in err

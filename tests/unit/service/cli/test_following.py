@@ -7,7 +7,9 @@ import pytest
 from tests.unit.service.cli.scripted_service import JOB, FakeService, Run, stream
 
 
-def test_logs_follow_until_the_job_ends(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_follow_until_the_job_ends(
+    run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
     pieces = [
         {"data": "one\n", "next_offset": 4},
@@ -22,11 +24,19 @@ def test_logs_follow_until_the_job_ends(run: Run, service: FakeService, monkeypa
     assert code == 0 and out == "one\ntwo\n"
 
 
-def test_logs_go_on_with_the_next_attempt(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logs_go_on_with_the_next_attempt(
+    run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
     pieces = [{"data": "one\n", "next_offset": 4}, {"data": "", "next_offset": 4}] * 2
-    service.routes["GET /v1/jobs/job-abc/logs"] = (200, [*pieces, {"data": "again\n", "next_offset": 6}, {"data": "", "next_offset": 6}])
-    service.routes["GET /v1/jobs/job-abc"] = (200, [JOB, {**JOB, "attempt": 2, "status": "succeeded"}])
+    service.routes["GET /v1/jobs/job-abc/logs"] = (
+        200,
+        [*pieces, {"data": "again\n", "next_offset": 6}, {"data": "", "next_offset": 6}],
+    )
+    service.routes["GET /v1/jobs/job-abc"] = (
+        200,
+        [JOB, {**JOB, "attempt": 2, "status": "succeeded"}],
+    )
     code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
     assert code == 0 and out == "one\nagain\n"
     asked = [path.partition("?")[2] for path, _ in service.requests if "/logs" in path]
@@ -80,7 +90,9 @@ def test_watch_json_is_one_event_a_line(run: Run, service: FakeService) -> None:
     assert code == 0 and [json.loads(line)["event"] for line in out.splitlines()][-1] == "end"
 
 
-def test_interrupted_watch_says_that_the_job_goes_on(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_watch_says_that_the_job_goes_on(
+    run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 

@@ -11,7 +11,9 @@ from service.cli.failure import Failure
 from tests.unit.service.cli.scripted_service import FakeService, Run
 
 
-def test_generate_takes_the_newest_checkpoint_of_a_job(run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_takes_the_newest_checkpoint_of_a_job(
+    run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[str, str, dict[str, Any]]] = []
 
     def generated(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -19,9 +21,16 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(run: Run, service: FakeSe
         return {"prompt": prompt, "text": "(self):"}
 
     monkeypatch.setattr(generate_module, "run_generation", generated)
-    page = {"data": [{"step": 5, "attempt": 1, "path": "/old"}, {"step": 10, "attempt": 2, "path": "/new"}]}
+    page = {
+        "data": [
+            {"step": 5, "attempt": 1, "path": "/old"},
+            {"step": 10, "attempt": 2, "path": "/new"},
+        ]
+    }
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, page)
-    code, out, _ = run("generate", "job-abc", "--prompt", "def f", "--seed", "7", "--url", service.url)
+    code, out, _ = run(
+        "generate", "job-abc", "--prompt", "def f", "--seed", "7", "--url", service.url
+    )
     assert code == 0 and out == "def f(self):\n"
     assert asked[0][:2] == ("/new", "def f") and asked[0][2]["--seed"] == 7
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": []})
@@ -35,25 +44,49 @@ def test_generation_that_fails_gives_its_last_words(monkeypatch: pytest.MonkeyPa
 
 
 def test_convert_gives_back_what_it_took(run: Run, service: FakeService, tmp_path: Path) -> None:
-    from tests.unit.megatron_ray.checkpoint.hf_folders import publish  # takes seconds that no other test here needs
+    from tests.unit.megatron_ray.checkpoint.hf_folders import (
+        publish,
+    )  # takes seconds that no other test here needs
 
     publish("llama", tmp_path / "hf")
     code, out, err = run("convert", "import", "hf", "ours")
-    assert code == 0 and "wrote ours: 21 tensors of llama" in out and "megatron-ray submit ours/spec.yaml" in out, err
-    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": [{"step": 5, "attempt": 1, "path": str(tmp_path / "ours")}]})
+    assert (
+        code == 0
+        and "wrote ours: 21 tensors of llama" in out
+        and "megatron-ray submit ours/spec.yaml" in out
+    ), err
+    service.routes["GET /v1/jobs/job-abc/checkpoints"] = (
+        200,
+        {"data": [{"step": 5, "attempt": 1, "path": str(tmp_path / "ours")}]},
+    )
     code, out, err = run(
-        "convert", "export", "job-abc", "again", "--dtype", "bf16", "--max-shard-size", "0.02MB", "--json", "--url", service.url
+        "convert",
+        "export",
+        "job-abc",
+        "again",
+        "--dtype",
+        "bf16",
+        "--max-shard-size",
+        "0.02MB",
+        "--json",
+        "--url",
+        service.url,
     )
     assert code == 0 and len(json.loads(out)["files"]) > 1, err
     code, out, _ = run("convert", "import", "hf", "ours", "--json")
     assert code == 1 and out == ""
     assert "it is there already" in run("convert", "import", "hf", "ours")[2]
     assert run("convert", "export", "ours", "x", "--dtype", "int4")[0] == 2
-    assert "use a number and a unit" in run("convert", "export", "ours", "x", "--max-shard-size", "many")[2]
+    assert (
+        "use a number and a unit"
+        in run("convert", "export", "ours", "x", "--max-shard-size", "many")[2]
+    )
 
 
 def test_data_prepare_checks_the_spec_here(run: Run) -> None:
-    code, _, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--set", "training.stepz=1")
+    code, _, err = run(
+        "data", "prepare", "spec.yaml", "--cache", "cache", "--set", "training.stepz=1"
+    )
     assert code == 2 and "/training/stepz" in err
     code, _, err = run("data", "prepare", "spec.yaml")
     assert code == 2 and "--cache" in err
@@ -62,8 +95,19 @@ def test_data_prepare_checks_the_spec_here(run: Run) -> None:
 
 
 def test_data_prepare(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "corpus.txt").write_text("\n\n".join(f"document {index} " + "word " * 200 for index in range(50)))
-    code, out, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--json", "--set", "data.validation_fraction=0")
+    (tmp_path / "corpus.txt").write_text(
+        "\n\n".join(f"document {index} " + "word " * 200 for index in range(50))
+    )
+    code, out, err = run(
+        "data",
+        "prepare",
+        "spec.yaml",
+        "--cache",
+        "cache",
+        "--json",
+        "--set",
+        "data.validation_fraction=0",
+    )
     assert code == 0, err
     assert json.loads(out)["vocab_size"] >= 257
 

@@ -4,7 +4,14 @@ import pytest
 
 from tests.unit.service.cli.scripted_service import FakeService, Run
 
-TIME = {"step_s": 1.5, "products_s": 0.8, "attention_s": 0.1, "memory_s": 0.3, "communication_s": 0.2, "bubble_s": 0.0} | {
+TIME = {
+    "step_s": 1.5,
+    "products_s": 0.8,
+    "attention_s": 0.1,
+    "memory_s": 0.3,
+    "communication_s": 0.2,
+    "bubble_s": 0.0,
+} | {
     "update_s": 0.1,
     "tokens_per_s": 90000.0,
     "mfu": 0.41,
@@ -25,12 +32,19 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
         "hardware": "H100",
         "time": TIME,
         "fits": fits,
-        "problems": [] if fits else [{"pointer": "/parallel", "detail": "2 ranks, but there is room for 1; add nodes"}],
+        "problems": []
+        if fits
+        else [{"pointer": "/parallel", "detail": "2 ranks, but there is room for 1; add nodes"}],
     }
     service.routes["POST /v1/plans"] = (200, answer)
     code, out, err = run("plan", "spec.yaml", "--hardware", "H100", "--url", service.url)
     assert "2 ranks" in out and "tp=2 x dp=1" in out and "4.0 MiB" in out
-    assert "tp all-reduce" in out and "3.0 MiB in 12" in out and "on H100, estimated: 1.50 s" in out and "MFU 41.0 %" in out
+    assert (
+        "tp all-reduce" in out
+        and "3.0 MiB in 12" in out
+        and "on H100, estimated: 1.50 s" in out
+        and "MFU 41.0 %" in out
+    )
     assert "products" in out and "800.0 ms" in out and "bubble" not in out
     assert code == (0 if fits else 1)
     assert ("/parallel: 2 ranks, but there is room for 1; add nodes" in err) is not fits
@@ -39,13 +53,41 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
 
 def test_suggestions(run: Run, service: FakeService) -> None:
     changes = {"parallel.tp": 4, "parallel.pp": 2, "parallel.dp": 8, "training.micro_batch_size": 2}
-    entry = {"changes": changes | {"training.recompute": {"granularity": "full"}}, "total_bytes_estimate": 70 << 30, "time": TIME}
-    answer = {"object": "plan.suggestions", "world_size": 64, "hardware": "H100", "data": [entry], "notes": []}
+    entry = {
+        "changes": changes | {"training.recompute": {"granularity": "full"}},
+        "total_bytes_estimate": 70 << 30,
+        "time": TIME,
+    }
+    answer = {
+        "object": "plan.suggestions",
+        "world_size": 64,
+        "hardware": "H100",
+        "data": [entry],
+        "notes": [],
+    }
     service.routes["POST /v1/plans/suggest"] = (200, answer)
     code, out, _ = run("plan", "spec.yaml", "--suggest", "--ranks", "64", "--url", service.url)
     assert code == 0 and "64 ranks of H100" in out
-    assert out.splitlines()[-1].split() == ["4", "2", "1", "1", "1", "8", "2", "full", "1.50", "s", "41.0", "%", "70.0", "GiB"]
-    service.routes["POST /v1/plans/suggest"] = (200, answer | {"data": [], "notes": ["no layout fits on 64 ranks"]})
+    assert out.splitlines()[-1].split() == [
+        "4",
+        "2",
+        "1",
+        "1",
+        "1",
+        "8",
+        "2",
+        "full",
+        "1.50",
+        "s",
+        "41.0",
+        "%",
+        "70.0",
+        "GiB",
+    ]
+    service.routes["POST /v1/plans/suggest"] = (
+        200,
+        answer | {"data": [], "notes": ["no layout fits on 64 ranks"]},
+    )
     code, out, err = run("plan", "spec.yaml", "--suggest", "--url", service.url)
     assert code == 1 and "no layout fits on 64 ranks" in out and "no layout can be suggested" in err
 
