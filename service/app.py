@@ -14,8 +14,8 @@ from service.api import checkpoints, cluster, events, health, internal, jobs, lo
 from service.http import errors, idempotency
 from service.http.auth import Authenticator
 from service.http.dependencies import Context
-from service.http.middleware import Gate
-from service.http.notifier import Hub
+from service.http.middleware import RequestMiddleware
+from service.http.notifier import Notifier
 from service.http.telemetry import Telemetry
 from service.jobs.agents import Agents
 from service.settings import Settings
@@ -24,7 +24,7 @@ from service.store.database import Store
 
 def create_app(settings: Settings) -> FastAPI:
     """The app; database, tokens and key are opened when it starts, not here."""
-    hub = Hub()
+    hub = Notifier()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,14 +47,14 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.hub = hub
-    app.add_middleware(Gate, context=lambda: app.state.context)
+    app.add_middleware(RequestMiddleware, context=lambda: app.state.context)
     errors.install(app)
     for part in (jobs, plans, events, metrics, logs, checkpoints, cluster, health, internal):
         app.include_router(part.router)
     return app
 
 
-def _open(settings: Settings, hub: Hub) -> Context:
+def _open(settings: Settings, hub: Notifier) -> Context:
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     store = Store.open(settings.url, hub.notify)
     idempotency.forget_old(store)

@@ -14,7 +14,7 @@ import uvicorn
 
 from service.app import create_app
 from service.http.auth import has_configured_token
-from service.http.notifier import Hub
+from service.http.notifier import Notifier
 from service.settings import Settings, SettingsError
 
 GRACEFUL_SHUTDOWN_S = 3
@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
     for connections.
     """
 
-    def __init__(self, config: uvicorn.Config, hub: Hub, port_file: Path | None) -> None:
+    def __init__(self, config: uvicorn.Config, hub: Notifier, port_file: Path | None) -> None:
         super().__init__(config)
         self.hub = hub
         self.port_file = port_file

@@ -44,7 +44,7 @@ _PRELOAD = [
 _GRACE_S = 1.5
 
 
-class RankFailed(Exception):
+class RankFailedError(Exception):
     """Carries the text of a rank's traceback, as the cause of the error that is raised again."""
 
 
@@ -87,7 +87,7 @@ def run_ranks(
     results in rank order.
 
     `fn` is a module-level function; arguments and results are pickled, tensors included. An error
-    on a rank is raised here with its own type and, as cause, RankFailed with the rank's traceback.
+    on a rank is raised here with its own type and, as cause, RankFailedError with the rank's traceback.
     TimeoutError shows where each stuck rank was.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -156,7 +156,7 @@ def _raise_first(failures: list[_Failure]) -> None:
     """The earliest failure is the cause; the others follow from it."""
     if failures:
         first = min(failures, key=lambda failure: failure.at)
-        cause = RankFailed(f"rank {first.rank}:\n{first.text}")
+        cause = RankFailedError(f"rank {first.rank}:\n{first.text}")
         if first.error is None:
             raise cause
         raise pickle.loads(first.error) from cause
@@ -244,7 +244,7 @@ def _load(module: str, path: str) -> Any:
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    """The error itself where it survives the trip; SystemExit and the like become RankFailed."""
+    """The error itself where it survives the trip; SystemExit and the like become RankFailedError."""
     if not isinstance(error, Exception):
         return None
     try:

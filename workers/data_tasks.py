@@ -20,11 +20,11 @@ from megatron_ray.checkpoint.initial_model import begin
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.check import check_data
-from megatron_ray.data.prepare import DataProblem, prepare
+from megatron_ray.data.prepare import UnusableDataError, prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.storage.storage import StorageError, open_storage
 from megatron_ray.validation.resolution import with_vocabulary
-from workers.driver.journal import Journal, JournalProblem
+from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec
 from workers.rank.spool import Line, SpoolReader
 
@@ -37,7 +37,7 @@ def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -
     """The data of a spec with a storage path, prepared under it or in data.cache; its tokens fit
     the model, and the model the weights that it begins with.
 
-    Raises DataProblem, StorageError.
+    Raises UnusableDataError, StorageError.
     """
     cache = spec.data_cache
     if cache is None:
@@ -51,13 +51,13 @@ def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -
     try:
         with_vocabulary(spec.model_copy(update={"model": model}), found.vocab_size)
     except ValueError as error:
-        raise DataProblem([Problem("/model/vocab_size", "vocab_fits", str(error))]) from error
+        raise UnusableDataError([Problem("/model/vocab_size", "vocab_fits", str(error))]) from error
     return found
 
 
 def _beginning(spec: JobSpec) -> ModelConfig:
     """The model, with the vocabulary of the weights that the job begins with, which it no longer
-    needs once it has a checkpoint of its own. Raises DataProblem.
+    needs once it has a checkpoint of its own. Raises UnusableDataError.
     """
     if (
         spec.storage is not None
@@ -67,7 +67,7 @@ def _beginning(spec: JobSpec) -> ModelConfig:
         return spec.model
     model, problems = begin(spec.checkpoint, spec.model)
     if problems:
-        raise DataProblem(problems)
+        raise UnusableDataError(problems)
     return model
 
 
@@ -77,7 +77,7 @@ def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         return {"prepared": prepare_data(JobSpec.from_mapping(spec)).model_dump(mode="json")}
-    except DataProblem as found:
+    except UnusableDataError as found:
         return {"problems": problem_rows(found.problems)}
 
 
@@ -111,7 +111,7 @@ def _taken(storage_path: str) -> list[Problem]:
     try:
         found = Journal(storage_path).latest()
         owner = found.job_id if found else None
-    except JournalProblem as problem:
+    except JournalError as problem:
         owner = str(problem)
     except StorageError:
         return []  # already said by the check for writing

@@ -29,11 +29,11 @@ _TIMEOUT_S = 10.0
 _POLL_SLACK_S = 10.0
 
 
-class ServiceAway(Exception):
+class ServiceUnavailableError(Exception):
     """The service did not answer, or not sensibly: try again later."""
 
 
-class ServiceRefused(Exception):
+class ServiceRefusedError(Exception):
     """The service understood and said no; `status` and `code` are those of its problem document."""
 
     def __init__(self, status: int, code: str, detail: str) -> None:
@@ -42,7 +42,7 @@ class ServiceRefused(Exception):
         self.code = code
 
 
-class Replaced(Exception):
+class ReplacedError(Exception):
     """A newer incarnation of this driver has spoken to the service: this one must end."""
 
 
@@ -56,8 +56,8 @@ class Hello(BaseModel):
     """Folder or URI that jobs write below; nodes that do not see it are refused."""
 
 
-class ServiceLink:
-    """Requests of one caller with one token. Raises ServiceAway, ServiceRefused, Replaced."""
+class ServiceClient:
+    """Requests of one caller with one token. Raises ServiceUnavailableError, ServiceRefusedError, Replaced."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/")
@@ -84,12 +84,12 @@ class ServiceLink:
         self._client.close()
 
     def hello(self) -> Hello:
-        """First words; raises ServiceRefused when the service speaks a protocol that this code does
+        """First words; raises ServiceRefusedError when the service speaks a protocol that this code does
         not.
         """
         hello = Hello.model_validate(self._get("/internal/v1/agent/hello"))
         if hello.protocol not in (PROTOCOL, PROTOCOL + 1):
-            raise ServiceRefused(
+            raise ServiceRefusedError(
                 426,
                 "protocol",
                 f"it speaks protocol {hello.protocol}, this agent {PROTOCOL}; install "
@@ -144,15 +144,15 @@ class ServiceLink:
         try:
             response = self._client.request(method, path, **request)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ServiceAway(
+            raise ServiceUnavailableError(
                 f"{method} {self.url}{path}: {type(error).__name__}: {error}"
             ) from error
         if response.status_code >= 500 or response.status_code in (408, 429):
-            raise ServiceAway(f"{method} {self.url}{path}: {response.status_code}")
+            raise ServiceUnavailableError(f"{method} {self.url}{path}: {response.status_code}")
         try:
             body = response.json()
         except ValueError as error:
-            raise ServiceAway(
+            raise ServiceUnavailableError(
                 f"{method} {self.url}{path}: {response.status_code} without JSON; is that "
                 "the service?"
             ) from error
@@ -161,8 +161,8 @@ class ServiceLink:
             code = str(problem.get("code", ""))
             detail = str(problem.get("detail", ""))
             if response.status_code == 409 and code == "fenced":
-                raise Replaced(detail or "a newer driver of this job is at work")
-            raise ServiceRefused(response.status_code, code, detail)
+                raise ReplacedError(detail or "a newer driver of this job is at work")
+            raise ServiceRefusedError(response.status_code, code, detail)
         return body
 
     @staticmethod
@@ -170,4 +170,6 @@ class ServiceLink:
         try:
             return kind.model_validate(body)
         except ValidationError as error:
-            raise ServiceAway(f"an answer that is no {kind.__name__}: {error}") from error
+            raise ServiceUnavailableError(
+                f"an answer that is no {kind.__name__}: {error}"
+            ) from error

@@ -20,17 +20,17 @@ from pydantic import ValidationError
 from megatron_ray.checkpoint.directory import latest_committed, list_checkpoints
 from megatron_ray.commands import Command
 from megatron_ray.config.checkpoint import StorageConfig
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import apply_overrides, read_mapping
-from megatron_ray.data.prepare import DataProblem
+from megatron_ray.data.prepare import UnusableDataError
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
 from megatron_ray.validation import check, resolution
 from workers.data_tasks import prepare_data
 from workers.driver.commit import CheckpointLedger, commit_whole
 from workers.protocol.job import JobSpec
-from workers.rank.environment import EnvironmentProblem, RankEnv
-from workers.rank.messages import StartOrder, UserMistake
+from workers.rank.environment import ProcessEnvironmentError, RankEnv
+from workers.rank.messages import StartOrder, UserError
 from workers.rank.session import Outcome, connect_store, train
 from workers.rank.spool import Spool
 from workers.rank.stores import PrefixStore, Store
@@ -45,16 +45,16 @@ def run_standalone(
 ) -> str | None:
     """Trains; returns a last line for people on rank 0, None elsewhere.
 
-    Raises UserMistake (empty text on all ranks but 0).
+    Raises UserError (empty text on all ranks but 0).
     """
     try:
         env = RankEnv.from_environ()
-    except EnvironmentProblem as problem:
-        raise UserMistake(str(problem)) from problem
+    except ProcessEnvironmentError as problem:
+        raise UserError(str(problem)) from problem
     try:
         spec = read_spec(job, overrides, env.world_size)
-    except UserMistake as mistake:
-        raise UserMistake(str(mistake) if env.rank == 0 else "") from None
+    except UserError as mistake:
+        raise UserError(str(mistake) if env.rank == 0 else "") from None
     assert spec.storage is not None
     kind = _device(spec)
     order = StartOrder(env, spec.model_dump(mode="json"), {}, 1, kind, env.local_rank)
@@ -86,8 +86,8 @@ def _train(order: StartOrder, spec: JobSpec, store: Store, reports: Path | None)
     # in it.
     try:
         outcome: Outcome = train(order, report, lambda: Command.CONTINUE)
-    except ConfigProblem as problem:
-        raise UserMistake(
+    except ConfigError as problem:
+        raise UserError(
             str(problem) if env.rank == 0 else ""
         ) from problem  # every rank has found the same
     finally:
@@ -102,22 +102,22 @@ def _train(order: StartOrder, spec: JobSpec, store: Store, reports: Path | None)
 
 
 def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
-    """The resolved spec for a world. Raises UserMistake with every problem, one a line."""
+    """The resolved spec for a world. Raises UserError with every problem, one a line."""
     try:
         spec = JobSpec.from_mapping(apply_overrides(read_mapping(job), overrides))
     except OSError as error:
-        raise UserMistake(f"cannot read {job}: {error.strerror}") from error
+        raise UserError(f"cannot read {job}: {error.strerror}") from error
     except ValidationError as error:
         lines = [
             f"/{'/'.join(str(part) for part in item['loc'])}: {item['msg']}"
             for item in error.errors()
         ]
-        raise UserMistake(f"{job} is not a job spec:\n  " + "\n  ".join(lines)) from error
+        raise UserError(f"{job} is not a job spec:\n  " + "\n  ".join(lines)) from error
     except ValueError as error:
-        raise UserMistake(str(error)) from error
+        raise UserError(str(error)) from error
     problems = check.find_problems(spec, world_size)
     if problems:
-        raise UserMistake(
+        raise UserError(
             "\n  ".join(
                 [
                     f"{job} cannot run:",
@@ -132,7 +132,7 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
             f"the layout makes up {needed} ranks, torchrun started {world_size}; use "
             f"--nproc-per-node {needed}, or change parallel"
         )
-        raise UserMistake(text)
+        raise UserError(text)
     storage = resolved.storage or StorageConfig(path=str(Path("runs", spec.name).absolute()))
     return JobSpec.from_mapping(
         {**resolved.model_dump(mode="json"), "storage": storage.model_dump()}
@@ -142,7 +142,7 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
 def _device(spec: JobSpec) -> str:
     wanted = spec.resources.accelerator
     if wanted == "gpu" and not torch.cuda.is_available():
-        raise UserMistake(
+        raise UserError(
             "resources.accelerator is gpu, but this machine has no usable GPU; set it to "
             "auto or cpu"
         )
@@ -152,21 +152,21 @@ def _device(spec: JobSpec) -> str:
 def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
     """Rank 0 prepares, the others wait for its word.
 
-    Raises UserMistake everywhere when the data are not usable.
+    Raises UserError everywhere when the data are not usable.
     """
     if env.rank == 0:
         try:
             data = prepare_data(spec)
-        except DataProblem as problem:
+        except UnusableDataError as problem:
             store.set("data", _PROBLEM)
             lines = [f"{item.pointer}: {item.detail}" for item in problem.problems]
-            raise UserMistake("\n  ".join(["the job cannot begin:", *lines])) from problem
+            raise UserError("\n  ".join(["the job cannot begin:", *lines])) from problem
         store.set("data", _PREPARED + data.model_dump_json())
         return data
     store.wait(["data"], _PREPARE_TIMEOUT)
     word = store.get("data").decode()
     if word.startswith(_PROBLEM):
-        raise UserMistake("")
+        raise UserError("")
     return PreparedData.model_validate_json(word[len(_PREPARED) :])
 
 

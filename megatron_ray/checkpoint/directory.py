@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray.storage.storage import MissingFile, Storage, StorageError, open_storage
+from megatron_ray.storage.storage import MissingFileError, Storage, StorageError, open_storage
 
 FORMAT_VERSION = 1
 """Written into every checkpoint; a reader refuses higher ones."""
@@ -111,7 +111,7 @@ def read_reports(path: str) -> list[bytes]:
     """The reports that a committed checkpoint contains, a JSON object each. Raises StorageError."""
     try:
         return open_storage(path).read_bytes(REPORTS).splitlines()
-    except MissingFile:  # deleted meanwhile
+    except MissingFileError:  # deleted meanwhile
         return []
 
 
@@ -119,7 +119,7 @@ def _check_parts(storage: Storage, path: str) -> None:
     """Whether every rank's file is there with the size that was planned."""
     try:
         index = json.loads(storage.read_bytes(INDEX))
-    except MissingFile as error:
+    except MissingFileError as error:
         raise CheckpointError(
             "commit", path, f"{INDEX} is missing, rank 0 has not written its part"
         ) from error
@@ -217,7 +217,7 @@ def _manifest(storage: Storage, folder: str) -> dict[str, Any] | None:
     """None when it is missing or no manifest."""
     try:
         manifest = json.loads(storage.read_bytes(folder + MANIFEST))
-    except (MissingFile, json.JSONDecodeError, UnicodeDecodeError):
+    except (MissingFileError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return (
         manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None

@@ -10,12 +10,12 @@ from megatron_ray.checkpoint.hf.files import is_hf_folder
 from megatron_ray.checkpoint.train_state import read_train_state, saved_model
 from megatron_ray.config.checkpoint import CheckpointConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.problem import ConfigProblem, Problem
+from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.storage.storage import open_storage
 from megatron_ray.validation.initial_weights import contradictions, with_vocabulary_of
 
 
-def is_own(path: str) -> bool:
+def is_native_checkpoint(path: str) -> bool:
     """Whether a committed checkpoint of ours lies at a path or URI, or else a Hugging Face folder.
 
     Raises CheckpointError for neither.
@@ -31,11 +31,15 @@ def is_own(path: str) -> bool:
     raise CheckpointError("read", path, text)
 
 
-def starting_model(path: str) -> ModelConfig:
+def initial_model(path: str) -> ModelConfig:
     """The model of the weights at a path or URI. Raises CheckpointError for what is damaged,
-    ConfigProblem for what is not supported.
+    ConfigError for what is not supported.
     """
-    return saved_model(path, read_train_state(path, 0)) if is_own(path) else HfFolder(path).model
+    return (
+        saved_model(path, read_train_state(path, 0))
+        if is_native_checkpoint(path)
+        else HfFolder(path).model
+    )
 
 
 def begin(checkpoint: CheckpointConfig, model: ModelConfig) -> tuple[ModelConfig, list[Problem]]:
@@ -45,8 +49,8 @@ def begin(checkpoint: CheckpointConfig, model: ModelConfig) -> tuple[ModelConfig
     if checkpoint.start_from is None:
         return model, []
     try:
-        weights = starting_model(checkpoint.start_from)
-    except (CheckpointError, ConfigProblem) as error:
+        weights = initial_model(checkpoint.start_from)
+    except (CheckpointError, ConfigError) as error:
         return model, [Problem("/checkpoint/start_from", "start_from", str(error))]
     model = with_vocabulary_of(model, weights)
     return model, contradictions(model, weights)

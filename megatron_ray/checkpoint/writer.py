@@ -29,7 +29,7 @@ RANK_KEYS = ("rng",)
 """Keys of the train state that differ between ranks."""
 
 
-class Abandoned(Exception):
+class WriteAbandonedError(Exception):
     """The save was given up half-way; what it has written never counts."""
 
 
@@ -194,12 +194,12 @@ class CheckpointWriter:
         with storage.open_output(data_file(self._mesh.rank)) as file:
             for position in range(0, len(memory), BLOCK_BYTES):
                 if self._abandoned.is_set():
-                    raise Abandoned
+                    raise WriteAbandonedError
                 file.write(memory[position : position + BLOCK_BYTES])
         for name, data in small:
             storage.write_bytes_atomic(name, data)
         if self._abandoned.is_set():
-            raise Abandoned
+            raise WriteAbandonedError
         num_bytes = len(memory) + sum(len(data) for _, data in small)
         self._on_written(CheckpointReport(step, path, num_bytes, time.monotonic() - start))
 

@@ -151,7 +151,7 @@ class ModelConfig(Config):
         return self.mla.qk_rope_head_dim if self.mla is not None else self.head_width
 
     @property
-    def further_layers(self) -> int:
+    def num_mtp_layers(self) -> int:
         """Layers behind the last one, each of which predicts one token more."""
         return self.mtp.num_layers if self.mtp is not None else 0
 
@@ -186,7 +186,7 @@ class ModelConfig(Config):
         )
 
     @property
-    def attached_losses(self) -> dict[str, float]:
+    def aux_losses(self) -> dict[str, float]:
         """What is trained on beside the loss, in Megatron-LM's words, and the weight of all its
         places together: such a sum over it is the mean over layers of what it was before its
         coefficient, as it is reported.
@@ -196,7 +196,7 @@ class ModelConfig(Config):
         if moe is not None:
             layers = sum(
                 self.experts_on(layer) is not None
-                for layer in range(self.num_layers + self.further_layers)
+                for layer in range(self.num_layers + self.num_mtp_layers)
             )
             coefficients = {moe.balancing_loss: moe.aux_loss_coeff, "z_loss": moe.z_loss_coeff}
             found |= {

@@ -15,7 +15,7 @@ class Problem:
     """What is wrong, with the numbers, and what to do about it."""
 
 
-class ConfigProblem(ValueError):
+class ConfigError(ValueError):
     """A config that contradicts itself, its data or its world: the user's to mend, so nothing is
     gained by trying again.
     """

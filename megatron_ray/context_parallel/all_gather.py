@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.context_parallel.tiles import (
-    Attended,
     Documents,
+    PartialAttention,
     Tile,
     TileGradients,
     attend,
@@ -28,7 +28,7 @@ from megatron_ray.ops.attention.fused import tokens_first
 from megatron_ray.sharding.sequence_split import SequenceCut
 
 
-class GatherAttention(nn.Module):
+class AllGatherAttention(nn.Module):
     """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of
     the whole group.
     """
@@ -97,7 +97,7 @@ class _Gather(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         cut = SequenceCut(collectives.size(group), collectives.rank(group))
-        so_far = Attended.nothing(q)
+        so_far = PartialAttention.nothing(q)
         own = torch.stack([k, v])
         keys, values = _gathered(own, cut.cp, group)
         attend(

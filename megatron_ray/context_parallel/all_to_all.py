@@ -17,7 +17,7 @@ from megatron_ray.distributed.collectives import Group
 from megatron_ray.models.batch import Packed
 
 
-class ExchangeAttention(nn.Module):
+class UlyssesAttention(nn.Module):
     """(q [B, N, S, D], k and v [B, G, S, D]) -> [B, N, S, D], by `inner` over heads cut among the
     group.
 

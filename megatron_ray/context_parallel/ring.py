@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.context_parallel.tiles import (
-    Attended,
     Documents,
+    PartialAttention,
     Tile,
     TileGradients,
     attend,
@@ -139,7 +139,7 @@ class _Ring(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:
         hops = _Hops(group, documents, window)
-        so_far = Attended.nothing(q)
+        so_far = PartialAttention.nothing(q)
         length = q.shape[2]
         own = torch.stack([k, v])
         block = own

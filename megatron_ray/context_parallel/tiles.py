@@ -81,7 +81,7 @@ def _bias(tile: Tile, documents: Documents | None, q_BNQD: Tensor, k_BGKD: Tenso
 
 
 @dataclass
-class Attended:
+class PartialAttention:
     """What queries have got so far: output [B, N, Q, D] and log-sum-exp of their scores [B, N, Q],
     both fp32 or wider.
     """
@@ -90,7 +90,7 @@ class Attended:
     lse: Tensor
 
     @classmethod
-    def nothing(cls, q_BNQD: Tensor) -> "Attended":
+    def nothing(cls, q_BNQD: Tensor) -> "PartialAttention":
         """No key seen yet."""
         wide = torch.promote_types(q_BNQD.dtype, torch.float32)
         return cls(
@@ -111,7 +111,7 @@ class Attended:
 
 
 def attend(
-    so_far: Attended,
+    so_far: PartialAttention,
     q_BNQD: Tensor,
     k_BGKD: Tensor,
     v_BGKD: Tensor,

@@ -8,7 +8,7 @@ import pyarrow as pa
 from megatron_ray.config.data import DataConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
-from megatron_ray.data.prepare import DataProblem, read_tokenizer
+from megatron_ray.data.prepare import UnusableDataError, read_tokenizer
 from megatron_ray.data.sources import DataError, FoundSource, file_pieces, find_all
 from megatron_ray.storage.files import place, probe_writable
 
@@ -32,7 +32,7 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
     if data.tokenizer.kind == "file":
         try:
             read_tokenizer(data.tokenizer)
-        except DataProblem as error:
+        except UnusableDataError as error:
             problems += error.problems
     problems += _storage_problems("/storage/path", storage_path)
     if data.cache is not None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_ray.data.blend import SampleDataset
 from megatron_ray.data.sampler import sample_ids
-from megatron_ray.models.batch import Batch, Further, Packed
+from megatron_ray.models.batch import Batch, MTPTargets, Packed
 from megatron_ray.sharding.sequence_split import SequenceCut
 
 
@@ -57,7 +57,7 @@ class BatchMaker:
             *found, self._move(mask), self._move(positions), int(mask.sum()), packed, further
         )
 
-    def _further(self, tokens: np.ndarray, mask: np.ndarray) -> Further:
+    def _further(self, tokens: np.ndarray, mask: np.ndarray) -> MTPTargets:
         """A label further on must lie in the sample and in the same document: no token up to it may
         be without a label of its own.
         """
@@ -71,7 +71,7 @@ class BatchMaker:
             labels[depth] = tokens[:, np.minimum(np.arange(length) + shift + 1, length)]
             masks[depth, :, :-shift] = before[:, :-shift] * mask[:, shift:]
             before = masks[depth]
-        return Further(self._move(labels[:, :, here]), self._move(masks[:, :, here]))
+        return MTPTargets(self._move(labels[:, :, here]), self._move(masks[:, :, here]))
 
     def _tell_apart(self, ends: np.ndarray) -> tuple[np.ndarray, Packed]:
         """Positions [B, S] and documents, from where documents end [B, S]."""

@@ -46,7 +46,7 @@ _Owned = tuple[str, FoundSource]
 """A source and its JSON pointer."""
 
 
-class DataProblem(Exception):
+class UnusableDataError(Exception):
     """The data cannot be prepared as asked; `problems` say which fields to change and how."""
 
     def __init__(self, problems: list[Problem]) -> None:
@@ -64,14 +64,14 @@ def prepare(
     """Tokenizes what is not in `cache` (path or URI of a folder) yet and describes it all.
 
     `progress` gets short lines for people. Safe to run twice at once, and to kill. Raises
-    DataProblem for whatever the user can mend, at JSON pointers below /data (or /storage/path when
+    UnusableDataError for whatever the user can mend, at JSON pointers below /data (or /storage/path when
     the default cache cannot be written).
     """
     with _cache_errors(data, cache):
         where = _open_cache(cache)
         found = find_all(data)
         if found.problems:
-            raise DataProblem(found.problems)
+            raise UnusableDataError(found.problems)
         tokenizer, tokenizer_path = _tokenizer(data.tokenizer, found.train, where, cache, progress)
         maker = _Maker(where, cache, tokenizer, progress)
         fraction = 0.0 if data.validation else data.validation_fraction
@@ -147,7 +147,7 @@ class _Maker:
         self._digest = _digest(tokenizer.to_json(), tokenizer.end_of_document)
 
     def make(self, owner: str, found: FoundSource, held_out: float | None) -> _Made:
-        """Raises DataProblem at `owner`."""
+        """Raises UnusableDataError at `owner`."""
         with _pointing(owner):
             name = f"corpora/{_digest(fingerprint(found), self._digest, held_out)}"
 
@@ -192,20 +192,20 @@ def _tokenizer(
 
 
 def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """The user's tokenizer.json. Raises DataProblem below /data/tokenizer."""
+    """The user's tokenizer.json. Raises UnusableDataError below /data/tokenizer."""
     path = config.path or ""
     try:
         return Tokenizer.from_json(read_bytes(place(path)).decode(), config.end_of_document)
     except TokenizerError as error:
-        raise DataProblem(
+        raise UnusableDataError(
             [Problem(f"/data/tokenizer/{error.field}", error.code, f"{path}: {error.detail}")]
         ) from error
     except FileNotFoundError as error:
         text = f"{path} does not exist where the job runs; check the path"
-        raise DataProblem([Problem("/data/tokenizer/path", "not_found", text)]) from error
+        raise UnusableDataError([Problem("/data/tokenizer/path", "not_found", text)]) from error
     except (OSError, ValueError, pa.ArrowException) as error:
         text = f"{path} cannot be read: {error}; give the path of a tokenizer.json"
-        raise DataProblem([Problem("/data/tokenizer/path", "unreadable", text)]) from error
+        raise UnusableDataError([Problem("/data/tokenizer/path", "unreadable", text)]) from error
 
 
 def _sample(train: Sequence[_Owned]) -> Iterator[str]:
@@ -240,7 +240,7 @@ def _require_length(made: Sequence[_Made], split: str, needed: int) -> None:
         if part.tokens(split) < needed
     ]
     if problems:
-        raise DataProblem(problems)
+        raise UnusableDataError(problems)
 
 
 def _long_enough(train: Sequence[_Made], needed: int, progress: Progress) -> list[_Made]:
@@ -261,7 +261,7 @@ def _long_enough(train: Sequence[_Made], needed: int, progress: Progress) -> lis
             f"1 = {needed}; raise validation_fraction,"
             " lower training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
         )
-        raise DataProblem([Problem("/data/validation_fraction", "too_short", text)])
+        raise UnusableDataError([Problem("/data/validation_fraction", "too_short", text)])
     return kept
 
 
@@ -270,7 +270,7 @@ def _pointing(owner: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        raise DataProblem([error.problem(owner)]) from error
+        raise UnusableDataError([error.problem(owner)]) from error
 
 
 def _open_cache(cache: str) -> Place:
@@ -293,7 +293,7 @@ def _cache_errors(data: DataConfig, cache: str) -> Iterator[None]:
             f"prepared data cannot be kept in {cache}: {error}; give a folder that the job may "
             "write and that has room"
         )
-        raise DataProblem([Problem(pointer, "not_writable", text)]) from error
+        raise UnusableDataError([Problem(pointer, "not_writable", text)]) from error
 
 
 def _root(cache: Place, uri: str) -> str:

@@ -46,7 +46,7 @@ class FlatBuffers:
         }
 
 
-def adopt_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
+def bind_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
     """Replaces the model's (meta) parameters by views into flat buffers.
 
     Raises ValueError when names or shapes disagree.
@@ -178,7 +178,7 @@ class Reducer(Protocol):
 
 
 @dataclass(frozen=True)
-class ParameterFamily:
+class ParameterGroup:
     """Parameters that have the same replicas: the dense ones, or the experts."""
 
     buffers: FlatBuffers

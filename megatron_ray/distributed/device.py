@@ -29,7 +29,7 @@ def backend_for(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-class KeptMemory:
+class MallocTuning:
     """Makes glibc keep large freed blocks instead of returning them to the system: a fifth to a
     third of a CPU step is otherwise page faults on fresh temporaries. For the whole process and all
     its threads, so only whoever owns the process makes one.

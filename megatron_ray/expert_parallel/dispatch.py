@@ -45,17 +45,17 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What is known of the choice beforehand."""
 
-    all_go: bool = True
+    dropless: bool = True
     """No token was sent away from one of its experts."""
     rows: int | None = None
     """Rows that each rank gives every expert, filled up with zeros; as many as there are when
     None."""
 
 
-def sort_slots(experts_TK: Tensor, num_experts: int, room: Room) -> tuple[Tensor, Counts]:
+def sort_slots(experts_TK: Tensor, num_experts: int, room: Capacity) -> tuple[Tensor, Counts]:
     """(slots [R], rows of each expert): row r comes from slot slots[r] of the flattened choice.
 
     Rows lie expert by expert, those of one in the order of tokens. An expert `num_experts` means
@@ -75,7 +75,7 @@ def sort_slots(experts_TK: Tensor, num_experts: int, room: Room) -> tuple[Tensor
         slots = flat.new_full((num_experts * room.rows + 1,), len(flat))
         slots.index_copy_(0, places.clamp(max=num_experts * room.rows), order)
         return slots[:-1], room.rows
-    if not room.all_go:
+    if not room.dropless:
         order = order[: int(ends[-1])]
     return order, ends - starts
 
@@ -103,7 +103,7 @@ class AllToAllDispatcher:
         self.ep_group = ep_group
         self.etp_group = etp_group
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Room) -> Dispatched:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Capacity) -> Dispatched:
         """Rows of this rank's experts from all ranks."""
         slots, counts = sort_slots(experts_TK, self.num_experts, room)
         rows = take_tokens(x_TH, slots, experts_TK.shape[1])
@@ -176,7 +176,7 @@ class AllGatherDispatcher:
         self.local = num_experts // collectives.size(ep_group)
         self.first = self.local * collectives.rank(ep_group)
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Room) -> Dispatched:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Capacity) -> Dispatched:
         """Rows of this rank's experts from all ranks."""
         experts = experts_TK
         for group in self.groups:
@@ -185,7 +185,7 @@ class AllGatherDispatcher:
         mine = mine.masked_fill((mine < 0) | (mine >= self.local), self.local)
         ranks = len(experts) // len(experts_TK)
         slots, counts = sort_slots(
-            mine, self.local, Room(False, None if room.rows is None else room.rows * ranks)
+            mine, self.local, Capacity(False, None if room.rows is None else room.rows * ranks)
         )
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:

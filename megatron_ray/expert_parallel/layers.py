@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.ops.grad_slots import SlottedModule, deliver_linear
 from megatron_ray.ops.matmul import (
     Counts,
@@ -53,14 +53,14 @@ class _RouterLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, module: RouterLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.module = module
-        return forward_product(widened(x), widened(weight))
+        return forward_product(to_fp32(x), to_fp32(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_weight = deliver_linear(ctx.module, widened(x), grad)
-        return input_grad_product(grad, widened(weight)).to(x.dtype), grad_weight, None
+        grad_weight = deliver_linear(ctx.module, to_fp32(x), grad)
+        return input_grad_product(grad, to_fp32(weight)).to(x.dtype), grad_weight, None
 
 
 class GroupedLinear(SlottedModule):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.dtypes import to_fp32
 
 
 def take_tokens(x_TH: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
@@ -84,9 +84,9 @@ class _WeighAndSum(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, slots)
         spread = _spread(rows, slots, weights.numel()).view(*weights.shape, -1)
-        total = widened(spread[:, 0]) * weights[:, :1]
+        total = to_fp32(spread[:, 0]) * weights[:, :1]
         for k in range(1, weights.shape[1]):
-            total.addcmul_(widened(spread[:, k]), weights[:, k : k + 1])
+            total.addcmul_(to_fp32(spread[:, k]), weights[:, k : k + 1])
         return total.to(rows.dtype)
 
     @staticmethod
@@ -98,8 +98,8 @@ class _WeighAndSum(torch.autograd.Function):
         of_row = weights.flatten()[slots.clamp(max=weights.numel() - 1)].masked_fill_(
             slots == weights.numel(), 0
         )
-        grads = widened(grad.index_select(0, tokens))
-        grad_of_row = torch.linalg.vecdot(grads, widened(rows))
+        grads = to_fp32(grad.index_select(0, tokens))
+        grad_of_row = torch.linalg.vecdot(grads, to_fp32(rows))
         grad_weights = _spread(grad_of_row, slots, weights.numel()).view(weights.shape)
         return grads.mul_(of_row[:, None]).to(rows.dtype), grad_weights, None
 

@@ -22,7 +22,7 @@ from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
-from megatron_ray.data_parallel.buffers import FlatBuffers, adopt_parameters
+from megatron_ray.data_parallel.buffers import FlatBuffers, bind_parameters
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.gpt import GPT
@@ -30,7 +30,7 @@ from megatron_ray.parallelize.parallelize import allocate_expert_biases, build_m
 from megatron_ray.sharding.buckets import plan_buckets
 from megatron_ray.sharding.parameters import LocalParameter, local_parameters
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox, whole_tensor
-from megatron_ray.storage.storage import MissingFile, StorageError, open_storage
+from megatron_ray.storage.storage import MissingFileError, StorageError, open_storage
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
     weights = torch.zeros(plan.num_elements, device=mesh.device)
     buffers = FlatBuffers(plan, weights, torch.empty(0))  # nobody asks for gradients
     views = buffers.views(weights)
-    adopt_parameters(model, views)
+    bind_parameters(model, views)
     biases = {
         f"model/{name}": whole_tensor(bias.value)
         for name, bias in allocate_expert_biases(model, mesh.device).items()
@@ -114,7 +114,7 @@ def _model_state(table: Sequence[LocalParameter], views: dict[str, Tensor]) -> S
 def _load_tokenizer(checkpoint_path: str, end_of_document: int | None) -> Tokenizer:
     try:
         text = open_storage(checkpoint_path).read_bytes(TOKENIZER).decode("utf-8")
-    except MissingFile as error:
+    except MissingFileError as error:
         raise CheckpointError(
             "load",
             checkpoint_path,

@@ -17,10 +17,10 @@ from megatron_ray.models.batch import Packed
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import ROTATION, RotateQKV, split_qkv
 from megatron_ray.ops.attention.blockwise import blocks_are_faster, causal_attention
-from megatron_ray.ops.attention.fp32 import wide_causal_attention
+from megatron_ray.ops.attention.fp32 import fp32_causal_attention
 from megatron_ray.ops.attention.fused import band
 from megatron_ray.ops.attention.sliding_window import windowed_attention
-from megatron_ray.ops.matmul import multiplies_wide
+from megatron_ray.ops.matmul import needs_fp32_matmul
 
 
 @dataclass
@@ -50,7 +50,7 @@ class KeyValueCache:
 
 
 @dataclass(frozen=True)
-class Positions:
+class ForwardContext:
     """What a block needs to know of a batch besides its activations: its shape, with rotary
     positions the cos and sin [B or 1, S, 1, D], its documents, and what its routers are told or are
     to tell.
@@ -61,9 +61,9 @@ class Positions:
     cos: Tensor | None
     sin: Tensor | None
     packed: Packed | None = None
-    expert_choices: Tensor | None = None
+    routing_replay: Tensor | None = None
     """[T, layers, K]: the experts that routers are to take instead of choosing."""
-    on_choice: Callable[[int, Tensor], None] | None = None
+    on_route: Callable[[int, Tensor], None] | None = None
     """Hears of every router's choice: (layer, experts [tokens of this rank, K])."""
     first_sample: int | None = None
     """Of the batch, where dropout is to drop."""
@@ -77,14 +77,14 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.window = window
         self.core = layers.attention(window)
-        self.dropping_core = layers.dropping_attention(f"{place}.probabilities", window)
+        self.core_with_dropout = layers.dropping_attention(f"{place}.probabilities", window)
 
     def attended(
         self,
         q_BNSD: Tensor,
         k_BGSD: Tensor,
         v_BGSD: Tensor,
-        positions: Positions,
+        positions: ForwardContext,
         cache: KeyValueCache | None,
     ) -> Tensor:
         """[B, N, S, D]"""
@@ -93,12 +93,12 @@ class CausalAttention(nn.Module):
         return self._attend(q_BNSD, k_BGSD, v_BGSD, positions)
 
     def _attend(
-        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: Positions
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, positions: ForwardContext
     ) -> Tensor:
-        if self.dropping_core is None or positions.first_sample is None:
+        if self.core_with_dropout is None or positions.first_sample is None:
             attended: Tensor = self.core(q_BNSD, k_BGSD, v_BGSD, positions.packed)
         else:
-            attended = self.dropping_core(
+            attended = self.core_with_dropout(
                 q_BNSD, k_BGSD, v_BGSD, (positions.packed, positions.first_sample)
             )
         return attended
@@ -146,7 +146,7 @@ class Attention(CausalAttention):
         self,
         x_TH: Tensor,
         residual_TH: Tensor | None,
-        positions: Positions,
+        positions: ForwardContext,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         qkv: Tensor = self.qkv(x_TH).view(positions.batch, positions.sequence, -1)
@@ -182,7 +182,7 @@ def _normed(
     return torch.cat([*parts, v], -1)
 
 
-class WholeAttention(nn.Module):
+class LocalAttention(nn.Module):
     """Causal attention of sequences that lie whole on this rank; over the last `window` tokens
     where one is given.
     """
@@ -213,8 +213,8 @@ def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int | None) -
     """Every row is one sequence."""
     if window is not None and window < q_BNSD.shape[2]:
         return windowed_attention(q_BNSD, k_BGSD, v_BGSD, window)
-    if multiplies_wide(q_BNSD.device.type, q_BNSD.dtype):
-        return wide_causal_attention(q_BNSD, k_BGSD, v_BGSD)
+    if needs_fp32_matmul(q_BNSD.device.type, q_BNSD.dtype):
+        return fp32_causal_attention(q_BNSD, k_BGSD, v_BGSD)
     if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
         return causal_attention(q_BNSD, k_BGSD, v_BGSD)
     grouped = q_BNSD.shape[1] != k_BGSD.shape[1]

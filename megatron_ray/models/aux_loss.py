@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 
-class AttachedLoss(nn.Module):
+class AuxLoss(nn.Module):
     """One place where such a loss arises.
 
     What it adds up to is counted in the backward pass, which every microbatch that is trained on
@@ -49,7 +49,7 @@ class AttachedLoss(nn.Module):
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, to: Tensor, loss: Tensor, place: AttachedLoss) -> Tensor:
+    def forward(ctx: Any, to: Tensor, loss: Tensor, place: AuxLoss) -> Tensor:
         ctx.save_for_backward(loss)
         ctx.place = place
         return to.clone()  # and no view: ZeRO-3 hangs its hooks on what a stage returns

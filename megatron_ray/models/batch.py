@@ -20,7 +20,7 @@ class Packed:
 
 
 @dataclass(frozen=True)
-class Further:
+class MTPTargets:
     """What is to be predicted beyond the next token, by depth: D of them.
 
     Tokens without such a label count for nothing.
@@ -50,9 +50,9 @@ class Batch:
     """Sum of the mask, known without asking the device."""
     packed: Packed | None = None
     """Given where documents are kept apart."""
-    further: Further | None = None
+    further: MTPTargets | None = None
     """Given where the model predicts further tokens."""
-    expert_choices: Tensor | None = None
+    routing_replay: Tensor | None = None
     """[B, S, layers, experts per token] int64: what routers are to take instead of choosing
     (replay)."""
     first_sample: int | None = None

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.attention import Attention, KeyValueCache, Positions
+from megatron_ray.models.attention import Attention, ForwardContext, KeyValueCache
 from megatron_ray.models.latent_attention import LatentAttention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import make_mlp
@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
     def forward(
-        self, hidden_TH: Tensor, positions: Positions, cache: KeyValueCache | None = None
+        self, hidden_TH: Tensor, positions: ForwardContext, cache: KeyValueCache | None = None
     ) -> Tensor:
         if (
             self.attention_dropout is not None
@@ -41,7 +41,7 @@ class Block(nn.Module):
         return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, positions)
 
     def _feed_forward(
-        self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions
+        self, x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext
     ) -> Tensor:
         if self.moe is not None:
             output: Tensor = self.moe(x_TH, residual_TH, positions)
@@ -49,7 +49,7 @@ class Block(nn.Module):
             output = self.mlp(x_TH, residual_TH)  # type: ignore[misc]
         return output
 
-    def _dropping(self, hidden_TH: Tensor, positions: Positions, first_sample: int) -> Tensor:
+    def _dropping(self, hidden_TH: Tensor, positions: ForwardContext, first_sample: int) -> Tensor:
         """With dropout the residual is added after it, so not inside a product."""
         assert self.attention_dropout is not None and self.mlp_dropout is not None
         attended = self.attention(self.attention_norm(hidden_TH), None, positions)
@@ -67,8 +67,8 @@ def make_attention(config: ModelConfig, layers: Layers, index: int) -> Attention
     return Attention(config, layers, place, config.window_on(index))
 
 
-def one_after_another(
-    blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions
+def run_sequentially(
+    blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: ForwardContext
 ) -> Tensor:
     """Activations through a row of blocks."""
     for block in blocks:

@@ -37,7 +37,7 @@ class Dropout(nn.Module):
         return fresh_TH.masked_fill_(self.mask(fresh_TH, first_sample), 0).mul_(1 / (1 - self.rate))
 
 
-class DroppingAttention(nn.Module):
+class AttentionWithDropout(nn.Module):
     """Causal attention with dropout on its probabilities, by plain products: scores [B, N, S, S]
     are made in full.
 

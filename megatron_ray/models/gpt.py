@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.attention import KeyValueCache, Positions
+from megatron_ray.models.attention import ForwardContext, KeyValueCache
 from megatron_ray.models.batch import Batch
-from megatron_ray.models.block import Block, one_after_another
+from megatron_ray.models.block import Block, run_sequentially
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.multi_token_prediction import FurtherToken
+from megatron_ray.models.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_ray.models.rope import rotary_angles
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.sharding.parameters import whole_model
@@ -32,7 +32,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.held = whole_model(config) if held is None else tuple(held)
-        self.on_choice: Callable[[int, Tensor], None] | None = None
+        self.on_route: Callable[[int, Tensor], None] | None = None
         """Hears of every router's choice, see `Positions`; for whoever records them."""
         begins, ends = (
             any(getattr(stage, part) for stage in self.held) for part in ("embedding", "loss")
@@ -53,7 +53,7 @@ class GPT(nn.Module):
                 for index in stage.layers
             }
         )
-        self.through = one_after_another
+        self.through = run_sequentially
         """How activations go through the blocks of a stage; recomputation puts its own way here."""
         if ends:
             self.final_norm = layers.norm(config.hidden_size)
@@ -63,7 +63,7 @@ class GPT(nn.Module):
                 1 + len(depths),
             )
         self.mtp = nn.ModuleDict(
-            {str(depth): FurtherToken(config, layers, depth) for depth in depths}
+            {str(depth): MultiTokenPredictionLayer(config, layers, depth) for depth in depths}
         )
 
     @property
@@ -101,7 +101,7 @@ class GPT(nn.Module):
         return loss
 
     def _with_further_tokens(
-        self, loss: Tensor, hidden_TH: Tensor, batch: Batch, positions: Positions
+        self, loss: Tensor, hidden_TH: Tensor, batch: Batch, positions: ForwardContext
     ) -> Tensor:
         """The loss with the gradients of the losses of further tokens attached.
 
@@ -121,7 +121,7 @@ class GPT(nn.Module):
         for predict, labels_BS, mask_BS in zip(
             self.mtp.values(), further.labels_DBS, further.loss_mask_DBS, strict=True
         ):
-            assert isinstance(predict, FurtherToken)
+            assert isinstance(predict, MultiTokenPredictionLayer)
             hidden_TH = predict(hidden_TH, self._words(tokens_BS), positions, self.through)
             loss = predict.loss(
                 loss, self.head(hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * mtp.weight)
@@ -166,20 +166,22 @@ class GPT(nn.Module):
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
-    def positions_of(self, batch: Batch, like: Tensor) -> Positions:
+    def positions_of(self, batch: Batch, like: Tensor) -> ForwardContext:
         """What blocks need to know of a batch; angles are on the device of `like` and fit its type."""
         return replace(
             self._positions(batch.tokens_BS.shape, batch.position_ids, like),
             packed=batch.packed,
             first_sample=batch.first_sample,
-            expert_choices=_by_token(batch.expert_choices),
-            on_choice=self.on_choice,
+            routing_replay=_by_token(batch.routing_replay),
+            on_route=self.on_route,
         )
 
-    def _positions(self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor) -> Positions:
+    def _positions(
+        self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor
+    ) -> ForwardContext:
         batch, sequence = shape
         if self.config.position_embedding != "rope":
-            return Positions(batch, sequence, None, None)
+            return ForwardContext(batch, sequence, None, None)
         cos, sin = rotary_angles(
             position_ids,
             self.config.rotated_width,
@@ -187,7 +189,7 @@ class GPT(nn.Module):
             like.dtype,
             self.config.rope_scaling,
         )
-        return Positions(batch, sequence, cos, sin)
+        return ForwardContext(batch, sequence, cos, sin)
 
 
 def _by_token(choices_BSLK: Tensor | None) -> Tensor | None:

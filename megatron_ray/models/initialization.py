@@ -17,7 +17,7 @@ from megatron_ray.sharding.parameters import LocalParameter, LogicalParameter
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 
 
-def draw_local(parameter: LocalParameter, seed: int) -> Tensor:
+def init_local(parameter: LocalParameter, seed: int) -> Tensor:
     """The fp32 initial value of a rank's (fused, padded) tensor, on CPU; padding rows are zero."""
     value = torch.zeros(parameter.shape)
     for part in parameter.parts:

@@ -20,10 +20,10 @@ from torch import Tensor
 from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.positions import RopeScaling
-from megatron_ray.models.attention import CausalAttention, KeyValueCache, Positions
+from megatron_ray.models.attention import CausalAttention, ForwardContext, KeyValueCache
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotates_in_fp32, yarn_magnitude
-from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.dtypes import to_fp32
 
 
 class LatentAttention(CausalAttention):
@@ -57,7 +57,7 @@ class LatentAttention(CausalAttention):
         self,
         x_TH: Tensor,
         residual_TH: Tensor | None,
-        positions: Positions,
+        positions: ForwardContext,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         shape = positions.batch, positions.sequence, -1
@@ -152,7 +152,7 @@ class _Heads(torch.autograd.Function):
         keys_values[..., :plain] = k[..., :plain]
         keys_values[..., plain:] = v[..., :value]
         key = (
-            _rotated(widened(k[..., plain:]).sum(2, keepdim=True), cos, sin, -1.0)
+            _rotated(to_fp32(k[..., plain:]).sum(2, keepdim=True), cos, sin, -1.0)
             .squeeze(2)
             .to(q.dtype)
         )

@@ -9,9 +9,9 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from megatron_ray.expert_parallel.dispatch import Dispatched, Room
+from megatron_ray.expert_parallel.dispatch import Capacity, Dispatched
 from megatron_ray.expert_parallel.layers import ExpertBias
-from megatron_ray.models.aux_loss import AttachedLoss
+from megatron_ray.models.aux_loss import AuxLoss
 
 
 class Head(Protocol):
@@ -27,7 +27,7 @@ class Head(Protocol):
 class Dispatcher(Protocol):
     """See expert_parallel.dispatch."""
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Room) -> Dispatched:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Capacity) -> Dispatched:
         """Rows for the experts that are here, and the way back."""
         ...
 
@@ -112,8 +112,8 @@ class Layers(Protocol):
         """Brings tokens to their experts and back."""
         ...
 
-    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AttachedLoss:
-        """See `AttachedLoss`; `of_own_tokens`: each rank has its part, otherwise all tp ranks have
+    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AuxLoss:
+        """See `AuxLoss`; `of_own_tokens`: each rank has its part, otherwise all tp ranks have
         the same.
         """
         ...

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.layers import Layers
-from megatron_ray.ops.differentiable_op import Kernel
+from megatron_ray.ops.differentiable_op import DifferentiableOp
 
 
 class GatedMLP(nn.Module):
@@ -52,7 +52,7 @@ def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | Plai
 class GatedActivation(nn.Module):
     """activation(gate) * up of a fused [T, 2F] whose first half is the gate."""
 
-    def __init__(self, kernel: Kernel) -> None:
+    def __init__(self, kernel: DifferentiableOp) -> None:
         super().__init__()
         self.kernel = kernel
 
@@ -99,13 +99,13 @@ def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     return grad_gate_up
 
 
-SWIGLU = Kernel(_swiglu, _swiglu_backward)
-GEGLU_TANH = Kernel(_geglu_tanh, _geglu_tanh_backward)
+SWIGLU = DifferentiableOp(_swiglu, _swiglu_backward)
+GEGLU_TANH = DifferentiableOp(_geglu_tanh, _geglu_tanh_backward)
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, kernel: Kernel) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, kernel: DifferentiableOp) -> Tensor:
         ctx.save_for_backward(gate_up)
         ctx.kernel = kernel
         return kernel.forward(gate_up)  # type: ignore[no-any-return]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.attention import Positions
+from megatron_ray.models.attention import ForwardContext
 from megatron_ray.models.block import Block
 from megatron_ray.models.layers import Layers
 
 
-class FurtherToken(nn.Module):
+class MultiTokenPredictionLayer(nn.Module):
     """norm(block(projection [norm(embedding of the next token), norm(hidden)])) [T, H], for the
     head.
     """
@@ -34,7 +34,7 @@ class FurtherToken(nn.Module):
         self.projection = layers.replicated(2 * config.hidden_size, config.hidden_size)
         self.block = Block(config, layers, config.num_layers + depth)
         kind = f"mtp_{depth + 1}_loss"
-        divisor = config.attached_losses.get(
+        divisor = config.aux_losses.get(
             kind, 1.0
         )  # a loss of weight 0 is not reported: nobody takes it
         self.loss = layers.attached_loss(kind, divisor, of_own_tokens=False)
@@ -43,8 +43,8 @@ class FurtherToken(nn.Module):
         self,
         hidden_TH: Tensor,
         embedded_TH: Tensor,
-        positions: Positions,
-        through: Callable[[Iterable[nn.Module], Tensor, Positions], Tensor],
+        positions: ForwardContext,
+        through: Callable[[Iterable[nn.Module], Tensor, ForwardContext], Tensor],
     ) -> Tensor:
         """`through`: how activations go through blocks."""
         if self.embedding_dropout is not None and positions.first_sample is not None:

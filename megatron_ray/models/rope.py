@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.positions import RopeScaling
-from megatron_ray.ops.differentiable_op import Kernel
+from megatron_ray.ops.differentiable_op import DifferentiableOp
 
 
 def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:
@@ -183,7 +183,7 @@ def _rotate_qkv_backward(
     return grad
 
 
-ROTATION = Kernel(_rotate_qkv, _rotate_qkv_backward)
+ROTATION = DifferentiableOp(_rotate_qkv, _rotate_qkv_backward)
 
 
 class RotateQKV(torch.autograd.Function):
@@ -202,7 +202,7 @@ class RotateQKV(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         sizes: tuple[int, int, int],
-        kernel: Kernel,
+        kernel: DifferentiableOp,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`sizes`: N, G, D."""
         ctx.save_for_backward(cos, sin)

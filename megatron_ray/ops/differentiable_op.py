@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-class Kernel(NamedTuple):
+class DifferentiableOp(NamedTuple):
     """What each takes and returns is said where its layer is."""
 
     forward: Callable[..., Any]

@@ -25,7 +25,7 @@ def _onednn(tensor: Tensor) -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch._C._has_mkldnn
 
 
-def multiplies_wide(device: str, dtype: torch.dtype) -> bool:
+def needs_fp32_matmul(device: str, dtype: torch.dtype) -> bool:
     """Whether products are to be done in fp32: torch multiplies bf16 one by one where the processor
     cannot (measured: 1 to 20 GFLOP/s for 80 in fp32).
     """
@@ -37,7 +37,7 @@ def multiplies_wide(device: str, dtype: torch.dtype) -> bool:
 
 
 def _wide(tensor: Tensor) -> bool:
-    return multiplies_wide(tensor.device.type, tensor.dtype)
+    return needs_fp32_matmul(tensor.device.type, tensor.dtype)
 
 
 def forward_product(inputs_TI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def finalize_grads(
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
     update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
-    attached = model.attached_losses.values()
+    attached = model.aux_losses.values()
     values = torch.zeros(3 + len(attached) + len(flags), dtype=torch.float64, device=mesh.device)
     if mesh.tp_rank == 0 and model.has_loss:
         values[0] = loss_sum
@@ -108,20 +108,20 @@ def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     a reduction for every head.
     """
     views = []
-    copies = 1
+    num_kv_replicas = 1
     for piece, gradient in optimizer.gradients():
         for part in piece.placed.parameter.parts:
             first = piece.placed.part_start(part)
             start = max(piece.start, first)
             end = min(piece.end, first + part.box.num_elements)
-            if part.copies > 1 and start < end:
+            if part.num_kv_replicas > 1 and start < end:
                 views.append(gradient[start - piece.start : end - piece.start])
-                copies = part.copies
+                num_kv_replicas = part.num_kv_replicas
     if not views:
         return
     own = torch.cat(views)
-    heads = own.new_zeros(mesh.dims.tp // copies, own.numel())
-    head = mesh.tp_rank // copies
+    heads = own.new_zeros(mesh.dims.tp // num_kv_replicas, own.numel())
+    head = mesh.tp_rank // num_kv_replicas
     heads[head] = own
     collectives.all_reduce(heads, mesh.tp_group)
     for view, summed in zip(
@@ -137,7 +137,7 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
     if mesh.embedding_group is None:
         return
     for piece, gradient in optimizer.gradients():
-        if piece.placed.parameter.on_two_stages:
+        if piece.placed.parameter.is_shared_embedding:
             collectives.all_reduce(gradient, mesh.embedding_group)
 
 
@@ -150,7 +150,7 @@ def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
         if not shard.sharded and collectives.rank(shard.group) != 0:
             continue
         for run in shard.runs:
-            if run.counted and (run.counts_once or mesh.tp_rank == 0):
+            if run.owns_norm and (run.tp_sharded or mesh.tp_rank == 0):
                 total += _squares(shard.gradient(run))
     return total
 

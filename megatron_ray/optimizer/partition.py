@@ -21,10 +21,10 @@ class Run:
     shard_start: int
     """Where the range begins in this rank's shard, which is its runs one after another."""
     decay: bool
-    counts_once: bool
+    tp_sharded: bool
     """Whether every tp rank holds other elements here; otherwise only one of them adds to the
     global norm."""
-    counted: bool = True
+    owns_norm: bool = True
     """Whether this pipeline stage adds to it."""
 
 
@@ -55,12 +55,12 @@ def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tupl
             rules = (
                 placed.parameter.decay,
                 placed.parameter.tp_sharded,
-                placed.parameter.counted and part.counted,
+                placed.parameter.owns_norm and part.owns_norm,
             )
             if (
                 runs
                 and runs[-1].end == start
-                and (runs[-1].decay, runs[-1].counts_once, runs[-1].counted) == rules
+                and (runs[-1].decay, runs[-1].tp_sharded, runs[-1].owns_norm) == rules
             ):
                 last = runs.pop()
                 runs.append(Run(last.start, end, last.shard_start, *rules))

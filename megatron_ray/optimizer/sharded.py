@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.data_parallel.buffers import ParameterFamily
+from megatron_ray.data_parallel.buffers import ParameterGroup
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.sharding.boxes import Box
@@ -41,7 +41,7 @@ class OptimizerShard:
     are flat shards in run order.
     """
 
-    def __init__(self, config: OptimizerConfig, family: ParameterFamily, *, sharded: bool) -> None:
+    def __init__(self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool) -> None:
         """With `sharded` each of those that have the same buffers updates its own part."""
         self.buffers = family.buffers
         self.group = family.group
@@ -202,7 +202,7 @@ class ShardedOptimizer:
     """
 
     def __init__(
-        self, config: OptimizerConfig, families: Sequence[ParameterFamily], *, sharded: bool
+        self, config: OptimizerConfig, families: Sequence[ParameterGroup], *, sharded: bool
     ) -> None:
         self.shards = tuple(OptimizerShard(config, family, sharded=sharded) for family in families)
 

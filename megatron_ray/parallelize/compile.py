@@ -19,28 +19,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.models.attention import Attention
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.mlp import GatedMLP
 from megatron_ray.models.rope import rotates_in_fp32
-from megatron_ray.ops.differentiable_op import Kernel
-from megatron_ray.ops.dtypes import widened
-from megatron_ray.tensor_parallel.cross_entropy import Exponentials, VocabParallelHead
+from megatron_ray.ops.differentiable_op import DifferentiableOp
+from megatron_ray.ops.dtypes import to_fp32
+from megatron_ray.tensor_parallel.cross_entropy import SoftmaxStats, VocabParallelHead
 from megatron_ray.tensor_parallel.norm import RMSNorm
 
 
-class Fusions(NamedTuple):
+class CompiledOps(NamedTuple):
     """Each is to compute what the kernel of the same layer does."""
 
-    rms_norm: Kernel
-    swiglu: Kernel
-    geglu_tanh: Kernel
-    rotation: Kernel
-    exponentials_: Callable[[Tensor, Tensor], Exponentials]
+    rms_norm: DifferentiableOp
+    swiglu: DifferentiableOp
+    geglu_tanh: DifferentiableOp
+    rotation: DifferentiableOp
+    softmax_shares_: Callable[[Tensor, Tensor], SoftmaxStats]
 
 
-def apply_fusions(model: GPT, fusions: Fusions) -> None:
+def apply_compile(model: GPT, fusions: CompiledOps) -> None:
     """Puts them into a model. LayerNorm and GELU are one kernel each already."""
     gated = {"swiglu": fusions.swiglu, "geglu_tanh": fusions.geglu_tanh}
     for module in model.modules():
@@ -51,14 +51,14 @@ def apply_fusions(model: GPT, fusions: Fusions) -> None:
         elif isinstance(module, Attention):
             module.rotation = fusions.rotation
         elif isinstance(module, VocabParallelHead):
-            module.exponentials_ = fusions.exponentials_
+            module.softmax_shares_ = fusions.softmax_shares_
 
 
-def compiled_fusions() -> Fusions:
+def compiled_ops() -> CompiledOps:
     """The formulas, each to be compiled when it is first used (seconds), and again for another
     shape. Imports the compiler.
 
-    Raises ConfigProblem where this machine lacks what the compiler needs.
+    Raises ConfigError where this machine lacks what the compiler needs.
     """
     import torch._inductor.config as inductor
 
@@ -68,9 +68,10 @@ def compiled_fusions() -> Fusions:
         torch.compile, fullgraph=True
     )
     rms_norm, swiglu, geglu_tanh, rotation = (
-        Kernel(compiled(kernel.forward), compiled(kernel.backward)) for kernel in FORMULAS[:-1]
+        DifferentiableOp(compiled(kernel.forward), compiled(kernel.backward))
+        for kernel in FORMULAS[:-1]
     )
-    return Fusions(rms_norm, swiglu, geglu_tanh, rotation, compiled(FORMULAS.exponentials_))
+    return CompiledOps(rms_norm, swiglu, geglu_tanh, rotation, compiled(FORMULAS.softmax_shares_))
 
 
 def _refuse_without_tools() -> None:
@@ -87,14 +88,14 @@ def _refuse_without_tools() -> None:
     except InvalidCxxCompiler:
         absent = "a C++ compiler (g++)"
     if absent:
-        raise ConfigProblem(
+        raise ConfigError(
             f"/training/compile: blocks needs {absent} on every node, and this one has "
             "none; install it, or set compile to none"
         )
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = widened(x)
+    wide = to_fp32(x)
     rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
     return (wide * rstd * weight).to(x.dtype), rstd
 
@@ -102,21 +103,21 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    normed = widened(x) * rstd
-    wide = widened(grad)
+    normed = to_fp32(x) * rstd
+    wide = to_fp32(grad)
     projected = wide * normed
     mean = (projected * weight).mean(-1, keepdim=True)
     return ((wide * weight - normed * mean) * rstd).to(x.dtype), projected.sum(0)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = (widened(half) for half in gate_up.chunk(2, -1))
+    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = (widened(half) for half in gate_up.chunk(2, -1))
-    wide = widened(grad)
+    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
+    wide = to_fp32(grad)
     share = gate.sigmoid()
     grad_gate = wide * up * share * (1 + gate * (1 - share))
     return torch.cat([grad_gate, wide * gate * share], -1).to(gate_up.dtype)
@@ -132,20 +133,20 @@ def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _geglu_tanh(gate_up: Tensor) -> Tensor:
-    gate, up = (widened(half) for half in gate_up.chunk(2, -1))
+    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
     return (_gelu_tanh(gate)[0] * up).to(gate_up.dtype)
 
 
 def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = (widened(half) for half in gate_up.chunk(2, -1))
-    wide = widened(grad)
+    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
+    wide = to_fp32(grad)
     (gelu, slope) = _gelu_tanh(gate)
     return torch.cat([wide * up * slope, wide * gelu], -1).to(gate_up.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[B, S, heads, D]; cos and sin of half a head's width."""
-    first, second = (widened(half) for half in x.chunk(2, -1))
+    first, second = (to_fp32(half) for half in x.chunk(2, -1))
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
@@ -174,25 +175,25 @@ def _rotate_qkv_backward(
     return torch.cat([*rotated, grad_v.transpose(1, 2)], 2).flatten(2)
 
 
-def _exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
-    wide = widened(logits)
+def _exponentials_(logits: Tensor, local: Tensor) -> SoftmaxStats:
+    wide = to_fp32(logits)
     largest = wide.amax(1)
     chosen = wide.gather(1, local[:, None]).squeeze(1)
     shares = (wide - largest[:, None]).exp()
     total = shares.sum(1)
     if logits.dtype.itemsize >= 4:
         logits.copy_(shares)
-        return Exponentials(largest, total, chosen, torch.ones_like(total))
+        return SoftmaxStats(largest, total, chosen, torch.ones_like(total))
     # As probabilities, so that what is rounded is multiplied by one, and not rounded again, where
     # nobody shares the vocabulary.
     logits.copy_(shares / total[:, None])
-    return Exponentials(largest, total, chosen, total.clone())
+    return SoftmaxStats(largest, total, chosen, total.clone())
 
 
-FORMULAS = Fusions(
-    rms_norm=Kernel(_rms_norm, _rms_norm_backward),
-    swiglu=Kernel(_swiglu, _swiglu_backward),
-    geglu_tanh=Kernel(_geglu_tanh, _geglu_tanh_backward),
-    rotation=Kernel(_rotate_qkv, _rotate_qkv_backward),
-    exponentials_=_exponentials_,
+FORMULAS = CompiledOps(
+    rms_norm=DifferentiableOp(_rms_norm, _rms_norm_backward),
+    swiglu=DifferentiableOp(_swiglu, _swiglu_backward),
+    geglu_tanh=DifferentiableOp(_geglu_tanh, _geglu_tanh_backward),
+    rotation=DifferentiableOp(_rotate_qkv, _rotate_qkv_backward),
+    softmax_shares_=_exponentials_,
 )

@@ -16,26 +16,26 @@ from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, RouterLinear
-from megatron_ray.models.attention import WholeAttention
-from megatron_ray.models.aux_loss import AttachedLoss
-from megatron_ray.models.dropout import Dropout, DroppingAttention
+from megatron_ray.models.attention import LocalAttention
+from megatron_ray.models.aux_loss import AuxLoss
+from megatron_ray.models.dropout import AttentionWithDropout, Dropout
 from megatron_ray.models.layers import Dispatcher
 from megatron_ray.sharding.parameters import padded_vocabulary
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
 from megatron_ray.tensor_parallel.layers import (
     ColumnParallelLinear,
+    GatherFromSequenceParallel,
     PositionEmbedding,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    SharedByHeads,
     VocabParallelEmbedding,
 )
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 
 
 @dataclass(frozen=True)
-class ExpertPlaces:
+class ExpertParallelGroups:
     """Who has which experts, and how tokens get there."""
 
     ep_group: Group = None
@@ -45,7 +45,7 @@ class ExpertPlaces:
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
 
-class LocalLayers:
+class ParallelLayerFactory:
     """`models.layers.Layers` for a tensor-parallel group (None: one rank)."""
 
     def __init__(
@@ -56,9 +56,9 @@ class LocalLayers:
         *,
         sequence_parallel: bool,
         dtype: torch.dtype,
-        experts: ExpertPlaces,
+        experts: ExpertParallelGroups,
         streams: Streams,
-        attention: Callable[[int | None], nn.Module] = WholeAttention,
+        attention: Callable[[int | None], nn.Module] = LocalAttention,
     ) -> None:
         self.config = config
         self.group = group
@@ -132,7 +132,7 @@ class LocalLayers:
         )
 
     def shared_by_heads(self) -> nn.Module:
-        return SharedByHeads(self.group, self.sequence_parallel)
+        return GatherFromSequenceParallel(self.group, self.sequence_parallel)
 
     def qkv(
         self, inputs: int, heads: int, groups: int, head_width: int, bias: bool
@@ -189,10 +189,8 @@ class LocalLayers:
         kind = AllToAllDispatcher if self.experts.dispatcher == "alltoall" else AllGatherDispatcher
         return kind(num_experts, self.experts.ep_group, self.experts.etp_group)
 
-    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AttachedLoss:
-        return AttachedLoss(
-            kind, divisor if of_own_tokens else divisor * collectives.size(self.group)
-        )
+    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AuxLoss:
+        return AuxLoss(kind, divisor if of_own_tokens else divisor * collectives.size(self.group))
 
     def own_rows(self, tensor: Tensor) -> Tensor:
         return collectives.local_rows(tensor, self.group if self.sequence_parallel else None)
@@ -208,7 +206,7 @@ class LocalLayers:
     def dropping_attention(self, place: str, window: int | None) -> nn.Module | None:
         rate = self.config.attention_dropout
         return (
-            DroppingAttention(rate, self._streams.stream(place, ("cp", "tp")), window)
+            AttentionWithDropout(rate, self._streams.stream(place, ("cp", "tp")), window)
             if rate
             else None
         )

@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.context_parallel.all_gather import GatherAttention
-from megatron_ray.context_parallel.all_to_all import ExchangeAttention
+from megatron_ray.context_parallel.all_gather import AllGatherAttention
+from megatron_ray.context_parallel.all_to_all import UlyssesAttention
 from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.buffers import (
     FlatBuffers,
     GradReducer,
-    ParameterFamily,
-    adopt_parameters,
+    ParameterGroup,
     attach_slots,
+    bind_parameters,
 )
 from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.expert_parallel.layers import ExpertBias
-from megatron_ray.models.attention import WholeAttention
-from megatron_ray.models.aux_loss import AttachedLoss
+from megatron_ray.models.attention import LocalAttention
+from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.gpt import GPT
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 from megatron_ray.ops.weight_grad import WeightGradSink
-from megatron_ray.parallelize.compile import apply_fusions, compiled_fusions
-from megatron_ray.parallelize.parallel_layers import ExpertPlaces, LocalLayers
+from megatron_ray.parallelize.compile import apply_compile, compiled_ops
+from megatron_ray.parallelize.parallel_layers import ExpertParallelGroups, ParallelLayerFactory
 from megatron_ray.parallelize.recompute import apply_recompute
 from megatron_ray.pipeline_parallel.schedules.actions import Order
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
@@ -54,11 +54,11 @@ class ParallelModel:
 
     module: GPT
     parameters: tuple[LocalParameter, ...]
-    families: tuple[ParameterFamily, ...]
+    families: tuple[ParameterGroup, ...]
     """The dense parameters, then the experts where there are any."""
     expert_biases: dict[str, ExpertBias]
     """By logical name."""
-    attached_losses: dict[str, list[AttachedLoss]]
+    aux_losses: dict[str, list[AuxLoss]]
     """This rank's places of every kind there is, the same kinds in the same order on all ranks."""
     sink: WeightGradSink
     pipeline: PipelinePlan
@@ -93,13 +93,15 @@ def build_model(
     """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is
     allocated yet. `seed` is dropout's.
     """
-    layers = LocalLayers(
+    layers = ParallelLayerFactory(
         config,
         mesh.tp_group,
         mesh.dims.tp,
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
-        experts=ExpertPlaces(mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher),
+        experts=ExpertParallelGroups(
+            mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher
+        ),
         attention=lambda window: context_attention(parallel.cp_method, mesh, window),
         streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),
     )
@@ -112,15 +114,15 @@ def context_attention(method: str, mesh: ParallelMesh, window: int | None = None
     share, or that lie whole on this one.
     """
     if mesh.cp_group is None:
-        return WholeAttention(window)
+        return LocalAttention(window)
     if method == "p2p":
         return RingAttention(mesh.cp_group, window)
     if method == "all_gather":
-        return GatherAttention(mesh.cp_group, window)
+        return AllGatherAttention(mesh.cp_group, window)
     if method == "a2a":
-        return ExchangeAttention(mesh.cp_group, WholeAttention(window))
+        return UlyssesAttention(mesh.cp_group, LocalAttention(window))
     exchange, ring = mesh.cp_levels
-    return ExchangeAttention(exchange, RingAttention(ring, window))
+    return UlyssesAttention(exchange, RingAttention(ring, window))
 
 
 def parallelize(
@@ -141,7 +143,7 @@ def parallelize(
         config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed
     )
     if config.training.compile == "blocks":
-        apply_fusions(module, compiled_fusions())
+        apply_compile(module, compiled_ops())
     apply_recompute(module, config.training.recompute)
     table = local_parameters(
         config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held
@@ -162,7 +164,7 @@ def parallelize(
         sink = WeightGradSink(families[0].reducer.ready)
     else:
         families = _families(config, mesh, table, on_reduce)
-        adopt_parameters(module, _views(families, _weights))
+        bind_parameters(module, _views(families, _weights))
         reducers = {
             name: family.reducer
             for family in families
@@ -171,13 +173,9 @@ def parallelize(
         sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
         attach_slots(module, _views(families, _gradients), sink)
     biases = allocate_expert_biases(module, mesh.device)
-    kinds = config.model.attached_losses
+    kinds = config.model.aux_losses
     losses = {
-        kind: [
-            part
-            for part in module.modules()
-            if isinstance(part, AttachedLoss) and part.kind == kind
-        ]
+        kind: [part for part in module.modules() if isinstance(part, AuxLoss) and part.kind == kind]
         for kind in kinds
     }
     return ParallelModel(
@@ -207,7 +205,7 @@ def _families(
     mesh: ParallelMesh,
     table: Sequence[LocalParameter],
     on_reduce: Callable[[Bucket], None] | None,
-) -> tuple[ParameterFamily, ...]:
+) -> tuple[ParameterGroup, ...]:
     """Flat buffers (zeros) of the dense parameters and of the experts, each with the reduction over
     its own replicas.
     """
@@ -219,13 +217,13 @@ def _families(
         plan = plan_buckets(parameters, collectives.size(group), config.parallel.bucket_elements)
         buffers = FlatBuffers.allocate(plan, DTYPES[config.training.precision], mesh.device)
         reducer = GradReducer(buffers, group, sharded=config.parallel.zero == 1, on_start=on_reduce)
-        found.append(ParameterFamily(buffers, reducer, group))
+        found.append(ParameterGroup(buffers, reducer, group))
     return tuple(found)
 
 
 def _fully_sharded(
     config: TrainConfig, mesh: ParallelMesh, module: GPT, table: Sequence[LocalParameter]
-) -> tuple[tuple[LocalParameter, ...], tuple[ParameterFamily, ...]]:
+) -> tuple[tuple[LocalParameter, ...], tuple[ParameterGroup, ...]]:
     """This rank's rows, and both families as torch's fully_shard cuts them: dense parameters over
     dp x cp, or a part of it where there are copies, experts over edp.
     """
@@ -235,7 +233,7 @@ def _fully_sharded(
     )
     of_experts = Shards(experts, mesh.expert_replica_group)
     shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
-    families = list[ParameterFamily]()
+    families = list[ParameterGroup]()
     found = list[LocalParameter]()
     for of_expert, part in ((False, dense), (True, of_experts)):
         if of_expert and not experts:
@@ -247,7 +245,7 @@ def _fully_sharded(
             plan_buckets(rows, 1, config.parallel.bucket_elements), torch.float32, mesh.device
         )
         adopt = shards.adopt if not of_expert else lambda: None
-        families.append(ParameterFamily(buffers, TorchReducer(buffers), part.copies, adopt))
+        families.append(ParameterGroup(buffers, TorchReducer(buffers), part.copies, adopt))
     weights, gradients = (_views(families, choose) for choose in (_weights, _gradients))
     shards.attach(weights, gradients, mesh.device)
     return tuple(found), tuple(families)
@@ -262,7 +260,7 @@ def _gradients(buffers: FlatBuffers) -> Tensor:
 
 
 def _views(
-    families: Sequence[ParameterFamily], choose: Callable[[FlatBuffers], Tensor]
+    families: Sequence[ParameterGroup], choose: Callable[[FlatBuffers], Tensor]
 ) -> dict[str, Tensor]:
     return {
         name: view

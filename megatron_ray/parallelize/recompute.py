@@ -2,7 +2,7 @@
 
 Owns: how, and with which parts of a model.
 
-Two ways. `recomputed` keeps a region's inputs and runs it again. `give_back` frees the output of a
+Two ways. `recomputed` keeps a region's inputs and runs it again. `discard_output` frees the output of a
 small module once its consumer has used it and writes it again into the same memory before the
 consumer's backward reads it. Nothing of a region's forward but its inputs decides what it computes,
 random numbers included (rng.py), so the second run equals the first bit for bit. Weight gradients
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.training import RecomputeConfig
-from megatron_ray.models.attention import Positions
-from megatron_ray.models.block import Block, one_after_another
+from megatron_ray.models.attention import ForwardContext
+from megatron_ray.models.block import Block, run_sequentially
 from megatron_ray.models.gpt import GPT
 from megatron_ray.ops.backward import Backward
 from megatron_ray.tensor_parallel.layers import RowParallelLinear
@@ -51,7 +51,7 @@ class _Chunks:
         self._length = length
 
     def __call__(
-        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions
+        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: ForwardContext
     ) -> Tensor:
         row = list(blocks)
         for start in range(0, len(row), self._length):
@@ -66,7 +66,7 @@ class _FirstLayers:
         self._count = count
 
     def __call__(
-        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: Positions
+        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: ForwardContext
     ) -> Tensor:
         for place, block in enumerate(blocks):
             hidden_TH = (
@@ -77,18 +77,18 @@ class _FirstLayers:
         return hidden_TH
 
 
-def _layers(blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: Positions) -> Tensor:
-    def run(positions: Positions, hidden_TH: Tensor) -> Tensor:
-        return one_after_another(blocks, hidden_TH, positions)
+def _layers(blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: ForwardContext) -> Tensor:
+    def run(positions: ForwardContext, hidden_TH: Tensor) -> Tensor:
+        return run_sequentially(blocks, hidden_TH, positions)
 
     first = partial(run, positions)
     again = partial(run, _unheard(positions))
     return recomputed(first, hidden_TH, again=again, last=_last_product(blocks[-1]))
 
 
-def _unheard(positions: Positions) -> Positions:
+def _unheard(positions: ForwardContext) -> ForwardContext:
     """For a second run, of whose choices nobody is to hear again."""
-    return replace(positions, on_choice=None)
+    return replace(positions, on_route=None)
 
 
 # ---- some modules of every layer
@@ -97,8 +97,8 @@ def _unheard(positions: Positions) -> Positions:
 def _core_attention(block: Block) -> None:
     attention = block.attention
     attention.core = _RecomputedCore(attention.core)
-    if attention.dropping_core is not None:
-        attention.dropping_core = _RecomputedCore(attention.dropping_core)
+    if attention.core_with_dropout is not None:
+        attention.core_with_dropout = _RecomputedCore(attention.core_with_dropout)
 
 
 class _RecomputedCore(nn.Module):
@@ -129,11 +129,11 @@ def _moe(block: Block) -> None:
         return
     plain = block.moe.forward
 
-    def run(positions: Positions, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+    def run(positions: ForwardContext, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
         output: Tensor = plain(x_TH, residual_TH, positions)
         return output
 
-    def forward(x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
+    def forward(x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext) -> Tensor:
         inputs = [x_TH] if residual_TH is None else [x_TH, residual_TH]
         return recomputed(partial(run, positions), *inputs, again=partial(run, _unheard(positions)))
 
@@ -141,17 +141,17 @@ def _moe(block: Block) -> None:
 
 
 def _norm(block: Block) -> None:
-    give_back(block.attention_norm, block.attention)
+    discard_output(block.attention_norm, block.attention)
     second = block.mlp if block.moe is None else block.moe
     assert second is not None
-    give_back(block.mlp_norm, second)
+    discard_output(block.mlp_norm, second)
 
 
 def _activation(block: Block) -> None:
     inside = [block.mlp] if block.moe is None else [block.moe.experts, block.moe.shared]
     for part in inside:
         if part is not None:
-            give_back(part.activation, part.down)
+            discard_output(part.activation, part.down)
 
 
 _MODULES: dict[str, Callable[[Block], None]] = {
@@ -242,7 +242,7 @@ def _unread(layer: RowParallelLinear | None) -> Iterator[None]:
 # ---- outputs given back
 
 
-def give_back(producer: nn.Module, consumer: nn.Module) -> None:
+def discard_output(producer: nn.Module, consumer: nn.Module) -> None:
     """Frees the output of `producer` after `consumer`, the only one to read it, has run; it is
     there again for the consumer's backward.
 
@@ -255,7 +255,7 @@ def give_back(producer: nn.Module, consumer: nn.Module) -> None:
     def produce(*inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
             return plain(*inputs)  # type: ignore[no-any-return]
-        output: Tensor = _GivenBack.apply(plain, *inputs)  # type: ignore[no-untyped-call]
+        output: Tensor = DiscardedOutput.apply(plain, *inputs)  # type: ignore[no-untyped-call]
         under_way.append((output.grad_fn, output.untyped_storage()))
         return output
 
@@ -273,7 +273,7 @@ def give_back(producer: nn.Module, consumer: nn.Module) -> None:
     consumer.register_forward_hook(after)
 
 
-class _GivenBack(torch.autograd.Function):
+class DiscardedOutput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         ctx.run = run

@@ -253,7 +253,7 @@ def _kept_by_head(config: TrainConfig) -> int:
 
 
 def working_head(config: TrainConfig) -> int:
-    """Bytes that the loss needs for a moment on a GPU: logits widened to fp32, of as many tokens as
+    """Bytes that the loss needs for a moment on a GPU: logits to_fp32 to fp32, of as many tokens as
     it looks at in one go.
     """
     vocabulary = local_vocabulary(config)

@@ -407,7 +407,7 @@ def update_communication(
     if dims.dp > 1:
         found.add("dp", "all_reduce", 4 * sum(biases))
     # loss, tokens, squared norm; other losses; what ranks are told
-    found.add("world", "all_reduce", 8 * (3 + len(model.attached_losses) + len(Command) - 1))
+    found.add("world", "all_reduce", 8 * (3 + len(model.aux_losses) + len(Command) - 1))
     return found
 
 
@@ -415,19 +415,21 @@ def _add_shared(found: Tally, dims: ParallelDims, buffers: Sequence[PlannedBuffe
     """Gradients that more ranks than the replicas hold parts of, as far as this rank updates them;
     fp32.
     """
-    over_tp = heads = copies = 0
+    over_tp = heads = num_kv_replicas = 0
     for buffer in buffers:
         for bucket in buffer.plan.buckets:
             for placed in bucket.placed:
                 parameter = placed.parameter
                 owned = buffer.owned(placed.start, placed.end)
                 over_tp += owned if parameter.sum_over_tp else 0
-                if parameter.on_two_stages:
+                if parameter.is_shared_embedding:
                     found.add("embedding", "all_reduce", 4 * owned)
-                shared: list[Part] = [part for part in parameter.parts if part.copies > 1]
+                shared: list[Part] = [part for part in parameter.parts if part.num_kv_replicas > 1]
                 for part in shared:
                     start = placed.part_start(part)
                     heads = heads + buffer.owned(start, start + part.box.num_elements)
-                    copies = part.copies
+                    num_kv_replicas = part.num_kv_replicas
     found.add("tp", "all_reduce", 4 * over_tp)
-    found.add("tp", "all_reduce", 4 * heads * (dims.tp // copies if copies else 1))
+    found.add(
+        "tp", "all_reduce", 4 * heads * (dims.tp // num_kv_replicas if num_kv_replicas else 1)
+    )

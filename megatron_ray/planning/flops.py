@@ -14,14 +14,14 @@ from megatron_ray.config.model import ModelConfig
 
 def matmul_parameters(model: ModelConfig) -> int:
     """Parameters that a token is multiplied with: of experts, those it goes to."""
-    layers = model.num_layers + model.further_layers
+    layers = model.num_layers + model.num_mtp_layers
     matrices = 3 if model.gated else 2
     widths = sum(_ffn_width(model, layer) for layer in range(layers))
     routers = sum(
         moe.num_experts for layer in range(layers) if (moe := model.experts_on(layer)) is not None
     )
-    further = model.further_layers * 2 * model.hidden_size
-    heads = (1 + model.further_layers) * model.vocabulary
+    further = model.num_mtp_layers * 2 * model.hidden_size
+    heads = (1 + model.num_mtp_layers) * model.vocabulary
     return layers * attention_parameters(model) + model.hidden_size * (
         matrices * widths + routers + further + heads
     )
@@ -57,7 +57,7 @@ def _ffn_width(model: ModelConfig, layer: int) -> int:
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
     """Forward and backward."""
-    layers = model.num_layers + model.further_layers
+    layers = model.num_layers + model.num_mtp_layers
     attention = (
         6 * layers * model.num_attention_heads * (model.head_width + model.value_width) * seq_length
     )

@@ -192,7 +192,7 @@ def _least_bytes(config: TrainConfig) -> tuple[float, float]:
     if config.parallel.zero == 3:
         return 0.0, 0.0
     matrices = (3 if model.gated else 2) * model.hidden_size
-    mixtures = [model.experts_on(layer) for layer in range(model.num_layers + model.further_layers)]
+    mixtures = [model.experts_on(layer) for layer in range(model.num_layers + model.num_mtp_layers)]
     dense = (
         len(mixtures) * attention_parameters(model)
         + mixtures.count(None) * matrices * model.ffn_width
@@ -232,7 +232,7 @@ def _layout(model: ModelConfig, stages: int) -> str | None:
     """None where layers divide evenly; else embedding, head and layers that predict further tokens
     count as a layer each, where that divides and the last stage has room for those.
     """
-    further = model.further_layers
+    further = model.num_mtp_layers
     each, left = divmod(model.num_layers + further + 2, stages)
     if model.num_layers % stages == 0 or left or each <= further or stages == 1:
         return None

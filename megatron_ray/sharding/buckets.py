@@ -105,11 +105,11 @@ def plan_buckets(
             placed = []
 
     for parameter in trainable:
-        if parameter.on_two_stages:
+        if parameter.is_shared_embedding:
             close()
         placed.append(Placed(parameter, cursor))
         cursor = _round_up(placed[-1].end, ALIGNMENT)
-        if cursor - bucket_start >= limit or parameter.on_two_stages:
+        if cursor - bucket_start >= limit or parameter.is_shared_embedding:
             close()
     close()
     frozen: list[Placed] = []

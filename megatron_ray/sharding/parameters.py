@@ -16,7 +16,7 @@ from typing import Literal
 from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.pipeline_parallel.schedules.layout import StageContents, cut_layers
+from megatron_ray.pipeline_parallel.schedules.layout import StageContents, split_into_stages
 from megatron_ray.sharding.boxes import Box
 
 
@@ -63,10 +63,10 @@ class Part:
     box: Box
     start: int
     """First row of the part in the local tensor."""
-    copies: int = 1
+    num_kv_replicas: int = 1
     """Neighbouring tp ranks that hold this very box, where there are fewer key/value heads than
     ranks; each has a part of its gradient."""
-    counted: bool = True
+    owns_norm: bool = True
     """False but for the first of those, so that the global norm has it once."""
 
 
@@ -80,10 +80,10 @@ class LocalParameter:
     shape: tuple[int, ...]
     """Local shape; rows beyond the last part are vocabulary padding, always zero."""
     parts: tuple[Part, ...]
-    on_two_stages: bool = False
+    is_shared_embedding: bool = False
     """A word embedding that the last pipeline stage needs too, as its tied head or for layers that
     predict further tokens: both hold it, and their gradients are added up."""
-    counted: bool = True
+    owns_norm: bool = True
     """False for the second of those, so that the global norm has it once."""
     trainable: bool = True
     """False where it is frozen: no gradient, no optimizer state."""
@@ -145,7 +145,7 @@ def local_parameters(
 
 def whole_model(model: ModelConfig) -> tuple[StageContents, ...]:
     """The one stage that holds everything."""
-    return cut_layers(model.num_layers, 1, num_mtp_layers=model.further_layers)
+    return split_into_stages(model.num_layers, 1, num_mtp_layers=model.num_mtp_layers)
 
 
 def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
@@ -191,14 +191,14 @@ class _LocalTable:
         has_embedding, has_head = (
             any(getattr(stage, part) for stage in held) for part in ("embedding", "loss")
         )
-        needed_last = model.tie_embeddings or model.further_layers > 0
+        needed_last = model.tie_embeddings or model.num_mtp_layers > 0
         if has_embedding:
-            self._vocabulary("embedding.weight", on_two_stages=needed_last and not has_head)
+            self._vocabulary("embedding.weight", is_shared_embedding=needed_last and not has_head)
             if model.position_embedding == "learned":
                 shape = (model.max_sequence_length, model.hidden_size)
                 self._replicated("position_embedding.weight", shape, self.normal, decay=True)
-        elif has_head and model.further_layers:
-            self._vocabulary("embedding.weight", on_two_stages=True, counted=False)
+        elif has_head and model.num_mtp_layers:
+            self._vocabulary("embedding.weight", is_shared_embedding=True, owns_norm=False)
         for stage in held:
             for layer in stage.layers:
                 self._block(f"layers.{layer}.", layer)
@@ -213,8 +213,10 @@ class _LocalTable:
     def _head(self, has_embedding: bool) -> None:
         if not self.model.tie_embeddings:
             self._vocabulary("head.weight")
-        elif not has_embedding and not self.model.further_layers:
-            self._vocabulary("head.weight", "embedding.weight", on_two_stages=True, counted=False)
+        elif not has_embedding and not self.model.num_mtp_layers:
+            self._vocabulary(
+                "head.weight", "embedding.weight", is_shared_embedding=True, owns_norm=False
+            )
 
     def _further(self, depth: int) -> None:
         hidden = self.model.hidden_size
@@ -241,11 +243,11 @@ class _LocalTable:
         hidden = model.hidden_size
         heads = model.num_attention_heads * model.head_width
         kv = model.kv_heads * model.head_width
-        copies = max(1, self.tp // model.kv_heads)
+        num_kv_replicas = max(1, self.tp // model.kv_heads)
         outputs = {
             "attention.q": (heads, 1),
-            "attention.k": (kv, copies),
-            "attention.v": (kv, copies),
+            "attention.k": (kv, num_kv_replicas),
+            "attention.v": (kv, num_kv_replicas),
         }
         self._column(prefix + "attention.qkv", outputs, hidden, prefix, bias=model.has_qkv_bias)
         if model.qk_norm:
@@ -390,8 +392,8 @@ class _LocalTable:
         name: str,
         logical_name: str = "",
         *,
-        on_two_stages: bool = False,
-        counted: bool = True,
+        is_shared_embedding: bool = False,
+        owns_norm: bool = True,
     ) -> None:
         rows = self.model.vocabulary
         hidden = self.model.hidden_size
@@ -400,7 +402,9 @@ class _LocalTable:
         held = min(first + local, rows) - first
         logical = LogicalParameter(logical_name or name, (rows, hidden), self.normal, 0, decay=True)
         part = Part(logical, Box((first, 0), (held, hidden)), 0)
-        self.found.append(LocalParameter(name, (local, hidden), (part,), on_two_stages, counted))
+        self.found.append(
+            LocalParameter(name, (local, hidden), (part,), is_shared_embedding, owns_norm)
+        )
 
     def _column(
         self,
@@ -418,18 +422,20 @@ class _LocalTable:
         weights = []
         biases = []
         start = 0
-        for name, (out, copies) in outputs.items():
-            rows = self._cut(prefix + name, out * copies)
-            first = rows * (self.tp_rank // copies)
-            counted = self.tp_rank % copies == 0
+        for name, (out, num_kv_replicas) in outputs.items():
+            rows = self._cut(prefix + name, out * num_kv_replicas)
+            first = rows * (self.tp_rank // num_kv_replicas)
+            owns_norm = self.tp_rank % num_kv_replicas == 0
             weight = LogicalParameter(
                 f"{prefix}{name}.weight", (out, inputs), self.normal, 0, decay=True
             )
-            weights.append(Part(weight, Box((first, 0), (rows, inputs)), start, copies, counted))
+            weights.append(
+                Part(weight, Box((first, 0), (rows, inputs)), start, num_kv_replicas, owns_norm)
+            )
             of_part = LogicalParameter(
                 f"{prefix}{name}.bias", (out,), Init("zeros"), 0, decay=False
             )
-            biases.append(Part(of_part, Box((first,), (rows,)), start, copies, counted))
+            biases.append(Part(of_part, Box((first,), (rows,)), start, num_kv_replicas, owns_norm))
             start += rows
         self.found.append(LocalParameter(fused + ".weight", (start, inputs), tuple(weights)))
         if bias:

@@ -37,7 +37,7 @@ class StorageError(Exception):
         return type(self), (self.operation, self.path, self.cause)
 
 
-class MissingFile(StorageError):
+class MissingFileError(StorageError):
     """There is nothing at the path."""
 
 
@@ -79,7 +79,7 @@ class Storage(ABC):
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
-        """The whole file. Raises MissingFile when there is none."""
+        """The whole file. Raises MissingFileError when there is none."""
 
     def write_bytes_atomic(self, name: str, data: bytes) -> None:
         """Writes the file whole or not at all, durable on return; makes parent folders."""
@@ -94,7 +94,7 @@ class Storage(ABC):
 
     @abstractmethod
     def open_input(self, name: str) -> AbstractContextManager[Readable]:
-        """Context manager yielding a Readable. Raises MissingFile when there is no such file."""
+        """Context manager yielding a Readable. Raises MissingFileError when there is no such file."""
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -168,7 +168,7 @@ def _translated(operation: str, path: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise MissingFile(operation, path, "no such file or folder") from error
+        raise MissingFileError(operation, path, "no such file or folder") from error
     except OSError as error:
         raise StorageError(operation, path, error.strerror or error) from error
     except ArrowException as error:

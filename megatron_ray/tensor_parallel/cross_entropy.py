@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.ops.grad_slots import SlottedModule, deliver_linear
 from megatron_ray.ops.matmul import forward_product, input_grad_product
 from megatron_ray.sharding.loss_chunks import rows_at_once
@@ -54,7 +54,7 @@ class VocabParallelHead(SlottedModule):
         self.valid_rows = max(0, min(vocabulary - first, local))
         """Rows that are no padding."""
         self.vocabulary = vocabulary
-        self.exponentials_: Callable[[Tensor, Tensor], Exponentials] = exponentials_
+        self.softmax_shares_: Callable[[Tensor, Tensor], SoftmaxStats] = softmax_shares_
 
     def forward(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Sum over this data-parallel rank's tokens of mask x -log p(label), fp32, the same on
@@ -77,7 +77,7 @@ class VocabParallelHead(SlottedModule):
         return local[:, : self.vocabulary]
 
 
-class Exponentials(NamedTuple):
+class SoftmaxStats(NamedTuple):
     """What is known of rows of logits that shares have overwritten: exp(logits - largest) = shares
     x unit. All [T], fp32 or wider.
     """
@@ -115,7 +115,7 @@ class _HeadLoss(torch.autograd.Function):
             torch.stack([own.total * rescale, predicted]), module.group
         )
         if any(ctx.needs_input_grad[:2]):
-            _take_label_away_(logits, local, outside, own, total / rescale)
+            _subtract_one_hot_(logits, local, outside, own, total / rescale)
             ctx.save_for_backward(gathered, weight, logits, own.unit * rescale / total * mask)
             ctx.module = module
         loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
@@ -136,14 +136,14 @@ class _HeadLoss(torch.autograd.Function):
         return reduced, grad_weight, None, None, None
 
 
-def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> Exponentials:
+def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> SoftmaxStats:
     """Writes shares over the logits [T, V], as many rows at a time as stay in cache."""
     rows = rows_at_once(logits.device.type, logits.shape[1])
     parts = [
-        module.exponentials_(*chunk)
+        module.softmax_shares_(*chunk)
         for chunk in zip(torch.split(logits, rows), torch.split(local, rows), strict=True)
     ]
-    found = Exponentials(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    found = SoftmaxStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if module.valid_rows > 0:
         return found
     # A rank with nothing but padding, whose largest logit is minus infinity.
@@ -151,8 +151,8 @@ def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> Ex
     return found._replace(total=torch.zeros_like(found.total), unit=torch.ones_like(found.unit))
 
 
-def _take_label_away_(
-    shares: Tensor, local: Tensor, outside: Tensor | None, own: Exponentials, one: Tensor
+def _subtract_one_hot_(
+    shares: Tensor, local: Tensor, outside: Tensor | None, own: SoftmaxStats, one: Tensor
 ) -> None:
     """Subtracts one from the label's probability, before it is rounded; `one` is what that is in
     exponentials of this rank.
@@ -163,7 +163,7 @@ def _take_label_away_(
     shares.scatter_(1, local[:, None], label.to(shares.dtype)[:, None])
 
 
-def exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
+def softmax_shares_(logits: Tensor, local: Tensor) -> SoftmaxStats:
     """Overwrites logits [rows, V] with shares; `local` [rows] are the labels' columns.
 
     A softmax takes one pass for difference, exponential, sum and quotient, and the largest logit's
@@ -173,12 +173,12 @@ def exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
     # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
     on_cpu = logits.device.type == "cpu"
     rounded = logits.dtype.itemsize < 4
-    source = widened(logits) if on_cpu else logits
-    largest = widened(source.amax(1))
-    chosen = widened(source.gather(1, local[:, None]).squeeze(1))
+    source = to_fp32(logits) if on_cpu else logits
+    largest = to_fp32(source.amax(1))
+    chosen = to_fp32(source.gather(1, local[:, None]).squeeze(1))
     if on_cpu and not rounded:
         logits.sub_(largest[:, None]).exp_()
-        return Exponentials(largest, logits.sum(1), chosen, torch.ones_like(largest))
+        return SoftmaxStats(largest, logits.sum(1), chosen, torch.ones_like(largest))
     shares = (
         torch.softmax(source, 1, out=source)
         if on_cpu
@@ -186,4 +186,4 @@ def exponentials_(logits: Tensor, local: Tensor) -> Exponentials:
     )
     total = shares.amax(1).reciprocal_()
     logits.copy_(shares)
-    return Exponentials(largest, total, chosen, total)
+    return SoftmaxStats(largest, total, chosen, total)

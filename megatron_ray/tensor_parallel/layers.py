@@ -135,7 +135,7 @@ class ReplicatedLinear(SlottedModule):
         return _Replicated.apply(inputs_TI, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class SharedByHeads(SlottedModule):
+class GatherFromSequenceParallel(SlottedModule):
     """What the heads of all ranks read: [T or t, width] -> [T, width].
 
     Each rank's heads give a part of its gradient.
@@ -292,7 +292,7 @@ class _Replicated(torch.autograd.Function):
 
 class _SharedByHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: SharedByHeads) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: GatherFromSequenceParallel) -> Tensor:
         ctx.module = module
         return collectives.all_gather_rows(x.contiguous(), module.sequence_group)
 

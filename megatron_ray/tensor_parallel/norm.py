@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.ops.differentiable_op import Kernel
-from megatron_ray.ops.dtypes import widened
+from megatron_ray.ops.differentiable_op import DifferentiableOp
+from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.ops.grad_slots import SlottedModule, deliver
 
 
@@ -47,7 +47,7 @@ class RMSNorm(SlottedModule):
         """What normed activations are multiplied by; 1 + weight would lose most of a bf16 weight,
         so it is wide.
         """
-        return widened(weight) + 1 if self.zero_centered else weight
+        return to_fp32(weight) + 1 if self.zero_centered else weight
 
 
 class LayerNorm(SlottedModule):
@@ -67,7 +67,7 @@ class LayerNorm(SlottedModule):
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(y, 1 / sqrt(mean(x^2) + eps) [T, 1])."""
-    wide = widened(x)
+    wide = to_fp32(x)
     # vector_norm and not mean(x*x): one pass, nothing of size [T, H] in between.
     rstd = (
         torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -84,16 +84,16 @@ def _rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(gradient of x, that of the weight in fp32)."""
-    grad_wide = widened(grad)
-    normed = widened(x) * rstd
+    grad_wide = to_fp32(grad)
+    normed = to_fp32(x) * rstd
     projected = grad_wide * normed
     # dx = rstd * (g w - n mean(g w n))
-    coefficient = torch.mv(projected, widened(weight)).div_(-x.shape[-1]).unsqueeze_(-1)
-    grad_x = normed.mul_(coefficient).addcmul_(grad_wide, widened(weight)).mul_(rstd)
+    coefficient = torch.mv(projected, to_fp32(weight)).div_(-x.shape[-1]).unsqueeze_(-1)
+    grad_x = normed.mul_(coefficient).addcmul_(grad_wide, to_fp32(weight)).mul_(rstd)
     return grad_x.to(x.dtype), projected.sum(0)
 
 
-RMS_NORM = Kernel(_rms_norm, _rms_norm_backward)
+RMS_NORM = DifferentiableOp(_rms_norm, _rms_norm_backward)
 
 
 class _RMSNorm(torch.autograd.Function):

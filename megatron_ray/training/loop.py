@@ -39,7 +39,7 @@ class Progress:
     consumed_samples: int = 0
 
 
-class NonFiniteLoss(Exception):
+class NonFiniteLossError(Exception):
     """Loss or gradient norm of a step is no number; every rank raises it at the same step.
 
     Going on would only repeat it.
@@ -82,7 +82,7 @@ def train(
     parts: Parts, progress: Progress, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> Outcome:
     """Runs from `progress` to the last step, or to the boundary at which all ranks have agreed to
-    stop. Raises NonFiniteLoss.
+    stop. Raises NonFiniteLossError.
     """
     config = parts.config
     optimizer = parts.optimizer
@@ -155,7 +155,7 @@ class _Reading:
         self._config = parts.config
         self._device = parts.mesh.device
         self._report = report
-        self._attached = tuple(parts.config.model.attached_losses)
+        self._attached = tuple(parts.config.model.aux_losses)
         self._lag = 1 if self._device.type == "cuda" else 0
         peak = device.peak_flops(self._device)
         flops = flops_per_token(self._config.model, self._config.training.seq_length)
@@ -188,7 +188,7 @@ class _Reading:
     def drain(self, keep: int = 0) -> Command:
         """Reports everything that waits but the newest `keep`; the strongest command among them.
 
-        Raises NonFiniteLoss.
+        Raises NonFiniteLossError.
         """
         return max(
             [self._emit() for _ in range(len(self._waiting) - keep)], default=Command.CONTINUE
@@ -214,6 +214,6 @@ class _Reading:
         )
         self._report(step)
         if not (isfinite(step.loss) and isfinite(step.grad_norm)):
-            raise NonFiniteLoss(step)
+            raise NonFiniteLossError(step)
         asked = [command for command, count in zip(list(Command)[1:], flags, strict=True) if count]
         return max(asked, default=Command.CONTINUE)

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
-from megatron_ray.checkpoint.initial_weights import load_weights
+from megatron_ray.checkpoint.initial_weights import load_initial_weights
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
@@ -46,7 +46,7 @@ class TrainingSaver:
         on_written: Callable[[CheckpointReport], None],
     ) -> None:
         if config.storage is None:
-            raise ConfigProblem("storage.path is not set; checkpoints have nowhere to go")
+            raise ConfigError("storage.path is not set; checkpoints have nowhere to go")
         self._config = config
         self._model = model
         self._optimizer = optimizer
@@ -129,9 +129,9 @@ def resume(path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: i
     return Progress(state["step"], state["consumed_samples"])
 
 
-def begin_with(path: str, model: ParallelModel, optimizer: ShardedOptimizer) -> None:
+def start_from_weights(path: str, model: ParallelModel, optimizer: ShardedOptimizer) -> None:
     """Loads main parameters, as `resume` does, from a checkpoint or a Hugging Face folder; moments
-    and steps stay at zero. Raises CheckpointError, ConfigProblem.
+    and steps stay at zero. Raises CheckpointError, ConfigError.
     """
-    load_weights(path, training_state(model, optimizer))
+    load_initial_weights(path, training_state(model, optimizer))
     optimizer.publish()

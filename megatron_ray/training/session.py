@@ -12,22 +12,22 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_ray.checkpoint.initial_model import begin, starting_model
+from megatron_ray.checkpoint.initial_model import begin, initial_model
 from megatron_ray.commands import Command
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
-from megatron_ray.models.initialization import draw_local
+from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.loop import Outcome, Parts, Progress, train
-from megatron_ray.training.saving import TrainingSaver, begin_with, resume
+from megatron_ray.training.saving import TrainingSaver, resume, start_from_weights
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.initial_weights import with_vocabulary_of
 
@@ -50,7 +50,7 @@ class TrainingSession:
     committed checkpoint, of any layout; without it the run begins with checkpoint.start_from, or
     with weights drawn from the seed.
 
-    Raises ConfigProblem when the config contradicts the mesh, the data or the weights it begins
+    Raises ConfigError when the config contradicts the mesh, the data or the weights it begins
     with.
     """
 
@@ -92,7 +92,7 @@ class TrainingSession:
         if resume_from is not None:
             self.progress = resume(resume_from, self.model, self.optimizer, mesh.rank)
         elif start_from is not None:
-            begin_with(start_from, self.model, self.optimizer)
+            start_from_weights(start_from, self.model, self.optimizer)
         self._phase("load" if resume_from or start_from else "saver")
         self._parts = Parts(
             self.config,
@@ -163,7 +163,7 @@ def batch_maker(
     """How this rank turns samples into batches."""
     cut = SequenceCut(mesh.dims.cp, mesh.cp_rank)
     end = end_of_document if config.data.separate_documents else None
-    return BatchMaker(mesh.device, cut, end, config.model.further_layers)
+    return BatchMaker(mesh.device, cut, end, config.model.num_mtp_layers)
 
 
 def build(
@@ -178,7 +178,7 @@ def build(
     )
     if initialise:
         for parameter in model.parameters:
-            optimizer.initialise(parameter.name, draw_local(parameter, config.training.seed))
+            optimizer.initialise(parameter.name, init_local(parameter, config.training.seed))
         for family in model.families:
             family.adopt()
     return model, optimizer
@@ -186,30 +186,26 @@ def build(
 
 def _with_start(config: TrainConfig, resume_from: str | None) -> TrainConfig:
     """The config with the vocabulary of the weights that the run begins with, which may be its own
-    checkpoint's. Raises ConfigProblem where its model is another one than theirs.
+    checkpoint's. Raises ConfigError where its model is another one than theirs.
     """
     if config.checkpoint.start_from is None:
         return config
     if resume_from is not None:
         return config.model_copy(
-            update={"model": with_vocabulary_of(config.model, starting_model(resume_from))}
+            update={"model": with_vocabulary_of(config.model, initial_model(resume_from))}
         )
     model, problems = begin(config.checkpoint, config.model)
     if problems:
-        raise ConfigProblem(
-            "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
-        )
+        raise ConfigError("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
     return config.model_copy(update={"model": model})
 
 
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:
     problems = check.find_problems(config, mesh.world_size)
     if problems:
-        raise ConfigProblem(
-            "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
-        )
+        raise ConfigError("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
     if resolution.world_size(config) != mesh.world_size:
-        raise ConfigProblem(
+        raise ConfigError(
             f"the config wants {resolution.world_size(config)} ranks, the mesh has "
             f"{mesh.world_size}"
         )

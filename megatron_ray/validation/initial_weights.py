@@ -35,7 +35,7 @@ _STRETCHES = ("rope_theta", "rope_scaling", "sliding_window")
 likely forgotten."""
 
 
-def essence(model: ModelConfig) -> dict[str, Any]:
+def model_signature(model: ModelConfig) -> dict[str, Any]:
     """What decides which weights a model has and what they compute, by dotted field; equal for
     equal functions.
     """
@@ -78,8 +78,8 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
     (`with_vocabulary_of`). Longer sequences are the run's affair where positions are not learned,
     and so are rotary frequencies and windows that it sets itself.
     """
-    own = essence(model)
-    theirs = essence(weights)
+    own = model_signature(model)
+    theirs = model_signature(weights)
     if (model.moe is None) != (weights.moe is None):
         own, theirs = (
             {
@@ -89,7 +89,7 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
             }
             for of in (own, theirs)
         )
-    defaults = essence(
+    defaults = model_signature(
         ModelConfig(
             num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=1
         )

@@ -2,7 +2,7 @@
 
 from math import gcd, lcm
 
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 
 
@@ -55,11 +55,11 @@ def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
     """Fills model.vocab_size from the tokenizer.
 
-    Raises ConfigProblem when the model's own is too small for it.
+    Raises ConfigError when the model's own is too small for it.
     """
     given = config.model.vocab_size
     if given is not None and given < vocab_size:
-        raise ConfigProblem(
+        raise ConfigError(
             f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}; raise "
             "it, or leave it out"
         )

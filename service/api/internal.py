@@ -16,7 +16,7 @@ from megatron_ray.config.problem import Problem
 from service.http.dependencies import Context, Service
 from service.http.errors import ProblemError
 from service.jobs import ingest, lifecycle, submissions
-from service.jobs.capacity import Room
+from service.jobs.capacity import ClusterCapacity
 from service.jobs.spec_problems import pointer_to
 from service.store.schema import ClusterRow, JobRow
 from workers.protocol.states import DesiredState
@@ -129,7 +129,7 @@ async def desired_job(
 def _take_report(service: Context, given: AgentReport) -> None:
     with service.store.read() as session:
         unresolved = submissions.unresolved(session, given.cluster)
-    room = Room(given.nodes)
+    room = ClusterCapacity(given.nodes)
     answers = (
         {
             job: submissions.answer(spec, room, job_dir)

@@ -13,9 +13,9 @@ from sqlalchemy.orm import Session
 from megatron_ray.config.problem import Problem
 from service.api import render
 from service.api.models import CancelRequest, Job, JobSummary, Page
-from service.http.dependencies import By, Service
+from service.http.dependencies import CurrentCaller, Service
 from service.http.errors import ProblemError
-from service.http.idempotency import Repeatable
+from service.http.idempotency import IdempotentRequest
 from service.jobs import lifecycle
 from service.jobs.submit import submit
 from service.store.schema import JobRow, LabelRow
@@ -34,14 +34,16 @@ Key = Annotated[
 
 @router.post("/jobs", status_code=201, response_model=Job)
 async def create_job(
-    spec: JobSpec, request: Request, service: Service, by: By, key: Key = None
+    spec: JobSpec, request: Request, service: Service, by: CurrentCaller, key: Key = None
 ) -> Response:
     """Submits a job.
 
     Everything wrong with the spec is answered at once, before anything is stored or reserved.
     """
     given = await request.json()
-    answer = await submit(service, spec, given, Repeatable.of(key, by.token_id, "/v1/jobs", given))
+    answer = await submit(
+        service, spec, given, IdempotentRequest.of(key, by.token_id, "/v1/jobs", given)
+    )
     headers = {"Location": f"/v1/jobs/{answer.body['id']}"}
     if answer.replayed:
         headers["Idempotent-Replayed"] = "true"
@@ -93,14 +95,18 @@ def show_job(job_id: str, service: Service) -> Job:
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, response_model=Job)
 def cancel_job(
-    job_id: str, service: Service, by: By, body: CancelRequest | None = None, key: Key = None
+    job_id: str,
+    service: Service,
+    by: CurrentCaller,
+    body: CancelRequest | None = None,
+    key: Key = None,
 ) -> Response:
     """Asks for the job's end; `checkpoint` says whether it writes a last one.
 
     Cancelling an ended job changes nothing.
     """
     wish = body or CancelRequest()
-    repeat = Repeatable.of(key, by.token_id, f"/v1/jobs/{job_id}/cancel", wish.model_dump())
+    repeat = IdempotentRequest.of(key, by.token_id, f"/v1/jobs/{job_id}/cancel", wish.model_dump())
 
     def work(session: Session, job: JobRow) -> None:
         lifecycle.cancel(session, job, final_checkpoint=wish.checkpoint)
@@ -111,9 +117,9 @@ def cancel_job(
 
 
 @router.post("/jobs/{job_id}/checkpoint", status_code=202, response_model=Job)
-def checkpoint_job(job_id: str, service: Service, by: By, key: Key = None) -> Response:
+def checkpoint_job(job_id: str, service: Service, by: CurrentCaller, key: Key = None) -> Response:
     """Asks a running job for one checkpoint now; an event tells when it is committed."""
-    repeat = Repeatable.of(key, by.token_id, f"/v1/jobs/{job_id}/checkpoint", None)
+    repeat = IdempotentRequest.of(key, by.token_id, f"/v1/jobs/{job_id}/checkpoint", None)
     return _change(service, job_id, repeat, lifecycle.request_checkpoint)
 
 
@@ -124,7 +130,7 @@ def delete_job(job_id: str, service: Service) -> None:
         lifecycle.delete(session, lifecycle.lock(session, job_id))
 
 
-def _change(service: Service, job_id: str, repeat: Repeatable, work: Any) -> Response:
+def _change(service: Service, job_id: str, repeat: IdempotentRequest, work: Any) -> Response:
     with service.store.write() as session:
         job = lifecycle.lock(session, job_id)
         earlier = repeat.earlier(session)

@@ -24,7 +24,7 @@ from service.api.models import (
 from service.http.dependencies import Service
 from service.http.errors import ProblemError, spec_invalid
 from service.jobs import estimates, submissions, submit
-from service.jobs.capacity import Room, need_of
+from service.jobs.capacity import ClusterCapacity, need_of
 from service.jobs.estimates import Estimates
 from workers.protocol.job import JobSpec
 
@@ -130,7 +130,7 @@ async def make_suggestions(
     )
 
 
-async def _right(service: Service, spec: JobSpec) -> Room:
+async def _right(service: Service, spec: JobSpec) -> ClusterCapacity:
     """The cluster as it is known. Raises spec_invalid for a spec that is wrong wherever it runs."""
     room, taken = await run_in_threadpool(_look, service, spec)
     problems = [*submissions.check_rules(spec, service.settings), *taken]
@@ -139,12 +139,14 @@ async def _right(service: Service, spec: JobSpec) -> Room:
     return room
 
 
-def _look(service: Service, spec: JobSpec) -> tuple[Room, list[Problem]]:
+def _look(service: Service, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
     with service.store.read() as session:
         return submissions.room_of(session, spec.cluster), submissions.check_storage(session, spec)
 
 
-def _unfit(spec: JobSpec, resolved: JobSpec, room: Room, asked: Hardware | None) -> list[Problem]:
+def _unfit(
+    spec: JobSpec, resolved: JobSpec, room: ClusterCapacity, asked: Hardware | None
+) -> list[Problem]:
     """What keeps it from running; the memory is that of the device asked for, else of the
     cluster's.
     """
@@ -182,7 +184,7 @@ def _wrong_query(name: str, detail: str) -> ProblemError:
     )
 
 
-def _device_of(spec: JobSpec, resolved: JobSpec, room: Room) -> Hardware | None:
+def _device_of(spec: JobSpec, resolved: JobSpec, room: ClusterCapacity) -> Hardware | None:
     """What a job would run on; None where that is not known."""
     if resolved.resources.accelerator == "gpu":
         return room.gpu
@@ -218,7 +220,7 @@ def _suggestion(entry: Suggestion) -> PlanSuggestion:
 
 def _unknowns(
     spec: JobSpec,
-    room: Room,
+    room: ClusterCapacity,
     device: Hardware | None,
     known: Estimates | None,
     *,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.client import Client
 from service.local_stack.record import RecordUnreadableError, StackRecord, read_record
 from service.settings import Settings, SettingsError
@@ -42,7 +42,7 @@ def resolve_data_dir(given: Path | None) -> Path:
     try:
         return Settings.from_environment().data_dir
     except SettingsError as error:
-        raise Failure(str(error), remedy="correct the variable or unset it") from error
+        raise CommandError(str(error), remedy="correct the variable or unset it") from error
 
 
 def local_stack(data_dir: Path) -> StackRecord | None:
@@ -50,7 +50,7 @@ def local_stack(data_dir: Path) -> StackRecord | None:
     try:
         return read_record(data_dir)
     except RecordUnreadableError as error:
-        raise Failure(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client:
@@ -58,12 +58,14 @@ def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client
     secret = _read_token(token)
     if url is not None:
         if not url.startswith(("http://", "https://")):
-            raise Failure(f"--url {url}: not an address", remedy="write it as http://host:port")
+            raise CommandError(
+                f"--url {url}: not an address", remedy="write it as http://host:port"
+            )
         return Client(url, secret)
     folder = resolve_data_dir(data_dir)
     record = local_stack(folder)
     if record is None or not record.url:
-        raise Failure(
+        raise CommandError(
             f"no local stack is up (data dir {folder})",
             remedy="start one with `megatron-ray up`, or name a service with --url",
         )
@@ -76,6 +78,6 @@ def _read_token(given: str | None) -> str | None:
     try:
         return Path(given[1:]).expanduser().read_text().strip()
     except OSError as error:
-        raise Failure(
+        raise CommandError(
             f"--token {given}: {error.strerror}", remedy="name a file that holds the token alone"
         ) from error

@@ -19,7 +19,7 @@ _REMEDIES = {
 }
 
 
-class Failure(Exception):
+class CommandError(Exception):
     """The asked-for thing did not happen: one message, what to do about it, and the exit code."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Failure(Exception):
         return self.body or {"title": "failed", "detail": str(self), "remedy": self.remedy}
 
 
-def from_service(error: ServiceError) -> Failure:
+def from_service(error: ServiceError) -> CommandError:
     """A refusal in words: one line per wrong field."""
     # With wrong fields the detail repeats the first of them, so the title says better what this is
     # about.
@@ -55,10 +55,10 @@ def from_service(error: ServiceError) -> Failure:
         "detail": error.detail,
         "remedy": remedy,
     }
-    return Failure("\n".join(lines), remedy=remedy, body=body)
+    return CommandError("\n".join(lines), remedy=remedy, body=body)
 
 
-def show_failure(failure: Failure, as_json: bool) -> None:
+def show_failure(failure: CommandError, as_json: bool) -> None:
     """To stderr: JSON when the command was asked for JSON, else words."""
     if as_json:
         sys.stderr.write(json.dumps(failure.as_json()) + "\n")

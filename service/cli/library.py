@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from service.cli.connection import connect
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 
 
 def checkpoint_path(
@@ -26,7 +26,7 @@ def checkpoint_path(
     with connect(url, token, data_dir) as client:
         found = client.checkpoints(checkpoint)["data"]
     if not found:
-        raise Failure(
+        raise CommandError(
             f"{checkpoint} has no committed checkpoint yet",
             remedy=f"`megatron-ray show {checkpoint}` says where it is",
         )
@@ -54,7 +54,7 @@ def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str,
         raise SystemExit(130) from None
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        raise Failure(
+        raise CommandError(
             said[-1].removeprefix("error: ")
             if said
             else f"{module} ended with exit code {done.returncode}"
@@ -63,5 +63,5 @@ def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str,
         answer: dict[str, Any] = json.loads(done.stdout)
         answer[needed]
     except (ValueError, KeyError, TypeError) as error:
-        raise Failure(f"{module} did not answer with JSON that has `{needed}`") from error
+        raise CommandError(f"{module} did not answer with JSON that has `{needed}`") from error
     return answer

@@ -10,7 +10,7 @@ import sys
 import typer
 
 from service.cli.commands import convert, data, demo, generate, inspect, jobs, plan, stack
-from service.cli.failure import Failure, from_service, show_failure
+from service.cli.failure import CommandError, from_service, show_failure
 from service.client import ServiceError
 
 app = typer.Typer(
@@ -28,7 +28,7 @@ def main() -> None:
     """Entry point. A mistake of the user's ends in one message, never in a traceback."""
     try:
         app()
-    except Failure as failure:
+    except CommandError as failure:
         show_failure(failure, as_json="--json" in sys.argv)
         raise SystemExit(failure.exit_code) from failure
     except ServiceError as error:

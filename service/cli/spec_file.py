@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from megatron_ray.config.train_config import apply_overrides, read_mapping
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 
 SpecFile = Annotated[
     Path, typer.Argument(help="Job spec, YAML or JSON.", metavar="SPEC", show_default=False)
@@ -29,24 +29,24 @@ def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
     try:
         values = read_mapping(path)
     except OSError as error:
-        raise Failure(
+        raise CommandError(
             f"cannot read the job spec {path}: {error.strerror}",
             remedy="name a YAML or JSON file",
             exit_code=2,
         ) from error
     except UnicodeDecodeError as error:
-        raise Failure(
+        raise CommandError(
             f"{path} is not text", remedy="name a YAML or JSON file", exit_code=2
         ) from error
     except (ValueError, RecursionError) as error:
-        raise Failure(
+        raise CommandError(
             str(error), remedy="see deploy/jobs/stdlib-tp2.yaml for a spec that works", exit_code=2
         ) from error
     _require_json(values, path)
     try:
         values = apply_overrides(values, overrides or ())
     except ValueError as error:
-        raise Failure(
+        raise CommandError(
             str(error), remedy="for example --set training.steps=10", exit_code=2
         ) from error
     _require_json(values, "--set")
@@ -58,7 +58,7 @@ def _require_json(values: dict[str, Any], source: Path | str) -> None:
     try:
         json.dumps(values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise Failure(
+        raise CommandError(
             f"{source} holds a value that JSON cannot: {error}",
             remedy="write a number, or quote it",
             exit_code=2,

@@ -9,7 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from service.http.auth import Authenticator, Caller
-from service.http.notifier import Hub
+from service.http.notifier import Notifier
 from service.http.telemetry import Telemetry
 from service.jobs.agents import Agents
 from service.settings import Settings
@@ -23,7 +23,7 @@ class Context:
 
     settings: Settings
     store: Store
-    hub: Hub
+    hub: Notifier
     agents: Agents
     auth: Authenticator
     telemetry: Telemetry
@@ -43,4 +43,4 @@ def caller_of(request: Request) -> Caller:
 
 
 Service = Annotated[Context, Depends(context_of)]
-By = Annotated[Caller, Depends(caller_of)]
+CurrentCaller = Annotated[Caller, Depends(caller_of)]

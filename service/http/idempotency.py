@@ -29,7 +29,7 @@ logger = logging.getLogger("service")
 
 
 @dataclass(frozen=True)
-class Repeatable:
+class IdempotentRequest:
     """One request with its key; without a key nothing is remembered."""
 
     key: str | None
@@ -38,7 +38,7 @@ class Repeatable:
     body_sha256: str
 
     @classmethod
-    def of(cls, key: str | None, caller: str, path: str, body: Any) -> "Repeatable":
+    def of(cls, key: str | None, caller: str, path: str, body: Any) -> "IdempotentRequest":
         """Raises ProblemError request_invalid for a key that is empty or too long."""
         if key is not None and not 1 <= len(key) <= LONGEST_KEY:
             raise ProblemError(

@@ -22,7 +22,7 @@ logger = logging.getLogger("service.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class Gate:
+class RequestMiddleware:
     """Lets requests in; `context` is asked per request, because the service is put together after
     this layer.
     """

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 
-class Hub:
+class Notifier:
     """Topics are plain strings, such as `job/<id>`; a wake-up carries no data, the waiter reads
     again.
     """
@@ -32,13 +32,13 @@ class Hub:
         self._closed = False
 
     @contextlib.contextmanager
-    def ticket(self, *topics: str) -> Iterator["Ticket"]:
+    def ticket(self, *topics: str) -> Iterator["Subscription"]:
         """A place in the queue of each topic, given up at the end of the block."""
         event = asyncio.Event()
         for topic in topics:
             self._waiting.setdefault(topic, set()).add(event)
         try:
-            yield Ticket(event, self)
+            yield Subscription(event, self)
         finally:
             for topic in topics:
                 waiting = self._waiting[topic]
@@ -62,10 +62,10 @@ class Hub:
                 event.set()
 
 
-class Ticket:
+class Subscription:
     """One waiter's place."""
 
-    def __init__(self, event: asyncio.Event, hub: Hub) -> None:
+    def __init__(self, event: asyncio.Event, hub: Notifier) -> None:
         self._event = event
         self._hub = hub
 

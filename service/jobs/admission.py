@@ -10,7 +10,7 @@ ones. A job that the whole cluster could not hold holds back nobody.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from service.jobs.capacity import Need, Room
+from service.jobs.capacity import ClusterCapacity, ResourceRequest
 from workers.protocol.states import StatusReason
 from workers.protocol.wire import NodeInfo
 
@@ -23,7 +23,7 @@ class Waiting:
     priority: int
     place: int
     """Smaller came earlier."""
-    need: Need
+    need: ResourceRequest
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Held:
     """A job that has been admitted and is not over."""
 
     job_id: str
-    need: Need
+    need: ResourceRequest
     placed: Mapping[str, int] = field(default_factory=dict)
     """Node id -> ranks there; empty while not known."""
 
@@ -50,17 +50,19 @@ def decide(
     waiting: Iterable[Waiting], held: Iterable[Held], nodes: Sequence[NodeInfo]
 ) -> list[Decision]:
     """One decision per waiting job, in the order of the queue."""
-    free = Room(nodes)
+    free = ClusterCapacity(nodes)
     for holder in held:
         free.hold(holder.need, holder.placed)
     blocked_by: dict[bool, str] = {}
     decisions = []
     for job in sorted(waiting, key=lambda job: (-job.priority, job.place)):
-        decisions.append(_decide_one(job, free, Room(nodes), blocked_by))
+        decisions.append(_decide_one(job, free, ClusterCapacity(nodes), blocked_by))
     return decisions
 
 
-def _decide_one(job: Waiting, free: Room, whole: Room, blocked_by: dict[bool, str]) -> Decision:
+def _decide_one(
+    job: Waiting, free: ClusterCapacity, whole: ClusterCapacity, blocked_by: dict[bool, str]
+) -> Decision:
     need = job.need
     kind = "GPU" if need.gpu else "CPU"
     if whole.ranks(need) < need.ranks:

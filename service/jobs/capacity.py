@@ -15,7 +15,7 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Need:
+class ResourceRequest:
     """What a job asks of a cluster: ranks in islands that may not span nodes."""
 
     ranks: int
@@ -33,16 +33,16 @@ class _Node:
     gpus: float
     accelerator: str | None = None
 
-    def islands(self, need: Need) -> int:
+    def islands(self, need: ResourceRequest) -> int:
         ranks = min(self.cpus / need.cpus_per_rank, self.gpus if need.gpu else inf)
         return max(0, floor(ranks / need.island + _ROUNDING))
 
-    def take(self, need: Need, ranks: int) -> None:
+    def take(self, need: ResourceRequest, ranks: int) -> None:
         self.cpus -= ranks * need.cpus_per_rank
         self.gpus -= ranks if need.gpu else 0
 
 
-class Room:
+class ClusterCapacity:
     """What is free on each node; `take` uses it up."""
 
     def __init__(self, nodes: Iterable[NodeInfo]) -> None:
@@ -80,11 +80,11 @@ class Room:
         """CPUs of the largest node."""
         return max((node.cpus for node in self._nodes), default=0)
 
-    def ranks(self, need: Need) -> int:
+    def ranks(self, need: ResourceRequest) -> int:
         """Ranks that could be placed, in whole islands."""
         return need.island * sum(node.islands(need) for node in self._nodes)
 
-    def take(self, need: Need) -> bool:
+    def take(self, need: ResourceRequest) -> bool:
         """Places a job, fullest nodes first, so that big gaps stay big; takes nothing and returns
         False when it does not fit.
         """
@@ -97,7 +97,7 @@ class Room:
             left -= islands
         return True
 
-    def hold(self, need: Need, placed: Mapping[str, int]) -> None:
+    def hold(self, need: ResourceRequest, placed: Mapping[str, int]) -> None:
         """Uses up what a running job holds: where its ranks are known to be, or somewhere while
         that is not known.
         """
@@ -111,10 +111,10 @@ class Room:
                 node.take(need, node.islands(need) * need.island)
 
 
-def need_of(spec: JobSpec, ranks: int, *, has_gpus: bool) -> Need:
+def need_of(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRequest:
     """What a spec asks for, at a number of ranks."""
     accelerator = spec.resources.accelerator
     gpu = has_gpus if accelerator == "auto" else accelerator == "gpu"
-    return Need(
+    return ResourceRequest(
         ranks=ranks, island=spec.parallel.tp, cpus_per_rank=spec.resources.cpus_per_rank, gpu=gpu
     )

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from megatron_ray.config.problem import Problem
 from service.http.errors import ProblemError, document
 from service.jobs import lifecycle
-from service.jobs.lifecycle import Fact
+from service.jobs.lifecycle import NewEvent
 from service.jobs.spec_problems import pointer_to
 from service.store import metrics
 from service.store.database import Store, wake
@@ -177,9 +177,9 @@ class _Applier:
         message: str = "",
         level: str = "info",
         data: dict[str, Any] | None = None,
-    ) -> Fact:
+    ) -> NewEvent:
         known = clean(record.data if data is None else data)
-        return Fact(
+        return NewEvent(
             type_,
             message,
             level,
@@ -212,7 +212,9 @@ class _Applier:
     def _event(self, record: Record) -> None:
         given = _Event.model_validate(record.data)
         fact = self._fact(record, given.type, given.message, given.level, given.data)
-        lifecycle.add_event(self.session, self.job, Fact(**{**fact.__dict__, "ranks": given.ranks}))
+        lifecycle.add_event(
+            self.session, self.job, NewEvent(**{**fact.__dict__, "ranks": given.ranks})
+        )
 
     def _attempt(self, record: Record) -> None:
         given = _Attempt.model_validate(record.data)
@@ -273,7 +275,7 @@ class _Applier:
                 job,
                 JobState.QUEUED,
                 None,
-                Fact("job.queued", "ready to run", at=record.at),
+                NewEvent("job.queued", "ready to run", at=record.at),
             )
             self.needs_admission = True
 

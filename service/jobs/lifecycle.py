@@ -36,7 +36,7 @@ TERMINAL = tuple(state.value for state in JobState if state.is_terminal)
 
 
 @dataclass(frozen=True)
-class Fact:
+class NewEvent:
     """One thing that happened, as it goes into the history."""
 
     type: str
@@ -113,11 +113,11 @@ def create(session: Session, job: JobRow, labels: dict[str, str], *, known: bool
     session.add(job)
     session.flush()
     session.add_all(LabelRow(job=job.number, key=key, value=value) for key, value in labels.items())
-    add_event(session, job, Fact("job.created", f"job {job.name!r} was created", actor="user"))
+    add_event(session, job, NewEvent("job.created", f"job {job.name!r} was created", actor="user"))
     changed(session, job)
 
 
-def add_event(session: Session, job: JobRow, fact: Fact) -> None:
+def add_event(session: Session, job: JobRow, fact: NewEvent) -> None:
     """Appends to the history; the sequence number is given here, in the transaction that stores it."""
     job.last_seq += 1
     row = EventRow(
@@ -153,7 +153,7 @@ def raise_revision(session: Session, cluster: str) -> int:
 
 
 def transition(
-    session: Session, job: JobRow, new: JobState, reason: StatusReason | None, fact: Fact
+    session: Session, job: JobRow, new: JobState, reason: StatusReason | None, fact: NewEvent
 ) -> bool:
     """Moves the observed state if the table allows it, and writes the history either way.
 
@@ -166,7 +166,7 @@ def transition(
         add_event(
             session,
             job,
-            Fact(
+            NewEvent(
                 "job.state_ignored",
                 text,
                 data={"state": new.value},
@@ -207,7 +207,7 @@ def _close_attempts(session: Session, job: JobRow) -> None:
         row.ended_at = job.ended_at
 
 
-def fail(session: Session, job: JobRow, problems: list[Problem], fact: Fact) -> None:
+def fail(session: Session, job: JobRow, problems: list[Problem], fact: NewEvent) -> None:
     """The user's mistake, found after the job was accepted."""
     if JobState(job.status).is_terminal:
         return
@@ -227,7 +227,7 @@ def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
         return
     job.desired = DesiredState.CANCEL
     job.final_checkpoint = final_checkpoint
-    fact = Fact(
+    fact = NewEvent(
         "job.cancelling",
         "the user asked for the job's end",
         data={"checkpoint": final_checkpoint},
@@ -236,7 +236,7 @@ def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
     transition(session, job, JobState.CANCELLING, StatusReason.USER_CANCELLED, fact)
     changed(session, job)
     if job.epoch == 0:
-        fact = Fact("job.cancelled", "cancelled before a driver had taken it up", actor="user")
+        fact = NewEvent("job.cancelled", "cancelled before a driver had taken it up", actor="user")
         transition(session, job, JobState.CANCELLED, StatusReason.USER_CANCELLED, fact)
 
 
@@ -254,7 +254,9 @@ def request_checkpoint(session: Session, job: JobRow) -> None:
         raise ProblemError("job_active", f"the job is {state.value}; wait until it is running")
     job.checkpoint_requests += 1
     add_event(
-        session, job, Fact("checkpoint.requested", "the user asked for a checkpoint", actor="user")
+        session,
+        job,
+        NewEvent("checkpoint.requested", "the user asked for a checkpoint", actor="user"),
     )
     changed(session, job)
 
@@ -326,7 +328,7 @@ def _apply(session: Session, job: JobRow, decision: admission.Decision) -> None:
         job.desired = DesiredState.RUN
         job.status_reason = None
         job.message = decision.message
-        add_event(session, job, Fact("job.admitted", decision.message))
+        add_event(session, job, NewEvent("job.admitted", decision.message))
         changed(session, job)
     elif (job.status_reason, job.message) != (decision.reason, decision.message):
         job.status_reason = decision.reason

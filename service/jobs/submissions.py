@@ -17,7 +17,7 @@ from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.validation import check, resolution
 from service.jobs import estimates, lifecycle
-from service.jobs.capacity import Need, Room, need_of
+from service.jobs.capacity import ClusterCapacity, ResourceRequest, need_of
 from service.jobs.spec_problems import pointer_to
 from service.settings import Settings
 from service.store.schema import ClusterRow, JobRow
@@ -38,13 +38,13 @@ Answer = Resolved | list[Problem]
 """Of a spec and a cluster: how it runs there, or why it cannot."""
 
 
-def room_of(session: Session, cluster: str) -> Room:
+def room_of(session: Session, cluster: str) -> ClusterCapacity:
     """The cluster as last reported; empty (`known` is false) before that."""
     row = session.get(ClusterRow, cluster)
     return (
-        Room(())
+        ClusterCapacity(())
         if row is None or row.report is None
-        else Room(AgentReport.model_validate(row.report).nodes)
+        else ClusterCapacity(AgentReport.model_validate(row.report).nodes)
     )
 
 
@@ -58,7 +58,7 @@ def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
     ]
 
 
-def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
+def check_fit(spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
     """Why the cluster cannot hold the job, even when it is empty; nothing while the cluster is not
     known.
     """
@@ -79,7 +79,7 @@ def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
         return [Problem("/resources/cpus_per_rank", "cpus_fit", text)]
     ranks = room.ranks(need)
     if ranks == 0:
-        single = room.ranks(Need(1, 1, need.cpus_per_rank, need.gpu))
+        single = room.ranks(ResourceRequest(1, 1, need.cpus_per_rank, need.gpu))
         text = (
             f"tp={spec.parallel.tp} ranks must share a node, and no node has room for them "
             f"({single} ranks in the whole cluster)"
@@ -90,7 +90,7 @@ def check_fit(spec: JobSpec, room: Room) -> list[Problem]:
     ] or _check_memory(spec, room)
 
 
-def _check_memory(spec: JobSpec, room: Room) -> list[Problem]:
+def _check_memory(spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
     """Whether it fits into the cluster's GPUs, where they are known."""
     need = _least(spec, room)
     device = room.gpu if need.gpu else None
@@ -120,7 +120,7 @@ def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
     return []
 
 
-def resolve(spec: JobSpec, room: Room, job_dir: str) -> Resolved:
+def resolve(spec: JobSpec, room: ClusterCapacity, job_dir: str) -> Resolved:
     """Fills dp, sequence parallelism, accelerator and storage.
 
     An unknown cluster counts as one replica's room, without GPUs.
@@ -146,7 +146,7 @@ def unresolved(session: Session, cluster: str) -> dict[str, tuple[JobSpec, str]]
     }
 
 
-def answer(spec: JobSpec, room: Room, job_dir: str) -> Answer:
+def answer(spec: JobSpec, room: ClusterCapacity, job_dir: str) -> Answer:
     """What becomes of such a job.
 
     Takes seconds where a layout that fits is searched for, so not for inside a transaction.
@@ -180,7 +180,7 @@ def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer])
                 session,
                 job,
                 found,
-                lifecycle.Fact("job.failed", "the cluster cannot hold the job", "error"),
+                lifecycle.NewEvent("job.failed", "the cluster cannot hold the job", "error"),
             )
             continue
         job.resolved_spec = found.spec.model_dump(mode="json")
@@ -191,12 +191,12 @@ def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer])
         lifecycle.add_event(
             session,
             job,
-            lifecycle.Fact("job.resolved", text, data={"world_size": found.world_size}),
+            lifecycle.NewEvent("job.resolved", text, data={"world_size": found.world_size}),
         )
         lifecycle.changed(session, job)
 
 
-def _least(spec: JobSpec, room: Room) -> Need:
+def _least(spec: JobSpec, room: ClusterCapacity) -> ResourceRequest:
     parallel = spec.parallel
     dp = resolution.least_dp(spec) if parallel.dp == "auto" else parallel.dp
     return need_of(spec, parallel.tp * parallel.pp * parallel.cp * dp, has_gpus=room.has_gpus)

@@ -16,9 +16,9 @@ from megatron_ray.config.problem import Problem
 from service.api import render
 from service.http.dependencies import Context
 from service.http.errors import spec_invalid
-from service.http.idempotency import Repeatable
+from service.http.idempotency import IdempotentRequest
 from service.jobs import lifecycle, submissions
-from service.jobs.capacity import Room
+from service.jobs.capacity import ClusterCapacity
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec
 
@@ -41,7 +41,7 @@ def new_job_id() -> str:
 
 
 async def submit(
-    context: Context, spec: JobSpec, given: dict[str, Any], repeat: Repeatable
+    context: Context, spec: JobSpec, given: dict[str, Any], repeat: IdempotentRequest
 ) -> Answer:
     """Makes a job.
 
@@ -84,7 +84,7 @@ async def submit(
     return answer
 
 
-def check(context: Context, spec: JobSpec, room: Room) -> list[Problem]:
+def check(context: Context, spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
     """What the service can see by itself; whether it fits is only asked once everything else is
     right.
     """
@@ -92,7 +92,7 @@ def check(context: Context, spec: JobSpec, room: Room) -> list[Problem]:
 
 
 async def ask_agent(
-    context: Context, spec: JobSpec, room: Room, job_dir: str
+    context: Context, spec: JobSpec, room: ClusterCapacity, job_dir: str
 ) -> list[Problem] | None:
     """What a look from inside the cluster finds wrong with the paths; None when no agent answers in
     time.
@@ -112,8 +112,8 @@ def _raise_revision(context: Context, cluster: str) -> None:
 
 
 def _look(
-    context: Context, spec: JobSpec, repeat: Repeatable
-) -> tuple[Answer | None, Room, list[Problem]]:
+    context: Context, spec: JobSpec, repeat: IdempotentRequest
+) -> tuple[Answer | None, ClusterCapacity, list[Problem]]:
     with context.store.read() as session:
         earlier = repeat.earlier(session)
         answer = Answer(*earlier, replayed=True) if earlier else None
@@ -124,7 +124,7 @@ def _look(
         )
 
 
-def _store(context: Context, spec: JobSpec, row: JobRow, repeat: Repeatable) -> Answer:
+def _store(context: Context, spec: JobSpec, row: JobRow, repeat: IdempotentRequest) -> Answer:
     with context.store.write() as session:
         lifecycle.lock_cluster(session, row.cluster)
         earlier = repeat.earlier(session)

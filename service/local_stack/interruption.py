@@ -17,7 +17,7 @@ class StackError(Exception):
         self.log_tail = log_tail
 
 
-class StartInterrupted(Exception):
+class StartInterruptedError(Exception):
     """A signal came while the stack was starting."""
 
 

@@ -132,7 +132,7 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         # Ray's default: what starts, prepares data or stands by lets the ranks go first, which
         # raise themselves where they may.
         "RAY_worker_niceness": "15" if may_raise_priority() else "0",
-        # A rank keeps its memory (megatron_ray.distributed.device.KeptMemory); what can no longer
+        # A rank keeps its memory (megatron_ray.distributed.device.MallocTuning); what can no longer
         # be set in a living process is set here. a Ray worker has many arenas before a rank can say
         # that it keeps its memory in one
         "MALLOC_ARENA_MAX": "1",

@@ -22,7 +22,7 @@ import httpx
 from service.client import Client
 from service.http.tokens import Scope, read_or_create_tokens
 from service.local_stack.backoff import Restart, after_end
-from service.local_stack.interruption import Interruption, StackError, StartInterrupted
+from service.local_stack.interruption import Interruption, StackError, StartInterruptedError
 from service.local_stack.ray_head import (
     MAX_TEMP_DIR_LENGTH,
     PORT_NAMES,
@@ -112,7 +112,7 @@ class LocalStack:
     def start(self) -> StackRecord:
         """Returns once agent and Ray are there.
 
-        Raises StackError, StartInterrupted; call `end` after either.
+        Raises StackError, StartInterruptedError; call `end` after either.
         """
         data_dir = self.options.data_dir
         self._take_lock(data_dir)
@@ -342,7 +342,7 @@ class LocalStack:
             for name in list(self._children):
                 try:
                     self._look_after(name)
-                except StartInterrupted:
+                except StartInterruptedError:
                     return
                 except StackError as error:
                     self.say(f"{error}; trying again\n{error.log_tail}")
@@ -415,7 +415,7 @@ class LocalStack:
 
     def _check_interrupted(self) -> None:
         if self.interruption.asked:
-            raise StartInterrupted
+            raise StartInterruptedError
 
     def _pause(self, seconds: float = _POLL_S) -> None:
         self._check_interrupted()

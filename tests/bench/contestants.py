@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_ray.distributed.device import KeptMemory
+from megatron_ray.distributed.device import MallocTuning
 from tests.bench import reference
 
 Step = Callable[[np.ndarray, bool], tuple[float, float] | None]
@@ -200,7 +200,7 @@ def main() -> None:
         )
     step = PROGRAMS[name](given, rank)
     number = 0
-    memory = KeptMemory() if name.startswith("ours") else None  # as every rank has it
+    memory = MallocTuning() if name.startswith("ours") else None  # as every rank has it
     for line in sys.stdin:
         losses = []
         norms = []

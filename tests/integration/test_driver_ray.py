@@ -339,7 +339,7 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
         "a second attempt", lambda: fake_service.events(job_id, "ranks.started")[1:]
     )[0]
     assert (
-        started["data"]["stepped_in"] == [1]
+        started["data"]["promoted"] == [1]
         and "; rank 1 in a process that stood by (pid " in started["message"]
     )
     fake_service.wait("its steps", lambda: fake_service.steps(job_id, 2))
@@ -381,7 +381,7 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
 
     from tests.integration.fake_job import LateWorker
     from workers.decisions.placement import plan_placement
-    from workers.decisions.slot_assignment import fill_posts
+    from workers.decisions.slot_assignment import assign_slots
     from workers.rank.messages import Fence
     from workers.ray.nodes import job_folder, read_nodes
     from workers.ray.worker_group import WorkerGroup
@@ -393,7 +393,7 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
     plan = plan_placement(JobSpec.from_mapping(spec()), [node], "cpu")
     assert ray.get(group.placement_group(plan).ready(), timeout=30)
     try:
-        group.create(plan, fill_posts(plan, (), (), (), group.nodes(plan)).recruits, 1)
+        group.create(plan, assign_slots(plan, (), (), (), group.nodes(plan)).recruits, 1)
         group.probe([0], fence, 60, lambda: None)
         assert folder.exists()
         assert group.retire(fence, 2, 0.5) == () and not folder.exists(), (

@@ -12,7 +12,7 @@ import pytest
 from megatron_ray.parallel_dims import ParallelDims
 from tests.integration.fake_service import NAMESPACE
 from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
-from workers.decisions.slot_assignment import fill_posts, standbys_wanted
+from workers.decisions.slot_assignment import assign_slots, standbys_wanted
 from workers.rank.environment import RankEnv
 from workers.rank.messages import Fence, StartOrder
 
@@ -50,7 +50,7 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
     group = WorkerGroup("job-gpus", NAMESPACE, GpuTeller)
     assert group.placement_group(PLAN).wait(30)
     try:
-        first = fill_posts(PLAN, (), (), (), group.nodes(PLAN))
+        first = assign_slots(PLAN, (), (), (), group.nodes(PLAN))
         group.create(PLAN, first.recruits, 1)
         places = assign_ranks(
             first.posted(group.probe(first.posts, FENCE, 60, lambda: None)), PLAN.dims
@@ -62,8 +62,8 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
 
         dead = places[1]
         group.kill_slots([dead.slot])
-        second = fill_posts(PLAN, places, group.slots, [waiting], group.nodes(PLAN))
-        assert second.stepped_in == (2,) and second.recruits == ()
+        second = assign_slots(PLAN, places, group.slots, [waiting], group.nodes(PLAN))
+        assert second.promoted == (2,) and second.recruits == ()
         facts = second.posted(group.probe(second.posts, FENCE, 60, lambda: None))
         again = {place.slot: place for place in assign_ranks(facts, PLAN.dims)}
         assert again[2].gpu == dead.gpu
@@ -73,7 +73,7 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
         )
 
         group.kill_slots([places[0].slot])
-        third = fill_posts(PLAN, tuple(again.values()), group.slots, [], group.nodes(PLAN))
+        third = assign_slots(PLAN, tuple(again.values()), group.slots, [], group.nodes(PLAN))
         group.create(PLAN, third.recruits, 1)
         (recruit,) = third.recruits
         (fresh,) = [

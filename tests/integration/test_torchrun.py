@@ -11,7 +11,7 @@ import pytest
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.data.tokenizer import Tokenizer
 from tests.unit.megatron_ray.checkpoint.hf_folders import publish
-from workers.rank.messages import UserMistake
+from workers.rank.messages import UserError
 from workers.standalone import read_spec
 
 pytestmark = pytest.mark.parallel
@@ -122,9 +122,9 @@ def test_a_loss_that_is_no_number_is_one_message_and_exit_code_1(folder: Path) -
 def test_mistakes_in_the_spec_are_found_before_anything_starts(
     folder: Path, override: str, words: str
 ) -> None:
-    with pytest.raises(UserMistake, match=re.escape(words)):
+    with pytest.raises(UserError, match=re.escape(words)):
         read_spec(folder / "job.yaml", [override], 2)
-    with pytest.raises(UserMistake, match="cannot read .*none.yaml: No such file"):
+    with pytest.raises(UserError, match="cannot read .*none.yaml: No such file"):
         read_spec(folder / "none.yaml", [], 2)
 
 

@@ -6,13 +6,13 @@ from torch import Tensor
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.models.attention import Positions
+from megatron_ray.models.attention import ForwardContext
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import RandomDataset
 
 
-def blocks_of(config: TrainConfig, mesh: ParallelMesh) -> tuple[GPT, Tensor, Positions]:
+def blocks_of(config: TrainConfig, mesh: ParallelMesh) -> tuple[GPT, Tensor, ForwardContext]:
     """A model, what its first block takes, and the positions."""
     model, _ = build(config, mesh)
     dataset = RandomDataset(config.model.vocabulary, config.training.seq_length)

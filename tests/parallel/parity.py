@@ -166,7 +166,7 @@ class Replay:
         cut = loader.make_batch.cut
         of_step = torch.from_numpy(self.choices[step][:, cut.positions(self.choices.shape[2])])
         return [
-            replace(batch, expert_choices=of_step[torch.as_tensor(ids)])
+            replace(batch, routing_replay=of_step[torch.as_tensor(ids)])
             for batch, ids in zip(loader.step(consumed_samples), rows, strict=True)
         ]
 
@@ -210,7 +210,7 @@ def run_layout(
 
     model, optimizer = build(config, mesh)
     chosen: list[tuple[int, np.ndarray]] = []
-    model.module.on_choice = lambda layer, experts: chosen.append((layer, experts.numpy().copy()))
+    model.module.on_route = lambda layer, experts: chosen.append((layer, experts.numpy().copy()))
     weights: list[tuple[str, tuple[int, ...], np.ndarray]] = []
     reports: list[StepReport] = []
 
@@ -255,7 +255,7 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
     """
     assert config.model.moe is not None
     training = config.training
-    layers = config.model.num_layers + config.model.further_layers
+    layers = config.model.num_layers + config.model.num_mtp_layers
     samples = training.micro_batch_size
     length = training.seq_length
     choices = np.full(
@@ -336,7 +336,7 @@ def float64_gradients(
     """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no
     buckets, no reductions.
     """
-    from megatron_ray.models.initialization import draw_local
+    from megatron_ray.models.initialization import init_local
     from megatron_ray.parallelize.parallelize import build_model
     from megatron_ray.sharding.parameters import local_parameters
 
@@ -349,7 +349,7 @@ def float64_gradients(
     table = local_parameters(config.model, mesh.dims, 0)
     parameters = dict(module.named_parameters())
     for local in table:
-        parameters[local.name].data.copy_(draw_local(local, config.training.seed))
+        parameters[local.name].data.copy_(init_local(local, config.training.seed))
     training = config.training
     dataset = RandomDataset(
         config.model.vocabulary,

@@ -28,7 +28,7 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 from megatron_ray.storage.storage import StorageError
-from tests.ranks import RankFailed
+from tests.ranks import RankFailedError
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
@@ -192,7 +192,7 @@ def test_a_rank_that_dies_while_writing_leaves_nothing_that_counts(
     run_ranks: Run, tmp_path: Path
 ) -> None:
     path = checkpoint_path(str(tmp_path), 5, 1)
-    with pytest.raises(RankFailed, match="rank 1 died with exit code 9"):
+    with pytest.raises(RankFailedError, match="rank 1 died with exit code 9"):
         run_ranks(die_while_writing, 2, path)
     assert not Path(path, "data", "rank-00001.bin").exists()
     with pytest.raises(

@@ -16,7 +16,7 @@ from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
-from megatron_ray.training.loop import NonFiniteLoss
+from megatron_ray.training.loop import NonFiniteLossError
 from megatron_ray.training.session import TrainingSession
 
 pytestmark = pytest.mark.parallel
@@ -118,7 +118,7 @@ def diverge(
         TrainingSession(
             settings, mesh, data, report=reports.append, attempt=1, resume_from=None
         ).run()
-    except NonFiniteLoss as problem:
+    except NonFiniteLossError as problem:
         return str(problem), [report.step for report in reports if isinstance(report, StepReport)]
     return "it went on", []
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ray.context_parallel import ring
-from megatron_ray.context_parallel.tiles import Attended, Documents, Tile, attend
-from megatron_ray.models.attention import WholeAttention
+from megatron_ray.context_parallel.tiles import Documents, PartialAttention, Tile, attend
+from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.batch import Packed
 from megatron_ray.parallelize.parallelize import context_attention
 from megatron_ray.sharding.sequence_split import SequenceCut
@@ -191,7 +191,7 @@ def test_every_method_knows_the_window() -> None:
 def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it() -> None:
     q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
     documents = Documents(torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1, 1]]))
-    so_far = Attended.nothing(q)
+    so_far = PartialAttention.nothing(q)
     for keys in (slice(0, 3), slice(3, 6)):
         attend(so_far, q, k, v, [Tile(slice(0, 6), keys)], documents)
     apart = torch.cat(
@@ -206,4 +206,4 @@ def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it() -> None:
 
 def test_one_rank_attends_to_whole_sequences() -> None:
     mesh = make_mesh(0, 1, make_config(LLAMA, {"dp": 1}, steps=1))
-    assert isinstance(context_attention("p2p", mesh), WholeAttention)
+    assert isinstance(context_attention("p2p", mesh), LocalAttention)

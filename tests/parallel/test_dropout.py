@@ -116,7 +116,7 @@ def check(parallel: dict[str, Any], ranks: list[tuple[Masks, Weights]]) -> None:
         shared = (
             "tp" in parallel
             and not parallel.get("sequence_parallel")
-            and "dropping_core" not in place
+            and "core_with_dropout" not in place
         )
         if shared:
             assert torch.equal(left[place], right[place]), place

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankFailed
+from tests.ranks import RankFailedError
 
 pytestmark = pytest.mark.parallel
 
@@ -64,13 +64,13 @@ def test_a_rank_uses_one_thread(run_ranks: Callable[..., list[Any]]) -> None:
 def test_the_first_error_is_raised_with_its_traceback(run_ranks: Callable[..., list[Any]]) -> None:
     with pytest.raises(ValueError, match="rank one gives up") as caught:
         run_ranks(fail_on_one, 3)
-    assert isinstance(caught.value.__cause__, RankFailed) and "in fail_on_one" in str(
+    assert isinstance(caught.value.__cause__, RankFailedError) and "in fail_on_one" in str(
         caught.value.__cause__
     )
 
 
 def test_a_dead_rank_is_named(run_ranks: Callable[..., list[Any]]) -> None:
-    with pytest.raises(RankFailed, match="rank 1 died with exit code 7"):
+    with pytest.raises(RankFailedError, match="rank 1 died with exit code 7"):
         run_ranks(die_on_one, 2)
 
 

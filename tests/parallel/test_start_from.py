@@ -14,7 +14,7 @@ import transformers
 from megatron_ray.checkpoint.directory import commit, latest_committed, list_checkpoints
 from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.checkpoint.hf.importing import import_folder
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.prepare import prepare
@@ -179,7 +179,7 @@ def test_a_run_that_goes_on_takes_its_own_checkpoint(
 
 
 def refusal(settings: TrainConfig, data: PreparedData) -> str:
-    with pytest.raises(ConfigProblem) as caught:
+    with pytest.raises(ConfigError) as caught:
         TrainingSession(settings, ParallelMesh.single(), data)
     return str(caught.value)
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from workers.agent.agent import Agent, AgentOptions
 from workers.rank.environment import (
-    EnvironmentProblem,
+    ProcessEnvironmentError,
     agent_token,
     forget_agent_token,
     prepare_ray_client,
 )
-from workers.service_client import ServiceRefused
+from workers.service_client import ServiceRefusedError
 
 _LOG = logging.getLogger("megatron_ray.agent")
 _STOP_S = 3.0
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, token_file = parse(arguments)
     try:
         token = agent_token(token_file)
-    except EnvironmentProblem as problem:
+    except ProcessEnvironmentError as problem:
         _LOG.error("%s", problem)
         return EXIT_BAD_START
     forget_agent_token()
@@ -78,7 +78,7 @@ def _run_until_signal(agent: Agent) -> int:
     def work() -> None:
         try:
             outcome.append(agent.run())
-        except ServiceRefused as error:
+        except ServiceRefusedError as error:
             _LOG.error("%s", error)
             outcome.append(EXIT_BAD_START)
 

@@ -19,12 +19,17 @@ from dataclasses import dataclass
 import ray
 from ray.exceptions import RayError
 
-from workers.agent.checks import CheckDesk, StorageChecks
+from workers.agent.checks import CheckRunner, StorageChecks
 from workers.agent.driver_registry import DriverRegistry
 from workers.protocol.version import code_version
 from workers.protocol.wire import AgentReport, DesiredReply, NodeInfo
 from workers.ray.nodes import read_nodes
-from workers.service_client import Hello, ServiceAway, ServiceLink, ServiceRefused
+from workers.service_client import (
+    Hello,
+    ServiceClient,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+)
 
 _LOG = logging.getLogger("megatron_ray.agent")
 _TICK_S = 2.0
@@ -69,9 +74,9 @@ class Agent:
     def run(self) -> int:
         """Until stopped (0) or until Ray is lost (EXIT_RAY_LOST).
 
-        Raises ServiceRefused when the service will not have this agent.
+        Raises ServiceRefusedError when the service will not have this agent.
         """
-        link = ServiceLink(self._options.service_url, self._token)
+        link = ServiceClient(self._options.service_url, self._token)
         hello = self._greet(link)
         if hello is None:
             return 0
@@ -85,7 +90,7 @@ class Agent:
             target=watch_ray, args=(self._options.ray_address,), name="ray", daemon=True
         ).start()
         registry = DriverRegistry(self._options.service_url, hello.namespace)
-        checks = CheckDesk(link)
+        checks = CheckRunner(link)
         storage = StorageChecks(self._options.storage_root or hello.storage_root)
         _LOG.info(
             "cluster %s at %s, namespace %s",
@@ -102,10 +107,10 @@ class Agent:
 
     def _loop(
         self,
-        link: ServiceLink,
+        link: ServiceClient,
         hello: Hello,
         registry: DriverRegistry,
-        checks: CheckDesk,
+        checks: CheckRunner,
         storage: StorageChecks,
     ) -> None:
         while not self._stopping.is_set():
@@ -129,7 +134,11 @@ class Agent:
             return None
 
     def _tell(
-        self, link: ServiceLink, hello: Hello, registry: DriverRegistry, nodes: tuple[NodeInfo, ...]
+        self,
+        link: ServiceClient,
+        hello: Hello,
+        registry: DriverRegistry,
+        nodes: tuple[NodeInfo, ...],
     ) -> None:
         report = AgentReport(
             cluster=self._options.cluster,
@@ -144,14 +153,14 @@ class Agent:
         )
         try:
             link.report(report)
-        except (ServiceAway, ServiceRefused) as error:
+        except (ServiceUnavailableError, ServiceRefusedError) as error:
             _LOG.warning("%s", error)
 
-    def _greet(self, link: ServiceLink) -> Hello | None:
+    def _greet(self, link: ServiceClient) -> Hello | None:
         while not self._stopping.is_set():
             try:
                 return link.hello()
-            except ServiceAway as error:
+            except ServiceUnavailableError as error:
                 _LOG.warning("waiting for the service: %s", error)
                 self._stopping.wait(_RETRY_S)
         return None
@@ -159,12 +168,12 @@ class Agent:
     def _follow(self) -> None:
         """Long-polls what is wanted, on its own connection."""
         revision = 0
-        with ServiceLink(self._options.service_url, self._token) as link:
+        with ServiceClient(self._options.service_url, self._token) as link:
             while not self._stopping.is_set():
                 asked = time.monotonic()
                 try:
                     reply = link.desired_jobs(self._options.cluster, revision, _POLL_S)
-                except (ServiceAway, ServiceRefused) as error:
+                except (ServiceUnavailableError, ServiceRefusedError) as error:
                     _LOG.warning("%s", error)
                     self._stopping.wait(_RETRY_S)
                     revision = 0  # a service that comes back with another database counts anew
@@ -180,14 +189,14 @@ def connect_ray(address: str, namespace: str) -> str | None:
 
     Raises OSError or Ray's own.
     """
-    knock(address)  # Ray itself would try for minutes before it says that nobody is there
+    probe_port(address)  # Ray itself would try for minutes before it says that nobody is there
     context = ray.init(
         address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING
     )
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
 
-def knock(address: str) -> None:
+def probe_port(address: str) -> None:
     """Raises OSError when nobody listens at host:port."""
     host, _, port = address.rpartition(":")
     socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
@@ -201,7 +210,7 @@ def watch_ray(address: str) -> None:
     while True:
         time.sleep(_TICK_S)
         try:
-            knock(address)
+            probe_port(address)
             away_since = None
         except OSError as error:
             now = time.monotonic()

@@ -11,8 +11,8 @@ from typing import Any
 from megatron_ray.storage.storage import StorageError
 from workers.data_tasks import check_task, nonce_matches, write_nonce
 from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo, ProblemMessage
-from workers.ray.tasks import TaskFailed, anywhere, is_done, on_node, result
-from workers.service_client import ServiceAway, ServiceLink, ServiceRefused
+from workers.ray.tasks import TaskFailedError, anywhere, is_done, on_node, result
+from workers.service_client import ServiceClient, ServiceRefusedError, ServiceUnavailableError
 
 _LOG = logging.getLogger("megatron_ray.agent")
 _AGAIN_S = 300.0
@@ -20,10 +20,10 @@ _RETRY_S = 10.0
 _REMEMBERED = 1000
 
 
-class CheckDesk:
+class CheckRunner:
     """Each question is asked once, as a CPU task, and answered as soon as the task is done."""
 
-    def __init__(self, link: ServiceLink) -> None:
+    def __init__(self, link: ServiceClient) -> None:
         self._link = link
         self._seen: dict[str, None] = {}
         self._running: dict[str, Any] = {}
@@ -52,7 +52,7 @@ class CheckDesk:
             del self._running[check_id]
             try:
                 problems = result(call)
-            except TaskFailed as failure:
+            except TaskFailedError as failure:
                 problems = [
                     {
                         "pointer": "",
@@ -66,7 +66,7 @@ class CheckDesk:
                         check_id=check_id, problems=tuple(ProblemMessage(**row) for row in problems)
                     )
                 )
-            except (ServiceAway, ServiceRefused) as error:
+            except (ServiceUnavailableError, ServiceRefusedError) as error:
                 _LOG.warning("%s", error)
 
 
@@ -105,7 +105,7 @@ class StorageChecks:
         try:
             self._results[node_id] = bool(result(call))
             self._due[node_id] = now + (_AGAIN_S if self._results[node_id] else _RETRY_S)
-        except TaskFailed:
+        except TaskFailedError:
             self._due[node_id] = now + _RETRY_S  # the node's trouble, not the storage's
 
     def _ask(self, node_id: str, now: float) -> None:

@@ -23,7 +23,7 @@ from workers.protocol.wire import NodeInfo
 _EPSILON = 1e-6
 
 
-class PlacementProblem(Exception):
+class PlacementError(Exception):
     """The reported places do not make up the planned world; the text says which and how."""
 
 
@@ -162,13 +162,13 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
     tensor-parallel group of neighbouring ranks.
 
     A pure function of the reported places, so it comes out the same after a restart in the same
-    place. Raises PlacementProblem when the slots are not exactly one world, or an island is not on
+    place. Raises PlacementError when the slots are not exactly one world, or an island is not on
     one node.
     """
     islands: dict[int, list[SlotFacts]] = {}
     found = list(slots)
     if len({facts.slot for facts in found}) != len(found) or len(found) != dims.world_size:
-        raise PlacementProblem(
+        raise PlacementError(
             f"{len(found)} workers reported for a world of {dims.world_size} ranks"
         )
     for facts in found:
@@ -196,19 +196,19 @@ def _ranks_by_group(dims: ParallelDims) -> Iterable[tuple[int, int]]:
 
 def _check_island(bundle: int, members: list[SlotFacts], size: int) -> None:
     if len(members) != size:
-        raise PlacementProblem(
+        raise PlacementError(
             f"bundle {bundle} has {len(members)} workers, a tensor-parallel group needs {size}"
         )
     nodes = sorted({facts.address for facts in members})
     if len({facts.node_id for facts in members}) != 1:
-        raise PlacementProblem(f"bundle {bundle} lies on several nodes: {', '.join(nodes)}")
+        raise PlacementError(f"bundle {bundle} lies on several nodes: {', '.join(nodes)}")
     gpus = [
         gpu
         for gpu, count in Counter(facts.gpu_uuid or facts.gpu for facts in members).items()
         if gpu is not None and count > 1
     ]
     if gpus:
-        raise PlacementProblem(
+        raise PlacementError(
             f"bundle {bundle}: several workers report GPU {gpus[0]} on node {nodes[0]}"
         )
 
@@ -253,9 +253,9 @@ def _with_local_ranks(ranked: dict[int, SlotFacts], dims: ParallelDims) -> tuple
 def assert_groups_local(places: Sequence[RankPlace], dims: ParallelDims) -> None:
     """Every tensor-parallel group on one node, before any collective.
 
-    Raises PlacementProblem with the group.
+    Raises PlacementError with the group.
     """
     node_of = {place.rank: place.node_id for place in places}
     for group in dims.groups(["tp"]):
         if len({node_of[rank] for rank in group}) != 1:
-            raise PlacementProblem(f"tensor-parallel group {list(group)} lies on several nodes")
+            raise PlacementError(f"tensor-parallel group {list(group)} lies on several nodes")

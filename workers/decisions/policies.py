@@ -95,10 +95,10 @@ _COLLATERAL_TEXTS = (
     "read error",
     "write error",
 )
-_USER_TYPES = ("ConfigProblem", "DataProblem", "UserMistake", "ValidationError")
+_USER_TYPES = ("ConfigError", "UnusableDataError", "UserError", "ValidationError")
 _OOM_TYPES = ("OutOfMemoryError", "MemoryError")
-_STORAGE_TYPES = ("StorageError", "MissingFile")
-_NAN_TYPES = ("NonFiniteLoss",)
+_STORAGE_TYPES = ("StorageError", "MissingFileError")
+_NAN_TYPES = ("NonFiniteLossError",)
 _GROUP_TYPES = (
     "DistBackendError",
     "DistNetworkError",

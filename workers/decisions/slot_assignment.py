@@ -17,7 +17,7 @@ from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFa
 
 
 @dataclass(frozen=True)
-class Post:
+class Slot:
     """What a told process is told."""
 
     bundle: int
@@ -25,7 +25,7 @@ class Post:
 
 
 @dataclass(frozen=True)
-class Recruit:
+class WorkerToStart:
     """A process to be made."""
 
     slot: int
@@ -36,15 +36,15 @@ class Recruit:
 
 
 @dataclass(frozen=True)
-class Staff:
+class SlotAssignment:
     """Who serves in the next attempt."""
 
-    posts: Mapping[int, Post | None]
+    posts: Mapping[int, Slot | None]
     """By slot; None: the process has what it reports."""
-    recruits: tuple[Recruit, ...] = ()
-    stepped_in: tuple[int, ...] = ()
+    recruits: tuple[WorkerToStart, ...] = ()
+    promoted: tuple[int, ...] = ()
     """Slots that stood by until now."""
-    dismissed: tuple[int, ...] = ()
+    released: tuple[int, ...] = ()
     """Living processes that fit nowhere."""
 
     def posted(self, facts: Iterable[SlotFacts]) -> list[SlotFacts]:
@@ -67,13 +67,13 @@ def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
     return (slot for slot in range(num_slots(plan.dims)) if slot not in living)
 
 
-def fill_posts(
+def assign_slots(
     plan: PlacementPlan,
     places: Sequence[RankPlace],
     living: Collection[int],
     others: Sequence[SlotFacts],
     nodes: Mapping[int, str],
-) -> Staff:
+) -> SlotAssignment:
     """The next attempt's processes.
 
     `places` is the last rank map, `living` the slots whose process can be used again, `others` what
@@ -97,11 +97,11 @@ class _Filling:
         self._nodes = nodes
         self._others = {facts.slot: facts for facts in others}
         self._numbers = _free_slots(plan, self._living)
-        self._posts: dict[int, Post | None] = {}
-        self._recruits: list[Recruit] = []
+        self._posts: dict[int, Slot | None] = {}
+        self._recruits: list[WorkerToStart] = []
         self._stepped_in: list[int] = []
 
-    def staff(self) -> Staff:
+    def staff(self) -> SlotAssignment:
         for bundle in self._plan.bundles:
             at_home = [
                 place
@@ -114,19 +114,19 @@ class _Filling:
                 self._fill_new(bundle)
         in_map = {place.slot for place in self._places}
         unused = self._living - self._posts.keys()
-        dismissed = [
+        released = [
             slot
             for slot in unused
             if slot in in_map or slot not in self._others or not self._others[slot].standby
         ]
-        return Staff(
-            self._posts, tuple(self._recruits), tuple(self._stepped_in), tuple(sorted(dismissed))
+        return SlotAssignment(
+            self._posts, tuple(self._recruits), tuple(self._stepped_in), tuple(sorted(released))
         )
 
     def _fill_known(self, bundle: Bundle, at_home: Sequence[RankPlace]) -> None:
         """A bundle that lies where it lay: its posts are the same, the dead are replaced."""
         for place in at_home:
-            post = Post(bundle.index, place.gpu)
+            post = Slot(bundle.index, place.gpu)
             if place.slot in self._living:
                 self._posts[place.slot] = post
                 continue
@@ -172,7 +172,7 @@ class _Filling:
 
     def _recruit(self, bundle: Bundle, resources: Mapping[str, float]) -> int:
         slot = next(self._numbers)
-        self._recruits.append(Recruit(slot, bundle.index, resources))
+        self._recruits.append(WorkerToStart(slot, bundle.index, resources))
         return slot
 
 
@@ -181,7 +181,7 @@ def standbys_wanted(
     places: Sequence[RankPlace],
     living: Collection[int],
     standing: Mapping[int, str],
-) -> list[Recruit]:
+) -> list[WorkerToStart]:
     """One process for each of the job's nodes where none stands by; `standing` is the node of each
     that does.
     """
@@ -190,7 +190,7 @@ def standbys_wanted(
     for place in places:
         bundles.setdefault(place.node_id, place.bundle)
     return [
-        Recruit(next(numbers), bundle, {}, standby=True)
+        WorkerToStart(next(numbers), bundle, {}, standby=True)
         for node, bundle in bundles.items()
         if node not in standing.values()
     ]

@@ -17,19 +17,19 @@ from workers.decisions import policies, recovery
 from workers.decisions.placement import PlacementPlan, assign_ranks
 from workers.decisions.policies import Failure, FailureKind, RestartHistory
 from workers.decisions.recovery import RecoveryWatch
-from workers.decisions.slot_assignment import Staff, fill_posts
+from workers.decisions.slot_assignment import SlotAssignment, assign_slots
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
-from workers.driver.dead_rank_files import Leftovers
+from workers.driver.dead_rank_files import DeadRankFiles
 from workers.driver.exceptions import BackToQueue, JobEnds
 from workers.driver.gauges import TrainingGauges
 from workers.driver.journal import DeadRank, FailedAttempt, JournalEntry, Phase, start_orders
 from workers.driver.logs import JobLogs
-from workers.driver.spares import Standbys
+from workers.driver.spares import SparePool
 from workers.driver.supervision import AttemptEnd, AttemptPlan, EndKind, Supervision
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 from workers.protocol.version import code_version
-from workers.ray.worker_group import GroupProblem, WorkerGroup
+from workers.ray.worker_group import WorkerGroup, WorkerGroupError
 
 _START_TIMEOUT_S = 180.0
 _LEAVE_TIMEOUT_S = 6.0
@@ -44,7 +44,7 @@ class Attempts:
         job: JobContext,
         group: WorkerGroup,
         logs: JobLogs,
-        leftovers: Leftovers,
+        leftovers: DeadRankFiles,
         place: Callable[[], PlacementPlan],
     ) -> None:
         self._job = job
@@ -56,12 +56,12 @@ class Attempts:
         self._random = random.Random()
         self._reached = 0
         self._watch: RecoveryWatch | None = None
-        self._standbys: Standbys | None = None
+        self._standbys: SparePool | None = None
 
     def run(self, plan: PlacementPlan, found: JournalEntry | None) -> None:
         """From the journal entry of an earlier incarnation, or anew.
 
-        Raises JobEnds, BackToQueue, DriverReplaced.
+        Raises JobEnds, BackToQueue, DriverReplacedError.
         """
         end = self._take_over(found, plan) if found is not None else None
         while True:
@@ -88,7 +88,7 @@ class Attempts:
                 AttemptState.STOPPED, self._job.world_size, None, "abandoned while starting"
             )
             return None
-        self._leftovers.salvage(
+        self._leftovers.collect(
             found.dead
         )  # the earlier incarnation may not have come to the end of it
         dead = [place for place in found.ranks if place.slot in missing]
@@ -272,7 +272,7 @@ class Attempts:
         except (JobEnds, BackToQueue):
             job.say.attempt(AttemptState.STOPPED, job.world_size)
             raise
-        except GroupProblem as problem:
+        except WorkerGroupError as problem:
             cause = Failure(problem.kind, f"the ranks did not start: {problem}")
             self._group.kill_slots(problem.dead_slots)
             return AttemptEnd(EndKind.FAILED, cause)
@@ -281,12 +281,12 @@ class Attempts:
     def _start_ranks(self, plan: PlacementPlan) -> None:
         """Workers, places, store, orders; each in the journal before the next.
 
-        Raises GroupProblem.
+        Raises WorkerGroupError.
         """
         job = self._job
         marks = [time.monotonic()]
         staff = self._staff(plan)
-        self._group.kill_slots(staff.dismissed)
+        self._group.kill_slots(staff.released)
         self._group.create(plan, staff.recruits, job.spec.resources.num_threads)
         facts = self._group.probe(staff.posts, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)
         marks.append(time.monotonic())
@@ -314,27 +314,27 @@ class Attempts:
             name: round(marks[index + 1] - marks[index], 3)
             for index, name in enumerate(("probe", "store", "start"))
         }
-        self._leftovers.salvage(job.entry.dead)
-        stepped_in = [place for place in places if place.slot in staff.stepped_in]
-        data["stepped_in"] = [place.rank for place in stepped_in]
+        self._leftovers.collect(job.entry.dead)
+        promoted = [place for place in places if place.slot in staff.promoted]
+        data["promoted"] = [place.rank for place in promoted]
         also = "".join(
             f"; rank {place.rank} in a process that stood by (pid {place.pid})"
-            for place in stepped_in
+            for place in promoted
         )
         job.say.event("ranks.started", f"{len(places)} ranks started{also}", data=data)
 
-    def _staff(self, plan: PlacementPlan) -> Staff:
+    def _staff(self, plan: PlacementPlan) -> SlotAssignment:
         """Who serves next, of those that live and that must be made."""
         in_map = {place.slot for place in self._job.entry.ranks}
         others = [slot for slot in self._group.slots if slot not in in_map]
         found, _ = self._group.look_up(others, self._job.fence, _LOOK_UP_S)
-        return fill_posts(
+        return assign_slots(
             plan, self._job.entry.ranks, self._group.slots, found, self._group.nodes(plan)
         )
 
     def _supervise(self, placement: PlacementPlan, renew: bool = False) -> AttemptEnd:
         job = self._job
-        self._standbys = Standbys(job, self._group, placement)
+        self._standbys = SparePool(job, self._group, placement)
         entry = job.entry
         spec = job.spec
         plan = AttemptPlan(
@@ -363,7 +363,7 @@ class Attempts:
         self._gauges.show(data)
         self._running()
         if self._standbys is not None:
-            self._standbys.tend()
+            self._standbys.maintain()
         self._reached = max(self._reached, data["step"])
         split = (
             self._watch.step(data["step"], time.monotonic()) if self._watch is not None else None

@@ -11,9 +11,9 @@ from typing import Any
 from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions.slot_assignment import num_slots
 from workers.driver.commit import contained_records
-from workers.driver.exceptions import BackToQueue, DriverReplaced, JobEnds
-from workers.driver.journal import ForeignJournal, Journal, JournalEntry, Phase
-from workers.driver.outbox import Outbox, RecordBook
+from workers.driver.exceptions import BackToQueue, DriverReplacedError, JobEnds
+from workers.driver.journal import ForeignJournalError, Journal, JournalEntry, Phase
+from workers.driver.outbox import Outbox, RecordLog
 from workers.driver.records import JobRecords
 from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState, JobState, StatusReason
@@ -22,7 +22,7 @@ from workers.rank.messages import Fence
 
 
 class JobContext:
-    """Takes the next epoch when made. Raises StorageError, JournalProblem."""
+    """Takes the next epoch when made. Raises StorageError, JournalError."""
 
     def __init__(self, job_id: str, job_dir: str) -> None:
         self.job_id = job_id
@@ -32,11 +32,11 @@ class JobContext:
         self.found = self._journal.latest()
         """The entry that an earlier incarnation left; None for a new job."""
         if self.found is not None and self.found.job_id != job_id:
-            raise ForeignJournal(job_dir, self.found.job_id)
+            raise ForeignJournalError(job_dir, self.found.job_id)
         entry = self.found or JournalEntry(job_id=job_id, epoch=0)
         self.entry = entry.model_copy(update={"epoch": entry.epoch + 1})
         self._journal.write(self.entry)
-        book = RecordBook(job_dir)
+        book = RecordLog(job_dir)
         said = book.load()
         recalled = {} if self.found is None else contained_records(job_dir)
         self.outbox = Outbox(job_id, book, said, self.entry.epoch, recalled)
@@ -89,12 +89,12 @@ class JobContext:
         return self.desired.desired if self.desired else self.entry.stopping or DesiredState.RUN
 
     def check_replaced(self) -> None:
-        """Raises DriverReplaced when a newer incarnation is at work."""
+        """Raises DriverReplacedError when a newer incarnation is at work."""
         if self.outbox.replaced:
-            raise DriverReplaced(self.outbox.replaced)
+            raise DriverReplacedError(self.outbox.replaced)
 
     def stop_if_unwanted(self) -> None:
-        """Raises JobEnds or BackToQueue when the job is no longer wanted to run; DriverReplaced
+        """Raises JobEnds or BackToQueue when the job is no longer wanted to run; DriverReplacedError
         when this driver is not.
         """
         self.check_replaced()

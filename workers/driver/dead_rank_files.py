@@ -25,7 +25,7 @@ _LOG_BYTES = 1 << 20
 _NOTHING = 1 << 62
 
 
-class Leftovers:
+class DeadRankFiles:
     """Of one job."""
 
     def __init__(self, outbox: Outbox, logs: JobLogs) -> None:
@@ -35,7 +35,7 @@ class Leftovers:
         self._asked: set[tuple[int, int]] = set()
         self._sweeps: list[Any] = []
 
-    def salvage(self, dead: Iterable[DeadRank]) -> None:
+    def collect(self, dead: Iterable[DeadRank]) -> None:
         """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of
         logs; of each dead rank once.
 
@@ -56,7 +56,7 @@ class Leftovers:
 
     def finish(self, dead: Iterable[DeadRank]) -> None:
         """Until all that the dead left is fetched, or cannot be."""
-        self.salvage(dead)
+        self.collect(dead)
         for thread in self._threads:
             thread.join(_SALVAGE_S)
 

@@ -17,13 +17,13 @@ from typing import Any, ClassVar
 import ray
 
 from megatron_ray.storage.storage import StorageError
-from workers.driver.exceptions import DriverReplaced
-from workers.driver.journal import Ending, ForeignJournal, JournalProblem
-from workers.driver.lifecycle import JobLife
+from workers.driver.exceptions import DriverReplacedError
+from workers.driver.journal import Ending, ForeignJournalError, JournalError
+from workers.driver.lifecycle import JobLifecycle
 from workers.protocol.states import JobState, StatusReason
 from workers.protocol.wire import DesiredJob, DriverStatus
 from workers.rank.environment import let_ranks_go_first
-from workers.rank.messages import Fenced
+from workers.rank.messages import FencedError
 from workers.rank.worker import RankWorker
 from workers.ray.worker_group import kill
 
@@ -42,7 +42,7 @@ class JobDriver:
         self._job_id = job_id
         self._job_dir = job_dir
         self._attached: tuple[str, str, DesiredJob] | None = None
-        self._life: JobLife | None = None
+        self._life: JobLifecycle | None = None
         self._trouble = ""
         self._ending: Ending | None = None
         self._lock = threading.Lock()
@@ -80,12 +80,12 @@ class JobDriver:
             try:
                 self._live()
                 break
-            except (DriverReplaced, Fenced) as why:
+            except (DriverReplacedError, FencedError) as why:
                 sys.stderr.write(f"this driver was replaced and ends: {why}\n")
                 sys.stderr.flush()
                 # Not ray.kill: that would end the newer incarnation, which has the same actor id.
                 os._exit(0)
-            except ForeignJournal as foreign:
+            except ForeignJournalError as foreign:
                 ending = Ending(
                     state=JobState.FAILED.value,
                     reason=StatusReason.SPEC_INVALID.value,
@@ -94,7 +94,7 @@ class JobDriver:
                 self._job_dir = f"{self._job_dir}/refused-{self._job_id}"
                 self._ending = ending
                 continue
-            except (StorageError, JournalProblem) as error:
+            except (StorageError, JournalError) as error:
                 self._trouble = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; the journal says where to go on
                 self._trouble = f"{type(error).__name__}: {error}"
@@ -116,7 +116,7 @@ class JobDriver:
 
     def _live(self) -> None:
         namespace = ray.get_runtime_context().namespace
-        life = JobLife(
+        life = JobLifecycle(
             self._job_id, self._job_dir, namespace, type(self).worker_class, self._trouble
         )
         self._trouble = ""

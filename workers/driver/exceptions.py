@@ -24,7 +24,7 @@ class JobEnds(Exception):
         )
 
 
-class DriverReplaced(Exception):
+class DriverReplacedError(Exception):
     """A newer incarnation drives this job."""
 
 

@@ -24,11 +24,11 @@ FOLDER = "attempts"
 FORMAT_VERSION = 1
 
 
-class JournalProblem(Exception):
+class JournalError(Exception):
     """A journal that cannot be used; the text names the file and why."""
 
 
-class ForeignJournal(Exception):
+class ForeignJournalError(Exception):
     """The folder holds another job: its checkpoints and records must not be mixed with this one's."""
 
     def __init__(self, job_dir: str, owner: str) -> None:
@@ -88,7 +88,7 @@ class DeadRank(BaseModel):
     place: RankPlace
 
 
-class GivenBack(BaseModel):
+class ResourcesReleased(BaseModel):
     """The resources are given back, or about to be; the job waits for a wish newer than `revision`."""
 
     model_config = ConfigDict(frozen=True)
@@ -134,7 +134,7 @@ class JournalEntry(BaseModel):
     failed: FailedAttempt | None = None
     dead: tuple[DeadRank, ...] = ()
     """Those whose last words may not have been fetched yet."""
-    given_back: GivenBack | None = None
+    given_back: ResourcesReleased | None = None
     ending: Ending | None = None
 
 
@@ -153,7 +153,7 @@ class Journal:
     def latest(self) -> JournalEntry | None:
         """The entry of the highest attempt; None for a new job.
 
-        Raises JournalProblem when it cannot be read as one.
+        Raises JournalError when it cannot be read as one.
         """
         names = [
             entry.name
@@ -166,7 +166,7 @@ class Journal:
         try:
             return JournalEntry.model_validate(json.loads(self._storage.read_bytes(name)))
         except (ValueError, ValidationError) as error:
-            raise JournalProblem(
+            raise JournalError(
                 f"{self._storage.uri(name)} is not a journal entry of format "
                 f"{FORMAT_VERSION}: {error}"
             ) from error

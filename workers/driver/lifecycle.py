@@ -14,15 +14,15 @@ from workers.data_tasks import prepare_task
 from workers.decisions.placement import PlacementPlan, plan_placement
 from workers.driver.attempts import Attempts
 from workers.driver.context import JobContext
-from workers.driver.dead_rank_files import Leftovers
+from workers.driver.dead_rank_files import DeadRankFiles
 from workers.driver.exceptions import BackToQueue, JobEnds
-from workers.driver.journal import Ending, GivenBack, Phase
+from workers.driver.journal import Ending, Phase, ResourcesReleased
 from workers.driver.logs import JobLogs
 from workers.protocol.states import DesiredState, JobState, StatusReason
 from workers.protocol.version import code_version
 from workers.ray import tasks
 from workers.ray.nodes import read_nodes
-from workers.ray.tasks import TaskFailed
+from workers.ray.tasks import TaskFailedError
 from workers.ray.worker_group import WorkerGroup
 
 _EXPLAIN_EVERY_S = 15.0
@@ -33,12 +33,12 @@ _LATE_SWEEP_S = 60.0
 the last word."""
 
 
-class JobLife:
+class JobLifecycle:
     """One incarnation's work on one job.
 
     `worker_class` is what runs the ranks; `trouble` is what ended the incarnation before.
 
-    Raises StorageError, JournalProblem, ForeignJournal.
+    Raises StorageError, JournalError, ForeignJournalError.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class JobLife:
         self._trouble = trouble
         self._group = WorkerGroup(job_id, namespace, worker_class)
         self._logs = JobLogs(job_dir)
-        self._leftovers = Leftovers(self.outbox, self._logs)
+        self._leftovers = DeadRankFiles(self.outbox, self._logs)
 
     @property
     def phase(self) -> str:
@@ -60,7 +60,7 @@ class JobLife:
         """To the end of the job, at once when it is given; returns when the service has stored the
         last record.
 
-        Raises DriverReplaced.
+        Raises DriverReplacedError.
         """
         job = self._job
         if job.found is not None:
@@ -138,7 +138,7 @@ class JobLife:
                 self._job.stop_if_unwanted()
                 self._job.outbox.wait(0.1)
             found = tasks.result(call)
-        except TaskFailed as failure:
+        except TaskFailedError as failure:
             raise JobEnds(
                 JobState.FAILED, StatusReason.INTERNAL, f"preparing the data failed: {failure}"
             ) from failure
@@ -231,8 +231,8 @@ class JobLife:
         self._leftovers.await_sweep(_LATE_SWEEP_S)
 
 
-def _given_back(back: BackToQueue) -> GivenBack:
-    return GivenBack(
+def _given_back(back: BackToQueue) -> ResourcesReleased:
+    return ResourcesReleased(
         state=back.state.value,
         reason=back.reason.value if back.reason else None,
         message=str(back),

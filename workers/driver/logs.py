@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ray.storage.storage import LocalStorage, MissingFile, StorageError, open_storage
+from megatron_ray.storage.storage import LocalStorage, MissingFileError, StorageError, open_storage
 
 FOLDER = "logs"
 CAP_BYTES = 64 << 20
@@ -94,7 +94,7 @@ class JobLogs:
     def _object(self, name: str) -> bytearray:
         if name not in self._objects:
             held = bytearray()
-            with contextlib.suppress(MissingFile, StorageError):
+            with contextlib.suppress(MissingFileError, StorageError):
                 held += self._storage.read_bytes(name)
             self._objects[name] = held
         return self._objects[name]

@@ -17,7 +17,12 @@ from typing import Any
 from megatron_ray.storage.storage import open_storage
 from workers.protocol.wire import DesiredJob, Record, RecordBatch
 from workers.rank.spool import Line
-from workers.service_client import Replaced, ServiceAway, ServiceLink, ServiceRefused
+from workers.service_client import (
+    ReplacedError,
+    ServiceClient,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+)
 
 DRIVER = "driver"
 FOLDER = "driver"
@@ -26,7 +31,7 @@ _PER_BATCH = 500
 _RETRY_S = (0.2, 0.5, 1.0, 2.0)
 
 
-class RecordBook:
+class RecordLog:
     """The driver's own records on storage: files of up to 100, the last one rewritten whole with
     each record.
     """
@@ -74,7 +79,7 @@ class Outbox:
     def __init__(
         self,
         job_id: str,
-        book: RecordBook,
+        book: RecordLog,
         said: Iterable[Record],
         epoch: int,
         recalled: Mapping[str, Sequence[Line]] | None = None,
@@ -172,7 +177,7 @@ class Outbox:
     def _follow(self) -> None:
         self._talk(self._follow_once)
 
-    def _talk(self, once: Callable[[ServiceLink], None]) -> None:
+    def _talk(self, once: Callable[[ServiceClient], None]) -> None:
         """Repeats one exchange for as long as the driver lives, over a link to wherever the service
         is now.
         """
@@ -188,16 +193,16 @@ class Outbox:
             if link is None or current != address:
                 if link is not None:
                     link.close()
-                link = ServiceLink(*current)
+                link = ServiceClient(*current)
                 address = current
             try:
                 once(link)
                 failures = 0
-            except Replaced as why:
+            except ReplacedError as why:
                 with self._changed:
                     self.replaced = str(why)
                     self._changed.notify_all()
-            except (ServiceAway, ServiceRefused):
+            except (ServiceUnavailableError, ServiceRefusedError):
                 # A refusal is no different from silence here: the agent brings a new token or
                 # address, or a person mends the service.
                 self._pause(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
@@ -211,7 +216,7 @@ class Outbox:
             before = self._address
             self._changed.wait_for(lambda: self._closed or self._address != before, seconds)
 
-    def _push_once(self, link: ServiceLink) -> None:
+    def _push_once(self, link: ServiceClient) -> None:
         if not self._synced:
             found = link.cursor(self._job_id, self._epoch).stored
             with self._changed:
@@ -265,7 +270,7 @@ class Outbox:
         while source.pending and source.pending[0].n <= source.stored:
             source.pending.popleft()
 
-    def _follow_once(self, link: ServiceLink) -> None:
+    def _follow_once(self, link: ServiceClient) -> None:
         after = self.desired.revision if self.desired else 0
         desired = link.desired_job(self._job_id, after, 20.0)
         with self._changed:

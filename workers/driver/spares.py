@@ -24,7 +24,7 @@ _BOOT_S = 120.0
 _MOST_DEATHS = 3
 
 
-class Standbys:
+class SparePool:
     """Of one attempt."""
 
     def __init__(self, job: JobContext, group: WorkerGroup, plan: PlacementPlan) -> None:
@@ -35,7 +35,7 @@ class Standbys:
         self._deaths = 0
         self._silent_since: dict[int, float] = {}
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Looks after them when it is time. Raises Fenced."""
         job = self._job
         now = time.monotonic()

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from megatron_ray.training.loop import NonFiniteLoss
-from workers.rank.messages import UserMistake
+from megatron_ray.training.loop import NonFiniteLossError
+from workers.rank.messages import UserError
 from workers.standalone import run_standalone
 
 
@@ -32,11 +32,11 @@ def main(
     """Trains a job without Ray and without a service: one process per rank, started by torchrun."""
     try:
         outcome = run_standalone(job, set_ or [], reports, resume)
-    except UserMistake as mistake:
+    except UserError as mistake:
         if str(mistake):
             typer.echo(f"error: {mistake}", err=True)
         raise typer.Exit(2) from None
-    except NonFiniteLoss as problem:
+    except NonFiniteLossError as problem:
         typer.echo(f"error: {problem}", err=True)
         raise typer.Exit(1) from None
     if outcome is not None:

@@ -23,7 +23,7 @@ AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
 _SIOCGIFADDR = 0x8915  # Linux: address of a network interface
 
 
-class EnvironmentProblem(Exception):
+class ProcessEnvironmentError(Exception):
     """A variable that must be there is missing or malformed; the text names it and the remedy."""
 
 
@@ -44,7 +44,7 @@ class RankEnv:
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Self:
         """What torchrun exported; a process started without torchrun is the only rank of its world.
 
-        Raises EnvironmentProblem.
+        Raises ProcessEnvironmentError.
         """
         source = os.environ if environ is None else environ
         if "RANK" not in source and "WORLD_SIZE" not in source:
@@ -59,7 +59,7 @@ class RankEnv:
             master_port=_integer(source, "MASTER_PORT"),
         )
         if not 0 <= found.rank < found.world_size:
-            raise EnvironmentProblem(
+            raise ProcessEnvironmentError(
                 f"RANK={found.rank} is outside WORLD_SIZE={found.world_size}; start ranks "
                 "with torchrun"
             )
@@ -90,10 +90,10 @@ def _integer(source: Mapping[str, str], *names: str) -> int:
             try:
                 return int(source[name])
             except ValueError:
-                raise EnvironmentProblem(
+                raise ProcessEnvironmentError(
                     f"{name}={source[name]!r} is not a whole number; start ranks with torchrun"
                 ) from None
-    raise EnvironmentProblem(
+    raise ProcessEnvironmentError(
         f"{names[0]} is not set although others of torchrun's variables are; start ranks "
         "with torchrun"
     )
@@ -156,7 +156,7 @@ def interface_of(address: str) -> str | None:
 def agent_token(token_file: Path | None = None, environ: Mapping[str, str] | None = None) -> str:
     """The agent's token, from a file (given, or named by the environment) or from the environment.
 
-    Raises EnvironmentProblem.
+    Raises ProcessEnvironmentError.
     """
     source = os.environ if environ is None else environ
     named = source.get(AGENT_TOKEN_FILE)
@@ -165,13 +165,13 @@ def agent_token(token_file: Path | None = None, environ: Mapping[str, str] | Non
         try:
             token = path.read_text().strip()
         except OSError as error:
-            raise EnvironmentProblem(
+            raise ProcessEnvironmentError(
                 f"cannot read the agent's token file {path}: {error.strerror}"
             ) from error
     else:
         token = source.get(AGENT_TOKEN, "").strip()
     if not token:
-        raise EnvironmentProblem(
+        raise ProcessEnvironmentError(
             f"no agent token: give --token-file, or set {AGENT_TOKEN_FILE} or {AGENT_TOKEN}"
         )
     return token

@@ -26,20 +26,20 @@ class RankState(StrEnum):
         return self in (RankState.FINISHED, RankState.STOPPED, RankState.FAILED)
 
 
-class UserMistake(Exception):
+class UserError(Exception):
     """Something the user wrote cannot work; the text says what and how to mend it.
 
     Never retried, never shown with a traceback.
     """
 
 
-class Fenced(Exception):
+class FencedError(Exception):
     """A caller with an (attempt, epoch) lower than one already seen; it has been replaced and must
     end.
     """
 
 
-class Busy(Exception):
+class BusyError(Exception):
     """A start order while the training thread of another attempt is still alive."""
 
 

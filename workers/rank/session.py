@@ -39,7 +39,7 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
     spec = JobSpec.from_mapping(order.spec)
     data = PreparedData.model_validate(order.data)
     if order.device == "cpu":
-        poll = _bounding(device.KeptMemory(), poll)
+        poll = _bounding(device.MallocTuning(), poll)
         torch.set_num_threads(spec.resources.num_threads)
     started = time.monotonic()
     with process_group(order):
@@ -61,7 +61,7 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
         return session.run()
 
 
-def _bounding(memory: device.KeptMemory, poll: CommandSource) -> CommandSource:
+def _bounding(memory: device.MallocTuning, poll: CommandSource) -> CommandSource:
     """The loop polls once a step."""
 
     def polled() -> Command:

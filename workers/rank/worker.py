@@ -26,7 +26,15 @@ from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
 from workers.decisions.placement import SlotFacts
 from workers.rank.environment import let_ranks_go_first, prepare_process, run_before_others, see_gpu
-from workers.rank.messages import Busy, Fence, Fenced, NextReply, Poll, RankState, StartOrder
+from workers.rank.messages import (
+    BusyError,
+    Fence,
+    FencedError,
+    NextReply,
+    Poll,
+    RankState,
+    StartOrder,
+)
 from workers.rank.spool import LogFile, Spool, SpoolReader
 from workers.ray.nodes import domain_of, job_folder, node_info, own_address, ray_nodes
 
@@ -257,7 +265,7 @@ class RankWorker:
             if current.order.attempt == order.attempt:
                 return
             if current.thread.is_alive():
-                raise Busy(f"attempt {current.order.attempt} is still running")
+                raise BusyError(f"attempt {current.order.attempt} is still running")
             current.spool.close()
         if order.gpu is not None and not ray.get_gpu_ids():
             see_gpu(order.gpu)
@@ -315,7 +323,7 @@ class RankWorker:
             if fence.epoch < seen.epoch or (
                 fence.epoch == seen.epoch and fence.attempt < seen.attempt
             ):
-                raise Fenced(
+                raise FencedError(
                     f"(attempt {fence.attempt}, epoch {fence.epoch}) was replaced by "
                     f"({seen.attempt}, {seen.epoch})"
                 )

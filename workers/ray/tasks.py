@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 _END_S = 5.0
 
 
-class TaskFailed(Exception):
+class TaskFailedError(Exception):
     """A task that raised or whose process died; the text is one sentence."""
 
 
@@ -53,13 +53,13 @@ def end(call: Any) -> None:
 
 
 def result(call: Any) -> Any:
-    """The result. Raises TaskFailed."""
+    """The result. Raises TaskFailedError."""
     try:
         return ray.get(call)
     except RayTaskError as error:
-        raise TaskFailed(f"{type(error.cause).__name__}: {error.cause}") from error
+        raise TaskFailedError(f"{type(error.cause).__name__}: {error.cause}") from error
     except RayError as error:
-        raise TaskFailed(
+        raise TaskFailedError(
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
 

@@ -20,15 +20,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from megatron_ray.commands import Command
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.policies import FailureKind
-from workers.decisions.slot_assignment import Recruit
-from workers.rank.messages import Fence, Fenced, NextReply, Poll, StartOrder
+from workers.decisions.slot_assignment import WorkerToStart
+from workers.rank.messages import Fence, FencedError, NextReply, Poll, StartOrder
 from workers.ray.nodes import NODE_ID_LABEL
 
 GONE_S = 10.0
 """How long a killed actor's name may linger."""
 
 
-class GroupProblem(Exception):
+class WorkerGroupError(Exception):
     """Actors that did not come up; `dead_slots` names those that must be made anew, `kind` says of
     what they died.
     """
@@ -118,7 +118,9 @@ class WorkerGroup:
 
     # ---- workers
 
-    def create(self, plan: PlacementPlan, recruits: Iterable[Recruit], num_threads: int) -> None:
+    def create(
+        self, plan: PlacementPlan, recruits: Iterable[WorkerToStart], num_threads: int
+    ) -> None:
         """Makes workers, each in its bundle; they need not be up yet."""
         group = self.placement_group(plan)
         for recruit in recruits:
@@ -155,7 +157,7 @@ class WorkerGroup:
     ) -> list[SlotFacts]:
         """Where some workers are.
 
-        Raises GroupProblem naming the slots that died or did not come up.
+        Raises WorkerGroupError naming the slots that died or did not come up.
         """
         return self._all(
             {slot: self._slots[slot].probe.remote(fence) for slot in slots}, timeout_s, stop
@@ -180,7 +182,7 @@ class WorkerGroup:
         timeout_s: float,
         stop: Callable[[], None],
     ) -> None:
-        """Starts the attempt, orders by slot. Raises GroupProblem."""
+        """Starts the attempt, orders by slot. Raises WorkerGroupError."""
         self._all(
             {slot: self._slots[slot].start.remote(fence, order) for slot, order in orders.items()},
             timeout_s,
@@ -190,7 +192,7 @@ class WorkerGroup:
     def open_store(
         self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]
     ) -> tuple[str, int]:
-        """Host and port of the TCPStore that a worker serves from now on. Raises GroupProblem."""
+        """Host and port of the TCPStore that a worker serves from now on. Raises WorkerGroupError."""
         ((host, port),) = self._all(
             {slot: self._slots[slot].open_store.remote(fence)}, timeout_s, stop
         )
@@ -211,7 +213,7 @@ class WorkerGroup:
             )
         late = [slot for slot, call in calls.items() if call in waiting]
         if late:
-            raise GroupProblem(f"slots {late} did not answer within {timeout_s:g} s", late)
+            raise WorkerGroupError(f"slots {late} did not answer within {timeout_s:g} s", late)
         results = []
         dead = {}
         for slot in sorted(calls):
@@ -224,7 +226,7 @@ class WorkerGroup:
                 dead[slot] = death_of(error)
         if dead:
             slot, death = next(iter(dead.items()))
-            raise GroupProblem(f"slot {slot}: {death.words}", dead, death.kind)
+            raise WorkerGroupError(f"slot {slot}: {death.words}", dead, death.kind)
         return results
 
     # ---- the one outstanding call per rank
@@ -352,7 +354,7 @@ def kill(actor: Any) -> None:
 
 def raise_if_fenced(error: RayTaskError) -> None:
     """A worker that knows a newer driver says so through Ray's wrapper."""
-    if isinstance(error.cause, Fenced):
+    if isinstance(error.cause, FencedError):
         raise error.cause from error
 
 

@@ -20,7 +20,7 @@ from megatron_ray.checkpoint.hf.files import (
 )
 from megatron_ray.checkpoint.hf.places import Place, find_places
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.parameters import logical_parameters
 
 SCALES = "_scale_inv"
@@ -62,7 +62,7 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 class HfFolder:
     """An opened folder whose names and shapes are those of its config.json.
 
-    Raises CheckpointError for damaged files, ConfigProblem for an unknown family, for options that
+    Raises CheckpointError for damaged files, ConfigError for an unknown family, for options that
     are not supported and for tensors that contradict config.json.
     """
 
@@ -83,19 +83,19 @@ class HfFolder:
         self._check_shapes()
 
     def _find_places(self) -> dict[str, Place]:
-        """Raises ConfigProblem when a tensor is missing, or one is there that the model does not
+        """Raises ConfigError when a tensor is missing, or one is there that the model does not
         have.
         """
         found = find_places(self.family.rules(self.model), self.shapes)
         places = {name: place for name, place in found.items() if place is not None}
         if len(places) < len(found):
             unknown = [name for name, place in found.items() if place is None]
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{self.path}: {self.family.model_type} has no tensor for {_some(unknown)}"
             )
         needed = {place.name for place in places.values()}
         if missing := sorted(needed - self.tensors.keys()):
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{self.path} lacks {len(missing)} of the {len(needed)} tensors that its "
                 f"{CONFIG} asks for: {_some(missing)}"
             )
@@ -109,7 +109,7 @@ class HfFolder:
                 f"{self.path} holds {len(extra)} tensors that a {self.family.model_type} model "
                 f"of {self.model.num_layers} layers"
             )
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{text}, as its {CONFIG} describes it, does not have: {_some(extra)}"
             )
         return places
@@ -134,7 +134,7 @@ class HfFolder:
             stored = self.tensors[place.name]
             expected = place.stored_shape(self.shapes[name])
             if stored.dtype not in ELEMENT_BYTES:
-                raise ConfigProblem(
+                raise ConfigError(
                     f"{self.path}: tensor {place.name!r} has type {stored.dtype}, which is "
                     "not supported"
                 )
@@ -147,7 +147,7 @@ class HfFolder:
                     f"tensor {place.name!r} has shape {list(stored.shape)}, {list(expected)} "
                     "is expected"
                 )
-                raise ConfigProblem(f"{self.path}: {text} from {CONFIG}; look at model.{field}")
+                raise ConfigError(f"{self.path}: {text} from {CONFIG}; look at model.{field}")
             if stored.dtype == FP8:
                 self._check_scales(stored)
 
@@ -166,7 +166,7 @@ class HfFolder:
                 if scales is None
                 else f"{scales.name!r} has shape {list(scales.shape)}"
             )
-            raise ConfigProblem(f"{self.path}: {text}, and {there}")
+            raise ConfigError(f"{self.path}: {text}, and {there}")
 
 
 def _full_names(stored: StoredModel, family: Family) -> dict[str, StoredTensor]:
@@ -190,7 +190,7 @@ def _fp8_block(config: Mapping[str, object], where: str) -> tuple[int, int]:
             f"quantization_config with quant_method={method!r} and weight_block_size={block!r} "
             "is not supported"
         )
-        raise ConfigProblem(
+        raise ConfigError(
             f"{where}: {text}; known: 'fp8' with two sizes of a block. Use the unquantised model"
         )
     return int(block[0]), int(block[1])

@@ -28,10 +28,10 @@ from megatron_ray.checkpoint.hf.weights import DTYPES
 from megatron_ray.checkpoint.load import SavedCheckpoint, bytes_of
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state, saved_model
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
-from megatron_ray.storage.storage import MissingFile, open_storage
+from megatron_ray.storage.storage import MissingFileError, open_storage
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -82,7 +82,7 @@ def export_folder(
     """Writes the folder `out`; weights keep the type that the checkpoint has them in unless `dtype`
     is given.
 
-    Raises CheckpointError when the checkpoint may not be loaded or `out` is there, ConfigProblem
+    Raises CheckpointError when the checkpoint may not be loaded or `out` is there, ConfigError
     when no known family is the model.
     """
     train_state = read_train_state(checkpoint, 0)
@@ -113,7 +113,7 @@ def _outputs(
     parts: dict[str, list[tuple[str, Place]]] = {}
     for name, place in find_places(family.rules(model), shapes).items():
         if place is None:
-            raise ConfigProblem(
+            raise ConfigError(
                 f"{name!r} has no place in a {family.model_type} model, so the checkpoint "
                 "cannot be exported"
             )
@@ -232,7 +232,7 @@ def _write_tokenizer(folder: Path, checkpoint: str, train_state: Mapping[str, An
     """The checkpoint's tokenizer, and the little that transformers wants to know besides."""
     try:
         text = open_storage(checkpoint).read_bytes(TOKENIZER)
-    except MissingFile:
+    except MissingFileError:
         return False
     (folder / HF_TOKENIZER).write_bytes(text)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}

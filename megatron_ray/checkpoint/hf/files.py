@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.storage.storage import MissingFile, Storage, open_storage
+from megatron_ray.storage.storage import MissingFileError, Storage, open_storage
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -107,7 +107,7 @@ def _files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list[str]:
 def _json(storage: Storage, name: str) -> dict[str, Any]:
     try:
         found = json.loads(storage.read_bytes(name))
-    except MissingFile:
+    except MissingFileError:
         raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(

@@ -48,7 +48,7 @@ def import_folder(source: str, out: str) -> Imported:
 
     Peak memory is the largest tensor and some scratch.
 
-    Raises CheckpointError for damaged files and when `out` is there, ConfigProblem when the model
+    Raises CheckpointError for damaged files and when `out` is there, ConfigError when the model
     is not one that can be read.
     """
     weights = HfWeights(source)

@@ -6,22 +6,22 @@ Owns: values with defaults, and refusals that name the key. Pure; must not know:
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 
 
 class Options:
     """The values of a config.json.
 
-    Every method raises ConfigProblem with the key and the remedy.
+    Every method raises ConfigError with the key and the remedy.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values = values
         self.where = where
 
-    def refuse(self, text: str) -> ConfigProblem:
+    def refuse(self, text: str) -> ConfigError:
         """The error to raise."""
-        return ConfigProblem(f"{self.where}: {text}")
+        return ConfigError(f"{self.where}: {text}")
 
     def get(self, key: str, default: Any = None) -> Any:
         """A value; the default where it is missing or null."""

@@ -19,7 +19,7 @@ from megatron_ray.checkpoint.hf.files import FP8, StoredTensor
 from megatron_ray.checkpoint.hf.places import Place
 from megatron_ray.checkpoint.index import Slot
 from megatron_ray.checkpoint.load import Read, read_all
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, whole_tensor
 
@@ -36,7 +36,7 @@ _CHUNK_ELEMENTS = 4 * 1024 * 1024
 class HfWeights(HfFolder):
     """An opened folder whose tensors can be read.
 
-    Raises CheckpointError and ConfigProblem as HfFolder does.
+    Raises CheckpointError and ConfigError as HfFolder does.
     """
 
     def dtype(self, name: str) -> torch.dtype:
@@ -49,7 +49,7 @@ class HfWeights(HfFolder):
     def load_into(self, state: ShardedState) -> None:
         """Fills every `model/...` box of `state`, converting types where they differ.
 
-        Raises CheckpointError, ConfigProblem.
+        Raises CheckpointError, ConfigError.
         """
         work = defaultdict[str, list[Read]](list)
         scaled = list[Read]()
@@ -105,7 +105,7 @@ class HfWeights(HfFolder):
     def check_copies(self) -> None:
         """Reads what the model has once and the files twice.
 
-        Raises ConfigProblem where the two differ.
+        Raises ConfigError where the two differ.
         """
         for name, original in self.copies.items():
             one = self.tensors[name]
@@ -117,7 +117,7 @@ class HfWeights(HfFolder):
                     f"{self.path}: tensor {name!r} differs from {original!r}, but the model "
                     "has them once"
                 )
-                raise ConfigProblem(
+                raise ConfigError(
                     f"{text} (config.json: tie_word_embeddings, num_nextn_predict_layers)"
                 )
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
-from megatron_ray.expert_parallel.dispatch import Room
-from megatron_ray.models.attention import Positions
+from megatron_ray.expert_parallel.dispatch import Capacity
+from megatron_ray.models.attention import ForwardContext
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import make_mlp
 from megatron_ray.models.moe import router
@@ -37,7 +37,7 @@ class MoE(nn.Module):
         shared = moe.shared_expert_ffn_hidden_size
         self.shared = make_mlp(config, layers, shared) if shared is not None else None
         self.dispatcher = layers.dispatcher(moe.num_experts)
-        weights = config.attached_losses
+        weights = config.aux_losses
         self.balancing_loss, self.z_loss = (
             layers.attached_loss(kind, weights[kind], of_own_tokens=True)
             if kind in weights
@@ -45,14 +45,16 @@ class MoE(nn.Module):
             for kind in (moe.balancing_loss, "z_loss")
         )
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor | None, positions: Positions) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext
+    ) -> Tensor:
         experts, weights = self._route(self.router(x_TH), positions)
         # A generated token must not depend on what else is in its batch, so only a model that is
         # trained sends tokens away.
         most = router.capacity(self.moe, len(experts)) if self.training else None
         if most is not None:
             experts, weights = router.limit(self.moe, experts, weights, most)
-        room = Room(all_go=most is None, rows=most if self.moe.pad_to_capacity else None)
+        room = Capacity(dropless=most is None, rows=most if self.moe.pad_to_capacity else None)
         dispatched = self.dispatcher.dispatch(x_TH, experts, room)
         if self.shared is not None:
             residual_TH = self.shared(x_TH, residual_TH)
@@ -60,20 +62,20 @@ class MoE(nn.Module):
         combined = dispatched.combine(outputs, weights)
         return combined if residual_TH is None else residual_TH + combined
 
-    def _route(self, logits_TE: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        given = positions.expert_choices
+    def _route(self, logits_TE: Tensor, positions: ForwardContext) -> tuple[Tensor, Tensor]:
+        given = positions.routing_replay
         if given is not None:
             given = self.layers.own_rows(given[:, self.index])
         bias = self.expert_bias.value if self.expert_bias is not None else None
         experts, weights = router.choose(self.moe, logits_TE, bias, given)
-        if positions.on_choice is not None:
-            positions.on_choice(self.index, experts)
+        if positions.on_route is not None:
+            positions.on_route(self.index, experts)
         if torch.is_grad_enabled():
             weights = self._balanced(logits_TE, experts, weights, positions)
         return experts, weights
 
     def _balanced(
-        self, logits_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, positions: Positions
+        self, logits_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, positions: ForwardContext
     ) -> Tensor:
         """The weights with the gradients of the balancing losses attached; a bias hears who was
         chosen.
@@ -97,7 +99,7 @@ class MoE(nn.Module):
         return weights_TK
 
     def _sequences(
-        self, positions: Positions, num_tokens: int, device: torch.device
+        self, positions: ForwardContext, num_tokens: int, device: torch.device
     ) -> tuple[Tensor, int]:
         """(which sequence each of these tokens is balanced with, how many there are)."""
         if self.moe.aux_loss == "aux_loss":

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_ray.ops.attention import fused
 
 
-def wide_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S, D], in memory
     [B, S, N, D].
     """

@@ -11,7 +11,7 @@ Shapes: B batch, N query heads, G key/value heads, Q queries, K keys, D head wid
 import torch
 from torch import Tensor
 
-from megatron_ray.ops.matmul import multiplies_wide
+from megatron_ray.ops.matmul import needs_fp32_matmul
 
 
 def forward(
@@ -105,7 +105,7 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As many key/value heads as query heads."""
-    if multiplies_wide(q.device.type, q.dtype):
+    if needs_fp32_matmul(q.device.type, q.dtype):
         return _forward(
             q.float(), k.float(), v.float(), causal, bias.float() if bias is not None else None
         )
@@ -134,7 +134,7 @@ def _backward(
     causal: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if multiplies_wide(q.device.type, q.dtype):
+    if needs_fp32_matmul(q.device.type, q.dtype):
         grad, q, k, v, output = (x.float() for x in (grad, q, k, v, output))
         return _backward(
             grad, q, k, v, output, lse, causal, bias.float() if bias is not None else None

@@ -71,7 +71,7 @@ def parse_layout(text: str, num_layers: int, num_mtp_layers: int = 0) -> tuple[S
     return tuple(contents)
 
 
-def cut_layers(
+def split_into_stages(
     num_layers: int,
     num_stages: int,
     *,

@@ -10,8 +10,8 @@ from megatron_ray.pipeline_parallel.schedules.actions import Op, Order, StageMap
 from megatron_ray.pipeline_parallel.schedules.layout import (
     LayoutError,
     StageContents,
-    cut_layers,
     parse_layout,
+    split_into_stages,
 )
 from megatron_ray.pipeline_parallel.schedules.lowering import lower_one
 from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, stage_map
@@ -50,7 +50,7 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     """
     parallel = config.parallel
     num_layers = config.model.num_layers
-    further = config.model.further_layers
+    further = config.model.num_mtp_layers
     schedule: ScheduleName = (
         parallel.schedule
         if parallel.schedule != "auto"
@@ -75,7 +75,7 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     if parallel.layout is None:
         first = parallel.first_stage_layers
         last = parallel.last_stage_layers
-        contents = cut_layers(
+        contents = split_into_stages(
             num_layers, stages.num_stages, first=first, last=last, num_mtp_layers=further
         )
     else:

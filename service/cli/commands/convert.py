@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.cli.library import as_arguments, checkpoint_path, run_library
 from service.cli.output import AsJson, console, print_json, size
 
@@ -77,7 +77,9 @@ def export(
 ) -> None:
     """Make a folder of safetensors that transformers loads."""
     if dtype not in (None, "bf16", "fp32"):
-        raise Failure(f"--dtype {dtype!r} is not known", remedy="use bf16 or fp32", exit_code=2)
+        raise CommandError(
+            f"--dtype {dtype!r} is not known", remedy="use bf16 or fp32", exit_code=2
+        )
     options = {"--dtype": dtype, "--max-shard-bytes": _bytes(max_shard_size)}
     path = checkpoint_path(checkpoint, url, token, data_dir)
     answer = run_library(_MODULE, ["export", path, str(out), *as_arguments(options)], "path")
@@ -89,7 +91,7 @@ def _bytes(text: str) -> int:
     unit = _UNITS.get(match[2].upper()) if match else None
     amount = int(float(match[1]) * unit) if match and unit else 0
     if amount < 1:
-        raise Failure(
+        raise CommandError(
             f"--max-shard-size {text!r} is not a size",
             remedy="use a number and a unit, such as 500MB or 5GB",
             exit_code=2,

@@ -7,7 +7,7 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 from workers.protocol.job import JobSpec
@@ -42,14 +42,14 @@ def prepare(
     job = validated(read_spec(spec, overrides))
     folder = str(cache.expanduser().absolute()) if cache is not None else job.data.cache
     if folder is None:
-        raise Failure(
+        raise CommandError(
             "no folder to write to",
             remedy="name one with --cache, or --set data.cache=...",
             exit_code=2,
         )
     # Imported here because pyarrow and tokenizers take most of a second that no other command
     # needs.
-    from megatron_ray.data.prepare import DataProblem
+    from megatron_ray.data.prepare import UnusableDataError
     from megatron_ray.data.prepare import prepare as prepare_corpora
 
     out = console()
@@ -62,7 +62,7 @@ def prepare(
             if as_json
             else (lambda text: out.print(f"[dim]{escape(text)}[/dim]")),
         )
-    except DataProblem as error:
+    except UnusableDataError as error:
         raise problems_failure(
             "the data cannot be used",
             [(problem.pointer, problem.detail) for problem in error.problems],
@@ -90,14 +90,14 @@ def validated(values: dict[str, Any]) -> JobSpec:
         raise problems_failure("the job spec is wrong", found) from error
 
 
-def problems_failure(title: str, found: list[tuple[str, str]]) -> Failure:
+def problems_failure(title: str, found: list[tuple[str, str]]) -> CommandError:
     """A failure with a line per field."""
     body = {
         "title": title,
         "detail": title,
         "errors": [{"pointer": pointer, "detail": detail} for pointer, detail in found],
     }
-    return Failure(
+    return CommandError(
         "\n".join([title, *(f"  {pointer}: {detail}" for pointer, detail in found)]),
         exit_code=2,
         body=body,

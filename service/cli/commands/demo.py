@@ -18,7 +18,7 @@ from service.cli.commands.generate import run_generation
 from service.cli.commands.stack import INTERRUPTED, Cpus, with_stack
 from service.cli.commands.watch import watch_job
 from service.cli.connection import DataDir
-from service.cli.failure import Failure, from_service
+from service.cli.failure import CommandError, from_service
 from service.cli.output import number, size
 from service.cli.spec_file import Overrides, read_spec
 from service.client import Client, ServiceError
@@ -66,7 +66,7 @@ def demo(
     finally:
         screen.show_cursor()  # a progress bar cut short has hidden it
     if not story.succeeded:
-        raise Failure("interrupted; nothing is left running", exit_code=INTERRUPTED)
+        raise CommandError("interrupted; nothing is left running", exit_code=INTERRUPTED)
     words = (
         f"Everything is kept in {options.data_dir}; `megatron-ray up --data-dir {folder}` "
         "serves it again."
@@ -83,7 +83,7 @@ class DemoStory:
     spec: dict[str, Any]
     screen: Console
     succeeded: bool = False
-    failure: Failure | None = None
+    failure: CommandError | None = None
     _thread: threading.Thread | None = field(default=None, repr=False)
 
     def begin(self, record: StackRecord) -> None:
@@ -100,7 +100,7 @@ class DemoStory:
             with Client(record.url, record.token) as client:
                 self._tell(client, record)
             self.succeeded = True
-        except Failure as failure:
+        except CommandError as failure:
             self.failure = failure
         except ServiceError as error:
             self.failure = from_service(error)
@@ -116,11 +116,11 @@ class DemoStory:
         progress = job.get("progress") or {}
         checkpoint = job.get("last_checkpoint")
         if not checkpoint:
-            raise Failure(f"{job['id']} succeeded without a committed checkpoint")
+            raise CommandError(f"{job['id']} succeeded without a committed checkpoint")
         loss = progress.get("val_loss")
         baseline = progress.get("unigram_nats")
         if loss is None or baseline is None:
-            raise Failure(
+            raise CommandError(
                 f"{job['id']} reported no validation loss or no unigram baseline",
                 remedy="validation needs data.validation_fraction > 0",
             )
@@ -132,7 +132,7 @@ class DemoStory:
         for line in closing_lines(job, record, stored, text):
             self.screen.print(line, soft_wrap=True)
         if baseline - loss < MIN_GAIN_NATS:
-            raise Failure(
+            raise CommandError(
                 f"the model beats the unigram baseline by {baseline - loss:.2f} nat/token "
                 f"only, expected at least {MIN_GAIN_NATS}"
             )
@@ -191,7 +191,7 @@ def _tell(
     if story.failure is not None:
         raise story.failure
     if not story.is_over() and not interruption.asked:
-        raise Failure(f"the demo was not over after {_TIMEOUT_S:.0f} s")
+        raise CommandError(f"the demo was not over after {_TIMEOUT_S:.0f} s")
     if story.succeeded and keep:
         story.screen.print("Up until Ctrl-C.")
         stack.supervise()

@@ -16,7 +16,7 @@ from service.cli.commands.jobs import JobId
 from service.cli.commands.show import EVENT_COLUMNS, event_style, show, step_of
 from service.cli.commands.watch import TERMINAL, watch_job
 from service.cli.connection import DataDir, Token, Url, connect
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.cli.output import (
     AsJson,
     Column,
@@ -268,7 +268,7 @@ def _print_log(
     while not reader.read(as_json) and follow:
         time.sleep(_LOG_POLL_S)
     if not reader.wrote:
-        raise Failure(
+        raise CommandError(
             f"rank {rank} of {job_id} has written no log yet",
             remedy=f"`megatron-ray show {job_id}` says where the job is",
         )

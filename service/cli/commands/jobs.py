@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from service.cli.commands.watch import TERMINAL, watch_job
 from service.cli.connection import DataDir, Token, Url, connect
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json, styled_status
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 from service.client import Client
@@ -86,9 +86,9 @@ def cancel(
     elif status not in TERMINAL or status == "cancelled":
         console().print(f"{escape(job_id)} {styled_status(status)}")
     if status in ("succeeded", "failed"):
-        raise Failure(f"{job_id} had {status} before it could be cancelled", body=job)
+        raise CommandError(f"{job_id} had {status} before it could be cancelled", body=job)
     if wait and status != "cancelled":
-        raise Failure(
+        raise CommandError(
             f"{job_id} is still {status} after {timeout_s:.0f} s",
             remedy=f"`megatron-ray events {job_id}` says why",
             body=job,

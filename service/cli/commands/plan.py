@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url, connect
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, number, print_json, print_table, size
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 
@@ -52,7 +52,7 @@ def plan(
     """Say how a job would run, and start nothing. Exit code 0 only when it would fit."""
     values = read_spec(spec, overrides)
     if ranks is not None and not suggest:
-        raise Failure("--ranks goes with --suggest; a plan has the ranks of its degrees")
+        raise CommandError("--ranks goes with --suggest; a plan has the ranks of its degrees")
     with connect(url, token, data_dir) as client:
         answer = (
             client.suggest(values, hardware=hardware, ranks=ranks)
@@ -66,13 +66,13 @@ def plan(
     else:
         _print_plan(answer)
     if suggest and not answer.get("data"):
-        raise Failure("no layout can be suggested", body=answer if as_json else None)
+        raise CommandError("no layout can be suggested", body=answer if as_json else None)
     if answer.get("problems") or answer.get("fits") is False:
         lines = [
             f"{problem.get('pointer') or '/'}: {problem.get('detail')}"
             for problem in answer.get("problems") or ()
         ]
-        raise Failure(
+        raise CommandError(
             "\n  ".join(["the job would not run as it is", *lines]),
             body=answer if as_json else None,
         )

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from service.cli.connection import DataDir, local_stack, resolve_data_dir
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
-from service.local_stack.interruption import Interruption, StackError, StartInterrupted
+from service.local_stack.interruption import Interruption, StackError, StartInterruptedError
 from service.local_stack.record import RecordUnreadableError, StackRecord
 from service.local_stack.sessions import GatedProcess, is_running, send_signal
 from service.local_stack.stack import LocalStack, StackOptions
@@ -78,21 +78,21 @@ def with_stack(
         screen.print(escape(text))
 
     stack = LocalStack(options, say=say, interruption=interruption)
-    failure: Failure | None = None
+    failure: CommandError | None = None
     try:
         with screen.status("starting") as status:
             stack.progress = lambda text: status.update(escape(text))
             record = stack.start()
         body(stack, record)
-    except StartInterrupted:
-        failure = Failure(
+    except StartInterruptedError:
+        failure = CommandError(
             "interrupted while starting; nothing is left running", exit_code=INTERRUPTED
         )
     except StackError as error:
         text = f"{error}\n{error.log_tail}" if error.log_tail else str(error)
-        failure = Failure(text)
+        failure = CommandError(text)
     except RecordUnreadableError as error:
-        failure = Failure(str(error))
+        failure = CommandError(str(error))
     finally:
         report = end_with_words(stack, screen)
     if failure is not None:
@@ -108,7 +108,7 @@ def end_with_words(stack: LocalStack, screen: Console) -> TeardownReport:
     try:
         report = stack.end()
     except TimeoutError as error:
-        raise Failure(str(error), remedy="`megatron-ray down` tries again") from error
+        raise CommandError(str(error), remedy="`megatron-ray down` tries again") from error
     if report.was_up:
         screen.print(escape(describe(report)))
     return report
@@ -141,9 +141,9 @@ def down(
     try:
         report = end_stack(folder, lambda text: screen.print(escape(text)), job_grace_s)
     except RecordUnreadableError as error:
-        raise Failure(str(error)) from error
+        raise CommandError(str(error)) from error
     except TimeoutError as error:
-        raise Failure(str(error), remedy="run `megatron-ray down` again") from error
+        raise CommandError(str(error), remedy="run `megatron-ray down` again") from error
     if as_json:
         print_json(
             {
@@ -222,7 +222,7 @@ def _up_detached(
         before = log.stat().st_size if log.exists() else 0
         child = GatedProcess(command, log=log)
     except OSError as error:
-        raise Failure(
+        raise CommandError(
             f"cannot write to the data dir {folder}: {error.strerror}",
             remedy="name another with --data-dir",
         ) from error
@@ -233,7 +233,7 @@ def _up_detached(
             with log.open("rb") as file:
                 file.seek(before)
                 said = file.read().decode(errors="replace").strip().removeprefix("error: ")
-            raise Failure(
+            raise CommandError(
                 said or "`up` ended while starting", exit_code=child.process.returncode or 1
             )
         if interruption.asked:
@@ -241,7 +241,7 @@ def _up_detached(
             while is_running(leader.sid, leader.start_ticks):
                 time.sleep(0.1)
                 child.process.poll()
-            raise Failure(
+            raise CommandError(
                 "interrupted while starting; nothing is left running", exit_code=INTERRUPTED
             )
         record = local_stack(folder)

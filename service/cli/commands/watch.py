@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.cli.output import (
     duration,
     nested,
@@ -145,7 +145,7 @@ def watch_job(
             f"`megatron-ray watch {job_id}` comes back to it, `megatron-ray cancel {job_id}` "
             "ends it"
         )
-        raise Failure(
+        raise CommandError(
             f"no longer watching; {job_id} goes on", remedy=remedy, exit_code=130
         ) from None
     job = client.show(job_id)
@@ -154,7 +154,7 @@ def watch_job(
     return job
 
 
-def ended_badly(job: Mapping[str, Any]) -> Failure:
+def ended_badly(job: Mapping[str, Any]) -> CommandError:
     """The failure of a job that did not succeed, in the job's own words."""
     problem = job.get("problem") or {}
     lines = [
@@ -174,7 +174,7 @@ def ended_badly(job: Mapping[str, Any]) -> Failure:
         if job["status"] == "failed"
         else ""
     )
-    return Failure(
+    return CommandError(
         f"{job['id']} {job['status']}: " + "\n".join(lines), remedy=remedy, body=dict(job)
     )
 

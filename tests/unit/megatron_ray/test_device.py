@@ -17,7 +17,7 @@ import resource, sys, threading, torch
 from megatron_ray.distributed import device
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
-    assert device.KeptMemory().keeps
+    assert device.MallocTuning().keeps
 def churn():
     for _ in range(10):
         torch.ones(12_000_000)
@@ -56,7 +56,7 @@ HOLES = """
 import torch
 from megatron_ray.distributed import device
 torch.set_num_threads(1)
-memory = device.KeptMemory()
+memory = device.MallocTuning()
 def resident():
     return device._resident_bytes() >> 20
 for _ in range(4):

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.mlp import GEGLU_TANH, SWIGLU, GatedActivation
 from megatron_ray.models.rope import ROTATION, rotary_angles
-from megatron_ray.ops.differentiable_op import Kernel
+from megatron_ray.ops.differentiable_op import DifferentiableOp
 from megatron_ray.parallelize import compile
 from megatron_ray.parallelize.parallelize import build_model
-from megatron_ray.tensor_parallel.cross_entropy import Exponentials, exponentials_
+from megatron_ray.tensor_parallel.cross_entropy import SoftmaxStats, softmax_shares_
 from megatron_ray.tensor_parallel.norm import RMS_NORM
 
 # A kernel rounds some intermediate result where a formula does not.
@@ -32,7 +32,7 @@ def draw(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def rms_norm(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+def rms_norm(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
     x = draw(dtype, TOKENS, 48)
     weight = draw(dtype, 48, seed=1)
     grad = draw(dtype, TOKENS, 48, seed=2)
@@ -40,12 +40,12 @@ def rms_norm(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
     return [output, rstd, *kernel.backward(grad, x, weight, rstd)]
 
 
-def gated(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+def gated(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
     gate_up = draw(dtype, TOKENS, 96)
     return [kernel.forward(gate_up), kernel.backward(draw(dtype, TOKENS, 48, seed=1), gate_up)]
 
 
-def rotation(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
+def rotation(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
     cos, sin = rotary_angles(torch.arange(SEQUENCE)[None], WIDTH, 10_000.0, dtype)
     qkv = draw(dtype, BATCH, SEQUENCE, (HEADS + 2 * GROUPS) * WIDTH)
     found = kernel.forward(qkv, cos, sin, HEADS, GROUPS, WIDTH)
@@ -58,12 +58,12 @@ def rotation(kernel: Kernel, dtype: torch.dtype) -> list[Tensor]:
 
 
 def loss(
-    exponentials_: Callable[[Tensor, Tensor], Exponentials], dtype: torch.dtype
+    softmax_shares_: Callable[[Tensor, Tensor], SoftmaxStats], dtype: torch.dtype
 ) -> list[Tensor]:
     """Shares times their unit are the same however they are scaled."""
     logits = 3 * draw(dtype, TOKENS, 100)
     local = torch.arange(TOKENS) * 2
-    found = exponentials_(logits, local)
+    found = softmax_shares_(logits, local)
     return [
         found.largest,
         found.total,
@@ -77,7 +77,7 @@ CASES: dict[str, tuple[Callable[[Any, torch.dtype], list[Tensor]], Any]] = {
     "swiglu": (gated, SWIGLU),
     "geglu_tanh": (gated, GEGLU_TANH),
     "rotation": (rotation, ROTATION),
-    "exponentials_": (loss, exponentials_),
+    "softmax_shares_": (loss, softmax_shares_),
 }
 
 
@@ -99,7 +99,7 @@ def test_a_formula_is_its_kernel(case: str, dtype: torch.dtype) -> None:
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.parity)]
 )
 def test_what_the_compiler_makes_of_a_formula_is_the_formula(dtype: torch.dtype) -> None:
-    fusions = compile.compiled_fusions()
+    fusions = compile.compiled_ops()
     for case, (run, _) in CASES.items():
         close(
             run(getattr(fusions, case), dtype),
@@ -132,11 +132,11 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced(
         }
     )
     model = build_model(config.model, ParallelMesh.single(), config.parallel, dtype=torch.float32)
-    mark = Kernel(lambda: None, lambda: None)
-    compile.apply_fusions(model, compile.Fusions(*(mark for _ in compile.Fusions._fields)))
+    mark = DifferentiableOp(lambda: None, lambda: None)
+    compile.apply_compile(model, compile.CompiledOps(*(mark for _ in compile.CompiledOps._fields)))
 
     def of(module: nn.Module) -> object:
-        names = ("rotation", "kernel", "exponentials_")
+        names = ("rotation", "kernel", "softmax_shares_")
         return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
     replaced = [name for name, module in model.named_modules() if of(module) is mark]
@@ -162,7 +162,7 @@ def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(builder, "get_cpp_compiler", none)
     with pytest.raises(
-        ConfigProblem,
+        ConfigError,
         match=r"/training/compile: blocks needs a C\+\+ compiler .* or set compile to none",
     ):
-        compile.compiled_fusions()
+        compile.compiled_ops()

@@ -6,7 +6,7 @@ import torch
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models import initialization
-from megatron_ray.models.initialization import draw_box, draw_local
+from megatron_ray.models.initialization import draw_box, init_local
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.parameters import Init, LogicalParameter, local_parameters
@@ -42,7 +42,7 @@ def test_seed_and_name_matter_and_the_spread_is_right() -> None:
 def test_padding_rows_are_zero() -> None:
     model = ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 130})
     embedding = local_parameters(model, ParallelDims(tp=2), 1)[0]
-    value = draw_local(embedding, seed=1)
+    value = init_local(embedding, seed=1)
     assert (
         value.shape == (128, 128)
         and bool(value[2:].eq(0).all())
@@ -54,7 +54,7 @@ def test_rows_that_write_to_the_residual_start_smaller() -> None:
     model = ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 256})
     table = {parameter.name: parameter for parameter in local_parameters(model, ParallelDims(), 0)}
     spread = {
-        name: float(draw_local(table[name], 1).std())
+        name: float(init_local(table[name], 1).std())
         for name in ("layers.0.mlp.gate_up.weight", "layers.0.mlp.down.weight")
     }
     assert abs(spread["layers.0.mlp.gate_up.weight"] / 0.02 - 1) < 0.05

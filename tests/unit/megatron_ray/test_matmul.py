@@ -31,7 +31,7 @@ def operands() -> list[Tensor]:
 def test_a_product_in_fp32_is_the_exact_one_rounded(
     product: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "multiplies_wide", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16)
     ours, plain = PRODUCTS[product]
     found = ours(*operands())
     exact = plain(*(tensor.double() for tensor in operands()))
@@ -45,7 +45,7 @@ def test_a_product_in_fp32_is_the_exact_one_rounded(
 def test_weight_gradients_are_added_up_in_fp32_unrounded(
     fresh: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "multiplies_wide", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16)
     x, _, g = operands()
     main = torch.full((56, 24), 3.0)
     matmul.accumulate_weight_grad(main, g, x, fresh=fresh)
@@ -54,9 +54,9 @@ def test_weight_gradients_are_added_up_in_fp32_unrounded(
 
 
 def test_only_bf16_on_cpu_is_widened() -> None:
-    assert not matmul.multiplies_wide("cpu", torch.float32)
-    assert not matmul.multiplies_wide("cuda", torch.bfloat16)
+    assert not matmul.needs_fp32_matmul("cpu", torch.float32)
+    assert not matmul.needs_fp32_matmul("cuda", torch.bfloat16)
     assert (
-        matmul.multiplies_wide("cpu", torch.bfloat16)
+        matmul.needs_fp32_matmul("cpu", torch.bfloat16)
         is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

@@ -62,8 +62,8 @@ def test_boxes_cover_each_logical_tensor_once_per_replica(shape: str, tp: int) -
 @pytest.mark.parametrize("shape", SHAPES)
 def test_stages_hold_each_layer_once_and_an_embedding_that_the_last_needs_twice(shape: str) -> None:
     model = ModelConfig.model_validate(SHAPES[shape])
-    layout = "E|" + "t|" * model.num_layers + "m" * model.further_layers + "L"
-    stages = parse_layout(layout, model.num_layers, model.further_layers)
+    layout = "E|" + "t|" * model.num_layers + "m" * model.num_mtp_layers + "L"
+    stages = parse_layout(layout, model.num_layers, model.num_mtp_layers)
     dims = ParallelDims(pp=len(stages))
     held = [
         local
@@ -71,17 +71,17 @@ def test_stages_hold_each_layer_once_and_an_embedding_that_the_last_needs_twice(
         for local in local_parameters(model, dims, rank, held=[stage])
     ]
     names = [part.logical.name for local in held for part in local.parts]
-    further = model.further_layers > 0
-    needed = model.tie_embeddings or model.further_layers > 0
+    further = model.num_mtp_layers > 0
+    needed = model.tie_embeddings or model.num_mtp_layers > 0
     expected = [parameter.name for parameter in logical_parameters(model)] + (
         ["embedding.weight"] if needed else []
     )
     assert sorted(names) == sorted(expected)
-    twice = [local.name for local in held if local.on_two_stages]
+    twice = [local.name for local in held if local.is_shared_embedding]
     assert twice == (
         ["embedding.weight", "embedding.weight" if further else "head.weight"] if needed else []
     )
-    assert [local.name for local in held if not local.counted] == twice[1:]
+    assert [local.name for local in held if not local.owns_norm] == twice[1:]
 
 
 MIXTURE = SHAPES["llama"] | {

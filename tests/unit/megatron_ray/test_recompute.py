@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.block import Block
 from megatron_ray.models.mlp import GatedActivation
 from megatron_ray.optimizer.finalize_grads import finalize_grads
@@ -191,7 +191,7 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
     monkeypatch.setattr(layers, "forward_product_plus", last_product)
     for kind, name in (
         (Block, "layer"),
-        (WholeAttention, "core"),
+        (LocalAttention, "core"),
         (RMSNorm, "norm"),
         (GatedActivation, "activation"),
     ):
@@ -211,7 +211,7 @@ def test_choices_are_heard_and_other_losses_counted_once() -> None:
         mesh = ParallelMesh.single()
         heard = list[tuple[int, Tensor]]()
         model, optimizer = build(config, mesh)
-        model.module.on_choice = lambda layer, experts, heard=heard: heard.append((layer, experts))  # type: ignore[misc]
+        model.module.on_route = lambda layer, experts, heard=heard: heard.append((layer, experts))  # type: ignore[misc]
         batches = StepLoader(
             RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)
         ).step(0)

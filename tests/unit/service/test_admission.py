@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.jobs.admission import Decision, Held, Waiting, decide
-from service.jobs.capacity import Need, Room
+from service.jobs.capacity import ClusterCapacity, ResourceRequest
 from workers.protocol.states import StatusReason
 from workers.protocol.wire import NodeInfo
 
@@ -15,20 +15,22 @@ def node(name: str, cpus: float = 8, gpus: float = 0, **more: object) -> NodeInf
     )
 
 
-def cpu(ranks: int, island: int = 1, cpus: float = 1.0) -> Need:
-    return Need(ranks, island, cpus, gpu=False)
+def cpu(ranks: int, island: int = 1, cpus: float = 1.0) -> ResourceRequest:
+    return ResourceRequest(ranks, island, cpus, gpu=False)
 
 
-def gpu(ranks: int, island: int = 1, cpus: float = 1.0) -> Need:
-    return Need(ranks, island, cpus, gpu=True)
+def gpu(ranks: int, island: int = 1, cpus: float = 1.0) -> ResourceRequest:
+    return ResourceRequest(ranks, island, cpus, gpu=True)
 
 
 def test_room_counts_whole_islands_per_node() -> None:
-    assert Room([node("a", 3), node("b", 3)]).ranks(cpu(1, island=2)) == 4
-    assert Room([node("a", 3), node("b", 3)]).ranks(cpu(1, island=4)) == 0
-    assert Room([node("a", 0.3)]).ranks(cpu(1, cpus=0.1)) == 3, "rounding does not eat a rank"
-    assert Room([node("a", 8, 4), node("b", 8)]).ranks(gpu(1)) == 4
-    assert Room([node("a", 2, 4)]).ranks(gpu(1)) == 2, "a GPU rank needs its CPUs too"
+    assert ClusterCapacity([node("a", 3), node("b", 3)]).ranks(cpu(1, island=2)) == 4
+    assert ClusterCapacity([node("a", 3), node("b", 3)]).ranks(cpu(1, island=4)) == 0
+    assert ClusterCapacity([node("a", 0.3)]).ranks(cpu(1, cpus=0.1)) == 3, (
+        "rounding does not eat a rank"
+    )
+    assert ClusterCapacity([node("a", 8, 4), node("b", 8)]).ranks(gpu(1)) == 4
+    assert ClusterCapacity([node("a", 2, 4)]).ranks(gpu(1)) == 2, "a GPU rank needs its CPUs too"
 
 
 def test_dead_and_blind_nodes_do_not_count() -> None:
@@ -38,20 +40,20 @@ def test_dead_and_blind_nodes_do_not_count() -> None:
         node("c", storage_ok=True),
         node("d", storage_ok=None),
     ]
-    assert Room(nodes).ranks(cpu(1)) == 16
-    assert not Room(nodes[:2]).known
+    assert ClusterCapacity(nodes).ranks(cpu(1)) == 16
+    assert not ClusterCapacity(nodes[:2]).known
 
 
 def test_big_gaps_stay_big() -> None:
-    room = Room([node("a", 8), node("b", 3)])
+    room = ClusterCapacity([node("a", 8), node("b", 3)])
     assert room.take(cpu(3)) and room.ranks(cpu(1, island=8)) == 8
 
 
 def test_holding_more_than_is_reported_leaves_nothing() -> None:
-    room = Room([node("a", 4)])
+    room = ClusterCapacity([node("a", 4)])
     room.hold(cpu(9), {})
     assert room.ranks(cpu(1)) == 0
-    room = Room([node("a", 4), node("b", 4)])
+    room = ClusterCapacity([node("a", 4), node("b", 4)])
     room.hold(cpu(4), {"a": 4})
     assert room.ranks(cpu(1, island=4)) == 4
 
@@ -102,7 +104,7 @@ def test_a_wait_for_gpus_does_not_hold_back_cpu_jobs() -> None:
 
 
 needs = st.builds(
-    Need,
+    ResourceRequest,
     ranks=st.integers(1, 8),
     island=st.just(1),
     cpus_per_rank=st.sampled_from([0.5, 1.0, 2.0]),
@@ -115,7 +117,7 @@ nodes_strategy = st.lists(
 
 @given(st.lists(st.tuples(needs, st.integers(-2, 2)), max_size=8), nodes_strategy)
 def test_what_is_admitted_fits_and_nobody_is_overtaken(
-    jobs: list[tuple[Need, int]], nodes: list[NodeInfo]
+    jobs: list[tuple[ResourceRequest, int]], nodes: list[NodeInfo]
 ) -> None:
     waiting = [Waiting(f"j{i}", priority, i, need) for i, (need, priority) in enumerate(jobs)]
     decisions = decide(waiting, [], nodes)

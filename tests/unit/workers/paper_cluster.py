@@ -11,8 +11,8 @@ from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.policies import FailureKind
-from workers.decisions.slot_assignment import Recruit
-from workers.driver.outbox import RecordBook
+from workers.decisions.slot_assignment import WorkerToStart
+from workers.driver.outbox import RecordLog
 from workers.protocol.states import DesiredState, JobState, may_follow
 from workers.protocol.wire import DesiredJob, Record
 from workers.rank.messages import Fence, NextReply, Poll, RankState, StartOrder
@@ -92,7 +92,7 @@ class PaperOutbox:
     def __init__(
         self,
         service: PaperService,
-        book: RecordBook,
+        book: RecordLog,
         said: Iterable[Record],
         recalled: Mapping[str, Sequence[Line]],
     ) -> None:
@@ -167,7 +167,7 @@ class PaperCluster:
         self.version = "1"
         self.saves_on_stop = True
 
-    def recruit(self, recruit: Recruit) -> _Worker:
+    def recruit(self, recruit: WorkerToStart) -> _Worker:
         """A new process, of the code that is installed now."""
         self.pids += 1
         return _Worker(recruit.slot, self.pids, recruit.standby, self.version)
@@ -230,7 +230,9 @@ class PaperGroup:
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
         return {bundle.index: "node" for bundle in plan.bundles}
 
-    def create(self, plan: PlacementPlan, recruits: Iterable[Recruit], num_threads: int) -> None:
+    def create(
+        self, plan: PlacementPlan, recruits: Iterable[WorkerToStart], num_threads: int
+    ) -> None:
         for recruit in recruits:
             self._mortality.act()
             self._cluster.workers.setdefault(recruit.slot, self._cluster.recruit(recruit))

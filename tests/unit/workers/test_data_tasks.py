@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ray.data.prepare import DataProblem
+from megatron_ray.data.prepare import UnusableDataError
 from workers.data_tasks import check_task, prepare_data
 from workers.protocol.job import JobSpec
 
@@ -76,7 +76,7 @@ def test_weights_of_another_model_are_found_before_the_data_are_prepared(
     (problem,) = check_task(spec, spec["storage"]["path"])
     assert (problem["pointer"], problem["code"]) == ("/model/ffn_hidden_size", "start_from_model")
     with pytest.raises(
-        DataProblem,
+        UnusableDataError,
         match="ffn_hidden_size=32 contradicts the weights of checkpoint.start_from, which were "
         "made with 16",
     ):
@@ -89,7 +89,7 @@ def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
 ) -> None:
     write_folder(tmp_path / "hf", vocab_size=100)
     with pytest.raises(
-        DataProblem, match="model.vocab_size=100 is smaller than the tokenizer's 257"
+        UnusableDataError, match="model.vocab_size=100 is smaller than the tokenizer's 257"
     ):
         prepare_data(JobSpec.from_mapping(spec))
     (tmp_path / "hf" / "model.safetensors").unlink()

@@ -21,7 +21,7 @@ from tests.unit.workers.paper_cluster import (
 )
 from workers.driver import attempts, context, lifecycle, spares, supervision
 from workers.driver.journal import DeadRank, Journal
-from workers.driver.lifecycle import JobLife
+from workers.driver.lifecycle import JobLifecycle
 from workers.protocol.states import DesiredState, JobState
 from workers.protocol.wire import NodeInfo
 
@@ -48,10 +48,10 @@ class PaperLeftovers:
     def __init__(self, heard: set[tuple[int, int]]) -> None:
         self._heard = heard
 
-    def salvage(self, dead: Iterable[DeadRank]) -> None:
+    def collect(self, dead: Iterable[DeadRank]) -> None:
         self._heard |= {(rank.attempt, rank.place.rank) for rank in dead}
 
-    finish = salvage
+    finish = collect
 
 
 class AtOnce:
@@ -114,7 +114,7 @@ class Paper:
                 ),
             )
             patch.setattr(lifecycle, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
-            patch.setattr(lifecycle, "Leftovers", lambda *_: PaperLeftovers(self.heard))
+            patch.setattr(lifecycle, "DeadRankFiles", lambda *_: PaperLeftovers(self.heard))
             patch.setattr(lifecycle, "read_nodes", lambda: (node,))
             patch.setattr(lifecycle.tasks, "anywhere", lambda *_: None)
             patch.setattr(lifecycle.tasks, "is_done", lambda _: True)
@@ -124,7 +124,7 @@ class Paper:
             for user in (attempts, lifecycle):
                 patch.setattr(user, "code_version", lambda: self.cluster.version)
             patch.setattr(attempts, "TrainingGauges", lambda _: SimpleNamespace(show=_nothing))
-            JobLife("job-p", str(self.folder), "paper", object).run()
+            JobLifecycle("job-p", str(self.folder), "paper", object).run()
 
     def to_the_end(self, die_at: int) -> bool:
         """Whether the first driver lived to see it; those after it are immortal."""
@@ -210,14 +210,14 @@ def test_a_job_with_a_failure_in_it(
         assert any(record.data["data"]["retry"] for record in service.events("policy.decision")), (
             where
         )
-        stepped_in = [
+        promoted = [
             rank
             for record in service.events("ranks.started")
-            for rank in record.data["data"]["stepped_in"]
+            for rank in record.data["data"]["promoted"]
         ]
-        assert stepped_in in ([[], [1]] if stand_by else [[]]), where
+        assert promoted in ([[], [1]] if stand_by else [[]]), where
         count = die_at
-    assert stepped_in == ([1] if stand_by else []), "of the driver that nothing happened to"
+    assert promoted == ([1] if stand_by else []), "of the driver that nothing happened to"
     assert count > 60, "there are that many acts to die at"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from workers.data_tasks import check_task
 from workers.driver.context import JobContext
-from workers.driver.journal import ForeignJournal, Journal, JournalEntry, JournalProblem, Phase
+from workers.driver.journal import ForeignJournalError, Journal, JournalEntry, JournalError, Phase
 
 
 def test_the_highest_attempt_is_the_latest(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_what_is_no_entry_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "attempts").mkdir()
     (tmp_path / "attempts" / "0003.json").write_text(text)
     with pytest.raises(
-        JournalProblem, match=r"attempts/0003.json is not a journal entry of format 1"
+        JournalError, match=r"attempts/0003.json is not a journal entry of format 1"
     ):
         Journal(str(tmp_path)).latest()
 
@@ -43,7 +43,7 @@ def test_what_is_no_entry_is_named(tmp_path: Path, text: str) -> None:
 def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     Journal(str(tmp_path)).write(JournalEntry(job_id="job-old", epoch=3))
     with pytest.raises(
-        ForeignJournal,
+        ForeignJournalError,
         match=r"belongs to job-old; give this job a storage.path of its own, or leave it out",
     ):
         JobContext("job-new", str(tmp_path))

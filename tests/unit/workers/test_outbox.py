@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.integration.fake_service import FakeService
-from workers.driver.outbox import Outbox, RecordBook
+from workers.driver.outbox import Outbox, RecordLog
 from workers.protocol.wire import DesiredJob, RecordBatch
 from workers.rank.spool import Line
-from workers.service_client import Replaced, ServiceAway, ServiceLink, ServiceRefused
+from workers.service_client import (
+    ReplacedError,
+    ServiceClient,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+)
 
 JOB = "job-a"
 
@@ -27,7 +32,7 @@ def service() -> Iterator[FakeService]:
 
 
 def open_outbox(folder: Path, epoch: int, recalled: Sequence[Line] = ()) -> Outbox:
-    book = RecordBook(str(folder))
+    book = RecordLog(str(folder))
     return Outbox(JOB, book, book.load(), epoch, {"a1/r0": recalled} if recalled else None)
 
 
@@ -148,16 +153,16 @@ def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) 
 
 def test_failures_of_the_link_have_classes(service: FakeService) -> None:
     with (
-        ServiceLink(service.url, "wrong") as link,
-        pytest.raises(ServiceRefused, match="refused .401 unauthorized.: wrong token"),
+        ServiceClient(service.url, "wrong") as link,
+        pytest.raises(ServiceRefusedError, match="refused .401 unauthorized.: wrong token"),
     ):
         link.hello()
-    with ServiceLink(service.url, f"token-{JOB}") as link:
+    with ServiceClient(service.url, f"token-{JOB}") as link:
         assert link.cursor(JOB, 3).stored == {}
-        with pytest.raises(Replaced, match="epoch 2 is over"):
+        with pytest.raises(ReplacedError, match="epoch 2 is over"):
             link.records(RecordBatch(job_id=JOB, epoch=2, source="driver"))
     with (
-        ServiceLink("http://127.0.0.1:1", "x") as link,
-        pytest.raises(ServiceAway, match=r"GET http://127.0.0.1:1/.*Connect"),
+        ServiceClient("http://127.0.0.1:1", "x") as link,
+        pytest.raises(ServiceUnavailableError, match=r"GET http://127.0.0.1:1/.*Connect"),
     ):
         link.hello()

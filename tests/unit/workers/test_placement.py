@@ -6,7 +6,7 @@ import time
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.placement import PlacementProblem, SlotFacts, assign_ranks, plan_placement
+from workers.decisions.placement import PlacementError, SlotFacts, assign_ranks, plan_placement
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
@@ -106,19 +106,17 @@ def test_domains_come_first() -> None:
 
 
 def test_an_island_on_two_nodes_is_refused() -> None:
-    with pytest.raises(
-        PlacementProblem, match=r"bundle 0 lies on several nodes: 10.0.0.1, 10.0.0.2"
-    ):
+    with pytest.raises(PlacementError, match=r"bundle 0 lies on several nodes: 10.0.0.1, 10.0.0.2"):
         assign_ranks([facts(0, 0, "1"), facts(1, 0, "2")], ParallelDims(tp=2))
 
 
 def test_a_wrong_number_of_workers_is_refused() -> None:
-    with pytest.raises(PlacementProblem, match="1 workers reported for a world of 2 ranks"):
+    with pytest.raises(PlacementError, match="1 workers reported for a world of 2 ranks"):
         assign_ranks([facts(0, 0, "1")], ParallelDims(tp=2))
-    with pytest.raises(PlacementProblem, match="2 workers reported for a world of 2"):
+    with pytest.raises(PlacementError, match="2 workers reported for a world of 2"):
         assign_ranks([facts(0, 0, "1"), facts(0, 1, "1")], ParallelDims(dp=2))
     with pytest.raises(
-        PlacementProblem, match="bundle 0 has 3 workers, a tensor-parallel group needs 2"
+        PlacementError, match="bundle 0 has 3 workers, a tensor-parallel group needs 2"
     ):
         assign_ranks(
             [facts(slot, int(slot == 3), "1") for slot in range(4)], ParallelDims(tp=2, dp=2)
@@ -126,7 +124,7 @@ def test_a_wrong_number_of_workers_is_refused() -> None:
 
 
 def test_one_gpu_for_two_workers_is_refused() -> None:
-    with pytest.raises(PlacementProblem, match="several workers report GPU 0 on node 10.0.0.1"):
+    with pytest.raises(PlacementError, match="several workers report GPU 0 on node 10.0.0.1"):
         assign_ranks([facts(0, 0, "1", 0), facts(1, 0, "1", 0)], ParallelDims(tp=2))
 
 

@@ -23,9 +23,9 @@ def decide(
 @pytest.mark.parametrize(
     ("type_name", "message", "kind"),
     [
-        ("DataProblem", "/data/train/0/path: nothing there", FailureKind.USER),
+        ("UnusableDataError", "/data/train/0/path: nothing there", FailureKind.USER),
         (
-            "ConfigProblem",
+            "ConfigError",
             "model.vocab_size=10 is smaller than the tokenizer's 256",
             FailureKind.USER,
         ),
@@ -158,7 +158,7 @@ def test_errors_of_ranks_in_words() -> None:
         FailureKind.EXCEPTION,
         "ValueError: bad",
     )
-    assert policies.describe_error({"type": "UserMistake", "message": "bad"}) == (
+    assert policies.describe_error({"type": "UserError", "message": "bad"}) == (
         FailureKind.USER,
         "bad",
     )

@@ -11,7 +11,7 @@ from service.local_stack.ray_head import may_raise_priority
 from workers.rank.environment import (
     AGENT_TOKEN,
     AGENT_TOKEN_FILE,
-    EnvironmentProblem,
+    ProcessEnvironmentError,
     RankEnv,
     agent_token,
     interface_of,
@@ -51,7 +51,7 @@ def test_without_torchrun_there_is_one_rank() -> None:
 )
 def test_half_an_environment_is_refused(change: dict[str, str | None], text: str) -> None:
     values = {key: value for key, value in {**TORCHRUN, **change}.items() if value is not None}
-    with pytest.raises(EnvironmentProblem, match=text):
+    with pytest.raises(ProcessEnvironmentError, match=text):
         RankEnv.from_environ(values)
 
 
@@ -63,10 +63,10 @@ def test_token_from_file_before_environment(tmp_path: Path) -> None:
         == "secret"
     )
     assert agent_token(None, {AGENT_TOKEN: " other "}) == "other"
-    with pytest.raises(EnvironmentProblem, match="no agent token: give --token-file"):
+    with pytest.raises(ProcessEnvironmentError, match="no agent token: give --token-file"):
         agent_token(None, {})
     with pytest.raises(
-        EnvironmentProblem, match="cannot read the agent's token file .*: No such file"
+        ProcessEnvironmentError, match="cannot read the agent's token file .*: No such file"
     ):
         agent_token(tmp_path / "none", {})
 

@@ -2,7 +2,13 @@
 
 from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFacts, assign_ranks
-from workers.decisions.slot_assignment import Post, Recruit, fill_posts, num_slots, standbys_wanted
+from workers.decisions.slot_assignment import (
+    Slot,
+    WorkerToStart,
+    assign_slots,
+    num_slots,
+    standbys_wanted,
+)
 
 TP = 2
 DP = 2
@@ -45,24 +51,24 @@ def the_map(gpus: bool = True) -> tuple[RankPlace, ...]:
 
 
 def test_at_first_everybody_is_made_and_gets_what_it_needs_from_ray() -> None:
-    staff = fill_posts(plan(), (), (), (), NODES)
+    staff = assign_slots(plan(), (), (), (), NODES)
     assert staff.posts == dict.fromkeys(range(4))
     assert staff.recruits == tuple(
-        Recruit(slot, slot // TP, {"CPU": 1.0, "GPU": 1.0}) for slot in range(4)
+        WorkerToStart(slot, slot // TP, {"CPU": 1.0, "GPU": 1.0}) for slot in range(4)
     )
     assert num_slots(DIMS) == 6
 
 
 def test_the_one_that_stands_by_is_told_the_dead_ones_gpu() -> None:
-    staff = fill_posts(
+    staff = assign_slots(
         plan(),
         the_map(),
         {0, 2, 3, 4, 5},
         [facts(4, "a", standby=True), facts(5, "b", standby=True)],
         NODES,
     )
-    assert staff.stepped_in == (4,) and staff.recruits == () and staff.dismissed == ()
-    assert staff.posts == {0: Post(0, 6), 4: Post(0, 7), 2: Post(1, 0), 3: Post(1, 1)}
+    assert staff.promoted == (4,) and staff.recruits == () and staff.released == ()
+    assert staff.posts == {0: Slot(0, 6), 4: Slot(0, 7), 2: Slot(1, 0), 3: Slot(1, 1)}
     reported = [
         facts(0, "a", 6),
         facts(4, "a", standby=True),
@@ -80,45 +86,49 @@ def test_the_one_that_stands_by_is_told_the_dead_ones_gpu() -> None:
 
 def test_without_one_on_the_node_a_new_process_is_told_the_gpu() -> None:
     """Ray would give it any GPU that its books call free, and one that stood by may be using that."""
-    staff = fill_posts(plan(), the_map(), {0, 1, 3, 4}, [facts(4, "a", standby=True)], NODES)
-    assert staff.recruits == (Recruit(2, 1, {"CPU": 1.0}),) and staff.stepped_in == ()
-    assert staff.posts[2] == Post(1, 0)
+    staff = assign_slots(plan(), the_map(), {0, 1, 3, 4}, [facts(4, "a", standby=True)], NODES)
+    assert staff.recruits == (WorkerToStart(2, 1, {"CPU": 1.0}),) and staff.promoted == ()
+    assert staff.posts[2] == Slot(1, 0)
 
 
 def test_two_deaths_and_one_that_stands_by() -> None:
-    staff = fill_posts(plan(), the_map(), {2, 3, 4}, [facts(4, "a", standby=True)], NODES)
-    assert staff.stepped_in == (4,) and staff.posts[4] == Post(0, 6)
-    assert staff.recruits == (Recruit(0, 0, {"CPU": 1.0}),) and staff.posts[0] == Post(0, 7)
+    staff = assign_slots(plan(), the_map(), {2, 3, 4}, [facts(4, "a", standby=True)], NODES)
+    assert staff.promoted == (4,) and staff.posts[4] == Slot(0, 6)
+    assert staff.recruits == (WorkerToStart(0, 0, {"CPU": 1.0}),) and staff.posts[0] == Slot(0, 7)
 
 
 def test_a_bundle_that_moved_gets_its_gpus_from_ray_again() -> None:
-    staff = fill_posts(
+    staff = assign_slots(
         plan(), the_map(), {0, 1, 4}, [facts(4, "a", standby=True)], {0: "a", 1: "c"}
     )
-    assert staff.recruits == tuple(Recruit(slot, 1, {"CPU": 1.0, "GPU": 1.0}) for slot in (2, 3))
-    assert staff.posts == {0: Post(0, 6), 1: Post(0, 7), 2: None, 3: None} and staff.dismissed == ()
+    assert staff.recruits == tuple(
+        WorkerToStart(slot, 1, {"CPU": 1.0, "GPU": 1.0}) for slot in (2, 3)
+    )
+    assert staff.posts == {0: Slot(0, 6), 1: Slot(0, 7), 2: None, 3: None} and staff.released == ()
 
 
 def test_who_was_half_started_is_used_and_who_fits_nowhere_is_dismissed() -> None:
     half = [facts(0, "a", 6), facts(3, "x", 1, bundle=1)]
-    staff = fill_posts(plan(), (), {0, 3, 5}, half, NODES)
+    staff = assign_slots(plan(), (), {0, 3, 5}, half, NODES)
     assert staff.posts == dict.fromkeys((0, 1, 2, 4)) and [
         recruit.slot for recruit in staff.recruits
     ] == [1, 2, 4]
-    assert staff.dismissed == (3, 5), "one on another node, and one that does not answer"
+    assert staff.released == (3, 5), "one on another node, and one that does not answer"
 
 
 def test_on_cpu_a_successor_that_did_not_get_to_serve_is_used_again() -> None:
-    staff = fill_posts(plan(gpus=False), the_map(gpus=False), {0, 2, 3, 1}, [], NODES)
+    staff = assign_slots(plan(gpus=False), the_map(gpus=False), {0, 2, 3, 1}, [], NODES)
     assert staff.recruits == () and set(staff.posts) == {0, 1, 2, 3}
-    staff = fill_posts(plan(gpus=False), the_map(gpus=False), {0, 2, 3, 4}, [facts(4, "a")], NODES)
-    assert staff.posts[4] == Post(0, None) and staff.stepped_in == ()
+    staff = assign_slots(
+        plan(gpus=False), the_map(gpus=False), {0, 2, 3, 4}, [facts(4, "a")], NODES
+    )
+    assert staff.posts[4] == Slot(0, None) and staff.promoted == ()
 
 
 def test_one_stands_by_on_each_node() -> None:
     wanted = standbys_wanted(plan(), the_map(), {0, 1, 2, 3}, {})
-    assert wanted == [Recruit(4, 0, {}, standby=True), Recruit(5, 1, {}, standby=True)]
+    assert wanted == [WorkerToStart(4, 0, {}, standby=True), WorkerToStart(5, 1, {}, standby=True)]
     assert standbys_wanted(plan(), the_map(), {0, 4, 2, 3, 5}, {5: "b"}) == [
-        Recruit(1, 0, {}, standby=True)
+        WorkerToStart(1, 0, {}, standby=True)
     ]
     assert standbys_wanted(plan(), the_map(), range(6), {4: "a", 5: "b"}) == []

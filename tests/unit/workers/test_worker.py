@@ -10,7 +10,7 @@ import pytest
 from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, Report, StepReport
 from workers.rank.environment import RankEnv
-from workers.rank.messages import Fence, Fenced, Poll, RankState, StartOrder
+from workers.rank.messages import Fence, FencedError, Poll, RankState, StartOrder
 from workers.rank.worker import Inbox, RankAttempt, RankWorker
 
 ORDER = StartOrder(RankEnv(0, 1, 0, 1), {}, {}, attempt=1, device="cpu")
@@ -113,5 +113,5 @@ def test_lower_fences_are_refused() -> None:
     for fence in (Fence(1, 1), Fence(1, 1), Fence(2, 1), Fence(2, 2), Fence(1, 3)):
         worker._admit(fence)
     for old in (Fence(9, 2), Fence(0, 3)):
-        with pytest.raises(Fenced, match=r"was replaced by \(1, 3\)"):
+        with pytest.raises(FencedError, match=r"was replaced by \(1, 3\)"):
             worker._admit(old)

@@ -30,7 +30,7 @@ class Family:
     architecture: str
     """Class that transformers makes of it."""
     read: Callable[[Options], dict[str, Any]]
-    """config.json -> fields of ModelConfig. Raises ConfigProblem for what a ModelConfig cannot
+    """config.json -> fields of ModelConfig. Raises ConfigError for what a ModelConfig cannot
     say."""
     write: Callable[[ModelConfig], dict[str, Any]]
     """ModelConfig -> config.json, as far as the family can say it (see `writing_problems`)."""

@@ -15,8 +15,8 @@ from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.gpt2 import GPT2
 from megatron_ray.checkpoint.hf.options import Options
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.problem import ConfigProblem
-from megatron_ray.validation.initial_weights import essence
+from megatron_ray.config.problem import ConfigError
+from megatron_ray.validation.initial_weights import model_signature
 
 FAMILIES = {
     family.model_type: family
@@ -27,7 +27,7 @@ FAMILIES = {
 def family_named(values: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json, by `model_type` or else by `architectures`.
 
-    Raises ConfigProblem.
+    Raises ConfigError.
     """
     model_type = values.get("model_type")
     architectures = values.get("architectures") or []
@@ -40,7 +40,7 @@ def family_named(values: Mapping[str, Any], where: str) -> Family:
     known = ", ".join(
         f"{family.model_type} ({family.architecture})" for family in FAMILIES.values()
     )
-    raise ConfigProblem(
+    raise ConfigError(
         f"{where}: model_type={model_type!r} with architectures={architectures!r} is not "
         f"supported; known: {known}"
     )
@@ -49,7 +49,7 @@ def family_named(values: Mapping[str, Any], where: str) -> Family:
 def read_model(family: Family, values: Mapping[str, Any], where: str) -> ModelConfig:
     """The model that a config.json describes.
 
-    Raises ConfigProblem for what is not supported or not sensible.
+    Raises ConfigError for what is not supported or not sensible.
     """
     fields = family.read(Options(values, where))
     try:
@@ -59,28 +59,28 @@ def read_model(family: Family, values: Mapping[str, Any], where: str) -> ModelCo
             f"model.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
             for item in error.errors()
         )
-        raise ConfigProblem(f"{where} does not describe a model: {'; '.join(found)}") from error
+        raise ConfigError(f"{where} does not describe a model: {'; '.join(found)}") from error
 
 
 def family_of(model: ModelConfig) -> Family:
     """The family that a model can be published as.
 
-    Raises ConfigProblem with the field that its nearest family cannot say.
+    Raises ConfigError with the field that its nearest family cannot say.
     """
     family = _nearest(model)
     try:
-        read_back = essence(read_model(family, family.write(model), family.model_type))
-    except ConfigProblem as problem:
-        raise ConfigProblem(
+        read_back = model_signature(read_model(family, family.write(model), family.model_type))
+    except ConfigError as problem:
+        raise ConfigError(
             f"the model cannot be written as {family.model_type}: {problem}"
         ) from problem
-    for field, value in essence(model).items():
+    for field, value in model_signature(model).items():
         if read_back[field] != value:
             text = (
                 f"model.{field}={value!r} cannot be said in the config.json of "
                 f"{family.model_type}, the nearest known family"
             )
-            raise ConfigProblem(f"{text} (it would be read as {read_back[field]!r})")
+            raise ConfigError(f"{text} (it would be read as {read_back[field]!r})")
     return family
 
 

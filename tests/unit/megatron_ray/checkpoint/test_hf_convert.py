@@ -19,7 +19,7 @@ from megatron_ray.checkpoint.hf.__main__ import main
 from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
-from megatron_ray.checkpoint.initial_model import starting_model
+from megatron_ray.checkpoint.initial_model import initial_model
 from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.inference.generate import load_model
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedTensor, TensorBox
-from megatron_ray.training.saving import begin_with
+from megatron_ray.training.saving import start_from_weights
 from megatron_ray.training.session import build
 from tests.unit.megatron_ray.checkpoint.hf_folders import (
     FAMILIES,
@@ -59,7 +59,7 @@ def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 def settings_of(path: str) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
-            "model": starting_model(path).model_dump(mode="json"),
+            "model": initial_model(path).model_dump(mode="json"),
             "parallel": {"dp": 1, "sequence_parallel": False},
             "data": {"train": [{"path": "x"}]},
             "training": {
@@ -76,7 +76,7 @@ def settings_of(path: str) -> TrainConfig:
 def logits_here(path: str, tokens: Tensor) -> Tensor:
     """Of a folder of either kind, as a run that begins with it has them."""
     model, optimizer = build(settings_of(path), ParallelMesh.single(), initialise=False)
-    begin_with(path, model, optimizer)
+    start_from_weights(path, model, optimizer)
     positions = torch.arange(tokens.shape[1])[None].expand(len(tokens), -1)
     with torch.no_grad():
         return model.module.eval().logits(tokens, positions)
@@ -371,7 +371,7 @@ def test_out_must_be_new_and_in_must_be_a_folder(
         CheckpointError,
         match="neither a committed checkpoint .* nor a folder in Hugging Face's format",
     ):
-        starting_model(str(tmp_path / "there"))
+        initial_model(str(tmp_path / "there"))
 
 
 def test_what_fails_half_way_leaves_nothing(

@@ -16,9 +16,9 @@ from megatron_ray.checkpoint.hf.contents import logical_shapes
 from megatron_ray.checkpoint.hf.families.table import FAMILIES, family_named, family_of, read_model
 from megatron_ray.checkpoint.hf.places import Place, Rotary
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.problem import ConfigProblem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
-from megatron_ray.validation.initial_weights import contradictions, essence
+from megatron_ray.validation.initial_weights import contradictions, model_signature
 from tests.unit.megatron_ray.checkpoint import hf_folders
 
 LLAMA = {
@@ -169,7 +169,7 @@ def test_a_config_read_and_written_says_the_same(published: Path, name: str) -> 
         if values.get(key) is not None and not key.startswith(("rope", "max_window"))
     }
     assert {key: values[key] for key in spelt} == {key: written[key] for key in spelt}
-    assert essence(read_model(family, written, "written")) == essence(model)
+    assert model_signature(read_model(family, written, "written")) == model_signature(model)
 
 
 @pytest.mark.parametrize("name", hf_folders.FAMILIES)
@@ -260,7 +260,7 @@ def test_both_spellings_of_rope_are_one() -> None:
     ],
 )
 def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigProblem, match=re.escape(words)):
+    with pytest.raises(ConfigError, match=re.escape(words)):
         read(LLAMA | changed)
 
 
@@ -285,7 +285,7 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
     ],
 )
 def test_a_model_that_no_family_can_say_is_refused(changed: dict[str, Any], words: str) -> None:
-    with pytest.raises(ConfigProblem, match=re.escape(words)):
+    with pytest.raises(ConfigError, match=re.escape(words)):
         family_of(ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 300} | changed))
 
 

@@ -11,7 +11,7 @@ from pyarrow import fs
 from megatron_ray.storage.storage import (
     Entry,
     LocalStorage,
-    MissingFile,
+    MissingFileError,
     ObjectStorage,
     Storage,
     StorageError,
@@ -72,9 +72,12 @@ def test_streams_write_buffers_and_read_ranges(storage: Storage) -> None:
 
 
 def test_missing_file_is_its_own_error_and_names_the_path(storage: Storage) -> None:
-    with pytest.raises(MissingFile, match=r"cannot read .*/root/none: no such file or folder"):
+    with pytest.raises(MissingFileError, match=r"cannot read .*/root/none: no such file or folder"):
         storage.read_bytes("none")
-    with pytest.raises(MissingFile, match=r"cannot read .*/root/none"), storage.open_input("none"):
+    with (
+        pytest.raises(MissingFileError, match=r"cannot read .*/root/none"),
+        storage.open_input("none"),
+    ):
         pass
 
 
@@ -126,7 +129,9 @@ def test_unknown_schemes_and_broken_uris_are_refused() -> None:
 
 
 def test_errors_cross_process_borders() -> None:
-    error = pickle.loads(pickle.dumps(MissingFile("read", "p", "gone")))
+    error = pickle.loads(pickle.dumps(MissingFileError("read", "p", "gone")))
     assert (
-        isinstance(error, MissingFile) and error.path == "p" and str(error) == "cannot read p: gone"
+        isinstance(error, MissingFileError)
+        and error.path == "p"
+        and str(error) == "cannot read p: gone"
     )

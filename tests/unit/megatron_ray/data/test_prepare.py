@@ -21,7 +21,7 @@ from megatron_ray.data import prepare as prepare_module
 from megatron_ray.data import sources
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder
-from megatron_ray.data.prepare import DataProblem, prepare, unigram_nats
+from megatron_ray.data.prepare import UnusableDataError, prepare, unigram_nats
 from megatron_ray.data.prepared import PreparedCorpus
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage import files
@@ -58,7 +58,7 @@ def texts_of(corpus: PreparedCorpus, tokenizer: Tokenizer) -> list[str]:
 def refused(
     data: DataConfig, cache: Path | str, pointer: str, code: str, message: str, seq_length: int = 8
 ) -> None:
-    with pytest.raises(DataProblem, match=message) as caught:
+    with pytest.raises(UnusableDataError, match=message) as caught:
         prepare(data, str(cache), seq_length=seq_length)
     assert (pointer, code) in [(problem.pointer, problem.code) for problem in caught.value.problems]
 
@@ -389,7 +389,7 @@ def test_too_little_text(tmp_path: Path) -> None:
         prepare(config(short, validation_fraction=0), str(cache), seq_length=8).train[0].num_tokens
         == 9
     )
-    with pytest.raises(DataProblem):
+    with pytest.raises(UnusableDataError):
         prepare(config(only_four), str(cache), seq_length=20)
     docs = write(tmp_path / "docs.jsonl", [f"{number:03}" for number in range(30)])
     refused(
@@ -446,7 +446,7 @@ def test_missing_sources_are_all_named_at_once(tmp_path: Path) -> None:
     data = config(
         tmp_path / "a", tmp_path / "b", validation=(DataSource(path=str(tmp_path / "c")),)
     )
-    with pytest.raises(DataProblem) as caught:
+    with pytest.raises(UnusableDataError) as caught:
         prepare(data, str(tmp_path / "cache"), seq_length=8)
     assert [problem.pointer for problem in caught.value.problems] == [
         "/data/train/0/path",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher, Room
+from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher, Capacity
 from megatron_ray.expert_parallel.layers import GroupedLinear
 from megatron_ray.ops import matmul
 
@@ -43,12 +43,12 @@ def expected(x: Tensor, weights: Tensor, matrices: Tensor, experts: Tensor) -> T
 @pytest.mark.parametrize("kind", [AllToAllDispatcher, AllGatherDispatcher])
 @pytest.mark.parametrize(
     "room",
-    [Room(), Room(all_go=False), Room(all_go=False, rows=5)],
+    [Capacity(), Capacity(dropless=False), Capacity(dropless=False, rows=5)],
     ids=["all", "dropped", "padded"],
 )
-def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: Room) -> None:
+def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: Capacity) -> None:
     experts = CHOICES.clone()
-    if not room.all_go:
+    if not room.dropless:
         experts[2, 1] = experts[5, 0] = EXPERTS
     x, weights, matrices = inputs()
     linear = GroupedLinear(EXPERTS, WIDTH, WIDTH, dtype=torch.float32)
@@ -75,7 +75,10 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: 
 def test_rows_of_an_expert_are_in_the_order_of_tokens() -> None:
     x = torch.arange(TOKENS, dtype=torch.float32)[:, None].expand(TOKENS, WIDTH)
     rows = (
-        AllToAllDispatcher(EXPERTS, None, None).dispatch(x, CHOICES, Room()).rows_RH[:, 0].tolist()
+        AllToAllDispatcher(EXPERTS, None, None)
+        .dispatch(x, CHOICES, Capacity())
+        .rows_RH[:, 0]
+        .tolist()
     )
     assert rows == [0, 2, 3, 4, 1, 2, 4, 5, 6, 0, 1, 3, 5, 6]
 
@@ -104,7 +107,7 @@ def test_one_kernel_multiplies_as_one_product_per_expert_does(
         ]
 
     monkeypatch.setattr(
-        matmul, "multiplies_wide", lambda *_: False
+        matmul, "needs_fp32_matmul", lambda *_: False
     )  # the kernel rounds what it adds to the main gradient
     one_by_one = products()
     monkeypatch.setattr(matmul, "_one_kernel", lambda *_: True)
@@ -116,7 +119,9 @@ def test_one_kernel_multiplies_as_one_product_per_expert_does(
 def test_nobody_may_go_anywhere() -> None:
     x, weights, _ = inputs()
     nowhere = torch.full_like(CHOICES, EXPERTS)
-    dispatched = AllToAllDispatcher(EXPERTS, None, None).dispatch(x, nowhere, Room(all_go=False))
+    dispatched = AllToAllDispatcher(EXPERTS, None, None).dispatch(
+        x, nowhere, Capacity(dropless=False)
+    )
     linear = GroupedLinear(EXPERTS, WIDTH, WIDTH, dtype=torch.float32)
     output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     output.sum().backward()

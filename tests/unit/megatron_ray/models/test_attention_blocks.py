@@ -15,7 +15,7 @@ from megatron_ray.ops.attention.blockwise import (
     blocks_are_faster,
     causal_attention,
 )
-from megatron_ray.ops.attention.fp32 import wide_causal_attention
+from megatron_ray.ops.attention.fp32 import fp32_causal_attention
 
 SHAPES = {  # batch, heads, key/value heads, sequence, head width, factor on the queries
     "one-block": (2, 4, 4, 48, 16, 1.0),
@@ -37,7 +37,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("attention", [causal_attention, wide_causal_attention])
+@pytest.mark.parametrize("attention", [causal_attention, fp32_causal_attention])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_as_exact_as_fused_attention(shape: str, attention: Callable[..., Tensor]) -> None:
     batch, heads, groups, sequence, width, factor = SHAPES[shape]

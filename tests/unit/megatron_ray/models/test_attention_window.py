@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from megatron_ray.distributed.rng import Streams
-from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.batch import Packed
-from megatron_ray.models.dropout import DroppingAttention
+from megatron_ray.models.dropout import AttentionWithDropout
 from megatron_ray.ops.attention import sliding_window
 from megatron_ray.ops.attention.sliding_window import stripes, windowed_attention
 
@@ -89,7 +89,7 @@ def test_stripes_cover_every_row_with_what_it_sees_and_little_more(
 
 def test_a_window_as_long_as_the_sequence_hides_nothing() -> None:
     qkv = inputs(32, torch.float32)
-    assert torch.equal(WholeAttention(32)(*qkv, None), WholeAttention()(*qkv, None))
+    assert torch.equal(LocalAttention(32)(*qkv, None), LocalAttention()(*qkv, None))
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, enable_gqa=True
     )
-    torch.testing.assert_close(WholeAttention(6)(q, k, v, packed), expected, rtol=1e-12, atol=1e-12)
-    dropping = DroppingAttention(
+    torch.testing.assert_close(LocalAttention(6)(q, k, v, packed), expected, rtol=1e-12, atol=1e-12)
+    dropping = AttentionWithDropout(
         0.0, Streams(7, {"tp": 0, "cp": 0}).stream("layers.0", ("cp", "tp")), 6
     )
     torch.testing.assert_close(dropping(q, k, v, (packed, 0)), expected, rtol=1e-12, atol=1e-12)

@@ -143,7 +143,7 @@ def ours(
 
 def logical(state: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
     found = deepseek_logical(state, config.model)
-    for depth in range(config.model.further_layers):
+    for depth in range(config.model.num_mtp_layers):
         theirs = f"mtp.{depth}."
         prefix = f"mtp.{depth}."
         names = {
@@ -251,7 +251,7 @@ def test_two_tensor_parallel_ranks_give_the_logits_and_gradients_of_transformers
             assert all(found[kind] <= ALLOWED[kind] for kind in ALLOWED), found
 
 
-class Further(nn.Module):
+class MTPTargets(nn.Module):
     """What the published checkpoint has beside a block: enorm, hnorm, eh_proj and the norm of its
     shared head.
     """
@@ -324,7 +324,7 @@ def test_further_tokens_have_the_gradients_of_a_float64_reference(ends: bool, ca
     mtp = {"num_layers": 2, "loss_coeff": 0.6}
     config = config_of(CASES[case], model={"mtp": mtp})
     theirs = judge(CASES[case])
-    theirs.mtp = nn.ModuleList([Further(theirs.config) for _ in range(2)])
+    theirs.mtp = nn.ModuleList([MTPTargets(theirs.config) for _ in range(2)])
     samples = draw()
     if ends:
         samples[0, [3, 4, 9]] = samples[1, [SEQUENCE - 2]] = samples[2, [0, SEQUENCE]] = END

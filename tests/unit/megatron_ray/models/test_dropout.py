@@ -15,9 +15,9 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.distributed.rng import Streams
-from megatron_ray.models.attention import WholeAttention
+from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.batch import Batch, Packed
-from megatron_ray.models.dropout import Dropout, DroppingAttention
+from megatron_ray.models.dropout import AttentionWithDropout, Dropout
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import LLAMA, RandomDataset, make_config
@@ -95,8 +95,8 @@ def qkv(dtype: torch.dtype, groups: int = 2) -> list[Tensor]:
 def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> None:
     inputs = qkv(torch.float64)
     again = qkv(torch.float64)
-    found = DroppingAttention(0.0, WHERE)(*inputs, (packed, 0))
-    expected = WholeAttention()(*again, packed)
+    found = AttentionWithDropout(0.0, WHERE)(*inputs, (packed, 0))
+    expected = LocalAttention()(*again, packed)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for output in (found, expected):
         (output * torch.linspace(0, 1, 16, dtype=torch.float64)).sum().backward()
@@ -111,7 +111,7 @@ def test_dropped_probabilities_count_for_nothing_and_the_others_for_more(
     dtype: torch.dtype, tolerance: float
 ) -> None:
     q, k, v = (x.detach() for x in qkv(dtype))
-    core = DroppingAttention(0.4, WHERE)
+    core = AttentionWithDropout(0.4, WHERE)
     scores = q.double() @ k.double().repeat_interleave(2, 1).transpose(2, 3) / 4
     probabilities = scores.masked_fill(
         torch.ones(24, 24, dtype=torch.bool).triu(1), -torch.inf
@@ -147,7 +147,7 @@ def model_and_batch(**dropout: float) -> tuple[GPT, Batch]:
 
 def test_a_rate_of_zero_adds_no_module_and_no_operation() -> None:
     model, batch = model_and_batch()
-    assert not any(isinstance(module, Dropout | DroppingAttention) for module in model.modules())
+    assert not any(isinstance(module, Dropout | AttentionWithDropout) for module in model.modules())
     with Operations() as training:
         loss = model(batch)
     with Operations() as evaluation:

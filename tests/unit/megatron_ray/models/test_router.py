@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_ray.config.moe import LayerPattern, MoEConfig
 from megatron_ray.expert_parallel.layers import ExpertBias, update_expert_biases
-from megatron_ray.models.aux_loss import AttachedLoss
+from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.moe import router
 
 TOKENS = 24
@@ -139,7 +139,7 @@ def test_an_attached_loss_adds_its_gradient_and_changes_no_value() -> None:
     logits = torch.from_numpy(LOGITS).requires_grad_()
     weights = logits.softmax(-1)
     extra = logits.square().sum()
-    attach = AttachedLoss("extra", 2.0)
+    attach = AuxLoss("extra", 2.0)
     attached = attach(weights, extra)
     assert torch.equal(attached, weights)
     along = torch.linspace(0, 1, EXPERTS, dtype=torch.float64)

@@ -42,7 +42,7 @@ def test_runs_keep_rules_apart(dp: int) -> None:
         runs = flat_runs(plan, rank, dp, sharded=True)
         for piece in pieces(plan, runs):
             (run,) = [run for run in runs if run.start <= piece.start < run.end]
-            assert (run.decay, run.counts_once) == (
+            assert (run.decay, run.tp_sharded) == (
                 piece.placed.parameter.decay,
                 piece.placed.parameter.tp_sharded,
             )

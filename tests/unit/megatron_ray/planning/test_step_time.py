@@ -117,7 +117,7 @@ def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
         return config.parallel.tp * stage_work(config, plan_pipeline(config).held(0)[0]).products
 
     whole = ModelConfig(preset=model)  # type: ignore[call-arg]
-    mixtures = [whole.experts_on(layer) for layer in range(whole.num_layers + whole.further_layers)]
+    mixtures = [whole.experts_on(layer) for layer in range(whole.num_layers + whole.num_mtp_layers)]
     routers = whole.hidden_size * sum(moe.num_experts for moe in mixtures if moe is not None)
     expected = 6.0 * 8192 * (matmul_parameters(whole) - routers)
     assert products() == products(tp=4, sequence_parallel=True, etp=1) == expected

@@ -5,8 +5,8 @@ import pytest
 from megatron_ray.pipeline_parallel.schedules.layout import (
     LayoutError,
     StageContents,
-    cut_layers,
     parse_layout,
+    split_into_stages,
 )
 
 
@@ -63,12 +63,12 @@ def test_where_the_prediction_layers_may_stand() -> None:
 
 
 def test_equal_and_unequal_cuts() -> None:
-    assert [stage.layers for stage in cut_layers(8, 4)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
-    stages = cut_layers(8, 3, first=1, last=3, num_mtp_layers=1)
+    assert [stage.layers for stage in split_into_stages(8, 4)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    stages = split_into_stages(8, 3, first=1, last=3, num_mtp_layers=1)
     assert stages[0] == StageContents((0,), embedding=True)
     assert stages[2] == StageContents((5, 6, 7), loss=True, mtp_layers=(0,))
-    assert cut_layers(3, 1) == (StageContents((0, 1, 2), embedding=True, loss=True),)
-    assert [len(stage.layers) for stage in cut_layers(5, 2, first=2, last=3)] == [2, 3]
+    assert split_into_stages(3, 1) == (StageContents((0, 1, 2), embedding=True, loss=True),)
+    assert [len(stage.layers) for stage in split_into_stages(5, 2, first=2, last=3)] == [2, 3]
 
 
 def test_cuts_that_do_not_work_out() -> None:
@@ -76,13 +76,13 @@ def test_cuts_that_do_not_work_out() -> None:
         LayoutError,
         match="10 layers do not divide evenly into 4 stages; nearest: num_layers=8 or 12",
     ):
-        cut_layers(10, 4)
+        split_into_stages(10, 4)
     with pytest.raises(
         LayoutError,
         match="3 layers do not divide evenly into 4 stages; nearest: num_layers=4, or give",
     ):
-        cut_layers(3, 4)
+        split_into_stages(3, 4)
     with pytest.raises(LayoutError, match=r"\[5, 5\]\) do not make up 8 layers"):
-        cut_layers(8, 3, first=5, last=5)
+        split_into_stages(8, 3, first=5, last=5)
     with pytest.raises(LayoutError, match="do not make up 5 layers in 1 stages"):
-        cut_layers(5, 1, first=2, last=3)
+        split_into_stages(5, 1, first=2, last=3)

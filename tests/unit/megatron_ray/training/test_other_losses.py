@@ -80,13 +80,13 @@ def test_losses_are_reported_before_their_coefficients_as_means_over_layers(kind
 
 
 def test_a_plain_model_reports_no_other_losses() -> None:
-    assert make_config(LLAMA, {"dp": 1}, steps=1).model.attached_losses == {}
+    assert make_config(LLAMA, {"dp": 1}, steps=1).model.aux_losses == {}
     without = make_config(
         MODEL | {"moe": EXPERTS | {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}, "mtp": None},
         {"dp": 1},
         steps=1,
     )
-    assert without.model.attached_losses == {}
+    assert without.model.aux_losses == {}
 
 
 def test_a_further_token_of_weight_zero_trains_and_is_not_reported() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from service.cli.commands import generate as generate_module
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from tests.unit.service.cli.scripted_service import FakeService, Run
 
 
@@ -39,7 +39,7 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(
 
 def test_generation_that_fails_gives_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate_module, "_MODULE", "service.no_such_module")
-    with pytest.raises(Failure, match="No module named service.no_such_module"):
+    with pytest.raises(CommandError, match="No module named service.no_such_module"):
         generate_module.run_generation("/x", "", {})
 
 
