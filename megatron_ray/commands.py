@@ -7,8 +7,8 @@ from enum import IntEnum
 
 
 class Command(IntEnum):
-    """Agreed on by all ranks through the step's own reduction: the largest one wins, at the next
-    step boundary.
+    """Agreed on by all ranks through the step's own reduction: the largest one wins, at
+    the next step boundary.
     """
 
     CONTINUE = 0

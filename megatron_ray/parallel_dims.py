@@ -2,8 +2,8 @@
 
 Owns: who is in a group with whom, in the dense and the expert grid.
 
-Pure Python: placement, planning and the process groups all ask here, so they cannot disagree. Must
-not know: torch, nodes.
+Pure Python: placement, planning and the process groups all ask here, so they cannot
+disagree. Must not know: torch, nodes.
 """
 
 from collections.abc import Iterable
@@ -20,7 +20,9 @@ _EXPERT_AXES = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}
 
 @dataclass(frozen=True)
 class Grid:
-    """Ranks in rows and columns: (axis, size) pairs, the axis that varies fastest first."""
+    """Ranks in rows and columns: (axis, size) pairs, the axis that varies fastest
+    first.
+    """
 
     axes: tuple[tuple[str, int], ...]
 
@@ -75,7 +77,9 @@ class Grid:
         return tuple(sorted(members))
 
     def groups(self, axes: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Every group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
+        """Every group along `axes`, ordered by its lowest rank; each rank is in exactly
+        one.
+        """
         wanted = tuple(axes)
         leaders = [0]
         for axis, size in self.axes:
@@ -90,12 +94,12 @@ class Grid:
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of all axes. tp x cp x dp x pp ranks make up the dense grid; the experts live on the
-    same ranks, cut another way: etp x ep x edp x pp, with edp what is left. `order` is of both
-    (Megatron's `--order`).
+    """Sizes of all axes. tp x cp x dp x pp ranks make up the dense grid; the experts
+    live on the same ranks, cut another way: etp x ep x edp x pp, with edp what is left.
+    `order` is of both (Megatron's `--order`).
 
-    Raises ValueError when an axis is below 1, the order is none, or the two grids do not fit each
-    other.
+    Raises ValueError when an axis is below 1, the order is none, or the two grids do
+    not fit each other.
     """
 
     tp: int = 1
@@ -169,15 +173,19 @@ class ParallelDims:
         return cls(tp=tp, cp=cp, dp=resolved, pp=pp, ep=ep, etp=etp)
 
     @classmethod
-    def of(cls, parallel: ParallelismConfig, world_size: int | None = None) -> "ParallelDims":
-        """The grid that a config describes; `world_size` is needed, and checked, where its dp is
-        not resolved. Raises ValueError.
+    def of(
+        cls, parallel: ParallelismConfig, world_size: int | None = None
+    ) -> "ParallelDims":
+        """The grid that a config describes; `world_size` is needed, and checked, where
+        its dp is not resolved. Raises ValueError.
         """
         dp = None if parallel.dp == "auto" else parallel.dp
         if dp is None:
             if world_size is None:
                 raise ValueError("parallel.dp is not resolved")
-            dp = cls.for_world(world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp).dp
+            dp = cls.for_world(
+                world_size, tp=parallel.tp, cp=parallel.cp, pp=parallel.pp
+            ).dp
         return cls(
             tp=parallel.tp,
             cp=parallel.cp,
@@ -208,7 +216,9 @@ class ParallelDims:
     @cached_property
     def dense(self) -> Grid:
         """Of everything but the experts: tp, cp, dp, pp."""
-        return Grid(tuple((axis, getattr(self, axis)) for axis in self.order if axis != "ep"))
+        return Grid(
+            tuple((axis, getattr(self, axis)) for axis in self.order if axis != "ep")
+        )
 
     @cached_property
     def experts(self) -> Grid:
@@ -237,26 +247,28 @@ class ParallelDims:
         return self.dense.group_of(rank, axes)
 
     def groups(self, axes: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Every dense group along `axes`, ordered by its lowest rank; each rank is in exactly one."""
+        """Every dense group along `axes`, ordered by its lowest rank; each rank is in
+        exactly one.
+        """
         return self.dense.groups(axes)
 
     def embedding_group_of(self, rank: int) -> tuple[int, ...]:
-        """First and last stage of a rank's pipeline, who hold tied word embeddings; on the stages
-        between, and at pp=1, the rank alone.
+        """First and last stage of a rank's pipeline, who hold tied word embeddings; on
+        the stages between, and at pp=1, the rank alone.
         """
         stages = self.group_of(rank, ("pp",))
         ends = (stages[0], stages[-1])
         return ends if rank in ends and len(stages) > 1 else (rank,)
 
     def context_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """A rank's context-parallel group as the hierarchy `cp_sizes`, innermost level first: at
-        level l it is one of cp_sizes[l] ranks.
+        """A rank's context-parallel group as the hierarchy `cp_sizes`, innermost level
+        first: at level l it is one of cp_sizes[l] ranks.
         """
         return _levels_of(rank, self.group_of(rank, ("cp",)), self.cp_sizes or (self.cp,))
 
     def shard_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """Who shares one copy of sharded state with a rank, and who has the same shard of another
-        copy.
+        """Who shares one copy of sharded state with a rank, and who has the same shard
+        of another copy.
         """
         return _levels_of(
             rank,

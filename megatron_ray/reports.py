@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, as every rank sees it; losses are means over the step's tokens of the
-    whole world.
+    """One optimizer step, as every rank sees it; losses are means over the step's
+    tokens of the whole world.
     """
 
     kind: ClassVar[str] = "step"
@@ -28,15 +28,16 @@ class StepReport:
     step_s: float
     tokens_per_s: float
     mfu: float
-    """Model FLOPs utilisation against the device's peak; 0 where the peak is not known."""
+    """Model FLOPs utilisation against the device's peak; 0 where the peak is not
+    known."""
     memory_bytes: int
     """Peak device memory (RSS on CPU)."""
     split_s: dict[str, float] = field(default_factory=dict)
     """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
     other_losses: dict[str, float] = field(default_factory=dict)
     """What is trained on besides, before its coefficient, per token that counted:
-    load_balancing_loss (or seq_load_balancing_loss) and z_loss, means over the layers with experts,
-    and mtp_<n>_loss of each further token."""
+    load_balancing_loss (or seq_load_balancing_loss) and z_loss, means over the layers
+    with experts, and mtp_<n>_loss of each further token."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class EvalReport:
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A rank's part of a checkpoint is durable; the checkpoint counts once somebody has committed
-    it.
+    """A rank's part of a checkpoint is durable; the checkpoint counts once somebody has
+    committed it.
     """
 
     kind: ClassVar[str] = "checkpoint_written"

@@ -1,6 +1,7 @@
 """The service as an ASGI app.
 
-Owns: putting the parts together at start and apart at the end. Must not know: what routes do.
+Owns: putting the parts together at start and apart at the end. Must not know: what
+routes do.
 """
 
 import asyncio
@@ -10,7 +11,17 @@ from collections.abc import AsyncIterator
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
-from service.api import checkpoints, cluster, events, health, internal, jobs, logs, metrics, plans
+from service.api import (
+    checkpoints,
+    cluster,
+    events,
+    health,
+    internal,
+    jobs,
+    logs,
+    metrics,
+    plans,
+)
 from service.http import errors, idempotency
 from service.http.auth import Authenticator
 from service.http.dependencies import Context
@@ -49,7 +60,17 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.hub = hub
     app.add_middleware(RequestMiddleware, context=lambda: app.state.context)
     errors.install(app)
-    for part in (jobs, plans, events, metrics, logs, checkpoints, cluster, health, internal):
+    for part in (
+        jobs,
+        plans,
+        events,
+        metrics,
+        logs,
+        checkpoints,
+        cluster,
+        health,
+        internal,
+    ):
         app.include_router(part.router)
     return app
 

@@ -1,8 +1,8 @@
-"""HTTP client of the public API. Owns: requests, retries of what is safe to repeat, errors as one
-exception class.
+"""HTTP client of the public API. Owns: requests, retries of what is safe to repeat,
+errors as one exception class.
 
-Returns the JSON bodies as they come; what they hold is documented in the service's OpenAPI. Must
-not know: torch, ray, terminals.
+Returns the JSON bodies as they come; what they hold is documented in the service's
+OpenAPI. Must not know: torch, ray, terminals.
 """
 
 import contextlib
@@ -36,7 +36,9 @@ class FieldProblem:
 
 @dataclass(eq=False)  # not frozen: raising writes the traceback into it
 class ServiceError(Exception):
-    """The service refused, or could not be reached (`code` is then `unreachable` and `status` 0)."""
+    """The service refused, or could not be reached (`code` is then `unreachable` and
+    `status` 0).
+    """
 
     code: str
     """Stable name of what went wrong."""
@@ -77,8 +79,8 @@ class Client:
     ) -> None:
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self.url = url.rstrip("/")
-        # The system's proxies are for the world outside, and the service is usually on this
-        # machine.
+        # The system's proxies are for the world outside, and the service is usually on
+        # this machine.
         self._http = httpx.Client(
             base_url=self.url,
             headers=headers,
@@ -107,19 +109,24 @@ class Client:
     def submit(self, spec: Mapping[str, Any], idempotency_key: str | None = None) -> Json:
         """Creates a job.
 
-        Repeating it with the same key and spec gives the same job, so a lost answer costs nothing.
+        Repeating it with the same key and spec gives the same job, so a lost answer
+        costs nothing.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
 
     def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
-        """How a job would run: resolved spec, rank map, memory, communication, time; nothing is
-        started. `hardware`: a device's name.
+        """How a job would run: resolved spec, rank map, memory, communication, time;
+        nothing is started. `hardware`: a device's name.
         """
         return self._planned("/v1/plans", spec, hardware=hardware)
 
     def suggest(
-        self, spec: Mapping[str, Any], *, hardware: str | None = None, ranks: int | None = None
+        self,
+        spec: Mapping[str, Any],
+        *,
+        hardware: str | None = None,
+        ranks: int | None = None,
     ) -> Json:
         """The quickest layouts of a job that fit."""
         return self._planned("/v1/plans/suggest", spec, hardware=hardware, ranks=ranks)
@@ -127,11 +134,20 @@ class Client:
     def _planned(self, path: str, spec: Mapping[str, Any], **params: Any) -> Json:
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         return self._object(
-            "POST", path, params=_given(**params), json=dict(spec), headers=headers, repeat=True
+            "POST",
+            path,
+            params=_given(**params),
+            json=dict(spec),
+            headers=headers,
+            repeat=True,
         )
 
     def jobs(
-        self, *, limit: int | None = None, after: str | None = None, status: str | None = None
+        self,
+        *,
+        limit: int | None = None,
+        after: str | None = None,
+        status: str | None = None,
     ) -> Json:
         """One page of jobs, newest first; `after` takes the last id of the page before."""
         return self._object(
@@ -145,7 +161,9 @@ class Client:
     def cancel(self, job_id: str) -> Json:
         """Asks a job to end; the job as it is now. Cancelling again is harmless."""
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        return self._object("POST", f"/v1/jobs/{job_id}/cancel", headers=headers, repeat=True)
+        return self._object(
+            "POST", f"/v1/jobs/{job_id}/cancel", headers=headers, repeat=True
+        )
 
     def events(
         self,
@@ -157,8 +175,8 @@ class Client:
         levels: str | None = None,
         newest_first: bool = False,
     ) -> Json:
-        """One page of a job's history, oldest first unless told otherwise; `types` and `levels` are
-        comma-separated lists.
+        """One page of a job's history, oldest first unless told otherwise; `types` and
+        `levels` are comma-separated lists.
         """
         params = _given(
             limit=limit,
@@ -182,10 +200,12 @@ class Client:
         max_points: int | None = None,
         attempt: int | None = None,
     ) -> Json:
-        """Rows of {step, attempt, <keys>}, thinned out to `max_points`; `keys` is a comma-separated
-        list.
+        """Rows of {step, attempt, <keys>}, thinned out to `max_points`; `keys` is a
+        comma-separated list.
         """
-        params = _given(keys=keys, from_step=from_step, max_points=max_points, attempt=attempt)
+        params = _given(
+            keys=keys, from_step=from_step, max_points=max_points, attempt=attempt
+        )
         return self._object("GET", f"/v1/jobs/{job_id}/metrics", params=params)
 
     def logs(
@@ -214,8 +234,8 @@ class Client:
         return self._object("GET", "/v1/cluster")
 
     def ready(self) -> tuple[bool, Json]:
-        """Whether service, agents and Ray are all there, and what the service says; (False, {})
-        when it does not answer.
+        """Whether service, agents and Ray are all there, and what the service says;
+        (False, {}) when it does not answer.
         """
         try:
             response = self._http.get("/readyz", timeout=5.0)
@@ -227,12 +247,17 @@ class Client:
     # ---- streams
 
     def stream(
-        self, job_id: str, *, last_event_id: str | None = None, give_up_after_s: float = 120.0
+        self,
+        job_id: str,
+        *,
+        last_event_id: str | None = None,
+        give_up_after_s: float = 120.0,
     ) -> Iterator[StreamEvent]:
-        """Events of a job until `end`, over as many connections as it takes: each goes on after the
-        last event id seen.
+        """Events of a job until `end`, over as many connections as it takes: each goes
+        on after the last event id seen.
 
-        Raises ServiceError when the service refuses, or has been away for `give_up_after_s`.
+        Raises ServiceError when the service refuses, or has been away for
+        `give_up_after_s`.
         """
         seen = last_event_id
         failures = 0
@@ -240,7 +265,8 @@ class Client:
         while True:
             try:
                 with self._open_stream(f"/v1/jobs/{job_id}/stream", seen) as lines:
-                    # it answers: what breaks from here on is the connection, and is soon made again
+                    # it answers: what breaks from here on is the connection, and is
+                    # soon made again
                     failures = 0
                     for event in parse_stream(lines):
                         seen = event.id or seen
@@ -252,7 +278,10 @@ class Client:
                 if time.monotonic() - away_since > give_up_after_s:
                     raise _unreachable(self.url, error) from error
             except ServiceError as error:
-                if error.status not in _BUSY or time.monotonic() - away_since > give_up_after_s:
+                if (
+                    error.status not in _BUSY
+                    or time.monotonic() - away_since > give_up_after_s
+                ):
                     raise
             time.sleep(_STREAM_BACKOFF_S[min(failures, len(_STREAM_BACKOFF_S) - 1)])
             failures += 1
@@ -283,7 +312,9 @@ class Client:
         repeat: bool = False,
     ) -> Json:
         response = self._send(
-            self._http.build_request(method, path, params=params, json=json, headers=headers),
+            self._http.build_request(
+                method, path, params=params, json=json, headers=headers
+            ),
             repeat or method == "GET",
         )
         if response.status_code >= 400:
@@ -312,8 +343,8 @@ class Client:
 
 
 def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
-    """Server-sent events out of lines (WHATWG HTML, section 9.2): comments are skipped, an
-    unfinished event is dropped.
+    """Server-sent events out of lines (WHATWG HTML, section 9.2): comments are skipped,
+    an unfinished event is dropped.
     """
     name = "message"
     identity = None
@@ -361,7 +392,9 @@ def _refusal(response: httpx.Response) -> ServiceError:
     body = _body(response)
     errors = tuple(
         FieldProblem(
-            str(error.get("pointer", "")), str(error.get("code", "")), str(error.get("detail", ""))
+            str(error.get("pointer", "")),
+            str(error.get("code", "")),
+            str(error.get("detail", "")),
         )
         for error in body.get("errors") or ()
     )

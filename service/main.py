@@ -22,11 +22,13 @@ BACKLOG = 2048
 
 
 def run(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM. Raises SettingsError for settings that cannot or must not be
-    served.
+    """Serves until SIGINT or SIGTERM. Raises SettingsError for settings that cannot or
+    must not be served.
     """
     refuse_open_bind(settings)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
     listener = bind(settings.host, settings.port)
     app = create_app(settings)
     config = uvicorn.Config(
@@ -38,14 +40,20 @@ def run(settings: Settings) -> None:
         timeout_keep_alive=75,
     )
     server = Server(config, app.state.hub, settings.port_file)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+    with contextlib.suppress(
+        KeyboardInterrupt
+    ):  # uvicorn raises it again once it has shut down
         server.run(sockets=[listener])
     if not server.started:
-        raise SystemExit("megatron-ray service: start-up failed, the reason is in the log above")
+        raise SystemExit(
+            "megatron-ray service: start-up failed, the reason is in the log above"
+        )
 
 
 def refuse_open_bind(settings: Settings) -> None:
-    """Raises SettingsError when the address is open to others and no token is configured."""
+    """Raises SettingsError when the address is open to others and no token is
+    configured.
+    """
     if not is_loopback(settings.host) and not has_configured_token(settings):
         raise SettingsError(
             f"refusing to listen on {settings.host}: no token is configured; set "
@@ -60,7 +68,9 @@ def is_loopback(host: str) -> bool:
     Raises SettingsError for an unknown host.
     """
     try:
-        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+        found = {
+            str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)
+        }
     except OSError as error:
         raise SettingsError(
             f"MEGATRON_RAY_HOST={host!r}: {error.strerror or error}; use an address of this machine"
@@ -77,8 +87,8 @@ def bind(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM
         )[0]
-        # The protocol is named because asyncio turns Nagle's algorithm off only then: without it
-        # each small answer takes 40 ms.
+        # The protocol is named because asyncio turns Nagle's algorithm off only then:
+        # without it each small answer takes 40 ms.
         listener = socket.socket(family, kind, protocol)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -97,17 +107,19 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Writes the port once requests are answered; ends open streams and long polls before waiting
-    for connections.
+    """Writes the port once requests are answered; ends open streams and long polls
+    before waiting for connections.
     """
 
-    def __init__(self, config: uvicorn.Config, hub: Notifier, port_file: Path | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, hub: Notifier, port_file: Path | None
+    ) -> None:
         super().__init__(config)
         self.hub = hub
         self.port_file = port_file
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's hook: called with the listening sockets before the first request."""
+        """Uvicorn's hook: called with the listening sockets before the first request."""
         await super().startup(sockets=sockets)
         if self.started and self.port_file is not None and sockets:
             self.port_file.parent.mkdir(parents=True, exist_ok=True)
@@ -116,14 +128,14 @@ class Server(uvicorn.Server):
             temporary.replace(self.port_file)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """uvicorn's hook: called once on the way out."""
+        """Uvicorn's hook: called once on the way out."""
         self.hub.close()
         await super().shutdown(sockets=sockets)
 
 
 def main() -> None:
-    """Runs with settings from the environment; a wrong setting ends the process with one line on
-    stderr.
+    """Runs with settings from the environment; a wrong setting ends the process with
+    one line on stderr.
     """
     try:
         run(Settings.from_environment())

@@ -2,8 +2,8 @@
 
 Owns: every setting, its default, and the environment (read here and nowhere else).
 
-Must not know: what the settings are used for. A test or `up` builds `Settings` directly; a
-container sets variables.
+Must not know: what the settings are used for. A test or `up` builds `Settings`
+directly; a container sets variables.
 """
 
 import os
@@ -26,8 +26,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     data_dir: Path = Path("~/.megatron-ray")
-    """Folder of the embedded database, the service's key and, unless a spec says otherwise, the
-    jobs."""
+    """Folder of the embedded database, the service's key and, unless a spec says
+    otherwise, the jobs."""
     database_url: str | None = None
     """SQLAlchemy URL; an SQLite file in `data_dir` when not given."""
     host: str = Field(default="127.0.0.1", min_length=1)
@@ -95,6 +95,7 @@ class Settings(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             wrong = "; ".join(
-                f"{PREFIX}{str(item['loc'][0]).upper()}: {item['msg']}" for item in error.errors()
+                f"{PREFIX}{str(item['loc'][0]).upper()}: {item['msg']}"
+                for item in error.errors()
             )
             raise SettingsError(wrong) from error

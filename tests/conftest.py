@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
-    """`run_ranks(fn, world_size, *args, timeout_s=60)`: a module-level function on real gloo ranks,
-    see tests/ranks.py.
+    """`run_ranks(fn, world_size, *args, timeout_s=60)`: a module-level function on real
+    gloo ranks, see tests/ranks.py.
     """
     return _run_ranks

@@ -1,9 +1,9 @@
-"""Real gloo ranks for tests: `run_ranks(fn, world_size, *args)` runs a module-level function on
-processes of their own.
+"""Real gloo ranks for tests: `run_ranks(fn, world_size, *args)` runs a module-level
+function on processes of their own.
 
-A forkserver that has torch preloaded makes a rank cheap. The store lives in the calling process on
-a port that the kernel chose. The first rank to fail decides the error; whoever is still there at
-the deadline is killed by pid, its stacks shown.
+A forkserver that has torch preloaded makes a rank cheap. The store lives in the calling
+process on a port that the kernel chose. The first rank to fail decides the error;
+whoever is still there at the deadline is killed by pid, its stacks shown.
 """
 
 import faulthandler
@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# pytest is here because a child re-imports the program that started its parent; of the project only
-# what takes long to import.
+# pytest is here because a child re-imports the program that started its parent; of the
+# project only what takes long to import.
 _PRELOAD = [
     "torch",
     "torch.distributed",
@@ -45,13 +45,15 @@ _GRACE_S = 1.5
 
 
 class RankFailedError(Exception):
-    """Carries the text of a rank's traceback, as the cause of the error that is raised again."""
+    """Carries the text of a rank's traceback, as the cause of the error that is raised
+    again.
+    """
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a child needs to find the function: its file, because test modules need not be
-    importable by name.
+    """What a child needs to find the function: its file, because test modules need not
+    be importable by name.
     """
 
     module: str
@@ -83,26 +85,37 @@ def _context() -> ForkServerContext:
 def run_ranks(
     fn: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 60.0
 ) -> list[Any]:
-    """Calls `fn(rank, world_size, *args)` on every rank with torch.distributed (gloo) initialised;
-    results in rank order.
+    """Calls `fn(rank, world_size, *args)` on every rank with torch.distributed (gloo)
+    initialised; results in rank order.
 
-    `fn` is a module-level function; arguments and results are pickled, tensors included. An error
-    on a rank is raised here with its own type and, as cause, RankFailedError with the rank's traceback.
-    TimeoutError shows where each stuck rank was.
+    `fn` is a module-level function; arguments and results are pickled, tensors
+    included. An error on a rank is raised here with its own type and, as cause,
+    RankFailedError with the rank's traceback. TimeoutError shows where each stuck rank
+    was.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     where = (fn.__module__, fn.__code__.co_filename, fn.__qualname__)
     arguments = pickle.dumps(args)
     with tempfile.TemporaryDirectory(prefix="ranks-") as stacks:
         calls = [
-            _Call(*where, arguments, rank, world_size, store.port, timeout_s, f"{stacks}/{rank}")
+            _Call(
+                *where,
+                arguments,
+                rank,
+                world_size,
+                store.port,
+                timeout_s,
+                f"{stacks}/{rank}",
+            )
             for rank in range(world_size)
         ]
         pipes, processes = zip(*(_start(call) for call in calls), strict=True)
         answers: dict[int, Any] = {}
         try:
             _collect(pipes, processes, timeout_s, answers)
-            _raise_first([answer for answer in answers.values() if isinstance(answer, _Failure)])
+            _raise_first(
+                [answer for answer in answers.values() if isinstance(answer, _Failure)]
+            )
             if missing := [rank for rank in range(world_size) if rank not in answers]:
                 stuck = _stacks(processes, calls, missing)
                 raise TimeoutError(
@@ -129,8 +142,8 @@ def _collect(
     timeout_s: float,
     answers: dict[int, Any],
 ) -> None:
-    """Fills in answers until all are there or the time is up; after a first failure the others get
-    only a short grace.
+    """Fills in answers until all are there or the time is up; after a first failure the
+    others get only a short grace.
     """
     deadline = time.monotonic() + timeout_s
     while len(answers) < len(pipes) and (left := deadline - time.monotonic()) > 0:
@@ -162,7 +175,9 @@ def _raise_first(failures: list[_Failure]) -> None:
         raise pickle.loads(first.error) from cause
 
 
-def _stacks(processes: tuple[BaseProcess, ...], calls: list[_Call], ranks: list[int]) -> str:
+def _stacks(
+    processes: tuple[BaseProcess, ...], calls: list[_Call], ranks: list[int]
+) -> str:
     for rank in ranks:
         if (
             (pid := processes[rank].pid) is not None
@@ -179,7 +194,9 @@ def _stacks(processes: tuple[BaseProcess, ...], calls: list[_Call], ranks: list[
 
 
 def _end(
-    pipes: tuple[Connection, ...], processes: tuple[BaseProcess, ...], answers: dict[int, Any]
+    pipes: tuple[Connection, ...],
+    processes: tuple[BaseProcess, ...],
+    answers: dict[int, Any],
 ) -> None:
     """Lets go the ranks that have answered, kills the others and the slow."""
     for pipe in pipes:
@@ -205,11 +222,13 @@ def _rank_main(call: _Call, pipe: Connection) -> None:
         except BaseException as error:  # noqa: BLE001 - whatever ends a rank is the caller's to see
             pipe.send_bytes(
                 pickle.dumps(
-                    _Failure(call.rank, time.monotonic(), traceback.format_exc(), _pickled(error))
+                    _Failure(
+                        call.rank, time.monotonic(), traceback.format_exc(), _pickled(error)
+                    )
                 )
             )
-        # Leaving the groups of a failed rank can block; its neighbours notice the closed sockets in
-        # any case.
+        # Leaving the groups of a failed rank can block; its neighbours notice the
+        # closed sockets in any case.
         faulthandler.unregister(signal.SIGUSR1)
     os._exit(0)
 
@@ -231,20 +250,23 @@ def _run(call: _Call) -> bytes:
 
 
 def _load(module: str, path: str) -> Any:
-    """The module from its file, under the name it has in the parent, so that its classes can be
-    pickled both ways.
+    """The module from its file, under the name it has in the parent, so that its
+    classes can be pickled both ways.
     """
     if module in sys.modules:
         return sys.modules[module]
     spec = importlib.util.spec_from_file_location(module, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     loaded = sys.modules[module] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
 
 
 def _pickled(error: BaseException) -> bytes | None:
-    """The error itself where it survives the trip; SystemExit and the like become RankFailedError."""
+    """The error itself where it survives the trip; SystemExit and the like become
+    RankFailedError.
+    """
     if not isinstance(error, Exception):
         return None
     try:

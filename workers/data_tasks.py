@@ -2,8 +2,8 @@
 
 Owns: the bodies, plain functions. Torch- and ray-free.
 
-Each returns plain values, a user's mistake included, so that nothing of the library needs to be
-pickled.
+Each returns plain values, a user's mistake included, so that nothing of the library
+needs to be pickled.
 """
 
 import secrets
@@ -33,9 +33,11 @@ _SWEEPS = 10
 NONCE_FOLDER = ".megatron-ray"
 
 
-def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -> PreparedData:
-    """The data of a spec with a storage path, prepared under it or in data.cache; its tokens fit
-    the model, and the model the weights that it begins with.
+def prepare_data(
+    spec: JobSpec, progress: Callable[[str], None] | None = None
+) -> PreparedData:
+    """The data of a spec with a storage path, prepared under it or in data.cache; its
+    tokens fit the model, and the model the weights that it begins with.
 
     Raises UnusableDataError, StorageError.
     """
@@ -51,13 +53,15 @@ def prepare_data(spec: JobSpec, progress: Callable[[str], None] | None = None) -
     try:
         with_vocabulary(spec.model_copy(update={"model": model}), found.vocab_size)
     except ValueError as error:
-        raise UnusableDataError([Problem("/model/vocab_size", "vocab_fits", str(error))]) from error
+        raise UnusableDataError(
+            [Problem("/model/vocab_size", "vocab_fits", str(error))]
+        ) from error
     return found
 
 
 def _beginning(spec: JobSpec) -> ModelConfig:
-    """The model, with the vocabulary of the weights that the job begins with, which it no longer
-    needs once it has a checkpoint of its own. Raises UnusableDataError.
+    """The model, with the vocabulary of the weights that the job begins with, which it
+    no longer needs once it has a checkpoint of its own. Raises UnusableDataError.
     """
     if (
         spec.storage is not None
@@ -72,17 +76,21 @@ def _beginning(spec: JobSpec) -> ModelConfig:
 
 
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
-    """`{"prepared": PreparedData}` or `{"problems": [...]}`; anything else that goes wrong is
-    raised.
+    """`{"prepared": PreparedData}` or `{"problems": [...]}`; anything else that goes
+    wrong is raised.
     """
     try:
-        return {"prepared": prepare_data(JobSpec.from_mapping(spec)).model_dump(mode="json")}
+        return {
+            "prepared": prepare_data(JobSpec.from_mapping(spec)).model_dump(mode="json")
+        }
     except UnusableDataError as found:
         return {"problems": problem_rows(found.problems)}
 
 
 def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
-    """What is wrong with a spec's paths, seen from the cluster; quick, nothing is tokenized."""
+    """What is wrong with a spec's paths, seen from the cluster; quick, nothing is
+    tokenized.
+    """
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
@@ -105,8 +113,8 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
 
 
 def _taken(storage_path: str) -> list[Problem]:
-    """A new job's folder must not hold another job: its checkpoints would be taken for this one's,
-    and its records overwritten.
+    """A new job's folder must not hold another job: its checkpoints would be taken for
+    this one's, and its records overwritten.
     """
     try:
         found = Journal(storage_path).latest()
@@ -144,7 +152,9 @@ def write_nonce(root: str) -> tuple[str, str]:
 
 
 def nonce_matches(root: str, name: str, word: str) -> bool:
-    """Whether this node reads the word that the agent wrote: the storage is one namespace."""
+    """Whether this node reads the word that the agent wrote: the storage is one
+    namespace.
+    """
     try:
         return open_storage(root).read_bytes(name).decode() == word
     except (StorageError, UnicodeDecodeError):
@@ -154,7 +164,9 @@ def nonce_matches(root: str, name: str, word: str) -> bool:
 def salvage_task(
     report_file: str, after: int, log_file: str, log_offset: int, log_bytes: int
 ) -> tuple[list[Line], bytes]:
-    """What a dead rank left on its node: reports beyond the cursor, and the rest of its log."""
+    """What a dead rank left on its node: reports beyond the cursor, and the rest of its
+    log.
+    """
     lines = SpoolReader(Path(report_file)).read(after, limit=1_000_000)
     try:
         with open(log_file, "rb") as file:
@@ -166,8 +178,8 @@ def salvage_task(
 
 
 def sweep_task(folder: str) -> None:
-    """Removes a job's files on a node, and what comes back: a process that Ray calls dead may still
-    be dying, and write.
+    """Removes a job's files on a node, and what comes back: a process that Ray calls
+    dead may still be dying, and write.
     """
     for _ in range(_SWEEPS):
         shutil.rmtree(folder, ignore_errors=True)

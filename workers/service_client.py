@@ -2,8 +2,8 @@
 
 Owns: the internal routes and the classes of their failures.
 
-Used by the agent and by drivers, each thread with a link of its own. Must not know: Ray, torch,
-what the messages mean.
+Used by the agent and by drivers, each thread with a link of its own. Must not know:
+Ray, torch, what the messages mean.
 """
 
 from types import TracebackType
@@ -34,7 +34,9 @@ class ServiceUnavailableError(Exception):
 
 
 class ServiceRefusedError(Exception):
-    """The service understood and said no; `status` and `code` are those of its problem document."""
+    """The service understood and said no; `status` and `code` are those of its problem
+    document.
+    """
 
     def __init__(self, status: int, code: str, detail: str) -> None:
         super().__init__(f"the service refused ({status} {code}): {detail}")
@@ -57,7 +59,10 @@ class Hello(BaseModel):
 
 
 class ServiceClient:
-    """Requests of one caller with one token. Raises ServiceUnavailableError, ServiceRefusedError, Replaced."""
+    """Requests of one caller with one token.
+
+    Raises ServiceUnavailableError, ServiceRefusedError, Replaced.
+    """
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url.rstrip("/")
@@ -84,8 +89,8 @@ class ServiceClient:
         self._client.close()
 
     def hello(self) -> Hello:
-        """First words; raises ServiceRefusedError when the service speaks a protocol that this code does
-        not.
+        """First words; raises ServiceRefusedError when the service speaks a protocol
+        that this code does not.
         """
         hello = Hello.model_validate(self._get("/internal/v1/agent/hello"))
         if hello.protocol not in (PROTOCOL, PROTOCOL + 1):
@@ -104,7 +109,9 @@ class ServiceClient:
     def desired_jobs(self, cluster: str, after: int, wait_s: float) -> DesiredReply:
         """What the cluster's jobs should be doing; waits for a revision above `after`."""
         query = {"cluster": cluster, "after": after, "wait_s": wait_s}
-        return self._parse(DesiredReply, self._get("/internal/v1/agent/desired", query, wait_s))
+        return self._parse(
+            DesiredReply, self._get("/internal/v1/agent/desired", query, wait_s)
+        )
 
     def check_result(self, result: CheckResult) -> None:
         """What was wrong with a spec's paths."""
@@ -129,7 +136,9 @@ class ServiceClient:
             DesiredJob, self._get(f"/internal/v1/jobs/{job_id}/desired", query, wait_s)
         )
 
-    def _get(self, path: str, query: dict[str, Any] | None = None, wait_s: float = 0.0) -> Any:
+    def _get(
+        self, path: str, query: dict[str, Any] | None = None, wait_s: float = 0.0
+    ) -> Any:
         return self._send("GET", path, params=query, timeout=wait_s + _POLL_SLACK_S)
 
     def _post(self, path: str, message: BaseModel) -> Any:
@@ -148,7 +157,9 @@ class ServiceClient:
                 f"{method} {self.url}{path}: {type(error).__name__}: {error}"
             ) from error
         if response.status_code >= 500 or response.status_code in (408, 429):
-            raise ServiceUnavailableError(f"{method} {self.url}{path}: {response.status_code}")
+            raise ServiceUnavailableError(
+                f"{method} {self.url}{path}: {response.status_code}"
+            )
         try:
             body = response.json()
         except ValueError as error:

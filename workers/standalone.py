@@ -2,8 +2,9 @@
 
 Owns: spec, data and commits under torchrun.
 
-Rank 0 prepares the data while the others wait at the store, and commits a checkpoint once a counter
-in the store says that every rank has written its part. Must not know: Ray, HTTP.
+Rank 0 prepares the data while the others wait at the store, and commits a checkpoint
+once a counter in the store says that every rank has written its part. Must not know:
+Ray, HTTP.
 """
 
 import queue
@@ -24,7 +25,13 @@ from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.prepare import UnusableDataError
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
+from megatron_ray.reports import (
+    CheckpointReport,
+    EvalReport,
+    PhaseReport,
+    Report,
+    StepReport,
+)
 from megatron_ray.validation import check, resolution
 from workers.data_tasks import prepare_data
 from workers.driver.commit import CheckpointLedger, commit_whole
@@ -72,9 +79,15 @@ def run_standalone(
     return _train(order, spec, store, reports)
 
 
-def _train(order: StartOrder, spec: JobSpec, store: Store, reports: Path | None) -> str | None:
+def _train(
+    order: StartOrder, spec: JobSpec, store: Store, reports: Path | None
+) -> str | None:
     env = order.env
-    spool = Spool(reports, order.attempt, segment_bytes=None) if reports and env.rank == 0 else None
+    spool = (
+        Spool(reports, order.attempt, segment_bytes=None)
+        if reports and env.rank == 0
+        else None
+    )
     committer = StoreCommitter(spec, order, store)
 
     def report(item: Report) -> None:
@@ -82,8 +95,8 @@ def _train(order: StartOrder, spec: JobSpec, store: Store, reports: Path | None)
             spool.append(item.kind, vars(item))
         committer.report(item)
 
-    # torchrun's own store is shared by every group of the process: each attempt has its own prefix
-    # in it.
+    # torchrun's own store is shared by every group of the process: each attempt has its
+    # own prefix in it.
     try:
         outcome: Outcome = train(order, report, lambda: Command.CONTINUE)
     except ConfigError as problem:
@@ -97,12 +110,17 @@ def _train(order: StartOrder, spec: JobSpec, store: Store, reports: Path | None)
     if committer.problem is not None:
         raise committer.problem
     return (
-        f"{outcome}; newest checkpoint: {committer.committed or 'none'}" if env.rank == 0 else None
+        f"{outcome}; newest checkpoint: {committer.committed or 'none'}"
+        if env.rank == 0
+        else None
     )
 
 
 def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
-    """The resolved spec for a world. Raises UserError with every problem, one a line."""
+    """The resolved spec for a world.
+
+    Raises UserError with every problem, one a line.
+    """
     try:
         spec = JobSpec.from_mapping(apply_overrides(read_mapping(job), overrides))
     except OSError as error:
@@ -133,7 +151,9 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
             f"--nproc-per-node {needed}, or change parallel"
         )
         raise UserError(text)
-    storage = resolved.storage or StorageConfig(path=str(Path("runs", spec.name).absolute()))
+    storage = resolved.storage or StorageConfig(
+        path=str(Path("runs", spec.name).absolute())
+    )
     return JobSpec.from_mapping(
         {**resolved.model_dump(mode="json"), "storage": storage.model_dump()}
     )
@@ -171,7 +191,9 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
 
 
 class StoreCommitter:
-    """Commits on rank 0 what all ranks have counted in the store; on other ranks it only counts."""
+    """Commits on rank 0 what all ranks have counted in the store; on other ranks it
+    only counts.
+    """
 
     def __init__(self, spec: JobSpec, order: StartOrder, store: Store) -> None:
         assert spec.storage is not None
@@ -212,7 +234,9 @@ class StoreCommitter:
             self._store.add(key, 1)
             if rank == 0:
                 self._await_all(key)
-                self._ledger.written(0, item.step, item.path, self._store.add(f"{key}/bytes", 0))
+                self._ledger.written(
+                    0, item.step, item.path, self._store.add(f"{key}/bytes", 0)
+                )
         elif rank == 0 and isinstance(item, StepReport | EvalReport):
             self._ledger.reported(
                 {"kind": item.kind, "attempt": self._order.attempt, "data": {**vars(item)}}

@@ -2,8 +2,9 @@
 
 Owns: their names, what makes one count, which are kept. Must not know: tensors, torch.
 
-A checkpoint counts once its COMMITTED marker is there, which is written last and deleted first;
-manifest.json lists every file with its size, so that a folder that lost one is recognised.
+A checkpoint counts once its COMMITTED marker is there, which is written last and
+deleted first; manifest.json lists every file with its size, so that a folder that lost
+one is recognised.
 """
 
 import json
@@ -12,7 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray.storage.storage import MissingFileError, Storage, StorageError, open_storage
+from megatron_ray.storage.storage import (
+    MissingFileError,
+    Storage,
+    StorageError,
+    open_storage,
+)
 
 FORMAT_VERSION = 1
 """Written into every checkpoint; a reader refuses higher ones."""
@@ -28,7 +34,9 @@ _NAME = re.compile(r"step-(\d{8,})-a(\d{4,})")
 
 
 class CheckpointError(StorageError):
-    """A checkpoint is not whole, not committed, too new, or does not fit what is to be loaded."""
+    """A checkpoint is not whole, not committed, too new, or does not fit what is to be
+    loaded.
+    """
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class CheckpointInfo:
 
 
 def checkpoint_path(storage_path: str, step: int, attempt: int) -> str:
-    """Folder of a checkpoint; the attempt is in the name, so that a fenced-off attempt cannot touch
-    a later one's.
+    """Folder of a checkpoint; the attempt is in the name, so that a fenced-off attempt
+    cannot touch a later one's.
     """
     return f"{storage_path.rstrip('/')}/{FOLDER}/step-{step:08d}-a{attempt:04d}"
 
@@ -79,16 +87,21 @@ def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
 
 def latest_committed(storage_path: str) -> CheckpointInfo | None:
     """The newest whole checkpoint; torn ones do not count. Raises StorageError."""
-    return next((info for info in reversed(list_checkpoints(storage_path)) if info.committed), None)
+    return next(
+        (info for info in reversed(list_checkpoints(storage_path)) if info.committed), None
+    )
 
 
-def commit(path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str, Any]]) -> None:
-    """Makes a checkpoint count: reports, then the manifest with all files, then the marker.
+def commit(
+    path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str, Any]]
+) -> None:
+    """Makes a checkpoint count: reports, then the manifest with all files, then the
+    marker.
 
     Committing again changes nothing.
 
-    All ranks must have said that their part is durable. Raises CheckpointError when the common part
-    or a rank's part is missing.
+    All ranks must have said that their part is durable. Raises CheckpointError when the
+    common part or a rank's part is missing.
     """
     storage = open_storage(path)
     if storage.exists(COMMITTED):
@@ -108,7 +121,10 @@ def commit(path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str
 
 
 def read_reports(path: str) -> list[bytes]:
-    """The reports that a committed checkpoint contains, a JSON object each. Raises StorageError."""
+    """The reports that a committed checkpoint contains, a JSON object each.
+
+    Raises StorageError.
+    """
     try:
         return open_storage(path).read_bytes(REPORTS).splitlines()
     except MissingFileError:  # deleted meanwhile
@@ -123,15 +139,17 @@ def _check_parts(storage: Storage, path: str) -> None:
         raise CheckpointError(
             "commit", path, f"{INDEX} is missing, rank 0 has not written its part"
         ) from error
-    if damage := _damage(index, {entry.name: entry.size for entry in storage.list(recursive=True)}):
+    if damage := _damage(
+        index, {entry.name: entry.size for entry in storage.list(recursive=True)}
+    ):
         raise CheckpointError("commit", path, damage)
 
 
 def read_manifest(path: str) -> dict[str, Any]:
     """Manifest of a checkpoint that may be loaded.
 
-    Raises CheckpointError when it is not committed, has lost a file, or was written by a newer
-    version.
+    Raises CheckpointError when it is not committed, has lost a file, or was written by
+    a newer version.
     """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
@@ -147,7 +165,9 @@ def read_manifest(path: str) -> dict[str, Any]:
     if manifest is None:
         raise CheckpointError("load", path, f"{MANIFEST} is missing or not readable")
     check_format_version(path, manifest)
-    damage = _damage(manifest, {entry.name: entry.size for entry in storage.list(recursive=True)})
+    damage = _damage(
+        manifest, {entry.name: entry.size for entry in storage.list(recursive=True)}
+    )
     if damage:
         raise CheckpointError("load", path, damage)
     return manifest
@@ -166,11 +186,11 @@ def check_format_version(path: str, values: Mapping[str, Any]) -> None:
 
 
 def apply_retention(storage_path: str, keep_last: int) -> Sequence[str]:
-    """Deletes committed checkpoints beyond the newest `keep_last` and what was never finished
-    before the newest; returns paths.
+    """Deletes committed checkpoints beyond the newest `keep_last` and what was never
+    finished before the newest; returns paths.
 
-    Nothing newer than the newest committed one is touched: it may be in the making. Raises
-    ValueError for keep_last < 1.
+    Nothing newer than the newest committed one is touched: it may be in the making.
+    Raises ValueError for keep_last < 1.
     """
     if keep_last < 1:
         raise ValueError(
@@ -185,16 +205,22 @@ def apply_retention(storage_path: str, keep_last: int) -> Sequence[str]:
     unfinished = [
         info
         for info in found
-        if not info.committed and info.step <= newest.step and info.attempt <= newest.attempt
+        if not info.committed
+        and info.step <= newest.step
+        and info.attempt <= newest.attempt
     ]
-    doomed = committed[:-keep_last] + [info for info in unfinished if info.order < newest.order]
+    doomed = committed[:-keep_last] + [
+        info for info in unfinished if info.order < newest.order
+    ]
     for info in doomed:
         delete_checkpoint(storage_path, info)
     return [info.path for info in doomed]
 
 
 def delete_checkpoint(storage_path: str, info: CheckpointInfo) -> None:
-    """Deletes the marker and then the rest, so that a half-deleted checkpoint never looks whole."""
+    """Deletes the marker and then the rest, so that a half-deleted checkpoint never
+    looks whole.
+    """
     storage = open_storage(storage_path)
     folder = f"{FOLDER}/{info.path.rpartition('/')[2]}"
     storage.delete_file(f"{folder}/{COMMITTED}")
@@ -206,7 +232,9 @@ def _info(
 ) -> CheckpointInfo:
     path = checkpoint_path(storage_path, step, attempt)
     manifest = (
-        _manifest(storage, f"{FOLDER}/{path.rpartition('/')[2]}/") if COMMITTED in files else None
+        _manifest(storage, f"{FOLDER}/{path.rpartition('/')[2]}/")
+        if COMMITTED in files
+        else None
     )
     whole = manifest is not None and not _damage(manifest, files)
     loss = manifest.get("loss") if manifest is not None and whole else None
@@ -220,7 +248,9 @@ def _manifest(storage: Storage, folder: str) -> dict[str, Any] | None:
     except (MissingFileError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return (
-        manifest if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict) else None
+        manifest
+        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+        else None
     )
 
 

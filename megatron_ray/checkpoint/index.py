@@ -2,8 +2,9 @@
 
 Owns: who writes what, file offsets, index.json.
 
-Planning is collective but happens once per layout: with it every rank knows its part for good, and
-the background thread that writes needs no collective. Must not know: staging, threads.
+Planning is collective but happens once per layout: with it every rank knows its part
+for good, and the background thread that writes needs no collective. Must not know:
+staging, threads.
 """
 
 import json
@@ -80,9 +81,11 @@ def data_file(rank: int) -> str:
 
 
 def plan_save(state: ShardedState, group: Group) -> RankPlan:
-    """Collective over `group`: removes replicas, spreads them evenly, lays out the files.
+    """Collective over `group`: removes replicas, spreads them evenly, lays out the
+    files.
 
-    Raises ValueError on every rank when the boxes of all ranks do not cover each tensor exactly.
+    Raises ValueError on every rank when the boxes of all ranks do not cover each tensor
+    exactly.
     """
     mine = [
         Held(fqn, tensor.shape, held.box, held.tensor.dtype)
@@ -96,7 +99,10 @@ def plan_save(state: ShardedState, group: Group) -> RankPlan:
         dist.gather_object(mine, holdings, group=group, group_dst=0)
         received: list[RankPlan | str] = [""]
         dist.scatter_object_list(
-            received, plan_all(holdings) if holdings is not None else None, group=group, group_src=0
+            received,
+            plan_all(holdings) if holdings is not None else None,
+            group=group,
+            group_src=0,
         )
         answer = received[0]
     if isinstance(answer, str):
@@ -105,8 +111,8 @@ def plan_save(state: ShardedState, group: Group) -> RankPlan:
 
 
 def plan_all(holdings: Sequence[Sequence[Held]]) -> list[RankPlan | str]:
-    """From what each rank holds, each rank's plan; or the same problem for all, so that none waits
-    for the others.
+    """From what each rank holds, each rank's plan; or the same problem for all, so that
+    none waits for the others.
     """
     slots = [_lay_out(mine) for mine in _without_replicas(holdings)]
     shapes = {held.fqn: held.shape for mine in holdings for held in mine}
@@ -141,7 +147,9 @@ def _lay_out(mine: Sequence[Held]) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def _uncovered(slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, ...]]) -> str | None:
+def _uncovered(
+    slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, ...]]
+) -> str | None:
     """What is wrong when the boxes do not cover each tensor exactly once."""
     boxes: dict[str, list[Box]] = {fqn: [] for fqn in shapes}
     for mine in slots:
@@ -153,7 +161,8 @@ def _uncovered(slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, .
         for fqn, count in covered.items()
         if count != prod(shapes[fqn])
     ]
-    # As many elements as there should be, all inside, and none twice: then none is missing.
+    # As many elements as there should be, all inside, and none twice: then none is
+    # missing.
     wrong += [
         f"{fqn} has {box} outside of {shapes[fqn]}"
         for fqn, held in boxes.items()
@@ -192,7 +201,9 @@ def overlaps(boxes: Sequence[Box], others: Sequence[Box]) -> Iterator[tuple[Box,
         yield from ((box, other) for other in ordered[low:high] if box.intersection(other))
 
 
-def _index_json(slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, ...]]) -> bytes:
+def _index_json(
+    slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, ...]]
+) -> bytes:
     tensors: dict[str, dict[str, Any]] = {}
     for rank, mine in enumerate(slots):
         for slot in mine:

@@ -1,7 +1,8 @@
 """What a run begins with, as far as that is known without reading a tensor.
 
-Owns: telling a checkpoint of ours from a Hugging Face folder, and whether a run's model is the one
-that the weights were made for. Torch-free. Must not know: tensors, optimizers.
+Owns: telling a checkpoint of ours from a Hugging Face folder, and whether a run's model
+is the one that the weights were made for. Torch-free. Must not know: tensors,
+optimizers.
 """
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
@@ -16,7 +17,8 @@ from megatron_ray.validation.initial_weights import contradictions, with_vocabul
 
 
 def is_native_checkpoint(path: str) -> bool:
-    """Whether a committed checkpoint of ours lies at a path or URI, or else a Hugging Face folder.
+    """Whether a committed checkpoint of ours lies at a path or URI, or else a Hugging
+    Face folder.
 
     Raises CheckpointError for neither.
     """
@@ -32,8 +34,8 @@ def is_native_checkpoint(path: str) -> bool:
 
 
 def initial_model(path: str) -> ModelConfig:
-    """The model of the weights at a path or URI. Raises CheckpointError for what is damaged,
-    ConfigError for what is not supported.
+    """The model of the weights at a path or URI. Raises CheckpointError for what is
+    damaged, ConfigError for what is not supported.
     """
     return (
         saved_model(path, read_train_state(path, 0))
@@ -42,9 +44,11 @@ def initial_model(path: str) -> ModelConfig:
     )
 
 
-def begin(checkpoint: CheckpointConfig, model: ModelConfig) -> tuple[ModelConfig, list[Problem]]:
-    """A run's model with the vocabulary of the weights that it begins with, and what contradicts
-    them. As it is without such weights.
+def begin(
+    checkpoint: CheckpointConfig, model: ModelConfig
+) -> tuple[ModelConfig, list[Problem]]:
+    """A run's model with the vocabulary of the weights that it begins with, and what
+    contradicts them. As it is without such weights.
     """
     if checkpoint.start_from is None:
         return model, []

@@ -1,4 +1,5 @@
-"""Weights that a new run begins with: a committed checkpoint of ours or a Hugging Face folder.
+"""Weights that a new run begins with: a committed checkpoint of ours or a Hugging Face
+folder.
 
 Owns: reading either, box by box.
 
@@ -12,8 +13,8 @@ from megatron_ray.sharding.sharded_state import ShardedState
 
 
 def load_initial_weights(path: str, state: ShardedState) -> None:
-    """Fills every `model/...` box of `state` and leaves the others alone; every rank reads what it
-    holds. Raises CheckpointError, ConfigError.
+    """Fills every `model/...` box of `state` and leaves the others alone; every rank
+    reads what it holds. Raises CheckpointError, ConfigError.
     """
     wanted = {name: held for name, held in state.items() if name.startswith("model/")}
     if is_native_checkpoint(path):

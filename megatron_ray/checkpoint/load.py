@@ -1,6 +1,9 @@
-"""Reading a checkpoint into live memory, whatever layout wrote it. Owns: overlaps, bounded reads.
+"""Reading a checkpoint into live memory, whatever layout wrote it.
 
-Every rank reads by itself what it needs; there is no collective. Must not know: optimizers, models.
+Owns: overlaps, bounded reads.
+
+Every rank reads by itself what it needs; there is no collective. Must not know:
+optimizers, models.
 """
 
 from collections import defaultdict
@@ -30,11 +33,11 @@ class Read:
 
 
 def load_into(path: str, state: ShardedState) -> None:
-    """Fills every box of `state`, converting dtypes where they differ; tensors of the checkpoint
-    not asked for are left out.
+    """Fills every box of `state`, converting dtypes where they differ; tensors of the
+    checkpoint not asked for are left out.
 
-    Raises CheckpointError when the checkpoint is not committed, torn, newer, or lacks a tensor or
-    has it in another shape.
+    Raises CheckpointError when the checkpoint is not committed, torn, newer, or lacks a
+    tensor or has it in another shape.
     """
     SavedCheckpoint(path).load_into(state)
 
@@ -61,8 +64,8 @@ class SavedCheckpoint:
 
 
 def read_all(storage: Storage, work: Mapping[str, Sequence[Read]]) -> None:
-    """Carries out the reads of each file in the order of the file, through scratch memory of a
-    fixed size.
+    """Carries out the reads of each file in the order of the file, through scratch
+    memory of a fixed size.
     """
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     for file, reads in work.items():
@@ -87,7 +90,9 @@ def _reads(
             path,
             f"its tensor {fqn!r} has shape {saved.shape}, the model needs {wanted.shape}",
         )
-    slots = {slot.box: (file, slot) for file, slot in zip(saved.files, saved.slots, strict=True)}
+    slots = {
+        slot.box: (file, slot) for file, slot in zip(saved.files, saved.slots, strict=True)
+    }
     memory = {held.box: held.tensor.detach() for held in wanted.held()}
     reads = []
     found = 0
@@ -103,26 +108,33 @@ def _reads(
     missing = sum(box.num_elements for box in memory) - found
     if missing:
         raise CheckpointError(
-            "load", path, f"its tensor {fqn!r} lacks {missing} elements of the boxes asked for"
+            "load",
+            path,
+            f"its tensor {fqn!r} lacks {missing} elements of the boxes asked for",
         )
     return reads
 
 
 def _read(source: Readable, read: Read, scratch: torch.Tensor) -> None:
-    """Whole rows go straight into the target's memory, everything else through `scratch`, some rows
-    at a time.
+    """Whole rows go straight into the target's memory, everything else through
+    `scratch`, some rows at a time.
     """
     slot = read.slot
     target = read.target
     sizes = slot.box.size or (1,)
     lengths = read.part.size or (1,)
     offsets = tuple(
-        inner - outer for inner, outer in zip(read.part.offset, slot.box.offset, strict=True)
+        inner - outer
+        for inner, outer in zip(read.part.offset, slot.box.offset, strict=True)
     ) or (0,)
     target = target.reshape(1) if target.dim() == 0 else target
     row_bytes = prod(sizes[1:]) * slot.dtype.itemsize
     first = slot.start + offsets[0] * row_bytes
-    in_place = target.dtype == slot.dtype and target.device.type == "cpu" and target.is_contiguous()
+    in_place = (
+        target.dtype == slot.dtype
+        and target.device.type == "cpu"
+        and target.is_contiguous()
+    )
     if in_place and lengths[1:] == sizes[1:]:
         source.read_into(first, bytes_of(target))
         return

@@ -2,9 +2,9 @@
 
 Owns: the host copy, the writing thread, errors that surface late.
 
-A save blocks for the copy into host memory only. The thread writes that memory in large blocks,
-without collectives, so a rank that dies meanwhile holds up nobody; the checkpoint then simply never
-counts. Must not know: who commits, what is saved.
+A save blocks for the copy into host memory only. The thread writes that memory in large
+blocks, without collectives, so a rank that dies meanwhile holds up nobody; the
+checkpoint then simply never counts. Must not know: who commits, what is saved.
 """
 
 import json
@@ -36,9 +36,11 @@ class WriteAbandonedError(Exception):
 class CheckpointWriter:
     """One per rank.
 
-    `on_written` is called when the rank's part is durable: from the writing thread in `async` mode.
+    `on_written` is called when the rank's part is durable: from the writing thread in
+    `async` mode.
 
-    The layout of the state (names, boxes, dtypes) is fixed by `prepare`, which plans collectively.
+    The layout of the state (names, boxes, dtypes) is fixed by `prepare`, which plans
+    collectively.
     """
 
     def __init__(
@@ -50,7 +52,9 @@ class CheckpointWriter:
         self._mesh = mesh
         self._on_written = on_written
         self._thread = (
-            ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
+            ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            if mode == "async"
+            else None
         )
         self._pending: Future[None] | None = None
         self._abandoned = threading.Event()
@@ -92,15 +96,15 @@ class CheckpointWriter:
         train_state: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Copies this rank's part to host memory and has it written to the folder `path`; every
-        rank must call it.
+        """Copies this rank's part to host memory and has it written to the folder
+        `path`; every rank must call it.
 
-        Rank 0 writes `files` (name -> content, small) beside the tensors, for readers that have
-        only the checkpoint.
+        Rank 0 writes `files` (name -> content, small) beside the tensors, for readers
+        that have only the checkpoint.
 
-        The live memory may change as soon as it returns. Waits first for a save that is under way
-        and raises its error. Raises ValueError when the state's layout changed or its boxes do not
-        cover the tensors.
+        The live memory may change as soon as it returns. Waits first for a save that is
+        under way and raises its error. Raises ValueError when the state's layout
+        changed or its boxes do not cover the tensors.
         """
         self.wait()
         start = time.monotonic()
@@ -110,7 +114,9 @@ class CheckpointWriter:
         if self._thread is None:
             self._write(step, path, small, copied, start)
         else:
-            self._pending = self._thread.submit(self._write, step, path, small, copied, start)
+            self._pending = self._thread.submit(
+                self._write, step, path, small, copied, start
+            )
 
     def wait(self) -> None:
         """Until the last save is durable. Raises the error that ended it, once."""
@@ -127,8 +133,8 @@ class CheckpointWriter:
             self._end()
 
     def abandon(self) -> None:
-        """Returns at once; a save that is under way ends with the block that it is writing, and
-        never counts.
+        """Returns at once; a save that is under way ends with the block that it is
+        writing, and never counts.
 
         For a run that has failed and is wanted again soon.
         """
@@ -145,8 +151,8 @@ class CheckpointWriter:
         self._host = torch.empty(0, dtype=torch.uint8)
 
     def _copy(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
-        """On CUDA the copies are queued before any later work of this stream; the event says when
-        they are done.
+        """On CUDA the copies are queued before any later work of this stream; the event
+        says when they are done.
         """
         for slot in plan.slots:
             target = (
@@ -157,7 +163,9 @@ class CheckpointWriter:
             target.copy_(state[slot.fqn].memory(slot.box), non_blocking=True)
         if self._mesh.device.type != "cuda":
             return None
-        event: torch.cuda.Event = torch.cuda.current_stream(self._mesh.device).record_event()
+        event: torch.cuda.Event = torch.cuda.current_stream(
+            self._mesh.device
+        ).record_event()
         return event
 
     def _small_files(
@@ -171,7 +179,9 @@ class CheckpointWriter:
         own = {key: train_state[key] for key in RANK_KEYS if key in train_state}
         small = [(rank_state_file(rank), json.dumps(own).encode())]
         if plan.index is not None:
-            common = {key: value for key, value in train_state.items() if key not in RANK_KEYS}
+            common = {
+                key: value for key, value in train_state.items() if key not in RANK_KEYS
+            }
             small += [
                 *extra.items(),
                 (TRAIN_STATE, json.dumps(common).encode()),
@@ -214,10 +224,11 @@ def _layout(state: ShardedState) -> list[tuple[object, ...]]:
 
 
 def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Reused by every save; filled, so that the first one does not wait for the kernel to find its
-    pages.
+    """Reused by every save; filled, so that the first one does not wait for the kernel
+    to find its pages.
 
-    Page-locked for CUDA by registering it: the pinned allocator would round up to a power of two.
+    Page-locked for CUDA by registering it: the pinned allocator would round up to a
+    power of two.
     """
     memory = torch.empty(num_bytes, dtype=torch.uint8).zero_()
     if device.type == "cuda" and num_bytes:

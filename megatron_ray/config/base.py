@@ -1,11 +1,14 @@
-"""The one base class of everything a user may write. Owns: strictness. Must not know: any field."""
+"""The one base class of everything a user may write.
+
+Owns: strictness. Must not know: any field.
+"""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """Frozen, refuses unknown keys; the string under a field is its documentation and its schema
-    description.
+    """Frozen, refuses unknown keys; the string under a field is its documentation and
+    its schema description.
     """
 
     model_config = ConfigDict(

@@ -1,4 +1,5 @@
-"""Shape of DeepSeek's additions to a GPT: latent attention and the prediction of several tokens.
+"""Shape of DeepSeek's additions to a GPT: latent attention and the prediction of
+several tokens.
 
 Owns: architecture only.
 
@@ -11,9 +12,9 @@ from megatron_ray.config.base import Config
 
 
 class LatentAttentionConfig(Config):
-    """Multi-head latent attention (DeepSeek-V2): queries, and keys with values, go through low-rank
-    latents; only a small part of each head's key is rotated, and that part is shared by all heads.
-    Defaults are DeepSeek-V3's.
+    """Multi-head latent attention (DeepSeek-V2): queries, and keys with values, go
+    through low-rank latents; only a small part of each head's key is rotated, and that
+    part is shared by all heads. Defaults are DeepSeek-V3's.
     """
 
     q_lora_rank: int | None = Field(default=1536, ge=8, le=65536)
@@ -34,15 +35,15 @@ class LatentAttentionConfig(Config):
 
 
 class MultiTokenPredictionConfig(Config):
-    """Further layers behind the last one, each of which predicts one token more into the future
-    (DeepSeek-V3, section 2.2).
+    """Further layers behind the last one, each of which predicts one token more into
+    the future (DeepSeek-V3, section 2.2).
     """
 
     num_layers: int = Field(default=1, ge=1, le=16)
     """Tokens predicted beyond the next one."""
     loss_coeff: float = Field(default=0.1, ge=0)
-    """Weight of their mean loss beside the next token's. Its gradient is added; above 0 each is
-    reported apart from the loss."""
+    """Weight of their mean loss beside the next token's. Its gradient is added; above 0
+    each is reported apart from the loss."""
 
     @property
     def weight(self) -> float:

@@ -24,8 +24,8 @@ def _both(filled: object, given: object) -> bool:
 class ModelConfig(Config):
     """A decoder-only transformer.
 
-    `{preset: NAME}` fills every field; fields given beside it win, those of `moe`, `mla` and `mtp`
-    too.
+    `{preset: NAME}` fills every field; fields given beside it win, those of `moe`,
+    `mla` and `mtp` too.
     """
 
     preset: str | None = None
@@ -37,16 +37,19 @@ class ModelConfig(Config):
     num_attention_heads: int = Field(ge=1, le=1024)
     """Query heads."""
     num_query_groups: int | None = Field(default=None, ge=1, le=1024)
-    """Key/value heads (grouped-query attention); as many as query heads when not given."""
+    """Key/value heads (grouped-query attention); as many as query heads when not
+    given."""
     head_dim: int | None = Field(default=None, ge=2, le=1024)
-    """Width of one head; when not given, hidden_size / num_attention_heads, under latent attention
-    that of its queries and keys."""
+    """Width of one head; when not given, hidden_size / num_attention_heads, under
+    latent attention that of its queries and keys."""
     ffn_hidden_size: int | None = Field(default=None, ge=8, le=1 << 20)
     """Width inside the MLP; 4 x hidden_size when not given."""
     vocab_size: int | None = Field(default=None, ge=2, le=1 << 22)
-    """Rows of the embedding that mean something; the tokenizer's size when not given."""
+    """Rows of the embedding that mean something; the tokenizer's size when not
+    given."""
     max_sequence_length: int = Field(default=2048, ge=1, le=1 << 24)
-    """Longest sequence the model is meant for; the size of the table of learned positions."""
+    """Longest sequence the model is meant for; the size of the table of learned
+    positions."""
     activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
     """MLP non-linearity; `swiglu` and `geglu_tanh` (Gemma) gate, `gelu_tanh` is GPT-2's
     approximation."""
@@ -65,17 +68,17 @@ class ModelConfig(Config):
     rope_scaling: RopeScaling | None = None
     """Stretches the rotary frequencies; as they are when not given."""
     sliding_window: int | None = Field(default=None, ge=1, le=1 << 24)
-    """A token sees itself and the tokens before it, this many in all (Mistral); all of them when
-    not given."""
+    """A token sees itself and the tokens before it, this many in all (Mistral); all of
+    them when not given."""
     full_attention_every: int | None = Field(default=None, ge=1, le=1024)
-    """With a sliding window: layers n, 2n ... counted from 1 see everything; no layer does when not
-    given."""
+    """With a sliding window: layers n, 2n ... counted from 1 see everything; no layer
+    does when not given."""
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of activations set to zero in training: after the embedding, and of what attention and
-    MLP add to the residual stream."""
+    """Share of activations set to zero in training: after the embedding, and of what
+    attention and MLP add to the residual stream."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of attention probabilities set to zero in training. Above 0 the scores are made in
-    full: fused attention cannot drop from a stream of its own."""
+    """Share of attention probabilities set to zero in training. Above 0 the scores are
+    made in full: fused attention cannot drop from a stream of its own."""
     linear_bias: bool = False
     """Adds a bias to every linear layer of the blocks (GPT-2 does, Llama does not)."""
     qkv_bias: bool = False
@@ -85,13 +88,14 @@ class ModelConfig(Config):
     embedding_scale: float = Field(default=1.0, gt=0)
     """Word embeddings are multiplied by it (Gemma: the square root of hidden_size)."""
     init_std: float = Field(default=0.02, gt=0, le=1)
-    """Standard deviation of the initial weights; layers that write to the residual stream use
-    init_std / sqrt(2 x layers)."""
+    """Standard deviation of the initial weights; layers that write to the residual
+    stream use init_std / sqrt(2 x layers)."""
     vocab_multiple: int = Field(default=128, ge=1, le=65536)
-    """The embedding is padded to a multiple of this times tp; padding rows are zero and never
-    saved."""
+    """The embedding is padded to a multiple of this times tp; padding rows are zero and
+    never saved."""
     moe: MoEConfig | None = None
-    """Mixture of experts in the place of the MLP of some or all layers; none when not given."""
+    """Mixture of experts in the place of the MLP of some or all layers; none when not
+    given."""
     mla: LatentAttentionConfig | None = None
     """Latent attention in the place of grouped-query attention; none when not given."""
     mtp: MultiTokenPredictionConfig | None = None
@@ -104,7 +108,9 @@ class ModelConfig(Config):
             return given
         name = given["preset"]
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}")
+            raise ValueError(
+                f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}"
+            )
         preset = PRESETS[name]
         parts = {
             part: {**preset[part], **value}
@@ -125,7 +131,9 @@ class ModelConfig(Config):
                 update={"ffn_hidden_size": derived["ffn_hidden_size"]}
             )
         for name, value in derived.items():
-            object.__setattr__(self, name, value)  # the instance is frozen for everybody else
+            object.__setattr__(
+                self, name, value
+            )  # the instance is frozen for everybody else
         return self
 
     @property
@@ -171,25 +179,31 @@ class ModelConfig(Config):
         return self.linear_bias or self.qkv_bias
 
     def window_on(self, layer: int) -> int | None:
-        """Tokens that a token of a layer (counted from 0) sees, itself included; None for all."""
+        """Tokens that a token of a layer (counted from 0) sees, itself included; None
+        for all.
+        """
         every = self.full_attention_every
-        return None if every is not None and (layer + 1) % every == 0 else self.sliding_window
+        return (
+            None if every is not None and (layer + 1) % every == 0 else self.sliding_window
+        )
 
     def experts_on(self, layer: int) -> MoEConfig | None:
-        """The mixture of a layer; None where it has a plain MLP. Layers that predict further tokens
-        (numbers from num_layers on) have experts in every model that has.
+        """The mixture of a layer; None where it has a plain MLP. Layers that predict
+        further tokens (numbers from num_layers on) have experts in every model that
+        has.
         """
         return (
             self.moe
-            if self.moe is not None and (layer >= self.num_layers or self.moe.on_layer(layer))
+            if self.moe is not None
+            and (layer >= self.num_layers or self.moe.on_layer(layer))
             else None
         )
 
     @property
     def aux_losses(self) -> dict[str, float]:
-        """What is trained on beside the loss, in Megatron-LM's words, and the weight of all its
-        places together: such a sum over it is the mean over layers of what it was before its
-        coefficient, as it is reported.
+        """What is trained on beside the loss, in Megatron-LM's words, and the weight of
+        all its places together: such a sum over it is the mean over layers of what it
+        was before its coefficient, as it is reported.
         """
         found = dict[str, float]()
         moe = self.moe
@@ -198,7 +212,10 @@ class ModelConfig(Config):
                 self.experts_on(layer) is not None
                 for layer in range(self.num_layers + self.num_mtp_layers)
             )
-            coefficients = {moe.balancing_loss: moe.aux_loss_coeff, "z_loss": moe.z_loss_coeff}
+            coefficients = {
+                moe.balancing_loss: moe.aux_loss_coeff,
+                "z_loss": moe.z_loss_coeff,
+            }
             found |= {
                 name: coefficient * layers
                 for name, coefficient in coefficients.items()
@@ -206,14 +223,17 @@ class ModelConfig(Config):
             }
         if self.mtp is not None and self.mtp.weight:
             found |= {
-                f"mtp_{depth + 1}_loss": self.mtp.weight for depth in range(self.mtp.num_layers)
+                f"mtp_{depth + 1}_loss": self.mtp.weight
+                for depth in range(self.mtp.num_layers)
             }
         return found
 
     @property
     def expert_width(self) -> int:
         """Width inside an expert, resolved."""
-        return (self.moe.ffn_hidden_size if self.moe is not None else None) or self.ffn_width
+        return (
+            self.moe.ffn_hidden_size if self.moe is not None else None
+        ) or self.ffn_width
 
     @property
     def vocabulary(self) -> int:

@@ -1,4 +1,7 @@
-"""Optimizer and learning-rate schedule. Owns: their numbers. Must not know: sharding."""
+"""Optimizer and learning-rate schedule.
+
+Owns: their numbers. Must not know: sharding.
+"""
 
 from typing import Annotated, Literal
 
@@ -8,7 +11,9 @@ from megatron_ray.config.base import Config
 
 
 class OptimizerConfig(Config):
-    """AdamW with decoupled weight decay; 1-D parameters (norms, biases) are not decayed."""
+    """AdamW with decoupled weight decay; 1-D parameters (norms, biases) are not
+    decayed.
+    """
 
     name: Literal["adamw"] = "adamw"
     """Which optimizer."""
@@ -23,12 +28,13 @@ class OptimizerConfig(Config):
     weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Decoupled decay, multiplied by the learning rate."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; 0 turns clipping off (the norm is still reported)."""
+    """Largest global gradient norm; 0 turns clipping off (the norm is still
+    reported)."""
     freeze: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
         default=(), max_length=64
     )
-    """Names of parameters that are not trained, with `*` for any characters: `embedding.weight`,
-    `layers.0.*`. They have no gradients and no optimizer state."""
+    """Names of parameters that are not trained, with `*` for any characters:
+    `embedding.weight`, `layers.0.*`. They have no gradients and no optimizer state."""
 
 
 class ScheduleConfig(Config):

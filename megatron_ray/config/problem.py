@@ -1,4 +1,7 @@
-"""What can be wrong with a config. Owns: the shape of that statement. Must not know: any rule."""
+"""What can be wrong with a config.
+
+Owns: the shape of that statement. Must not know: any rule.
+"""
 
 from dataclasses import dataclass
 
@@ -16,6 +19,6 @@ class Problem:
 
 
 class ConfigError(ValueError):
-    """A config that contradicts itself, its data or its world: the user's to mend, so nothing is
-    gained by trying again.
+    """A config that contradicts itself, its data or its world: the user's to mend, so
+    nothing is gained by trying again.
     """

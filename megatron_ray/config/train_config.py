@@ -42,8 +42,8 @@ class TrainConfig(Config):
 
     @property
     def data_cache(self) -> str | None:
-        """Folder of prepared data and indices; None where neither data.cache nor storage.path is
-        given.
+        """Folder of prepared data and indices; None where neither data.cache nor
+        storage.path is given.
         """
         if self.data.cache or self.storage is None:
             return self.data.cache or None
@@ -51,7 +51,9 @@ class TrainConfig(Config):
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Validates a mapping; raises pydantic.ValidationError with one entry per wrong field."""
+        """Validates a mapping; raises pydantic.ValidationError with one entry per wrong
+        field.
+        """
         return cls.model_validate(dict(values))
 
     def to_json(self) -> str:
@@ -60,14 +62,18 @@ class TrainConfig(Config):
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads YAML or JSON. Raises ValueError with the file's name when it is not a mapping."""
+    """Reads YAML or JSON. Raises ValueError with the file's name when it is not a
+    mapping.
+    """
     text = path.read_text()
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML or JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping of fields")
+        raise ValueError(
+            f"{path} holds {type(values).__name__}, expected a mapping of fields"
+        )
     return values
 
 
@@ -86,7 +92,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         for key in parents:
             node = node.setdefault(key, {})
             if not isinstance(node, dict):
-                raise ValueError(f"--set {override!r}: {key!r} is a value, not a group of fields")
+                raise ValueError(
+                    f"--set {override!r}: {key!r} is a value, not a group of fields"
+                )
         try:
             node[leaf] = yaml.safe_load(raw)
         except yaml.YAMLError as error:

@@ -1,10 +1,11 @@
 """Attention over gathered keys and values.
 
-Owns: that form of context parallelism (Llama 3's): one gather, then everything is local.
+Owns: that form of context parallelism (Llama 3's): one gather, then everything is
+local.
 
-Simpler than the ring and with fewer, larger messages, but each rank holds the keys and values of
-whole sequences for the length of one layer. Must not know: heads exchanged, layers. Shapes: as in
-ring; L = cp x S tokens of a whole sequence.
+Simpler than the ring and with fewer, larger messages, but each rank holds the keys and
+values of whole sequences for the length of one layer. Must not know: heads exchanged,
+layers. Shapes: as in ring; L = cp x S tokens of a whole sequence.
 """
 
 from typing import Any
@@ -29,8 +30,8 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 class AllGatherAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of
-    the whole group.
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the
+    sequences of the whole group.
     """
 
     def __init__(self, group: Group, window: int | None = None) -> None:
@@ -47,8 +48,9 @@ class AllGatherAttention(nn.Module):
 
 
 def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile]:
-    """What a rank's `length` queries see of keys in natural order: all chunks before each of its
-    two, and their own by a triangle; with a window, what of both is within it.
+    """What a rank's `length` queries see of keys in natural order: all chunks before
+    each of its two, and their own by a triangle; with a window, what of both is within
+    it.
     """
     chunk = length // 2
     tiles = []
@@ -58,7 +60,9 @@ def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile
             first = max(0, number * chunk - window + 1)
             tiles.append(
                 Tile(
-                    rows, slice(first, (number + 1) * chunk), band=(number * chunk - first, window)
+                    rows,
+                    slice(first, (number + 1) * chunk),
+                    band=(number * chunk - first, window),
                 )
             )
             continue
@@ -69,8 +73,8 @@ def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile
 
 
 def in_order(parts: Tensor, dim: int) -> Tensor:
-    """[cp, ...] the parts of all ranks, each two chunks along `dim` -> whole sequences along dim -
-    1 of the result, in natural order.
+    """[cp, ...] the parts of all ranks, each two chunks along `dim` -> whole sequences
+    along dim - 1 of the result, in natural order.
     """
     early, late = parts.chunk(2, dim=dim)
     return torch.cat([*early.unbind(0), *late.flip(0).unbind(0)], dim=dim - 1)
@@ -78,11 +82,17 @@ def in_order(parts: Tensor, dim: int) -> Tensor:
 
 def by_rank(whole: Tensor, cp: int, dim: int) -> Tensor:
     """Inverse of `in_order`: [cp, ...], contiguous."""
-    return torch.stack([chunks_of(whole, SequenceCut(cp, rank), dim - 1) for rank in range(cp)])
+    return torch.stack(
+        [chunks_of(whole, SequenceCut(cp, rank), dim - 1) for rank in range(cp)]
+    )
 
 
 def _documents(cut: SequenceCut, documents: Tensor | None) -> Documents | None:
-    return Documents(chunks_of(documents, cut, dim=1), documents) if documents is not None else None
+    return (
+        Documents(chunks_of(documents, cut, dim=1), documents)
+        if documents is not None
+        else None
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -138,7 +148,10 @@ class _Gather(torch.autograd.Function):
         )
         parts = by_rank(gradients.keys_values, cut.cp, dim=4)
         grad_k, grad_v = (
-            collectives.reduce_scatter_rows(parts, ctx.group).squeeze(0).to(q.dtype).unbind(0)
+            collectives.reduce_scatter_rows(parts, ctx.group)
+            .squeeze(0)
+            .to(q.dtype)
+            .unbind(0)
         )
         return gradients.queries.to(q.dtype), grad_k, grad_v, None, None, None
 

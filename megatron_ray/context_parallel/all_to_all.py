@@ -1,9 +1,10 @@
-"""Whole sequences of some heads instead of parts of all heads (DeepSpeed-Ulysses, Jacobs et al.
-2023). Owns: the exchange around an inner attention, which then has longer sequences and fewer
-heads: all of the sequence, or, in a hierarchy, the part of a ring's rank.
+"""Whole sequences of some heads instead of parts of all heads (DeepSpeed-Ulysses,
+Jacobs et al. 2023). Owns: the exchange around an inner attention, which then has longer
+sequences and fewer heads: all of the sequence, or, in a hierarchy, the part of a ring's
+rank.
 
-Must not know: what the inner attention does. Shapes: B batch, N heads, D head width, S tokens
-before and L = S x group after the exchange.
+Must not know: what the inner attention does. Shapes: B batch, N heads, D head width, S
+tokens before and L = S x group after the exchange.
 """
 
 from typing import Any
@@ -18,12 +19,12 @@ from megatron_ray.models.batch import Packed
 
 
 class UlyssesAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> [B, N, S, D], by `inner` over heads cut among the
-    group.
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> [B, N, S, D], by `inner` over heads cut
+    among the group.
 
-    The group's ranks are neighbours in the zig-zag order, so their chunks put together are again
-    two runs, one early and one late: what a rank of an outer ring has, and the whole sequence where
-    there is none outside.
+    The group's ranks are neighbours in the zig-zag order, so their chunks put together
+    are again two runs, one early and one late: what a rank of an outer ring has, and
+    the whole sequence where there is none outside.
     """
 
     def __init__(self, group: Group, inner: nn.Module) -> None:
@@ -47,7 +48,9 @@ def _to_heads(x_BNSD: Tensor, group: Group) -> Tensor:
 
 def _to_tokens(x_BNLD: Tensor, group: Group) -> Tensor:
     """Inverse: all heads of this rank's tokens."""
-    by_sender = collectives.all_to_all_rows(by_rank(x_BNLD, collectives.size(group), dim=3), group)
+    by_sender = collectives.all_to_all_rows(
+        by_rank(x_BNLD, collectives.size(group), dim=3), group
+    )
     return by_sender.transpose(0, 1).flatten(1, 2)
 
 

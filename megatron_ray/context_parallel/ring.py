@@ -1,12 +1,12 @@
-"""Ring attention: keys and values go round the context-parallel ranks, point to point (Liu et al.
-2023). Owns: that order of hops.
+"""Ring attention: keys and values go round the context-parallel ranks, point to point
+(Liu et al. 2023). Owns: that order of hops.
 
-While a rank attends to one block of keys and values the next is on its way, so it never holds more
-than two. In the backward each block goes round once more, its gradient one hop behind it, so that
-it arrives home complete. Must not know: heads exchanged, layers.
+While a rank attends to one block of keys and values the next is on its way, so it never
+holds more than two. In the backward each block goes round once more, its gradient one
+hop behind it, so that it arrives home complete. Must not know: heads exchanged, layers.
 
-Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens: two chunks of
-every sequence (data.sequence_cut).
+Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens:
+two chunks of every sequence (data.sequence_cut).
 """
 
 from typing import Any
@@ -31,21 +31,24 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
-    """What a rank's `length` queries see of the keys of `owner`; as much work for every pair but a
-    rank and itself.
+    """What a rank's `length` queries see of the keys of `owner`; as much work for every
+    pair but a rank and itself.
     """
     half = length // 2
     everything = slice(0, length)
     if owner == rank:
         return [Tile(everything, everything, causal=True)]
-    if owner < rank:  # its early chunk lies before both of ours, its late one after both
+    # its early chunk lies before both of ours, its late one after both
+    if owner < rank:
         return [Tile(everything, slice(0, half))]
     return [Tile(slice(half, length), everything)]
 
 
-def windowed_ring_tiles(cut: SequenceCut, owner: int, length: int, window: int) -> list[Tile]:
-    """As `ring_tiles`, chunk against chunk: those too far apart are left out, and a window that
-    ends inside one is said.
+def windowed_ring_tiles(
+    cut: SequenceCut, owner: int, length: int, window: int
+) -> list[Tile]:
+    """As `ring_tiles`, chunk against chunk: those too far apart are left out, and a
+    window that ends inside one is said.
     """
     chunk = length // 2
     tiles = []
@@ -71,8 +74,8 @@ def windowed_ring_tiles(cut: SequenceCut, owner: int, length: int, window: int) 
 
 
 class RingAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the sequences of
-    the whole group.
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the
+    sequences of the whole group.
     """
 
     def __init__(self, group: Group, window: int | None = None) -> None:
@@ -102,19 +105,23 @@ class _Hops:
         return (self.rank - hop) % self.size
 
     def start(self, tensor: Tensor) -> tuple[Tensor, collectives.Pending]:
-        """What the rank before sends is in the first item after `wait`; `tensor` must stay as it is
-        until then.
+        """What the rank before sends is in the first item after `wait`; `tensor` must
+        stay as it is until then.
         """
         arriving = torch.empty_like(tensor)
         after = (self.rank + 1) % self.size
         before = (self.rank - 1) % self.size
-        return arriving, collectives.start_exchange(tensor, after, arriving, before, self.group)
+        return arriving, collectives.start_exchange(
+            tensor, after, arriving, before, self.group
+        )
 
     def tiles(self, owner: int, length: int) -> list[Tile]:
         """What this rank's queries see of an owner's keys."""
         if self._window is None:
             return ring_tiles(self.rank, owner, length)
-        return windowed_ring_tiles(SequenceCut(self.size, self.rank), owner, length, self._window)
+        return windowed_ring_tiles(
+            SequenceCut(self.size, self.rank), owner, length, self._window
+        )
 
     def documents(self, owner: int) -> Documents | None:
         if self._documents is None:
@@ -147,7 +154,14 @@ class _Ring(torch.autograd.Function):
             if hop + 1 < hops.size:
                 arriving, pending = hops.start(block)
             owner = hops.owner(hop)
-            attend(so_far, q, block[0], block[1], hops.tiles(owner, length), hops.documents(owner))
+            attend(
+                so_far,
+                q,
+                block[0],
+                block[1],
+                hops.tiles(owner, length),
+                hops.documents(owner),
+            )
             if hop + 1 < hops.size:
                 pending.wait()
                 block = arriving
@@ -170,7 +184,14 @@ class _Ring(torch.autograd.Function):
             gradients = TileGradients(grad_q, torch.zeros_like(block, dtype=lse.dtype))
             tiles = hops.tiles(owner, q.shape[2])
             attend_backward(
-                gradients, grad, q, block[0], block[1], (output, lse), tiles, hops.documents(owner)
+                gradients,
+                grad,
+                q,
+                block[0],
+                block[1],
+                (output, lse),
+                tiles,
+                hops.documents(owner),
             )
             if travelling is not None:
                 travelling[1].wait()

@@ -1,14 +1,16 @@
-"""Attention by tiles: blocks of queries against blocks of keys, put together by their softmax sums.
+"""Attention by tiles: blocks of queries against blocks of keys, put together by their
+softmax sums.
 
-Owns: the arithmetic of a tile, of joining tiles, and of their gradients. Must not know: groups, who
-holds which tokens.
+Owns: the arithmetic of a tile, of joining tiles, and of their gradients. Must not know:
+groups, who holds which tokens.
 
-A tile's output is exact within the tile; with its log-sum-exp two tiles of the same queries join to
-what one softmax over both would have given (online softmax: Milakov and Gimelshein 2018;
-FlashAttention, Dao et al. 2022). In the backward, a tile's probabilities are exp(scores - final
-log-sum-exp), so each tile is done by itself.
+A tile's output is exact within the tile; with its log-sum-exp two tiles of the same
+queries join to what one softmax over both would have given (online softmax: Milakov and
+Gimelshein 2018; FlashAttention, Dao et al. 2022). In the backward, a tile's
+probabilities are exp(scores - final log-sum-exp), so each tile is done by itself.
 
-Shapes: B batch, N query heads, G key/value heads, D head width, Q queries and K keys of a tile.
+Shapes: B batch, N query heads, G key/value heads, D head width, Q queries and K keys of
+a tile.
 """
 
 from collections.abc import Sequence
@@ -24,16 +26,16 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries [start, end) of what is held against keys [start, end) of what is there; a causal
-    tile is square, on the diagonal.
+    """Queries [start, end) of what is held against keys [start, end) of what is there;
+    a causal tile is square, on the diagonal.
     """
 
     queries: slice
     keys: slice
     causal: bool = False
     band: tuple[int, int] | None = None
-    """Where a window cuts through it: how many tokens the first query is behind the first key, and
-    the window. Says who is seen, later tokens included."""
+    """Where a window cuts through it: how many tokens the first query is behind the
+    first key, and the window. Says who is seen, later tokens included."""
 
 
 def chunks_of(whole: Tensor, cut: SequenceCut, dim: int) -> Tensor:
@@ -44,32 +46,38 @@ def chunks_of(whole: Tensor, cut: SequenceCut, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Documents:
-    """Document numbers of the queries [B, Q] and keys [B, K] of a list of tiles: who is of another
-    document is not seen.
+    """Document numbers of the queries [B, Q] and keys [B, K] of a list of tiles: who is
+    of another document is not seen.
     """
 
     of_queries: Tensor
     of_keys: Tensor
 
     def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
-        """[B, 1, Q, K]: 0 where a key is seen, -inf elsewhere, the diagonal of a causal tile
-        included.
+        """[B, 1, Q, K]: 0 where a key is seen, -inf elsewhere, the diagonal of a causal
+        tile included.
         """
         seen = (
-            self.of_queries[:, None, tile.queries, None] == self.of_keys[:, None, None, tile.keys]
+            self.of_queries[:, None, tile.queries, None]
+            == self.of_keys[:, None, None, tile.keys]
         )
         if tile.band is not None:
             seen = seen & band(seen.shape[-2], seen.shape[-1], *tile.band, seen.device)
         elif tile.causal:
-            seen = seen & torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
+            seen = (
+                seen
+                & torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
+            )
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
             ~seen, -torch.inf
         )
 
 
-def _bias(tile: Tile, documents: Documents | None, q_BNQD: Tensor, k_BGKD: Tensor) -> Tensor | None:
-    """What is added to the scores of a tile [B or 1, 1, Q, K]; None where the kernel's own triangle
-    says it all.
+def _bias(
+    tile: Tile, documents: Documents | None, q_BNQD: Tensor, k_BGKD: Tensor
+) -> Tensor | None:
+    """What is added to the scores of a tile [B or 1, 1, Q, K]; None where the kernel's
+    own triangle says it all.
     """
     if documents is not None:
         return documents.bias(tile, q_BNQD.dtype)
@@ -82,8 +90,8 @@ def _bias(tile: Tile, documents: Documents | None, q_BNQD: Tensor, k_BGKD: Tenso
 
 @dataclass
 class PartialAttention:
-    """What queries have got so far: output [B, N, Q, D] and log-sum-exp of their scores [B, N, Q],
-    both fp32 or wider.
+    """What queries have got so far: output [B, N, Q, D] and log-sum-exp of their scores
+    [B, N, Q], both fp32 or wider.
     """
 
     output: Tensor
@@ -102,9 +110,11 @@ class PartialAttention:
         """Adds keys that the queries in `rows` had not seen yet."""
         before = self.lse[:, :, rows]
         both = torch.logaddexp(before, lse)
-        # Where nothing is seen on either side both are -inf, and their difference is no number.
+        # Where nothing is seen on either side both are -inf, and their difference is no
+        # number.
         old, new = (
-            (part - both).nan_to_num_(nan=-torch.inf).exp_()[..., None] for part in (before, lse)
+            (part - both).nan_to_num_(nan=-torch.inf).exp_()[..., None]
+            for part in (before, lse)
         )
         self.output[:, :, rows] = self.output[:, :, rows] * old + output * new
         self.lse[:, :, rows] = both
@@ -131,8 +141,8 @@ def attend(
 
 @dataclass
 class TileGradients:
-    """Gradients of all queries [B, N, Q, D] and of the keys and values at hand [2, B, G, K, D];
-    fp32 or wider, added to tile by tile.
+    """Gradients of all queries [B, N, Q, D] and of the keys and values at hand [2, B,
+    G, K, D]; fp32 or wider, added to tile by tile.
     """
 
     queries: Tensor
@@ -149,8 +159,8 @@ def attend_backward(
     tiles: Sequence[Tile],
     documents: Documents | None,
 ) -> None:
-    """Adds the gradients of these tiles; `final` is the output, in the type of q, and its
-    log-sum-exp, over all tiles.
+    """Adds the gradients of these tiles; `final` is the output, in the type of q, and
+    its log-sum-exp, over all tiles.
     """
     output, lse = final
     for tile in tiles:
@@ -159,7 +169,14 @@ def attend_backward(
         k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
         bias = _bias(tile, documents, q, k)
         found = fused.backward(
-            grad_BNQD[:, :, rows], q, k, v, output[:, :, rows], lse[:, :, rows], tile.causal, bias
+            grad_BNQD[:, :, rows],
+            q,
+            k,
+            v,
+            output[:, :, rows],
+            lse[:, :, rows],
+            tile.causal,
+            bias,
         )
         gradients.queries[:, :, rows] += found[0]
         for place, grad in enumerate(found[1:]):

@@ -2,9 +2,9 @@
 
 Owns: reuse, completeness. Must not know: what is made.
 
-An artifact is a folder with `complete.json`, which describes it and lists its files' sizes. Locally
-the whole folder appears at once (`work_folders`); in an object store, which cannot rename,
-`complete.json` is uploaded last.
+An artifact is a folder with `complete.json`, which describes it and lists its files'
+sizes. Locally the whole folder appears at once (`work_folders`); in an object store,
+which cannot rename, `complete.json` is uploaded last.
 """
 
 import contextlib
@@ -35,23 +35,25 @@ def produce(cache: Place, name: str, make: Callable[[Path], Description]) -> Des
     if not cache.local:
         with tempfile.TemporaryDirectory() as work:
             description = _made(Path(work), make)
-            for file in sorted(Path(work).iterdir(), key=lambda file: file.name == COMPLETE):
+            for file in sorted(
+                Path(work).iterdir(), key=lambda file: file.name == COMPLETE
+            ):
                 upload(file, target / file.name)
         return description
     folder = Path(target.path)
     with appearing(folder) as work_folder:
         description = _made(work_folder, make)
         if folder.is_dir() and complete(target) is None:
-            # Somebody has damaged it; out of the way in one rename, so that no reader sees half of
-            # it go.
+            # Somebody has damaged it; out of the way in one rename, so that no reader
+            # sees half of it go.
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(folder.with_name(f"{WORK}damaged-{uuid.uuid4().hex}"))
     return complete(target) or description
 
 
 def complete(target: Place) -> Description | None:
-    """The description of a complete artifact; None when it is missing or a file of it is missing or
-    has another size.
+    """The description of a complete artifact; None when it is missing or a file of it
+    is missing or has another size.
     """
     try:
         description: Description = json.loads(read_bytes(target / COMPLETE))
@@ -66,6 +68,8 @@ def complete(target: Place) -> Description | None:
 
 def _made(work: Path, make: Callable[[Path], Description]) -> Description:
     description = make(work)
-    description["files"] = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
+    description["files"] = {
+        file.name: file.stat().st_size for file in sorted(work.iterdir())
+    }
     (work / COMPLETE).write_text(json.dumps(description, sort_keys=True))
     return description

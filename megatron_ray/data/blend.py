@@ -2,9 +2,9 @@
 
 Owns: which sample comes from which. Must not know: files, tokens, ranks.
 
-Greedy as in Megatron: sample i goes to the dataset that lags its share most, argmax over d of
-weight_d * max(i, 1) - taken_d, the lowest d on ties. So every prefix of the blend has the asked-for
-proportions to within one sample a dataset.
+Greedy as in Megatron: sample i goes to the dataset that lags its share most, argmax
+over d of weight_d * max(i, 1) - taken_d, the lowest d on ties. So every prefix of the
+blend has the asked-for proportions to within one sample a dataset.
 """
 
 import math
@@ -47,8 +47,8 @@ def normalized(weights: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def samples_needed(weights: Sequence[float], size: int) -> list[int]:
-    """Samples to build of each dataset: its share, rounded up, and half a percent for the greedy
-    order's detours.
+    """Samples to build of each dataset: its share, rounded up, and half a percent for
+    the greedy order's detours.
     """
     return [
         math.ceil(math.ceil(size * weight) * (1 + _SURPLUS))
@@ -98,12 +98,16 @@ class BlendedDataset:
         if len(datasets) != len(weights):
             raise ValueError(f"{len(datasets)} datasets with {len(weights)} weights")
         self._datasets = list(datasets)
-        key = cache_key({"format": 1, "weights": normalized(weights).tolist(), "size": size})
+        key = cache_key(
+            {"format": 1, "weights": normalized(weights).tolist(), "size": size}
+        )
         arrays = load_or_build(cache_dir, key, lambda: build_blend_indices(weights, size))
         self.dataset_index = arrays["dataset_index"]
         self.dataset_sample_index = arrays["dataset_sample_index"]
         counts = np.bincount(self.dataset_index, minlength=len(datasets))
-        for number, (count, dataset) in enumerate(zip(counts.tolist(), datasets, strict=True)):
+        for number, (count, dataset) in enumerate(
+            zip(counts.tolist(), datasets, strict=True)
+        ):
             if count > len(dataset):
                 raise ValueError(
                     f"the blend takes {count} samples of dataset {number}, which has {len(dataset)}"
@@ -116,4 +120,6 @@ class BlendedDataset:
         """Sample `index` as [seq_length + 1] token ids. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return self._datasets[int(self.dataset_index[index])][int(self.dataset_sample_index[index])]
+        return self._datasets[int(self.dataset_index[index])][
+            int(self.dataset_sample_index[index])
+        ]

@@ -14,17 +14,22 @@ from megatron_ray.storage.files import place, probe_writable
 
 
 def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
-    """What is surely wrong: paths, the first document of each source, the tokenizer, too little
-    text, storage that refuses a file.
+    """What is surely wrong: paths, the first document of each source, the tokenizer,
+    too little text, storage that refuses a file.
 
-    Reads a few kilobytes and tokenizes nothing, so an empty list is no promise: `prepare` sees the
-    rest. Writes and deletes one small file below `storage_path` (and data.cache), and creates no
-    folder on a local disk.
+    Reads a few kilobytes and tokenizes nothing, so an empty list is no promise:
+    `prepare` sees the rest. Writes and deletes one small file below `storage_path` (and
+    data.cache), and creates no folder on a local disk.
     """
     found = find_all(data)
     problems = list(found.problems)
-    # Held-out documents come out of the same text: a lone source must be long enough for both.
-    samples = 2 if len(data.train) == 1 and not data.validation and data.validation_fraction else 1
+    # Held-out documents come out of the same text: a lone source must be long enough
+    # for both.
+    samples = (
+        2
+        if len(data.train) == 1 and not data.validation and data.validation_fraction
+        else 1
+    )
     for owner, source in found.train:
         problems += _source_problems(owner, source, data, samples * (seq_length + 1))
     for owner, source in found.validation:
@@ -70,12 +75,14 @@ def _most_tokens(found: FoundSource, data: DataConfig) -> int | None:
         except (OSError, ValueError) as error:
             raise DataError("bad_corpus", f"{error}; prepare the data again") from error
     if next(file_pieces(found, found.files[0]), None) is None and len(found.files) == 1:
-        raise DataError("empty", f"{found.source.path} holds no text; give files with text in them")
+        raise DataError(
+            "empty", f"{found.source.path} holds no text; give files with text in them"
+        )
     packed = any(file.path.lower().endswith(".parquet") for file in found.files)
     if packed or data.tokenizer.kind == "file":
         return None
-    # A byte-level token is at least one byte, and each file's last document has an end mark; jsonl
-    # has more syntax than marks.
+    # A byte-level token is at least one byte, and each file's last document has an end
+    # mark; jsonl has more syntax than marks.
     return found.size + len(found.files)
 
 

@@ -1,11 +1,13 @@
 """One source as token files.
 
-Owns: tokenizing, holding documents out, counting. Must not know: caches, blends, seq_length.
+Owns: tokenizing, holding documents out, counting. Must not know: caches, blends,
+seq_length.
 
-Text is tokenized once, into `tokens`; `train` and `validation` are indices of their own over the
-same tokens, so a split copies nothing (where the disk has links). Held out are the documents with
-the smallest content hashes: the choice depends on nothing else, and equal documents stay on one
-side. A corpus of a single document is cut in two near its end.
+Text is tokenized once, into `tokens`; `train` and `validation` are indices of their own
+over the same tokens, so a split copies nothing (where the disk has links). Held out are
+the documents with the smallest content hashes: the choice depends on nothing else, and
+equal documents stay on one side. A corpus of a single document is cut in two near its
+end.
 """
 
 import hashlib
@@ -45,12 +47,12 @@ def make_corpus(
     link: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Fills `work` and describes it: {"train": part | None, "validation": part | None}, part =
-    {prefix, num_tokens, num_documents}.
+    """Fills `work` and describes it: {"train": part | None, "validation": part | None},
+    part = {prefix, num_tokens, num_documents}.
 
-    `held_out` is the share of documents for validation; None means that all of it is for
-    validation. A part's prefix is a name in `work`, or the source's own prefix. Raises DataError,
-    OSError.
+    `held_out` is the share of documents for validation; None means that all of it is
+    for validation. A part's prefix is a name in `work`, or the source's own prefix.
+    Raises DataError, OSError.
     """
     if found.kind == "prepared":
         corpus, hashes = _open_prepared(found, tokenizer.vocab_size, progress)
@@ -73,15 +75,18 @@ def make_corpus(
     if found.kind != "prepared" and not link:
         (work / "tokens.bin").unlink()
         (work / "tokens.idx").unlink()
-    np.save(work / COUNTS, _counts(IndexedDataset(str(work / "validation")), tokenizer.vocab_size))
+    np.save(
+        work / COUNTS,
+        _counts(IndexedDataset(str(work / "validation")), tokenizer.vocab_size),
+    )
     return parts
 
 
 def split(
     table: IndexTable, hashes: npt.NDArray[np.uint64], fraction: float
 ) -> tuple[IndexTable, IndexTable]:
-    """Train and validation by document: the `fraction` with the smallest hashes is held out, at
-    least one document.
+    """Train and validation by document: the `fraction` with the smallest hashes is held
+    out, at least one document.
     """
     if len(hashes) < 2:
         return _cut(table, round(int(table.lengths.sum(dtype=np.int64)) * (1 - fraction)))
@@ -94,7 +99,9 @@ def _select(table: IndexTable, documents: npt.NDArray[np.bool_]) -> IndexTable:
     sizes = np.diff(table.documents)
     sequences = np.repeat(documents, sizes)
     starts = np.concatenate([[0], np.cumsum(sizes[documents])]).astype(np.int64)
-    return IndexTable(table.dtype, table.lengths[sequences], table.pointers[sequences], starts)
+    return IndexTable(
+        table.dtype, table.lengths[sequences], table.pointers[sequences], starts
+    )
 
 
 def _cut(table: IndexTable, tokens: int) -> tuple[IndexTable, IndexTable]:
@@ -183,7 +190,9 @@ def _tokenize(
                     f"{tokens / 1e6:.1f} million tokens"
                 )
     if not hashes:
-        raise DataError("empty", f"{found.source.path} holds no text; give files with text in them")
+        raise DataError(
+            "empty", f"{found.source.path} holds no text; give files with text in them"
+        )
     progress(
         f"tokenized {found.source.path}: {len(hashes)} documents, {tokens / 1e6:.2f} million tokens"
     )
@@ -207,8 +216,8 @@ def _batches(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
 def _open_prepared(
     found: FoundSource, vocab_size: int, progress: Progress
 ) -> tuple[IndexedDataset, npt.NDArray[np.uint64]]:
-    """Reads every token once, so that a token outside the vocabulary is found now and not in the
-    middle of training.
+    """Reads every token once, so that a token outside the vocabulary is found now and
+    not in the middle of training.
     """
     name = found.source.path
     progress(f"checking the tokens of {name} ({found.size / 1e6:.1f} MB)")
@@ -217,16 +226,24 @@ def _open_prepared(
     except ValueError as error:
         raise DataError("bad_corpus", f"{error}; prepare the data again") from error
     if not np.issubdtype(corpus.table.dtype, np.integer):
-        raise DataError("bad_corpus", f"{name} holds {corpus.table.dtype} values, not tokens")
+        raise DataError(
+            "bad_corpus", f"{name} holds {corpus.table.dtype} values, not tokens"
+        )
     hashes = []
     for first, last in zip(
-        corpus.table.documents[:-1].tolist(), corpus.table.documents[1:].tolist(), strict=True
+        corpus.table.documents[:-1].tolist(),
+        corpus.table.documents[1:].tolist(),
+        strict=True,
     ):
         digest = hashlib.blake2b(digest_size=8)
         for sequence in range(first, last):
             tokens = corpus[sequence]
             if tokens.size and (int(tokens.max()) >= vocab_size or int(tokens.min()) < 0):
-                wrong = int(tokens.max()) if int(tokens.max()) >= vocab_size else int(tokens.min())
+                wrong = (
+                    int(tokens.max())
+                    if int(tokens.max()) >= vocab_size
+                    else int(tokens.min())
+                )
                 text = (
                     f"{name} holds token {wrong}, but the tokenizer has {vocab_size} tokens; "
                     "give the tokenizer the data were made with"

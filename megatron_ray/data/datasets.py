@@ -20,16 +20,21 @@ def build_dataset(
 ) -> SampleDataset:
     """A dataset of at least `num_samples` samples of [seq_length + 1] tokens.
 
-    `cache` is the folder of prepared data; indices go below it. Every rank may call this at once.
-    The order depends on num_samples too, as in Megatron: a run that resumes must ask for the same
-    number. Raises ValueError or OSError when a corpus cannot be read.
+    `cache` is the folder of prepared data; indices go below it. Every rank may call
+    this at once. The order depends on num_samples too, as in Megatron: a run that
+    resumes must ask for the same number. Raises ValueError or OSError when a corpus
+    cannot be read.
     """
     folder = None if cache is None else f"{cache.rstrip('/')}/indices"
     weights = [corpus.weight for corpus in corpora]
     if len(corpora) == 1:
-        return GPTDataset(IndexedDataset(corpora[0].prefix), num_samples, seq_length, seed, folder)
+        return GPTDataset(
+            IndexedDataset(corpora[0].prefix), num_samples, seq_length, seed, folder
+        )
     datasets = [
         GPTDataset(IndexedDataset(corpus.prefix), needed, seq_length, seed, folder)
-        for corpus, needed in zip(corpora, samples_needed(weights, num_samples), strict=True)
+        for corpus, needed in zip(
+            corpora, samples_needed(weights, num_samples), strict=True
+        )
     ]
     return BlendedDataset(datasets, weights, num_samples, folder)

@@ -2,12 +2,12 @@
 
 Owns: the three indices. Must not know: blends, ranks, tokenizers.
 
-Sequences of all epochs are laid end to end in the order of the document index; sample j is the
-seq_length + 1 tokens from token j * seq_length of that tape (neighbours share one token: the last
-label is the next first input); the shuffle index says which j is served i-th. A last epoch of which
-less than 80% is needed is shuffled apart, so that it does not thin out the epochs before it. The
-order is a function of (sequence lengths, num_samples, seq_length, seed) alone. Equal to
-megatron-core's GPTDataset.
+Sequences of all epochs are laid end to end in the order of the document index; sample j
+is the seq_length + 1 tokens from token j * seq_length of that tape (neighbours share
+one token: the last label is the next first input); the shuffle index says which j is
+served i-th. A last epoch of which less than 80% is needed is shuffled apart, so that it
+does not thin out the epochs before it. The order is a function of (sequence lengths,
+num_samples, seq_length, seed) alone. Equal to megatron-core's GPTDataset.
 """
 
 import hashlib
@@ -48,7 +48,9 @@ def plan_epochs(tokens_per_epoch: int, num_samples: int, seq_length: int) -> Epo
     from_last = num_samples - before_last
     per_epoch = (tokens_per_epoch - 1) // seq_length
     return EpochPlan(
-        epochs, before_last, epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch)
+        epochs,
+        before_last,
+        epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch),
     )
 
 
@@ -69,12 +71,12 @@ def build_document_index(
 def build_sample_index(
     lengths: IntArray, document_index: IntArray, num_samples: int, seq_length: int
 ) -> IntArray:
-    """[num_samples + 1, 2]: row j = (position in the document index, token offset) where sample j
-    starts and j - 1 ends.
+    """[num_samples + 1, 2]: row j = (position in the document index, token offset)
+    where sample j starts and j - 1 ends.
 
-    Row j is where token j * seq_length of the tape lies: one binary search in the running sum of
-    lengths, in chunks so that the only large arrays are the sum (8 bytes an entry of the document
-    index) and the result.
+    Row j is where token j * seq_length of the tape lies: one binary search in the
+    running sum of lengths, in chunks so that the only large arrays are the sum (8 bytes
+    an entry of the document index) and the result.
     """
     ends = np.cumsum(lengths[document_index], dtype=np.int64)
     large = max(len(document_index), int(lengths.max(initial=0))) > np.iinfo(np.int32).max
@@ -90,7 +92,9 @@ def build_sample_index(
     return index
 
 
-def build_shuffle_index(num_samples: int, total: int, random: np.random.RandomState) -> IntArray:
+def build_shuffle_index(
+    num_samples: int, total: int, random: np.random.RandomState
+) -> IntArray:
     """[total]: a permutation of the first `num_samples`, then one of the rest."""
     dtype = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
     head = np.arange(num_samples, dtype=dtype)
@@ -102,7 +106,9 @@ def build_shuffle_index(num_samples: int, total: int, random: np.random.RandomSt
     return np.concatenate([head, tail])
 
 
-def build_indices(lengths: IntArray, num_samples: int, seq_length: int, seed: int) -> Arrays:
+def build_indices(
+    lengths: IntArray, num_samples: int, seq_length: int, seed: int
+) -> Arrays:
     """document_index, sample_index and shuffle_index.
 
     Raises ValueError when there are no tokens.
@@ -138,7 +144,9 @@ class GPTDataset:
         self._seq_length = seq_length
         fields = {
             "format": 1,
-            "lengths": hashlib.sha256(np.ascontiguousarray(corpus.lengths).data).hexdigest(),
+            "lengths": hashlib.sha256(
+                np.ascontiguousarray(corpus.lengths).data
+            ).hexdigest(),
             "num_samples": num_samples,
             "seq_length": seq_length,
             "seed": seed,
@@ -156,8 +164,8 @@ class GPTDataset:
         return len(self.shuffle_index)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample `index` as [seq_length + 1]: inputs are all but the last token, labels all but the
-        first. Raises IndexError.
+        """Sample `index` as [seq_length + 1]: inputs are all but the last token, labels
+        all but the first. Raises IndexError.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
@@ -168,7 +176,9 @@ class GPTDataset:
         filled = 0
         while position <= last:
             sequence = int(self.document_index[position])
-            end = last_offset + 1 if position == last else int(self._corpus.lengths[sequence])
+            end = (
+                last_offset + 1 if position == last else int(self._corpus.lengths[sequence])
+            )
             tokens[filled : filled + end - offset] = self._corpus.get(
                 sequence, offset, end - offset
             )

@@ -1,4 +1,7 @@
-"""Built index arrays on disk. Owns: keys, memory mapping. Must not know: what the arrays mean."""
+"""Built index arrays on disk.
+
+Owns: keys, memory mapping. Must not know: what the arrays mean.
+"""
 
 import hashlib
 import json
@@ -23,8 +26,9 @@ def cache_key(fields: Mapping[str, object]) -> str:
 def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
     """The arrays under `key`, built when missing and then memory-mapped.
 
-    A reader sees the whole folder or none. Ranks that build at the same time do equal work, and all
-    use the first to appear. Without a local cache the arrays stay in memory. Raises OSError.
+    A reader sees the whole folder or none. Ranks that build at the same time do equal
+    work, and all use the first to appear. Without a local cache the arrays stay in
+    memory. Raises OSError.
     """
     if cache_dir is None or not is_local(cache_dir):
         return build()
@@ -34,4 +38,6 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
         with appearing(folder) as work:
             for name, array in arrays.items():
                 np.save(work / f"{name}.npy", array)
-    return {file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))}
+    return {
+        file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))
+    }

@@ -2,10 +2,10 @@
 
 Owns: the .bin/.idx format. Must not know: tokenizers, samples, splits.
 
-`.bin` holds token ids back to back. `.idx` is little-endian: magic, version, dtype code, N
-sequences, D document marks, then N int32 lengths, N int64 byte positions in `.bin`, D int64
-document starts (first 0, last N). Positions need not be contiguous, so an index may select
-sequences of a `.bin` that it shares (`write_index`).
+`.bin` holds token ids back to back. `.idx` is little-endian: magic, version, dtype
+code, N sequences, D document marks, then N int32 lengths, N int64 byte positions in
+`.bin`, D int64 document starts (first 0, last N). Positions need not be contiguous, so
+an index may select sequences of a `.bin` that it shares (`write_index`).
 """
 
 import copy
@@ -65,21 +65,29 @@ def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
     """
     if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
         raise ValueError(f"{name} is not a Megatron index: it does not start with MMIDIDX")
-    _, version, code, num_sequences, num_documents = _HEADER.unpack(bytes(content[: _HEADER.size]))
+    _, version, code, num_sequences, num_documents = _HEADER.unpack(
+        bytes(content[: _HEADER.size])
+    )
     if version != _VERSION:
         raise ValueError(
             f"{name} is a Megatron index of version {version}; only version {_VERSION} can be read"
         )
     if code not in _DTYPES:
-        raise ValueError(f"{name} has the unknown token type {code}; known are {sorted(_DTYPES)}")
+        raise ValueError(
+            f"{name} has the unknown token type {code}; known are {sorted(_DTYPES)}"
+        )
     need = _HEADER.size + num_sequences * 12 + num_documents * 8
     if len(content) < need:
         raise ValueError(
             f"{name} is cut short: {len(content)} bytes where {num_sequences} sequences need {need}"
         )
     lengths = np.frombuffer(content, "<i4", num_sequences, _HEADER.size)
-    pointers = np.frombuffer(content, "<i8", num_sequences, _HEADER.size + num_sequences * 4)
-    documents = np.frombuffer(content, "<i8", num_documents, _HEADER.size + num_sequences * 12)
+    pointers = np.frombuffer(
+        content, "<i8", num_sequences, _HEADER.size + num_sequences * 4
+    )
+    documents = np.frombuffer(
+        content, "<i8", num_documents, _HEADER.size + num_sequences * 12
+    )
     return IndexTable(np.dtype(_DTYPES[code]), lengths, pointers, documents)
 
 
@@ -120,15 +128,17 @@ class IndexedDataset:
         content = np.memmap(index.path, np.uint8, "r") if local_index else read_bytes(index)
         self.table = read_index(content, index.path)
         end = int(
-            (self.table.pointers + self.lengths.astype(np.int64) * self.itemsize).max(initial=0)
+            (self.table.pointers + self.lengths.astype(np.int64) * self.itemsize).max(
+                initial=0
+            )
         )
         if end > found.size:
             raise ValueError(
                 f"{tokens.path} is cut short: {found.size} bytes where its index needs {end}"
             )
         self._file = None if where.local else tokens.filesystem.open_input_file(tokens.path)
-        # An empty file cannot be mapped. A plain array over the map slices ten times faster than
-        # np.memmap itself.
+        # An empty file cannot be mapped. A plain array over the map slices ten times
+        # faster than np.memmap itself.
         self._map = (
             np.asarray(np.memmap(tokens.path, np.uint8, "r"))
             if where.local and found.size
@@ -160,8 +170,8 @@ class IndexedDataset:
         return max(len(self.table.documents) - 1, 0)
 
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> IntArray:
-        """`length` tokens (default: the rest) of a sequence from token `offset`, in the stored
-        dtype; read-only when mapped.
+        """`length` tokens (default: the rest) of a sequence from token `offset`, in the
+        stored dtype; read-only when mapped.
         """
         size = int(self.table.lengths[sequence])
         length = size - offset if length is None else length
@@ -172,7 +182,9 @@ class IndexedDataset:
         start = int(self.table.pointers[sequence]) + offset * self.itemsize
         if self._map is not None:
             return self._map[start : start + length * self.itemsize].view(self.table.dtype)
-        content = b"" if self._file is None else self._file.read_at(length * self.itemsize, start)
+        content = (
+            b"" if self._file is None else self._file.read_at(length * self.itemsize, start)
+        )
         return np.frombuffer(content, self.table.dtype)
 
     def view(self, table: IndexTable) -> Self:
@@ -234,7 +246,9 @@ class IndexedDatasetBuilder:
         lengths = np.array(self._lengths, np.int32)
         pointers = np.zeros(len(lengths), np.int64)
         np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
-        table = IndexTable(self._dtype, lengths, pointers, np.array(self._documents, np.int64))
+        table = IndexTable(
+            self._dtype, lengths, pointers, np.array(self._documents, np.int64)
+        )
         write_index(_with_suffix(self._prefix, ".idx"), table)
 
     def __enter__(self) -> Self:

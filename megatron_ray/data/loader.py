@@ -2,7 +2,8 @@
 
 Owns: the batch type and which samples a rank turns into which microbatch.
 
-The only file of this folder that sees torch. Must not know: the model, how corpora were made.
+The only file of this folder that sees torch. Must not know: the model, how corpora were
+made.
 """
 
 from collections.abc import Iterator
@@ -20,19 +21,23 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Samples to batches: shifts labels, tells documents apart, and cuts sequences, in that order."""
+    """Samples to batches: shifts labels, tells documents apart, and cuts sequences, in
+    that order.
+    """
 
     device: torch.device
     cut: SequenceCut = SequenceCut()
     """This rank's part of each sequence."""
     end_of_document: int | None = None
-    """Given: documents are kept apart, positions count from 0 in each, and what follows its last
-    token is no label."""
+    """Given: documents are kept apart, positions count from 0 in each, and what follows
+    its last token is no label."""
     further: int = 0
     """Tokens beyond the next one that have labels too."""
 
     def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
-        """[B, S + 1] token ids -> batch; only the first `counted_rows` samples count in the loss."""
+        """[B, S + 1] token ids -> batch; only the first `counted_rows` samples count in
+        the loss.
+        """
         rows = samples.shape[0]
         length = samples.shape[1] - 1
         mask = np.ones((rows, length), dtype=np.float32)
@@ -54,12 +59,17 @@ class BatchMaker:
             mask = mask[:, here]
             positions = positions[:, here]
         return Batch(
-            *found, self._move(mask), self._move(positions), int(mask.sum()), packed, further
+            *found,
+            self._move(mask),
+            self._move(positions),
+            int(mask.sum()),
+            packed,
+            further,
         )
 
     def _further(self, tokens: np.ndarray, mask: np.ndarray) -> MTPTargets:
-        """A label further on must lie in the sample and in the same document: no token up to it may
-        be without a label of its own.
+        """A label further on must lie in the sample and in the same document: no token
+        up to it may be without a label of its own.
         """
         rows, length = mask.shape
         labels = np.empty((self.further, rows, length), dtype=np.int64)
@@ -82,9 +92,12 @@ class BatchMaker:
         index = np.arange(length, dtype=np.int64)
         positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
         lengths = tuple(
-            tuple(np.diff(np.append(np.flatnonzero(row), length)).tolist()) for row in starts
+            tuple(np.diff(np.append(np.flatnonzero(row), length)).tolist())
+            for row in starts
         )
-        return positions, Packed(self._move(np.cumsum(starts, axis=1, dtype=np.int32)), lengths)
+        return positions, Packed(
+            self._move(np.cumsum(starts, axis=1, dtype=np.int32)), lengths
+        )
 
     def _move(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
@@ -94,8 +107,8 @@ class BatchMaker:
 
 
 class StepLoader:
-    """The microbatches of a step for one data-parallel rank; a pure function of the consumed
-    samples.
+    """The microbatches of a step for one data-parallel rank; a pure function of the
+    consumed samples.
     """
 
     def __init__(
@@ -117,7 +130,11 @@ class StepLoader:
     def step(self, consumed_samples: int) -> list[Batch]:
         """Batches of the step that starts after `consumed_samples`."""
         ids = sample_ids(
-            consumed_samples, self.micro_batch_size, self.dp_rank, self.dp, self.num_microbatches
+            consumed_samples,
+            self.micro_batch_size,
+            self.dp_rank,
+            self.dp,
+            self.num_microbatches,
         )
         return [
             replace(
@@ -136,8 +153,8 @@ def evaluation_batches(
     dp: int,
     make_batch: BatchMaker,
 ) -> Iterator[Batch]:
-    """The first `num_samples` samples, dealt out over the replicas; every replica gets equally many
-    batches, filled up with samples that do not count.
+    """The first `num_samples` samples, dealt out over the replicas; every replica gets
+    equally many batches, filled up with samples that do not count.
     """
     blocks = -(-num_samples // (micro_batch_size * dp))
     for block in range(blocks):

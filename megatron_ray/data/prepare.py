@@ -1,11 +1,11 @@
 """From data config to manifest.
 
-Owns: tokenizer choice, cache keys, the split's rules, the unigram baseline. Must not know: jobs,
-ranks.
+Owns: tokenizer choice, cache keys, the split's rules, the unigram baseline. Must not
+know: jobs, ranks.
 
-Everything made is an artifact named by a hash of what it is made from (`artifacts`), so a second
-run with the same content reads a few small files, and a change of one source redoes that source
-only.
+Everything made is an artifact named by a hash of what it is made from (`artifacts`), so
+a second run with the same content reads a few small files, and a change of one source
+redoes that source only.
 """
 
 import errno
@@ -38,7 +38,8 @@ from megatron_ray.data.sources import (
 from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
 from megatron_ray.storage.files import Place, place, read_bytes
 
-# Part of every cache key: raise it when the same input would be turned into something else.
+# Part of every cache key: raise it when the same input would be turned into something
+# else.
 _FORMAT = 1
 _SAMPLE_CHARS = 32 << 20
 
@@ -47,10 +48,14 @@ _Owned = tuple[str, FoundSource]
 
 
 class UnusableDataError(Exception):
-    """The data cannot be prepared as asked; `problems` say which fields to change and how."""
+    """The data cannot be prepared as asked; `problems` say which fields to change and
+    how.
+    """
 
     def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+        super().__init__(
+            "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
+        )
         self.problems = problems
 
 
@@ -61,18 +66,21 @@ def silent(message: str) -> None:
 def prepare(
     data: DataConfig, cache: str, *, seq_length: int, progress: Progress = silent
 ) -> PreparedData:
-    """Tokenizes what is not in `cache` (path or URI of a folder) yet and describes it all.
+    """Tokenizes what is not in `cache` (path or URI of a folder) yet and describes it
+    all.
 
-    `progress` gets short lines for people. Safe to run twice at once, and to kill. Raises
-    UnusableDataError for whatever the user can mend, at JSON pointers below /data (or /storage/path when
-    the default cache cannot be written).
+    `progress` gets short lines for people. Safe to run twice at once, and to kill.
+    Raises UnusableDataError for whatever the user can mend, at JSON pointers below
+    /data (or /storage/path when the default cache cannot be written).
     """
     with _cache_errors(data, cache):
         where = _open_cache(cache)
         found = find_all(data)
         if found.problems:
             raise UnusableDataError(found.problems)
-        tokenizer, tokenizer_path = _tokenizer(data.tokenizer, found.train, where, cache, progress)
+        tokenizer, tokenizer_path = _tokenizer(
+            data.tokenizer, found.train, where, cache, progress
+        )
         maker = _Maker(where, cache, tokenizer, progress)
         fraction = 0.0 if data.validation else data.validation_fraction
         train = [maker.make(owner, source, fraction) for owner, source in found.train]
@@ -87,13 +95,15 @@ def prepare(
         tokenizer_path=tokenizer_path,
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
-        unigram_nats=unigram_nats([(part.source.weight, part.counts()) for part in held_out]),
+        unigram_nats=unigram_nats(
+            [(part.source.weight, part.counts()) for part in held_out]
+        ),
     )
 
 
 def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float | None:
-    """Entropy in nats per token of a blend of (weight, token counts): what always predicting the
-    frequencies would cost.
+    """Entropy in nats per token of a blend of (weight, token counts): what always
+    predicting the frequencies would cost.
     """
     if not blend:
         return None
@@ -109,7 +119,12 @@ class _Made:
     """A source's artifact."""
 
     def __init__(
-        self, owner: str, source: DataSource, folder: Place, uri: str, description: dict[str, Any]
+        self,
+        owner: str,
+        source: DataSource,
+        folder: Place,
+        uri: str,
+        description: dict[str, Any],
     ) -> None:
         self.owner = owner
         self.source = source
@@ -122,8 +137,11 @@ class _Made:
 
     def corpus(self, split: str) -> PreparedCorpus:
         part = self._description[split]
-        # A bare name is a file of the artifact; a path is a prepared source used where it lies.
-        prefix = part["prefix"] if "/" in part["prefix"] else f"{self._uri}/{part['prefix']}"
+        # A bare name is a file of the artifact; a path is a prepared source used where
+        # it lies.
+        prefix = (
+            part["prefix"] if "/" in part["prefix"] else f"{self._uri}/{part['prefix']}"
+        )
         return PreparedCorpus(
             prefix=prefix,
             weight=self.source.weight,
@@ -132,14 +150,18 @@ class _Made:
         )
 
     def counts(self) -> npt.NDArray[np.int64]:
-        counts: npt.NDArray[np.int64] = np.load(io.BytesIO(read_bytes(self._folder / COUNTS)))
+        counts: npt.NDArray[np.int64] = np.load(
+            io.BytesIO(read_bytes(self._folder / COUNTS))
+        )
         return counts
 
 
 class _Maker:
     """Makes artifacts of one cache with one tokenizer."""
 
-    def __init__(self, cache: Place, uri: str, tokenizer: Tokenizer, progress: Progress) -> None:
+    def __init__(
+        self, cache: Place, uri: str, tokenizer: Tokenizer, progress: Progress
+    ) -> None:
         self._cache = cache
         self._uri = _root(cache, uri)
         self._tokenizer = tokenizer
@@ -153,15 +175,26 @@ class _Maker:
 
             def fill(work: Path) -> dict[str, Any]:
                 return make_corpus(
-                    work, found, self._tokenizer, held_out, self._cache.local, self._progress
+                    work,
+                    found,
+                    self._tokenizer,
+                    held_out,
+                    self._cache.local,
+                    self._progress,
                 )
 
             description = produce(self._cache, name, fill)
-        return _Made(owner, found.source, self._cache / name, f"{self._uri}/{name}", description)
+        return _Made(
+            owner, found.source, self._cache / name, f"{self._uri}/{name}", description
+        )
 
 
 def _tokenizer(
-    config: TokenizerConfig, train: Sequence[_Owned], cache: Place, uri: str, progress: Progress
+    config: TokenizerConfig,
+    train: Sequence[_Owned],
+    cache: Place,
+    uri: str,
+    progress: Progress,
 ) -> tuple[Tokenizer, str]:
     """The tokenizer and the path of its tokenizer.json in the cache."""
     if config.kind == "bpe":
@@ -198,19 +231,27 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
         return Tokenizer.from_json(read_bytes(place(path)).decode(), config.end_of_document)
     except TokenizerError as error:
         raise UnusableDataError(
-            [Problem(f"/data/tokenizer/{error.field}", error.code, f"{path}: {error.detail}")]
+            [
+                Problem(
+                    f"/data/tokenizer/{error.field}", error.code, f"{path}: {error.detail}"
+                )
+            ]
         ) from error
     except FileNotFoundError as error:
         text = f"{path} does not exist where the job runs; check the path"
-        raise UnusableDataError([Problem("/data/tokenizer/path", "not_found", text)]) from error
+        raise UnusableDataError(
+            [Problem("/data/tokenizer/path", "not_found", text)]
+        ) from error
     except (OSError, ValueError, pa.ArrowException) as error:
         text = f"{path} cannot be read: {error}; give the path of a tokenizer.json"
-        raise UnusableDataError([Problem("/data/tokenizer/path", "unreadable", text)]) from error
+        raise UnusableDataError(
+            [Problem("/data/tokenizer/path", "unreadable", text)]
+        ) from error
 
 
 def _sample(train: Sequence[_Owned]) -> Iterator[str]:
-    """At most 32 Mi characters to train a tokenizer on: each source its weight's share, whole files
-    in a fixed mixed order.
+    """At most 32 Mi characters to train a tokenizer on: each source its weight's share,
+    whole files in a fixed mixed order.
     """
     total = sum(source.source.weight for _, source in train)
     for owner, source in train:
@@ -244,8 +285,8 @@ def _require_length(made: Sequence[_Made], split: str, needed: int) -> None:
 
 
 def _long_enough(train: Sequence[_Made], needed: int, progress: Progress) -> list[_Made]:
-    """The corpora whose held-out documents give a sample; a small one may sit out, but not all of
-    them.
+    """The corpora whose held-out documents give a sample; a small one may sit out, but
+    not all of them.
     """
     kept = [part for part in train if part.tokens("validation") >= needed]
     for part in train:
@@ -282,8 +323,8 @@ def _open_cache(cache: str) -> Place:
 
 @contextmanager
 def _cache_errors(data: DataConfig, cache: str) -> Iterator[None]:
-    """Sources and tokenizer have turned their errors into problems; what the disk still says is
-    about the cache.
+    """Sources and tokenizer have turned their errors into problems; what the disk still
+    says is about the cache.
     """
     try:
         yield

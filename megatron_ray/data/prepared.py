@@ -33,5 +33,5 @@ class PreparedData(Config):
     end_of_document: int
     """Token id that ends a document."""
     unigram_nats: float | None = None
-    """Cross entropy, nats per token, of the validation tokens under their own unigram frequencies:
-    the baseline to beat."""
+    """Cross entropy, nats per token, of the validation tokens under their own unigram
+    frequencies: the baseline to beat."""

@@ -8,10 +8,14 @@ import numpy.typing as npt
 
 
 def sample_ids(
-    consumed_samples: int, micro_batch_size: int, dp_rank: int, dp: int, num_microbatches: int
+    consumed_samples: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp: int,
+    num_microbatches: int,
 ) -> npt.NDArray[np.int64]:
-    """[num_microbatches, micro_batch_size] ids of one replica for the step that starts after
-    `consumed_samples`.
+    """[num_microbatches, micro_batch_size] ids of one replica for the step that starts
+    after `consumed_samples`.
 
     A step takes the ids from `consumed_samples` on, in order; microbatch m of replica r is block m
     * dp + r of them, as in Megatron. So the set a step consumes, and the blocks it is cut into, do
@@ -28,4 +32,6 @@ def sample_ids(
             f"{consumed_samples=} {micro_batch_size=} {dp_rank=} {dp=} {num_microbatches=}"
         )
     blocks = np.arange(num_microbatches, dtype=np.int64) * dp + dp_rank
-    return consumed_samples + blocks[:, None] * micro_batch_size + np.arange(micro_batch_size)
+    return (
+        consumed_samples + blocks[:, None] * micro_batch_size + np.arange(micro_batch_size)
+    )

@@ -20,7 +20,15 @@ import pyarrow.parquet as pq
 
 from megatron_ray.config.data import DataConfig, DataSource
 from megatron_ray.config.problem import Problem
-from megatron_ray.storage.files import FileStat, Place, is_folder, open_stream, place, stat, walk
+from megatron_ray.storage.files import (
+    FileStat,
+    Place,
+    is_folder,
+    open_stream,
+    place,
+    stat,
+    walk,
+)
 
 STDLIB = "builtin://python-stdlib"
 
@@ -37,7 +45,9 @@ _PIECE_CHARS = 1 << 18
 
 
 class DataError(Exception):
-    """A user's mistake in one field, before it is known which entry of the spec it was in."""
+    """A user's mistake in one field, before it is known which entry of the spec it was
+    in.
+    """
 
     def __init__(self, code: str, detail: str, field: str = "path") -> None:
         super().__init__(detail)
@@ -51,8 +61,8 @@ class DataError(Exception):
 
 
 class Piece(NamedTuple):
-    """Text of a document, in order; a long document is several pieces so that none is ever whole in
-    memory.
+    """Text of a document, in order; a long document is several pieces so that none is
+    ever whole in memory.
     """
 
     text: str
@@ -78,8 +88,8 @@ class FoundSource:
 
 @dataclass(frozen=True)
 class FoundData:
-    """All sources of a config, each with its JSON pointer, and what is wrong with those that are
-    missing here.
+    """All sources of a config, each with its JSON pointer, and what is wrong with those
+    that are missing here.
     """
 
     train: list[tuple[str, FoundSource]]
@@ -101,7 +111,11 @@ def find_all(data: DataConfig) -> FoundData:
             except DataError as error:
                 result.problems.append(error.problem(owner))
     ready = next(
-        (owner for owner, source in result.train + result.validation if source.kind == "prepared"),
+        (
+            owner
+            for owner, source in result.train + result.validation
+            if source.kind == "prepared"
+        ),
         None,
     )
     if ready and data.tokenizer.kind == "bpe":
@@ -125,11 +139,14 @@ def find(source: DataSource) -> FoundSource:
             root = place(source.path)
         except (ValueError, pa.ArrowException) as error:
             raise DataError(
-                "bad_uri", f"{source.path} cannot be understood: {_first_line(error)}; {_WANTED}"
+                "bad_uri",
+                f"{source.path} cannot be understood: {_first_line(error)}; {_WANTED}",
             ) from error
         found = stat(root)
         if found is not None and root.path.endswith((".bin", ".idx")):
-            return _find_prepared(source, Place(root.filesystem, root.path[:-4], root.local))
+            return _find_prepared(
+                source, Place(root.filesystem, root.path[:-4], root.local)
+            )
         if found is not None:
             return FoundSource(source, "text", root, _checked(source, [found]))
         if is_folder(root):
@@ -150,8 +167,8 @@ def find(source: DataSource) -> FoundSource:
 
 
 def fingerprint(found: FoundSource) -> str:
-    """Changes when the content may have: names, sizes and times; for the builtin corpus the content
-    itself, on any machine alike.
+    """Changes when the content may have: names, sizes and times; for the builtin corpus
+    the content itself, on any machine alike.
     """
     parts: list[object] = [found.kind, found.source.text_key]
     if found.kind == "builtin":
@@ -186,19 +203,22 @@ def file_pieces(found: FoundSource, file: FileStat) -> Iterator[Piece]:
 
 
 def in_sampling_order(found: FoundSource) -> list[FileStat]:
-    """The files in an order that is fixed but has nothing to do with their names' order, so that
-    the first few are typical.
+    """The files in an order that is fixed but has nothing to do with their names'
+    order, so that the first few are typical.
     """
     return sorted(
         found.files,
-        key=lambda file: hashlib.sha256(_relative(file.path, found.root.path).encode()).digest(),
+        key=lambda file: hashlib.sha256(
+            _relative(file.path, found.root.path).encode()
+        ).digest(),
     )
 
 
 def _find_builtin(source: DataSource) -> FoundSource:
     if source.path != STDLIB:
         raise DataError(
-            "unknown_builtin", f"{source.path} is not a builtin corpus; the only one is {STDLIB}"
+            "unknown_builtin",
+            f"{source.path} is not a builtin corpus; the only one is {STDLIB}",
         )
     folder = Path(sysconfig.get_path("stdlib"))
     files = []
@@ -211,7 +231,10 @@ def _find_builtin(source: DataSource) -> FoundSource:
             f"this Python keeps no sources of its standard library in {folder}; give another path",
         )
     return FoundSource(
-        source, "builtin", place(str(folder)), tuple(sorted(files, key=lambda file: file.path))
+        source,
+        "builtin",
+        place(str(folder)),
+        tuple(sorted(files, key=lambda file: file.path)),
     )
 
 
@@ -228,7 +251,8 @@ def _find_prepared(source: DataSource, prefix: Place) -> FoundSource:
         missing = ".idx" if index is None else ".bin"
         raise DataError(
             "incomplete_prefix",
-            f"{prefix.path}{missing} is missing beside its neighbour; prepared data need both files",
+            f"{prefix.path}{missing} is missing beside its neighbour; "
+            "prepared data need both files",
         )
     return FoundSource(source, "prepared", prefix, (index, tokens))
 
@@ -240,8 +264,12 @@ def _local_stat(path: Path) -> FileStat:
 
 def _glob(root: Place) -> list[FileStat]:
     parts = PurePosixPath(root.path).parts
-    first = next(number for number, part in enumerate(parts) if any(mark in part for mark in _WILD))
-    base = Place(root.filesystem, str(PurePosixPath(*parts[:first])) if first else "", root.local)
+    first = next(
+        number for number, part in enumerate(parts) if any(mark in part for mark in _WILD)
+    )
+    base = Place(
+        root.filesystem, str(PurePosixPath(*parts[:first])) if first else "", root.local
+    )
     if not is_folder(base):
         return []
     return [file for file in walk(base) if _matches(PurePosixPath(file.path).parts, parts)]
@@ -252,7 +280,9 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     if not patterns:
         return not parts
     if patterns[0] == "**":
-        return _matches(parts, patterns[1:]) or (bool(parts) and _matches(parts[1:], patterns))
+        return _matches(parts, patterns[1:]) or (
+            bool(parts) and _matches(parts[1:], patterns)
+        )
     return (
         bool(parts)
         and fnmatch.fnmatchcase(parts[0], patterns[0])
@@ -263,18 +293,24 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
 def _checked(source: DataSource, files: list[FileStat]) -> tuple[FileStat, ...]:
     if not files:
         raise DataError(
-            "not_found", f"no file matches {source.path} where the job runs; check the pattern"
+            "not_found",
+            f"no file matches {source.path} where the job runs; check the pattern",
         )
     for file in files:
         if _suffix(file.path) not in _READABLE:
-            raise DataError("file_type", f"{file.path} is of a type that cannot be read; {_WANTED}")
+            raise DataError(
+                "file_type", f"{file.path} is of a type that cannot be read; {_WANTED}"
+            )
     if not sum(file.size for file in files):
         raise DataError("empty", f"{source.path} is empty; give files with text in them")
     return tuple(sorted(files, key=lambda file: file.path))
 
 
 def _text_pieces(where: Place) -> Iterator[Piece]:
-    with open_stream(where) as stream, io.TextIOWrapper(stream, "utf-8", newline="") as reader:
+    with (
+        open_stream(where) as stream,
+        io.TextIOWrapper(stream, "utf-8", newline="") as reader,
+    ):
         yield from _cut(reader)
 
 
@@ -324,7 +360,8 @@ def _line_text(line: bytes, key: str, name: str) -> str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
-            "bad_line", f"{name} is not JSON ({_first_line(error)}); mend or remove the line"
+            "bad_line",
+            f"{name} is not JSON ({_first_line(error)}); mend or remove the line",
         ) from error
     if not isinstance(record, dict):
         raise DataError(

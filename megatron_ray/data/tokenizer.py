@@ -2,9 +2,9 @@
 
 Owns: training, loading and saving tokenizer.json. Must not know: where text comes from.
 
-All kinds are one Hugging Face `tokenizers` object, so every tokenizer can be saved and opened by
-other tools. Names of special tokens inside a document are ordinary text: no document can end
-itself.
+All kinds are one Hugging Face `tokenizers` object, so every tokenizer can be saved and
+opened by other tools. Names of special tokens inside a document are ordinary text: no
+document can end itself.
 """
 
 from collections.abc import Iterable, Sequence
@@ -53,8 +53,8 @@ class Tokenizer:
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Byte-level BPE of at most `vocab_size` tokens; deterministic in the texts and their
-        order.
+        """Byte-level BPE of at most `vocab_size` tokens; deterministic in the texts and
+        their order.
         """
         inner = _byte_level(models.BPE())
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -72,7 +72,8 @@ class Tokenizer:
         """Token id = byte, and 256 ends a document."""
         inner = _byte_level(
             models.BPE(
-                vocab={char: byte for byte, char in enumerate(_byte_characters())}, merges=[]
+                vocab={char: byte for byte, char in enumerate(_byte_characters())},
+                merges=[],
             )
         )
         inner.add_special_tokens([END_OF_DOCUMENT])
@@ -80,12 +81,12 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, end_of_document: str | int | None = None) -> Self:
-        """From a tokenizer.json's content; the end token by name or id, or guessed from usual
-        names. Raises TokenizerError.
+        """From a tokenizer.json's content; the end token by name or id, or guessed from
+        usual names. Raises TokenizerError.
         """
         try:
             inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # noqa: BLE001  the extension raises bare Exception
+        except Exception as error:
             detail = (
                 f"the file is not a Hugging Face tokenizer.json: {error}; save one with "
                 "tokenizer.save() or save_pretrained()"
@@ -129,8 +130,8 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens by name; bytes that are no UTF-8, as at a cut, become
-        U+FFFD.
+        """The text of ids, special tokens by name; bytes that are no UTF-8, as at a
+        cut, become U+FFFD.
         """
         return str(self._inner.decode(list(ids), skip_special_tokens=False))
 
@@ -143,8 +144,8 @@ def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies (GPT-2): itself,
-    or the next from U+0100 on.
+    """The printable character that stands for each byte in byte-level vocabularies
+    (GPT-2): itself, or the next from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     spare = iter(range(0x100, 0x200))
@@ -152,8 +153,8 @@ def _byte_characters() -> list[str]:
 
 
 def _clean(text: str) -> str:
-    """Half a surrogate pair, which JSON escapes can carry, has no UTF-8; it becomes a question
-    mark.
+    """Half a surrogate pair, which JSON escapes can carry, has no UTF-8; it becomes a
+    question mark.
     """
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
@@ -162,7 +163,9 @@ def _find_end(inner: tokenizers.Tokenizer, name: str | None) -> int:
     if name is not None:
         found = inner.token_to_id(name)
         if found is None:
-            detail = f"the tokenizer has no token {name!r}; name the token that ends a document"
+            detail = (
+                f"the tokenizer has no token {name!r}; name the token that ends a document"
+            )
             raise TokenizerError("no_end_token", detail, "end_of_document")
         return int(found)
     for usual in _USUAL_ENDS:

@@ -1,7 +1,9 @@
-"""Contiguous memory for parameters and main gradients, and the overlapped reduction of its buckets.
+"""Contiguous memory for parameters and main gradients, and the overlapped reduction of
+its buckets.
 
-Owns: flat buffers, views into them, starting a bucket's collective the moment its last gradient is
-complete. Must not know: the optimizer's arithmetic, scaling (gradients stay sums over tokens here).
+Owns: flat buffers, views into them, starting a bucket's collective the moment its last
+gradient is complete. Must not know: the optimizer's arithmetic, scaling (gradients stay
+sums over tokens here).
 """
 
 from collections.abc import Callable, Mapping
@@ -20,8 +22,9 @@ from megatron_ray.sharding.buckets import Bucket, BucketPlan
 
 @dataclass(frozen=True)
 class FlatBuffers:
-    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut by the same
-    plan; padding is zero. The gradients end where the frozen parameters begin.
+    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut
+    by the same plan; padding is zero. The gradients end where the frozen parameters
+    begin.
     """
 
     plan: BucketPlan
@@ -29,7 +32,9 @@ class FlatBuffers:
     gradients: Tensor
 
     @classmethod
-    def allocate(cls, plan: BucketPlan, dtype: torch.dtype, device: torch.device) -> "FlatBuffers":
+    def allocate(
+        cls, plan: BucketPlan, dtype: torch.dtype, device: torch.device
+    ) -> "FlatBuffers":
         """Zero-filled buffers."""
         return cls(
             plan,
@@ -41,7 +46,9 @@ class FlatBuffers:
         """The tensor inside a flat buffer of each parameter that it reaches to."""
         reached = [placed for placed in self.plan.placed if placed.end <= buffer.numel()]
         return {
-            placed.parameter.name: buffer[placed.start : placed.end].view(placed.parameter.shape)
+            placed.parameter.name: buffer[placed.start : placed.end].view(
+                placed.parameter.shape
+            )
             for placed in reached
         }
 
@@ -51,7 +58,9 @@ def bind_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
 
     Raises ValueError when names or shapes disagree.
     """
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    expected = {
+        name: tuple(parameter.shape) for name, parameter in model.named_parameters()
+    }
     offered = {name: tuple(view.shape) for name, view in views.items()}
     if expected != offered:
         wrong = sorted(set(expected.items()) ^ set(offered.items()))
@@ -65,18 +74,22 @@ def bind_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
     )
 
 
-def replace_parameters(model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Puts another in the place of each, wherever in the model it stands; one that two layers share
-    stays shared.
+def replace_parameters(
+    model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]
+) -> None:
+    """Puts another in the place of each, wherever in the model it stands; one that two
+    layers share stays shared.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, replaced[parameter])
 
 
-def attach_slots(model: nn.Module, gradients: Mapping[str, Tensor], sink: WeightGradSink) -> None:
-    """Gives every layer the slots of its trainable parameters, onto these main gradients; a
-    parameter that two layers share expects the contributions of both.
+def attach_slots(
+    model: nn.Module, gradients: Mapping[str, Tensor], sink: WeightGradSink
+) -> None:
+    """Gives every layer the slots of its trainable parameters, onto these main
+    gradients; a parameter that two layers share expects the contributions of both.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     slots: dict[str, GradSlot] = {}
@@ -94,11 +107,11 @@ def attach_slots(model: nn.Module, gradients: Mapping[str, Tensor], sink: Weight
 
 
 class GradReducer:
-    """Sums main gradients over the data-parallel group, bucket by bucket, while the backward pass
-    goes on.
+    """Sums main gradients over the data-parallel group, bucket by bucket, while the
+    backward pass goes on.
 
-    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place; the rest of
-    the bucket is then meaningless.
+    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place;
+    the rest of the bucket is then meaningless.
     """
 
     def __init__(
@@ -124,14 +137,16 @@ class GradReducer:
     def begin_step(self, trainable: set[str]) -> None:
         """Expects each trainable parameter once; buckets without any are never reduced."""
         self._missing = {
-            bucket.index: sum(placed.parameter.name in trainable for placed in bucket.placed)
+            bucket.index: sum(
+                placed.parameter.name in trainable for placed in bucket.placed
+            )
             for bucket in self.buffers.plan.buckets
         }
         self._pending = []
 
     def ready(self, slot: GradSlot) -> None:
-        """A parameter's gradient is complete; starts the bucket's collective when it was the last
-        one.
+        """A parameter's gradient is complete; starts the bucket's collective when it
+        was the last one.
         """
         bucket = self._bucket_of[slot.name]
         self._missing[bucket.index] -= 1
@@ -146,10 +161,15 @@ class GradReducer:
         Raises RuntimeError when a gradient never came: the sum would be silently wrong.
         """
         left = [
-            bucket.index for bucket in self.buffers.plan.buckets if self._missing[bucket.index] > 0
+            bucket.index
+            for bucket in self.buffers.plan.buckets
+            if self._missing[bucket.index] > 0
         ]
         if left:
-            absent = [placed.parameter.name for placed in self.buffers.plan.buckets[left[0]].placed]
+            absent = [
+                placed.parameter.name
+                for placed in self.buffers.plan.buckets[left[0]].placed
+            ]
             raise RuntimeError(
                 f"{len(left)} gradient buckets were never complete; the first holds {absent[:4]}"
             )
@@ -168,7 +188,9 @@ class GradReducer:
 
 
 class Reducer(Protocol):
-    """Brings a step's gradients of one set of buffers together; see `GradReducer` and `full_shard`."""
+    """Brings a step's gradients of one set of buffers together; see `GradReducer` and
+    `full_shard`.
+    """
 
     def begin_step(self, trainable: set[str]) -> None: ...
 
@@ -186,5 +208,5 @@ class ParameterGroup:
     group: Group
     """Who has the same buffers."""
     adopt: Callable[[], None] = lambda: None
-    """Takes over weights that were written to the flat buffers, where the model does not live in
-    them."""
+    """Takes over weights that were written to the flat buffers, where the model does
+    not live in them."""

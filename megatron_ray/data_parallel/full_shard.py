@@ -1,12 +1,14 @@
 """ZeRO-3: parameters themselves sharded over the replicas, through torch's fully_shard.
 
-Owns: wrapping a model, and giving its shards to the flat buffers that everything else reads.
+Owns: wrapping a model, and giving its shards to the flat buffers that everything else
+reads.
 
-Each rank keeps an equal number of rows of every tensor it would hold (Zhao et al. 2023, FSDP), in
-fp32; a block's weights are gathered for its forward and backward only, in the type of the model,
-and its gradients are scattered as sums in fp32. With fewer shards than replicas (HSDP) each shard
-has equals, and gradients are summed over those too. Which rows are whose comes from the parameter
-table; DTensor appears only here. Must not know: the optimizer's arithmetic, scaling.
+Each rank keeps an equal number of rows of every tensor it would hold (Zhao et al. 2023,
+FSDP), in fp32; a block's weights are gathered for its forward and backward only, in the
+type of the model, and its gradients are scattered as sums in fp32. With fewer shards
+than replicas (HSDP) each shard has equals, and gradients are summed over those too.
+Which rows are whose comes from the parameter table; DTensor appears only here. Must not
+know: the optimizer's arithmetic, scaling.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,16 +35,18 @@ class Shards:
 
 
 class FullShard:
-    """A model under fully_shard whose shards follow flat buffers: gradients are accumulated in
-    them, and `adopt` takes the weights over.
+    """A model under fully_shard whose shards follow flat buffers: gradients are
+    accumulated in them, and `adopt` takes the weights over.
     """
 
-    def __init__(self, model: nn.Module, parts: Sequence[Shards], dtype: torch.dtype) -> None:
-        """`model` is on device meta and of type fp32, and the last module of `parts`, in which what
-        lies inside another comes first.
+    def __init__(
+        self, model: nn.Module, parts: Sequence[Shards], dtype: torch.dtype
+    ) -> None:
+        """`model` is on device meta and of type fp32, and the last module of `parts`,
+        in which what lies inside another comes first.
         """
-        # Here, because it imports the compiler and DTensor: seconds of a start, which only such a
-        # job should pay.
+        # Here, because it imports the compiler and DTensor: seconds of a start, which
+        # only such a job should pay.
         from torch.distributed.fsdp import (
             FSDPModule,
             MixedPrecisionPolicy,
@@ -66,7 +70,10 @@ class FullShard:
         self._shards: list[tuple[nn.Parameter, Tensor]] = []
 
     def attach(
-        self, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor], device: torch.device
+        self,
+        weights: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor],
+        device: torch.device,
     ) -> None:
         """Makes the buffers' views the memory of shards and gradients.
 
@@ -82,10 +89,14 @@ class FullShard:
                 raise ValueError(
                     f"{name}: the table has {tuple(weight.shape)} here, torch {tuple(shape)}"
                 )
-            replaced[parameter] = nn.Parameter(_like(parameter, weight), parameter.requires_grad)
+            replaced[parameter] = nn.Parameter(
+                _like(parameter, weight), parameter.requires_grad
+            )
             if parameter.requires_grad:
                 gradient = (
-                    gradients[name] if name in gradients else torch.zeros(shape, device=device)
+                    gradients[name]
+                    if name in gradients
+                    else torch.zeros(shape, device=device)
                 )
                 replaced[parameter].grad = _like(parameter, gradient)
             self._shards.append((replaced[parameter], weight))
@@ -93,8 +104,8 @@ class FullShard:
 
     @torch.no_grad()
     def adopt(self) -> None:
-        """The flat buffers' weights become the model's: torch keeps a padded copy where rows do not
-        divide evenly.
+        """The flat buffers' weights become the model's: torch keeps a padded copy where
+        rows do not divide evenly.
         """
         for parameter, weight in self._shards:
             own = _local(parameter)
@@ -120,7 +131,7 @@ class TorchReducer:
         """Reductions are waited for by torch at the end of each backward."""
 
 
-def _device_mesh(part: Shards):  # type: ignore[no-untyped-def] # noqa: ANN202 - its class is not to be imported at the top
+def _device_mesh(part: Shards):  # type: ignore[no-untyped-def]
     from torch.distributed.device_mesh import DeviceMesh
 
     shard = part.group
@@ -132,7 +143,8 @@ def _device_mesh(part: Shards):  # type: ignore[no-untyped-def] # noqa: ANN202 -
         return DeviceMesh.from_group(shard, kind, mesh_dim_names=("shard",))
     members = torch.tensor([dist.get_process_group_ranks(shard)])
     here = dist.get_process_group_ranks(replicate)
-    # Rows are the groups of shards; the distance between two of them is the same for every member.
+    # Rows are the groups of shards; the distance between two of them is the same for
+    # every member.
     mesh = members + torch.tensor([[rank - dist.get_rank()] for rank in here])
     return DeviceMesh.from_group(
         [replicate, shard], kind, mesh=mesh, mesh_dim_names=("replicate", "shard")

@@ -1,7 +1,8 @@
 """Typed wrappers over torch.distributed.
 
-Owns: which torch version names a collective how. The group is always an argument; `None` is a group
-of one rank, for which everything is the identity. Must not know: axes, layers, buckets.
+Owns: which torch version names a collective how. The group is always an argument;
+`None` is a group of one rank, for which everything is the identity. Must not know:
+axes, layers, buckets.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,23 +49,28 @@ class _All:
         return all(work.is_completed() for work in self._works)
 
 
-# gloo hands a collective from thread to thread, which takes longer than the transfer where cores
-# are few, and its reduce-scatter is an all-reduce of a copy. Its messages are neither, so on CPU
-# some collectives are made of them (measured with two ranks on two cores: a tensor-parallel step 15
-# % faster, a reduce-scatter in half the time). The tag keeps them apart from a pipeline's messages.
+# gloo hands a collective from thread to thread, which takes longer than the transfer
+# where cores are few, and its reduce-scatter is an all-reduce of a copy. Its messages
+# are neither, so on CPU some collectives are made of them (measured with two ranks on
+# two cores: a tensor-parallel step 15 % faster, a reduce-scatter in half the time). The
+# tag keeps them apart from a pipeline's messages.
 _TAG = 1
 
 
 def _start_messages(
     outgoing: Sequence[Tensor], incoming: Sequence[Tensor], group: dist.ProcessGroup
 ) -> Pending:
-    """outgoing[r] to rank r and incoming[r] from it, all contiguous; this rank's own are left
-    alone, and so are empty ones, for which gloo would wait for ever.
+    """outgoing[r] to rank r and incoming[r] from it, all contiguous; this rank's own
+    are left alone, and so are empty ones, for which gloo would wait for ever.
     """
     others = [
-        rank for rank in range(group.size()) if rank != group.rank() and incoming[rank].numel() > 0
+        rank
+        for rank in range(group.size())
+        if rank != group.rank() and incoming[rank].numel() > 0
     ]
-    sent = [dist.isend(outgoing[rank], group=group, group_dst=rank, tag=_TAG) for rank in others]
+    sent = [
+        dist.isend(outgoing[rank], group=group, group_dst=rank, tag=_TAG) for rank in others
+    ]
     received = [
         dist.irecv(incoming[rank], group=group, group_src=rank, tag=_TAG) for rank in others
     ]
@@ -72,7 +78,9 @@ def _start_messages(
 
 
 class _Then:
-    """Transfers, and what is to be done once with what has come; that is done in `wait`."""
+    """Transfers, and what is to be done once with what has come; that is done in
+    `wait`.
+    """
 
     def __init__(self, transfers: Pending, finish: Callable[[], object]) -> None:
         self._transfers = transfers
@@ -93,11 +101,15 @@ class _Then:
 def _start_pair_reduction(
     tensor: Tensor, group: dist.ProcessGroup, op: dist.ReduceOp.RedOpType
 ) -> Pending:
-    """An all-reduce of two ranks: each sends all it has and adds, which gives both the same bits."""
+    """An all-reduce of two ranks: each sends all it has and adds, which gives both the
+    same bits.
+    """
     other = torch.empty_like(tensor)
 
     def add() -> None:
-        tensor.add_(other) if op == dist.ReduceOp.SUM else torch.maximum(tensor, other, out=tensor)
+        tensor.add_(other) if op == dist.ReduceOp.SUM else torch.maximum(
+            tensor, other, out=tensor
+        )
 
     return _Then(_start_messages([tensor] * 2, [other] * 2, group), add)
 
@@ -105,12 +117,14 @@ def _start_pair_reduction(
 def _start_direct_reduce_scatter(
     shard: Tensor, tensor: Tensor, group: dist.ProcessGroup
 ) -> Pending:
-    """Every rank sends every other its part and adds up what it gets, beginning with its own and
-    going on in the order of ranks.
+    """Every rank sends every other its part and adds up what it gets, beginning with
+    its own and going on in the order of ranks.
     """
     parts = tensor.view(group.size(), *shard.shape)
     rank = group.rank()
-    received = torch.empty((group.size() - 1, *shard.shape), dtype=shard.dtype, device=shard.device)
+    received = torch.empty(
+        (group.size() - 1, *shard.shape), dtype=shard.dtype, device=shard.device
+    )
 
     def add_up() -> None:
         if shard.data_ptr() != parts[rank].data_ptr():
@@ -119,7 +133,8 @@ def _start_direct_reduce_scatter(
             shard.add_(part)
 
     return _Then(
-        _start_messages(list(parts), [*received[:rank], shard, *received[rank:]], group), add_up
+        _start_messages(list(parts), [*received[:rank], shard, *received[rank:]], group),
+        add_up,
     )
 
 
@@ -147,8 +162,8 @@ def all_reduce(
 def start_all_reduce(
     tensor: Tensor, group: Group, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
 ) -> Pending:
-    """Starts a sum (or maximum) in place; the tensor, contiguous, is the result after `wait` and
-    must stay as it is until then.
+    """Starts a sum (or maximum) in place; the tensor, contiguous, is the result after
+    `wait` and must stay as it is until then.
     """
     if group is None:
         return DONE
@@ -173,7 +188,9 @@ def start_all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pending
 
 
 def start_all_gather_into(output: Tensor, shard: Tensor, group: Group) -> Pending:
-    """Fills flat `output` with every rank's shard; `shard` may be this rank's part of `output`."""
+    """Fills flat `output` with every rank's shard; `shard` may be this rank's part of
+    `output`.
+    """
     if group is None:
         return DONE
     if shard.device.type == "cpu":
@@ -200,8 +217,9 @@ def start_reduce_scatter_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pen
 
 
 def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pending:
-    """Starts a sum of `tensor` of which `shard` receives this rank's equal part of dim 0; it may be
-    that very part of `tensor`, the rest of which must stay as it is until `wait`.
+    """Starts a sum of `tensor` of which `shard` receives this rank's equal part of dim
+    0; it may be that very part of `tensor`, the rest of which must stay as it is until
+    `wait`.
     """
     if group is None:
         return DONE
@@ -213,8 +231,8 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
 def all_gather_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
     """Concatenates along dim 0 in group order, rank r having rows[r] of them.
 
-    All send as many as the largest has, because gloo knows nothing else; NCCL would broadcast one
-    rank after another.
+    All send as many as the largest has, because gloo knows nothing else; NCCL would
+    broadcast one rank after another.
     """
     if group is None:
         return tensor
@@ -241,16 +259,19 @@ def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group
     if min(rows) == most:
         return reduce_scatter_rows(tensor, group)
     padded = tensor.new_zeros((len(rows), most, *tensor.shape[1:]))
-    for part, mine, count in zip(torch.split(tensor, list(rows)), padded, rows, strict=True):
+    for part, mine, count in zip(
+        torch.split(tensor, list(rows)), padded, rows, strict=True
+    ):
         mine[:count] = part
     return reduce_scatter_rows(padded.flatten(0, 1), group)[: rows[group.rank()]]
 
 
 def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
-    """Starts sending to a rank of the group; the tensor must stay as it is until `wait`.
+    """Starts sending to a rank of the group; the tensor must stay as it is until
+    `wait`.
 
-    Between two ranks sends and receives match in the order in which they are started, in both
-    directions together (NCCL).
+    Between two ranks sends and receives match in the order in which they are started,
+    in both directions together (NCCL).
     """
     if group is None:
         raise ValueError("a group of one rank has nobody to send to")
@@ -267,15 +288,17 @@ def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
 def start_exchange(
     outgoing: Tensor, to: int, incoming: Tensor, sender: int, group: Group
 ) -> Pending:
-    """Starts a send and a receive that belong together, so that no order of ranks can block; both
-    are done after `wait`.
+    """Starts a send and a receive that belong together, so that no order of ranks can
+    block; both are done after `wait`.
     """
     if group is None:
         incoming.copy_(outgoing)
         return DONE
     if (
         outgoing.device.type != "cuda"
-    ):  # gloo buffers what it is given; NCCL would wait for the other side with both sends first
+        # gloo buffers what it is given; NCCL would wait for the other side with both sends
+        # first
+    ):
         sent = dist.isend(outgoing, group=group, group_dst=to)
         return _All([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
     sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
@@ -289,14 +312,18 @@ def all_to_all_rows(
     send: Sequence[int] | None = None,
     receive: Sequence[int] | None = None,
 ) -> Tensor:
-    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order; equal parts
-    where the numbers are not given.
+    """send[r] rows of dim 0 go to rank r, receive[r] rows come from it, in rank order;
+    equal parts where the numbers are not given.
     """
     if group is None:
         return tensor
     rows = tensor.shape[0] if receive is None else sum(receive)
-    received = torch.empty((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)
-    arriving, leaving = (None if given is None else list(given) for given in (receive, send))
+    received = torch.empty(
+        (rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device
+    )
+    arriving, leaving = (
+        None if given is None else list(given) for given in (receive, send)
+    )
     dist.all_to_all_single(received, tensor.contiguous(), arriving, leaving, group=group)
     return received
 
@@ -310,5 +337,7 @@ def local_rows(tensor: Tensor, group: Group) -> Tensor:
 
 
 def barrier(group: Group, device: torch.device) -> None:
-    """One all-reduce of one number: proves that the group works, and opens its connections."""
+    """One all-reduce of one number: proves that the group works, and opens its
+    connections.
+    """
     all_reduce(torch.ones(1, device=device), group)

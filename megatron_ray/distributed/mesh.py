@@ -2,8 +2,8 @@
 
 Owns: turning ParallelDims into groups. Must not know: layers, Ray.
 
-The mesh is passed as an argument, always: a group read from a module's global once gave wrong
-numbers with no error elsewhere.
+The mesh is passed as an argument, always: a group read from a module's global once gave
+wrong numbers with no error elsewhere.
 """
 
 from dataclasses import dataclass
@@ -65,10 +65,12 @@ class ParallelMesh:
     def create(
         cls, dims: ParallelDims, world: World, timeout: timedelta | None = None
     ) -> "ParallelMesh":
-        """Builds every group and runs one collective on each, so that the store may die afterwards.
+        """Builds every group and runs one collective on each, so that the store may die
+        afterwards.
 
-        torch.distributed must be initialised with `world.world_size` ranks (not needed for a world
-        of one). Raises ValueError when the degrees do not make up the world.
+        torch.distributed must be initialised with `world.world_size` ranks (not needed
+        for a world of one). Raises ValueError when the degrees do not make up the
+        world.
         """
         if dims.world_size != world.world_size:
             raise ValueError(
@@ -77,8 +79,12 @@ class ParallelMesh:
         chosen = device.select(world.device, world.local_rank)
         rank = world.rank
         groups = _Groups(timeout)
-        cp_levels = tuple(groups.get(level, "cp level") for level in dims.context_levels_of(rank))
-        shard, copy = (groups.get(level, "shard level") for level in dims.shard_levels_of(rank))
+        cp_levels = tuple(
+            groups.get(level, "cp level") for level in dims.context_levels_of(rank)
+        )
+        shard, copy = (
+            groups.get(level, "shard level") for level in dims.shard_levels_of(rank)
+        )
         found = {
             "world_group": dist.group.WORLD if world.world_size > 1 else None,
             "tp_group": groups.get(dims.group_of(rank, ("tp",)), "tp"),
@@ -92,7 +98,9 @@ class ParallelMesh:
             "token_group": groups.get(dims.group_of(rank, ("tp", "cp")), "token"),
             "ep_group": groups.get(dims.experts.group_of(rank, ("ep",)), "ep"),
             "etp_group": groups.get(dims.experts.group_of(rank, ("etp",)), "etp"),
-            "expert_replica_group": groups.get(dims.experts.group_of(rank, ("edp",)), "edp"),
+            "expert_replica_group": groups.get(
+                dims.experts.group_of(rank, ("edp",)), "edp"
+            ),
         }
         for group in dict.fromkeys((*found.values(), *cp_levels)):
             collectives.barrier(group, chosen)
@@ -130,9 +138,9 @@ class ParallelMesh:
 
 
 class _Groups:
-    """A rank makes the groups it is in and no others, in the same order of axes as everybody: work
-    that does not grow with the world. Axes that come down to the same ranks share a group: each
-    costs connections and memory.
+    """A rank makes the groups it is in and no others, in the same order of axes as
+    everybody: work that does not grow with the world. Axes that come down to the same
+    ranks share a group: each costs connections and memory.
     """
 
     def __init__(self, timeout: timedelta | None) -> None:

@@ -2,12 +2,13 @@
 
 Owns: how a name becomes a generator, and the streams of each axis.
 
-A stream belongs to a place in the model and to this rank's coordinates along the axes that cut what
-is drawn for. So ranks that hold the same activations draw the same, and ranks that hold different
-parts draw apart; pipeline stages differ by place, data-parallel replicas by sample. Nothing is kept
-from draw to draw: a resumed run, a recomputed layer and a microbatch that ran elsewhere get the
-numbers they always would, no state is saved, and nobody else's generator is touched. Must not know:
-layers, what is drawn.
+A stream belongs to a place in the model and to this rank's coordinates along the axes
+that cut what is drawn for. So ranks that hold the same activations draw the same, and
+ranks that hold different parts draw apart; pipeline stages differ by place,
+data-parallel replicas by sample. Nothing is kept from draw to draw: a resumed run, a
+recomputed layer and a microbatch that ran elsewhere get the numbers they always would,
+no state is saved, and nobody else's generator is touched. Must not know: layers, what
+is drawn.
 """
 
 import hashlib
@@ -18,7 +19,8 @@ import torch
 
 
 def generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own for this name, on the device that draws (`meta` draws nothing).
+    """A generator of its own for this name, on the device that draws (`meta` draws
+    nothing).
 
     A CPU takes 32 bits of the seed, CUDA 63.
     """
@@ -47,6 +49,8 @@ class Streams:
     """This rank's index along each axis that may cut an activation."""
 
     def stream(self, place: str, cut_by: tuple[str, ...]) -> Stream:
-        """For a place whose activations are cut along these axes, and the same along all others."""
+        """For a place whose activations are cut along these axes, and the same along
+        all others.
+        """
         where = ",".join(f"{axis}={self.coordinates[axis]}" for axis in cut_by)
         return Stream(f"{self.seed}/{place}/{where}")

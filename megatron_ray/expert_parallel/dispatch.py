@@ -1,17 +1,17 @@
-"""Which rows go where: from each token's experts to rows that lie expert by expert on the ranks
-that hold them, and back.
+"""Which rows go where: from each token's experts to rows that lie expert by expert on
+the ranks that hold them, and back.
 
-Owns: the two dispatchers, `alltoall` and `allgather`. Experts lie in order over ep, each cut over
-etp; every rank has tokens of its own (under tensor parallelism by sequence parallelism), so that a
-dispatch is the same whatever the layout of the dense layers. Must not know: what an expert
-computes, who chose.
+Owns: the two dispatchers, `alltoall` and `allgather`. Experts lie in order over ep,
+each cut over etp; every rank has tokens of its own (under tensor parallelism by
+sequence parallelism), so that a dispatch is the same whatever the layout of the dense
+layers. Must not know: what an expert computes, who chose.
 
-An expert's number of rows depends on the data and the host must know it to size messages and
-buffers: the one place in a step where it waits for the device. It does not where every expert has
-room for equally many rows (`room`).
+An expert's number of rows depends on the data and the host must know it to size
+messages and buffers: the one place in a step where it waits for the device. It does not
+where every expert has room for equally many rows (`room`).
 
-Shapes: T tokens of this rank, K experts of a token, E experts, L of them on this rank, H hidden, R
-rows.
+Shapes: T tokens of this rank, K experts of a token, E experts, L of them on this rank,
+H hidden, R rows.
 """
 
 from collections.abc import Callable
@@ -51,20 +51,25 @@ class Capacity:
     dropless: bool = True
     """No token was sent away from one of its experts."""
     rows: int | None = None
-    """Rows that each rank gives every expert, filled up with zeros; as many as there are when
-    None."""
+    """Rows that each rank gives every expert, filled up with zeros; as many as there
+    are when None."""
 
 
-def sort_slots(experts_TK: Tensor, num_experts: int, room: Capacity) -> tuple[Tensor, Counts]:
-    """(slots [R], rows of each expert): row r comes from slot slots[r] of the flattened choice.
+def sort_slots(
+    experts_TK: Tensor, num_experts: int, room: Capacity
+) -> tuple[Tensor, Counts]:
+    """(slots [R], rows of each expert): row r comes from slot slots[r] of the flattened
+    choice.
 
-    Rows lie expert by expert, those of one in the order of tokens. An expert `num_experts` means
-    none at all. Rows that are only padding come from slot T x K.
+    Rows lie expert by expert, those of one in the order of tokens. An expert
+    `num_experts` means none at all. Rows that are only padding come from slot T x K.
     """
     flat = experts_TK.flatten()
     order = torch.argsort(flat, stable=True)
     in_order = flat[order]
-    ends = torch.searchsorted(in_order, torch.arange(num_experts, device=flat.device), right=True)
+    ends = torch.searchsorted(
+        in_order, torch.arange(num_experts, device=flat.device), right=True
+    )
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     if room.rows is not None:
         places = (
@@ -94,8 +99,8 @@ class _Way:
 
 
 class AllToAllDispatcher:
-    """A row goes to the ep rank that has its expert; the etp ranks there show each other theirs,
-    since each has a part of the expert.
+    """A row goes to the ep rank that has its expert; the etp ranks there show each
+    other theirs, since each has a part of the expert.
     """
 
     def __init__(self, num_experts: int, ep_group: Group, etp_group: Group) -> None:
@@ -109,7 +114,9 @@ class AllToAllDispatcher:
         rows = take_tokens(x_TH, slots, experts_TK.shape[1])
         if self.ep_group is None and self.etp_group is None:
             return Dispatched(
-                rows, counts, lambda outputs, weights: weigh_and_sum(outputs, weights, slots)
+                rows,
+                counts,
+                lambda outputs, weights: weigh_and_sum(outputs, weights, slots),
             )
         way = (
             self._counted_way(counts)
@@ -117,11 +124,15 @@ class AllToAllDispatcher:
             else self._even_way(counts, slots.device)
         )
         arrived = gather(
-            exchange(rows, way.send, way.receive, self.ep_group), way.gathered, self.etp_group
+            exchange(rows, way.send, way.receive, self.ep_group),
+            way.gathered,
+            self.etp_group,
         )
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
-            summed = sum_and_scatter(reorder(outputs_RH, way.back_R), way.gathered, self.etp_group)
+            summed = sum_and_scatter(
+                reorder(outputs_RH, way.back_R), way.gathered, self.etp_group
+            )
             return weigh_and_sum(
                 exchange(summed, way.receive, way.send, self.ep_group), weights_TK, slots
             )
@@ -149,26 +160,35 @@ class AllToAllDispatcher:
         arriving = collectives.all_gather_rows(
             collectives.all_to_all_rows(leaving, self.ep_group), self.etp_group
         )
-        numbers = torch.cat([leaving.sum(1), arriving.sum(1)]).tolist()  # the host waits here
+        numbers = torch.cat(
+            [leaving.sum(1), arriving.sum(1)]
+        ).tolist()  # the host waits here
         send = numbers[:ep]
         by_rank = numbers[ep:]
         first = ep * collectives.rank(self.etp_group)
         gathered = [sum(by_rank[start : start + ep]) for start in range(0, etp * ep, ep)]
         experts = torch.arange(leaving.shape[1], device=counts_E.device).repeat(etp * ep)
-        of_row = torch.repeat_interleave(experts, arriving.flatten(), output_size=sum(gathered))
+        of_row = torch.repeat_interleave(
+            experts, arriving.flatten(), output_size=sum(gathered)
+        )
         return _way(send, by_rank[first : first + ep], gathered, of_row, arriving.sum(0))
 
 
 def _way(
-    send: list[int], receive: list[int], gathered: list[int], expert_of_row: Tensor, counts: Counts
+    send: list[int],
+    receive: list[int],
+    gathered: list[int],
+    expert_of_row: Tensor,
+    counts: Counts,
 ) -> _Way:
     by_expert = torch.argsort(expert_of_row, stable=True)
     return _Way(send, receive, gathered, by_expert, torch.argsort(by_expert), counts)
 
 
 class AllGatherDispatcher:
-    """Every rank sees the tokens of all ranks that share its experts and picks the rows of its own;
-    outputs are summed where the tokens came from. More bytes, but no message depends on the data.
+    """Every rank sees the tokens of all ranks that share its experts and picks the rows
+    of its own; outputs are summed where the tokens came from. More bytes, but no
+    message depends on the data.
     """
 
     def __init__(self, num_experts: int, ep_group: Group, etp_group: Group) -> None:
@@ -185,7 +205,9 @@ class AllGatherDispatcher:
         mine = mine.masked_fill((mine < 0) | (mine >= self.local), self.local)
         ranks = len(experts) // len(experts_TK)
         slots, counts = sort_slots(
-            mine, self.local, Capacity(False, None if room.rows is None else room.rows * ranks)
+            mine,
+            self.local,
+            Capacity(False, None if room.rows is None else room.rows * ranks),
         )
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
-"""The layers of a mixture of experts whose weights and state are cut or counted by rank.
+"""The layers of a mixture of experts whose weights and state are cut or counted by
+rank.
 
-Owns: the router's product, the experts' grouped products, the balancing bias. Weight gradients go
-to slots, as everywhere. Must not know: which expert a token goes to and why.
+Owns: the router's product, the experts' grouped products, the balancing bias. Weight
+gradients go to slots, as everywhere. Must not know: which expert a token goes to and
+why.
 
-Shapes: T tokens, R rows that lie expert by expert, H hidden, E experts (of this rank, in grouped
-products), I inputs, O outputs.
+Shapes: T tokens, R rows that lie expert by expert, H hidden, E experts (of this rank,
+in grouped products), I inputs, O outputs.
 """
 
 from collections.abc import Collection
@@ -28,8 +30,8 @@ from megatron_ray.ops.matmul import (
 
 
 class RouterLinear(SlottedModule):
-    """One logit per token and expert, in fp32 whatever the type of the activations; whole on every
-    rank.
+    """One logit per token and expert, in fp32 whatever the type of the activations;
+    whole on every rank.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class _RouterLinear(torch.autograd.Function):
 
 
 class GroupedLinear(SlottedModule):
-    """Y = X W_e^T for the rows of each expert e, with the weights of this rank's experts one after
-    another: [R, I] -> [R, O].
+    """Y = X W_e^T for the rows of each expert e, with the weights of this rank's
+    experts one after another: [R, I] -> [R, O].
     """
 
-    def __init__(self, num_experts: int, inputs: int, outputs: int, *, dtype: torch.dtype) -> None:
+    def __init__(
+        self, num_experts: int, inputs: int, outputs: int, *, dtype: torch.dtype
+    ) -> None:
         super().__init__(None, sequence_parallel=False)
         self.num_experts = num_experts
         self.weight = nn.Parameter(torch.empty(num_experts * outputs, inputs, dtype=dtype))
@@ -112,9 +116,9 @@ class _Grouped(torch.autograd.Function):
 
 
 class ExpertBias(nn.Module):
-    """What is added to the scores by which experts are chosen, so that they get equally many tokens
-    (Wang et al. 2024, Auxiliary-loss-free load balancing). The same on every rank; no parameter, it
-    has no gradient, but part of a checkpoint.
+    """What is added to the scores by which experts are chosen, so that they get equally
+    many tokens (Wang et al. 2024, Auxiliary-loss-free load balancing). The same on
+    every rank; no parameter, it has no gradient, but part of a checkpoint.
     """
 
     def __init__(self, num_experts: int, rate: float) -> None:
@@ -133,8 +137,8 @@ class ExpertBias(nn.Module):
         )
 
     def count(self, tokens_E: Tensor) -> None:
-        """Adds a microbatch's tokens per expert; forward passes without gradients (evaluation,
-        recomputed layers' first) do not count.
+        """Adds a microbatch's tokens per expert; forward passes without gradients
+        (evaluation, recomputed layers' first) do not count.
         """
         if torch.is_grad_enabled():
             self.tokens += tokens_E
@@ -144,8 +148,8 @@ class ExpertBias(nn.Module):
 def update_expert_biases(
     biases: Collection[ExpertBias], token_group: Group, dp_group: Group
 ) -> None:
-    """One step's move of every bias, by the sign of mean - tokens over all ranks that saw tokens
-    (tp x cp x dp); forgets the counts.
+    """One step's move of every bias, by the sign of mean - tokens over all ranks that
+    saw tokens (tp x cp x dp); forgets the counts.
     """
     if not biases:
         return

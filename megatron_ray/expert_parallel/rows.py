@@ -4,8 +4,8 @@ Owns: the differentiable moves, one class each.
 
 Every sum over ranks is a sum. Must not know: layers, who holds which expert.
 
-Shapes: T tokens, K experts of a token, H hidden, R rows (a token once for each of its experts that
-are here).
+Shapes: T tokens, K experts of a token, H hidden, R rows (a token once for each of its
+experts that are here).
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,11 @@ class _Take(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slots,) = ctx.saved_tensors
         tokens, top_k = ctx.shape
-        return _spread(grad, slots, tokens * top_k).view(tokens, top_k, -1).sum(1), None, None
+        return (
+            _spread(grad, slots, tokens * top_k).view(tokens, top_k, -1).sum(1),
+            None,
+            None,
+        )
 
 
 class _WeighAndSum(torch.autograd.Function):
@@ -142,7 +146,11 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return collectives.reduce_scatter_uneven_rows(grad.contiguous(), *ctx.way), None, None
+        return (
+            collectives.reduce_scatter_uneven_rows(grad.contiguous(), *ctx.way),
+            None,
+            None,
+        )
 
 
 class _SumAndScatter(torch.autograd.Function):

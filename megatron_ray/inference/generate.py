@@ -2,8 +2,8 @@
 
 Owns: loading a model for inference, the sampler with its cache, the command.
 
-`python -m megatron_ray.inference.generate --checkpoint PATH --prompt TEXT` prints prompt and
-continuation. Must not know: jobs.
+`python -m megatron_ray.inference.generate --checkpoint PATH --prompt TEXT` prints
+prompt and continuation. Must not know: jobs.
 """
 
 import argparse
@@ -29,7 +29,12 @@ from megatron_ray.models.gpt import GPT
 from megatron_ray.parallelize.parallelize import allocate_expert_biases, build_model
 from megatron_ray.sharding.buckets import plan_buckets
 from megatron_ray.sharding.parameters import LocalParameter, local_parameters
-from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox, whole_tensor
+from megatron_ray.sharding.sharded_state import (
+    ShardedState,
+    ShardedTensor,
+    TensorBox,
+    whole_tensor,
+)
 from megatron_ray.storage.storage import MissingFileError, StorageError, open_storage
 
 
@@ -47,15 +52,18 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. Raises ValueError for values that choose nothing."""
+    """How the next token is chosen.
+
+    Raises ValueError for values that choose nothing.
+    """
 
     temperature: float = 1.0
     """0 always takes the likeliest token."""
     top_k: int | None = None
     """Choose among this many likeliest tokens."""
     top_p: float | None = None
-    """Choose among the fewest likeliest tokens that together reach this probability (nucleus,
-    Holtzman et al. 2019)."""
+    """Choose among the fewest likeliest tokens that together reach this probability
+    (nucleus, Holtzman et al. 2019)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -67,10 +75,11 @@ class Sampling:
 
 
 def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenizer]:
-    """The trained model in fp32 on one device, and its tokenizer, whatever layout saved them.
+    """The trained model in fp32 on one device, and its tokenizer, whatever layout saved
+    them.
 
-    Raises StorageError (CheckpointError when the checkpoint may not be loaded), ValueError when its
-    config is not understood.
+    Raises StorageError (CheckpointError when the checkpoint may not be loaded),
+    ValueError when its config is not understood.
     """
     train_state = read_train_state(checkpoint_path, 0)
     if "config" not in train_state:
@@ -94,7 +103,8 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
         for name, bias in allocate_expert_biases(model, mesh.device).items()
     }
     load_into(
-        checkpoint_path, _model_state([placed.parameter for placed in plan.placed], views) | biases
+        checkpoint_path,
+        _model_state([placed.parameter for placed in plan.placed], views) | biases,
     )
     model.requires_grad_(False).eval()
     return model, _load_tokenizer(checkpoint_path, train_state.get("end_of_document"))
@@ -104,7 +114,11 @@ def _model_state(table: Sequence[LocalParameter], views: dict[str, Tensor]) -> S
     return {
         f"model/{part.logical.name}": ShardedTensor(
             part.logical.shape,
-            [TensorBox(part.box, views[local.name].narrow(0, part.start, part.box.size[0]))],
+            [
+                TensorBox(
+                    part.box, views[local.name].narrow(0, part.start, part.box.size[0])
+                )
+            ],
         )
         for local in table
         for part in local.parts
@@ -133,11 +147,11 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Generation:
-    """Continues `prompt` until a document ends or `max_new_tokens` are there; an empty prompt
-    begins a new document.
+    """Continues `prompt` until a document ends or `max_new_tokens` are there; an empty
+    prompt begins a new document.
 
-    The same seed gives the same text. Raises ValueError for wrong sampling values and for more
-    tokens than learned positions.
+    The same seed gives the same text. Raises ValueError for wrong sampling values and
+    for more tokens than learned positions.
     """
     start = tokenizer.encode(prompt) or [tokenizer.end_of_document]
     tokens = generate_tokens(
@@ -151,11 +165,15 @@ def generate(
     )
     ended = bool(tokens) and tokens[-1] == tokenizer.end_of_document
     new = tokens[:-1] if ended else tokens
-    # Some tokenizers drop a leading space when they decode; what the prompt adds to the whole keeps
-    # it.
+    # Some tokenizers drop a leading space when they decode; what the prompt adds to the
+    # whole keeps it.
     before = tokenizer.decode(start)
     whole = tokenizer.decode(start + new)
-    text = whole[len(before) :] if prompt and whole.startswith(before) else tokenizer.decode(new)
+    text = (
+        whole[len(before) :]
+        if prompt and whole.startswith(before)
+        else tokenizer.decode(new)
+    )
     return Generation(prompt, text, tuple(new), "end_of_document" if ended else "length")
 
 
@@ -170,8 +188,8 @@ def generate_tokens(
     stop: int,
     vocabulary: int,
 ) -> list[int]:
-    """New token ids, `stop` included when it came; ids from `vocabulary` on (the model's spare
-    rows) are never chosen.
+    """New token ids, `stop` included when it came; ids from `vocabulary` on (the
+    model's spare rows) are never chosen.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
@@ -197,7 +215,9 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     """One token id; consumes one random number unless temperature is 0."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    ranked, ids = (logits_V.double() / sampling.temperature).sort(descending=True, stable=True)
+    ranked, ids = (logits_V.double() / sampling.temperature).sort(
+        descending=True, stable=True
+    )
     probabilities = ranked[: sampling.top_k].softmax(0)
     if sampling.top_p is not None:
         before = probabilities.cumsum(0) - probabilities
@@ -205,12 +225,17 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
         probabilities = probabilities[:kept]
     reached = probabilities.cumsum(0)
     drawn = torch.rand((), dtype=torch.float64, generator=generator) * reached[-1]
-    return int(ids[min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)])
+    return int(
+        ids[min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)]
+    )
 
 
 def _check_positions(model: GPT, prompt_tokens: int, max_new_tokens: int) -> None:
     limit = model.config.max_sequence_length
-    if model.config.position_embedding != "learned" or prompt_tokens + max_new_tokens <= limit:
+    if (
+        model.config.position_embedding != "learned"
+        or prompt_tokens + max_new_tokens <= limit
+    ):
         return
     if prompt_tokens >= limit:
         raise ValueError(
@@ -239,7 +264,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m megatron_ray.inference.generate",
         description="Generate text from a checkpoint.",
     )
-    parser.add_argument("--checkpoint", required=True, help="path or URI of a committed checkpoint")
+    parser.add_argument(
+        "--checkpoint", required=True, help="path or URI of a committed checkpoint"
+    )
     parser.add_argument(
         "--prompt", default="", help="text to go on from; empty begins a new document"
     )
@@ -254,7 +281,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object: prompt, text, tokens, finish_reason"
+        "--json",
+        action="store_true",
+        help="one JSON object: prompt, text, tokens, finish_reason",
     )
     return parser.parse_args(arguments)
 
@@ -277,7 +306,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (StorageError, ValueError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
-    text = json.dumps(asdict(generation)) if options.json else generation.prompt + generation.text
+    text = (
+        json.dumps(asdict(generation))
+        if options.json
+        else generation.prompt + generation.text
+    )
     sys.stdout.write(f"{text}\n")
     return 0
 

@@ -2,8 +2,9 @@
 
 Owns: the maths of one attention layer. Must not know: ranks, groups.
 
-Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head width. How
-many heads are here is what the projection says, so tensor parallelism shrinks them unseen.
+Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head
+width. How many heads are here is what the projection says, so tensor parallelism
+shrinks them unseen.
 """
 
 from collections.abc import Callable
@@ -25,8 +26,8 @@ from megatron_ray.ops.matmul import needs_fp32_matmul
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of the tokens so far, [B, G, S, D] with room for `capacity` tokens; one per
-    layer.
+    """Keys and values of the tokens so far, [B, G, S, D] with room for `capacity`
+    tokens; one per layer.
     """
 
     keys: Tensor
@@ -51,9 +52,9 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What a block needs to know of a batch besides its activations: its shape, with rotary
-    positions the cos and sin [B or 1, S, 1, D], its documents, and what its routers are told or are
-    to tell.
+    """What a block needs to know of a batch besides its activations: its shape, with
+    rotary positions the cos and sin [B or 1, S, 1, D], its documents, and what its
+    routers are told or are to tell.
     """
 
     batch: int
@@ -124,12 +125,15 @@ class CausalAttention(nn.Module):
 
 
 class Attention(CausalAttention):
-    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is given.
+    """x -> residual + O(softmax(Q K^T / sqrt(D)) V); without the residual where none is
+    given.
 
     Queries and keys are normed first, then rotated, where the model has either.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, place: str, window: int | None) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: Layers, place: str, window: int | None
+    ) -> None:
         super().__init__(layers, place, window)
         self.head_width = config.head_width
         self.rotation = ROTATION
@@ -156,7 +160,9 @@ class Attention(CausalAttention):
             qkv = _normed(qkv, self.q_norm, self.k_norm, (heads, groups, self.head_width))
         if positions.cos is not None:
             sizes = heads, groups, self.head_width
-            q, k, v = RotateQKV.apply(qkv, positions.cos, positions.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
+            q, k, v = RotateQKV.apply(
+                qkv, positions.cos, positions.sin, sizes, self.rotation
+            )  # type: ignore[no-untyped-call]
         else:
             q, k, v = split_qkv(qkv, heads, groups, self.head_width)
         attended = self.attended(q, k, v, positions, cache)
@@ -170,11 +176,13 @@ class Attention(CausalAttention):
 def _normed(
     qkv: Tensor, q_norm: nn.Module, k_norm: nn.Module, sizes: tuple[int, int, int]
 ) -> Tensor:
-    """The fused [B, S, (N + 2 G) D] with each head's query and key normalised; `sizes`: N, G, D."""
+    """The fused [B, S, (N + 2 G) D] with each head's query and key normalised; `sizes`:
+    N, G, D.
+    """
     heads, groups, width = sizes
     q, k, v = torch.split(qkv, [heads * width, groups * width, groups * width], dim=-1)
-    # Rows of a head's width; always copies, which the norms keep: a view of a single head would
-    # keep the whole of qkv.
+    # Rows of a head's width; always copies, which the norms keep: a view of a single
+    # head would keep the whole of qkv.
     parts = [
         norm(part.reshape(-1, width).contiguous()).view(part.shape)
         for norm, part in ((q_norm, q), (k_norm, k))
@@ -183,8 +191,8 @@ def _normed(
 
 
 class LocalAttention(nn.Module):
-    """Causal attention of sequences that lie whole on this rank; over the last `window` tokens
-    where one is given.
+    """Causal attention of sequences that lie whole on this rank; over the last `window`
+    tokens where one is given.
     """
 
     def __init__(self, window: int | None = None) -> None:
@@ -205,7 +213,9 @@ class LocalAttention(nn.Module):
                 ),
                 strict=True,
             )
-            rows.append(torch.cat([_whole(q, k, v, self.window) for q, k, v in documents], dim=2))
+            rows.append(
+                torch.cat([_whole(q, k, v, self.window) for q, k, v in documents], dim=2)
+            )
         return torch.cat(rows)
 
 

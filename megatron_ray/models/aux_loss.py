@@ -1,7 +1,7 @@
 """Losses that are trained on beside the model's own.
 
-Owns: how their gradients join the backward pass, and their sums over a step. Must not know: which,
-who reports them.
+Owns: how their gradients join the backward pass, and their sums over a step. Must not
+know: which, who reports them.
 """
 
 from typing import Any
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 class AuxLoss(nn.Module):
     """One place where such a loss arises.
 
-    What it adds up to is counted in the backward pass, which every microbatch that is trained on
-    goes through once, recomputed or not; it stays on the device until somebody takes it.
+    What it adds up to is counted in the backward pass, which every microbatch that is
+    trained on goes through once, recomputed or not; it stays on the device until
+    somebody takes it.
     """
 
     def __init__(self, kind: str, divisor: float) -> None:
-        """`kind`: what it is reported as; `divisor`: what makes a sum over all places and ranks
-        that number.
+        """`kind`: what it is reported as; `divisor`: what makes a sum over all places
+        and ranks that number.
         """
         super().__init__()
         self.kind = kind
@@ -29,8 +30,8 @@ class AuxLoss(nn.Module):
     def forward(self, to: Tensor, loss: Tensor) -> Tensor:
         """`to` as it is; the backward pass adds the gradient of the loss, a scalar.
 
-        As everywhere the gradient of a loss is taken to be one: the scaling by tokens comes in the
-        end.
+        As everywhere the gradient of a loss is taken to be one: the scaling by tokens
+        comes in the end.
         """
         return _Attach.apply(to, loss, self)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -39,8 +40,8 @@ class AuxLoss(nn.Module):
         self._total = loss.double() if self._total is None else self._total + loss
 
     def take(self) -> Tensor | None:
-        """This place's part since it was taken before, an fp64 scalar; None where there was
-        nothing.
+        """This place's part since it was taken before, an fp64 scalar; None where there
+        was nothing.
         """
         total = self._total
         self._total = None

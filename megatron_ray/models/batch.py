@@ -1,6 +1,7 @@
 """One microbatch as tensors.
 
-Owns: the types that a model's forward pass takes as input. Must not know: where samples come from.
+Owns: the types that a model's forward pass takes as input. Must not know: where samples
+come from.
 """
 
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packed:
-    """Several documents in one sample, each by itself: nobody sees another document's tokens."""
+    """Several documents in one sample, each by itself: nobody sees another document's
+    tokens.
+    """
 
     documents_BS: Tensor
-    """int32 number of the document that a token belongs to, within its row; of whole sequences,
-    also where a rank has only a part."""
+    """int32 number of the document that a token belongs to, within its row; of whole
+    sequences, also where a rank has only a part."""
     lengths: tuple[tuple[int, ...], ...]
     """Tokens of each document, by row; on the host."""
 
@@ -27,8 +30,8 @@ class MTPTargets:
     """
 
     labels_DBS: Tensor
-    """At depth d the token d + 2 further on. The last ones of a sample lack one and have some token
-    in its place."""
+    """At depth d the token d + 2 further on. The last ones of a sample lack one and
+    have some token in its place."""
     loss_mask_DBS: Tensor
     """fp32"""
 
@@ -53,8 +56,8 @@ class Batch:
     further: MTPTargets | None = None
     """Given where the model predicts further tokens."""
     routing_replay: Tensor | None = None
-    """[B, S, layers, experts per token] int64: what routers are to take instead of choosing
-    (replay)."""
+    """[B, S, layers, experts per token] int64: what routers are to take instead of
+    choosing (replay)."""
     first_sample: int | None = None
-    """Number within the run of the first sample: what dropout draws by. None: nothing is dropped
-    (evaluation)."""
+    """Number within the run of the first sample: what dropout draws by. None: nothing
+    is dropped (evaluation)."""

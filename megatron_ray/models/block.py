@@ -1,4 +1,7 @@
-"""One transformer block. Owns: pre-norm residual wiring. Must not know: ranks, groups."""
+"""One transformer block.
+
+Owns: pre-norm residual wiring. Must not know: ranks, groups.
+"""
 
 from collections.abc import Iterable
 
@@ -13,8 +16,8 @@ from megatron_ray.models.moe.layer import MoE
 
 
 class Block(nn.Module):
-    """hidden + attention(norm(hidden)), then + mlp(norm(.)), or + experts(norm(.)); a residual is
-    added inside its half's last product.
+    """hidden + attention(norm(hidden)), then + mlp(norm(.)), or + experts(norm(.)); a
+    residual is added inside its half's last product.
     """
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
@@ -29,7 +32,10 @@ class Block(nn.Module):
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
     def forward(
-        self, hidden_TH: Tensor, positions: ForwardContext, cache: KeyValueCache | None = None
+        self,
+        hidden_TH: Tensor,
+        positions: ForwardContext,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         if (
             self.attention_dropout is not None
@@ -37,7 +43,9 @@ class Block(nn.Module):
             and positions.first_sample is not None
         ):
             return self._dropping(hidden_TH, positions, positions.first_sample)
-        hidden_TH = self.attention(self.attention_norm(hidden_TH), hidden_TH, positions, cache)
+        hidden_TH = self.attention(
+            self.attention_norm(hidden_TH), hidden_TH, positions, cache
+        )
         return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, positions)
 
     def _feed_forward(
@@ -49,9 +57,12 @@ class Block(nn.Module):
             output = self.mlp(x_TH, residual_TH)  # type: ignore[misc]
         return output
 
-    def _dropping(self, hidden_TH: Tensor, positions: ForwardContext, first_sample: int) -> Tensor:
+    def _dropping(
+        self, hidden_TH: Tensor, positions: ForwardContext, first_sample: int
+    ) -> Tensor:
         """With dropout the residual is added after it, so not inside a product."""
-        assert self.attention_dropout is not None and self.mlp_dropout is not None
+        assert self.attention_dropout is not None
+        assert self.mlp_dropout is not None
         attended = self.attention(self.attention_norm(hidden_TH), None, positions)
         hidden_TH = self.attention_dropout(attended, first_sample).add_(hidden_TH)
         fed = self._feed_forward(self.mlp_norm(hidden_TH), None, positions)
@@ -59,7 +70,9 @@ class Block(nn.Module):
         return output
 
 
-def make_attention(config: ModelConfig, layers: Layers, index: int) -> Attention | LatentAttention:
+def make_attention(
+    config: ModelConfig, layers: Layers, index: int
+) -> Attention | LatentAttention:
     """The kind of attention that a layer has."""
     place = f"layers.{index}.attention"
     if config.mla is not None:

@@ -26,7 +26,10 @@ class GPT(nn.Module):
     """Embedding, blocks, norm, head; parameter names are those of the parameter table."""
 
     def __init__(
-        self, config: ModelConfig, layers: Layers, held: Sequence[StageContents] | None = None
+        self,
+        config: ModelConfig,
+        layers: Layers,
+        held: Sequence[StageContents] | None = None,
     ) -> None:
         """With the parts of the pipeline stages `held`; all of them when not given."""
         super().__init__()
@@ -35,7 +38,8 @@ class GPT(nn.Module):
         self.on_route: Callable[[int, Tensor], None] | None = None
         """Hears of every router's choice, see `Positions`; for whoever records them."""
         begins, ends = (
-            any(getattr(stage, part) for stage in self.held) for part in ("embedding", "loss")
+            any(getattr(stage, part) for stage in self.held)
+            for part in ("embedding", "loss")
         )
         depths = [depth for stage in self.held for depth in stage.mtp_layers]
         uses = begins + len(depths)
@@ -45,7 +49,8 @@ class GPT(nn.Module):
                 config.max_sequence_length, config.hidden_size
             )
         self.embedding_dropout = layers.hidden_dropout("embedding")
-        # A dictionary, so that a layer keeps its name when a pipeline cut leaves only some of them.
+        # A dictionary, so that a layer keeps its name when a pipeline cut leaves only
+        # some of them.
         self.layers = nn.ModuleDict(
             {
                 str(index): Block(config, layers, index)
@@ -54,7 +59,8 @@ class GPT(nn.Module):
             }
         )
         self.through = run_sequentially
-        """How activations go through the blocks of a stage; recomputation puts its own way here."""
+        """How activations go through the blocks of a stage; recomputation puts its own
+        way here."""
         if ends:
             self.final_norm = layers.norm(config.hidden_size)
             self.head = layers.head(
@@ -63,7 +69,10 @@ class GPT(nn.Module):
                 1 + len(depths),
             )
         self.mtp = nn.ModuleDict(
-            {str(depth): MultiTokenPredictionLayer(config, layers, depth) for depth in depths}
+            {
+                str(depth): MultiTokenPredictionLayer(config, layers, depth)
+                for depth in depths
+            }
         )
 
     @property
@@ -77,9 +86,11 @@ class GPT(nn.Module):
         (whole,) = self.held
         return self.stage(whole, None, batch)
 
-    def stage(self, stage: StageContents, received_TH: Tensor | None, batch: Batch) -> Tensor:
-        """One of the stages held: activations [T, H] from those of the stage before, or the loss
-        from the last one.
+    def stage(
+        self, stage: StageContents, received_TH: Tensor | None, batch: Batch
+    ) -> Tensor:
+        """One of the stages held: activations [T, H] from those of the stage before, or
+        the loss from the last one.
         """
         hidden_TH = (
             self._embed(batch.tokens_BS, batch.position_ids, batch.first_sample)
@@ -105,14 +116,16 @@ class GPT(nn.Module):
     ) -> Tensor:
         """The loss with the gradients of the losses of further tokens attached.
 
-        Each is a sum over the tokens that have such a label, times loss_coeff / depths, and is
-        divided by the tokens of the step as the loss itself is: the mean over T tokens of
-        DeepSeek-V3's equation 24, whatever the layout. (T and not the somewhat fewer tokens with
-        such a label, as in Megatron-LM with calculate_per_token_loss.)
+        Each is a sum over the tokens that have such a label, times loss_coeff / depths,
+        and is divided by the tokens of the step as the loss itself is: the mean over T
+        tokens of DeepSeek-V3's equation 24, whatever the layout. (T and not the
+        somewhat fewer tokens with such a label, as in Megatron-LM with
+        calculate_per_token_loss.)
         """
         mtp = self.config.mtp
         further = batch.further
-        assert mtp is not None and self.embedding is not None
+        assert mtp is not None
+        assert self.embedding is not None
         if further is None:
             raise ValueError(
                 "a model that predicts further tokens is trained on batches with further labels"
@@ -124,7 +137,10 @@ class GPT(nn.Module):
             assert isinstance(predict, MultiTokenPredictionLayer)
             hidden_TH = predict(hidden_TH, self._words(tokens_BS), positions, self.through)
             loss = predict.loss(
-                loss, self.head(hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * mtp.weight)
+                loss,
+                self.head(
+                    hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * mtp.weight
+                ),
             )
             tokens_BS = labels_BS
         return loss
@@ -149,25 +165,35 @@ class GPT(nn.Module):
         return hidden_TH
 
     def hidden(
-        self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None
+        self,
+        tokens_BS: Tensor,
+        position_ids: Tensor,
+        caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
         """Activations [T, H] after the last norm, of a whole model."""
         hidden_TH = self._embed(tokens_BS, position_ids)
         positions = self._positions(tokens_BS.shape, position_ids, hidden_TH)
         for index, block in enumerate(self.layers.values()):
-            hidden_TH = block(hidden_TH, positions, caches[index] if caches is not None else None)
+            hidden_TH = block(
+                hidden_TH, positions, caches[index] if caches is not None else None
+            )
         output: Tensor = self.final_norm(hidden_TH)
         return output
 
     def logits(
-        self, tokens_BS: Tensor, position_ids: Tensor, caches: Sequence[KeyValueCache] | None = None
+        self,
+        tokens_BS: Tensor,
+        position_ids: Tensor,
+        caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
         """[B, S, V], for inference and judges."""
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
     def positions_of(self, batch: Batch, like: Tensor) -> ForwardContext:
-        """What blocks need to know of a batch; angles are on the device of `like` and fit its type."""
+        """What blocks need to know of a batch; angles are on the device of `like` and
+        fit its type.
+        """
         return replace(
             self._positions(batch.tokens_BS.shape, batch.position_ids, like),
             packed=batch.packed,

@@ -2,9 +2,9 @@
 
 Owns: that function. Must not know: layouts.
 
-Each block of at most 4 Mi elements has its own generator, seeded by a hash, and a rank draws only
-the blocks that it owns rows of. So every layout starts equal, and no rank ever holds more than its
-shard plus one block.
+Each block of at most 4 Mi elements has its own generator, seeded by a hash, and a rank
+draws only the blocks that it owns rows of. So every layout starts equal, and no rank
+ever holds more than its shard plus one block.
 """
 
 import torch
@@ -18,7 +18,9 @@ BLOCK_ELEMENTS = 4 * 1024 * 1024
 
 
 def init_local(parameter: LocalParameter, seed: int) -> Tensor:
-    """The fp32 initial value of a rank's (fused, padded) tensor, on CPU; padding rows are zero."""
+    """The fp32 initial value of a rank's (fused, padded) tensor, on CPU; padding rows
+    are zero.
+    """
     value = torch.zeros(parameter.shape)
     for part in parameter.parts:
         rows = part.box.size[0]

@@ -1,15 +1,16 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1).
 
-Owns: how queries, keys and values come from low-rank latents. Must not know: ranks, groups.
+Owns: how queries, keys and values come from low-rank latents. Must not know: ranks,
+groups.
 
-Queries come from one latent, keys and values together from another; a head's query and key have a
-part without positions and a rotated part, and the rotated part of the key is one for all heads.
-Training makes full keys and values of the latents and attends as usual, and so does the cache of
-generation, which is larger than it need be, and right.
+Queries come from one latent, keys and values together from another; a head's query and
+key have a part without positions and a rotated part, and the rotated part of the key is
+one for all heads. Training makes full keys and values of the latents and attends as
+usual, and so does the cache of generation, which is larger than it need be, and right.
 
-Shapes: T = B x S tokens, B batch, S sequence, N query heads (as held on this rank), D width of a
-head's query and key, P of that without positions, R rotated, D = P + R; V width of a head's value,
-C that of the latent of keys and values.
+Shapes: T = B x S tokens, B batch, S sequence, N query heads (as held on this rank), D
+width of a head's query and key, P of that without positions, R rotated, D = P + R; V
+width of a head's value, C that of the latent of keys and values.
 """
 
 from typing import Any
@@ -37,8 +38,8 @@ class LatentAttention(CausalAttention):
         self.query_factor = query_factor(config.rope_scaling)
         hidden = config.hidden_size
         heads = config.num_attention_heads
-        # The latents are made of the tokens that are here; what the heads read of them is gathered,
-        # and is little.
+        # The latents are made of the tokens that are here; what the heads read of them
+        # is gathered, and is little.
         if mla.q_lora_rank is None:
             self.q = layers.column(hidden, heads * mla.qk_head_dim, False)
         else:
@@ -82,14 +83,15 @@ class LatentAttention(CausalAttention):
         )
         attended = self.attended(q, k, v, positions, cache)[..., : self.mla.v_head_dim]
         output: Tensor = self.o(
-            attended.transpose(1, 2).reshape(positions.batch * positions.sequence, -1), residual_TH
+            attended.transpose(1, 2).reshape(positions.batch * positions.sequence, -1),
+            residual_TH,
         )
         return output
 
 
 def query_factor(scaling: RopeScaling | None) -> float:
-    """What scores are multiplied by beside 1 / sqrt(D): under YaRN m(mscale_all_dim) squared
-    (DeepSeek-V2's published code).
+    """What scores are multiplied by beside 1 / sqrt(D): under YaRN m(mscale_all_dim)
+    squared (DeepSeek-V2's published code).
     """
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -97,12 +99,12 @@ def query_factor(scaling: RopeScaling | None) -> float:
 
 
 class _Heads(torch.autograd.Function):
-    """Queries [B, S, N D], keys with values [B, S, N (P + V)] and the rotated part of all keys [B,
-    S, R] -> q, k and v [B, N, S, D].
+    """Queries [B, S, N D], keys with values [B, S, N (P + V)] and the rotated part of
+    all keys [B, S, R] -> q, k and v [B, N, S, D].
 
-    Values are filled up with zeros to the width of keys: every kernel and every exchange between
-    ranks takes them then, and zeros add nothing. In memory tokens come first, or heads where
-    rotation is in fp32, as in `rope.RotateQKV`.
+    Values are filled up with zeros to the width of keys: every kernel and every
+    exchange between ranks takes them then, and zeros add nothing. In memory tokens come
+    first, or heads where rotation is in fp32, as in `rope.RotateQKV`.
     """
 
     @staticmethod
@@ -123,8 +125,12 @@ class _Heads(torch.autograd.Function):
         plain = mla.qk_nope_head_dim
         rotated = mla.qk_rope_head_dim
         value = mla.v_head_dim
-        q_plain, q_rotated = torch.split(_by_head(queries, mla.qk_head_dim), [plain, rotated], -1)
-        k_plain, values = torch.split(_by_head(keys_values, plain + value), [plain, value], -1)
+        q_plain, q_rotated = torch.split(
+            _by_head(queries, mla.qk_head_dim), [plain, rotated], -1
+        )
+        k_plain, values = torch.split(
+            _by_head(keys_values, plain + value), [plain, value], -1
+        )
         q, k, v = (_room(queries, q_plain.shape[2], mla.qk_head_dim) for _ in range(3))
         q[..., :plain] = _times(q_plain, factor)
         q[..., plain:] = _times(_rotated(q_rotated, cos, sin, 1.0), factor)
@@ -177,7 +183,9 @@ def _room(like: Tensor, heads: int, width: int) -> Tensor:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """x [B, S, heads, R] rotated by direction x angle, in the type of the angles if that is wider."""
+    """X [B, S, heads, R] rotated by direction x angle, in the type of the angles if
+    that is wider.
+    """
     half = x.shape[-1] // 2
     first = x[..., :half]
     second = x[..., half:]

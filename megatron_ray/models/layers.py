@@ -1,6 +1,7 @@
 """What a model asks its layers to be.
 
-Owns: the protocol between the model and whoever knows the layout. Must not know: any layout.
+Owns: the protocol between the model and whoever knows the layout. Must not know: any
+layout.
 
 A model names full sizes; the factory answers with layers that may hold a part.
 """
@@ -33,8 +34,8 @@ class Dispatcher(Protocol):
 
 
 class QKV(Protocol):
-    """Projection to queries, keys and values: [T, inputs] -> [T, (heads + 2 groups) x head_width],
-    of the heads held here.
+    """Projection to queries, keys and values: [T, inputs] -> [T, (heads + 2 groups) x
+    head_width], of the heads held here.
     """
 
     heads: int
@@ -69,8 +70,8 @@ class Layers(Protocol):
         ...
 
     def shared_by_heads(self) -> nn.Module:
-        """[T, width] of the tokens that are here -> of all tokens of the sequences, for the heads
-        of every tp rank.
+        """[T, width] of the tokens that are here -> of all tokens of the sequences, for
+        the heads of every tp rank.
         """
         ...
 
@@ -83,8 +84,8 @@ class Layers(Protocol):
         ...
 
     def attention(self, window: int | None) -> nn.Module:
-        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention [B, N, S, D],
-        over whole sequences or over the last `window` tokens of them.
+        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention
+        [B, N, S, D], over whole sequences or over the last `window` tokens of them.
         """
         ...
 
@@ -93,19 +94,21 @@ class Layers(Protocol):
         ...
 
     def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows expert by expert [R, inputs], rows of each expert here) -> [R, outputs], outputs
-        cut over etp.
+        """(rows expert by expert [R, inputs], rows of each expert here) -> [R,
+        outputs], outputs cut over etp.
         """
         ...
 
     def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows [R, inputs cut over etp], rows of each expert here) -> [R, outputs], to be summed
-        over etp on the way back.
+        """(rows [R, inputs cut over etp], rows of each expert here) -> [R, outputs], to
+        be summed over etp on the way back.
         """
         ...
 
     def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
-        """What balances the choice of experts without a loss; a step moves it by `rate`."""
+        """What balances the choice of experts without a loss; a step moves it by
+        `rate`.
+        """
         ...
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
@@ -113,14 +116,14 @@ class Layers(Protocol):
         ...
 
     def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AuxLoss:
-        """See `AuxLoss`; `of_own_tokens`: each rank has its part, otherwise all tp ranks have
-        the same.
+        """See `AuxLoss`; `of_own_tokens`: each rank has its part, otherwise all tp
+        ranks have the same.
         """
         ...
 
     def own_rows(self, tensor: Tensor) -> Tensor:
-        """Of something per token of this rank's sequences, [T, ...]: the rows of those tokens whose
-        activations are here.
+        """Of something per token of this rank's sequences, [T, ...]: the rows of those
+        tokens whose activations are here.
         """
         ...
 
@@ -129,14 +132,14 @@ class Layers(Protocol):
         ...
 
     def hidden_dropout(self, place: str) -> nn.Module | None:
-        """A `Dropout` of hidden states as they are held here: ([T, width], first sample) -> [T,
-        width]. None: nothing is dropped.
+        """A `Dropout` of hidden states as they are held here: ([T, width], first
+        sample) -> [T, width]. None: nothing is dropped.
         """
         ...
 
     def dropping_attention(self, place: str, window: int | None) -> nn.Module | None:
-        """As `attention`, with dropout on its probabilities: (q, k, v, (documents or None, first
-        sample)). None: nothing is dropped.
+        """As `attention`, with dropout on its probabilities: (q, k, v, (documents or
+        None, first sample)). None: nothing is dropped.
         """
         ...
 

@@ -1,6 +1,7 @@
 """The feed-forward half of a block.
 
-Owns: its maths. Must not know: ranks, groups. Shapes: T tokens, F inner width, H hidden.
+Owns: its maths. Must not know: ranks, groups. Shapes: T tokens, F inner width, H
+hidden.
 """
 
 from typing import Any

@@ -2,9 +2,10 @@
 
 Owns: how it joins a token with what came before.
 
-As published: embedding first and hidden state second, a block, a norm of its own; hidden states are
-those after the norm before the head, also from one such layer to the next (so Megatron-LM, SGLang
-and transformers). Embedding and head are the model's. Must not know: ranks, groups, losses.
+As published: embedding first and hidden state second, a block, a norm of its own;
+hidden states are those after the norm before the head, also from one such layer to the
+next (so Megatron-LM, SGLang and transformers). Embedding and head are the model's. Must
+not know: ranks, groups, losses.
 
 Shapes: T tokens, H hidden.
 """
@@ -21,8 +22,8 @@ from megatron_ray.models.layers import Layers
 
 
 class MultiTokenPredictionLayer(nn.Module):
-    """norm(block(projection [norm(embedding of the next token), norm(hidden)])) [T, H], for the
-    head.
+    """norm(block(projection [norm(embedding of the next token), norm(hidden)])) [T, H],
+    for the head.
     """
 
     def __init__(self, config: ModelConfig, layers: Layers, depth: int) -> None:
@@ -49,6 +50,10 @@ class MultiTokenPredictionLayer(nn.Module):
         """`through`: how activations go through blocks."""
         if self.embedding_dropout is not None and positions.first_sample is not None:
             embedded_TH = self.embedding_dropout(embedded_TH, positions.first_sample)
-        joined = torch.cat([self.embedding_norm(embedded_TH), self.hidden_norm(hidden_TH)], dim=-1)
-        output: Tensor = self.final_norm(through([self.block], self.projection(joined), positions))
+        joined = torch.cat(
+            [self.embedding_norm(embedded_TH), self.hidden_norm(hidden_TH)], dim=-1
+        )
+        output: Tensor = self.final_norm(
+            through([self.block], self.projection(joined), positions)
+        )
         return output

@@ -2,11 +2,11 @@
 
 Owns: angles, their stretching, the rotation of a fused qkv.
 
-Reads position ids, never an offset from a rank, so any cut of the sequence is right. Must not know:
-parallelism.
+Reads position ids, never an offset from a rank, so any cut of the sequence is right.
+Must not know: parallelism.
 
-Shapes: B batch, S sequence, N query heads, G key/value heads, D head width (all as held on this
-rank).
+Shapes: B batch, S sequence, N query heads, G key/value heads, D head width (all as held
+on this rank).
 """
 
 from math import ceil, floor, log, pi
@@ -22,8 +22,9 @@ from megatron_ray.ops.differentiable_op import DifferentiableOp
 def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:
     """Whether the rotation widens first.
 
-    On CPU that is faster, since bf16 arithmetic goes through fp32 anyway and whole heads rotate in
-    long rows, and it rounds once. On CUDA it would move four times the bytes.
+    On CPU that is faster, since bf16 arithmetic goes through fp32 anyway and whole
+    heads rotate in long rows, and it rounds once. On CUDA it would move four times the
+    bytes.
     """
     return device == "cpu" and dtype == torch.bfloat16
 
@@ -35,10 +36,11 @@ def rotary_angles(
     dtype: torch.dtype,
     scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """cos and signed sin, each [B or 1, S, 1, D], for activations of type `dtype`; computed in
-    fp32. `width` D is what is rotated.
+    """Cos and signed sin, each [B or 1, S, 1, D], for activations of type `dtype`;
+    computed in fp32. `width` D is what is rotated.
 
-    Rotated x = x cos + (x with its halves exchanged) sin, hence the sine's first half is negative.
+    Rotated x = x cos + (x with its halves exchanged) sin, hence the sine's first half
+    is negative.
     """
     angles = position_ids_BS[:, :, None, None].float() * inverse_frequencies(
         width, theta, scaling, position_ids_BS.device
@@ -59,8 +61,8 @@ def rotary_angles(
 def inverse_frequencies(
     width: int, theta: float, scaling: RopeScaling | None, device: torch.device
 ) -> Tensor:
-    """Radians per position of each pair of a rotated width: fp32 [width / 2], theta^(-2 i / width),
-    stretched as `scaling` says.
+    """Radians per position of each pair of a rotated width: fp32 [width / 2], theta^(-2
+    i / width), stretched as `scaling` says.
     """
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
     plain = 1.0 / theta**exponents
@@ -69,24 +71,24 @@ def inverse_frequencies(
     if scaling.kind == "linear":
         kept = torch.zeros_like(plain)
     elif scaling.kind == "llama3":
-        # Rotations over the original length: as many as high_freq_factor stay, as few as
-        # low_freq_factor are divided by the factor.
+        # Rotations over the original length: as many as high_freq_factor stay, as few
+        # as low_freq_factor are divided by the factor.
         rotations = scaling.original_max_position_embeddings / (2 * pi) * plain
         kept = (rotations - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
         )
     else:
         first, last = _yarn_ramp(width, theta, scaling)
-        kept = 1 - (torch.arange(width // 2, device=device, dtype=torch.float32) - first) / (
-            last - first
-        )
+        kept = 1 - (
+            torch.arange(width // 2, device=device, dtype=torch.float32) - first
+        ) / (last - first)
     kept = kept.clamp(0, 1)
     return plain * kept + plain / scaling.factor * (1 - kept)
 
 
 def _yarn_ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
-    """Pairs from which YaRN (Peng et al. 2023, section 3.2) begins and ends to divide: those that
-    rotate beta_fast and beta_slow times.
+    """Pairs from which YaRN (Peng et al. 2023, section 3.2) begins and ends to divide:
+    those that rotate beta_fast and beta_slow times.
     """
 
     def pair(rotations: float) -> float:
@@ -102,8 +104,8 @@ def _yarn_ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, f
 
 
 def concentration(scaling: RopeScaling | None) -> float:
-    """What cos and sin are multiplied by, so that attention is sharper over longer sequences: only
-    YaRN's is not 1.
+    """What cos and sin are multiplied by, so that attention is sharper over longer
+    sequences: only YaRN's is not 1.
     """
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -113,14 +115,18 @@ def concentration(scaling: RopeScaling | None) -> float:
 
 
 def yarn_magnitude(factor: float, weight: float) -> float:
-    """0.1 x weight x ln(factor) + 1: how much larger queries and keys together grow with the
-    sequence.
+    """0.1 x weight x ln(factor) + 1: how much larger queries and keys together grow
+    with the sequence.
     """
     return 0.1 * weight * log(factor) + 1
 
 
-def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> None:
-    """out = x rotated by direction x angle, without temporaries; shapes [B, S, heads, D]."""
+def _rotate_into(
+    out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float
+) -> None:
+    """Out = x rotated by direction x angle, without temporaries; shapes [B, S, heads,
+    D].
+    """
     half = x.shape[-1] // 2
     cos = cos[..., half:]
     sin = sin[..., half:]
@@ -135,15 +141,19 @@ def _rotate_into(out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: fl
 
 
 def _rotated_wide(x_BNSD: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """x rotated, fp32 and contiguous [B, heads, S, D]: a head's positions lie together, so rows of
-    S x D run against the angles.
+    """X rotated, fp32 and contiguous [B, heads, S, D]: a head's positions lie together,
+    so rows of S x D run against the angles.
     """
     half = x_BNSD.shape[-1] // 2
-    wide = torch.empty(x_BNSD.shape, dtype=torch.float32, device=x_BNSD.device).copy_(x_BNSD)
+    wide = torch.empty(x_BNSD.shape, dtype=torch.float32, device=x_BNSD.device).copy_(
+        x_BNSD
+    )
     exchanged = torch.empty_like(wide)
     exchanged[..., :half] = wide[..., half:]
     exchanged[..., half:] = wide[..., :half]
-    return wide.mul_(cos.transpose(1, 2)).addcmul_(exchanged, sin.transpose(1, 2), value=direction)
+    return wide.mul_(cos.transpose(1, 2)).addcmul_(
+        exchanged, sin.transpose(1, 2), value=direction
+    )
 
 
 def _rotate_qkv(
@@ -187,12 +197,12 @@ ROTATION = DifferentiableOp(_rotate_qkv, _rotate_qkv_backward)
 
 
 class RotateQKV(torch.autograd.Function):
-    """Splits a fused [B, S, (N + 2 G) D] into rotated q [B, N, S, D], rotated k [B, G, S, D] and v
-    [B, G, S, D].
+    """Splits a fused [B, S, (N + 2 G) D] into rotated q [B, N, S, D], rotated k [B, G,
+    S, D] and v [B, G, S, D].
 
-    One function, so that the backward writes the three gradients straight into one fused buffer
-    instead of concatenating. In memory tokens come first, as fused attention likes it; where
-    rotation is in fp32, heads do, as batched products do.
+    One function, so that the backward writes the three gradients straight into one
+    fused buffer instead of concatenating. In memory tokens come first, as fused
+    attention likes it; where rotation is in fp32, heads do, as batched products do.
     """
 
     @staticmethod
@@ -217,7 +227,9 @@ class RotateQKV(torch.autograd.Function):
         return ctx.kernel.backward(grad_q, grad_k, grad_v, cos, sin), None, None, None, None
 
 
-def _split(qkv: Tensor, heads: int, groups: int, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _split(
+    qkv: Tensor, heads: int, groups: int, head_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Views [B, S, heads, D] of the three parts."""
     split = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
     q, k, v = torch.split(split, [heads, groups, groups], dim=2)

@@ -2,8 +2,8 @@
 
 Owns: that. Must not know: who wants one.
 
-torch's own way to hand over a gradient compares shapes as symbols, for which it imports sympy: a
-second of a rank's start.
+torch's own way to hand over a gradient compares shapes as symbols, for which it imports
+sympy: a second of a rank's start.
 """
 
 from typing import Any

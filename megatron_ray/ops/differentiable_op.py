@@ -1,7 +1,7 @@
 """A function of tensors together with its gradient.
 
-Owns: that pair, as the autograd functions of layers call it, so that what computes can be exchanged
-for another that computes the same. Must not know: autograd, modules.
+Owns: that pair, as the autograd functions of layers call it, so that what computes can
+be exchanged for another that computes the same. Must not know: autograd, modules.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,7 @@
 """Layers whose backward hands weight gradients to slots.
 
-Owns: the slots of a module and the delivery of its gradients. Must not know: what a layer computes.
+Owns: the slots of a module and the delivery of its gradients. Must not know: what a
+layer computes.
 """
 
 import torch
@@ -12,8 +13,8 @@ from megatron_ray.ops.weight_grad import GradSlot
 
 
 class SlottedModule(nn.Module):
-    """A layer whose backward hands its weight gradients to slots; without slots it is an ordinary
-    module (inference).
+    """A layer whose backward hands its weight gradients to slots; without slots it is
+    an ordinary module (inference).
     """
 
     def __init__(self, group: Group, sequence_parallel: bool) -> None:
@@ -22,8 +23,8 @@ class SlottedModule(nn.Module):
         self.sequence_group = group if sequence_parallel else None
         self.slots: dict[str, GradSlot] = {}
         self.uses = 1
-        """How often a microbatch goes through it, and so how often each of its gradients is
-        delivered."""
+        """How often a microbatch goes through it, and so how often each of its
+        gradients is delivered."""
 
     def slot(self, name: str) -> GradSlot | None:
         """Slot of the parameter, or None where nobody collects gradients."""
@@ -35,7 +36,9 @@ def needs_grad(module: SlottedModule, name: str) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
-def deliver_linear(module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor) -> Tensor | None:
+def deliver_linear(
+    module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor
+) -> Tensor | None:
     """Weight gradient to the slot, or as a tensor for autograd where there is no slot."""
     if not needs_grad(module, "weight"):
         return None

@@ -2,15 +2,15 @@
 
 Owns: which library multiplies. Must not know: layers, groups.
 
-On CUDA torch's own products are the right ones. On x86 CPUs torch hands fp32 products to MKL, which
-has no use for the AVX-512 of another maker (measured: 110 against 250 GFLOP/s on one core); oneDNN,
-which torch ships too and already uses for bf16, has. Where there is only AVX2, MKL is the faster
-one (80 against 60). Both are deterministic. bf16 on a CPU without instructions for it is multiplied
-in fp32 and rounded once.
+On CUDA torch's own products are the right ones. On x86 CPUs torch hands fp32 products
+to MKL, which has no use for the AVX-512 of another maker (measured: 110 against 250
+GFLOP/s on one core); oneDNN, which torch ships too and already uses for bf16, has.
+Where there is only AVX2, MKL is the faster one (80 against 60). Both are deterministic.
+bf16 on a CPU without instructions for it is multiplied in fp32 and rounded once.
 
-The grouped products multiply rows that lie expert by expert, each expert's with its own matrix: one
-kernel on CUDA in bf16, which reads the counts on the device; elsewhere one product per expert, for
-which the host must know the counts (no wait on CPU).
+The grouped products multiply rows that lie expert by expert, each expert's with its own
+matrix: one kernel on CUDA in bf16, which reads the counts on the device; elsewhere one
+product per expert, for which the host must know the counts (no wait on CPU).
 
 Shapes: T tokens, I inputs, O outputs, E experts.
 """
@@ -26,8 +26,8 @@ def _onednn(tensor: Tensor) -> bool:
 
 
 def needs_fp32_matmul(device: str, dtype: torch.dtype) -> bool:
-    """Whether products are to be done in fp32: torch multiplies bf16 one by one where the processor
-    cannot (measured: 1 to 20 GFLOP/s for 80 in fp32).
+    """Whether products are to be done in fp32: torch multiplies bf16 one by one where
+    the processor cannot (measured: 1 to 20 GFLOP/s for 80 in fp32).
     """
     return (
         device == "cpu"
@@ -41,20 +41,22 @@ def _wide(tensor: Tensor) -> bool:
 
 
 def forward_product(inputs_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """inputs @ weight^T: [T, O]."""
+    """Inputs @ weight^T: [T, O]."""
     if _wide(inputs_TI):
         return forward_product(inputs_TI.float(), weight_OI.float()).to(inputs_TI.dtype)
     if _onednn(inputs_TI):
-        return torch.ops.mkldnn._linear_pointwise(inputs_TI, weight_OI, None, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+            inputs_TI, weight_OI, None, "none", [], ""
+        )
     return torch.mm(inputs_TI, weight_OI.t())
 
 
 def forward_product_plus(inputs_TI: Tensor, weight_OI: Tensor, addend_TO: Tensor) -> Tensor:
-    """addend + inputs @ weight^T, rounded once: [T, O]."""
+    """Addend + inputs @ weight^T, rounded once: [T, O]."""
     if _wide(inputs_TI):
-        return forward_product_plus(inputs_TI.float(), weight_OI.float(), addend_TO.float()).to(
-            inputs_TI.dtype
-        )
+        return forward_product_plus(
+            inputs_TI.float(), weight_OI.float(), addend_TO.float()
+        ).to(inputs_TI.dtype)
     if _onednn(inputs_TI):
         return torch.ops.mkldnn._linear_pointwise.binary(  # type: ignore[no-any-return]
             inputs_TI, addend_TO, weight_OI, None, "add"
@@ -63,11 +65,13 @@ def forward_product_plus(inputs_TI: Tensor, weight_OI: Tensor, addend_TO: Tensor
 
 
 def input_grad_product(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
-    """grad @ weight: [T, I]."""
+    """Grad @ weight: [T, I]."""
     if _wide(grad_TO):
         return input_grad_product(grad_TO.float(), weight_OI.float()).to(grad_TO.dtype)
     if _onednn(grad_TO):
-        return torch.ops.mkldnn._linear_pointwise(grad_TO, weight_OI.t(), None, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+            grad_TO, weight_OI.t(), None, "none", [], ""
+        )
     return torch.mm(grad_TO, weight_OI)
 
 
@@ -76,14 +80,16 @@ def weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor) -> Tensor:
     if _wide(grad_TO):
         return weight_grad_product(grad_TO.float(), inputs_TI.float()).to(grad_TO.dtype)
     if _onednn(grad_TO):
-        return torch.ops.mkldnn._linear_pointwise(grad_TO.t(), inputs_TI.t(), None, "none", [], "")  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+            grad_TO.t(), inputs_TI.t(), None, "none", [], ""
+        )
     return torch.mm(grad_TO.t(), inputs_TI)
 
 
 def accumulate_weight_grad(
     main_OI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, *, fresh: bool
 ) -> None:
-    """main (fp32) = or += grad^T @ inputs, without a temporary where the library can."""
+    """Main (fp32) = or += grad^T @ inputs, without a temporary where the library can."""
     if _wide(inputs_TI):
         inputs_TI = inputs_TI.float()
         grad_TO = grad_TO.float()
@@ -97,20 +103,27 @@ def accumulate_weight_grad(
 
 
 Counts = Tensor | int
-"""Rows of each expert [E], or the number that every one of them has: then nobody needs to ask the
-device."""
+"""Rows of each expert [E], or the number that every one of them has: then nobody needs
+to ask the device."""
 
 
 def _one_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
     aligned = weight_EOI.shape[1] % 8 == 0 and weight_EOI.shape[2] % 8 == 0
-    return rows.device.type == "cuda" and rows.dtype == torch.bfloat16 and aligned and len(rows) > 0
+    return (
+        rows.device.type == "cuda"
+        and rows.dtype == torch.bfloat16
+        and aligned
+        and len(rows) > 0
+    )
 
 
 def _by_expert(rows: Tensor, counts: Counts) -> tuple[Tensor, ...]:
     return torch.split(rows, counts if isinstance(counts, int) else counts.tolist())
 
 
-def grouped_forward_product(inputs_TI: Tensor, weight_EOI: Tensor, counts: Counts) -> Tensor:
+def grouped_forward_product(
+    inputs_TI: Tensor, weight_EOI: Tensor, counts: Counts
+) -> Tensor:
     """Each expert's inputs @ its weight^T: [T, O]."""
     if _one_kernel(inputs_TI, weight_EOI):
         return torch.nn.functional.grouped_mm(
@@ -124,10 +137,14 @@ def grouped_forward_product(inputs_TI: Tensor, weight_EOI: Tensor, counts: Count
     )
 
 
-def grouped_input_grad_product(grad_TO: Tensor, weight_EOI: Tensor, counts: Counts) -> Tensor:
+def grouped_input_grad_product(
+    grad_TO: Tensor, weight_EOI: Tensor, counts: Counts
+) -> Tensor:
     """Each expert's grad @ its weight: [T, I]."""
     if _one_kernel(grad_TO, weight_EOI):
-        return torch.nn.functional.grouped_mm(grad_TO, weight_EOI, offs=_ends(counts, grad_TO))
+        return torch.nn.functional.grouped_mm(
+            grad_TO, weight_EOI, offs=_ends(counts, grad_TO)
+        )
     parts = zip(_by_expert(grad_TO, counts), weight_EOI, strict=True)
     return _joined(
         [input_grad_product(rows, weight) for rows, weight in parts if len(rows)],
@@ -148,13 +165,13 @@ def grouped_weight_grad_product(
 def accumulate_grouped_weight_grad(
     main_EOI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, counts: Counts, *, fresh: bool
 ) -> None:
-    """main (fp32) = or += each expert's grad^T @ inputs."""
+    """Main (fp32) = or += each expert's grad^T @ inputs."""
     if _one_kernel(inputs_TI, main_EOI):
         product = torch.nn.functional.grouped_mm(
             grad_TO.t(), inputs_TI, offs=_ends(counts, inputs_TI)
         )
-        # On some GPUs the kernel leaves what it likes for an expert without rows (pytorch issue
-        # 172439).
+        # On some GPUs the kernel leaves what it likes for an expert without rows
+        # (pytorch issue 172439).
         if not isinstance(counts, int):
             product.masked_fill_((counts == 0)[:, None, None], 0)
         main_EOI.copy_(product) if fresh else main_EOI.add_(product)
@@ -170,7 +187,9 @@ def accumulate_grouped_weight_grad(
 
 def _ends(counts: Counts, rows: Tensor) -> Tensor:
     if isinstance(counts, int):
-        return torch.arange(counts, len(rows) + 1, counts, dtype=torch.int32, device=rows.device)
+        return torch.arange(
+            counts, len(rows) + 1, counts, dtype=torch.int32, device=rows.device
+        )
     return counts.cumsum(0).to(torch.int32)
 
 

@@ -2,10 +2,11 @@
 
 Owns: accumulation into fp32 main gradients, and saying that one is complete.
 
-A layer's backward computes only the input gradient and hands (input, output gradient) to its slot;
-the sink behind the slot decides whether to multiply now or later, and counts the microbatches. So
-buckets, accumulation fusion and zero-bubble schedules share one mechanism, and autograd hooks have
-no part in it. Must not know: buckets' layout, groups, schedules.
+A layer's backward computes only the input gradient and hands (input, output gradient)
+to its slot; the sink behind the slot decides whether to multiply now or later, and
+counts the microbatches. So buckets, accumulation fusion and zero-bubble schedules share
+one mechanism, and autograd hooks have no part in it. Must not know: buckets' layout,
+groups, schedules.
 
 Shapes: T tokens, I inputs, O outputs, E experts.
 """
@@ -17,7 +18,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from megatron_ray.ops.matmul import Counts, accumulate_grouped_weight_grad, accumulate_weight_grad
+from megatron_ray.ops.matmul import (
+    Counts,
+    accumulate_grouped_weight_grad,
+    accumulate_weight_grad,
+)
 
 
 @dataclass(eq=False)
@@ -28,11 +33,11 @@ class GradSlot:
     main_grad: Tensor
     sink: "WeightGradSink"
     uses: int = 1
-    """Contributions per microbatch: 2 for a tied embedding, more where further tokens are
-    predicted."""
+    """Contributions per microbatch: 2 for a tied embedding, more where further tokens
+    are predicted."""
     fresh: bool = True
-    """Nothing accumulated yet in this step: the first contribution overwrites, so that nobody needs
-    to clear the buffer."""
+    """Nothing accumulated yet in this step: the first contribution overwrites, so that
+    nobody needs to clear the buffer."""
     seen: int = field(default=0)
     """Contributions of the last microbatch so far."""
 
@@ -48,9 +53,11 @@ class GradSlot:
         """
         self.sink.linear(self, inputs, grad_TO)
 
-    def grouped(self, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int) -> None:
-        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; each expert's rows lie
-        together, in the order of experts.
+    def grouped(
+        self, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int
+    ) -> None:
+        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; each expert's
+        rows lie together, in the order of experts.
         """
         self.sink.grouped(self, inputs_TI, grad_TO, counts, num_experts)
 
@@ -59,8 +66,8 @@ class GradSlot:
         self.sink.add(self, gradient)
 
     def add_rows(self, rows_T: Tensor, grad_TI: Tensor) -> None:
-        """Adds each row of `grad_TI` to the row of the main gradient that `rows_T` names (an
-        embedding's gradient).
+        """Adds each row of `grad_TI` to the row of the main gradient that `rows_T`
+        names (an embedding's gradient).
         """
         self.sink.add_rows(self, rows_T, grad_TI)
 
@@ -99,8 +106,8 @@ class WeightGradSink:
         self._put_off = None
 
     def put_off(self, key: object) -> None:
-        """Announces a microbatch whose weight products are computed later, by `catch_up` with the
-        same key.
+        """Announces a microbatch whose weight products are computed later, by
+        `catch_up` with the same key.
         """
         self._put_off = self._later[key]
 
@@ -122,10 +129,17 @@ class WeightGradSink:
         self._now_or_later(lambda: self._linear(slot, inputs, grad_TO))
 
     def grouped(
-        self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int
+        self,
+        slot: GradSlot,
+        inputs_TI: Tensor,
+        grad_TO: Tensor,
+        counts: Counts,
+        num_experts: int,
     ) -> None:
         """grad^T @ inputs of each expert into its part of the main gradient."""
-        self._now_or_later(lambda: self._grouped(slot, inputs_TI, grad_TO, counts, num_experts))
+        self._now_or_later(
+            lambda: self._grouped(slot, inputs_TI, grad_TO, counts, num_experts)
+        )
 
     def add(self, slot: GradSlot, gradient: Tensor) -> None:
         """A ready-made gradient into the main gradient."""
@@ -149,10 +163,17 @@ class WeightGradSink:
         self._done(slot)
 
     def _grouped(
-        self, slot: GradSlot, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int
+        self,
+        slot: GradSlot,
+        inputs_TI: Tensor,
+        grad_TO: Tensor,
+        counts: Counts,
+        num_experts: int,
     ) -> None:
         main_EOI = slot.main_grad.view(num_experts, -1, slot.main_grad.shape[1])
-        accumulate_grouped_weight_grad(main_EOI, grad_TO, inputs_TI, counts, fresh=slot.fresh)
+        accumulate_grouped_weight_grad(
+            main_EOI, grad_TO, inputs_TI, counts, fresh=slot.fresh
+        )
         self._done(slot)
 
     def _add(self, slot: GradSlot, gradient: Tensor) -> None:

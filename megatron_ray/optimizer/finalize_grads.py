@@ -2,9 +2,9 @@
 
 Owns: the one reduction rule.
 
-Losses are sums over valid tokens; every reduction is a sum in the group that the parameter table
-names; the one factor 1/global_tokens is applied here, once, together with clipping. Must not know:
-the update rule, who reads the numbers.
+Losses are sums over valid tokens; every reduction is a sum in the group that the
+parameter table names; the one factor 1/global_tokens is applied here, once, together
+with clipping. Must not know: the update rule, who reads the numbers.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from megatron_ray.expert_parallel.layers import update_expert_biases
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 
-# A norm over this many elements at a time stays exact enough in fp32; the squares are added in
-# fp64.
+# A norm over this many elements at a time stays exact enough in fp32; the squares are
+# added in fp64.
 _NORM_CHUNK = 4096
 
 
@@ -29,8 +29,8 @@ class StepStats:
     """Device scalars of one step, fp64, the same on every rank."""
 
     values: Tensor
-    """[loss sum, tokens, squared gradient norm of the sums, the model's attached losses ..., flags
-    added up over the ranks ...]."""
+    """[loss sum, tokens, squared gradient norm of the sums, the model's attached losses
+    ..., flags added up over the ranks ...]."""
 
 
 def finalize_grads(
@@ -41,11 +41,11 @@ def finalize_grads(
     num_tokens: int,
     flags: Sequence[float] = (),
 ) -> StepStats:
-    """Completes the reductions and adds up the step's numbers over the world in one small
-    all-reduce; scales nothing yet.
+    """Completes the reductions and adds up the step's numbers over the world in one
+    small all-reduce; scales nothing yet.
 
-    `num_tokens` are this replica's; `flags` are summed over all ranks, a way to agree on something
-    without a collective of its own.
+    `num_tokens` are this replica's; `flags` are summed over all ranks, a way to agree
+    on something without a collective of its own.
     """
     for family in model.families:
         family.reducer.finish()
@@ -54,7 +54,9 @@ def finalize_grads(
     _sum_tied_embedding(optimizer, mesh)
     update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
     attached = model.aux_losses.values()
-    values = torch.zeros(3 + len(attached) + len(flags), dtype=torch.float64, device=mesh.device)
+    values = torch.zeros(
+        3 + len(attached) + len(flags), dtype=torch.float64, device=mesh.device
+    )
     if mesh.tp_rank == 0 and model.has_loss:
         values[0] = loss_sum
         values[1] = num_tokens
@@ -68,9 +70,11 @@ def finalize_grads(
     return StepStats(collectives.all_reduce(values, mesh.world_group))
 
 
-def scale_and_clip(optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm: float) -> None:
-    """Multiplies the gradient shard by 1/global_tokens and by Megatron's clipping factor min(1,
-    limit / (norm + 1e-6)).
+def scale_and_clip(
+    optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm: float
+) -> None:
+    """Multiplies the gradient shard by 1/global_tokens and by Megatron's clipping
+    factor min(1, limit / (norm + 1e-6)).
     """
     factor = 1.0 / stats.values[1].clamp(min=1.0)
     if clip_grad_norm > 0:
@@ -83,13 +87,15 @@ def scale_and_clip(optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm
 
 
 def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """Whole tensors of which each tp rank has seen only its tokens or heads (norms), in one
-    all-reduce.
+    """Whole tensors of which each tp rank has seen only its tokens or heads (norms), in
+    one all-reduce.
     """
     if mesh.tp_group is None:
         return
     views = [
-        gradient for piece, gradient in optimizer.gradients() if piece.placed.parameter.sum_over_tp
+        gradient
+        for piece, gradient in optimizer.gradients()
+        if piece.placed.parameter.sum_over_tp
     ]
     if not views:
         return
@@ -101,11 +107,11 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
 
 
 def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """Key/value heads that several tp ranks hold because there are fewer heads than ranks: each has
-    seen its own query heads only.
+    """Key/value heads that several tp ranks hold because there are fewer heads than
+    ranks: each has seen its own query heads only.
 
-    One all-reduce over tp of all heads, where each rank fills in its own: cheaper than a group and
-    a reduction for every head.
+    One all-reduce over tp of all heads, where each rank fills in its own: cheaper than
+    a group and a reduction for every head.
     """
     views = []
     num_kv_replicas = 1
@@ -131,8 +137,8 @@ def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
 
 
 def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """The word embedding of the first stage and its tied head on the last one: each has its own
-    bucket, cut alike.
+    """The word embedding of the first stage and its tied head on the last one: each has
+    its own bucket, cut alike.
     """
     if mesh.embedding_group is None:
         return
@@ -142,8 +148,8 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
 
 
 def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
-    """Sum of squares of the elements that this rank answers for, so that the world counts each
-    logical element once.
+    """Sum of squares of the elements that this rank answers for, so that the world
+    counts each logical element once.
     """
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for shard in optimizer.shards:

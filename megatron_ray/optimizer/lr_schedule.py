@@ -11,8 +11,8 @@ from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 def learning_rate(
     step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
 ) -> float:
-    """Rate of update number `step` (from 1) in a job of `steps`; after the decay it stays at
-    min_lr.
+    """Rate of update number `step` (from 1) in a job of `steps`; after the decay it
+    stays at min_lr.
     """
     peak = optimizer.lr
     low = schedule.min_lr

@@ -14,16 +14,19 @@ from megatron_ray.sharding.parameters import Part
 
 @dataclass(frozen=True)
 class Run:
-    """A contiguous range of the flat buffers that this rank updates with one set of rules."""
+    """A contiguous range of the flat buffers that this rank updates with one set of
+    rules.
+    """
 
     start: int
     end: int
     shard_start: int
-    """Where the range begins in this rank's shard, which is its runs one after another."""
+    """Where the range begins in this rank's shard, which is its runs one after
+    another."""
     decay: bool
     tp_sharded: bool
-    """Whether every tp rank holds other elements here; otherwise only one of them adds to the
-    global norm."""
+    """Whether every tp rank holds other elements here; otherwise only one of them adds
+    to the global norm."""
     owns_norm: bool = True
     """Whether this pipeline stage adds to it."""
 
@@ -39,13 +42,15 @@ class Piece:
 
 
 def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tuple[int, int]:
-    """What one rank updates of a bucket: its equal part under ZeRO-1, everything otherwise."""
+    """What one rank updates of a bucket: its equal part under ZeRO-1, everything
+    otherwise.
+    """
     return bucket.shard(dp_rank, dp) if sharded else (bucket.start, bucket.end)
 
 
 def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tuple[Run, ...]:
-    """Neighbouring parameters with the same rules make one run; alignment gaps belong to the run
-    before them.
+    """Neighbouring parameters with the same rules make one run; alignment gaps belong
+    to the run before them.
     """
     runs: list[Run] = []
     shard_start = 0
@@ -81,8 +86,8 @@ def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
 
 
 def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Placed, Part]]:
-    """The parts of the bucket's parameters cut to [low, high), each stretched over the gap that
-    follows it.
+    """The parts of the bucket's parameters cut to [low, high), each stretched over the
+    gap that follows it.
     """
     found = [
         (placed.part_start(part), placed, part)
@@ -90,7 +95,9 @@ def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Plac
         for part in placed.parameter.parts
     ]
     starts = [bucket.start, *(start for start, _, _ in found[1:]), bucket.end]
-    for (_, placed, part), first, stretched in zip(found, starts[:-1], starts[1:], strict=True):
+    for (_, placed, part), first, stretched in zip(
+        found, starts[:-1], starts[1:], strict=True
+    ):
         start = max(first, low)
         end = min(stretched, high)
         if start < end:

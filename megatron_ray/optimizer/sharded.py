@@ -1,11 +1,12 @@
 """AdamW over this rank's shard of the flat buffers, with fp32 main parameters.
 
-Owns: main parameters, moments, the update, the gather of updated weights. Must not know: the model,
-microbatches, files.
+Owns: main parameters, moments, the update, the gather of updated weights. Must not
+know: the model, microbatches, files.
 
-ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every bucket. In
-fp32 the main parameters are the model's own memory; in bf16 they are a separate fp32 shard. The
-update is torch's functional AdamW: the class would import the compiler, a second of every start.
+ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every
+bucket. In fp32 the main parameters are the model's own memory; in bf16 they are a
+separate fp32 shard. The update is torch's functional AdamW: the class would import the
+compiler, a second of every start.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,9 @@ from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, Ten
 
 @dataclass(frozen=True)
 class Update:
-    """What one fused call updates: runs with the same weight decay, as views of flat memory."""
+    """What one fused call updates: runs with the same weight decay, as views of flat
+    memory.
+    """
 
     weight_decay: float
     params: list[Tensor]
@@ -37,11 +40,13 @@ class Update:
 
 
 class OptimizerShard:
-    """What this rank updates of one family of parameters: runs of its flat buffers; `state` tensors
-    are flat shards in run order.
+    """What this rank updates of one family of parameters: runs of its flat buffers;
+    `state` tensors are flat shards in run order.
     """
 
-    def __init__(self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool) -> None:
+    def __init__(
+        self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool
+    ) -> None:
         """With `sharded` each of those that have the same buffers updates its own part."""
         self.buffers = family.buffers
         self.group = family.group
@@ -59,7 +64,9 @@ class OptimizerShard:
         length = sum(run.end - run.start for run in self.runs)
         device = buffers.parameters.device
         self.main_is_model = buffers.parameters.dtype == torch.float32
-        self._main_shard = None if self.main_is_model else torch.zeros(length, device=device)
+        self._main_shard = (
+            None if self.main_is_model else torch.zeros(length, device=device)
+        )
         self.state = {
             name: torch.zeros(length, device=device) for name in ("exp_avg", "exp_avg_sq")
         }
@@ -73,14 +80,18 @@ class OptimizerShard:
 
     def _update(self, decay: bool) -> Update:
         runs = [run for run in self.runs if run.decay == decay]
-        shards = [slice(run.shard_start, run.shard_start + run.end - run.start) for run in runs]
+        shards = [
+            slice(run.shard_start, run.shard_start + run.end - run.start) for run in runs
+        ]
         return Update(
             weight_decay=self._config.weight_decay if decay else 0.0,
             params=[self.main(run) for run in runs],
             grads=[self.gradient(run) for run in runs],
             exp_avgs=[self.state["exp_avg"][shard] for shard in shards],
             exp_avg_sqs=[self.state["exp_avg_sq"][shard] for shard in shards],
-            state_steps=[torch.zeros((), device=self.buffers.parameters.device) for _ in runs],
+            state_steps=[
+                torch.zeros((), device=self.buffers.parameters.device) for _ in runs
+            ],
         )
 
     def main(self, run: Run) -> Tensor:
@@ -94,7 +105,9 @@ class OptimizerShard:
         return self.buffers.gradients[run.start : run.end]
 
     def step(self, lr: float) -> None:
-        """One update with the gradients as they are; the new weights are not published yet."""
+        """One update with the gradients as they are; the new weights are not published
+        yet.
+        """
         config = self._config
         for update in self._updates:
             adamw(
@@ -138,7 +151,9 @@ class OptimizerShard:
             collectives.start_all_gather_into(
                 flat[bucket.start : bucket.end], flat[low:high], self.group
             )
-            for bucket, (low, high) in zip(self.buffers.plan.buckets, self._owned, strict=True)
+            for bucket, (low, high) in zip(
+                self.buffers.plan.buckets, self._owned, strict=True
+            )
         ]
         for gather in pending:
             gather.wait()
@@ -148,8 +163,8 @@ class OptimizerShard:
         return name in self._placed
 
     def initialise(self, name: str, value: Tensor) -> None:
-        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main
-        parameters.
+        """Sets one parameter, fp32 [local shape], in the model and in this rank's part
+        of the main parameters.
         """
         flat = value.reshape(-1)
         self._model_range(name).copy_(flat)
@@ -167,8 +182,8 @@ class OptimizerShard:
         return self.buffers.parameters[placed.start : placed.end]
 
     def sharded_state(self) -> ShardedState:
-        """Live views of what this rank holds: `model/...` are the fp32 main parameters, or the
-        model's own where those are frozen; `optimizer/...` the moments.
+        """Live views of what this rank holds: `model/...` are the fp32 main parameters,
+        or the model's own where those are frozen; `optimizer/...` the moments.
         """
         state: ShardedState = {}
         for piece in self.pieces:
@@ -183,12 +198,14 @@ class OptimizerShard:
                 _add_boxes(state, f"optimizer/{name}/", piece, flat[shard])
         for placed in self.buffers.plan.frozen:
             whole = Piece(placed, placed.start, placed.end, shard_start=0)
-            _add_boxes(state, "model/", whole, self.buffers.parameters[placed.start : placed.end])
+            _add_boxes(
+                state, "model/", whole, self.buffers.parameters[placed.start : placed.end]
+            )
         return state
 
     def sharded_gradients(self) -> ShardedState:
-        """Live views of the gradients this rank updates with, by logical name: what layouts are
-        compared by.
+        """Live views of the gradients this rank updates with, by logical name: what
+        layouts are compared by.
         """
         state: ShardedState = {}
         for piece in self.pieces:
@@ -197,18 +214,20 @@ class OptimizerShard:
 
 
 class ShardedOptimizer:
-    """All that this rank updates: one shard per family of parameters, since each family has
-    replicas of its own.
+    """All that this rank updates: one shard per family of parameters, since each family
+    has replicas of its own.
     """
 
     def __init__(
         self, config: OptimizerConfig, families: Sequence[ParameterGroup], *, sharded: bool
     ) -> None:
-        self.shards = tuple(OptimizerShard(config, family, sharded=sharded) for family in families)
+        self.shards = tuple(
+            OptimizerShard(config, family, sharded=sharded) for family in families
+        )
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """Every part of a parameter that this rank updates, in buffer order, and its flat main
-        gradient.
+        """Every part of a parameter that this rank updates, in buffer order, and its
+        flat main gradient.
         """
         return (
             (piece, shard.buffers.gradients[piece.start : piece.end])
@@ -218,7 +237,9 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with the gradients as they are, then the new weights on every rank."""
+        """One update with the gradients as they are, then the new weights on every
+        rank.
+        """
         for shard in self.shards:
             shard.step(lr)
         self.publish()
@@ -236,8 +257,8 @@ class ShardedOptimizer:
             shard.publish()
 
     def initialise(self, name: str, value: Tensor) -> None:
-        """Sets one parameter, fp32 [local shape], in the model and in this rank's part of the main
-        parameters.
+        """Sets one parameter, fp32 [local shape], in the model and in this rank's part
+        of the main parameters.
         """
         for shard in self.shards:
             if shard.holds(name):
@@ -247,20 +268,26 @@ class ShardedOptimizer:
         """Live views of what this rank holds: `model/...` are the fp32 main parameters,
         `optimizer/...` the moments.
         """
-        return {name: held for shard in self.shards for name, held in shard.sharded_state().items()}
+        return {
+            name: held
+            for shard in self.shards
+            for name, held in shard.sharded_state().items()
+        }
 
     def sharded_gradients(self) -> ShardedState:
-        """Live views of the gradients this rank updates with, by logical name: what layouts are
-        compared by.
+        """Live views of the gradients this rank updates with, by logical name: what
+        layouts are compared by.
         """
         return {
-            name: held for shard in self.shards for name, held in shard.sharded_gradients().items()
+            name: held
+            for shard in self.shards
+            for name, held in shard.sharded_gradients().items()
         }
 
 
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
-    """Cuts the flat range of a piece into boxes of the logical tensors fused in its parameter;
-    padding rows fall out.
+    """Cuts the flat range of a piece into boxes of the logical tensors fused in its
+    parameter; padding rows fall out.
     """
     parameter = piece.placed.parameter
     for part in parameter.parts:
@@ -269,14 +296,17 @@ def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> 
         end = min(piece.end, part_start + part.box.num_elements)
         if start >= end:
             continue
-        entry = state.setdefault(prefix + part.logical.name, ShardedTensor(part.logical.shape, []))
+        entry = state.setdefault(
+            prefix + part.logical.name, ShardedTensor(part.logical.shape, [])
+        )
         for box, low, high in flat_range_to_boxes(
             part.box.size, start - part_start, end - part_start
         ):
             offset = tuple(
-                outer + inner for outer, inner in zip(part.box.offset, box.offset, strict=True)
+                outer + inner
+                for outer, inner in zip(part.box.offset, box.offset, strict=True)
             )
-            view = flat[part_start + low - piece.start : part_start + high - piece.start].view(
-                box.size
-            )
+            view = flat[
+                part_start + low - piece.start : part_start + high - piece.start
+            ].view(box.size)
             entry.boxes.append(TensorBox(Box(offset, box.size), view))

@@ -2,11 +2,11 @@
 
 Owns: those formulas, and where they go in a model.
 
-Products, attention and collectives are left to their libraries, and weight gradients to their
-slots: neither gains from being compiled, and a compiler cannot see through them. What is left is
-bound by memory, where one pass instead of several is all there is to gain. Routed experts stay as
-they are: their rows change with every microbatch, and new shapes are new code. Must not know:
-groups, schedules.
+Products, attention and collectives are left to their libraries, and weight gradients to
+their slots: neither gains from being compiled, and a compiler cannot see through them.
+What is left is bound by memory, where one pass instead of several is all there is to
+gain. Routed experts stay as they are: their rows change with every microbatch, and new
+shapes are new code. Must not know: groups, schedules.
 """
 
 import sysconfig
@@ -55,15 +55,17 @@ def apply_compile(model: GPT, fusions: CompiledOps) -> None:
 
 
 def compiled_ops() -> CompiledOps:
-    """The formulas, each to be compiled when it is first used (seconds), and again for another
-    shape. Imports the compiler.
+    """The formulas, each to be compiled when it is first used (seconds), and again for
+    another shape. Imports the compiler.
 
     Raises ConfigError where this machine lacks what the compiler needs.
     """
     import torch._inductor.config as inductor
 
     _refuse_without_tools()
-    inductor.compile_threads = 1  # else it starts a pool of processes that outlives the rank
+    inductor.compile_threads = (
+        1  # else it starts a pool of processes that outlives the rank
+    )
     compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(
         torch.compile, fullgraph=True
     )
@@ -71,7 +73,9 @@ def compiled_ops() -> CompiledOps:
         DifferentiableOp(compiled(kernel.forward), compiled(kernel.backward))
         for kernel in FORMULAS[:-1]
     )
-    return CompiledOps(rms_norm, swiglu, geglu_tanh, rotation, compiled(FORMULAS.softmax_shares_))
+    return CompiledOps(
+        rms_norm, swiglu, geglu_tanh, rotation, compiled(FORMULAS.softmax_shares_)
+    )
 
 
 def _refuse_without_tools() -> None:
@@ -147,7 +151,9 @@ def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """[B, S, heads, D]; cos and sin of half a head's width."""
     first, second = (to_fp32(half) for half in x.chunk(2, -1))
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(
+        x.dtype
+    )
 
 
 def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +168,8 @@ def _rotate_qkv(
     split = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
     q, k, v = torch.split(split, [heads, groups, groups], dim=2)
     parts = [_rotated(q, *_halves(cos, sin)), _rotated(k, *_halves(cos, sin)), v.clone()]
-    if rotates_in_fp32(qkv.device.type, qkv.dtype):  # heads first in memory, see RotateQKV
+    # heads first in memory, see RotateQKV
+    if rotates_in_fp32(qkv.device.type, qkv.dtype):
         return tuple(part.transpose(1, 2).contiguous() for part in parts)
     return tuple(part.transpose(1, 2) for part in parts)
 
@@ -171,7 +178,9 @@ def _rotate_qkv_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     half_cos, half_sin = _halves(cos, sin)
-    rotated = [_rotated(grad.transpose(1, 2), half_cos, -half_sin) for grad in (grad_q, grad_k)]
+    rotated = [
+        _rotated(grad.transpose(1, 2), half_cos, -half_sin) for grad in (grad_q, grad_k)
+    ]
     return torch.cat([*rotated, grad_v.transpose(1, 2)], 2).flatten(2)
 
 
@@ -184,8 +193,8 @@ def _exponentials_(logits: Tensor, local: Tensor) -> SoftmaxStats:
     if logits.dtype.itemsize >= 4:
         logits.copy_(shares)
         return SoftmaxStats(largest, total, chosen, torch.ones_like(total))
-    # As probabilities, so that what is rounded is multiplied by one, and not rounded again, where
-    # nobody shares the vocabulary.
+    # As probabilities, so that what is rounded is multiplied by one, and not rounded
+    # again, where nobody shares the vocabulary.
     logits.copy_(shares / total[:, None])
     return SoftmaxStats(largest, total, chosen, total.clone())
 

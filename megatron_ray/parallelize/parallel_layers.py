@@ -173,27 +173,41 @@ class ParallelLayerFactory:
     def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
         local = num_experts // collectives.size(self.experts.ep_group)
         return GroupedLinear(
-            local, inputs, outputs // collectives.size(self.experts.etp_group), dtype=self.dtype
+            local,
+            inputs,
+            outputs // collectives.size(self.experts.etp_group),
+            dtype=self.dtype,
         )
 
     def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
         local = num_experts // collectives.size(self.experts.ep_group)
         return GroupedLinear(
-            local, inputs // collectives.size(self.experts.etp_group), outputs, dtype=self.dtype
+            local,
+            inputs // collectives.size(self.experts.etp_group),
+            outputs,
+            dtype=self.dtype,
         )
 
     def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
         return ExpertBias(num_experts, rate)
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
-        kind = AllToAllDispatcher if self.experts.dispatcher == "alltoall" else AllGatherDispatcher
+        kind = (
+            AllToAllDispatcher
+            if self.experts.dispatcher == "alltoall"
+            else AllGatherDispatcher
+        )
         return kind(num_experts, self.experts.ep_group, self.experts.etp_group)
 
     def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AuxLoss:
-        return AuxLoss(kind, divisor if of_own_tokens else divisor * collectives.size(self.group))
+        return AuxLoss(
+            kind, divisor if of_own_tokens else divisor * collectives.size(self.group)
+        )
 
     def own_rows(self, tensor: Tensor) -> Tensor:
-        return collectives.local_rows(tensor, self.group if self.sequence_parallel else None)
+        return collectives.local_rows(
+            tensor, self.group if self.sequence_parallel else None
+        )
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
         return collectives.all_reduce(tensor, self.experts.token_group)

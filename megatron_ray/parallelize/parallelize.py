@@ -2,8 +2,8 @@
 
 Owns: the order of assembly.
 
-The only place that sees both the model and the layout. Must not know: the optimizer's arithmetic,
-data, the loop.
+The only place that sees both the model and the layout. Must not know: the optimizer's
+arithmetic, data, the loop.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,10 @@ from megatron_ray.models.gpt import GPT
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 from megatron_ray.ops.weight_grad import WeightGradSink
 from megatron_ray.parallelize.compile import apply_compile, compiled_ops
-from megatron_ray.parallelize.parallel_layers import ExpertParallelGroups, ParallelLayerFactory
+from megatron_ray.parallelize.parallel_layers import (
+    ExpertParallelGroups,
+    ParallelLayerFactory,
+)
 from megatron_ray.parallelize.recompute import apply_recompute
 from megatron_ray.pipeline_parallel.schedules.actions import Order
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
@@ -59,15 +62,16 @@ class ParallelModel:
     expert_biases: dict[str, ExpertBias]
     """By logical name."""
     aux_losses: dict[str, list[AuxLoss]]
-    """This rank's places of every kind there is, the same kinds in the same order on all ranks."""
+    """This rank's places of every kind there is, the same kinds in the same order on
+    all ranks."""
     sink: WeightGradSink
     pipeline: PipelinePlan
     actions: Order
     """This rank's list for a step; empty where there is one stage only."""
     sequence_parallel: bool
     dtype: torch.dtype
-    """Of activations; under ZeRO-3 not that of the buffers, whose fp32 weights are gathered in this
-    type."""
+    """Of activations; under ZeRO-3 not that of the buffers, whose fp32 weights are
+    gathered in this type."""
 
     @property
     def has_loss(self) -> bool:
@@ -90,8 +94,8 @@ def build_model(
     held: Sequence[StageContents] | None = None,
     seed: int = 0,
 ) -> GPT:
-    """The rank's part of the model (`held`: its pipeline stages) on device `meta`: nothing is
-    allocated yet. `seed` is dropout's.
+    """The rank's part of the model (`held`: its pipeline stages) on device `meta`:
+    nothing is allocated yet. `seed` is dropout's.
     """
     layers = ParallelLayerFactory(
         config,
@@ -109,9 +113,11 @@ def build_model(
         return GPT(config, layers, held)
 
 
-def context_attention(method: str, mesh: ParallelMesh, window: int | None = None) -> nn.Module:
-    """Attention over sequences, or the last `window` tokens of them, that context-parallel ranks
-    share, or that lie whole on this one.
+def context_attention(
+    method: str, mesh: ParallelMesh, window: int | None = None
+) -> nn.Module:
+    """Attention over sequences, or the last `window` tokens of them, that
+    context-parallel ranks share, or that lie whole on this one.
     """
     if mesh.cp_group is None:
         return LocalAttention(window)
@@ -126,10 +132,13 @@ def context_attention(method: str, mesh: ParallelMesh, window: int | None = None
 
 
 def parallelize(
-    config: TrainConfig, mesh: ParallelMesh, *, on_reduce: Callable[[Bucket], None] | None = None
+    config: TrainConfig,
+    mesh: ParallelMesh,
+    *,
+    on_reduce: Callable[[Bucket], None] | None = None,
 ) -> ParallelModel:
-    """Builds the model, places its parameters in flat buffers (zeros) and wires gradients to the
-    buckets.
+    """Builds the model, places its parameters in flat buffers (zeros) and wires
+    gradients to the buckets.
 
     `on_reduce` hears of every bucket whose reduction starts (tests and traces).
     """
@@ -146,7 +155,11 @@ def parallelize(
         apply_compile(module, compiled_ops())
     apply_recompute(module, config.training.recompute)
     table = local_parameters(
-        config.model, mesh.dims, mesh.rank, sequence_parallel=parallel.sequence_parallel, held=held
+        config.model,
+        mesh.dims,
+        mesh.rank,
+        sequence_parallel=parallel.sequence_parallel,
+        held=held,
     )
     table = freeze(table, config.optimizer.freeze)
     for local in table:
@@ -175,7 +188,11 @@ def parallelize(
     biases = allocate_expert_biases(module, mesh.device)
     kinds = config.model.aux_losses
     losses = {
-        kind: [part for part in module.modules() if isinstance(part, AuxLoss) and part.kind == kind]
+        kind: [
+            part
+            for part in module.modules()
+            if isinstance(part, AuxLoss) and part.kind == kind
+        ]
         for kind in kinds
     }
     return ParallelModel(
@@ -194,7 +211,9 @@ def parallelize(
 
 def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:
     """The model's balancing biases by logical name, zero in real memory."""
-    found = {name: part for name, part in module.named_modules() if isinstance(part, ExpertBias)}
+    found = {
+        name: part for name, part in module.named_modules() if isinstance(part, ExpertBias)
+    }
     for bias in found.values():
         bias.allocate(device)
     return found
@@ -206,17 +225,24 @@ def _families(
     table: Sequence[LocalParameter],
     on_reduce: Callable[[Bucket], None] | None,
 ) -> tuple[ParameterGroup, ...]:
-    """Flat buffers (zeros) of the dense parameters and of the experts, each with the reduction over
-    its own replicas.
+    """Flat buffers (zeros) of the dense parameters and of the experts, each with the
+    reduction over its own replicas.
     """
     found = []
-    for of_expert, group in ((False, mesh.replica_group), (True, mesh.expert_replica_group)):
+    for of_expert, group in (
+        (False, mesh.replica_group),
+        (True, mesh.expert_replica_group),
+    ):
         parameters = [parameter for parameter in table if parameter.of_expert == of_expert]
         if of_expert and not parameters:
             continue
-        plan = plan_buckets(parameters, collectives.size(group), config.parallel.bucket_elements)
+        plan = plan_buckets(
+            parameters, collectives.size(group), config.parallel.bucket_elements
+        )
         buffers = FlatBuffers.allocate(plan, DTYPES[config.training.precision], mesh.device)
-        reducer = GradReducer(buffers, group, sharded=config.parallel.zero == 1, on_start=on_reduce)
+        reducer = GradReducer(
+            buffers, group, sharded=config.parallel.zero == 1, on_start=on_reduce
+        )
         found.append(ParameterGroup(buffers, reducer, group))
     return tuple(found)
 
@@ -224,12 +250,16 @@ def _families(
 def _fully_sharded(
     config: TrainConfig, mesh: ParallelMesh, module: GPT, table: Sequence[LocalParameter]
 ) -> tuple[tuple[LocalParameter, ...], tuple[ParameterGroup, ...]]:
-    """This rank's rows, and both families as torch's fully_shard cuts them: dense parameters over
-    dp x cp, or a part of it where there are copies, experts over edp.
+    """This rank's rows, and both families as torch's fully_shard cuts them: dense
+    parameters over dp x cp, or a part of it where there are copies, experts over edp.
     """
-    experts = [part for part in module.modules() if isinstance(part, GatedExperts | PlainExperts)]
+    experts = [
+        part for part in module.modules() if isinstance(part, GatedExperts | PlainExperts)
+    ]
     dense = Shards(
-        [*module.layers.values(), *module.mtp.values(), module], mesh.shard_group, mesh.copy_group
+        [*module.layers.values(), *module.mtp.values(), module],
+        mesh.shard_group,
+        mesh.copy_group,
     )
     of_experts = Shards(experts, mesh.expert_replica_group)
     shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
@@ -242,7 +272,9 @@ def _fully_sharded(
         rows = shard_rows(mine, collectives.rank(part.group), collectives.size(part.group))
         found += rows
         buffers = FlatBuffers.allocate(
-            plan_buckets(rows, 1, config.parallel.bucket_elements), torch.float32, mesh.device
+            plan_buckets(rows, 1, config.parallel.bucket_elements),
+            torch.float32,
+            mesh.device,
         )
         adopt = shards.adopt if not of_expert else lambda: None
         families.append(ParameterGroup(buffers, TorchReducer(buffers), part.copies, adopt))

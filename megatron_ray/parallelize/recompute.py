@@ -1,13 +1,14 @@
-"""Activations that the backward pass computes again instead of keeping them (Chen et al. 2016).
+"""Activations that the backward pass computes again instead of keeping them (Chen et
+al. 2016).
 
 Owns: how, and with which parts of a model.
 
-Two ways. `recomputed` keeps a region's inputs and runs it again. `discard_output` frees the output of a
-small module once its consumer has used it and writes it again into the same memory before the
-consumer's backward reads it. Nothing of a region's forward but its inputs decides what it computes,
-random numbers included (rng.py), so the second run equals the first bit for bit. Weight gradients
-go to their slots in the backward only, once, whoever ran the forward how often. Must not know:
-schedules, groups.
+Two ways. `recomputed` keeps a region's inputs and runs it again. `discard_output` frees
+the output of a small module once its consumer has used it and writes it again into the
+same memory before the consumer's backward reads it. Nothing of a region's forward but
+its inputs decides what it computes, random numbers included (rng.py), so the second run
+equals the first bit for bit. Weight gradients go to their slots in the backward only,
+once, whoever ran the forward how often. Must not know: schedules, groups.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +78,9 @@ class _FirstLayers:
         return hidden_TH
 
 
-def _layers(blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: ForwardContext) -> Tensor:
+def _layers(
+    blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: ForwardContext
+) -> Tensor:
     def run(positions: ForwardContext, hidden_TH: Tensor) -> Tensor:
         return run_sequentially(blocks, hidden_TH, positions)
 
@@ -106,7 +109,9 @@ class _RecomputedCore(nn.Module):
         super().__init__()
         self.core = core
 
-    def forward(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, about: object) -> Tensor:
+    def forward(
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, about: object
+    ) -> Tensor:
         return recomputed(lambda q, k, v: self.core(q, k, v, about), q_BNSD, k_BGSD, v_BGSD)
 
 
@@ -129,13 +134,19 @@ def _moe(block: Block) -> None:
         return
     plain = block.moe.forward
 
-    def run(positions: ForwardContext, x_TH: Tensor, residual_TH: Tensor | None = None) -> Tensor:
+    def run(
+        positions: ForwardContext, x_TH: Tensor, residual_TH: Tensor | None = None
+    ) -> Tensor:
         output: Tensor = plain(x_TH, residual_TH, positions)
         return output
 
-    def forward(x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext) -> Tensor:
+    def forward(
+        x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext
+    ) -> Tensor:
         inputs = [x_TH] if residual_TH is None else [x_TH, residual_TH]
-        return recomputed(partial(run, positions), *inputs, again=partial(run, _unheard(positions)))
+        return recomputed(
+            partial(run, positions), *inputs, again=partial(run, _unheard(positions))
+        )
 
     _replace_forward(block.moe, forward)
 
@@ -189,10 +200,11 @@ def recomputed(
 ) -> Tensor:
     """run(*inputs), of which only the inputs are kept for the backward pass.
 
-    `again` computes the same in the backward pass, where that is to be told apart. `last`: the
-    layer that makes the output and of which nothing in the region reads the output; its second
-    product, and under tensor parallelism the communication of it, are spared. `run` must be a
-    function of its inputs alone; everything that needs a gradient is an input, or a parameter.
+    `again` computes the same in the backward pass, where that is to be told apart.
+    `last`: the layer that makes the output and of which nothing in the region reads the
+    output; its second product, and under tensor parallelism the communication of it,
+    are spared. `run` must be a function of its inputs alone; everything that needs a
+    gradient is an input, or a parameter.
     """
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
         return run(*inputs)
@@ -243,17 +255,19 @@ def _unread(layer: RowParallelLinear | None) -> Iterator[None]:
 
 
 def discard_output(producer: nn.Module, consumer: nn.Module) -> None:
-    """Frees the output of `producer` after `consumer`, the only one to read it, has run; it is
-    there again for the consumer's backward.
+    """Frees the output of `producer` after `consumer`, the only one to read it, has
+    run; it is there again for the consumer's backward.
 
-    Costs one run of the producer and one copy of its output. The output must have memory of its
-    own.
+    Costs one run of the producer and one copy of its output. The output must have
+    memory of its own.
     """
     plain = producer.forward
     under_way = list[Any]()
 
     def produce(*inputs: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
+        if not torch.is_grad_enabled() or not any(
+            tensor.requires_grad for tensor in inputs
+        ):
             return plain(*inputs)  # type: ignore[no-any-return]
         output: Tensor = DiscardedOutput.apply(plain, *inputs)  # type: ignore[no-untyped-call]
         under_way.append((output.grad_fn, output.untyped_storage()))
@@ -265,8 +279,8 @@ def discard_output(producer: nn.Module, consumer: nn.Module) -> None:
             size = memory.nbytes()
             memory.resize_(0)
             assert consumed.grad_fn is not None
-            # Of the node and not of the tensor, whose hooks come before: under ZeRO-3 one of them
-            # gathers the weights.
+            # Of the node and not of the tensor, whose hooks come before: under ZeRO-3
+            # one of them gathers the weights.
             consumed.grad_fn.register_prehook(lambda _: _write_again(node, memory, size))
 
     _replace_forward(producer, produce)
@@ -289,8 +303,8 @@ class DiscardedOutput(torch.autograd.Function):
 
 
 def _write_again(node: Any, memory: torch.UntypedStorage, size: int) -> None:
-    """Runs the producer once more, for its graph and for its output, which goes where the consumer
-    has it from.
+    """Runs the producer once more, for its graph and for its output, which goes where
+    the consumer has it from.
     """
     inputs = _leaves(node.saved_tensors)
     with torch.enable_grad():

@@ -2,9 +2,10 @@
 
 Owns: activations between forward and backward, transfers under way.
 
-It does what the list says, in its order, and decides nothing: a trace of what it did equals the
-list. Transfers are started where the list has them and waited for where their content is used, so
-that they overlap with computing. Must not know: which schedule it is, layers, the loss.
+It does what the list says, in its order, and decides nothing: a trace of what it did
+equals the list. Transfers are started where the list has them and waited for where
+their content is used, so that they overlap with computing. Must not know: which
+schedule it is, layers, the loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,8 @@ from megatron_ray.ops.backward import Backward
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
 
 Chunk = Callable[[Tensor | None, int], Tensor]
-"""A stage's part of the model: (activations received, microbatch) -> activations for the next
-stage, or the last stage's loss (a scalar). The first stage receives None."""
+"""A stage's part of the model: (activations received, microbatch) -> activations for
+the next stage, or the last stage's loss (a scalar). The first stage receives None."""
 
 
 class WeightGrads(Protocol):
@@ -36,7 +37,9 @@ class WeightGrads(Protocol):
 
 @dataclass(frozen=True)
 class Transfer:
-    """What every message between stages is: one microbatch's activations, or their gradient."""
+    """What every message between stages is: one microbatch's activations, or their
+    gradient.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -58,7 +61,8 @@ _Key = tuple[int, int]
 class PipelineRunner:
     """One rank's.
 
-    `group` is the pipeline group; `on_action` hears of every action when it is done (traces).
+    `group` is the pipeline group; `on_action` hears of every action when it is done
+    (traces).
     """
 
     def __init__(
@@ -79,7 +83,9 @@ class PipelineRunner:
         self._transfer = transfer
         self._weight_grads = weight_grads
         self._on_action = on_action
-        self._keeps = any(action.op in (Op.BACKWARD, Op.BACKWARD_INPUT) for action in actions)
+        self._keeps = any(
+            action.op in (Op.BACKWARD, Op.BACKWARD_INPUT) for action in actions
+        )
         """Activations for a backward pass; an evaluation has none."""
         self._last = {
             action.chunk: place
@@ -139,7 +145,9 @@ class PipelineRunner:
         if stage + 1 == self._stages.num_stages:
             self._losses[action.microbatch] = output.detach()
         else:
-            self._hand_over(stage + 1, Op.SEND_FORWARD, self._activations, action, output.detach())
+            self._hand_over(
+                stage + 1, Op.SEND_FORWARD, self._activations, action, output.detach()
+            )
 
     def _backward(self, place: int, action: Action) -> None:
         key = (action.chunk, action.microbatch)
@@ -180,8 +188,8 @@ class PipelineRunner:
             self._to_send[op, action.chunk, action.microbatch] = content
 
     def _take(self, here: dict[_Key, Tensor], op: Op, key: _Key) -> Tensor | None:
-        """What has come for a chunk, from another rank or from this one; None where nothing ever
-        comes.
+        """What has come for a chunk, from another rank or from this one; None where
+        nothing ever comes.
         """
         pending = self._arriving.pop((op, *key), None)
         if pending is not None:
@@ -189,11 +197,17 @@ class PipelineRunner:
         return here.pop(key, None)
 
     def _send(self, place: int, action: Action) -> None:
-        content = self._to_send.pop((action.op, action.chunk, action.microbatch)).contiguous()
+        content = self._to_send.pop(
+            (action.op, action.chunk, action.microbatch)
+        ).contiguous()
         self._leaving = [
-            (pending, tensor) for pending, tensor in self._leaving if not pending.is_completed()
+            (pending, tensor)
+            for pending, tensor in self._leaving
+            if not pending.is_completed()
         ]
-        self._leaving.append((collectives.start_send(content, action.peer, self._group), content))
+        self._leaving.append(
+            (collectives.start_send(content, action.peer, self._group), content)
+        )
 
     def _receive(self, place: int, action: Action) -> None:
         what = self._transfer

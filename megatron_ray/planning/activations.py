@@ -2,18 +2,19 @@
 
 Owns: that formula. Pure; must not know: torch, nodes.
 
-Counts tensors, after Korthikanti et al. 2022 (Reducing Activation Recomputation in Large
-Transformer Models), section 4, for the layers as they are here: fused attention keeps no scores,
-and a norm, an activation and a product keep their inputs. (On CUDA a sliding window shorter than
-the sequence goes through torch's attention with a mask, which keeps more: its output once more,
-keys and values of every query head, and masks.)
+Counts tensors, after Korthikanti et al. 2022 (Reducing Activation Recomputation in
+Large Transformer Models), section 4, for the layers as they are here: fused attention
+keeps no scores, and a norm, an activation and a product keep their inputs. (On CUDA a
+sliding window shorter than the sequence goes through torch's attention with a mask,
+which keeps more: its output once more, keys and values of every query head, and masks.)
 
-Letters, per microbatch and rank: T = seq_length x micro_batch_size / cp tokens; s = tp under
-sequence parallelism, else 1; w bytes of an activation; H hidden_size, D head width, N and G query
-and key/value heads, F inner width of the MLP, f = 2 F where it is gated, else F. In a layer with
-experts F is the sum of the widths that a token meets, K of experts and a shared one; they are taken
-to be balanced. Of latent attention Q and C are the latents' widths (Q is 0 without one), R that of
-the rotated part of a key, V that of a value.
+Letters, per microbatch and rank: T = seq_length x micro_batch_size / cp tokens; s = tp
+under sequence parallelism, else 1; w bytes of an activation; H hidden_size, D head
+width, N and G query and key/value heads, F inner width of the MLP, f = 2 F where it is
+gated, else F. In a layer with experts F is the sum of the widths that a token meets, K
+of experts and a shared one; they are taken to be balanced. Of latent attention Q and C
+are the latents' widths (Q is 0 without one), R that of the rotated part of a key, V
+that of a value.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,12 @@ from dataclasses import dataclass
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
-from megatron_ray.planning.microbatch import local_vocabulary, own_tokens_of, tokens_of, width_of
+from megatron_ray.planning.microbatch import (
+    local_vocabulary,
+    own_tokens_of,
+    tokens_of,
+    width_of,
+)
 from megatron_ray.sharding.loss_chunks import rows_at_once
 
 _STATISTICS = {"rmsnorm": 4, "layernorm": 8}
@@ -31,8 +37,8 @@ _STATISTICS = {"rmsnorm": 4, "layernorm": 8}
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one layer keeps of one microbatch when nothing is recomputed, in bytes, by what
-    recomputation can do without.
+    """What one layer keeps of one microbatch when nothing is recomputed, in bytes, by
+    what recomputation can do without.
     """
 
     layer_input: int
@@ -40,24 +46,25 @@ class LayerActivations:
     norm: int
     """Outputs of both norms, and their statistics: 2 w T H / s + 2 x (4 or 8) T / s"""
     core_attention: int
-    """4 T N / tp: a fused kernel's fp32 logarithms of sums (the blocks of bf16 on CPU keep none).
-    With dropout on the attention probabilities: (4 + 1 + w) T S N / tp, fp32 probabilities, mask
-    and dropped probabilities. Where heads are exchanged for tokens, and in latent attention whose
-    values are narrower than its keys and are cut out, the kernel keeps its output and something
-    else goes on: w T N D / tp more, but with dropout."""
+    """4 T N / tp: a fused kernel's fp32 logarithms of sums (the blocks of bf16 on CPU
+    keep none). With dropout on the attention probabilities: (4 + 1 + w) T S N / tp,
+    fp32 probabilities, mask and dropped probabilities. Where heads are exchanged for
+    tokens, and in latent attention whose values are narrower than its keys and are cut
+    out, the kernel keeps its output and something else goes on: w T N D / tp more, but
+    with dropout."""
     pre_activation: int
     """w T f / tp"""
     activation: int
     """w T F / tp"""
     experts: int
-    """w T K H etp / s of tokens on their way to experts, w T K H / s of what comes back (times etp
-    too where everything is gathered), and what the router keeps (`_routing`); 0 in a layer without.
-    """
+    """w T K H etp / s of tokens on their way to experts, w T K H / s of what comes back
+    (times etp too where everything is gathered), and what the router keeps
+    (`_routing`); 0 in a layer without."""
     rest: int
-    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G at least tp),
-    (w D + 4 or 8) T (N + G) / tp where queries and keys are normed, and 2 T H / s of masks with
-    hidden dropout. Around latent attention w T N (3 D + V) / tp, and of its latents w T (2 Q + 2 C
-    + R) / s and their norms' statistics."""
+    """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G
+    at least tp), (w D + 4 or 8) T (N + G) / tp where queries and keys are normed, and 2
+    T H / s of masks with hidden dropout. Around latent attention w T N (3 D + V) / tp,
+    and of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
 
     @property
     def whole(self) -> int:
@@ -144,14 +151,15 @@ def _around_attention(config: TrainConfig) -> int:
     mla = model.mla
     norms = 2 if model.mla.q_lora_rank is not None else 1
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
-    return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + own_tokens_of(config) * (
-        width * latents + norms * _STATISTICS[model.norm]
-    )
+    return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + own_tokens_of(
+        config
+    ) * (width * latents + norms * _STATISTICS[model.norm])
 
 
 def _routing(moe: MoEConfig) -> int:
-    """Bytes per token: fp32 scores and logits of E experts, of which each loss keeps its own, and
-    of K chosen ones their number, weight and place in the order of dispatch.
+    """Bytes per token: fp32 scores and logits of E experts, of which each loss keeps
+    its own, and of K chosen ones their number, weight and place in the order of
+    dispatch.
     """
     sigmoid = moe.score_function == "sigmoid"
     aux = moe.aux_loss_coeff > 0
@@ -171,7 +179,9 @@ def _by_layer(config: TrainConfig, layers: Sequence[int]) -> list[LayerActivatio
 
 
 def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:
-    """Bytes that a stage with these layers keeps of a microbatch until its backward pass."""
+    """Bytes that a stage with these layers keeps of a microbatch until its backward
+    pass.
+    """
     recompute = config.training.recompute
     found = _by_layer(config, layers)
     if recompute.granularity != "full":
@@ -181,18 +191,21 @@ def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:
         return sum(layer.layer_input for layer in found[:: recompute.num_layers])
     recomputed = found[: recompute.num_layers]
     whole = found[recompute.num_layers :]
-    return sum(layer.layer_input for layer in recomputed) + sum(layer.whole for layer in whole)
+    return sum(layer.layer_input for layer in recomputed) + sum(
+        layer.whole for layer in whole
+    )
 
 
 def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
-    """Bytes that come back for a while in a backward pass: those of a whole chunk, or what one
-    layer had done without.
+    """Bytes that come back for a while in a backward pass: those of a whole chunk, or
+    what one layer had done without.
     """
     recompute = config.training.recompute
     found = _by_layer(config, layers)
     if recompute.granularity != "full":
         return max(
-            (layer.whole - layer.without(recompute.chosen_modules) for layer in found), default=0
+            (layer.whole - layer.without(recompute.chosen_modules) for layer in found),
+            default=0,
         )
     assert recompute.num_layers is not None
     size = recompute.num_layers if recompute.method == "uniform" else 1
@@ -201,20 +214,27 @@ def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
 
 
 def kept_by_stage(config: TrainConfig, stage: StageContents) -> int:
-    """Bytes that a whole stage keeps of a microbatch: its layers, what its embedding and its head
-    keep, and all that once more of each layer that predicts a further token.
+    """Bytes that a whole stage keeps of a microbatch: its layers, what its embedding
+    and its head keep, and all that once more of each layer that predicts a further
+    token.
     """
     embedding = _kept_by_embedding(config)
     head = _kept_by_head(config)
-    found = kept_activations(config, stage.layers) + stage.embedding * embedding + stage.loss * head
+    found = (
+        kept_activations(config, stage.layers)
+        + stage.embedding * embedding
+        + stage.loss * head
+    )
     for layer in stage.further(config.model.num_layers):
-        found += embedding + _kept_by_joining(config) + kept_activations(config, [layer]) + head
+        found += (
+            embedding + _kept_by_joining(config) + kept_activations(config, [layer]) + head
+        )
     return found
 
 
 def recomputed_by_stage(config: TrainConfig, stage: StageContents) -> int:
-    """Bytes that come back for a while in the backward pass of a stage; each layer that predicts a
-    further token is a row of its own.
+    """Bytes that come back for a while in the backward pass of a stage; each layer that
+    predicts a further token is a row of its own.
     """
     rows = [stage.layers, *([layer] for layer in stage.further(config.model.num_layers))]
     return max(recomputed_activations(config, row) for row in rows)
@@ -223,38 +243,44 @@ def recomputed_by_stage(config: TrainConfig, stage: StageContents) -> int:
 def _kept_by_embedding(config: TrainConfig) -> int:
     """8 T of ids, and T H / s of a mask with hidden dropout."""
     return 8 * tokens_of(config) + (
-        own_tokens_of(config) * config.model.hidden_size if config.model.hidden_dropout else 0
+        own_tokens_of(config) * config.model.hidden_size
+        if config.model.hidden_dropout
+        else 0
     )
 
 
 def _kept_by_joining(config: TrainConfig) -> int:
-    """Of a further token's embedding and what came before: w T H / s of the one before its norm, 2
-    w T H / s of both behind theirs, both norms' statistics, and w T H / s of the other, which the
-    head has kept already where it is not gathered.
+    """Of a further token's embedding and what came before: w T H / s of the one before
+    its norm, 2 w T H / s of both behind theirs, both norms' statistics, and w T H / s
+    of the other, which the head has kept already where it is not gathered.
     """
     model = config.model
     own = own_tokens_of(config)
     parts = 4 if own < tokens_of(config) else 3
-    return (parts * width_of(config) * model.hidden_size + 2 * _STATISTICS[model.norm]) * own
+    return (
+        parts * width_of(config) * model.hidden_size + 2 * _STATISTICS[model.norm]
+    ) * own
 
 
 def _kept_by_head(config: TrainConfig) -> int:
-    """w T H / s + 4 (or 8) T / s of the last norm's input and statistics, w T H of its output
-    (gathered under sequence parallelism), and w T V / tp + 4 T, which are the logits and then their
-    gradient.
+    """W T H / s + 4 (or 8) T / s of the last norm's input and statistics, w T H of its
+    output (gathered under sequence parallelism), and w T V / tp + 4 T, which are the
+    logits and then their gradient.
     """
     model = config.model
     tokens = tokens_of(config)
     width = width_of(config)
     norm = (width * model.hidden_size + _STATISTICS[model.norm]) * own_tokens_of(config)
     return (
-        norm + width * tokens * model.hidden_size + (width * local_vocabulary(config) + 4) * tokens
+        norm
+        + width * tokens * model.hidden_size
+        + (width * local_vocabulary(config) + 4) * tokens
     )
 
 
 def working_head(config: TrainConfig) -> int:
-    """Bytes that the loss needs for a moment on a GPU: logits to_fp32 to fp32, of as many tokens as
-    it looks at in one go.
+    """Bytes that the loss needs for a moment on a GPU: logits to_fp32 to fp32, of as
+    many tokens as it looks at in one go.
     """
     vocabulary = local_vocabulary(config)
     return 4 * min(tokens_of(config), rows_at_once("cuda", vocabulary)) * vocabulary

@@ -2,8 +2,8 @@
 
 Owns: which parameters go into which buffer and who has the same one.
 
-The same table, buckets and row shards as the model on a rank is built from, without a process
-group. Pure. Must not know: torch, nodes.
+The same table, buckets and row shards as the model on a rank is built from, without a
+process group. Pure. Must not know: torch, nodes.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,11 @@ class PlannedBuffer:
     @property
     def num_updated(self) -> int:
         """Elements that this rank updates, padding included."""
-        return self.plan.num_trainable // self.replicas if self.sharded else self.plan.num_trainable
+        return (
+            self.plan.num_trainable // self.replicas
+            if self.sharded
+            else self.plan.num_trainable
+        )
 
     def owned(self, start: int, end: int) -> int:
         """How many of the elements [start, end) of one bucket this rank updates."""
@@ -52,8 +56,8 @@ class PlannedBuffer:
 
 
 def is_fully_sharded(config: TrainConfig, dims: ParallelDims) -> bool:
-    """Whether parameters themselves are cut over the replicas: ZeRO-3, where there is anybody to
-    share with.
+    """Whether parameters themselves are cut over the replicas: ZeRO-3, where there is
+    anybody to share with.
     """
     return config.parallel.zero == 3 and dims.size("dp", "cp") > dims.zero_replicas
 
@@ -71,12 +75,17 @@ class RankBuffers:
 def rank_buffers(
     config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan, rank: int
 ) -> RankBuffers:
-    """Of one rank of a resolved config whose vocabulary is known. Raises ValueError otherwise."""
+    """Of one rank of a resolved config whose vocabulary is known.
+
+    Raises ValueError otherwise.
+    """
     pp_rank = dims.coordinates(rank)["pp"]
     held = pipeline.held(pp_rank)
     sequence_parallel = config.parallel.sequence_parallel
     table = freeze(
-        local_parameters(config.model, dims, rank, sequence_parallel=sequence_parallel, held=held),
+        local_parameters(
+            config.model, dims, rank, sequence_parallel=sequence_parallel, held=held
+        ),
         config.optimizer.freeze,
     )
     return RankBuffers(
@@ -87,8 +96,8 @@ def rank_buffers(
 def distinct_buffers(
     config: TrainConfig, dims: ParallelDims, pipeline: PipelinePlan
 ) -> list[RankBuffers]:
-    """The first rank of each kind of pipeline stage: of those that hold alike the one that keeps
-    most activations.
+    """The first rank of each kind of pipeline stage: of those that hold alike the one
+    that keeps most activations.
     """
     found: dict[object, RankBuffers] = {}
     for pp_rank in range(dims.pp):
@@ -99,8 +108,8 @@ def distinct_buffers(
 
 
 def _signature(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> object:
-    """Equal for pipeline ranks that hold equally many bytes: a later rank with the same parts has
-    no more microbatches under way.
+    """Equal for pipeline ranks that hold equally many bytes: a later rank with the same
+    parts has no more microbatches under way.
     """
     model = config.model
     return tuple(
@@ -117,8 +126,8 @@ def _signature(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> obj
 def _planned_buffers(
     config: TrainConfig, dims: ParallelDims, table: Sequence[LocalParameter], rank: int
 ) -> list[PlannedBuffer]:
-    """The buffers that a rank allocates for these tensors: dense ones first, then the experts where
-    it has any.
+    """The buffers that a rank allocates for these tensors: dense ones first, then the
+    experts where it has any.
     """
     fully = is_fully_sharded(config, dims)
     found = []
@@ -133,11 +142,15 @@ def _planned_buffers(
             rows = shard_rows(parameters, shard.index(rank), len(shard))
             plan = plan_buckets(rows, 1, config.parallel.bucket_elements)
             found.append(
-                PlannedBuffer(plan, of_expert, 4, len(group), group.index(rank), sharded=False)
+                PlannedBuffer(
+                    plan, of_expert, 4, len(group), group.index(rank), sharded=False
+                )
             )
             continue
         plan = plan_buckets(parameters, len(group), config.parallel.bucket_elements)
         width = width_of(config)
         sharded = config.parallel.zero == 1
-        found.append(PlannedBuffer(plan, of_expert, width, len(group), group.index(rank), sharded))
+        found.append(
+            PlannedBuffer(plan, of_expert, width, len(group), group.index(rank), sharded)
+        )
     return found

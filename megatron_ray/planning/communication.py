@@ -2,13 +2,14 @@
 
 Owns: that count, of exactly what the library sends.
 
-Bytes are those of the tensors that a rank hands to its collectives: the whole tensor of an
-all-reduce, a reduce-scatter or an all-to-all, its own part of an all-gather, what it sends of a
-send or of a hop in a ring. What it receives is what others send. Everything is taken to be trained,
-and experts to be balanced. Pure. Must not know: torch, bandwidths, how a collective is carried out.
+Bytes are those of the tensors that a rank hands to its collectives: the whole tensor of
+an all-reduce, a reduce-scatter or an all-to-all, its own part of an all-gather, what it
+sends of a send or of a hop in a ring. What it receives is what others send. Everything
+is taken to be trained, and experts to be balanced. Pure. Must not know: torch,
+bandwidths, how a collective is carried out.
 
-Letters as in `activations`: T tokens of a microbatch on a context-parallel rank, t = T / tp under
-sequence parallelism, else T.
+Letters as in `activations`: T tokens of a microbatch on a context-parallel rank, t = T
+/ tp under sequence parallelism, else T.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,13 +23,23 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
-from megatron_ray.planning.buffers import PlannedBuffer, RankBuffers, is_fully_sharded, rank_buffers
-from megatron_ray.planning.microbatch import num_microbatches, own_tokens_of, tokens_of, width_of
+from megatron_ray.planning.buffers import (
+    PlannedBuffer,
+    RankBuffers,
+    is_fully_sharded,
+    rank_buffers,
+)
+from megatron_ray.planning.microbatch import (
+    num_microbatches,
+    own_tokens_of,
+    tokens_of,
+    width_of,
+)
 from megatron_ray.sharding.parameters import Part
 
 Axis = Literal["tp", "cp", "pp", "dp", "ep", "etp", "edp", "embedding", "tokens", "world"]
-"""`dp`: the replicas of dense parameters, dp x cp; `edp`: those of an expert; `tokens`: tp x cp,
-who shares a microbatch; `embedding`: both holders of tied word embeddings."""
+"""`dp`: the replicas of dense parameters, dp x cp; `edp`: those of an expert; `tokens`:
+tp x cp, who shares a microbatch; `embedding`: both holders of tied word embeddings."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -74,8 +85,8 @@ def group_sizes(dims: ParallelDims) -> dict[Axis, int]:
 def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     """All that a rank of a resolved config sends in one step.
 
-    None where the library does not send it by itself: under ZeRO-3, where torch gathers and
-    scatters.
+    None where the library does not send it by itself: under ZeRO-3, where torch gathers
+    and scatters.
     """
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
@@ -87,10 +98,15 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     for chunk, stage in enumerate(pipeline.held(pp_rank)):
         found.add_all(stage_communication(config, dims, stage), count)
         found.add(
-            "pp", "send", transfer_bytes(config), count * _neighbours(pipeline, pp_rank, chunk)
+            "pp",
+            "send",
+            transfer_bytes(config),
+            count * _neighbours(pipeline, pp_rank, chunk),
         )
     found.add_all(
-        update_communication(config, dims, pipeline, rank_buffers(config, dims, pipeline, rank))
+        update_communication(
+            config, dims, pipeline, rank_buffers(config, dims, pipeline, rank)
+        )
     )
     return found
 
@@ -101,8 +117,8 @@ def transfer_bytes(config: TrainConfig) -> int:
 
 
 def _neighbours(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:
-    """Other ranks to which a chunk sends: activations to the next stage, gradients to the one
-    before.
+    """Other ranks to which a chunk sends: activations to the next stage, gradients to
+    the one before.
     """
     stages = pipeline.stages
     stage = stages.stage(pp_rank, chunk)
@@ -115,8 +131,12 @@ def _neighbours(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:
 # ---- one microbatch
 
 
-def stage_communication(config: TrainConfig, dims: ParallelDims, stage: StageContents) -> Tally:
-    """Of one microbatch, forward and backward, in one stage; without the messages between stages."""
+def stage_communication(
+    config: TrainConfig, dims: ParallelDims, stage: StageContents
+) -> Tally:
+    """Of one microbatch, forward and backward, in one stage; without the messages
+    between stages.
+    """
     microbatch = _Microbatch(config, Tally(group_sizes(dims)))
     if stage.embedding:
         microbatch.embedding()
@@ -131,14 +151,17 @@ def stage_communication(config: TrainConfig, dims: ParallelDims, stage: StageCon
         one.feed_backward(layer)
         microbatch.tally.add_all(
             one.tally,
-            sum((config.model.experts_on(index) is not None) == experts for index in layers),
+            sum(
+                (config.model.experts_on(index) is not None) == experts for index in layers
+            ),
         )
     microbatch.recomputed(stage.layers)
     if stage.loss:
         microbatch.head()
     for layer in (
         further
-    ):  # each looks up the tokens after those of the one before, and has the head once more
+        # each looks up the tokens after those of the one before, and has the head once more
+    ):
         microbatch.embedding()
         microbatch.recomputed([layer])
         microbatch.head()
@@ -167,7 +190,9 @@ class _Microbatch:
         self._gather()
 
     def head(self) -> None:
-        """Forward and backward; of the softmax the largest logit, then sum and label's logit, fp32."""
+        """Forward and backward; of the softmax the largest logit, then sum and label's
+        logit, fp32.
+        """
         self._gather()
         self.tally.add("tp", "all_reduce", 4 * self.tokens)
         self.tally.add("tp", "all_reduce", 8 * self.tokens)
@@ -178,8 +203,8 @@ class _Microbatch:
         self._sum(width)
 
     def _gather(self, width: int | None = None) -> None:
-        """Of tokens, where they are cut over tp; `width`: not of hidden states but of so many
-        numbers each.
+        """Of tokens, where they are cut over tp; `width`: not of hidden states but of
+        so many numbers each.
         """
         if self.parallel.sequence_parallel:
             self.tally.add("tp", "all_gather", self.own * self._bytes(width))
@@ -212,8 +237,8 @@ class _Microbatch:
 
     @property
     def _read_by_heads(self) -> tuple[int | None, ...]:
-        """Widths of what products cut by heads take: hidden states (None), or the latents, which
-        are made of a rank's own tokens.
+        """Widths of what products cut by heads take: hidden states (None), or the
+        latents, which are made of a rank's own tokens.
         """
         mla = self.model.mla
         return (None,) if mla is None else (mla.q_lora_rank, mla.kv_lora_rank)
@@ -262,7 +287,10 @@ class _Microbatch:
         if self.parallel.cp_method == "a2a+p2p" and (sizes is None or sizes[0] == 1):
             return
         queries = (
-            self.tokens * self.model.num_attention_heads * self.model.head_width // self.parallel.tp
+            self.tokens
+            * self.model.num_attention_heads
+            * self.model.head_width
+            // self.parallel.tp
         )
         self.tally.add("cp", "all_to_all", queries * self.width, 2)
         self.tally.add("cp", "all_to_all", self._keys_values // 2 * self.width, 2)
@@ -281,10 +309,12 @@ class _Microbatch:
             self._mlp_forward()
             return
         self._experts_forward(moe)
-        # once, also where the layer is recomputed: only a forward pass with gradients makes the
-        # loss
+        # once, also where the layer is recomputed: only a forward pass with gradients
+        # makes the loss
         if moe.aux_loss_coeff:
-            sequences = 1 if moe.aux_loss == "aux_loss" else self.config.training.micro_batch_size
+            sequences = (
+                1 if moe.aux_loss == "aux_loss" else self.config.training.micro_batch_size
+            )
             self.tally.add("tokens", "all_reduce", 4 * sequences * moe.num_experts)
 
     def feed_backward(self, layer: int) -> None:
@@ -312,7 +342,9 @@ class _Microbatch:
         self._dispatch(moe)
 
     def _dispatch(self, moe: MoEConfig) -> None:
-        """Rows to their experts and outputs back; in a backward pass the same the other way round."""
+        """Rows to their experts and outputs back; in a backward pass the same the other
+        way round.
+        """
         ep = self.parallel.ep
         etp = self.parallel.expert_tp
         if self.parallel.dispatcher == "allgather":
@@ -332,24 +364,28 @@ class _Microbatch:
         self.tally.add("etp", "reduce_scatter", 4 * moe.top_k * inner)
 
     def _rows(self, moe: MoEConfig) -> int:
-        """That this rank sends out: one for each expert of each of its tokens, unless there is a
-        limit.
+        """That this rank sends out: one for each expert of each of its tokens, unless
+        there is a limit.
         """
         chosen = self.own * moe.top_k
         if moe.capacity_factor is None:
             return chosen
-        room = moe.num_experts * min(self.own, ceil(chosen / moe.num_experts * moe.capacity_factor))
+        room = moe.num_experts * min(
+            self.own, ceil(chosen / moe.num_experts * moe.capacity_factor)
+        )
         return room if moe.pad_to_capacity else min(chosen, room)
 
     # ---- recomputation
 
     def recomputed(self, layers: Sequence[int]) -> None:
-        """The second forward passes; the last product of a region is not summed again, because
-        nothing reads it.
+        """The second forward passes; the last product of a region is not summed again,
+        because nothing reads it.
         """
         recompute = self.config.training.recompute
         if recompute.granularity == "full":
-            for chunk in _chunks(layers, recompute.method == "uniform", recompute.num_layers or 1):
+            for chunk in _chunks(
+                layers, recompute.method == "uniform", recompute.num_layers or 1
+            ):
                 for layer in chunk:
                     self.attention_forward()
                     self._feed_again(layer, unread=layer == chunk[-1])
@@ -412,8 +448,8 @@ def update_communication(
 
 
 def _add_shared(found: Tally, dims: ParallelDims, buffers: Sequence[PlannedBuffer]) -> None:
-    """Gradients that more ranks than the replicas hold parts of, as far as this rank updates them;
-    fp32.
+    """Gradients that more ranks than the replicas hold parts of, as far as this rank
+    updates them; fp32.
     """
     over_tp = heads = num_kv_replicas = 0
     for buffer in buffers:
@@ -424,12 +460,16 @@ def _add_shared(found: Tally, dims: ParallelDims, buffers: Sequence[PlannedBuffe
                 over_tp += owned if parameter.sum_over_tp else 0
                 if parameter.is_shared_embedding:
                     found.add("embedding", "all_reduce", 4 * owned)
-                shared: list[Part] = [part for part in parameter.parts if part.num_kv_replicas > 1]
+                shared: list[Part] = [
+                    part for part in parameter.parts if part.num_kv_replicas > 1
+                ]
                 for part in shared:
                     start = placed.part_start(part)
                     heads = heads + buffer.owned(start, start + part.box.num_elements)
                     num_kv_replicas = part.num_kv_replicas
     found.add("tp", "all_reduce", 4 * over_tp)
     found.add(
-        "tp", "all_reduce", 4 * heads * (dims.tp // num_kv_replicas if num_kv_replicas else 1)
+        "tp",
+        "all_reduce",
+        4 * heads * (dims.tp // num_kv_replicas if num_kv_replicas else 1),
     )

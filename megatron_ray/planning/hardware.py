@@ -4,9 +4,9 @@ Owns: their published figures, and how much of them training has been seen to re
 
 Pure data. Must not know: models, layouts.
 
-Efficiencies are fitted to published runs by `tests/bench/plan.py`, one set per chip and precision;
-a chip without enough published runs of complete layout has those of the nearest chip that has. They
-are shares of the figures above them.
+Efficiencies are fitted to published runs by `tests/bench/plan.py`, one set per chip and
+precision; a chip without enough published runs of complete layout has those of the
+nearest chip that has. They are shares of the figures above them.
 """
 
 from dataclasses import dataclass, field
@@ -25,10 +25,11 @@ class Efficiency:
     attention: float
     """Of the peak, by fused attention that skips what is masked."""
     memory: float
-    """Of the memory's bandwidth, by everything else that touches activations and weights."""
+    """Of the memory's bandwidth, by everything else that touches activations and
+    weights."""
     network: float
-    """Of links and network, where ranks wait for what is sent; above what a link carries where a
-    part is hidden behind products."""
+    """Of links and network, where ranks wait for what is sent; above what a link
+    carries where a part is hidden behind products."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ class Hardware:
     """By precision."""
 
     def link(self, within: int) -> float:
-        """Bytes/s per rank in a group that has `within` of its ranks in each node and others
-        elsewhere: each uses its own adapter.
+        """Bytes/s per rank in a group that has `within` of its ranks in each node and
+        others elsewhere: each uses its own adapter.
         """
         return min(self.link_bandwidth, within * self.network_bandwidth)
 
@@ -66,16 +67,18 @@ _H100 = {
     "bf16": Efficiency(products=0.65, attention=0.19, memory=0.30, network=0.70),
     "fp8": Efficiency(products=0.73, attention=0.27, memory=0.36, network=2.0),
 }
-"""From 43 runs under ZeRO-3 with the attention kernels of 2023 (bf16), and 28 of all layouts that
-hide tensor parallelism (fp8)."""
+"""From 43 runs under ZeRO-3 with the attention kernels of 2023 (bf16), and 28 of all
+layouts that hide tensor parallelism (fp8)."""
 _CPU = Efficiency(products=0.70, attention=0.50, memory=0.80, network=0.60)
 
 _DEVICES = (
-    # NVIDIA A100 80GB SXM data sheet; DGX A100: NVLink 3 with 600 GB/s in both directions together,
-    # 8 x 200 Gb/s HDR InfiniBand.
-    Hardware("A100", {"bf16": 312e12}, 2039 * GB, 80 * GIB, 300 * GB, 25 * GB, 8, 20e-6, _A100),
-    # NVIDIA H100 SXM data sheet, dense (without sparsity). DGX H100: NVLink 4 with 900 GB/s, 8 x
-    # 400 Gb/s.
+    # NVIDIA A100 80GB SXM data sheet; DGX A100: NVLink 3 with 600 GB/s in both
+    # directions together, 8 x 200 Gb/s HDR InfiniBand.
+    Hardware(
+        "A100", {"bf16": 312e12}, 2039 * GB, 80 * GIB, 300 * GB, 25 * GB, 8, 20e-6, _A100
+    ),
+    # NVIDIA H100 SXM data sheet, dense (without sparsity). DGX H100: NVLink 4 with 900
+    # GB/s, 8 x 400 Gb/s.
     Hardware(
         "H100",
         {"bf16": 989e12, "fp8": 1979e12},
@@ -99,8 +102,8 @@ _DEVICES = (
         20e-6,
         _H100,
     ),
-    # NVIDIA DGX B200 data sheet divided by eight: 36 PFLOP/s of dense fp8, 64 TB/s of HBM3e, NVLink
-    # 5 with 14.4 TB/s, 8 x 400 Gb/s.
+    # NVIDIA DGX B200 data sheet divided by eight: 36 PFLOP/s of dense fp8, 64 TB/s of
+    # HBM3e, NVLink 5 with 14.4 TB/s, 8 x 400 Gb/s.
     Hardware(
         "B200",
         {"bf16": 2250e12, "fp8": 4500e12},
@@ -112,8 +115,9 @@ _DEVICES = (
         20e-6,
         _H100,
     ),
-    # One core of a server CPU with AMX and gloo on one host, as measured for this project: products
-    # of 180 and 1,400 GFLOP/s, copies of 13 GB/s, messages of 4 GB/s and 65 us.
+    # One core of a server CPU with AMX and gloo on one host, as measured for this
+    # project: products of 180 and 1,400 GFLOP/s, copies of 13 GB/s, messages of 4 GB/s
+    # and 65 us.
     Hardware(
         "CPU",
         {"fp32": 180e9, "bf16": 1400e9},
@@ -131,8 +135,8 @@ HARDWARE = MappingProxyType({device.name: device for device in _DEVICES})
 
 
 def hardware_named(text: str | None) -> Hardware | None:
-    """The device that a name means, such as Ray's `H100` or `nvidia-h100-80gb-hbm3`; None for one
-    that is not known.
+    """The device that a name means, such as Ray's `H100` or `nvidia-h100-80gb-hbm3`;
+    None for one that is not known.
     """
     words = (text or "").upper().replace("_", "-").split("-")
     return next((device for name, device in HARDWARE.items() if name in words), None)

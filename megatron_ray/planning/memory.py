@@ -2,9 +2,9 @@
 
 Owns: adding up weights, gradients, optimizer state and activations; the fullest rank.
 
-Weights, gradients and optimizer state are those of the flat buffers that will be allocated,
-alignment and bucket padding included. Activations are an estimate from tensor shapes
-(`activations`). Pure. Must not know: torch, nodes, what a device has.
+Weights, gradients and optimizer state are those of the flat buffers that will be
+allocated, alignment and bucket padding included. Activations are an estimate from
+tensor shapes (`activations`). Pure. Must not know: torch, nodes, what a device has.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,11 @@ from math import prod
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
-from megatron_ray.planning.activations import kept_by_stage, recomputed_by_stage, working_head
+from megatron_ray.planning.activations import (
+    kept_by_stage,
+    recomputed_by_stage,
+    working_head,
+)
 from megatron_ray.planning.buffers import (
     RankBuffers,
     distinct_buffers,
@@ -36,14 +40,14 @@ class RankMemory:
     gradients_bytes: int
     """fp32 main gradients of what is trained."""
     optimizer_bytes: int
-    """Moments, and fp32 main parameters under bf16; a rank's share where they are sharded over
-    dp."""
+    """Moments, and fp32 main parameters under bf16; a rank's share where they are
+    sharded over dp."""
     gathered_bytes_estimate: int
-    """ZeRO-3 only: weights and gradients that are whole for a while: of two layers, and of what is
-    in no layer."""
+    """ZeRO-3 only: weights and gradients that are whole for a while: of two layers, and
+    of what is in no layer."""
     activations_bytes_estimate: int
-    """Peak of the microbatches under way and of what is recomputed; kernels and allocator may need
-    more or less."""
+    """Peak of the microbatches under way and of what is recomputed; kernels and
+    allocator may need more or less."""
 
     @property
     def total_bytes(self) -> int:
@@ -65,11 +69,16 @@ class RankMemory:
 
 
 def rank_memory(config: TrainConfig, rank: int) -> RankMemory:
-    """Of one rank of a resolved config whose vocabulary is known. Raises ValueError otherwise."""
+    """Of one rank of a resolved config whose vocabulary is known.
+
+    Raises ValueError otherwise.
+    """
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     held = rank_buffers(config, dims, pipeline, rank)
-    return with_activations(config, pipeline, state_memory(config, dims, held), held.pp_rank)
+    return with_activations(
+        config, pipeline, state_memory(config, dims, held), held.pp_rank
+    )
 
 
 def fullest_rank(config: TrainConfig) -> RankMemory:
@@ -77,8 +86,8 @@ def fullest_rank(config: TrainConfig) -> RankMemory:
 
     Raises ValueError while dp or the vocabulary are not known.
 
-    Ranks of a pipeline stage have equally much, but for rows that ZeRO-3 cannot deal out evenly, of
-    which the first replica has most.
+    Ranks of a pipeline stage have equally much, but for rows that ZeRO-3 cannot deal
+    out evenly, of which the first replica has most.
     """
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
@@ -93,16 +102,22 @@ def fullest_rank(config: TrainConfig) -> RankMemory:
 def with_activations(
     config: TrainConfig, pipeline: PipelinePlan, state: RankMemory, pp_rank: int
 ) -> RankMemory:
-    """The same rank with what it keeps of microbatches, which depends on their size and on
-    recomputation too.
+    """The same rank with what it keeps of microbatches, which depends on their size and
+    on recomputation too.
     """
-    return replace(state, activations_bytes_estimate=_activations(config, pipeline, pp_rank))
+    return replace(
+        state, activations_bytes_estimate=_activations(config, pipeline, pp_rank)
+    )
 
 
 def state_memory(config: TrainConfig, dims: ParallelDims, held: RankBuffers) -> RankMemory:
     """Of a rank, without activations."""
     buffers = held.buffers
-    main = 4 if config.training.precision == "bf16" and not is_fully_sharded(config, dims) else 0
+    main = (
+        4
+        if config.training.precision == "bf16" and not is_fully_sharded(config, dims)
+        else 0
+    )
     return RankMemory(
         rank=held.rank,
         parameters_bytes=sum(buffer.plan.num_elements * buffer.width for buffer in buffers),
@@ -116,8 +131,8 @@ def state_memory(config: TrainConfig, dims: ParallelDims, held: RankBuffers) -> 
 
 
 def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
-    """Weights of the layer at work and of the next one, one layer's gradients, and what belongs to
-    no layer, which stays whole.
+    """Weights of the layer at work and of the next one, one layer's gradients, and what
+    belongs to no layer, which stays whole.
     """
     width = width_of(config)
     layers: dict[str, int] = {}
@@ -132,7 +147,9 @@ def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
 
 
 def _activations(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> int:
-    """The most that is kept at once, and what comes back when a part of it is recomputed."""
+    """The most that is kept at once, and what comes back when a part of it is
+    recomputed.
+    """
     held = pipeline.held(pp_rank)
     kept = [kept_by_stage(config, stage) for stage in held]
     peak = (

@@ -16,12 +16,18 @@ def width_of(config: TrainConfig) -> int:
 
 def tokens_of(config: TrainConfig) -> int:
     """Tokens of a microbatch on a context-parallel rank."""
-    return config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
+    return (
+        config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
+    )
 
 
 def own_tokens_of(config: TrainConfig) -> int:
-    """Those whose hidden states this rank keeps: a part of them under sequence parallelism."""
-    return tokens_of(config) // (config.parallel.tp if config.parallel.sequence_parallel else 1)
+    """Those whose hidden states this rank keeps: a part of them under sequence
+    parallelism.
+    """
+    return tokens_of(config) // (
+        config.parallel.tp if config.parallel.sequence_parallel else 1
+    )
 
 
 def local_vocabulary(config: TrainConfig) -> int:

@@ -2,10 +2,11 @@
 
 Owns: from work and bytes to seconds on a named device.
 
-A rank's microbatch is products + attention + trips to memory + what it has to wait for of what is
-sent. The slowest pipeline rank's, times the microbatches, plus the schedule's bubble (the
-simulator's), plus the update. Sends that have something to hide behind count only as far as they
-take longer than that. Pure. Must not know: torch, the service.
+A rank's microbatch is products + attention + trips to memory + what it has to wait for
+of what is sent. The slowest pipeline rank's, times the microbatches, plus the
+schedule's bubble (the simulator's), plus the update. Sends that have something to hide
+behind count only as far as they take longer than that. Pure. Must not know: torch, the
+service.
 """
 
 from collections.abc import Iterable, Sequence
@@ -46,8 +47,8 @@ class StepTime:
     update_s: float
     """Optimizer, with the gradients and weights that are waited for."""
     model_flops: float
-    """Of the whole step over all ranks, as MFU counts them: nothing recomputed, attention in full,
-    frozen weights like all others."""
+    """Of the whole step over all ranks, as MFU counts them: nothing recomputed,
+    attention in full, frozen weights like all others."""
     mfu: float
     """model_flops / (step_s x ranks x the device's peak)."""
     tokens_per_s: float
@@ -71,8 +72,8 @@ class Parts:
     ring: float
     """Keys and values that move while others are attended to."""
     hidden: float
-    """Sends that move while the rest is computed: activations between stages, weights that ZeRO-3
-    gathers."""
+    """Sends that move while the rest is computed: activations between stages, weights
+    that ZeRO-3 gathers."""
     latency: float
 
     def seconds(self, share: Efficiency) -> tuple[float, float, float, float]:
@@ -139,19 +140,21 @@ class StepParts:
 def step_time(
     config: TrainConfig, hardware: Hardware, precision: str | None = None
 ) -> StepTime | None:
-    """Of a resolved config whose vocabulary is known; None where the device is not known to compute
-    in the precision.
+    """Of a resolved config whose vocabulary is known; None where the device is not
+    known to compute in the precision.
     """
     precision = precision or config.training.precision
     if precision not in hardware.efficiencies:
         return None
-    return step_parts(config, hardware, precision).step_time(hardware.efficiencies[precision])
+    return step_parts(config, hardware, precision).step_time(
+        hardware.efficiencies[precision]
+    )
 
 
 @dataclass(frozen=True)
 class Update:
-    """What happens once a step on a rank, in seconds if every figure of the device were reached:
-    the same for every micro batch.
+    """What happens once a step on a rank, in seconds if every figure of the device were
+    reached: the same for every micro batch.
     """
 
     memory: float
@@ -166,7 +169,9 @@ def step_parts(config: TrainConfig, hardware: Hardware, precision: str) -> StepP
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     kinds = distinct_buffers(config, dims, pipeline)
-    return parts_with(config, hardware, precision, step_update(config, hardware, kinds), kinds)
+    return parts_with(
+        config, hardware, precision, step_update(config, hardware, kinds), kinds
+    )
 
 
 def parts_with(
@@ -199,7 +204,9 @@ def parts_with(
     )
 
 
-def step_update(config: TrainConfig, hardware: Hardware, kinds: Sequence[RankBuffers]) -> Update:
+def step_update(
+    config: TrainConfig, hardware: Hardware, kinds: Sequence[RankBuffers]
+) -> Update:
     """Of the pipeline rank for which each part takes longest."""
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
@@ -248,8 +255,8 @@ def _microbatch(
 def _gathering(
     config: TrainConfig, dims: ParallelDims, held: RankBuffers, network: "_Network"
 ) -> float:
-    """ZeRO-3: weights are gathered for the forward, for the backward and for a second forward;
-    gradients are scattered in fp32.
+    """ZeRO-3: weights are gathered for the forward, for the backward and for a second
+    forward; gradients are scattered in fp32.
     """
     width = width_of(config)
     seconds = 0.0
@@ -260,7 +267,9 @@ def _gathering(
     )
     for axis, of_expert, size in axes:
         elements = sum(
-            parameter.num_elements for parameter in held.table if parameter.of_expert == of_expert
+            parameter.num_elements
+            for parameter in held.table
+            if parameter.of_expert == of_expert
         )
         seconds += passes * network.seconds(axis, "all_gather", elements * width / size)
         seconds += network.seconds(axis, "reduce_scatter", 4 * elements)
@@ -274,8 +283,8 @@ def _update(
     held: RankBuffers,
     network: "_Network",
 ) -> tuple[float, float, float]:
-    """(trips to memory, reductions, everything that nothing hides) at the end of a step, in
-    seconds.
+    """(trips to memory, reductions, everything that nothing hides) at the end of a
+    step, in seconds.
     """
     work = update_work(
         sum(buffer.num_updated for buffer in held.buffers),
@@ -284,7 +293,9 @@ def _update(
     if is_fully_sharded(config, dims):
         return work.memory / network.hardware.memory_bandwidth, 0.0, 0.0
     sent = update_communication(config, dims, pipeline, held)
-    reductions = [way for way in sent.bytes if way[0] in ("dp", "edp") and way[1] != "all_gather"]
+    reductions = [
+        way for way in sent.bytes if way[0] in ("dp", "edp") and way[1] != "all_gather"
+    ]
     others = [way for way in sent.bytes if way not in reductions]
     return (
         work.memory / network.hardware.memory_bandwidth,
@@ -311,17 +322,21 @@ class _Network:
             "world": (0, dims.world_size - 1),
         }
         self._sizes = {axis: len(members) for axis, members in groups.items()}
-        self._bandwidths = {axis: self._bandwidth(members) for axis, members in groups.items()}
+        self._bandwidths = {
+            axis: self._bandwidth(members) for axis, members in groups.items()
+        }
 
     def _bandwidth(self, members: tuple[int, ...]) -> float:
         within = sum(member < self.hardware.node_size for member in members)
         return (
-            self.hardware.link_bandwidth if within == len(members) else self.hardware.link(within)
+            self.hardware.link_bandwidth
+            if within == len(members)
+            else self.hardware.link(within)
         )
 
     def seconds(self, axis: Axis, kind: Kind, size: float) -> float:
-        """Of `size` bytes handed over, by rings: each of n ranks passes on n - 1 parts (two rounds
-        of them in an all-reduce).
+        """Of `size` bytes handed over, by rings: each of n ranks passes on n - 1 parts
+        (two rounds of them in an all-reduce).
         """
         n = self._sizes[axis]
         passed = {

@@ -2,9 +2,10 @@
 
 Owns: trying layouts, ranking them, naming the nearest one.
 
-What is legal is for `validation` to say; nothing is assumed here but sizes worth trying. Model,
-data and batch stay as they are: tried are tp, pp, vpp, cp, ep, micro batch and recomputation, with
-dp what is left. Pure. Must not know: the service, a cluster.
+What is legal is for `validation` to say; nothing is assumed here but sizes worth
+trying. Model, data and batch stay as they are: tried are tp, pp, vpp, cp, ep, micro
+batch and recomputation, with dp what is left. Pure. Must not know: the service, a
+cluster.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,8 @@ _DEEPEST = 64
 _MOST_CHUNKS = 8
 _MOST_EXPERT_RANKS = 64
 _SHORTEST_PART = 8192
-"""Tokens of a sequence on a context-parallel rank below which cutting it further is not tried."""
+"""Tokens of a sequence on a context-parallel rank below which cutting it further is not
+tried."""
 _MICRO_BATCHES = (1, 2, 4, 8)
 _RECOMPUTE = (
     RecomputeConfig(),
@@ -57,7 +59,9 @@ class Suggestion:
         parallel = self.config.parallel
         training = self.config.training
         axes = ("tp", "pp", "vpp", "cp", "ep", "dp", "sequence_parallel", "layout")
-        found: dict[str, object] = {f"parallel.{name}": getattr(parallel, name) for name in axes}
+        found: dict[str, object] = {
+            f"parallel.{name}": getattr(parallel, name) for name in axes
+        }
         if self.config.model.moe is not None:
             found["parallel.etp"] = parallel.etp
         found["training.micro_batch_size"] = training.micro_batch_size
@@ -68,30 +72,36 @@ class Suggestion:
 def suggest(
     config: TrainConfig, world: int, hardware: Hardware, most: int = 10
 ) -> list[Suggestion]:
-    """The quickest legal layouts on `world` ranks that fit into the device's memory, one per choice
-    of degrees, quickest first. Empty where there is none, and where steps cannot be estimated. The
-    vocabulary must be known. Raises ValueError otherwise.
+    """The quickest legal layouts on `world` ranks that fit into the device's memory,
+    one per choice of degrees, quickest first. Empty where there is none, and where
+    steps cannot be estimated. The vocabulary must be known. Raises ValueError
+    otherwise.
 
-    Layouts are looked at in the order of what they take at least, until no other one can be among
-    the `most`.
+    Layouts are looked at in the order of what they take at least, until no other one
+    can be among the `most`.
     """
     if config.training.precision not in hardware.efficiencies:
         return []
     best: list[Suggestion] = []
     for least, layout in sorted(
-        ((_least_time(layout, hardware), layout) for layout in _layouts(config, world, hardware)),
+        (
+            (_least_time(layout, hardware), layout)
+            for layout in _layouts(config, world, hardware)
+        ),
         key=itemgetter(0),
     ):
         if len(best) == most and least >= best[-1].time.step_s:
             break
         if (found := _best(layout, world, hardware)) is not None:
-            best = sorted([*best, found], key=lambda suggestion: suggestion.time.step_s)[:most]
+            best = sorted([*best, found], key=lambda suggestion: suggestion.time.step_s)[
+                :most
+            ]
     return best
 
 
 def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion | None:
-    """The layout that fits and changes the fewest degrees, the quickest of those; None where none
-    fits.
+    """The layout that fits and changes the fewest degrees, the quickest of those; None
+    where none fits.
     """
     if config.training.precision not in hardware.efficiencies:
         return None
@@ -99,19 +109,24 @@ def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion |
     by_distance: dict[int, list[TrainConfig]] = {}
     for layout in _layouts(config, world, hardware):
         changed = sum(
-            getattr(layout.parallel, axis) != getattr(config.parallel, axis) for axis in axes
+            getattr(layout.parallel, axis) != getattr(config.parallel, axis)
+            for axis in axes
         )
         by_distance.setdefault(changed, []).append(layout)
     for _, layouts in sorted(by_distance.items()):
-        found = [best for layout in layouts if (best := _best(layout, world, hardware)) is not None]
+        found = [
+            best
+            for layout in layouts
+            if (best := _best(layout, world, hardware)) is not None
+        ]
         if found:
             return min(found, key=lambda suggestion: suggestion.time.step_s)
     return None
 
 
 def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
-    """Seconds below which no micro batch of a layout stays: nothing recomputed, the first pipeline
-    rank alone, no update.
+    """Seconds below which no micro batch of a layout stays: nothing recomputed, the
+    first pipeline rank alone, no update.
     """
     precision = layout.training.precision
     found = []
@@ -133,8 +148,8 @@ def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
 
 
 def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[TrainConfig]:
-    """Degrees that could fit at all and that validation takes, with micro batches of one and
-    nothing recomputed.
+    """Degrees that could fit at all and that validation takes, with micro batches of
+    one and nothing recomputed.
     """
     training = config.training.model_copy(
         update={"micro_batch_size": 1, "recompute": RecomputeConfig()}
@@ -149,7 +164,10 @@ def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[Tr
         for vpp, (ep, etp) in product(
             _chunks(config.model.num_layers, pp), _expert_degrees(config)
         ):
-            if room is not None and (dense / tp + of_experts / (ep * (etp or tp))) / pp > room:
+            if (
+                room is not None
+                and (dense / tp + of_experts / (ep * (etp or tp))) / pp > room
+            ):
                 continue
             layout = _layout(config.model, pp * vpp)
             fields = {
@@ -169,7 +187,10 @@ def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[Tr
                 "last_stage_layers": None,
             }
             tried = config.model_copy(
-                update={"parallel": config.parallel.model_copy(update=fields), "training": training}
+                update={
+                    "parallel": config.parallel.model_copy(update=fields),
+                    "training": training,
+                }
             )
             if _worth_trying(tried, world):
                 yield tried
@@ -185,20 +206,24 @@ def _worth_trying(config: TrainConfig, world: int) -> bool:
 
 
 def _least_bytes(config: TrainConfig) -> tuple[float, float]:
-    """(of attention and MLPs, of experts): weights and the fp32 gradients of what is trained,
-    before they are cut over ranks; nothing under ZeRO-3.
+    """(of attention and MLPs, of experts): weights and the fp32 gradients of what is
+    trained, before they are cut over ranks; nothing under ZeRO-3.
     """
     model = config.model
     if config.parallel.zero == 3:
         return 0.0, 0.0
     matrices = (3 if model.gated else 2) * model.hidden_size
-    mixtures = [model.experts_on(layer) for layer in range(model.num_layers + model.num_mtp_layers)]
+    mixtures = [
+        model.experts_on(layer) for layer in range(model.num_layers + model.num_mtp_layers)
+    ]
     dense = (
         len(mixtures) * attention_parameters(model)
         + mixtures.count(None) * matrices * model.ffn_width
     )
     experts = sum(
-        moe.num_experts * matrices * model.expert_width for moe in mixtures if moe is not None
+        moe.num_experts * matrices * model.expert_width
+        for moe in mixtures
+        if moe is not None
     )
     each = width_of(config) + (0 if config.optimizer.freeze else 4)
     return float(dense * each), float(experts * each)
@@ -229,8 +254,9 @@ def _chunks(num_layers: int, pp: int) -> list[int]:
 
 
 def _layout(model: ModelConfig, stages: int) -> str | None:
-    """None where layers divide evenly; else embedding, head and layers that predict further tokens
-    count as a layer each, where that divides and the last stage has room for those.
+    """None where layers divide evenly; else embedding, head and layers that predict
+    further tokens count as a layer each, where that divides and the last stage has room
+    for those.
     """
     further = model.num_mtp_layers
     each, left = divmod(model.num_layers + further + 2, stages)
@@ -292,9 +318,13 @@ def _fitting(
             update={"micro_batch_size": size, "recompute": recompute}
         )
         config = layout.model_copy(update={"training": training})
-        whole = [with_activations(config, pipeline, state, pp_rank) for pp_rank, state in states]
+        whole = [
+            with_activations(config, pipeline, state, pp_rank) for pp_rank, state in states
+        ]
         fullest = max(whole, key=lambda memory: memory.total_bytes)
-        if (room is None or fullest.total_bytes <= room) and not check.find_problems(config, world):
+        if (room is None or fullest.total_bytes <= room) and not check.find_problems(
+            config, world
+        ):
             return config, fullest
     return None
 
@@ -315,5 +345,10 @@ def _timed(
 
 def degrees(parallel: ParallelismConfig) -> str:
     """Degrees above one, for people."""
-    sizes = {axis: getattr(parallel, axis) for axis in ("tp", "pp", "vpp", "cp", "ep", "dp")}
-    return " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "one rank"
+    sizes = {
+        axis: getattr(parallel, axis) for axis in ("tp", "pp", "vpp", "cp", "ep", "dp")
+    }
+    return (
+        " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
+        or "one rank"
+    )

@@ -2,8 +2,9 @@
 
 Owns: counting products, attention and trips to memory of each stage.
 
-These are what the hardware does, recomputation included; what MFU counts is in `flops`. Experts are
-taken to be balanced and everything to be trained. Pure. Must not know: torch, how fast a device is.
+These are what the hardware does, recomputation included; what MFU counts is in `flops`.
+Experts are taken to be balanced and everything to be trained. Pure. Must not know:
+torch, how fast a device is.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,12 @@ from dataclasses import dataclass
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
-from megatron_ray.planning.microbatch import local_vocabulary, own_tokens_of, tokens_of, width_of
+from megatron_ray.planning.microbatch import (
+    local_vocabulary,
+    own_tokens_of,
+    tokens_of,
+    width_of,
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,9 @@ def _kind(config: TrainConfig, index: int) -> object:
 
 
 def update_work(updated: int, trained: int) -> Work:
-    """Of one step on a rank that updates `updated` of the `trained` elements it has gradients of:
-    zeroing them, the norm (4 bytes), scaling (8), AdamW (16 read, 12 written), new weights (2).
+    """Of one step on a rank that updates `updated` of the `trained` elements it has
+    gradients of: zeroing them, the norm (4 bytes), scaling (8), AdamW (16 read, 12
+    written), new weights (2).
     """
     return Work(memory=4.0 * trained + 42.0 * updated)
 
@@ -81,13 +88,15 @@ def _head(config: TrainConfig) -> Work:
     tokens = tokens_of(config)
     rows = local_vocabulary(config)
     width = width_of(config)
-    return Work(6.0 * tokens * rows * config.model.hidden_size, 0.0, 6.0 * tokens * rows * width)
+    return Work(
+        6.0 * tokens * rows * config.model.hidden_size, 0.0, 6.0 * tokens * rows * width
+    )
 
 
 def _joining(config: TrainConfig) -> Work:
-    """Of a further token's embedding and what came before: three products of the projection, whose
-    fp32 gradient is read and written, and trips of the three norms (2 forward, 3 backward) and of
-    putting two inputs into one (4 each way).
+    """Of a further token's embedding and what came before: three products of the
+    projection, whose fp32 gradient is read and written, and trips of the three norms (2
+    forward, 3 backward) and of putting two inputs into one (4 each way).
     """
     own = own_tokens_of(config)
     hidden = config.model.hidden_size
@@ -115,28 +124,35 @@ class _Layer:
         cut, whole, around = _around_attention(config)
         activation = (
             inner * matrices * width
-        )  # what the non-linearity reads and writes: gate and up, or up alone, and its output
+            # what the non-linearity reads and writes: gate and up, or up alone, and its
+            # output
+        )
         self.core = Work(attention=4.0 * tokens * heads * model.head_width * seen)
         self.mlp = Work(
-            2.0 * matrices * inner * model.hidden_size, 0.0, float(5 * residual + activation)
+            2.0 * matrices * inner * model.hidden_size,
+            0.0,
+            float(5 * residual + activation),
         )
         self.forward = (
             Work(2.0 * (tokens * cut + own * whole), 0.0, 5 * residual + around)
             + self.core
             + self.mlp
         )
-        # Two products for each of the forward's; a fused kernel's backward makes five where its
-        # forward makes two.
+        # Two products for each of the forward's; a fused kernel's backward makes five
+        # where its forward makes two.
         products = 2 * self.forward.products
         attention = 2.5 * self.core.attention
-        accumulated = 8.0 * (cut + whole + weights)  # fp32 gradients are read and written
+        # fp32 gradients are read and written
+        accumulated = 8.0 * (cut + whole + weights)
         self.backward = Work(
             products, attention, 10 * residual + around + 5 / 3 * activation + accumulated
         )
 
     @staticmethod
     def _inner(config: TrainConfig, index: int) -> tuple[int, int]:
-        """(numbers between the two products of all MLPs here, elements of their weights)."""
+        """(numbers between the two products of all MLPs here, elements of their
+        weights).
+        """
         model = config.model
         parallel = config.parallel
         tokens = tokens_of(config)
@@ -155,9 +171,10 @@ class _Layer:
 
 
 def _around_attention(config: TrainConfig) -> tuple[int, int, float]:
-    """(weights that all tokens of the rank go through, those that only the tokens do that are cut
-    here under sequence parallelism, bytes that rotating takes and, of latent attention, norming the
-    latents, putting heads together and cutting their values back).
+    """(weights that all tokens of the rank go through, those that only the tokens do
+    that are cut here under sequence parallelism, bytes that rotating takes and, of
+    latent attention, norming the latents, putting heads together and cutting their
+    values back).
     """
     model = config.model
     tp = config.parallel.tp
@@ -176,11 +193,13 @@ def _around_attention(config: TrainConfig) -> tuple[int, int, float]:
     queries = mla.q_lora_rank or model.hidden_size
     outputs = mla.qk_nope_head_dim + mla.v_head_dim
     cut = heads * (
-        queries * mla.qk_head_dim + mla.kv_lora_rank * outputs + mla.v_head_dim * model.hidden_size
+        queries * mla.qk_head_dim
+        + mla.kv_lora_rank * outputs
+        + mla.v_head_dim * model.hidden_size
     )
     latents = (mla.q_lora_rank or 0) + mla.kv_lora_rank
-    # Read are queries, and keys with values; written three of full width; values are cut out of
-    # what is attended to.
+    # Read are queries, and keys with values; written three of full width; values are
+    # cut out of what is attended to.
     moved = heads * (4 * mla.qk_head_dim + outputs + 2 * mla.v_head_dim)
     return (
         cut,

@@ -1,4 +1,7 @@
-"""Boxes: n-dimensional blocks of logical tensors. Pure. Must not know: who holds which."""
+"""Boxes: n-dimensional blocks of logical tensors.
+
+Pure. Must not know: who holds which.
+"""
 
 from dataclasses import dataclass
 from math import prod
@@ -23,6 +26,8 @@ class Box:
         """
         spans = list(zip(self.offset, self.size, other.offset, other.size, strict=True))
         start = tuple(max(mine, theirs) for mine, _, theirs, _ in spans)
-        end = tuple(min(mine + length, theirs + extent) for mine, length, theirs, extent in spans)
+        end = tuple(
+            min(mine + length, theirs + extent) for mine, length, theirs, extent in spans
+        )
         size = tuple(high - low for low, high in zip(start, end, strict=True))
         return Box(start, size) if all(length > 0 for length in size) else None

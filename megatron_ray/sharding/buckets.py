@@ -2,8 +2,8 @@
 
 Owns: that plan, a pure function of the spec.
 
-Never of arrival order, so that sums are the same in every run. Torch-free. Must not know:
-gradients, groups.
+Never of arrival order, so that sums are the same in every run. Torch-free. Must not
+know: gradients, groups.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,8 @@ from math import prod
 
 from megatron_ray.sharding.parameters import LocalParameter, Part
 
-# Start of every parameter in elements: 256 bytes in fp32, what vector units and copy engines like.
+# Start of every parameter in elements: 256 bytes in fp32, what vector units and copy
+# engines like.
 ALIGNMENT = 64
 
 
@@ -50,7 +51,9 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Buckets in the order in which a backward pass completes them, and behind them what is frozen."""
+    """Buckets in the order in which a backward pass completes them, and behind them
+    what is frozen.
+    """
 
     buckets: tuple[Bucket, ...]
     frozen: tuple[Placed, ...] = ()
@@ -68,13 +71,16 @@ class BucketPlan:
     @property
     def placed(self) -> Iterable[Placed]:
         """Every parameter's place, in buffer order."""
-        return (*(placed for bucket in self.buckets for placed in bucket.placed), *self.frozen)
+        return (
+            *(placed for bucket in self.buckets for placed in bucket.placed),
+            *self.frozen,
+        )
 
 
 def default_bucket_elements(dp: int, trainable: int) -> int:
-    """Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an eighth of a
-    small model, where one bucket would leave nothing to overlap with, nor less than 1e6 x dp, below
-    which a ring is bound by latency.
+    """Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an
+    eighth of a small model, where one bucket would leave nothing to overlap with, nor
+    less than 1e6 x dp, below which a ring is bound by latency.
     """
     return min(max(40_000_000, 1_000_000 * dp), max(trainable // 8, 1_000_000 * dp))
 
@@ -82,10 +88,11 @@ def default_bucket_elements(dp: int, trainable: int) -> int:
 def plan_buckets(
     parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None
 ) -> BucketPlan:
-    """Reverse table order (a backward pass goes from the head to the embedding); a bucket closes
-    once it is full enough.
+    """Reverse table order (a backward pass goes from the head to the embedding); a
+    bucket closes once it is full enough.
 
-    What two pipeline stages hold is alone in its bucket: its shards are then the same rows on both.
+    What two pipeline stages hold is alone in its bucket: its shards are then the same
+    rows on both.
     """
     table = list(parameters)
     trainable = [parameter for parameter in reversed(table) if parameter.trainable]

@@ -2,9 +2,9 @@
 
 Owns: names, shapes, boxes, init, reduction, decay.
 
-Everything that touches weights (initialisation, fused layers, buckets, clipping, checkpoints,
-conversion, planning) reads this table, and nothing derives it anew. Pure Python. Must not know:
-torch, process groups.
+Everything that touches weights (initialisation, fused layers, buckets, clipping,
+checkpoints, conversion, planning) reads this table, and nothing derives it anew. Pure
+Python. Must not know: torch, process groups.
 """
 
 from collections.abc import Sequence
@@ -37,15 +37,16 @@ class LogicalParameter:
     """Full shape, vocabulary padding left out."""
     init: Init
     shard_dim: int | None
-    """Dimension cut over tp (an expert's: over etp); None: every tp rank holds the whole tensor."""
+    """Dimension cut over tp (an expert's: over etp); None: every tp rank holds the
+    whole tensor."""
     decay: bool
     """Whether weight decay applies."""
     sum_over_tp: bool = False
-    """Each tp rank sees only its tokens (sequence parallelism) or its heads (norms of queries and
-    keys), so this replicated tensor's gradient is summed over tp."""
+    """Each tp rank sees only its tokens (sequence parallelism) or its heads (norms of
+    queries and keys), so this replicated tensor's gradient is summed over tp."""
     of_expert: bool = False
-    """Lies in the expert grid: cut over etp, held by one ep rank, its gradient reduced over edp and
-    not over dp x cp."""
+    """Lies in the expert grid: cut over etp, held by one ep rank, its gradient reduced
+    over edp and not over dp x cp."""
 
     @property
     def num_elements(self) -> int:
@@ -55,8 +56,8 @@ class LogicalParameter:
 
 @dataclass(frozen=True)
 class Part:
-    """A logical tensor's box inside a rank's (possibly fused) tensor; parts lie one after another
-    along dim 0.
+    """A logical tensor's box inside a rank's (possibly fused) tensor; parts lie one
+    after another along dim 0.
     """
 
     logical: LogicalParameter
@@ -64,16 +65,16 @@ class Part:
     start: int
     """First row of the part in the local tensor."""
     num_kv_replicas: int = 1
-    """Neighbouring tp ranks that hold this very box, where there are fewer key/value heads than
-    ranks; each has a part of its gradient."""
+    """Neighbouring tp ranks that hold this very box, where there are fewer key/value
+    heads than ranks; each has a part of its gradient."""
     owns_norm: bool = True
     """False but for the first of those, so that the global norm has it once."""
 
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """One tensor as a rank holds it: the name of the module's parameter, its shape, and the boxes
-    fused in it.
+    """One tensor as a rank holds it: the name of the module's parameter, its shape, and
+    the boxes fused in it.
     """
 
     name: str
@@ -81,8 +82,9 @@ class LocalParameter:
     """Local shape; rows beyond the last part are vocabulary padding, always zero."""
     parts: tuple[Part, ...]
     is_shared_embedding: bool = False
-    """A word embedding that the last pipeline stage needs too, as its tied head or for layers that
-    predict further tokens: both hold it, and their gradients are added up."""
+    """A word embedding that the last pipeline stage needs too, as its tied head or for
+    layers that predict further tokens: both hold it, and their gradients are added up.
+    """
     owns_norm: bool = True
     """False for the second of those, so that the global norm has it once."""
     trainable: bool = True
@@ -95,8 +97,8 @@ class LocalParameter:
 
     @property
     def tp_sharded(self) -> bool:
-        """Whether each tp rank holds different elements; so do all ranks but the replicas for those
-        of experts.
+        """Whether each tp rank holds different elements; so do all ranks but the
+        replicas for those of experts.
         """
         return self.parts[0].logical.shard_dim is not None
 
@@ -117,8 +119,8 @@ class LocalParameter:
 
 
 def padded_vocabulary(model: ModelConfig, tp: int) -> int:
-    """Rows of the embedding with padding: the next multiple of vocab_multiple x tp (Megatron's
-    rule).
+    """Rows of the embedding with padding: the next multiple of vocab_multiple x tp
+    (Megatron's rule).
     """
     multiple = model.vocab_multiple * tp
     return -(-model.vocabulary // multiple) * multiple
@@ -136,8 +138,8 @@ def local_parameters(
 
     `held`: its pipeline stages; the whole model when not given.
 
-    Raises ValueError when tp does not divide a sharded dimension (validation says it better, with
-    the remedy).
+    Raises ValueError when tp does not divide a sharded dimension (validation says it
+    better, with the remedy).
     """
     builder = _LocalTable(model, dims, rank, sequence_parallel)
     return builder.build(whole_model(model) if held is None else held)
@@ -151,18 +153,24 @@ def whole_model(model: ModelConfig) -> tuple[StageContents, ...]:
 def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
     """Every logical tensor of the model, in forward order."""
     return tuple(
-        part.logical for local in local_parameters(model, ParallelDims(), 0) for part in local.parts
+        part.logical
+        for local in local_parameters(model, ParallelDims(), 0)
+        for part in local.parts
     )
 
 
-def freeze(table: Sequence[LocalParameter], patterns: Sequence[str]) -> tuple[LocalParameter, ...]:
-    """The table with those parameters frozen whose logical names match; parts of one tensor are
-    frozen together or not at all (validation refuses anything else).
+def freeze(
+    table: Sequence[LocalParameter], patterns: Sequence[str]
+) -> tuple[LocalParameter, ...]:
+    """The table with those parameters frozen whose logical names match; parts of one
+    tensor are frozen together or not at all (validation refuses anything else).
     """
 
     def trainable(local: LocalParameter) -> bool:
         return not any(
-            fnmatchcase(part.logical.name, pattern) for part in local.parts for pattern in patterns
+            fnmatchcase(part.logical.name, pattern)
+            for part in local.parts
+            for pattern in patterns
         )
 
     if not patterns:
@@ -171,7 +179,9 @@ def freeze(table: Sequence[LocalParameter], patterns: Sequence[str]) -> tuple[Lo
 
 
 class _LocalTable:
-    """Collects one rank's tensors; the only place that knows which dimension of what is cut."""
+    """Collects one rank's tensors; the only place that knows which dimension of what is
+    cut.
+    """
 
     def __init__(
         self, model: ModelConfig, dims: ParallelDims, rank: int, sequence_parallel: bool
@@ -193,10 +203,14 @@ class _LocalTable:
         )
         needed_last = model.tie_embeddings or model.num_mtp_layers > 0
         if has_embedding:
-            self._vocabulary("embedding.weight", is_shared_embedding=needed_last and not has_head)
+            self._vocabulary(
+                "embedding.weight", is_shared_embedding=needed_last and not has_head
+            )
             if model.position_embedding == "learned":
                 shape = (model.max_sequence_length, model.hidden_size)
-                self._replicated("position_embedding.weight", shape, self.normal, decay=True)
+                self._replicated(
+                    "position_embedding.weight", shape, self.normal, decay=True
+                )
         elif has_head and model.num_mtp_layers:
             self._vocabulary("embedding.weight", is_shared_embedding=True, owns_norm=False)
         for stage in held:
@@ -249,7 +263,9 @@ class _LocalTable:
             "attention.k": (kv, num_kv_replicas),
             "attention.v": (kv, num_kv_replicas),
         }
-        self._column(prefix + "attention.qkv", outputs, hidden, prefix, bias=model.has_qkv_bias)
+        self._column(
+            prefix + "attention.qkv", outputs, hidden, prefix, bias=model.has_qkv_bias
+        )
         if model.qk_norm:
             for name in ("q_norm", "k_norm"):
                 self._norm(f"{prefix}attention.{name}", model.head_width, of_heads=True)
@@ -279,7 +295,11 @@ class _LocalTable:
         )
         self._norm(prefix + "kv_norm", mla.kv_lora_rank)
         self._column(
-            prefix + "kv_up", {"kv_up": (keys_values, 1)}, mla.kv_lora_rank, prefix, bias=False
+            prefix + "kv_up",
+            {"kv_up": (keys_values, 1)},
+            mla.kv_lora_rank,
+            prefix,
+            bias=False,
         )
         self._row(prefix + "o", hidden, heads * mla.v_head_dim)
 
@@ -313,8 +333,8 @@ class _LocalTable:
         return ("gate_up", ("gate", "up")) if self.model.gated else ("up", ("up",))
 
     def _experts(self, prefix: str, num_experts: int) -> None:
-        """This rank's neighbouring experts one after another in two tensors; each is cut over etp
-        as an MLP is over tp.
+        """This rank's neighbouring experts one after another in two tensors; each is
+        cut over etp as an MLP is over tp.
         """
         hidden = self.model.hidden_size
         ep = self.dims.ep
@@ -330,7 +350,9 @@ class _LocalTable:
         first = width * self.expert_place["etp"]
         inwards = list[Part]()
         outwards = list[Part]()
-        for expert in range(each * self.expert_place["ep"], each * (self.expert_place["ep"] + 1)):
+        for expert in range(
+            each * self.expert_place["ep"], each * (self.expert_place["ep"] + 1)
+        ):
             for name in names:
                 shape = (self.model.expert_width, hidden)
                 logical = LogicalParameter(
@@ -353,7 +375,9 @@ class _LocalTable:
                 decay=True,
                 of_expert=True,
             )
-            outwards.append(Part(logical, Box((0, first), (hidden, width)), hidden * len(outwards)))
+            outwards.append(
+                Part(logical, Box((0, first), (hidden, width)), hidden * len(outwards))
+            )
         self.found.append(
             LocalParameter(
                 f"{prefix}{fused}.weight", (width * len(inwards), hidden), tuple(inwards)
@@ -374,12 +398,22 @@ class _LocalTable:
             partial=of_heads,
         )
         if self.model.norm == "layernorm":
-            self._replicated(name + ".bias", shape, Init("zeros"), decay=False, partial=of_heads)
+            self._replicated(
+                name + ".bias", shape, Init("zeros"), decay=False, partial=of_heads
+            )
 
     def _replicated(
-        self, name: str, shape: tuple[int, ...], init: Init, *, decay: bool, partial: bool = False
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        init: Init,
+        *,
+        decay: bool,
+        partial: bool = False,
     ) -> None:
-        """`partial`: each tp rank has a part of the gradient, whether or not tokens are cut."""
+        """`partial`: each tp rank has a part of the gradient, whether or not tokens are
+        cut.
+        """
         logical = LogicalParameter(
             name, shape, init, None, decay, sum_over_tp=self.sequence_parallel or partial
         )
@@ -400,7 +434,9 @@ class _LocalTable:
         local = padded_vocabulary(self.model, self.tp) // self.tp
         first = min(self.tp_rank * local, rows)
         held = min(first + local, rows) - first
-        logical = LogicalParameter(logical_name or name, (rows, hidden), self.normal, 0, decay=True)
+        logical = LogicalParameter(
+            logical_name or name, (rows, hidden), self.normal, 0, decay=True
+        )
         part = Part(logical, Box((first, 0), (held, hidden)), 0)
         self.found.append(
             LocalParameter(name, (local, hidden), (part,), is_shared_embedding, owns_norm)
@@ -430,19 +466,31 @@ class _LocalTable:
                 f"{prefix}{name}.weight", (out, inputs), self.normal, 0, decay=True
             )
             weights.append(
-                Part(weight, Box((first, 0), (rows, inputs)), start, num_kv_replicas, owns_norm)
+                Part(
+                    weight,
+                    Box((first, 0), (rows, inputs)),
+                    start,
+                    num_kv_replicas,
+                    owns_norm,
+                )
             )
             of_part = LogicalParameter(
                 f"{prefix}{name}.bias", (out,), Init("zeros"), 0, decay=False
             )
-            biases.append(Part(of_part, Box((first,), (rows,)), start, num_kv_replicas, owns_norm))
+            biases.append(
+                Part(of_part, Box((first,), (rows,)), start, num_kv_replicas, owns_norm)
+            )
             start += rows
-        self.found.append(LocalParameter(fused + ".weight", (start, inputs), tuple(weights)))
+        self.found.append(
+            LocalParameter(fused + ".weight", (start, inputs), tuple(weights))
+        )
         if bias:
             self.found.append(LocalParameter(fused + ".bias", (start,), tuple(biases)))
 
     def _row(self, name: str, outputs: int, inputs: int) -> None:
-        """Input columns cut over tp; the bias is whole on every rank and added after the reduction."""
+        """Input columns cut over tp; the bias is whole on every rank and added after
+        the reduction.
+        """
         columns = self._cut(name, inputs)
         weight = LogicalParameter(
             name + ".weight", (outputs, inputs), self.to_residual, 1, decay=True

@@ -1,9 +1,10 @@
-"""Which rows of a tensor a rank keeps where parameters themselves are sharded over replicas.
+"""Which rows of a tensor a rank keeps where parameters themselves are sharded over
+replicas.
 
 Owns: that cut of the parameter table.
 
-It is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so what is sharded and what is planned
-agree. Pure. Must not know: torch, groups.
+It is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so what is sharded and what is
+planned agree. Pure. Must not know: torch, groups.
 """
 
 from collections.abc import Iterable
@@ -16,8 +17,9 @@ from megatron_ray.sharding.parameters import LocalParameter, Part
 def shard_rows(
     table: Iterable[LocalParameter], rank: int, shards: int
 ) -> tuple[LocalParameter, ...]:
-    """The rows of each tensor that one of `shards` ranks keeps: blocks of ceil(rows / shards), the
-    last ones shorter or none, as torch.chunk cuts. Tensors of which it has none are left out.
+    """The rows of each tensor that one of `shards` ranks keeps: blocks of ceil(rows /
+    shards), the last ones shorter or none, as torch.chunk cuts. Tensors of which it has
+    none are left out.
     """
     found = []
     for parameter in table:
@@ -55,6 +57,8 @@ def _rows_of(part: Part, start: int, end: int) -> Part | None:
 
 
 def _nothing_of(parameter: LocalParameter) -> Part:
-    """Only padding rows: the rules of the parameter hold, and no element means anything."""
+    """Only padding rows: the rules of the parameter hold, and no element means
+    anything.
+    """
     first = parameter.parts[0]
     return replace(first, box=Box(first.box.offset, (0, *first.box.size[1:])), start=0)

@@ -2,9 +2,10 @@
 
 Owns: the zig-zag cut. Torch-free. Must not know: batches, groups.
 
-Causal attention costs a token as much as it has before it, so cutting a sequence into cp equal
-parts in order would leave the first rank idle. It is cut into 2 cp chunks instead, and rank r has
-chunks r and 2 cp - 1 - r (Llama 3 and Megatron-LM do so): one cheap, one dear.
+Causal attention costs a token as much as it has before it, so cutting a sequence into
+cp equal parts in order would leave the first rank idle. It is cut into 2 cp chunks
+instead, and rank r has chunks r and 2 cp - 1 - r (Llama 3 and Megatron-LM do so): one
+cheap, one dear.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """The part of every sequence that one of `cp` ranks has, in the order in which it lies there."""
+    """The part of every sequence that one of `cp` ranks has, in the order in which it
+    lies there.
+    """
 
     cp: int = 1
     rank: int = 0

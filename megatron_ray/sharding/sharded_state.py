@@ -29,8 +29,8 @@ class TensorBox:
 
 @dataclass
 class ShardedTensor:
-    """The boxes of one logical tensor that this rank holds; boxes of all ranks together cover it,
-    replicas are equal boxes.
+    """The boxes of one logical tensor that this rank holds; boxes of all ranks together
+    cover it, replicas are equal boxes.
     """
 
     shape: tuple[int, ...]
@@ -52,8 +52,8 @@ class ShardedTensor:
 
 
 ShardedState = dict[str, ShardedTensor]
-"""`model/<logical name>`, `optimizer/exp_avg/<logical name>`, `optimizer/exp_avg_sq/<logical name>`
--> what this rank holds."""
+"""`model/<logical name>`, `optimizer/exp_avg/<logical name>`,
+`optimizer/exp_avg_sq/<logical name>` -> what this rank holds."""
 
 
 def whole_tensor(tensor: torch.Tensor) -> ShardedTensor:

@@ -24,8 +24,8 @@ class Place:
     filesystem: Any
     path: str
     local: bool
-    """True when `path` is a plain path of this machine, which memory mapping, links and renames
-    need."""
+    """True when `path` is a plain path of this machine, which memory mapping, links and
+    renames need."""
 
     def __truediv__(self, name: str) -> "Place":
         return Place(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.local)
@@ -52,8 +52,8 @@ def is_local(path: str) -> bool:
 def place(path: str) -> Place:
     """Where a path or URI is.
 
-    Raises ValueError when the scheme is unknown or the URI is malformed, OSError without
-    credentials.
+    Raises ValueError when the scheme is unknown or the URI is malformed, OSError
+    without credentials.
     """
     if not is_local(path):
         filesystem, inner = _from_uri(path)
@@ -62,7 +62,9 @@ def place(path: str) -> Place:
     if not plain or "\0" in plain:
         raise ValueError("the path is empty or holds a NUL character")
     try:
-        return Place(arrow_fs.LocalFileSystem(), str(Path(plain).expanduser().absolute()), True)
+        return Place(
+            arrow_fs.LocalFileSystem(), str(Path(plain).expanduser().absolute()), True
+        )
     except RuntimeError as error:
         raise ValueError(f"the home folder in {plain} is not known") from error
 
@@ -78,17 +80,26 @@ def stat(where: Place) -> FileStat | None:
 
 def is_folder(where: Place) -> bool:
     """True when it is an existing folder. Raises OSError when it cannot be asked."""
-    return bool(where.filesystem.get_file_info(where.path).type == arrow_fs.FileType.Directory)
+    return bool(
+        where.filesystem.get_file_info(where.path).type == arrow_fs.FileType.Directory
+    )
 
 
 def exists(where: Place) -> bool:
     """True for a file or a folder. Raises OSError when it cannot be asked."""
-    return bool(where.filesystem.get_file_info(where.path).type != arrow_fs.FileType.NotFound)
+    return bool(
+        where.filesystem.get_file_info(where.path).type != arrow_fs.FileType.NotFound
+    )
 
 
 def walk(folder: Place) -> Iterator[FileStat]:
-    """All files below a folder, in no order. Raises OSError when it cannot be listed."""
-    for info in folder.filesystem.get_file_info(arrow_fs.FileSelector(folder.path, recursive=True)):
+    """All files below a folder, in no order.
+
+    Raises OSError when it cannot be listed.
+    """
+    for info in folder.filesystem.get_file_info(
+        arrow_fs.FileSelector(folder.path, recursive=True)
+    ):
         if info.type == arrow_fs.FileType.File:
             yield _file_stat(info)
 
@@ -121,7 +132,8 @@ def upload(source: Path, target: Place) -> None:
 
 
 def probe_writable(where: Place) -> None:
-    """Writes and deletes a small file there, or in the nearest folder above that exists.
+    """Writes and deletes a small file there, or in the nearest folder above that
+    exists.
 
     Raises OSError when it cannot.
     """

@@ -2,9 +2,9 @@
 
 Owns: paths and URIs to bytes, atomic and durable writes, one error type.
 
-Local paths and `file://` go through the operating system (fsync, rename); `s3://` and `gs://`
-through pyarrow.fs, where one put is atomic by itself. Torch-free. Must not know: what the files
-mean.
+Local paths and `file://` go through the operating system (fsync, rename); `s3://` and
+`gs://` through pyarrow.fs, where one put is atomic by itself. Torch-free. Must not
+know: what the files mean.
 """
 
 import os
@@ -74,7 +74,9 @@ class Storage(ABC):
         self.root = root
 
     def uri(self, name: str = "") -> str:
-        """The root joined with a name: accepted by `open_storage`, meant for people too."""
+        """The root joined with a name: accepted by `open_storage`, meant for people
+        too.
+        """
         return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     @abstractmethod
@@ -88,13 +90,16 @@ class Storage(ABC):
 
     @abstractmethod
     def open_output(self, name: str) -> AbstractContextManager[Writable]:
-        """Context manager yielding a Writable; the file appears, durable, at a normal exit and
-        (locally) never otherwise.
+        """Context manager yielding a Writable; the file appears, durable, at a normal
+        exit and (locally) never otherwise.
         """
 
     @abstractmethod
     def open_input(self, name: str) -> AbstractContextManager[Readable]:
-        """Context manager yielding a Readable. Raises MissingFileError when there is no such file."""
+        """Context manager yielding a Readable.
+
+        Raises MissingFileError when there is no such file.
+        """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
@@ -121,14 +126,16 @@ class Storage(ABC):
     def _inside(self, name: str) -> str:
         if not name or name.startswith("/") or ".." in name.split("/"):
             raise StorageError(
-                "use", f"{name!r} under {self.root}", "a name inside the storage root is needed"
+                "use",
+                f"{name!r} under {self.root}",
+                "a name inside the storage root is needed",
             )
         return name
 
 
 def open_storage(path: str) -> Storage:
-    """Storage rooted at a local path or a URI. Raises StorageError for a scheme or URI that is not
-    understood.
+    """Storage rooted at a local path or a URI. Raises StorageError for a scheme or URI
+    that is not understood.
     """
     scheme = path.partition("://")[0] if "://" in path else ""
     if not scheme:
@@ -236,8 +243,8 @@ class LocalStorage(Storage):
 
 
 class _WholeWrites:
-    """An unbuffered file whose `write` returns only when all bytes are with the kernel (which cuts
-    writes at 2 GiB).
+    """An unbuffered file whose `write` returns only when all bytes are with the kernel
+    (which cuts writes at 2 GiB).
     """
 
     def __init__(self, file: Any) -> None:
@@ -300,8 +307,8 @@ def _sync_folder(folder: Path) -> None:
 
 
 class ObjectStorage(Storage):
-    """A prefix of a bucket (or any other filesystem that pyarrow opens); an object appears when its
-    put is complete.
+    """A prefix of a bucket (or any other filesystem that pyarrow opens); an object
+    appears when its put is complete.
     """
 
     def __init__(self, root: str, filesystem: fs.FileSystem, base: str) -> None:
@@ -336,7 +343,9 @@ class ObjectStorage(Storage):
 
     def exists(self, name: str) -> bool:
         with _translated("look for", self.uri(name)):
-            return bool(self.filesystem.get_file_info(self._key(name)).type != fs.FileType.NotFound)
+            return bool(
+                self.filesystem.get_file_info(self._key(name)).type != fs.FileType.NotFound
+            )
 
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
         base = self._key(name) if name else self.base
@@ -345,7 +354,11 @@ class ObjectStorage(Storage):
                 fs.FileSelector(base, allow_not_found=True, recursive=recursive)
             )
         entries = [
-            Entry(info.path[len(base) + 1 :], info.type == fs.FileType.Directory, info.size or 0)
+            Entry(
+                info.path[len(base) + 1 :],
+                info.type == fs.FileType.Directory,
+                info.size or 0,
+            )
             for info in found
         ]
         return sorted(entries, key=lambda entry: entry.name)
@@ -375,6 +388,8 @@ class _ObjectInput:
         data = self.file.read_at(len(buffer), offset)  # type: ignore[attr-defined]
         if len(data) != len(buffer):
             raise StorageError(
-                "read", self.path, f"the object ends at byte {offset + len(data)}, too early"
+                "read",
+                self.path,
+                f"the object ends at byte {offset + len(data)}, too early",
             )
         buffer[:] = data

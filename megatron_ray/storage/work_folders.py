@@ -17,12 +17,12 @@ _STALE_S = 24 * 3600.0
 
 @contextmanager
 def appearing(folder: Path) -> Iterator[Path]:
-    """A work folder to fill; on leaving it becomes `folder` in one rename, durably, or is removed
-    after an error.
+    """A work folder to fill; on leaving it becomes `folder` in one rename, durably, or
+    is removed after an error.
 
-    When another process was first its folder stays: makers of one name do equal work. A killed
-    maker leaves a folder that nothing reads and that a later maker removes once it is a day old.
-    Raises OSError.
+    When another process was first its folder stays: makers of one name do equal work. A
+    killed maker leaves a folder that nothing reads and that a later maker removes once
+    it is a day old. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder.parent)

@@ -1,16 +1,16 @@
-"""Output head and cross entropy in one step, over a vocabulary cut across the tensor-parallel
-group.
+"""Output head and cross entropy in one step, over a vocabulary cut across the
+tensor-parallel group.
 
-Owns: the sum of -log p(label) over tokens, and its gradient. A token's probabilities are its
-exponentials times one number, so the exponentials are written over the logits while these are in
-cache, and the numbers, which tensor-parallel ranks have to agree on, go into the narrow side of
-both products of the backward: no second exponential, no fp32 copy of all logits in bf16, no pass
-over the vocabulary once the sums are known. The weight gradient is one product, handed to the slot,
-so a schedule can defer it. Two collectives of T numbers per call. Must not know: microbatches, loss
-scaling.
+Owns: the sum of -log p(label) over tokens, and its gradient. A token's probabilities
+are its exponentials times one number, so the exponentials are written over the logits
+while these are in cache, and the numbers, which tensor-parallel ranks have to agree on,
+go into the narrow side of both products of the backward: no second exponential, no fp32
+copy of all logits in bf16, no pass over the vocabulary once the sums are known. The
+weight gradient is one product, handed to the slot, so a schedule can defer it. Two
+collectives of T numbers per call. Must not know: microbatches, loss scaling.
 
-Shapes: T tokens (t of them on this rank under sequence parallelism), H hidden, V this rank's
-vocabulary rows.
+Shapes: T tokens (t of them on this rank under sequence parallelism), H hidden, V this
+rank's vocabulary rows.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,8 @@ from megatron_ray.ops.matmul import forward_product, input_grad_product
 from megatron_ray.sharding.loss_chunks import rows_at_once
 from megatron_ray.tensor_parallel.layers import local_ids, start_input_grad_reduction
 
-# A rank whose largest logit is further below the largest of all has probabilities under 1e-26; they
-# count as that instead of nothing, so that no quotient overflows.
+# A rank whose largest logit is further below the largest of all has probabilities under
+# 1e-26; they count as that instead of nothing, so that no quotient overflows.
 _FARTHEST = -60.0
 
 
@@ -49,7 +49,9 @@ class VocabParallelHead(SlottedModule):
     ) -> None:
         super().__init__(group, sequence_parallel)
         local = rows // collectives.size(group)
-        self.weight = nn.Parameter(torch.empty(local, width, dtype=dtype)) if tied is None else tied
+        self.weight = (
+            nn.Parameter(torch.empty(local, width, dtype=dtype)) if tied is None else tied
+        )
         first = local * collectives.rank(group)
         self.valid_rows = max(0, min(vocabulary - first, local))
         """Rows that are no padding."""
@@ -57,18 +59,18 @@ class VocabParallelHead(SlottedModule):
         self.softmax_shares_: Callable[[Tensor, Tensor], SoftmaxStats] = softmax_shares_
 
     def forward(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
-        """Sum over this data-parallel rank's tokens of mask x -log p(label), fp32, the same on
-        every tp rank.
+        """Sum over this data-parallel rank's tokens of mask x -log p(label), fp32, the
+        same on every tp rank.
 
-        Its backward takes the incoming gradient to be one: scaling by tokens happens once, in
-        finalize_grads.
+        Its backward takes the incoming gradient to be one: scaling by tokens happens
+        once, in finalize_grads.
         """
         loss: Tensor = _HeadLoss.apply(hidden_TH, self.weight, labels_T, mask_T, self)  # type: ignore[no-untyped-call]
         return loss
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """Logits [T, vocabulary] on every rank, padding cut off; for inference, no gradient to
-        slots.
+        """Logits [T, vocabulary] on every rank, padding cut off; for inference, no
+        gradient to slots.
         """
         gathered = collectives.all_gather_rows(hidden_TH, self.sequence_group)
         local = forward_product(gathered, self.weight)
@@ -78,8 +80,8 @@ class VocabParallelHead(SlottedModule):
 
 
 class SoftmaxStats(NamedTuple):
-    """What is known of rows of logits that shares have overwritten: exp(logits - largest) = shares
-    x unit. All [T], fp32 or wider.
+    """What is known of rows of logits that shares have overwritten: exp(logits -
+    largest) = shares x unit. All [T], fp32 or wider.
     """
 
     largest: Tensor
@@ -106,7 +108,9 @@ class _HeadLoss(torch.autograd.Function):
             logits[:, module.valid_rows :] = -torch.inf
         local, outside = local_ids(labels, logits.shape[1], module.group)
         own = _overwritten(logits, local, module)
-        largest = collectives.all_reduce(own.largest.clone(), module.group, dist.ReduceOp.MAX)
+        largest = collectives.all_reduce(
+            own.largest.clone(), module.group, dist.ReduceOp.MAX
+        )
         rescale = (own.largest - largest).clamp_(min=_FARTHEST).exp_()
         predicted = own.chosen - largest
         if outside is not None:
@@ -116,7 +120,9 @@ class _HeadLoss(torch.autograd.Function):
         )
         if any(ctx.needs_input_grad[:2]):
             _subtract_one_hot_(logits, local, outside, own, total / rescale)
-            ctx.save_for_backward(gathered, weight, logits, own.unit * rescale / total * mask)
+            ctx.save_for_backward(
+                gathered, weight, logits, own.unit * rescale / total * mask
+            )
             ctx.module = module
         loss: Tensor = total.log().sub_(predicted).mul_(mask).sum()
         return loss
@@ -130,7 +136,9 @@ class _HeadLoss(torch.autograd.Function):
         grad_hidden.mul_(factor[:, None])
         reduced, pending = start_input_grad_reduction(module, grad_hidden)
         grad_weight = deliver_linear(
-            module, torch.mul(gathered, factor[:, None], out=torch.empty_like(gathered)), shares
+            module,
+            torch.mul(gathered, factor[:, None], out=torch.empty_like(gathered)),
+            shares,
         )
         pending.wait()
         return reduced, grad_weight, None, None, None
@@ -148,14 +156,16 @@ def _overwritten(logits: Tensor, local: Tensor, module: VocabParallelHead) -> So
         return found
     # A rank with nothing but padding, whose largest logit is minus infinity.
     logits.zero_()
-    return found._replace(total=torch.zeros_like(found.total), unit=torch.ones_like(found.unit))
+    return found._replace(
+        total=torch.zeros_like(found.total), unit=torch.ones_like(found.unit)
+    )
 
 
 def _subtract_one_hot_(
     shares: Tensor, local: Tensor, outside: Tensor | None, own: SoftmaxStats, one: Tensor
 ) -> None:
-    """Subtracts one from the label's probability, before it is rounded; `one` is what that is in
-    exponentials of this rank.
+    """Subtracts one from the label's probability, before it is rounded; `one` is what
+    that is in exponentials of this rank.
     """
     label = ((own.chosen - own.largest).exp_() - one) / own.unit
     if outside is not None:
@@ -166,9 +176,10 @@ def _subtract_one_hot_(
 def softmax_shares_(logits: Tensor, local: Tensor) -> SoftmaxStats:
     """Overwrites logits [rows, V] with shares; `local` [rows] are the labels' columns.
 
-    A softmax takes one pass for difference, exponential, sum and quotient, and the largest logit's
-    exponential is one, so its share tells the sum. But its exponential on CPU is off by up to 20
-    units in the last place: good for what is rounded to bf16, not for fp32.
+    A softmax takes one pass for difference, exponential, sum and quotient, and the
+    largest logit's exponential is one, so its share tells the sum. But its exponential
+    on CPU is off by up to 20 units in the last place: good for what is rounded to bf16,
+    not for fp32.
     """
     # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
     on_cpu = logits.device.type == "cpu"

@@ -2,14 +2,14 @@
 
 Owns: the tensor-parallel forward and backward.
 
-The f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence parallelism (Korthikanti et
-al. 2022), in the form of whole layers because the overlap of communication with the weight gradient
-needs both in one backward. Activations are flat tokens [T, width], so the sequence-parallel cut is
-along dim 0 whatever the batch. Every layer takes its group as an argument. Must not know: the
-model, data parallelism.
+The f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence parallelism
+(Korthikanti et al. 2022), in the form of whole layers because the overlap of
+communication with the weight gradient needs both in one backward. Activations are flat
+tokens [T, width], so the sequence-parallel cut is along dim 0 whatever the batch. Every
+layer takes its group as an argument. Must not know: the model, data parallelism.
 
-Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs, H hidden,
-V vocabulary rows.
+Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O
+outputs, H hidden, V vocabulary rows.
 """
 
 from functools import partial
@@ -27,7 +27,11 @@ from megatron_ray.ops.grad_slots import (
     deliver_rows,
     needs_grad,
 )
-from megatron_ray.ops.matmul import forward_product, forward_product_plus, input_grad_product
+from megatron_ray.ops.matmul import (
+    forward_product,
+    forward_product_plus,
+    input_grad_product,
+)
 
 
 class ColumnParallelLinear(SlottedModule):
@@ -85,8 +89,8 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(SlottedModule):
-    """Y = residual (if given) + sum over ranks of X W^T, + b, with the columns of W cut over the
-    group: [T, I/tp] -> [T or t, O].
+    """Y = residual (if given) + sum over ranks of X W^T, + b, with the columns of W cut
+    over the group: [T, I/tp] -> [T or t, O].
     """
 
     def __init__(
@@ -101,8 +105,8 @@ class RowParallelLinear(SlottedModule):
     ) -> None:
         super().__init__(group, sequence_parallel)
         self.unread = False
-        """While true a forward leaves its result unwritten: a recomputation wants only what the
-        backward needs."""
+        """While true a forward leaves its result unwritten: a recomputation wants only
+        what the backward needs."""
         self.weight = nn.Parameter(
             torch.empty(outputs, inputs // collectives.size(group), dtype=dtype)
         )
@@ -115,8 +119,8 @@ class RowParallelLinear(SlottedModule):
 class ReplicatedLinear(SlottedModule):
     """Y = X W^T with W whole on every rank: [T or t, I] -> [T or t, O], nothing sent.
 
-    Under sequence parallelism each rank sees its own tokens only, and the parameter table says that
-    the gradients are then summed over tp.
+    Under sequence parallelism each rank sees its own tokens only, and the parameter
+    table says that the gradients are then summed over tp.
     """
 
     def __init__(
@@ -149,10 +153,18 @@ class VocabParallelEmbedding(SlottedModule):
     """Rows of the table cut over the group: ids [T] -> [T or t, H]."""
 
     def __init__(
-        self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype
+        self,
+        rows: int,
+        width: int,
+        *,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(group, sequence_parallel)
-        self.weight = nn.Parameter(torch.empty(rows // collectives.size(group), width, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(rows // collectives.size(group), width, dtype=dtype)
+        )
 
     def forward(self, ids_T: Tensor) -> Tensor:
         return _VocabEmbedding.apply(ids_T, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
@@ -162,7 +174,13 @@ class PositionEmbedding(SlottedModule):
     """A table that every rank holds whole: position ids [T] -> [T or t, H]."""
 
     def __init__(
-        self, rows: int, width: int, *, group: Group, sequence_parallel: bool, dtype: torch.dtype
+        self,
+        rows: int,
+        width: int,
+        *,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(group, sequence_parallel)
         self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
@@ -175,8 +193,8 @@ class PositionEmbedding(SlottedModule):
 def start_input_grad_reduction(
     module: SlottedModule, grad_TI: Tensor
 ) -> tuple[Tensor, collectives.Pending]:
-    """Starts the sum of a column-cut product's input gradient over tp; each rank keeps its tokens
-    under sequence parallelism.
+    """Starts the sum of a column-cut product's input gradient over tp; each rank keeps
+    its tokens under sequence parallelism.
     """
     if module.sequence_group is not None:
         return collectives.start_reduce_scatter_rows(grad_TI, module.sequence_group)
@@ -203,9 +221,9 @@ class _Column(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         module: ColumnParallelLinear = ctx.module
         grad = grad.contiguous()
-        # Inputs are gathered again instead of kept: behind the input gradient's product, or when
-        # the weight's product is computed if that is later, so that a schedule which puts it off
-        # holds no more than others.
+        # Inputs are gathered again instead of kept: behind the input gradient's
+        # product, or when the weight's product is computed if that is later, so that a
+        # schedule which puts it off holds no more than others.
         slot = module.slot("weight")
         later = slot is not None and slot.puts_off
         gathers = needs_grad(module, "weight") and not later
@@ -217,9 +235,13 @@ class _Column(torch.autograd.Function):
         reduced, pending = start_input_grad_reduction(module, grad_inputs)
         grad_weight = None
         if slot is not None and later:
-            slot.linear(partial(collectives.all_gather_rows, inputs, module.sequence_group), grad)
+            slot.linear(
+                partial(collectives.all_gather_rows, inputs, module.sequence_group), grad
+            )
         else:
-            grad_weight = deliver_linear(module, gathered, grad)  # overlaps with the reduction
+            grad_weight = deliver_linear(
+                module, gathered, grad
+            )  # overlaps with the reduction
         grad_bias = deliver_bias(module, grad)
         pending.wait()
         return reduced, grad_weight, grad_bias, None
@@ -278,7 +300,9 @@ class _Row(torch.autograd.Function):
 
 class _Replicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, module: ReplicatedLinear) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, module: ReplicatedLinear
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
         return forward_product(inputs, weight)
@@ -287,7 +311,11 @@ class _Replicated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        return input_grad_product(grad, weight), deliver_linear(ctx.module, inputs, grad), None
+        return (
+            input_grad_product(grad, weight),
+            deliver_linear(ctx.module, inputs, grad),
+            None,
+        )
 
 
 class _SharedByHeads(torch.autograd.Function):
@@ -305,7 +333,9 @@ class _SharedByHeads(torch.autograd.Function):
 
 class _VocabEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, module: VocabParallelEmbedding) -> Tensor:
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, module: VocabParallelEmbedding
+    ) -> Tensor:
         ctx.module = module
         ctx.save_for_backward(ids, weight)
         rows, outside = local_ids(ids, weight.shape[0], module.group)
@@ -331,8 +361,8 @@ class _VocabEmbedding(torch.autograd.Function):
 
 
 def local_ids(ids: Tensor, rows: int, group: Group) -> tuple[Tensor, Tensor | None]:
-    """Ids as rows of this rank, which has `rows` of the vocabulary; those of other ranks point at
-    row 0 and are marked in the mask; None where there are none.
+    """Ids as rows of this rank, which has `rows` of the vocabulary; those of other
+    ranks point at row 0 and are marked in the mask; None where there are none.
     """
     if group is None:
         return ids, None

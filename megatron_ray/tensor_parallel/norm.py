@@ -2,10 +2,11 @@
 
 Owns: their forward and backward. Must not know: the model.
 
-Weights are whole on every rank; under sequence parallelism each rank sees its own tokens only, and
-the parameter table says that the gradients are then summed over tp; those of norms of heads always
-are, since each rank sees its heads only. Arithmetic is fp32 whatever the type of the activations.
-Shapes: T tokens (or heads of tokens), H hidden (or head width).
+Weights are whole on every rank; under sequence parallelism each rank sees its own
+tokens only, and the parameter table says that the gradients are then summed over tp;
+those of norms of heads always are, since each rank sees its heads only. Arithmetic is
+fp32 whatever the type of the activations. Shapes: T tokens (or heads of tokens), H
+hidden (or head width).
 """
 
 from typing import Any
@@ -20,8 +21,8 @@ from megatron_ray.ops.grad_slots import SlottedModule, deliver
 
 
 class RMSNorm(SlottedModule):
-    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019); times 1 + w where weights are
-    centred on zero (Gemma).
+    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019); times 1 + w where
+    weights are centred on zero (Gemma).
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class RMSNorm(SlottedModule):
         return _RMSNorm.apply(x_TH, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def scale(self, weight: Tensor) -> Tensor:
-        """What normed activations are multiplied by; 1 + weight would lose most of a bf16 weight,
-        so it is wide.
+        """What normed activations are multiplied by; 1 + weight would lose most of a
+        bf16 weight, so it is wide.
         """
         return to_fp32(weight) + 1 if self.zero_centered else weight
 
@@ -54,7 +55,13 @@ class LayerNorm(SlottedModule):
     """y = (x - mean) / sqrt(var + eps) * w + b."""
 
     def __init__(
-        self, width: int, eps: float, *, group: Group, sequence_parallel: bool, dtype: torch.dtype
+        self,
+        width: int,
+        eps: float,
+        *,
+        group: Group,
+        sequence_parallel: bool,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(group, sequence_parallel)
         self.eps = eps
@@ -107,7 +114,9 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = ctx.module.kernel.backward(grad, x, ctx.module.scale(weight), rstd)
+        grad_x, grad_weight = ctx.module.kernel.backward(
+            grad, x, ctx.module.scale(weight), rstd
+        )
         return (
             grad_x,
             deliver(ctx.module, "weight", grad_weight) if weight.requires_grad else None,
@@ -117,8 +126,12 @@ class _RMSNorm(torch.autograd.Function):
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: LayerNorm) -> Tensor:
-        output, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, module.eps)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: LayerNorm
+    ) -> Tensor:
+        output, mean, rstd = torch.native_layer_norm(
+            x, [x.shape[-1]], weight, bias, module.eps
+        )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.module = module
         return output
@@ -133,5 +146,7 @@ class _LayerNorm(torch.autograd.Function):
         delivered_weight = (
             deliver(ctx.module, "weight", grad_weight) if weight.requires_grad else None
         )
-        delivered_bias = deliver(ctx.module, "bias", grad_bias) if bias.requires_grad else None
+        delivered_bias = (
+            deliver(ctx.module, "bias", grad_bias) if bias.requires_grad else None
+        )
         return grad_x, delivered_weight, delivered_bias, None

@@ -19,15 +19,22 @@ _ROUNDS = 4
 
 @torch.no_grad()
 def evaluate(
-    model: ParallelModel, batches: Iterable[Batch], mesh: ParallelMesh, *, step: int, split: str
+    model: ParallelModel,
+    batches: Iterable[Batch],
+    mesh: ParallelMesh,
+    *,
+    step: int,
+    split: str,
 ) -> EvalReport:
-    """Mean loss in nats per token over every replica's batches; all ranks must call it, with
-    equally many batches.
+    """Mean loss in nats per token over every replica's batches; all ranks must call it,
+    with equally many batches.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     counts = mesh.tp_rank == 0 and model.has_loss
     actions = cache(
-        lambda num_microbatches: model.pipeline.evaluation_actions(num_microbatches, mesh.pp_rank)
+        lambda num_microbatches: model.pipeline.evaluation_actions(
+            num_microbatches, mesh.pp_rank
+        )
     )
     for some in _groups(batches, mesh):
         if model.actions:

@@ -1,10 +1,11 @@
 """The training loop, on one page.
 
-Owns: the order of a step and what is due after it. Must not know: Ray, HTTP, files' layout.
+Owns: the order of a step and what is due after it. Must not know: Ray, HTTP, files'
+layout.
 
-Numbers of a step are read when they are there: at once on CPU, one step later on CUDA, so that the
-device's queue never runs empty. Ranks agree on commands through the step's own small reduction, and
-act on them at the same boundary.
+Numbers of a step are read when they are there: at once on CPU, one step later on CUDA,
+so that the device's queue never runs empty. Ranks agree on commands through the step's
+own small reduction, and act on them at the same boundary.
 """
 
 from collections import deque
@@ -40,7 +41,8 @@ class Progress:
 
 
 class NonFiniteLossError(Exception):
-    """Loss or gradient norm of a step is no number; every rank raises it at the same step.
+    """Loss or gradient norm of a step is no number; every rank raises it at the same
+    step.
 
     Going on would only repeat it.
     """
@@ -74,15 +76,19 @@ class Parts:
     optimizer: ShardedOptimizer
     loader: StepLoader
     evaluation: Callable[[], Iterable[Batch]] | None
-    """Batches of the validation split, anew for each evaluation; None: there is no such split."""
+    """Batches of the validation split, anew for each evaluation; None: there is no such
+    split."""
     saver: Saver
 
 
 def train(
-    parts: Parts, progress: Progress, report: Callable[[Report], None], poll: Callable[[], Command]
+    parts: Parts,
+    progress: Progress,
+    report: Callable[[Report], None],
+    poll: Callable[[], Command],
 ) -> Outcome:
-    """Runs from `progress` to the last step, or to the boundary at which all ranks have agreed to
-    stop. Raises NonFiniteLossError.
+    """Runs from `progress` to the last step, or to the boundary at which all ranks have
+    agreed to stop. Raises NonFiniteLossError.
     """
     config = parts.config
     optimizer = parts.optimizer
@@ -94,7 +100,9 @@ def train(
         loss_sum = forward_backward(parts.model, parts.mesh, batches)
         timer.mark("forward_backward")
         tokens = sum(batch.num_tokens for batch in batches)
-        stats = finalize_grads(parts.model, optimizer, parts.mesh, loss_sum, tokens, _flags(poll()))
+        stats = finalize_grads(
+            parts.model, optimizer, parts.mesh, loss_sum, tokens, _flags(poll())
+        )
         timer.mark("reduce")
         lr = learning_rate(
             progress.step + 1, config.optimizer, config.schedule, config.training.steps
@@ -140,12 +148,16 @@ def _flags(command: Command) -> list[float]:
 
 def _evaluation_due(config: TrainConfig, progress: Progress) -> bool:
     every = config.training.eval_every_steps
-    return progress.step == config.training.steps or bool(every and progress.step % every == 0)
+    return progress.step == config.training.steps or bool(
+        every and progress.step % every == 0
+    )
 
 
 def _save_due(config: TrainConfig, progress: Progress) -> bool:
     every = config.checkpoint.every_steps
-    return progress.step == config.training.steps or bool(every and progress.step % every == 0)
+    return progress.step == config.training.steps or bool(
+        every and progress.step % every == 0
+    )
 
 
 class _Reading:
@@ -163,9 +175,11 @@ class _Reading:
         self._waiting: deque[tuple[StepReport, Callable[[], list[float]]]] = deque()
         self.timer = StepTimer()
 
-    def add(self, progress: Progress, stats: StepStats, lr: float, *, drain: bool) -> Command:
-        """Queues a step, reports those that are due and returns the strongest command that they
-        agreed on.
+    def add(
+        self, progress: Progress, stats: StepStats, lr: float, *, drain: bool
+    ) -> Command:
+        """Queues a step, reports those that are due and returns the strongest command
+        that they agreed on.
         """
         seconds, split = self.timer.finish()
         memory = device.peak_memory_bytes(self._device)
@@ -186,12 +200,14 @@ class _Reading:
         return self.drain(keep=0 if drain else self._lag)
 
     def drain(self, keep: int = 0) -> Command:
-        """Reports everything that waits but the newest `keep`; the strongest command among them.
+        """Reports everything that waits but the newest `keep`; the strongest command
+        among them.
 
         Raises NonFiniteLossError.
         """
         return max(
-            [self._emit() for _ in range(len(self._waiting) - keep)], default=Command.CONTINUE
+            [self._emit() for _ in range(len(self._waiting) - keep)],
+            default=Command.CONTINUE,
         )
 
     def _emit(self) -> Command:
@@ -215,5 +231,9 @@ class _Reading:
         self._report(step)
         if not (isfinite(step.loss) and isfinite(step.grad_norm)):
             raise NonFiniteLossError(step)
-        asked = [command for command, count in zip(list(Command)[1:], flags, strict=True) if count]
+        asked = [
+            command
+            for command, count in zip(list(Command)[1:], flags, strict=True)
+            if count
+        ]
         return max(asked, default=Command.CONTINUE)

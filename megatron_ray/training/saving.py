@@ -1,9 +1,10 @@
 """The loop's checkpoints.
 
-Owns: what a checkpoint of a training run contains, saving and resuming. Must not know: who commits.
+Owns: what a checkpoint of a training run contains, saving and resuming. Must not know:
+who commits.
 
-Shapes on disk are logical and layout-free; what only this rank knows (its random stream) goes into
-its own part.
+Shapes on disk are logical and layout-free; what only this rank knows (its random
+stream) goes into its own part.
 """
 
 import base64
@@ -30,8 +31,8 @@ from megatron_ray.training.loop import Progress
 
 
 class TrainingSaver:
-    """Writes the optimizer's shard and the run's progress; `on_written` hears when this rank's part
-    is durable.
+    """Writes the optimizer's shard and the run's progress; `on_written` hears when this
+    rank's part is durable.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class TrainingSaver:
         self._writer.prepare(training_state(model, optimizer))
 
     def save(self, progress: Progress) -> None:
-        """Copies the shard and lets the background write it; waits for a save that is still under
-        way.
+        """Copies the shard and lets the background write it; waits for a save that is
+        still under way.
         """
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
         self._writer.save(
@@ -72,8 +73,8 @@ class TrainingSaver:
         )
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is durable; raises what went wrong in the
-        background.
+        """Until this rank's part of the last save is durable; raises what went wrong in
+        the background.
         """
         self._writer.wait()
 
@@ -90,11 +91,15 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
-            # Only the run's own tree: whoever wraps it (a job) may have fields that a reader of
-            # checkpoints need not know.
-            "config": self._config.model_dump(mode="json", include=set(TrainConfig.model_fields)),
+            # Only the run's own tree: whoever wraps it (a job) may have fields that a
+            # reader of checkpoints need not know.
+            "config": self._config.model_dump(
+                mode="json", include=set(TrainConfig.model_fields)
+            ),
             "end_of_document": self._end_of_document,
-            "rng": {"cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()},
+            "rng": {
+                "cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
+            },
         }
 
 
@@ -104,18 +109,21 @@ def _read_file(path: str) -> bytes:
 
 
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
-    """Live views of everything that a checkpoint has of the model: main parameters, moments,
-    balancing biases of experts.
+    """Live views of everything that a checkpoint has of the model: main parameters,
+    moments, balancing biases of experts.
     """
     biases = {
-        f"model/{name}": whole_tensor(bias.value) for name, bias in model.expert_biases.items()
+        f"model/{name}": whole_tensor(bias.value)
+        for name, bias in model.expert_biases.items()
     }
     return optimizer.sharded_state() | biases
 
 
-def resume(path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: int) -> Progress:
-    """Loads main parameters and moments from any layout, publishes the weights and says how far the
-    job was.
+def resume(
+    path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: int
+) -> Progress:
+    """Loads main parameters and moments from any layout, publishes the weights and says
+    how far the job was.
     """
     load_into(path, training_state(model, optimizer))
     state = read_train_state(path, rank)
@@ -123,15 +131,18 @@ def resume(path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: i
     optimizer.publish()
     if (
         "rng" in state
-    ):  # absent for a rank that the saving layout did not have: it keeps its seed's stream
+        # absent for a rank that the saving layout did not have: it keeps its seed's stream
+    ):
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
     return Progress(state["step"], state["consumed_samples"])
 
 
-def start_from_weights(path: str, model: ParallelModel, optimizer: ShardedOptimizer) -> None:
-    """Loads main parameters, as `resume` does, from a checkpoint or a Hugging Face folder; moments
-    and steps stay at zero. Raises CheckpointError, ConfigError.
+def start_from_weights(
+    path: str, model: ParallelModel, optimizer: ShardedOptimizer
+) -> None:
+    """Loads main parameters, as `resume` does, from a checkpoint or a Hugging Face
+    folder; moments and steps stay at zero. Raises CheckpointError, ConfigError.
     """
     load_initial_weights(path, training_state(model, optimizer))
     optimizer.publish()

@@ -2,9 +2,9 @@
 
 Owns: that order, and the ten-line API.
 
-Must not know: Ray, HTTP, the environment. Data are prepared before (megatron_ray.data.prepare), so
-a session starts in seconds; process groups are the caller's, so a session can be ended and another
-begun in the same process.
+Must not know: Ray, HTTP, the environment. Data are prepared before
+(megatron_ray.data.prepare), so a session starts in seconds; process groups are the
+caller's, so a session can be ended and another begun in the same process.
 """
 
 import time
@@ -44,14 +44,14 @@ def never() -> Command:
 class TrainingSession:
     """One rank's run of a resolved config.
 
-    `report` gets a StepReport per step, EvalReports, a CheckpointReport when this rank's part of a
-    checkpoint is durable (from the writer's thread) and PhaseReports of the start-up. `poll` is
-    asked once a step on every rank and must return at once. `resume_from` is the path of a
-    committed checkpoint, of any layout; without it the run begins with checkpoint.start_from, or
-    with weights drawn from the seed.
+    `report` gets a StepReport per step, EvalReports, a CheckpointReport when this
+    rank's part of a checkpoint is durable (from the writer's thread) and PhaseReports
+    of the start-up. `poll` is asked once a step on every rank and must return at once.
+    `resume_from` is the path of a committed checkpoint, of any layout; without it the
+    run begins with checkpoint.start_from, or with weights drawn from the seed.
 
-    Raises ConfigError when the config contradicts the mesh, the data or the weights it begins
-    with.
+    Raises ConfigError when the config contradicts the mesh, the data or the weights it
+    begins with.
     """
 
     def __init__(
@@ -69,14 +69,15 @@ class TrainingSession:
         _refuse(resolved, mesh)
         resolved = _with_start(resolved, resume_from)
         start_from = resolved.checkpoint.start_from if resume_from is None else None
-        # Only now: a BPE trained on little text may have fewer tokens than it was asked for, which
-        # is no mistake.
+        # Only now: a BPE trained on little text may have fewer tokens than it was asked
+        # for, which is no mistake.
         self.config = resolution.with_vocabulary(resolved, data.vocab_size)
         self.mesh = mesh
         self._report = report
         self._poll = poll
         self._phase_start = time.monotonic()
-        # Not use_deterministic_algorithms: that imports the compiler, a second of every start.
+        # Not use_deterministic_algorithms: that imports the compiler, a second of every
+        # start.
         torch.set_deterministic_debug_mode(
             "error" if self.config.training.deterministic else "default"
         )
@@ -86,7 +87,13 @@ class TrainingSession:
         )
         self._phase("model")
         self._saver = TrainingSaver(
-            self.config, mesh, self.model, self.optimizer, data, attempt=attempt, on_written=report
+            self.config,
+            mesh,
+            self.model,
+            self.optimizer,
+            data,
+            attempt=attempt,
+            on_written=report,
         )
         self.progress = Progress()
         if resume_from is not None:
@@ -106,12 +113,14 @@ class TrainingSession:
         self._phase("data")
 
     def run(self) -> Outcome:
-        """Trains to the end or to an agreed stop; the last checkpoint is durable when it returns."""
+        """Trains to the end or to an agreed stop; the last checkpoint is durable when
+        it returns.
+        """
         try:
             outcome = train(self._parts, self.progress, self._report, self._poll)
         except BaseException:
-            # a rank that has lost its peers must not wait for slow storage before it can begin
-            # again
+            # a rank that has lost its peers must not wait for slow storage before it
+            # can begin again
             self._saver.abandon()
             raise
         self._saver.close()
@@ -150,10 +159,19 @@ class TrainingSession:
         if count < 1:
             return None
         dataset = build_dataset(
-            data.validation, count, training.seq_length, training.seed, self.config.data_cache
+            data.validation,
+            count,
+            training.seq_length,
+            training.seed,
+            self.config.data_cache,
         )
         return lambda: evaluation_batches(
-            dataset, count, training.micro_batch_size, mesh.dp_rank, mesh.dims.dp, make_batch
+            dataset,
+            count,
+            training.micro_batch_size,
+            mesh.dp_rank,
+            mesh.dims.dp,
+            make_batch,
         )
 
 
@@ -169,8 +187,8 @@ def batch_maker(
 def build(
     config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True
 ) -> tuple[ParallelModel, ShardedOptimizer]:
-    """Model and optimizer of one rank; weights are drawn from the seed, or left zero for a
-    checkpoint to fill.
+    """Model and optimizer of one rank; weights are drawn from the seed, or left zero
+    for a checkpoint to fill.
     """
     model = parallelize(config, mesh)
     optimizer = ShardedOptimizer(
@@ -178,15 +196,18 @@ def build(
     )
     if initialise:
         for parameter in model.parameters:
-            optimizer.initialise(parameter.name, init_local(parameter, config.training.seed))
+            optimizer.initialise(
+                parameter.name, init_local(parameter, config.training.seed)
+            )
         for family in model.families:
             family.adopt()
     return model, optimizer
 
 
 def _with_start(config: TrainConfig, resume_from: str | None) -> TrainConfig:
-    """The config with the vocabulary of the weights that the run begins with, which may be its own
-    checkpoint's. Raises ConfigError where its model is another one than theirs.
+    """The config with the vocabulary of the weights that the run begins with, which may
+    be its own checkpoint's. Raises ConfigError where its model is another one than
+    theirs.
     """
     if config.checkpoint.start_from is None:
         return config
@@ -196,14 +217,18 @@ def _with_start(config: TrainConfig, resume_from: str | None) -> TrainConfig:
         )
     model, problems = begin(config.checkpoint, config.model)
     if problems:
-        raise ConfigError("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+        raise ConfigError(
+            "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
+        )
     return config.model_copy(update={"model": model})
 
 
 def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:
     problems = check.find_problems(config, mesh.world_size)
     if problems:
-        raise ConfigError("; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems))
+        raise ConfigError(
+            "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
+        )
     if resolution.world_size(config) != mesh.world_size:
         raise ConfigError(
             f"the config wants {resolution.world_size(config)} ranks, the mesh has "

@@ -19,8 +19,8 @@ from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 def run_stages(
     model: ParallelModel, mesh: ParallelMesh, actions: Order, batches: Sequence[Batch]
 ) -> list[Tensor]:
-    """Executes a rank's list on these microbatches; the losses by microbatch where the last stage
-    is, else none.
+    """Executes a rank's list on these microbatches; the losses by microbatch where the
+    last stage is, else none.
     """
     chunks = [_chunk(model, stage, batches) for stage in model.module.held]
     return PipelineRunner(
@@ -43,8 +43,8 @@ def _chunk(
 
 
 def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfer:
-    """Between stages each tp rank sends its tokens only under sequence parallelism, and all of them
-    otherwise.
+    """Between stages each tp rank sends its tokens only under sequence parallelism, and
+    all of them otherwise.
     """
     tokens = batch.tokens_BS.numel() // (mesh.dims.tp if model.sequence_parallel else 1)
     return Transfer((tokens, model.module.config.hidden_size), model.dtype, mesh.device)
@@ -52,4 +52,6 @@ def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfe
 
 def loss_sum(losses: Sequence[Tensor], mesh: ParallelMesh) -> Tensor:
     """Their sum; zero on ranks that have none."""
-    return torch.stack(list(losses)).sum() if losses else torch.zeros((), device=mesh.device)
+    return (
+        torch.stack(list(losses)).sum() if losses else torch.zeros((), device=mesh.device)
+    )

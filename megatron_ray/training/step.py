@@ -17,9 +17,12 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.stages import loss_sum, run_stages
 
 
-def forward_backward(model: ParallelModel, mesh: ParallelMesh, batches: Sequence[Batch]) -> Tensor:
-    """Sum of the losses of this replica's microbatches, zero on pipeline ranks without the last
-    stage; gradients end up as sums in the main gradients, reductions under way.
+def forward_backward(
+    model: ParallelModel, mesh: ParallelMesh, batches: Sequence[Batch]
+) -> Tensor:
+    """Sum of the losses of this replica's microbatches, zero on pipeline ranks without
+    the last stage; gradients end up as sums in the main gradients, reductions under
+    way.
     """
     model.begin_step()
     if model.actions:

@@ -2,8 +2,8 @@
 
 Owns: putting the rules of all areas together.
 
-Single-field bounds live in the config's types; what needs two fields lives beside this file, and
-only there. Pure. Must not know: Ray, HTTP.
+Single-field bounds live in the config's types; what needs two fields lives beside this
+file, and only there. Pure. Must not know: Ray, HTTP.
 """
 
 from megatron_ray.config.parallelism import ParallelismConfig
@@ -17,8 +17,8 @@ from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
 
 def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
-    """All problems at once, in field order; `world_size` adds the rules that need it (ranks
-    available or started).
+    """All problems at once, in field order; `world_size` adds the rules that need it
+    (ranks available or started).
     """
     problems = [
         *layout.order(config),
@@ -65,9 +65,8 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
     elif (dp * parallel.cp) % parallel.zero_replicas == 0:
         try:
             ParallelDims.of(parallel.model_copy(update={"dp": dp}))
-        except (
-            ValueError
-        ) as error:  # all that is left to say is that the stages of the two grids do not fit
+        # all that is left to say is that the stages of the two grids do not fit
+        except ValueError as error:
             found.append(Problem("/parallel/order", "expert_grid", str(error)))
     if batch % (micro * dp):
         text = (
@@ -86,13 +85,15 @@ def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
             f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = "
             f"{model * dp} ranks, but there is room for {world}"
         )
-        found.append(Problem("/parallel", "world_fits", text + "; lower a degree or add nodes"))
+        found.append(
+            Problem("/parallel", "world_fits", text + "; lower a degree or add nodes")
+        )
     return found or _grids(parallel.model_copy(update={"dp": dp}))
 
 
 def _grids(parallel: ParallelismConfig) -> list[Problem]:
-    """What is left to go wrong when dense layers and experts are dealt out: an order that separates
-    their stages.
+    """What is left to go wrong when dense layers and experts are dealt out: an order
+    that separates their stages.
     """
     try:
         ParallelDims.of(parallel)

@@ -1,7 +1,7 @@
 """Rules of mixtures of experts.
 
-Owns: what experts ask of the layout, and routers of themselves. Pure. Must not know: the world's
-size.
+Owns: what experts ask of the layout, and routers of themselves. Pure. Must not know:
+the world's size.
 """
 
 from megatron_ray.config.moe import LayerPattern, MoEConfig
@@ -48,13 +48,17 @@ def experts(config: TrainConfig) -> list[Problem]:
             f"tp={parallel.tp} does not divide shared_expert_ffn_hidden_size={shared}; use a "
             f"multiple of {parallel.tp}"
         )
-        found.append(Problem("/model/moe/shared_expert_ffn_hidden_size", "tp_divides", text))
+        found.append(
+            Problem("/model/moe/shared_expert_ffn_hidden_size", "tp_divides", text)
+        )
     if parallel.tp > 1 and not parallel.sequence_parallel:
         text = (
             f"experts with tp={parallel.tp} need each rank to have tokens of its own; set "
             "sequence_parallel, or use tp=1"
         )
-        found.append(Problem("/parallel/sequence_parallel", "experts_need_sequence_parallel", text))
+        found.append(
+            Problem("/parallel/sequence_parallel", "experts_need_sequence_parallel", text)
+        )
     if model.linear_bias:
         found.append(
             Problem(
@@ -126,7 +130,13 @@ def _groups(moe: MoEConfig) -> list[tuple[str, str, str]]:
         missing = "group_top_k" if chosen is None else "num_groups"
         given = groups is not None or chosen is not None
         return (
-            [(missing, "groups", "num_groups and group_top_k belong together; give both, or none")]
+            [
+                (
+                    missing,
+                    "groups",
+                    "num_groups and group_top_k belong together; give both, or none",
+                )
+            ]
             if given
             else []
         )
@@ -139,7 +149,11 @@ def _groups(moe: MoEConfig) -> list[tuple[str, str, str]]:
                 "one that does",
             )
         ]
-    if chosen > groups or moe.top_k % chosen or moe.top_k // chosen > moe.num_experts // groups:
+    if (
+        chosen > groups
+        or moe.top_k % chosen
+        or moe.top_k // chosen > moe.num_experts // groups
+    ):
         text = (
             f"group_top_k={chosen} must be at most num_groups={groups} and divide "
             f"top_k={moe.top_k}, and each of those groups of"

@@ -19,8 +19,8 @@ _TRAINING_ONLY = (
     "vocab_multiple",
     "full_attention_every",
 )
-"""Of no consequence for what given weights compute (the last one counts through the window of each
-layer)."""
+"""Of no consequence for what given weights compute (the last one counts through the
+window of each layer)."""
 _MOE_TRAINING_ONLY = (
     "aux_loss_coeff",
     "aux_loss",
@@ -31,13 +31,13 @@ _MOE_TRAINING_ONLY = (
     "drop_policy",
 )
 _STRETCHES = ("rope_theta", "rope_scaling", "sliding_window")
-"""A run may change these on purpose, to learn longer sequences; at their defaults they were more
-likely forgotten."""
+"""A run may change these on purpose, to learn longer sequences; at their defaults they
+were more likely forgotten."""
 
 
 def model_signature(model: ModelConfig) -> dict[str, Any]:
-    """What decides which weights a model has and what they compute, by dotted field; equal for
-    equal functions.
+    """What decides which weights a model has and what they compute, by dotted field;
+    equal for equal functions.
     """
     fields = {
         name: value
@@ -60,9 +60,9 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
     if model.moe is not None:
         layers = [model.moe.on_layer(layer) for layer in every_layer]
         width = None if all(layers) else width
-        moe = {name: value for name, value in moe.items() if name not in _MOE_TRAINING_ONLY} | {
-            "layer_pattern": layers
-        }
+        moe = {
+            name: value for name, value in moe.items() if name not in _MOE_TRAINING_ONLY
+        } | {"layer_pattern": layers}
     return (
         fields
         | {f"moe.{name}": value for name, value in (moe or {"num_experts": None}).items()}
@@ -71,12 +71,12 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
 
 
 def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
-    """Where a run's model is not the one that the weights it begins with were made for, in field
-    order.
+    """Where a run's model is not the one that the weights it begins with were made for,
+    in field order.
 
     The vocabulary must be equal; a run that leaves it out takes that of the weights
-    (`with_vocabulary_of`). Longer sequences are the run's affair where positions are not learned,
-    and so are rotary frequencies and windows that it sets itself.
+    (`with_vocabulary_of`). Longer sequences are the run's affair where positions are
+    not learned, and so are rotary frequencies and windows that it sets itself.
     """
     own = model_signature(model)
     theirs = model_signature(weights)
@@ -91,7 +91,9 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
         )
     defaults = model_signature(
         ModelConfig(
-            num_layers=model.num_layers, hidden_size=model.hidden_size, num_attention_heads=1
+            num_layers=model.num_layers,
+            hidden_size=model.hidden_size,
+            num_attention_heads=1,
         )
     )
     found = []

@@ -1,9 +1,10 @@
 """Rules of how a model is spread over ranks.
 
-Owns: what tensor, context, pipeline and data parallelism ask of each other and of the model.
+Owns: what tensor, context, pipeline and data parallelism ask of each other and of the
+model.
 
-Each gives its problems, none when it is kept. Pure. Must not know: experts, how many ranks there
-are.
+Each gives its problems, none when it is kept. Pure. Must not know: experts, how many
+ranks there are.
 """
 
 from math import prod
@@ -19,16 +20,18 @@ def order(config: TrainConfig) -> list[Problem]:
     order = config.parallel.order
     if sorted(order.split("-")) == sorted(ORDER):
         return []
-    text = (
-        f"order={order} must name each of {', '.join(ORDER)} once; Megatron's is {'-'.join(ORDER)}"
-    )
+    names = ", ".join(ORDER)
+    text = f"order={order} must name each of {names} once; Megatron's is {'-'.join(ORDER)}"
     return [Problem("/parallel/order", "order", text)]
 
 
 def tensor_parallel(config: TrainConfig) -> list[Problem]:
     model = config.model
     tp = config.parallel.tp
-    sizes = {"num_attention_heads": model.num_attention_heads, "ffn_hidden_size": model.ffn_width}
+    sizes = {
+        "num_attention_heads": model.num_attention_heads,
+        "ffn_hidden_size": model.ffn_width,
+    }
     found = [
         Problem(
             "/parallel/tp",
@@ -75,7 +78,9 @@ def context_parallel(config: TrainConfig) -> list[Problem]:
         )
         found.append(Problem("/parallel/hierarchical_cp_sizes", "hierarchical_cp", text))
     elif parallel.cp_method == "a2a+p2p" and (sizes is None or prod(sizes) != cp):
-        given = "is missing" if sizes is None else f"= {sizes[0]} x {sizes[1]} is not cp={cp}"
+        given = (
+            "is missing" if sizes is None else f"= {sizes[0]} x {sizes[1]} is not cp={cp}"
+        )
         text = (
             f"hierarchical_cp_sizes {given}; give how many ranks exchange heads and how many "
             f"such groups there are, with product {cp}"
@@ -120,7 +125,9 @@ def sharding(config: TrainConfig) -> list[Problem]:
             f"schedule={parallel.schedule} computes weight gradients after torch has given a "
             "block's weights away under zero=3"
         )
-        return [Problem("/parallel/schedule", "zero3_schedule", text + "; use 1f1b, or zero=1")]
+        return [
+            Problem("/parallel/schedule", "zero3_schedule", text + "; use 1f1b, or zero=1")
+        ]
     return []
 
 
@@ -146,7 +153,8 @@ def pipeline(config: TrainConfig) -> list[Problem]:
         parallel.first_stage_layers is not None or parallel.last_stage_layers is not None
     ):
         text = (
-            "layout says what each stage holds; leave out first_stage_layers and last_stage_layers"
+            "layout says what each stage holds; "
+            "leave out first_stage_layers and last_stage_layers"
         )
         return [Problem("/parallel/layout", "layout_or_sizes", text)]
     try:

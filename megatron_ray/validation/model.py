@@ -19,7 +19,9 @@ def parts(config: TrainConfig) -> list[Problem]:
         )
         found.append(
             Problem(
-                "/model/full_attention_every", "needs_window", text + "; give one, or leave it out"
+                "/model/full_attention_every",
+                "needs_window",
+                text + "; give one, or leave it out",
             )
         )
     if model.zero_centered_norm and model.norm != "rmsnorm":

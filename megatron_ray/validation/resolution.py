@@ -1,4 +1,7 @@
-"""What a config leaves open. Owns: filling in what depends on the world and the tokenizer. Pure."""
+"""What a config leaves open.
+
+Owns: filling in what depends on the world and the tokenizer. Pure.
+"""
 
 from math import gcd, lcm
 
@@ -7,8 +10,9 @@ from megatron_ray.config.train_config import TrainConfig
 
 
 def resolve_dp(config: TrainConfig, max_world: int) -> int:
-    """dp for `auto`: the largest number of replicas that fits into `max_world` ranks, divides the
-    batch and completes the experts' grid; the least that does where none of those fits.
+    """Dp for `auto`: the largest number of replicas that fits into `max_world` ranks,
+    divides the batch and completes the experts' grid; the least that does where none of
+    those fits.
     """
     parallel = config.parallel
     training = config.training
@@ -23,8 +27,8 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
 
 
 def least_dp(config: TrainConfig) -> int:
-    """dp must be a multiple of this, so that experts and copies of sharded state can be dealt out
-    over the replicas.
+    """Dp must be a multiple of this, so that experts and copies of sharded state can be
+    dealt out over the replicas.
     """
     return lcm(expert_dp_multiple(config), _replica_dp_multiple(config))
 
@@ -38,7 +42,9 @@ def expert_dp_multiple(config: TrainConfig) -> int:
 
 def _replica_dp_multiple(config: TrainConfig) -> int:
     """For zero_replicas to divide dp x cp."""
-    return config.parallel.zero_replicas // gcd(config.parallel.zero_replicas, config.parallel.cp)
+    return config.parallel.zero_replicas // gcd(
+        config.parallel.zero_replicas, config.parallel.cp
+    )
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
@@ -46,7 +52,8 @@ def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
     parallel = config.parallel.model_copy(
         update={
             "dp": resolve_dp(config, max_world),
-            "sequence_parallel": config.parallel.sequence_parallel and config.parallel.tp > 1,
+            "sequence_parallel": config.parallel.sequence_parallel
+            and config.parallel.tp > 1,
         }
     )
     return config.model_copy(update={"parallel": parallel})

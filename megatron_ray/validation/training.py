@@ -1,6 +1,7 @@
 """Rules of model, data and loop.
 
-Owns: lengths, samples, rates, dropout, recomputation, freezing. Pure. Must not know: ranks.
+Owns: lengths, samples, rates, dropout, recomputation, freezing. Pure. Must not know:
+ranks.
 """
 
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ MOST_SAMPLES = 1 << 31
 
 
 def samples(config: TrainConfig) -> list[Problem]:
-    """The order of samples is an index in memory-mapped files: 12 bytes a sample, built before the
-    first step.
+    """The order of samples is an index in memory-mapped files: 12 bytes a sample, built
+    before the first step.
     """
     training = config.training
     samples = training.steps * training.global_batch_size
@@ -66,7 +67,10 @@ def lengths(config: TrainConfig) -> list[Problem]:
             f"num_attention_heads={model.num_attention_heads}"
         )
         found.append(Problem("/model/num_query_groups", "groups_divide", text))
-    if model.position_embedding == "learned" and training.seq_length > model.max_sequence_length:
+    if (
+        model.position_embedding == "learned"
+        and training.seq_length > model.max_sequence_length
+    ):
         text = (
             f"seq_length={training.seq_length} is longer than the "
             f"{model.max_sequence_length} learned positions;"
@@ -219,7 +223,9 @@ def frozen(config: TrainConfig) -> Iterator[Problem]:
     for local in freeze(table, patterns):
         parts = [part.logical.name for part in local.parts]
         left = [
-            name for name in parts if not any(fnmatchcase(name, pattern) for pattern in patterns)
+            name
+            for name in parts
+            if not any(fnmatchcase(name, pattern) for pattern in patterns)
         ]
         if not local.trainable and left:
             text = (

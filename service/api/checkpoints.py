@@ -1,4 +1,6 @@
-"""/v1/jobs/{id}/checkpoints, /attempts, /ranks: what a job has left behind and where it runs."""
+"""/v1/jobs/{id}/checkpoints, /attempts, /ranks: what a job has left behind and where it
+runs.
+"""
 
 from typing import Annotated, Any
 
@@ -36,7 +38,9 @@ def list_attempts(job_id: str, service: Service) -> Page[Attempt]:
     with service.store.read() as session:
         job = lifecycle.find(session, job_id)
         rows = session.scalars(
-            sa.select(AttemptRow).where(AttemptRow.job == job.number).order_by(AttemptRow.attempt)
+            sa.select(AttemptRow)
+            .where(AttemptRow.job == job.number)
+            .order_by(AttemptRow.attempt)
         )
         found = [render.attempt(row) for row in rows]
     return render.page(found, [str(item.attempt) for item in found], has_more=False)

@@ -16,6 +16,7 @@ def list_clusters(service: Service) -> Page[Cluster]:
     names = service.settings.clusters
     with service.store.read() as session:
         found = [
-            render.cluster(name, session.get(ClusterRow, name), service.agents) for name in names
+            render.cluster(name, session.get(ClusterRow, name), service.agents)
+            for name in names
         ]
     return render.page(found, list(names), has_more=False)

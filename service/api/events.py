@@ -23,8 +23,8 @@ from service.store.schema import EventRow, JobRow
 MOST_ROWS = 1000
 MOST_EVENTS = 500
 ROWS_PER_MESSAGE = 50
-"""Small enough that a reader whose connection breaks all the time still gets on: what is cut is
-sent again whole."""
+"""Small enough that a reader whose connection breaks all the time still gets on: what
+is cut is sent again whole."""
 _STREAM_ID = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?")
 router = APIRouter(prefix="/v1", tags=["history"])
 
@@ -42,9 +42,13 @@ def list_events(
     ] = None,
     level: Annotated[
         str | None,
-        Query(description="Levels (info, warn, error), separated by commas.", max_length=100),
+        Query(
+            description="Levels (info, warn, error), separated by commas.", max_length=100
+        ),
     ] = None,
-    order: Annotated[Literal["asc", "desc"], Query(description="desc: newest first.")] = "asc",
+    order: Annotated[
+        Literal["asc", "desc"], Query(description="desc: newest first.")
+    ] = "asc",
 ) -> Page[Event]:
     """A job's history, oldest first unless told otherwise.
 
@@ -88,7 +92,8 @@ class _News:
 def start_position(
     last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
     after: Annotated[
-        str | None, Query(description="As Last-Event-ID, for clients that cannot set headers.")
+        str | None,
+        Query(description="As Last-Event-ID, for clients that cannot set headers."),
     ] = None,
 ) -> Position:
     """Where a stream goes on."""
@@ -110,7 +115,9 @@ def start_position(
 
 
 def may_stream(job_id: str, service: Service) -> str:
-    """Checks made before the first byte: the job exists, and there is room for a stream."""
+    """Checks made before the first byte: the job exists, and there is room for a
+    stream.
+    """
     if service.telemetry.open_streams >= service.settings.max_streams:
         text = f"{service.settings.max_streams} streams are open; close one, or try again"
         raise ProblemError("too_many_streams", text, headers={"Retry-After": "5"})
@@ -125,12 +132,17 @@ async def stream_job(
     service: Service,
     start: Annotated[Position, Depends(start_position)],
 ) -> AsyncIterator[ServerSentEvent]:
-    """Everything that happens to a job, as server-sent events, each once and none left out.
+    """Everything that happens to a job, as server-sent events, each once and none left
+    out.
 
-    `event: <type>` carries an event of the history, `metrics` rows of steps, `state` the job as it
-    is now; `end` follows the last. After a break, `Last-Event-ID` goes on exactly where it was.
+    `event: <type>` carries an event of the history, `metrics` rows of steps, `state`
+    the job as it is now; `end` follows the last. After a break, `Last-Event-ID` goes on
+    exactly where it was.
     """
-    with service.telemetry.stream_open(), service.hub.ticket(lifecycle.job_topic(job_id)) as ticket:
+    with (
+        service.telemetry.stream_open(),
+        service.hub.ticket(lifecycle.job_topic(job_id)) as ticket,
+    ):
         position = start
         shown = None
         while not service.hub.closed:
@@ -192,17 +204,24 @@ def _events_after(job: JobRow, seq: int) -> sa.Select[EventRow]:
 
 
 def _newest_first(job: JobRow, after: str | None) -> sa.Select[EventRow]:
-    statement = sa.select(EventRow).where(EventRow.job == job.number).order_by(EventRow.seq.desc())
-    return statement if after is None else statement.where(EventRow.seq < _seq(after, job.id))
+    statement = (
+        sa.select(EventRow).where(EventRow.job == job.number).order_by(EventRow.seq.desc())
+    )
+    return (
+        statement if after is None else statement.where(EventRow.seq < _seq(after, job.id))
+    )
 
 
 def _seq(after: str | None, job_id: str) -> int:
     text = "0" if after is None else after.removeprefix(f"{job_id}.")
     if not text.isascii() or not text.isdigit() or len(text) > 18:
         detail = (
-            f"after={str(after)[:80]!r} is no event of {job_id}; use last_id of the page before"
+            f"after={str(after)[:80]!r} is no event of {job_id}; "
+            "use last_id of the page before"
         )
         raise ProblemError(
-            "request_invalid", detail, errors=[Problem("/query/after", "unknown_id", detail)]
+            "request_invalid",
+            detail,
+            errors=[Problem("/query/after", "unknown_id", detail)],
         )
     return int(text)

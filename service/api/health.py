@@ -21,8 +21,8 @@ async def healthz() -> dict[str, str]:
 
 @router.get("/readyz")
 def readyz(service: Service, response: Response) -> dict[str, Any]:
-    """200 while requests can be served: `ok` with every agent there, `degraded` without. 503 when
-    the database does not answer.
+    """200 while requests can be served: `ok` with every agent there, `degraded`
+    without. 503 when the database does not answer.
     """
     try:
         service.store.ping()
@@ -39,13 +39,19 @@ def metrics(service: Service) -> Response:
     """Prometheus text."""
     silence = {name: service.agents.silence_s(name) for name in service.settings.clusters}
     with service.store.read() as session:
-        return Response(service.telemetry.render(session, silence), media_type=CONTENT_TYPE_LATEST)
+        return Response(
+            service.telemetry.render(session, silence), media_type=CONTENT_TYPE_LATEST
+        )
 
 
 def _agent(service: Context, name: str) -> dict[str, Any]:
     with service.store.read() as session:
         row = session.get(ClusterRow, name)
-    report = None if row is None or row.report is None else AgentReport.model_validate(row.report)
+    report = (
+        None
+        if row is None or row.report is None
+        else AgentReport.model_validate(row.report)
+    )
     live = service.agents.is_live(name)
     nodes = sum(node.alive for node in report.nodes) if report else 0
     # An agent that loses Ray ends itself, so one that speaks and sees nodes has Ray.

@@ -39,8 +39,8 @@ Body = TypeVar("Body", bound=BaseModel)
 
 @router.get("/agent/hello")
 async def hello(service: Service) -> dict[str, object]:
-    """What an agent asks first: the namespace of everything it may touch, and the folder that every
-    node must see.
+    """What an agent asks first: the namespace of everything it may touch, and the
+    folder that every node must see.
     """
     deployment = service.deployment
     root = service.settings.data_dir / "jobs"
@@ -67,8 +67,8 @@ async def report(request: Request, service: Service) -> dict[str, bool]:
 async def desired_jobs(
     service: Service, cluster: str, after: int = 0, wait_s: Wait = 20.0
 ) -> Response:
-    """All that the cluster should be doing; answers when there is something newer than `after`, or
-    when the wait is over.
+    """All that the cluster should be doing; answers when there is something newer than
+    `after`, or when the wait is over.
     """
     _known(service, cluster)
     service.agents.heard(cluster)
@@ -98,8 +98,8 @@ async def answer_check(request: Request, service: Service) -> dict[str, bool]:
 
 @router.get("/jobs/{job_id}/cursor")
 async def cursor(job_id: str, service: Service, epoch: int) -> Response:
-    """What is stored of each source, for a driver that has just started; from here on lower epochs
-    are refused.
+    """What is stored of each source, for a driver that has just started; from here on
+    lower epochs are refused.
     """
     return _json(await run_in_threadpool(_cursor, service, job_id, epoch))
 
@@ -115,10 +115,14 @@ async def take_records(job_id: str, request: Request, service: Service) -> Respo
 async def desired_job(
     job_id: str, service: Service, after: int = 0, wait_s: Wait = 20.0
 ) -> Response:
-    """What one job's driver should be doing; answers at once when that is newer than `after`."""
+    """What one job's driver should be doing; answers at once when that is newer than
+    `after`.
+    """
     deadline = time.monotonic() + min(wait_s, service.settings.max_wait_s)
     with service.hub.ticket(lifecycle.job_topic(job_id)) as ticket:
-        while (found := await run_in_threadpool(_desired_one, service, job_id)).revision == after:
+        while (
+            found := await run_in_threadpool(_desired_one, service, job_id)
+        ).revision == after:
             left = deadline - time.monotonic()
             if left <= 0 or service.hub.closed:
                 break
@@ -159,7 +163,10 @@ def _take_report(service: Context, given: AgentReport) -> None:
 
 def _revision(service: Context, cluster: str) -> int:
     with service.store.read() as session:
-        return session.scalar(sa.select(ClusterRow.revision).where(ClusterRow.name == cluster)) or 0
+        return (
+            session.scalar(sa.select(ClusterRow.revision).where(ClusterRow.name == cluster))
+            or 0
+        )
 
 
 def _desired_reply(service: Context, cluster: str) -> DesiredReply:
@@ -167,9 +174,13 @@ def _desired_reply(service: Context, cluster: str) -> DesiredReply:
         row = session.get(ClusterRow, cluster)
         if row is None:
             return DesiredReply(revision=0)
-        seen = set() if row.report is None else _seen(AgentReport.model_validate(row.report))
+        seen = (
+            set() if row.report is None else _seen(AgentReport.model_validate(row.report))
+        )
         here = sa.select(JobRow).where(JobRow.cluster == cluster)
-        wanted = [job for job in lifecycle.active(session, cluster) if job.world_size is not None]
+        wanted = [
+            job for job in lifecycle.active(session, cluster) if job.world_size is not None
+        ]
         ended = list(
             session.scalars(
                 here.where(
@@ -185,12 +196,14 @@ def _desired_reply(service: Context, cluster: str) -> DesiredReply:
         latest = session.scalars(over.order_by(JobRow.ended_at.desc()).limit(MOST_TERMINAL))
         terminal = {*latest, *session.scalars(over.where(JobRow.id.in_(seen)))}
         listed = tuple(_desired(service, job) for job in (*wanted, *ended))
-        return DesiredReply(revision=row.revision, jobs=listed, terminal=tuple(sorted(terminal)))
+        return DesiredReply(
+            revision=row.revision, jobs=listed, terminal=tuple(sorted(terminal))
+        )
 
 
 def _seen(report: AgentReport) -> set[str]:
-    """Jobs of which the agent has seen something alive: a driver, or a name `<job>/...` it cannot
-    place.
+    """Jobs of which the agent has seen something alive: a driver, or a name `<job>/...`
+    it cannot place.
     """
     return {driver.job_id for driver in report.drivers} | {
         name.partition("/")[0] for name in report.orphans

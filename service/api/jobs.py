@@ -38,7 +38,8 @@ async def create_job(
 ) -> Response:
     """Submits a job.
 
-    Everything wrong with the spec is answered at once, before anything is stored or reserved.
+    Everything wrong with the spec is answered at once, before anything is stored or
+    reserved.
     """
     given = await request.json()
     answer = await submit(
@@ -106,7 +107,9 @@ def cancel_job(
     Cancelling an ended job changes nothing.
     """
     wish = body or CancelRequest()
-    repeat = IdempotentRequest.of(key, by.token_id, f"/v1/jobs/{job_id}/cancel", wish.model_dump())
+    repeat = IdempotentRequest.of(
+        key, by.token_id, f"/v1/jobs/{job_id}/cancel", wish.model_dump()
+    )
 
     def work(session: Session, job: JobRow) -> None:
         lifecycle.cancel(session, job, final_checkpoint=wish.checkpoint)
@@ -117,7 +120,9 @@ def cancel_job(
 
 
 @router.post("/jobs/{job_id}/checkpoint", status_code=202, response_model=Job)
-def checkpoint_job(job_id: str, service: Service, by: CurrentCaller, key: Key = None) -> Response:
+def checkpoint_job(
+    job_id: str, service: Service, by: CurrentCaller, key: Key = None
+) -> Response:
     """Asks a running job for one checkpoint now; an event tells when it is committed."""
     repeat = IdempotentRequest.of(key, by.token_id, f"/v1/jobs/{job_id}/checkpoint", None)
     return _change(service, job_id, repeat, lifecycle.request_checkpoint)
@@ -130,7 +135,9 @@ def delete_job(job_id: str, service: Service) -> None:
         lifecycle.delete(session, lifecycle.lock(session, job_id))
 
 
-def _change(service: Service, job_id: str, repeat: IdempotentRequest, work: Any) -> Response:
+def _change(
+    service: Service, job_id: str, repeat: IdempotentRequest, work: Any
+) -> Response:
     with service.store.write() as session:
         job = lifecycle.lock(session, job_id)
         earlier = repeat.earlier(session)
@@ -151,7 +158,9 @@ def _states(text: str) -> list[str]:
     if wrong:
         detail = f"status {wrong[0][:80]!r} is unknown; known: {', '.join(known)}"
         raise ProblemError(
-            "request_invalid", detail, errors=[Problem("/query/status", "unknown_state", detail)]
+            "request_invalid",
+            detail,
+            errors=[Problem("/query/status", "unknown_state", detail)],
         )
     return given
 
@@ -161,6 +170,8 @@ def _number(session: Session, job_id: str) -> int:
     if found is None:
         detail = f"after={job_id[:80]!r} is no job's id; use last_id of the page before"
         raise ProblemError(
-            "request_invalid", detail, errors=[Problem("/query/after", "unknown_id", detail)]
+            "request_invalid",
+            detail,
+            errors=[Problem("/query/after", "unknown_id", detail)],
         )
     return found

@@ -35,11 +35,17 @@ def read_log(
     _refuse_unknown(job, row, number, rank)
     from service.jobs import (
         logs,
-    )  # here because pyarrow takes a fifth of the service's start, and only logs need it
+        # here because pyarrow takes a fifth of the service's start, and only logs need it
+    )
 
     size, data, next_offset = logs.read_log(job.job_dir, number, rank, offset, limit)
     return Log(
-        rank=rank, attempt=number, offset=offset, next_offset=next_offset, size=size, data=data
+        rank=rank,
+        attempt=number,
+        offset=offset,
+        next_offset=next_offset,
+        size=size,
+        data=data,
     )
 
 
@@ -58,4 +64,6 @@ def _refuse_unknown(job: JobRow, row: AttemptRow | None, attempt: int, rank: int
         )
     world = (row.world_size if row is not None else None) or job.world_size
     if world is not None and rank >= world:
-        raise ProblemError("not_found", f"attempt {attempt} has ranks 0 to {world - 1}, not {rank}")
+        raise ProblemError(
+            "not_found", f"attempt {attempt} has ranks 0 to {world - 1}, not {rank}"
+        )

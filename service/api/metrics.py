@@ -21,7 +21,8 @@ def list_metrics(
     job_id: str,
     service: Service,
     keys: Annotated[
-        str | None, Query(description=f"Columns, separated by commas: {', '.join(metrics.KEYS)}.")
+        str | None,
+        Query(description=f"Columns, separated by commas: {', '.join(metrics.KEYS)}."),
     ] = None,
     from_step: Annotated[int, Query(ge=0, lt=1 << 62)] = 0,
     max_points: Annotated[
@@ -30,12 +31,15 @@ def list_metrics(
     ] = None,
     attempt: Annotated[
         int | None,
-        Query(ge=1, lt=1 << 31, description="One attempt's rows; else each step's highest."),
+        Query(
+            ge=1, lt=1 << 31, description="One attempt's rows; else each step's highest."
+        ),
     ] = None,
 ) -> Page[dict[str, Any]]:
     """Rows {step, attempt, <keys>} by step.
 
-    Without `max_points` a long series comes in pages: go on with from_step = last step + 1.
+    Without `max_points` a long series comes in pages: go on with from_step = last step
+    + 1.
     """
     columns = _columns(keys)
     with service.store.read() as session:
@@ -47,7 +51,12 @@ def list_metrics(
             more = False
         else:
             rows = metrics.read(
-                session, job, columns, from_step=from_step, attempt=attempt, limit=MOST_ROWS + 1
+                session,
+                job,
+                columns,
+                from_step=from_step,
+                attempt=attempt,
+                limit=MOST_ROWS + 1,
             )
             rows, more = rows[:MOST_ROWS], len(rows) > MOST_ROWS
     first, last = (str(rows[0]["step"]), str(rows[-1]["step"])) if rows else (None, None)
@@ -68,6 +77,8 @@ def _columns(keys: str | None) -> tuple[str, ...]:
     if wrong:
         detail = f"key {wrong[0][:80]!r} is unknown; known: {', '.join(metrics.KEYS)}"
         raise ProblemError(
-            "request_invalid", detail, errors=[Problem("/query/keys", "unknown_key", detail)]
+            "request_invalid",
+            detail,
+            errors=[Problem("/query/keys", "unknown_key", detail)],
         )
     return given

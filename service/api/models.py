@@ -1,4 +1,7 @@
-"""Bodies of the public API. Owns: their fields. Must not know: tables, internal messages."""
+"""Bodies of the public API. Owns: their fields.
+
+Must not know: tables, internal messages.
+"""
 
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
@@ -170,7 +173,8 @@ class PlanRank(Body):
 class PlanMemory(Body):
     """Bytes on the fullest rank.
 
-    Weights, gradients and optimizer state are counted to the byte; the rest is estimated.
+    Weights, gradients and optimizer state are counted to the byte; the rest is
+    estimated.
     """
 
     rank: int
@@ -191,8 +195,8 @@ class PlanTraffic(Body):
     """What the fullest rank sends in a step along one axis by one kind of collective."""
 
     axis: str
-    """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an expert),
-    embedding, tokens (tp x cp) or world."""
+    """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an
+    expert), embedding, tokens (tp x cp) or world."""
     kind: str
     operations: int
     bytes: int

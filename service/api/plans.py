@@ -33,7 +33,8 @@ router = APIRouter(prefix="/v1", tags=["plans"])
 Device = Annotated[
     str | None,
     Query(
-        description="What the time is estimated for, and whose memory counts: A100, H100, H200, B200 "
+        description="What the time is estimated for, and whose memory counts: "
+        "A100, H100, H200, B200 "
         "or CPU."
     ),
 ]
@@ -49,10 +50,11 @@ Ranks = Annotated[
 
 @router.post("/plans")
 async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) -> Plan:
-    """Resolved spec, rank map, memory, communication and an estimate of the step's time; the body
-    is a job spec.
+    """Resolved spec, rank map, memory, communication and an estimate of the step's
+    time; the body is a job spec.
 
-    One that is wrong is refused; one that is right but does not fit says so in `problems`.
+    One that is wrong is refused; one that is right but does not fit says so in
+    `problems`.
     """
     asked = _device(hardware)
     room = await _right(service, spec)
@@ -81,7 +83,9 @@ async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) ->
         time=None if known is None or known.time is None else _time(known.time),
         fits=False if unfit else (True if room.known else None),
         room=room.ranks(need) if room.known else None,
-        problems=[FieldError(**asdict(problem)) for problem in (*unfit, *(wrong_paths or ()))],
+        problems=[
+            FieldError(**asdict(problem)) for problem in (*unfit, *(wrong_paths or ()))
+        ],
         notes=_unknowns(spec, room, device, known, paths_known=wrong_paths is not None),
     )
 
@@ -90,18 +94,22 @@ async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) ->
 async def make_suggestions(
     spec: JobSpec, service: Service, hardware: Device = None, ranks: Ranks = None
 ) -> Suggestions:
-    """The quickest layouts that fit: tp, pp, vpp, cp, ep, dp, micro batch and recomputation are
-    tried, everything else is the spec's.
+    """The quickest layouts that fit: tp, pp, vpp, cp, ep, dp, micro batch and
+    recomputation are tried, everything else is the spec's.
     """
     asked = _device(hardware)
     room = await _right(service, spec)
-    found = submissions.resolve(spec, room, str(service.settings.data_dir / "jobs" / "job-example"))
+    found = submissions.resolve(
+        spec, room, str(service.settings.data_dir / "jobs" / "job-example")
+    )
     device = asked or _device_of(spec, found.spec, room)
     world = ranks or found.world_size
     known = estimates.with_vocabulary(found.spec)
     notes = []
     if device is None:
-        raise _wrong_query("hardware", "which device the cluster has is not known; name one")
+        raise _wrong_query(
+            "hardware", "which device the cluster has is not known; name one"
+        )
     if known is None:
         notes.append(
             "nothing can be estimated before the tokenizer's file is read; set model.vocab_size"
@@ -131,7 +139,10 @@ async def make_suggestions(
 
 
 async def _right(service: Service, spec: JobSpec) -> ClusterCapacity:
-    """The cluster as it is known. Raises spec_invalid for a spec that is wrong wherever it runs."""
+    """The cluster as it is known.
+
+    Raises spec_invalid for a spec that is wrong wherever it runs.
+    """
     room, taken = await run_in_threadpool(_look, service, spec)
     problems = [*submissions.check_rules(spec, service.settings), *taken]
     if problems:
@@ -141,14 +152,16 @@ async def _right(service: Service, spec: JobSpec) -> ClusterCapacity:
 
 def _look(service: Service, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
     with service.store.read() as session:
-        return submissions.room_of(session, spec.cluster), submissions.check_storage(session, spec)
+        return submissions.room_of(session, spec.cluster), submissions.check_storage(
+            session, spec
+        )
 
 
 def _unfit(
     spec: JobSpec, resolved: JobSpec, room: ClusterCapacity, asked: Hardware | None
 ) -> list[Problem]:
-    """What keeps it from running; the memory is that of the device asked for, else of the
-    cluster's.
+    """What keeps it from running; the memory is that of the device asked for, else of
+    the cluster's.
     """
     found = submissions.check_fit(spec, room)
     if asked is None:
@@ -160,7 +173,9 @@ def _unfit(
 
 def _refuse_too_many(ranks: int) -> None:
     if ranks > MOST_RANKS:
-        text = f"a plan lists at most {MOST_RANKS} ranks, this one has {ranks}; lower a degree"
+        text = (
+            f"a plan lists at most {MOST_RANKS} ranks, this one has {ranks}; lower a degree"
+        )
         raise spec_invalid([Problem("/parallel", "too_many_ranks", text)])
 
 
@@ -180,7 +195,9 @@ def _device(name: str | None) -> Hardware | None:
 
 def _wrong_query(name: str, detail: str) -> ProblemError:
     return ProblemError(
-        "request_invalid", detail, errors=[Problem(f"/query/{name}", "unknown_hardware", detail)]
+        "request_invalid",
+        detail,
+        errors=[Problem(f"/query/{name}", "unknown_hardware", detail)],
     )
 
 
@@ -197,13 +214,17 @@ def _device_of(spec: JobSpec, resolved: JobSpec, room: ClusterCapacity) -> Hardw
 def _memory(known: Estimates) -> PlanMemory:
     memory = known.memory
     return PlanMemory(
-        **asdict(memory), total_bytes_estimate=memory.total_bytes, vocab_size=known.vocab_size
+        **asdict(memory),
+        total_bytes_estimate=memory.total_bytes,
+        vocab_size=known.vocab_size,
     )
 
 
 def _traffic(sent: Tally) -> list[PlanTraffic]:
     return [
-        PlanTraffic(axis=axis, kind=kind, operations=sent.operations[axis, kind], bytes=size)
+        PlanTraffic(
+            axis=axis, kind=kind, operations=sent.operations[axis, kind], bytes=size
+        )
         for (axis, kind), size in sent.bytes.items()
     ]
 
@@ -214,7 +235,9 @@ def _time(time: StepTime) -> PlanTime:
 
 def _suggestion(entry: Suggestion) -> PlanSuggestion:
     return PlanSuggestion(
-        changes=entry.changes, total_bytes_estimate=entry.memory.total_bytes, time=_time(entry.time)
+        changes=entry.changes,
+        total_bytes_estimate=entry.memory.total_bytes,
+        time=_time(entry.time),
     )
 
 

@@ -23,7 +23,14 @@ from service.api.models import (
     Progress,
 )
 from service.jobs.agents import Agents
-from service.store.schema import AttemptRow, CheckpointRow, ClusterRow, EventRow, JobRow, LabelRow
+from service.store.schema import (
+    AttemptRow,
+    CheckpointRow,
+    ClusterRow,
+    EventRow,
+    JobRow,
+    LabelRow,
+)
 from workers.protocol.states import DesiredState, JobState, StatusReason
 from workers.protocol.wire import AgentReport
 
@@ -107,7 +114,11 @@ def checkpoint(row: CheckpointRow) -> Checkpoint:
 
 def cluster(name: str, row: ClusterRow | None, agents: Agents) -> Cluster:
     """A cluster, known or not."""
-    report = None if row is None or row.report is None else AgentReport.model_validate(row.report)
+    report = (
+        None
+        if row is None or row.report is None
+        else AgentReport.model_validate(row.report)
+    )
     return Cluster(
         name=name,
         live=agents.is_live(name),
@@ -141,7 +152,9 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         id=row.id,
         name=row.name,
         status=JobState(row.status),
-        status_reason=None if row.status_reason is None else StatusReason(row.status_reason),
+        status_reason=None
+        if row.status_reason is None
+        else StatusReason(row.status_reason),
         message=row.message,
         desired_state=DesiredState(row.desired),
         cluster=row.cluster,

@@ -1,6 +1,7 @@
 """Where the service is.
 
-Owns: --url, --token, --data-dir, and stack.json when nothing is given. Must not know: commands.
+Owns: --url, --token, --data-dir, and stack.json when nothing is given. Must not know:
+commands.
 """
 
 from pathlib import Path
@@ -23,7 +24,9 @@ Url = Annotated[
 ]
 Token = Annotated[
     str | None,
-    typer.Option("--token", help="Token, or @FILE that holds it.", rich_help_panel="Service"),
+    typer.Option(
+        "--token", help="Token, or @FILE that holds it.", rich_help_panel="Service"
+    ),
 ]
 DataDir = Annotated[
     Path | None,
@@ -54,7 +57,10 @@ def local_stack(data_dir: Path) -> StackRecord | None:
 
 
 def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client:
-    """A client for the service asked for. Raises Failure when none is named and none is up here."""
+    """A client for the service asked for.
+
+    Raises Failure when none is named and none is up here.
+    """
     secret = _read_token(token)
     if url is not None:
         if not url.startswith(("http://", "https://")):
@@ -79,5 +85,6 @@ def _read_token(given: str | None) -> str | None:
         return Path(given[1:]).expanduser().read_text().strip()
     except OSError as error:
         raise CommandError(
-            f"--token {given}: {error.strerror}", remedy="name a file that holds the token alone"
+            f"--token {given}: {error.strerror}",
+            remedy="name a file that holds the token alone",
         ) from error

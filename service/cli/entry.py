@@ -1,6 +1,7 @@
 """What runs first.
 
-Owns: that Ctrl-C works while the command line is being imported. Must not know: any command.
+Owns: that Ctrl-C works while the command line is being imported. Must not know: any
+command.
 """
 
 import signal
@@ -12,9 +13,9 @@ from contextlib import contextmanager
 def importing() -> Iterator[None]:
     """SIGINT ends the process at once.
 
-    A KeyboardInterrupt could be lost in the middle of an import, whose clean-up swallows what is
-    raised there, and nothing has been started yet that would need an orderly end. Who ignores
-    SIGINT (a background job) goes on doing so.
+    A KeyboardInterrupt could be lost in the middle of an import, whose clean-up
+    swallows what is raised there, and nothing has been started yet that would need an
+    orderly end. Who ignores SIGINT (a background job) goes on doing so.
     """
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:

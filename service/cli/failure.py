@@ -20,7 +20,9 @@ _REMEDIES = {
 
 
 class CommandError(Exception):
-    """The asked-for thing did not happen: one message, what to do about it, and the exit code."""
+    """The asked-for thing did not happen: one message, what to do about it, and the
+    exit code.
+    """
 
     def __init__(
         self,
@@ -42,9 +44,11 @@ class CommandError(Exception):
 
 def from_service(error: ServiceError) -> CommandError:
     """A refusal in words: one line per wrong field."""
-    # With wrong fields the detail repeats the first of them, so the title says better what this is
-    # about.
-    lines = [str(error.problem.get("title") or error.detail) if error.errors else error.detail]
+    # With wrong fields the detail repeats the first of them, so the title says better
+    # what this is about.
+    lines = [
+        str(error.problem.get("title") or error.detail) if error.errors else error.detail
+    ]
     lines += [f"  {problem.pointer or '/'}: {problem.detail}" for problem in error.errors]
     remedy = _REMEDIES.get(error.code) or _REMEDIES.get(f"http_{error.status}", "")
     if error.status >= 500 and error.request_id:

@@ -1,6 +1,6 @@
-"""The library's own commands, run in a process of their own because the service never imports
-torch. Owns: calling them, and finding the checkpoint that a person means. Must not know: what they
-do.
+"""The library's own commands, run in a process of their own because the service never
+imports torch. Owns: calling them, and finding the checkpoint that a person means. Must
+not know: what they do.
 """
 
 import json
@@ -36,7 +36,10 @@ def checkpoint_path(
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
     """Options that were given, as a command line."""
     return [
-        part for name, value in options.items() if value is not None for part in (name, str(value))
+        part
+        for name, value in options.items()
+        if value is not None
+        for part in (name, str(value))
     ]
 
 
@@ -63,5 +66,7 @@ def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str,
         answer: dict[str, Any] = json.loads(done.stdout)
         answer[needed]
     except (ValueError, KeyError, TypeError) as error:
-        raise CommandError(f"{module} did not answer with JSON that has `{needed}`") from error
+        raise CommandError(
+            f"{module} did not answer with JSON that has `{needed}`"
+        ) from error
     return answer

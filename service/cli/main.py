@@ -1,6 +1,7 @@
 """The command line.
 
-Owns: the list of commands and the way out: exit code 0 only when the asked-for thing happened.
+Owns: the list of commands and the way out: exit code 0 only when the asked-for thing
+happened.
 
 Must not know: what a command does.
 """
@@ -25,7 +26,10 @@ for commands in (stack, plan, jobs, inspect, generate, convert, data, demo):
 
 
 def main() -> None:
-    """Entry point. A mistake of the user's ends in one message, never in a traceback."""
+    """Entry point.
+
+    A mistake of the user's ends in one message, never in a traceback.
+    """
     try:
         app()
     except CommandError as failure:

@@ -1,6 +1,7 @@
 """What commands print.
 
-Owns: JSON, tables, how numbers and times read. Must not know: where the values come from.
+Owns: JSON, tables, how numbers and times read. Must not know: where the values come
+from.
 """
 
 import itertools
@@ -46,8 +47,8 @@ def print_page(
     empty: str,
     style: Column = lambda entry: "",
 ) -> None:
-    """One page of a list, as it came or as a table: `columns` says how each cell is made of an
-    entry, `style` a row's colour.
+    """One page of a list, as it came or as a table: `columns` says how each cell is
+    made of an entry, `style` a row's colour.
     """
     if as_json:
         print_json(page)
@@ -57,10 +58,13 @@ def print_page(
 
 
 def print_table(
-    columns: Sequence[str], rows: Iterable[Sequence[str]], empty: str, styles: Sequence[str] = ()
+    columns: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    empty: str,
+    styles: Sequence[str] = (),
 ) -> None:
-    """A borderless table, or the sentence `empty` when there is no row; `styles` are the rows'
-    colours.
+    """A borderless table, or the sentence `empty` when there is no row; `styles` are
+    the rows' colours.
     """
     cells = list(rows)
     if not cells:
@@ -88,7 +92,11 @@ def styled_level(level: str) -> str:
 def moment(value: Any) -> str:
     """A time as the service gives it, to the second; as it is when it cannot be read."""
     try:
-        return datetime.fromisoformat(str(value)).astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        return (
+            datetime.fromisoformat(str(value))
+            .astimezone(UTC)
+            .strftime("%Y-%m-%d %H:%M:%SZ")
+        )
     except ValueError:
         return str(value)
 

@@ -19,7 +19,9 @@ SpecFile = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="path.to.field=value over the spec; may be repeated.", metavar="PATH=VALUE"
+        "--set",
+        help="path.to.field=value over the spec; may be repeated.",
+        metavar="PATH=VALUE",
     ),
 ]
 
@@ -40,7 +42,9 @@ def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise CommandError(
-            str(error), remedy="see deploy/jobs/stdlib-tp2.yaml for a spec that works", exit_code=2
+            str(error),
+            remedy="see deploy/jobs/stdlib-tp2.yaml for a spec that works",
+            exit_code=2,
         ) from error
     _require_json(values, path)
     try:
@@ -66,8 +70,8 @@ def _require_json(values: dict[str, Any], source: Path | str) -> None:
 
 
 def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Relative paths mean what they mean where the command runs: the service and the ranks run in
-    other folders.
+    """Relative paths mean what they mean where the command runs: the service and the
+    ranks run in other folders.
     """
 
     def anchored(path: Any) -> Any:

@@ -2,9 +2,9 @@
 
 Owns: tokens, scopes, which scope an address needs. Must not know: what the routes do.
 
-Tokens of users and agents are 256 random bits of which only the SHA-256 is kept. A job's token is
-derived from the service's key and the job's id, so it can be told to the agent again and again
-without being stored anywhere.
+Tokens of users and agents are 256 random bits of which only the SHA-256 is kept. A
+job's token is derived from the service's key and the job's id, so it can be told to the
+agent again and again without being stored anywhere.
 """
 
 import contextlib
@@ -49,16 +49,25 @@ class Authenticator:
 
     @classmethod
     def load(cls, store: Store, settings: Settings) -> "Authenticator":
-        """Takes over the tokens file, then reads all tokens and the key. Raises SettingsError."""
+        """Takes over the tokens file, then reads all tokens and the key.
+
+        Raises SettingsError.
+        """
         if settings.tokens_file is not None:
             adopt_tokens(store, read_tokens(settings.tokens_file))
         with store.read() as session:
             rows = session.execute(sa.select(TokenRow.sha256, TokenRow.scope)).all()
-        return cls({sha256: Scope(scope) for sha256, scope in rows}, service_key(settings.data_dir))
+        return cls(
+            {sha256: Scope(scope) for sha256, scope in rows}, service_key(settings.data_dir)
+        )
 
     def job_token(self, job_id: str) -> str:
-        """The token with which a job's driver speaks for that job, and for nothing else."""
-        return f"{job_id}.{hmac.new(self._key, job_id.encode(), hashlib.sha256).hexdigest()}"
+        """The token with which a job's driver speaks for that job, and for nothing
+        else.
+        """
+        return (
+            f"{job_id}.{hmac.new(self._key, job_id.encode(), hashlib.sha256).hexdigest()}"
+        )
 
     def identify(self, token: str) -> Caller | None:
         """The token's holder; None for a token nobody has given out."""
@@ -67,13 +76,19 @@ class Authenticator:
             return Caller(Scope.JOB, job_id, job_id)
         given = fingerprint(token)
         found = None
-        for known, scope in self._fingerprints.items():  # all of them, so that time tells nothing
+        for (
+            known,
+            scope,
+        ) in self._fingerprints.items():  # all of them, so that time tells nothing
             if hmac.compare_digest(known, given):
                 found = Caller(scope, known[:16])
         return found
 
     def authorize(self, path: str, authorization: str | None) -> Caller | None:
-        """Who calls an address; None for addresses open to all. Raises ProblemError (401, 403)."""
+        """Who calls an address; None for addresses open to all.
+
+        Raises ProblemError (401, 403).
+        """
         needed = required_scope(path)
         if needed is None:
             return None
@@ -102,8 +117,8 @@ class Authenticator:
 
 
 def required_scope(path: str) -> Scope | None:
-    """Which scope an address needs; a user's token unless said otherwise, so a forgotten address is
-    closed.
+    """Which scope an address needs; a user's token unless said otherwise, so a
+    forgotten address is closed.
     """
     if path in OPEN_ADDRESSES:
         return None
@@ -118,33 +133,41 @@ def fingerprint(token: str) -> str:
 
 
 def create_token(store: Store, scope: Scope, name: str) -> str:
-    """Makes a token, stores its fingerprint and returns the token, which cannot be had again; known
-    after the next start.
+    """Makes a token, stores its fingerprint and returns the token, which cannot be had
+    again; known after the next start.
     """
     token = new_token()
     with store.write() as session:
         session.add(
-            TokenRow(sha256=fingerprint(token), scope=scope, name=name, created_at=time.time())
+            TokenRow(
+                sha256=fingerprint(token), scope=scope, name=name, created_at=time.time()
+            )
         )
     return token
 
 
 def adopt_tokens(store: Store, tokens: Mapping[Scope, str]) -> None:
-    """Makes a tokens file's tokens the ones from a file: earlier ones are gone, tokens made
-    otherwise stay.
+    """Makes a tokens file's tokens the ones from a file: earlier ones are gone, tokens
+    made otherwise stay.
     """
     with store.write() as session:
         session.execute(sa.delete(TokenRow).where(TokenRow.name == FROM_FILE))
         for scope, token in tokens.items():
             session.merge(
                 TokenRow(
-                    sha256=fingerprint(token), scope=scope, name=FROM_FILE, created_at=time.time()
+                    sha256=fingerprint(token),
+                    scope=scope,
+                    name=FROM_FILE,
+                    created_at=time.time(),
                 )
             )
 
 
 def has_configured_token(settings: Settings) -> bool:
-    """Whether anybody could get in. Raises SettingsError for a tokens file that cannot be used."""
+    """Whether anybody could get in.
+
+    Raises SettingsError for a tokens file that cannot be used.
+    """
     if settings.tokens_file is not None:
         return bool(read_tokens(settings.tokens_file))
     store = Store.open(settings.url)
@@ -161,8 +184,8 @@ def has_configured_token(settings: Settings) -> bool:
 
 
 def service_key(data_dir: Path) -> bytes:
-    """The key job tokens are derived from: 256 random bits in a file of mode 0600, made on first
-    use.
+    """The key job tokens are derived from: 256 random bits in a file of mode 0600, made
+    on first use.
     """
     path = data_dir / "service.key"
     data_dir.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
 Owns: problem kinds and their RFC 9457 form. Must not know: routes, jobs.
 
-A detail says what is wrong and what to do about it; what went wrong inside is logged under the
-request's id and never shown.
+A detail says what is wrong and what to do about it; what went wrong inside is logged
+under the request's id and never shown.
 """
 
 import logging
@@ -49,8 +49,8 @@ KINDS: dict[str, tuple[int, str]] = {
 class ProblemError(HTTPException):
     """Ends a request with a problem document.
 
-    An HTTPException, so that FastAPI lets it through wherever it is raised, while it reads the body
-    too.
+    An HTTPException, so that FastAPI lets it through wherever it is raised, while it
+    reads the body too.
     """
 
     def __init__(
@@ -85,7 +85,8 @@ def document(
     """The JSON of a problem, without what belongs to one request."""
     status, title = KINDS[code]
     entries = [
-        {"pointer": item.pointer, "code": item.code, "detail": item.detail} for item in errors
+        {"pointer": item.pointer, "code": item.code, "detail": item.detail}
+        for item in errors
     ]
     return {
         "type": f"urn:megatron-ray:problem:{code}",
@@ -151,13 +152,17 @@ async def _on_validation(request: Request, error: Exception) -> Response:
             "application/json"
         )
         problem = Problem("", "json_invalid", text)
-        return _respond(request, ProblemError("json_invalid", problem.detail, errors=[problem]))
+        return _respond(
+            request, ProblemError("json_invalid", problem.detail, errors=[problem])
+        )
     in_body = [item for item in details if item["loc"][:1] == ("body",)]
     if in_body:
         if getattr(request.scope.get("route"), "path", "").endswith(
             ("/jobs", "/plans")
         ):  # their body is a job spec
-            return _respond(request, spec_invalid(from_pydantic(in_body, error.body, skip=1)))
+            return _respond(
+                request, spec_invalid(from_pydantic(in_body, error.body, skip=1))
+            )
         found = from_pydantic(in_body, error.body, skip=1, model=None)
         return _respond(
             request,
@@ -169,22 +174,30 @@ async def _on_validation(request: Request, error: Exception) -> Response:
         )
     found = [
         Problem(
-            "/" + "/".join(map(str, item["loc"])), item["type"], f"{item['loc'][-1]}: {item['msg']}"
+            "/" + "/".join(map(str, item["loc"])),
+            item["type"],
+            f"{item['loc'][-1]}: {item['msg']}",
         )
         for item in details
     ]
     return _respond(
         request,
-        ProblemError("request_invalid", "; ".join(item.detail for item in found), errors=found),
+        ProblemError(
+            "request_invalid", "; ".join(item.detail for item in found), errors=found
+        ),
     )
 
 
 async def _on_database(request: Request, error: Exception) -> Response:
-    logger.error("request %s: the database does not answer", _request_id(request), exc_info=error)
+    logger.error(
+        "request %s: the database does not answer", _request_id(request), exc_info=error
+    )
     return _respond(
         request,
         ProblemError(
-            "unavailable", "the database does not answer; try again", headers={"Retry-After": "2"}
+            "unavailable",
+            "the database does not answer; try again",
+            headers={"Retry-After": "2"},
         ),
     )
 

@@ -2,8 +2,8 @@
 
 Owns: what an Idempotency-Key was answered. Must not know: what the requests do.
 
-The answer is stored in the transaction that does the work, so either both are there or neither, and
-of two requests at once the second finds the first one's answer.
+The answer is stored in the transaction that does the work, so either both are there or
+neither, and of two requests at once the second finds the first one's answer.
 """
 
 import asyncio
@@ -54,7 +54,11 @@ class IdempotentRequest:
 
         Raises ProblemError when the key came with another body.
         """
-        row = None if self.key is None else session.get(IdempotencyRow, (self.scope, self.key))
+        row = (
+            None
+            if self.key is None
+            else session.get(IdempotencyRow, (self.scope, self.key))
+        )
         if row is None:
             return None
         if row.body_sha256 != self.body_sha256:
@@ -84,7 +88,9 @@ def forget_old(store: Store) -> None:
     """Drops answers that nobody will ask for again."""
     with store.write() as session:
         session.execute(
-            sa.delete(IdempotencyRow).where(IdempotencyRow.created_at < time.time() - KEPT_S)
+            sa.delete(IdempotencyRow).where(
+                IdempotencyRow.created_at < time.time() - KEPT_S
+            )
         )
 
 

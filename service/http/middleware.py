@@ -2,8 +2,8 @@
 
 Owns: request ids, tokens, the size of bodies, timing. Must not know: routes.
 
-A plain ASGI layer: it answers before anything of the body has been read, and it leaves streams
-alone.
+A plain ASGI layer: it answers before anything of the body has been read, and it leaves
+streams alone.
 """
 
 import logging
@@ -23,8 +23,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestMiddleware:
-    """Lets requests in; `context` is asked per request, because the service is put together after
-    this layer.
+    """Lets requests in; `context` is asked per request, because the service is put
+    together after this layer.
     """
 
     def __init__(self, app: ASGIApp, context: Callable[[], Context]) -> None:
@@ -41,7 +41,9 @@ class RequestMiddleware:
         status = 500
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get(b"x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
+        request_id = (
+            given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
+        )
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
 
@@ -76,7 +78,12 @@ class RequestMiddleware:
                 waits=route.endswith(("/stream", "/desired")),
             )
             logger.debug(
-                "%s %s %s %d %.3fs", request_id, scope["method"], scope["path"], status, seconds
+                "%s %s %s %d %.3fs",
+                request_id,
+                scope["method"],
+                scope["path"],
+                status,
+                seconds,
             )
 
 
@@ -108,5 +115,7 @@ def _limited(
 
 
 def _template(scope: Scope) -> str:
-    """The matched route as written in the code: what a caller sends never becomes a label."""
+    """The matched route as written in the code: what a caller sends never becomes a
+    label.
+    """
     return str(getattr(scope.get("route"), "path", UNKNOWN_ROUTE))

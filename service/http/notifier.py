@@ -1,9 +1,10 @@
 """Who waits for what.
 
-Owns: wake-ups between threads that commit and coroutines that wait. Must not know: the database's
-content.
+Owns: wake-ups between threads that commit and coroutines that wait. Must not know: the
+database's content.
 
-A waiter takes a ticket first and reads the database second, so a commit in between is never missed.
+A waiter takes a ticket first and reads the database second, so a commit in between is
+never missed.
 """
 
 import asyncio
@@ -12,8 +13,8 @@ from collections.abc import Iterator
 
 
 class Notifier:
-    """Topics are plain strings, such as `job/<id>`; a wake-up carries no data, the waiter reads
-    again.
+    """Topics are plain strings, such as `job/<id>`; a wake-up carries no data, the
+    waiter reads again.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,9 @@ class Notifier:
 
     @property
     def closed(self) -> bool:
-        """True once the service is on its way out: waiters should answer with what they have."""
+        """True once the service is on its way out: waiters should answer with what they
+        have.
+        """
         return self._closed
 
     def attach(self) -> None:

@@ -20,13 +20,27 @@ UNKNOWN_ROUTE = "unknown"
 
 
 class Telemetry:
-    """One registry per service; label values are route templates, methods, states and job ids,
-    never what a caller sends.
+    """One registry per service; label values are route templates, methods, states and
+    job ids, never what a caller sends.
     """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry(auto_describe=True)
-        buckets = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 30.0)
+        buckets = (
+            0.001,
+            0.0025,
+            0.005,
+            0.01,
+            0.025,
+            0.05,
+            0.1,
+            0.25,
+            0.5,
+            1.0,
+            2.5,
+            10.0,
+            30.0,
+        )
         labels = ("method", "route", "status")
         text = "Time to answer; event streams and long polls are not counted."
         self.latency = Histogram(
@@ -43,7 +57,9 @@ class Telemetry:
             registry=self.registry,
         )
         self.jobs_created = Counter(
-            "megatron_ray_jobs_created", "Jobs accepted since the start.", registry=self.registry
+            "megatron_ray_jobs_created",
+            "Jobs accepted since the start.",
+            registry=self.registry,
         )
         self.records = Counter(
             "megatron_ray_records_received",
@@ -71,7 +87,9 @@ class Telemetry:
             self._open_streams -= 1
             self.streams.set(self._open_streams)
 
-    def observe(self, method: str, route: str, status: int, seconds: float, *, waits: bool) -> None:
+    def observe(
+        self, method: str, route: str, status: int, seconds: float, *, waits: bool
+    ) -> None:
         """One request is answered; `waits`: it was meant to take long."""
         labels = (method if method in _METHODS else "other", route, f"{status // 100}xx")
         self.requests.labels(*labels).inc()
@@ -79,10 +97,18 @@ class Telemetry:
             self.latency.labels(*labels).observe(seconds)
 
     def render(self, session: Session, agent_silence_s: dict[str, float | None]) -> bytes:
-        """Text in Prometheus' format: the counters, and the jobs as they are in the database."""
+        """Text in Prometheus' format: the counters, and the jobs as they are in the
+        database.
+        """
         registry = CollectorRegistry()
         registry.register(
-            _Snapshot([*_jobs_by_state(session), *_running_jobs(session), _agents(agent_silence_s)])
+            _Snapshot(
+                [
+                    *_jobs_by_state(session),
+                    *_running_jobs(session),
+                    _agents(agent_silence_s),
+                ]
+            )
         )
         return generate_latest(self.registry) + generate_latest(registry)
 
@@ -133,7 +159,9 @@ def _running_jobs(session: Session) -> list[GaugeMetricFamily]:
 
 def _agents(agent_silence_s: dict[str, float | None]) -> GaugeMetricFamily:
     family = GaugeMetricFamily(
-        "megatron_ray_agent_silence_seconds", "Time since an agent spoke.", labels=["cluster"]
+        "megatron_ray_agent_silence_seconds",
+        "Time since an agent spoke.",
+        labels=["cluster"],
     )
     for cluster, silence in agent_silence_s.items():
         if silence is not None:

@@ -2,9 +2,10 @@
 
 Owns: the queue's rule. Pure. Must not know: the database, HTTP, Ray.
 
-Higher priority first, then first come, first served. A job that must wait holds back those behind
-it that want the same kind of rank (with a GPU or without), so a large job is never starved by small
-ones. A job that the whole cluster could not hold holds back nobody.
+Higher priority first, then first come, first served. A job that must wait holds back
+those behind it that want the same kind of rank (with a GPU or without), so a large job
+is never starved by small ones. A job that the whole cluster could not hold holds back
+nobody.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +74,10 @@ def _decide_one(
         return Decision(job.job_id, False, StatusReason.WAITING_QUOTA, text)
     if need.gpu in blocked_by:
         return Decision(
-            job.job_id, False, StatusReason.WAITING_QUOTA, f"waits behind {blocked_by[need.gpu]}"
+            job.job_id,
+            False,
+            StatusReason.WAITING_QUOTA,
+            f"waits behind {blocked_by[need.gpu]}",
         )
     free_ranks = free.ranks(need)
     if free.take(need):

@@ -2,8 +2,8 @@
 
 Owns: when each was last heard, and questions waiting for their answers.
 
-Lives on the event loop and in memory: after a restart an agent counts as gone until it speaks. Must
-not know: the database, HTTP.
+Lives on the event loop and in memory: after a restart an agent counts as gone until it
+speaks. Must not know: the database, HTTP.
 """
 
 import asyncio
@@ -30,7 +30,9 @@ class Agents:
         self._heard[cluster] = time.monotonic()
 
     def silence_s(self, cluster: str) -> float | None:
-        """Seconds since the agent spoke; None when it has not since the service started."""
+        """Seconds since the agent spoke; None when it has not since the service
+        started.
+        """
         heard = self._heard.get(cluster)
         return None if heard is None else time.monotonic() - heard
 
@@ -44,7 +46,9 @@ class Agents:
         return tuple(request for request, _ in self._open.get(cluster, {}).values())
 
     def ask(self, cluster: str, spec: dict[str, Any], storage_path: str) -> "Question":
-        """Puts a question where the agent's long poll finds it; the caller wakes the poll."""
+        """Puts a question where the agent's long poll finds it; the caller wakes the
+        poll.
+        """
         request = CheckRequest(
             check_id=f"check-{uuid.uuid4().hex[:12]}", spec=spec, storage_path=storage_path
         )

@@ -49,7 +49,8 @@ class ClusterCapacity:
         """Nodes that are dead, or that cannot read the shared storage, do not count."""
         usable = [node for node in nodes if node.alive and node.storage_ok is not False]
         self._nodes = [
-            _Node(node.node_id, node.cpus, node.gpus, node.accelerator_type) for node in usable
+            _Node(node.node_id, node.cpus, node.gpus, node.accelerator_type)
+            for node in usable
         ]
 
     @property
@@ -64,8 +65,8 @@ class ClusterCapacity:
 
     @property
     def gpu(self) -> Hardware | None:
-        """The cluster's GPU, the one with most memory where there are several kinds; None while a
-        node with GPUs does not say, or names one that is not known here.
+        """The cluster's GPU, the one with most memory where there are several kinds;
+        None while a node with GPUs does not say, or names one that is not known here.
         """
         found = [hardware_named(node.accelerator) for node in self._nodes if node.gpus >= 1]
         known = [device for device in found if device is not None]
@@ -85,8 +86,8 @@ class ClusterCapacity:
         return need.island * sum(node.islands(need) for node in self._nodes)
 
     def take(self, need: ResourceRequest) -> bool:
-        """Places a job, fullest nodes first, so that big gaps stay big; takes nothing and returns
-        False when it does not fit.
+        """Places a job, fullest nodes first, so that big gaps stay big; takes nothing
+        and returns False when it does not fit.
         """
         if self.ranks(need) < need.ranks:
             return False
@@ -98,16 +99,16 @@ class ClusterCapacity:
         return True
 
     def hold(self, need: ResourceRequest, placed: Mapping[str, int]) -> None:
-        """Uses up what a running job holds: where its ranks are known to be, or somewhere while
-        that is not known.
+        """Uses up what a running job holds: where its ranks are known to be, or
+        somewhere while that is not known.
         """
         if placed:
             for node in self._nodes:
                 node.take(need, placed.get(node.node_id, 0))
         elif not self.take(need):
-            for (
-                node
-            ) in self._nodes:  # it holds what it holds, even if the report says that there is less
+            for node in (
+                self._nodes
+            ):  # it holds what it holds, even if the report says that there is less
                 node.take(need, node.islands(need) * need.island)
 
 
@@ -116,5 +117,8 @@ def need_of(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRequest:
     accelerator = spec.resources.accelerator
     gpu = has_gpus if accelerator == "auto" else accelerator == "gpu"
     return ResourceRequest(
-        ranks=ranks, island=spec.parallel.tp, cpus_per_rank=spec.resources.cpus_per_rank, gpu=gpu
+        ranks=ranks,
+        island=spec.parallel.tp,
+        cpus_per_rank=spec.resources.cpus_per_rank,
+        gpu=gpu,
     )

@@ -42,7 +42,9 @@ class Estimates:
 def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
     """Every rank with its coordinates and its island: ranks of one island share a node."""
     dims = ParallelDims.of(config.parallel)
-    island = {rank: index for index, group in enumerate(dims.groups(("tp",))) for rank in group}
+    island = {
+        rank: index for index, group in enumerate(dims.groups(("tp",))) for rank in group
+    }
     return [
         {"rank": rank, "coordinates": dims.coordinates(rank), "island": island[rank]}
         for rank in range(dims.world_size)
@@ -80,8 +82,8 @@ def estimates(config: TrainConfig, hardware: Hardware | None) -> Estimates | Non
 
 
 def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
-    """Whether a resolved config fits into the device; nothing while its vocabulary or the device's
-    memory are not known.
+    """Whether a resolved config fits into the device; nothing while its vocabulary or
+    the device's memory are not known.
     """
     known = with_vocabulary(config)
     room = hardware.memory_bytes

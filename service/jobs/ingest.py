@@ -1,9 +1,10 @@
 """What drivers say.
 
-Owns: fencing, numbering, and the meaning of each kind of record. Must not know: HTTP, waiting.
+Owns: fencing, numbering, and the meaning of each kind of record. Must not know: HTTP,
+waiting.
 
-A batch is applied as a whole or not at all; what was stored before is skipped, so sending again is
-always safe.
+A batch is applied as a whole or not at all; what was stored before is skipped, so
+sending again is always safe.
 """
 
 import math
@@ -51,7 +52,8 @@ class _Attempt(_Data):
 
 class _Event(_Data):
     type: str = Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*(\.[a-z0-9_]+)+$")
-    """Two words or more, so that it is never one of a stream's own (`metrics`, `state`, `end`)."""
+    """Two words or more, so that it is never one of a stream's own (`metrics`, `state`,
+    `end`)."""
     level: str = Field(default="info", pattern="^(info|warn|error)$")
     message: str = ""
     data: dict[str, Any] = Field(default_factory=dict)
@@ -84,13 +86,14 @@ class _Eval(_Data):
 def apply(store: Store, session: Session, batch: RecordBatch) -> int:
     """Stores a batch; returns the highest number now stored of its source.
 
-    Raises ProblemError: not_found, protocol_unsupported, fenced (a newer driver has spoken), gap,
-    request_invalid.
+    Raises ProblemError: not_found, protocol_unsupported, fenced (a newer driver has
+    spoken), gap, request_invalid.
     """
     check_protocol(batch.protocol)
     if not _SOURCE.fullmatch(batch.source):
         raise _bad(
-            "/source", f"{batch.source[:80]!r} is no source; it is 'driver' or 'a<attempt>/r<rank>'"
+            "/source",
+            f"{batch.source[:80]!r} is no source; it is 'driver' or 'a<attempt>/r<rank>'",
         )
     job = lifecycle.lock(session, batch.job_id)
     take_epoch(job, batch.epoch)
@@ -98,7 +101,11 @@ def apply(store: Store, session: Session, batch: RecordBatch) -> int:
     if row is None:
         row = SourceRow(job=job.number, source=batch.source, stored=0)
         session.add(row)
-    new = [(index, record) for index, record in enumerate(batch.records) if record.n > row.stored]
+    new = [
+        (index, record)
+        for index, record in enumerate(batch.records)
+        if record.n > row.stored
+    ]
     for expected, (index, record) in enumerate(new, start=row.stored + 1):
         if record.n != expected:
             text = (
@@ -113,7 +120,9 @@ def apply(store: Store, session: Session, batch: RecordBatch) -> int:
 
 
 def check_protocol(protocol: int) -> None:
-    """Raises ProblemError protocol_unsupported unless it is this version's or the one before."""
+    """Raises ProblemError protocol_unsupported unless it is this version's or the one
+    before.
+    """
     if protocol not in (PROTOCOL, PROTOCOL - 1):
         text = (
             f"protocol {protocol} is not spoken here, {PROTOCOL} is; run the service and the "
@@ -162,13 +171,17 @@ class _Applier:
             except ValidationError as error:
                 first = error.errors()[0]
                 where = pointer_to(["records", index, "data", *first["loc"]])
-                raise _bad(where, f"a record of kind {record.kind}: {first['msg']}") from error
+                raise _bad(
+                    where, f"a record of kind {record.kind}: {first['msg']}"
+                ) from error
         if self.steps:
             metrics.insert(self.store, self.session, self.job, self.steps)
             wake(self.session, lifecycle.job_topic(self.job.id))
         if self.needs_admission:
             self.session.flush()
-            lifecycle.admit(self.session, lifecycle.lock_cluster(self.session, self.job.cluster))
+            lifecycle.admit(
+                self.session, lifecycle.lock_cluster(self.session, self.job.cluster)
+            )
 
     def _fact(
         self,
@@ -192,14 +205,17 @@ class _Applier:
 
     def _state(self, record: Record) -> None:
         given = _State.model_validate(record.data)
-        # A recovery is told by attempt.failed and policy.decision, with its cause and what follows.
+        # A recovery is told by attempt.failed and policy.decision, with its cause and
+        # what follows.
         fact = self._fact(
             record,
             f"job.{given.state}",
             given.message,
             "error" if given.state is JobState.FAILED else "info",
         )
-        if not lifecycle.transition(self.session, self.job, given.state, given.reason, fact):
+        if not lifecycle.transition(
+            self.session, self.job, given.state, given.reason, fact
+        ):
             return
         if given.state is JobState.FAILED:
             reason = given.reason or StatusReason.INTERNAL
@@ -254,7 +270,10 @@ class _Applier:
             self.session,
             self.job,
             self._fact(
-                record, "ranks.assigned", text, data={"ranks": len(given.ranks), "nodes": nodes}
+                record,
+                "ranks.assigned",
+                text,
+                data={"ranks": len(given.ranks), "nodes": nodes},
             ),
         )
 
@@ -263,7 +282,8 @@ class _Applier:
         job.prepared = clean(record.data)
         manifest = record.data.get("manifest")
         unigram = record.data.get(
-            "unigram_nats", manifest.get("unigram_nats") if isinstance(manifest, dict) else None
+            "unigram_nats",
+            manifest.get("unigram_nats") if isinstance(manifest, dict) else None,
         )
         job.progress = {**job.progress, "unigram_nats": clean(unigram)}
         lifecycle.add_event(
@@ -322,7 +342,10 @@ class _Applier:
         progress = self.job.progress
         self.steps.append((record.attempt, row))
         self._see_attempt(record.attempt)
-        if (record.attempt, row.step) <= (progress.get("attempt", 0), progress.get("step", -1)):
+        if (record.attempt, row.step) <= (
+            progress.get("attempt", 0),
+            progress.get("step", -1),
+        ):
             return
         past = progress.get("step_s")
         now = row.step_s
@@ -354,7 +377,9 @@ class _Applier:
             f"{given.split} loss at step {given.step}: "
             f"{'not finite' if given.loss is None else format(given.loss, '.4f')}"
         )
-        lifecycle.add_event(self.session, self.job, self._fact(record, "eval.completed", text))
+        lifecycle.add_event(
+            self.session, self.job, self._fact(record, "eval.completed", text)
+        )
 
     def _unknown(self, record: Record) -> None:
         """A newer worker's news: kept as it came."""

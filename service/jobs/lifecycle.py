@@ -28,7 +28,13 @@ from service.store.schema import (
     SourceRow,
 )
 from workers.protocol.job import JobSpec
-from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason, may_follow
+from workers.protocol.states import (
+    AttemptState,
+    DesiredState,
+    JobState,
+    StatusReason,
+    may_follow,
+)
 from workers.protocol.wire import AgentReport, NodeInfo
 
 SERVICE = "service"
@@ -63,8 +69,8 @@ def desired_topic(cluster: str) -> str:
 
 
 def lock_cluster(session: Session, name: str) -> ClusterRow:
-    """The cluster's row, locked; taken before any of its jobs, so that two writers cannot wait for
-    each other.
+    """The cluster's row, locked; taken before any of its jobs, so that two writers
+    cannot wait for each other.
     """
     found = session.scalars(
         sa.select(ClusterRow).where(ClusterRow.name == name).with_for_update()
@@ -95,7 +101,9 @@ def find(session: Session, job_id: str) -> JobRow:
         sa.select(JobRow).where(JobRow.id == job_id, JobRow.deleted_at.is_(None))
     ).one_or_none()
     if found is None:
-        raise ProblemError("not_found", f"there is no job {job_id[:80]!r}; GET /v1/jobs lists them")
+        raise ProblemError(
+            "not_found", f"there is no job {job_id[:80]!r}; GET /v1/jobs lists them"
+        )
     return found
 
 
@@ -112,13 +120,19 @@ def create(session: Session, job: JobRow, labels: dict[str, str], *, known: bool
     job.metrics_cursor = 0
     session.add(job)
     session.flush()
-    session.add_all(LabelRow(job=job.number, key=key, value=value) for key, value in labels.items())
-    add_event(session, job, NewEvent("job.created", f"job {job.name!r} was created", actor="user"))
+    session.add_all(
+        LabelRow(job=job.number, key=key, value=value) for key, value in labels.items()
+    )
+    add_event(
+        session, job, NewEvent("job.created", f"job {job.name!r} was created", actor="user")
+    )
     changed(session, job)
 
 
 def add_event(session: Session, job: JobRow, fact: NewEvent) -> None:
-    """Appends to the history; the sequence number is given here, in the transaction that stores it."""
+    """Appends to the history; the sequence number is given here, in the transaction
+    that stores it.
+    """
     job.last_seq += 1
     row = EventRow(
         job=job.number,
@@ -153,12 +167,17 @@ def raise_revision(session: Session, cluster: str) -> int:
 
 
 def transition(
-    session: Session, job: JobRow, new: JobState, reason: StatusReason | None, fact: NewEvent
+    session: Session,
+    job: JobRow,
+    new: JobState,
+    reason: StatusReason | None,
+    fact: NewEvent,
 ) -> bool:
-    """Moves the observed state if the table allows it, and writes the history either way.
+    """Moves the observed state if the table allows it, and writes the history either
+    way.
 
-    A state that may not follow is a late word of a driver that has not yet heard: it is kept as
-    `job.state_ignored`.
+    A state that may not follow is a late word of a driver that has not yet heard: it is
+    kept as `job.state_ignored`.
     """
     current = JobState(job.status)
     if not may_follow(current, new) or (current == new and new.is_terminal):
@@ -195,12 +214,16 @@ def transition(
 
 
 def _close_attempts(session: Session, job: JobRow) -> None:
-    """What has no end by now gets the job's: a driver that is cancelled or killed may never tell
-    it.
+    """What has no end by now gets the job's: a driver that is cancelled or killed may
+    never tell it.
     """
-    state = AttemptState.SUCCEEDED if job.status == JobState.SUCCEEDED else AttemptState.STOPPED
+    state = (
+        AttemptState.SUCCEEDED if job.status == JobState.SUCCEEDED else AttemptState.STOPPED
+    )
     for row in session.scalars(
-        sa.select(AttemptRow).where(AttemptRow.job == job.number, AttemptRow.ended_at.is_(None))
+        sa.select(AttemptRow).where(
+            AttemptRow.job == job.number, AttemptRow.ended_at.is_(None)
+        )
     ):
         row.state = state
         row.reason = job.status_reason
@@ -236,7 +259,9 @@ def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
     transition(session, job, JobState.CANCELLING, StatusReason.USER_CANCELLED, fact)
     changed(session, job)
     if job.epoch == 0:
-        fact = NewEvent("job.cancelled", "cancelled before a driver had taken it up", actor="user")
+        fact = NewEvent(
+            "job.cancelled", "cancelled before a driver had taken it up", actor="user"
+        )
         transition(session, job, JobState.CANCELLED, StatusReason.USER_CANCELLED, fact)
 
 
@@ -248,10 +273,13 @@ def request_checkpoint(session: Session, job: JobRow) -> None:
     state = JobState(job.status)
     if state.is_terminal:
         raise ProblemError(
-            "job_ended", f"the job has {state.value}; only a running job can write a checkpoint"
+            "job_ended",
+            f"the job has {state.value}; only a running job can write a checkpoint",
         )
     if state is not JobState.RUNNING:
-        raise ProblemError("job_active", f"the job is {state.value}; wait until it is running")
+        raise ProblemError(
+            "job_active", f"the job is {state.value}; wait until it is running"
+        )
     job.checkpoint_requests += 1
     add_event(
         session,
@@ -262,8 +290,8 @@ def request_checkpoint(session: Session, job: JobRow) -> None:
 
 
 def delete(session: Session, job: JobRow) -> None:
-    """Forgets an ended job and its history; its id stays known, so that leftovers in the cluster
-    can be told apart.
+    """Forgets an ended job and its history; its id stays known, so that leftovers in
+    the cluster can be told apart.
     """
     state = JobState(job.status)
     if not state.is_terminal:
@@ -293,13 +321,15 @@ def active(session: Session, cluster: str) -> list[JobRow]:
 
 
 def admit(session: Session, cluster: ClusterRow) -> None:
-    """Decides about the queue with what the cluster has reported; does nothing while that is
-    unknown.
+    """Decides about the queue with what the cluster has reported; does nothing while
+    that is unknown.
     """
     if cluster.report is None:
         return
     nodes = AgentReport.model_validate(cluster.report).nodes
-    rows = {row.id: row for row in active(session, cluster.name) if row.world_size is not None}
+    rows = {
+        row.id: row for row in active(session, cluster.name) if row.world_size is not None
+    }
     queued = [
         row
         for row in rows.values()
@@ -315,7 +345,9 @@ def admit(session: Session, cluster: ClusterRow) -> None:
         )
         if row in queued:
             waiting.append(
-                admission.Waiting(row.id, row.priority, row.queue_number or row.number, need)
+                admission.Waiting(
+                    row.id, row.priority, row.queue_number or row.number, need
+                )
             )
         elif JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
             held.append(admission.Held(row.id, need, _placed(session, row, nodes)))

@@ -12,15 +12,17 @@ from service.http.errors import ProblemError
 
 
 def log_path(attempt: int, rank: int) -> str:
-    """A rank's log, relative to job_dir; made of numbers only, so it cannot lead anywhere else."""
+    """A rank's log, relative to job_dir; made of numbers only, so it cannot lead
+    anywhere else.
+    """
     return f"logs/attempt-{attempt:04d}/rank-{rank:05d}.log"
 
 
 def read_log(
     job_dir: str, attempt: int, rank: int, offset: int, limit: int
 ) -> tuple[int, str, int]:
-    """(bytes in the file, text from `offset`, offset after it); a file that is not there yet is
-    empty.
+    """(bytes in the file, text from `offset`, offset after it); a file that is not
+    there yet is empty.
 
     Raises ProblemError unavailable when the storage does not answer.
     """
@@ -59,7 +61,9 @@ def _inside(system: Any, root: str, relative: str) -> str:
 
 
 def _decode(raw: bytes, *, at_end: bool) -> tuple[str, int]:
-    """Text and how many bytes of it were used: a character cut in half is left for the next piece."""
+    """Text and how many bytes of it were used: a character cut in half is left for the
+    next piece.
+    """
     if not at_end:
         for back in range(1, min(4, len(raw)) + 1):
             byte = raw[-back]

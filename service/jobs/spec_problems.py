@@ -25,10 +25,11 @@ def from_pydantic(
     skip: int = 0,
     model: type[BaseModel] | None = JobSpec,
 ) -> list[Problem]:
-    """One Problem per field; `skip` leading parts of each location are not part of what was given;
-    `model` knows the fields.
+    """One Problem per field; `skip` leading parts of each location are not part of what
+    was given; `model` knows the fields.
 
-    Members of a union complain one by one about the same field; they become one problem.
+    Members of a union complain one by one about the same field; they become one
+    problem.
     """
     found: dict[str, Problem] = {}
     for error in errors:
@@ -50,15 +51,17 @@ def pointer_to(parts: Iterable[str | int]) -> str:
 
 
 def _locate(location: Sequence[str | int], given: Any, *, missing: bool) -> tuple[str, Any]:
-    """Follows a location as far as what was given goes: what pydantic adds beyond (union members,
-    `[key]`) is no field.
+    """Follows a location as far as what was given goes: what pydantic adds beyond
+    (union members, `[key]`) is no field.
     """
     node = given
     parts = []
     for part in location:
         if isinstance(node, dict) and part in node:
             node = node[part]
-        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+        elif isinstance(node, list) and isinstance(part, int):
+            if part >= len(node):
+                break
             node = node[part]
         elif isinstance(node, dict) and missing and part == location[-1]:
             node = None
@@ -129,6 +132,10 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     ):
         return annotation
     return next(
-        (found for item in typing.get_args(annotation) if (found := _model_in(item)) is not None),
+        (
+            found
+            for item in typing.get_args(annotation)
+            if (found := _model_in(item)) is not None
+        ),
         None,
     )

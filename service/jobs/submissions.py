@@ -59,8 +59,8 @@ def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
 
 
 def check_fit(spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
-    """Why the cluster cannot hold the job, even when it is empty; nothing while the cluster is not
-    known.
+    """Why the cluster cannot hold the job, even when it is empty; nothing while the
+    cluster is not known.
     """
     if not room.known:
         return []
@@ -84,9 +84,13 @@ def check_fit(spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
             f"tp={spec.parallel.tp} ranks must share a node, and no node has room for them "
             f"({single} ranks in the whole cluster)"
         )
-        return [Problem("/parallel/tp", "island_fits", text + "; lower tp or add larger nodes")]
+        return [
+            Problem("/parallel/tp", "island_fits", text + "; lower tp or add larger nodes")
+        ]
     return [
-        problem for problem in check.find_problems(spec, ranks) if problem.code == "world_fits"
+        problem
+        for problem in check.find_problems(spec, ranks)
+        if problem.code == "world_fits"
     ] or _check_memory(spec, room)
 
 
@@ -102,8 +106,8 @@ def _check_memory(spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
 
 
 def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
-    """Whether another job that is not over writes to the folder asked for: two would tear each
-    other's checkpoints and reports.
+    """Whether another job that is not over writes to the folder asked for: two would
+    tear each other's checkpoints and reports.
     """
     if spec.storage is None:
         return []
@@ -128,7 +132,9 @@ def resolve(spec: JobSpec, room: ClusterCapacity, job_dir: str) -> Resolved:
     need = _least(spec, room)
     full = resolution.resolve(spec, room.ranks(need) if room.known else need.ranks)
     assert isinstance(full, JobSpec)
-    accelerator = full.resources.model_copy(update={"accelerator": "gpu" if need.gpu else "cpu"})
+    accelerator = full.resources.model_copy(
+        update={"accelerator": "gpu" if need.gpu else "cpu"}
+    )
     full = full.model_copy(
         update={"resources": accelerator, "storage": StorageConfig(path=job_dir)}
     )
@@ -138,7 +144,9 @@ def resolve(spec: JobSpec, room: ClusterCapacity, job_dir: str) -> Resolved:
 def unresolved(session: Session, cluster: str) -> dict[str, tuple[JobSpec, str]]:
     """Jobs that came before the cluster was known, with their spec and folder, by id."""
     found = sa.select(JobRow).where(
-        JobRow.cluster == cluster, JobRow.status == JobState.PREPARING, JobRow.world_size.is_(None)
+        JobRow.cluster == cluster,
+        JobRow.status == JobState.PREPARING,
+        JobRow.world_size.is_(None),
     )
     return {
         job.id: (JobSpec.model_validate(job.resolved_spec), job.job_dir)
@@ -149,28 +157,34 @@ def unresolved(session: Session, cluster: str) -> dict[str, tuple[JobSpec, str]]
 def answer(spec: JobSpec, room: ClusterCapacity, job_dir: str) -> Answer:
     """What becomes of such a job.
 
-    Takes seconds where a layout that fits is searched for, so not for inside a transaction.
+    Takes seconds where a layout that fits is searched for, so not for inside a
+    transaction.
     """
     return check_fit(spec, room) or resolve(spec, room, job_dir)
 
 
 def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer]) -> None:
-    """The agent has spoken: nobody waits for it any more, and jobs that came before the cluster was
-    known are resolved.
+    """The agent has spoken: nobody waits for it any more, and jobs that came before the
+    cluster was known are resolved.
 
-    Those that the cluster cannot hold end with a problem; one that came since the `answers` were
-    found waits for the next report.
+    Those that the cluster cannot hold end with a problem; one that came since the
+    `answers` were found waits for the next report.
     """
     room = room_of(session, cluster.name)
     if not room.known:
         return
     preparing = JobRow.cluster == cluster.name, JobRow.status == JobState.PREPARING
-    waiting = JobRow.status_reason == StatusReason.WAITING_AGENT, JobRow.world_size.is_not(None)
+    waiting = (
+        JobRow.status_reason == StatusReason.WAITING_AGENT,
+        JobRow.world_size.is_not(None),
+    )
     for job in session.scalars(sa.select(JobRow).where(*preparing, *waiting)):
         job.status_reason = StatusReason.PREPARING_DATA
         job.message = ""
     for job in session.scalars(
-        sa.select(JobRow).where(*preparing, JobRow.world_size.is_(None)).order_by(JobRow.number)
+        sa.select(JobRow)
+        .where(*preparing, JobRow.world_size.is_(None))
+        .order_by(JobRow.number)
     ):
         found = answers.get(job.id)
         if found is None:
@@ -180,7 +194,9 @@ def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer])
                 session,
                 job,
                 found,
-                lifecycle.NewEvent("job.failed", "the cluster cannot hold the job", "error"),
+                lifecycle.NewEvent(
+                    "job.failed", "the cluster cannot hold the job", "error"
+                ),
             )
             continue
         job.resolved_spec = found.spec.model_dump(mode="json")
@@ -199,7 +215,9 @@ def settle(session: Session, cluster: ClusterRow, answers: Mapping[str, Answer])
 def _least(spec: JobSpec, room: ClusterCapacity) -> ResourceRequest:
     parallel = spec.parallel
     dp = resolution.least_dp(spec) if parallel.dp == "auto" else parallel.dp
-    return need_of(spec, parallel.tp * parallel.pp * parallel.cp * dp, has_gpus=room.has_gpus)
+    return need_of(
+        spec, parallel.tp * parallel.pp * parallel.cp * dp, has_gpus=room.has_gpus
+    )
 
 
 def _names(spec: JobSpec, settings: Settings) -> list[Problem]:
@@ -249,7 +267,9 @@ def _texts(node: Any, parts: tuple[str | int, ...]) -> list[Problem]:
             else []
         )
         return keys + [
-            problem for key, value in node.items() for problem in _texts(value, (*parts, key))
+            problem
+            for key, value in node.items()
+            for problem in _texts(value, (*parts, key))
         ]
     if isinstance(node, list):
         return [
@@ -288,5 +308,7 @@ def _absolute(pointer: str, path: str) -> list[Problem]:
         )
         return [Problem(pointer, "absolute", text)]
     if ".." in PurePosixPath(path).parts:
-        return [Problem(pointer, "absolute", f"{path[:80]!r} contains '..'; write the path out")]
+        return [
+            Problem(pointer, "absolute", f"{path[:80]!r} contains '..'; write the path out")
+        ]
     return []

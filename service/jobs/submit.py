@@ -2,7 +2,8 @@
 
 Owns: the order of checks, asking the agent, making the row. Must not know: HTTP.
 
-Nothing is stored before everything that can be checked has been: a refused spec leaves no trace.
+Nothing is stored before everything that can be checked has been: a refused spec leaves
+no trace.
 """
 
 import secrets
@@ -45,7 +46,8 @@ async def submit(
 ) -> Answer:
     """Makes a job.
 
-    Raises ProblemError spec_invalid with everything wrong at once, idempotency_key_reused.
+    Raises ProblemError spec_invalid with everything wrong at once,
+    idempotency_key_reused.
     """
     earlier, room, taken = await run_in_threadpool(_look, context, spec, repeat)
     if earlier is not None:
@@ -85,17 +87,19 @@ async def submit(
 
 
 def check(context: Context, spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
-    """What the service can see by itself; whether it fits is only asked once everything else is
-    right.
+    """What the service can see by itself; whether it fits is only asked once everything
+    else is right.
     """
-    return submissions.check_rules(spec, context.settings) or submissions.check_fit(spec, room)
+    return submissions.check_rules(spec, context.settings) or submissions.check_fit(
+        spec, room
+    )
 
 
 async def ask_agent(
     context: Context, spec: JobSpec, room: ClusterCapacity, job_dir: str
 ) -> list[Problem] | None:
-    """What a look from inside the cluster finds wrong with the paths; None when no agent answers in
-    time.
+    """What a look from inside the cluster finds wrong with the paths; None when no
+    agent answers in time.
     """
     if not context.agents.is_live(spec.cluster) or not room.known:
         return None
@@ -124,7 +128,9 @@ def _look(
         )
 
 
-def _store(context: Context, spec: JobSpec, row: JobRow, repeat: IdempotentRequest) -> Answer:
+def _store(
+    context: Context, spec: JobSpec, row: JobRow, repeat: IdempotentRequest
+) -> Answer:
     with context.store.write() as session:
         lifecycle.lock_cluster(session, row.cluster)
         earlier = repeat.earlier(session)

@@ -1,4 +1,7 @@
-"""When a process that ended is started again. Pure. Must not know: processes, clocks."""
+"""When a process that ended is started again.
+
+Pure. Must not know: processes, clocks.
+"""
 
 from dataclasses import dataclass
 
@@ -18,11 +21,11 @@ class Restart:
 
 
 def after_end(crashes: int, lived_s: float, ready_s: float | None) -> Restart:
-    """`crashes` before this end; `ready_s` is how long the process had been ready, None when it
-    never was.
+    """`crashes` before this end; `ready_s` is how long the process had been ready, None
+    when it never was.
 
-    One that worked is started again at once, however often it is killed. Starts of one that does
-    not work move apart.
+    One that worked is started again at once, however often it is killed. Starts of one
+    that does not work move apart.
     """
     if ready_s is not None and ready_s >= PROVEN_S:
         return Restart(wait_s=0.0, crashes=0)

@@ -8,8 +8,8 @@ from types import FrameType
 
 
 class StackError(Exception):
-    """The stack cannot be started; the message says why and what to do, `log_tail` what the
-    responsible process wrote last.
+    """The stack cannot be started; the message says why and what to do, `log_tail` what
+    the responsible process wrote last.
     """
 
     def __init__(self, message: str, log_tail: str = "") -> None:
@@ -22,8 +22,8 @@ class StartInterruptedError(Exception):
 
 
 class Interruption:
-    """Counts SIGINT, SIGTERM and SIGHUP from `listen` on; the first ends the stack, the second ends
-    it without waiting for jobs.
+    """Counts SIGINT, SIGTERM and SIGHUP from `listen` on; the first ends the stack, the
+    second ends it without waiting for jobs.
     """
 
     def __init__(self) -> None:

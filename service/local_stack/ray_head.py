@@ -2,8 +2,8 @@
 
 Owns: its ports, its temp dir, its token. Never imports ray.
 
-Ray's ports are open on all interfaces whatever address it is given, hence token mode, always, with
-the token in the environment only.
+Ray's ports are open on all interfaces whatever address it is given, hence token mode,
+always, with the token in the environment only.
 """
 
 import contextlib
@@ -37,14 +37,16 @@ _OBJECT_STORE_BYTES = (
 
 
 def free_ports(names: Sequence[str]) -> dict[str, int]:
-    """One port per name, free on all interfaces a moment ago, picked by the kernel; all held at
-    once, so all differ.
+    """One port per name, free on all interfaces a moment ago, picked by the kernel; all
+    held at once, so all differ.
     """
     sockets = [socket.socket() for _ in names]
     try:
         for held in sockets:
             held.bind(("", 0))
-        return {name: held.getsockname()[1] for name, held in zip(names, sockets, strict=True)}
+        return {
+            name: held.getsockname()[1] for name, held in zip(names, sockets, strict=True)
+        }
     finally:
         for held in sockets:
             held.close()
@@ -62,8 +64,8 @@ def is_free(port: int) -> bool:
 
 
 def head_command(ports: dict[str, int], temp_dir: Path, num_cpus: int) -> list[str]:
-    """`ray start --head`, staying in the foreground so that its process leads the session for as
-    long as Ray lives.
+    """`ray start --head`, staying in the foreground so that its process leads the
+    session for as long as Ray lives.
     """
     command = [
         sys.executable,
@@ -86,8 +88,8 @@ def head_command(ports: dict[str, int], temp_dir: Path, num_cpus: int) -> list[s
 
 
 def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use, a container's quota included; at least 2, so that a two-rank
-    job fits on any machine.
+    """Cores that this process may use, a container's quota included; at least 2, so
+    that a two-rank job fits on any machine.
     """
     cores = len(os.sched_getaffinity(0))
     try:
@@ -125,16 +127,16 @@ def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A process that has run a task waits a minute for another one even while ranks have all
-        # CPUs; Ray would end it after a second, and each check of a spec would begin with two
-        # seconds of imports.
+        # A process that has run a task waits a minute for another one even while ranks
+        # have all CPUs; Ray would end it after a second, and each check of a spec would
+        # begin with two seconds of imports.
         "RAY_idle_worker_killing_time_threshold_ms": "60000",
-        # Ray's default: what starts, prepares data or stands by lets the ranks go first, which
-        # raise themselves where they may.
+        # Ray's default: what starts, prepares data or stands by lets the ranks go
+        # first, which raise themselves where they may.
         "RAY_worker_niceness": "15" if may_raise_priority() else "0",
-        # A rank keeps its memory (megatron_ray.distributed.device.MallocTuning); what can no longer
-        # be set in a living process is set here. a Ray worker has many arenas before a rank can say
-        # that it keeps its memory in one
+        # A rank keeps its memory (megatron_ray.distributed.device.MallocTuning); what
+        # can no longer be set in a living process is set here. a Ray worker has many
+        # arenas before a rank can say that it keeps its memory in one
         "MALLOC_ARENA_MAX": "1",
         # else scraps of aligned blocks keep those from being joined and used again
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",

@@ -1,6 +1,7 @@
 """stack.json.
 
-Owns: what is recorded of a local stack, before each thing starts, so that `down` can always end it.
+Owns: what is recorded of a local stack, before each thing starts, so that `down` can
+always end it.
 
 Must not know: how anything is started or ended.
 """
@@ -46,7 +47,8 @@ class StackRecord(BaseModel):
     version: Literal[1] = 1
     stack_id: str
     boot_id: str
-    """Start times count from this boot; after another one nothing of the stack can be alive."""
+    """Start times count from this boot; after another one nothing of the stack can be
+    alive."""
     pid_namespace: int
     """Pids mean something only in here."""
     phase: Literal["starting", "ready"] = "starting"
@@ -77,14 +79,18 @@ class StackRecord(BaseModel):
             update={
                 "sessions": (
                     *others,
-                    RecordedSession(name=name, sid=session.sid, start_ticks=session.start_ticks),
+                    RecordedSession(
+                        name=name, sid=session.sid, start_ticks=session.start_ticks
+                    ),
                 )
             }
         )
 
     @property
     def may_be_alive(self) -> bool:
-        """Whether this boot and this pid namespace are the ones that the stack was started in."""
+        """Whether this boot and this pid namespace are the ones that the stack was
+        started in.
+        """
         return self.boot_id == boot_id() and self.pid_namespace == pid_namespace()
 
 
@@ -94,11 +100,13 @@ def record_path(data_dir: Path) -> Path:
 
 
 def write_record(record: StackRecord) -> None:
-    """Replaces stack.json atomically and durably; readable by its owner only, because it holds
-    tokens.
+    """Replaces stack.json atomically and durably; readable by its owner only, because
+    it holds tokens.
     """
     folder = Path(record.data_dir)
-    handle, name = tempfile.mkstemp(dir=folder, prefix=RECORD_NAME + ".")  # mode 0600 by definition
+    handle, name = tempfile.mkstemp(
+        dir=folder, prefix=RECORD_NAME + "."
+    )  # mode 0600 by definition
     try:
         with os.fdopen(handle, "w") as file:
             file.write(record.model_dump_json(indent=2))

@@ -1,11 +1,11 @@
 """Process sessions.
 
-Owns: starting a command in a session of its own, finding and killing all that lives in it. Linux
-only.
+Owns: starting a command in a session of its own, finding and killing all that lives in
+it. Linux only.
 
-Every process that Ray forks keeps the session id of `ray start`, whereas process groups and
-environments change on the way. So a session is what is recorded and what is killed. Must not know:
-what the commands are for.
+Every process that Ray forks keeps the session id of `ray start`, whereas process groups
+and environments change on the way. So a session is what is recorded and what is killed.
+Must not know: what the commands are for.
 """
 
 import os
@@ -16,10 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The gate: reads NAME=VALUE lines (-NAME takes one away) and runs the command once it reads `go`.
-# When its parent dies before that, it reads the end of the pipe and exits. So no command ever runs
-# that its parent has not recorded first, and secrets travel by pipe, neither in an argument list
-# nor in this process's own environment.
+# The gate: reads NAME=VALUE lines (-NAME takes one away) and runs the command once it
+# reads `go`. When its parent dies before that, it reads the end of the pipe and exits.
+# So no command ever runs that its parent has not recorded first, and secrets travel by
+# pipe, neither in an argument list nor in this process's own environment.
 _GATE = """while IFS= read -r line; do case "$line" in
 go) exec "$@" </dev/null ;;
 -*) unset "${line#-}" ;;
@@ -65,7 +65,9 @@ class GatedProcess:
             )
         leader = read_process(self.process.pid)
         if leader is None:
-            raise OSError(f"could not read /proc/{self.process.pid}/stat of a process just started")
+            raise OSError(
+                f"could not read /proc/{self.process.pid}/stat of a process just started"
+            )
         self.session = Session(leader.pid, leader.start_ticks)
 
     def release(self, environment: Mapping[str, str | None]) -> None:
@@ -101,23 +103,29 @@ def read_process(pid: int) -> Process | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = text[text.rindex(")") + 2 :].split()
-    return Process(pid=pid, state=fields[0], session=int(fields[3]), start_ticks=int(fields[19]))
+    return Process(
+        pid=pid, state=fields[0], session=int(fields[3]), start_ticks=int(fields[19])
+    )
 
 
 def is_running(pid: int, start_ticks: int) -> bool:
     """Whether this very process, not a later one of the same number, still runs."""
     process = read_process(pid)
-    return process is not None and process.start_ticks == start_ticks and process.state != "Z"
+    return (
+        process is not None and process.start_ticks == start_ticks and process.state != "Z"
+    )
 
 
 def members(sessions: Iterable[Session]) -> list[Process]:
-    """All processes of these sessions, zombies included; none of a session whose number was given
-    to somebody else.
+    """All processes of these sessions, zombies included; none of a session whose number
+    was given to somebody else.
     """
-    # A number cannot be given away while one process of the session lives. A leader with another
-    # start time therefore means that all of the session is gone, and so does a member older than
-    # the leader.
-    starts = {session.sid: session.start_ticks for session in sessions if not _taken_over(session)}
+    # A number cannot be given away while one process of the session lives. A leader
+    # with another start time therefore means that all of the session is gone, and so
+    # does a member older than the leader.
+    starts = {
+        session.sid: session.start_ticks for session in sessions if not _taken_over(session)
+    }
     numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
     found = (process for process in map(read_process, numbers) if process is not None)
     return [
@@ -173,8 +181,8 @@ def kill_sessions(sessions: Sequence[Session], timeout_s: float = 20.0) -> int:
 
 
 def _wait_for_reaping(sessions: Sequence[Session]) -> None:
-    # Orphans are reaped by process 1, on some systems only every second or so; one that never does
-    # is no reason to wait for ever.
+    # Orphans are reaped by process 1, on some systems only every second or so; one that
+    # never does is no reason to wait for ever.
     deadline = time.monotonic() + _ZOMBIE_WAIT_S
     while members(sessions) and time.monotonic() < deadline:
         for session in sessions:

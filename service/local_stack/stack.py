@@ -1,9 +1,11 @@
 """A local stack while it lives.
 
-Owns: starting Ray, service and agent, in the order that can always be undone, and supervising them.
+Owns: starting Ray, service and agent, in the order that can always be undone, and
+supervising them.
 
-Whoever starts it holds the data dir's lock. Signals only set a flag (`Interruption`); every wait
-looks at it, so that no exception ever interrupts a clean-up. Must not know: terminals, torch, ray.
+Whoever starts it holds the data dir's lock. Signals only set a flag (`Interruption`);
+every wait looks at it, so that no exception ever interrupts a clean-up. Must not know:
+terminals, torch, ray.
 """
 
 import fcntl
@@ -52,16 +54,18 @@ _POLL_S = 0.1
 _LOOK_S = 0.03  # between looks that cost nothing
 _RAY_TRIES = 3  # a port found free may be taken before Ray binds it
 _RAY_START_S = 90.0
-_AGENT_SETTLES_S = (
-    10.0  # it has no sign of its own that it works, and importing Ray alone may take this long
-)
+# it has no sign of its own that it works, and importing Ray alone may take this long
+_AGENT_SETTLES_S = 10.0
 _LOG_TAIL_LINES = 20
 _LAST_PORT = "service.port"
 
 
 @dataclass(frozen=True)
 class StackOptions:
-    """What `up` was asked for. The command lines are fields so that tests can put stand-ins."""
+    """What `up` was asked for.
+
+    The command lines are fields so that tests can put stand-ins.
+    """
 
     data_dir: Path
     num_cpus: int | None = None
@@ -88,7 +92,9 @@ class _Child:
 
     def after_end(self, now: float) -> Restart:
         return after_end(
-            self.crashes, now - self.started, None if self.ready_at is None else now - self.ready_at
+            self.crashes,
+            now - self.started,
+            None if self.ready_at is None else now - self.ready_at,
         )
 
 
@@ -125,7 +131,10 @@ class LocalStack:
         self._rotate_logs()
         self._keep(
             self._known.model_copy(
-                update={"token": self._tokens()[Scope.USER], "ray_token": secrets.token_hex(32)}
+                update={
+                    "token": self._tokens()[Scope.USER],
+                    "ray_token": secrets.token_hex(32),
+                }
             )
         )
 
@@ -202,8 +211,8 @@ class LocalStack:
     def _launch(
         self, name: Name, command: list[str], environment: Mapping[str, str | None]
     ) -> None:
-        """At the gate, recorded, released: in this order a kill at any moment leaves nothing that
-        `down` does not know.
+        """At the gate, recorded, released: in this order a kill at any moment leaves
+        nothing that `down` does not know.
         """
         self._check_interrupted()
         crashes = self._children[name].crashes if name in self._children else 0
@@ -217,8 +226,8 @@ class LocalStack:
         self._children[name] = _Child(gated, started=time.monotonic(), crashes=crashes)
 
     def _last_port(self) -> int:
-        """The port this data dir's service had before, if it is free, so that addresses stay good;
-        else 0, the kernel's choice.
+        """The port this data dir's service had before, if it is free, so that addresses
+        stay good; else 0, the kernel's choice.
         """
         try:
             port = int((self.options.data_dir / _LAST_PORT).read_text())
@@ -282,16 +291,22 @@ class LocalStack:
         while not self._port_file.exists():
             self._pause(_LOOK_S)
             if self._children["service"].has_ended():
-                raise StackError("the service ended while starting", self.log_tail("service"))
+                raise StackError(
+                    "the service ended while starting", self.log_tail("service")
+                )
             if time.monotonic() > deadline:
                 self._kill("service")
-                raise StackError("the service did not start in time", self.log_tail("service"))
+                raise StackError(
+                    "the service did not start in time", self.log_tail("service")
+                )
         self._children["service"].ready_at = time.monotonic()
         port = int(self._port_file.read_text())
         (self.options.data_dir / _LAST_PORT).write_text(f"{port}\n")
         ports = {**self._known.ports, "service": port}
         self._keep(
-            self._known.model_copy(update={"url": f"http://127.0.0.1:{port}", "ports": ports})
+            self._known.model_copy(
+                update={"url": f"http://127.0.0.1:{port}", "ports": ports}
+            )
         )
 
     def _start_agent(self) -> None:
@@ -328,9 +343,8 @@ class LocalStack:
                             f"{_LABELS[name]} ended while starting", self.log_tail(name)
                         )
                 if time.monotonic() > deadline:
-                    text = (
-                        f"not ready after {self.options.ready_timeout_s:.0f} s{_waiting_for(state)}"
-                    )
+                    waited = self.options.ready_timeout_s
+                    text = f"not ready after {waited:.0f} s{_waiting_for(state)}"
                     raise StackError(text, self.log_tail("agent"))
 
     # ---- while it lives
@@ -402,7 +416,10 @@ class LocalStack:
             record = self.record
             self.record = None
             report = end_recorded(
-                record, self.say, self.options.job_grace_s, hurry=lambda: self.interruption.urgent
+                record,
+                self.say,
+                self.options.job_grace_s,
+                hurry=lambda: self.interruption.urgent,
             )
             for child in self._children.values():
                 child.gated.process.wait()
@@ -450,7 +467,9 @@ class LocalStack:
     def log_tail(self, name: Name) -> str:
         """The last lines that a process wrote, under the name of its log file."""
         try:
-            lines = self._log(name).read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+            lines = (
+                self._log(name).read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+            )
         except FileNotFoundError:
             lines = []
         return "\n".join([f"--- {self._log(name)}", *lines])

@@ -1,6 +1,7 @@
 """The end of a local stack.
 
-Owns: `down`. Works from stack.json alone, whoever died at whatever moment; may be repeated.
+Owns: `down`. Works from stack.json alone, whoever died at whatever moment; may be
+repeated.
 
 Must not know: how the stack was started.
 """
@@ -18,8 +19,8 @@ from service.local_stack.record import TEMP_PREFIX, StackRecord, forget, read_re
 from service.local_stack.sessions import is_running, kill_sessions, send_signal
 from workers.protocol.states import JobState
 
-# `up` that is asked to end cancels the jobs and kills what it started; it gets this long before
-# `down` does it instead.
+# `up` that is asked to end cancels the jobs and kills what it started; it gets this
+# long before `down` does it instead.
 _UP_GRACE_S = 60.0
 _POLL_S = 0.2
 _TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
@@ -37,8 +38,8 @@ class TeardownReport:
     processes_killed: int = 0
     jobs_cancelled: tuple[str, ...] = ()
     jobs_interrupted: tuple[str, ...] = ()
-    """Jobs that had not ended when their processes were killed; they go on from their last
-    checkpoint at the next `up`."""
+    """Jobs that had not ended when their processes were killed; they go on from their
+    last checkpoint at the next `up`."""
 
 
 def down(data_dir: Path, say: Say, job_grace_s: float = 20.0) -> TeardownReport:
@@ -63,10 +64,13 @@ def down(data_dir: Path, say: Say, job_grace_s: float = 20.0) -> TeardownReport:
 
 
 def end_recorded(
-    record: StackRecord, say: Say, job_grace_s: float, hurry: Callable[[], bool] = lambda: False
+    record: StackRecord,
+    say: Say,
+    job_grace_s: float,
+    hurry: Callable[[], bool] = lambda: False,
 ) -> TeardownReport:
-    """Cancels the jobs, kills the sessions, removes the temp dir, forgets the record; in this
-    order, so that it may be repeated.
+    """Cancels the jobs, kills the sessions, removes the temp dir, forgets the record;
+    in this order, so that it may be repeated.
 
     `hurry` is asked while jobs are ending; True stops waiting for them.
     """
@@ -81,7 +85,10 @@ def end_recorded(
     remove_temp_dir(Path(record.temp_dir))
     forget(Path(record.data_dir))
     return TeardownReport(
-        was_up=True, processes_killed=killed, jobs_cancelled=cancelled, jobs_interrupted=interrupted
+        was_up=True,
+        processes_killed=killed,
+        jobs_cancelled=cancelled,
+        jobs_interrupted=interrupted,
     )
 
 
@@ -95,7 +102,9 @@ def remove_temp_dir(path: Path) -> None:
 
 
 def _end_supervisor(record: StackRecord) -> bool:
-    """True once `up` has ended by itself; else it is killed, so that it starts nothing again."""
+    """True once `up` has ended by itself; else it is killed, so that it starts nothing
+    again.
+    """
     pid = record.up_pid
     start = record.up_start_ticks
     deadline = time.monotonic() + _UP_GRACE_S
@@ -111,7 +120,10 @@ def _end_supervisor(record: StackRecord) -> bool:
 def _cancel_jobs(
     record: StackRecord, say: Say, grace_s: float, hurry: Callable[[], bool]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(cancelled, still running after the grace). A service that does not answer has no say."""
+    """(cancelled, still running after the grace).
+
+    A service that does not answer has no say.
+    """
     deadline = time.monotonic() + grace_s
     cancelled: list[str] = []
     try:
@@ -125,7 +137,11 @@ def _cancel_jobs(
                 say(f"cancelling {job_id}")
                 client.cancel(job_id)
             while running and time.monotonic() < deadline and not hurry():
-                ended = [job_id for job_id in running if client.show(job_id)["status"] in _TERMINAL]
+                ended = [
+                    job_id
+                    for job_id in running
+                    if client.show(job_id)["status"] in _TERMINAL
+                ]
                 cancelled += ended
                 running = [job_id for job_id in running if job_id not in ended]
                 time.sleep(_POLL_S if running else 0)

@@ -2,10 +2,11 @@
 
 Owns: engine, transactions, migration at start. Must not know: jobs' meaning.
 
-SQLite in WAL mode by default: readers never wait, one writer at a time, every commit is on disk
-before it is answered. On Postgres writers take turns too, those of other services included, by one
-advisory lock: what a transaction has read does not change until it commits, and nothing above has
-to think of two that insert the same row. Transactions are short and few (records come in batches).
+SQLite in WAL mode by default: readers never wait, one writer at a time, every commit is
+on disk before it is answered. On Postgres writers take turns too, those of other
+services included, by one advisory lock: what a transaction has read does not change
+until it commits, and nothing above has to think of two that insert the same row.
+Transactions are short and few (records come in batches).
 """
 
 import contextlib
@@ -47,15 +48,17 @@ class Store:
         self._notify = notify
         self._writing = engine.execution_options(megatron_ray_write=True)
         self._lock = (
-            threading.Lock() if engine.dialect.name == "sqlite" else contextlib.nullcontext()
+            threading.Lock()
+            if engine.dialect.name == "sqlite"
+            else contextlib.nullcontext()
         )
 
     @classmethod
     def open(cls, url: str, notify: Notify = lambda *_: None) -> "Store":
         """Opens and migrates; `notify` hears the topics of `wake` after each commit.
 
-        Raises SettingsError for a URL that cannot be used, sqlalchemy's errors for a broken
-        database.
+        Raises SettingsError for a URL that cannot be used, sqlalchemy's errors for a
+        broken database.
         """
         try:
             parsed = sa.make_url(url)
@@ -64,8 +67,14 @@ class Store:
             elif parsed.get_backend_name() == "postgresql":
                 engine = _postgresql_engine(parsed)
             else:
-                raise sa.exc.ArgumentError(f"{parsed.get_backend_name()} is not spoken here")
-        except (sa.exc.ArgumentError, sa.exc.NoSuchModuleError, ModuleNotFoundError) as error:
+                raise sa.exc.ArgumentError(
+                    f"{parsed.get_backend_name()} is not spoken here"
+                )
+        except (
+            sa.exc.ArgumentError,
+            sa.exc.NoSuchModuleError,
+            ModuleNotFoundError,
+        ) as error:
             ways = (
                 "give sqlite:///<path>, or postgresql+psycopg://... with `pip install "
                 "'megatron-ray[postgres]'`"
@@ -86,7 +95,11 @@ class Store:
     @contextlib.contextmanager
     def write(self) -> Iterator[Session]:
         """One transaction: all of the block or, on any exception, nothing."""
-        with self._lock, Session(self._writing, expire_on_commit=False) as session, session.begin():
+        with (
+            self._lock,
+            Session(self._writing, expire_on_commit=False) as session,
+            session.begin(),
+        ):
             yield session
         self._notify(*sorted(session.info.get(WAKE, ())))
 
@@ -127,8 +140,8 @@ class Store:
     def _migrate(self) -> None:
         with self._lock, self._writing.begin() as connection:
             if _revision(connection) != REVISION:
-                # Imported here because Alembic takes a fifth of a start, and nearly every start
-                # finds nothing to do.
+                # Imported here because Alembic takes a fifth of a start, and nearly
+                # every start finds nothing to do.
                 from service.store.migrations.upgrade import upgrade
 
                 upgrade(connection)
@@ -138,7 +151,9 @@ def _revision(connection: Connection) -> str | None:
     """The migration that the database stands at; None for a new one."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
-    found: str | None = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+    found: str | None = connection.scalar(
+        sa.text("SELECT version_num FROM alembic_version")
+    )
     return found
 
 
@@ -187,10 +202,15 @@ def _begin_postgresql(connection: Connection) -> None:
 
 
 def _without_nul(
-    _connection: Any, _cursor: Any, statement: str, parameters: Any, _context: Any, _many: bool
+    _connection: Any,
+    _cursor: Any,
+    statement: str,
+    parameters: Any,
+    _context: Any,
+    _many: bool,
 ) -> tuple[str, Any]:
-    """Postgres' texts have no NUL: one in an address finds nothing, one in a rank's last words is
-    shown as a mark.
+    """Postgres' texts have no NUL: one in an address finds nothing, one in a rank's
+    last words is shown as a mark.
     """
     return statement, _replaced(parameters)
 
@@ -222,8 +242,8 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A writer takes its lock first: a reader that turns into a writer half-way would fail with
-    # "database is locked".
+    # A writer takes its lock first: a reader that turns into a writer half-way would
+    # fail with "database is locked".
     connection.exec_driver_sql(
         "BEGIN IMMEDIATE"
         if connection.get_execution_options().get("megatron_ray_write")

@@ -2,8 +2,8 @@
 
 Owns: storing, reading, thinning them out. Must not know: HTTP, jobs' states.
 
-A row is there once per (job, attempt, step). After a resume steps repeat: the highest attempt of a
-step is the one shown.
+A row is there once per (job, attempt, step). After a resume steps repeat: the highest
+attempt of a step is the one shown.
 """
 
 import math
@@ -27,7 +27,9 @@ Finite = Annotated[float | None, AfterValidator(_finite)]
 
 
 class StepRow(BaseModel):
-    """A StepReport as it arrives: `step` must be there, fields not known here are ignored."""
+    """A StepReport as it arrives: `step` must be there, fields not known here are
+    ignored.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     step: int = Field(ge=0, lt=1 << 62)
@@ -52,7 +54,9 @@ assert isinstance(_TABLE, sa.Table)
 _COLUMNS = {name: getattr(MetricRow, name) for name in ("step", "attempt", "cursor", *KEYS)}
 
 
-def insert(store: Store, session: Session, job: JobRow, rows: Sequence[tuple[int, StepRow]]) -> int:
+def insert(
+    store: Store, session: Session, job: JobRow, rows: Sequence[tuple[int, StepRow]]
+) -> int:
     """Stores (attempt, row) pairs that are new; returns how many were.
 
     Gives each its cursor, so the job must be locked.
@@ -90,12 +94,14 @@ def read_thinned(
     from_step: int = 0,
     attempt: int | None = None,
 ) -> list[dict[str, Any]]:
-    """At most `max_points` of the rows `read` would give: first, last and every key's extremes are
-    among them.
+    """At most `max_points` of the rows `read` would give: first, last and every key's
+    extremes are among them.
     """
     numbers = [key for key in keys if key not in _MAPPINGS]
     points = session.execute(_select(job, numbers, from_step, attempt)).all()
-    kept = [points[index] for index in thin([tuple(point[2:]) for point in points], max_points)]
+    kept = [
+        points[index] for index in thin([tuple(point[2:]) for point in points], max_points)
+    ]
     if len(numbers) == len(keys):
         return [dict(point._mapping) for point in kept]
     found: list[dict[str, Any]] = []
@@ -113,22 +119,26 @@ def read_thinned(
 
 
 def after(session: Session, job: JobRow, cursor: int, limit: int) -> list[dict[str, Any]]:
-    """Whole rows stored after a cursor, in the order of storing, `cursor` included in each."""
+    """Whole rows stored after a cursor, in the order of storing, `cursor` included in
+    each.
+    """
     statement = sa.select(*_COLUMNS.values()).where(
         MetricRow.job == job.number, MetricRow.cursor > cursor
     )
     return [
         dict(row)
-        for row in session.execute(statement.order_by(MetricRow.cursor).limit(limit)).mappings()
+        for row in session.execute(
+            statement.order_by(MetricRow.cursor).limit(limit)
+        ).mappings()
     ]
 
 
 def thin(points: Sequence[Sequence[float | None]], max_points: int) -> list[int]:
-    """Indices of at most `max_points` points (at least 2), ascending: first, last, and per stretch
-    each column's extremes.
+    """Indices of at most `max_points` points (at least 2), ascending: first, last, and
+    per stretch each column's extremes.
 
-    The whole series' extremes are extremes of their stretch, hence kept, unless there are fewer
-    than two places per column.
+    The whole series' extremes are extremes of their stretch, hence kept, unless there
+    are fewer than two places per column.
     """
     if len(points) <= max_points:
         return list(range(len(points)))
@@ -138,11 +148,14 @@ def thin(points: Sequence[Sequence[float | None]], max_points: int) -> list[int]
     kept = [0, last]
     for stretch in range(stretches):
         part = range(
-            1 + (last - 1) * stretch // stretches, 1 + (last - 1) * (stretch + 1) // stretches
+            1 + (last - 1) * stretch // stretches,
+            1 + (last - 1) * (stretch + 1) // stretches,
         )
         for column in range(len(points[0])):
             known = [
-                (value, index) for index in part if (value := points[index][column]) is not None
+                (value, index)
+                for index in part
+                if (value := points[index][column]) is not None
             ]
             kept += [min(known)[1], max(known)[1]] if known else []
         if not points[0] and part:

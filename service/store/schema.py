@@ -2,8 +2,8 @@
 
 Owns: names, types, keys. Must not know: who reads or writes them.
 
-Times are seconds since the epoch, for people; order comes from `number`, `seq` and `step`. A change
-here needs a migration.
+Times are seconds since the epoch, for people; order comes from `number`, `seq` and
+`step`. A change here needs a migration.
 """
 
 from typing import Any
@@ -24,7 +24,8 @@ Json = dict[str, Any]
 REVISION = "0002"
 """The newest migration: a database that stands there has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
-"""64 bits everywhere; SQLite numbers rows by itself only when the type is called INTEGER."""
+"""64 bits everywhere; SQLite numbers rows by itself only when the type is called
+INTEGER."""
 
 
 class Table(DeclarativeBase):
@@ -61,7 +62,9 @@ class TokenRow(Table):
 
 
 class ClusterRow(Table):
-    """A Ray cluster: the agent's last words, and the counter that its long poll watches."""
+    """A Ray cluster: the agent's last words, and the counter that its long poll
+    watches.
+    """
 
     __tablename__ = "clusters"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)

@@ -18,7 +18,16 @@ FILE_BUDGET = 400
 FILE_LIMIT = 450
 FUNCTION_BUDGET = 60
 FUNCTION_LIMIT = 70
-FORBIDDEN_NAMES = ("util", "utils", "common", "helper", "helpers", "manager", "managers", "misc")
+FORBIDDEN_NAMES = (
+    "util",
+    "utils",
+    "common",
+    "helper",
+    "helpers",
+    "manager",
+    "managers",
+    "misc",
+)
 TOP_LEVEL = {
     "service",
     "workers",
@@ -32,8 +41,8 @@ TOP_LEVEL = {
 }
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 
-# Between budget and limit, with the reason why splitting would make it worse. Beyond the limit
-# nothing goes.
+# Between budget and limit, with the reason why splitting would make it worse. Beyond
+# the limit nothing goes.
 LONG_FILES: dict[str, str] = {}
 LONG_FUNCTIONS: dict[str, str] = {}
 
@@ -68,16 +77,18 @@ def test_files_keep_to_their_budget() -> None:
 
 def test_functions_keep_to_their_budget() -> None:
     lengths = dict(entry for path in source_files() for entry in functions(path))
-    assert {name: length for name, length in lengths.items() if length > FUNCTION_LIMIT} == {}
+    assert {
+        name: length for name, length in lengths.items() if length > FUNCTION_LIMIT
+    } == {}
     over = {
         name: length
         for name, length in lengths.items()
         if length > FUNCTION_BUDGET and name not in LONG_FUNCTIONS
     }
     assert over == {}, "split it, or give a reason in LONG_FUNCTIONS"
-    assert [name for name in LONG_FUNCTIONS if lengths.get(name, 0) <= FUNCTION_BUDGET] == [], (
-        "no longer long: take it off the list"
-    )
+    assert [
+        name for name in LONG_FUNCTIONS if lengths.get(name, 0) <= FUNCTION_BUDGET
+    ] == [], "no longer long: take it off the list"
 
 
 def test_no_file_is_a_drawer() -> None:
@@ -128,10 +139,14 @@ def nested_models(annotation: object) -> list[type[BaseModel]]:
     ids=lambda model: model.__name__,
 )
 def test_every_config_field_is_documented(model: type[BaseModel]) -> None:
-    assert issubclass(model, Config), f"{model.__name__} does not inherit the strict base class"
+    assert issubclass(model, Config), (
+        f"{model.__name__} does not inherit the strict base class"
+    )
     assert model.__doc__, f"{model.__name__} has no docstring"
     assert [
-        name for name, field in model.model_fields.items() if not (field.description or "").strip()
+        name
+        for name, field in model.model_fields.items()
+        if not (field.description or "").strip()
     ] == []
 
 
@@ -141,16 +156,21 @@ def test_top_level_is_fixed() -> None:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in tracked.stdout.splitlines()}
     extra = {
-        name for name in top if name not in TOP_LEVEL and not name.startswith((".", *LICENCES))
+        name
+        for name in top
+        if name not in TOP_LEVEL and not name.startswith((".", *LICENCES))
     }
     assert extra == set()
 
 
 def test_readme_commands_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    )
     named = set(
         re.findall(
-            r"\bmake ([a-z]+)\b(?! [a-z])", "\n".join(code_of((ROOT / "README.md").read_text()))
+            r"\bmake ([a-z]+)\b(?! [a-z])",
+            "\n".join(code_of((ROOT / "README.md").read_text())),
         )
     )
     assert {"demo", "test"} <= named, "both commands are the first thing in the README"

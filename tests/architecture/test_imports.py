@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-# Everything a service, a validation or a plan needs. `megatron_ray.data.loader` is the one file of
-# data/ that may see torch.
+# Everything a service, a validation or a plan needs. `megatron_ray.data.loader` is the
+# one file of data/ that may see torch.
 TORCH_FREE_PACKAGES = (
     "service",
     "megatron_ray/config",

@@ -1,5 +1,5 @@
-"""`make bench [BENCH=name]`: one JSON object a line on stdout and nothing else; what is being done
-goes to stderr.
+"""`make bench [BENCH=name]`: one JSON object a line on stdout and nothing else; what is
+being done goes to stderr.
 """
 
 import argparse
@@ -7,8 +7,8 @@ import importlib
 import json
 import sys
 
-# Each is a module beside this one, imported when it is its turn: `gpu` runs where there is neither
-# Ray nor a web framework.
+# Each is a module beside this one, imported when it is its turn: `gpu` runs where there
+# is neither Ray nor a web framework.
 BENCHES = ("first_step", "gpu", "overhead", "peers", "plan", "recovery", "save")
 
 

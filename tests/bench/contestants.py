@@ -1,6 +1,7 @@
-"""Programs that train the reference model: this library, a plain torch loop over Hugging Face
-transformers, and megatron-core (in a file of its own). Run as one child process per rank, they take
-a number of steps per line of stdin and answer with losses, norms and seconds.
+"""Programs that train the reference model: this library, a plain torch loop over
+Hugging Face transformers, and megatron-core (in a file of its own). Run as one child
+process per rank, they take a number of steps per line of stdin and answer with losses,
+norms and seconds.
 """
 
 import json
@@ -20,8 +21,9 @@ from megatron_ray.distributed.device import MallocTuning
 from tests.bench import reference
 
 Step = Callable[[np.ndarray, bool], tuple[float, float] | None]
-"""(tokens [samples, sequence + 1] of the global batch, whether the gradient norm has to be exact)
--> loss, gradient norm before clipping; None where a rank does not know them."""
+"""(tokens [samples, sequence + 1] of the global batch, whether the gradient norm has to
+be exact) -> loss, gradient norm before clipping; None where a rank does not know them.
+"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,9 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
             "optimizer": {"lr": reference.LEARNING_RATE},
         }
     )
-    mesh = ParallelMesh.create(ParallelDims(**degrees), World(rank, terms.world_size, rank, "cpu"))
+    mesh = ParallelMesh.create(
+        ParallelDims(**degrees), World(rank, terms.world_size, rank, "cpu")
+    )
     model, optimizer = build(config, mesh, initialise=False)
     fill(model, optimizer, decoder_logical(reference.weights(), config.model))
     make_batch = BatchMaker(mesh.device)
@@ -154,8 +158,8 @@ def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
             loss = microbatch_loss(part) / len(microbatches)
             loss.backward()
             total += loss.item()
-        # The library's own fp32 norm is off by up to 1e-4 on matrices of this size; the exact one
-        # is what is compared.
+        # The library's own fp32 norm is off by up to 1e-4 on matrices of this size; the
+        # exact one is what is compared.
         squares = [
             parameter.grad.double().square().sum()
             for parameter in model.parameters()
@@ -196,7 +200,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.world_size > 1 or name.startswith("megatron-core"):
         dist.init_process_group(
-            "gloo", init_method=f"file://{meeting_point}", rank=rank, world_size=given.world_size
+            "gloo",
+            init_method=f"file://{meeting_point}",
+            rank=rank,
+            world_size=given.world_size,
         )
     step = PROGRAMS[name](given, rank)
     number = 0

@@ -1,9 +1,10 @@
-"""Seconds from POST to the first training step, by phase, with Ray up: `cold` prepares the data,
-`warm` finds them prepared.
+"""Seconds from POST to the first training step, by phase, with Ray up: `cold` prepares
+the data, `warm` finds them prepared.
 
-`phases_s` add up to the whole, by the times of the history's events. `parts_s` look into the last
-two of them: what the driver waited for (probe: until the workers' processes answer, store: until
-rank 0 has imported torch and serves it, start) and what rank 0 did after its order.
+`phases_s` add up to the whole, by the times of the history's events. `parts_s` look
+into the last two of them: what the driver waited for (probe: until the workers'
+processes answer, store: until rank 0 has imported torch and serves it, start) and what
+rank 0 did after its order.
 """
 
 import statistics
@@ -28,7 +29,10 @@ PHASES = {
 
 
 def run() -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="bench-road-") as folder, stack(Path(folder)) as road:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-road-") as folder,
+        stack(Path(folder)) as road,
+    ):
         for case, goal in GOALS.items():
             measured = [
                 measure(road, f"{folder}/cache-{number if case == 'cold' else 'shared'}")
@@ -53,11 +57,15 @@ def run() -> Iterator[dict[str, Any]]:
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
     """By name."""
-    return {name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]}
+    return {
+        name: round(statistics.median(row[name] for row in rows), 2) for name in rows[0]
+    }
 
 
 def measure(road: Road, cache: str) -> tuple[float, dict[str, float], dict[str, float]]:
-    """One job, ended again: total, and seconds of each phase and part by the service's history."""
+    """One job, ended again: total, and seconds of each phase and part by the service's
+    history.
+    """
     spec = road.spec(
         training={"steps": 5000},
         data={"tokenizer": {"kind": "bpe", "vocab_size": 512}, "cache": cache},
@@ -69,7 +77,8 @@ def measure(road: Road, cache: str) -> tuple[float, dict[str, float], dict[str, 
     road.client.cancel(job_id)
     road.finish(job_id)
     seen = {
-        event["type"]: datetime.fromisoformat(event["created_at"]).timestamp() for event in events
+        event["type"]: datetime.fromisoformat(event["created_at"]).timestamp()
+        for event in events
     }
     ends = [posted, *(seen[name] for name in PHASES.values())]
     phases = {phase: ends[index + 1] - ends[index] for index, phase in enumerate(PHASES)}

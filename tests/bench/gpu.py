@@ -1,8 +1,8 @@
-"""Training speed on one CUDA device, through the library alone: whole steps with a real optimizer,
-no recompute.
+"""Training speed on one CUDA device, through the library alone: whole steps with a real
+optimizer, no recompute.
 
-MFU counts 6 N + 12 L H S per token against the chip's dense bf16 peak; the figure with causal
-halving stands beside it.
+MFU counts 6 N + 12 L H S per token against the chip's dense bf16 peak; the figure with
+causal halving stands beside it.
 """
 
 import itertools
@@ -85,13 +85,21 @@ def training_config(
     shape: dict[str, Any], sequence: int, micro_batch: int, steps: int
 ) -> TrainConfig:
     """bf16 on one rank, as everywhere in this bench."""
-    batch = {"micro_batch_size": micro_batch, "global_batch_size": micro_batch * MICROBATCHES}
+    batch = {
+        "micro_batch_size": micro_batch,
+        "global_batch_size": micro_batch * MICROBATCHES,
+    }
     return TrainConfig.from_mapping(
         {
             "model": shape,
             "parallel": {"dp": 1},
             "data": {"train": [{"path": "unused"}]},
-            "training": {"seq_length": sequence, "steps": steps, "precision": "bf16", **batch},
+            "training": {
+                "seq_length": sequence,
+                "steps": steps,
+                "precision": "bf16",
+                **batch,
+            },
             "optimizer": {"lr": 3e-4, "weight_decay": 0.1},
         }
     )
@@ -100,14 +108,16 @@ def training_config(
 def state_bytes(shape: dict[str, Any]) -> int:
     """bf16 weights, fp32 gradients, and fp32 weights with both moments."""
     model = training_config(shape, SEQUENCE, 1, 1).model
-    return (2 + 4 + 12) * sum(parameter.num_elements for parameter in logical_parameters(model))
+    return (2 + 4 + 12) * sum(
+        parameter.num_elements for parameter in logical_parameters(model)
+    )
 
 
 def steps_on(
     config: TrainConfig, mesh: ParallelMesh, rows: list[Any]
 ) -> Iterator[tuple[float, float]]:
-    """Whole steps over the same samples: mean loss, and seconds until the device has nothing left
-    to do.
+    """Whole steps over the same samples: mean loss, and seconds until the device has
+    nothing left to do.
     """
     model, optimizer = build(config, mesh)
     batches = [BatchMaker(mesh.device)(row) for row in rows]
@@ -143,7 +153,9 @@ def loss_curve() -> dict[str, Any]:
     return {
         "bench": "gpu",
         "case": "loss-curve-bf16",
-        "value": round(max(abs(there - here) for there, here in zip(*curves, strict=True)), 5),
+        "value": round(
+            max(abs(there - here) for there, here in zip(*curves, strict=True)), 5
+        ),
         "unit": f"largest distance between the {CURVE_STEPS} losses on the GPU and on the CPU",
         "baseline": None,
         "goal": 1.5e-2,
@@ -160,7 +172,10 @@ def measure(
     torch.cuda.reset_peak_memory_stats()
     rows = random_rows(config.model.vocabulary, micro_batch, SEQUENCE)
     seconds = [
-        taken for _, taken in itertools.islice(steps_on(config, mesh, rows), WARMUP, WARMUP + STEPS)
+        taken
+        for _, taken in itertools.islice(
+            steps_on(config, mesh, rows), WARMUP, WARMUP + STEPS
+        )
     ]
     rate = micro_batch * MICROBATCHES * SEQUENCE / statistics.median(seconds)
     peak = device.peak_flops(mesh.device)

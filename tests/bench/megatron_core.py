@@ -1,10 +1,10 @@
-"""megatron-core 0.16.1 as a contestant: its GPTModel by the local layer spec, its distributed data
-parallelism, sharded optimizer and schedules, on CPU with gloo. bf16 is Megatron's: bf16 parameters,
-fp32 main parameters and gradient buffers.
+"""megatron-core 0.16.1 as a contestant: its GPTModel by the local layer spec, its
+distributed data parallelism, sharded optimizer and schedules, on CPU with gloo. bf16 is
+Megatron's: bf16 parameters, fp32 main parameters and gradient buffers.
 
-With `compiled` those of its fusions that torch compiles are on: SwiGLU, residual and dropout, cross
-entropy. What is CUDA only is off: fused scores, fused norms, accumulation in the product, and
-attention by Transformer Engine.
+With `compiled` those of its fusions that torch compiles are on: SwiGLU, residual and
+dropout, cross entropy. What is CUDA only is off: fused scores, fused norms,
+accumulation in the product, and attention by Transformer Engine.
 """
 
 import logging
@@ -159,38 +159,48 @@ def _megatron_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{layer}.self_attention.linear_qkv.weight": torch.cat(heads, dim=1).reshape(
                 -1, reference.HIDDEN
             ),
-            f"{layer}.self_attention.linear_proj.weight": state[prefix + "self_attn.o_proj.weight"],
+            f"{layer}.self_attention.linear_proj.weight": state[
+                prefix + "self_attn.o_proj.weight"
+            ],
             f"{layer}.mlp.linear_fc1.weight": torch.cat(
                 [state[f"{prefix}mlp.{name}_proj.weight"] for name in ("gate", "up")]
             ),
             f"{layer}.mlp.linear_fc2.weight": state[prefix + "mlp.down_proj.weight"],
             f"{layer}.input_layernorm.weight": state[prefix + "input_layernorm.weight"],
-            f"{layer}.pre_mlp_layernorm.weight": state[prefix + "post_attention_layernorm.weight"],
+            f"{layer}.pre_mlp_layernorm.weight": state[
+                prefix + "post_attention_layernorm.weight"
+            ],
         }
     return found
 
 
 def _part(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
-    """A rank's rows, or columns of what comes second in attention and MLP; gate and up are cut
-    each.
+    """A rank's rows, or columns of what comes second in attention and MLP; gate and up
+    are cut each.
     """
     if "norm" in name:
         return whole
     if "linear_fc1" in name:
         return torch.cat([half.chunk(tp)[tp_rank] for half in whole.chunk(2)])
-    return whole.chunk(tp, dim=1 if re.search("linear_proj|linear_fc2", name) else 0)[tp_rank]
-
-
-def _step(terms: Terms, rank: int, model: DistributedDataParallel, optimizer: object) -> Step:
-    positions = torch.arange(reference.SEQUENCE).unsqueeze(0).expand(terms.micro_batch, -1)
-    mask = torch.triu(torch.ones(reference.SEQUENCE, reference.SEQUENCE), diagonal=1).bool()[
-        None, None
+    return whole.chunk(tp, dim=1 if re.search("linear_proj|linear_fc2", name) else 0)[
+        tp_rank
     ]
+
+
+def _step(
+    terms: Terms, rank: int, model: DistributedDataParallel, optimizer: object
+) -> Step:
+    positions = torch.arange(reference.SEQUENCE).unsqueeze(0).expand(terms.micro_batch, -1)
+    mask = torch.triu(
+        torch.ones(reference.SEQUENCE, reference.SEQUENCE), diagonal=1
+    ).bool()[None, None]
     forward_backward = get_forward_backward_func()
 
     def loss_function(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = losses.float().mean()
-        return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss in place
+        return loss, {
+            "loss": loss.detach().clone()
+        }  # the schedule divides the loss in place
 
     def forward_step(microbatches: object, model: nn.Module) -> tuple[Tensor, object]:
         part = next(microbatches)  # type: ignore[call-overload]

@@ -1,8 +1,8 @@
-"""What megatron-core 0.16.1 needs to run on CPU with gloo: stand-ins for the parts of torch.cuda
-that it uses whatever the device.
+"""What megatron-core 0.16.1 needs to run on CPU with gloo: stand-ins for the parts of
+torch.cuda that it uses whatever the device.
 
-None of its files is changed. `install` comes before its import. Streams and events do nothing, as
-CPU has no queue.
+None of its files is changed. `install` comes before its import. Streams and events do
+nothing, as CPU has no queue.
 """
 
 import contextlib
@@ -55,7 +55,9 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(make)
     def made(*args: Any, **options: Any) -> Any:
         device = options.get("device")
-        if device is not None and (isinstance(device, int) or str(device).startswith("cuda")):
+        if device is not None and (
+            isinstance(device, int) or str(device).startswith("cuda")
+        ):
             options["device"] = _CPU
         options.pop("pin_memory", None)
         return make(*args, **options)
@@ -66,8 +68,8 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 def install() -> None:
     """Before megatron.core is imported.
 
-    The compiler, which its import brings in, builds its tables of torch's functions before that,
-    and learns that there is no GPU.
+    The compiler, which its import brings in, builds its tables of torch's functions
+    before that, and learns that there is no GPU.
     """
     trace_rules.get_torch_obj_rule_map()
     CacheBase.get_system()

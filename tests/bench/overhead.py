@@ -1,10 +1,10 @@
-"""What being a job costs a step: the same run as a job and under torchrun, turn by turn, beside the
-same idle Ray head and service.
+"""What being a job costs a step: the same run as a job and under torchrun, turn by
+turn, beside the same idle Ray head and service.
 
-One reader of server-sent events is connected in both: to the job itself, or, while torchrun runs,
-to a job in the queue that waits for a node too large to come, in all rounds alike: its stream
-idles. The data are prepared once, in a cache that both share; both train with one torch thread per
-rank. The first steps of each run are left out.
+One reader of server-sent events is connected in both: to the job itself, or, while
+torchrun runs, to a job in the queue that waits for a node too large to come, in all
+rounds alike: its stream idles. The data are prepared once, in a cache that both share;
+both train with one torch thread per rank. The first steps of each run are left out.
 """
 
 import json
@@ -34,7 +34,12 @@ STEPS = 200
 WARMUP = 20
 CASES: dict[str, tuple[int, float | None]] = {"rank-1": (1, 1.02), "tp-2": (2, None)}
 """Ranks, goal."""
-MODEL = {"num_layers": 4, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 384}
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "ffn_hidden_size": 384,
+}
 REPORTS = 20_000
 ROOT = Path(__file__).parents[2]
 _READER = """
@@ -49,7 +54,10 @@ for number, _ in enumerate(Client(url, sys.stdin.readline().strip()).stream(job_
 
 def run() -> Iterator[dict[str, Any]]:
     yield report_cost()
-    with tempfile.TemporaryDirectory(prefix="bench-road-") as folder, stack(Path(folder)) as road:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-road-") as folder,
+        stack(Path(folder)) as road,
+    ):
         waiting = wait_in_queue(road, folder)
         for case, (ranks, goal) in CASES.items():
             yield compare(road, folder, waiting, case, ranks, goal)
@@ -58,7 +66,9 @@ def run() -> Iterator[dict[str, Any]]:
 def compare(
     road: Road, folder: str, waiting: str, case: str, ranks: int, goal: float | None
 ) -> dict[str, Any]:
-    """Median over the rounds of the ratio of the two median step times; who goes first alternates."""
+    """Median over the rounds of the ratio of the two median step times; who goes first
+    alternates.
+    """
     spec = job(road, folder, ranks)
     as_job(road, spec)  # warms Ray up and prepares the data
     pairs = []
@@ -113,7 +123,8 @@ def wait_in_queue(road: Road, folder: str) -> str:
         job(road, folder, 1) | {"resources": {"accelerator": "cpu", "cpus_per_rank": 1000}}
     )["id"]
     road.wait(
-        job_id, lambda found: found["status"] == "queued" and "nodes" in (found["message"] or "")
+        job_id,
+        lambda found: found["status"] == "queued" and "nodes" in (found["message"] or ""),
     )
     return job_id
 
@@ -153,7 +164,9 @@ def as_job(road: Road, spec: dict[str, Any]) -> float:
 def under_torchrun(
     road: Road, folder: str, waiting: str, spec: dict[str, Any], ranks: int
 ) -> float:
-    """The same without Ray: `workers.rank` started by torchrun, while another job's stream is read."""
+    """The same without Ray: `workers.rank` started by torchrun, while another job's
+    stream is read.
+    """
     with tempfile.TemporaryDirectory(dir=folder) as place, reader(road, waiting):
         described = Path(place, "job.yaml")
         reports = Path(place, "reports.jsonl")
@@ -166,7 +179,14 @@ def under_torchrun(
             "--nproc-per-node",
             str(ranks),
         ]
-        command = [*torchrun, "-m", "workers.rank", str(described), "--reports", str(reports)]
+        command = [
+            *torchrun,
+            "-m",
+            "workers.rank",
+            str(described),
+            "--reports",
+            str(reports),
+        ]
         threads = {
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
@@ -180,21 +200,24 @@ def under_torchrun(
             env=os.environ | threads,
         )
         found = [json.loads(line) for line in reports.read_bytes().splitlines()]
-    steps = [record["data"]["step_s"] for record in found if record["kind"] == StepReport.kind]
+    steps = [
+        record["data"]["step_s"] for record in found if record["kind"] == StepReport.kind
+    ]
     assert len(steps) == WARMUP + STEPS
     return statistics.median(steps[WARMUP:])
 
 
 @contextmanager
 def reader(road: Road, job_id: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that reads a job's stream until the job or the block ends; it has read the first
-    event when this enters.
+    """A process that reads a job's stream until the job or the block ends; it has read
+    the first event when this enters.
     """
     command = [sys.executable, "-c", _READER, road.record.url, job_id]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         process.stdin.write(f"{road.record.token}\n")
         process.stdin.flush()
@@ -206,8 +229,8 @@ def reader(road: Road, job_id: str) -> Iterator[subprocess.Popen[str]]:
 
 
 def report_cost() -> dict[str, Any]:
-    """Microseconds of the training thread for one StepReport, from the loop's call to the written
-    line.
+    """Microseconds of the training thread for one StepReport, from the loop's call to
+    the written line.
     """
     rng = random.Random(1)
     costs = []
@@ -234,7 +257,9 @@ def report_cost() -> dict[str, Any]:
 
 def step_report(step: int, rng: random.Random) -> StepReport:
     """A report as the loop fills it: all digits of every number."""
-    split = {part: rng.random() for part in ("data", "forward_backward", "reduce", "optimizer")}
+    split = {
+        part: rng.random() for part in ("data", "forward_backward", "reduce", "optimizer")
+    }
     return StepReport(
         step,
         10 * rng.random(),

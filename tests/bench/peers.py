@@ -1,10 +1,10 @@
-"""Tokens per second against other libraries on the same model, tokens and initial weights: one rank
-and one thread against Hugging Face transformers, eager and compiled, and two ranks of one thread
-against megatron-core.
+"""Tokens per second against other libraries on the same model, tokens and initial
+weights: one rank and one thread against Hugging Face transformers, eager and compiled,
+and two ranks of one thread against megatron-core.
 
-Both sides run as child processes with the same allocator environment and take turns, so that a
-noisy machine hits both alike. Their first losses must be each other's (and the reference's in
-fp32), else the comparison would be of different work.
+Both sides run as child processes with the same allocator environment and take turns, so
+that a noisy machine hits both alike. Their first losses must be each other's (and the
+reference's in fp32), else the comparison would be of different work.
 """
 
 import importlib.util
@@ -27,8 +27,8 @@ STEPS_A_TURN = 4
 LONG_S = 5.0
 """A step of this length is a turn by itself."""
 Answer = dict[str, list[float]]
-# glibc returns large blocks to the system at once by default; keeping them is worth a fifth of a
-# step to either side.
+# glibc returns large blocks to the system at once by default; keeping them is worth a
+# fifth of a step to either side.
 ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
@@ -88,14 +88,18 @@ class Contestant:
                 cwd=Path(__file__).parents[2],
                 env=os.environ
                 | ALLOCATOR
-                | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"},
+                | {
+                    "OMP_NUM_THREADS": "1",
+                    "CUDA_VISIBLE_DEVICES": "",
+                    "GLOO_SOCKET_IFNAME": "lo",
+                },
             )
             for rank in range(terms.world_size)
         ]
 
     def take(self, steps: int) -> Answer:
-        """One answer of all ranks: losses and norms are the last one's, who has the loss, seconds
-        the longest's, CPU seconds the sum.
+        """One answer of all ranks: losses and norms are the last one's, who has the
+        loss, seconds the longest's, CPU seconds the sum.
         """
         for process in self.ranks:
             assert process.stdin is not None
@@ -111,7 +115,11 @@ class Contestant:
         longest = max(answers, key=lambda answer: sum(answer["seconds"]))
         memory = max(answer["peak_mb"] for answer in answers)
         used = sum(answer["cpu_s"] for answer in answers)
-        return answers[-1] | {"seconds": longest["seconds"], "cpu_s": [used], "peak_mb": [memory]}
+        return answers[-1] | {
+            "seconds": longest["seconds"],
+            "cpu_s": [used],
+            "peak_mb": [memory],
+        }
 
     def end(self) -> None:
         for process in self.ranks:
@@ -137,11 +145,17 @@ def run() -> Iterator[dict[str, Any]]:
 def compare(name: str, case: Case) -> dict[str, Any]:
     """Median of the ratios of the pairs, with quartiles."""
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
-        ours, theirs = (Contestant(who, case.terms, folder) for who in (case.ours, case.peer))
+        ours, theirs = (
+            Contestant(who, case.terms, folder) for who in (case.ours, case.peer)
+        )
         try:
             first = ours.take(case.terms.checked)
             other = theirs.take(case.terms.checked)
-            steps = 1 if max(first["seconds"][-1], other["seconds"][-1]) > LONG_S else STEPS_A_TURN
+            steps = (
+                1
+                if max(first["seconds"][-1], other["seconds"][-1]) > LONG_S
+                else STEPS_A_TURN
+            )
             turns = [
                 _take_turns(ours, theirs, steps, swapped=bool(number % 2))
                 for number in range(PAIRS)
@@ -161,10 +175,11 @@ def compare(name: str, case: Case) -> dict[str, Any]:
         "goal": case.goal,
         "quartiles": [round(low, 3), round(high, 3)],
         "tokens_per_s": round(statistics.median(mine for mine, _ in pairs), 1),
-        # What each used of the processors, which other guests of the machine disturb less; waiting
-        # is not in it.
+        # What each used of the processors, which other guests of the machine disturb
+        # less; waiting is not in it.
         "by_cpu_time": round(
-            statistics.median(peer["cpu_s"][0] / mine["cpu_s"][0] for mine, peer in turns), 3
+            statistics.median(peer["cpu_s"][0] / mine["cpu_s"][0] for mine, peer in turns),
+            3,
         ),
         "peak_mb": memory,
         "largest_loss_difference": _largest_difference(first["losses"], other["losses"]),
@@ -184,10 +199,16 @@ def _largest_difference(ours: list[float], others: list[float]) -> float:
 def _take_turns(
     ours: Contestant, theirs: Contestant, steps: int, *, swapped: bool
 ) -> tuple[Answer, Answer]:
-    """Who is first alternates: the processor is cooler, or the cache another's, for whoever it is."""
-    found = {id(one): one.take(steps) for one in ((theirs, ours) if swapped else (ours, theirs))}
+    """Who is first alternates: the processor is cooler, or the cache another's, for
+    whoever it is.
+    """
+    found = {
+        id(one): one.take(steps) for one in ((theirs, ours) if swapped else (ours, theirs))
+    }
     return found[id(ours)], found[id(theirs)]
 
 
 def _rate(answer: Answer) -> float:
-    return reference.GLOBAL_BATCH * reference.SEQUENCE / statistics.median(answer["seconds"])
+    return (
+        reference.GLOBAL_BATCH * reference.SEQUENCE / statistics.median(answer["seconds"])
+    )

@@ -1,8 +1,9 @@
-"""How well the estimate of a step's time does on published runs: fitted to all others of its chip
-and precision, held against each.
+"""How well the estimate of a step's time does on published runs: fitted to all others
+of its chip and precision, held against each.
 
-Only runs whose layout is published in full are in the file. They were made by other software, which
-hides and fuses other things, so this judges the model of a step, not this library.
+Only runs whose layout is published in full are in the file. They were made by other
+software, which hides and fuses other things, so this judges the model of a step, not
+this library.
 """
 
 import json
@@ -20,8 +21,8 @@ from megatron_ray.validation import check
 FILE = Path(__file__).with_name("published_runs.json")
 GOAL = 0.7
 TOLERANCE = 0.25
-# Where an efficiency may lie; what is hidden behind products makes the network look faster than it
-# is.
+# Where an efficiency may lie; what is hidden behind products makes the network look
+# faster than it is.
 BOUNDS = {
     "products": (0.3, 0.95),
     "attention": (0.1, 0.9),
@@ -30,7 +31,8 @@ BOUNDS = {
 }
 START = Efficiency(products=0.7, attention=0.45, memory=0.7, network=0.7)
 _PULL = 0.02
-"""How much a run weighs against the start, so that what the runs do not tell stays there."""
+"""How much a run weighs against the start, so that what the runs do not tell stays
+there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,11 @@ def _run(entry: dict[str, Any], model: dict[str, Any]) -> Run:
         "precision": "bf16",  # of activations, also where products are fp8
     }
     if entry.get("recompute") == "full":
-        training["recompute"] = {"granularity": "full", "method": "uniform", "num_layers": 1}
+        training["recompute"] = {
+            "granularity": "full",
+            "method": "uniform",
+            "num_layers": 1,
+        }
     dp = ranks // (parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1))
     fields = {
         "model": model | {"max_sequence_length": entry["sequence"]},
@@ -91,7 +97,9 @@ def _run(entry: dict[str, Any], model: dict[str, Any]) -> Run:
             *words,
         ]
     )
-    return Run(name, entry["chip"], entry["precision"], parts, _published_seconds(entry, config))
+    return Run(
+        name, entry["chip"], entry["precision"], parts, _published_seconds(entry, config)
+    )
 
 
 def _published_seconds(entry: dict[str, Any], config: TrainConfig) -> float:
@@ -114,8 +122,8 @@ def _published_seconds(entry: dict[str, Any], config: TrainConfig) -> float:
 
 
 def fit(runs: Sequence[Run]) -> Efficiency:
-    """One set of efficiencies: least squares of the logarithm of estimate / published, one constant
-    after another.
+    """One set of efficiencies: least squares of the logarithm of estimate / published,
+    one constant after another.
     """
     best = START
     lowest = _loss(best, runs)
@@ -139,19 +147,21 @@ def fit(runs: Sequence[Run]) -> Efficiency:
 def _loss(share: Efficiency, runs: Sequence[Run]) -> float:
     pull = sum(log(getattr(share, name) / getattr(START, name)) ** 2 for name in BOUNDS)
     return (
-        sum(log(run.parts.step_time(share).step_s / run.step_s) ** 2 for run in runs) + _PULL * pull
+        sum(log(run.parts.step_time(share).step_s / run.step_s) ** 2 for run in runs)
+        + _PULL * pull
     )
 
 
 def held_out(runs: Sequence[Run]) -> Iterator[tuple[Run, float]]:
-    """Each run with estimate / published, by constants fitted to all others of its chip and
-    precision.
+    """Each run with estimate / published, by constants fitted to all others of its chip
+    and precision.
     """
     for run in runs:
         others = [
             other
             for other in runs
-            if other is not run and (other.chip, other.precision) == (run.chip, run.precision)
+            if other is not run
+            and (other.chip, other.precision) == (run.chip, run.precision)
         ]
         yield run, run.parts.step_time(fit(others)).step_s / run.step_s
 
@@ -182,7 +192,9 @@ def run() -> Iterator[dict[str, Any]]:
                 "baseline": None,
                 "goal": None,
             }
-    close = sum(1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios) / len(ratios)
+    close = sum(1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios) / len(
+        ratios
+    )
     spread = exp(sum(abs(log(ratio)) for ratio in ratios) / len(ratios))
     yield {
         "bench": "plan",

@@ -1,8 +1,9 @@
-"""What a SIGKILL costs: of a rank, until there is a step beyond all done before; of the service,
-until it serves again; of the driver, the longest pause between two steps, in medians.
+"""What a SIGKILL costs: of a rank, until there is a step beyond all done before; of the
+service, until it serves again; of the driver, the longest pause between two steps, in
+medians.
 
-A rank's times are those of its own report file, by the clock of the machine. `rank` strikes at a
-random step between two checkpoints.
+A rank's times are those of its own report file, by the clock of the machine. `rank`
+strikes at a random step between two checkpoints.
 """
 
 import os
@@ -23,13 +24,14 @@ KILLS = 10
 EVERY_STEPS = 50
 """Steps between checkpoints of the job that loses ranks."""
 WARM_S = 8.0
-"""From the birth of the process that stands by until it has surely imported everything."""
+"""From the birth of the process that stands by until it has surely imported
+everything."""
 PAUSE_S = 3.0
 """Between two kills of the service, which serves meanwhile."""
 WATCHED_S = 15.0
 """How long a job's steps are looked at after its driver is killed."""
-# The training thread and what it does are the library's reference shape: a step of 20 to 50 ms at
-# tp=2 on two cores.
+# The training thread and what it does are the library's reference shape: a step of 20
+# to 50 ms at tp=2 on two cores.
 STEP = {
     "model": {
         "num_layers": 1,
@@ -49,7 +51,10 @@ Measured = tuple[float, dict[str, float]]
 
 
 def run() -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(prefix="bench-road-") as folder, stack(Path(folder)) as road:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-road-") as folder,
+        stack(Path(folder)) as road,
+    ):
         spec = road.spec(
             **STEP,
             checkpoint={"every_steps": EVERY_STEPS},
@@ -76,7 +81,9 @@ def run() -> Iterator[dict[str, Any]]:
         )
         # No checkpoint and no evaluation falls between the steps that are looked at.
         spec = road.spec(
-            **STEP, checkpoint={"every_steps": None}, restart={"max_failures": 1000, "backoff_s": 0}
+            **STEP,
+            checkpoint={"every_steps": None},
+            restart={"max_failures": 1000, "backoff_s": 0},
         )
         yield line(
             "driver",
@@ -127,7 +134,10 @@ def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
     if road.client.show(job_id)["resolved_spec"]["restart"]["standby"]:
         until(
             "a process that stands by",
-            lambda: len([title for _, title in busy_workers(road) if "RankWorker" in title]) == 3,
+            lambda: (
+                len([title for _, title in busy_workers(road) if "RankWorker" in title])
+                == 3
+            ),
             60,
         )
         time.sleep(WARM_S)
@@ -148,7 +158,9 @@ def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
     seen = datetime.fromisoformat(recovered["created_at"]).timestamp()
     split = recovered["data"]
     (new,) = [
-        row for row in file.steps() if row["attempt"] > attempt and row["step"] == split["step"]
+        row
+        for row in file.steps()
+        if row["attempt"] > attempt and row["step"] == split["step"]
     ]
     total = new["at"] - killed
     parts = {part: split[part] for part in ("rebuild_s", "load_s", "recompute_s")}
@@ -182,7 +194,9 @@ def kill_service(road: Road, job_id: str, file: RankFile) -> Measured:
 
 def kill_driver(road: Road, job_id: str, file: RankFile) -> Measured:
     """Adopted by the next driver within the time that is looked at; the ranks go on."""
-    (pid,) = [pid for pid, title in busy_workers(road) if title.startswith("ray::JobDriver")]
+    (pid,) = [
+        pid for pid, title in busy_workers(road) if title.startswith("ray::JobDriver")
+    ]
     pids = road.pids(job_id)
     first = file.steps()[-1]["step"]
     os.kill(pid, signal.SIGKILL)

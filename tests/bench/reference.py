@@ -1,5 +1,6 @@
-"""The small reference model of the throughput bench: its weights (by Hugging Face name) and its
-tokens, from fixed seeds, and the losses that several independent libraries agreed on for them.
+"""The small reference model of the throughput bench: its weights (by Hugging Face name)
+and its tokens, from fixed seeds, and the losses that several independent libraries
+agreed on for them.
 """
 
 import numpy as np
@@ -47,8 +48,8 @@ GRAD_NORMS = [
     0.953974,
     1.025549,
 ]
-"""Norms of the gradients of transformers in fp32, added up in fp64: a norm added up in fp32 is off
-by up to 1.8e-4 here."""
+"""Norms of the gradients of transformers in fp32, added up in fp64: a norm added up in
+fp32 is off by up to 1.8e-4 here."""
 
 
 def weights() -> dict[str, Tensor]:
@@ -74,8 +75,8 @@ def weights() -> dict[str, Tensor]:
 
 
 def samples(step: int) -> np.ndarray:
-    """[GLOBAL_BATCH, SEQUENCE + 1] tokens of step `step` (from 0): Zipf draws, three of four
-    replaced by their bigram's successor.
+    """[GLOBAL_BATCH, SEQUENCE + 1] tokens of step `step` (from 0): Zipf draws, three of
+    four replaced by their bigram's successor.
     """
     successor = np.random.default_rng(SEED).permutation(VOCABULARY)
     share = 1.0 / np.arange(1, VOCABULARY + 1)

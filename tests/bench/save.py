@@ -1,5 +1,5 @@
-"""How much a step slows down while a checkpoint is written in the background: one rank, a model of
-30 million parameters.
+"""How much a step slows down while a checkpoint is written in the background: one rank,
+a model of 30 million parameters.
 """
 
 import statistics
@@ -37,9 +37,9 @@ def run() -> Iterator[dict[str, Any]]:
         if isinstance(report, CheckpointReport):
             saving = False
         elif isinstance(report, StepReport):
-            # A step counts as busy from the save's copy until this rank's part is durable; the
-            # first ones warm up.
-            saving = saving or (report.step - 1) % EVERY == 0 and report.step > EVERY
+            # A step counts as busy from the save's copy until this rank's part is
+            # durable; the first ones warm up.
+            saving = saving or ((report.step - 1) % EVERY == 0 and report.step > EVERY)
             if report.step > 3:
                 (busy if saving else quiet).append(report.step_s)
     ratios = [seconds / statistics.median(quiet) for seconds in busy]
@@ -67,7 +67,10 @@ def _config(folder: str) -> TrainConfig:
                 "ffn_hidden_size": 1536,
                 "vocab_size": 4096,
             },
-            "data": {"train": [{"path": f"{folder}/text.txt"}], "tokenizer": {"kind": "bytes"}},
+            "data": {
+                "train": [{"path": f"{folder}/text.txt"}],
+                "tokenizer": {"kind": "bytes"},
+            },
             "training": {
                 "seq_length": 128,
                 "micro_batch_size": 1,

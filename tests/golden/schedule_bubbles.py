@@ -7,7 +7,13 @@ import json
 
 from megatron_ray.pipeline_parallel.schedules.orders import compute_orders, stage_map
 from megatron_ray.pipeline_parallel.schedules.simulation import outcome
-from tests.unit.megatron_ray.schedules.test_schedules import GOLDEN, LARGE, SMALL, formula, key
+from tests.unit.megatron_ray.schedules.test_schedules import (
+    GOLDEN,
+    LARGE,
+    SMALL,
+    formula,
+    key,
+)
 
 
 def main() -> None:
@@ -16,7 +22,10 @@ def main() -> None:
         if formula(case) is None:
             name, pp, vpp, count = case
             found[key(case)] = round(
-                outcome(compute_orders(name, pp, count, vpp), stage_map(name, pp, vpp)).bubble, 6
+                outcome(
+                    compute_orders(name, pp, count, vpp), stage_map(name, pp, vpp)
+                ).bubble,
+                6,
             )
     GOLDEN.write_text(json.dumps(found, indent=0) + "\n")
 

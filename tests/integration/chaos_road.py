@@ -1,7 +1,8 @@
-"""What the tests that kill things share: who is who among a stack's processes, a service kept away,
-a rank's own file, what is left.
+"""What the tests that kill things share: who is who among a stack's processes, a
+service kept away, a rank's own file, what is left.
 
-Random moments come from one seed, printed by every test that uses it; MEGATRON_RAY_SEED replays it.
+Random moments come from one seed, printed by every test that uses it; MEGATRON_RAY_SEED
+replays it.
 """
 
 import contextlib
@@ -38,7 +39,10 @@ def dice(name: str) -> random.Random:
 
 
 def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
-    """The first answer that is not false. Raises AssertionError when there is none in time."""
+    """The first answer that is not false.
+
+    Raises AssertionError when there is none in time.
+    """
     deadline = time.monotonic() + timeout_s
     while True:
         answer = found()
@@ -49,8 +53,8 @@ def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
 
 
 class Observer:
-    """Ray's own word on what it holds, over a process of its own; follows the stack to a new Ray
-    head.
+    """Ray's own word on what it holds, over a process of its own; follows the stack to
+    a new Ray head.
     """
 
     def __init__(self, road: Road) -> None:
@@ -82,7 +86,8 @@ class Observer:
     def close(self) -> None:
         """Ends the process."""
         if self._process is not None:
-            assert self._process.stdin is not None and self._process.stdout is not None
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
             self._process.kill()
             self._process.wait()
             with contextlib.suppress(BrokenPipeError):
@@ -104,16 +109,22 @@ class Observer:
         ):
             self.close()
             self._address = record.ray_address
-            environment = {**os.environ, **ray_environment(record.ray_token, Path(record.temp_dir))}
+            environment = {
+                **os.environ,
+                **ray_environment(record.ray_token, Path(record.temp_dir)),
+            }
             self._process = subprocess.Popen(
                 [sys.executable, OBSERVER, self._address],
-                env={name: value for name, value in environment.items() if value is not None},
+                env={
+                    name: value for name, value in environment.items() if value is not None
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(f"{word}\n")
             self._process.stdin.flush()
@@ -151,7 +162,9 @@ def kill_session(found: Session) -> None:
 
 
 def kill(pid: int) -> None:
-    """SIGKILLs one process and waits until it has ended; one that is gone already is fine."""
+    """SIGKILLs one process and waits until it has ended; one that is gone already is
+    fine.
+    """
     process = read_process(pid)
     if process is not None and send_signal(pid, process.start_ticks, signal.SIGKILL):
         until(
@@ -167,8 +180,8 @@ def kill(pid: int) -> None:
 
 @contextmanager
 def service_away(road: Road) -> Iterator[None]:
-    """SIGKILLs the service and keeps it away: `up` is stopped and the port taken by somebody who
-    never answers.
+    """SIGKILLs the service and keeps it away: `up` is stopped and the port taken by
+    somebody who never answers.
 
     Afterwards `up` goes on and starts the service on another port.
     """
@@ -198,8 +211,8 @@ def service_away(road: Road) -> Iterator[None]:
 
 
 def listens(taken: socket.socket, port: int) -> bool:
-    """Takes a port; one that is only bound could still be had with SO_REUSEADDR, hence the
-    listening.
+    """Takes a port; one that is only bound could still be had with SO_REUSEADDR, hence
+    the listening.
     """
     try:
         taken.bind(("127.0.0.1", port))
@@ -210,8 +223,8 @@ def listens(taken: socket.socket, port: int) -> bool:
 
 
 class RankFile:
-    """Rank 0's own files of all attempts, kept by hard links beyond the job's end; a thread looks
-    for new ones.
+    """Rank 0's own files of all attempts, kept by hard links beyond the job's end; a
+    thread looks for new ones.
     """
 
     def __init__(self, road: Road, job_id: str) -> None:
@@ -249,11 +262,17 @@ class RankFile:
         keep = ("step", "loss", "grad_norm")
         rows = [line for line in self.lines(attempt) if line["kind"] == "step"]
         return [
-            {"at": row["at"], "attempt": row["attempt"], **{key: row["data"][key] for key in keep}}
+            {
+                "at": row["at"],
+                "attempt": row["attempt"],
+                **{key: row["data"][key] for key in keep},
+            }
             for row in rows
         ]
 
-    def reached(self, step: int, timeout_s: float = 120, attempt: int | None = None) -> None:
+    def reached(
+        self, step: int, timeout_s: float = 120, attempt: int | None = None
+    ) -> None:
         """Waits until the rank has done a step, whoever else lives."""
         until(
             f"step {step} in the rank's own file",
@@ -280,7 +299,9 @@ def history(road: Road, job_id: str) -> list[dict[str, Any]]:
     """All events of a job."""
     found: list[dict[str, Any]] = []
     while True:
-        page = road.client.events(job_id, limit=1000, after=found[-1]["id"] if found else None)
+        page = road.client.events(
+            job_id, limit=1000, after=found[-1]["id"] if found else None
+        )
         found += page["data"]
         if not page["has_more"]:
             return found
@@ -299,7 +320,9 @@ def story(road: Road, job_id: str) -> str:
 def assert_as_undisturbed(
     road: Road, job: dict[str, Any], undisturbed: Sequence[dict[str, Any]]
 ) -> None:
-    """Succeeded, every step there once, losses and norms bit for bit, a history without gaps."""
+    """Succeeded, every step there once, losses and norms bit for bit, a history without
+    gaps.
+    """
     said = story(road, job["id"])
     assert job["status"] == "succeeded", f"{job['status']}: {job['message']}\n{said}"
     rows = road.rows(job["id"])
@@ -309,7 +332,9 @@ def assert_as_undisturbed(
     )
     differing = [
         step
-        for (step, *found), (_, *wanted) in zip(values(rows), values(undisturbed), strict=True)
+        for (step, *found), (_, *wanted) in zip(
+            values(rows), values(undisturbed), strict=True
+        )
         if found != wanted
     ]
     assert not differing, f"loss or norm differ at steps {differing}\n{said}"
@@ -319,19 +344,25 @@ def assert_as_undisturbed(
 
 
 def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str, Any]:
-    """Actors, placement groups, processes and folders of these jobs; {} when nothing is left."""
+    """Actors, placement groups, processes and folders of these jobs; {} when nothing is
+    left.
+    """
     seen = observer.look()
     ours = [row for row in seen["actors"] if row["name"].partition("/")[0] in job_ids]
     others = {row["pid"] for row in seen["actors"] if row not in ours}
     folders = [
         str(path)
         for job_id in job_ids
-        for path in Path(road.record.temp_dir).glob(f"*/session_latest/megatron-ray/{job_id}")
+        for path in Path(road.record.temp_dir).glob(
+            f"*/session_latest/megatron-ray/{job_id}"
+        )
     ]
     found = {
         "actors": ours,
         "groups": [row for row in seen["groups"] if row["name"] in job_ids],
-        "processes": [(pid, title) for pid, title in busy_workers(road) if pid not in others],
+        "processes": [
+            (pid, title) for pid, title in busy_workers(road) if pid not in others
+        ],
         "folders": folders,
     }
     return {name: rows for name, rows in found.items() if rows}
@@ -359,7 +390,9 @@ def busy_workers(road: Road) -> list[tuple[int, str]]:
 def assert_nothing_left(
     road: Road, observer: Observer, job_ids: Sequence[str], timeout_s: float = 20
 ) -> None:
-    """Waits until nothing of ended jobs is left in Ray, in its processes and in its folder."""
+    """Waits until nothing of ended jobs is left in Ray, in its processes and in its
+    folder.
+    """
     deadline = time.monotonic() + timeout_s
     while (left := left_of(road, observer, job_ids)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -14,8 +14,8 @@ __all__ = ["road"]
 
 @pytest.fixture(scope="module")
 def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Address of a cluster of this module's own: 4 CPUs, its NUM_GPUS in Ray's books, no dashboard,
-    gone afterwards.
+    """Address of a cluster of this module's own: 4 CPUs, its NUM_GPUS in Ray's books,
+    no dashboard, gone afterwards.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -1,5 +1,5 @@
-"""A TCP proxy that cuts connections after a random number of bytes: what a bad network does to a
-stream.
+"""A TCP proxy that cuts connections after a random number of bytes: what a bad network
+does to a stream.
 """
 
 import contextlib
@@ -13,15 +13,17 @@ from typing import Self
 _PIECE = 4096
 _EARLY_CUTS = 5
 _REPLAY_BYTES = 200_000
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER of no time: closing sends RST instead of FIN
+# SO_LINGER of no time: closing sends RST instead of FIN
+_RESET = struct.pack("ii", 1, 0)
 
 
 class CuttingProxy:
-    """Listens on a port of its own and passes everything on to where `upstream` says; one
-    connection at a time is enough.
+    """Listens on a port of its own and passes everything on to where `upstream` says;
+    one connection at a time is enough.
 
-    Cuts the first `most_cuts` connections, each after its own number of bytes from the server, some
-    of them in the middle of the response's head; then it leaves them alone.
+    Cuts the first `most_cuts` connections, each after its own number of bytes from the
+    server, some of them in the middle of the response's head; then it leaves them
+    alone.
     """
 
     def __init__(
@@ -99,8 +101,8 @@ class CuttingProxy:
                 return
 
     def _bytes_until_cut(self) -> int | None:
-        """Few at first, within the replay and within heads; then enough for the whole replay; then
-        few again, so that cuts come thick.
+        """Few at first, within the replay and within heads; then enough for the whole
+        replay; then few again, so that cuts come thick.
         """
         if self.cuts >= self._most_cuts:
             return None

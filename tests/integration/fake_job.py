@@ -1,5 +1,5 @@
-"""A training loop of ten lines behind the real driver and workers: gloo all-reduce per step,
-checkpoints, planned accidents.
+"""A training loop of ten lines behind the real driver and workers: gloo all-reduce per
+step, checkpoints, planned accidents.
 """
 
 import json
@@ -28,7 +28,11 @@ def fake_train(
     spec = JobSpec.from_mapping(order.spec)
     plan = spec.metadata
     rank = order.env.rank
-    step = int(order.resume_from.rpartition("step-")[2].split("-")[0]) if order.resume_from else 0
+    step = (
+        int(order.resume_from.rpartition("step-")[2].split("-")[0])
+        if order.resume_from
+        else 0
+    )
     with process_group(order):
         while step < spec.training.steps:
             step += 1
@@ -58,7 +62,9 @@ def accident(plan: dict[str, str], order: StartOrder, rank: int, step: int) -> N
         raise LookupError(f"planned accident at step {step}")
 
 
-def save(spec: JobSpec, order: StartOrder, step: int, report: Callable[[Report], None]) -> None:
+def save(
+    spec: JobSpec, order: StartOrder, step: int, report: Callable[[Report], None]
+) -> None:
     assert spec.storage is not None
     folder = Path(checkpoint_path(spec.storage.path, step, order.attempt))
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
-"""The service's internal API in a hundred lines, in memory: enough to see what agent and drivers
-say, and to go away and come back.
+"""The service's internal API in a hundred lines, in memory: enough to see what agent
+and drivers say, and to go away and come back.
 """
 
 import json
@@ -42,17 +42,22 @@ class FakeService:
                 self._answer(None)
 
             def do_POST(self) -> None:
-                self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self._answer(
+                    json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                )
 
             def _answer(self, body: Any) -> None:
                 if service._server is not self.server:
                     self.close_connection = (
-                        True  # down: connections that are still open get no answer either
+                        # down: connections that are still open get no answer either
+                        True
                     )
                     return
                 url = urlsplit(self.path)
                 query = {key: values[0] for key, values in parse_qs(url.query).items()}
-                status, reply = service.route(url.path, query, body, self.headers["Authorization"])
+                status, reply = service.route(
+                    url.path, query, body, self.headers["Authorization"]
+                )
                 text = json.dumps(reply).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(text)))
@@ -69,7 +74,9 @@ class FakeService:
                 pass  # a client that was cut off
 
         self._server = Server(("127.0.0.1", port), Handler)
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.02,), daemon=True
+        ).start()
 
     def down(self) -> None:
         assert self._server is not None
@@ -112,7 +119,10 @@ class FakeService:
         ]
 
     def steps(self, job_id: str, attempt: int) -> list[int]:
-        return [record["data"]["step"] for record in self.stored(job_id, f"a{attempt}/r0", "step")]
+        return [
+            record["data"]["step"]
+            for record in self.stored(job_id, f"a{attempt}/r0", "step")
+        ]
 
     def wait(self, what: str, condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         deadline = time.monotonic() + timeout_s
@@ -160,7 +170,9 @@ class FakeService:
                 ]
             else:
                 self._await(query, lambda: self.revision)
-                jobs = [job for job in self.jobs.values() if job["job_id"] not in self.terminal]
+                jobs = [
+                    job for job in self.jobs.values() if job["job_id"] not in self.terminal
+                ]
                 return {
                     "revision": self.revision,
                     "jobs": jobs,
@@ -170,7 +182,9 @@ class FakeService:
             self.changed.notify_all()
         return {"ok": True}
 
-    def _job(self, job_id: str, verb: str, query: dict[str, str], body: Any) -> tuple[int, Any]:
+    def _job(
+        self, job_id: str, verb: str, query: dict[str, str], body: Any
+    ) -> tuple[int, Any]:
         with self.changed:
             epoch = int(query.get("epoch", 0)) or (body or {}).get("epoch", 0)
             if epoch and epoch < self.epochs.get(job_id, 0):
@@ -192,7 +206,10 @@ class FakeService:
                 if record["n"] == len(stored) + 1:
                     stored.append(record)
                 elif record["n"] > len(stored):
-                    return 422, {"code": "gap", "detail": f"n={record['n']} after {len(stored)}"}
+                    return 422, {
+                        "code": "gap",
+                        "detail": f"n={record['n']} after {len(stored)}",
+                    }
                 if record["kind"] == "state" and record["data"]["state"] in (
                     "succeeded",
                     "failed",

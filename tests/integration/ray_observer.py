@@ -1,8 +1,8 @@
-"""Looks into a stack's Ray from a process of its own, so that a test survives Ray's death: a word
-on stdin, a line of JSON on stdout.
+"""Looks into a stack's Ray from a process of its own, so that a test survives Ray's
+death: a word on stdin, a line of JSON on stdout.
 
-`look`: actors, placement groups and objects that are not gone. `hold`: takes one CPU that only Ray
-knows of, `release` gives it back.
+`look`: actors, placement groups and objects that are not gone. `hold`: takes one CPU
+that only Ray knows of, `release` gives it back.
 """
 
 import json
@@ -16,7 +16,9 @@ MOST = 10_000
 
 
 def look() -> dict[str, Any]:
-    """What Ray holds; a listing that misses an answer (a worker died meanwhile) is no listing."""
+    """What Ray holds; a listing that misses an answer (a worker died meanwhile) is no
+    listing.
+    """
     actors = list_actors(filters=[("state", "!=", "DEAD")], limit=MOST)
     groups = list_placement_groups(filters=[("state", "!=", "REMOVED")], limit=MOST)
     return {
@@ -26,7 +28,12 @@ def look() -> dict[str, Any]:
         ],
         "groups": [{"name": row.name, "state": row.state} for row in groups],
         "objects": [
-            {"id": row.object_id, "kind": row.reference_type, "of": row.type, "pid": row.pid}
+            {
+                "id": row.object_id,
+                "kind": row.reference_type,
+                "of": row.type,
+                "pid": row.pid,
+            }
             for row in list_objects(limit=MOST)
         ],
     }

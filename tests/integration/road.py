@@ -1,5 +1,5 @@
-"""A stack as a user starts it, and shorthands for looking at it: what the tests of the whole road
-share.
+"""A stack as a user starts it, and shorthands for looking at it: what the tests of the
+whole road share.
 """
 
 import json
@@ -78,7 +78,9 @@ class Road:
             "data": {"train": [{"path": str(self.corpus)}], "tokenizer": {"kind": "bytes"}},
         }
         for name, fields in groups.items():
-            spec[name] = {**spec.get(name, {}), **fields} if isinstance(fields, dict) else fields
+            spec[name] = (
+                {**spec.get(name, {}), **fields} if isinstance(fields, dict) else fields
+            )
         return spec
 
     def wait(
@@ -111,14 +113,18 @@ class Road:
         return self.wait(job_id, lambda job: job["status"] in ENDS, timeout_s)
 
     def step(self, job_id: str, step: int) -> dict[str, Any]:
-        return self.wait(job_id, lambda job: ((job["progress"] or {}).get("step") or 0) >= step)
+        return self.wait(
+            job_id, lambda job: ((job["progress"] or {}).get("step") or 0) >= step
+        )
 
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.record.token}"}
 
     def rows(self, job_id: str) -> list[dict[str, Any]]:
-        data: list[dict[str, Any]] = self.client.metrics(job_id, keys="loss,grad_norm")["data"]
+        data: list[dict[str, Any]] = self.client.metrics(job_id, keys="loss,grad_norm")[
+            "data"
+        ]
         return data
 
     def pids(self, job_id: str) -> list[int]:
@@ -131,8 +137,8 @@ class Road:
 
 @contextmanager
 def stack(folder: Path) -> Iterator[Road]:
-    """A stack of two CPUs in a fresh folder, with a small corpus; taken down at the end, and
-    nothing may be left.
+    """A stack of two CPUs in a fresh folder, with a small corpus; taken down at the
+    end, and nothing may be left.
     """
     corpus = folder / "corpus"
     corpus.mkdir()
@@ -142,7 +148,17 @@ def stack(folder: Path) -> Iterator[Road]:
         )
     data_dir = folder / "stack"
     subprocess.run(
-        [CLI, "up", "--detach", "--cpus", "2", "--ready-timeout-s", "240", "--data-dir", data_dir],
+        [
+            CLI,
+            "up",
+            "--detach",
+            "--cpus",
+            "2",
+            "--ready-timeout-s",
+            "240",
+            "--data-dir",
+            data_dir,
+        ],
         check=True,
         timeout=300,
         stdout=subprocess.DEVNULL,

@@ -1,5 +1,5 @@
-"""The service as a process of its own, killed and started again over the same data; and an agent
-and a driver that speak to it.
+"""The service as a process of its own, killed and started again over the same data; and
+an agent and a driver that speak to it.
 """
 
 import contextlib
@@ -26,13 +26,20 @@ SPEC: Json = {
         "train": [{"path": "builtin://python-stdlib"}],
         "tokenizer": {"kind": "bpe", "vocab_size": 1024},
     },
-    "training": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "steps": 20},
+    "training": {
+        "seq_length": 128,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "steps": 20,
+    },
     "optimizer": {"lr": 1e-3},
 }
 
 
 class ServiceProcess:
-    """`python -m service.main` with one data dir; `address` is that of the newest start."""
+    """`python -m service.main` with one data dir; `address` is that of the newest
+    start.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -71,7 +78,9 @@ class ServiceProcess:
         }
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "service.main"], env={**os.environ, **variables}, stderr=log
+                [sys.executable, "-m", "service.main"],
+                env={**os.environ, **variables},
+                stderr=log,
             )
         deadline = time.monotonic() + START_S
         while not port_file.exists():
@@ -132,7 +141,8 @@ def report_nodes(agent: httpx.Client) -> None:
 def job_token(agent: httpx.Client, job_id: str) -> str:
     """What the agent is told for the job's driver."""
     reply = agent.get(
-        "/internal/v1/agent/desired", params={"cluster": "default", "after": -1, "wait_s": 0}
+        "/internal/v1/agent/desired",
+        params={"cluster": "default", "after": -1, "wait_s": 0},
     ).json()
     return str(next(job["token"] for job in reply["jobs"] if job["job_id"] == job_id))
 
@@ -150,7 +160,13 @@ class Records:
         first = self._next.get(source, 1)
         self._next[source] = first + len(facts)
         records = [
-            {"n": first + i, "at": 1.7e9 + i, "kind": kind, "attempt": attempt, "data": data}
+            {
+                "n": first + i,
+                "at": 1.7e9 + i,
+                "kind": kind,
+                "attempt": attempt,
+                "data": data,
+            }
             for i, (kind, data) in enumerate(facts)
         ]
         return {

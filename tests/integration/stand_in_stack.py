@@ -1,5 +1,5 @@
-"""`up` with stand-ins for service and agent (Ray is real), for tests that kill it: python
-stand_in_stack.py DATA_DIR.
+"""`up` with stand-ins for service and agent (Ray is real), for tests that kill it:
+python stand_in_stack.py DATA_DIR.
 """
 
 import sys
@@ -18,21 +18,24 @@ with importing():
 
 SERVICE = """
 import http.server, json, os, pathlib, subprocess, sys
-subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])  # a grandchild that nobody waits for
+# a grandchild that nobody waits for
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(json.dumps({"status": "ok", "data": []}).encode())
     def log_message(self, *args): pass
-server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["MEGATRON_RAY_PORT"])), Handler)
+port = int(os.environ["MEGATRON_RAY_PORT"])
+server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
 pathlib.Path(os.environ["MEGATRON_RAY_PORT_FILE"]).write_text(str(server.server_address[1]))
 server.serve_forever()
 """
 AGENT = """
 import os, sys, time
-assert os.environ["MEGATRON_RAY_AGENT_TOKEN"] and os.environ["RAY_AUTH_TOKEN"], "tokens come by environment"
-assert not any(os.environ[name] in " ".join(sys.argv) for name in ("MEGATRON_RAY_AGENT_TOKEN", "RAY_AUTH_TOKEN"))
+for name in ("MEGATRON_RAY_AGENT_TOKEN", "RAY_AUTH_TOKEN"):
+    assert os.environ[name], "tokens come by environment"
+    assert os.environ[name] not in " ".join(sys.argv)
 time.sleep(600)
 """
 

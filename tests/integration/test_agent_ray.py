@@ -71,8 +71,8 @@ def corpus(folder: Path) -> Path:
 def test_a_real_job_through_the_agent(
     agent: "subprocess.Popen[bytes]", fake_service: FakeService, tmp_path: Path
 ) -> None:
-    """Real library, real agent: from the desired state to a committed checkpoint, and out on
-    SIGTERM.
+    """Real library, real agent: from the desired state to a committed checkpoint, and
+    out on SIGTERM.
     """
     import ray
 
@@ -82,7 +82,8 @@ def test_a_real_job_through_the_agent(
     assert report["namespace"] == NAMESPACE
     assert report["nodes"][0]["cpus"] == 4
     fake_service.wait(
-        "the storage check", lambda: fake_service.reports[-1]["nodes"][0]["storage_ok"] is True
+        "the storage check",
+        lambda: fake_service.reports[-1]["nodes"][0]["storage_ok"] is True,
     )
     job_id = f"job-{uuid.uuid4().hex[:12]}"
     fake_service.want(job_id, desired="prepare", **job(tmp_path, job_id, corpus(tmp_path)))
@@ -94,7 +95,9 @@ def test_a_real_job_through_the_agent(
     fake_service.want(job_id, desired="run")
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.steps(job_id, 1) == [1, 2, 3, 4, 5, 6]
-    assert (tmp_path / job_id / "checkpoints" / "step-00000006-a0001" / "COMMITTED").exists()
+    assert (
+        tmp_path / job_id / "checkpoints" / "step-00000006-a0001" / "COMMITTED"
+    ).exists()
     fake_service.wait("the actors' end", lambda: not ray.util.list_named_actors(), 15)
     agent.send_signal(signal.SIGTERM)
     assert agent.wait(10) == 0
@@ -102,20 +105,27 @@ def test_a_real_job_through_the_agent(
 
 
 def test_checks_orphans_and_reaping(
-    agent: "subprocess.Popen[bytes]", fake_service: FakeService, ends_actors: None, tmp_path: Path
+    agent: "subprocess.Popen[bytes]",
+    fake_service: FakeService,
+    ends_actors: None,
+    tmp_path: Path,
 ) -> None:
     import ray
 
     body = job(tmp_path, "job-check", tmp_path / "nowhere.txt")
     with fake_service.changed:
         fake_service.checks.append(
-            {"check_id": "check-1", "spec": body["spec"], "storage_path": str(tmp_path / "jobs")}
+            {
+                "check_id": "check-1",
+                "spec": body["spec"],
+                "storage_path": str(tmp_path / "jobs"),
+            }
         )
         fake_service.revision += 1
     found = fake_service.wait("an answer", lambda: fake_service.check_results)
-    assert [(row["pointer"], "nowhere.txt" in row["detail"]) for row in found[0]["problems"]] == [
-        ("/data/train/0/path", True)
-    ]
+    assert [
+        (row["pointer"], "nowhere.txt" in row["detail"]) for row in found[0]["problems"]
+    ] == [("/data/train/0/path", True)]
 
     @ray.remote(num_cpus=0)
     class Left:
@@ -135,7 +145,9 @@ def test_checks_orphans_and_reaping(
     fake_service.want(
         "job-other", **{**body, "job_dir": str(tmp_path / "other")}, desired="prepare"
     )
-    fake_service.wait("the reaper", lambda: f"{over}/w0" not in ray.util.list_named_actors(), 40)
+    fake_service.wait(
+        "the reaper", lambda: f"{over}/w0" not in ray.util.list_named_actors(), 40
+    )
     assert f"{unknown}/w0" in ray.util.list_named_actors(), (
         "what the service never named is only reported"
     )
@@ -159,13 +171,17 @@ def test_an_agent_outlives_the_service_being_away(
     fake_service.wait("a report after", lambda: len(fake_service.reports) > before, 20)
 
 
-def test_an_agent_that_finds_no_ray_says_so(fake_service: FakeService, tmp_path: Path) -> None:
+def test_an_agent_that_finds_no_ray_says_so(
+    fake_service: FakeService, tmp_path: Path
+) -> None:
     with start_agent(fake_service, "127.0.0.1:1", tmp_path) as process:
         assert process.wait(60) == 3
     assert "cannot reach Ray at 127.0.0.1:1" in (tmp_path / "agent.log").read_text()
 
 
-def test_an_agent_without_a_token_does_not_start(fake_service: FakeService, tmp_path: Path) -> None:
+def test_an_agent_without_a_token_does_not_start(
+    fake_service: FakeService, tmp_path: Path
+) -> None:
     command = [
         sys.executable,
         "-m",

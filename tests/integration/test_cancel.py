@@ -1,5 +1,5 @@
-"""A job is cancelled in each of its states: it ends in time, with a last checkpoint where there was
-something to save.
+"""A job is cancelled in each of its states: it ends in time, with a last checkpoint
+where there was something to save.
 """
 
 import random
@@ -57,12 +57,16 @@ def preparing(road: Road, observer: Observer) -> Iterator[str]:
     path = road.data_dir / f"large-{time.monotonic_ns()}.txt"
     path.write_text(
         " ".join(
-            "".join(words.choices("abcdefghij", k=words.randint(3, 9))) for _ in range(700_000)
+            "".join(words.choices("abcdefghij", k=words.randint(3, 9)))
+            for _ in range(700_000)
         )
     )
     job_id = road.client.submit(
         road.spec(
-            data={"train": [{"path": str(path)}], "tokenizer": {"kind": "bpe", "vocab_size": 8192}}
+            data={
+                "train": [{"path": str(path)}],
+                "tokenizer": {"kind": "bpe", "vocab_size": 8192},
+            }
         )
     )["id"]
     until(
@@ -91,7 +95,9 @@ def scheduling(road: Road, observer: Observer) -> Iterator[str]:
     observer.hold()
     try:
         job_id = road.client.submit(endless(road))["id"]
-        until("a job that waits for room", lambda: seen(road, job_id, "placement.waiting"), 60)
+        until(
+            "a job that waits for room", lambda: seen(road, job_id, "placement.waiting"), 60
+        )
         yield job_id
     finally:
         observer.release()
@@ -148,7 +154,9 @@ def cancel(road: Road, job_id: str, **body: Any) -> None:
 
 
 def end(road: Road, observer: Observer, job_id: str, **body: Any) -> float:
-    """Cancels a job, and sees that it ends as it should with nothing left; seconds that it took."""
+    """Cancels a job, and sees that it ends as it should with nothing left; seconds that
+    it took.
+    """
     before = road.client.show(job_id)["status"]
     started = time.monotonic()
     cancel(road, job_id, **body)

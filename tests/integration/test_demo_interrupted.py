@@ -1,4 +1,6 @@
-"""`megatron-ray demo` with everything real, interrupted at random moments: nothing stays behind."""
+"""`megatron-ray demo` with everything real, interrupted at random moments: nothing
+stays behind.
+"""
 
 import random
 import signal

@@ -1,5 +1,5 @@
-"""A job on a real Ray cluster: driver, workers and placement group are real; only the training loop
-is ten lines.
+"""A job on a real Ray cluster: driver, workers and placement group are real; only the
+training loop is ten lines.
 """
 
 import os
@@ -42,8 +42,8 @@ def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
 
 @pytest.fixture
 def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Submit:
-    """Does for one job what agent and service do: makes the driver, attaches it, admits the job
-    once its data are ready.
+    """Does for one job what agent and service do: makes the driver, attaches it, admits
+    the job once its data are ready.
     """
     from tests.integration.fake_job import FakeDriver
     from workers.agent.driver_registry import DriverRegistry
@@ -55,7 +55,9 @@ def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Subm
 
     def reconcile() -> None:
         jobs = [
-            job for job in fake_service.jobs.values() if job["job_id"] not in fake_service.terminal
+            job
+            for job in fake_service.jobs.values()
+            if job["job_id"] not in fake_service.terminal
         ]
         registry.want(
             DesiredReply.model_validate(
@@ -75,7 +77,9 @@ def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Subm
         fake_service.want(job_id, desired="prepare", spec=body, job_dir=folder)
         reconcile()
         if start:
-            fake_service.wait("prepared data", lambda: fake_service.stored(job_id, kind="prepared"))
+            fake_service.wait(
+                "prepared data", lambda: fake_service.stored(job_id, kind="prepared")
+            )
             fake_service.want(job_id, desired="run")
         return job_id
 
@@ -126,7 +130,9 @@ def assert_gap_free(service: FakeService, job_id: str) -> None:
             assert [record["n"] for record in records] == list(range(1, len(records) + 1))
 
 
-def test_job_runs_to_succeeded(submit: Submit, fake_service: FakeService, tmp_path: Path) -> None:
+def test_job_runs_to_succeeded(
+    submit: Submit, fake_service: FakeService, tmp_path: Path
+) -> None:
     job_id = submit(spec())
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.states(job_id) == [
@@ -142,12 +148,19 @@ def test_job_runs_to_succeeded(submit: Submit, fake_service: FakeService, tmp_pa
         (r["data"]["action"], r["data"]["step"])
         for r in fake_service.stored(job_id, kind="checkpoint")
     ]
-    assert [step for action, step in checkpoints if action == "committed"] == [5, 10, 15, 20]
+    assert [step for action, step in checkpoints if action == "committed"] == [
+        5,
+        10,
+        15,
+        20,
+    ]
     assert [step for action, step in checkpoints if action == "deleted"] == [5, 10]
     rows = fake_service.stored(job_id, kind="ranks")[0]["data"]["ranks"]
     assert [(row["rank"], row["coordinates"]["tp"]) for row in rows] == [(0, 0), (1, 1)]
     assert_nothing_left(fake_service, job_id, [row["pid"] for row in rows])
-    assert (tmp_path / job_id / "checkpoints" / "step-00000020-a0001" / "COMMITTED").exists()
+    assert (
+        tmp_path / job_id / "checkpoints" / "step-00000020-a0001" / "COMMITTED"
+    ).exists()
 
 
 def test_killed_rank_goes_on_from_the_last_commit(
@@ -174,7 +187,9 @@ def test_killed_rank_goes_on_from_the_last_commit(
     assert_nothing_left(fake_service, job_id, before + after)
 
 
-def test_killed_driver_adopts_the_same_processes(submit: Submit, fake_service: FakeService) -> None:
+def test_killed_driver_adopts_the_same_processes(
+    submit: Submit, fake_service: FakeService
+) -> None:
     import ray
 
     job_id = submit(spec(steps=80, step_s="0.05"))
@@ -183,7 +198,8 @@ def test_killed_driver_adopts_the_same_processes(submit: Submit, fake_service: F
     pid = ray.get(ray.get_actor(f"{job_id}/driver").pid.remote())
     os.kill(pid, signal.SIGKILL)
     fake_service.wait(
-        "adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted")
+        "adoption",
+        lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
     )  # type: ignore[attr-defined]
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.events(job_id, "driver.adopted")[0]["data"]["pids"] == before
@@ -191,7 +207,9 @@ def test_killed_driver_adopts_the_same_processes(submit: Submit, fake_service: F
     assert fake_service.steps(job_id, 2) == []
     assert fake_service.epochs[job_id] == 2
     assert_gap_free(fake_service, job_id)
-    assert sorted({step for _, step in committed(fake_service, job_id)}) == list(range(5, 81, 5))
+    assert sorted({step for _, step in committed(fake_service, job_id)}) == list(
+        range(5, 81, 5)
+    )
     assert_nothing_left(fake_service, job_id, before)
 
 
@@ -216,7 +234,9 @@ def submit_url(submit: Submit, service: FakeService) -> None:
     from workers.protocol.wire import DesiredReply
 
     registry = DriverRegistry(service.url, NAMESPACE, FakeDriver)
-    registry.want(DesiredReply.model_validate({"revision": 1, "jobs": list(service.jobs.values())}))
+    registry.want(
+        DesiredReply.model_validate({"revision": 1, "jobs": list(service.jobs.values())})
+    )
     registry.reconcile()
 
 
@@ -235,30 +255,46 @@ def test_cancel_leaves_nothing(
     assert_nothing_left(fake_service, job_id, pids)
     last = fake_service.steps(job_id, 1)[-1]
     found = fake_service.stored(job_id, kind="checkpoint")[commits:]
-    assert any(r["data"]["step"] == last for r in found) == (final_checkpoint or last % 5 == 0)
+    assert any(r["data"]["step"] == last for r in found) == (
+        final_checkpoint or last % 5 == 0
+    )
 
 
 def test_cancel_while_waiting_for_room(submit: Submit, fake_service: FakeService) -> None:
     body = spec()
-    body["resources"] = {"accelerator": "cpu", "cpus_per_rank": 64, "placement_timeout_s": 60}
+    body["resources"] = {
+        "accelerator": "cpu",
+        "cpus_per_rank": 64,
+        "placement_timeout_s": 60,
+    }
     job_id = submit(body)
-    fake_service.wait("an explanation", lambda: fake_service.events(job_id, "placement.waiting"))
+    fake_service.wait(
+        "an explanation", lambda: fake_service.events(job_id, "placement.waiting")
+    )
     assert "128 CPU" in fake_service.events(job_id, "placement.waiting")[0]["message"]
     fake_service.want(job_id, desired="cancel")
     fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 10)
     assert_nothing_left(fake_service, job_id, [])
 
 
-def test_no_room_in_time_goes_back_to_the_queue(submit: Submit, fake_service: FakeService) -> None:
+def test_no_room_in_time_goes_back_to_the_queue(
+    submit: Submit, fake_service: FakeService
+) -> None:
     body = spec()
-    body["resources"] = {"accelerator": "cpu", "cpus_per_rank": 64, "placement_timeout_s": 1}
+    body["resources"] = {
+        "accelerator": "cpu",
+        "cpus_per_rank": 64,
+        "placement_timeout_s": 1,
+    }
     job_id = submit(body)
     fake_service.wait("queued", lambda: "queued" in fake_service.states(job_id))
     said = fake_service.stored(job_id, kind="state")[-1]["data"]
     assert said["reason"] == "waiting_gang"
     assert "no room within 1 s: asked for 1 x 128 CPU" in said["message"]
     fake_service.want(job_id, desired="run")
-    fake_service.wait("a second try", lambda: fake_service.states(job_id).count("scheduling") == 2)
+    fake_service.wait(
+        "a second try", lambda: fake_service.states(job_id).count("scheduling") == 2
+    )
 
 
 def test_failing_rank_is_the_cause_and_its_log_is_there(
@@ -289,7 +325,9 @@ def test_native_crash_leaves_its_log_and_is_tried_again(
     assert_gap_free(fake_service, job_id)
 
 
-def test_crash_loop_ends_with_no_progress(submit: Submit, fake_service: FakeService) -> None:
+def test_crash_loop_ends_with_no_progress(
+    submit: Submit, fake_service: FakeService
+) -> None:
     body = spec(fail_rank="1", fail_step="3", fail_attempts="9")
     body["restart"] = {"max_failures": 10, "backoff_s": 0.1}
     job_id = submit(body)
@@ -298,14 +336,18 @@ def test_crash_loop_ends_with_no_progress(submit: Submit, fake_service: FakeServ
     assert len(fake_service.events(job_id, "attempt.failed")) == 3
 
 
-def test_missing_data_is_the_users_problem(submit: Submit, fake_service: FakeService) -> None:
+def test_missing_data_is_the_users_problem(
+    submit: Submit, fake_service: FakeService
+) -> None:
     body = spec()
     body["data"] = {
         **body["data"],
         "tokenizer": {"kind": "file", "path": "/nowhere/tokenizer.json"},
     }
     job_id = submit(body, start=False)
-    found = fake_service.wait("a problem", lambda: fake_service.stored(job_id, kind="problem"))
+    found = fake_service.wait(
+        "a problem", lambda: fake_service.stored(job_id, kind="problem")
+    )
     assert found[0]["data"]["problems"][0]["pointer"] == "/data/tokenizer/path"
     fake_service.wait("the driver's end", lambda: actors(job_id) == [], 15)
     assert "failed" not in fake_service.states(job_id)
@@ -338,25 +380,29 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
     started = fake_service.wait(
         "a second attempt", lambda: fake_service.events(job_id, "ranks.started")[1:]
     )[0]
-    assert (
-        started["data"]["promoted"] == [1]
-        and "; rank 1 in a process that stood by (pid " in started["message"]
-    )
+    assert started["data"]["promoted"] == [1]
+    assert "; rank 1 in a process that stood by (pid " in started["message"]
     fake_service.wait("its steps", lambda: fake_service.steps(job_id, 2))
     after = rank_pids(fake_service, job_id)
-    assert after[0] == before[0] and after[1] != before[1]
+    assert after[0] == before[0]
+    assert after[1] != before[1]
     os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
     fake_service.wait(
-        "adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted")
+        "adoption",
+        lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
     )  # type: ignore[attr-defined]
     assert rank_pids(fake_service, job_id) == after
-    fake_service.wait("another one that stands by", lambda: f"{job_id}/w1" in actors(job_id), 40)
+    fake_service.wait(
+        "another one that stands by", lambda: f"{job_id}/w1" in actors(job_id), 40
+    )
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)
     fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 20)
     assert_nothing_left(fake_service, job_id, after)
 
 
-def test_a_wish_for_a_checkpoint_is_granted_once(submit: Submit, fake_service: FakeService) -> None:
+def test_a_wish_for_a_checkpoint_is_granted_once(
+    submit: Submit, fake_service: FakeService
+) -> None:
     import ray
 
     body = spec(steps=2000, step_s="0.02")
@@ -367,7 +413,8 @@ def test_a_wish_for_a_checkpoint_is_granted_once(submit: Submit, fake_service: F
     fake_service.wait("the checkpoint", lambda: committed(fake_service, job_id))
     os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
     fake_service.wait(
-        "adoption", lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted")
+        "adoption",
+        lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
     )  # type: ignore[attr-defined]
     fake_service.want(job_id, checkpoint_requests=2)
     fake_service.wait("the second", lambda: len(committed(fake_service, job_id)) > 1)
@@ -400,6 +447,7 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
             "the first one has removed what there was"
         )
         group.probe([1], fence, 60, lambda: None)
-        assert group.retire(fence, 2, 5.0) == (node.node_id,) and not folder.exists()
+        assert group.retire(fence, 2, 5.0) == (node.node_id,)
+        assert not folder.exists()
     finally:
         group.remove_all(2)

@@ -43,7 +43,9 @@ def seen(group: Any, slot: int, path: Path, gpu: int | None) -> str:
     return path.read_text()
 
 
-def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_path: Path) -> None:
+def test_the_one_that_stands_by_sees_the_dead_ones_gpu(
+    ray_cluster: str, tmp_path: Path
+) -> None:
     from tests.integration.fake_job import GpuTeller
     from workers.ray.worker_group import WorkerGroup
 
@@ -55,7 +57,9 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
         places = assign_ranks(
             first.posted(group.probe(first.posts, FENCE, 60, lambda: None)), PLAN.dims
         )
-        assert sorted(place.gpu for place in places) == [0, 1], "Ray gave each one of its own"
+        assert sorted(place.gpu for place in places) == [0, 1], (
+            "Ray gave each one of its own"
+        )
         group.create(PLAN, standbys_wanted(PLAN, places, group.slots, {}), 1)
         (waiting,) = group.probe([2], FENCE, 60, lambda: None)
         assert (waiting.gpu, waiting.standby, waiting.bundle) == (None, True, 0)
@@ -63,7 +67,8 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
         dead = places[1]
         group.kill_slots([dead.slot])
         second = assign_slots(PLAN, places, group.slots, [waiting], group.nodes(PLAN))
-        assert second.promoted == (2,) and second.recruits == ()
+        assert second.promoted == (2,)
+        assert second.recruits == ()
         facts = second.posted(group.probe(second.posts, FENCE, 60, lambda: None))
         again = {place.slot: place for place in assign_ranks(facts, PLAN.dims)}
         assert again[2].gpu == dead.gpu
@@ -73,7 +78,9 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
         )
 
         group.kill_slots([places[0].slot])
-        third = assign_slots(PLAN, tuple(again.values()), group.slots, [], group.nodes(PLAN))
+        third = assign_slots(
+            PLAN, tuple(again.values()), group.slots, [], group.nodes(PLAN)
+        )
         group.create(PLAN, third.recruits, 1)
         (recruit,) = third.recruits
         (fresh,) = [
@@ -84,6 +91,8 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(ray_cluster: str, tmp_pat
         assert fresh.gpu == places[0].gpu, (
             "not the one that Ray's books call free and the other is using"
         )
-        assert seen(group, recruit.slot, tmp_path / "fresh", fresh.gpu) == str(places[0].gpu)
+        assert seen(group, recruit.slot, tmp_path / "fresh", fresh.gpu) == str(
+            places[0].gpu
+        )
     finally:
         group.remove_all(3)

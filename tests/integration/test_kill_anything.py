@@ -1,4 +1,6 @@
-"""Anything of a stack is killed while a job lives; the job goes on as if nothing had happened."""
+"""Anything of a stack is killed while a job lives; the job goes on as if nothing had
+happened.
+"""
 
 import random
 import statistics
@@ -39,8 +41,8 @@ AWAY_S = 10.0
 AWAY_STEPS = 200
 RUNS_AGAIN_S = 15.0
 MOST_GAP = 3.0
-"""Longest pause between two steps, in medians; a machine whose undisturbed steps pause for longer
-is measured by that."""
+"""Longest pause between two steps, in medians; a machine whose undisturbed steps pause
+for longer is measured by that."""
 
 PHASES = (
     "job.created",
@@ -62,7 +64,11 @@ def observer(road: Road) -> Iterator[Observer]:
 
 def quick(road: Road, **groups: Any) -> dict[str, Any]:
     """A job of short steps."""
-    groups["training"] = {"steps": STEPS, "global_batch_size": 4, **groups.get("training", {})}
+    groups["training"] = {
+        "steps": STEPS,
+        "global_batch_size": 4,
+        **groups.get("training", {}),
+    }
     groups["checkpoint"] = {"every_steps": EVERY, **groups.get("checkpoint", {})}
     return road.spec(**groups)
 
@@ -70,13 +76,16 @@ def quick(road: Road, **groups: Any) -> dict[str, Any]:
 def short_lived(road: Road, **groups: Any) -> dict[str, Any]:
     """A job for random moments: a short life, any number of tries."""
     return quick(
-        road, training={"steps": MOMENT_STEPS}, checkpoint={"every_steps": MOMENT_EVERY}, **groups
+        road,
+        training={"steps": MOMENT_STEPS},
+        checkpoint={"every_steps": MOMENT_EVERY},
+        **groups,
     )
 
 
 def steady(road: Road, steps: int = 240) -> dict[str, Any]:
-    """A job whose pauses are judged: its steps are long against the tenths of a second for which a
-    busy machine holds a process up.
+    """A job whose pauses are judged: its steps are long against the tenths of a second
+    for which a busy machine holds a process up.
     """
     return quick(road, training={"steps": steps, "global_batch_size": 8})
 
@@ -85,7 +94,9 @@ Rows = list[dict[str, Any]]
 
 
 def plain(road: Road, spec: dict[str, Any], timeout_s: float = 120) -> tuple[Rows, float]:
-    """Loss and norm of every step when nobody disturbs it, and the longest pause in medians."""
+    """Loss and norm of every step when nobody disturbs it, and the longest pause in
+    medians.
+    """
     job_id = road.client.submit(spec)["id"]
     with RankFile(road, job_id) as file:
         job = road.finish(job_id, timeout_s)
@@ -110,10 +121,13 @@ def undisturbed_moments(road: Road) -> Rows:
 def gaps(file: RankFile) -> tuple[float, float, str]:
     """(median, longest, both in words) time between two steps, by the rank's own clock."""
     found = sorted(
-        (after["at"] - before["at"], after["step"]) for before, after in pairwise(file.steps())
+        (after["at"] - before["at"], after["step"])
+        for before, after in pairwise(file.steps())
     )
     median = statistics.median(seconds for seconds, _ in found)
-    longest = ", ".join(f"{seconds:.3f} before step {step}" for seconds, step in found[:-4:-1])
+    longest = ", ".join(
+        f"{seconds:.3f} before step {step}" for seconds, step in found[:-4:-1]
+    )
     return (
         median,
         found[-1][0],
@@ -121,7 +135,9 @@ def gaps(file: RankFile) -> tuple[float, float, str]:
     )
 
 
-def assert_no_pause(away: Callable[[], tuple[RankFile, str]], undisturbed_pause: float) -> None:
+def assert_no_pause(
+    away: Callable[[], tuple[RankFile, str]], undisturbed_pause: float
+) -> None:
     """Judged last, so that everything else has been looked at.
 
     The machine may pause by itself, but hardly in two jobs that it disturbs.
@@ -142,9 +158,11 @@ def living(observer: Observer, job_id: str, role: str) -> int:
     return int(until(f"a living {role}", lambda: observer.actors(job_id).get(role), 60))
 
 
-def stay_away(road: Road, observer: Observer, job_id: str, file: RankFile, seconds: float) -> str:
-    """The service is away so long, and for 200 steps, a checkpoint and a SIGKILL of the driver;
-    says at what step that was.
+def stay_away(
+    road: Road, observer: Observer, job_id: str, file: RankFile, seconds: float
+) -> str:
+    """The service is away so long, and for 200 steps, a checkpoint and a SIGKILL of the
+    driver; says at what step that was.
     """
     driver = living(observer, job_id, "driver")
     with service_away(road):
@@ -165,8 +183,8 @@ def stay_away(road: Road, observer: Observer, job_id: str, file: RankFile, secon
 def away_once(
     road: Road, observer: Observer, spec: dict[str, Any], undisturbed: Rows, seconds: float
 ) -> tuple[RankFile, str]:
-    """One job without its service for so long, looked at in every way but its pauses; its file, and
-    when the driver died.
+    """One job without its service for so long, looked at in every way but its pauses;
+    its file, and when the driver died.
     """
     job_id = road.client.submit(spec)["id"]
     with RankFile(road, job_id) as file:
@@ -176,7 +194,8 @@ def away_once(
         driver_died = stay_away(road, observer, job_id, file, seconds)
         job = road.finish(job_id, 600)
     assert_as_undisturbed(road, job, undisturbed)
-    assert job["attempt"] == 1 and road.pids(job_id) == pids
+    assert job["attempt"] == 1
+    assert road.pids(job_id) == pids
     assert values(file.steps()) == values(road.rows(job_id))
     assert_nothing_left(road, observer, [job_id])
     return file, driver_died
@@ -184,7 +203,9 @@ def away_once(
 
 def test_the_service_is_away_and_the_driver_dies(road: Road, observer: Observer) -> None:
     undisturbed, pause = plain(road, steady(road))
-    assert_no_pause(lambda: away_once(road, observer, steady(road), undisturbed, AWAY_S), pause)
+    assert_no_pause(
+        lambda: away_once(road, observer, steady(road), undisturbed, AWAY_S), pause
+    )
 
 
 def test_the_agent_dies_and_then_the_rank_that_serves_the_store(
@@ -199,12 +220,12 @@ def test_the_agent_dies_and_then_the_rank_that_serves_the_store(
         until("another agent", lambda: session(road, "agent") != agent, 30)
         file.reached(EVERY + 20)
         after = observer.actors(job_id)
-        assert (after["w0"], after["w1"]) == before and {
-            row["attempt"] for row in file.steps()
-        } == {1}
+        assert (after["w0"], after["w1"]) == before
+        assert {row["attempt"] for row in file.steps()} == {1}
         kill(before[0])
         job = road.finish(job_id)
-    assert job["attempt"] == 2 and job["failures"] == 1
+    assert job["attempt"] == 2
+    assert job["failures"] == 1
     assert_as_undisturbed(road, job, undisturbed)
     assert_nothing_left(road, observer, [job_id])
 
@@ -229,8 +250,10 @@ def test_a_rank_dies_while_the_service_is_away(
                 f"running again after {first['at'] - killed_at:.2f} s from step {newest.step}\n"
             )
         job = road.finish(job_id)
-    assert first["step"] == newest.step + 1 and first["at"] - killed_at <= RUNS_AGAIN_S
-    assert job["attempt"] == 2 and job["failures"] == 1
+    assert first["step"] == newest.step + 1
+    assert first["at"] - killed_at <= RUNS_AGAIN_S
+    assert job["attempt"] == 2
+    assert job["failures"] == 1
     assert_as_undisturbed(road, job, undisturbed)
     assert_nothing_left(road, observer, [job_id])
 
@@ -259,7 +282,9 @@ def test_rays_head_dies(road: Road, observer: Observer, undisturbed: Rows) -> No
     assert_nothing_left(road, observer, [job_id])
 
 
-def strike(road: Road, observer: Observer, job_id: str, victim: str, chance: random.Random) -> str:
+def strike(
+    road: Road, observer: Observer, job_id: str, victim: str, chance: random.Random
+) -> str:
     """Kills one thing; says what was hit."""
     if victim == "service":
         seconds = chance.uniform(0.5, 10.0)
@@ -285,7 +310,11 @@ def reach(road: Road, job_id: str, file: RankFile, phase: str) -> None:
         file.reached(MOMENT_EVERY + 1)
         kill(road.pids(job_id)[0])
     else:
-        until(phase, lambda: any(event["type"] == phase for event in history(road, job_id)), 120)
+        until(
+            phase,
+            lambda: any(event["type"] == phase for event in history(road, job_id)),
+            120,
+        )
 
 
 @pytest.mark.chaos
@@ -297,9 +326,9 @@ def test_anything_at_any_moment(
     phase = PHASES[number % len(PHASES)]
     delay_s = chance.uniform(0.0, 1.5)
     victims = chance.sample(VICTIMS, chance.choice((1, 2)))
-    job_id = road.client.submit(short_lived(road, restart={"max_failures": 20, "backoff_s": 0.2}))[
-        "id"
-    ]
+    job_id = road.client.submit(
+        short_lived(road, restart={"max_failures": 20, "backoff_s": 0.2})
+    )["id"]
     with RankFile(road, job_id) as file:
         reach(road, job_id, file, phase)
         time.sleep(delay_s)

@@ -1,5 +1,5 @@
-"""A real Ray head, started and ended in every way there is; service and agent are stand-ins, so
-only the stack is on trial.
+"""A real Ray head, started and ended in every way there is; service and agent are
+stand-ins, so only the stack is on trial.
 """
 
 import os
@@ -21,9 +21,9 @@ from service.local_stack.stack import LocalStack
 from service.local_stack.teardown import TeardownReport, down
 
 sys.path.insert(0, str(Path(__file__).parent))
-from stand_in_stack import stand_in_options  # noqa: E402
+from stand_in_stack import stand_in_options
 
-from tests.integration.watched import Watched  # noqa: E402
+from tests.integration.watched import Watched
 
 pytestmark = pytest.mark.ray
 
@@ -55,7 +55,8 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         assert (tmp_path / "data" / "tokens.json").stat().st_mode & 0o777 == 0o600
         assert len(members([sessions["ray"]])) > 5
         assert (
-            httpx.get(f"{record.dashboard_url}/api/version", trust_env=False).status_code == 401
+            httpx.get(f"{record.dashboard_url}/api/version", trust_env=False).status_code
+            == 401
         ), "Ray must ask for its token"
         headers = {"Authorization": f"Bearer {record.ray_token}"}
         assert (
@@ -68,11 +69,16 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
             Path(f"/proc/{process.pid}/cmdline").read_bytes()
             for process in members(sessions.values())
         )
-        assert record.ray_token.encode() not in arguments and record.token.encode() not in arguments
+        assert record.ray_token.encode() not in arguments
+        assert record.token.encode() not in arguments
 
-        with pytest.raises(StackError, match="already up at http://127.0.0.1:.*megatron-ray down"):
+        with pytest.raises(
+            StackError, match="already up at http://127.0.0.1:.*megatron-ray down"
+        ):
             LocalStack(
-                stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption()
+                stand_in_options(tmp_path / "data"),
+                say=said.append,
+                interruption=Interruption(),
             ).start()
 
         for _ in range(4):
@@ -89,10 +95,13 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         os.kill(gcs.pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
         stack.supervise(
-            until=lambda: time.monotonic() > deadline or "the agent is started again" in said
+            until=lambda: (
+                time.monotonic() > deadline or "the agent is started again" in said
+            )
         )
         again = read_record(tmp_path / "data")
-        assert again is not None and again.ray_address != record.ray_address
+        assert again is not None
+        assert again.ray_address != record.ray_address
         assert _answers(f"{again.dashboard_url}/api/gcs_healthz"), (
             "a Ray that dies is replaced whole"
         )
@@ -100,7 +109,8 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         record = again
     finally:
         report = stack.end()
-    assert report.was_up and report.processes_killed > 5
+    assert report.was_up
+    assert report.processes_killed > 5
     assert members(entry.session for entry in record.sessions) == []
     assert not Path(record.temp_dir).exists()
     assert read_record(tmp_path / "data") is None
@@ -110,8 +120,8 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
 
 
 def kill_the_service(stack: LocalStack, url: str, data_dir: Path) -> None:
-    """Once it has lived for long enough to have proven that it works; returns when the next one
-    serves at the same address.
+    """Once it has lived for long enough to have proven that it works; returns when the
+    next one serves at the same address.
     """
     proven = time.monotonic() + PROVEN_S
     stack.supervise(until=lambda: time.monotonic() > proven)
@@ -121,7 +131,9 @@ def kill_the_service(stack: LocalStack, url: str, data_dir: Path) -> None:
     os.kill(killed.sid, signal.SIGKILL)
     deadline = time.monotonic() + 20
     stack.supervise(
-        until=lambda: time.monotonic() > deadline or (members([killed]) == [] and _answers(url))
+        until=lambda: (
+            time.monotonic() > deadline or (members([killed]) == [] and _answers(url))
+        )
     )
     assert _answers(url), "the service comes back at the same address"
     assert members([killed]) == [], "what the old service had started is gone"
@@ -176,7 +188,9 @@ def test_up_cleans_up_after_one_that_was_killed(watched: Watched) -> None:
         ):
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert second.url == first.url, "a data dir keeps its address while the port is free"
+        assert second.url == first.url, (
+            "a data dir keeps its address while the port is free"
+        )
         assert members(entry.session for entry in first.sessions) == []
         assert not Path(first.temp_dir).exists()
     finally:

@@ -1,5 +1,5 @@
-"""Any one change to a valid spec is either refused with a pointer, or the job it makes reaches its
-first step.
+"""Any one change to a valid spec is either refused with a pointer, or the job it makes
+reaches its first step.
 """
 
 import copy
@@ -46,8 +46,8 @@ Path = tuple[str | int, ...]
 
 
 def full_spec() -> dict[str, Any]:
-    """Every field spelt out, so that every field can be changed; short and small, so that what is
-    accepted starts quickly.
+    """Every field spelt out, so that every field can be changed; short and small, so
+    that what is accepted starts quickly.
     """
     spec = {
         **copy.deepcopy(SPEC),
@@ -93,22 +93,28 @@ def mutated(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 def check(road: Road, change: str, spec: dict[str, Any]) -> None:
     body = json.dumps(spec).replace('"CORPUS"', json.dumps(str(road.corpus)))
     headers = road.headers | {"Content-Type": "application/json"}
-    response = httpx.post(f"{road.record.url}/v1/jobs", content=body, headers=headers, timeout=30)
+    response = httpx.post(
+        f"{road.record.url}/v1/jobs", content=body, headers=headers, timeout=30
+    )
     assert "Traceback" not in response.text
     if response.status_code != 201:
         assert 400 <= response.status_code < 500, f"{change}: {response.text}"
         problem = response.json()
         assert problem["errors"] and all(
-            entry["pointer"].startswith("/") and entry["detail"] for entry in problem["errors"]
+            entry["pointer"].startswith("/") and entry["detail"]
+            for entry in problem["errors"]
         ), problem
         return
     job_id = response.json()["id"]
     job = road.wait(
-        job_id, lambda job: bool((job["progress"] or {}).get("step")) or job["ended_at"] is not None
+        job_id,
+        lambda job: (
+            bool((job["progress"] or {}).get("step")) or job["ended_at"] is not None
+        ),
     )
     if job["status"] == "failed":
-        # Only what reading the data has shown may come this late, still by field and before any
-        # rank was placed.
+        # Only what reading the data has shown may come this late, still by field and
+        # before any rank was placed.
         assert job["attempt"] == 0 and job["problem"]["errors"], f"{change}: {job}"
     httpx.post(
         f"{road.record.url}/v1/jobs/{job_id}/cancel",

@@ -1,5 +1,5 @@
-"""The training thread calls neither Ray nor HTTP: a real session in a real worker under a real
-driver, every call of it recorded.
+"""The training thread calls neither Ray nor HTTP: a real session in a real worker under
+a real driver, every call of it recorded.
 """
 
 import json
@@ -39,14 +39,22 @@ FORBIDDEN = {
     "asyncio",
     "anyio",
 }
-FORBIDDEN |= {"socket", "_socket", "ssl", "_ssl", "select", "subprocess", "_posixsubprocess"}
+FORBIDDEN |= {
+    "socket",
+    "_socket",
+    "ssl",
+    "_ssl",
+    "select",
+    "subprocess",
+    "_posixsubprocess",
+}
 CALLS = "calls-of-the-training-thread.json"
 
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
-    """Modules of all Python functions and modules or types of all C functions that this thread
-    calls in the block.
+    """Modules of all Python functions and modules or types of all C functions that this
+    thread calls in the block.
     """
     seen: set[str] = set()
 
@@ -98,7 +106,10 @@ def spec(folder: Path) -> dict[str, Any]:
             "ffn_hidden_size": 32,
         },
         "parallel": {"tp": 1, "dp": 1},
-        "data": {"train": [{"path": str(folder / "corpus.txt")}], "tokenizer": {"kind": "bytes"}},
+        "data": {
+            "train": [{"path": str(folder / "corpus.txt")}],
+            "tokenizer": {"kind": "bytes"},
+        },
         "training": {
             "seq_length": 16,
             "micro_batch_size": 2,
@@ -119,10 +130,14 @@ def test_the_training_thread_calls_neither_ray_nor_http(
     from workers.agent.driver_registry import DriverRegistry
     from workers.protocol.wire import DesiredReply
 
-    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    (tmp_path / "corpus.txt").write_text(
+        "the quick brown fox jumps over the lazy dog\n" * 200
+    )
     registry = DriverRegistry(fake_service.url, NAMESPACE, RecordedDriver)
     job_id = f"job-{uuid.uuid4().hex[:12]}"
-    fake_service.want(job_id, desired="prepare", spec=spec(tmp_path), job_dir=str(tmp_path / "job"))
+    fake_service.want(
+        job_id, desired="prepare", spec=spec(tmp_path), job_dir=str(tmp_path / "job")
+    )
     registry.want(
         DesiredReply.model_validate(
             {"revision": 1, "jobs": list(fake_service.jobs.values()), "terminal": []}
@@ -151,7 +166,9 @@ def test_the_training_thread_calls_neither_ray_nor_http(
 
 
 def test_the_record_would_show_a_call() -> None:
-    """The means of the test above: calls of Python and of C, direct ones and those below a library."""
+    """The means of the test above: calls of Python and of C, direct ones and those
+    below a library.
+    """
     import httpx
     import ray
 

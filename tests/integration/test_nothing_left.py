@@ -1,5 +1,5 @@
-"""Jobs end in every way there is; afterwards Ray holds nothing of them, the database has no open
-row, and nobody has grown.
+"""Jobs end in every way there is; afterwards Ray holds nothing of them, the database
+has no open row, and nobody has grown.
 """
 
 import os
@@ -33,9 +33,9 @@ JOBS = 50
 SHORT_JOBS = 200
 FIRST_LOOK = 50
 MOST_GROWTH = 0.10
-"""Of resident memory from the first look to the last: caches and heaps settle within the first
-jobs, and what is kept per job (rows of history in a cache, say, or a leaked object) would add up
-over three times as many jobs again."""
+"""Of resident memory from the first look to the last: caches and heaps settle within
+the first jobs, and what is kept per job (rows of history in a cache, say, or a leaked
+object) would add up over three times as many jobs again."""
 GROWTH_FLOOR_BYTES = 8 << 20
 """Less than this is the allocator's, whatever the process' size."""
 
@@ -54,7 +54,10 @@ def short(road: Road, steps: int = 4, **groups: Any) -> dict[str, Any]:
     training = {"steps": steps, "global_batch_size": 4, **groups.pop("training", {})}
     restart = {"backoff_s": 0.1, **groups.pop("restart", {})}
     return road.spec(
-        parallel={"tp": 1, "sequence_parallel": False}, training=training, restart=restart, **groups
+        parallel={"tp": 1, "sequence_parallel": False},
+        training=training,
+        restart=restart,
+        **groups,
     )
 
 
@@ -64,7 +67,9 @@ def submit(road: Road, spec: dict[str, Any]) -> str:
 
 def endless(road: Road, **groups: Any) -> str:
     """A job that is training and does not end by itself."""
-    job_id = submit(road, short(road, 100_000, checkpoint={"every_steps": 100_000}, **groups))
+    job_id = submit(
+        road, short(road, 100_000, checkpoint={"every_steps": 100_000}, **groups)
+    )
     road.step(job_id, 2)
     return job_id
 
@@ -107,7 +112,9 @@ def crashes_in_a_loop(road: Road, observer: Observer) -> str:
     for attempt in (1, 2, 3):
         road.wait(
             job_id,
-            lambda job, attempt=attempt: job["attempt"] == attempt and job["status"] == "running",
+            lambda job, attempt=attempt: (
+                job["attempt"] == attempt and job["status"] == "running"
+            ),
         )
         kill_role(observer, job_id, "w0")
     return job_id
@@ -131,7 +138,9 @@ def outlives(name: str) -> Way:
         road.step(job_id, 2)
         before = session(road, name)
         kill_session(before)
-        until(f"another {name}", lambda: session(road, name) != before and road.answers(), 60)
+        until(
+            f"another {name}", lambda: session(road, name) != before and road.answers(), 60
+        )
         return job_id
 
     way.__name__ = f"outlives_{name}"
@@ -157,7 +166,9 @@ def is_cancelled_recovering(road: Road, observer: Observer) -> str:
 
 
 def loses_its_storage(road: Road, observer: Observer) -> str:
-    """For a while: nobody could end a job for good while the place of its journal is away."""
+    """For a while: nobody could end a job for good while the place of its journal is
+    away.
+    """
     job_id = endless(road)
     folder = Path(road.client.show(job_id)["storage_path"])
     away = folder.with_name(f"{folder.name}-away")
@@ -224,7 +235,9 @@ def assert_clean(road: Road, observer: Observer, job_ids: list[str]) -> None:
 
 def test_a_handful(road: Road, observer: Observer) -> None:
     assert_clean(
-        road, observer, [end_in(road, observer, way, wanted) for way, wanted in SOME.items()]
+        road,
+        observer,
+        [end_in(road, observer, way, wanted) for way, wanted in SOME.items()],
     )
 
 
@@ -246,8 +259,9 @@ class Size:
     """What a process holds."""
 
     fds: int
-    """Without the database's files: the service keeps a connection for as many requests as there
-    have been at once, up to a bound that tests/integration/test_service_leaks.py looks at."""
+    """Without the database's files: the service keeps a connection for as many requests
+    as there have been at once, up to a bound that
+    tests/integration/test_service_leaks.py looks at."""
     memory_bytes: int
 
     @classmethod
@@ -275,7 +289,9 @@ def test_nobody_grows_over_short_jobs(road: Road, observer: Observer) -> None:
     )
     road.step(long_job, 2)
     pids = {"service": session(road, "service").sid, "agent": session(road, "agent").sid}
-    pids["driver"] = int(until("a driver", lambda: observer.actors(long_job).get("driver"), 60))
+    pids["driver"] = int(
+        until("a driver", lambda: observer.actors(long_job).get("driver"), 60)
+    )
     looks: dict[int, dict[str, Size]] = {}
     for count in (2, FIRST_LOOK, SHORT_JOBS):
         run_short_jobs(road, count, max(looks, default=0))

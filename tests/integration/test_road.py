@@ -1,5 +1,5 @@
-"""The whole road on one machine: the local stack as a user starts it, jobs through the public API,
-things killed on the way.
+"""The whole road on one machine: the local stack as a user starts it, jobs through the
+public API, things killed on the way.
 """
 
 import os
@@ -30,15 +30,15 @@ def test_a_job_goes_the_whole_road(road: Road, undisturbed: list[dict[str, Any]]
     assert [row["step"] for row in undisturbed] == list(range(1, 61))
     assert undisturbed[-1]["loss"] < undisturbed[0]["loss"] - 1
     job = road.client.jobs(limit=1)["data"][0]
-    assert job["status"] == "succeeded" and job["progress"]["val_loss"] < undisturbed[0]["loss"] - 1
+    assert job["status"] == "succeeded"
+    assert job["progress"]["val_loss"] < undisturbed[0]["loss"] - 1
     assert [entry["step"] for entry in road.client.checkpoints(job["id"])["data"]] in (
         [60, 40],
         [40, 60],
     )
     ranks = road.client.ranks(job["id"])["data"]
-    assert [entry["rank"] for entry in ranks] == [0, 1] and len(
-        {entry["pid"] for entry in ranks}
-    ) == 2
+    assert [entry["rank"] for entry in ranks] == [0, 1]
+    assert len({entry["pid"] for entry in ranks}) == 2
     events = road.client.events(job["id"], limit=100)["data"]
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     text = subprocess.run(
@@ -73,14 +73,21 @@ def test_a_pipeline_trains_as_one_rank_does(road: Road) -> None:
 
     (rows, ranks) = train(pp=2)
     (expected, alone) = train()
-    assert [row["step"] for row in rows] == [row["step"] for row in expected] == list(range(1, 9))
+    assert (
+        [row["step"] for row in rows]
+        == [row["step"] for row in expected]
+        == list(range(1, 9))
+    )
     for key in ("loss", "grad_norm"):
-        assert [row[key] for row in rows] == pytest.approx([row[key] for row in expected], rel=1e-5)
+        assert [row[key] for row in rows] == pytest.approx(
+            [row[key] for row in expected], rel=1e-5
+        )
     assert expected[-1]["loss"] < expected[0]["loss"] - 0.5
     assert [entry["coordinates"] for entry in ranks] == [
         {"tp": 0, "cp": 0, "dp": 0, "pp": place} for place in range(2)
     ]
-    assert len({entry["pid"] for entry in ranks}) == 2 and len(alone) == 1
+    assert len({entry["pid"] for entry in ranks}) == 2
+    assert len(alone) == 1
 
 
 def test_the_service_may_die_while_a_job_trains(
@@ -93,7 +100,9 @@ def test_the_service_may_die_while_a_job_trains(
     os.kill(before.sid, signal.SIGKILL)
     job = road.finish(job_id)
     assert road.service_session() != before
-    assert job["status"] == "succeeded" and job["attempt"] == 1 and road.pids(job_id) == pids
+    assert job["status"] == "succeeded"
+    assert job["attempt"] == 1
+    assert road.pids(job_id) == pids
     assert road.rows(job_id) == undisturbed
 
 
@@ -102,7 +111,9 @@ def test_a_rank_may_die(road: Road, undisturbed: list[dict[str, Any]]) -> None:
     road.wait(job_id, lambda job: job["last_checkpoint"] is not None)
     os.kill(road.pids(job_id)[1], signal.SIGKILL)
     job = road.finish(job_id)
-    assert job["status"] == "succeeded" and job["attempt"] == 2 and job["failures"] == 1
+    assert job["status"] == "succeeded"
+    assert job["attempt"] == 2
+    assert job["failures"] == 1
     assert [(row["step"], row["loss"], row["grad_norm"]) for row in road.rows(job_id)] == [
         (row["step"], row["loss"], row["grad_norm"]) for row in undisturbed
     ]
@@ -114,11 +125,14 @@ def test_cancel_writes_a_checkpoint_and_leaves_nothing(road: Road) -> None:
     pids = road.pids(job_id)
     road.client.cancel(job_id)
     job = road.finish(job_id)
-    assert job["status"] == "cancelled" and job["status_reason"] == "user_cancelled"
+    assert job["status"] == "cancelled"
+    assert job["status_reason"] == "user_cancelled"
     last = job["last_checkpoint"]["step"]
     assert last == road.rows(job_id)[-1]["step"]
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
+    while time.monotonic() < deadline and any(
+        Path(f"/proc/{pid}").exists() for pid in pids
+    ):
         time.sleep(0.1)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
@@ -158,7 +172,9 @@ BAD: dict[str, tuple[Callable[[Road], dict[str, Any]], str]] = {
         "/data/train",
     ),
     "corrupt tokenizer": (
-        lambda road: road.spec(data={"tokenizer": {"kind": "file", "path": bad_tokenizer(road)}}),
+        lambda road: road.spec(
+            data={"tokenizer": {"kind": "file", "path": bad_tokenizer(road)}}
+        ),
         "/data/tokenizer/path",
     ),
     "unwritable storage": (
@@ -179,7 +195,8 @@ def test_bad_input_is_refused_at_once_by_field(road: Road, case: str) -> None:
     problem = response.json()
     assert {"type", "title", "status", "detail", "code", "request_id"} <= problem.keys()
     assert any(
-        entry["pointer"].startswith(pointer) and entry["detail"] for entry in problem["errors"]
+        entry["pointer"].startswith(pointer) and entry["detail"]
+        for entry in problem["errors"]
     ), problem
     assert "Traceback" not in response.text
 
@@ -190,15 +207,18 @@ def test_an_idempotency_key_gives_the_same_job_and_takes_no_other_body(road: Roa
     spec = road.spec(training={"steps": 5000})
     first = httpx.post(url, json=spec, headers=headers, timeout=20)
     again = httpx.post(url, json=spec, headers=headers, timeout=20)
-    assert (
-        first.status_code == again.status_code == 201 and first.json()["id"] == again.json()["id"]
-    )
+    assert first.status_code == again.status_code == 201
+    assert first.json()["id"] == again.json()["id"]
     other = httpx.post(url, json=road.spec(), headers=headers, timeout=20)
-    assert other.status_code == 422 and "Idempotency-Key" in other.text
+    assert other.status_code == 422
+    assert "Idempotency-Key" in other.text
     road.client.cancel(first.json()["id"])
     assert road.finish(first.json()["id"])["status"] == "cancelled"
 
 
 def test_a_wrong_token_is_refused(road: Road) -> None:
-    response = httpx.get(f"{road.record.url}/v1/jobs", headers={"Authorization": "Bearer wrong"})
-    assert response.status_code == 401 and response.json()["code"]
+    response = httpx.get(
+        f"{road.record.url}/v1/jobs", headers={"Authorization": "Bearer wrong"}
+    )
+    assert response.status_code == 401
+    assert response.json()["code"]

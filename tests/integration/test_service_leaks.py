@@ -1,5 +1,5 @@
-"""200 jobs through one service process: nothing of them stays open, in the process or in the
-database.
+"""200 jobs through one service process: nothing of them stays open, in the process or
+in the database.
 """
 
 import os
@@ -39,12 +39,13 @@ ENDS = (
     "deleted",
 )
 MOST_GROWTH_BYTES = 16 << 20
-"""From job 50 to job 200 (measured: 4 MiB). Nothing of a job should stay; what grows is malloc's
-arenas and SQLite's caches, 2 MiB for each connection that the pool adds. A leak of a stream's or a
-request's objects would be some 100 KiB a job, 15 MiB and more."""
+"""From job 50 to job 200 (measured: 4 MiB). Nothing of a job should stay; what grows is
+malloc's arenas and SQLite's caches, 2 MiB for each connection that the pool adds. A
+leak of a stream's or a request's objects would be some 100 KiB a job, 15 MiB and more.
+"""
 MOST_DATABASE_FILES = 20 * 2 + 1
-"""The pool keeps up to 20 connections, as many as there ever were requests at once, each with two
-files; one for all of them."""
+"""The pool keeps up to 20 connections, as many as there ever were requests at once,
+each with two files; one for all of them."""
 
 
 @pytest.fixture
@@ -57,7 +58,11 @@ class Fleet:
     """Agent, drivers and users of many jobs, one after the other."""
 
     def __init__(
-        self, service: ServiceProcess, user: httpx.Client, agent: httpx.Client, rng: random.Random
+        self,
+        service: ServiceProcess,
+        user: httpx.Client,
+        agent: httpx.Client,
+        rng: random.Random,
     ) -> None:
         self.service = service
         self.user = user
@@ -65,8 +70,8 @@ class Fleet:
         self.rng = rng
 
     def live(self, end: str) -> None:
-        """One job from its submission to its end, with two readers: one stays to the end, one
-        leaves early.
+        """One job from its submission to its end, with two readers: one stays to the
+        end, one leaves early.
         """
         job_id = str(post(self.user, "/v1/jobs", SPEC)["id"])
         readers = [
@@ -93,13 +98,19 @@ class Fleet:
         path = f"/internal/v1/jobs/{job_id}/records"
         with self.service.client(job_token(self.agent, job_id)) as driver:
 
-            def say(*facts: tuple[str, Any], source: str = "driver", attempt: int = 1) -> None:
+            def say(
+                *facts: tuple[str, Any], source: str = "driver", attempt: int = 1
+            ) -> None:
                 post(driver, path, records.batch(source, attempt, *facts))
 
             if end == "cancelled while preparing":
                 post(self.user, f"/v1/jobs/{job_id}/cancel", {})
                 return
-            say(("prepared", {"manifest": {}}), ("state", {"state": "scheduling"}), attempt=0)
+            say(
+                ("prepared", {"manifest": {}}),
+                ("state", {"state": "scheduling"}),
+                attempt=0,
+            )
             say(
                 ("attempt", {"state": "starting", "world_size": 4}),
                 ("state", {"state": "starting"}),
@@ -125,15 +136,22 @@ class Fleet:
 
 
 def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def test_nothing_of_two_hundred_jobs_stays_open(service: ServiceProcess) -> None:
-    seed = int(os.environ.get("MEGATRON_RAY_SEED") or random.SystemRandom().randrange(1 << 31))
+    seed = int(
+        os.environ.get("MEGATRON_RAY_SEED") or random.SystemRandom().randrange(1 << 31)
+    )
     sys.stdout.write(f"leaks: MEGATRON_RAY_SEED={seed}\n")
     rng = random.Random(seed)
     measured = {}
-    with service.client(service.user_token) as user, service.client(service.agent_token) as agent:
+    with (
+        service.client(service.user_token) as user,
+        service.client(service.agent_token) as agent,
+    ):
         report_nodes(agent)
         fleet = Fleet(service, user, agent, rng)
         for number in range(1, JOBS + 1):
@@ -157,7 +175,10 @@ def assert_database_closed(path: Path) -> None:
 
         ended = "('succeeded', 'failed', 'cancelled')"
         assert rows("SELECT count(*) FROM jobs") == [(JOBS,)]
-        assert rows(f"SELECT id FROM jobs WHERE status NOT IN {ended} OR ended_at IS NULL") == []
+        assert (
+            rows(f"SELECT id FROM jobs WHERE status NOT IN {ended} OR ended_at IS NULL")
+            == []
+        )
         assert (
             rows(
                 "SELECT job, attempt, state FROM attempts WHERE ended_at IS NULL OR state "
@@ -167,7 +188,14 @@ def assert_database_closed(path: Path) -> None:
         )
         assert rows("SELECT * FROM idempotency") == [], "no request carried a key"
         deleted = "(SELECT number FROM jobs WHERE deleted_at IS NOT NULL)"
-        for table in ("events", "metrics", "attempts", "checkpoints", "sources", "job_labels"):
+        for table in (
+            "events",
+            "metrics",
+            "attempts",
+            "checkpoints",
+            "sources",
+            "job_labels",
+        ):
             assert rows(f"SELECT count(*) FROM {table} WHERE job IN {deleted}") == [(0,)]
             assert rows(
                 f"SELECT count(*) FROM {table} WHERE job NOT IN (SELECT number FROM jobs)"

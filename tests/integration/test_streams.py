@@ -1,5 +1,5 @@
-"""Streams through a network that cuts them and a service that is killed: each reader gets what the
-history lists, once.
+"""Streams through a network that cuts them and a service that is killed: each reader
+gets what the history lists, once.
 """
 
 import os
@@ -37,8 +37,8 @@ Json = dict[str, Any]
 
 
 class Producer(threading.Thread):
-    """A driver: two attempts, the second repeating steps; every batch is sent until it is stored,
-    wherever the service is.
+    """A driver: two attempts, the second repeating steps; every batch is sent until it
+    is stored, wherever the service is.
     """
 
     def __init__(
@@ -49,7 +49,10 @@ class Producer(threading.Thread):
         self.records = Records(job_id)
         self.rng = rng
         self.path = f"/internal/v1/jobs/{job_id}/records"
-        self.headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+        self.headers = {
+            "Authorization": f"Bearer {token}",
+            "Content-Type": "application/json",
+        }
         self.http = httpx.Client(timeout=5, trust_env=False)
         self.attempt = 1
         self.step = 0
@@ -79,13 +82,21 @@ class Producer(threading.Thread):
                 self.say(
                     (
                         "state",
-                        {"state": "recovering", "reason": "worker_died", "message": "rank 1 died"},
+                        {
+                            "state": "recovering",
+                            "reason": "worker_died",
+                            "message": "rank 1 died",
+                        },
                     )
                 )
                 self.say(
                     (
                         "attempt",
-                        {"state": "failed", "reason": "worker_died", "message": "rank 1 died"},
+                        {
+                            "state": "failed",
+                            "reason": "worker_died",
+                            "message": "rank 1 died",
+                        },
                     )
                 )
                 self.attempt = 2
@@ -93,7 +104,9 @@ class Producer(threading.Thread):
                 self.begin_attempt()
             if (
                 self.ahead() < 100
-            ):  # so that readers come to the live end of the stream, on the slowest machine too
+                # so that readers come to the live end of the stream, on the slowest machine
+                # too
+            ):
                 self.work(rows=self.rng.randint(3, 15))
         self.say(("attempt", {"state": "succeeded"}), ("state", {"state": "succeeded"}))
 
@@ -173,7 +186,9 @@ class Reader(threading.Thread):
         self.error: BaseException | None = None
 
     def was_cut(self) -> None:
-        if (len(self.events), len(self.rows)) >= self.known and len(self.rows) >= self.known[1]:
+        if (len(self.events), len(self.rows)) >= self.known and len(
+            self.rows
+        ) >= self.known[1]:
             self.cuts_live += 1
         else:
             self.cuts_in_replay += 1
@@ -200,7 +215,9 @@ class Reader(threading.Thread):
 
 @pytest.fixture
 def rng() -> random.Random:
-    seed = int(os.environ.get("MEGATRON_RAY_SEED") or random.SystemRandom().randrange(1 << 31))
+    seed = int(
+        os.environ.get("MEGATRON_RAY_SEED") or random.SystemRandom().randrange(1 << 31)
+    )
     sys.stdout.write(f"streams: MEGATRON_RAY_SEED={seed}\n")
     return random.Random(seed)
 
@@ -214,12 +231,19 @@ def service(tmp_path: Path) -> Iterator[ServiceProcess]:
 def test_readers_cut_fifty_times_each_receive_the_history_once(
     service: ServiceProcess, rng: random.Random
 ) -> None:
-    with service.client(service.user_token) as user, service.client(service.agent_token) as agent:
+    with (
+        service.client(service.user_token) as user,
+        service.client(service.agent_token) as agent,
+    ):
         report_nodes(agent)
         job_id = post(user, "/v1/jobs", SPEC)["id"]
-        producer = Producer(service, job_id, job_token(agent, job_id), random.Random(rng.random()))
+        producer = Producer(
+            service, job_id, job_token(agent, job_id), random.Random(rng.random())
+        )
         producer.history()
-        known = len(user.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()["data"])
+        known = len(
+            user.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()["data"]
+        )
     readers = [
         Reader(service, job_id, random.Random(rng.random()), known, producer.step)
         for _ in range(READERS)
@@ -236,7 +260,11 @@ def test_readers_cut_fifty_times_each_receive_the_history_once(
             service.start(port if number == 1 else free_port())
             if number == 1:
                 producer.second_attempt.set()
-        wait_for(lambda: fewest_cuts(readers) >= CUTS and producer.attempt == 2, readers, producer)
+        wait_for(
+            lambda: fewest_cuts(readers) >= CUTS and producer.attempt == 2,
+            readers,
+            producer,
+        )
     finally:
         producer.finish.set()
     wait_for(lambda: not any(thread.is_alive() for thread in threads), readers, producer)
@@ -249,15 +277,19 @@ def test_readers_cut_fifty_times_each_receive_the_history_once(
             for attempt in (1, 2)
             for row in client.metrics(job_id, keys=",".join(KEYS), attempt=attempt)["data"]
         ]
-    assert [event["seq"] for event in events] == list(range(1, len(events) + 1)) and len(rows) > 600
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert len(rows) > 600
     assert any(ODD in event["message"] for event in events)
     for reader in readers:
-        assert reader.error is None and reader.ended
+        assert reader.error is None
+        assert reader.ended
         assert reader.events == events
         assert sorted(reader.rows, key=key) == sorted(rows, key=key)
-        assert reader.proxy.cuts == CUTS and reader.cuts_in_replay >= 3 and reader.cuts_live >= 3, (
-            vars(reader)
-        )
+        assert (
+            reader.proxy.cuts == CUTS
+            and reader.cuts_in_replay >= 3
+            and reader.cuts_live >= 3
+        ), vars(reader)
 
 
 def key(row: Json) -> tuple[int, int]:
@@ -278,7 +310,9 @@ def fewest_cuts(readers: list[Reader]) -> int:
     return min(reader.proxy.cuts for reader in readers)
 
 
-def wait_for(reached: Callable[[], bool], readers: list[Reader], producer: Producer) -> None:
+def wait_for(
+    reached: Callable[[], bool], readers: list[Reader], producer: Producer
+) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not reached():
         state = [

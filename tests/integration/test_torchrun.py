@@ -41,13 +41,20 @@ def torchrun(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]
         "job.yaml",
     ]
     return subprocess.run(
-        [*command, *arguments], cwd=folder, capture_output=True, text=True, timeout=180, check=False
+        [*command, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
     )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "corpus.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 500)
+    (tmp_path / "corpus.txt").write_text(
+        "the quick brown fox jumps over the lazy dog\n" * 500
+    )
     text = JOB.replace("CORPUS", str(tmp_path / "corpus.txt")).replace(
         "STORAGE", str(tmp_path / "out")
     )
@@ -70,9 +77,13 @@ def test_trains_commits_and_resumes_bit_for_bit(folder: Path) -> None:
     assert "finished; newest checkpoint:" in whole.stdout
     kept = sorted(path.name for path in (folder / "out" / "checkpoints").iterdir())
     assert kept == ["step-00000004-a0001", "step-00000006-a0001"]
-    assert all((folder / "out" / "checkpoints" / name / "COMMITTED").exists() for name in kept)
+    assert all(
+        (folder / "out" / "checkpoints" / name / "COMMITTED").exists() for name in kept
+    )
     (folder / "out" / "checkpoints" / kept[1] / "COMMITTED").unlink()
-    again = torchrun(folder, "--set", "parallel.tp=2", "--reports", "again.jsonl", "--resume")
+    again = torchrun(
+        folder, "--set", "parallel.tp=2", "--reports", "again.jsonl", "--resume"
+    )
     assert again.returncode == 0, again.stderr
     assert losses(folder / "again.jsonl") == [
         (2, step, loss) for _, step, loss in losses(folder / "whole.jsonl")[4:]
@@ -100,11 +111,9 @@ def test_a_loss_that_is_no_number_is_one_message_and_exit_code_1(folder: Path) -
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=180, check=False
     )
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("error: the loss of step ")
-        and len(done.stderr.splitlines()) == 1
-    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the loss of step ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -149,7 +158,9 @@ def test_the_spec_of_an_import_trains_and_one_that_contradicts_it_is_one_message
     done = subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=180, check=False
     )
-    assert done.returncode == 0 and "finished; newest checkpoint:" in done.stdout, done.stderr
+    assert done.returncode == 0 and "finished; newest checkpoint:" in done.stdout, (
+        done.stderr
+    )
     done = subprocess.run(
         [
             *command,
@@ -170,4 +181,5 @@ def test_the_spec_of_an_import_trains_and_one_that_contradicts_it_is_one_message
         "/model/norm_eps: norm_eps=0.1 contradicts the weights of checkpoint.start_from, which "
         "were made with 1e-05; set it to that"
     )
-    assert done.returncode == 2 and done.stderr == f"error: the job cannot begin:\n  {text}\n"
+    assert done.returncode == 2
+    assert done.stderr == f"error: the job cannot begin:\n  {text}\n"

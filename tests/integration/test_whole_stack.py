@@ -1,5 +1,5 @@
-"""The road a newcomer walks, by the command line alone: up, plan, submit, look, generate, cancel,
-down.
+"""The road a newcomer walks, by the command line alone: up, plan, submit, look,
+generate, cancel, down.
 """
 
 import json
@@ -34,7 +34,9 @@ class CommandLine:
         self.folder = folder
         self.data_dir = folder / "data"
 
-    def run(self, *arguments: str, timeout_s: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *arguments: str, timeout_s: float = 120
+    ) -> subprocess.CompletedProcess[str]:
         command = [
             sys.executable,
             "-m",
@@ -70,38 +72,50 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
 
 def test_the_road(cli: CommandLine) -> None:
     plan = json.loads(cli.ok("plan", "spec.yaml", "--json"))
-    assert plan["world_size"] == 2 and plan["fits"] is True
+    assert plan["world_size"] == 2
+    assert plan["fits"] is True
 
     done = cli.run("submit", "spec.yaml", "--watch")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (
-        "running" in done.stdout
-        and "step 12/12" in done.stdout
-        and done.stdout.rstrip().endswith("succeeded")
-    )
+    assert "running" in done.stdout
+    assert "step 12/12" in done.stdout
+    assert done.stdout.rstrip().endswith("succeeded")
 
     (job,) = json.loads(cli.ok("jobs", "--json"))["data"]
     shown = json.loads(cli.ok("show", job["id"], "--json"))
-    assert shown["status"] == "succeeded" and shown["progress"]["step"] == 12
+    assert shown["status"] == "succeeded"
+    assert shown["progress"]["step"] == 12
     rows = json.loads(cli.ok("metrics", job["id"], "--json"))["data"]
-    assert [row["step"] for row in rows] == list(range(1, 13)) and rows[-1]["loss"] < rows[0][
-        "loss"
-    ]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[-1]["loss"] < rows[0]["loss"]
     assert len(json.loads(cli.ok("ranks", job["id"], "--json"))["data"]) == 2
     assert [
-        entry["step"] for entry in json.loads(cli.ok("checkpoints", job["id"], "--json"))["data"]
+        entry["step"]
+        for entry in json.loads(cli.ok("checkpoints", job["id"], "--json"))["data"]
     ] == [6, 12]
-    seqs = [event["seq"] for event in json.loads(cli.ok("events", job["id"], "--json"))["data"]]
+    seqs = [
+        event["seq"] for event in json.loads(cli.ok("events", job["id"], "--json"))["data"]
+    ]
     assert seqs == list(range(1, len(seqs) + 1))
     cli.ok("logs", job["id"])
     generated = json.loads(
-        cli.ok("generate", job["id"], "--prompt", "Document", "--max-new-tokens", "20", "--json")
+        cli.ok(
+            "generate",
+            job["id"],
+            "--prompt",
+            "Document",
+            "--max-new-tokens",
+            "20",
+            "--json",
+        )
     )
     assert generated["text"]
 
 
 def test_cancel_ends_a_job(cli: CommandLine) -> None:
-    job = json.loads(cli.ok("submit", "spec.yaml", "--set", "training.steps=100000", "--json"))
+    job = json.loads(
+        cli.ok("submit", "spec.yaml", "--set", "training.steps=100000", "--json")
+    )
     deadline = time.monotonic() + 60
     while json.loads(cli.ok("show", job["id"], "--json"))["status"] != "running":
         assert time.monotonic() < deadline
@@ -118,7 +132,11 @@ def test_mistakes_are_one_message(cli: CommandLine) -> None:
         ("parallel.dp=2", "/parallel: "),
     ]:
         done = cli.run("submit", "spec.yaml", "--set", override)
-        assert done.returncode == 1 and pointer in done.stderr and "Traceback" not in done.stderr, (
+        assert (
+            done.returncode == 1
+            and pointer in done.stderr
+            and "Traceback" not in done.stderr
+        ), (
             override,
             done.stderr,
         )
@@ -131,5 +149,6 @@ def test_down_cancels_what_runs_and_leaves_nothing(cli: CommandLine) -> None:
     assert record is not None
     cli.ok("down")
     assert members(entry.session for entry in record.sessions) == []
-    assert not Path(record.temp_dir).exists() and read_record(cli.data_dir) is None
+    assert not Path(record.temp_dir).exists()
+    assert read_record(cli.data_dir) is None
     assert "nothing is up" in cli.ok("down")

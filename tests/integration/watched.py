@@ -1,5 +1,5 @@
-"""A stack in a process group of its own, watched: every session it ever recorded is remembered, so
-that what is left can be told.
+"""A stack in a process group of its own, watched: every session it ever recorded is
+remembered, so that what is left can be told.
 """
 
 import os
@@ -22,14 +22,14 @@ class Watched:
     def __init__(
         self, data_dir: Path, command: Sequence[str] = (sys.executable, str(SCRIPT))
     ) -> None:
-        """`command` gets the data dir as its last argument; by default the stack with stand-ins for
-        service and agent.
+        """`command` gets the data dir as its last argument; by default the stack with
+        stand-ins for service and agent.
         """
         self.data_dir = data_dir
         self.seen: set[Session] = set()
         self.temp_dirs: set[Path] = set()
-        # A shell's background job ignores SIGINT and so would its children; what is handled here is
-        # at its default there.
+        # A shell's background job ignores SIGINT and so would its children; what is
+        # handled here is at its default there.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             self.process = subprocess.Popen(
@@ -76,7 +76,9 @@ class Watched:
 
 
 def processes_that_name(text: str) -> list[int]:
-    """Pids whose command line or environment holds the text, this process and its parents aside."""
+    """Pids whose command line or environment holds the text, this process and its
+    parents aside.
+    """
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) in (os.getpid(), os.getppid()):

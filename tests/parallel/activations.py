@@ -12,22 +12,31 @@ from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import RandomDataset
 
 
-def blocks_of(config: TrainConfig, mesh: ParallelMesh) -> tuple[GPT, Tensor, ForwardContext]:
+def blocks_of(
+    config: TrainConfig, mesh: ParallelMesh
+) -> tuple[GPT, Tensor, ForwardContext]:
     """A model, what its first block takes, and the positions."""
     model, _ = build(config, mesh)
     dataset = RandomDataset(config.model.vocabulary, config.training.seq_length)
     size = config.training.micro_batch_size
     batch = StepLoader(
-        dataset, size, size * mesh.dims.dp, mesh.dp_rank, mesh.dims.dp, batch_maker(config, mesh)
+        dataset,
+        size,
+        size * mesh.dims.dp,
+        mesh.dp_rank,
+        mesh.dims.dp,
+        batch_maker(config, mesh),
     ).step(0)[0]
-    hidden = model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
+    hidden = (
+        model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
+    )
     positions = model.module.positions_of(batch, hidden)
     return model.module, hidden, positions
 
 
 def kept_bytes(config: TrainConfig, mesh: ParallelMesh) -> int:
-    """Storages that autograd holds between forward and backward; parameters and the angles that all
-    layers share are left out.
+    """Storages that autograd holds between forward and backward; parameters and the
+    angles that all layers share are left out.
     """
     model, hidden, positions = blocks_of(config, mesh)
     held: list[Tensor] = []
@@ -44,7 +53,8 @@ def kept_bytes(config: TrainConfig, mesh: ParallelMesh) -> int:
     ]
     not_counted = {tensor.untyped_storage()._cdata for tensor in shared}
     storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in held
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in held
     }
     assert output.requires_grad  # and alive, so that nothing above has been freed
     return sum(size for storage, size in storages.items() if storage not in not_counted)

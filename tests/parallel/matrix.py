@@ -1,8 +1,8 @@
-"""The matrix of layouts: legal combinations of all axes and options, drawn from a seed so that
-every one of them is met often enough.
+"""The matrix of layouts: legal combinations of all axes and options, drawn from a seed
+so that every one of them is met often enough.
 
-Pure: what is drawn is what validation calls legal. The seed is printed by the test that runs it;
-MATRIX_SEED draws another matrix.
+Pure: what is drawn is what validation calls legal. The seed is printed by the test that
+runs it; MATRIX_SEED draws another matrix.
 """
 
 import random
@@ -18,9 +18,14 @@ SEED = 20261121
 MOST_RANKS = 8
 ENTRIES = 30
 SHAPE = LLAMA | {"num_layers": 4, "num_attention_heads": 8, "num_query_groups": 4}
-# What families have that layouts can get wrong: every second layer has a window, heads are normed,
-# some linears have biases.
-SHAPE |= {"qk_norm": True, "qkv_bias": True, "sliding_window": 11, "full_attention_every": 2}
+# What families have that layouts can get wrong: every second layer has a window, heads
+# are normed, some linears have biases.
+SHAPE |= {
+    "qk_norm": True,
+    "qkv_bias": True,
+    "sliding_window": 11,
+    "full_attention_every": 2,
+}
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,
     "top_k": 2,
@@ -66,7 +71,9 @@ class Entry:
         """Readable, unique enough for a test's id."""
         words = [f"{key}{value}" for key, value in self.parallel.items() if key in AXES]
         words += [
-            str(self.parallel[key]) for key in ("schedule", "cp_method") if key in self.parallel
+            str(self.parallel[key])
+            for key in ("schedule", "cp_method")
+            if key in self.parallel
         ]
         words += [f"zero{self.parallel.get('zero', 1)}"] + [
             word for word in ("sp", "packed", "recompute") if word in self.features
@@ -98,7 +105,9 @@ class Entry:
             * self.parallel["dp"]
         )
 
-    def config(self, *, steps: int, precision: str = "fp32", alone: bool = False) -> TrainConfig:
+    def config(
+        self, *, steps: int, precision: str = "fp32", alone: bool = False
+    ) -> TrainConfig:
         """As the loop takes it; `alone`: the same model, data and steps on one rank."""
         model = SHAPE | ({"moe": EXPERTS} if self.experts else {})
         training: dict[str, Any] = {
@@ -114,21 +123,30 @@ class Entry:
         return TrainConfig.from_mapping(
             {
                 "model": model,
-                "parallel": {"dp": 1} if alone else self.parallel | {"bucket_elements": 8000},
+                "parallel": {"dp": 1}
+                if alone
+                else self.parallel | {"bucket_elements": 8000},
                 "data": {
                     "train": [{"path": "unused"}],
                     "tokenizer": {"kind": "bytes"},
                     "separate_documents": self.packed,
                 },
                 "training": training,
-                "optimizer": {"lr": 3e-3, "eps": 1e-5, "weight_decay": 0.1, "clip_grad_norm": 1.0},
+                "optimizer": {
+                    "lr": 3e-3,
+                    "eps": 1e-5,
+                    "weight_decay": 0.1,
+                    "clip_grad_norm": 1.0,
+                },
                 "schedule": {"kind": "cosine", "warmup_steps": 3},
             }
         )
 
 
 def draw(seed: int = SEED, count: int = ENTRIES) -> tuple[Entry, ...]:
-    """`count` different legal entries with two axes or more, chosen so that every quota is met."""
+    """`count` different legal entries with two axes or more, chosen so that every quota
+    is met.
+    """
     rng = random.Random(seed)
     found = []
     met = Counter[str]()
@@ -138,8 +156,12 @@ def draw(seed: int = SEED, count: int = ENTRIES) -> tuple[Entry, ...]:
             for entry in (_candidate(rng) for _ in range(200))
             if _legal(entry) and entry not in found
         ]
-        lacking = {name: quota - met[name] for name, quota in QUOTAS.items() if met[name] < quota}
-        best = max(offered, key=lambda entry: sum(lacking.get(name, 0) for name in entry.features))
+        lacking = {
+            name: quota - met[name] for name, quota in QUOTAS.items() if met[name] < quota
+        }
+        best = max(
+            offered, key=lambda entry: sum(lacking.get(name, 0) for name in entry.features)
+        )
         found.append(best)
         met.update(best.features)
     return tuple(found)
@@ -160,18 +182,24 @@ def _candidate(rng: random.Random) -> Entry:
         parallel["cp_method"] = rng.choice(
             ("p2p", "all_gather", "a2a") if parallel["cp"] == 2 else ("p2p", "a2a+p2p")
         )
-        parallel |= {"hierarchical_cp_sizes": (2, 2)} if parallel["cp_method"] == "a2a+p2p" else {}
+        parallel |= (
+            {"hierarchical_cp_sizes": (2, 2)} if parallel["cp_method"] == "a2a+p2p" else {}
+        )
     if rng.random() < 0.35:
         parallel |= {"ep": 2, "dispatcher": rng.choice(("alltoall", "allgather"))}
         parallel |= {"etp": rng.choice((1, 2))} if "tp" in parallel else {}
     parallel["zero"] = rng.choice((0, 1, 1, 3))
     return Entry(
-        parallel, rng.choice(RECOMPUTE) if rng.random() < 0.25 else None, rng.random() < 0.25
+        parallel,
+        rng.choice(RECOMPUTE) if rng.random() < 0.25 else None,
+        rng.random() < 0.25,
     )
 
 
 def _legal(entry: Entry) -> bool:
-    several = sum(entry.parallel.get(axis, 1) > 1 for axis in ("tp", "pp", "cp", "ep", "dp"))
+    several = sum(
+        entry.parallel.get(axis, 1) > 1 for axis in ("tp", "pp", "cp", "ep", "dp")
+    )
     return (
         several >= 2
         and entry.world_size <= MOST_RANKS

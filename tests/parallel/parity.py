@@ -1,6 +1,6 @@
-"""Trains one tiny model under any layout and brings home what layouts are compared by: initial
-weights, first gradients, losses, norms, weights. Runs inside real ranks; results are numpy,
-reassembled by logical name in the parent.
+"""Trains one tiny model under any layout and brings home what layouts are compared by:
+initial weights, first gradients, losses, norms, weights. Runs inside real ranks;
+results are numpy, reassembled by logical name in the parent.
 """
 
 from dataclasses import dataclass, replace
@@ -61,7 +61,8 @@ class RandomDataset:
     def __getitem__(self, index: int) -> np.ndarray:
         rng = np.random.default_rng((99, index))
         first = rng.integers(0, self.vocabulary)
-        # Half predictable, so that there is something to learn and gradients do not die out.
+        # Half predictable, so that there is something to learn and gradients do not die
+        # out.
         steps = np.where(
             rng.random(self.seq_length + 1) < 0.5,
             1,
@@ -116,7 +117,10 @@ def make_config(
         {
             "model": model,
             "parallel": parallel,
-            "data": {"train": [{"path": "unused"}], "separate_documents": separate_documents},
+            "data": {
+                "train": [{"path": "unused"}],
+                "separate_documents": separate_documents,
+            },
             "training": {
                 "seq_length": 32,
                 "micro_batch_size": micro_batch,
@@ -126,7 +130,12 @@ def make_config(
                 "compile": "blocks" if compiled else "none",
                 "seed": 7,
             },
-            "optimizer": {"lr": 3e-3, "eps": 1e-5, "weight_decay": 0.1, "clip_grad_norm": 1.0},
+            "optimizer": {
+                "lr": 3e-3,
+                "eps": 1e-5,
+                "weight_decay": 0.1,
+                "clip_grad_norm": 1.0,
+            },
             "schedule": {"kind": "cosine", "warmup_steps": 3},
         }
     )
@@ -138,19 +147,27 @@ def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
     )
 
 
-def boxes(state: ShardedState, prefix: str = "") -> list[tuple[str, tuple[int, ...], np.ndarray]]:
+def boxes(
+    state: ShardedState, prefix: str = ""
+) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     found = []
     for name, entry in state.items():
         if name.startswith(prefix):
             found += [
-                (name.removeprefix(prefix), box.box.offset, box.tensor.detach().clone().numpy())
+                (
+                    name.removeprefix(prefix),
+                    box.box.offset,
+                    box.tensor.detach().clone().numpy(),
+                )
                 for box in entry.boxes
             ]
     return found
 
 
 class Replay:
-    """Batches that tell routers what to choose: [steps, samples of a step, tokens, layers, K]."""
+    """Batches that tell routers what to choose: [steps, samples of a step, tokens,
+    layers, K].
+    """
 
     def __init__(self, loader: StepLoader, choices: np.ndarray) -> None:
         self.loader = loader
@@ -164,7 +181,9 @@ class Replay:
             0, loader.micro_batch_size, loader.dp_rank, loader.dp, loader.num_microbatches
         )
         cut = loader.make_batch.cut
-        of_step = torch.from_numpy(self.choices[step][:, cut.positions(self.choices.shape[2])])
+        of_step = torch.from_numpy(
+            self.choices[step][:, cut.positions(self.choices.shape[2])]
+        )
         return [
             replace(batch, routing_replay=of_step[torch.as_tensor(ids)])
             for batch, ids in zip(loader.step(consumed_samples), rows, strict=True)
@@ -178,8 +197,8 @@ def run_layout(
     weights_after: int = 5,
     choices: np.ndarray | None = None,
 ) -> RankResult:
-    """The first step's gradients, then the real loop from the same start; routers take `choices`
-    (see `Replay`) where given.
+    """The first step's gradients, then the real loop from the same start; routers take
+    `choices` (see `Replay`) where given.
     """
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
@@ -204,13 +223,17 @@ def run_layout(
     initial = boxes(optimizer.sharded_state(), "model/")
     batches = loader.step(0)
     loss = forward_backward(model, mesh, batches)
-    stats = finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+    stats = finalize_grads(
+        model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
+    )
     scale_and_clip(optimizer, stats, clip_grad_norm=0)
     gradients = boxes(optimizer.sharded_gradients())
 
     model, optimizer = build(config, mesh)
     chosen: list[tuple[int, np.ndarray]] = []
-    model.module.on_route = lambda layer, experts: chosen.append((layer, experts.numpy().copy()))
+    model.module.on_route = lambda layer, experts: chosen.append(
+        (layer, experts.numpy().copy())
+    )
     weights: list[tuple[str, tuple[int, ...], np.ndarray]] = []
     reports: list[StepReport] = []
 
@@ -225,7 +248,10 @@ def run_layout(
 
     assert (
         train(
-            Parts(config, mesh, model, optimizer, loader, None, NoSaver()), Progress(), note, poll
+            Parts(config, mesh, model, optimizer, loader, None, NoSaver()),
+            Progress(),
+            note,
+            poll,
         )
         == "finished"
     )
@@ -250,8 +276,8 @@ def run_layout(
 
 
 def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
-    """What the routers of one rank chose: [steps, samples of a step, tokens, layers, K]; -1 for
-    layers without experts.
+    """What the routers of one rank chose: [steps, samples of a step, tokens, layers,
+    K]; -1 for layers without experts.
     """
     assert config.model.moe is not None
     training = config.training
@@ -259,14 +285,22 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
     samples = training.micro_batch_size
     length = training.seq_length
     choices = np.full(
-        (training.steps, training.global_batch_size, length, layers, config.model.moe.top_k),
+        (
+            training.steps,
+            training.global_batch_size,
+            length,
+            layers,
+            config.model.moe.top_k,
+        ),
         -1,
         dtype=np.int64,
     )
     seen = dict.fromkeys(range(layers), 0)
     for layer, experts in one.choices:
         step, start = divmod(seen[layer], training.global_batch_size)
-        choices[step, start : start + samples, :, layer] = experts.reshape(samples, length, -1)
+        choices[step, start : start + samples, :, layer] = experts.reshape(
+            samples, length, -1
+        )
         seen[layer] += samples
     assert set(seen.values()) <= {0, training.steps * training.global_batch_size}
     return choices
@@ -275,8 +309,8 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
 def assemble(
     config: TrainConfig, parts: list[list[tuple[str, tuple[int, ...], np.ndarray]]]
 ) -> dict[str, np.ndarray]:
-    """Full tensors from every rank's boxes; replicas must agree to the bit, and everything must be
-    covered.
+    """Full tensors from every rank's boxes; replicas must agree to the bit, and
+    everything must be covered.
     """
     from megatron_ray.sharding.parameters import logical_parameters
 
@@ -287,11 +321,14 @@ def assemble(
     for rank_boxes in parts:
         for name, offset, values in rank_boxes:
             where = tuple(
-                slice(start, start + size) for start, size in zip(offset, values.shape, strict=True)
+                slice(start, start + size)
+                for start, size in zip(offset, values.shape, strict=True)
             )
             before = full[name][where]
             known = ~np.isnan(before)
-            assert np.array_equal(before[known], values[known]), f"replicas of {name} differ"
+            assert np.array_equal(before[known], values[known]), (
+                f"replicas of {name} differ"
+            )
             full[name][where] = values
     for name, tensor in full.items():
         assert not np.isnan(tensor).any(), f"{name} is not covered"
@@ -302,7 +339,8 @@ def relative_l2(measured: np.ndarray, reference: np.ndarray, floor: float) -> fl
     """||measured - reference|| / max(||reference||, floor), in float64."""
     wide = reference.astype(np.float64)
     return float(
-        np.linalg.norm(measured.astype(np.float64) - wide) / max(np.linalg.norm(wide), floor)
+        np.linalg.norm(measured.astype(np.float64) - wide)
+        / max(np.linalg.norm(wide), floor)
     )
 
 
@@ -312,18 +350,22 @@ def worst_relative_l2(
     """Largest per-tensor distance and its name; the floor is 1e-8 of the largest norm."""
     floor = 1e-8 * max(float(np.linalg.norm(tensor)) for tensor in reference.values())
     return max(
-        (relative_l2(measured[name], tensor, floor), name) for name, tensor in reference.items()
+        (relative_l2(measured[name], tensor, floor), name)
+        for name, tensor in reference.items()
     )
 
 
 def split_vanishing(
     config: TrainConfig, gradients: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """(all others, those that are zero in exact arithmetic and hence only rounding): without rotary
-    positions a key bias shifts all scores of a query alike, which softmax does not see.
+    """(all others, those that are zero in exact arithmetic and hence only rounding):
+    without rotary positions a key bias shifts all scores of a query alike, which
+    softmax does not see.
     """
     rotary = config.model.position_embedding == "rope"
-    vanishing = {name for name in gradients if name.endswith("attention.k.bias") and not rotary}
+    vanishing = {
+        name for name in gradients if name.endswith("attention.k.bias") and not rotary
+    }
     return (
         {name: tensor for name, tensor in gradients.items() if name not in vanishing},
         {name: tensor for name, tensor in gradients.items() if name in vanishing},
@@ -333,19 +375,21 @@ def split_vanishing(
 def float64_gradients(
     rank: int, world_size: int, config: TrainConfig, choices: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Gradients of the first step in double precision on one rank, by plain autograd: no slots, no
-    buckets, no reductions.
+    """Gradients of the first step in double precision on one rank, by plain autograd:
+    no slots, no buckets, no reductions.
     """
     from megatron_ray.models.initialization import init_local
     from megatron_ray.parallelize.parallelize import build_model
     from megatron_ray.sharding.parameters import local_parameters
 
     mesh = ParallelMesh.single()
-    module = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float64).to_empty(
-        device="cpu"
-    )
+    module = build_model(
+        config.model, mesh, ParallelismConfig(), dtype=torch.float64
+    ).to_empty(device="cpu")
     if config.model.tie_embeddings:
-        module.head.weight = module.embedding.weight  # to_empty has made two of the shared one
+        module.head.weight = (
+            module.embedding.weight
+        )  # to_empty has made two of the shared one
     table = local_parameters(config.model, mesh.dims, 0)
     parameters = dict(module.named_parameters())
     for local in table:
@@ -369,7 +413,9 @@ def float64_gradients(
         further = batch.further
         if further is not None:
             further = replace(further, loss_mask_DBS=further.loss_mask_DBS.double())
-        module(replace(batch, loss_mask_BS=batch.loss_mask_BS.double(), further=further)).backward()
+        module(
+            replace(batch, loss_mask_BS=batch.loss_mask_BS.double(), further=further)
+        ).backward()
     tokens = sum(batch.num_tokens for batch in batches)
     found = {}
     for local in table:

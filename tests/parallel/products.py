@@ -20,9 +20,9 @@ Shape = tuple[int, int, int]
 
 
 class Products(TorchDispatchMode):
-    """`linear` has every product of two matrices by shape; `attention` how often each fused
-    attention ran. Batched products, which only unfused attention has, are counted with attention:
-    it multiplies activations with each other and has no weights.
+    """`linear` has every product of two matrices by shape; `attention` how often each
+    fused attention ran. Batched products, which only unfused attention has, are counted
+    with attention: it multiplies activations with each other and has no weights.
     """
 
     def __init__(self) -> None:
@@ -40,14 +40,18 @@ class Products(TorchDispatchMode):
         packet = func.overloadpacket
         name = str(func)
         if packet is torch.ops.mkldnn._linear_pointwise:
-            # Takes its second matrix as a weight, [columns, inner]; with `binary` it is third,
-            # behind what is added.
+            # Takes its second matrix as a weight, [columns, inner]; with `binary` it is
+            # third, behind what is added.
             weight = args[2 if "binary" in name else 1]
             self.linear[args[0].shape[0], args[0].shape[1], weight.shape[0]] += 1
         elif packet in (_aten.mm, _aten.addmm, _aten.addmm_):
             left, right = args[0 if packet is _aten.mm else 1 :][:2]
             self.linear[left.shape[0], left.shape[1], right.shape[1]] += 1
-        elif "scaled_dot_product" in name or packet in (_aten.bmm, _aten.baddbmm, _aten.baddbmm_):
+        elif "scaled_dot_product" in name or packet in (
+            _aten.bmm,
+            _aten.baddbmm,
+            _aten.baddbmm_,
+        ):
             self.attention[name] += 1
         return func(*args, **(kwargs or {}))
 
@@ -59,8 +63,12 @@ class Products(TorchDispatchMode):
         return taken
 
 
-def linear_layers(module: nn.Module, *, trained_only: bool = False) -> list[tuple[int, int]]:
-    """[O, I] of each weight that the module's forward multiplies with; embeddings are looked up."""
+def linear_layers(
+    module: nn.Module, *, trained_only: bool = False
+) -> list[tuple[int, int]]:
+    """[O, I] of each weight that the module's forward multiplies with; embeddings are
+    looked up.
+    """
     kinds = (ColumnParallelLinear, RowParallelLinear, VocabParallelHead)
     layers = [part.weight for part in module.modules() if isinstance(part, kinds)]
     return [
@@ -73,5 +81,6 @@ def linear_layers(module: nn.Module, *, trained_only: bool = False) -> list[tupl
 def flops(products: Counter[Shape]) -> int:
     """Multiplications and additions."""
     return sum(
-        2 * rows * inner * columns * times for (rows, inner, columns), times in products.items()
+        2 * rows * inner * columns * times
+        for (rows, inner, columns), times in products.items()
     )

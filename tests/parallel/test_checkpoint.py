@@ -1,5 +1,5 @@
-"""Checkpoints on real ranks: any layout in, any layout out, bit for bit; what is torn or fails is
-seen.
+"""Checkpoints on real ranks: any layout in, any layout out, bit for bit; what is torn
+or fails is seen.
 """
 
 import os
@@ -44,7 +44,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 def truth(name: str) -> torch.Tensor:
     dtype = torch.bfloat16 if name == "model/norm" else torch.float32
     return torch.randn(
-        SHAPES[name], generator=torch.Generator().manual_seed(len(name)), dtype=torch.float32
+        SHAPES[name],
+        generator=torch.Generator().manual_seed(len(name)),
+        dtype=torch.float32,
     ).to(dtype)
 
 
@@ -55,8 +57,8 @@ def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
 
 
 def cut(layout: str, rank: int, world_size: int, *, filled: bool) -> ShardedState:
-    """`rows` and `columns` as tensor parallelism cuts, `flat` as a ZeRO-1 shard, `whole` on every
-    rank; small ones replicated.
+    """`rows` and `columns` as tensor parallelism cuts, `flat` as a ZeRO-1 shard,
+    `whole` on every rank; small ones replicated.
     """
     state: ShardedState = {}
     for name, shape in SHAPES.items():
@@ -82,13 +84,16 @@ def cut(layout: str, rank: int, world_size: int, *, filled: bool) -> ShardedStat
             for box in boxes
         ]
         state[name] = ShardedTensor(
-            shape, [TensorBox(box, tensor) for box, tensor in zip(boxes, tensors, strict=True)]
+            shape,
+            [TensorBox(box, tensor) for box, tensor in zip(boxes, tensors, strict=True)],
         )
     return state
 
 
 def mesh(rank: int, world_size: int) -> ParallelMesh:
-    return ParallelMesh.create(ParallelDims(dp=world_size), World(rank, world_size, rank, "cpu"))
+    return ParallelMesh.create(
+        ParallelDims(dp=world_size), World(rank, world_size, rank, "cpu")
+    )
 
 
 def save(
@@ -128,7 +133,9 @@ def train_state(rank: int, world_size: int, path: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", ["flat", "rows", "whole"])
-def test_every_layout_loads_under_every_other(run_ranks: Run, tmp_path: Path, layout: str) -> None:
+def test_every_layout_loads_under_every_other(
+    run_ranks: Run, tmp_path: Path, layout: str
+) -> None:
     path = checkpoint_path(str(tmp_path), 5, 1)
     answers = run_ranks(save, 4, layout, path)
     assert all(
@@ -144,10 +151,18 @@ def test_every_layout_loads_under_every_other(run_ranks: Run, tmp_path: Path, la
         + 4
     )
     data = sum(
-        size for name, size in read_manifest(path)["files"].items() if name.startswith("data/")
+        size
+        for name, size in read_manifest(path)["files"].items()
+        if name.startswith("data/")
     )
     assert data <= elements + 64 * 12, "replicas are written once"
-    for world_size, wanted in ((1, "whole"), (2, "columns"), (2, "flat"), (4, "rows"), (3, "flat")):
+    for world_size, wanted in (
+        (1, "whole"),
+        (2, "columns"),
+        (2, "flat"),
+        (4, "rows"),
+        (3, "flat"),
+    ):
         assert run_ranks(load, world_size, wanted, path) == [[]] * world_size
 
 
@@ -184,7 +199,9 @@ def test_an_uncommitted_checkpoint_is_refused(run_ranks: Run, tmp_path: Path) ->
 
 def die_while_writing(rank: int, world_size: int, path: str) -> None:
     if rank == 1:
-        os.fsync = lambda _: os._exit(9)  # killed when the bytes are written and not yet durable
+        os.fsync = lambda _: os._exit(
+            9
+        )  # killed when the bytes are written and not yet durable
     save(rank, world_size, "rows", path)
 
 
@@ -208,17 +225,23 @@ def test_a_rank_that_dies_while_writing_leaves_nothing_that_counts(
 def uncovered(rank: int, world_size: int, path: str) -> None:
     writer = CheckpointWriter(mesh(rank, world_size), "sync", lambda _: None)
     state: ShardedState = {
-        "model/a": ShardedTensor((4, 2), [TensorBox(Box((rank, 0), (1, 2)), torch.zeros(1, 2))])
+        "model/a": ShardedTensor(
+            (4, 2), [TensorBox(Box((rank, 0), (1, 2)), torch.zeros(1, 2))]
+        )
     }
     writer.save(1, path, state, {})
 
 
-def test_boxes_that_do_not_cover_are_refused_on_every_rank(run_ranks: Run, tmp_path: Path) -> None:
+def test_boxes_that_do_not_cover_are_refused_on_every_rank(
+    run_ranks: Run, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"model/a"):
         run_ranks(uncovered, 2, str(tmp_path / "c"))
 
 
-def fail_in_background(rank: int, world_size: int, blocked: str, good: str) -> tuple[str, int]:
+def fail_in_background(
+    rank: int, world_size: int, blocked: str, good: str
+) -> tuple[str, int]:
     reports: list[CheckpointReport] = []
     writer = CheckpointWriter(mesh(rank, world_size), "async", reports.append)
     state = cut("rows", rank, world_size, filled=True)
@@ -236,7 +259,9 @@ def test_an_error_in_the_thread_surfaces_at_the_next_save_once(
     run_ranks: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "blocked").write_text("a file where a folder should be")
-    answers = run_ranks(fail_in_background, 2, str(tmp_path / "blocked"), str(tmp_path / "good"))
+    answers = run_ranks(
+        fail_in_background, 2, str(tmp_path / "blocked"), str(tmp_path / "good")
+    )
     assert all(
         "cannot write" in message and "blocked" in message and count == 1
         for message, count in answers

@@ -1,5 +1,5 @@
-"""Memory of a save and of a load under another layout: measured on real ranks by the kernel's own
-high-water mark.
+"""Memory of a save and of a load under another layout: measured on real ranks by the
+kernel's own high-water mark.
 """
 
 import re
@@ -55,7 +55,9 @@ def shard_bytes(world_size: int) -> int:
 
 
 def measure_save(rank: int, world_size: int, path: str) -> int:
-    mesh = ParallelMesh.create(ParallelDims(dp=world_size), World(rank, world_size, rank, "cpu"))
+    mesh = ParallelMesh.create(
+        ParallelDims(dp=world_size), World(rank, world_size, rank, "cpu")
+    )
     state = shard(rank, world_size, 0)
     writer = CheckpointWriter(mesh, "async", lambda _: None)
     before = memory_bytes("VmRSS")
@@ -74,7 +76,9 @@ def measure_load(rank: int, world_size: int, path: str) -> int:
     return memory_bytes("VmHWM") - before
 
 
-def test_saving_and_loading_need_little_more_than_the_shard(run_ranks: Run, tmp_path: Path) -> None:
+def test_saving_and_loading_need_little_more_than_the_shard(
+    run_ranks: Run, tmp_path: Path
+) -> None:
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux to measure a peak")
     limit = 1.2 * shard_bytes(2) + 64 * MIB

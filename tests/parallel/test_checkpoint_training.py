@@ -1,5 +1,5 @@
-"""A run's checkpoints end to end: resume is bit-exact in the same layout, goes on in another, and
-one process can speak from them.
+"""A run's checkpoints end to end: resume is bit-exact in the same layout, goes on in
+another, and one process can speak from them.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,12 @@ def train(
     reports: list[Report] = []
     mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
     TrainingSession(
-        settings, mesh, data, report=reports.append, attempt=attempt, resume_from=resume_from
+        settings,
+        mesh,
+        data,
+        report=reports.append,
+        attempt=attempt,
+        resume_from=resume_from,
     ).run()
     steps = {
         report.step: (report.loss, report.grad_norm)
@@ -76,17 +81,26 @@ def train(
         if isinstance(report, StepReport)
     }
     return steps | dict(
-        [(0, (report.loss, 0.0)) for report in reports if isinstance(report, EvalReport)][-1:]
+        [(0, (report.loss, 0.0)) for report in reports if isinstance(report, EvalReport)][
+            -1:
+        ]
     )
 
 
 def goes_on_here_and_elsewhere(
-    run: Run, settings: TrainConfig, elsewhere: TrainConfig, data: PreparedData, *, rel: float
+    run: Run,
+    settings: TrainConfig,
+    elsewhere: TrainConfig,
+    data: PreparedData,
+    *,
+    rel: float,
 ) -> tuple[dict[int, Any], str]:
-    """A whole run, and its checkpoint halfway, from which it goes on bit for bit as it is and, to
-    `rel`, in another layout.
+    """A whole run, and its checkpoint halfway, from which it goes on bit for bit as it
+    is and, to `rel`, in another layout.
     """
-    here, there = (ParallelDims.of(each.parallel).world_size for each in (settings, elsewhere))
+    here, there = (
+        ParallelDims.of(each.parallel).world_size for each in (settings, elsewhere)
+    )
     whole = run(train, here, settings, data, 1, None)[0]
     assert settings.storage is not None
     (half, _) = [info.path for info in list_checkpoints(settings.storage.path)]
@@ -119,7 +133,9 @@ def diverge(
             settings, mesh, data, report=reports.append, attempt=1, resume_from=None
         ).run()
     except NonFiniteLossError as problem:
-        return str(problem), [report.step for report in reports if isinstance(report, StepReport)]
+        return str(problem), [
+            report.step for report in reports if isinstance(report, StepReport)
+        ]
     return "it went on", []
 
 
@@ -134,11 +150,9 @@ def test_a_loss_that_is_no_number_ends_the_run_on_every_rank_and_is_never_saved(
         }
     )
     (problem, steps), (same, _) = run_ranks(diverge, 2, settings, corpus)
-    assert (
-        problem == same
-        and problem.startswith(f"the loss of step {steps[-1]} is ")
-        and "its gradient norm nan; lower" in problem
-    )
+    assert problem == same
+    assert problem.startswith(f"the loss of step {steps[-1]} is ")
+    assert "its gradient norm nan; lower" in problem
     saved = [info.step for info in list_checkpoints(str(tmp_path / "tp2"))]
     assert saved == steps[:-1], "the step itself is reported, its weights are not kept"
 
@@ -162,7 +176,8 @@ def test_resuming_is_exact_and_other_layouts_go_on(
     for step, values in other.items():
         assert values == pytest.approx(whole[step], rel=1e-5)
     newest = latest_committed(str(tmp_path / "tp2"))
-    assert newest is not None and newest.path == saved[1]
+    assert newest is not None
+    assert newest.path == saved[1]
     model, tokenizer = load_model(newest.path)
     assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
 

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.parallel
 
 
 def sums(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows apart, a flat part in its place with another sum under way, and what the others' places
-    hold afterwards.
+    """Rows apart, a flat part in its place with another sum under way, and what the
+    others' places hold afterwards.
     """
     group = dist.group.WORLD
     rows = torch.arange(world_size * 6.0).view(world_size * 2, 3) + 100 * rank
@@ -49,7 +49,9 @@ def gathers_and_reductions(rank: int, world_size: int) -> tuple[torch.Tensor, ..
     rows = torch.arange(4.0).view(2, 2) + 10 * rank
     whole = torch.full((world_size * 3,), -1.0)
     whole[3 * rank : 3 * rank + 3] = float(rank)
-    in_place = collectives.start_all_gather_into(whole, whole[3 * rank : 3 * rank + 3], group)
+    in_place = collectives.start_all_gather_into(
+        whole, whole[3 * rank : 3 * rank + 3], group
+    )
     gathered = collectives.all_gather_rows(rows, group)
     first = torch.full((5,), 0.1 * (rank + 1))
     second = torch.tensor([rank, -rank])
@@ -67,7 +69,8 @@ def test_everybody_gets_the_same(ranks: int, run_ranks: Callable[..., list[Any]]
     for found in results:
         gathered, whole, first, largest, empty = found
         assert torch.equal(
-            gathered, torch.cat([torch.arange(4.0).view(2, 2) + 10 * rank for rank in range(ranks)])
+            gathered,
+            torch.cat([torch.arange(4.0).view(2, 2) + 10 * rank for rank in range(ranks)]),
         )
         assert torch.equal(whole, torch.arange(float(ranks)).repeat_interleave(3))
         torch.testing.assert_close(first, torch.full((5,), 0.1 * sum(range(1, ranks + 1))))

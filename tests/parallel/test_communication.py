@@ -1,5 +1,5 @@
-"""What a plan says that a rank sends is what it does send: one whole step of a rank among 4,096,
-every collective written down.
+"""What a plan says that a rank sends is what it does send: one whole step of a rank
+among 4,096, every collective written down.
 """
 
 from collections import Counter
@@ -35,7 +35,9 @@ MOE = SHAPE | {
     "moe": EXPERTS | {"num_experts": 16, "capacity_factor": 1.0, "pad_to_capacity": True}
 }
 LATENT: dict[str, Any] = {
-    name: value for name, value in SHAPE.items() if name not in ("num_query_groups", "head_dim")
+    name: value
+    for name, value in SHAPE.items()
+    if name not in ("num_query_groups", "head_dim")
 }
 LATENT["mla"] = {
     "q_lora_rank": 24,
@@ -79,7 +81,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"tp": 4, "pp": 4, "vpp": 2},
         {},
     ),
-    ("zero bubble in a V", SHAPE | {"num_layers": 8}, {"pp": 4, "vpp": 2, "schedule": "zb-v"}, {}),
+    (
+        "zero bubble in a V",
+        SHAPE | {"num_layers": 8},
+        {"pp": 4, "vpp": 2, "schedule": "zb-v"},
+        {},
+    ),
     ("ring", SHAPE, {"tp": 2, "sequence_parallel": True, "cp": 8}, {}),
     ("ring recomputed", SHAPE, {"cp": 4}, {"recompute": {"granularity": "selective"}}),
     ("gathered keys", SHAPE, {"cp": 4, "cp_method": "all_gather"}, {}),
@@ -148,7 +155,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"tp": 4, "sequence_parallel": True, "zero": 0},
         {},
     ),
-    ("latent attention in a ring", LATENT, {"tp": 2, "sequence_parallel": True, "cp": 4}, {}),
+    (
+        "latent attention in a ring",
+        LATENT,
+        {"tp": 2, "sequence_parallel": True, "cp": 4},
+        {},
+    ),
     (
         "latent attention, heads exchanged",
         LATENT | FURTHER,
@@ -201,7 +213,9 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 ]
 
 
-def make(shape: dict[str, Any], parallel: dict[str, Any], training: dict[str, Any]) -> TrainConfig:
+def make(
+    shape: dict[str, Any], parallel: dict[str, Any], training: dict[str, Any]
+) -> TrainConfig:
     dp = RANKS // (parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("cp", 1))
     batch = {
         "seq_length": 128,
@@ -270,7 +284,9 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("parts", "rank"), [pytest.param(*run[1:], id=run[0]) for run in RUNS])
+@pytest.mark.parametrize(
+    ("parts", "rank"), [pytest.param(*run[1:], id=run[0]) for run in RUNS]
+)
 def test_bytes_per_axis_and_kind_are_those_of_the_plan(
     parts: list[dict[str, Any]], rank: int
 ) -> None:

@@ -1,5 +1,5 @@
-"""Context parallelism: what each method sends, what it holds, and that documents kept apart stay
-apart under every cut.
+"""Context parallelism: what each method sends, what it holds, and that documents kept
+apart stay apart under every cut.
 """
 
 import gc
@@ -29,8 +29,8 @@ HIERARCHY = {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)}
 def attend_and_count(
     rank: int, world_size: int, parallel: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Counter[str], int, float]:
-    """Calls of torch.distributed by name in one forward and backward, most foreign blocks at once,
-    worst distance from one rank.
+    """Calls of torch.distributed by name in one forward and backward, most foreign
+    blocks at once, worst distance from one rank.
     """
     mesh = make_mesh(rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1))
     torch.manual_seed(1)
@@ -44,7 +44,9 @@ def attend_and_count(
         for count in (heads, groups, groups, heads)
     )
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)
+    expected = nn.functional.scaled_dot_product_attention(
+        *whole, is_causal=True, enable_gqa=True
+    )
     expected.backward(grad)
     here = torch.from_numpy(SequenceCut(world_size, rank).positions(length))
     mine = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
@@ -54,14 +56,17 @@ def attend_and_count(
         output.backward(grad[:, :, here])
     pairs = [
         (output, expected[:, :, here]),
-        *((part.grad, full.grad[:, :, here]) for part, full in zip(mine, whole, strict=True)),
+        *(
+            (part.grad, full.grad[:, :, here])
+            for part, full in zip(mine, whole, strict=True)
+        ),
     ]
     return calls, most[0], max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 class counting:  # noqa: N801 - reads as a statement
-    """Counts calls of torch.distributed, and blocks of keys and values from other ranks that are
-    alive together.
+    """Counts calls of torch.distributed, and blocks of keys and values from other ranks
+    that are alive together.
     """
 
     def __init__(self, blocks: list[weakref.ref[Tensor]]) -> None:
@@ -78,7 +83,9 @@ class counting:  # noqa: N801 - reads as a statement
         )
 
     def __enter__(self) -> tuple[Counter[str], list[int]]:
-        self.originals = {name: getattr(dist, name) for name in self.names if hasattr(dist, name)}
+        self.originals = {
+            name: getattr(dist, name) for name in self.names if hasattr(dist, name)
+        }
         for name, original in self.originals.items():
             setattr(dist, name, self.counted(name, original))
         self.start = start = ring._Hops.start
@@ -86,7 +93,9 @@ class counting:  # noqa: N801 - reads as a statement
         def watched(hops: Any, tensor: Tensor) -> Any:
             arriving, pending = start(hops, tensor)
             self.blocks.append(weakref.ref(arriving))
-            self.most[0] = max(self.most[0], sum(block() is not None for block in self.blocks))
+            self.most[0] = max(
+                self.most[0], sum(block() is not None for block in self.blocks)
+            )
             return arriving, pending
 
         ring._Hops.start = watched  # type: ignore[method-assign]
@@ -109,18 +118,23 @@ class counting:  # noqa: N801 - reads as a statement
 
 def test_the_ring_holds_two_foreign_blocks_and_sends_only_point_to_point() -> None:
     for calls, most, distance in run_ranks(attend_and_count, 4, {"cp": 4}, torch.float32):
-        # Forward: keys and values three hops. Backward: the same, and their gradients four, to come
-        # home.
+        # Forward: keys and values three hops. Backward: the same, and their gradients
+        # four, to come home.
         assert calls == {"isend": 3 + 3 + 4}
         assert most <= 2 + 2, "two blocks, and in the backward two gradients"
         assert distance < 1e-6
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"cp": 2, "cp_method": "all_gather"}, {"cp": 4, "cp_method": "a2a"}, HIERARCHY]
+    "parallel",
+    [{"cp": 2, "cp_method": "all_gather"}, {"cp": 4, "cp_method": "a2a"}, HIERARCHY],
 )
-def test_every_method_is_attention_over_the_whole_sequence(parallel: dict[str, Any]) -> None:
-    for calls, _, distance in run_ranks(attend_and_count, parallel["cp"], parallel, torch.float64):
+def test_every_method_is_attention_over_the_whole_sequence(
+    parallel: dict[str, Any],
+) -> None:
+    for calls, _, distance in run_ranks(
+        attend_and_count, parallel["cp"], parallel, torch.float64
+    ):
         assert distance < 1e-12
         assert ("all_to_all_single" in calls) == ("a2a" in parallel["cp_method"])
         assert ("isend" in calls) == ("p2p" in parallel["cp_method"])
@@ -134,9 +148,11 @@ METHODS: tuple[dict[str, Any], ...] = (
 )
 
 
-def windowed(rank: int, world_size: int, windows: list[int]) -> dict[tuple[str, int, bool], float]:
-    """Worst distance from one rank of outputs and gradients, by method, window and whether
-    documents are apart.
+def windowed(
+    rank: int, world_size: int, windows: list[int]
+) -> dict[tuple[str, int, bool], float]:
+    """Worst distance from one rank of outputs and gradients, by method, window and
+    whether documents are apart.
     """
     torch.manual_seed(1)
     batch = 2
@@ -153,8 +169,12 @@ def windowed(rank: int, world_size: int, windows: list[int]) -> dict[tuple[str, 
     here = torch.from_numpy(SequenceCut(world_size, rank).positions(length))
     found = {}
     for parallel in METHODS:
-        mesh = make_mesh(rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1))
-        for window, packed in product(windows, (None, Packed(documents, ((23, 41),) * batch))):
+        mesh = make_mesh(
+            rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1)
+        )
+        for window, packed in product(
+            windows, (None, Packed(documents, ((23, 41),) * batch))
+        ):
             seen = (behind >= 0) & (behind < window)
             if packed is not None:
                 seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
@@ -181,8 +201,8 @@ def windowed(rank: int, world_size: int, windows: list[int]) -> dict[tuple[str, 
 
 
 def test_every_method_knows_the_window() -> None:
-    # Shorter than a chunk of 8 tokens, of one, ending within one, over several, and longer than the
-    # sequence.
+    # Shorter than a chunk of 8 tokens, of one, ending within one, over several, and
+    # longer than the sequence.
     for found in run_ranks(windowed, 4, [1, 3, 8, 9, 21, 60, 64, 100]):
         assert len(found) == 4 * 8 * 2
         assert max(found.values()) < 1e-12, found
@@ -190,7 +210,9 @@ def test_every_method_knows_the_window() -> None:
 
 def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it() -> None:
     q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
-    documents = Documents(torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1, 1]]))
+    documents = Documents(
+        torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1, 1]])
+    )
     so_far = PartialAttention.nothing(q)
     for keys in (slice(0, 3), slice(3, 6)):
         attend(so_far, q, k, v, [Tile(slice(0, 6), keys)], documents)

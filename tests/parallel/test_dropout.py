@@ -1,5 +1,5 @@
-"""Dropout on real ranks: replicas stay equal, parts are drawn apart, and what the layout does not
-cut is what one rank drops.
+"""Dropout on real ranks: replicas stay equal, parts are drawn apart, and what the
+layout does not cut is what one rank drops.
 """
 
 from functools import cache
@@ -41,13 +41,15 @@ Weights = dict[tuple[str, tuple[int, ...]], Tensor]
 def train_and_watch(
     rank: int, world_size: int, configs: list[TrainConfig]
 ) -> list[tuple[Masks, Weights]]:
-    """By config: the first mask of each place, and after the last step the weights by logical name
-    and offset.
+    """By config: the first mask of each place, and after the last step the weights by
+    logical name and offset.
     """
     return [_train_and_watch(rank, world_size, config) for config in configs]
 
 
-def _train_and_watch(rank: int, world_size: int, config: TrainConfig) -> tuple[Masks, Weights]:
+def _train_and_watch(
+    rank: int, world_size: int, config: TrainConfig
+) -> tuple[Masks, Weights]:
     mesh = make_mesh(rank, world_size, config)
     training = config.training
     model, optimizer = build(config, mesh)
@@ -111,7 +113,8 @@ def check(parallel: dict[str, Any], ranks: list[tuple[Masks, Weights]]) -> None:
     if "pp" in parallel:
         assert not left.keys() & right.keys(), "stages have places of their own"
     else:
-        assert left.keys() == right.keys() and len(left) == 7
+        assert left.keys() == right.keys()
+        assert len(left) == 7
     for place in left.keys() & right.keys():
         shared = (
             "tp" in parallel
@@ -129,9 +132,8 @@ def check(parallel: dict[str, Any], ranks: list[tuple[Masks, Weights]]) -> None:
         for other in names
         if one < other and left[one].shape == left[other].shape
     ]
-    assert same_shape and all(
-        abs(correlation(left[one], left[other])) < 4 for one, other in same_shape
-    )
+    assert same_shape
+    assert all(abs(correlation(left[one], left[other])) < 4 for one, other in same_shape)
     replicas = left_weights.keys() & right_weights.keys()
     assert (
         {name for name, _ in replicas} >= {"embedding.weight"}
@@ -150,7 +152,9 @@ LAYOUTS: list[dict[str, Any]] = [
 
 
 def test_replicas_stay_equal_and_parts_are_drawn_apart() -> None:
-    configs = [make_config(GPT2 | BOTH, {"dp": 1} | parallel, steps=10) for parallel in LAYOUTS]
+    configs = [
+        make_config(GPT2 | BOTH, {"dp": 1} | parallel, steps=10) for parallel in LAYOUTS
+    ]
     ranks = run_ranks(train_and_watch, 2, configs, timeout_s=180)
     for index, parallel in enumerate(LAYOUTS):
         check(parallel, [rank[index] for rank in ranks])
@@ -162,8 +166,11 @@ def test_ranks_that_share_a_sequence_draw_apart() -> None:
     (left, left_weights), (right, right_weights) = (
         rank[0] for rank in run_ranks(train_and_watch, 2, [config], timeout_s=180)
     )
-    assert len(left) == 5 and all(abs(correlation(left[place], right[place])) < 4 for place in left)
-    assert all(torch.equal(weight, right_weights[where]) for where, weight in left_weights.items())
+    assert len(left) == 5
+    assert all(abs(correlation(left[place], right[place])) < 4 for place in left)
+    assert all(
+        torch.equal(weight, right_weights[where]) for where, weight in left_weights.items()
+    )
 
 
 SHAPES = {"llama": LLAMA | BOTH, "gpt2-hidden": GPT2 | {"hidden_dropout": RATE}}
@@ -171,7 +178,9 @@ SHAPES = {"llama": LLAMA | BOTH, "gpt2-hidden": GPT2 | {"hidden_dropout": RATE}}
 
 @cache
 def one_rank(shape: str) -> RankResult:
-    return run_ranks(parity.run_layout, 1, make_config(SHAPES[shape], {"dp": 1}, steps=STEPS))[0]
+    return run_ranks(
+        parity.run_layout, 1, make_config(SHAPES[shape], {"dp": 1}, steps=STEPS)
+    )[0]
 
 
 def test_replicas_and_stages_drop_what_one_rank_drops() -> None:

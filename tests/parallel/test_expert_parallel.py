@@ -1,6 +1,7 @@
 """Experts in every layout equal one rank.
 
-Routers replay one rank's choices, since a tie that falls the other way is another model.
+Routers replay one rank's choices, since a tie that falls the other way is another
+model.
 """
 
 from functools import cache
@@ -36,7 +37,11 @@ MODELS = {
     "shared": LLAMA
     | {
         "moe": MOE
-        | {"shared_expert_ffn_hidden_size": 32, "aux_loss": "seq_aux_loss", "layer_pattern": [0, 1]}
+        | {
+            "shared_expert_ffn_hidden_size": 32,
+            "aux_loss": "seq_aux_loss",
+            "layer_pattern": [0, 1],
+        }
     },
     "sigmoid": LLAMA
     | {
@@ -53,12 +58,15 @@ MODELS = {
         },
     },
 }
-# Capacity is a share of a rank's tokens, so these are compared where ranks have as many tokens of a
-# microbatch as one rank.
+# Capacity is a share of a rank's tokens, so these are compared where ranks have as many
+# tokens of a microbatch as one rank.
 DROPPING = {
     "dropping": LLAMA | {"moe": MOE | {"capacity_factor": 0.75}},
     "padded": LLAMA
-    | {"moe": MOE | {"capacity_factor": 0.75, "pad_to_capacity": True, "drop_policy": "position"}},
+    | {
+        "moe": MOE
+        | {"capacity_factor": 0.75, "pad_to_capacity": True, "drop_policy": "position"}
+    },
 }
 SP = {"tp": 2, "sequence_parallel": True}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -113,7 +121,9 @@ def test_experts_in_a_layout_equal_one_rank(layout: str) -> None:
     "layout",
     [name for name, parallel in LONG_LAYOUTS.items() if not parallel.keys() & {"tp", "cp"}],
 )
-def test_full_experts_send_the_same_tokens_away_in_every_layout(layout: str, model: str) -> None:
+def test_full_experts_send_the_same_tokens_away_in_every_layout(
+    layout: str, model: str
+) -> None:
     one, choices = reference(model)
     compare(DROPPING[model], LONG_LAYOUTS[layout], one, choices)
 
@@ -131,7 +141,8 @@ def test_experts_in_more_layouts_equal_one_rank(layout: str, model: str) -> None
     [
         {"dp": 2, "ep": 2},
         pytest.param(
-            SP | {"dp": 2, "ep": 2, "etp": 1, "dispatcher": "allgather"}, marks=pytest.mark.parity
+            SP | {"dp": 2, "ep": 2, "etp": 1, "dispatcher": "allgather"},
+            marks=pytest.mark.parity,
         ),
     ],
 )
@@ -156,7 +167,9 @@ def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(
             expected = np.split(rows, dims.tp)[place["tp"]]
             same += int((np.sort(experts) == np.sort(expected)).all(1).sum())
             total += len(experts)
-    assert total == training.global_batch_size * training.seq_length * config.model.num_layers
+    assert (
+        total == training.global_batch_size * training.seq_length * config.model.num_layers
+    )
     assert same >= 0.999 * total
 
 
@@ -164,7 +177,9 @@ def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(
 @pytest.mark.parametrize(
     "layout", [{"dp": 2, "ep": 2}, SP | {"dp": 2, "ep": 2}], ids=["ep2", "ep2-tp2-dp2"]
 )
-def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(layout: dict[str, Any]) -> None:
+def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(
+    layout: dict[str, Any],
+) -> None:
     _, choices = reference("shared")
 
     def config(parallel: dict[str, Any]) -> TrainConfig:
@@ -174,13 +189,16 @@ def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(layout: dict[str
 
     def distance(parallel: dict[str, Any]) -> float:
         ranks = ParallelDims.of(config(parallel).parallel).world_size
-        results = run_ranks(parity.run_layout, ranks, config(parallel), 1, choices, timeout_s=180)
+        results = run_ranks(
+            parity.run_layout, ranks, config(parallel), 1, choices, timeout_s=180
+        )
         return distance_from(
             truth, assemble(config(parallel), [result.gradients for result in results])
         )
 
     allowed = 1.3 * distance({"dp": 1})
-    assert allowed < 0.1 and distance(layout) <= allowed
+    assert allowed < 0.1
+    assert distance(layout) <= allowed
 
 
 def with_experts(settings: TrainConfig) -> TrainConfig:

@@ -1,5 +1,5 @@
-"""What families have beside a plain Llama equals one rank under every layout: norms of heads,
-windows, stretched positions and the rest.
+"""What families have beside a plain Llama equals one rank under every layout: norms of
+heads, windows, stretched positions and the rest.
 """
 
 from functools import cache
@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from tests.parallel import parity
-from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, worst_relative_l2
+from tests.parallel.parity import (
+    LLAMA,
+    RankResult,
+    assemble,
+    make_config,
+    worst_relative_l2,
+)
 from tests.parallel.test_parity import STEPS, compare, distance_from, world
 from tests.ranks import run_ranks
 
@@ -43,7 +49,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp4-hierarchical": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)},
     "cp2-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
     "tp2-sp-dp2-zero3": {"tp": 2, "dp": 2, "sequence_parallel": True, "zero": 3},
-    # Each of the two key heads is on two ranks, and their norm's gradient is on all four.
+    # Each of the two key heads is on two ranks, and their norm's gradient is on all
+    # four.
     "tp4": {"tp": 4},
     "tp4-sp-dp2": {"tp": 4, "dp": 2, "sequence_parallel": True},
 }
@@ -81,7 +88,9 @@ def test_layer_norms_of_heads_have_biases_whose_gradients_are_summed_too() -> No
     compare(model, LAYOUTS["tp2"], one)
 
 
-@pytest.mark.parametrize("layouts", ["check", pytest.param("rest", marks=pytest.mark.parity)])
+@pytest.mark.parametrize(
+    "layouts", ["check", pytest.param("rest", marks=pytest.mark.parity)]
+)
 def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(layouts: str) -> None:
     one = make_config(EVERYTHING, {"dp": 1}, steps=2, precision="bf16")
     truth = run_ranks(parity.float64_gradients, 1, one)[0]
@@ -89,7 +98,9 @@ def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(layouts: str) ->
     def distance(parallel: dict[str, Any]) -> float:
         config = make_config(EVERYTHING, {"dp": 1} | parallel, steps=2, precision="bf16")
         results = run_ranks(parity.run_layout, world(parallel), config, 1)
-        return distance_from(truth, assemble(config, [result.gradients for result in results]))
+        return distance_from(
+            truth, assemble(config, [result.gradients for result in results])
+        )
 
     allowed = 1.3 * distance({})
     assert allowed < 0.1
@@ -109,14 +120,17 @@ def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
 )
 def test_packed_documents_with_a_window_equal_one_rank(layout: str) -> None:
     def run(parallel: dict[str, Any]) -> list[RankResult]:
-        config = make_config(EVERYTHING, {"dp": 1} | parallel, steps=5, separate_documents=True)
+        config = make_config(
+            EVERYTHING, {"dp": 1} | parallel, steps=5, separate_documents=True
+        )
         return run_ranks(parity.run_layout, parallel.get("cp", 1), config)
 
     (one,) = run({})
     cut = run(LAYOUTS[layout])
     config = make_config(EVERYTHING, {"dp": 1}, steps=5)
     distance = worst_relative_l2(
-        assemble(config, [rank.gradients for rank in cut]), assemble(config, [one.gradients])
+        assemble(config, [rank.gradients for rank in cut]),
+        assemble(config, [one.gradients]),
     )
     assert distance[0] <= 5e-6, distance
     for rank in cut:

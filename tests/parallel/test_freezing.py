@@ -1,5 +1,5 @@
-"""What is frozen costs no gradient, no reduction and no state, stays as it is in every layout, and
-is in the checkpoint all the same.
+"""What is frozen costs no gradient, no reduction and no state, stays as it is in every
+layout, and is in the checkpoint all the same.
 """
 
 from collections import Counter
@@ -47,14 +47,17 @@ def frozen_config(
     model: dict[str, Any] = LLAMA,
     **more: Any,
 ) -> TrainConfig:
-    config = make_config(model, {"dp": 1, "bucket_elements": 8000} | parallel, steps=6, **more)
+    config = make_config(
+        model, {"dp": 1, "bucket_elements": 8000} | parallel, steps=6, **more
+    )
     return config.model_copy(
         update={"optimizer": config.optimizer.model_copy(update={"freeze": freeze})}
     )
 
 
 Step = tuple[int, Counter[Shape], list[tuple[int, int]]]
-"""Bytes of gradients whose reduction started, the products, the linear layers that are trained."""
+"""Bytes of gradients whose reduction started, the products, the linear layers that are
+trained."""
 
 
 def steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Step]:
@@ -65,7 +68,9 @@ def steps(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Step]:
 def one_step(config: TrainConfig, mesh: ParallelMesh) -> Step:
     reduced: list[int] = []
     model = parallelize(
-        config, mesh, on_reduce=lambda bucket: reduced.append(4 * (bucket.end - bucket.start))
+        config,
+        mesh,
+        on_reduce=lambda bucket: reduced.append(4 * (bucket.end - bucket.start)),
     )
     loader = StepLoader(
         RandomDataset(config.model.vocabulary, TOKENS),
@@ -111,7 +116,9 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 @cache
 def reference(model: str) -> RankResult:
-    return run_ranks(run_layout, 1, frozen_config({}, MODELS[model][1], MODELS[model][0]))[0]
+    return run_ranks(run_layout, 1, frozen_config({}, MODELS[model][1], MODELS[model][0]))[
+        0
+    ]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +160,9 @@ def test_what_is_frozen_stays_and_the_rest_learns_as_on_one_rank(
         assert np.array_equal(values, before[name]) == frozen, name
         assert np.abs(values - expected[name]).max() <= 1e-5, name
     trained = sum(
-        values.size for name, values in after.items() if not np.array_equal(values, before[name])
+        values.size
+        for name, values in after.items()
+        if not np.array_equal(values, before[name])
     )
     assert sum(len(result.gradients) > 0 for result in ranks) == (
         world // 2 if "pp" in parallel else world

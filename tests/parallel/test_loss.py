@@ -1,4 +1,6 @@
-"""The head's loss and gradients, over vocabularies cut any way, against plain torch in fp64."""
+"""The head's loss and gradients, over vocabularies cut any way, against plain torch in
+fp64.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +22,12 @@ ROWS = 15
 def drawn(spread: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Hidden, weight, labels, mask.
 
-    With a large `spread` exponentials of one part of the vocabulary are nothing beside the other's,
-    and labels are in both.
+    With a large `spread` exponentials of one part of the vocabulary are nothing beside
+    the other's, and labels are in both.
     """
     generator = torch.Generator().manual_seed(1)
-    # Eighths: products are exact in fp32, so that it is not their rounding that is compared.
+    # Eighths: products are exact in fp32, so that it is not their rounding that is
+    # compared.
     hidden, weight = (
         torch.randint(-16, 17, (rows, WIDTH), generator=generator) / 8
         for rows in (TOKENS, VOCABULARY)
@@ -43,19 +46,28 @@ def found(
     hidden, weight, labels, mask = drawn(spread)
     group = dist.group.WORLD if world_size > 1 else None
     head = VocabParallelHead(
-        ROWS, WIDTH, VOCABULARY, group=group, sequence_parallel=False, dtype=dtype, tied=None
+        ROWS,
+        WIDTH,
+        VOCABULARY,
+        group=group,
+        sequence_parallel=False,
+        dtype=dtype,
+        tied=None,
     )
     padded = torch.cat([weight, torch.zeros(ROWS - VOCABULARY, WIDTH)]).to(dtype)
     head.weight = nn.Parameter(padded.chunk(world_size)[rank].clone())
     leaf = hidden.to(dtype).requires_grad_()
     loss = head(leaf, labels, mask)
     loss.backward()
-    assert leaf.grad is not None and head.weight.grad is not None
+    assert leaf.grad is not None
+    assert head.weight.grad is not None
     return loss.detach(), leaf.grad, head.weight.grad
 
 
 def expected(spread: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """From the logits as they are rounded: what large ones have lost is not the loss's doing."""
+    """From the logits as they are rounded: what large ones have lost is not the loss's
+    doing.
+    """
     hidden, weight, labels, mask = drawn(spread)
     hidden = hidden.to(dtype)
     weight = weight.to(dtype)
@@ -71,7 +83,9 @@ def expected(spread: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.mark.parallel
-@pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "allowed"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("spread", [0.0, 70.0, 500.0])
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_loss_and_gradients(
@@ -81,7 +95,11 @@ def test_loss_and_gradients(
     allowed: float,
     run_ranks: Callable[..., list[Any]],
 ) -> None:
-    answers = run_ranks(found, ranks, spread, dtype) if ranks > 1 else [found(0, 1, spread, dtype)]
+    answers = (
+        run_ranks(found, ranks, spread, dtype)
+        if ranks > 1
+        else [found(0, 1, spread, dtype)]
+    )
     loss, grad_hidden, grad_weight = expected(spread, dtype)
     measured = torch.cat([weight for _, _, weight in answers])
     for own_loss, own_hidden, _ in answers:
@@ -89,5 +107,7 @@ def test_loss_and_gradients(
         assert float((own_hidden.double() - grad_hidden).norm()) <= allowed * float(
             grad_hidden.norm()
         )
-    assert float((measured.double() - grad_weight).norm()) <= allowed * float(grad_weight.norm())
+    assert float((measured.double() - grad_weight).norm()) <= allowed * float(
+        grad_weight.norm()
+    )
     assert not measured[VOCABULARY:].any()

@@ -1,5 +1,5 @@
-"""The matrix: random legal layouts with all options mixed, each equal to one rank; one whole step
-of each without a device; checkpoints that go from one to another.
+"""The matrix: random legal layouts with all options mixed, each equal to one rank; one
+whole step of each without a device; checkpoints that go from one to another.
 """
 
 import os
@@ -29,10 +29,14 @@ SHORT = (4, 8)
 
 
 def some(entries: tuple[Entry, ...]) -> list[Any]:
-    """All of them as parameters; those beyond the first few small ones belong to the long form."""
+    """All of them as parameters; those beyond the first few small ones belong to the
+    long form.
+    """
     small = [entry for entry in entries if entry.world_size <= SHORT[0]][: SHORT[1]]
     return [
-        pytest.param(entry, id=entry.name, marks=[] if entry in small else pytest.mark.parity)
+        pytest.param(
+            entry, id=entry.name, marks=[] if entry in small else pytest.mark.parity
+        )
         for entry in entries
     ]
 
@@ -54,7 +58,9 @@ def alone(experts: bool, packed: bool) -> tuple[RankResult, np.ndarray | None]:
 def test_the_matrix_meets_every_axis_and_option_often_enough() -> None:
     met = Counter(name for entry in MATRIX for name in entry.features)
     assert len(MATRIX) == len(set(map(repr, MATRIX))) == ENTRIES
-    assert all(sum(entry.parallel.get(axis, 1) > 1 for axis in AXES) >= 2 for entry in MATRIX)
+    assert all(
+        sum(entry.parallel.get(axis, 1) > 1 for axis in AXES) >= 2 for entry in MATRIX
+    )
     assert {name: met[name] for name in QUOTAS if met[name] < QUOTAS[name]} == {}
     assert draw() == draw(), "drawn from the seed alone"
 
@@ -65,7 +71,9 @@ def test_an_entry_equals_one_rank(entry: Entry) -> None:
     print(f"MATRIX_SEED={os.environ.get('MATRIX_SEED', SEED)}")  # noqa: T201 - shown when it fails
     one, choices = alone(entry.experts, entry.packed)
     config = entry.config(steps=STEPS)
-    results = run_ranks(parity.run_layout, entry.world_size, config, 5, choices, timeout_s=300)
+    results = run_ranks(
+        parity.run_layout, entry.world_size, config, 5, choices, timeout_s=300
+    )
     gradients, expected = (
         assemble(config, [rank.gradients for rank in ranks]) for ranks in (results, [one])
     )
@@ -78,7 +86,10 @@ def test_an_entry_equals_one_rank(entry: Entry) -> None:
     weights, expected = (
         assemble(config, [rank.weights for rank in ranks]) for ranks in (results, [one])
     )
-    assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
+    assert (
+        max(float(np.abs(weights[name] - expected[name]).max()) for name in expected)
+        <= 1e-5
+    )
 
 
 @cache
@@ -98,7 +109,9 @@ def test_an_entry_in_bf16_stays_as_close_to_float64_as_one_bf16_rank(entry: Entr
     truth, of_one = truth_and_bf16(entry.experts, entry.packed)
     config = entry.config(steps=2, precision="bf16")
     (_, choices) = alone(entry.experts, entry.packed)
-    results = run_ranks(parity.run_layout, entry.world_size, config, 1, choices, timeout_s=300)
+    results = run_ranks(
+        parity.run_layout, entry.world_size, config, 1, choices, timeout_s=300
+    )
     assert (
         distance_from(truth, assemble(config, [rank.gradients for rank in results]))
         <= 1.3 * of_one
@@ -117,22 +130,32 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     return prepare(config.data, str(folder / "cache"), seq_length=32)
 
 
-def on_disk(entry: Entry, storage: Path, source: str, *, alone: bool = False) -> TrainConfig:
+def on_disk(
+    entry: Entry, storage: Path, source: str, *, alone: bool = False
+) -> TrainConfig:
     fields = entry.config(steps=STEPS, alone=alone).model_dump()
     fields["data"] |= {"train": [{"path": source}], "tokenizer": {"kind": "bytes"}}
-    fields |= {"storage": {"path": str(storage)}, "checkpoint": {"every_steps": 5, "keep_last": 5}}
+    fields |= {
+        "storage": {"path": str(storage)},
+        "checkpoint": {"every_steps": 5, "keep_last": 5},
+    }
     return TrainConfig.from_mapping(fields)
 
 
-# Experts choose freely here, and a tie that falls the other way is another model: they change
-# places in test_expert_parallel.
+# Experts choose freely here, and a tie that falls the other way is another model: they
+# change places in test_expert_parallel.
 _DENSE = [entry for entry in MATRIX if not entry.experts and not entry.packed]
-PAIRS = [(_DENSE[index], _DENSE[(index + 1) % len(_DENSE)]) for index in range(min(8, len(_DENSE)))]
+PAIRS = [
+    (_DENSE[index], _DENSE[(index + 1) % len(_DENSE)])
+    for index in range(min(8, len(_DENSE)))
+]
 
 
 @pytest.mark.parallel
 @pytest.mark.parity
-@pytest.mark.parametrize(("before", "after"), PAIRS, ids=[f"{a.name}--{b.name}" for a, b in PAIRS])
+@pytest.mark.parametrize(
+    ("before", "after"), PAIRS, ids=[f"{a.name}--{b.name}" for a, b in PAIRS]
+)
 def test_a_checkpoint_goes_on_under_another_layout(
     before: Entry, after: Entry, tmp_path: Path, corpus: PreparedData
 ) -> None:

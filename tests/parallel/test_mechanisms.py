@@ -1,5 +1,5 @@
-"""The mechanisms are what they are called: overlap happens, ZeRO-1 shards, a resumed run is the
-undisturbed one.
+"""The mechanisms are what they are called: overlap happens, ZeRO-1 shards, a resumed
+run is the undisturbed one.
 """
 
 from pathlib import Path
@@ -22,7 +22,14 @@ from megatron_ray.reports import CheckpointReport, Report, StepReport
 from megatron_ray.sharding.buckets import ALIGNMENT
 from megatron_ray.training.session import TrainingSession, batch_maker, build
 from megatron_ray.training.step import forward_backward
-from tests.parallel.parity import LLAMA, RandomDataset, boxes, make_config, make_mesh, run_layout
+from tests.parallel.parity import (
+    LLAMA,
+    RandomDataset,
+    boxes,
+    make_config,
+    make_mesh,
+    run_layout,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
@@ -31,8 +38,8 @@ pytestmark = pytest.mark.parallel
 def record_overlap(
     rank: int, world_size: int, config: TrainConfig
 ) -> tuple[list[str], int, list[str]]:
-    """Events of one step's backward, in order; the number of buckets; what was waited for inside
-    the backward.
+    """Events of one step's backward, in order; the number of buckets; what was waited
+    for inside the backward.
     """
     mesh = make_mesh(rank, world_size, config)
     events: list[str] = []
@@ -79,7 +86,9 @@ def test_buckets_are_reduced_while_the_backward_goes_on(zero: int) -> None:
     config = make_config(LLAMA, {"dp": 2, "zero": zero, "bucket_elements": 8000}, steps=1)
     for events, num_buckets, waits_inside in run_ranks(record_overlap, 2, config):
         assert num_buckets > 3
-        last_ready = max(index for index, event in enumerate(events) if event.startswith("ready"))
+        last_ready = max(
+            index for index, event in enumerate(events) if event.startswith("ready")
+        )
         before = [event for event in events[:last_ready] if event.startswith("reduce")]
         assert before == [f"reduce {index}" for index in range(num_buckets - 1)]
         assert waits_inside == []
@@ -88,8 +97,8 @@ def test_buckets_are_reduced_while_the_backward_goes_on(zero: int) -> None:
 def rows_put_off(
     rank: int, world_size: int, config: TrainConfig
 ) -> tuple[dict[str, int], dict[str, bool]]:
-    """Rows of the inputs that wait for their weight products, 0 where they are still to be
-    gathered; whether the gradients that come of it are those of a backward at once.
+    """Rows of the inputs that wait for their weight products, 0 where they are still to
+    be gathered; whether the gradients that come of it are those of a backward at once.
     """
     mesh = make_mesh(rank, world_size, config)
     model, _ = build(config, mesh)
@@ -112,16 +121,19 @@ def rows_put_off(
     model.sink.begin_microbatch(last=True)
     model.sink.catch_up("all")
     return waiting, {
-        name: torch.equal(slot.main_grad, at_once[name]) for name, slot in model.sink.slots.items()
+        name: torch.equal(slot.main_grad, at_once[name])
+        for name, slot in model.sink.slots.items()
     }
 
 
 def test_weight_products_that_wait_hold_no_gathered_inputs() -> None:
     config = make_config(LLAMA, {"tp": 2, "sequence_parallel": True}, steps=1)
     for waiting, equal in run_ranks(rows_put_off, 2, config):
-        inside = {name: rows for name, rows in waiting.items() if name.startswith("layers.")}
-        # What is cut over tp anyway stays whole in tokens; what would be whole in both is gathered
-        # when it is needed.
+        inside = {
+            name: rows for name, rows in waiting.items() if name.startswith("layers.")
+        }
+        # What is cut over tp anyway stays whole in tokens; what would be whole in both
+        # is gathered when it is needed.
         assert {name.split(".", 2)[2]: rows for name, rows in inside.items()} == {
             "attention.qkv.weight": 0,
             "attention.o.weight": 64,
@@ -134,7 +146,10 @@ def test_weight_products_that_wait_hold_no_gathered_inputs() -> None:
 def test_zero1_state_is_a_share_of_the_whole() -> None:
     def state_bytes(parallel: dict[str, Any]) -> list[int]:
         config = make_config(LLAMA, parallel, steps=1)
-        return [result.state_bytes for result in run_ranks(run_layout, int(parallel["dp"]), config)]
+        return [
+            result.state_bytes
+            for result in run_ranks(run_layout, int(parallel["dp"]), config)
+        ]
 
     (total,) = state_bytes({"dp": 1})
     padding = 2 * 4 * ALIGNMENT * 4
@@ -160,7 +175,9 @@ def train_session(
     data: PreparedData,
     resume_from: str | None,
     stop_at: int | None,
-) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], np.ndarray]], list[str], str]:
+) -> tuple[
+    list[float], list[float], list[tuple[str, tuple[int, ...], np.ndarray]], list[str], str
+]:
     """Losses, norms, final weights, checkpoints written, outcome."""
     reports: list[Report] = []
 
@@ -228,20 +245,28 @@ def test_a_resumed_run_is_the_undisturbed_one(
     if (
         precision == "bf16"
     ):  # with dropout, whose masks are those of the undisturbed run, recomputed or not
-        model = config.model.model_copy(update={"hidden_dropout": 0.1, "attention_dropout": 0.1})
+        model = config.model.model_copy(
+            update={"hidden_dropout": 0.1, "attention_dropout": 0.1}
+        )
         config = config.model_copy(update={"model": model})
-        again = with_layout(config, tmp_path, parallel, precision=precision, recompute=RECOMPUTE)
+        again = with_layout(
+            config, tmp_path, parallel, precision=precision, recompute=RECOMPUTE
+        )
     whole = run_ranks(train_session, 2, config, data, None, None)
     losses, norms, _, written, outcome = whole[0]
-    assert outcome == "finished" and [path[-11:] for path in written] == [
+    assert outcome == "finished"
+    assert [path[-11:] for path in written] == [
         "00005-a0001",
         "00010-a0001",
     ]
     commit(written[0], {}, [])
     resumed = run_ranks(train_session, 2, again, data, written[0], None)
     for before, after in zip(whole, resumed, strict=True):
-        assert after[0] == before[0][5:] and after[1] == before[1][5:]
-        assert all(np.array_equal(a[2], b[2]) for a, b in zip(before[2], after[2], strict=True))
+        assert after[0] == before[0][5:]
+        assert after[1] == before[1][5:]
+        assert all(
+            np.array_equal(a[2], b[2]) for a, b in zip(before[2], after[2], strict=True)
+        )
     if precision == "fp32":
         other = {"dp": 2} if "tp" in parallel else {"tp": 2}
         crossed = run_ranks(
@@ -261,8 +286,11 @@ def test_all_ranks_stop_at_the_step_that_one_asked_for(
 ) -> None:
     config, data = corpus
     config = with_layout(config, tmp_path, {"tp": 2})
-    for losses, _, _, written, outcome in run_ranks(train_session, 2, config, data, None, 7):
-        assert outcome == "stopped" and len(losses) == 7
+    for losses, _, _, written, outcome in run_ranks(
+        train_session, 2, config, data, None, 7
+    ):
+        assert outcome == "stopped"
+        assert len(losses) == 7
         assert [path[-11:] for path in written] == ["00005-a0001", "00007-a0001"]
 
 
@@ -272,5 +300,8 @@ def test_a_bpe_that_ended_with_fewer_tokens_than_asked_for_trains(
     config, data = corpus
     fields = with_layout(config, tmp_path, {}, steps=1).model_dump()
     fields["data"]["tokenizer"] = {"kind": "bpe", "vocab_size": 4096}
-    session = TrainingSession(TrainConfig.from_mapping(fields), make_mesh(0, 1, config), data)
-    assert session.config.model.vocab_size == data.vocab_size < 4096 and session.run() == "finished"
+    session = TrainingSession(
+        TrainConfig.from_mapping(fields), make_mesh(0, 1, config), data
+    )
+    assert session.config.model.vocab_size == data.vocab_size < 4096
+    assert session.run() == "finished"

@@ -1,8 +1,8 @@
-"""One whole step without a device, in worlds of any size: whatever names a device or waits for one
-fails here.
+"""One whole step without a device, in worlds of any size: whatever names a device or
+waits for one fails here.
 
-Tensors are on device `meta` and collectives go through torch's fake process group, so nothing is
-computed and nothing sent.
+Tensors are on device `meta` and collectives go through torch's fake process group, so
+nothing is computed and nothing sent.
 """
 
 from collections.abc import Callable, Iterator
@@ -122,7 +122,12 @@ def step(
         with around(mesh):
             loss = forward_backward(model, mesh, batches)
             stats = finalize_grads(
-                model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches), nothing
+                model,
+                optimizer,
+                mesh,
+                loss,
+                sum(batch.num_tokens for batch in batches),
+                nothing,
             )
             scale_and_clip(optimizer, stats, 1.0)
             optimizer.step(1e-3)
@@ -132,11 +137,12 @@ def step(
 @pytest.mark.parametrize("entry", [pytest.param(entry, id=entry.name) for entry in MATRIX])
 def test_every_layout_of_the_matrix_steps_without_a_device(entry: Entry) -> None:
     fields = entry.config(steps=1).model_dump()
-    # rows sent between ranks are counted on the host; with full buffers there is nothing to count
+    # rows sent between ranks are counted on the host; with full buffers there is
+    # nothing to count
     if entry.experts:
         fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
-    # torch's fully_shard takes no parameters on meta; with the fake group no other rank is needed
-    # all the same.
+    # torch's fully_shard takes no parameters on meta; with the fake group no other rank
+    # is needed all the same.
     step(
         TrainConfig.from_mapping(fields),
         entry.world_size - 1,
@@ -151,7 +157,9 @@ RECOMPUTE: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("recompute", RECOMPUTE, ids=["full", "selective"])
-def test_recomputed_layers_with_dropout_step_without_a_device(recompute: dict[str, Any]) -> None:
+def test_recomputed_layers_with_dropout_step_without_a_device(
+    recompute: dict[str, Any],
+) -> None:
     fields = make_config(
         LLAMA | {"hidden_dropout": 0.1, "attention_dropout": 0.1},
         {"dp": 1, "tp": 2, "pp": 2},
@@ -177,7 +185,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_every_family_steps_without_a_device(preset: str) -> None:
     model: dict[str, Any] = {"preset": preset, "num_layers": 2}
     if "moe" in PRESETS[preset]:
-        model["moe"] = PRESETS[preset]["moe"] | {"capacity_factor": 1.0, "pad_to_capacity": True}
+        model["moe"] = PRESETS[preset]["moe"] | {
+            "capacity_factor": 1.0,
+            "pad_to_capacity": True,
+        }
     parallel = {"dp": 1} | FAMILIES[preset]
     training = LARGE["training"] | {"global_batch_size": 2 * parallel["dp"]}
     config = TrainConfig.from_mapping(
@@ -187,7 +198,9 @@ def test_every_family_steps_without_a_device(preset: str) -> None:
     step(config, ParallelDims.of(config.parallel).world_size - 1, "meta")
 
 
-@pytest.mark.parametrize("rank", [5, 8 * 2 * 64 * 15 + 77], ids=["first stage", "last stage"])
+@pytest.mark.parametrize(
+    "rank", [5, 8 * 2 * 64 * 15 + 77], ids=["first stage", "last stage"]
+)
 def test_a_rank_of_405b_on_16384_steps_without_a_device(rank: int) -> None:
     step(TrainConfig.from_mapping(LARGE), rank, "meta")
 

@@ -1,4 +1,6 @@
-"""Documents that share a sample and are kept apart give what they give one by one, whole or cut."""
+"""Documents that share a sample and are kept apart give what they give one by one,
+whole or cut.
+"""
 
 from dataclasses import replace
 from typing import Any
@@ -48,9 +50,11 @@ def test_a_packed_batch_says_which_documents_it_has() -> None:
         np.array([[1, 2, END, 3, 4, 5, END, 6, 7, 8]])[:, [0, 1, 2, 3, 4, 5, 6, 7, 8]]
     )
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
-    assert batch.packed is not None and batch.packed.lengths == ((3, 4, 1),)
+    assert batch.packed is not None
+    assert batch.packed.lengths == ((3, 4, 1),)
     assert batch.packed.documents_BS.tolist() == [[1, 1, 1, 2, 2, 2, 2, 3]]
-    assert batch.loss_mask_BS.tolist() == [[1, 1, 0, 1, 1, 1, 0, 1]] and batch.num_tokens == 6
+    assert batch.loss_mask_BS.tolist() == [[1, 1, 0, 1, 1, 1, 0, 1]]
+    assert batch.num_tokens == 6
 
 
 def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
@@ -65,7 +69,9 @@ def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
         [[1, 0, 0, 1, 1, 0, 0, 0]],
         [[0, 0, 0, 1, 0, 0, 0, 0]],
     ]
-    together = BatchMaker(CPU, further=2)(np.concatenate([tokens, tokens]), counted_rows=1).further
+    together = BatchMaker(CPU, further=2)(
+        np.concatenate([tokens, tokens]), counted_rows=1
+    ).further
     assert together is not None
     assert together.loss_mask_DBS.tolist() == [
         [[1] * 7 + [0], [0] * 8],
@@ -78,7 +84,9 @@ def test_a_cut_batch_has_the_tokens_of_its_two_chunks() -> None:
     parts = []
     for rank in range(2):
         part = BatchMaker(CPU, SequenceCut(2, rank), END, further=2)(samples())
-        here = torch.tensor([*range(8 * rank, 8 * rank + 8), *range(24 - 8 * rank, 32 - 8 * rank)])
+        here = torch.tensor(
+            [*range(8 * rank, 8 * rank + 8), *range(24 - 8 * rank, 32 - 8 * rank)]
+        )
         for name in ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids"):
             assert torch.equal(getattr(part, name), getattr(whole, name)[:, here]), name
         for name in ("labels_DBS", "loss_mask_DBS"):
@@ -109,23 +117,30 @@ def test_packed_documents_equal_the_documents_one_by_one(
 ) -> None:
     rows = samples()
     packed = BatchMaker(CPU, end_of_document=END)(rows)
-    assert packed.packed is not None and max(map(len, packed.packed.lengths)) > 3
+    assert packed.packed is not None
+    assert max(map(len, packed.packed.lengths)) > 3
     apart = []
     for row, lengths in zip(rows, packed.packed.lengths, strict=True):
         for start, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
             one = BatchMaker(CPU)(row[None, start : start + length + 1])
-            apart.append(replace(one, loss_mask_BS=one.loss_mask_BS * (one.tokens_BS != END)))
+            apart.append(
+                replace(one, loss_mask_BS=one.loss_mask_BS * (one.tokens_BS != END))
+            )
     loss, found = gradients(model, [packed], precision)
     expected_loss, expected = gradients(model, apart, precision)
     assert loss == pytest.approx(expected_loss, rel=1e-6 if precision == "fp32" else 1e-3)
-    # bf16 rounds products of other shapes otherwise; the bound is that of two orders of summation.
+    # bf16 rounds products of other shapes otherwise; the bound is that of two orders of
+    # summation.
     assert worst_relative_l2(found, expected)[0] <= (5e-6 if precision == "fp32" else 3e-2)
 
 
 @pytest.mark.parallel
 @pytest.mark.parametrize(
     "layout",
-    [name if "p2p" in name else pytest.param(name, marks=pytest.mark.parity) for name in LAYOUTS],
+    [
+        name if "p2p" in name else pytest.param(name, marks=pytest.mark.parity)
+        for name in LAYOUTS
+    ],
 )
 def test_packed_documents_equal_one_rank_under_every_cut(layout: str) -> None:
     def run(parallel: dict[str, Any]) -> list[parity.RankResult]:
@@ -140,7 +155,8 @@ def test_packed_documents_equal_one_rank_under_every_cut(layout: str) -> None:
     cut = run(LAYOUTS[layout])
     config = make_config(LLAMA, {"dp": 1}, steps=5)
     distance = worst_relative_l2(
-        assemble(config, [rank.gradients for rank in cut]), assemble(config, [one.gradients])
+        assemble(config, [rank.gradients for rank in cut]),
+        assemble(config, [one.gradients]),
     )
     assert distance[0] <= 5e-6, distance
     for rank in cut:

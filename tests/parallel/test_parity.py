@@ -107,7 +107,13 @@ LONG_LAYOUTS = FULL_SHARD | {
         "schedule": "zb-v",
         "layout": "Et||t|L",
     },
-    "pp4-zb-dp2-zero0": {"pp": 4, "dp": 2, "schedule": "zb-h1", "layout": "E|t|t|L", "zero": 0},
+    "pp4-zb-dp2-zero0": {
+        "pp": 4,
+        "dp": 2,
+        "schedule": "zb-h1",
+        "layout": "E|t|t|L",
+        "zero": 0,
+    },
 }
 LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}
 
@@ -125,7 +131,10 @@ def reference(models: str, model: str) -> RankResult:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     "layout",
-    [pytest.param(name, marks=[] if name in IN_CHECK else pytest.mark.parity) for name in LAYOUTS],
+    [
+        pytest.param(name, marks=[] if name in IN_CHECK else pytest.mark.parity)
+        for name in LAYOUTS
+    ],
 )
 def test_layout_equals_one_rank(model: str, layout: str) -> None:
     compare(MODELS[model], LAYOUTS[layout], reference("short", model))
@@ -172,10 +181,14 @@ def compare(
     *,
     compiled: bool = False,
 ) -> None:
-    """Trains in the layout, with the experts that are given, and compares with one rank."""
+    """Trains in the layout, with the experts that are given, and compares with one
+    rank.
+    """
     parallel = {"dp": 1} | layout | SMALL_BUCKETS
     config = make_config(model, parallel, steps=STEPS, compiled=compiled)
-    results = run_ranks(parity.run_layout, world(parallel), config, 5, choices, timeout_s=180)
+    results = run_ranks(
+        parity.run_layout, world(parallel), config, 5, choices, timeout_s=180
+    )
 
     def whole(
         choose: Callable[[RankResult], Any], ranks: list[RankResult]
@@ -196,12 +209,17 @@ def compare(
         np.testing.assert_allclose(result.grad_norms, one.grad_norms, rtol=1e-5)
         np.testing.assert_allclose(result.other_losses, one.other_losses, rtol=1e-5)
     weights, expected = (whole(lambda r: r.weights, ranks) for ranks in (results, [one]))
-    assert max(float(np.abs(weights[name] - expected[name]).max()) for name in expected) <= 1e-5
+    assert (
+        max(float(np.abs(weights[name] - expected[name]).max()) for name in expected)
+        <= 1e-5
+    )
     distance = worst_relative_l2(
         split_vanishing(config, weights)[0], split_vanishing(config, expected)[0]
     )
     assert distance[0] <= 1e-5, distance
-    assert one.losses[-1] < one.losses[0] - 0.1, "nothing was learnt, so nothing was compared"
+    assert one.losses[-1] < one.losses[0] - 0.1, (
+        "nothing was learnt, so nothing was compared"
+    )
 
 
 def distance_from(truth: dict[str, np.ndarray], measured: dict[str, np.ndarray]) -> float:
@@ -215,9 +233,13 @@ def distance_from(truth: dict[str, np.ndarray], measured: dict[str, np.ndarray])
     )
 
 
-@pytest.mark.parametrize("layouts", ["check", pytest.param("rest", marks=pytest.mark.parity)])
+@pytest.mark.parametrize(
+    "layouts", ["check", pytest.param("rest", marks=pytest.mark.parity)]
+)
 @pytest.mark.parametrize("model", MODELS)
-def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(model: str, layouts: str) -> None:
+def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(
+    model: str, layouts: str
+) -> None:
     one = make_config(MODELS[model], {"dp": 1}, steps=2, precision="bf16")
     truth = run_ranks(parity.float64_gradients, 1, one)[0]
 
@@ -226,7 +248,9 @@ def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(model: str, layo
             MODELS[model], {"dp": 1} | parallel | SMALL_BUCKETS, steps=2, precision="bf16"
         )
         results = run_ranks(parity.run_layout, world(parallel), config, 1)
-        return distance_from(truth, assemble(config, [result.gradients for result in results]))
+        return distance_from(
+            truth, assemble(config, [result.gradients for result in results])
+        )
 
     allowed = 1.3 * distance({})
     assert allowed < 0.1

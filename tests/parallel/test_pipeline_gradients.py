@@ -1,10 +1,11 @@
-"""Gradients of our pipelines equal those of torch.distributed.pipelining: same stages, weights and
-microbatches, tensor by tensor.
+"""Gradients of our pipelines equal those of torch.distributed.pipelining: same stages,
+weights and microbatches, tensor by tensor.
 
-Ours go through slots into main gradients. Torch's schedules collect `parameter.grad`, so their side
-has the same stage modules without slots: a layer then returns its weight gradient to autograd. That
-also lets torch's zero bubble, which takes a backward apart by walking the graph, find the weights;
-our sink would be handed everything in its first half.
+Ours go through slots into main gradients. Torch's schedules collect `parameter.grad`,
+so their side has the same stage modules without slots: a layer then returns its weight
+gradient to autograd. That also lets torch's zero bubble, which takes a backward apart
+by walking the graph, find the weights; our sink would be handed everything in its first
+half.
 """
 
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 
-# Untied: summing a tied embedding's two gradients is finalize_grads' work, which torch's schedules
-# have no counterpart of.
+# Untied: summing a tied embedding's two gradients is finalize_grads' work, which
+# torch's schedules have no counterpart of.
 MODELS = {
     "llama": LLAMA | {"num_layers": 4},
     "gpt2": GPT2 | {"num_layers": 4, "tie_embeddings": False},
@@ -72,8 +73,8 @@ class Found:
 
 
 class Stage(nn.Module):
-    """One of the model's stages as torch calls it: activations first, the microbatch's tokens and
-    labels by name.
+    """One of the model's stages as torch calls it: activations first, the microbatch's
+    tokens and labels by name.
     """
 
     def __init__(
@@ -113,7 +114,9 @@ def torchs_gradients(
     sent = torch.empty(
         batches[0].num_tokens, config.model.hidden_size, device="meta", requires_grad=True
     )
-    modules = {number: Stage(config, mesh, stage, weights) for number, stage in contents.items()}
+    modules = {
+        number: Stage(config, mesh, stage, weights) for number, stage in contents.items()
+    }
     stages = [
         PipelineStage(
             module,
@@ -130,7 +133,9 @@ def torchs_gradients(
     ]
     kind = TORCHS[config.parallel.schedule]
     held: Any = stages[0] if config.parallel.schedule in ("gpipe", "1f1b") else stages
-    schedule = kind(held, len(batches), loss_fn=lambda output, _: output.sum(), scale_grads=False)
+    schedule = kind(
+        held, len(batches), loss_fn=lambda output, _: output.sum(), scale_grads=False
+    )
     losses: list[Tensor] = []
     schedule.step(
         target=torch.zeros(len(batches))
@@ -173,14 +178,17 @@ def compare_one(config: TrainConfig, mesh: ParallelMesh) -> Found:
     weights = buffers.views(buffers.parameters)
     stages = model.pipeline.stages
     contents = {
-        stages.stage(mesh.pp_rank, chunk): stage for chunk, stage in enumerate(model.module.held)
+        stages.stage(mesh.pp_rank, chunk): stage
+        for chunk, stage in enumerate(model.module.held)
     }
     torchs_loss, torchs = torchs_gradients(
         config, mesh, contents, stages.num_stages, weights, batches
     )
     assert torchs.keys() == ours.keys()
     return Found(
-        float(loss), torchs_loss, {name: distance(ours[name], torchs[name]) for name in ours}
+        float(loss),
+        torchs_loss,
+        {name: distance(ours[name], torchs[name]) for name in ours},
     )
 
 
@@ -191,7 +199,9 @@ def distance(ours: Tensor, torchs: Tensor) -> float:
 @pytest.mark.parametrize(
     ("pp", "model", "cut"), [(2, "gpt2", {}), (4, "llama", {"layout": "E|t|t||t||t|L"})]
 )
-def test_gradients_are_those_of_torchs_schedules(pp: int, model: str, cut: dict[str, Any]) -> None:
+def test_gradients_are_those_of_torchs_schedules(
+    pp: int, model: str, cut: dict[str, Any]
+) -> None:
     layouts = [
         {"dp": 1, "pp": pp} | parallel | (cut if "vpp" in parallel else {})
         for parallel in SCHEDULES
@@ -202,7 +212,9 @@ def test_gradients_are_those_of_torchs_schedules(pp: int, model: str, cut: dict[
         ours = sum(found.our_loss for found in by_rank)
         torchs = sum(found.torchs_loss for found in by_rank)
         assert ours == pytest.approx(torchs, rel=1e-6) and ours > 1000, layout
-        distances = [(name, value) for found in by_rank for name, value in found.distances.items()]
+        distances = [
+            (name, value) for found in by_rank for name, value in found.distances.items()
+        ]
         assert sorted(name for name, _ in distances) == sorted(
             local.name for local in local_parameters(config.model, ParallelDims(), 0)
         )

@@ -1,5 +1,5 @@
-"""The runner on real ranks: every schedule gives one process' losses and gradients, and does
-exactly what its list says.
+"""The runner on real ranks: every schedule gives one process' losses and gradients, and
+does exactly what its list says.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,11 @@ from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.pipeline_parallel.schedules.actions import Action, StageMap
 from megatron_ray.pipeline_parallel.schedules.lowering import lower
-from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, stage_map
+from megatron_ray.pipeline_parallel.schedules.orders import (
+    ScheduleName,
+    compute_orders,
+    stage_map,
+)
 from megatron_ray.tensor_parallel.layers import ColumnParallelLinear
 
 pytestmark = pytest.mark.parallel
@@ -29,7 +33,12 @@ class Part(nn.Module):
     def __init__(self, stage: int, last: bool) -> None:
         super().__init__()
         self.linear = ColumnParallelLinear(
-            WIDTH, WIDTH, bias=True, group=None, sequence_parallel=False, dtype=torch.float32
+            WIDTH,
+            WIDTH,
+            bias=True,
+            group=None,
+            sequence_parallel=False,
+            dtype=torch.float32,
         )
         generator = torch.Generator().manual_seed(stage)
         with torch.no_grad():
@@ -54,15 +63,17 @@ def with_slots(
     for stage, part in parts.items():
         for name, parameter in part.linear.named_parameters():
             gradients[f"{stage}.{name}"] = torch.full_like(parameter, float("nan"))
-            part.linear.slots[name] = sink.register(f"{stage}.{name}", gradients[f"{stage}.{name}"])
+            part.linear.slots[name] = sink.register(
+                f"{stage}.{name}", gradients[f"{stage}.{name}"]
+            )
     return sink, gradients
 
 
 def piped(
     rank: int, world_size: int, name: ScheduleName, vpp: int, count: int, steps: int
 ) -> tuple[Any, ...]:
-    """Losses, gradients, whether the trace is the list, and the parameters in the order in which
-    they became ready.
+    """Losses, gradients, whether the trace is the list, and the parameters in the order
+    in which they became ready.
     """
     stages = stage_map(name, world_size, vpp)
     actions = lower(compute_orders(name, world_size, count, vpp), stages)[rank]
@@ -73,7 +84,13 @@ def piped(
     sink, gradients = with_slots(parts, lambda slot: ready.append(slot.name))
     transfer = Transfer((TOKENS, WIDTH), torch.float32, torch.device("cpu"))
     runner = PipelineRunner(
-        actions, stages, list(parts.values()), dist.group.WORLD, transfer, sink, trace.append
+        actions,
+        stages,
+        list(parts.values()),
+        dist.group.WORLD,
+        transfer,
+        sink,
+        trace.append,
     )
     for _ in range(steps):
         ready.clear(), trace.clear()
@@ -145,7 +162,9 @@ def test_stages_of_one_rank_hand_over_without_a_group() -> None:
     )
     losses, expected = whole(3, 4)
     assert [float(loss) for loss in runner.step()] == losses
-    assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+    assert all(
+        torch.equal(gradients[name], gradient) for name, gradient in expected.items()
+    )
 
 
 def test_weight_gradients_apart_need_a_sink() -> None:

@@ -1,5 +1,5 @@
-"""What a plan says that a rank holds is what it does hold: every rank of every layout of the
-matrix, without other processes.
+"""What a plan says that a rank holds is what it does hold: every rank of every layout
+of the matrix, without other processes.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,9 @@ PRECISIONS = ("fp32", "bf16")
 
 
 def runs(entries: Sequence[Entry]) -> list[Any]:
-    """Every entry in one precision, in turn; in the other one where all layouts are compared."""
+    """Every entry in one precision, in turn; in the other one where all layouts are
+    compared.
+    """
     return [
         pytest.param(
             entry,
@@ -58,7 +60,9 @@ def held(config: TrainConfig, rank: int) -> tuple[int, int, int]:
         )
     buffers = [family.buffers for family in model.families]
     state = [tensor for shard in optimizer.shards for tensor in shard.state.values()]
-    state += [shard._main_shard for shard in optimizer.shards if shard._main_shard is not None]
+    state += [
+        shard._main_shard for shard in optimizer.shards if shard._main_shard is not None
+    ]
     return (
         size([part.parameters for part in buffers]),
         size([part.gradients for part in buffers]),
@@ -87,16 +91,18 @@ def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
     fields["optimizer"]["freeze"] = ("layers.[01].*", "embedding.weight")
     config = TrainConfig.from_mapping(fields)
     memory = rank_memory(config, 1)
-    assert (memory.parameters_bytes, memory.gradients_bytes, memory.optimizer_bytes) == held(
-        config, 1
-    )
+    assert (
+        memory.parameters_bytes,
+        memory.gradients_bytes,
+        memory.optimizer_bytes,
+    ) == held(config, 1)
 
 
 def kept(
     model: ParallelModel, stage: StageContents, config: TrainConfig, mesh: ParallelMesh
 ) -> int:
-    """Storages that autograd holds of one microbatch of a stage; parameters, and angles that all
-    layers share, are left out.
+    """Storages that autograd holds of one microbatch of a stage; parameters, and angles
+    that all layers share, are left out.
     """
     dataset = RandomDataset(config.model.vocabulary, config.training.seq_length)
     batch = StepLoader(
@@ -106,7 +112,9 @@ def kept(
     received = (
         None
         if stage.embedding
-        else torch.randn(tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True)
+        else torch.randn(
+            tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True
+        )
     )
     found: list[Tensor] = []
 
@@ -117,10 +125,15 @@ def kept(
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = model.module.stage(stage, received, batch)
     assert output.requires_grad  # and alive, so that nothing has been freed
-    angles = [tensor for tensor in found if tensor.shape[1:3] == (batch.tokens_BS.shape[1], 1)]
-    apart = {tensor.untyped_storage()._cdata for tensor in (*model.module.parameters(), *angles)}
+    angles = [
+        tensor for tensor in found if tensor.shape[1:3] == (batch.tokens_BS.shape[1], 1)
+    ]
+    apart = {
+        tensor.untyped_storage()._cdata for tensor in (*model.module.parameters(), *angles)
+    }
     storages = {
-        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found
+        tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
+        for tensor in found
     }
     return sum(size for storage, size in storages.items() if storage not in apart)
 
@@ -128,7 +141,9 @@ def kept(
 @pytest.mark.parametrize(
     ("entry", "precision"), runs([entry for entry in MATRIX if entry.parallel["zero"] != 3])
 )
-def test_activations_of_a_microbatch_are_within_a_tenth(entry: Entry, precision: str) -> None:
+def test_activations_of_a_microbatch_are_within_a_tenth(
+    entry: Entry, precision: str
+) -> None:
     fields: dict[str, Any] = entry.config(steps=1, precision=precision).model_dump()
     fields["training"]["seq_length"] = 64
     if entry.experts:  # nobody is there to say how many rows come
@@ -195,7 +210,9 @@ def test_latent_attention_and_further_tokens_are_planned_as_they_are(
     config = TrainConfig.from_mapping(fields)
     for rank in (0, ParallelDims.of(config.parallel).world_size - 1):
         planned = rank_memory(config, rank)
-        assert (planned.parameters_bytes, planned.gradients_bytes, planned.optimizer_bytes) == held(
-            config, rank
-        )
+        assert (
+            planned.parameters_bytes,
+            planned.gradients_bytes,
+            planned.optimizer_bytes,
+        ) == held(config, rank)
     assert_kept(config, within=0.01)

@@ -1,9 +1,9 @@
-"""Which products a step computes: a zero-bubble backward is cut where it is said to be, and nothing
-is multiplied twice.
+"""Which products a step computes: a zero-bubble backward is cut where it is said to be,
+and nothing is multiplied twice.
 
-Every linear layer [O, I] is one product per pass, known by its shape: T,I,O forward, T,O,I for the
-input gradient, O,T,I for the weight gradient, with T other than any O and I here. Attention's
-products have no weights and belong to forward and input gradient.
+Every linear layer [O, I] is one product per pass, known by its shape: T,I,O forward,
+T,O,I for the input gradient, O,T,I for the weight gradient, with T other than any O and
+I here. Attention's products have no weights and belong to forward and input gradient.
 """
 
 from collections import Counter
@@ -35,13 +35,17 @@ Counts = tuple[Counter[Shape], Counter[str]]
 
 @dataclass(frozen=True)
 class Counted:
-    """What each action of a step on one rank multiplied, and the linear layers of its chunks."""
+    """What each action of a step on one rank multiplied, and the linear layers of its
+    chunks.
+    """
 
     actions: list[tuple[Action, Counts]]
     layers: list[list[tuple[int, int]]]
 
 
-def count_by_action(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Counted]:
+def count_by_action(
+    rank: int, world_size: int, configs: list[TrainConfig]
+) -> list[Counted]:
     mesh = make_mesh(rank, world_size, configs[0])
     return [count_one(config, mesh) for config in configs]
 
@@ -62,7 +66,13 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
             found.append((action, products.take()))
 
         PipelineRunner(
-            model.actions, model.pipeline.stages, chunks, mesh.pp_group, transfer, model.sink, note
+            model.actions,
+            model.pipeline.stages,
+            chunks,
+            mesh.pp_group,
+            transfer,
+            model.sink,
+            note,
         ).step()
     return Counted(found, [linear_layers(parts_of(module, stage)) for stage in module.held])
 
@@ -104,8 +114,12 @@ def check(rank: Counted, num_microbatches: int) -> None:
         layers = rank.layers[action.chunk]
         expected = {
             Op.FORWARD: Counter((TOKENS, inputs, outputs) for outputs, inputs in layers),
-            Op.BACKWARD_INPUT: Counter((TOKENS, outputs, inputs) for outputs, inputs in layers),
-            Op.BACKWARD_WEIGHT: Counter((outputs, TOKENS, inputs) for outputs, inputs in layers),
+            Op.BACKWARD_INPUT: Counter(
+                (TOKENS, outputs, inputs) for outputs, inputs in layers
+            ),
+            Op.BACKWARD_WEIGHT: Counter(
+                (outputs, TOKENS, inputs) for outputs, inputs in layers
+            ),
         }
         assert linear == expected.get(action.op, Counter()), action
         has_attention = action.op in (Op.FORWARD, Op.BACKWARD_INPUT) and len(layers) >= 4
@@ -114,7 +128,16 @@ def check(rank: Counted, num_microbatches: int) -> None:
         ), action
         total[action.op] += flops(linear)
     every = [layer for layers in rank.layers for layer in layers]
-    assert all(TOKENS not in layer for layer in every), "a product's kind is known by its shape"
-    forward = sum(2 * TOKENS * outputs * inputs for outputs, inputs in every) * num_microbatches
-    assert total[Op.FORWARD] == total[Op.BACKWARD_INPUT] == total[Op.BACKWARD_WEIGHT] == forward
+    assert all(TOKENS not in layer for layer in every), (
+        "a product's kind is known by its shape"
+    )
+    forward = (
+        sum(2 * TOKENS * outputs * inputs for outputs, inputs in every) * num_microbatches
+    )
+    assert (
+        total[Op.FORWARD]
+        == total[Op.BACKWARD_INPUT]
+        == total[Op.BACKWARD_WEIGHT]
+        == forward
+    )
     assert sum(total.values()) == 3 * forward, "nothing is computed twice"

@@ -51,7 +51,9 @@ def threads(rank: int, world_size: int) -> int:
     return torch.get_num_threads()
 
 
-def test_sixteen_ranks_compute_and_answer_in_order(run_ranks: Callable[..., list[Any]]) -> None:
+def test_sixteen_ranks_compute_and_answer_in_order(
+    run_ranks: Callable[..., list[Any]],
+) -> None:
     results = run_ranks(add_up, 16, Pair(100, torch.ones(3)))
     assert [result.left for result in results] == list(range(100, 116))
     assert all(torch.equal(result.right, torch.full((3,), 136.0)) for result in results)
@@ -61,12 +63,13 @@ def test_a_rank_uses_one_thread(run_ranks: Callable[..., list[Any]]) -> None:
     assert run_ranks(threads, 1) == [1]
 
 
-def test_the_first_error_is_raised_with_its_traceback(run_ranks: Callable[..., list[Any]]) -> None:
+def test_the_first_error_is_raised_with_its_traceback(
+    run_ranks: Callable[..., list[Any]],
+) -> None:
     with pytest.raises(ValueError, match="rank one gives up") as caught:
         run_ranks(fail_on_one, 3)
-    assert isinstance(caught.value.__cause__, RankFailedError) and "in fail_on_one" in str(
-        caught.value.__cause__
-    )
+    assert isinstance(caught.value.__cause__, RankFailedError)
+    assert "in fail_on_one" in str(caught.value.__cause__)
 
 
 def test_a_dead_rank_is_named(run_ranks: Callable[..., list[Any]]) -> None:
@@ -74,7 +77,9 @@ def test_a_dead_rank_is_named(run_ranks: Callable[..., list[Any]]) -> None:
         run_ranks(die_on_one, 2)
 
 
-def test_a_hang_ends_at_the_timeout_with_the_stack(run_ranks: Callable[..., list[Any]]) -> None:
+def test_a_hang_ends_at_the_timeout_with_the_stack(
+    run_ranks: Callable[..., list[Any]],
+) -> None:
     with pytest.raises(
         TimeoutError, match=r"(?s)ranks \[1\] of 2 gave no answer in 3.0 s.*in hang_on_one"
     ):

@@ -1,5 +1,5 @@
-"""Recomputation on real ranks: under every layout the gradients are, to the bit, those of the same
-layout without it.
+"""Recomputation on real ranks: under every layout the gradients are, to the bit, those
+of the same layout without it.
 """
 
 from typing import Any
@@ -112,26 +112,40 @@ def bytes_kept(rank: int, world_size: int, configs: list[TrainConfig]) -> list[i
 
 @pytest.mark.parametrize(
     "parallel",
-    [{"tp": 2}, pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.parity)],
+    [
+        {"tp": 2},
+        pytest.param({"tp": 2, "sequence_parallel": True}, marks=pytest.mark.parity),
+    ],
 )
 def test_bytes_kept_on_a_rank_are_the_formula(parallel: dict[str, Any]) -> None:
     dropout = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
     latent = {
         name: value for name, value in MODELS["llama"].items() if name != "num_query_groups"
     } | {"mla": DEEPSEEK["mla"]}
-    one_key_head = MODELS["llama"] | {"num_query_groups": 1, "qk_norm": True, "sliding_window": 9}
+    one_key_head = MODELS["llama"] | {
+        "num_query_groups": 1,
+        "qk_norm": True,
+        "sliding_window": 9,
+    }
     shapes = (*MODELS.values(), MODELS["llama"] | dropout, one_key_head, latent)
     plain = [make_config(shape, {"dp": 1} | parallel, steps=1) for shape in shapes]
-    configs = [with_recompute(config, setting) for config in plain for setting in ({}, *SETTINGS)]
+    configs = [
+        with_recompute(config, setting) for config in plain for setting in ({}, *SETTINGS)
+    ]
     for found in run_ranks(bytes_kept, 2, configs):
         assert found == [
             kept_activations(config, range(config.model.num_layers)) for config in configs
         ]
 
 
-def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_change() -> None:
+def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_change() -> (
+    None
+):
     compare(
-        "llama", {"pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "zb-h1"}, "bf16", True
+        "llama",
+        {"pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "zb-h1"},
+        "bf16",
+        True,
     )
 
 
@@ -151,7 +165,14 @@ def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_ch
         ("moe", {"dp": 2, "ep": 2}, "fp32", True),
         (
             "moe",
-            {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2, "schedule": "zb-h1"},
+            {
+                "tp": 2,
+                "ep": 2,
+                "etp": 1,
+                "sequence_parallel": True,
+                "pp": 2,
+                "schedule": "zb-h1",
+            },
             "bf16",
             False,
         ),

@@ -1,5 +1,5 @@
-"""Continued pre-training: a run begins with given weights under any layout, and transformers agrees
-with what it makes of them.
+"""Continued pre-training: a run begins with given weights under any layout, and
+transformers agrees with what it makes of them.
 """
 
 import re
@@ -51,7 +51,11 @@ def config(
     return TrainConfig.from_mapping(
         {
             "model": LLAMA | (model or {}),
-            "parallel": {"dp": 1, "sequence_parallel": parallel.get("tp", 1) > 1, **parallel},
+            "parallel": {
+                "dp": 1,
+                "sequence_parallel": parallel.get("tp", 1) > 1,
+                **parallel,
+            },
             "data": {
                 "train": [{"path": str(folder / "corpus.txt")}],
                 "tokenizer": {"kind": "bytes"},
@@ -82,7 +86,9 @@ def train(
     mesh = ParallelMesh.create(
         ParallelDims.of(settings.parallel), World(rank, world_size, rank, "cpu")
     )
-    TrainingSession(settings, mesh, data, report=reports.append, resume_from=resume_from).run()
+    TrainingSession(
+        settings, mesh, data, report=reports.append, resume_from=resume_from
+    ).run()
     return reports
 
 
@@ -98,7 +104,9 @@ def losses(reports: list[Report]) -> list[float]:
     return [report.loss for report in reports if isinstance(report, StepReport)]
 
 
-def judged_loss(folder: Path, settings: TrainConfig, data: PreparedData, tokens: int) -> float:
+def judged_loss(
+    folder: Path, settings: TrainConfig, data: PreparedData, tokens: int
+) -> float:
     """transformers' loss over the samples that the run was evaluated on, in float64."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder).double().eval()
     count = tokens // settings.training.seq_length
@@ -109,10 +117,14 @@ def judged_loss(folder: Path, settings: TrainConfig, data: PreparedData, tokens:
         settings.training.seed,
         settings.data_cache,
     )
-    batch = torch.stack([torch.as_tensor(samples[index].astype("int64")) for index in range(count)])
+    batch = torch.stack(
+        [torch.as_tensor(samples[index].astype("int64")) for index in range(count)]
+    )
     with torch.no_grad():
         logits = model(batch[:, :-1]).logits
-    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten()))
+    return float(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+    )
 
 
 def test_pretraining_goes_on_and_transformers_agrees_with_the_outcome(
@@ -128,10 +140,11 @@ def test_pretraining_goes_on_and_transformers_agrees_with_the_outcome(
     (saved,) = list_checkpoints(str(tmp_path / "tp2-pp2"))
     commit(saved.path, {}, [])
     exported = export_folder(saved.path, str(tmp_path / "out"))
-    assert exported.architecture == "LlamaForCausalLM" and exported.tokenizer
-    assert judged_loss(tmp_path / "out", settings, corpus, evaluation.num_tokens) == pytest.approx(
-        evaluation.loss, abs=1e-5
-    )
+    assert exported.architecture == "LlamaForCausalLM"
+    assert exported.tokenizer
+    assert judged_loss(
+        tmp_path / "out", settings, corpus, evaluation.num_tokens
+    ) == pytest.approx(evaluation.loss, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +179,9 @@ def test_a_run_that_goes_on_takes_its_own_checkpoint(
     settings = config(tmp_path, tmp_path / "hf", steps=4)
     settings = settings.model_copy(
         update={
-            "checkpoint": settings.checkpoint.model_copy(update={"every_steps": 2, "keep_last": 2})
+            "checkpoint": settings.checkpoint.model_copy(
+                update={"every_steps": 2, "keep_last": 2}
+            )
         }
     )
     whole = losses(run_ranks(train, 1, settings, corpus)[0])
@@ -175,7 +190,8 @@ def test_a_run_that_goes_on_takes_its_own_checkpoint(
     half = min(list_checkpoints(str(tmp_path / "one")), key=lambda info: info.step)
     (tmp_path / "hf").rename(tmp_path / "gone")
     again = losses(run_ranks(train, 1, settings, corpus, half.path)[0])
-    assert again == whole[2:] and latest_committed(str(tmp_path / "one")) is not None
+    assert again == whole[2:]
+    assert latest_committed(str(tmp_path / "one")) is not None
 
 
 def refusal(settings: TrainConfig, data: PreparedData) -> str:
@@ -184,7 +200,9 @@ def refusal(settings: TrainConfig, data: PreparedData) -> str:
     return str(caught.value)
 
 
-def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, corpus: PreparedData) -> None:
+def test_what_does_not_fit_is_refused_before_training(
+    tmp_path: Path, corpus: PreparedData
+) -> None:
     publish("llama", tmp_path / "hf")
     text = "contradicts the weights of checkpoint.start_from, which were made with"
     assert refusal(
@@ -206,4 +224,6 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, corpus: Pr
         config(tmp_path, tmp_path / "hf"), corpus
     )
     (tmp_path / "hf" / "model.safetensors").write_bytes(b"")
-    assert "which is no safetensors file" in refusal(config(tmp_path, tmp_path / "hf"), corpus)
+    assert "which is no safetensors file" in refusal(
+        config(tmp_path, tmp_path / "hf"), corpus
+    )

@@ -2,8 +2,8 @@
 
 Owns: its command line, signals and exit codes. Must not know: what the agent does.
 
-python -m workers.agent --service URL --cluster default --address RAY_ADDRESS [--token-file FILE]
-[--storage ROOT]
+python -m workers.agent --service URL --cluster default --address RAY_ADDRESS
+[--token-file FILE] [--storage ROOT]
 """
 
 import argparse
@@ -32,20 +32,34 @@ EXIT_BAD_START = 2
 def parse(arguments: Sequence[str] | None = None) -> tuple[AgentOptions, Path | None]:
     """Command line to options and token file."""
     parser = argparse.ArgumentParser(
-        prog="python -m workers.agent", description="Connects one Ray cluster to the service."
+        prog="python -m workers.agent",
+        description="Connects one Ray cluster to the service.",
     )
     parser.add_argument(
-        "--service", "--service-url", dest="service", required=True, help="URL of the service"
-    )
-    parser.add_argument("--cluster", default="default", help="name of this cluster in job specs")
-    parser.add_argument(
-        "--address", "--ray-address", dest="address", required=True, help="host:port of Ray's head"
-    )
-    parser.add_argument(
-        "--token-file", type=Path, help="file with the agent's token; else from the environment"
+        "--service",
+        "--service-url",
+        dest="service",
+        required=True,
+        help="URL of the service",
     )
     parser.add_argument(
-        "--storage", help="folder or URI that all nodes must see; else what the service says"
+        "--cluster", default="default", help="name of this cluster in job specs"
+    )
+    parser.add_argument(
+        "--address",
+        "--ray-address",
+        dest="address",
+        required=True,
+        help="host:port of Ray's head",
+    )
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        help="file with the agent's token; else from the environment",
+    )
+    parser.add_argument(
+        "--storage",
+        help="folder or URI that all nodes must see; else what the service says",
     )
     given = parser.parse_args(arguments)
     return AgentOptions(
@@ -70,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_until_signal(agent: Agent) -> int:
-    """The agent works beside the main thread: ray.init puts signal handlers of its own only where
-    they can be put back.
+    """The agent works beside the main thread: ray.init puts signal handlers of its own
+    only where they can be put back.
     """
     outcome: list[int] = []
 
@@ -92,7 +106,9 @@ def _run_until_signal(agent: Agent) -> int:
         if agent.stopping:
             stopped_at = stopped_at or time.monotonic()
             if time.monotonic() - stopped_at > _STOP_S:
-                os._exit(0)  # a call into Ray that does not come back; there is nothing to lose
+                os._exit(
+                    0
+                )  # a call into Ray that does not come back; there is nothing to lose
     return outcome[0] if outcome else 1
 
 

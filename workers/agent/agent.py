@@ -1,10 +1,11 @@
 """The process per Ray cluster.
 
-Owns: creating and adopting drivers, reporting nodes, answering checks, reaping ended jobs.
+Owns: creating and adopting drivers, reporting nodes, answering checks, reaping ended
+jobs.
 
-The only process that has both Ray and an agent token. It holds no state that matters: when it loses
-Ray it exits and is started again; jobs run on without it. Must not know: torch, how a job runs, the
-database.
+The only process that has both Ray and an agent token. It holds no state that matters:
+when it loses Ray it exits and is started again; jobs run on without it. Must not know:
+torch, how a job runs, the database.
 """
 
 import logging
@@ -119,7 +120,9 @@ class Agent:
             self._tell(link, hello, registry, nodes)
             wait_until = time.monotonic() + _TICK_S
             while not self._stopping.is_set() and time.monotonic() < wait_until:
-                reply = self._next_reply(0.1 if checks.busy else wait_until - time.monotonic())
+                reply = self._next_reply(
+                    0.1 if checks.busy else wait_until - time.monotonic()
+                )
                 if reply is not None:
                     registry.want(reply)
                     checks.take(reply.checks)
@@ -176,7 +179,9 @@ class Agent:
                 except (ServiceUnavailableError, ServiceRefusedError) as error:
                     _LOG.warning("%s", error)
                     self._stopping.wait(_RETRY_S)
-                    revision = 0  # a service that comes back with another database counts anew
+                    revision = (
+                        0  # a service that comes back with another database counts anew
+                    )
                     continue
                 revision = reply.revision
                 self._inbox.put(reply)
@@ -185,13 +190,19 @@ class Agent:
 
 
 def connect_ray(address: str, namespace: str) -> str | None:
-    """Connects this process to a running cluster; returns its dashboard's URL, when it has one.
+    """Connects this process to a running cluster; returns its dashboard's URL, when it
+    has one.
 
     Raises OSError or Ray's own.
     """
-    probe_port(address)  # Ray itself would try for minutes before it says that nobody is there
+    probe_port(
+        address
+    )  # Ray itself would try for minutes before it says that nobody is there
     context = ray.init(
-        address=address, namespace=namespace, log_to_driver=False, logging_level=logging.WARNING
+        address=address,
+        namespace=namespace,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
     )
     return f"http://{context.dashboard_url}" if context.dashboard_url else None
 
@@ -203,8 +214,8 @@ def probe_port(address: str) -> None:
 
 
 def watch_ray(address: str) -> None:
-    """Ends the process when Ray's head has been away for a while: calls into Ray block for a minute
-    before they fail.
+    """Ends the process when Ray's head has been away for a while: calls into Ray block
+    for a minute before they fail.
     """
     away_since: float | None = None
     while True:

@@ -12,7 +12,11 @@ from megatron_ray.storage.storage import StorageError
 from workers.data_tasks import check_task, nonce_matches, write_nonce
 from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo, ProblemMessage
 from workers.ray.tasks import TaskFailedError, anywhere, is_done, on_node, result
-from workers.service_client import ServiceClient, ServiceRefusedError, ServiceUnavailableError
+from workers.service_client import (
+    ServiceClient,
+    ServiceRefusedError,
+    ServiceUnavailableError,
+)
 
 _LOG = logging.getLogger("megatron_ray.agent")
 _AGAIN_S = 300.0
@@ -21,7 +25,9 @@ _REMEMBERED = 1000
 
 
 class CheckRunner:
-    """Each question is asked once, as a CPU task, and answered as soon as the task is done."""
+    """Each question is asked once, as a CPU task, and answered as soon as the task is
+    done.
+    """
 
     def __init__(self, link: ServiceClient) -> None:
         self._link = link
@@ -63,7 +69,8 @@ class CheckRunner:
             try:
                 self._link.check_result(
                     CheckResult(
-                        check_id=check_id, problems=tuple(ProblemMessage(**row) for row in problems)
+                        check_id=check_id,
+                        problems=tuple(ProblemMessage(**row) for row in problems),
                     )
                 )
             except (ServiceUnavailableError, ServiceRefusedError) as error:

@@ -19,7 +19,8 @@ _LOG = logging.getLogger("megatron_ray.agent")
 REAP_AFTER_S = 10.0
 """What an ended job's driver has not taken down by then is ended."""
 REAP_DRIVER_AFTER_S = 90.0
-"""The driver itself ends by itself, but may wait for a busy node to be cleaned first."""
+"""The driver itself ends by itself, but may wait for a busy node to be cleaned
+first."""
 _ANSWER_S = 3.0
 
 
@@ -29,10 +30,13 @@ class DriverRegistry:
     Acts only on jobs known to be active or terminal.
     """
 
-    def __init__(self, service_url: str, namespace: str, driver_class: type = JobDriver) -> None:
+    def __init__(
+        self, service_url: str, namespace: str, driver_class: type = JobDriver
+    ) -> None:
         self._url = service_url
         self._namespace = namespace
-        # Once: each remote class that is made is sent to Ray's head and kept there and here.
+        # Once: each remote class that is made is sent to Ray's head and kept there and
+        # here.
         self._driver_class: Any = ray.remote(driver_class)
         self._jobs: dict[str, DesiredJob] = {}
         self._terminal: dict[str, float] = {}
@@ -67,7 +71,9 @@ class DriverRegistry:
                     job_id=job_id, alive=False, detail=str(error)[:500]
                 )
         done, late = (
-            ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_S) if calls else ([], [])
+            ray.wait(list(calls), num_returns=len(calls), timeout=_ANSWER_S)
+            if calls
+            else ([], [])
         )
         for call in done:
             self._statuses[calls[call]] = self._status_of(calls[call], call)
@@ -76,7 +82,9 @@ class DriverRegistry:
                 job_id=calls[call], alive=False, detail=f"no answer within {_ANSWER_S:g} s"
             )
         self._statuses = {
-            job_id: status for job_id, status in self._statuses.items() if job_id in self._jobs
+            job_id: status
+            for job_id, status in self._statuses.items()
+            if job_id in self._jobs
         }
         self._reap()
 
@@ -85,7 +93,9 @@ class DriverRegistry:
         return tuple(self._statuses.values())
 
     def orphans(self) -> tuple[str, ...]:
-        """Names in the namespace that belong to no job the service has named; never touched."""
+        """Names in the namespace that belong to no job the service has named; never
+        touched.
+        """
         if not self._known:
             return ()
         return tuple(
@@ -109,7 +119,9 @@ class DriverRegistry:
             return DriverStatus.model_validate(ray.get(call).model_dump())
         except RayError as error:
             return DriverStatus(
-                job_id=job_id, alive=False, detail=f"{type(error).__name__}: {str(error)[:300]}"
+                job_id=job_id,
+                alive=False,
+                detail=f"{type(error).__name__}: {str(error)[:300]}",
             )
 
     def _names(self) -> list[str]:

@@ -1,11 +1,12 @@
 """Where ranks go.
 
-Owns: bundles before placement, the rank map after it, and the reason when neither is possible.
-Pure.
+Owns: bundles before placement, the rank map after it, and the reason when neither is
+possible. Pure.
 
-A bundle is an island, the ranks that must share NVLink (a tensor-parallel group). A bundle cannot
-span nodes, so "TP inside a node" holds by construction. Ray orders bundles as it likes: ranks are
-assigned from what the workers report. Must not know: Ray, torch.
+A bundle is an island, the ranks that must share NVLink (a tensor-parallel group). A
+bundle cannot span nodes, so "TP inside a node" holds by construction. Ray orders
+bundles as it likes: ranks are assigned from what the workers report. Must not know:
+Ray, torch.
 """
 
 from collections import Counter
@@ -24,7 +25,9 @@ _EPSILON = 1e-6
 
 
 class PlacementError(Exception):
-    """The reported places do not make up the planned world; the text says which and how."""
+    """The reported places do not make up the planned world; the text says which and
+    how.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ class PlacementPlan:
     @property
     def explanation(self) -> str:
         """Asked against available, node by node."""
-        asked = f"{len(self.bundles)} x {_words(self.bundles[0].resources)}, each on one node"
+        asked = (
+            f"{len(self.bundles)} x {_words(self.bundles[0].resources)}, each on one node"
+        )
         return f"asked for {asked}; the cluster could hold {self.room}: " + (
             "; ".join(self.node_reasons) or "it has no nodes"
         )
@@ -119,7 +124,9 @@ def plan_placement(
         kind = "gpu" if any(node.gpus >= 1 for node in alive) else "cpu"
     dims = ParallelDims.of(spec.parallel)
     island = dims.tp
-    per_rank = {"CPU": spec.resources.cpus_per_rank} | ({"GPU": 1.0} if kind == "gpu" else {})
+    per_rank = {"CPU": spec.resources.cpus_per_rank} | (
+        {"GPU": 1.0} if kind == "gpu" else {}
+    )
     resources = {name: amount * island for name, amount in per_rank.items()}
     bundles = tuple(
         Bundle(index, resources, tuple(range(index * island, (index + 1) * island)))
@@ -142,7 +149,9 @@ def _islands_on(node: NodeInfo, resources: dict[str, float]) -> int:
         return 0
     has = {"CPU": node.cpus, "GPU": node.gpus}
     return min(
-        floor(has[name] / amount + _EPSILON) for name, amount in resources.items() if amount > 0
+        floor(has[name] / amount + _EPSILON)
+        for name, amount in resources.items()
+        if amount > 0
     )
 
 
@@ -161,9 +170,9 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
     """The rank map, by rank: islands sorted by NVLink domain, node and GPU, each one
     tensor-parallel group of neighbouring ranks.
 
-    A pure function of the reported places, so it comes out the same after a restart in the same
-    place. Raises PlacementError when the slots are not exactly one world, or an island is not on
-    one node.
+    A pure function of the reported places, so it comes out the same after a restart in
+    the same place. Raises PlacementError when the slots are not exactly one world, or
+    an island is not on one node.
     """
     islands: dict[int, list[SlotFacts]] = {}
     found = list(slots)
@@ -177,7 +186,10 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
         _check_island(bundle, members, dims.tp)
     order = sorted(
         islands.values(),
-        key=lambda members: (*_node_key(members[0]), min(_device_key(facts) for facts in members)),
+        key=lambda members: (
+            *_node_key(members[0]),
+            min(_device_key(facts) for facts in members),
+        ),
     )
     placed = [facts for members in order for facts in sorted(members, key=_device_key)]
     ranked = {
@@ -191,7 +203,9 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
 
 
 def _ranks_by_group(dims: ParallelDims) -> Iterable[tuple[int, int]]:
-    return ((index, rank) for index, group in enumerate(dims.groups(["tp"])) for rank in group)
+    return (
+        (index, rank) for index, group in enumerate(dims.groups(["tp"])) for rank in group
+    )
 
 
 def _check_island(bundle: int, members: list[SlotFacts], size: int) -> None:
@@ -215,7 +229,9 @@ def _check_island(bundle: int, members: list[SlotFacts], size: int) -> None:
 
 def _node_key(facts: SlotFacts) -> tuple[str, tuple[int, ...], str, str]:
     parts = facts.address.split(".")
-    numbers = tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
+    numbers = (
+        tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
+    )
     return facts.domain, numbers, facts.address, facts.node_id
 
 
@@ -223,7 +239,9 @@ def _device_key(facts: SlotFacts) -> tuple[int, int]:
     return (facts.gpu if facts.gpu is not None else 0), facts.slot
 
 
-def _with_local_ranks(ranked: dict[int, SlotFacts], dims: ParallelDims) -> tuple[RankPlace, ...]:
+def _with_local_ranks(
+    ranked: dict[int, SlotFacts], dims: ParallelDims
+) -> tuple[RankPlace, ...]:
     sizes = Counter(facts.node_id for facts in ranked.values())
     node_ranks: dict[str, int] = {}
     used: Counter[str] = Counter()
@@ -258,4 +276,6 @@ def assert_groups_local(places: Sequence[RankPlace], dims: ParallelDims) -> None
     node_of = {place.rank: place.node_id for place in places}
     for group in dims.groups(["tp"]):
         if len({node_of[rank] for rank in group}) != 1:
-            raise PlacementError(f"tensor-parallel group {list(group)} lies on several nodes")
+            raise PlacementError(
+                f"tensor-parallel group {list(group)} lies on several nodes"
+            )

@@ -14,11 +14,11 @@ from workers.protocol.job import RestartConfig
 from workers.protocol.states import StatusReason
 
 SILENCE_S = 15.0
-"""A rank that has not answered for so long counts as dead; Ray itself notices a frozen node after a
-minute."""
+"""A rank that has not answered for so long counts as dead; Ray itself notices a frozen
+node after a minute."""
 START_SILENCE_S = 90.0
-"""The same while processes start: importing torch on a busy machine holds the interpreter for
-long."""
+"""The same while processes start: importing torch on a busy machine holds the
+interpreter for long."""
 HANG_FLOOR_S = 120.0
 """No rank reports anything for max(this, 10 x the longest gap so far): hung."""
 FIRST_STEP_S = 1800.0
@@ -29,8 +29,8 @@ BACKOFF_CAP_S = 60.0
 
 
 class FailureKind(StrEnum):
-    """Classes of what ends an attempt; `RANKED` says which one is the cause when several are seen
-    together.
+    """Classes of what ends an attempt; `RANKED` says which one is the cause when
+    several are seen together.
     """
 
     USER = "user"
@@ -81,8 +81,8 @@ _REASONS = {
     FailureKind.START: StatusReason.INTERNAL,
 }
 
-# Text of errors that a rank gets because another one went away: never the cause when any other is
-# known.
+# Text of errors that a rank gets because another one went away: never the cause when
+# any other is known.
 _COLLATERAL_TEXTS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -110,7 +110,9 @@ _GROUP_TYPES = (
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that went wrong, as the driver saw it; `order` counts them as they arrived."""
+    """One thing that went wrong, as the driver saw it; `order` counts them as they
+    arrived.
+    """
 
     kind: FailureKind
     message: str
@@ -134,7 +136,11 @@ def classify(type_name: str, message: str) -> FailureKind:
     text = message.lower()
     if type_name in _USER_TYPES:
         return FailureKind.USER
-    if type_name in _OOM_TYPES or "out of memory" in text or "can't allocate memory" in text:
+    if (
+        type_name in _OOM_TYPES
+        or "out of memory" in text
+        or "can't allocate memory" in text
+    ):
         return FailureKind.OOM
     if type_name in _NAN_TYPES:
         return FailureKind.NAN_LOSS
@@ -177,16 +183,25 @@ class RestartDecision:
 
 
 def decide_restart(
-    policy: RestartConfig, history: RestartHistory, cause: Failure, last_commit: int, jitter: float
+    policy: RestartConfig,
+    history: RestartHistory,
+    cause: Failure,
+    last_commit: int,
+    jitter: float,
 ) -> RestartDecision:
     """What follows a failed attempt.
 
-    `last_commit`: step of the newest committed checkpoint (0: none); `jitter`: uniform in [0, 1).
+    `last_commit`: step of the newest committed checkpoint (0: none); `jitter`: uniform
+    in [0, 1).
     """
     said = cause.sentence()
     if cause.kind in (FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS):
         return RestartDecision(
-            False, 0.0, cause.reason, f"{said} (not tried again: it would only repeat)", history
+            False,
+            0.0,
+            cause.reason,
+            f"{said} (not tried again: it would only repeat)",
+            history,
         )
     if cause.kind is FailureKind.PREEMPTED:
         spent = RestartHistory(
@@ -200,7 +215,9 @@ def decide_restart(
             return RestartDecision(False, 0.0, StatusReason.BUDGET_SPENT, text, spent)
         return RestartDecision(True, 0.0, cause.reason, said, spent)
     spent = RestartHistory(
-        history.failures + 1, history.preemptions, (*history.commits_at_failure, last_commit)
+        history.failures + 1,
+        history.preemptions,
+        (*history.commits_at_failure, last_commit),
     )
     if spent.failures > policy.max_failures:
         text = f"{said} (failure {spent.failures}, restart.max_failures is {policy.max_failures})"
@@ -223,8 +240,8 @@ def decide_restart(
 
 
 def backoff_s(policy: RestartConfig, failures: int, jitter: float) -> float:
-    """Wait before the try that follows failure number `failures`: none after the first, then
-    doubling to 60 s, less up to half.
+    """Wait before the try that follows failure number `failures`: none after the first,
+    then doubling to 60 s, less up to half.
     """
     if failures <= 1:
         return 0.0
@@ -239,8 +256,12 @@ def _no_progress(commits: tuple[int, ...]) -> bool:
     return len(commits) >= PROGRESS_ATTEMPTS and commits[-1] <= before
 
 
-def silent_ranks(now: float, heard_at: Mapping[int, float], limit_s: float) -> tuple[int, ...]:
-    """Ranks whose last answer is older than the limit (seconds of the driver's monotonic clock)."""
+def silent_ranks(
+    now: float, heard_at: Mapping[int, float], limit_s: float
+) -> tuple[int, ...]:
+    """Ranks whose last answer is older than the limit (seconds of the driver's
+    monotonic clock).
+    """
     return tuple(rank for rank, heard in sorted(heard_at.items()) if now - heard > limit_s)
 
 
@@ -253,14 +274,18 @@ class Progress:
     reports: int = 0
 
     def advanced(self, now: float) -> "Progress":
-        """After a new report; the first one says nothing about gaps, since it waits for loading."""
+        """After a new report; the first one says nothing about gaps, since it waits for
+        loading.
+        """
         gap = now - self.last_at if self.reports else 0.0
         return Progress(now, max(self.longest_gap_s, gap), self.reports + 1)
 
 
 def hang(now: float, progress: Progress) -> str | None:
     """A sentence when nothing has advanced for too long, else None."""
-    limit = max(HANG_FLOOR_S, 10 * progress.longest_gap_s) if progress.reports else FIRST_STEP_S
+    limit = (
+        max(HANG_FLOOR_S, 10 * progress.longest_gap_s) if progress.reports else FIRST_STEP_S
+    )
     quiet = now - progress.last_at
     return (
         f"no rank reported anything for {quiet:.0f} s (limit {limit:.0f} s)"
@@ -277,4 +302,7 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
         else classify(str(error.get("type", "")), str(error.get("message", "")))
     )
     message = str(error.get("message", ""))
-    return kind, message if kind is FailureKind.USER else f"{error.get('type', 'error')}: {message}"
+    return (
+        kind,
+        message if kind is FailureKind.USER else f"{error.get('type', 'error')}: {message}",
+    )

@@ -2,8 +2,8 @@
 
 Pure: times come in as values. Must not know: Ray.
 
-The clock starts when the driver sees the failure; how long that took after the failure itself only
-an outsider can tell.
+The clock starts when the driver sees the failure; how long that took after the failure
+itself only an outsider can tell.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,9 @@ _LOADING = ("model", "load", "saver", "data")
 
 @dataclass
 class RecoveryWatch:
-    """One failure; `noticed_at` and the times given later are seconds of one monotonic clock."""
+    """One failure; `noticed_at` and the times given later are seconds of one monotonic
+    clock.
+    """
 
     noticed_at: float
     reached: int
@@ -31,7 +33,9 @@ class RecoveryWatch:
         self._phases[name] = self._phases.get(name, 0.0) + float(data["seconds"])
 
     def step(self, step: int, now: float) -> dict[str, Any] | None:
-        """A step of the next attempt; the split once it is the first that had not been done before."""
+        """A step of the next attempt; the split once it is the first that had not been
+        done before.
+        """
         if self._first_step_at is None:
             self._first_step_at = now
         if step <= self.reached:

@@ -1,12 +1,14 @@
 """Which process fills which place.
 
-Owns: who goes on, who steps in for the dead, who is made anew, where one stands by. Pure.
+Owns: who goes on, who steps in for the dead, who is made anew, where one stands by.
+Pure.
 
-A slot is the number of one process of the job, nothing more. A post is what a rank needs: a bundle
-and, where there are GPUs, one of that bundle's. The first processes in a bundle get their GPUs from
-Ray. From then on the bundle's GPUs are known from the last rank map, and whoever takes over a dead
-rank's post holds no GPU in Ray's books and is told which one to use: the bundle is the job's own,
-so nobody else can be given it. Must not know: Ray, torch.
+A slot is the number of one process of the job, nothing more. A post is what a rank
+needs: a bundle and, where there are GPUs, one of that bundle's. The first processes in
+a bundle get their GPUs from Ray. From then on the bundle's GPUs are known from the last
+rank map, and whoever takes over a dead rank's post holds no GPU in Ray's books and is
+told which one to use: the bundle is the job's own, so nobody else can be given it. Must
+not know: Ray, torch.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -59,7 +61,9 @@ class SlotAssignment:
 
 
 def num_slots(dims: ParallelDims) -> int:
-    """Slots that a job can ever have: its ranks, and at most one process that stands by per bundle."""
+    """Slots that a job can ever have: its ranks, and at most one process that stands by
+    per bundle.
+    """
     return dims.world_size + dims.world_size // dims.tp
 
 
@@ -76,8 +80,9 @@ def assign_slots(
 ) -> SlotAssignment:
     """The next attempt's processes.
 
-    `places` is the last rank map, `living` the slots whose process can be used again, `others` what
-    those of them report that are not in the map, `nodes` the node of each bundle now.
+    `places` is the last rank map, `living` the slots whose process can be used again,
+    `others` what those of them report that are not in the map, `nodes` the node of each
+    bundle now.
     """
     return _Filling(plan, places, living, others, nodes).staff()
 
@@ -106,7 +111,8 @@ class _Filling:
             at_home = [
                 place
                 for place in self._places
-                if place.bundle == bundle.index and place.node_id == self._nodes.get(bundle.index)
+                if place.bundle == bundle.index
+                and place.node_id == self._nodes.get(bundle.index)
             ]
             if len(at_home) == len(bundle.slots):
                 self._fill_known(bundle, at_home)
@@ -120,11 +126,16 @@ class _Filling:
             if slot in in_map or slot not in self._others or not self._others[slot].standby
         ]
         return SlotAssignment(
-            self._posts, tuple(self._recruits), tuple(self._stepped_in), tuple(sorted(released))
+            self._posts,
+            tuple(self._recruits),
+            tuple(self._stepped_in),
+            tuple(sorted(released)),
         )
 
     def _fill_known(self, bundle: Bundle, at_home: Sequence[RankPlace]) -> None:
-        """A bundle that lies where it lay: its posts are the same, the dead are replaced."""
+        """A bundle that lies where it lay: its posts are the same, the dead are
+        replaced.
+        """
         for place in at_home:
             post = Slot(bundle.index, place.gpu)
             if place.slot in self._living:
@@ -141,8 +152,8 @@ class _Filling:
             self._posts[idle] = post
 
     def _fill_new(self, bundle: Bundle) -> None:
-        """A bundle without a history, or moved to another node: its processes get their GPUs from
-        Ray.
+        """A bundle without a history, or moved to another node: its processes get their
+        GPUs from Ray.
         """
         holders = [
             facts.slot
@@ -150,11 +161,17 @@ class _Filling:
             if self._holds_what_it_needs(facts, bundle)
         ]
         for _ in bundle.slots:
-            slot = holders.pop() if holders else self._recruit(bundle, self._plan.worker_resources)
+            slot = (
+                holders.pop()
+                if holders
+                else self._recruit(bundle, self._plan.worker_resources)
+            )
             self._posts[slot] = None
 
     def _holds_what_it_needs(self, facts: SlotFacts, bundle: Bundle) -> bool:
-        at_home = facts.bundle == bundle.index and facts.node_id == self._nodes.get(bundle.index)
+        at_home = facts.bundle == bundle.index and facts.node_id == self._nodes.get(
+            bundle.index
+        )
         return (
             at_home
             and not facts.standby
@@ -164,7 +181,11 @@ class _Filling:
     def _idle(self, node_id: str) -> int | None:
         """A process on the node that belongs to nobody and holds no GPU of its own."""
         for facts in sorted(self._others.values(), key=lambda facts: facts.slot):
-            if facts.node_id == node_id and facts.gpu is None and facts.slot not in self._posts:
+            if (
+                facts.node_id == node_id
+                and facts.gpu is None
+                and facts.slot not in self._posts
+            ):
                 if facts.standby:
                     self._stepped_in.append(facts.slot)
                 return facts.slot
@@ -182,8 +203,8 @@ def standbys_wanted(
     living: Collection[int],
     standing: Mapping[int, str],
 ) -> list[WorkerToStart]:
-    """One process for each of the job's nodes where none stands by; `standing` is the node of each
-    that does.
+    """One process for each of the job's nodes where none stands by; `standing` is the
+    node of each that does.
     """
     numbers = _free_slots(plan, living)
     bundles: dict[str, int] = {}

@@ -2,9 +2,9 @@
 
 Owns: starting ranks, taking over living ones, what follows a failure.
 
-Every decision is made by `policies` and told as an event; every step is in the journal before it is
-taken, so that a driver that dies anywhere in here goes on where it was. Must not know: HTTP, torch,
-data, the queue.
+Every decision is made by `policies` and told as an event; every step is in the journal
+before it is taken, so that a driver that dies anywhere in here goes on where it was.
+Must not know: HTTP, torch, data, the queue.
 """
 
 import random
@@ -23,7 +23,13 @@ from workers.driver.context import JobContext
 from workers.driver.dead_rank_files import DeadRankFiles
 from workers.driver.exceptions import BackToQueue, JobEnds
 from workers.driver.gauges import TrainingGauges
-from workers.driver.journal import DeadRank, FailedAttempt, JournalEntry, Phase, start_orders
+from workers.driver.journal import (
+    DeadRank,
+    FailedAttempt,
+    JournalEntry,
+    Phase,
+    start_orders,
+)
 from workers.driver.logs import JobLogs
 from workers.driver.spares import SparePool
 from workers.driver.supervision import AttemptEnd, AttemptPlan, EndKind, Supervision
@@ -37,7 +43,10 @@ _LOOK_UP_S = 2.0
 
 
 class Attempts:
-    """One incarnation's attempts. `place` waits for the placement group and returns its plan."""
+    """One incarnation's attempts.
+
+    `place` waits for the placement group and returns its plan.
+    """
 
     def __init__(
         self,
@@ -73,7 +82,9 @@ class Attempts:
     # ---- what an earlier incarnation has left
 
     def _take_over(self, found: JournalEntry, plan: PlacementPlan) -> AttemptEnd | None:
-        """The end of the attempt that was under way; None when there is none to speak of."""
+        """The end of the attempt that was under way; None when there is none to speak
+        of.
+        """
         if found.phase not in (Phase.STARTING, Phase.RUNNING, Phase.RECOVERING):
             return None
         missing = self._group.adopt(range(self._job.num_slots))
@@ -114,8 +125,14 @@ class Attempts:
         return AttemptEnd(EndKind.FAILED, cause, failed.dead_ranks)
 
     def _tell_checkpoints(self) -> None:
-        """Commits and deletions that the earlier incarnation made and did not live to tell."""
-        there = {info.path: info for info in list_checkpoints(self._job.job_dir) if info.committed}
+        """Commits and deletions that the earlier incarnation made and did not live to
+        tell.
+        """
+        there = {
+            info.path: info
+            for info in list_checkpoints(self._job.job_dir)
+            if info.committed
+        }
         for path in self._job.say.kept_checkpoints.keys() - there.keys():
             self._job.say.deleted(path)
         for info in sorted(there.values(), key=lambda info: info.order):
@@ -124,8 +141,8 @@ class Attempts:
     # ---- after an attempt
 
     def _follow(self, end: AttemptEnd) -> None:
-        """What comes after an attempt: nothing (go on with another), or a way out by JobEnds or
-        BackToQueue.
+        """What comes after an attempt: nothing (go on with another), or a way out by
+        JobEnds or BackToQueue.
         """
         job = self._job
         if end.kind is EndKind.FINISHED:
@@ -169,8 +186,8 @@ class Attempts:
             detail=cause.detail[-4000:],
             dead_ranks=end.dead_ranks,
         )
-        # Of an attempt that never ran nobody has fetched anything yet; of one that did, its start
-        # began to.
+        # Of an attempt that never ran nobody has fetched anything yet; of one that did,
+        # its start began to.
         dead = (
             {}
             if job.entry.phase is Phase.RUNNING
@@ -207,7 +224,9 @@ class Attempts:
         """Raises JobEnds when this was one failure too many."""
         job = self._job
         entry = self._job.entry
-        history = RestartHistory(entry.failures, entry.preemptions, entry.commits_at_failure)
+        history = RestartHistory(
+            entry.failures, entry.preemptions, entry.commits_at_failure
+        )
         decision = policies.decide_restart(
             job.spec.restart, history, cause, entry.last_commit, self._random.random()
         )
@@ -219,7 +238,9 @@ class Attempts:
             "failures": spent.failures,
         }
         data["preemptions"] = spent.preemptions
-        words = f"trying again from step {entry.last_commit}" if decision.retry else "giving up"
+        words = (
+            f"trying again from step {entry.last_commit}" if decision.retry else "giving up"
+        )
         job.say.event(
             "policy.decision",
             f"{words}: {decision.message}",
@@ -244,13 +265,16 @@ class Attempts:
     # ---- one attempt
 
     def _new_attempt(self, plan: PlacementPlan) -> AttemptEnd:
-        """Starts ranks and stays with them; a start that fails is an attempt that failed."""
+        """Starts ranks and stays with them; a start that fails is an attempt that
+        failed.
+        """
         job = self._job
         newest = latest_committed(job.job_dir)
         if job.entry.code_version != code_version():
             self._group.kill_slots(
                 self._group.slots
-            )  # another version's processes: they may lack what this driver asks of them
+                # another version's processes: they may lack what this driver asks of them
+            )
         job.write(
             attempt=job.entry.attempt + 1,
             phase=Phase.STARTING,
@@ -265,7 +289,10 @@ class Attempts:
         if job.say.last_state is not JobState.RECOVERING:
             job.say.state(JobState.STARTING)
         job.say.attempt(
-            AttemptState.STARTING, job.world_size, None, f"from step {job.entry.last_commit}"
+            AttemptState.STARTING,
+            job.world_size,
+            None,
+            f"from step {job.entry.last_commit}",
         )
         try:
             self._start_ranks(plan)
@@ -288,13 +315,16 @@ class Attempts:
         staff = self._staff(plan)
         self._group.kill_slots(staff.released)
         self._group.create(plan, staff.recruits, job.spec.resources.num_threads)
-        facts = self._group.probe(staff.posts, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted)
+        facts = self._group.probe(
+            staff.posts, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted
+        )
         marks.append(time.monotonic())
         places = assign_ranks(staff.posted(facts), plan.dims)
         store = None
         if (
             job.world_size > 1
-            # rank 0 serves it: an attempt ends with any of its ranks, and the next one opens another
+            # rank 0 serves it: an attempt ends with any of its ranks, and the next one
+            # opens another
         ):
             store = self._group.open_store(
                 places[0].slot, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted
@@ -366,12 +396,16 @@ class Attempts:
             self._standbys.maintain()
         self._reached = max(self._reached, data["step"])
         split = (
-            self._watch.step(data["step"], time.monotonic()) if self._watch is not None else None
+            self._watch.step(data["step"], time.monotonic())
+            if self._watch is not None
+            else None
         )
         if split is not None:
             self._watch = None
             self._job.say.event(
-                "job.recovered", recovery.in_words(split, self._job.entry.attempt), data=split
+                "job.recovered",
+                recovery.in_words(split, self._job.entry.attempt),
+                data=split,
             )
 
     def phase(self, data: dict[str, Any]) -> None:
@@ -386,10 +420,13 @@ class Attempts:
             self._job.say.deleted(path)
 
     def commanded(
-        self, *, stopping: DesiredState | None = None, checkpoint_requests: int | None = None
+        self,
+        *,
+        stopping: DesiredState | None = None,
+        checkpoint_requests: int | None = None,
     ) -> None:
-        """The ranks were told to stop, or to write a checkpoint: not to be told again by the next
-        incarnation.
+        """The ranks were told to stop, or to write a checkpoint: not to be told again
+        by the next incarnation.
         """
         if stopping is not None:
             self._job.write(stopping=stopping)

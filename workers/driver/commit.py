@@ -1,10 +1,10 @@
 """When a checkpoint counts.
 
-Owns: collecting ranks' reports until a step is whole, the commit itself, reading back what it
-contains.
+Owns: collecting ranks' reports until a step is whole, the commit itself, reading back
+what it contains.
 
-Used by the driver under Ray and by rank 0 under torchrun, so that both commit by the same rule.
-Torch-free. Must not know: Ray, HTTP.
+Used by the driver under Ray and by rank 0 under torchrun, so that both commit by the
+same rule. Torch-free. Must not know: Ray, HTTP.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ class WholeCheckpoint:
     path: str
     bytes_written: int
     reports: tuple[dict[str, Any], ...]
-    """Rank 0's records since the previous checkpoint, as the service is told them, in order, and
-    those before that it has not stored: an older checkpoint with them may be deleted while it is
-    away."""
+    """Rank 0's records since the previous checkpoint, as the service is told them, in
+    order, and those before that it has not stored: an older checkpoint with them may be
+    deleted while it is away."""
     loss: float | None
 
 
@@ -57,11 +57,11 @@ class CheckpointLedger:
         self._written.setdefault(step, {})[rank] = (path, bytes_written)
 
     def take_whole(self, stored: int | None = None) -> WholeCheckpoint | None:
-        """The lowest step that every rank has written and rank 0 has reported, once; None while
-        there is none.
+        """The lowest step that every rank has written and rank 0 has reported, once;
+        None while there is none.
 
-        `stored`: highest number of rank 0's records that the service has; None where there is no
-        service.
+        `stored`: highest number of rank 0's records that the service has; None where
+        there is no service.
         """
         whole = [
             step
@@ -78,14 +78,24 @@ class CheckpointLedger:
             if record["kind"] in (StepReport.kind, EvalReport.kind)
         ]
         end = max(
-            (index + 1 for index in of_steps if self._reports[index]["data"]["step"] <= step),
+            (
+                index + 1
+                for index in of_steps
+                if self._reports[index]["data"]["step"] <= step
+            ),
             default=0,
         )
         included = self._reports[:end]
-        again = [] if stored is None else [record for record in included if record["n"] > stored]
+        again = (
+            []
+            if stored is None
+            else [record for record in included if record["n"] > stored]
+        )
         self._reports = again + self._reports[end:]
         losses = [
-            record["data"]["loss"] for record in included if record["kind"] == StepReport.kind
+            record["data"]["loss"]
+            for record in included
+            if record["kind"] == StepReport.kind
         ]
         return WholeCheckpoint(
             step=step,
@@ -120,12 +130,13 @@ def commit_whole(
 
 
 def contained_records(storage_path: str) -> dict[str, list[Line]]:
-    """What the checkpoints of a job contain of rank 0's numbered records, in order, by source.
+    """What the checkpoints of a job contain of rank 0's numbered records, in order, by
+    source.
 
     Raises StorageError.
 
-    For a driver that comes back after its node was lost: the rank's own file is gone, and perhaps
-    nobody had sent it on.
+    For a driver that comes back after its node was lost: the rank's own file is gone,
+    and perhaps nobody had sent it on.
     """
     found: dict[str, dict[int, Line]] = {}
     for info in list_checkpoints(storage_path):

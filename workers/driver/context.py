@@ -2,8 +2,8 @@
 
 Owns: journal entry, epoch, records, the service's wish.
 
-Shared by the phases (`job_life`) and the attempts (`attempts`). Must not know: Ray, HTTP, what
-comes next.
+Shared by the phases (`job_life`) and the attempts (`attempts`). Must not know: Ray,
+HTTP, what comes next.
 """
 
 from typing import Any
@@ -83,10 +83,14 @@ class JobContext:
 
     @property
     def wish(self) -> DesiredState:
-        """What is to be done now: the service's word, and until it is heard what an earlier
-        incarnation has begun to carry out.
+        """What is to be done now: the service's word, and until it is heard what an
+        earlier incarnation has begun to carry out.
         """
-        return self.desired.desired if self.desired else self.entry.stopping or DesiredState.RUN
+        return (
+            self.desired.desired
+            if self.desired
+            else self.entry.stopping or DesiredState.RUN
+        )
 
     def check_replaced(self) -> None:
         """Raises DriverReplacedError when a newer incarnation is at work."""
@@ -94,8 +98,8 @@ class JobContext:
             raise DriverReplacedError(self.outbox.replaced)
 
     def stop_if_unwanted(self) -> None:
-        """Raises JobEnds or BackToQueue when the job is no longer wanted to run; DriverReplacedError
-        when this driver is not.
+        """Raises JobEnds or BackToQueue when the job is no longer wanted to run;
+        DriverReplacedError when this driver is not.
         """
         self.check_replaced()
         if self.wish is DesiredState.CANCEL:

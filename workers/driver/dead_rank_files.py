@@ -1,6 +1,7 @@
 """Files of ranks on their nodes.
 
-Owns: fetching what dead ranks left, removing what a job leaves. Best effort, beside the recovery.
+Owns: fetching what dead ranks left, removing what a job leaves. Best effort, beside the
+recovery.
 """
 
 import threading
@@ -36,10 +37,11 @@ class DeadRankFiles:
         self._sweeps: list[Any] = []
 
     def collect(self, dead: Iterable[DeadRank]) -> None:
-        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and the ends of
-        logs; of each dead rank once.
+        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and
+        the ends of logs; of each dead rank once.
 
-        To be called when their successors run, since starting a process for it would hold those up.
+        To be called when their successors run, since starting a process for it would
+        hold those up.
         """
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         for attempt, place in ((found.attempt, found.place) for found in dead):

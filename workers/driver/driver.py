@@ -2,9 +2,9 @@
 
 Owns: the actor's face and its thread. What it does is in `job_life`.
 
-Its constructor takes ids only and does nothing that can raise: an actor whose constructor raises on
-restart is dead for ever. Where the service is, and the token, come by `attach` from the agent at
-run time. Must not know: torch, phases.
+Its constructor takes ids only and does nothing that can raise: an actor whose
+constructor raises on restart is dead for ever. Where the service is, and the token,
+come by `attach` from the agent at run time. Must not know: torch, phases.
 """
 
 import os
@@ -29,7 +29,8 @@ from workers.ray.worker_group import kill
 
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _MOST_BUGS = 4
-"""Unexpected errors of the driver itself after which the job is failed instead of entered again."""
+"""Unexpected errors of the driver itself after which the job is failed instead of
+entered again."""
 
 
 class JobDriver:
@@ -49,11 +50,15 @@ class JobDriver:
         threading.Thread(target=self._main, name="job", daemon=True).start()
 
     def attach(self, url: str, token: str, desired: dict[str, Any]) -> DriverStatus:
-        """Where the service is and what it wants; said again whenever the agent sees either change,
-        or just to be sure.
+        """Where the service is and what it wants; said again whenever the agent sees
+        either change, or just to be sure.
         """
         with self._lock:
-            self._attached = (url, token, DesiredJob.model_validate({**desired, "token": token}))
+            self._attached = (
+                url,
+                token,
+                DesiredJob.model_validate({**desired, "token": token}),
+            )
             if self._life is not None:
                 self._life.outbox.attach(*self._attached)
         return self.status()
@@ -72,8 +77,8 @@ class JobDriver:
         return os.getpid()
 
     def _main(self) -> None:
-        """Runs the job's life; after trouble (storage away, a bug) it is entered again from the
-        journal.
+        """Runs the job's life; after trouble (storage away, a bug) it is entered again
+        from the journal.
         """
         failures = bugs = 0
         while True:
@@ -83,7 +88,8 @@ class JobDriver:
             except (DriverReplacedError, FencedError) as why:
                 sys.stderr.write(f"this driver was replaced and ends: {why}\n")
                 sys.stderr.flush()
-                # Not ray.kill: that would end the newer incarnation, which has the same actor id.
+                # Not ray.kill: that would end the newer incarnation, which has the same
+                # actor id.
                 os._exit(0)
             except ForeignJournalError as foreign:
                 ending = Ending(

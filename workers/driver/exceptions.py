@@ -20,7 +20,10 @@ class JobEnds(Exception):
     ) -> None:
         super().__init__(message)
         self.ending = Ending(
-            state=state.value, reason=reason.value if reason else None, message=message, told=told
+            state=state.value,
+            reason=reason.value if reason else None,
+            message=message,
+            told=told,
         )
 
 
@@ -29,8 +32,8 @@ class DriverReplacedError(Exception):
 
 
 class BackToQueue(Exception):
-    """The resources are given back; the job waits until it is wanted again at a revision above
-    `revision`.
+    """The resources are given back; the job waits until it is wanted again at a
+    revision above `revision`.
     """
 
     def __init__(

@@ -2,9 +2,9 @@
 
 Owns: job_dir/attempts/NNNN.json and the epoch.
 
-Written whole before acting, read by the next incarnation. The database says what is wanted and what
-happened; the journal says how it runs, so that recovery goes on while the service is away. Never
-holds a token. Must not know: Ray, torch, HTTP.
+Written whole before acting, read by the next incarnation. The database says what is
+wanted and what happened; the journal says how it runs, so that recovery goes on while
+the service is away. Never holds a token. Must not know: Ray, torch, HTTP.
 """
 
 import json
@@ -29,7 +29,9 @@ class JournalError(Exception):
 
 
 class ForeignJournalError(Exception):
-    """The folder holds another job: its checkpoints and records must not be mixed with this one's."""
+    """The folder holds another job: its checkpoints and records must not be mixed with
+    this one's.
+    """
 
     def __init__(self, job_dir: str, owner: str) -> None:
         super().__init__(
@@ -52,8 +54,8 @@ class Phase(StrEnum):
 
 
 class Ending(BaseModel):
-    """How the job ends; written before the clean-up, so that a restarted driver ends it the same
-    way.
+    """How the job ends; written before the clean-up, so that a restarted driver ends it
+    the same way.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -66,8 +68,8 @@ class Ending(BaseModel):
 
 
 class FailedAttempt(BaseModel):
-    """Why the current attempt ended, until it is decided what follows: a driver that dies in
-    between goes on from here.
+    """Why the current attempt ended, until it is decided what follows: a driver that
+    dies in between goes on from here.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -89,7 +91,9 @@ class DeadRank(BaseModel):
 
 
 class ResourcesReleased(BaseModel):
-    """The resources are given back, or about to be; the job waits for a wish newer than `revision`."""
+    """The resources are given back, or about to be; the job waits for a wish newer than
+    `revision`.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -139,7 +143,10 @@ class JournalEntry(BaseModel):
 
 
 class Journal:
-    """The entries of one job under its folder. Methods raise StorageError when the storage does."""
+    """The entries of one job under its folder.
+
+    Methods raise StorageError when the storage does.
+    """
 
     def __init__(self, job_dir: str) -> None:
         self._storage: Storage = open_storage(job_dir)

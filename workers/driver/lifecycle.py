@@ -2,9 +2,9 @@
 
 Owns: the order of phases, and what is left at the end (nothing).
 
-Runs in the driver's own thread. Every phase is written to the journal before it is begun, every
-creation is get-or-create, and nothing is said twice, so a restarted driver enters at the phase that
-it finds. Must not know: HTTP, torch, actor plumbing.
+Runs in the driver's own thread. Every phase is written to the journal before it is
+begun, every creation is get-or-create, and nothing is said twice, so a restarted driver
+enters at the phase that it finds. Must not know: HTTP, torch, actor plumbing.
 """
 
 import time
@@ -29,20 +29,26 @@ _EXPLAIN_EVERY_S = 15.0
 _RETIRE_S = 2.0
 _SWEEP_S = 5.0
 _LATE_SWEEP_S = 60.0
-"""A node that is too busy to start a process for the clean-up holds nobody up: it may come after
-the last word."""
+"""A node that is too busy to start a process for the clean-up holds nobody up: it may
+come after the last word."""
 
 
 class JobLifecycle:
     """One incarnation's work on one job.
 
-    `worker_class` is what runs the ranks; `trouble` is what ended the incarnation before.
+    `worker_class` is what runs the ranks; `trouble` is what ended the incarnation
+    before.
 
     Raises StorageError, JournalError, ForeignJournalError.
     """
 
     def __init__(
-        self, job_id: str, job_dir: str, namespace: str, worker_class: type, trouble: str = ""
+        self,
+        job_id: str,
+        job_dir: str,
+        namespace: str,
+        worker_class: type,
+        trouble: str = "",
     ) -> None:
         self._job = JobContext(job_id, job_dir)
         self.outbox = self._job.outbox
@@ -57,8 +63,8 @@ class JobLifecycle:
         return f"attempt {self._job.entry.attempt}, {self._job.entry.phase.value}"
 
     def run(self, ending: Ending | None = None) -> None:
-        """To the end of the job, at once when it is given; returns when the service has stored the
-        last record.
+        """To the end of the job, at once when it is given; returns when the service has
+        stored the last record.
 
         Raises DriverReplacedError.
         """
@@ -85,7 +91,9 @@ class JobLifecycle:
         """Raises JobEnds."""
         self._await_spec()
         self._prepare()
-        attempts = Attempts(self._job, self._group, self._logs, self._leftovers, self._place)
+        attempts = Attempts(
+            self._job, self._group, self._logs, self._leftovers, self._place
+        )
         found = self._job.found
         if found is None or found.phase in (Phase.PREPARING, Phase.READY):
             found = None
@@ -123,7 +131,9 @@ class JobLifecycle:
         job = self._job
         if job.entry.prepared is None:
             job.say.state(
-                JobState.PREPARING, StatusReason.PREPARING_DATA, "the data are being prepared"
+                JobState.PREPARING,
+                StatusReason.PREPARING_DATA,
+                "the data are being prepared",
             )
             job.write(prepared=self._prepared_data(), phase=Phase.READY)
         data = PreparedData.model_validate(job.entry.prepared)
@@ -140,7 +150,9 @@ class JobLifecycle:
             found = tasks.result(call)
         except TaskFailedError as failure:
             raise JobEnds(
-                JobState.FAILED, StatusReason.INTERNAL, f"preparing the data failed: {failure}"
+                JobState.FAILED,
+                StatusReason.INTERNAL,
+                f"preparing the data failed: {failure}",
             ) from failure
         finally:
             tasks.end(call)
@@ -195,11 +207,15 @@ class JobLifecycle:
                 plan = plan_placement(job.spec, read_nodes(), job.entry.accelerator)
                 if now - started < _EXPLAIN_EVERY_S or not plan.feasible:
                     job.say.event(
-                        "placement.waiting", plan.explanation, "info" if plan.feasible else "warn"
+                        "placement.waiting",
+                        plan.explanation,
+                        "info" if plan.feasible else "warn",
                     )
             if now - started > limit:
                 text = f"no room within {limit:g} s: {plan.explanation}"
-                raise BackToQueue(JobState.QUEUED, StatusReason.WAITING_GANG, text, job.revision)
+                raise BackToQueue(
+                    JobState.QUEUED, StatusReason.WAITING_GANG, text, job.revision
+                )
         nodes = {*job.entry.nodes, *self._group.nodes(plan).values()}
         if len(nodes) > len(job.entry.nodes):
             job.write(nodes=tuple(sorted(nodes)))
@@ -208,7 +224,9 @@ class JobLifecycle:
     # ---- ends
 
     def _end(self, ending: Ending) -> None:
-        """Leaves nothing behind, says the last word last, and waits until the service has heard it."""
+        """Leaves nothing behind, says the last word last, and waits until the service
+        has heard it.
+        """
         job = self._job
         job.write(phase=Phase.ENDING, ending=ending)
         self._leftovers.finish(job.entry.dead)

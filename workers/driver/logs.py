@@ -2,9 +2,9 @@
 
 Owns: writing shipped bytes where the service reads them. Must not know: Ray, HTTP.
 
-Local folders are written in place at the byte's own offset, so that a restarted driver may ship a
-piece again. Object stores cannot append: there the newest piece of each log is kept in memory and
-put as a whole now and then.
+Local folders are written in place at the byte's own offset, so that a restarted driver
+may ship a piece again. Object stores cannot append: there the newest piece of each log
+is kept in memory and put as a whole now and then.
 """
 
 import contextlib
@@ -12,7 +12,12 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ray.storage.storage import LocalStorage, MissingFileError, StorageError, open_storage
+from megatron_ray.storage.storage import (
+    LocalStorage,
+    MissingFileError,
+    StorageError,
+    open_storage,
+)
 
 FOLDER = "logs"
 CAP_BYTES = 64 << 20
@@ -30,13 +35,15 @@ def log_name(attempt: int, rank: int) -> str:
 class JobLogs:
     """Logs of one job.
 
-    Storage trouble never reaches training: bytes are dropped, and the newest problem is kept to be
-    told.
+    Storage trouble never reaches training: bytes are dropped, and the newest problem is
+    kept to be told.
     """
 
     def __init__(self, job_dir: str) -> None:
         self._storage = open_storage(job_dir)
-        self._local = Path(self._storage.root) if isinstance(self._storage, LocalStorage) else None
+        self._local = (
+            Path(self._storage.root) if isinstance(self._storage, LocalStorage) else None
+        )
         self._objects: dict[str, bytearray] = {}
         self._dirty: set[str] = set()
         self._put_at = time.monotonic()
@@ -85,7 +92,9 @@ class JobLogs:
             try:
                 os.pwrite(file, data, offset)
                 if offset + len(data) >= CAP_BYTES:
-                    os.pwrite(file, b"\n[log cut here: it may hold 64 MiB]\n", offset + len(data))
+                    os.pwrite(
+                        file, b"\n[log cut here: it may hold 64 MiB]\n", offset + len(data)
+                    )
             finally:
                 os.close(file)
         except OSError as error:

@@ -2,9 +2,9 @@
 
 Owns: the driver's own numbered records and the pushing thread.
 
-The driver's records are written to the job's folder before they are sent, so that a restart goes on
-numbering; a rank's are in its spool. Nothing here blocks training: while the service is away, lines
-wait. Must not know: Ray, torch, what a record means.
+The driver's records are written to the job's folder before they are sent, so that a
+restart goes on numbering; a rank's are in its spool. Nothing here blocks training:
+while the service is away, lines wait. Must not know: Ray, torch, what a record means.
 """
 
 import threading
@@ -32,8 +32,8 @@ _RETRY_S = (0.2, 0.5, 1.0, 2.0)
 
 
 class RecordLog:
-    """The driver's own records on storage: files of up to 100, the last one rewritten whole with
-    each record.
+    """The driver's own records on storage: files of up to 100, the last one rewritten
+    whole with each record.
     """
 
     def __init__(self, job_dir: str) -> None:
@@ -54,7 +54,9 @@ class RecordLog:
 
     def append(self, kind: str, data: dict[str, Any], attempt: int) -> Record:
         """Numbers a record and makes it durable. Raises StorageError."""
-        record = Record(n=self.last_n + 1, at=time.time(), kind=kind, attempt=attempt, data=data)
+        record = Record(
+            n=self.last_n + 1, at=time.time(), kind=kind, attempt=attempt, data=data
+        )
         tail = [*self._tail, record]
         name = f"{FOLDER}/records-{(record.n - 1) // _PER_FILE:06d}.jsonl"
         self._storage.write_bytes_atomic(
@@ -84,8 +86,8 @@ class Outbox:
         epoch: int,
         recalled: Mapping[str, Sequence[Line]] | None = None,
     ) -> None:
-        """`said`: what the book holds; `recalled`: ranks' reports by source, in order, that are
-        kept elsewhere than in their own files.
+        """`said`: what the book holds; `recalled`: ranks' reports by source, in order,
+        that are kept elsewhere than in their own files.
 
         The service may lack some of either.
         """
@@ -115,7 +117,10 @@ class Outbox:
             self._changed.notify_all()
 
     def say(self, kind: str, data: dict[str, Any], attempt: int) -> None:
-        """A record of the driver's own, durable when this returns. Raises StorageError."""
+        """A record of the driver's own, durable when this returns.
+
+        Raises StorageError.
+        """
         record = self._book.append(kind, data, attempt)
         with self._changed:
             self._sources[DRIVER].pending.append(record)
@@ -148,12 +153,14 @@ class Outbox:
             self._changed.wait(timeout_s)
 
     def flush(self, *, timeout_s: float | None = None) -> bool:
-        """Waits until everything said is stored (for ever, without a timeout); False when time runs
-        out or this driver is replaced.
+        """Waits until everything said is stored (for ever, without a timeout); False
+        when time runs out or this driver is replaced.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         with self._changed:
-            while self._recalled or any(source.pending for source in self._sources.values()):
+            while self._recalled or any(
+                source.pending for source in self._sources.values()
+            ):
                 left = None if deadline is None else deadline - time.monotonic()
                 if self.replaced or (left is not None and left <= 0):
                     return False
@@ -178,8 +185,8 @@ class Outbox:
         self._talk(self._follow_once)
 
     def _talk(self, once: Callable[[ServiceClient], None]) -> None:
-        """Repeats one exchange for as long as the driver lives, over a link to wherever the service
-        is now.
+        """Repeats one exchange for as long as the driver lives, over a link to wherever
+        the service is now.
         """
         link = None
         address = None
@@ -203,8 +210,8 @@ class Outbox:
                     self.replaced = str(why)
                     self._changed.notify_all()
             except (ServiceUnavailableError, ServiceRefusedError):
-                # A refusal is no different from silence here: the agent brings a new token or
-                # address, or a person mends the service.
+                # A refusal is no different from silence here: the agent brings a new
+                # token or address, or a person mends the service.
                 self._pause(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
                 failures += 1
         if link is not None:
@@ -225,7 +232,9 @@ class Outbox:
                 self._recall()
                 self._synced = True
         with self._changed:
-            waiting = [(name, source) for name, source in self._sources.items() if source.pending]
+            waiting = [
+                (name, source) for name, source in self._sources.items() if source.pending
+            ]
             if not waiting:
                 self._changed.wait(1.0)
                 return
@@ -250,15 +259,17 @@ class Outbox:
                 self._changed.notify_all()
 
     def _recall(self) -> None:
-        """Under the lock, as soon as it is known what the service has: puts what follows that
-        before what is on its way.
+        """Under the lock, as soon as it is known what the service has: puts what
+        follows that before what is on its way.
         """
         for name, lines in self._recalled.items():
             source = self._sources.setdefault(name, _Source())
             end = source.pending[0].n if source.pending else None
             missing: list[Record] = []
             for line in lines:
-                if line.n == source.stored + 1 + len(missing) and (end is None or line.n < end):
+                if line.n == source.stored + 1 + len(missing) and (
+                    end is None or line.n < end
+                ):
                     missing.append(Record.model_validate_json(line.text))
             source.pending.extendleft(reversed(missing))
         self._recalled = {}
@@ -280,4 +291,6 @@ class Outbox:
         if not fresh:
             self._pause(
                 0.1
-            )  # a service that answers at once with nothing new must not be asked in a tight loop
+                # a service that answers at once with nothing new must not be asked in a
+                # tight loop
+            )

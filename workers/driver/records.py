@@ -2,9 +2,9 @@
 
 Owns: their fields, and that nothing is said twice. Must not know: when.
 
-A driver writes its journal and says its records in two steps, and may die in between. Each step can
-therefore be taken again: what an earlier incarnation has said already is known from its own book of
-records and is not said a second time.
+A driver writes its journal and says its records in two steps, and may die in between.
+Each step can therefore be taken again: what an earlier incarnation has said already is
+known from its own book of records and is not said a second time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,8 +19,8 @@ _ENDED = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.STOPPED)
 
 
 class JobRecords:
-    """Says things about one job; `attempt` gives the current attempt's number, `said` what earlier
-    incarnations have said.
+    """Says things about one job; `attempt` gives the current attempt's number, `said`
+    what earlier incarnations have said.
 
     Methods raise StorageError.
     """
@@ -45,8 +45,8 @@ class JobRecords:
 
     @property
     def kept_checkpoints(self) -> dict[str, int]:
-        """Steps of the checkpoints that were said to be committed and not yet to be deleted, by
-        path.
+        """Steps of the checkpoints that were said to be committed and not yet to be
+        deleted, by path.
         """
         return dict(self._kept)
 
@@ -54,7 +54,9 @@ class JobRecords:
         """An attempt's state as it was last said."""
         return self._attempts.get(attempt)
 
-    def state(self, state: JobState, reason: StatusReason | None = None, message: str = "") -> None:
+    def state(
+        self, state: JobState, reason: StatusReason | None = None, message: str = ""
+    ) -> None:
         """The job's observed state."""
         data = {
             "state": state.value,
@@ -109,7 +111,8 @@ class JobRecords:
                 "ranks",
                 {
                     "ranks": [
-                        place.model_dump(mode="json", exclude={"local_dir"}) for place in places
+                        place.model_dump(mode="json", exclude={"local_dir"})
+                        for place in places
                     ]
                 },
             )
@@ -137,13 +140,21 @@ class JobRecords:
         if path not in self._kept:
             self._say(
                 "checkpoint",
-                {"action": "committed", "step": step, "path": path, "bytes": size, "loss": loss},
+                {
+                    "action": "committed",
+                    "step": step,
+                    "path": path,
+                    "bytes": size,
+                    "loss": loss,
+                },
             )
 
     def deleted(self, path: str) -> None:
         """Retention has deleted a checkpoint."""
         if path in self._kept:
-            self._say("checkpoint", {"action": "deleted", "step": self._kept[path], "path": path})
+            self._say(
+                "checkpoint", {"action": "deleted", "step": self._kept[path], "path": path}
+            )
 
     def _say(self, kind: str, data: dict[str, Any]) -> None:
         attempt = self._attempt()

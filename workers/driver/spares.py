@@ -2,9 +2,9 @@
 
 Owns: when one is made, whether it still lives, when to give up making them.
 
-One per node of the job, once there is a checkpoint to go back to: it has imported everything, so a
-dead rank's place is filled at once. Called between a running attempt's turns; nothing here waits
-long. Must not know: HTTP, torch, what follows a death.
+One per node of the job, once there is a checkpoint to go back to: it has imported
+everything, so a dead rank's place is filled at once. Called between a running attempt's
+turns; nothing here waits long. Must not know: HTTP, torch, what follows a death.
 """
 
 import time
@@ -15,8 +15,8 @@ from workers.driver.context import JobContext
 from workers.ray.worker_group import WorkerGroup
 
 AFTER_S = 10.0
-"""Of running, before one is made: a short job needs none, and the first seconds belong to the
-ranks."""
+"""Of running, before one is made: a short job needs none, and the first seconds belong
+to the ranks."""
 EVERY_S = 10.0
 """Well below the time after which a worker that nobody calls ends itself."""
 _ANSWER_S = 0.1
@@ -51,7 +51,9 @@ class SparePool:
             )
             job.say.event("standby.given_up", text, "warn")
         elif standing is not None:
-            wanted = standbys_wanted(self._plan, job.entry.ranks, self._group.slots, standing)
+            wanted = standbys_wanted(
+                self._plan, job.entry.ranks, self._group.slots, standing
+            )
             if wanted:
                 self._group.create(self._plan, wanted, job.spec.resources.num_threads)
 
@@ -71,4 +73,8 @@ class SparePool:
         ]
         self._group.kill_slots(lost)
         self._deaths += len(lost)
-        return None if silent.difference(lost) else {facts.slot: facts.node_id for facts in found}
+        return (
+            None
+            if silent.difference(lost)
+            else {facts.slot: facts.node_id for facts in found}
+        )

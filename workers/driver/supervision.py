@@ -1,10 +1,11 @@
 """One attempt while it runs.
 
-Owns: the outstanding calls, the rank reports, commits, and the verdict when the attempt is over.
+Owns: the outstanding calls, the rank reports, commits, and the verdict when the attempt
+is over.
 
-Observes (answers of the ranks, the service's wish, the clock), decides (policies), acts (commands,
-commits). It does not restart anything: it returns how the attempt ended. Must not know: HTTP,
-torch, how workers are made.
+Observes (answers of the ranks, the service's wish, the clock), decides (policies), acts
+(commands, commits). It does not restart anything: it returns how the attempt ended.
+Must not know: HTTP, torch, how workers are made.
 """
 
 import json
@@ -31,7 +32,8 @@ from workers.rank.spool import Line
 from workers.ray.worker_group import Answer, Death, WorkerGroup
 
 SETTLE_S = 0.3
-"""After the first failure the others are waited for so long: the cause may be among them."""
+"""After the first failure the others are waited for so long: the cause may be among
+them."""
 _TICK_S = 0.2
 _WAIT_S = 2.0
 _LOG_BYTES = 64 << 10
@@ -75,8 +77,8 @@ class AttemptPlan:
     stopping: DesiredState | None = None
     """Why they were told to stop before, by an earlier incarnation."""
     renew: bool = False
-    """Stop at a checkpoint and end: this code is another version than the one that started the
-    ranks."""
+    """Stop at a checkpoint and end: this code is another version than the one that
+    started the ranks."""
 
 
 @dataclass
@@ -104,7 +106,10 @@ class Listener(Protocol):
     def committed(self, whole: WholeCheckpoint, deleted: Sequence[str]) -> None: ...
 
     def commanded(
-        self, *, stopping: DesiredState | None = None, checkpoint_requests: int | None = None
+        self,
+        *,
+        stopping: DesiredState | None = None,
+        checkpoint_requests: int | None = None,
     ) -> None: ...
 
 
@@ -201,7 +206,8 @@ class Supervision:
         view.heard_at = time.monotonic()
         if answer.reply is None:
             self._died(
-                answer.rank, answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
+                answer.rank,
+                answer.death or Death(FailureKind.PROCESS_DIED, "its process died"),
             )
             return
         reply = answer.reply
@@ -218,11 +224,16 @@ class Supervision:
 
     def _state_of(self, view: RankView, reply: NextReply) -> RankState:
         if reply.attempt != self._plan.attempt:
-            self._fail(FailureKind.START, "its worker does not run this attempt", view.place.rank)
+            self._fail(
+                FailureKind.START, "its worker does not run this attempt", view.place.rank
+            )
         elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:
             kind, message = policies.describe_error(reply.error or {})
             self._fail(
-                kind, message, view.place.rank, str((reply.error or {}).get("traceback", ""))
+                kind,
+                message,
+                view.place.rank,
+                str((reply.error or {}).get("traceback", "")),
             )
         return reply.state
 
@@ -266,14 +277,18 @@ class Supervision:
         self.views[rank].state = RankState.FAILED
         self._fail(death.kind, f"{death.words} ({where})", rank)
 
-    def _fail(self, kind: FailureKind, message: str, rank: int | None, detail: str = "") -> None:
+    def _fail(
+        self, kind: FailureKind, message: str, rank: int | None, detail: str = ""
+    ) -> None:
         self._failures.append(Failure(kind, message, rank, len(self._failures), detail))
 
     def _look_at_clock(self) -> None:
         now = time.monotonic()
         limit = policies.SILENCE_S if self._stepped else policies.START_SILENCE_S
         waiting = {
-            rank: view.heard_at for rank, view in self.views.items() if not view.state.is_over
+            rank: view.heard_at
+            for rank, view in self.views.items()
+            if not view.state.is_over
         }
         for rank in policies.silent_ranks(now, waiting, limit):
             self._dead.add(rank)
@@ -298,18 +313,22 @@ class Supervision:
                 self._listener.commanded(stopping=wish)
             self._command(Command.CHECKPOINT_AND_STOP if save else Command.STOP)
             self._deadline = time.monotonic() + self._plan.grace_s
-        elif desired is not None and desired.checkpoint_requests > self._checkpoint_requests:
+        elif (
+            desired is not None and desired.checkpoint_requests > self._checkpoint_requests
+        ):
             self._command(Command.CHECKPOINT)
             self._checkpoint_requests = desired.checkpoint_requests
             self._listener.commanded(checkpoint_requests=self._checkpoint_requests)
 
     def _command(self, command: Command) -> None:
-        """To rank 0 alone: the ranks agree on the largest command in the step's own reduction."""
+        """To rank 0 alone: the ranks agree on the largest command in the step's own
+        reduction.
+        """
         self._group.command(self.views[0].place.slot, self._fence, command)
 
     def _commit(self) -> None:
-        """One commit at a time, off this thread: storage may be slow, and ranks must still be
-        heard.
+        """One commit at a time, off this thread: storage may be slow, and ranks must
+        still be heard.
         """
         if self._committing is not None:
             if not self._committing.done():
@@ -324,7 +343,8 @@ class Supervision:
             )
 
     def _take_commit(self) -> None:
-        assert self._committing is not None and self._commit_of is not None
+        assert self._committing is not None
+        assert self._commit_of is not None
         whole = self._commit_of
         future = self._committing
         self._commit_of = self._committing = None
@@ -341,8 +361,8 @@ class Supervision:
         self._listener.committed(whole, deleted)
 
     def _release(self, step: int) -> None:
-        """Reports up to a commit are in the checkpoint; what the service has stored too may go from
-        the ranks' files.
+        """Reports up to a commit are in the checkpoint; what the service has stored too
+        may go from the ranks' files.
         """
         for view in self.views.values():
             if step in view.written_n:
@@ -353,8 +373,8 @@ class Supervision:
             self.views[0].released = min(self.views[0].released, max(lines))
 
     def _finish_commits(self) -> None:
-        """At the end of an attempt every whole checkpoint is committed before anything else
-        happens.
+        """At the end of an attempt every whole checkpoint is committed before anything
+        else happens.
         """
         while True:
             self._commit()
@@ -363,8 +383,8 @@ class Supervision:
             self._committing.exception()
 
     def _settle(self) -> AttemptEnd:
-        """The first error is seldom alone: waits shortly for others, so that the cause is found,
-        not its echo.
+        """The first error is seldom alone: waits shortly for others, so that the cause
+        is found, not its echo.
         """
         deadline = time.monotonic() + SETTLE_S
         while time.monotonic() < deadline and not all(
@@ -380,8 +400,8 @@ class Supervision:
 
 
 def relayed(line: Line) -> Line:
-    """A rank's report as a record the service knows: steps and evaluations as they are, the rest as
-    events of the same number.
+    """A rank's report as a record the service knows: steps and evaluations as they are,
+    the rest as events of the same number.
     """
     if line.kind in (StepReport.kind, EvalReport.kind):
         return line
@@ -398,8 +418,8 @@ def relayed(line: Line) -> Line:
         )
     elif line.kind == "failed":
         kind, words = policies.describe_error(data)
-        # Of a rank that only lost another one; whoever reads warnings alone is to find the cause
-        # first.
+        # Of a rank that only lost another one; whoever reads warnings alone is to find
+        # the cause first.
         echo = kind is FailureKind.COLLATERAL
         level, message = (
             ("info", f"rank 0 lost a rank it was working with: {words}")

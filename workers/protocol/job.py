@@ -21,7 +21,8 @@ class ResourceConfig(Config):
     cpus_per_rank: float = Field(default=1.0, gt=0, le=1024)
     """CPU cores reserved for each rank (and its torch threads on CPU)."""
     placement_timeout_s: float = Field(default=300.0, gt=0, le=86400 * 7)
-    """How long to wait for the placement group before the job goes back to the queue."""
+    """How long to wait for the placement group before the job goes back to the
+    queue."""
 
     @property
     def num_threads(self) -> int:
@@ -37,12 +38,12 @@ class RestartConfig(Config):
     max_preemptions: int = Field(default=-1, ge=-1)
     """Attempts that may be preempted; -1: any number."""
     backoff_s: float = Field(default=1.0, ge=0, le=3600)
-    """Wait before the second try; doubles each time up to 60 s, with jitter; the first try is
-    immediate."""
+    """Wait before the second try; doubles each time up to 60 s, with jitter; the first
+    try is immediate."""
     standby: bool = True
-    """Keep one process per node that has imported everything and waits: it takes a dead rank's
-    place at once. It uses some 300 MB of memory, no GPU and no CPU, from the first checkpoint on.
-    """
+    """Keep one process per node that has imported everything and waits: it takes a dead
+    rank's place at once. It uses some 300 MB of memory, no GPU and no CPU, from the
+    first checkpoint on."""
 
 
 class JobSpec(TrainConfig):

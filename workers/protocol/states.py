@@ -89,10 +89,20 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
         {_S.RUNNING, _S.RECOVERING, _S.CANCELLING, _S.PAUSING, _S.QUEUED, _S.SUCCEEDED}
     )
     | _END,
-    _S.RUNNING: frozenset({_S.SUCCEEDED, _S.RECOVERING, _S.PAUSING, _S.RESIZING, _S.CANCELLING})
+    _S.RUNNING: frozenset(
+        {_S.SUCCEEDED, _S.RECOVERING, _S.PAUSING, _S.RESIZING, _S.CANCELLING}
+    )
     | _END,
     _S.RECOVERING: frozenset(
-        {_S.STARTING, _S.RUNNING, _S.QUEUED, _S.SCHEDULING, _S.CANCELLING, _S.PAUSING, _S.SUCCEEDED}
+        {
+            _S.STARTING,
+            _S.RUNNING,
+            _S.QUEUED,
+            _S.SCHEDULING,
+            _S.CANCELLING,
+            _S.PAUSING,
+            _S.SUCCEEDED,
+        }
     )
     | _END,
     _S.PAUSING: frozenset({_S.PAUSED, _S.SUCCEEDED, _S.CANCELLING}) | _END,
@@ -106,7 +116,7 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 
 def may_follow(current: JobState, new: JobState) -> bool:
-    """Whether a job may go from one state to another (staying put is no transition and is always
-    allowed).
+    """Whether a job may go from one state to another (staying put is no transition and
+    is always allowed).
     """
     return new == current or new in TRANSITIONS[current]

@@ -2,8 +2,8 @@
 
 Owns: their fields and the protocol number. Must not know: ray, torch, HTTP.
 
-The service accepts protocol N and N-1; unknown fields are ignored, so a newer producer may add
-some.
+The service accepts protocol N and N-1; unknown fields are ignored, so a newer producer
+may add some.
 """
 
 from typing import Any, Literal
@@ -66,7 +66,8 @@ class AgentReport(Message):
     nodes: tuple[NodeInfo, ...] = ()
     drivers: tuple[DriverStatus, ...] = ()
     orphans: tuple[str, ...] = ()
-    """Names found in the namespace that belong to no known job; reported, never touched."""
+    """Names found in the namespace that belong to no known job; reported, never
+    touched."""
 
 
 class CheckRequest(Message):
@@ -110,24 +111,26 @@ class DesiredReply(Message):
     protocol: int = PROTOCOL
     revision: int
     jobs: tuple[DesiredJob, ...] = ()
-    """All jobs of the cluster that are not terminal, plus terminal ones whose driver the agent
-    still reports."""
+    """All jobs of the cluster that are not terminal, plus terminal ones whose driver
+    the agent still reports."""
     terminal: tuple[str, ...] = ()
     """Jobs known to be over: their actors and placement groups may be reaped."""
     checks: tuple[CheckRequest, ...] = ()
 
 
 class Record(Message):
-    """One numbered fact from one producer. `kind` decides what `data` holds:
+    """One numbered fact from one producer.
 
-    state       {state, reason, message, ...}        the job's observed state
-    event       {type, level, message, data, ranks}  anything worth a line in the history
-    attempt     {state, reason, message, world_size} the attempt began or ended
-    ranks       {ranks: [{slot, rank, node_id, address, gpu, pid, coordinates}]}
-    prepared    {manifest, num_train_tokens, ...}    data are ready; queue the job
-    checkpoint  {action: committed|deleted, step, path, bytes, loss}
-    problem     {problems: [{pointer, code, detail}]} the user's mistake found while preparing
-    step, eval  fields of StepReport, EvalReport
+    `kind` decides what `data` holds:
+
+    state       {state, reason, message, ...}        the job's observed state event
+    {type, level, message, data, ranks}  anything worth a line in the history attempt
+    {state, reason, message, world_size} the attempt began or ended ranks       {ranks:
+    [{slot, rank, node_id, address, gpu, pid, coordinates}]} prepared    {manifest,
+    num_train_tokens, ...}    data are ready; queue the job checkpoint  {action:
+    committed|deleted, step, path, bytes, loss} problem     {problems: [{pointer, code,
+    detail}]} the user's mistake found while preparing step, eval  fields of StepReport,
+    EvalReport
     """
 
     n: int = Field(ge=1)
@@ -162,7 +165,9 @@ class RecordReply(Message):
 
 
 class CursorReply(Message):
-    """Service -> driver: highest n stored per source, for a driver that has just (re)started."""
+    """Service -> driver: highest n stored per source, for a driver that has just
+    (re)started.
+    """
 
     protocol: int = PROTOCOL
     stored: dict[str, int] = Field(default_factory=dict)

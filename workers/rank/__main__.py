@@ -2,8 +2,8 @@
 
 Owns: its options and exit codes.
 
-torchrun --standalone --nproc-per-node 2 -m workers.rank job.yaml --set parallel.tp=2 --reports
-reports.jsonl [--resume]
+torchrun --standalone --nproc-per-node 2 -m workers.rank job.yaml --set parallel.tp=2
+--reports reports.jsonl [--resume]
 """
 
 from pathlib import Path
@@ -23,13 +23,17 @@ def main(
         typer.Option("--set", help="path.to.field=value over the spec; may be repeated."),
     ] = None,
     reports: Annotated[
-        Path | None, typer.Option(help="File for rank 0's step reports, one JSON object a line.")
+        Path | None,
+        typer.Option(help="File for rank 0's step reports, one JSON object a line."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on from the newest committed checkpoint under storage.path.")
+        bool,
+        typer.Option(help="Go on from the newest committed checkpoint under storage.path."),
     ] = False,
 ) -> None:
-    """Trains a job without Ray and without a service: one process per rank, started by torchrun."""
+    """Trains a job without Ray and without a service: one process per rank, started by
+    torchrun.
+    """
     try:
         outcome = run_standalone(job, set_ or [], reports, resume)
     except UserError as mistake:

@@ -2,9 +2,9 @@
 
 Owns: reading and writing it, priorities. Must not know: torch, Ray's API, HTTP.
 
-No other file under workers/ or megatron_ray/ touches the environment. System names cannot come from
-a job spec, and secrets come from mounted files, so neither Ray's dashboard nor a log ever shows
-one.
+No other file under workers/ or megatron_ray/ touches the environment. System names
+cannot come from a job spec, and secrets come from mounted files, so neither Ray's
+dashboard nor a log ever shows one.
 """
 
 import contextlib
@@ -24,7 +24,9 @@ _SIOCGIFADDR = 0x8915  # Linux: address of a network interface
 
 
 class ProcessEnvironmentError(Exception):
-    """A variable that must be there is missing or malformed; the text names it and the remedy."""
+    """A variable that must be there is missing or malformed; the text names it and the
+    remedy.
+    """
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class RankEnv:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """What torchrun exported; a process started without torchrun is the only rank of its world.
+        """What torchrun exported; a process started without torchrun is the only rank
+        of its world.
 
         Raises ProcessEnvironmentError.
         """
@@ -100,7 +103,8 @@ def _integer(source: Mapping[str, str], *names: str) -> int:
 
 
 def prepare_process(num_threads: int, address: str | None = None) -> None:
-    """Settings that must be there before torch is imported: threads per rank, gloo's interface.
+    """Settings that must be there before torch is imported: threads per rank, gloo's
+    interface.
 
     An operator's own choice wins.
     """
@@ -109,7 +113,8 @@ def prepare_process(num_threads: int, address: str | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     interface = interface_of(address) if address else None
     if interface:
-        # Else gloo asks the host name for an address, which pods and laptops often answer wrongly.
+        # Else gloo asks the host name for an address, which pods and laptops often
+        # answer wrongly.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
@@ -119,12 +124,12 @@ def see_gpu(index: int) -> None:
 
 
 def run_before_others() -> None:
-    """Gives this process the ordinary priority where that is permitted: all its threads, for they
-    share the interpreter's lock.
+    """Gives this process the ordinary priority where that is permitted: all its
+    threads, for they share the interpreter's lock.
 
-    Ray starts its workers at niceness 15, so that anything else on a node takes the processor from
-    a rank and, with it, from every other rank. Where a process may not raise itself the cluster
-    must be started with RAY_worker_niceness=0.
+    Ray starts its workers at niceness 15, so that anything else on a node takes the
+    processor from a rank and, with it, from every other rank. Where a process may not
+    raise itself the cluster must be started with RAY_worker_niceness=0.
     """
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(PermissionError, ProcessLookupError):
@@ -137,8 +142,8 @@ def let_ranks_go_first() -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has an IPv4 address; None when there is none (or this is
-    not Linux).
+    """Name of the network interface that has an IPv4 address; None when there is none
+    (or this is not Linux).
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
@@ -153,8 +158,11 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def agent_token(token_file: Path | None = None, environ: Mapping[str, str] | None = None) -> str:
-    """The agent's token, from a file (given, or named by the environment) or from the environment.
+def agent_token(
+    token_file: Path | None = None, environ: Mapping[str, str] | None = None
+) -> str:
+    """The agent's token, from a file (given, or named by the environment) or from the
+    environment.
 
     Raises ProcessEnvironmentError.
     """
@@ -178,7 +186,9 @@ def agent_token(token_file: Path | None = None, environ: Mapping[str, str] | Non
 
 
 def prepare_ray_client() -> None:
-    """Makes explicit what Ray would otherwise decide from files and history of this machine."""
+    """Makes explicit what Ray would otherwise decide from files and history of this
+    machine.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault(
         "RAY_AUTH_MODE",
@@ -189,7 +199,7 @@ def prepare_ray_client() -> None:
 
 
 def forget_agent_token() -> None:
-    """Removes the token from this process's environment, so that nothing started from here inherits
-    it.
+    """Removes the token from this process's environment, so that nothing started from
+    here inherits it.
     """
     os.environ.pop(AGENT_TOKEN, None)

@@ -34,8 +34,8 @@ class UserError(Exception):
 
 
 class FencedError(Exception):
-    """A caller with an (attempt, epoch) lower than one already seen; it has been replaced and must
-    end.
+    """A caller with an (attempt, epoch) lower than one already seen; it has been
+    replaced and must end.
     """
 
 
@@ -67,7 +67,8 @@ class StartOrder:
     gpu: int | None = None
     """Index on the node, for a process that Ray has not given one."""
     store: tuple[str, int] | None = None
-    """Host and port of the TCPStore; None: the rendezvous that the environment names."""
+    """Host and port of the TCPStore; None: the rendezvous that the environment
+    names."""
     resume_from: str | None = None
     """Path of a committed checkpoint."""
     timeout_s: float = 600.0
@@ -84,7 +85,8 @@ class Poll:
     """Reports up to here are stored elsewhere: their file may go."""
     wait_s: float = 2.0
     steps: bool = True
-    """Whether step and eval reports are wanted (of rank 0 only); the others are always."""
+    """Whether step and eval reports are wanted (of rank 0 only); the others are
+    always."""
     log_offset: int = 0
     log_bytes: int = 0
     """Budget for log bytes in this answer."""

@@ -2,8 +2,8 @@
 
 Ray-free; imports torch.
 
-Owns: process group, mesh and session of one attempt. RankWorker calls `train` under Ray,
-`workers.standalone` under torchrun. Must not know: Ray, HTTP.
+Owns: process group, mesh and session of one attempt. RankWorker calls `train` under
+Ray, `workers.standalone` under torchrun. Must not know: Ray, HTTP.
 """
 
 import time
@@ -34,7 +34,8 @@ CommandSource = Callable[[], Command]
 def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome:
     """Runs one attempt on this rank.
 
-    Leaves its process groups whatever happens, so that the other ranks are free at once.
+    Leaves its process groups whatever happens, so that the other ranks are free at
+    once.
     """
     spec = JobSpec.from_mapping(order.spec)
     data = PreparedData.model_validate(order.data)
@@ -73,8 +74,8 @@ def _bounding(memory: device.MallocTuning, poll: CommandSource) -> CommandSource
 
 @contextmanager
 def process_group(order: StartOrder) -> Iterator[None]:
-    """The default process group of an attempt, under its own prefix in the store; nothing at all
-    for a world of one.
+    """The default process group of an attempt, under its own prefix in the store;
+    nothing at all for a world of one.
     """
     env = order.env
     if env.world_size == 1:
@@ -100,7 +101,9 @@ def connect_store(order: StartOrder) -> Store:
     timeout = timedelta(seconds=order.timeout_s)
     if order.store is not None:
         host, port = order.store
-        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+        return TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=timeout
+        )
     env = order.env
     if env.world_size == 1:
         return HashStore()

@@ -2,9 +2,9 @@
 
 Owns: appending, reading from a cursor, capping. Must not know: Ray, torch, who reads.
 
-One JSON line `{"n", "at", "kind", "attempt", "data"}` per report, one unbuffered O_APPEND write
-each: a report costs the training thread some microseconds and survives the death of the process. A
-torn last line (power cut, full disk) is cut off.
+One JSON line `{"n", "at", "kind", "attempt", "data"}` per report, one unbuffered
+O_APPEND write each: a report costs the training thread some microseconds and survives
+the death of the process. A torn last line (power cut, full disk) is cut off.
 """
 
 import os
@@ -19,10 +19,11 @@ from typing import Any
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 SEGMENT_BYTES = 16 << 20
-"""A spool goes on in a new file at this size; files that nobody needs any more are deleted."""
+"""A spool goes on in a new file at this size; files that nobody needs any more are
+deleted."""
 LOG_BYTES = 16 << 20
-"""A log file is emptied, with a notice, at this size; what was shipped before stays in the job's
-folder."""
+"""A log file is emptied, with a notice, at this size; what was shipped before stays in
+the job's folder."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,8 @@ class Spool:
             return n
 
     def release(self, n: int) -> None:
-        """Deletes segments all of whose lines are at or below `n`: everybody who needs them has
-        them.
+        """Deletes segments all of whose lines are at or below `n`: everybody who needs
+        them has them.
         """
         with self._lock:
             found = segments(self.path)
@@ -108,8 +109,8 @@ class Spool:
 
 
 class SpoolReader:
-    """Reads a spool from a cursor; keeps its place, so that following a growing file costs only
-    what is new.
+    """Reads a spool from a cursor; keeps its place, so that following a growing file
+    costs only what is new.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,7 +140,9 @@ class SpoolReader:
         self._offset = 0
         self._segment = self.path
         for first, path in segments(self.path):
-            if first <= after + 1 or self._segment == self.path and not self.path.exists():
+            if first <= after + 1 or (
+                self._segment == self.path and not self.path.exists()
+            ):
                 self._segment = path
 
     def _read_segment(self, after: int, limit: int) -> list[Line]:
@@ -174,8 +177,8 @@ class SpoolReader:
 
 
 def parse_line(text: bytes) -> Line | None:
-    """A line of a spool; None when it is not one (a torn write in the middle of a file that another
-    process went on writing).
+    """A line of a spool; None when it is not one (a torn write in the middle of a file
+    that another process went on writing).
     """
     try:
         value = from_json(text)
@@ -185,8 +188,8 @@ def parse_line(text: bytes) -> Line | None:
 
 
 def segments(path: Path) -> list[tuple[int, Path]]:
-    """(first n, file) of each existing segment of a spool, in order; the first carries the spool's
-    own name.
+    """(first n, file) of each existing segment of a spool, in order; the first carries
+    the spool's own name.
     """
     found = [(1, path)] if path.exists() else []
     prefix = path.name + "."
@@ -201,8 +204,8 @@ def segments(path: Path) -> list[tuple[int, Path]]:
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
-    """JSON has no infinities and no NaN: they become null. pydantic's encoder and parser, because
-    json's take seven times as long.
+    """JSON has no infinities and no NaN: they become null. pydantic's encoder and
+    parser, because json's take seven times as long.
     """
     try:
         return to_json(record, inf_nan_mode="null")
@@ -211,8 +214,8 @@ def _encode(record: Mapping[str, Any]) -> bytes:
 
 
 def _encodable(value: Any) -> Any:
-    """An error's text may hold half a character (a file name that is no UTF-8): it is written as
-    its escape.
+    """An error's text may hold half a character (a file name that is no UTF-8): it is
+    written as its escape.
     """
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
@@ -273,12 +276,16 @@ class LogFile:
         sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
 
     def read(self, offset: int, max_bytes: int) -> tuple[int, bytes]:
-        """(offset of the first byte returned, bytes): from `offset`, or from the oldest byte still
-        there.
+        """(offset of the first byte returned, bytes): from `offset`, or from the oldest
+        byte still there.
         """
         with self._lock:
             start = max(offset, self._dropped)
-            data = os.pread(self._file, max_bytes, start - self._dropped) if max_bytes > 0 else b""
+            data = (
+                os.pread(self._file, max_bytes, start - self._dropped)
+                if max_bytes > 0
+                else b""
+            )
             if os.fstat(self._file).st_size > self._cap_bytes:
                 self._empty()
             return start, data

@@ -2,9 +2,9 @@
 
 Owns: the training thread, the report spool, the inbox, the lease.
 
-The training thread never calls Ray: it writes to the spool and reads the inbox. A worker holds no
-handle to its driver; it answers whoever has the highest (attempt, epoch). Torch is imported after
-the log is captured, so this module must not import it.
+The training thread never calls Ray: it writes to the spool and reads the inbox. A
+worker holds no handle to its driver; it answers whoever has the highest (attempt,
+epoch). Torch is imported after the log is captured, so this module must not import it.
 """
 
 import contextlib
@@ -23,9 +23,20 @@ from typing import Any, ClassVar
 import ray
 
 from megatron_ray.commands import Command
-from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, Report, StepReport
+from megatron_ray.reports import (
+    CheckpointReport,
+    EvalReport,
+    PhaseReport,
+    Report,
+    StepReport,
+)
 from workers.decisions.placement import SlotFacts
-from workers.rank.environment import let_ranks_go_first, prepare_process, run_before_others, see_gpu
+from workers.rank.environment import (
+    let_ranks_go_first,
+    prepare_process,
+    run_before_others,
+    see_gpu,
+)
 from workers.rank.messages import (
     BusyError,
     Fence,
@@ -41,11 +52,11 @@ from workers.ray.nodes import domain_of, job_folder, node_info, own_address, ray
 LEASE_S = 300.0
 """A worker that no driver has asked for so long ends itself."""
 LINGER_S = 0.5
-"""Step reports wait so long for company: a call per step would cost more than the step of a small
-model."""
+"""Step reports wait so long for company: a call per step would cost more than the step
+of a small model."""
 SWITCH_S = 0.001
-"""A thread that answers the driver gives the interpreter back to the training thread after so long;
-Python's own 5 ms are a fifth of a short step."""
+"""A thread that answers the driver gives the interpreter back to the training thread
+after so long; Python's own 5 ms are a fifth of a short step."""
 LEAVE_S = 4.0
 """How long `leave` waits for the training thread to come out of its collectives."""
 
@@ -62,8 +73,8 @@ def train_for_real(
 
 
 class Inbox:
-    """One command at a time from the driver to the training loop; a stop stays, a checkpoint
-    request is taken once.
+    """One command at a time from the driver to the training loop; a stop stays, a
+    checkpoint request is taken once.
     """
 
     def __init__(self) -> None:
@@ -104,8 +115,8 @@ class RankAttempt:
         )
 
     def report(self, item: Report) -> None:
-        """Takes a report from the training thread or the checkpoint writer's: one write to a local
-        file.
+        """Takes a report from the training thread or the checkpoint writer's: one write
+        to a local file.
         """
         self.spool.append(item.kind, vars(item))
         if isinstance(item, StepReport):
@@ -171,8 +182,14 @@ class RankAttempt:
             lines = self._reader.read(after)
         last_n = lines[-1].n if lines else after
         if not poll.steps:
-            lines = [line for line in lines if line.kind not in (StepReport.kind, EvalReport.kind)]
-        offset, data = log.read(poll.log_offset, poll.log_bytes) if log else (poll.log_offset, b"")
+            lines = [
+                line
+                for line in lines
+                if line.kind not in (StepReport.kind, EvalReport.kind)
+            ]
+        offset, data = (
+            log.read(poll.log_offset, poll.log_bytes) if log else (poll.log_offset, b"")
+        )
         return NextReply(
             state=state
             if last_n >= self.spool.last_n or state is RankState.FAILED
@@ -191,7 +208,8 @@ class RankAttempt:
 class RankWorker:
     """One rank's process.
 
-    `next` runs in its own concurrency group, so it answers while anything else is under way.
+    `next` runs in its own concurrency group, so it answers while anything else is under
+    way.
     """
 
     train: ClassVar[Train] = staticmethod(train_for_real)
@@ -219,7 +237,10 @@ class RankWorker:
         self._polled_at = time.monotonic()
         self._store: Any = None
         self._preloading = threading.Thread(target=self._preload, daemon=True)
-        for thread in (self._preloading, threading.Thread(target=self._watch_lease, daemon=True)):
+        for thread in (
+            self._preloading,
+            threading.Thread(target=self._watch_lease, daemon=True),
+        ):
             thread.start()
 
     def probe(self, fence: Fence) -> SlotFacts:
@@ -227,7 +248,9 @@ class RankWorker:
         self._admit(fence)
         self._polled_at = time.monotonic()
         gpus = [int(gpu) for gpu in ray.get_gpu_ids()]
-        nodes = [node_info(node, {}) for node in ray_nodes() if node["NodeID"] == self._node_id]
+        nodes = [
+            node_info(node, {}) for node in ray_nodes() if node["NodeID"] == self._node_id
+        ]
         return SlotFacts(
             slot=self._slot,
             bundle=self._bundle,
@@ -241,8 +264,8 @@ class RankWorker:
         )
 
     def open_store(self, fence: Fence) -> tuple[str, int]:
-        """Host and port of the TCPStore that this process serves as long as it lives; each attempt
-        has its own prefix in it.
+        """Host and port of the TCPStore that this process serves as long as it lives;
+        each attempt has its own prefix in it.
 
         The kernel picks the port. Raises Fenced.
         """
@@ -255,7 +278,8 @@ class RankWorker:
         return self._address, self._store.port
 
     def start(self, fence: Fence, order: StartOrder) -> None:
-        """Starts the attempt's training thread; repeating the same order changes nothing.
+        """Starts the attempt's training thread; repeating the same order changes
+        nothing.
 
         Raises Fenced, Busy.
         """
@@ -275,8 +299,8 @@ class RankWorker:
 
     @ray.method(concurrency_group="poll")
     def next(self, fence: Fence, poll: Poll) -> NextReply:
-        """Reports since the cursor, log bytes and liveness in one; waits up to `poll.wait_s` for
-        news. Raises Fenced.
+        """Reports since the cursor, log bytes and liveness in one; waits up to
+        `poll.wait_s` for news. Raises Fenced.
         """
         self._admit(fence)
         self._polled_at = time.monotonic()
@@ -293,11 +317,11 @@ class RankWorker:
             self._attempt.inbox.put(command)
 
     def leave(self, fence: Fence, wait_s: float = LEAVE_S) -> bool:
-        """Asks the training thread to end; True once it has left its process groups and the process
-        may be used again.
+        """Asks the training thread to end; True once it has left its process groups and
+        the process may be used again.
 
-        A rank blocked in a collective comes out when its neighbours close their ends. One that does
-        not must be replaced.
+        A rank blocked in a collective comes out when its neighbours close their ends.
+        One that does not must be replaced.
         """
         self._admit(fence)
         attempt = self._attempt
@@ -317,7 +341,9 @@ class RankWorker:
         return self._node_id
 
     def _admit(self, fence: Fence) -> None:
-        """Refuses whoever was replaced: a lower epoch, or a lower attempt in the same epoch."""
+        """Refuses whoever was replaced: a lower epoch, or a lower attempt in the same
+        epoch.
+        """
         with self._guard:
             seen = self._fence
             if fence.epoch < seen.epoch or (
@@ -330,7 +356,9 @@ class RankWorker:
             self._fence = fence
 
     def _start_log(self, order: StartOrder) -> None:
-        """A log of the attempt; what the process wrote before its first one goes in front."""
+        """A log of the attempt; what the process wrote before its first one goes in
+        front.
+        """
         boot = self._log.read(0, 64 << 10)[1] if self._attempt is None else b""
         log = LogFile(log_file(self._folder, order.attempt, order.env.rank))
         log.capture()
@@ -339,17 +367,19 @@ class RankWorker:
         self._log = log
 
     def _preload(self) -> None:
-        """Imports torch and the library while the driver is still probing; a failure is the
-        training thread's to report.
+        """Imports torch and the library while the driver is still probing; a failure is
+        the training thread's to report.
         """
         if self._standby:
             let_ranks_go_first()
-        gc.disable()  # nothing of it is garbage, and looking for some takes a tenth of the import
+        # nothing of it is garbage, and looking for some takes a tenth of the import
+        gc.disable()
         try:
             with contextlib.suppress(ImportError):
                 import workers.rank.session  # noqa: F401
         finally:
-            gc.freeze()  # nor will it be: collections while training need not look at it
+            # nor will it be: collections while training need not look at it
+            gc.freeze()
             gc.enable()
 
     def _watch_lease(self) -> None:

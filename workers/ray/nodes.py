@@ -1,4 +1,7 @@
-"""Ray's nodes as plain values. Owns: reading `ray.nodes()`. Must not know: jobs, HTTP, torch."""
+"""Ray's nodes as plain values.
+
+Owns: reading `ray.nodes()`. Must not know: jobs, HTTP, torch.
+"""
 
 import tempfile
 from collections.abc import Mapping
@@ -60,7 +63,9 @@ def domain_of(node: NodeInfo) -> str:
 
 
 def session_folder(node_id: str) -> Path:
-    """Ray's session folder on a node: what is written there goes when the node's Ray does."""
+    """Ray's session folder on a node: what is written there goes when the node's Ray
+    does.
+    """
     for node in ray_nodes():
         if node["NodeID"] == node_id and node.get("RayletSocketName"):
             return Path(node["RayletSocketName"]).parent.parent

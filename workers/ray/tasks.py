@@ -1,4 +1,5 @@
-"""Plain functions as Ray tasks on CPU. Owns: how they are sent and how their failures read.
+"""Plain functions as Ray tasks on CPU. Owns: how they are sent and how their failures
+read.
 
 Must not know: what they do.
 """
@@ -19,7 +20,8 @@ class TaskFailedError(Exception):
 
 
 def anywhere(body: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function on any node; it waits for no resources, so a full cluster still answers.
+    """Runs a function on any node; it waits for no resources, so a full cluster still
+    answers.
 
     Returns the reference.
     """
@@ -27,10 +29,14 @@ def anywhere(body: Callable[..., Any], *args: Any) -> Any:
 
 
 def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function on one node, once, without asking for resources; returns the reference."""
+    """Runs a function on one node, once, without asking for resources; returns the
+    reference.
+    """
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     return (
-        _remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy).remote(*args)
+        _remote(body)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
+        .remote(*args)
     )
 
 

@@ -2,8 +2,8 @@
 
 Owns: get-or-create by name, one outstanding call per rank, ends by name.
 
-Every name is derived from job and slot, so that a restarted driver finds what an earlier one made.
-Decides nothing. Must not know: HTTP, torch, what follows a death.
+Every name is derived from job and slot, so that a restarted driver finds what an
+earlier one made. Decides nothing. Must not know: HTTP, torch, what follows a death.
 """
 
 import contextlib
@@ -29,12 +29,15 @@ GONE_S = 10.0
 
 
 class WorkerGroupError(Exception):
-    """Actors that did not come up; `dead_slots` names those that must be made anew, `kind` says of
-    what they died.
+    """Actors that did not come up; `dead_slots` names those that must be made anew,
+    `kind` says of what they died.
     """
 
     def __init__(
-        self, message: str, dead_slots: Iterable[int] = (), kind: FailureKind = FailureKind.START
+        self,
+        message: str,
+        dead_slots: Iterable[int] = (),
+        kind: FailureKind = FailureKind.START,
     ) -> None:
         super().__init__(message)
         self.dead_slots = tuple(dead_slots)
@@ -82,7 +85,8 @@ class WorkerGroup:
     def __init__(self, job_id: str, namespace: str, worker_class: type) -> None:
         self._job_id = job_id
         self._namespace = namespace
-        # Once, as every remote class that is made stays in memory, here and with Ray's head.
+        # Once, as every remote class that is made stays in memory, here and with Ray's
+        # head.
         as_actor: Any = ray.remote
         self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
         self._slots: dict[int, Any] = {}
@@ -96,7 +100,9 @@ class WorkerGroup:
             return ray.util.get_placement_group(self._job_id)
         except ValueError:
             selector = (
-                {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"} if plan.avoid_nodes else {}
+                {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"}
+                if plan.avoid_nodes
+                else {}
             )
             return ray.util.placement_group(
                 [dict(bundle.resources) for bundle in plan.bundles],
@@ -166,7 +172,8 @@ class WorkerGroup:
     def look_up(
         self, slots: Iterable[int], fence: Fence, timeout_s: float
     ) -> tuple[list[SlotFacts], tuple[int, ...]]:
-        """Where those workers are that answer in time, and the slots of those that are dead.
+        """Where those workers are that answer in time, and the slots of those that are
+        dead.
 
         Raises Fenced.
         """
@@ -184,7 +191,10 @@ class WorkerGroup:
     ) -> None:
         """Starts the attempt, orders by slot. Raises WorkerGroupError."""
         self._all(
-            {slot: self._slots[slot].start.remote(fence, order) for slot, order in orders.items()},
+            {
+                slot: self._slots[slot].start.remote(fence, order)
+                for slot, order in orders.items()
+            },
             timeout_s,
             stop,
         )
@@ -192,7 +202,10 @@ class WorkerGroup:
     def open_store(
         self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]
     ) -> tuple[str, int]:
-        """Host and port of the TCPStore that a worker serves from now on. Raises WorkerGroupError."""
+        """Host and port of the TCPStore that a worker serves from now on.
+
+        Raises WorkerGroupError.
+        """
         ((host, port),) = self._all(
             {slot: self._slots[slot].open_store.remote(fence)}, timeout_s, stop
         )
@@ -213,7 +226,9 @@ class WorkerGroup:
             )
         late = [slot for slot, call in calls.items() if call in waiting]
         if late:
-            raise WorkerGroupError(f"slots {late} did not answer within {timeout_s:g} s", late)
+            raise WorkerGroupError(
+                f"slots {late} did not answer within {timeout_s:g} s", late
+            )
         results = []
         dead = {}
         for slot in sorted(calls):
@@ -258,7 +273,8 @@ class WorkerGroup:
         except RayTaskError as error:
             raise_if_fenced(error)
             return Answer(
-                rank, death=Death(FailureKind.PROCESS_DIED, f"its worker failed: {error.cause}")
+                rank,
+                death=Death(FailureKind.PROCESS_DIED, f"its worker failed: {error.cause}"),
             )
         except RayError as error:
             return Answer(rank, death=death_of(error))
@@ -270,11 +286,12 @@ class WorkerGroup:
     # ---- ends
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
-        """Asks all workers to leave their groups, at once; returns the slots whose process may be
-        used again.
+        """Asks all workers to leave their groups, at once; returns the slots whose
+        process may be used again.
         """
         left, _ = _in_time(
-            {actor.leave.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s
+            {actor.leave.remote(fence): slot for slot, actor in self._slots.items()},
+            timeout_s,
         )
         return tuple(sorted(slot for slot, free in left.items() if free))
 
@@ -295,19 +312,25 @@ class WorkerGroup:
         return tuple(self._slots)
 
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
-        """Has living workers remove the job's files; returns the nodes where that is done.
+        """Has living workers remove the job's files; returns the nodes where that is
+        done.
 
-        None as long as a worker is silent: it may be starting, and make its folder after a
-        neighbour has removed it.
+        None as long as a worker is silent: it may be starting, and make its folder
+        after a neighbour has removed it.
         """
         self.adopt(slot for slot in range(num_slots) if slot not in self._slots)
         cleaned, _ = _in_time(
-            {actor.retire.remote(fence): slot for slot, actor in self._slots.items()}, timeout_s
+            {actor.retire.remote(fence): slot for slot, actor in self._slots.items()},
+            timeout_s,
         )
-        return tuple(sorted(set(cleaned.values()))) if len(cleaned) == len(self._slots) else ()
+        return (
+            tuple(sorted(set(cleaned.values()))) if len(cleaned) == len(self._slots) else ()
+        )
 
     def remove_all(self, num_slots: int) -> None:
-        """Ends every actor of the job but its driver, and gives the placement group back."""
+        """Ends every actor of the job but its driver, and gives the placement group
+        back.
+        """
         self.drop_calls()
         names = [worker_name(self._job_id, slot) for slot in range(num_slots)]
         with ThreadPoolExecutor(max_workers=16) as pool:
@@ -326,12 +349,16 @@ class WorkerGroup:
             time.sleep(0.02)
 
 
-def _in_time(calls: Mapping[Any, int], timeout_s: float) -> tuple[dict[int, Any], tuple[int, ...]]:
-    """Answers by slot, of those that come in time, and the slots whose call failed: most likely
-    they are dead. Raises Fenced.
+def _in_time(
+    calls: Mapping[Any, int], timeout_s: float
+) -> tuple[dict[int, Any], tuple[int, ...]]:
+    """Answers by slot, of those that come in time, and the slots whose call failed:
+    most likely they are dead. Raises Fenced.
     """
     done, _ = (
-        ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s) if calls else ([], [])
+        ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
+        if calls
+        else ([], [])
     )
     answers = {}
     failed = []
@@ -383,7 +410,11 @@ def _words_of_death(text: str) -> str | None:
             "memory runs out, or crashed; see its log"
         )
     for line in text.splitlines():
-        for mark in ("Worker exit detail:", "The actor died because", "The actor is dead because"):
+        for mark in (
+            "Worker exit detail:",
+            "The actor died because",
+            "The actor is dead because",
+        ):
             if mark in line:
                 words = (
                     line[line.index(mark) :]
@@ -392,6 +423,8 @@ def _words_of_death(text: str) -> str | None:
                     .strip()
                 )
                 return (
-                    f"its process died: {words}" if "process" not in words.lower()[:20] else words
+                    f"its process died: {words}"
+                    if "process" not in words.lower()[:20]
+                    else words
                 )
     return None

@@ -15,7 +15,11 @@ from dataclasses import asdict
 
 import torch
 
-from megatron_ray.checkpoint.hf.exporting import DEFAULT_SHARD_BYTES, Exported, export_folder
+from megatron_ray.checkpoint.hf.exporting import (
+    DEFAULT_SHARD_BYTES,
+    Exported,
+    export_folder,
+)
 from megatron_ray.checkpoint.hf.importing import Imported, import_folder
 from megatron_ray.storage.storage import StorageError
 
@@ -24,12 +28,15 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_ray.checkpoint.hf", description="Convert from and to Hugging Face."
+        prog="python -m megatron_ray.checkpoint.hf",
+        description="Convert from and to Hugging Face.",
     )
     ways = parser.add_subparsers(dest="way", required=True)
     inwards = ways.add_parser("import", help="a folder of safetensors becomes a checkpoint")
     inwards.add_argument("source", help="folder or URI with config.json and safetensors")
-    outwards = ways.add_parser("export", help="a checkpoint becomes a folder of safetensors")
+    outwards = ways.add_parser(
+        "export", help="a checkpoint becomes a folder of safetensors"
+    )
     outwards.add_argument("source", help="path or URI of a committed checkpoint")
     outwards.add_argument(
         "--dtype",

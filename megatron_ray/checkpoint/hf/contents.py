@@ -1,7 +1,8 @@
 """Whether a Hugging Face folder is what its config.json says.
 
-Owns: finding the place of every logical tensor, refusing what is missing, too much or of another
-shape. Reads headers only. Torch-free; must not know: what is done with the tensors.
+Owns: finding the place of every logical tensor, refusing what is missing, too much or
+of another shape. Reads headers only. Torch-free; must not know: what is done with the
+tensors.
 """
 
 from collections.abc import Mapping
@@ -48,13 +49,17 @@ _FIELDS = {
 
 
 def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """All that a checkpoint has of a model, in forward order: parameters, and balancing biases of
-    experts.
+    """All that a checkpoint has of a model, in forward order: parameters, and balancing
+    biases of experts.
     """
     found: dict[str, tuple[int, ...]] = {}
     for parameter in logical_parameters(model):
         found[parameter.name] = parameter.shape
-        if parameter.name.endswith(_ROUTER) and model.moe is not None and model.moe.expert_bias:
+        if (
+            parameter.name.endswith(_ROUTER)
+            and model.moe is not None
+            and model.moe.expert_bias
+        ):
             found[parameter.name.removesuffix(_ROUTER) + _BIAS] = parameter.shape[:1]
     return found
 
@@ -62,8 +67,8 @@ def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 class HfFolder:
     """An opened folder whose names and shapes are those of its config.json.
 
-    Raises CheckpointError for damaged files, ConfigError for an unknown family, for options that
-    are not supported and for tensors that contradict config.json.
+    Raises CheckpointError for damaged files, ConfigError for an unknown family, for
+    options that are not supported and for tensors that contradict config.json.
     """
 
     def __init__(self, path: str) -> None:
@@ -83,8 +88,8 @@ class HfFolder:
         self._check_shapes()
 
     def _find_places(self) -> dict[str, Place]:
-        """Raises ConfigError when a tensor is missing, or one is there that the model does not
-        have.
+        """Raises ConfigError when a tensor is missing, or one is there that the model
+        does not have.
         """
         found = find_places(self.family.rules(self.model), self.shapes)
         places = {name: place for name, place in found.items() if place is not None}
@@ -104,7 +109,9 @@ class HfFolder:
             | self.copies.keys()
             | {name + SCALES for name in needed if self.tensors[name].dtype == FP8}
         )
-        if extra := sorted(name for name in self.tensors.keys() - known if not self._ignored(name)):
+        if extra := sorted(
+            name for name in self.tensors.keys() - known if not self._ignored(name)
+        ):
             text = (
                 f"{self.path} holds {len(extra)} tensors that a {self.family.model_type} model "
                 f"of {self.model.num_layers} layers"
@@ -140,14 +147,20 @@ class HfFolder:
                 )
             if stored.shape != expected:
                 field = next(
-                    (text for pattern, text in _FIELDS.items() if fnmatchcase(name, pattern)),
+                    (
+                        text
+                        for pattern, text in _FIELDS.items()
+                        if fnmatchcase(name, pattern)
+                    ),
                     "hidden_size",
                 )
                 text = (
                     f"tensor {place.name!r} has shape {list(stored.shape)}, {list(expected)} "
                     "is expected"
                 )
-                raise ConfigError(f"{self.path}: {text} from {CONFIG}; look at model.{field}")
+                raise ConfigError(
+                    f"{self.path}: {text} from {CONFIG}; look at model.{field}"
+                )
             if stored.dtype == FP8:
                 self._check_scales(stored)
 
@@ -170,7 +183,9 @@ class HfFolder:
 
 
 def _full_names(stored: StoredModel, family: Family) -> dict[str, StoredTensor]:
-    """Some published checkpoints are of the model without its head and leave out the prefix."""
+    """Some published checkpoints are of the model without its head and leave out the
+    prefix.
+    """
     if any(name.startswith(family.prefix) for name in stored.tensors):
         return dict(stored.tensors)
     return {

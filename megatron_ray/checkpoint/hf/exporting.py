@@ -2,8 +2,8 @@
 
 Owns: config.json, shards, their index, the tokenizer beside them.
 
-Written tensor by tensor, and the folder appears whole or not at all. Must not know: training,
-ranks.
+Written tensor by tensor, and the folder appears whole or not at all. Must not know:
+training, ranks.
 """
 
 import json
@@ -79,11 +79,11 @@ def export_folder(
     dtype: torch.dtype | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Exported:
-    """Writes the folder `out`; weights keep the type that the checkpoint has them in unless `dtype`
-    is given.
+    """Writes the folder `out`; weights keep the type that the checkpoint has them in
+    unless `dtype` is given.
 
-    Raises CheckpointError when the checkpoint may not be loaded or `out` is there, ConfigError
-    when no known family is the model.
+    Raises CheckpointError when the checkpoint may not be loaded or `out` is there,
+    ConfigError when no known family is the model.
     """
     train_state = read_train_state(checkpoint, 0)
     model = saved_model(checkpoint, train_state)
@@ -97,7 +97,13 @@ def export_folder(
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     num_bytes = sum(output.num_bytes for output in outputs)
     return Exported(
-        out, family.model_type, family.architecture, len(outputs), num_bytes, files, tokenizer
+        out,
+        family.model_type,
+        family.architecture,
+        len(outputs),
+        num_bytes,
+        files,
+        tokenizer,
     )
 
 
@@ -124,12 +130,16 @@ def _outputs(
     for stored, made_of in parts.items():
         name, place = made_of[0]
         kept = saved.tensors[f"model/{name}"].slots[0].dtype
-        # The bias of a choice among experts is small beside its scores: it is fp32 wherever it is
-        # published.
+        # The bias of a choice among experts is small beside its scores: it is fp32
+        # wherever it is published.
         chosen = kept if dtype is None or name.endswith("expert_bias") else dtype
-        outputs[stored] = Output(stored, chosen, place.stored_shape(shapes[name]), tuple(made_of))
+        outputs[stored] = Output(
+            stored, chosen, place.stored_shape(shapes[name]), tuple(made_of)
+        )
     copies = [
-        Output(name, outputs[original].dtype, outputs[original].shape, outputs[original].parts)
+        Output(
+            name, outputs[original].dtype, outputs[original].shape, outputs[original].parts
+        )
         for name, original in family.copies(model).items()
     ]
     return [*outputs.values(), *copies]
@@ -155,10 +165,15 @@ def _write_shards(
         _write_shard(folder / name, saved, shard)
     if len(shards) > 1:
         where = {
-            output.name: name for name, shard in zip(names, shards, strict=True) for output in shard
+            output.name: name
+            for name, shard in zip(names, shards, strict=True)
+            for output in shard
         }
         total = sum(output.num_bytes for output in outputs)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(where.items())),
+        }
         (folder / SHARDS).write_text(json.dumps(index, indent=2) + "\n")
     return tuple(names)
 
@@ -211,7 +226,10 @@ def _one(name: str, tensor: Tensor) -> ShardedState:
 
 
 def _config(
-    family: Family, model: ModelConfig, train_state: Mapping[str, Any], outputs: Sequence[Output]
+    family: Family,
+    model: ModelConfig,
+    train_state: Mapping[str, Any],
+    outputs: Sequence[Output],
 ) -> dict[str, Any]:
     end = train_state.get("end_of_document")
     ids = train_state.get("token_ids") or {
@@ -229,7 +247,9 @@ def _config(
 
 
 def _write_tokenizer(folder: Path, checkpoint: str, train_state: Mapping[str, Any]) -> bool:
-    """The checkpoint's tokenizer, and the little that transformers wants to know besides."""
+    """The checkpoint's tokenizer, and the little that transformers wants to know
+    besides.
+    """
     try:
         text = open_storage(checkpoint).read_bytes(TOKENIZER)
     except MissingFileError:

@@ -2,9 +2,9 @@
 
 Owns: its files, headers and what can be wrong with them.
 
-The format (8 bytes of length, a JSON header, row-major tensors) is read here and not by its
-library, which maps whole files into memory and knows local paths only. Torch-free. Must not know:
-families, what tensors mean.
+The format (8 bytes of length, a JSON header, row-major tensors) is read here and not by
+its library, which maps whole files into memory and knows local paths only. Torch-free.
+Must not know: families, what tensors mean.
 """
 
 import json
@@ -54,14 +54,18 @@ class StoredModel:
 
 
 def is_hf_folder(path: str) -> bool:
-    """Whether there is a config.json, as in every published model. Raises StorageError."""
+    """Whether there is a config.json, as in every published model.
+
+    Raises StorageError.
+    """
     return open_storage(path).exists(CONFIG)
 
 
 def open_folder(path: str) -> StoredModel:
     """Reads config.json and all headers.
 
-    Raises CheckpointError when the folder or a file in it is missing, torn or unreadable.
+    Raises CheckpointError when the folder or a file in it is missing, torn or
+    unreadable.
     """
     storage = open_storage(path)
     sizes = {entry.name: entry.size for entry in storage.list() if not entry.is_folder}
@@ -123,7 +127,9 @@ def _header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
     found = dict[str, StoredTensor]()
     if size < 8:
         raise CheckpointError(
-            "read", path, f"it has {size} bytes, which is no safetensors file; download it again"
+            "read",
+            path,
+            f"it has {size} bytes, which is no safetensors file; download it again",
         )
     with storage.open_input(file) as source:
         source.read_into(0, memoryview(length := bytearray(8)))
@@ -146,7 +152,9 @@ def _header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
             _check_extent(path, tensor, last - first, size)
             found[name] = tensor
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError("read", path, f"its header is not readable: {error}") from error
+        raise CheckpointError(
+            "read", path, f"its header is not readable: {error}"
+        ) from error
     return found
 
 

@@ -14,13 +14,17 @@ from megatron_ray.checkpoint.directory import CheckpointError
 
 @contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """A folder beside `out` that gets its name at a normal exit and is deleted at any other.
+    """A folder beside `out` that gets its name at a normal exit and is deleted at any
+    other.
 
-    Raises CheckpointError when `out` is a URI, is there already, or its place cannot be written to.
+    Raises CheckpointError when `out` is a URI, is there already, or its place cannot be
+    written to.
     """
     if "://" in out:
         raise CheckpointError(
-            "write", out, "a local path is needed; copy the folder to where you want it afterwards"
+            "write",
+            out,
+            "a local path is needed; copy the folder to where you want it afterwards",
         )
     final = Path(out).absolute()
     if final.exists():

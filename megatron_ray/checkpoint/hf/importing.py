@@ -2,8 +2,8 @@
 
 Owns: what such a checkpoint contains.
 
-It has weights only, no layout, and beside them a job spec that begins with it. Must not know:
-training, ranks.
+It has weights only, no layout, and beside them a job spec that begins with it. Must not
+know: training, ranks.
 """
 
 import json
@@ -48,8 +48,8 @@ def import_folder(source: str, out: str) -> Imported:
 
     Peak memory is the largest tensor and some scratch.
 
-    Raises CheckpointError for damaged files and when `out` is there, ConfigError when the model
-    is not one that can be read.
+    Raises CheckpointError for damaged files and when `out` is there, ConfigError when
+    the model is not one that can be read.
     """
     weights = HfWeights(source)
     weights.check_copies()
@@ -61,10 +61,14 @@ def import_folder(source: str, out: str) -> Imported:
             storage.write_bytes_atomic(TOKENIZER, weights.storage.read_bytes(HF_TOKENIZER))
         final = str(Path(out).absolute())
         config = _settings(weights.model, f"{final}/{TOKENIZER}" if tokenizer else None)
-        storage.write_bytes_atomic(TRAIN_STATE, json.dumps(_train_state(weights, config)).encode())
+        storage.write_bytes_atomic(
+            TRAIN_STATE, json.dumps(_train_state(weights, config)).encode()
+        )
         storage.write_bytes_atomic(SPEC, _spec(config, final).encode())
         commit(str(folder), {"imported_from": source}, [])
-    return Imported(out, weights.family.model_type, len(weights.shapes), num_bytes, f"{out}/{SPEC}")
+    return Imported(
+        out, weights.family.model_type, len(weights.shapes), num_bytes, f"{out}/{SPEC}"
+    )
 
 
 def _write_tensors(weights: HfWeights, storage: Storage) -> int:

@@ -1,6 +1,7 @@
 """A config.json as a family reads it.
 
-Owns: values with defaults, and refusals that name the key. Pure; must not know: families.
+Owns: values with defaults, and refusals that name the key. Pure; must not know:
+families.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,7 @@
 """Where a logical tensor lies in the tensors of a Hugging Face checkpoint.
 
-Owns: that statement as data, and its arithmetic on shapes and boxes. Pure; must not know: families,
-files, torch.
+Owns: that statement as data, and its arithmetic on shapes and boxes. Pure; must not
+know: families, files, torch.
 """
 
 import re
@@ -15,9 +15,9 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class Rotary:
-    """Rows in an order of their own: of every `every` rows those from `first` on, `width` in all,
-    are rotated in neighbouring pairs (2i, 2i + 1) there and in halves (i, i + width / 2) here
-    (transformers' `rope_interleave`).
+    """Rows in an order of their own: of every `every` rows those from `first` on,
+    `width` in all, are rotated in neighbouring pairs (2i, 2i + 1) there and in halves
+    (i, i + width / 2) here (transformers' `rope_interleave`).
     """
 
     every: int
@@ -35,8 +35,8 @@ class Rotary:
         return head * self.every + self.first + pair
 
     def runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Rows [start, end) as (first row here, first row there, count), neighbours together where
-        the order is the same.
+        """Rows [start, end) as (first row here, first row there, count), neighbours
+        together where the order is the same.
         """
         row = start
         while row < end:
@@ -56,7 +56,8 @@ class Place:
     """Of the stored tensor."""
     part: int = 0
     parts: int = 1
-    """Stored rows (columns where transposed) are that many equal parts, of which this is one."""
+    """Stored rows (columns where transposed) are that many equal parts, of which this
+    is one."""
     transposed: bool = False
     """Stored as [inputs, outputs] (GPT-2's Conv1D)."""
     rotary: Rotary | None = None
@@ -67,13 +68,15 @@ class Place:
         return whole[::-1] if self.transposed else whole
 
     def pieces(self, shape: Sequence[int], box: Box) -> Iterator[tuple[Box, Box]]:
-        """A box of the logical tensor as (box here, box there) pairs; where transposed the second
-        is still to be turned.
+        """A box of the logical tensor as (box here, box there) pairs; where transposed
+        the second is still to be turned.
         """
         start = box.offset[0]
         rows = box.size[0]
         runs = (
-            [(start, start, rows)] if self.rotary is None else self.rotary.runs(start, start + rows)
+            [(start, start, rows)]
+            if self.rotary is None
+            else self.rotary.runs(start, start + rows)
         )
         for here, there, count in runs:
             offset = (there + self.part * shape[0], *box.offset[1:])
@@ -102,7 +105,11 @@ class Rule:
         """Where the tensor with these numbers in its name lies."""
         shifted = [str(int(numbers[0]) + self.first_layer), *numbers[1:]] if numbers else []
         return Place(
-            self.stored.format(*shifted), self.part, self.parts, self.transposed, self.rotary
+            self.stored.format(*shifted),
+            self.part,
+            self.parts,
+            self.transposed,
+            self.rotary,
         )
 
 
@@ -125,5 +132,7 @@ def linear(logical: str, stored: str, *, bias: bool = False) -> list[Rule]:
 def linears(pairs: Mapping[str, str], logical: str, stored: str) -> list[Rule]:
     """Weights by their last names, below two prefixes."""
     return [
-        rule for ours, theirs in pairs.items() for rule in linear(logical + ours, stored + theirs)
+        rule
+        for ours, theirs in pairs.items()
+        for rule in linear(logical + ours, stored + theirs)
     ]

@@ -2,8 +2,8 @@
 
 Owns: reading boxes, undoing fp8 blocks.
 
-A reader takes only the bytes of its boxes, row by row where it must. Must not know: optimizers,
-layouts.
+A reader takes only the bytes of its boxes, row by row where it must. Must not know:
+optimizers, layouts.
 """
 
 from collections import defaultdict
@@ -40,8 +40,8 @@ class HfWeights(HfFolder):
     """
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which a logical tensor is best kept: as stored, or bf16 where that was fp8 with
-        factors (DeepSeek's own conversion).
+        """In which a logical tensor is best kept: as stored, or bf16 where that was fp8
+        with factors (DeepSeek's own conversion).
         """
         found = DTYPES[self.tensors[self.places[name].name].dtype]
         return torch.bfloat16 if found.itemsize == 1 else found
@@ -92,13 +92,17 @@ class HfWeights(HfFolder):
                 self.storage,
                 {
                     stored.file: [
-                        Read(read.slot, Box((first + start, left), (count, columns)), values)
+                        Read(
+                            read.slot, Box((first + start, left), (count, columns)), values
+                        )
                     ]
                 },
             )
             source = self.tensors[stored.name + SCALES]
             read_all(self.storage, {source.file: [Read(_slot(source), factors, scales)]})
-            by_row = scales[torch.arange(first + start, first + start + count) // tall - above]
+            by_row = scales[
+                torch.arange(first + start, first + start + count) // tall - above
+            ]
             values *= by_row[:, torch.arange(left, left + columns) // wide - beside]
             read.target.narrow(0, start, count).copy_(values)
 
@@ -130,7 +134,11 @@ class HfWeights(HfFolder):
                 self.storage,
                 {
                     stored.file: [
-                        Read(_slot(stored), Box((start,) + (0,) * (len(size) - 1), size), block)
+                        Read(
+                            _slot(stored),
+                            Box((start,) + (0,) * (len(size) - 1), size),
+                            block,
+                        )
                     ]
                 },
             )
@@ -148,7 +156,9 @@ def _reads(place: Place, stored: StoredTensor, wanted: ShardedTensor) -> Iterato
     for held in wanted.held():
         for here, there in place.pieces(wanted.shape, held.box):
             target = held.tensor.detach()
-            for dim, (offset, length) in enumerate(zip(here.offset, here.size, strict=True)):
+            for dim, (offset, length) in enumerate(
+                zip(here.offset, here.size, strict=True)
+            ):
                 target = target.narrow(dim, offset - held.box.offset[dim], length)
             yield Read(_slot(stored), there, target.t() if place.transposed else target)
 
@@ -156,5 +166,8 @@ def _reads(place: Place, stored: StoredTensor, wanted: ShardedTensor) -> Iterato
 def _slot(stored: StoredTensor) -> Slot:
     """The whole tensor, as a reader of boxes wants it."""
     return Slot(
-        stored.name, Box((0,) * len(stored.shape), stored.shape), DTYPES[stored.dtype], stored.start
+        stored.name,
+        Box((0,) * len(stored.shape), stored.shape),
+        DTYPES[stored.dtype],
+        stored.start,
     )

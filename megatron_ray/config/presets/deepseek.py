@@ -5,7 +5,11 @@ Owns: numbers as published. Must not know: how a model is built.
 
 from typing import Any
 
-_LATENT: dict[str, Any] = {"activation": "swiglu", "norm": "rmsnorm", "position_embedding": "rope"}
+_LATENT: dict[str, Any] = {
+    "activation": "swiglu",
+    "norm": "rmsnorm",
+    "position_embedding": "rope",
+}
 _V3_ROUTING: dict[str, Any] = {
     "score_function": "sigmoid",
     "expert_bias": True,
@@ -13,10 +17,15 @@ _V3_ROUTING: dict[str, Any] = {
     "aux_loss": "seq_aux_loss",
     "aux_loss_coeff": 1e-4,
 }
-_YARN: dict[str, Any] = {"kind": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+_YARN: dict[str, Any] = {
+    "kind": "yarn",
+    "factor": 40.0,
+    "original_max_position_embeddings": 4096,
+}
 
 DEEPSEEK: dict[str, dict[str, Any]] = {
-    # All parts of DeepSeek-V3 small; layers and heads are multiples of 4, as in gpt-tiny.
+    # All parts of DeepSeek-V3 small; layers and heads are multiples of 4, as in
+    # gpt-tiny.
     "deepseek-tiny": {
         **_LATENT,
         "num_layers": 4,

@@ -2,8 +2,8 @@
 
 Owns: numbers as published. Must not know: how a model is built.
 
-Each family's numbers are those of its authors' `config.json` on Hugging Face, the repository being
-named above it.
+Each family's numbers are those of its authors' `config.json` on Hugging Face, the
+repository being named above it.
 """
 
 from typing import Any
@@ -12,10 +12,16 @@ from megatron_ray.config.presets.deepseek import DEEPSEEK
 
 
 def _sized(
-    family: dict[str, Any], layers: int, hidden: int, heads: int, groups: int, ffn: int, **rest: Any
+    family: dict[str, Any],
+    layers: int,
+    hidden: int,
+    heads: int,
+    groups: int,
+    ffn: int,
+    **rest: Any,
 ) -> dict[str, Any]:
-    """A size of a family: its layers, width, query heads, key/value heads and width inside the MLP,
-    and what else is its own.
+    """A size of a family: its layers, width, query heads, key/value heads and width
+    inside the MLP, and what else is its own.
     """
     sizes = {
         "num_layers": layers,
@@ -23,8 +29,8 @@ def _sized(
         "num_attention_heads": heads,
         "ffn_hidden_size": ffn,
     }
-    # As many as query heads are left out, so that who writes another number of heads beside a
-    # preset has to write it once.
+    # As many as query heads are left out, so that who writes another number of heads
+    # beside a preset has to write it once.
     return family | sizes | ({} if groups == heads else {"num_query_groups": groups}) | rest
 
 
@@ -44,7 +50,11 @@ _GPT2: dict[str, Any] = {
     "norm_eps": 1e-5,
 }
 _LLAMA2 = _LLAMA | {"vocab_size": 32000, "rope_theta": 10000.0, "max_sequence_length": 4096}
-_LLAMA3 = _LLAMA | {"vocab_size": 128256, "rope_theta": 500000.0, "max_sequence_length": 8192}
+_LLAMA3 = _LLAMA | {
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_sequence_length": 8192,
+}
 _LLAMA3_SCALING = {
     "kind": "llama3",
     "factor": 8.0,
@@ -53,7 +63,10 @@ _LLAMA3_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 _LLAMA31 = _LLAMA3 | {"max_sequence_length": 131072, "rope_scaling": _LLAMA3_SCALING}
-_LLAMA32 = _LLAMA31 | {"rope_scaling": _LLAMA3_SCALING | {"factor": 32.0}, "tie_embeddings": True}
+_LLAMA32 = _LLAMA31 | {
+    "rope_scaling": _LLAMA3_SCALING | {"factor": 32.0},
+    "tie_embeddings": True,
+}
 _MISTRAL = _LLAMA | {
     "vocab_size": 32000,
     "rope_theta": 10000.0,
@@ -88,7 +101,12 @@ _GEMMA = _LLAMA | {
 
 
 def _qwen3_experts(width: int) -> dict[str, Any]:
-    return {"num_experts": 128, "top_k": 8, "ffn_hidden_size": width, "aux_loss_coeff": 0.001}
+    return {
+        "num_experts": 128,
+        "top_k": 8,
+        "ffn_hidden_size": width,
+        "aux_loss_coeff": 0.001,
+    }
 
 
 # Layers and heads are multiples of 4, so that every small layout is legal.
@@ -107,7 +125,15 @@ _TINY: dict[str, dict[str, Any]] = {
     "gpt2-tiny": _sized(_GPT2, 4, 128, 4, 4, 512),
     # As their families are, but for the vocabulary, which is the tokenizer's.
     "mistral-tiny": _sized(
-        _MISTRAL, 4, 128, 4, 4, 384, vocab_size=None, max_sequence_length=1024, sliding_window=128
+        _MISTRAL,
+        4,
+        128,
+        4,
+        4,
+        384,
+        vocab_size=None,
+        max_sequence_length=1024,
+        sliding_window=128,
     ),
     "qwen3-tiny": _sized(
         _QWEN3,
@@ -145,8 +171,8 @@ PRESETS: dict[str, dict[str, Any]] = _TINY | {
     "llama2-7b": _sized(_LLAMA2, 32, 4096, 32, 32, 11008),
     "llama2-13b": _sized(_LLAMA2, 40, 5120, 40, 40, 13824),
     "llama2-70b": _sized(_LLAMA2, 80, 8192, 64, 8, 28672),
-    # meta-llama/Meta-Llama-3-*; 405B as it was pre-trained (Llama 3 herd, section 3), before its
-    # context was stretched.
+    # meta-llama/Meta-Llama-3-*; 405B as it was pre-trained (Llama 3 herd, section 3),
+    # before its context was stretched.
     "llama3-8b": _sized(_LLAMA3, 32, 4096, 32, 8, 14336),
     "llama3-70b": _sized(_LLAMA3, 80, 8192, 64, 8, 28672),
     "llama3-405b": _sized(_LLAMA3, 126, 16384, 128, 8, 53248),
@@ -159,7 +185,13 @@ PRESETS: dict[str, dict[str, Any]] = _TINY | {
     # mistralai/Mistral-7B-v0.1, Mixtral-8x7B-v0.1, Mixtral-8x22B-v0.1
     "mistral-7b": _sized(_MISTRAL, 32, 4096, 32, 8, 14336),
     "mixtral-8x7b": _sized(
-        _MIXTRAL, 32, 4096, 32, 8, 14336, moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.02}
+        _MIXTRAL,
+        32,
+        4096,
+        32,
+        8,
+        14336,
+        moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.02},
     ),
     "mixtral-8x22b": _sized(
         *(_MIXTRAL, 56, 6144, 48, 8, 16384),

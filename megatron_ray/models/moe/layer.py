@@ -19,18 +19,22 @@ from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 
 
 class MoE(nn.Module):
-    """x -> residual (if given) + sum over a token's experts of weight x expert(x), + a shared
-    expert where there is one.
+    """x -> residual (if given) + sum over a token's experts of weight x expert(x), + a
+    shared expert where there is one.
     """
 
-    def __init__(self, config: ModelConfig, moe: MoEConfig, layers: Layers, index: int) -> None:
+    def __init__(
+        self, config: ModelConfig, moe: MoEConfig, layers: Layers, index: int
+    ) -> None:
         super().__init__()
         self.moe = moe
         self.index = index
         self.layers = layers
         self.router = layers.router(config.hidden_size, moe.num_experts)
         self.expert_bias = (
-            layers.expert_bias(moe.num_experts, moe.bias_update_rate) if moe.expert_bias else None
+            layers.expert_bias(moe.num_experts, moe.bias_update_rate)
+            if moe.expert_bias
+            else None
         )
         kind = GatedExperts if config.gated else PlainExperts
         self.experts = kind(config, layers, moe.num_experts)
@@ -49,12 +53,14 @@ class MoE(nn.Module):
         self, x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext
     ) -> Tensor:
         experts, weights = self._route(self.router(x_TH), positions)
-        # A generated token must not depend on what else is in its batch, so only a model that is
-        # trained sends tokens away.
+        # A generated token must not depend on what else is in its batch, so only a
+        # model that is trained sends tokens away.
         most = router.capacity(self.moe, len(experts)) if self.training else None
         if most is not None:
             experts, weights = router.limit(self.moe, experts, weights, most)
-        room = Capacity(dropless=most is None, rows=most if self.moe.pad_to_capacity else None)
+        room = Capacity(
+            dropless=most is None, rows=most if self.moe.pad_to_capacity else None
+        )
         dispatched = self.dispatcher.dispatch(x_TH, experts, room)
         if self.shared is not None:
             residual_TH = self.shared(x_TH, residual_TH)
@@ -75,10 +81,14 @@ class MoE(nn.Module):
         return experts, weights
 
     def _balanced(
-        self, logits_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor, positions: ForwardContext
+        self,
+        logits_TE: Tensor,
+        experts_TK: Tensor,
+        weights_TK: Tensor,
+        positions: ForwardContext,
     ) -> Tensor:
-        """The weights with the gradients of the balancing losses attached; a bias hears who was
-        chosen.
+        """The weights with the gradients of the balancing losses attached; a bias hears
+        who was chosen.
         """
         moe = self.moe
         if self.expert_bias is not None:

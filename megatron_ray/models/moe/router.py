@@ -19,16 +19,24 @@ _TINY = 1e-20
 
 
 def choose(
-    moe: MoEConfig, logits_TE: Tensor, bias_E: Tensor | None = None, given_TK: Tensor | None = None
+    moe: MoEConfig,
+    logits_TE: Tensor,
+    bias_E: Tensor | None = None,
+    given_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(experts [T, K], weights [T, K]).
 
-    A bias counts for the choice, not for the weight; `given` experts are taken as they are.
+    A bias counts for the choice, not for the weight; `given` experts are taken as they
+    are.
     """
     over_chosen = moe.score_function == "softmax" and not moe.pre_softmax
     scores = logits_TE
     if not over_chosen:
-        scores = logits_TE.softmax(-1) if moe.score_function == "softmax" else logits_TE.sigmoid()
+        scores = (
+            logits_TE.softmax(-1)
+            if moe.score_function == "softmax"
+            else logits_TE.sigmoid()
+        )
     ranking = scores.detach() if bias_E is None else scores.detach() + bias_E
     experts = _best(moe, ranking) if given_TK is None else given_TK
     weights = scores.gather(1, experts)
@@ -53,14 +61,16 @@ def capacity(moe: MoEConfig, num_tokens: int) -> int | None:
     """Rows that an expert takes of `num_tokens` tokens; None where there is no limit."""
     if moe.capacity_factor is None:
         return None
-    return min(num_tokens, ceil(num_tokens * moe.top_k / moe.num_experts * moe.capacity_factor))
+    return min(
+        num_tokens, ceil(num_tokens * moe.top_k / moe.num_experts * moe.capacity_factor)
+    )
 
 
 def limit(
     moe: MoEConfig, experts_TK: Tensor, weights_TK: Tensor, most: int
 ) -> tuple[Tensor, Tensor]:
-    """The choice with at most `most` tokens per expert: who has to go gets expert E, which is none,
-    and weight 0.
+    """The choice with at most `most` tokens per expert: who has to go gets expert E,
+    which is none, and weight 0.
     """
     flat = experts_TK.flatten()
     order = torch.arange(len(flat), device=flat.device)
@@ -71,7 +81,9 @@ def limit(
     starts = torch.searchsorted(in_order, torch.arange(moe.num_experts, device=flat.device))
     late = torch.arange(len(flat), device=flat.device) - starts[in_order] >= most
     dropped = torch.empty_like(late).index_copy_(0, order, late).view(experts_TK.shape)
-    return experts_TK.masked_fill(dropped, moe.num_experts), weights_TK.masked_fill(dropped, 0.0)
+    return experts_TK.masked_fill(dropped, moe.num_experts), weights_TK.masked_fill(
+        dropped, 0.0
+    )
 
 
 def count_tokens(
@@ -85,20 +97,23 @@ def count_tokens(
     )
 
 
-def aux_loss(moe: MoEConfig, logits_TE: Tensor, tokens_NE: Tensor, sequence_T: Tensor) -> Tensor:
-    """These tokens' part of T x the balancing loss, T being the tokens of the whole microbatch,
-    whoever holds them.
+def aux_loss(
+    moe: MoEConfig, logits_TE: Tensor, tokens_NE: Tensor, sequence_T: Tensor
+) -> Tensor:
+    """These tokens' part of T x the balancing loss, T being the tokens of the whole
+    microbatch, whoever holds them.
 
-    Switch Transformer's E x coeff / (K T^2) x sum over experts of probabilities_e x tokens_e, over
-    all tokens together or over each sequence with the mean over sequences. `tokens` are of the
-    whole microbatch, [1, E] or [N, E]; they have no gradient.
+    Switch Transformer's E x coeff / (K T^2) x sum over experts of probabilities_e x
+    tokens_e, over all tokens together or over each sequence with the mean over
+    sequences. `tokens` are of the whole microbatch, [1, E] or [N, E]; they have no
+    gradient.
     """
     probabilities = logits_TE.softmax(-1)
     if moe.score_function == "sigmoid":
         probabilities = logits_TE.sigmoid()
         probabilities = probabilities / (probabilities.sum(-1, keepdim=True) + _TINY)
-    # Of tokens_e / (K T) the sum over experts is one, whatever was chosen: shares need no number of
-    # tokens from anybody.
+    # Of tokens_e / (K T) the sum over experts is one, whatever was chosen: shares need
+    # no number of tokens from anybody.
     shares = tokens_NE / tokens_NE.sum(-1, keepdim=True)
     of_token = shares if len(shares) == 1 else shares[sequence_T]
     return (probabilities * of_token).sum() * (moe.num_experts * moe.aux_loss_coeff)

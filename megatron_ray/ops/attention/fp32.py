@@ -1,8 +1,8 @@
-"""Causal attention of bf16 on a CPU that cannot multiply it: the fused kernel in fp32, of which
-only bf16 is kept for the backward.
+"""Causal attention of bf16 on a CPU that cannot multiply it: the fused kernel in fp32,
+of which only bf16 is kept for the backward.
 
-torch's own function takes 7 times as long there, forward and backward. Must not know: positions,
-caches, ranks.
+torch's own function takes 7 times as long there, forward and backward. Must not know:
+positions, caches, ranks.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width.
 """
@@ -16,8 +16,8 @@ from megatron_ray.ops.attention import fused
 
 
 def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S, D], in memory
-    [B, S, N, D].
+    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S,
+    D], in memory [B, S, N, D].
     """
     return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -33,5 +33,7 @@ class _WideAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, output, lse = ctx.saved_tensors
-        grad_q, grad_k, grad_v = fused.backward(grad, q, k, v, output, lse, causal=True, bias=None)
+        grad_q, grad_k, grad_v = fused.backward(
+            grad, q, k, v, output, lse, causal=True, bias=None
+        )
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

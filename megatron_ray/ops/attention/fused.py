@@ -1,9 +1,11 @@
-"""The device's fused attention of one rectangle of queries and keys, as a forward and a backward.
+"""The device's fused attention of one rectangle of queries and keys, as a forward and a
+backward.
 
 Owns: which kernel, in which type.
 
-Unlike torch's own function it says its log-sum-exp, by which parts of one attention are joined, and
-it can be asked to keep nothing. Must not know: who shares a sequence, autograd.
+Unlike torch's own function it says its log-sum-exp, by which parts of one attention are
+joined, and it can be asked to keep nothing. Must not know: who shares a sequence,
+autograd.
 
 Shapes: B batch, N query heads, G key/value heads, Q queries, K keys, D head width.
 """
@@ -17,9 +19,9 @@ from megatron_ray.ops.matmul import needs_fp32_matmul
 def forward(
     q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused kernel, where it has
-    one for the case; `causal` for a square, `bias` [B or 1, N or 1, Q, K] added to the scores. The
-    output may be wider than the inputs.
+    """(output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused kernel,
+    where it has one for the case; `causal` for a square, `bias` [B or 1, N or 1, Q, K]
+    added to the scores. The output may be wider than the inputs.
     """
     return _forward(
         q_BNQD,
@@ -40,16 +42,24 @@ def backward(
     causal: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output; they may be wider than the inputs."""
+    """Gradients of q, k and v from that of the output; they may be wider than the
+    inputs.
+    """
     k, v = (for_each_query_head(x, q_BNQD) for x in (k_BGKD, v_BGKD))
     grad_q, grad_k, grad_v = _backward(grad, q_BNQD, k, v, output, lse, causal, bias)
     groups = k_BGKD.shape[1]
-    return grad_q, _summed_over_sharers(grad_k, groups), _summed_over_sharers(grad_v, groups)
+    return (
+        grad_q,
+        _summed_over_sharers(grad_k, groups),
+        _summed_over_sharers(grad_v, groups),
+    )
 
 
-def band(queries: int, keys: int, distance: int, window: int, device: torch.device) -> Tensor:
-    """bool [Q, K], True where a key is seen: query i is `distance` + i - j tokens behind key j, of
-    which 0 to `window` - 1 are in sight.
+def band(
+    queries: int, keys: int, distance: int, window: int, device: torch.device
+) -> Tensor:
+    """Bool [Q, K], True where a key is seen: query i is `distance` + i - j tokens
+    behind key j, of which 0 to `window` - 1 are in sight.
     """
     return (
         torch.ones(queries, keys, dtype=torch.bool, device=device)
@@ -67,15 +77,15 @@ def band_bias(queries: int, keys: int, distance: int, window: int, like: Tensor)
 
 
 def differentiates_masked(device: str) -> bool:
-    """Whether torch's own attention is the one to use with a mask: on CUDA it has fast kernels for
-    it, and this module none.
+    """Whether torch's own attention is the one to use with a mask: on CUDA it has fast
+    kernels for it, and this module none.
     """
     return device == "cuda"
 
 
 def tokens_first(output_BNQD: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same [B, N, Q, D] in the type of the activations and in memory [B, Q, N, D], as the
-    output projection reads it.
+    """The same [B, N, Q, D] in the type of the activations and in memory [B, Q, N, D],
+    as the output projection reads it.
     """
     by_token = output_BNQD.transpose(1, 2)
     return (
@@ -98,7 +108,11 @@ def _summed_over_sharers(grad_BNKD: Tensor, groups: int) -> Tensor:
 
 
 def _uses_flash(q: Tensor, bias: Tensor | None) -> bool:
-    return q.device.type == "cuda" and bias is None and q.dtype in (torch.float16, torch.bfloat16)
+    return (
+        q.device.type == "cuda"
+        and bias is None
+        and q.dtype in (torch.float16, torch.bfloat16)
+    )
 
 
 def _forward(
@@ -107,10 +121,16 @@ def _forward(
     """As many key/value heads as query heads."""
     if needs_fp32_matmul(q.device.type, q.dtype):
         return _forward(
-            q.float(), k.float(), v.float(), causal, bias.float() if bias is not None else None
+            q.float(),
+            k.float(),
+            v.float(),
+            causal,
+            bias.float() if bias is not None else None,
         )
     if _uses_flash(q, bias):
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal)
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, causal
+        )
         return output, lse
     if q.device.type != "cuda":
         masked = causal and bias is None
@@ -140,7 +160,8 @@ def _backward(
             grad, q, k, v, output, lse, causal, bias.float() if bias is not None else None
         )
     if _uses_flash(q, bias):
-        lengths = q.new_zeros(0, dtype=torch.int32)  # read only for batches without padding
+        # read only for batches without padding
+        lengths = q.new_zeros(0, dtype=torch.int32)
         seed = q.new_zeros(2, dtype=torch.uint64)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(  # type: ignore[no-any-return]
             grad,
@@ -165,7 +186,11 @@ def _backward(
         )
     p = (_scores(q, k, causal, bias) - lse[..., None]).exp_()
     grad_p = torch.matmul(grad.to(p.dtype), v.to(p.dtype).mT)
-    grad_s = p * (grad_p - (grad.to(p.dtype) * output).sum(-1, keepdim=True)) * q.shape[-1] ** -0.5
+    grad_s = (
+        p
+        * (grad_p - (grad.to(p.dtype) * output).sum(-1, keepdim=True))
+        * q.shape[-1] ** -0.5
+    )
     return (
         torch.matmul(grad_s, k.to(p.dtype)),
         torch.matmul(grad_s.mT, q.to(p.dtype)),
@@ -180,7 +205,8 @@ def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
         return scores.add_(bias)
     return (
         scores.masked_fill_(
-            torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1), -torch.inf
+            torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1),
+            -torch.inf,
         )
         if causal
         else scores

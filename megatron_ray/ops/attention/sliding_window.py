@@ -1,12 +1,12 @@
-"""Causal attention in which a token sees itself and the few tokens before it (Longformer, Beltagy
-et al. 2020; Mistral), by stripes.
+"""Causal attention in which a token sees itself and the few tokens before it
+(Longformer, Beltagy et al. 2020; Mistral), by stripes.
 
-A stripe is some query rows and the keys that any of them sees, so work and memory grow with
-sequence x window. Keeps only q, k, v, the output and its logarithms of sums for the backward. Must
-not know: positions, caches, ranks.
+A stripe is some query rows and the keys that any of them sees, so work and memory grow
+with sequence x window. Keeps only q, k, v, the output and its logarithms of sums for
+the backward. Must not know: positions, caches, ranks.
 
-Shapes: B batch, S sequence, N query heads, G key/value heads, D head width, R rows and C columns of
-a stripe.
+Shapes: B batch, S sequence, N query heads, G key/value heads, D head width, R rows and
+C columns of a stripe.
 """
 
 from collections.abc import Iterator
@@ -36,11 +36,17 @@ class Stripe:
     def shape(self) -> tuple[int, int, int]:
         """Rows, columns, and how far the first row is behind the first column."""
         first = self.rows.start - self.columns.start
-        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start, first
+        return (
+            self.rows.stop - self.rows.start,
+            self.columns.stop - self.columns.start,
+            first,
+        )
 
 
 def stripes(sequence: int, window: int) -> Iterator[Stripe]:
-    """All rows, a quarter of a window at a time: about a fifth of the scores are made in vain."""
+    """All rows, a quarter of a window at a time: about a fifth of the scores are made
+    in vain.
+    """
     rows = max(_ROWS, window // 4 // _ALIGNED * _ALIGNED)
     for first in range(0, sequence, rows):
         end = min(first + rows, sequence)
@@ -49,9 +55,11 @@ def stripes(sequence: int, window: int) -> Iterator[Stripe]:
         )
 
 
-def windowed_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own, `window` of them: [B,
-    N, S, D].
+def windowed_attention(
+    q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own, `window` of
+    them: [B, N, S, D].
     """
     if fused.differentiates_masked(q_BNSD.device.type):
         return _by_torch(q_BNSD, k_BGSD, v_BGSD, window)
@@ -68,7 +76,9 @@ def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Te
         keys = k[:, :, stripe.columns]
         values = v[:, :, stripe.columns]
         mask = band(*stripe.shape, window, q.device)
-        attended.append(nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask))
+        attended.append(
+            nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        )
     return torch.cat(attended, 2)
 
 

@@ -1,10 +1,11 @@
 """What a pipeline rank does, as data.
 
-Owns: the actions of a step and which rank holds which stage. Pure; must not know: torch.
+Owns: the actions of a step and which rank holds which stage. Pure; must not know:
+torch.
 
-A schedule is one list of actions per pipeline rank. `orders` gives the computing ones; `lowering`
-adds what is sent, received and reduced; the runner executes that very list and `simulation` judges
-it.
+A schedule is one list of actions per pipeline rank. `orders` gives the computing ones;
+`lowering` adds what is sent, received and reduced; the runner executes that very list
+and `simulation` judges it.
 """
 
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ class Op(IntEnum):
     SEND_BACKWARD = 6
     RECV_BACKWARD = 7
     REDUCE_GRADS = 8
-    """A chunk's gradients are complete: their reduction over data-parallel ranks may begin."""
+    """A chunk's gradients are complete: their reduction over data-parallel ranks may
+    begin."""
     UNSHARD = 9
-    """A chunk's parameters are about to be used for the first time in the step (ZeRO-3 gathers
-    them)."""
+    """A chunk's parameters are about to be used for the first time in the step (ZeRO-3
+    gathers them)."""
 
     @property
     def is_compute(self) -> bool:
@@ -68,8 +70,9 @@ Order = list[Action]
 class StageMap:
     """Which rank holds which stage, `vpp` of them each.
 
-    `loop` (Megatron's interleaving): stage s is chunk s // pp of rank s % pp. `v` (Qi et al. 2024,
-    ZB-V): the second half comes back, so that the first and the last stage are on rank 0.
+    `loop` (Megatron's interleaving): stage s is chunk s // pp of rank s % pp. `v` (Qi
+    et al. 2024, ZB-V): the second half comes back, so that the first and the last stage
+    are on rank 0.
     """
 
     pp: int

@@ -1,11 +1,12 @@
 """What each pipeline stage holds.
 
-Owns: Megatron's layout strings, even and uneven cuts. Pure; must not know: ranks, torch.
+Owns: Megatron's layout strings, even and uneven cuts. Pure; must not know: ranks,
+torch.
 
 A layout string lists the parts in order: `E` embedding, `t` decoder layer, `m`
-multi-token-prediction layer, `L` head and loss; `|` ends a stage, `*n` repeats what stands before
-it, parentheses group, commas and blanks mean nothing. `Et*3|(tt|)*29,m|L` is 61 layers in 32
-stages.
+multi-token-prediction layer, `L` head and loss; `|` ends a stage, `*n` repeats what
+stands before it, parentheses group, commas and blanks mean nothing. `Et*3|(tt|)*29,m|L`
+is 61 layers in 32 stages.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,8 @@ _MOST_NESTING = 20
 
 
 class LayoutError(ValueError):
-    """A layout that cannot be; the text says what is wrong and what would be right, `field` which
-    of `parallel` to change.
+    """A layout that cannot be; the text says what is wrong and what would be right,
+    `field` which of `parallel` to change.
     """
 
     def __init__(self, text: str, field: str = "layout") -> None:
@@ -41,7 +42,9 @@ class StageContents:
         return tuple(num_layers + depth for depth in self.mtp_layers)
 
 
-def parse_layout(text: str, num_layers: int, num_mtp_layers: int = 0) -> tuple[StageContents, ...]:
+def parse_layout(
+    text: str, num_layers: int, num_mtp_layers: int = 0
+) -> tuple[StageContents, ...]:
     """Stages of a layout string. Raises LayoutError."""
     stages: list[list[str]] = [[]]
     for part in _Parser(text).parts():
@@ -104,7 +107,11 @@ def split_into_stages(
             field="pp",
         )
     sizes = [others // middle if middle else 0] * middle
-    sizes = ([first] if first is not None else []) + sizes + ([last] if last is not None else [])
+    sizes = (
+        ([first] if first is not None else [])
+        + sizes
+        + ([last] if last is not None else [])
+    )
     starts = accumulate(sizes[:-1], initial=0)
     end = num_stages - 1
     return tuple(
@@ -131,7 +138,9 @@ def _check(
                 f"layout {text!r} has {parts.count(part)} {name} ({part!r}), the model has {wanted}"
             )
     if parts.count("E") != 1 or parts[0] != "E":
-        raise LayoutError(f"layout {text!r} must begin with the embedding 'E', and have it once")
+        raise LayoutError(
+            f"layout {text!r} must begin with the embedding 'E', and have it once"
+        )
     if parts.count("L") != 1 or parts[-1] != "L":
         raise LayoutError(f"layout {text!r} must end with the loss 'L', and have it once")
     if "m" in parts and "t" in parts[parts.index("m") :]:
@@ -198,7 +207,9 @@ class _Parser:
             self._at += 1
         digits = self._text[start : self._at]
         if not digits or len(digits) > 6:
-            raise self._error("'*' must be followed by how often, a number of at most six digits")
+            raise self._error(
+                "'*' must be followed by how often, a number of at most six digits"
+            )
         return int(digits)
 
     def _error(self, what: str) -> LayoutError:

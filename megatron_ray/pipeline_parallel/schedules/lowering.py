@@ -2,12 +2,13 @@
 
 Owns: where sends, receives, gradient reductions and gathers stand in the lists.
 
-NCCL knows neither tags nor buffers: between two ranks the k-th operation of one must be the
-counterpart of the k-th of the other. So the messages of each pair get one order, that of the times
-at which an undisturbed run at equal costs produces them, and both ranks post their sends and
-receives in it. A send stands right behind the action that produces it, a receive one computing
-action ahead of its use, or earlier where the order asks for it: no more buffers than needed, and
-nobody waits for an order's sake. Pure; must not know: torch.
+NCCL knows neither tags nor buffers: between two ranks the k-th operation of one must be
+the counterpart of the k-th of the other. So the messages of each pair get one order,
+that of the times at which an undisturbed run at equal costs produces them, and both
+ranks post their sends and receives in it. A send stands right behind the action that
+produces it, a receive one computing action ahead of its use, or earlier where the order
+asks for it: no more buffers than needed, and nobody waits for an order's sake. Pure;
+must not know: torch.
 """
 
 from collections import defaultdict
@@ -49,7 +50,9 @@ def lower_one(orders: Sequence[Order], stages: StageMap, rank: int) -> Order:
     """
     queues: dict[int, list[_Message]] = defaultdict(list)
     for message in sorted(
-        message for message in _messages(orders, stages) if rank in (message.source, message.target)
+        message
+        for message in _messages(orders, stages)
+        if rank in (message.source, message.target)
     ):
         queues[message.target if message.source == rank else message.source].append(message)
     return _place(rank, orders[rank], stages, queues)
@@ -67,9 +70,11 @@ def _messages(orders: Sequence[Order], stages: StageMap) -> Iterator[_Message]:
                 yield _Message(time, source, backward, stage, microbatch, target)
 
 
-def _place(rank: int, order: Order, stages: StageMap, queues: dict[int, list[_Message]]) -> Order:
-    """One rank's list: its computing actions at 0, 1, 2 ..., everything else at the halves between
-    them.
+def _place(
+    rank: int, order: Order, stages: StageMap, queues: dict[int, list[_Message]]
+) -> Order:
+    """One rank's list: its computing actions at 0, 1, 2 ..., everything else at the
+    halves between them.
     """
     index = {
         (action.op is not Op.FORWARD, action.chunk, action.microbatch): place
@@ -92,14 +97,19 @@ def _place(rank: int, order: Order, stages: StageMap, queues: dict[int, list[_Me
     lowered: Order = []
     for place in range(len(order) + 1):
         lowered += transfers[place]
-        lowered += reductions.get(place - 1, [])  # behind the send that the next rank waits for
+        lowered += reductions.get(
+            place - 1, []
+        )  # behind the send that the next rank waits for
         lowered += unshards.get(place, [])
         lowered += order[place : place + 1]
     return lowered
 
 
 def _post(
-    rank: int, queue: Sequence[_Message], stages: StageMap, index: dict[tuple[bool, int, int], int]
+    rank: int,
+    queue: Sequence[_Message],
+    stages: StageMap,
+    index: dict[tuple[bool, int, int], int],
 ) -> list[tuple[float, _Message, Action]]:
     """Where this rank posts its side of one pair's queue, in the queue's order."""
     entries: list[tuple[float, float, _Message, Action]] = []  # earliest, wanted
@@ -110,14 +120,24 @@ def _post(
             earliest = index[message.backward, chunk, message.microbatch] + 0.5
             op = Op.SEND_BACKWARD if message.backward else Op.SEND_FORWARD
             entries.append(
-                (earliest, earliest, message, Action(op, chunk, message.microbatch, message.target))
+                (
+                    earliest,
+                    earliest,
+                    message,
+                    Action(op, chunk, message.microbatch, message.target),
+                )
             )
         else:
             chunk = stages.home(message.stage + (-1 if message.backward else 1))[1]
             ahead = index[message.backward, chunk, message.microbatch] - 1.5
             op = Op.RECV_BACKWARD if message.backward else Op.RECV_FORWARD
             entries.append(
-                (earliest, ahead, message, Action(op, chunk, message.microbatch, message.source))
+                (
+                    earliest,
+                    ahead,
+                    message,
+                    Action(op, chunk, message.microbatch, message.source),
+                )
             )
     placed = []
     limit = float("inf")

@@ -2,10 +2,11 @@
 
 Owns: GPipe, 1F1B, interleaved, ZB-H1, ZB-V. Pure; must not know: sends, torch.
 
-GPipe: Huang et al. 2019. 1F1B and interleaving: Narayanan et al. 2021, with Megatron's warm-up
-counts. ZB-H1: Qi et al. 2023, which computes weight gradients apart, when nothing else is there to
-do, with no more activations than 1F1B's first rank holds. ZB-V (the same paper): so too, with two
-chunks per rank in a V, which halves what is left of the bubble.
+GPipe: Huang et al. 2019. 1F1B and interleaving: Narayanan et al. 2021, with Megatron's
+warm-up counts. ZB-H1: Qi et al. 2023, which computes weight gradients apart, when
+nothing else is there to do, with no more activations than 1F1B's first rank holds. ZB-V
+(the same paper): so too, with two chunks per rank in a V, which halves what is left of
+the bubble.
 """
 
 from collections import Counter
@@ -18,19 +19,26 @@ ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
 
 
 def stage_map(name: ScheduleName, pp: int, vpp: int) -> StageMap:
-    """Where a schedule wants the stages. Raises ValueError when it cannot have so many."""
+    """Where a schedule wants the stages.
+
+    Raises ValueError when it cannot have so many.
+    """
     return StageMap(pp, vpp, "v" if name == "zb-v" else "loop")
 
 
 def compute_orders(
-    name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1, group: int | None = None
+    name: ScheduleName,
+    pp: int,
+    num_microbatches: int,
+    vpp: int = 1,
+    group: int | None = None,
 ) -> list[Order]:
     """Every rank's computing actions.
 
     `group`: microbatches per chunk in a row, interleaved only; pp when not given.
 
-    Raises ValueError for a schedule that cannot have so many chunks, or groups smaller than the
-    pipeline.
+    Raises ValueError for a schedule that cannot have so many chunks, or groups smaller
+    than the pipeline.
     """
     if pp < 1 or num_microbatches < 1 or vpp < 1:
         raise ValueError(
@@ -49,16 +57,20 @@ def compute_orders(
             raise ValueError(f"schedule zb-v has two chunks per rank, not vpp={vpp}")
         return [_zb_v(pp, rank, num_microbatches) for rank in range(pp)]
     if vpp != 1:
-        raise ValueError(f"schedule {name} has one chunk per rank; vpp={vpp} needs interleaved")
+        raise ValueError(
+            f"schedule {name} has one chunk per rank; vpp={vpp} needs interleaved"
+        )
     if name == "zb-h1":
         return _zb_h1(pp, num_microbatches)
     order: Callable[[int, int, int], Order] = _gpipe if name == "gpipe" else _one_f_one_b
     return [order(pp, rank, num_microbatches) for rank in range(pp)]
 
 
-def most_activations(name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1) -> int:
-    """What the rank that holds most (the first one, but for a short ZB-V) holds at once at most:
-    microbatches of a chunk. Without making the orders.
+def most_activations(
+    name: ScheduleName, pp: int, num_microbatches: int, vpp: int = 1
+) -> int:
+    """What the rank that holds most (the first one, but for a short ZB-V) holds at once
+    at most: microbatches of a chunk. Without making the orders.
     """
     if name == "gpipe":
         return num_microbatches
@@ -93,8 +105,8 @@ def _steady(forwards: Order, backwards: Order, warmup: int) -> Order:
 def _interleaved(pp: int, rank: int, vpp: int, count: int, group: int) -> Order:
     """Chunk by chunk within each group of microbatches.
 
-    Megatron refuses a last group smaller than the pipeline, because ranks would wait for each other
-    for ever; here what is left over is spread over all groups.
+    Megatron refuses a last group smaller than the pipeline, because ranks would wait
+    for each other for ever; here what is left over is spread over all groups.
     """
     sizes = _group_sizes(count, group)
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -106,7 +118,9 @@ def _interleaved(pp: int, rank: int, vpp: int, count: int, group: int) -> Order:
     ]
     warmup = min(_interleaved_warmup(pp, rank, vpp, sizes[0]), len(virtual))
     forwards = [Action(Op.FORWARD, chunk, microbatch) for chunk, microbatch in virtual]
-    backwards = [Action(Op.BACKWARD, vpp - 1 - chunk, microbatch) for chunk, microbatch in virtual]
+    backwards = [
+        Action(Op.BACKWARD, vpp - 1 - chunk, microbatch) for chunk, microbatch in virtual
+    ]
     return _steady(forwards, backwards, warmup)
 
 
@@ -123,11 +137,12 @@ def _group_sizes(count: int, group: int) -> list[int]:
 
 
 def _zb_h1(pp: int, count: int) -> list[Order]:
-    """1F1B's order of forwards and backwards with every weight gradient put off until its rank
-    would wait.
+    """1F1B's order of forwards and backwards with every weight gradient put off until
+    its rank would wait.
 
-    Rank r has a lag of r: it keeps so many weight gradients back while it has forwards to do, and
-    spends them in the cool-down, where 1F1B waits for gradients from the next rank.
+    Rank r has a lag of r: it keeps so many weight gradients back while it has forwards
+    to do, and spends them in the cool-down, where 1F1B waits for gradients from the
+    next rank.
     """
     orders = []
     for rank in range(pp):
@@ -143,19 +158,22 @@ def _zb_h1(pp: int, count: int) -> list[Order]:
             if action.microbatch - done >= rank or cooling:
                 order.append(Action(Op.BACKWARD_WEIGHT, 0, done))
                 done += 1
-        order += [Action(Op.BACKWARD_WEIGHT, 0, microbatch) for microbatch in range(done, count)]
+        order += [
+            Action(Op.BACKWARD_WEIGHT, 0, microbatch) for microbatch in range(done, count)
+        ]
         orders.append(order)
     return orders
 
 
 def _zb_v(pp: int, rank: int, count: int) -> Order:
-    """Stages go down the ranks and come back, so the last rank has its second chunk's input at once
-    and the first one its loss.
+    """Stages go down the ranks and come back, so the last rank has its second chunk's
+    input at once and the first one its loss.
 
-    Rank r fills up with 2 (pp - r) - 1 microbatches of its first chunk. By the time they have come
-    back it goes round both chunks, each with forward, input and weight gradient, and never waits
-    again; weight gradients are put off only while the pipeline drains. Of fewer than 2 pp
-    microbatches it is the same order with the others left out.
+    Rank r fills up with 2 (pp - r) - 1 microbatches of its first chunk. By the time
+    they have come back it goes round both chunks, each with forward, input and weight
+    gradient, and never waits again; weight gradients are put off only while the
+    pipeline drains. Of fewer than 2 pp microbatches it is the same order with the
+    others left out.
     """
     full = max(count, 2 * pp)
     order: Order = []

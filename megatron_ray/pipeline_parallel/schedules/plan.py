@@ -14,7 +14,11 @@ from megatron_ray.pipeline_parallel.schedules.layout import (
     split_into_stages,
 )
 from megatron_ray.pipeline_parallel.schedules.lowering import lower_one
-from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, stage_map
+from megatron_ray.pipeline_parallel.schedules.orders import (
+    ScheduleName,
+    compute_orders,
+    stage_map,
+)
 
 
 @dataclass(frozen=True)
@@ -29,24 +33,31 @@ class PipelinePlan:
     def held(self, pp_rank: int) -> tuple[StageContents, ...]:
         """What a pipeline rank holds, by chunk."""
         return tuple(
-            self.contents[self.stages.stage(pp_rank, chunk)] for chunk in range(self.stages.vpp)
+            self.contents[self.stages.stage(pp_rank, chunk)]
+            for chunk in range(self.stages.vpp)
         )
 
     def training_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """A rank's whole list for a step."""
-        orders = compute_orders(self.schedule, self.stages.pp, num_microbatches, self.stages.vpp)
+        orders = compute_orders(
+            self.schedule, self.stages.pp, num_microbatches, self.stages.vpp
+        )
         return lower_one(orders, self.stages, pp_rank)
 
     def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """A rank's whole list for forward passes only."""
-        orders = compute_orders(self.schedule, self.stages.pp, num_microbatches, self.stages.vpp)
-        forward = [[action for action in order if action.op is Op.FORWARD] for order in orders]
+        orders = compute_orders(
+            self.schedule, self.stages.pp, num_microbatches, self.stages.vpp
+        )
+        forward = [
+            [action for action in order if action.op is Op.FORWARD] for order in orders
+        ]
         return lower_one(forward, self.stages, pp_rank)
 
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
-    """Raises LayoutError when the layers cannot be cut as asked, or the schedule cannot have so
-    many chunks.
+    """Raises LayoutError when the layers cannot be cut as asked, or the schedule cannot
+    have so many chunks.
     """
     parallel = config.parallel
     num_layers = config.model.num_layers
@@ -87,5 +98,7 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
             )
         if len(contents) != stages.num_stages:
             wanted = f"pp x vpp = {parallel.pp} x {parallel.vpp} needs {stages.num_stages}"
-            raise LayoutError(f"layout {parallel.layout!r} has {len(contents)} stages, {wanted}")
+            raise LayoutError(
+                f"layout {parallel.layout!r} has {len(contents)} stages, {wanted}"
+            )
     return PipelinePlan(schedule, stages, contents)

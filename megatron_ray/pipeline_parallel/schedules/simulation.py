@@ -2,10 +2,11 @@
 
 Owns: judging a list of actions. Pure; must not know: torch.
 
-Two machines. `run_computing` gives the times of the computing actions alone, transfers costing
-nothing. `simulate` runs the lowered lists as NCCL would: a pair of ranks shares one queue, both
-sides put their sends and receives into it in their own order, and entry k of one side is done when
-entry k of the other side is there too and matches; there are no tags and no buffers.
+Two machines. `run_computing` gives the times of the computing actions alone, transfers
+costing nothing. `simulate` runs the lowered lists as NCCL would: a pair of ranks shares
+one queue, both sides put their sends and receives into it in their own order, and entry
+k of one side is done when entry k of the other side is there too and matches; there are
+no tags and no buffers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +16,16 @@ from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, 
 
 
 class ScheduleError(Exception):
-    """A schedule that never ends, or whose sends and receives do not match; the text says where."""
+    """A schedule that never ends, or whose sends and receives do not match; the text
+    says where.
+    """
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, or any unit, of one whole rank's share (all its chunks) of one microbatch."""
+    """Seconds, or any unit, of one whole rank's share (all its chunks) of one
+    microbatch.
+    """
 
     forward: float = 1.0
     backward_input: float = 1.0
@@ -28,8 +33,8 @@ class Costs:
     transfer: float = 0.0
 
     def prices(self, vpp: int) -> dict[Op, float]:
-        """Of each action on one of a rank's chunks; what is not computing takes no time of the
-        rank's.
+        """Of each action on one of a rank's chunks; what is not computing takes no time
+        of the rank's.
         """
         both = self.backward_input + self.backward_weight
         computing = {
@@ -47,8 +52,8 @@ class Costs:
 
 
 EQUAL = Costs()
-"""Forward, input and weight gradients take the same time, transfers none: what the papers' formulas
-are usually given for."""
+"""Forward, input and weight gradients take the same time, transfers none: what the
+papers' formulas are usually given for."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ class Outcome:
 
 
 Ends = dict[tuple[int, Op, int], float]
-"""(stage, op, microbatch) -> when it ends; op is FORWARD, or BACKWARD for the input gradient, whole
-or apart."""
+"""(stage, op, microbatch) -> when it ends; op is FORWARD, or BACKWARD for the input
+gradient, whole or apart."""
 
 
 def run_computing(
@@ -119,7 +124,9 @@ def _refuse_unfinished(lists: Sequence[Order], places: Sequence[int], where: str
         raise ScheduleError("the schedule never ends: " + "; ".join(stuck))
 
 
-def _need(op: Op, stage: int, microbatch: int, num_stages: int) -> tuple[int, Op, int] | None:
+def _need(
+    op: Op, stage: int, microbatch: int, num_stages: int
+) -> tuple[int, Op, int] | None:
     """What must have ended on another stage."""
     if op is Op.FORWARD:
         return (stage - 1, Op.FORWARD, microbatch) if stage else None
@@ -142,7 +149,9 @@ def outcome(orders: Sequence[Order], stages: StageMap, costs: Costs = EQUAL) -> 
     return _judge(orders, clocks, costs.prices(stages.vpp))
 
 
-def _judge(lists: Sequence[Order], clocks: Sequence[float], prices: Mapping[Op, float]) -> Outcome:
+def _judge(
+    lists: Sequence[Order], clocks: Sequence[float], prices: Mapping[Op, float]
+) -> Outcome:
     work = min(sum(prices[action.op] for action in order) for order in lists)
     return Outcome(
         max(clocks), max(clocks) - work, tuple(peak_activations(order) for order in lists)
@@ -150,7 +159,9 @@ def _judge(lists: Sequence[Order], clocks: Sequence[float], prices: Mapping[Op, 
 
 
 def peak_activations(order: Order) -> int:
-    """Most microbatches of chunks between their forward and their last backward on a rank."""
+    """Most microbatches of chunks between their forward and their last backward on a
+    rank.
+    """
     held = peak = 0
     for action in order:
         if action.op is Op.FORWARD:
@@ -163,8 +174,8 @@ def peak_activations(order: Order) -> int:
 
 @dataclass
 class _Queue:
-    """Of two ranks: what each side has posted and when, and when the last entry that both have
-    posted was done.
+    """Of two ranks: what each side has posted and when, and when the last entry that
+    both have posted was done.
     """
 
     posted: dict[int, list[tuple[float, tuple[Op, int, int]]]]
@@ -174,7 +185,8 @@ class _Queue:
 def simulate(lists: Sequence[Order], stages: StageMap, costs: Costs = EQUAL) -> Outcome:
     """Of lowered lists, on NCCL's terms.
 
-    Raises ScheduleError for a deadlock, and for a send that meets another receive than its own.
+    Raises ScheduleError for a deadlock, and for a send that meets another receive than
+    its own.
     """
     return _Machine(lists, stages, costs).run()
 
@@ -212,8 +224,8 @@ class _Machine:
             self._places[rank] += 1
 
     def _has_input(self, rank: int, action: Action) -> bool:
-        """Waits for what comes from another rank; what stays on a rank is there, or the list is
-        wrong.
+        """Waits for what comes from another rank; what stays on a rank is there, or the
+        list is wrong.
         """
         need = _need(
             action.op,

@@ -67,7 +67,9 @@ def export(
     out: Out,
     dtype: Annotated[
         str | None,
-        typer.Option(help="bf16 or fp32; as the checkpoint has the weights when not given."),
+        typer.Option(
+            help="bf16 or fp32; as the checkpoint has the weights when not given."
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
     url: Url = None,
@@ -82,7 +84,9 @@ def export(
         )
     options = {"--dtype": dtype, "--max-shard-bytes": _bytes(max_shard_size)}
     path = checkpoint_path(checkpoint, url, token, data_dir)
-    answer = run_library(_MODULE, ["export", path, str(out), *as_arguments(options)], "path")
+    answer = run_library(
+        _MODULE, ["export", path, str(out), *as_arguments(options)], "path"
+    )
     _show(answer, as_json, f"AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
 
 

@@ -1,4 +1,6 @@
-"""Commands for data: `data prepare` does ahead of time what a job's preparing state does."""
+"""Commands for data: `data prepare` does ahead of time what a job's preparing state
+does.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,8 +49,8 @@ def prepare(
             remedy="name one with --cache, or --set data.cache=...",
             exit_code=2,
         )
-    # Imported here because pyarrow and tokenizers take most of a second that no other command
-    # needs.
+    # Imported here because pyarrow and tokenizers take most of a second that no other
+    # command needs.
     from megatron_ray.data.prepare import UnusableDataError
     from megatron_ray.data.prepare import prepare as prepare_corpora
 
@@ -79,7 +81,10 @@ def prepare(
 
 
 def validated(values: dict[str, Any]) -> JobSpec:
-    """The spec as the library reads it. Raises Failure with one line per wrong field."""
+    """The spec as the library reads it.
+
+    Raises Failure with one line per wrong field.
+    """
     try:
         return JobSpec.model_validate(values)
     except ValidationError as error:

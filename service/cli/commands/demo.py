@@ -44,10 +44,12 @@ def demo(
     overrides: Overrides = None,
     data_dir: DataDir = None,
     cpus: Cpus = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Stay up at the end, until Ctrl-C.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Stay up at the end, until Ctrl-C.")
+    ] = False,
 ) -> None:
-    """Train a small GPT through the service on this machine, look at it, and take everything down
-    again.
+    """Train a small GPT through the service on this machine, look at it, and take
+    everything down again.
     """
     interruption = Interruption()
     interruption.listen()
@@ -76,8 +78,8 @@ def demo(
 
 @dataclass
 class DemoStory:
-    """What the demo does with a stack that is up; runs in a thread, while the main thread
-    supervises the stack.
+    """What the demo does with a stack that is up; runs in a thread, while the main
+    thread supervises the stack.
     """
 
     spec: dict[str, Any]
@@ -88,7 +90,9 @@ class DemoStory:
 
     def begin(self, record: StackRecord) -> None:
         """Starts the thread; it ends by itself when the stack does."""
-        self._thread = threading.Thread(target=self._run, args=(record,), name="demo", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(record,), name="demo", daemon=True
+        )
         self._thread.start()
 
     def is_over(self) -> bool:
@@ -127,7 +131,8 @@ class DemoStory:
         text = sample(str(checkpoint["path"]))
         newest = client.checkpoints(job["id"])["data"]
         stored = next(
-            (entry.get("bytes") for entry in newest if entry["path"] == checkpoint["path"]), None
+            (entry.get("bytes") for entry in newest if entry["path"] == checkpoint["path"]),
+            None,
         )
         for line in closing_lines(job, record, stored, text):
             self.screen.print(line, soft_wrap=True)
@@ -139,8 +144,8 @@ class DemoStory:
 
 
 def sample(checkpoint: str) -> str:
-    """The prompt and 300 generated characters; a model may end its document sooner, so up to five
-    seeds are tried.
+    """The prompt and 300 generated characters; a model may end its document sooner, so
+    up to five seeds are tried.
     """
     longest = ""
     for seed in range(1, 6):
@@ -183,7 +188,11 @@ def closing_lines(
 
 
 def _tell(
-    story: DemoStory, stack: LocalStack, record: StackRecord, interruption: Interruption, keep: bool
+    story: DemoStory,
+    stack: LocalStack,
+    record: StackRecord,
+    interruption: Interruption,
+    keep: bool,
 ) -> None:
     story.begin(record)
     deadline = time.monotonic() + _TIMEOUT_S

@@ -30,10 +30,14 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="0 always takes the likeliest token.")
     ] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among this many tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Choose among this many tokens.")
+    ] = None,
     top_p: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="Choose among tokens that make up this probability."),
+        typer.Option(
+            min=0, max=1, help="Choose among tokens that make up this probability."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
     url: Url = None,
@@ -58,7 +62,10 @@ def generate(
 
 
 def run_generation(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
-    """{prompt, text, ...} from the library's own command. Raises Failure with its last words."""
+    """{prompt, text, ...} from the library's own command.
+
+    Raises Failure with its last words.
+    """
     arguments = ["--checkpoint", checkpoint, "--prompt", prompt, *as_arguments(options)]
     answer = run_library(_MODULE, arguments, "text")
     return {"prompt": prompt, **answer, "text": str(answer["text"])}

@@ -61,7 +61,9 @@ def jobs(
         "loss": lambda job: number(nested(job, "progress.loss")),
         "age": _ago,
     }
-    print_page(page, as_json, columns, empty="no jobs yet; `megatron-ray submit SPEC` makes one")
+    print_page(
+        page, as_json, columns, empty="no jobs yet; `megatron-ray submit SPEC` makes one"
+    )
 
 
 def watch(
@@ -79,7 +81,9 @@ def watch(
 def logs(
     job_id: JobId,
     rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
-    attempt: Annotated[int | None, typer.Option(min=1, help="The newest when not given.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="The newest when not given.")
+    ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
     ] = False,
@@ -91,7 +95,9 @@ def logs(
     """Print a rank's log."""
     with connect(url, token, data_dir) as client:
         try:
-            _print_log(client, job_id, rank=rank, attempt=attempt, follow=follow, as_json=as_json)
+            _print_log(
+                client, job_id, rank=rank, attempt=attempt, follow=follow, as_json=as_json
+            )
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
@@ -194,7 +200,9 @@ def ranks(
     print_page(page, as_json, columns, empty="no ranks yet")
 
 
-def _pages(fetch: Callable[[str | None, int], dict[str, Any]], limit: int) -> dict[str, Any]:
+def _pages(
+    fetch: Callable[[str | None, int], dict[str, Any]], limit: int
+) -> dict[str, Any]:
     """Up to `limit` entries, over as many pages as that takes."""
     data: list[Any] = []
     after: str | None = None
@@ -218,7 +226,9 @@ def _id(entry: Mapping[str, Any]) -> str:
 
 @dataclass
 class _LogReader:
-    """Reads one rank's log piece by piece, from one attempt into the next when none was asked for."""
+    """Reads one rank's log piece by piece, from one attempt into the next when none was
+    asked for.
+    """
 
     client: Client
     job_id: str
@@ -229,8 +239,8 @@ class _LogReader:
     wrote: bool = False
 
     def read(self, as_json: bool) -> bool:
-        """Prints all there is; whether the job had ended before (what is written later is then
-        none).
+        """Prints all there is; whether the job had ended before (what is written later
+        is then none).
         """
         job = self.client.show(self.job_id)
         current = int(job.get("attempt") or 0)
@@ -262,7 +272,13 @@ class _LogReader:
 
 
 def _print_log(
-    client: Client, job_id: str, *, rank: int, attempt: int | None, follow: bool, as_json: bool
+    client: Client,
+    job_id: str,
+    *,
+    rank: int,
+    attempt: int | None,
+    follow: bool,
+    as_json: bool,
 ) -> None:
     reader = _LogReader(client, job_id, rank, attempt, newest=attempt is None)
     while not reader.read(as_json) and follow:

@@ -38,7 +38,8 @@ def submit(
         ),
     ] = False,
     idempotency_key: Annotated[
-        str | None, typer.Option(help="Submitting again with the same key gives the same job.")
+        str | None,
+        typer.Option(help="Submitting again with the same key gives the same job."),
     ] = None,
     url: Url = None,
     token: Token = None,

@@ -41,7 +41,8 @@ def plan(
     ranks: Annotated[
         int | None,
         typer.Option(
-            min=1, help="With --suggest: how many ranks; what the job would get when not given."
+            min=1,
+            help="With --suggest: how many ranks; what the job would get when not given.",
         ),
     ] = None,
     url: Url = None,
@@ -49,10 +50,15 @@ def plan(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how a job would run, and start nothing. Exit code 0 only when it would fit."""
+    """Say how a job would run, and start nothing.
+
+    Exit code 0 only when it would fit.
+    """
     values = read_spec(spec, overrides)
     if ranks is not None and not suggest:
-        raise CommandError("--ranks goes with --suggest; a plan has the ranks of its degrees")
+        raise CommandError(
+            "--ranks goes with --suggest; a plan has the ranks of its degrees"
+        )
     with connect(url, token, data_dir) as client:
         answer = (
             client.suggest(values, hardware=hardware, ranks=ranks)
@@ -99,7 +105,9 @@ def _print_memory(memory: Json) -> None:
     for name, amount in memory.items():
         if amount and name != "rank":
             words = name.replace("_bytes", "").replace("_", " ")
-            console().print(f"  {words:24} {size(amount) if '_bytes' in name else number(amount)}")
+            console().print(
+                f"  {words:24} {size(amount) if '_bytes' in name else number(amount)}"
+            )
 
 
 def _print_traffic(traffic: Sequence[Json]) -> None:
@@ -107,7 +115,9 @@ def _print_traffic(traffic: Sequence[Json]) -> None:
         console().print("[bold]sent[/bold] by that rank in a step")
     for entry in traffic:
         words = f"{entry['axis']} {str(entry['kind']).replace('_', '-')}"
-        console().print(f"  {words:24} {size(entry['bytes'])} in {number(entry['operations'])}")
+        console().print(
+            f"  {words:24} {size(entry['bytes'])} in {number(entry['operations'])}"
+        )
 
 
 def _print_time(answer: Json) -> None:
@@ -119,7 +129,14 @@ def _print_time(answer: Json) -> None:
             f"[bold]step[/bold] on {answer.get('hardware')}, estimated: "
             f"{_seconds(time['step_s'])}, {rest}"
         )
-        for name in ("products", "attention", "memory", "communication", "bubble", "update"):
+        for name in (
+            "products",
+            "attention",
+            "memory",
+            "communication",
+            "bubble",
+            "update",
+        ):
             if time[f"{name}_s"]:
                 console().print(f"  {name:24} {_seconds(time[f'{name}_s'])}")
     elif share:
@@ -131,7 +148,9 @@ def _print_ranks(ranks: Sequence[Json]) -> None:
         [
             str(rank.get("rank")),
             str(rank.get("island", "-")),
-            " ".join(f"{axis}{index}" for axis, index in (rank.get("coordinates") or {}).items()),
+            " ".join(
+                f"{axis}{index}" for axis, index in (rank.get("coordinates") or {}).items()
+            ),
         ]
         for rank in ranks
     ]
@@ -161,7 +180,9 @@ def _print_suggestions(answer: Json) -> None:
             f"{100 * time['mfu']:.1f} %",
             size(entry["total_bytes_estimate"]),
         ]
-        rows.append([*degrees, str(changes.get("training.micro_batch_size")), recompute, *estimate])
+        rows.append(
+            [*degrees, str(changes.get("training.micro_batch_size")), recompute, *estimate]
+        )
     columns = [
         "tp",
         "pp",

@@ -79,12 +79,16 @@ def _print_job(client: Client, job: Json) -> None:
         )
     if troubles:
         out.print("[bold]newest warnings and errors[/bold]")
-        print_page({"data": troubles[::-1]}, False, EVENT_COLUMNS, empty="", style=event_style)
+        print_page(
+            {"data": troubles[::-1]}, False, EVENT_COLUMNS, empty="", style=event_style
+        )
 
 
 def _newest(client: Client, job_id: str, kind: str) -> Json | None:
     """The newest event of a type."""
-    found: list[Json] = client.events(job_id, types=kind, newest_first=True, limit=1)["data"]
+    found: list[Json] = client.events(job_id, types=kind, newest_first=True, limit=1)[
+        "data"
+    ]
     return found[0] if found else None
 
 
@@ -103,7 +107,9 @@ def step_of(job: Json) -> str:
 def _state(job: Json) -> dict[str, str]:
     progress = job.get("progress") or {}
     return {
-        "reason": ": ".join(str(job[key]) for key in ("status_reason", "message") if job.get(key)),
+        "reason": ": ".join(
+            str(job[key]) for key in ("status_reason", "message") if job.get(key)
+        ),
         "step": step_of(job),
         "loss": number(progress.get("loss")),
         "validation loss": number(progress.get("val_loss")),
@@ -152,10 +158,14 @@ def _failure(attempt: Json) -> str:
 
 
 def _restarts(job: Json) -> str:
-    """How much of the budget is spent; the attempt that fails with nothing left ends the job."""
+    """How much of the budget is spent; the attempt that fails with nothing left ends
+    the job.
+    """
     failures = int(job.get("failures") or 0)
     most = nested(job, "resolved_spec.restart.max_failures")
-    text = f"{failures} failures" if most is None else f"{failures} of {most} failures spent"
+    text = (
+        f"{failures} failures" if most is None else f"{failures} of {most} failures spent"
+    )
     return text + (f", {job['preemptions']} preemptions" if job.get("preemptions") else "")
 
 

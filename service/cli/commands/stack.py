@@ -26,7 +26,9 @@ from service.local_stack.teardown import down as end_stack
 Cpus = Annotated[
     int | None,
     typer.Option(
-        "--cpus", min=1, help="CPUs that Ray may hand out; those of the machine when not given."
+        "--cpus",
+        min=1,
+        help="CPUs that Ray may hand out; those of the machine when not given.",
     ),
 ]
 INTERRUPTED = 130
@@ -42,14 +44,17 @@ def up(
     data_dir: DataDir = None,
     cpus: Cpus = None,
     detach: Annotated[
-        bool, typer.Option("--detach", help="Return once everything is ready; `down` ends it.")
+        bool,
+        typer.Option("--detach", help="Return once everything is ready; `down` ends it."),
     ] = False,
     ready_timeout_s: Annotated[
         float, typer.Option(min=1, help="Longest wait until everything is there.")
     ] = 120.0,
     as_json: AsJson = False,
 ) -> None:
-    """Start Ray, the service and its agent on this machine, and look after them until Ctrl-C."""
+    """Start Ray, the service and its agent on this machine, and look after them until
+    Ctrl-C.
+    """
     interruption = Interruption()
     interruption.listen()
     folder = resolve_data_dir(data_dir)
@@ -59,7 +64,10 @@ def up(
     options = StackOptions(folder, num_cpus=cpus, ready_timeout_s=ready_timeout_s)
     screen = Console(stderr=as_json, highlight=False, soft_wrap=True)
     with_stack(
-        options, interruption, screen, lambda stack, record: _announce(stack, record, as_json)
+        options,
+        interruption,
+        screen,
+        lambda stack, record: _announce(stack, record, as_json),
     )
 
 
@@ -131,11 +139,16 @@ def down(
     data_dir: DataDir = None,
     job_grace_s: Annotated[
         float,
-        typer.Option(min=0, help="How long running jobs may take to write a last checkpoint."),
+        typer.Option(
+            min=0, help="How long running jobs may take to write a last checkpoint."
+        ),
     ] = 20.0,
     as_json: AsJson = False,
 ) -> None:
-    """End the local stack and all it started. May be repeated; works too when `up` was killed."""
+    """End the local stack and all it started.
+
+    May be repeated; works too when `up` was killed.
+    """
     folder = resolve_data_dir(data_dir)
     screen = Console(stderr=as_json, highlight=False, soft_wrap=True)
     try:
@@ -174,7 +187,9 @@ def _print_addresses(record: StackRecord, as_json: bool) -> None:
         return
     out = console()
     out.print("[bold green]megatron-ray is up[/bold green]")
-    out.print(f"  service    {escape(record.url)}  (tokens: {escape(record.data_dir)}/tokens.json)")
+    out.print(
+        f"  service    {escape(record.url)}  (tokens: {escape(record.data_dir)}/tokens.json)"
+    )
     out.print(
         f"  dashboard  {escape(record.dashboard_url)}  (it asks for a token: ray_token in "
         f"{escape(record.data_dir)}/stack.json)"

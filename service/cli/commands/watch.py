@@ -1,9 +1,10 @@
 """A job while it lives.
 
-Owns: the live progress bar, and its plain lines where there is no terminal. Must not know:
-commands.
+Owns: the live progress bar, and its plain lines where there is no terminal. Must not
+know: commands.
 
-`Watcher` turns stream events into lines and numbers and knows no terminal; `watch_job` draws them.
+`Watcher` turns stream events into lines and numbers and knows no terminal; `watch_job`
+draws them.
 """
 
 import sys
@@ -31,7 +32,8 @@ from workers.protocol.states import JobState
 TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
 
 _PLAIN_LINE_EVERY_S = 5.0
-_SMOOTHING = 0.1  # weight of the newest step in the throughput that the ETA is made from
+# weight of the newest step in the throughput that the ETA is made from
+_SMOOTHING = 0.1
 _STATE_EVENTS = frozenset(f"job.{state.value}" for state in JobState)
 
 
@@ -82,7 +84,9 @@ class Watcher:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the last step, from the smoothed throughput; None until a step has been seen."""
+        """Seconds to the last step, from the smoothed throughput; None until a step has
+        been seen.
+        """
         if not self._smooth or self.steps is None or self.tokens_per_step is None:
             return None
         return max(0, self.steps - self.step) * self.tokens_per_step / self._smooth
@@ -121,8 +125,8 @@ class Watcher:
 
 
 def _is_detail(event_type: str) -> bool:
-    """Whether `megatron-ray events` is the place for it: single ranks' doings, and state changes,
-    which have lines of their own.
+    """Whether `megatron-ray events` is the place for it: single ranks' doings, and
+    state changes, which have lines of their own.
     """
     return event_type.startswith("rank.") or event_type in _STATE_EVENTS
 
@@ -130,7 +134,10 @@ def _is_detail(event_type: str) -> bool:
 def watch_job(
     client: Client, job_id: str, *, as_json: bool = False, out: Console | None = None
 ) -> dict[str, Any]:
-    """Follows a job to its end; the job as it ended. Raises Failure unless it succeeded."""
+    """Follows a job to its end; the job as it ended.
+
+    Raises Failure unless it succeeded.
+    """
     watcher = Watcher()
     job = client.show(job_id)
     watcher.learn(job)
@@ -139,7 +146,9 @@ def watch_job(
             _follow_json(client, job_id)
         else:
             screen = out or Console(highlight=False)
-            (_follow_live if screen.is_terminal else _follow_plain)(client, job_id, watcher, screen)
+            (_follow_live if screen.is_terminal else _follow_plain)(
+                client, job_id, watcher, screen
+            )
     except KeyboardInterrupt:
         remedy = (
             f"`megatron-ray watch {job_id}` comes back to it, `megatron-ray cancel {job_id}` "
@@ -196,7 +205,9 @@ def _follow_live(client: Client, job_id: str, watcher: Watcher, screen: Console)
             for line in watcher.take(event):
                 progress.console.print(line)
             shown = watcher.numbers() if watcher.step else watcher.status
-            progress.update(task, total=watcher.steps, completed=watcher.step, numbers=shown)
+            progress.update(
+                task, total=watcher.steps, completed=watcher.step, numbers=shown
+            )
 
 
 def _follow_plain(
@@ -211,7 +222,9 @@ def _follow_plain(
     for event in client.stream(job_id):
         lines = watcher.take(event)
         finished = watcher.step == watcher.steps or event.event == "end"
-        if watcher.step > last_step and (finished or clock() - last_line >= _PLAIN_LINE_EVERY_S):
+        if watcher.step > last_step and (
+            finished or clock() - last_line >= _PLAIN_LINE_EVERY_S
+        ):
             lines = [watcher.numbers(), *lines]
             last_line = clock()
             last_step = watcher.step

@@ -1,5 +1,5 @@
-"""Alembic's entry: runs the migrations on the connection that `service.store.database` hands over,
-inside its transaction.
+"""Alembic's entry: runs the migrations on the connection that `service.store.database`
+hands over, inside its transaction.
 """
 
 from alembic import context

@@ -1,6 +1,7 @@
 """Bringing a database up to date.
 
-Owns: Alembic's configuration. Must not know: when that is due (`service.store.database` decides).
+Owns: Alembic's configuration. Must not know: when that is due (`service.store.database`
+decides).
 """
 
 import importlib.resources

@@ -10,8 +10,8 @@ import torch
 from megatron_ray.distributed import device
 from service.local_stack.ray_head import ray_environment
 
-# Allocates and frees 48 MB blocks, and prints the page faults of the second half, when memory is
-# warm.
+# Allocates and frees 48 MB blocks, and prints the page faults of the second half, when
+# memory is warm.
 FAULTS = """
 import resource, sys, threading, torch
 from megatron_ray.distributed import device
@@ -35,7 +35,9 @@ thread.join()
 def faults(mode: str) -> int:
     """As a rank under Ray would have them."""
     environment = os.environ | {
-        name: value for name, value in ray_environment("", Path()).items() if value is not None
+        name: value
+        for name, value in ray_environment("", Path()).items()
+        if value is not None
     }
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, mode],
@@ -51,7 +53,8 @@ def test_freed_memory_is_kept_in_a_thread_too() -> None:
     assert faults("keep") < faults("plain") / 10
 
 
-# Frees 200 MB of which nothing lies at the heap's end, where glibc would return it unasked.
+# Frees 200 MB of which nothing lies at the heap's end, where glibc would return it
+# unasked.
 HOLES = """
 import torch
 from megatron_ray.distributed import device
@@ -75,17 +78,18 @@ print(before - kept, before - given_back)
 
 
 def test_what_is_kept_is_given_back_once_the_process_has_grown() -> None:
-    done = subprocess.run([sys.executable, "-c", HOLES], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", HOLES], check=True, capture_output=True, text=True
+    )
     kept, given_back = map(int, done.stdout.split())
-    assert kept < 10 and given_back > 180
+    assert kept < 10
+    assert given_back > 180
 
 
 def test_cpu_facts() -> None:
     cpu = device.select("cpu")
-    assert (
-        cpu == torch.device("cpu")
-        and device.backend_for(cpu) == "gloo"
-        and device.peak_flops(cpu) is None
-    )
+    assert cpu == torch.device("cpu")
+    assert device.backend_for(cpu) == "gloo"
+    assert device.peak_flops(cpu) is None
     assert device.peak_memory_bytes(cpu) > 1 << 20
     device.synchronize(cpu)

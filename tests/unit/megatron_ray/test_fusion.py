@@ -1,4 +1,6 @@
-"""The formulas that are compiled against the kernels that they replace, plain and compiled."""
+"""The formulas that are compiled against the kernels that they replace, plain and
+compiled.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +44,10 @@ def rms_norm(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
 
 def gated(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
     gate_up = draw(dtype, TOKENS, 96)
-    return [kernel.forward(gate_up), kernel.backward(draw(dtype, TOKENS, 48, seed=1), gate_up)]
+    return [
+        kernel.forward(gate_up),
+        kernel.backward(draw(dtype, TOKENS, 48, seed=1), gate_up),
+    ]
 
 
 def rotation(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
@@ -83,8 +88,11 @@ CASES: dict[str, tuple[Callable[[Any, torch.dtype], list[Tensor]], Any]] = {
 
 def close(measured: list[Tensor], expected: list[Tensor], allowed: float) -> None:
     for one, two in zip(measured, expected, strict=True):
-        assert one.dtype == two.dtype and one.shape == two.shape
-        assert float((one.double() - two.double()).norm()) <= allowed * float(two.double().norm())
+        assert one.dtype == two.dtype
+        assert one.shape == two.shape
+        assert float((one.double() - two.double()).norm()) <= allowed * float(
+            two.double().norm()
+        )
 
 
 @pytest.mark.parametrize("dtype", ALLOWED)
@@ -94,7 +102,8 @@ def test_a_formula_is_its_kernel(case: str, dtype: torch.dtype) -> None:
     close(run(getattr(compile.FORMULAS, case), dtype), run(kernel, dtype), ALLOWED[dtype])
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own compiler
+# torch's own compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.parity)]
 )
@@ -131,13 +140,19 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced(
             "optimizer": {"lr": 1e-3},
         }
     )
-    model = build_model(config.model, ParallelMesh.single(), config.parallel, dtype=torch.float32)
+    model = build_model(
+        config.model, ParallelMesh.single(), config.parallel, dtype=torch.float32
+    )
     mark = DifferentiableOp(lambda: None, lambda: None)
-    compile.apply_compile(model, compile.CompiledOps(*(mark for _ in compile.CompiledOps._fields)))
+    compile.apply_compile(
+        model, compile.CompiledOps(*(mark for _ in compile.CompiledOps._fields))
+    )
 
     def of(module: nn.Module) -> object:
         names = ("rotation", "kernel", "softmax_shares_")
-        return next((getattr(module, name) for name in names if hasattr(module, name)), None)
+        return next(
+            (getattr(module, name) for name in names if hasattr(module, name)), None
+        )
 
     replaced = [name for name, module in model.named_modules() if of(module) is mark]
     kept = [

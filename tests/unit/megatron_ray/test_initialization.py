@@ -13,7 +13,9 @@ from megatron_ray.sharding.parameters import Init, LogicalParameter, local_param
 
 
 def normal(shape: tuple[int, ...]) -> LogicalParameter:
-    return LogicalParameter("layers.0.mlp.up.weight", shape, Init("normal", 0.02), 0, decay=True)
+    return LogicalParameter(
+        "layers.0.mlp.up.weight", shape, Init("normal", 0.02), 0, decay=True
+    )
 
 
 def test_any_box_is_a_slice_of_the_whole(monkeypatch) -> None:  # type: ignore[no-untyped-def]
@@ -33,26 +35,25 @@ def test_seed_and_name_matter_and_the_spread_is_right() -> None:
     box = Box((0, 0), (400, 100))
     first = draw_box(normal((400, 100)), box, seed=1)
     assert not torch.equal(first, draw_box(normal((400, 100)), box, seed=2))
-    assert (
-        abs(float(first.std()) / 0.02 - 1) < 0.02
-        and abs(float(first.mean())) < 0.02 / math.sqrt(40000) * 4
-    )
+    assert abs(float(first.std()) / 0.02 - 1) < 0.02
+    assert abs(float(first.mean())) < 0.02 / math.sqrt(40000) * 4
 
 
 def test_padding_rows_are_zero() -> None:
     model = ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 130})
     embedding = local_parameters(model, ParallelDims(tp=2), 1)[0]
     value = init_local(embedding, seed=1)
-    assert (
-        value.shape == (128, 128)
-        and bool(value[2:].eq(0).all())
-        and not bool(value[:2].eq(0).any())
-    )
+    assert value.shape == (128, 128)
+    assert bool(value[2:].eq(0).all())
+    assert not bool(value[:2].eq(0).any())
 
 
 def test_rows_that_write_to_the_residual_start_smaller() -> None:
     model = ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 256})
-    table = {parameter.name: parameter for parameter in local_parameters(model, ParallelDims(), 0)}
+    table = {
+        parameter.name: parameter
+        for parameter in local_parameters(model, ParallelDims(), 0)
+    }
     spread = {
         name: float(init_local(table[name], 1).std())
         for name in ("layers.0.mlp.gate_up.weight", "layers.0.mlp.down.weight")

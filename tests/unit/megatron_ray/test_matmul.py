@@ -15,7 +15,10 @@ PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
         lambda x, w, g: g + x @ w.t(),
     ),
     "input_grad": (lambda x, w, g: matmul.input_grad_product(g, w), lambda x, w, g: g @ w),
-    "weight_grad": (lambda x, w, g: matmul.weight_grad_product(g, x), lambda x, w, g: g.t() @ x),
+    "weight_grad": (
+        lambda x, w, g: matmul.weight_grad_product(g, x),
+        lambda x, w, g: g.t() @ x,
+    ),
 }
 
 
@@ -31,13 +34,15 @@ def operands() -> list[Tensor]:
 def test_a_product_in_fp32_is_the_exact_one_rounded(
     product: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16
+    )
     ours, plain = PRODUCTS[product]
     found = ours(*operands())
     exact = plain(*(tensor.double() for tensor in operands()))
     assert found.dtype == torch.bfloat16
-    # Half a unit in the last of bf16's eight places, and what fp32 is off by where the sum nearly
-    # vanishes.
+    # Half a unit in the last of bf16's eight places, and what fp32 is off by where the
+    # sum nearly vanishes.
     assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all())
 
 
@@ -45,7 +50,9 @@ def test_a_product_in_fp32_is_the_exact_one_rounded(
 def test_weight_gradients_are_added_up_in_fp32_unrounded(
     fresh: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16
+    )
     x, _, g = operands()
     main = torch.full((56, 24), 3.0)
     matmul.accumulate_weight_grad(main, g, x, fresh=fresh)

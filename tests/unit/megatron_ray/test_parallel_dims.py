@@ -13,11 +13,15 @@ def test_the_published_example_of_sixteen_ranks() -> None:
     dims = ParallelDims(tp=2, dp=2, pp=4)
     assert dims.groups(("tp",)) == tuple((rank, rank + 1) for rank in range(0, 16, 2))
     assert dims.groups(("dp",))[:4] == ((0, 2), (1, 3), (4, 6), (5, 7))
-    assert dims.groups(("pp",)) == tuple((rank, rank + 4, rank + 8, rank + 12) for rank in range(4))
+    assert dims.groups(("pp",)) == tuple(
+        (rank, rank + 4, rank + 8, rank + 12) for rank in range(4)
+    )
 
 
 @given(sizes, sizes, sizes, sizes, st.permutations(["tp", "cp", "ep", "dp", "pp"]))
-def test_coordinates_and_groups_agree(tp: int, cp: int, dp: int, pp: int, order: list[str]) -> None:
+def test_coordinates_and_groups_agree(
+    tp: int, cp: int, dp: int, pp: int, order: list[str]
+) -> None:
     dims = (
         ParallelDims(tp, cp, dp, pp, order=tuple(order))
         if order[-1] == "pp"
@@ -27,7 +31,9 @@ def test_coordinates_and_groups_agree(tp: int, cp: int, dp: int, pp: int, order:
         assert dims.rank_at(**dims.coordinates(rank)) == rank
     for axes in (("tp",), ("dp", "cp"), ("tp", "cp", "dp", "pp")):
         groups = dims.groups(axes)
-        assert sorted(rank for group in groups for rank in group) == list(range(dims.world_size))
+        assert sorted(rank for group in groups for rank in group) == list(
+            range(dims.world_size)
+        )
         assert all(group == dims.group_of(rank, axes) for group in groups for rank in group)
         assert all(len(group) == dims.size(*axes) for group in groups)
 
@@ -49,20 +55,30 @@ def test_bad_arguments_are_named() -> None:
         ParallelDims(tp=0)
     with pytest.raises(ValueError, match="ep=0 must be at least 1"):
         ParallelDims(ep=0)
-    with pytest.raises(ValueError, match="order tp-dp must name each of tp, cp, ep, dp, pp once"):
+    with pytest.raises(
+        ValueError, match="order tp-dp must name each of tp, cp, ep, dp, pp once"
+    ):
         ParallelDims(order=("tp", "dp"))
     with pytest.raises(ValueError, match="rank 4 is outside a world of 4"):
         ParallelDims(tp=4).coordinates(4)
 
 
 def test_the_expert_grid_lies_over_the_same_ranks() -> None:
-    """Megatron's example: tp2 dp4 with ep=4: experts' ranks are neighbours, and only one replica of
-    each is left.
+    """Megatron's example: tp2 dp4 with ep=4: experts' ranks are neighbours, and only
+    one replica of each is left.
     """
     dims = ParallelDims(tp=2, dp=4, ep=4, etp=2)
-    assert dims.expert_dp == 1 and dims.experts.groups(("ep",)) == ((0, 2, 4, 6), (1, 3, 5, 7))
+    assert dims.expert_dp == 1
+    assert dims.experts.groups(("ep",)) == (
+        (0, 2, 4, 6),
+        (1, 3, 5, 7),
+    )
     dims = ParallelDims(tp=2, dp=4, ep=4, etp=1)
-    assert dims.expert_dp == 2 and dims.experts.groups(("ep",)) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert dims.expert_dp == 2
+    assert dims.experts.groups(("ep",)) == (
+        (0, 1, 2, 3),
+        (4, 5, 6, 7),
+    )
     assert dims.experts.groups(("edp",)) == ((0, 4), (1, 5), (2, 6), (3, 7))
 
 
@@ -134,5 +150,7 @@ def test_embedding_groups_and_context_levels() -> None:
     assert ParallelDims(tp=2, dp=4, zero_replicas=2).shard_levels_of(5) == ((5, 7), (1, 5))
     with pytest.raises(ValueError, match=r"zero_replicas=3 must divide dp x cp = 4 x 1"):
         ParallelDims(dp=4, zero_replicas=3)
-    with pytest.raises(ValueError, match=r"hierarchical sizes \[2, 2\] multiply to 4, not to cp=8"):
+    with pytest.raises(
+        ValueError, match=r"hierarchical sizes \[2, 2\] multiply to 4, not to cp=8"
+    ):
         ParallelDims(cp=8, cp_sizes=(2, 2))

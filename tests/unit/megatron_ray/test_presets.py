@@ -43,29 +43,31 @@ PUBLISHED = {
     "moonlight-16b": 15_960_108_544,
     "deepseek-v3": 671_026_404_352 + 11_610_067_968,
 }
-"""Parameters, shared ones once: as the model cards' safetensors count them. Routers' biases are
-none here; DeepSeek-V3's are those of the model and of the prediction of a further token."""
+"""Parameters, shared ones once: as the model cards' safetensors count them. Routers'
+biases are none here; DeepSeek-V3's are those of the model and of the prediction of a
+further token."""
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_a_preset_has_the_published_parameters(preset: str) -> None:
     model = ModelConfig.model_validate({"preset": preset})
     assert (
-        sum(parameter.num_elements for parameter in logical_parameters(model)) == PUBLISHED[preset]
+        sum(parameter.num_elements for parameter in logical_parameters(model))
+        == PUBLISHED[preset]
     )
 
 
 def test_every_preset_but_the_tiny_ones_is_counted() -> None:
-    assert PRESETS.keys() - PUBLISHED.keys() == {name for name in PRESETS if name.endswith("-tiny")}
+    assert PRESETS.keys() - PUBLISHED.keys() == {
+        name for name in PRESETS if name.endswith("-tiny")
+    }
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("-tiny")])
 def test_tiny_presets_divide_by_four(preset: str) -> None:
     model = ModelConfig.model_validate({"preset": preset})
-    assert (
-        model.num_layers % 4 == model.num_attention_heads % 4 == model.kv_heads % 4 == 0
-        and model.vocab_size is None
-    )
+    assert model.num_layers % 4 == model.num_attention_heads % 4 == model.kv_heads % 4 == 0
+    assert model.vocab_size is None
 
 
 def test_fields_inside_a_part_of_a_preset_are_given_one_by_one() -> None:
@@ -73,12 +75,10 @@ def test_fields_inside_a_part_of_a_preset_are_given_one_by_one() -> None:
     model = ModelConfig.model_validate(
         {"preset": "deepseek-tiny", "moe": {"z_loss_coeff": 1e-3}, "mla": {"v_head_dim": 8}}
     )
-    assert (
-        plain.moe is not None
-        and plain.mla is not None
-        and model.moe is not None
-        and model.mla is not None
-    )
+    assert plain.moe is not None
+    assert plain.mla is not None
+    assert model.moe is not None
+    assert model.mla is not None
     assert model.moe == plain.moe.model_copy(update={"z_loss_coeff": 1e-3}) != plain.moe
     assert model.mla == plain.mla.model_copy(update={"v_head_dim": 8}) != plain.mla
     assert ModelConfig.model_validate(model.model_dump()) == model

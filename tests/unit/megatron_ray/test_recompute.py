@@ -1,4 +1,6 @@
-"""What is recomputed is not kept, costs what it should, and changes no bit of a gradient."""
+"""What is recomputed is not kept, costs what it should, and changes no bit of a
+gradient.
+"""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -36,7 +38,9 @@ EXPERTS = {
     "z_loss_coeff": 1e-3,
     "capacity_factor": 1.0,
 }
-WITHOUT_GROUPS = {name: value for name, value in LLAMA.items() if name != "num_query_groups"}
+WITHOUT_GROUPS = {
+    name: value for name, value in LLAMA.items() if name != "num_query_groups"
+}
 LATENT = {
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -50,7 +54,11 @@ MODELS = {
     "moe": LLAMA | {"num_layers": LAYERS, "moe": EXPERTS},
     "latent": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT},
     "latent-further": WITHOUT_GROUPS
-    | {"num_layers": LAYERS, "mla": LATENT | {"q_lora_rank": None}, "mtp": {"num_layers": 2}},
+    | {
+        "num_layers": LAYERS,
+        "mla": LATENT | {"q_lora_rank": None},
+        "mtp": {"num_layers": 2},
+    },
     "families": LLAMA
     | {
         "num_layers": LAYERS,
@@ -71,7 +79,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "activation": {"granularity": "selective", "modules": ["activation"]},
     "mlp": {"granularity": "selective", "modules": ["mlp"]},
     "norm-activation": {"granularity": "selective", "modules": ["norm", "activation"]},
-    "core-norm-mlp": {"granularity": "selective", "modules": ["core_attention", "norm", "mlp"]},
+    "core-norm-mlp": {
+        "granularity": "selective",
+        "modules": ["core_attention", "norm", "mlp"],
+    },
     "norm-moe": {"granularity": "selective", "modules": ["norm", "moe"]},
     "uniform1": {"granularity": "full", "method": "uniform", "num_layers": 1},
     "uniform2": {"granularity": "full", "method": "uniform", "num_layers": 2},
@@ -82,7 +93,10 @@ DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 
 def config_of(setting: str, model: str, precision: str, dropout: bool) -> TrainConfig:
     fields = make_config(
-        MODELS[model] | (DROPOUT if dropout else {}), {"dp": 1}, steps=1, precision=precision
+        MODELS[model] | (DROPOUT if dropout else {}),
+        {"dp": 1},
+        steps=1,
+        precision=precision,
     ).model_dump()
     fields["training"]["recompute"] = SETTINGS[setting]
     return TrainConfig.from_mapping(fields)
@@ -149,8 +163,9 @@ def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -
         config = without_capacity(config_of(setting, model, precision, dropout))
         measured = kept_bytes(config, ParallelMesh.single())
         formula = kept_activations(config, range(LAYERS))
-        # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16 LayerNorm short
-        # statistics; the formula is that of CUDA. Of a router it leaves out some sums.
+        # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16
+        # LayerNorm short statistics; the formula is that of CUDA. Of a router it leaves
+        # out some sums.
         allowed = 0.025 if precision == "bf16" else 0.002 if model == "moe" else 0.0
         assert abs(measured - formula) <= allowed * formula, setting
 
@@ -169,7 +184,10 @@ def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -
     ],
 )
 def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_once(
-    monkeypatch: pytest.MonkeyPatch, setting: str, layer_runs: int, part_runs: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    layer_runs: int,
+    part_runs: dict[str, int],
 ) -> None:
     runs = Counter[str]()
 
@@ -211,9 +229,16 @@ def test_choices_are_heard_and_other_losses_counted_once() -> None:
         mesh = ParallelMesh.single()
         heard = list[tuple[int, Tensor]]()
         model, optimizer = build(config, mesh)
-        model.module.on_route = lambda layer, experts, heard=heard: heard.append((layer, experts))  # type: ignore[misc]
+        model.module.on_route = lambda layer, experts, heard=heard: heard.append(
+            (layer, experts)
+        )  # type: ignore[misc]
         batches = StepLoader(
-            RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)
+            RandomDataset(config.model.vocabulary, 32),
+            2,
+            4,
+            0,
+            1,
+            batch_maker(config, mesh),
         ).step(0)
         loss = forward_backward(model, mesh, batches)
         stats = finalize_grads(
@@ -224,22 +249,28 @@ def test_choices_are_heard_and_other_losses_counted_once() -> None:
     (choices, values), *others = found
     assert (values[3:5] > 0).all()
     for other, recomputed_values in others:
-        assert torch.equal(other, choices) and torch.equal(recomputed_values, values)
+        assert torch.equal(other, choices)
+        assert torch.equal(recomputed_values, values)
 
 
 def test_an_evaluation_recomputes_nothing_and_frees_nothing() -> None:
     mesh = ParallelMesh.single()
-    model, hidden, positions = blocks_of(config_of("norm-activation", "llama", "fp32", False), mesh)
+    model, hidden, positions = blocks_of(
+        config_of("norm-activation", "llama", "fp32", False), mesh
+    )
     plain, _, _ = blocks_of(config_of("none", "llama", "fp32", False), mesh)
     with torch.no_grad():
         expected = plain.through(plain.layers.values(), hidden, positions)
-        assert torch.equal(model.through(model.layers.values(), hidden, positions), expected)
+        assert torch.equal(
+            model.through(model.layers.values(), hidden, positions), expected
+        )
 
 
 def test_a_region_whose_inputs_need_no_gradient_still_gives_its_parameters_theirs() -> None:
     weight = torch.ones(3, requires_grad=True)
     recomputed(lambda x: x * weight, torch.arange(3.0)).sum().backward()  # type: ignore[no-untyped-call]
-    assert weight.grad is not None and weight.grad.tolist() == [0, 1, 2]
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [0, 1, 2]
 
 
 def test_frozen_embeddings_leave_the_gradients_of_recomputed_layers_as_they_are() -> None:
@@ -248,4 +279,5 @@ def test_frozen_embeddings_leave_the_gradients_of_recomputed_layers_as_they_are(
         fields = config_of(setting, "llama", "fp32", False).model_dump()
         fields["optimizer"]["freeze"] = ["embedding.*"]
         found.append(gradients(TrainConfig.from_mapping(fields))[1])
-    assert found[0].any() and all(torch.equal(found[0], other) for other in found[1:])
+    assert found[0].any()
+    assert all(torch.equal(found[0], other) for other in found[1:])

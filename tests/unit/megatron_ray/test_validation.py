@@ -10,19 +10,29 @@ from megatron_ray.validation import check, resolution
 BASE: dict[str, Any] = {
     "model": {"preset": "gpt-tiny"},
     "data": {"train": [{"path": "builtin://python-stdlib"}]},
-    "training": {"seq_length": 256, "micro_batch_size": 4, "global_batch_size": 16, "steps": 10},
+    "training": {
+        "seq_length": 256,
+        "micro_batch_size": 4,
+        "global_batch_size": 16,
+        "steps": 10,
+    },
     "optimizer": {"lr": 1e-3},
 }
 
 
 def config(**groups: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_mapping(
-        {**BASE, **{name: {**BASE.get(name, {}), **fields} for name, fields in groups.items()}}
+        {
+            **BASE,
+            **{name: {**BASE.get(name, {}), **fields} for name, fields in groups.items()},
+        }
     )
 
 
 def test_a_good_config_has_no_problem() -> None:
-    assert check.find_problems(config(parallel={"tp": 2, "sequence_parallel": True}), 2) == []
+    assert (
+        check.find_problems(config(parallel={"tp": 2, "sequence_parallel": True}), 2) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,7 +67,13 @@ def test_a_good_config_has_no_problem() -> None:
             "many such groups there are, with product 4",
         ),
         (
-            {"parallel": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 4)}},
+            {
+                "parallel": {
+                    "cp": 4,
+                    "cp_method": "a2a+p2p",
+                    "hierarchical_cp_sizes": (2, 4),
+                }
+            },
             None,
             "/parallel/hierarchical_cp_sizes",
             "hierarchical_cp_sizes = 2 x 4 is not cp=4",
@@ -186,7 +202,10 @@ def test_a_good_config_has_no_problem() -> None:
             "does not divide model.ffn_hidden_size=386",
         ),
         (
-            {"parallel": {"tp": 2, "sequence_parallel": True}, "training": {"seq_length": 255}},
+            {
+                "parallel": {"tp": 2, "sequence_parallel": True},
+                "training": {"seq_length": 255},
+            },
             None,
             "/training/seq_length",
             "sequence_parallel cuts seq_length=255 into tp x cp = 2 x 1 parts; use a "
@@ -221,7 +240,8 @@ def test_a_good_config_has_no_problem() -> None:
             {"model": {"zero_centered_norm": True, "norm": "layernorm"}},
             None,
             "/model/zero_centered_norm",
-            "zero_centered_norm goes with norm=rmsnorm, not layernorm; leave it out, or change norm",
+            "zero_centered_norm goes with norm=rmsnorm, not layernorm; "
+            "leave it out, or change norm",
         ),
         (
             {
@@ -236,7 +256,15 @@ def test_a_good_config_has_no_problem() -> None:
             "none; leave it out",
         ),
         (
-            {"model": {"rope_scaling": {"kind": "llama3", "factor": 8.0, "low_freq_factor": 4.0}}},
+            {
+                "model": {
+                    "rope_scaling": {
+                        "kind": "llama3",
+                        "factor": 8.0,
+                        "low_freq_factor": 4.0,
+                    }
+                }
+            },
             None,
             "/model/rope_scaling/high_freq_factor",
             "high_freq_factor=4 must be above low_freq_factor=4: between them frequencies "
@@ -272,7 +300,8 @@ def test_a_good_config_has_no_problem() -> None:
             {"training": {"recompute": {"granularity": "selective", "method": "uniform"}}},
             None,
             "/training/recompute/method",
-            "method is for granularity=full, not for selective; leave it out, or change granularity",
+            "method is for granularity=full, not for selective; "
+            "leave it out, or change granularity",
         ),
         (
             {"training": {"recompute": {"granularity": "selective", "num_layers": 2}}},
@@ -312,7 +341,10 @@ def test_a_good_config_has_no_problem() -> None:
         (
             {
                 "training": {
-                    "recompute": {"granularity": "selective", "modules": ["mlp", "activation"]}
+                    "recompute": {
+                        "granularity": "selective",
+                        "modules": ["mlp", "activation"],
+                    }
                 }
             },
             None,
@@ -365,14 +397,18 @@ def test_a_good_config_has_no_problem() -> None:
         ),
     ],
 )
-def test_each_rule(groups: dict[str, Any], world: int | None, pointer: str, words: str) -> None:
+def test_each_rule(
+    groups: dict[str, Any], world: int | None, pointer: str, words: str
+) -> None:
     problems = check.find_problems(config(**groups), world)
     assert [problem.pointer for problem in problems] == [pointer]
     assert words in problems[0].detail
 
 
 def test_an_odd_head_is_refused_even_when_it_is_derived() -> None:
-    problems = check.find_problems(config(model={"hidden_size": 60, "num_attention_heads": 4}))
+    problems = check.find_problems(
+        config(model={"hidden_size": 60, "num_attention_heads": 4})
+    )
     assert [problem.code for problem in problems] == ["rope_even"]
 
 
@@ -390,7 +426,8 @@ def test_sequence_parallel_means_nothing_without_tp() -> None:
 def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
     assert resolution.with_vocabulary(config(), 300).model.vocab_size == 300
     assert (
-        resolution.with_vocabulary(config(model={"vocab_size": 5000}), 300).model.vocab_size == 5000
+        resolution.with_vocabulary(config(model={"vocab_size": 5000}), 300).model.vocab_size
+        == 5000
     )
     with pytest.raises(
         ValueError, match="model.vocab_size=200 is smaller than the tokenizer's 300"
@@ -423,7 +460,12 @@ def latent(**changes: Any) -> dict[str, Any]:
             "/model/qkv_bias",
             "qkv_bias has no meaning with mla; leave it out, or leave out mla",
         ),
-        (latent(linear_bias=True), {}, "/model/linear_bias", "linear_bias has no meaning with mla"),
+        (
+            latent(linear_bias=True),
+            {},
+            "/model/linear_bias",
+            "linear_bias has no meaning with mla",
+        ),
         (latent(qk_norm=True), {}, "/model/qk_norm", "qk_norm has no meaning with mla"),
         (
             latent(sliding_window=64),
@@ -495,7 +537,11 @@ def test_each_rule_of_latent_attention_and_further_tokens(
 @pytest.mark.parametrize(
     ("model", "parallel", "world"),
     [
-        (latent(mtp={"num_layers": 2}), {"tp": 2, "cp": 2, "pp": 2, "layout": "Ett|ttmmL"}, 8),
+        (
+            latent(mtp={"num_layers": 2}),
+            {"tp": 2, "cp": 2, "pp": 2, "layout": "Ett|ttmmL"},
+            8,
+        ),
         (
             {"preset": "deepseek-tiny"},
             {"tp": 2, "ep": 2, "etp": 1, "sequence_parallel": True, "pp": 2},
@@ -509,9 +555,12 @@ def test_latent_attention_and_further_tokens_go_with_every_axis(
     assert check.find_problems(config(model=model, parallel=parallel), world) == []
 
 
-def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) -> TrainConfig:
+def with_experts(
+    moe: dict[str, Any], parallel: dict[str, Any], **model: Any
+) -> TrainConfig:
     return config(
-        model={"preset": "moe-tiny", "moe": {"num_experts": 8} | moe} | model, parallel=parallel
+        model={"preset": "moe-tiny", "moe": {"num_experts": 8} | moe} | model,
+        parallel=parallel,
     )
 
 
@@ -554,7 +603,12 @@ def with_experts(moe: dict[str, Any], parallel: dict[str, Any], **model: Any) ->
             "/model/moe/layer_pattern",
             "layer_pattern has 2 entries for num_layers=4; give one per layer",
         ),
-        ({"top_k": 9}, {}, "/model/moe/top_k", "top_k=9 is more than num_experts=8; lower it"),
+        (
+            {"top_k": 9},
+            {},
+            "/model/moe/top_k",
+            "top_k=9 is more than num_experts=8; lower it",
+        ),
         (
             {"top_k": 1},
             {},
@@ -630,7 +684,9 @@ def test_experts_have_no_biases() -> None:
 
 
 @pytest.mark.parametrize(("world", "dp"), [(1, 4), (4, 4), (7, 4), (100, 4)])
-def test_auto_dp_completes_the_grid_of_experts_even_beyond_the_room(world: int, dp: int) -> None:
+def test_auto_dp_completes_the_grid_of_experts_even_beyond_the_room(
+    world: int, dp: int
+) -> None:
     assert resolution.resolve(with_experts({}, {"ep": 4}), world).parallel.dp == dp
     assert (
         resolution.resolve(
@@ -642,7 +698,9 @@ def test_auto_dp_completes_the_grid_of_experts_even_beyond_the_room(world: int, 
 
 def test_good_experts_have_no_problem() -> None:
     assert (
-        check.find_problems(with_experts({"layer_pattern": {"every": 2}}, {"ep": 4, "dp": 4}), 4)
+        check.find_problems(
+            with_experts({"layer_pattern": {"every": 2}}, {"ep": 4, "dp": 4}), 4
+        )
         == []
     )
     grouped = {
@@ -654,7 +712,9 @@ def test_good_experts_have_no_problem() -> None:
     }
     assert (
         check.find_problems(
-            with_experts(grouped, {"tp": 2, "etp": 1, "ep": 4, "sequence_parallel": True, "dp": 2}),
+            with_experts(
+                grouped, {"tp": 2, "etp": 1, "ep": 4, "sequence_parallel": True, "dp": 2}
+            ),
             4,
         )
         == []

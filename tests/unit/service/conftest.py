@@ -1,4 +1,6 @@
-"""A real service on a real socket, and an agent and drivers that speak its internal HTTP API."""
+"""A real service on a real socket, and an agent and drivers that speak its internal
+HTTP API.
+"""
 
 import copy
 import json
@@ -30,18 +32,29 @@ SPEC: Json = {
         "train": [{"path": "builtin://python-stdlib"}],
         "tokenizer": {"kind": "bpe", "vocab_size": 1024},
     },
-    "training": {"seq_length": 128, "micro_batch_size": 2, "global_batch_size": 8, "steps": 20},
+    "training": {
+        "seq_length": 128,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,
+        "steps": 20,
+    },
     "optimizer": {"lr": 1e-3},
 }
 
 
 def node(name: str = "n1", *, cpus: float = 4, gpus: float = 0, **more: Any) -> Json:
-    return {"node_id": name, "address": f"10.0.0.{name[-1]}", "cpus": cpus, "gpus": gpus, **more}
+    return {
+        "node_id": name,
+        "address": f"10.0.0.{name[-1]}",
+        "cpus": cpus,
+        "gpus": gpus,
+        **more,
+    }
 
 
 class Running:
-    """One service process's worth of service, in a thread; `restart` starts another over the same
-    data.
+    """One service process's worth of service, in a thread; `restart` starts another
+    over the same data.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -54,9 +67,13 @@ class Running:
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         app = create_app(self.settings)
         self.app = app
-        config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=3)
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, timeout_graceful_shutdown=3
+        )
         self._server = Server(config, app.state.hub, self.settings.port_file)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [listener]}
+        )
         self._thread.start()
         while not self._server.started:
             assert self._thread.is_alive(), "the service did not start"
@@ -73,7 +90,9 @@ class Running:
         return client
 
     def submit(self, spec: Json | None = None, **headers: str) -> Json:
-        response = self.user.post("/v1/jobs", json=SPEC if spec is None else spec, headers=headers)
+        response = self.user.post(
+            "/v1/jobs", json=SPEC if spec is None else spec, headers=headers
+        )
         assert response.status_code == 201, response.text
         return response.json()
 
@@ -83,7 +102,9 @@ class Running:
         return response.json()
 
     def events(self, job_id: str) -> list[Json]:
-        return self.user.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()["data"]
+        return self.user.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()[
+            "data"
+        ]
 
     def driver(self, job_id: str, epoch: int = 1) -> "Driver":
         desired = next(job for job in self.agent.desired().jobs if job.job_id == job_id)
@@ -198,11 +219,19 @@ class Driver:
         first = self.next_n.get(source, 1)
         self.next_n[source] = first + len(facts)
         return [
-            {"n": first + i, "at": 1.7e9 + i, "kind": kind, "attempt": attempt, "data": data}
+            {
+                "n": first + i,
+                "at": 1.7e9 + i,
+                "kind": kind,
+                "attempt": attempt,
+                "data": data,
+            }
             for i, (kind, data) in enumerate(facts)
         ]
 
-    def send(self, *facts: tuple[str, Json], source: str = "driver", attempt: int = 0) -> Json:
+    def send(
+        self, *facts: tuple[str, Json], source: str = "driver", attempt: int = 0
+    ) -> Json:
         response = self.post(source, self.number(source, *facts, attempt=attempt))
         assert response.status_code == 200, response.text
         return response.json()
@@ -226,7 +255,8 @@ class Driver:
 
     def desired(self, after: int = -1, wait_s: float = 0) -> Json:
         response = self.http.get(
-            f"/internal/v1/jobs/{self.job_id}/desired", params={"after": after, "wait_s": wait_s}
+            f"/internal/v1/jobs/{self.job_id}/desired",
+            params={"after": after, "wait_s": wait_s},
         )
         assert response.status_code == 200, response.text
         return response.json()
@@ -254,8 +284,8 @@ def step_row(step: int, **more: Any) -> Json:
 
 @pytest.fixture(scope="session")
 def new_database(request: pytest.FixtureRequest) -> Iterator[Callable[[], str | None]]:
-    """URLs of fresh databases, gone at the end: None for SQLite's in the data dir, which nobody
-    asked to replace by --postgres.
+    """URLs of fresh databases, gone at the end: None for SQLite's in the data dir,
+    which nobody asked to replace by --postgres.
     """
     server = request.config.getoption("--postgres")
     names = []
@@ -267,7 +297,11 @@ def new_database(request: pytest.FixtureRequest) -> Iterator[Callable[[], str | 
         names.append(f"mr_{uuid.uuid4().hex}")
         with engine.connect() as connection:
             connection.execute(sa.text(f"CREATE DATABASE {names[-1]}"))
-        return sa.make_url(server).set(database=names[-1]).render_as_string(hide_password=False)
+        return (
+            sa.make_url(server)
+            .set(database=names[-1])
+            .render_as_string(hide_password=False)
+        )
 
     yield make
     if engine is not None:

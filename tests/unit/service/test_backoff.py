@@ -18,11 +18,14 @@ def test_starts_of_what_never_works_move_apart() -> None:
         restart = after_end(crashes, lived_s=0.5, ready_s=None)
         crashes = restart.crashes
         waits.append(restart.wait_s)
-    assert waits == [0.0, 0.0, 0.5, 1.5, 4.5, 9.5, 29.5, 29.5, 29.5] and crashes == 9
+    assert waits == [0.0, 0.0, 0.5, 1.5, 4.5, 9.5, 29.5, 29.5, 29.5]
+    assert crashes == 9
 
 
 def test_ready_and_gone_at_once_is_a_crash() -> None:
-    assert after_end(2, lived_s=0.25, ready_s=PROVEN_S / 2) == Restart(wait_s=0.75, crashes=3)
+    assert after_end(2, lived_s=0.25, ready_s=PROVEN_S / 2) == Restart(
+        wait_s=0.75, crashes=3
+    )
     assert after_end(2, lived_s=20.0, ready_s=-1.0) == Restart(wait_s=0.0, crashes=3), (
         "it lived longer than starts are to be apart"
     )

@@ -1,5 +1,5 @@
-"""The client against a scripted transport: what it sends, what it repeats, what it raises, how it
-follows a stream.
+"""The client against a scripted transport: what it sends, what it repeats, what it
+raises, how it follows a stream.
 """
 
 import json
@@ -18,7 +18,9 @@ Answer = httpx.Response | Exception
 class Script(httpx.BaseTransport):
     """Answers requests in order and remembers them; the last answer repeats."""
 
-    def __init__(self, *answers: Answer | Callable[[httpx.Request], httpx.Response]) -> None:
+    def __init__(
+        self, *answers: Answer | Callable[[httpx.Request], httpx.Response]
+    ) -> None:
         self.answers = list(answers)
         self.requests: list[httpx.Request] = []
 
@@ -58,7 +60,8 @@ def test_submit_sends_token_spec_and_one_key_for_all_tries() -> None:
     )
     assert client_for(script).submit({"name": "a"})["id"] == "job-1"
     keys = {request.headers["Idempotency-Key"] for request in script.requests}
-    assert len(script.requests) == 3 and len(keys) == 1
+    assert len(script.requests) == 3
+    assert len(keys) == 1
     assert script.requests[0].headers["Authorization"] == "Bearer secret"
     assert json.loads(script.requests[0].content) == {"name": "a"}
 
@@ -92,11 +95,17 @@ def test_problem_json_becomes_one_exception() -> None:
         "code": "invalid_spec",
         "request_id": "req-1",
         "errors": [
-            {"pointer": "/parallel/tp", "code": "tp_divides", "detail": "tp=3 does not divide 4"}
+            {
+                "pointer": "/parallel/tp",
+                "code": "tp_divides",
+                "detail": "tp=3 does not divide 4",
+            }
         ],
     }
     script = Script(
-        httpx.Response(422, json=problem, headers={"Content-Type": "application/problem+json"})
+        httpx.Response(
+            422, json=problem, headers={"Content-Type": "application/problem+json"}
+        )
     )
     with pytest.raises(ServiceError) as caught:
         client_for(script).submit({})
@@ -124,7 +133,8 @@ def test_unreachable_service(no_waiting: list[float]) -> None:
     ) as caught:
         client_for(script).show("job-1")
     assert caught.value.code == "unreachable"
-    assert len(script.requests) == 4 and no_waiting == [0.2, 0.5, 1.0]
+    assert len(script.requests) == 4
+    assert no_waiting == [0.2, 0.5, 1.0]
 
 
 def test_an_answer_that_is_no_object_is_refused() -> None:
@@ -141,7 +151,9 @@ def test_ready_means_that_agents_and_ray_are_there_too() -> None:
         False,
         {"status": "degraded"},
     )
-    assert client_for(Script(httpx.Response(503, json={"status": "unavailable"}))).ready() == (
+    assert client_for(
+        Script(httpx.Response(503, json={"status": "unavailable"}))
+    ).ready() == (
         False,
         {"status": "unavailable"},
     )
@@ -191,7 +203,15 @@ def test_stream_backs_off_from_a_service_that_is_away_and_not_from_one_whose_con
     away = httpx.ConnectError("down")
     list(
         client_for(
-            Script(away, away, away, cut_at_once, cut_at_once, cut_at_once, sse(("end", "1.0", {})))
+            Script(
+                away,
+                away,
+                away,
+                cut_at_once,
+                cut_at_once,
+                cut_at_once,
+                sse(("end", "1.0", {})),
+            )
         ).stream("job-1")
     )
     assert no_waiting == [0.1, 0.2, 0.5, 0.1, 0.1, 0.1]
@@ -207,7 +227,11 @@ def test_stream_raises_what_will_not_pass() -> None:
     with pytest.raises(ServiceError) as caught:
         list(
             client_for(
-                Script(httpx.Response(404, json={"code": "not_found", "detail": "no job job-1"}))
+                Script(
+                    httpx.Response(
+                        404, json={"code": "not_found", "detail": "no job job-1"}
+                    )
+                )
             ).stream("job-1")
         )
     assert caught.value.code == "not_found"
@@ -215,7 +239,11 @@ def test_stream_raises_what_will_not_pass() -> None:
 
 def test_stream_gives_up_on_a_service_that_stays_away() -> None:
     with pytest.raises(ServiceError) as caught:
-        list(client_for(Script(httpx.ConnectError("down"))).stream("job-1", give_up_after_s=-1))
+        list(
+            client_for(Script(httpx.ConnectError("down"))).stream(
+                "job-1", give_up_after_s=-1
+            )
+        )
     assert caught.value.code == "unreachable"
 
 

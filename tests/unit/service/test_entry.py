@@ -9,7 +9,8 @@ import pytest
 
 from service.cli.entry import importing
 
-# An import whose clean-up swallows a KeyboardInterrupt, as those of real libraries sometimes do.
+# An import whose clean-up swallows a KeyboardInterrupt, as those of real libraries
+# sometimes do.
 SWALLOWING = """
 import sys, time
 from service.cli.entry import importing
@@ -28,10 +29,12 @@ def test_an_interruption_is_not_lost_in_an_import() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", SWALLOWING], stdout=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "importing\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == -signal.SIGINT and time.monotonic() - started < 5
+        assert process.wait(timeout=10) == -signal.SIGINT
+        assert time.monotonic() - started < 5
         assert process.stdout.read() == ""
 
 
@@ -42,7 +45,8 @@ def test_afterwards_everything_is_as_it_was(handler: signal.Handlers) -> None:
         with importing():
             assert signal.getsignal(signal.SIGINT) in (signal.SIG_DFL, signal.SIG_IGN)
         assert (
-            signal.getsignal(signal.SIGINT) is handler or signal.getsignal(signal.SIGINT) == handler
+            signal.getsignal(signal.SIGINT) is handler
+            or signal.getsignal(signal.SIGINT) == handler
         )
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,4 +1,6 @@
-"""Remembered answers: those that nobody will ask for again are dropped, while the service runs too."""
+"""Remembered answers: those that nobody will ask for again are dropped, while the
+service runs too.
+"""
 
 import time
 from collections.abc import Callable

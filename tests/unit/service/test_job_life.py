@@ -1,5 +1,5 @@
-"""A job from submission to its end, over HTTP, with an agent and a driver that only speak the
-internal API.
+"""A job from submission to its end, over HTTP, with an agent and a driver that only
+speak the internal API.
 """
 
 import threading
@@ -15,7 +15,9 @@ def types(events: list[dict[str, Any]]) -> list[str]:
     return [event["type"] for event in events]
 
 
-def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[..., Any]) -> None:
+def test_whole_life(
+    service: Any, spec: dict[str, Any], make_node: Callable[..., Any]
+) -> None:
     service.agent.report(make_node(cpus=4))
     job = service.submit(spec | {"metadata": {"team": "a"}, "priority": 3})
     job_id = job["id"]
@@ -25,15 +27,11 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
         "prepare",
         "preparing_data",
     )
-    assert (
-        job["spec"]["training"] == spec["training"]
-        and job["metadata"] == {"team": "a"}
-        and job["priority"] == 3
-    )
-    assert (
-        job["resolved_spec"]["parallel"]["dp"] == 4
-        and job["resolved_spec"]["resources"]["accelerator"] == "cpu"
-    )
+    assert job["spec"]["training"] == spec["training"]
+    assert job["metadata"] == {"team": "a"}
+    assert job["priority"] == 3
+    assert job["resolved_spec"]["parallel"]["dp"] == 4
+    assert job["resolved_spec"]["resources"]["accelerator"] == "cpu"
     assert (
         job["storage_path"]
         == job["resolved_spec"]["storage"]["path"]
@@ -42,11 +40,13 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
 
     driver = service.driver(job_id)
     assert driver.desired()["desired"] == "prepare"
-    reply = driver.send(("prepared", {"manifest": {"unigram_nats": 6.2}, "num_train_tokens": 10}))
-    assert reply["stored"] == 1 and reply["desired"]["desired"] == "run"
-    assert (
-        service.job(job_id)["status"] == "queued" and service.job(job_id)["desired_state"] == "run"
+    reply = driver.send(
+        ("prepared", {"manifest": {"unigram_nats": 6.2}, "num_train_tokens": 10})
     )
+    assert reply["stored"] == 1
+    assert reply["desired"]["desired"] == "run"
+    assert service.job(job_id)["status"] == "queued"
+    assert service.job(job_id)["desired_state"] == "run"
 
     driver.states("scheduling")
     driver.send(
@@ -58,7 +58,9 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
     driver.send(("attempt", {"state": "running", "world_size": 4}), attempt=1)
     driver.steps(1, 10)
     job = service.job(job_id)
-    assert job["status"] == "running" and job["started_at"] and job["attempt"] == 1
+    assert job["status"] == "running"
+    assert job["started_at"]
+    assert job["attempt"] == 1
     assert job["progress"] == {
         "step": 10,
         "steps": 20,
@@ -77,7 +79,10 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
         attempt=1,
     )
     driver.send(
-        ("checkpoint", {"action": "committed", "step": 20, "path": path, "bytes": 77, "loss": 8.8}),
+        (
+            "checkpoint",
+            {"action": "committed", "step": 20, "path": path, "bytes": 77, "loss": 8.8},
+        ),
         attempt=1,
     )
     driver.send(
@@ -87,14 +92,14 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
     )
 
     job = service.job(job_id)
-    assert (
-        job["status"] == "succeeded"
-        and job["ended_at"]
-        and job["message"] == "20 steps"
-        and job["problem"] is None
-    )
-    assert job["progress"]["val_loss"] == 3.5 and job["progress"]["eta_s"] is None
-    assert job["last_checkpoint"]["step"] == 20 and job["last_checkpoint"]["path"] == path
+    assert job["status"] == "succeeded"
+    assert job["ended_at"]
+    assert job["message"] == "20 steps"
+    assert job["problem"] is None
+    assert job["progress"]["val_loss"] == 3.5
+    assert job["progress"]["eta_s"] is None
+    assert job["last_checkpoint"]["step"] == 20
+    assert job["last_checkpoint"]["path"] == path
     events = service.events(job_id)
     assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
     assert types(events) == [
@@ -117,11 +122,9 @@ def test_whole_life(service: Any, spec: dict[str, Any], make_node: Callable[...,
             "job.succeeded",
         ),
     ]
-    assert (
-        events[0]["actor"] == "user"
-        and events[0]["id"] == f"{job_id}.1"
-        and events[0]["object"] == "job.event"
-    )
+    assert events[0]["actor"] == "user"
+    assert events[0]["id"] == f"{job_id}.1"
+    assert events[0]["object"] == "job.event"
     check_history(service, job_id, path)
 
 
@@ -148,11 +151,15 @@ def check_history(service: Any, job_id: str, path: str) -> None:
         1,
         "succeeded",
         4,
-    ) and attempt["ended_at"]
+    )
+    assert attempt["ended_at"]
     checkpoints = get(f"/v1/jobs/{job_id}/checkpoints").json()["data"]
-    assert [(item["step"], item["path"], item["bytes"]) for item in checkpoints] == [(20, path, 77)]
+    assert [(item["step"], item["path"], item["bytes"]) for item in checkpoints] == [
+        (20, path, 77)
+    ]
     rows = get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss,split_s"}).json()
-    assert [row["step"] for row in rows["data"]] == list(range(1, 21)) and not rows["has_more"]
+    assert [row["step"] for row in rows["data"]] == list(range(1, 21))
+    assert not rows["has_more"]
     assert rows["data"][0] == {
         "step": 1,
         "attempt": 1,
@@ -168,11 +175,13 @@ def test_job_before_any_agent_waits_and_is_resolved_by_the_first_report(
     assert (job["status"], job["status_reason"]) == (
         "preparing",
         "waiting_agent",
-    ) and "agent" in job["message"]
+    )
+    assert "agent" in job["message"]
     assert service.agent.desired().jobs == (), "an unresolved spec is not offered"
     service.agent.report(make_node(cpus=2))
     job = service.job(job["id"])
-    assert job["status_reason"] == "preparing_data" and job["resolved_spec"]["parallel"]["dp"] == 2
+    assert job["status_reason"] == "preparing_data"
+    assert job["resolved_spec"]["parallel"]["dp"] == 2
     assert [offered.job_id for offered in service.agent.desired().jobs] == [job["id"]]
 
 
@@ -183,18 +192,17 @@ def test_job_before_any_agent_that_the_cluster_cannot_hold_fails_with_its_field(
     service.agent.report(make_node("n1", cpus=2), make_node("n2", cpus=2))
     job = service.job(job["id"])
     assert (job["status"], job["status_reason"]) == ("failed", "spec_invalid")
-    assert job["problem"]["errors"][0]["pointer"] == "/parallel/tp" and "4 ranks" in job["problem"][
-        "detail"
-    ].replace("tp=4", "4")
+    assert job["problem"]["errors"][0]["pointer"] == "/parallel/tp"
+    assert "4 ranks" in job["problem"]["detail"].replace("tp=4", "4")
 
 
-def test_gpus_are_taken_where_there_are_any(service: Any, make_node: Callable[..., Any]) -> None:
+def test_gpus_are_taken_where_there_are_any(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
     service.agent.report(make_node("n1", cpus=64, gpus=2), make_node("n2", cpus=64))
     job = service.submit()
-    assert (
-        job["resolved_spec"]["resources"]["accelerator"] == "gpu"
-        and job["resolved_spec"]["parallel"]["dp"] == 2
-    )
+    assert job["resolved_spec"]["resources"]["accelerator"] == "gpu"
+    assert job["resolved_spec"]["parallel"]["dp"] == 2
 
 
 def test_second_job_waits_for_room_and_is_admitted_when_the_first_ends(
@@ -208,9 +216,11 @@ def test_second_job_waits_for_room_and_is_admitted_when_the_first_ends(
     assert (job["status"], job["status_reason"]) == (
         "queued",
         "waiting_quota",
-    ) and "room for 0" in job["message"]
+    )
+    assert "room for 0" in job["message"]
     driver.states("succeeded", attempt=1)
-    assert other.desired()["desired"] == "run" and service.job(second)["desired_state"] == "run"
+    assert other.desired()["desired"] == "run"
+    assert service.job(second)["desired_state"] == "run"
     assert first in service.agent.desired().terminal
 
 
@@ -224,20 +234,23 @@ def test_job_back_in_the_queue_is_admitted_again_at_its_old_place(
     revision = driver.desired()["revision"]
     driver.states("scheduling")
     reply = driver.states("queued", reason="waiting_gang", message="no room in 300 s")
-    assert reply["desired"]["desired"] == "run" and reply["desired"]["revision"] > revision
+    assert reply["desired"]["desired"] == "run"
+    assert reply["desired"]["revision"] > revision
     assert service.job(job_id)["failures"] == 0
 
 
 def test_cancel_before_a_driver_is_immediate(service: Any) -> None:
     job_id = service.submit()["id"]
     response = service.user.post(f"/v1/jobs/{job_id}/cancel")
-    assert (
-        response.status_code == 202
-        and response.json()["status"] == "cancelled"
-        and response.json()["ended_at"]
-    )
+    assert response.status_code == 202
+    assert response.json()["status"] == "cancelled"
+    assert response.json()["ended_at"]
     assert service.user.post(f"/v1/jobs/{job_id}/cancel").json()["status"] == "cancelled"
-    assert types(service.events(job_id)) == ["job.created", "job.cancelling", "job.cancelled"]
+    assert types(service.events(job_id)) == [
+        "job.created",
+        "job.cancelling",
+        "job.cancelled",
+    ]
 
 
 def test_cancel_of_a_running_job_reaches_driver_and_agent_at_once(service: Any) -> None:
@@ -246,9 +259,13 @@ def test_cancel_of_a_running_job_reaches_driver_and_agent_at_once(service: Any) 
     cluster_revision = service.agent.desired().revision
     heard: list[Any] = []
     waits = [
-        threading.Thread(target=lambda: heard.append(driver.desired(revision, 20)["desired"])),
         threading.Thread(
-            target=lambda: heard.append(service.agent.desired(cluster_revision, 20).jobs[0].desired)
+            target=lambda: heard.append(driver.desired(revision, 20)["desired"])
+        ),
+        threading.Thread(
+            target=lambda: heard.append(
+                service.agent.desired(cluster_revision, 20).jobs[0].desired
+            )
         ),
     ]
     for wait in waits:
@@ -256,12 +273,12 @@ def test_cancel_of_a_running_job_reaches_driver_and_agent_at_once(service: Any) 
     time.sleep(0.2)
     began = time.monotonic()
     response = service.user.post(f"/v1/jobs/{job_id}/cancel", json={"checkpoint": False})
-    assert (
-        response.json()["status"] == "cancelling" and response.json()["desired_state"] == "cancel"
-    )
+    assert response.json()["status"] == "cancelling"
+    assert response.json()["desired_state"] == "cancel"
     for wait in waits:
         wait.join(10)
-    assert heard == ["cancel", "cancel"] and time.monotonic() - began < 2
+    assert heard == ["cancel", "cancel"]
+    assert time.monotonic() - began < 2
     assert driver.desired()["final_checkpoint"] is False
     driver.states("running", attempt=1)  # said before it had heard
     assert service.job(job_id)["status"] == "cancelling"
@@ -274,10 +291,8 @@ def test_terminal_states_never_change(service: Any) -> None:
     job_id, driver = service.running_job()
     driver.states("failed", reason="oom", message="rank 3 is out of memory", attempt=1)
     before = service.job(job_id)
-    assert (
-        before["problem"]["detail"] == "rank 3 is out of memory"
-        and before["problem"]["reason"] == "oom"
-    )
+    assert before["problem"]["detail"] == "rank 3 is out of memory"
+    assert before["problem"]["reason"] == "oom"
     driver.states("running", "succeeded", "failed", attempt=1)
     driver.send(("problem", {"problems": [{"pointer": "/x", "code": "c", "detail": "d"}]}))
     service.user.post(f"/v1/jobs/{job_id}/cancel")
@@ -298,7 +313,8 @@ def test_problem_found_while_preparing_fails_the_job_with_its_field(
     service.driver(job_id).send(("problem", {"problems": [problem]}))
     job = service.job(job_id)
     assert (job["status"], job["status_reason"]) == ("failed", "spec_invalid")
-    assert job["problem"]["errors"] == [problem] and job["problem"]["code"] == "spec_invalid"
+    assert job["problem"]["errors"] == [problem]
+    assert job["problem"]["code"] == "spec_invalid"
 
 
 def test_failures_and_preemptions_are_counted_apart(service: Any) -> None:
@@ -350,16 +366,21 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
         "2",
         "4",
     ]
-    assert [event["message"] for event in page(level="warn,error", order="desc", limit=1)] == ["4"]
+    assert [
+        event["message"] for event in page(level="warn,error", order="desc", limit=1)
+    ] == ["4"]
 
 
 def attempts(service: Any, job_id: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = service.user.get(f"/v1/jobs/{job_id}/attempts").json()["data"]
+    found: list[dict[str, Any]] = service.user.get(f"/v1/jobs/{job_id}/attempts").json()[
+        "data"
+    ]
     return found
 
 
 @pytest.mark.parametrize(
-    ("end", "state"), [("succeeded", "succeeded"), ("failed", "stopped"), ("cancelled", "stopped")]
+    ("end", "state"),
+    [("succeeded", "succeeded"), ("failed", "stopped"), ("cancelled", "stopped")],
 )
 def test_an_attempt_whose_end_nobody_told_ends_with_its_job(
     service: Any, end: str, state: str
@@ -369,10 +390,8 @@ def test_an_attempt_whose_end_nobody_told_ends_with_its_job(
     assert open_["ended_at"] is None
     driver.states(end, attempt=1)
     (closed,) = attempts(service, job_id)
-    assert (
-        closed["state"] == state
-        and closed["ended_at"] == service.job(job_id)["ended_at"] is not None
-    )
+    assert closed["state"] == state
+    assert closed["ended_at"] == service.job(job_id)["ended_at"] is not None
 
 
 def test_late_words_leave_an_ended_job_s_attempts_closed(service: Any) -> None:
@@ -384,7 +403,9 @@ def test_late_words_leave_an_ended_job_s_attempts_closed(service: Any) -> None:
         ("ranks", {"ranks": [{"rank": 0}]}),
         attempt=2,
     )
-    assert [(row["state"], row["ended_at"] is None) for row in attempts(service, job_id)] == [
+    assert [
+        (row["state"], row["ended_at"] is None) for row in attempts(service, job_id)
+    ] == [
         ("stopped", False),
         ("stopped", False),
     ]
@@ -392,10 +413,8 @@ def test_late_words_leave_an_ended_job_s_attempts_closed(service: Any) -> None:
         ("attempt", {"state": "failed", "reason": "worker_died", "message": "rank 0 died"}),
         attempt=1,
     )
-    assert (
-        attempts(service, job_id)[0]["message"] == "rank 0 died"
-        and service.job(job_id)["failures"] == 1
-    )
+    assert attempts(service, job_id)[0]["message"] == "rank 0 died"
+    assert service.job(job_id)["failures"] == 1
 
 
 def test_checkpoint_now_raises_the_counter(service: Any) -> None:
@@ -403,35 +422,34 @@ def test_checkpoint_now_raises_the_counter(service: Any) -> None:
     revision = driver.desired()["revision"]
     assert service.user.post(f"/v1/jobs/{job_id}/checkpoint").status_code == 202
     desired = driver.desired(revision, 5)
-    assert desired["checkpoint_requests"] == 1 and desired["revision"] > revision
+    assert desired["checkpoint_requests"] == 1
+    assert desired["revision"] > revision
 
 
 def test_deleted_checkpoints_are_not_listed(service: Any) -> None:
     job_id, driver = service.running_job()
     for step in (5, 10):
         driver.send(
-            ("checkpoint", {"action": "committed", "step": step, "path": f"/c/{step}"}), attempt=1
+            ("checkpoint", {"action": "committed", "step": step, "path": f"/c/{step}"}),
+            attempt=1,
         )
     driver.send(("checkpoint", {"action": "deleted", "step": 5, "path": "/c/5"}), attempt=1)
     assert [
-        item["step"] for item in service.user.get(f"/v1/jobs/{job_id}/checkpoints").json()["data"]
+        item["step"]
+        for item in service.user.get(f"/v1/jobs/{job_id}/checkpoints").json()["data"]
     ] == [10]
 
 
 def test_delete_takes_only_ended_jobs_and_leaves_the_id_known(service: Any) -> None:
     job_id, driver = service.running_job()
     refused = service.user.delete(f"/v1/jobs/{job_id}")
-    assert (
-        refused.status_code == 409
-        and refused.json()["code"] == "job_active"
-        and "cancel" in refused.json()["detail"]
-    )
+    assert refused.status_code == 409
+    assert refused.json()["code"] == "job_active"
+    assert "cancel" in refused.json()["detail"]
     driver.states("succeeded", attempt=1)
     assert service.user.delete(f"/v1/jobs/{job_id}").status_code == 204
-    assert (
-        service.user.get(f"/v1/jobs/{job_id}").status_code == 404
-        and service.user.get("/v1/jobs").json()["data"] == []
-    )
+    assert service.user.get(f"/v1/jobs/{job_id}").status_code == 404
+    assert service.user.get("/v1/jobs").json()["data"] == []
     assert job_id in service.agent.desired().terminal, "its actors may still be reaped"
 
 
@@ -468,7 +486,8 @@ def test_terminal_jobs_whose_driver_is_still_seen_are_listed_for_the_agent(
     assert service.agent.desired().jobs == ()
     service.agent.report(make_node(), drivers=[{"job_id": job_id, "alive": True}])
     reply = service.agent.desired()
-    assert [job.job_id for job in reply.jobs] == [job_id] and job_id in reply.terminal
+    assert [job.job_id for job in reply.jobs] == [job_id]
+    assert job_id in reply.terminal
 
 
 def test_agent_poll_returns_after_its_wait_and_when_the_revision_went_back(
@@ -477,10 +496,8 @@ def test_agent_poll_returns_after_its_wait_and_when_the_revision_went_back(
     service.agent.report(make_node())
     revision = service.agent.desired().revision
     began = time.monotonic()
-    assert (
-        service.agent.desired(revision, 0.3).revision == revision
-        and 0.25 < time.monotonic() - began < 3
-    )
+    assert service.agent.desired(revision, 0.3).revision == revision
+    assert 0.25 < time.monotonic() - began < 3
     began = time.monotonic()
     assert (
         service.agent.desired(revision + 100, 20).revision == revision
@@ -496,23 +513,28 @@ def test_listing_pages_filters_and_stays_stable_under_inserts(
         for i in range(5)
     ]
     first = service.user.get("/v1/jobs", params={"limit": 2}).json()
-    assert (
-        [job["id"] for job in first["data"]] == made[:2:-1]
-        and first["has_more"]
-        and first["last_id"] == made[3]
-    )
+    assert [job["id"] for job in first["data"]] == made[:2:-1]
+    assert first["has_more"]
+    assert first["last_id"] == made[3]
     assert "spec" not in first["data"][0]
     service.submit(spec)
-    second = service.user.get("/v1/jobs", params={"limit": 2, "after": first["last_id"]}).json()
+    second = service.user.get(
+        "/v1/jobs", params={"limit": 2, "after": first["last_id"]}
+    ).json()
     assert [job["id"] for job in second["data"]] == [made[2], made[1]]
-    third = service.user.get("/v1/jobs", params={"limit": 2, "after": second["last_id"]}).json()
-    assert [job["id"] for job in third["data"]] == [made[0]] and not third["has_more"]
+    third = service.user.get(
+        "/v1/jobs", params={"limit": 2, "after": second["last_id"]}
+    ).json()
+    assert [job["id"] for job in third["data"]] == [made[0]]
+    assert not third["has_more"]
     labelled = service.user.get(
         "/v1/jobs", params={"metadata[team]": "a", "metadata[odd]": "0"}
     ).json()["data"]
     assert [job["id"] for job in labelled] == [made[4], made[2], made[0]]
     service.user.post(f"/v1/jobs/{made[0]}/cancel")
-    ended = service.user.get("/v1/jobs", params={"status": "cancelled,failed"}).json()["data"]
+    ended = service.user.get("/v1/jobs", params={"status": "cancelled,failed"}).json()[
+        "data"
+    ]
     assert [job["id"] for job in ended] == [made[0]]
 
 
@@ -532,27 +554,30 @@ def test_same_key_and_body_gives_the_first_answer_also_at_the_same_time(
         thread.start()
     for thread in send:
         thread.join(20)
-    assert {answer.status_code for answer in answers} == {201} and len(
-        {answer.json()["id"] for answer in answers}
-    ) == 1
+    assert {answer.status_code for answer in answers} == {201}
+    assert len({answer.json()["id"] for answer in answers}) == 1
     assert sum("idempotent-replayed" in answer.headers for answer in answers) == 7
     assert len(service.user.get("/v1/jobs").json()["data"]) == 1
     service.restart()
     again = service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": "k1"})
-    assert (
-        again.json() == answers[0].json()
-        and again.headers["Location"] == f"/v1/jobs/{again.json()['id']}"
-    )
+    assert again.json() == answers[0].json()
+    assert again.headers["Location"] == f"/v1/jobs/{again.json()['id']}"
 
 
-def test_key_of_a_refused_request_may_be_used_again(service: Any, spec: dict[str, Any]) -> None:
+def test_key_of_a_refused_request_may_be_used_again(
+    service: Any, spec: dict[str, Any]
+) -> None:
     wrong = spec | {"parallel": {"tp": 3}}
     assert (
-        service.user.post("/v1/jobs", json=wrong, headers={"Idempotency-Key": "k"}).status_code
+        service.user.post(
+            "/v1/jobs", json=wrong, headers={"Idempotency-Key": "k"}
+        ).status_code
         == 422
     )
     assert (
-        service.user.post("/v1/jobs", json=spec, headers={"Idempotency-Key": "k"}).status_code
+        service.user.post(
+            "/v1/jobs", json=spec, headers={"Idempotency-Key": "k"}
+        ).status_code
         == 201
     )
 
@@ -569,7 +594,10 @@ def test_cancel_is_repeatable_with_a_key(service: Any) -> None:
 
 
 def test_agents_look_at_the_paths_refuses_before_anything_is_stored(
-    start: Callable[..., Any], settings: Any, spec: dict[str, Any], make_node: Callable[..., Any]
+    start: Callable[..., Any],
+    settings: Any,
+    spec: dict[str, Any],
+    make_node: Callable[..., Any],
 ) -> None:
     service = start(settings.model_copy(update={"check_wait_s": 10.0}))
     problem = {
@@ -582,9 +610,12 @@ def test_agents_look_at_the_paths_refuses_before_anything_is_stored(
         agent.answer_checks(problem)
         response = service.user.post("/v1/jobs", json=spec)
         plan = service.user.post("/v1/plans", json=spec).json()
-    assert response.status_code == 422 and response.json()["errors"] == [problem]
+    assert response.status_code == 422
+    assert response.json()["errors"] == [problem]
     assert service.user.get("/v1/jobs").json()["data"] == []
-    assert plan["problems"] == [problem] and plan["fits"] is True and plan["notes"] == []
+    assert plan["problems"] == [problem]
+    assert plan["fits"] is True
+    assert plan["notes"] == []
 
 
 def test_silent_agent_does_not_hold_a_submission_back(
@@ -592,5 +623,6 @@ def test_silent_agent_does_not_hold_a_submission_back(
 ) -> None:
     service.agent.report(make_node())
     began = time.monotonic()
-    assert service.submit()["status"] == "preparing" and time.monotonic() - began < 5
+    assert service.submit()["status"] == "preparing"
+    assert time.monotonic() - began < 5
     assert service.agent.desired().checks == ()

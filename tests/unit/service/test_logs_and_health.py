@@ -35,7 +35,8 @@ def test_pieces_make_up_the_whole_and_characters_stay_whole(service: Any) -> Non
             break
         pieces.append(answer["data"])
         offset = answer["next_offset"]
-    assert "".join(pieces) == text and offset == len(text.encode()) == answer["size"]
+    assert "".join(pieces) == text
+    assert offset == len(text.encode()) == answer["size"]
     assert read(service, job_id, offset=10**9)["data"] == ""
 
 
@@ -72,7 +73,8 @@ def test_unknown_ranks_and_attempts_are_named(service: Any) -> None:
         ({"attempt": 2}, "has had 1 attempts, not 2"),
     ):
         response = service.user.get(f"/v1/jobs/{job_id}/logs", params=params)
-        assert response.status_code == 404 and words in response.json()["detail"]
+        assert response.status_code == 404
+        assert words in response.json()["detail"]
 
 
 def test_a_link_out_of_the_job_is_not_followed(service: Any, tmp_path: Path) -> None:
@@ -80,11 +82,9 @@ def test_a_link_out_of_the_job_is_not_followed(service: Any, tmp_path: Path) -> 
     (tmp_path / "secret").write_text("secret")
     log_file(service, job_id).symlink_to(tmp_path / "secret")
     response = service.user.get(f"/v1/jobs/{job_id}/logs")
-    assert (
-        response.status_code == 404
-        and "leads out" in response.json()["detail"]
-        and "secret" not in response.text
-    )
+    assert response.status_code == 404
+    assert "leads out" in response.json()["detail"]
+    assert "secret" not in response.text
 
 
 def test_storage_the_service_cannot_reach_is_said_plainly(
@@ -92,7 +92,8 @@ def test_storage_the_service_cannot_reach_is_said_plainly(
 ) -> None:
     job_id, _ = service.running_job(spec | {"storage": {"path": "nosuch://bucket/x"}})
     response = service.user.get(f"/v1/jobs/{job_id}/logs")
-    assert response.status_code == 503 and "nosuch://bucket/x" in response.json()["detail"]
+    assert response.status_code == 503
+    assert "nosuch://bucket/x" in response.json()["detail"]
 
 
 def test_workers_and_service_agree_where_logs_lie() -> None:
@@ -114,14 +115,14 @@ def test_ready_tells_database_agent_and_ray(service: Any, make_node: Any) -> Non
         }
     ]
     service.agent.report()
-    assert nobody.get("/readyz").json()["status"] == "degraded", "an agent without nodes has no Ray"
+    assert nobody.get("/readyz").json()["status"] == "degraded", (
+        "an agent without nodes has no Ray"
+    )
     service.agent.report(make_node())
     after = nobody.get("/readyz").json()
-    assert (
-        after["status"] == "ok"
-        and after["agents"][0]["nodes"] == 1
-        and after["agents"][0]["seen_s_ago"] < 5
-    )
+    assert after["status"] == "ok"
+    assert after["agents"][0]["nodes"] == 1
+    assert after["agents"][0]["seen_s_ago"] < 5
 
 
 def test_a_silent_agent_counts_as_gone(start: Any, settings: Any, make_node: Any) -> None:
@@ -134,19 +135,17 @@ def test_a_silent_agent_counts_as_gone(start: Any, settings: Any, make_node: Any
 def test_cluster_shows_the_last_report(service: Any, make_node: Any) -> None:
     assert service.user.get("/v1/cluster").json()["data"][0]["nodes"] == []
     service.agent.report(
-        make_node(gpus=2, labels={"rack": "r1"}), orphans=["job-x/w0"], dashboard_url="http://d"
+        make_node(gpus=2, labels={"rack": "r1"}),
+        orphans=["job-x/w0"],
+        dashboard_url="http://d",
     )
     found = service.user.get("/v1/cluster").json()["data"][0]
-    assert (
-        found["live"]
-        and found["nodes"][0]["labels"] == {"rack": "r1"}
-        and found["orphans"] == ["job-x/w0"]
-    )
-    assert (
-        found["agent_id"] == "agent-1"
-        and found["dashboard_url"] == "http://d"
-        and found["reported_at"]
-    )
+    assert found["live"]
+    assert found["nodes"][0]["labels"] == {"rack": "r1"}
+    assert found["orphans"] == ["job-x/w0"]
+    assert found["agent_id"] == "agent-1"
+    assert found["dashboard_url"] == "http://d"
+    assert found["reported_at"]
 
 
 def test_prometheus_text_has_bounded_labels(service: Any) -> None:
@@ -155,20 +154,17 @@ def test_prometheus_text_has_bounded_labels(service: Any) -> None:
     for path in ("/v1/a", "/v1/b", "/v1/jobs/x", "/v1/jobs/y"):
         service.user.get(path)
     text = service.user.get("/metrics").text
-    assert (
-        'megatron_ray_jobs{state="running"} 1.0' in text
-        and 'megatron_ray_jobs{state="failed"} 0.0' in text
-    )
-    assert (
-        f'megatron_ray_job_step{{job="{job_id}",name="tiny"}} 3.0' in text
-        and "megatron_ray_job_loss" in text
-    )
-    assert (
-        "megatron_ray_records_received_total 8.0" in text
-        and "megatron_ray_jobs_created_total 1.0" in text
-    )
-    assert 'route="/v1/jobs/{job_id}"' in text and 'route="unknown"' in text
-    assert '"/v1/a' not in text and "/v1/jobs/x" not in text and "agent_silence" in text
+    assert 'megatron_ray_jobs{state="running"} 1.0' in text
+    assert 'megatron_ray_jobs{state="failed"} 0.0' in text
+    assert f'megatron_ray_job_step{{job="{job_id}",name="tiny"}} 3.0' in text
+    assert "megatron_ray_job_loss" in text
+    assert "megatron_ray_records_received_total 8.0" in text
+    assert "megatron_ray_jobs_created_total 1.0" in text
+    assert 'route="/v1/jobs/{job_id}"' in text
+    assert 'route="unknown"' in text
+    assert '"/v1/a' not in text
+    assert "/v1/jobs/x" not in text
+    assert "agent_silence" in text
 
 
 def test_openapi_describes_the_public_routes_only(service: Any) -> None:
@@ -198,6 +194,5 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
         ),
         *(f"/v1/jobs/{{job_id}}{part}" for part in parts),
     }
-    assert "JobSpec" in document["components"]["schemas"] and "internal" not in json.dumps(
-        document["paths"]
-    )
+    assert "JobSpec" in document["components"]["schemas"]
+    assert "internal" not in json.dumps(document["paths"])

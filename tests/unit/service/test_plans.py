@@ -17,7 +17,9 @@ def plan(service: Any, spec: dict[str, Any]) -> dict[str, Any]:
     return response.json()
 
 
-@pytest.mark.parametrize(("precision", "weight", "state"), [("fp32", 4, 8), ("bf16", 2, 12)])
+@pytest.mark.parametrize(
+    ("precision", "weight", "state"), [("fp32", 4, 8), ("bf16", 2, 12)]
+)
 @pytest.mark.parametrize("zero", [0, 1])
 def test_bytes_are_counted_from_the_parameter_table(
     service: Any,
@@ -46,18 +48,20 @@ def test_bytes_are_counted_from_the_parameter_table(
         [],
     )
     padded = pytest.approx(elements, rel=1e-3)
-    assert memory["parameters_bytes"] / weight == padded and memory["gradients_bytes"] / 4 == padded
-    assert (
-        memory["optimizer_bytes"] / state * (2 if zero else 1) == padded
-        and memory["vocab_size"] == 1024
-    )
+    assert memory["parameters_bytes"] / weight == padded
+    assert memory["gradients_bytes"] / 4 == padded
+    assert memory["optimizer_bytes"] / state * (2 if zero else 1) == padded
+    assert memory["vocab_size"] == 1024
     whole = ("total_bytes_estimate", "vocab_size", "rank")
     assert memory["total_bytes_estimate"] == sum(
         memory[name] for name in memory if name not in whole
     )
-    assert {entry["axis"] for entry in found["communication"]} == {"tp", "dp", "world"} and found[
-        "bubble_share"
-    ] == 0
+    assert {entry["axis"] for entry in found["communication"]} == {
+        "tp",
+        "dp",
+        "world",
+    }
+    assert found["bubble_share"] == 0
     assert found["ranks"][3] == {
         "rank": 3,
         "coordinates": {"tp": 1, "cp": 0, "dp": 1, "pp": 0},
@@ -76,7 +80,8 @@ def test_what_is_frozen_needs_memory_for_its_weights_only(
     )
     assert half["parameters_bytes"] == whole["parameters_bytes"]
     left = half["gradients_bytes"] / whole["gradients_bytes"]
-    assert 0.5 < left < 0.7 and half["optimizer_bytes"] / whole["optimizer_bytes"] == pytest.approx(
+    assert 0.5 < left < 0.7
+    assert half["optimizer_bytes"] / whole["optimizer_bytes"] == pytest.approx(
         left, rel=1e-6
     )
 
@@ -92,28 +97,32 @@ def test_a_plan_larger_than_the_cluster_says_by_how_much(
         2,
         4,
     )
-    assert (
-        found["problems"][0]["pointer"] == "/parallel"
-        and "room for 2" in found["problems"][0]["detail"]
-    )
+    assert found["problems"][0]["pointer"] == "/parallel"
+    assert "room for 2" in found["problems"][0]["detail"]
 
 
-def test_an_unknown_cluster_is_said_to_be_unknown(service: Any, spec: dict[str, Any]) -> None:
+def test_an_unknown_cluster_is_said_to_be_unknown(
+    service: Any, spec: dict[str, Any]
+) -> None:
     found = plan(service, spec)
     assert (found["world_size"], found["fits"], found["room"]) == (1, None, None)
-    assert "has not been reported yet" in found["notes"][0] and "not checked" in found["notes"][1]
+    assert "has not been reported yet" in found["notes"][0]
+    assert "not checked" in found["notes"][1]
 
 
 def test_vocabularies(service: Any, spec: dict[str, Any]) -> None:
     assert (
-        plan(service, spec | {"data": {**spec["data"], "tokenizer": {"kind": "bytes"}}})["memory"][
-            "vocab_size"
-        ]
+        plan(service, spec | {"data": {**spec["data"], "tokenizer": {"kind": "bytes"}}})[
+            "memory"
+        ]["vocab_size"]
         == 257
     )
-    file = spec | {"data": {**spec["data"], "tokenizer": {"kind": "file", "path": "/t.json"}}}
+    file = spec | {
+        "data": {**spec["data"], "tokenizer": {"kind": "file", "path": "/t.json"}}
+    }
     found = plan(service, file)
-    assert found["memory"] is None and "set model.vocab_size" in found["notes"][-1]
+    assert found["memory"] is None
+    assert "set model.vocab_size" in found["notes"][-1]
     assert (
         plan(service, file | {"model": {"preset": "gpt-tiny", "vocab_size": 99}})["memory"][
             "vocab_size"
@@ -142,7 +151,9 @@ def test_seventy_billion_parameters_are_planned_in_no_time(
             "training": training,
         },
     )
-    assert found["world_size"] == 2048 and found["fits"] and found["ranks"][2047]["island"] == 255
+    assert found["world_size"] == 2048
+    assert found["fits"]
+    assert found["ranks"][2047]["island"] == 255
     assert found["memory"]["parameters_bytes"] == pytest.approx(2 * 70.55e9 / 8, rel=0.01)
 
 
@@ -150,7 +161,9 @@ def test_experts_are_shared_out_over_their_own_ranks(
     service: Any, spec: dict[str, Any], make_node: Any
 ) -> None:
     service.agent.report(make_node(cpus=4))
-    found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2}})
+    found = plan(
+        service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2}}
+    )
     model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(
         update={"vocab_size": 1024}
     )
@@ -161,16 +174,17 @@ def test_experts_are_shared_out_over_their_own_ranks(
     # alignment and padding of buckets
     share = dense / 4 + experts / 2
     close = 2e-3
-    assert found["memory"]["parameters_bytes"] == pytest.approx(4 * (dense + experts), rel=close)
+    assert found["memory"]["parameters_bytes"] == pytest.approx(
+        4 * (dense + experts), rel=close
+    )
     assert found["memory"]["optimizer_bytes"] == pytest.approx(8 * share, rel=close)
     memory = plan(
-        service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2, "zero": 3}}
+        service,
+        spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2, "zero": 3}},
     )["memory"]
     kinds = [memory[f"{kind}_bytes"] for kind in ("parameters", "gradients", "optimizer")]
-    assert (
-        kinds == pytest.approx([4 * share, 4 * share, 8 * share], rel=close)
-        and memory["gathered_bytes_estimate"] > 0
-    )
+    assert kinds == pytest.approx([4 * share, 4 * share, 8 * share], rel=close)
+    assert memory["gathered_bytes_estimate"] > 0
 
 
 def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(
@@ -214,25 +228,32 @@ def test_time_is_estimated_for_the_clusters_gpus_or_for_those_asked_for(
 ) -> None:
     wanted = spec | LARGE | {"parallel": {"tp": 8, "pp": 4, "sequence_parallel": True}}
     found = service.user.post("/v1/plans?hardware=h200", json=wanted).json()
-    assert found["hardware"] == "H200" and found["world_size"] == 32 and found["fits"] is None
-    parts = ("products_s", "attention_s", "memory_s", "communication_s", "bubble_s", "update_s")
-    assert sum(found["time"][part] for part in parts) == pytest.approx(found["time"]["step_s"])
-    assert 0.2 < found["time"]["mfu"] < 0.7 and 0 < found["bubble_share"] < 0.02
-    assert (
-        plan(service, wanted)["hardware"] is None
-        and "name a device" in plan(service, wanted)["notes"][-1]
+    assert found["hardware"] == "H200"
+    assert found["world_size"] == 32
+    assert found["fits"] is None
+    parts = (
+        "products_s",
+        "attention_s",
+        "memory_s",
+        "communication_s",
+        "bubble_s",
+        "update_s",
     )
+    assert sum(found["time"][part] for part in parts) == pytest.approx(
+        found["time"]["step_s"]
+    )
+    assert 0.2 < found["time"]["mfu"] < 0.7
+    assert 0 < found["bubble_share"] < 0.02
+    assert plan(service, wanted)["hardware"] is None
+    assert "name a device" in plan(service, wanted)["notes"][-1]
     service.agent.report(
         *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8))
     )
-    assert (
-        plan(service, wanted)["hardware"] == "H100" and plan(service, wanted)["time"]["step_s"] > 0
-    )
+    assert plan(service, wanted)["hardware"] == "H100"
+    assert plan(service, wanted)["time"]["step_s"] > 0
     wrong = service.user.post("/v1/plans?hardware=abacus", json=wanted)
-    assert (
-        wrong.status_code == 422
-        and "known: A100, H100, H200, B200, CPU" in wrong.json()["errors"][0]["detail"]
-    )
+    assert wrong.status_code == 422
+    assert "known: A100, H100, H200, B200, CPU" in wrong.json()["errors"][0]["detail"]
 
 
 def test_what_cannot_fit_into_the_gpus_is_refused_with_the_nearest_layout_that_does(
@@ -244,22 +265,24 @@ def test_what_cannot_fit_into_the_gpus_is_refused_with_the_nearest_layout_that_d
     wanted = spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}}
     found = plan(service, wanted)
     (problem,) = found["problems"]
-    assert found["fits"] is False and (problem["pointer"], problem["code"]) == (
+    assert found["fits"] is False
+    assert (problem["pointer"], problem["code"]) == (
         "/parallel",
         "memory_fits",
     )
-    assert (
-        "rank 0 needs" in problem["detail"]
-        and "activations" in problem["detail"]
-        and "H100 has 80" in problem["detail"]
-    )
+    assert "rank 0 needs" in problem["detail"]
+    assert "activations" in problem["detail"]
+    assert "H100 has 80" in problem["detail"]
     assert "the nearest layout that fits is tp=8" in problem["detail"]
     refused = service.user.post("/v1/jobs", json=wanted)
-    assert refused.status_code == 422 and refused.json()["errors"] == found["problems"]
-    assert service.user.post("/v1/plans?hardware=B200", json=wanted).json()["problems"] == []
-    (problem,) = plan(service, wanted | {"training": wanted["training"] | {"precision": "fp32"}})[
-        "problems"
-    ]
+    assert refused.status_code == 422
+    assert refused.json()["errors"] == found["problems"]
+    assert (
+        service.user.post("/v1/plans?hardware=B200", json=wanted).json()["problems"] == []
+    )
+    (problem,) = plan(
+        service, wanted | {"training": wanted["training"] | {"precision": "fp32"}}
+    )["problems"]
     assert "no layouts are compared for fp32 on H100" in problem["detail"]
     assert service.user.get("/v1/jobs").json()["data"] == []
 
@@ -277,13 +300,14 @@ def test_search_for_a_layout_that_fits_keeps_nobody_from_writing(
         return search(*given)
 
     monkeypatch.setattr(planning, "nearest", searching)
-    nodes = [make_node(f"n{index}", cpus=96, gpus=8, accelerator_type="H100") for index in range(8)]
+    nodes = [
+        make_node(f"n{index}", cpus=96, gpus=8, accelerator_type="H100")
+        for index in range(8)
+    ]
     service.agent.report(*nodes)
     failed = service.job(large["id"])
-    assert (
-        failed["status"] == "failed"
-        and "the nearest layout that fits is" in failed["problem"]["detail"]
-    )
+    assert failed["status"] == "failed"
+    assert "the nearest layout that fits is" in failed["problem"]["detail"]
     (other,) = others
     assert service.job(other["id"])["status_reason"] == "waiting_agent", (
         "came too late for this report"
@@ -299,14 +323,17 @@ def test_gpus_of_an_unknown_kind_refuse_nothing(
         *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="G9") for i in range(8))
     )
     assert (
-        plan(service, spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}})[
-            "fits"
-        ]
+        plan(
+            service,
+            spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}},
+        )["fits"]
         is True
     )
 
 
-def test_the_quickest_layouts_that_fit_are_suggested(service: Any, spec: dict[str, Any]) -> None:
+def test_the_quickest_layouts_that_fit_are_suggested(
+    service: Any, spec: dict[str, Any]
+) -> None:
     small = (
         spec
         | LARGE
@@ -317,13 +344,15 @@ def test_the_quickest_layouts_that_fit_are_suggested(service: Any, spec: dict[st
     )
     response = service.user.post("/v1/plans/suggest?hardware=H100&ranks=16", json=small)
     found = response.json()
-    assert response.status_code == 200 and (
+    assert response.status_code == 200
+    assert (
         found["world_size"],
         found["hardware"],
         found["notes"],
     ) == (16, "H100", [])
     steps = [entry["time"]["step_s"] for entry in found["data"]]
-    assert steps == sorted(steps) and len(steps) == 10
+    assert steps == sorted(steps)
+    assert len(steps) == 10
     for entry in found["data"]:
         changes = entry["changes"]
         assert (
@@ -334,11 +363,14 @@ def test_the_quickest_layouts_that_fit_are_suggested(service: Any, spec: dict[st
             == 16
         )
         assert entry["total_bytes_estimate"] <= 80 * 2**30
-    few = service.user.post("/v1/plans/suggest?hardware=H100&ranks=2", json=spec | LARGE).json()
+    few = service.user.post(
+        "/v1/plans/suggest?hardware=H100&ranks=2", json=spec | LARGE
+    ).json()
+    assert few["data"] == []
+    assert "no layout of those that are tried fits on 2 ranks" in few["notes"][0]
     assert (
-        few["data"] == [] and "no layout of those that are tried fits on 2 ranks" in few["notes"][0]
-    )
-    assert (
-        service.user.post("/v1/plans/suggest", json=spec | LARGE).json()["errors"][0]["pointer"]
+        service.user.post("/v1/plans/suggest", json=spec | LARGE).json()["errors"][0][
+            "pointer"
+        ]
         == "/query/hardware"
     )

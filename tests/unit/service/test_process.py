@@ -60,7 +60,8 @@ def test_the_data_dir_is_in_the_home_folder_when_none_is_given() -> None:
 
 def test_wrong_settings_name_their_variable() -> None:
     with pytest.raises(
-        SettingsError, match="MEGATRON_RAY_PORT: Input should be less than or equal to 65535"
+        SettingsError,
+        match="MEGATRON_RAY_PORT: Input should be less than or equal to 65535",
     ):
         Settings.from_environment({"MEGATRON_RAY_PORT": "70000"})
     with pytest.raises(SettingsError, match="MEGATRON_RAY_CLUSTERS"):
@@ -69,7 +70,13 @@ def test_wrong_settings_name_their_variable() -> None:
 
 @pytest.mark.parametrize(
     ("host", "loopback"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False)],
+    [
+        ("127.0.0.1", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+    ],
 )
 def test_loopback(host: str, loopback: bool) -> None:
     assert is_loopback(host) is loopback
@@ -79,7 +86,8 @@ def test_open_addresses_need_a_configured_token(tmp_path: Path) -> None:
     settings = Settings(data_dir=tmp_path, host="0.0.0.0")
     with pytest.raises(
         SettingsError,
-        match=r"refusing to listen on 0.0.0.0: no token is configured; set MEGATRON_RAY_TOKENS_FILE",
+        match=r"refusing to listen on 0.0.0.0: no token is configured; "
+        "set MEGATRON_RAY_TOKENS_FILE",
     ):
         refuse_open_bind(settings)
     refuse_open_bind(settings.model_copy(update={"host": "127.0.0.1"}))
@@ -91,7 +99,9 @@ def test_open_addresses_need_a_configured_token(tmp_path: Path) -> None:
     token = create_token(store, Scope.USER, "me")
     with store.read() as session:
         assert {
-            row.sha256 for row in session.scalars(sa.select(TokenRow)) if row.scope == "user"
+            row.sha256
+            for row in session.scalars(sa.select(TokenRow))
+            if row.scope == "user"
         } == {fingerprint(token)}
     store.close()
     refuse_open_bind(settings)
@@ -111,17 +121,17 @@ def test_unknown_hosts_and_taken_ports_are_said_plainly() -> None:
 
 def test_small_answers_are_not_held_back() -> None:
     with bind("127.0.0.1", 0) as listener:
-        assert listener.proto == socket.IPPROTO_TCP, "asyncio sets TCP_NODELAY on such sockets only"
+        assert listener.proto == socket.IPPROTO_TCP, (
+            "asyncio sets TCP_NODELAY on such sockets only"
+        )
 
 
 def test_tokens_file(tmp_path: Path) -> None:
     path = tmp_path / "t" / "tokens.json"
     tokens = write_tokens(path)
-    assert (
-        read_tokens(path) == tokens
-        and path.stat().st_mode & 0o777 == 0o600
-        and len(set(tokens.values())) == 2
-    )
+    assert read_tokens(path) == tokens
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(set(tokens.values())) == 2
     with pytest.raises(FileExistsError):
         write_tokens(path)
     assert read_tokens(path) == tokens and list(path.parent.iterdir()) == [path], (
@@ -148,13 +158,19 @@ def test_tokens_file(tmp_path: Path) -> None:
 def test_a_stack_makes_its_tokens_once_and_needs_both(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
     tokens = read_or_create_tokens(path)
-    assert read_or_create_tokens(path) == tokens and set(tokens) == {Scope.USER, Scope.AGENT}
+    assert read_or_create_tokens(path) == tokens
+    assert set(tokens) == {
+        Scope.USER,
+        Scope.AGENT,
+    }
     path.write_text(json.dumps({"user": "u" * 40}))
     with pytest.raises(SettingsError, match="both tokens; delete it"):
         read_or_create_tokens(path)
 
 
-def test_a_changed_tokens_file_revokes_the_old_tokens_and_keeps_others(tmp_path: Path) -> None:
+def test_a_changed_tokens_file_revokes_the_old_tokens_and_keeps_others(
+    tmp_path: Path,
+) -> None:
     store = Store.open(f"sqlite:///{tmp_path}/s.db")
     kept = create_token(store, Scope.USER, "made by hand")
     adopt_tokens(store, {Scope.USER: "1" * 40, Scope.AGENT: "2" * 40})
@@ -169,7 +185,8 @@ def test_a_changed_tokens_file_revokes_the_old_tokens_and_keeps_others(tmp_path:
 
 def test_a_damaged_key_is_refused(tmp_path: Path) -> None:
     key = service_key(tmp_path)
-    assert service_key(tmp_path) == key and len(key) == 32
+    assert service_key(tmp_path) == key
+    assert len(key) == 32
     (tmp_path / "service.key").write_bytes(b"short")
     with pytest.raises(SettingsError, match="5 bytes instead of 32; delete it"):
         service_key(tmp_path)
@@ -200,7 +217,9 @@ def test_migrations_make_exactly_the_tables_of_the_code(
     store.close()
     engine = sa.create_engine(url)
     with engine.connect() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+        assert (
+            compare_metadata(MigrationContext.configure(connection), Table.metadata) == []
+        )
         if connection.dialect.name == "sqlite":
             assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
     engine.dispose()
@@ -220,7 +239,9 @@ def test_a_database_of_the_first_schema_keeps_its_steps(tmp_path: Path) -> None:
     store.close()
     with engine.begin() as connection:
         command.downgrade(configuration(connection), "0001")
-        assert connection.exec_driver_sql("SELECT step, loss FROM metrics").all() == [(2, 0.5)]
+        assert connection.exec_driver_sql("SELECT step, loss FROM metrics").all() == [
+            (2, 0.5)
+        ]
     engine.dispose()
 
 
@@ -258,7 +279,8 @@ def test_a_failed_transaction_leaves_nothing_and_wakes_nobody(tmp_path: Path) ->
         session.info["wake"] = {"topic"}
         raise RuntimeError
     with store.read() as session:
-        assert session.scalars(sa.select(TokenRow)).all() == [] and woken == []
+        assert session.scalars(sa.select(TokenRow)).all() == []
+        assert woken == []
     store.close()
 
 
@@ -272,7 +294,10 @@ def start_process(tmp_path: Path, **more: str) -> subprocess.Popen[str]:
     }
     environment = {**os.environ, **variables, **more}
     return subprocess.Popen(
-        [sys.executable, "-m", "service.main"], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "service.main"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -298,20 +323,19 @@ def test_process_writes_its_port_and_ends_promptly_with_open_streams(
             process.send_signal(number)
             _, log = process.communicate(timeout=20)
     assert time.monotonic() - began < 3
-    assert (
-        "Traceback" not in log and "ERROR" not in log and token not in log and "/stream" not in log
-    )
+    assert "Traceback" not in log
+    assert "ERROR" not in log
+    assert token not in log
+    assert "/stream" not in log
     assert process.returncode in (0, -number)
 
 
 def test_a_wrong_setting_ends_the_process_with_one_line(tmp_path: Path) -> None:
     process = start_process(tmp_path, MEGATRON_RAY_PORT="x")
     _, log = process.communicate(timeout=30)
-    assert (
-        process.returncode == 1
-        and log.startswith("megatron-ray service: MEGATRON_RAY_PORT: ")
-        and log.count("\n") == 1
-    )
+    assert process.returncode == 1
+    assert log.startswith("megatron-ray service: MEGATRON_RAY_PORT: ")
+    assert log.count("\n") == 1
 
 
 def test_service_imports_with_torch_and_ray_blocked() -> None:

@@ -9,7 +9,9 @@ import pytest
 PROBLEM = "application/problem+json"
 
 
-def test_batches_sent_again_or_overlapping_change_nothing(service: Any, make_step: Any) -> None:
+def test_batches_sent_again_or_overlapping_change_nothing(
+    service: Any, make_step: Any
+) -> None:
     job_id, driver = service.running_job()
     records = driver.number(
         "a1/r0", *(("step", make_step(step)) for step in range(1, 101)), attempt=1
@@ -33,7 +35,9 @@ def test_batches_sent_again_or_overlapping_change_nothing(service: Any, make_ste
         driver.post("driver", batch)
     after = service.events(job_id)[len(before) :]
     assert [event["message"] for event in after] == list("01234")
-    assert [event["seq"] for event in after] == list(range(len(before) + 1, len(before) + 6))
+    assert [event["seq"] for event in after] == list(
+        range(len(before) + 1, len(before) + 6)
+    )
 
 
 def test_gaps_are_refused_and_leave_nothing_behind(service: Any) -> None:
@@ -44,10 +48,14 @@ def test_gaps_are_refused_and_leave_nothing_behind(service: Any) -> None:
         response = driver.post("driver", [note | {"n": n} for n in numbers])
         body = response.json()
         if numbers == [6, 5]:
-            assert response.status_code == 200, "5 is stored already, so 6 is the only new one"
+            assert response.status_code == 200, (
+                "5 is stored already, so 6 is the only new one"
+            )
             continue
         assert (response.status_code, body["code"], body["stored"]) == (409, "gap", 5)
-        assert "send from 6 on" in body["detail"], "a batch that has a hole is not stored at all"
+        assert "send from 6 on" in body["detail"], (
+            "a batch that has a hole is not stored at all"
+        )
     assert len(service.events(job_id)) == len(before) + 1
 
 
@@ -59,15 +67,11 @@ def test_lower_epochs_are_fenced_everywhere(service: Any) -> None:
         old.cursor(),
         old.post("driver", old.number("driver", ("state", {"state": "succeeded"}))),
     ):
-        assert (
-            response.status_code == 409
-            and response.json()["code"] == "fenced"
-            and response.json()["epoch"] == 2
-        )
-        assert (
-            response.headers["content-type"] == PROBLEM
-            and "end without touching anything" in response.json()["detail"]
-        )
+        assert response.status_code == 409
+        assert response.json()["code"] == "fenced"
+        assert response.json()["epoch"] == 2
+        assert response.headers["content-type"] == PROBLEM
+        assert "end without touching anything" in response.json()["detail"]
     assert service.job(job_id)["status"] == "running"
     zero = service.driver(job_id, epoch=0)
     assert zero.cursor().status_code == 409
@@ -79,10 +83,16 @@ def test_lower_epochs_are_fenced_everywhere(service: Any) -> None:
 def test_a_batch_is_stored_whole_or_not_at_all(service: Any, make_step: Any) -> None:
     job_id, driver = service.running_job()
     before = service.job(job_id), service.events(job_id)
-    facts = (("event", {"type": "test.note"}), ("step", make_step(1)), ("step", {"loss": 1.0}))
+    facts = (
+        ("event", {"type": "test.note"}),
+        ("step", make_step(1)),
+        ("step", {"loss": 1.0}),
+    )
     response = driver.post("driver", driver.number("driver", *facts, attempt=1))
     assert response.status_code == 422
-    assert [error["pointer"] for error in response.json()["errors"]] == ["/records/2/data/step"]
+    assert [error["pointer"] for error in response.json()["errors"]] == [
+        "/records/2/data/step"
+    ]
     assert (service.job(job_id), service.events(job_id)) == before
     assert service.user.get(f"/v1/jobs/{job_id}/metrics").json()["data"] == []
 
@@ -100,7 +110,11 @@ def test_a_batch_is_stored_whole_or_not_at_all(service: Any, make_step: Any) -> 
         ("event", {"type": "a.b", "level": "loud"}, "/records/0/data/level"),
         ("ranks", {}, "/records/0/data/ranks"),
         ("checkpoint", {"step": 1}, "/records/0/data/path"),
-        ("checkpoint", {"step": 1, "path": "p", "action": "eaten"}, "/records/0/data/action"),
+        (
+            "checkpoint",
+            {"step": 1, "path": "p", "action": "eaten"},
+            "/records/0/data/action",
+        ),
         ("problem", {"problems": []}, "/records/0/data/problems"),
         ("step", {"step": -1}, "/records/0/data/step"),
         ("eval", {"step": 1}, "/records/0/data/split"),
@@ -111,7 +125,8 @@ def test_malformed_records_are_named(
 ) -> None:
     _, driver = service.running_job()
     response = driver.post("driver", driver.number("driver", (kind, data), attempt=1))
-    assert response.status_code == 422 and response.json()["errors"][0]["pointer"] == pointer
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["pointer"] == pointer
     assert f"a record of kind {kind}" in response.json()["detail"]
 
 
@@ -127,9 +142,9 @@ def test_malformed_batches_are_refused(service: Any) -> None:
     ]
     for change, status, pointer in cases:
         response = driver.post(**{"source": "driver", "records": [], **change})
-        assert response.status_code == status and response.headers["content-type"] == PROBLEM, (
-            response.text
-        )
+        assert (
+            response.status_code == status and response.headers["content-type"] == PROBLEM
+        ), response.text
         if pointer:
             assert response.json()["errors"][0]["pointer"] == pointer
     assert driver.post("driver", [], protocol=99).json()["protocol"] == 1
@@ -137,14 +152,18 @@ def test_malformed_batches_are_refused(service: Any) -> None:
         "the version before is spoken too"
     )
     raw = driver.http.post(f"/internal/v1/jobs/{job_id}/records", content=b"{not json")
-    assert raw.status_code == 422 and "Invalid JSON" in raw.json()["detail"]
+    assert raw.status_code == 422
+    assert "Invalid JSON" in raw.json()["detail"]
 
 
 def test_unknown_kinds_are_kept_as_they_came(service: Any) -> None:
     job_id, driver = service.running_job()
-    driver.send(("aurora", {"colour": "green", "odd": math.nan, "list": [math.inf, 1]}), attempt=1)
+    driver.send(
+        ("aurora", {"colour": "green", "odd": math.nan, "list": [math.inf, 1]}), attempt=1
+    )
     event = service.events(job_id)[-1]
-    assert event["type"] == "record.aurora" and event["data"] == {
+    assert event["type"] == "record.aurora"
+    assert event["data"] == {
         "colour": "green",
         "odd": None,
         "list": [None, 1],
@@ -169,7 +188,8 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
         attempt=1,
     )
     row = service.user.get(
-        f"/v1/jobs/{job_id}/metrics", params={"keys": "loss,grad_norm,lr,split_s,other_losses"}
+        f"/v1/jobs/{job_id}/metrics",
+        params={"keys": "loss,grad_norm,lr,split_s,other_losses"},
     ).json()["data"][0]
     assert row == {
         "step": 1,
@@ -180,17 +200,19 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
         "split_s": {"data": None},
         "other_losses": {"z_loss": 2.5},
     }
-    assert (
-        "not finite" in service.events(job_id)[-1]["message"]
-        and service.job(job_id)["progress"]["loss"] is None
-    )
+    assert "not finite" in service.events(job_id)[-1]["message"]
+    assert service.job(job_id)["progress"]["loss"] is None
 
 
 def test_last_words_with_a_nul_in_them_are_stored(service: Any) -> None:
     job_id, driver = service.running_job()
-    driver.send(("event", {"type": "test.note", "message": "a\0b", "data": {"traceback": "c\0d"}}))
+    driver.send(
+        ("event", {"type": "test.note", "message": "a\0b", "data": {"traceback": "c\0d"}})
+    )
     event = service.events(job_id)[-1]
-    assert event["message"] in ("a\0b", "a\N{REPLACEMENT CHARACTER}b"), "Postgres has no NUL"
+    assert event["message"] in ("a\0b", "a\N{REPLACEMENT CHARACTER}b"), (
+        "Postgres has no NUL"
+    )
     assert event["data"] == {"traceback": "c\0d"}
 
 
@@ -199,10 +221,8 @@ def test_states_that_may_not_follow_are_kept_and_change_nothing(service: Any) ->
     driver.states("scheduling", attempt=1)
     assert service.job(job_id)["status"] == "running"
     event = service.events(job_id)[-1]
-    assert (
-        event["type"] == "job.state_ignored"
-        and event["message"] == "the driver said scheduling, the job stays running"
-    )
+    assert event["type"] == "job.state_ignored"
+    assert event["message"] == "the driver said scheduling, the job stays running"
 
 
 def test_after_a_resume_the_highest_attempt_of_a_step_is_shown(service: Any) -> None:
@@ -224,9 +244,12 @@ def test_after_a_resume_the_highest_attempt_of_a_step_is_shown(service: Any) -> 
     first = get(
         f"/v1/jobs/{job_id}/metrics", params={"keys": "loss", "attempt": 1, "from_step": 4}
     ).json()["data"]
-    assert [(row["step"], row["loss"]) for row in first] == [(step, 1.0) for step in range(4, 9)]
+    assert [(row["step"], row["loss"]) for row in first] == [
+        (step, 1.0) for step in range(4, 9)
+    ]
     job = service.job(job_id)
-    assert job["progress"]["step"] == 6 and job["attempt"] == 2
+    assert job["progress"]["step"] == 6
+    assert job["attempt"] == 2
 
 
 def test_a_late_row_of_an_earlier_attempt_does_not_move_progress_back(service: Any) -> None:
@@ -247,19 +270,25 @@ def test_long_series_come_in_pages_or_thinned(service: Any, make_step: Any) -> N
         driver.send(*facts, source="a1/r0", attempt=1)
     get = service.user.get
     page = get(f"/v1/jobs/{job_id}/metrics", params={"keys": "loss"}).json()
-    assert len(page["data"]) == 10000 and page["has_more"] and page["last_id"] == "10000"
+    assert len(page["data"]) == 10000
+    assert page["has_more"]
+    assert page["last_id"] == "10000"
     rest = get(
-        f"/v1/jobs/{job_id}/metrics", params={"keys": "loss", "from_step": int(page["last_id"]) + 1}
+        f"/v1/jobs/{job_id}/metrics",
+        params={"keys": "loss", "from_step": int(page["last_id"]) + 1},
     ).json()
-    assert len(rest["data"]) == 2000 and not rest["has_more"]
+    assert len(rest["data"]) == 2000
+    assert not rest["has_more"]
     for keys in ("loss", "loss,split_s"):
-        thin = get(f"/v1/jobs/{job_id}/metrics", params={"keys": keys, "max_points": 50}).json()[
-            "data"
-        ]
+        thin = get(
+            f"/v1/jobs/{job_id}/metrics", params={"keys": keys, "max_points": 50}
+        ).json()["data"]
         steps = [row["step"] for row in thin]
-        assert len(steps) <= 50 and steps == sorted(steps) and {1, 777, 4000, 12000} <= set(steps)
+        assert len(steps) <= 50
+        assert steps == sorted(steps)
+        assert {1, 777, 4000, 12000} <= set(steps)
         assert ("split_s" in thin[0]) == ("split_s" in keys)
-    few = get(f"/v1/jobs/{job_id}/metrics", params={"max_points": 50, "from_step": 11990}).json()[
-        "data"
-    ]
+    few = get(
+        f"/v1/jobs/{job_id}/metrics", params={"max_points": 50, "from_step": 11990}
+    ).json()["data"]
     assert [row["step"] for row in few] == list(range(11990, 12001))

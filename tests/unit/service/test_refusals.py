@@ -1,4 +1,6 @@
-"""Every refusal: a problem document that names the field and the remedy, and never a traceback."""
+"""Every refusal: a problem document that names the field and the remedy, and never a
+traceback.
+"""
 
 import json
 import sqlite3
@@ -24,17 +26,16 @@ def assert_problem(response: httpx.Response, code: str) -> Json:
         response.status_code,
         KINDS[code][1],
     ), body
-    assert (
-        KINDS[code][0] == response.status_code
-        and body["type"] == f"urn:megatron-ray:problem:{code}"
-    )
-    assert (
-        body["request_id"] == response.headers["x-request-id"]
-        and body["instance"] == response.request.url.path
-    )
-    assert body["detail"] and "Traceback" not in response.text and ".py" not in response.text
+    assert KINDS[code][0] == response.status_code
+    assert body["type"] == f"urn:megatron-ray:problem:{code}"
+    assert body["request_id"] == response.headers["x-request-id"]
+    assert body["instance"] == response.request.url.path
+    assert body["detail"]
+    assert "Traceback" not in response.text
+    assert ".py" not in response.text
     for error in body["errors"]:
-        assert set(error) == {"pointer", "code", "detail"} and error["detail"]
+        assert set(error) == {"pointer", "code", "detail"}
+        assert error["detail"]
     return body
 
 
@@ -49,7 +50,12 @@ def change(spec: Json, path: str, value: Any) -> Json:
 
 FIELDS = [
     ("/parallell", {}, "/parallell", "unknown field 'parallell'; did you mean 'parallel'?"),
-    ("/training/stepz", 3, "/training/stepz", "unknown field 'stepz'; did you mean 'steps'?"),
+    (
+        "/training/stepz",
+        3,
+        "/training/stepz",
+        "unknown field 'stepz'; did you mean 'steps'?",
+    ),
     (
         "/data/tokenizer/zzzz",
         3,
@@ -105,7 +111,12 @@ FIELDS = [
         "data.tokenizer.path is needed for kind `file`",
     ),
     ("/optimizer/lr", "NaN", "/optimizer/lr", "finite"),
-    ("/schedule", {"min_lr": 5.0}, "/schedule/min_lr", "above optimizer.lr=0.001; lower it"),
+    (
+        "/schedule",
+        {"min_lr": 5.0},
+        "/schedule/min_lr",
+        "above optimizer.lr=0.001; lower it",
+    ),
     ("/spec_version", 2, "/spec_version", "less than or equal to 1"),
     ("/name", "Not Good", "/name", "pattern"),
     ("/metadata/a~1b", 7, "/metadata/a~01b", "valid string"),
@@ -113,7 +124,12 @@ FIELDS = [
     ("/image", "evil", "/image", "image 'evil' is not set up here; known: default"),
     ("/credentials", ["root"], "/credentials/0", "none is set up here; leave it out"),
     ("/storage", {"path": "runs/x"}, "/storage/path", "absolute path or a URI"),
-    ("/checkpoint", {"start_from": "models/x"}, "/checkpoint/start_from", "absolute path or a URI"),
+    (
+        "/checkpoint",
+        {"start_from": "models/x"},
+        "/checkpoint/start_from",
+        "absolute path or a URI",
+    ),
     ("/storage", {"path": "/a/../b"}, "/storage/path", "write the path out"),
     (
         "/resources",
@@ -162,9 +178,9 @@ def test_wrong_fields_are_named_with_a_remedy(
             assert response.json()["fits"] is False
         else:
             errors = assert_problem(response, "spec_invalid")["errors"]
-        assert any(error["pointer"] == pointer and words in error["detail"] for error in errors), (
-            errors
-        )
+        assert any(
+            error["pointer"] == pointer and words in error["detail"] for error in errors
+        ), errors
     assert shared.user.get("/v1/jobs").json()["data"] == []
 
 
@@ -178,19 +194,20 @@ def test_everything_wrong_is_said_at_once(shared: Any, spec: Json) -> None:
         "/training/seq_length",
         "/optimizer/lr",
     }
-    assert "seq_length is required; add it" in json.dumps(body) and "(and 2 more)" in body["detail"]
+    assert "seq_length is required; add it" in json.dumps(body)
+    assert "(and 2 more)" in body["detail"]
 
 
-def test_islands_must_fit_on_a_node(start: Any, settings: Any, spec: Json, make_node: Any) -> None:
+def test_islands_must_fit_on_a_node(
+    start: Any, settings: Any, spec: Json, make_node: Any
+) -> None:
     service = start(settings)
     service.agent.report(make_node("n1", cpus=2), make_node("n2", cpus=2))
     body = assert_problem(
         service.user.post("/v1/jobs", json=change(spec, "/parallel/tp", 4)), "spec_invalid"
     )
-    assert (
-        body["errors"][0]["pointer"] == "/parallel/tp"
-        and "4 ranks in the whole cluster" in body["errors"][0]["detail"]
-    )
+    assert body["errors"][0]["pointer"] == "/parallel/tp"
+    assert "4 ranks in the whole cluster" in body["errors"][0]["detail"]
 
 
 BODIES = [
@@ -222,7 +239,9 @@ def test_bodies_that_are_no_spec(
 
 def test_body_of_unknown_length_is_cut_off(shared: Any) -> None:
     response = shared.user.post(
-        "/v1/jobs", content=iter([b" " * 65536] * 40), headers={"Content-Type": "application/json"}
+        "/v1/jobs",
+        content=iter([b" " * 65536] * 40),
+        headers={"Content-Type": "application/json"},
     )
     assert_problem(response, "body_too_large")
 
@@ -260,7 +279,9 @@ QUERIES = [
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "pointer", "code"), QUERIES, ids=[f"{case[0]} {case[1]}" for case in QUERIES]
+    ("method", "path", "pointer", "code"),
+    QUERIES,
+    ids=[f"{case[0]} {case[1]}" for case in QUERIES],
 )
 def test_addresses_and_parameters(
     with_job: tuple[Any, str], method: str, path: str, pointer: str | None, code: str
@@ -274,13 +295,15 @@ def test_addresses_and_parameters(
 def test_bodies_of_other_routes(with_job: tuple[Any, str]) -> None:
     service, job_id = with_job
     body = assert_problem(
-        service.user.post(f"/v1/jobs/{job_id}/cancel", json={"chekpoint": True}), "request_invalid"
+        service.user.post(f"/v1/jobs/{job_id}/cancel", json={"chekpoint": True}),
+        "request_invalid",
     )
-    assert body["errors"][0]["pointer"] == "/chekpoint" and "leave it out" in body["detail"]
+    assert body["errors"][0]["pointer"] == "/chekpoint"
+    assert "leave it out" in body["detail"]
     assert (
-        assert_problem(service.user.post("/v1/plans", json={}), "spec_invalid")["errors"][0][
-            "pointer"
-        ]
+        assert_problem(service.user.post("/v1/plans", json={}), "spec_invalid")["errors"][
+            0
+        ]["pointer"]
         == "/model"
     )
 
@@ -315,13 +338,14 @@ def test_a_folder_that_an_active_job_writes_to_is_refused(
         response = service.user.post(address, json=again)
         problem = response.json()
         assert response.status_code == 422 and problem["code"] == "spec_invalid", problem
-        assert (
-            problem["errors"][0]["pointer"] == "/storage/path"
-            and problem["errors"][0]["code"] == "in_use"
-        )
-        assert first in problem["detail"] and "wait for that job's end" in problem["detail"]
+        assert problem["errors"][0]["pointer"] == "/storage/path"
+        assert problem["errors"][0]["code"] == "in_use"
+        assert first in problem["detail"]
+        assert "wait for that job's end" in problem["detail"]
     assert (
-        service.user.post("/v1/plans", json=spec | {"storage": {"path": folder + "2"}}).status_code
+        service.user.post(
+            "/v1/plans", json=spec | {"storage": {"path": folder + "2"}}
+        ).status_code
         == 200
     )
     service.user.post(f"/v1/jobs/{first}/cancel")
@@ -329,12 +353,15 @@ def test_a_folder_that_an_active_job_writes_to_is_refused(
     assert service.user.post("/v1/jobs", json=again).status_code == 201
 
 
-def test_the_default_folder_of_an_active_job_is_refused_too(service: Any, spec: Json) -> None:
+def test_the_default_folder_of_an_active_job_is_refused_too(
+    service: Any, spec: Json
+) -> None:
     first = service.submit(spec)
     response = service.user.post(
         "/v1/jobs", json=spec | {"storage": {"path": first["storage_path"]}}
     )
-    assert response.status_code == 422 and first["id"] in response.json()["detail"]
+    assert response.status_code == 422
+    assert first["id"] in response.json()["detail"]
     assert (
         service.user.post(
             "/v1/jobs", json=spec | {"storage": {"path": "s3://bucket/x"}}
@@ -370,13 +397,15 @@ def test_tokens_open_only_their_own_doors(service: Any) -> None:
         f"/internal/v1/jobs/{job_id}/desired",
     ):
         response = nobody.get(path)
+        assert "Bearer" in response.headers["WWW-Authenticate"]
         assert (
-            "Bearer" in response.headers["WWW-Authenticate"]
-            and "Authorization: Bearer" in assert_problem(response, "unauthenticated")["detail"]
+            "Authorization: Bearer" in assert_problem(response, "unauthenticated")["detail"]
         )
         assert_problem(service.client("x" * 43).get(path), "unauthenticated")
         assert_problem(service.client(f"{job_id}.{'0' * 64}").get(path), "unauthenticated")
-        assert_problem(nobody.get(path, headers={"Authorization": "Basic dTp1"}), "unauthenticated")
+        assert_problem(
+            nobody.get(path, headers={"Authorization": "Basic dTp1"}), "unauthenticated"
+        )
     assert "scope agent" in assert_problem(agent.get("/v1/jobs"), "forbidden")["detail"]
     assert_problem(user.get("/internal/v1/agent/hello"), "forbidden")
     assert_problem(user.get(f"/internal/v1/jobs/{job_id}/desired"), "forbidden")
@@ -384,9 +413,9 @@ def test_tokens_open_only_their_own_doors(service: Any) -> None:
     assert_problem(driver.http.get("/internal/v1/agent/hello"), "forbidden")
     assert (
         "speaks for"
-        in assert_problem(driver.http.get(f"/internal/v1/jobs/{other}/desired"), "forbidden")[
-            "detail"
-        ]
+        in assert_problem(
+            driver.http.get(f"/internal/v1/jobs/{other}/desired"), "forbidden"
+        )["detail"]
     )
     assert_problem(driver.http.get("/internal/v1/jobs/"), "forbidden")
     for path in ("/healthz", "/readyz", "/openapi.json"):
@@ -426,10 +455,12 @@ def test_agents_words_are_checked(service: Any, make_node: Callable[..., Any]) -
     }
     post = service.agent.http.post
     assert_problem(
-        post("/internal/v1/agent/report", json=good | {"cluster": "mars"}), "request_invalid"
+        post("/internal/v1/agent/report", json=good | {"cluster": "mars"}),
+        "request_invalid",
     )
     assert_problem(
-        post("/internal/v1/agent/report", json=good | {"protocol": 7}), "protocol_unsupported"
+        post("/internal/v1/agent/report", json=good | {"protocol": 7}),
+        "protocol_unsupported",
     )
     body = assert_problem(
         post("/internal/v1/agent/report", json=good | {"nodes": [{"node_id": 1}]}),
@@ -440,7 +471,9 @@ def test_agents_words_are_checked(service: Any, make_node: Callable[..., Any]) -
         service.agent.http.get("/internal/v1/agent/desired", params={"cluster": "mars"}),
         "request_invalid",
     )
-    assert post("/internal/v1/agent/checks", json={"check_id": "long-gone"}).json() == {"ok": True}
+    assert post("/internal/v1/agent/checks", json={"check_id": "long-gone"}).json() == {
+        "ok": True
+    }
 
 
 def test_faults_of_the_service_are_logged_and_not_shown(
@@ -453,11 +486,9 @@ def test_faults_of_the_service_are_logged_and_not_shown(
     body = assert_problem(
         service.user.get("/v1/jobs", headers={"X-Request-ID": "mine-1"}), "internal"
     )
-    assert (
-        body["request_id"] == "mine-1"
-        and "mine-1" in body["detail"]
-        and "secret" not in json.dumps(body)
-    )
+    assert body["request_id"] == "mine-1"
+    assert "mine-1" in body["detail"]
+    assert "secret" not in json.dumps(body)
     assert any(
         "mine-1" in record.getMessage() and "the secret inside" in str(record.exc_info)
         for record in caplog.records
@@ -474,13 +505,12 @@ def test_a_database_that_does_not_answer_is_said_plainly(
 
     monkeypatch.setattr("service.jobs.lifecycle.find", gone)
     response = service.user.get("/v1/jobs/job-x")
-    assert (
-        "try again" in assert_problem(response, "unavailable")["detail"]
-        and response.headers["Retry-After"] == "2"
-    )
+    assert "try again" in assert_problem(response, "unavailable")["detail"]
+    assert response.headers["Retry-After"] == "2"
     monkeypatch.setattr(service.app.state.context.store, "ping", gone)
     ready = service.client(None).get("/readyz")
-    assert ready.status_code == 503 and ready.json()["status"] == "unavailable"
+    assert ready.status_code == 503
+    assert ready.json()["status"] == "unavailable"
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +533,9 @@ def module_settings(
 def shared(
     module_settings: Any, start_service: Callable[..., Any], new_node: Callable[..., Any]
 ) -> Any:
-    """One service for refusals, which leave nothing behind; its cluster has one node with 4 CPUs."""
+    """One service for refusals, which leave nothing behind; its cluster has one node
+    with 4 CPUs.
+    """
     service = start_service(module_settings)
     service.agent.report(new_node(cpus=4))
     yield service
@@ -599,7 +631,8 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(
     )
     if response.status_code == 200:
         body = response.json()
-        assert len(body["ranks"]) == body["world_size"] >= 1 and json.dumps(body["resolved_spec"])
+        assert len(body["ranks"]) == body["world_size"] >= 1
+        assert json.dumps(body["resolved_spec"])
         assert body["fits"] is False or body["world_size"] <= body["room"]
     else:
         body = assert_problem(response, response.json()["code"])
@@ -608,7 +641,8 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(
         "/v1/jobs", content=content, headers={"Content-Type": "application/json"}
     )
     if posted.status_code == 201:
-        assert response.status_code == 200 and not response.json()["problems"]
+        assert response.status_code == 200
+        assert not response.json()["problems"]
         assert (
             shared.user.post(f"/v1/jobs/{posted.json()['id']}/cancel").json()["status"]
             == "cancelled"
@@ -616,7 +650,8 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(
         assert shared.user.delete(f"/v1/jobs/{posted.json()['id']}").status_code == 204
     else:
         errors = assert_problem(posted, posted.json()["code"])["errors"]
-        assert 400 <= posted.status_code < 500 and errors
+        assert 400 <= posted.status_code < 500
+        assert errors
         assert errors == (response.json().get("errors") or response.json().get("problems"))
 
 

@@ -1,5 +1,5 @@
-"""Sessions and records: nothing runs unrecorded, nobody else's process is hit, what was interrupted
-can be repeated.
+"""Sessions and records: nothing runs unrecorded, nobody else's process is hit, what was
+interrupted can be repeated.
 """
 
 import os
@@ -114,13 +114,15 @@ os.kill(os.getpid(), signal.SIGKILL)
     deadline = time.monotonic() + 5
     while is_running(sid, ticks) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not is_running(sid, ticks) and not (tmp_path / "ran").exists()
+    assert not is_running(sid, ticks)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_abandoned_command_never_runs(log: Path, tmp_path: Path) -> None:
     gated = GatedProcess(["touch", str(tmp_path / "ran")], log=log)
     gated.abandon()
-    assert gated.process.returncode == 1 and not (tmp_path / "ran").exists()
+    assert gated.process.returncode == 1
+    assert not (tmp_path / "ran").exists()
 
 
 def test_killing_takes_children_in_other_process_groups_too(log: Path) -> None:
@@ -143,7 +145,8 @@ def test_a_recycled_number_is_left_alone(log: Path) -> None:
     older = Session(
         gated.session.sid, gated.session.start_ticks - 1000
     )  # as if the recorded session had ended long before
-    assert members([older]) == [] and kill_sessions([older]) == 0
+    assert members([older]) == []
+    assert kill_sessions([older]) == 0
     assert not send_signal(older.sid, older.start_ticks, signal.SIGKILL)
     assert gated.process.poll() is None
     gated.abandon()
@@ -153,15 +156,17 @@ def test_record_is_private_and_replaced_whole(tmp_path: Path) -> None:
     record = make_record(tmp_path, token="secret")
     write_record(record)
     assert record_path(tmp_path).stat().st_mode & 0o777 == 0o600
-    write_record(record.with_session("ray", Session(5, 6)).with_session("ray", Session(7, 8)))
+    write_record(
+        record.with_session("ray", Session(5, 6)).with_session("ray", Session(7, 8))
+    )
     again = read_record(tmp_path)
-    assert again is not None and [(entry.name, entry.sid) for entry in again.sessions] == [
-        ("ray", 7)
-    ]
+    assert again is not None
+    assert [(entry.name, entry.sid) for entry in again.sessions] == [("ray", 7)]
     assert [path.name for path in tmp_path.iterdir()] == ["stack.json"]
     (tmp_path / "stack.json.rest").write_text("")
     forget(tmp_path)
-    assert read_record(tmp_path) is None and list(tmp_path.iterdir()) == []
+    assert read_record(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_record_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -179,9 +184,11 @@ def test_nothing_is_killed_after_a_reboot_or_in_another_container(
     write_record(record)
     (tmp_path / "mr-temp").mkdir()
     report = down(tmp_path, lambda text: None, job_grace_s=0)
-    assert report.was_up and report.processes_killed == 0
+    assert report.was_up
+    assert report.processes_killed == 0
     assert gated.process.poll() is None
-    assert not (tmp_path / "mr-temp").exists() and read_record(tmp_path) is None
+    assert not (tmp_path / "mr-temp").exists()
+    assert read_record(tmp_path) is None
     gated.abandon()
 
 
@@ -193,13 +200,19 @@ def test_down_kills_an_up_that_does_not_listen(
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', "
         "flush=True); time.sleep(100)"
     )
-    deaf = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert deaf.stdout is not None and deaf.stdout.readline() == "deaf\n"
+    deaf = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    )
+    assert deaf.stdout is not None
+    assert deaf.stdout.readline() == "deaf\n"
     process = read_process(deaf.pid)
     assert process is not None
-    write_record(make_record(tmp_path, up_pid=process.pid, up_start_ticks=process.start_ticks))
+    write_record(
+        make_record(tmp_path, up_pid=process.pid, up_start_ticks=process.start_ticks)
+    )
     assert not down(tmp_path, lambda text: None, job_grace_s=0).ended_by_up
-    assert deaf.wait(timeout=5) == -signal.SIGKILL and read_record(tmp_path) is None
+    assert deaf.wait(timeout=5) == -signal.SIGKILL
+    assert read_record(tmp_path) is None
     deaf.stdout.close()
 
 
@@ -211,15 +224,16 @@ def test_only_temp_dirs_of_stacks_are_removed(tmp_path: Path) -> None:
 
 def test_ray_is_told_every_port_and_no_secret() -> None:
     ports = free_ports(PORT_NAMES)
-    assert len(set(ports.values())) == len(PORT_NAMES) and all(
-        is_free(port) for port in ports.values()
-    )
+    assert len(set(ports.values())) == len(PORT_NAMES)
+    assert all(is_free(port) for port in ports.values())
     command = head_command(ports, Path("/tmp/mr-x"), 2)
     assert all(
-        any(argument.endswith(f"={port}") for argument in command) for port in ports.values()
+        any(argument.endswith(f"={port}") for argument in command)
+        for port in ports.values()
     )
     environment = ray_environment("token", Path("/tmp/mr-x"))
-    assert environment["RAY_AUTH_MODE"] == "token" and "token" not in command
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert "token" not in command
     assert environment["RAY_worker_niceness"] == ("15" if may_raise_priority() else "0"), (
         "ranks that cannot raise themselves start high"
     )

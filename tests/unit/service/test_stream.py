@@ -13,8 +13,8 @@ Message = dict[str, Any]
 
 
 def messages(response: httpx.Response) -> Iterator[Message]:
-    """Complete server-sent events and comments; whatever is cut in the middle is dropped, as a
-    browser does.
+    """Complete server-sent events and comments; whatever is cut in the middle is
+    dropped, as a browser does.
     """
     buffer = ""
     for text in response.iter_text():
@@ -44,9 +44,8 @@ class Reader:
         with self.service.user.stream(
             "GET", f"/v1/jobs/{self.job_id}/stream", headers=headers
         ) as response:
-            assert response.status_code == 200 and response.headers["content-type"].startswith(
-                "text/event-stream"
-            )
+            assert response.status_code == 200
+            assert response.headers["content-type"].startswith("text/event-stream")
             for count, message in enumerate(messages(response), start=1):
                 self.take(message)
                 if self.ended or count == most_messages:
@@ -64,7 +63,8 @@ class Reader:
         elif message["event"] == "end":
             self.ended = True
         else:
-            assert data["type"] == message["event"] and data["object"] == "job.event"
+            assert data["type"] == message["event"]
+            assert data["object"] == "job.event"
             self.seqs.append(data["seq"])
 
 
@@ -74,13 +74,16 @@ def test_history_is_replayed_then_ends(service: Any) -> None:
     driver.states("succeeded", attempt=1)
     reader = Reader(service, job_id)
     reader.read()
-    assert reader.ended and reader.rows == [(1, step) for step in range(1, 2501)]
+    assert reader.ended
+    assert reader.rows == [(1, step) for step in range(1, 2501)]
     assert reader.seqs == list(range(1, len(service.events(job_id)) + 1))
-    assert reader.states[-1]["status"] == "succeeded" and "spec" not in reader.states[-1]
+    assert reader.states[-1]["status"] == "succeeded"
+    assert "spec" not in reader.states[-1]
     again = Reader(service, job_id)
     again.last_id = reader.last_id
     again.read()
-    assert again.ended and again.rows == again.seqs == []
+    assert again.ended
+    assert again.rows == again.seqs == []
 
 
 def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(
@@ -98,7 +101,9 @@ def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(
                 attempt=attempt,
             )
             if rng.random() < 0.3:
-                driver.send(("event", {"type": "test.note", "message": str(step)}), attempt=attempt)
+                driver.send(
+                    ("event", {"type": "test.note", "message": str(step)}), attempt=attempt
+                )
             if rng.random() < 0.1:
                 time.sleep(0.02)
         driver.states("succeeded", attempt=4)
@@ -114,12 +119,15 @@ def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(
     thread.join(10)
     total = service.events(job_id)[-1]["seq"]
     assert reader.seqs == list(range(1, total + 1))
-    assert sorted(reader.rows) == sorted(expected_rows()) and connections > 10
+    assert sorted(reader.rows) == sorted(expected_rows())
+    assert connections > 10
 
 
 def expected_rows() -> list[tuple[int, int]]:
     return [
-        (1 + first // 200, step) for first in range(1, 601, 5) for step in range(first, first + 5)
+        (1 + first // 200, step)
+        for first in range(1, 601, 5)
+        for step in range(first, first + 5)
     ]
 
 
@@ -158,11 +166,11 @@ def test_new_things_arrive_at_once_and_silence_is_filled_with_pings(service: Any
 def test_positions_that_make_no_sense_are_refused(service: Any) -> None:
     job_id = service.submit()["id"]
     for wrong in ("abc", "1.2.3", "-1", "9" * 40):
-        response = service.user.get(f"/v1/jobs/{job_id}/stream", headers={"Last-Event-ID": wrong})
-        assert (
-            response.status_code == 422
-            and response.json()["errors"][0]["pointer"] == "/header/Last-Event-ID"
+        response = service.user.get(
+            f"/v1/jobs/{job_id}/stream", headers={"Last-Event-ID": wrong}
         )
+        assert response.status_code == 422
+        assert response.json()["errors"][0]["pointer"] == "/header/Last-Event-ID"
         assert "start over" in response.json()["detail"]
 
 
@@ -173,23 +181,26 @@ def test_position_may_come_in_the_query(service: Any) -> None:
         "GET", f"/v1/jobs/{job_id}/stream", params={"after": "2.0"}
     ) as response:
         found = list(messages(response))
-    assert [message["event"] for message in found] == ["job.cancelled", "state", "end"] and found[
-        0
-    ]["id"] == "3.0"
+    assert [message["event"] for message in found] == [
+        "job.cancelled",
+        "state",
+        "end",
+    ]
+    assert found[0]["id"] == "3.0"
 
 
-def test_too_many_streams_are_refused_and_places_come_free(start: Any, settings: Any) -> None:
+def test_too_many_streams_are_refused_and_places_come_free(
+    start: Any, settings: Any
+) -> None:
     service = start(settings.model_copy(update={"max_streams": 1}))
     job_id = service.submit()["id"]
     with service.user.stream("GET", f"/v1/jobs/{job_id}/stream") as first:
         held = messages(first)  # dropping it would close the connection
         assert next(held)["event"] == "job.created"
         refused = service.user.get(f"/v1/jobs/{job_id}/stream")
-        assert (
-            refused.status_code == 429
-            and refused.json()["code"] == "too_many_streams"
-            and refused.headers["Retry-After"] == "5"
-        )
+        assert refused.status_code == 429
+        assert refused.json()["code"] == "too_many_streams"
+        assert refused.headers["Retry-After"] == "5"
     deadline = time.monotonic() + 5
     service.user.post(f"/v1/jobs/{job_id}/cancel")
     while (answer := service.user.get(f"/v1/jobs/{job_id}/stream")).status_code == 429:
@@ -204,7 +215,9 @@ def test_shutdown_with_open_streams_and_polls_is_prompt(service: Any) -> None:
     ends: list[bool] = []
 
     def follow() -> None:
-        with service.client("u" * 43).stream("GET", f"/v1/jobs/{job_id}/stream") as response:
+        with service.client("u" * 43).stream(
+            "GET", f"/v1/jobs/{job_id}/stream"
+        ) as response:
             for message in messages(response):
                 seen.set()
                 ends.append(message.get("event") == "end")
@@ -222,7 +235,8 @@ def test_shutdown_with_open_streams_and_polls_is_prompt(service: Any) -> None:
     began = time.monotonic()
     service._server.should_exit = True
     service._thread.join(10)
-    assert time.monotonic() - began < 1.5 and not any(ends)
+    assert time.monotonic() - began < 1.5
+    assert not any(ends)
     for thread in threads:
         thread.join(5)
 

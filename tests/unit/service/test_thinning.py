@@ -13,26 +13,29 @@ def test_first_last_and_extremes_stay(
     points: list[tuple[float | None, float | None]], most: int
 ) -> None:
     kept = thin(points, most)
-    assert (
-        kept == sorted(set(kept))
-        and len(kept) <= most
-        and kept[0] == 0
-        and kept[-1] == len(points) - 1
-    )
+    assert kept == sorted(set(kept))
+    assert len(kept) <= most
+    assert kept[0] == 0
+    assert kept[-1] == len(points) - 1
     if most >= 6:
         for column in range(2):
             known = [point[column] for point in points if point[column] is not None]
             if known:
                 shown = [
-                    points[index][column] for index in kept if points[index][column] is not None
+                    points[index][column]
+                    for index in kept
+                    if points[index][column] is not None
                 ]
-                assert min(shown) == min(known) and max(shown) == max(known)
+                assert min(shown) == min(known)
+                assert max(shown) == max(known)
 
 
 def test_short_series_are_left_alone() -> None:
-    assert thin([(1.0,), (2.0,)], 2) == [0, 1] and thin([], 2) == []
+    assert thin([(1.0,), (2.0,)], 2) == [0, 1]
+    assert thin([], 2) == []
 
 
 def test_every_stretch_is_represented() -> None:
     kept = thin([(float(i % 7),) for i in range(10_000)], 102)
-    assert len(kept) > 90 and max(b - a for a, b in zip(kept, kept[1:], strict=False)) < 400
+    assert len(kept) > 90
+    assert max(b - a for a, b in zip(kept, kept[1:], strict=False)) < 400

@@ -17,7 +17,9 @@ JOB: dict[str, Any] = {
     "id": "job-abc",
     "status": "running",
     "progress": {"steps": 100},
-    "resolved_spec": {"training": {"steps": 100, "global_batch_size": 16, "seq_length": 256}},
+    "resolved_spec": {
+        "training": {"steps": 100, "global_batch_size": 16, "seq_length": 256}
+    },
 }
 
 
@@ -25,7 +27,11 @@ def row(step: int, **values: Any) -> StreamEvent:
     return StreamEvent(
         "metrics",
         f"0.{step}",
-        {"rows": [{"step": step, "attempt": 1, "loss": 3.0, "tokens_per_s": 4096.0, **values}]},
+        {
+            "rows": [
+                {"step": step, "attempt": 1, "loss": 3.0, "tokens_per_s": 4096.0, **values}
+            ]
+        },
     )
 
 
@@ -54,7 +60,9 @@ def test_state_changes_are_lines_and_repeats_are_not() -> None:
     assert watcher.take(state) == ["[cyan]running[/cyan]  2 ranks on \\[node-1]"]
     assert watcher.take(state) == []
     assert watcher.take(
-        StreamEvent("state", None, {**JOB, "status": "recovering", "status_reason": "worker_died"})
+        StreamEvent(
+            "state", None, {**JOB, "status": "recovering", "status_reason": "worker_died"}
+        )
     ) == ["recovering  worker_died"]
 
 
@@ -62,7 +70,9 @@ def test_evaluation_rows_without_loss_do_not_hide_the_loss() -> None:
     watcher = Watcher()
     watcher.take(row(10))
     watcher.take(
-        StreamEvent("metrics", "0.11", {"rows": [{"step": 10, "attempt": 1, "val_loss": 2.0}]})
+        StreamEvent(
+            "metrics", "0.11", {"rows": [{"step": 10, "attempt": 1, "val_loss": 2.0}]}
+        )
     )
     assert (watcher.step, watcher.loss) == (10, 3.0)
 
@@ -71,7 +81,9 @@ def test_details_and_repetitions_are_left_to_the_events_command() -> None:
     watcher = Watcher()
     assert (
         watcher.take(
-            StreamEvent("rank.phase", "1.0", {"message": "model took 0.8 s", "level": "info"})
+            StreamEvent(
+                "rank.phase", "1.0", {"message": "model took 0.8 s", "level": "info"}
+            )
         )
         == []
     )
@@ -79,7 +91,9 @@ def test_details_and_repetitions_are_left_to_the_events_command() -> None:
         StreamEvent("rank.died", "2.0", {"message": "rank 1 died", "level": "error"})
     ) == ["[red]rank 1 died[/red]"]
     assert (
-        watcher.take(StreamEvent("job.queued", "3.0", {"message": "ready to run", "level": "info"}))
+        watcher.take(
+            StreamEvent("job.queued", "3.0", {"message": "ready to run", "level": "info"})
+        )
         == []
     )
     assert watcher.take(
@@ -126,16 +140,16 @@ def test_a_terminal_sees_a_bar_and_the_lines_above_it() -> None:
     )
     watch_job(ScriptedClient(*events), "job-abc", out=console)
     shown = screen.getvalue()
-    assert (
-        "running" in shown
-        and "━" in shown
-        and "step 100/100  loss 3.0000  4,096 tokens/s  ETA 0:00" in shown
-    )
+    assert "running" in shown
+    assert "━" in shown
+    assert "step 100/100  loss 3.0000  4,096 tokens/s  ETA 0:00" in shown
 
 
 def test_a_job_that_ends_otherwise_is_a_failure_with_its_words() -> None:
     with pytest.raises(Failure, match="job-abc cancelled: no reason was recorded"):
-        watch_job(ScriptedClient(status="cancelled"), "job-abc", out=Console(file=io.StringIO()))
+        watch_job(
+            ScriptedClient(status="cancelled"), "job-abc", out=Console(file=io.StringIO())
+        )
     problem = {
         "detail": "bad data",
         "errors": [{"pointer": "/data/train/0/path", "detail": "empty; add text"}],

@@ -1,5 +1,5 @@
-"""A cluster and a service on paper: what a job's driver acts on, without Ray, HTTP or time, so that
-it can die between any two acts.
+"""A cluster and a service on paper: what a job's driver acts on, without Ray, HTTP or
+time, so that it can die between any two acts.
 """
 
 import json
@@ -38,8 +38,8 @@ class Mortality:
 
 
 class PaperService:
-    """Keeps records as the service does: numbers without holes, the table of transitions, admission
-    at once.
+    """Keeps records as the service does: numbers without holes, the table of
+    transitions, admission at once.
     """
 
     def __init__(self, spec: dict[str, Any], job_dir: str) -> None:
@@ -117,7 +117,9 @@ class PaperOutbox:
             record = line.value()
             if record["kind"] == "step":
                 step = record["data"]["step"]
-                self._service.steps[step] = max(self._service.steps.get(step, 0), record["attempt"])
+                self._service.steps[step] = max(
+                    self._service.steps.get(step, 0), record["attempt"]
+                )
 
     def stored(self, source: str) -> int:
         return 0 if self._service.away else 1 << 30
@@ -150,12 +152,21 @@ class _Worker:
     def say(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
         n = len(self.lines) + 1
-        record = {"n": n, "at": 0.0, "kind": kind, "attempt": self.order.attempt, "data": data}
+        record = {
+            "n": n,
+            "at": 0.0,
+            "kind": kind,
+            "attempt": self.order.attempt,
+            "data": data,
+        }
         self.lines.append(Line(n, kind, json.dumps(record).encode()))
 
 
 class PaperCluster:
-    """Lives on when the driver dies. Rank `dies[0]` dies before its step `dies[1]`, once."""
+    """Lives on when the driver dies.
+
+    Rank `dies[0]` dies before its step `dies[1]`, once.
+    """
 
     def __init__(self, steps: int, every: int, dies: tuple[int, int] | None) -> None:
         self.steps = steps
@@ -173,8 +184,8 @@ class PaperCluster:
         return _Worker(recruit.slot, self.pids, recruit.standby, self.version)
 
     def advance(self, worker: _Worker) -> None:
-        """One step, unless the attempt is over; all ranks are told apart by nothing but their
-        number.
+        """One step, unless the attempt is over; all ranks are told apart by nothing but
+        their number.
         """
         assert worker.order is not None
         rank = worker.order.env.rank
@@ -195,10 +206,14 @@ class PaperCluster:
     def _save(self, worker: _Worker, rank: int) -> None:
         assert worker.order is not None
         folder = Path(
-            checkpoint_path(worker.order.spec["storage"]["path"], worker.step, worker.order.attempt)
+            checkpoint_path(
+                worker.order.spec["storage"]["path"], worker.step, worker.order.attempt
+            )
         )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "index.json").write_text(json.dumps({"files": {"rank-0": 1, "rank-1": 1}}))
+        (folder / "index.json").write_text(
+            json.dumps({"files": {"rank-0": 1, "rank-1": 1}})
+        )
         (folder / f"rank-{rank}").write_text("x")
         worker.say(
             "checkpoint_written",
@@ -207,8 +222,8 @@ class PaperCluster:
 
 
 class PaperGroup:
-    """WorkerGroup's face over the paper cluster; every act may be the driver's last, before it or
-    after it.
+    """WorkerGroup's face over the paper cluster; every act may be the driver's last,
+    before it or after it.
     """
 
     def __init__(self, cluster: PaperCluster, mortality: Mortality) -> None:
@@ -296,7 +311,9 @@ class PaperGroup:
                 if order.resume_from
                 else 0
             )
-            if worker.step == self._cluster.steps:  # all that was missing is that somebody said so
+            if (
+                worker.step == self._cluster.steps
+            ):  # all that was missing is that somebody said so
                 worker.state = RankState.FINISHED
 
     def poll(self, slot: int, rank: int, fence: Fence, poll: Poll) -> None:
@@ -311,7 +328,10 @@ class PaperGroup:
                 worker = self._cluster.workers.get(slot)
             if worker is None:
                 answers.append(
-                    Answer(rank, death=Death(FailureKind.PROCESS_DIED, "its process died: SIGKILL"))
+                    Answer(
+                        rank,
+                        death=Death(FailureKind.PROCESS_DIED, "its process died: SIGKILL"),
+                    )
                 )
                 continue
             assert worker.order is not None
@@ -339,7 +359,8 @@ class PaperGroup:
 
     def command(self, slot: int, fence: Fence, command: Command) -> None:
         self._mortality.act()
-        for worker in self._cluster.workers.values():  # the ranks agree among themselves
+        # the ranks agree among themselves
+        for worker in self._cluster.workers.values():
             worker.stop = worker.stop or command >= Command.STOP
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:

@@ -4,7 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ray.checkpoint.directory import checkpoint_path
-from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole, contained_records
+from workers.driver.commit import (
+    CheckpointLedger,
+    WholeCheckpoint,
+    commit_whole,
+    contained_records,
+)
 
 
 def step(n: int) -> dict[str, Any]:
@@ -38,7 +43,9 @@ def test_a_report_that_comes_later_holds_the_commit_back() -> None:
     ledger.written(0, 2, "/c/2", 1)
     ledger.reported(step(1))
     assert ledger.take_whole() is None
-    ledger.reported({"kind": "eval", "data": {"step": 2, "split": "validation", "loss": 3.0}})
+    ledger.reported(
+        {"kind": "eval", "data": {"step": 2, "split": "validation", "loss": 3.0}}
+    )
     assert ledger.take_whole() is None, "an evaluation is no step"
     ledger.reported(step(2))
     whole = ledger.take_whole()
@@ -73,7 +80,8 @@ def test_events_between_steps_are_contained_so_that_no_number_is_missing() -> No
         ledger.reported(record)
     ledger.written(0, 4, "/c/4", 1)
     whole = ledger.take_whole()
-    assert whole is not None and [record["n"] for record in whole.reports] == [1, 2, 3, 4]
+    assert whole is not None
+    assert [record["n"] for record in whole.reports] == [1, 2, 3, 4]
 
 
 def test_what_the_service_lacks_is_contained_again() -> None:
@@ -85,7 +93,8 @@ def test_what_the_service_lacks_is_contained_again() -> None:
         ledger.reported(step(n))
         ledger.written(0, n, f"/c/{n}", 1)
         whole = ledger.take_whole(stored)
-        assert whole is not None and whole.loss == 1.0 / n
+        assert whole is not None
+        assert whole.loss == 1.0 / n
         contained.append([record["n"] for record in whole.reports])
     assert contained == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [4, 5, 6, 7, 8]]
 
@@ -96,13 +105,19 @@ def test_what_checkpoints_contain_is_read_back_by_source(tmp_path: Path) -> None
         path.mkdir(parents=True)
         (path / "index.json").write_text('{"files": {}}')
         commit_whole(
-            WholeCheckpoint(at, attempt, str(path), 1, tuple(records), 1.0), str(tmp_path), 9, {}
+            WholeCheckpoint(at, attempt, str(path), 1, tuple(records), 1.0),
+            str(tmp_path),
+            9,
+            {},
         )
 
     save(2, 1, [event(1), step(2)])
-    save(4, 1, [step(2), event(3), step(4)])  # a driver that came back has read one again
+    # a driver that came back has read one again
+    save(4, 1, [step(2), event(3), step(4)])
     save(6, 2, [step(6)])
-    save(8, 3, [{"kind": "step", "data": {"step": 8}}])  # under torchrun nobody numbers them
+    save(
+        8, 3, [{"kind": "step", "data": {"step": 8}}]
+    )  # under torchrun nobody numbers them
     (tmp_path / "checkpoints" / "step-00000010-a0001").mkdir()
     found = contained_records(str(tmp_path))
     assert {source: [line.n for line in lines] for source, lines in found.items()} == {

@@ -1,4 +1,6 @@
-"""What is said about the weights that a job begins with, before anything is held for it."""
+"""What is said about the weights that a job begins with, before anything is held for
+it.
+"""
 
 import json
 from pathlib import Path
@@ -28,7 +30,11 @@ def write_folder(folder: Path, *, vocab_size: int = 300) -> None:
         "mlp.gate_proj": [16, 8],
         "mlp.up_proj": [16, 8],
     }
-    layer |= {"mlp.down_proj": [8, 16], "input_layernorm": [8], "post_attention_layernorm": [8]}
+    layer |= {
+        "mlp.down_proj": [8, 16],
+        "input_layernorm": [8],
+        "post_attention_layernorm": [8],
+    }
     header = {}
     end = 0
     for name, shape in (
@@ -36,10 +42,16 @@ def write_folder(folder: Path, *, vocab_size: int = 300) -> None:
     ).items():
         start = end
         end = end + 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
-        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        header[f"{name}.weight"] = {
+            "dtype": "BF16",
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
     raw = json.dumps(header).encode()
     folder.mkdir(exist_ok=True)
-    (folder / "model.safetensors").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(end))
+    (folder / "model.safetensors").write_bytes(
+        len(raw).to_bytes(8, "little") + raw + bytes(end)
+    )
     (folder / "config.json").write_text(json.dumps(LLAMA | {"vocab_size": vocab_size}))
 
 
@@ -56,7 +68,10 @@ def spec(tmp_path: Path) -> dict[str, Any]:
             "tie_embeddings": True,
             "norm_eps": 1e-6,
         },
-        "data": {"train": [{"path": str(tmp_path / "corpus.txt")}], "tokenizer": {"kind": "bytes"}},
+        "data": {
+            "train": [{"path": str(tmp_path / "corpus.txt")}],
+            "tokenizer": {"kind": "bytes"},
+        },
         "training": {"seq_length": 16, "global_batch_size": 2, "steps": 1},
         "optimizer": {"lr": 0.001},
         "checkpoint": {"start_from": str(tmp_path / "hf")},
@@ -74,7 +89,10 @@ def test_weights_of_another_model_are_found_before_the_data_are_prepared(
 ) -> None:
     spec["model"]["ffn_hidden_size"] = 32
     (problem,) = check_task(spec, spec["storage"]["path"])
-    assert (problem["pointer"], problem["code"]) == ("/model/ffn_hidden_size", "start_from_model")
+    assert (problem["pointer"], problem["code"]) == (
+        "/model/ffn_hidden_size",
+        "start_from_model",
+    )
     with pytest.raises(
         UnusableDataError,
         match="ffn_hidden_size=32 contradicts the weights of checkpoint.start_from, which were "
@@ -94,7 +112,5 @@ def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
         prepare_data(JobSpec.from_mapping(spec))
     (tmp_path / "hf" / "model.safetensors").unlink()
     (problem,) = check_task(spec, spec["storage"]["path"])
-    assert (
-        problem["pointer"] == "/checkpoint/start_from"
-        and "holds neither model.safetensors nor" in problem["detail"]
-    )
+    assert problem["pointer"] == "/checkpoint/start_from"
+    assert "holds neither model.safetensors nor" in problem["detail"]

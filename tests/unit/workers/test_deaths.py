@@ -45,7 +45,9 @@ class Said(ActorDiedError):
             "its node was preempted",
         ),
         (
-            Said("The actor died because Task was killed due to the node running low on memory."),
+            Said(
+                "The actor died because Task was killed due to the node running low on memory."
+            ),
             FailureKind.NODE_MEMORY,
             "because the node was running out of memory",
         ),
@@ -56,9 +58,12 @@ class Said(ActorDiedError):
         ),
     ],
 )
-def test_deaths_are_told_apart(error: ActorDiedError, kind: FailureKind, words: str) -> None:
+def test_deaths_are_told_apart(
+    error: ActorDiedError, kind: FailureKind, words: str
+) -> None:
     death = death_of(error)
-    assert death.kind is kind and words in death.words
+    assert death.kind is kind
+    assert words in death.words
     assert "common causes" not in death.words
 
 

@@ -1,5 +1,5 @@
-"""A driver that dies before or after any of its acts: the next one finishes the job, and the
-history is as if nobody had died.
+"""A driver that dies before or after any of its acts: the next one finishes the job,
+and the history is as if nobody had died.
 """
 
 from collections.abc import Callable, Iterable
@@ -113,7 +113,9 @@ class Paper:
                     self.service, book, said, recalled
                 ),
             )
-            patch.setattr(lifecycle, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality))
+            patch.setattr(
+                lifecycle, "WorkerGroup", lambda *_: PaperGroup(self.cluster, mortality)
+            )
             patch.setattr(lifecycle, "DeadRankFiles", lambda *_: PaperLeftovers(self.heard))
             patch.setattr(lifecycle, "read_nodes", lambda: (node,))
             patch.setattr(lifecycle.tasks, "anywhere", lambda *_: None)
@@ -123,7 +125,9 @@ class Paper:
             patch.setattr(supervision, "ThreadPoolExecutor", AtOnce)
             for user in (attempts, lifecycle):
                 patch.setattr(user, "code_version", lambda: self.cluster.version)
-            patch.setattr(attempts, "TrainingGauges", lambda _: SimpleNamespace(show=_nothing))
+            patch.setattr(
+                attempts, "TrainingGauges", lambda _: SimpleNamespace(show=_nothing)
+            )
             JobLifecycle("job-p", str(self.folder), "paper", object).run()
 
     def to_the_end(self, die_at: int) -> bool:
@@ -138,7 +142,8 @@ class Paper:
         return True
 
     def assert_nothing_left(self) -> None:
-        assert self.cluster.workers == {} and not self.cluster.placed
+        assert self.cluster.workers == {}
+        assert not self.cluster.placed
         assert self.service.ignored == []
 
 
@@ -193,11 +198,17 @@ def test_a_job_with_a_failure_in_it(
             8,
         }, where
         left = {str(path.parent) for path in paper.folder.glob("checkpoints/*/COMMITTED")}
-        assert set(committed) - set(deleted) == left, f"{where}: what is listed is what is there"
+        assert set(committed) - set(deleted) == left, (
+            f"{where}: what is listed is what is there"
+        )
         latest = Journal(str(paper.folder)).latest()
-        assert latest is not None and latest.failures == 1, f"{where}: one failure is one failure"
+        assert latest is not None and latest.failures == 1, (
+            f"{where}: one failure is one failure"
+        )
         (failed,) = [
-            record.attempt for record in service.said("attempt") if record.data["state"] == "failed"
+            record.attempt
+            for record in service.said("attempt")
+            if record.data["state"] == "failed"
         ]
         assert paper.heard == {(failed, 1)}, f"{where}: a dead rank's last words"
         states = [record.data["state"] for record in service.said("state")]
@@ -207,9 +218,9 @@ def test_a_job_with_a_failure_in_it(
             f"{where}: an attempt was left open"
         )
         assert list(ended.values()).count("failed") == 1, where
-        assert any(record.data["data"]["retry"] for record in service.events("policy.decision")), (
-            where
-        )
+        assert any(
+            record.data["data"]["retry"] for record in service.events("policy.decision")
+        ), where
         promoted = [
             rank
             for record in service.events("ranks.started")
@@ -240,8 +251,8 @@ def test_the_next_driver_is_of_another_version(
 def test_the_driver_is_lost_with_the_node_and_the_service_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody has the ranks' files any more: what happened before the last checkpoint is in the
-    checkpoints.
+    """Nobody has the ranks' files any more: what happened before the last checkpoint is
+    in the checkpoints.
     """
 
     def lose_all(paper: Paper) -> None:
@@ -280,19 +291,23 @@ def test_a_cancelled_job_is_never_begun_again(
         paper.assert_nothing_left()
         assert paper.service.state is JobState.CANCELLED, where
         assert max(paper.service.steps) <= 6, f"{where}: it ran on"
-        ended = {record.attempt: record.data["state"] for record in paper.service.said("attempt")}
+        ended = {
+            record.attempt: record.data["state"] for record in paper.service.said("attempt")
+        }
         assert set(ended.values()) <= {"stopped", "failed"}, where
 
 
 def test_what_a_driver_had_begun_to_stop_stays_stopped_while_the_service_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The wish is in the journal: a driver that comes back without having heard the service does
-    not start the job again.
+    """The wish is in the journal: a driver that comes back without having heard the
+    service does not start the job again.
     """
     job_context = context.JobContext
     paper = Paper(tmp_path, monkeypatch, dies=None)
-    monkeypatch.setattr(context, "Outbox", lambda *_: SimpleNamespace(desired=None, replaced=None))
+    monkeypatch.setattr(
+        context, "Outbox", lambda *_: SimpleNamespace(desired=None, replaced=None)
+    )
     job = job_context("job-p", str(paper.folder))
     assert job.wish is DesiredState.RUN
     job.write(stopping=DesiredState.CANCEL)

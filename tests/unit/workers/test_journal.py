@@ -6,7 +6,13 @@ import pytest
 
 from workers.data_tasks import check_task
 from workers.driver.context import JobContext
-from workers.driver.journal import ForeignJournalError, Journal, JournalEntry, JournalError, Phase
+from workers.driver.journal import (
+    ForeignJournalError,
+    Journal,
+    JournalEntry,
+    JournalError,
+    Phase,
+)
 
 
 def test_the_highest_attempt_is_the_latest(tmp_path: Path) -> None:
@@ -22,7 +28,9 @@ def test_the_highest_attempt_is_the_latest(tmp_path: Path) -> None:
 
 def test_an_entry_is_replaced_whole(tmp_path: Path) -> None:
     journal = Journal(str(tmp_path))
-    entry = JournalEntry(job_id="job-a", store=("10.0.0.1", 4000), commits_at_failure=(1, 2))
+    entry = JournalEntry(
+        job_id="job-a", store=("10.0.0.1", 4000), commits_at_failure=(1, 2)
+    )
     journal.write(entry)
     journal.write(entry.model_copy(update={"phase": Phase.RUNNING}))
     latest = journal.latest()
@@ -52,13 +60,18 @@ def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     assert latest is not None and latest.epoch == 3, "nothing was touched"
 
 
-def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(tmp_path: Path) -> None:
+def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
+    tmp_path: Path,
+) -> None:
     storage = tmp_path / "storage"
     Journal(str(storage)).write(JournalEntry(job_id="job-old"))
     (tmp_path / "corpus.txt").write_text("some words " * 1000)
     spec = {
         "model": {"preset": "gpt-tiny"},
-        "data": {"train": [{"path": str(tmp_path / "corpus.txt")}], "tokenizer": {"kind": "bytes"}},
+        "data": {
+            "train": [{"path": str(tmp_path / "corpus.txt")}],
+            "tokenizer": {"kind": "bytes"},
+        },
         "training": {"seq_length": 16, "global_batch_size": 2, "steps": 1},
         "optimizer": {"lr": 0.001},
     }

@@ -63,7 +63,9 @@ def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(
     second.close()
 
 
-def test_lines_wait_for_the_service_and_come_once(tmp_path: Path, service: FakeService) -> None:
+def test_lines_wait_for_the_service_and_come_once(
+    tmp_path: Path, service: FakeService
+) -> None:
     outbox = open_outbox(tmp_path, epoch=1)
     attach(outbox, service)
     outbox.relay("a1/r0", [line(1), line(2)])
@@ -79,7 +81,9 @@ def test_lines_wait_for_the_service_and_come_once(tmp_path: Path, service: FakeS
     outbox.close()
 
 
-def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeService) -> None:
+def test_a_restarted_driver_asks_what_is_stored(
+    tmp_path: Path, service: FakeService
+) -> None:
     service.records[(JOB, "a1/r0")] = [
         {"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)
     ]
@@ -102,7 +106,9 @@ def test_a_restarted_driver_asks_what_is_stored(tmp_path: Path, service: FakeSer
             (5, 6),
             (),
             (1, 2),
-        ),  # what is between was lost: the service takes no gap, and nothing else may wait for it
+            # what is between was lost: the service takes no gap, and nothing else may wait
+            # for it
+        ),
     ],
 )
 def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
@@ -120,7 +126,8 @@ def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
     outbox.relay("a1/r0", [line(n) for n in relayed])
     attach(outbox, service)
     assert outbox.flush(timeout_s=10)
-    assert tuple(service.steps(JOB, 1)) == stored and len(service.stored(JOB)) == 1
+    assert tuple(service.steps(JOB, 1)) == stored
+    assert len(service.stored(JOB)) == 1
     outbox.close()
 
 

@@ -6,7 +6,12 @@ import time
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.placement import PlacementError, SlotFacts, assign_ranks, plan_placement
+from workers.decisions.placement import (
+    PlacementError,
+    SlotFacts,
+    assign_ranks,
+    plan_placement,
+)
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
@@ -39,7 +44,9 @@ def test_a_bundle_is_a_tensor_parallel_group() -> None:
 
 
 def test_an_island_never_straddles_nodes() -> None:
-    plan = plan_placement(spec(2, 3), [node("1", gpus=3, cpus=9), node("2", gpus=3, cpus=9)])
+    plan = plan_placement(
+        spec(2, 3), [node("1", gpus=3, cpus=9), node("2", gpus=3, cpus=9)]
+    )
     assert plan.room == 2, "six GPUs, but only one pair a node"
     assert not plan.feasible
     assert plan.explanation == (
@@ -56,7 +63,10 @@ def test_cpu_limits_gpu_jobs_too() -> None:
 def test_accelerator_is_decided_once() -> None:
     assert plan_placement(spec(1, 1), [node("1")]).accelerator == "cpu"
     assert plan_placement(spec(1, 1), [node("1")], accelerator="gpu").room == 0
-    assert plan_placement(spec(1, 1, accelerator="cpu"), [node("1", gpus=8)]).accelerator == "cpu"
+    assert (
+        plan_placement(spec(1, 1, accelerator="cpu"), [node("1", gpus=8)]).accelerator
+        == "cpu"
+    )
 
 
 def test_nodes_that_do_not_see_the_storage_are_refused_by_name() -> None:
@@ -106,7 +116,9 @@ def test_domains_come_first() -> None:
 
 
 def test_an_island_on_two_nodes_is_refused() -> None:
-    with pytest.raises(PlacementError, match=r"bundle 0 lies on several nodes: 10.0.0.1, 10.0.0.2"):
+    with pytest.raises(
+        PlacementError, match=r"bundle 0 lies on several nodes: 10.0.0.1, 10.0.0.2"
+    ):
         assign_ranks([facts(0, 0, "1"), facts(1, 0, "2")], ParallelDims(tp=2))
 
 
@@ -119,12 +131,15 @@ def test_a_wrong_number_of_workers_is_refused() -> None:
         PlacementError, match="bundle 0 has 3 workers, a tensor-parallel group needs 2"
     ):
         assign_ranks(
-            [facts(slot, int(slot == 3), "1") for slot in range(4)], ParallelDims(tp=2, dp=2)
+            [facts(slot, int(slot == 3), "1") for slot in range(4)],
+            ParallelDims(tp=2, dp=2),
         )
 
 
 def test_one_gpu_for_two_workers_is_refused() -> None:
-    with pytest.raises(PlacementError, match="several workers report GPU 0 on node 10.0.0.1"):
+    with pytest.raises(
+        PlacementError, match="several workers report GPU 0 on node 10.0.0.1"
+    ):
         assign_ranks([facts(0, 0, "1", 0), facts(1, 0, "1", 0)], ParallelDims(tp=2))
 
 

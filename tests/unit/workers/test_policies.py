@@ -17,7 +17,9 @@ def decide(
     commit: int = 0,
     policy: RestartConfig = POLICY,
 ):
-    return policies.decide_restart(policy, history or RestartHistory(), cause, commit, jitter=0.0)
+    return policies.decide_restart(
+        policy, history or RestartHistory(), cause, commit, jitter=0.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_every_kind_has_a_rank_and_a_reason() -> None:
 def test_what_would_only_repeat_is_not_tried_again(kind: FailureKind) -> None:
     decision = decide(Failure(kind, "no", rank=3))
     assert not decision.retry
-    assert "rank 3: no (not tried again: it would only repeat)" == decision.message
+    assert decision.message == "rank 3: no (not tried again: it would only repeat)"
     assert decision.history == RestartHistory()
 
 
@@ -110,7 +112,9 @@ def test_preemptions_have_a_budget_of_their_own() -> None:
     decision = decide(cause, RestartHistory(failures=3))
     assert decision.retry
     assert decision.history == RestartHistory(failures=3, preemptions=1)
-    spent = decide(cause, RestartHistory(preemptions=2), policy=RestartConfig(max_preemptions=2))
+    spent = decide(
+        cause, RestartHistory(preemptions=2), policy=RestartConfig(max_preemptions=2)
+    )
     assert not spent.retry
     assert spent.reason is StatusReason.BUDGET_SPENT
 
@@ -128,11 +132,16 @@ def test_preemptions_have_a_budget_of_their_own() -> None:
 )
 def test_crash_loop_guard(before: tuple[int, ...], commit: int, retry: bool) -> None:
     history = RestartHistory(failures=len(before), commits_at_failure=before)
-    decision = decide(history=history, commit=commit, policy=RestartConfig(max_failures=100))
+    decision = decide(
+        history=history, commit=commit, policy=RestartConfig(max_failures=100)
+    )
     assert decision.retry is retry
     if not retry:
         assert decision.reason is StatusReason.NO_PROGRESS
-        assert f"3 attempts failed without a checkpoint beyond step {commit}" in decision.message
+        assert (
+            f"3 attempts failed without a checkpoint beyond step {commit}"
+            in decision.message
+        )
 
 
 def test_silence() -> None:
@@ -148,7 +157,8 @@ def test_hang_waits_for_ten_of_the_longest_gaps() -> None:
     assert progress.longest_gap_s == 30.0
     assert policies.hang(930.0 + 299, progress) is None
     assert (
-        policies.hang(930.0 + 301, progress) == "no rank reported anything for 301 s (limit 300 s)"
+        policies.hang(930.0 + 301, progress)
+        == "no rank reported anything for 301 s (limit 300 s)"
     )
     assert policies.hang(10.0 + 121, Progress(10.0, 0.1, 5)) is not None
 

@@ -46,11 +46,16 @@ def test_without_torchrun_there_is_one_rank() -> None:
     [
         ({"RANK": "x"}, "RANK='x' is not a whole number; start ranks with torchrun"),
         ({"RANK": "4"}, "RANK=4 is outside WORLD_SIZE=4"),
-        ({"LOCAL_RANK": None}, "LOCAL_RANK is not set although others of torchrun's variables are"),
+        (
+            {"LOCAL_RANK": None},
+            "LOCAL_RANK is not set although others of torchrun's variables are",
+        ),
     ],
 )
 def test_half_an_environment_is_refused(change: dict[str, str | None], text: str) -> None:
-    values = {key: value for key, value in {**TORCHRUN, **change}.items() if value is not None}
+    values = {
+        key: value for key, value in {**TORCHRUN, **change}.items() if value is not None
+    }
     with pytest.raises(ProcessEnvironmentError, match=text):
         RankEnv.from_environ(values)
 

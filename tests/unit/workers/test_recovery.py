@@ -31,4 +31,5 @@ def test_the_split_adds_up_and_comes_with_the_first_new_step() -> None:
 
 def test_a_step_that_was_never_done_needs_no_recomputing() -> None:
     split = RecoveryWatch(noticed_at=0.0, reached=100, from_step=100).step(101, 2.0)
-    assert split is not None and split["recompute_s"] == 0.0
+    assert split is not None
+    assert split["recompute_s"] == 0.0

@@ -59,8 +59,13 @@ def test_numbers_go_on_after_a_torn_line(tmp_path: Path) -> None:
 
 def test_garbage_in_the_middle_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    path.write_bytes(b'{"n":1,"kind":"a"}\n{"n":2,"ki{"n":2,"kind":"b"}\n[]\n{"n":2,"kind":"c"}\n')
-    assert [(line.n, line.kind) for line in SpoolReader(path).read(0)] == [(1, "a"), (2, "c")]
+    path.write_bytes(
+        b'{"n":1,"kind":"a"}\n{"n":2,"ki{"n":2,"kind":"b"}\n[]\n{"n":2,"kind":"c"}\n'
+    )
+    assert [(line.n, line.kind) for line in SpoolReader(path).read(0)] == [
+        (1, "a"),
+        (2, "c"),
+    ]
     assert parse_line(b"null\n") is None
 
 
@@ -162,7 +167,12 @@ def test_a_single_file_for_torchrun(tmp_path: Path) -> None:
 
 def test_a_report_costs_microseconds(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "r.jsonl", 1)
-    data = {"step": 1, "loss": 1.0, "lr": 1e-3, "split_s": {"data": 0.1, "forward_backward": 0.2}}
+    data = {
+        "step": 1,
+        "loss": 1.0,
+        "lr": 1e-3,
+        "split_s": {"data": 0.1, "forward_backward": 0.2},
+    }
     times = []
     for _ in range(2000):
         started = time.perf_counter()
@@ -198,7 +208,9 @@ os.system("echo from a child >&2")
 os.abort()
 """
     path = tmp_path / "rank.log"
-    subprocess.run([sys.executable, "-c", program, str(path)], check=False, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", program, str(path)], check=False, capture_output=True
+    )
     text = path.read_text()
     assert "from python\nfrom below\nfrom a child\n" in text
 

@@ -47,14 +47,24 @@ def test_a_finished_attempt_tells_everything(tmp_path: Path) -> None:
         "checkpoint_written",
         "ended",
     ]
-    assert (reply.state, reply.last_n, reply.step, reply.reports) == (RankState.FINISHED, 6, 3, 6)
+    assert (reply.state, reply.last_n, reply.step, reply.reports) == (
+        RankState.FINISHED,
+        6,
+        3,
+        6,
+    )
     filtered = attempt.next(Poll(after=0, wait_s=0, steps=False), None)
-    assert [line.kind for line in filtered.lines] == ["phase", "checkpoint_written", "ended"]
+    assert [line.kind for line in filtered.lines] == [
+        "phase",
+        "checkpoint_written",
+        "ended",
+    ]
     assert filtered.last_n == 6
     assert attempt.next(Poll(after=6, released=4, wait_s=0), None).lines == []
-    assert [line.n for line in attempt.next(Poll(after=None, wait_s=0), None).lines] == [5, 6], (
-        "a new driver goes on after the released"
-    )
+    assert [line.n for line in attempt.next(Poll(after=None, wait_s=0), None).lines] == [
+        5,
+        6,
+    ], "a new driver goes on after the released"
 
 
 def test_a_failed_attempt_says_why(tmp_path: Path) -> None:
@@ -90,7 +100,9 @@ def test_news_wake_a_waiting_call(tmp_path: Path) -> None:
     assert attempt.next(Poll(after=1, wait_s=0.2), None).lines == []
     assert time.monotonic() - started >= 0.2
     go.set()
-    assert [line.kind for line in attempt.next(Poll(after=1, wait_s=30), None).lines] == ["step"]
+    assert [line.kind for line in attempt.next(Poll(after=1, wait_s=30), None).lines] == [
+        "step"
+    ]
     attempt.inbox.put(Command.STOP)
     attempt.thread.join(60)
     assert attempt.next(Poll(after=2, wait_s=30), None).state is RankState.STOPPED

@@ -42,7 +42,9 @@ def read_decoder(
     head_dim: int | None = None,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """All fields of a plain decoder with grouped-query attention; defaults are the family's own."""
+    """All fields of a plain decoder with grouped-query attention; defaults are the
+    family's own.
+    """
     return {
         **read_sizes(options, eps=eps, tied=tied),
         **read_rope(options, theta),
@@ -78,7 +80,9 @@ def write_decoder(model: ModelConfig) -> dict[str, Any]:
 
 def read_windows(options: Options, num_layers: int) -> dict[str, Any]:
     """Qwen's way to say which layers have a sliding window."""
-    window = options.get("sliding_window") if options.flag("use_sliding_window", False) else None
+    window = (
+        options.get("sliding_window") if options.flag("use_sliding_window", False) else None
+    )
     if window is None:
         return {}
     from_layer = options.number("max_window_layers", 28)
@@ -109,7 +113,8 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
         "sliding_window": model.sliding_window,
         "max_window_layers": 0 if used else model.num_layers,
         "layer_types": [
-            "full_attention" if window is None else "sliding_attention" for window in windows
+            "full_attention" if window is None else "sliding_attention"
+            for window in windows
         ],
     }
 
@@ -132,7 +137,9 @@ def norm_rules(
 
 
 def decoder_rules(model: ModelConfig) -> list[Rule]:
-    """A plain decoder's tensors; biases and norms of queries and keys where the model has them."""
+    """A plain decoder's tensors; biases and norms of queries and keys where the model
+    has them.
+    """
     attention = LAYER + "attention."
     stored = STORED_LAYER + "self_attn."
     rules = frame_rules(model) + norm_rules()
@@ -142,5 +149,7 @@ def decoder_rules(model: ModelConfig) -> list[Rule]:
     if model.qk_norm:
         rules += linears({"q_norm": "q_norm", "k_norm": "k_norm"}, attention, stored)
     for ours, theirs in MLP.items():
-        rules += linear(f"{LAYER}mlp.{ours}", f"{STORED_LAYER}mlp.{theirs}", bias=model.linear_bias)
+        rules += linear(
+            f"{LAYER}mlp.{ours}", f"{STORED_LAYER}mlp.{theirs}", bias=model.linear_bias
+        )
     return rules

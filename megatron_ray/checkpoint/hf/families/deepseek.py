@@ -1,7 +1,8 @@
 """DeepSeek-V3.
 
-Owns: its config.json and names: latent attention with rotated parts in pairs, a balancing bias,
-shared experts, and layers that predict further tokens behind the last one. Pure.
+Owns: its config.json and names: latent attention with rotated parts in pairs, a
+balancing bias, shared experts, and layers that predict further tokens behind the last
+one. Pure.
 """
 
 from collections.abc import Collection, Mapping
@@ -17,7 +18,11 @@ from megatron_ray.checkpoint.hf.families.decoder import (
     read_sizes,
     write_sizes,
 )
-from megatron_ray.checkpoint.hf.families.experts import expert_rules, layers_with_experts, mixture
+from megatron_ray.checkpoint.hf.families.experts import (
+    expert_rules,
+    layers_with_experts,
+    mixture,
+)
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.rope import read_rope
 from megatron_ray.checkpoint.hf.options import Options
@@ -53,7 +58,11 @@ def _read(options: Options) -> dict[str, Any]:
     # Norms of the latents have it built in, whatever the key says.
     options.only("rms_norm_eps", (_EPS,), _EPS)
     activation = SILU[options.only("hidden_act", SILU, "silu")]
-    fields = {**read_sizes(options, eps=_EPS), **read_rope(options), "activation": activation}
+    fields = {
+        **read_sizes(options, eps=_EPS),
+        **read_rope(options),
+        "activation": activation,
+    }
     if (
         options.get("num_key_value_heads", fields["num_attention_heads"])
         != fields["num_attention_heads"]
@@ -146,13 +155,19 @@ def _rules(model: ModelConfig) -> list[Rule]:
         rules += _layer_rules(model, _BLOCK, first)
         for ours, theirs in _FURTHER.items():
             rules.append(
-                Rule(f"mtp.{{}}.{ours}.weight", f"{STORED_LAYER}{theirs}.weight", first_layer=first)
+                Rule(
+                    f"mtp.{{}}.{ours}.weight",
+                    f"{STORED_LAYER}{theirs}.weight",
+                    first_layer=first,
+                )
             )
     return rules
 
 
 def _layer_rules(model: ModelConfig, logical: str, first: int) -> list[Rule]:
-    rules = norm_rules(logical, STORED_LAYER, first) + expert_rules(logical, first_layer=first)
+    rules = norm_rules(logical, STORED_LAYER, first) + expert_rules(
+        logical, first_layer=first
+    )
     gate = STORED_LAYER + "mlp.gate.e_score_correction_bias"
     rules.append(Rule(logical + "moe.expert_bias", gate, first_layer=first))
     for ours, theirs in MLP.items():
@@ -170,7 +185,9 @@ def _layer_rules(model: ModelConfig, logical: str, first: int) -> list[Rule]:
 def _attention_rules(mla: LatentAttentionConfig, logical: str, first: int) -> list[Rule]:
     stored = STORED_LAYER + "self_attn."
     of_query = Rotary(mla.qk_head_dim, mla.qk_nope_head_dim, mla.qk_rope_head_dim)
-    of_key = Rotary(mla.kv_lora_rank + mla.qk_rope_head_dim, mla.kv_lora_rank, mla.qk_rope_head_dim)
+    of_key = Rotary(
+        mla.kv_lora_rank + mla.qk_rope_head_dim, mla.kv_lora_rank, mla.qk_rope_head_dim
+    )
     pairs: dict[str, tuple[str, Rotary | None]] = {
         "kv_down": ("kv_a_proj_with_mqa", of_key),
         "kv_norm": ("kv_a_layernorm", None),
@@ -187,14 +204,19 @@ def _attention_rules(mla: LatentAttentionConfig, logical: str, first: int) -> li
         }
     return [
         Rule(
-            f"{logical}{ours}.weight", f"{stored}{theirs}.weight", rotary=rotary, first_layer=first
+            f"{logical}{ours}.weight",
+            f"{stored}{theirs}.weight",
+            rotary=rotary,
+            first_layer=first,
         )
         for ours, (theirs, rotary) in pairs.items()
     ]
 
 
 def _copies(model: ModelConfig) -> Mapping[str, str]:
-    """Each further layer is published with embedding and head of its own, equal to the model's."""
+    """Each further layer is published with embedding and head of its own, equal to the
+    model's.
+    """
     further = model.mtp.num_layers if model.mtp is not None else 0
     head = "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
     found = {}
@@ -205,11 +227,19 @@ def _copies(model: ModelConfig) -> Mapping[str, str]:
 
 
 def _present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """transformers says in config.json that there are further layers, and does not save them."""
+    """Transformers says in config.json that there are further layers, and does not save
+    them.
+    """
     further = any(name.startswith(f"model.layers.{model.num_layers}.") for name in names)
     return model if further else model.model_copy(update={"mtp": None})
 
 
 DEEPSEEK_V3 = Family(
-    "deepseek_v3", "DeepseekV3ForCausalLM", _read, _write, _rules, copies=_copies, present=_present
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    _read,
+    _write,
+    _rules,
+    copies=_copies,
+    present=_present,
 )

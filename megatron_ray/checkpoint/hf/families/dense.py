@@ -18,8 +18,8 @@ from megatron_ray.checkpoint.hf.options import Options
 from megatron_ray.config.model import ModelConfig
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
-"""Gemma's first published files say `gelu` and mean the approximation, as transformers knows
-too."""
+"""Gemma's first published files say `gelu` and mean the approximation, as transformers
+knows too."""
 
 
 def _read_llama(options: Options) -> dict[str, Any]:
@@ -77,7 +77,9 @@ def _read_gemma(options: Options) -> dict[str, Any]:
     options.only("attention_bias", (False,), False)
     options.only("use_bidirectional_attention", (False,), False)
     options.only(
-        "hidden_activation" if options.get("hidden_activation") else "hidden_act", _GELU, _GELU[0]
+        "hidden_activation" if options.get("hidden_activation") else "hidden_act",
+        _GELU,
+        _GELU[0],
     )
     known = Options({**options.values, "hidden_act": "silu"}, options.where)
     own = {
@@ -99,7 +101,9 @@ def _write_gemma(model: ModelConfig) -> dict[str, Any]:
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, decoder_rules)
-MISTRAL = Family("mistral", "MistralForCausalLM", _read_mistral, _write_mistral, decoder_rules)
+MISTRAL = Family(
+    "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, decoder_rules
+)
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, decoder_rules)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, decoder_rules)
 GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, decoder_rules)

@@ -62,7 +62,9 @@ def _mixtral_rules(model: ModelConfig) -> list[Rule]:
     return (
         decoder_rules(model)
         + rules
-        + linears({"gate": "w1", "up": "w3", "down": "w2"}, _EXPERTS, stored + "experts.{}.")
+        + linears(
+            {"gate": "w1", "up": "w3", "down": "w2"}, _EXPERTS, stored + "experts.{}."
+        )
     )
 
 
@@ -73,7 +75,9 @@ def _read_qwen3_moe(options: Options) -> dict[str, Any]:
     without = options.get("mlp_only_layers", [])
     layers = range(fields["num_layers"])
     moe = {
-        "num_experts": options.number("num_experts", options.number("num_local_experts", 128)),
+        "num_experts": options.number(
+            "num_experts", options.number("num_local_experts", 128)
+        ),
         "top_k": options.number("num_experts_per_tok", 8),
         "ffn_hidden_size": options.number("moe_intermediate_size", 768),
         "pre_softmax": not options.flag("norm_topk_prob", False),
@@ -82,12 +86,17 @@ def _read_qwen3_moe(options: Options) -> dict[str, Any]:
         ],
     }
     windows = read_windows(
-        Options({"max_window_layers": 0, **options.values}, options.where), fields["num_layers"]
+        Options({"max_window_layers": 0, **options.values}, options.where),
+        fields["num_layers"],
     )
     return (
         fields
         | windows
-        | {"qk_norm": True, "moe": moe, "num_query_groups": options.get("num_key_value_heads", 4)}
+        | {
+            "qk_norm": True,
+            "moe": moe,
+            "num_query_groups": options.get("num_key_value_heads", 4),
+        }
     )
 
 
@@ -115,7 +124,11 @@ def expert_rules(
         f"experts.{{}}.{ours}": f"experts.{{}}.{theirs}" for ours, theirs in MLP.items()
     }
     return [
-        Rule(f"{logical}moe.{ours}.weight", f"{stored}{theirs}.weight", first_layer=first_layer)
+        Rule(
+            f"{logical}moe.{ours}.weight",
+            f"{stored}{theirs}.weight",
+            first_layer=first_layer,
+        )
         for ours, theirs in pairs.items()
     ]
 
@@ -124,7 +137,9 @@ def _qwen3_moe_rules(model: ModelConfig) -> list[Rule]:
     return decoder_rules(model) + expert_rules()
 
 
-MIXTRAL = Family("mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral, _mixtral_rules)
+MIXTRAL = Family(
+    "mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral, _mixtral_rules
+)
 QWEN3_MOE = Family(
     "qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, _qwen3_moe_rules
 )

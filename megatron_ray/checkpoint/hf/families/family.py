@@ -24,24 +24,28 @@ def all_present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of transformers: its config.json and the names of its tensors, both ways."""
+    """One `model_type` of transformers: its config.json and the names of its tensors,
+    both ways.
+    """
 
     model_type: str
     architecture: str
     """Class that transformers makes of it."""
     read: Callable[[Options], dict[str, Any]]
-    """config.json -> fields of ModelConfig. Raises ConfigError for what a ModelConfig cannot
-    say."""
+    """config.json -> fields of ModelConfig. Raises ConfigError for what a ModelConfig
+    cannot say."""
     write: Callable[[ModelConfig], dict[str, Any]]
-    """ModelConfig -> config.json, as far as the family can say it (see `writing_problems`)."""
+    """ModelConfig -> config.json, as far as the family can say it (see
+    `writing_problems`)."""
     rules: Callable[[ModelConfig], Sequence[Rule]]
     """Where logical tensors are stored."""
     prefix: str = "model."
-    """Of the names of the model without its head; some published checkpoints leave it out."""
+    """Of the names of the model without its head; some published checkpoints leave it
+    out."""
     ignored: Sequence[str] = ("*.rotary_emb.inv_freq",)
     """Stored tensors that are computed, not learned: patterns."""
     copies: Callable[[ModelConfig], Mapping[str, str]] = no_copies
     """Stored tensor -> the stored tensor that it repeats."""
     present: Callable[[ModelConfig, Collection[str]], ModelConfig] = all_present
-    """The model without parts that config.json speaks of and that are not among the stored
-    names."""
+    """The model without parts that config.json speaks of and that are not among the
+    stored names."""

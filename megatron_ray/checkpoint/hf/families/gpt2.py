@@ -1,7 +1,7 @@
 """GPT-2.
 
-Owns: its config.json and names; linear layers are stored transposed, queries, keys and values in
-one. Pure.
+Owns: its config.json and names; linear layers are stored transposed, queries, keys and
+values in one. Pure.
 """
 
 from typing import Any
@@ -35,7 +35,9 @@ def _read(options: Options) -> dict[str, Any]:
         "ffn_hidden_size": options.get("n_inner"),
         "vocab_size": options.number("vocab_size"),
         "max_sequence_length": options.number("n_positions", options.number("n_ctx", 1024)),
-        "activation": _ACTIVATIONS[options.only("activation_function", _ACTIVATIONS, "gelu_new")],
+        "activation": _ACTIVATIONS[
+            options.only("activation_function", _ACTIVATIONS, "gelu_new")
+        ],
         "norm": "layernorm",
         "norm_eps": options.number("layer_norm_epsilon", 1e-5),
         "position_embedding": "learned",
@@ -56,7 +58,9 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "vocab_size": model.vocabulary,
         "n_positions": model.max_sequence_length,
         "n_ctx": model.max_sequence_length,
-        "activation_function": "gelu_new" if model.activation == "gelu_tanh" else model.activation,
+        "activation_function": "gelu_new"
+        if model.activation == "gelu_tanh"
+        else model.activation,
         "layer_norm_epsilon": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
         "resid_pdrop": model.hidden_dropout,
@@ -69,7 +73,9 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 def _rules(model: ModelConfig) -> list[Rule]:
     layer = "layers.{}."
     stored = "transformer.h.{}."
-    rules = linear("embedding", "transformer.wte") + linear("position_embedding", "transformer.wpe")
+    rules = linear("embedding", "transformer.wte") + linear(
+        "position_embedding", "transformer.wpe"
+    )
     rules += linear("final_norm", "transformer.ln_f", bias=True)
     rules += [] if model.tie_embeddings else linear("head", "lm_head")
     for ours, theirs in {"attention_norm": "ln_1", "mlp_norm": "ln_2"}.items():
@@ -79,12 +85,16 @@ def _rules(model: ModelConfig) -> list[Rule]:
         "mlp.up": "mlp.c_fc",
         "mlp.down": "mlp.c_proj",
     }.items():
-        rules += [Rule(f"{layer}{ours}.weight", f"{stored}{theirs}.weight", transposed=True)]
+        rules += [
+            Rule(f"{layer}{ours}.weight", f"{stored}{theirs}.weight", transposed=True)
+        ]
         rules += [Rule(f"{layer}{ours}.bias", f"{stored}{theirs}.bias")]
     for part, name in enumerate("qkv"):
         ours = f"{layer}attention.{name}."
         theirs = stored + "attn.c_attn."
-        rules += [Rule(ours + "weight", theirs + "weight", part=part, parts=3, transposed=True)]
+        rules += [
+            Rule(ours + "weight", theirs + "weight", part=part, parts=3, transposed=True)
+        ]
         rules += [Rule(ours + "bias", theirs + "bias", part=part, parts=3)]
     return rules
 

@@ -1,5 +1,6 @@
-"""Rotary positions in config.json, in both spellings (`rope_theta` beside `rope_scaling`, or
-`rope_parameters`). Owns: reading and writing them. Pure. Must not know: families.
+"""Rotary positions in config.json, in both spellings (`rope_theta` beside
+`rope_scaling`, or `rope_parameters`). Owns: reading and writing them. Pure. Must not
+know: families.
 """
 
 from math import isclose, log
@@ -19,7 +20,9 @@ _FACTORS = {
 def read_rope(options: Options, theta: float = 10000.0) -> dict[str, Any]:
     """Fields rope_theta and rope_scaling; `theta` is the family's own base."""
     found = options.get("rope_parameters", {}) or options.get("rope_scaling", {})
-    if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
+    if not isinstance(found, dict) or any(
+        isinstance(value, dict) for value in found.values()
+    ):
         raise options.refuse(
             "rope_parameters differ between kinds of layers, which is not supported"
         )
@@ -38,11 +41,14 @@ def read_rope(options: Options, theta: float = 10000.0) -> dict[str, Any]:
         )
     scaling = {"kind": kind, "factor": float(rope.number("factor"))}
     scaling |= {
-        name: float(rope.number(name)) for name in _FACTORS[kind] if rope.get(name) is not None
+        name: float(rope.number(name))
+        for name in _FACTORS[kind]
+        if rope.get(name) is not None
     }
     if kind != "linear":
         length = options.number(
-            "original_max_position_embeddings", options.number("max_position_embeddings", 2048)
+            "original_max_position_embeddings",
+            options.number("max_position_embeddings", 2048),
         )
         scaling["original_max_position_embeddings"] = rope.number(
             "original_max_position_embeddings", length
@@ -51,7 +57,9 @@ def read_rope(options: Options, theta: float = 10000.0) -> dict[str, Any]:
 
 
 def _yarn(rope: Options) -> dict[str, Any]:
-    """How cos and sin are multiplied; transformers takes both numbers only where neither is zero."""
+    """How cos and sin are multiplied; transformers takes both numbers only where
+    neither is zero.
+    """
     rope.only("truncate", (True,), True)
     mscale, all_dim, factor = (
         float(rope.number(name, 0)) for name in ("mscale", "mscale_all_dim", "factor")
@@ -86,7 +94,9 @@ def _scaling(scaling: RopeScaling) -> dict[str, Any]:
     fields = {"rope_type": scaling.kind, "factor": scaling.factor}
     fields |= {name: getattr(scaling, name) for name in _FACTORS[scaling.kind]}
     if scaling.kind != "linear":
-        fields["original_max_position_embeddings"] = scaling.original_max_position_embeddings
+        fields["original_max_position_embeddings"] = (
+            scaling.original_max_position_embeddings
+        )
     if scaling.kind == "yarn" and scaling.mscale_all_dim:
         fields |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
     return fields

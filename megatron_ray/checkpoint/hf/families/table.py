@@ -1,6 +1,7 @@
 """The families that are known.
 
-Owns: the list, which of them a config.json or a model belongs to, and what neither can say. Pure.
+Owns: the list, which of them a config.json or a model belongs to, and what neither can
+say. Pure.
 """
 
 from collections.abc import Mapping
@@ -20,7 +21,17 @@ from megatron_ray.validation.initial_weights import model_signature
 
 FAMILIES = {
     family.model_type: family
-    for family in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, MIXTRAL, QWEN3_MOE, DEEPSEEK_V3)
+    for family in (
+        GPT2,
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        GEMMA,
+        MIXTRAL,
+        QWEN3_MOE,
+        DEEPSEEK_V3,
+    )
 }
 
 
@@ -59,7 +70,9 @@ def read_model(family: Family, values: Mapping[str, Any], where: str) -> ModelCo
             f"model.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
             for item in error.errors()
         )
-        raise ConfigError(f"{where} does not describe a model: {'; '.join(found)}") from error
+        raise ConfigError(
+            f"{where} does not describe a model: {'; '.join(found)}"
+        ) from error
 
 
 def family_of(model: ModelConfig) -> Family:
@@ -69,7 +82,9 @@ def family_of(model: ModelConfig) -> Family:
     """
     family = _nearest(model)
     try:
-        read_back = model_signature(read_model(family, family.write(model), family.model_type))
+        read_back = model_signature(
+            read_model(family, family.write(model), family.model_type)
+        )
     except ConfigError as problem:
         raise ConfigError(
             f"the model cannot be written as {family.model_type}: {problem}"

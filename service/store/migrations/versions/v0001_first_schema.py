@@ -108,7 +108,9 @@ def _jobs() -> None:
         sa.PrimaryKeyConstraint("number", name=op.f("pk_jobs")),
         sa.UniqueConstraint("id", name=op.f("uq_jobs_id")),
     )
-    op.create_index(op.f("ix_jobs_cluster_status"), "jobs", ["cluster", "status"], unique=False)
+    op.create_index(
+        op.f("ix_jobs_cluster_status"), "jobs", ["cluster", "status"], unique=False
+    )
     op.create_table(
         "job_labels",
         sa.Column("job", KEY, nullable=False),
@@ -119,7 +121,9 @@ def _jobs() -> None:
         ),
         sa.PrimaryKeyConstraint("job", "key", name=op.f("pk_job_labels")),
     )
-    op.create_index(op.f("ix_job_labels_key_value"), "job_labels", ["key", "value"], unique=False)
+    op.create_index(
+        op.f("ix_job_labels_key_value"), "job_labels", ["key", "value"], unique=False
+    )
 
 
 def _history() -> None:

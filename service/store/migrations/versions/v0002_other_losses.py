@@ -9,7 +9,9 @@ down_revision: str | None = "0001"
 
 def upgrade() -> None:
     """Adds the column; steps stored before have nothing in it."""
-    op.add_column("metrics", sa.Column("other_losses", sa.JSON(none_as_null=True), nullable=True))
+    op.add_column(
+        "metrics", sa.Column("other_losses", sa.JSON(none_as_null=True), nullable=True)
+    )
 
 
 def downgrade() -> None:

@@ -84,7 +84,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("Gemma", _WIDE | {"num_key_value_heads": 1}),
     "qwen2": (
         "Qwen2",
-        _GROUPED | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+        _GROUPED
+        | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
     ),
     "qwen3": ("Qwen3", _WIDE),
     "qwen3_moe": (
@@ -142,12 +143,18 @@ def publish(
 def edit_config(folder: Path, **changed: Any) -> None:
     path = folder / "config.json"
     values = json.loads(path.read_text()) | changed
-    path.write_text(json.dumps({key: value for key, value in values.items() if value != "gone"}))
+    path.write_text(
+        json.dumps({key: value for key, value in values.items() if value != "gone"})
+    )
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+def edit_tensors(
+    folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
     path = folder / "model.safetensors"
-    tensors = {name: tensor.contiguous() for name, tensor in change(load_file(path)).items()}
+    tensors = {
+        name: tensor.contiguous() for name, tensor in change(load_file(path)).items()
+    }
     save_file(tensors, path, metadata={"format": "pt"})
 
 
@@ -171,7 +178,13 @@ def add_further_layer(folder: Path) -> None:
             further + "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
             further + "shared_head.head.weight": tensors["lm_head.weight"].clone(),
         }
-        return tensors | block | norms | copies | {further + "eh_proj.weight": torch.randn(32, 64)}
+        return (
+            tensors
+            | block
+            | norms
+            | copies
+            | {further + "eh_proj.weight": torch.randn(32, 64)}
+        )
 
     edit_tensors(folder, add)
     edit_config(folder, num_nextn_predict_layers=1)

@@ -21,7 +21,12 @@ from megatron_ray.storage.storage import open_storage
 
 
 def write(
-    root: Path, step: int, attempt: int = 1, *, committed: bool = True, loss: float | None = None
+    root: Path,
+    step: int,
+    attempt: int = 1,
+    *,
+    committed: bool = True,
+    loss: float | None = None,
 ) -> str:
     path = checkpoint_path(str(root), step, attempt)
     storage = open_storage(path)
@@ -29,7 +34,9 @@ def write(
     storage.write_bytes_atomic("data/rank-00000.bin", b"12345678")
     if committed:
         commit(
-            path, {"step": step, "attempt": attempt, "loss": loss}, [{"kind": "step", "step": step}]
+            path,
+            {"step": step, "attempt": attempt, "loss": loss},
+            [{"kind": "step", "step": step}],
         )
     return path
 
@@ -57,8 +64,15 @@ def test_a_committed_checkpoint_has_reports_manifest_and_loss(tmp_path: Path) ->
     )
     assert info.bytes > 10
     manifest = read_manifest(path)
-    assert manifest["files"] == {"index.json": 37, "data/rank-00000.bin": 8, "reports.jsonl": 29}
-    assert json.loads(Path(path, "reports.jsonl").read_text()) == {"kind": "step", "step": 50}
+    assert manifest["files"] == {
+        "index.json": 37,
+        "data/rank-00000.bin": 8,
+        "reports.jsonl": 29,
+    }
+    assert json.loads(Path(path, "reports.jsonl").read_text()) == {
+        "kind": "step",
+        "step": 50,
+    }
 
 
 def test_no_checkpoints_is_an_empty_list(tmp_path: Path) -> None:
@@ -81,7 +95,8 @@ def test_the_latest_is_by_step_and_attempt_and_skips_torn_ones(tmp_path: Path) -
     damaged = write(tmp_path, 150)
     Path(damaged, "data/rank-00000.bin").write_bytes(b"123")
     latest = latest_committed(str(tmp_path))
-    assert latest is not None and latest.order == (100, 2)
+    assert latest is not None
+    assert latest.order == (100, 2)
 
 
 def test_a_marker_without_manifest_does_not_count(tmp_path: Path) -> None:
@@ -89,7 +104,8 @@ def test_a_marker_without_manifest_does_not_count(tmp_path: Path) -> None:
     Path(path, "manifest.json").write_text("[1]")
     assert latest_committed(str(tmp_path)) is None
     with pytest.raises(
-        CheckpointError, match=r"cannot load .*a0001: manifest.json is missing or not readable"
+        CheckpointError,
+        match=r"cannot load .*a0001: manifest.json is missing or not readable",
     ):
         read_manifest(path)
 
@@ -120,11 +136,13 @@ def test_commit_needs_every_rank(tmp_path: Path) -> None:
 
 def test_torn_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        CheckpointError, match=r"cannot load .*/nowhere: there is no checkpoint at this path"
+        CheckpointError,
+        match=r"cannot load .*/nowhere: there is no checkpoint at this path",
     ):
         read_manifest(str(tmp_path / "nowhere"))
     with pytest.raises(
-        CheckpointError, match=r"cannot load .*a0001: it is not committed \(no COMMITTED marker\)"
+        CheckpointError,
+        match=r"cannot load .*a0001: it is not committed \(no COMMITTED marker\)",
     ):
         read_manifest(write(tmp_path, 5, committed=False))
     path = write(tmp_path, 6)
@@ -142,7 +160,9 @@ def test_torn_checkpoints_are_refused(tmp_path: Path) -> None:
 def test_newer_formats_are_refused(tmp_path: Path, version: object) -> None:
     path = write(tmp_path, 5)
     manifest = json.loads(Path(path, "manifest.json").read_text())
-    Path(path, "manifest.json").write_text(json.dumps({**manifest, "format_version": version}))
+    Path(path, "manifest.json").write_text(
+        json.dumps({**manifest, "format_version": version})
+    )
     with pytest.raises(
         CheckpointError,
         match=rf"format_version is {version}, this program reads up to 1; use the newer program",
@@ -177,7 +197,9 @@ def test_the_only_committed_checkpoint_stays(tmp_path: Path) -> None:
         apply_retention(str(tmp_path), 0)
 
 
-def test_deleting_takes_the_marker_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_takes_the_marker_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path, 10)
 
     def fail(*_: object) -> None:

@@ -19,7 +19,9 @@ def shapes_and_ranges(draw: st.DrawFn) -> tuple[tuple[int, ...], int, int]:
 
 
 @given(shapes_and_ranges())
-def test_boxes_hold_exactly_the_range_in_order(case: tuple[tuple[int, ...], int, int]) -> None:
+def test_boxes_hold_exactly_the_range_in_order(
+    case: tuple[tuple[int, ...], int, int],
+) -> None:
     shape, start, end = case
     tensor = np.arange(prod(shape)).reshape(shape)
     position = start
@@ -27,7 +29,8 @@ def test_boxes_hold_exactly_the_range_in_order(case: tuple[tuple[int, ...], int,
     for box, low, high in boxes:
         assert low == position
         slices = tuple(
-            slice(offset, offset + size) for offset, size in zip(box.offset, box.size, strict=True)
+            slice(offset, offset + size)
+            for offset, size in zip(box.offset, box.size, strict=True)
         )
         assert tensor[slices].reshape(-1).tolist() == list(range(low, high))
         assert tensor[slices].shape == box.size

@@ -1,5 +1,5 @@
-"""Folders of transformers become checkpoints and folders again: equal to the bit, judged by
-transformers, and clear about what is bad.
+"""Folders of transformers become checkpoints and folders again: equal to the bit,
+judged by transformers, and clear about what is bad.
 """
 
 import json
@@ -93,20 +93,23 @@ def test_a_folder_goes_in_and_comes_out_equal(tmp_path: Path, name: str) -> None
     published = publish(name, tmp_path / "hf")
     imported = import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     assert imported.model_type == name.partition("-")[0].replace("llama3", "llama")
-    exported = export_folder(str(tmp_path / "ours"), str(tmp_path / "again"), shard_bytes=20_000)
-    assert (
-        len(exported.files) > 1 and (tmp_path / "again" / "model.safetensors.index.json").exists()
+    exported = export_folder(
+        str(tmp_path / "ours"), str(tmp_path / "again"), shard_bytes=20_000
     )
+    assert len(exported.files) > 1
+    assert (tmp_path / "again" / "model.safetensors.index.json").exists()
     assert_equal(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again"))
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", output_loading_info=True, experts_implementation="eager"
     )
-    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["error_msgs"]
-    assert (
-        type(loaded) is type(published)
-        and loaded.config.eos_token_id == published.config.eos_token_id
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert not info["error_msgs"]
+    assert type(loaded) is type(published)
+    assert loaded.config.eos_token_id == published.config.eos_token_id
+    tokens = torch.randint(
+        0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1)
     )
-    tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
     expected = logits_there(published, tokens)
     assert torch.equal(logits_there(loaded.eval(), tokens), expected)
 
@@ -119,7 +122,9 @@ def test_a_run_that_begins_with_them_computes_the_same(
     published = publish(name, tmp_path / "hf", shard="30KB")
     if source == "ours":
         import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
-    tokens = torch.randint(0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(
+        0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1)
+    )
     expected = logits_there(published.double(), tokens)
     found = (
         logits_here(str(tmp_path / source), tokens)
@@ -137,7 +142,10 @@ def test_types_are_kept_or_chosen(tmp_path: Path) -> None:
     export_folder(str(tmp_path / "ours"), str(tmp_path / "fp32"), torch.float32)
     wide = {name: tensor.float() for name, tensor in tensors_of(tmp_path / "hf").items()}
     assert_equal(wide, tensors_of(tmp_path / "fp32"))
-    assert json.loads((tmp_path / "fp32" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert (
+        json.loads((tmp_path / "fp32" / "config.json").read_text())["torch_dtype"]
+        == "float32"
+    )
 
 
 def test_boxes_are_read_from_anywhere(tmp_path: Path) -> None:
@@ -174,7 +182,8 @@ def test_a_checkpoint_made_here_speaks_and_its_tokenizer_goes_along(tmp_path: Pa
     assert tokenizer.end_of_document == 256
     export_folder(str(tmp_path / "ours"), str(tmp_path / "again"))
     again = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert again("a line")["input_ids"] == list(b"a line") and again.eos_token_id == 256
+    assert again("a line")["input_ids"] == list(b"a line")
+    assert again.eos_token_id == 256
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
         256,
@@ -189,7 +198,9 @@ def test_names_without_the_prefix_and_computed_tensors_are_read(tmp_path: Path) 
     import_folder(str(tmp_path / "hf"), str(tmp_path / "one"))
     edit_tensors(
         tmp_path / "hf",
-        lambda found: {name.removeprefix("transformer."): tensor for name, tensor in found.items()},
+        lambda found: {
+            name.removeprefix("transformer."): tensor for name, tensor in found.items()
+        },
     )
     edit_tensors(
         tmp_path / "hf",
@@ -202,7 +213,9 @@ def test_names_without_the_prefix_and_computed_tensors_are_read(tmp_path: Path) 
     assert states[0]["config"]["model"] == states[1]["config"]["model"]
 
 
-def quantise(tensors: dict[str, Tensor], block: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def quantise(
+    tensors: dict[str, Tensor], block: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(as DeepSeek publishes them, what they stand for)."""
     stored = dict(tensors)
     meant = dict(tensors)
@@ -225,7 +238,8 @@ def test_blocks_of_fp8_are_undone(tmp_path: Path, name: str) -> None:
     stored, meant = quantise(tensors_of(tmp_path / "hf"), 12)
     edit_tensors(tmp_path / "hf", lambda _: stored)
     edit_config(
-        tmp_path / "hf", quantization_config={"quant_method": "fp8", "weight_block_size": [12, 12]}
+        tmp_path / "hf",
+        quantization_config={"quant_method": "fp8", "weight_block_size": [12, 12]},
     )
     import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     export_folder(str(tmp_path / "ours"), str(tmp_path / "again"))
@@ -239,7 +253,9 @@ def test_blocks_of_fp8_are_undone(tmp_path: Path, name: str) -> None:
             )
         }
     )
-    assert torch.equal(part.bfloat16(), meant["model.layers.0.mlp.up_proj.weight"][11:20, 5:20])
+    assert torch.equal(
+        part.bfloat16(), meant["model.layers.0.mlp.up_proj.weight"][11:20, 5:20]
+    )
 
 
 Damage = Callable[[Path], None]
@@ -288,9 +304,14 @@ def with_config(**changed: Any) -> Damage:
             ),
             "its header is not readable",
         ),
-        (lose_shard, "files that model.safetensors.index.json names are missing: model-00002-of-"),
         (
-            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            lose_shard,
+            "files that model.safetensors.index.json names are missing: model-00002-of-",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").rename(
+                folder / "pytorch_model.bin"
+            ),
             "weights in torch's own format are not read",
         ),
         (lambda folder: (folder / "config.json").unlink(), "it holds no config.json"),
@@ -318,7 +339,10 @@ def with_config(**changed: Any) -> Damage:
             "expected from config.json;"
             " look at model.ffn_hidden_size",
         ),
-        (with_config(num_key_value_heads=4), "look at model.num_query_groups or model.head_dim"),
+        (
+            with_config(num_key_value_heads=4),
+            "look at model.num_query_groups or model.head_dim",
+        ),
         (with_config(vocab_size=300), "look at model.vocab_size or model.hidden_size"),
         (
             with_config(tie_word_embeddings=True),
@@ -352,7 +376,9 @@ def test_a_bad_folder_is_one_message_and_leaves_nothing(
     capsys.readouterr()
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and len(said.splitlines()) == 1 and words in said, said
+    assert said.startswith("error: ") and len(said.splitlines()) == 1 and words in said, (
+        said
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -362,8 +388,12 @@ def test_out_must_be_new_and_in_must_be_a_folder(
     publish("llama", tmp_path / "hf")
     (tmp_path / "there").mkdir()
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "there")]) == 1
-    assert "it is there already; delete it, or choose another name" in capsys.readouterr().err
-    assert main(["import", str(tmp_path / "hf" / "config.json"), str(tmp_path / "out")]) == 1
+    assert (
+        "it is there already; delete it, or choose another name" in capsys.readouterr().err
+    )
+    assert (
+        main(["import", str(tmp_path / "hf" / "config.json"), str(tmp_path / "out")]) == 1
+    )
     assert "it is not a folder with files in it" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
     assert "it is not committed" in capsys.readouterr().err
@@ -383,10 +413,14 @@ def test_what_fails_half_way_leaves_nothing(
     publish("llama", tmp_path / "hf")
     import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     monkeypatch.setattr(exporting, "_write_tokenizer", full)
-    with pytest.raises(CheckpointError, match="cannot write .*/out: No space left on device"):
+    with pytest.raises(
+        CheckpointError, match="cannot write .*/out: No space left on device"
+    ):
         export_folder(str(tmp_path / "ours"), str(tmp_path / "out"))
     monkeypatch.setattr(importing, "commit", full)
-    with pytest.raises(CheckpointError, match="cannot write .*/new: No space left on device"):
+    with pytest.raises(
+        CheckpointError, match="cannot write .*/new: No space left on device"
+    ):
         import_folder(str(tmp_path / "hf"), str(tmp_path / "new"))
     (data,) = (tmp_path / "ours" / "data").iterdir()
     data.write_bytes(data.read_bytes()[:-64])

@@ -1,5 +1,5 @@
-"""Families as data: config.json both ways, names, the order of rotated rows, and one clear refusal
-for what is not supported.
+"""Families as data: config.json both ways, names, the order of rotated rows, and one
+clear refusal for what is not supported.
 """
 
 import json
@@ -13,7 +13,12 @@ import torch
 from safetensors import safe_open
 
 from megatron_ray.checkpoint.hf.contents import logical_shapes
-from megatron_ray.checkpoint.hf.families.table import FAMILIES, family_named, family_of, read_model
+from megatron_ray.checkpoint.hf.families.table import (
+    FAMILIES,
+    family_named,
+    family_of,
+    read_model,
+)
 from megatron_ray.checkpoint.hf.places import Place, Rotary
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigError
@@ -67,7 +72,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "n_layer": 12,
             "n_positions": 1024,
             "resid_pdrop": 0.1,
-            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+            "task_specific_params": {
+                "text-generation": {"do_sample": True, "max_length": 50}
+            },
             "vocab_size": 50257,
         },
         124_439_808,
@@ -139,8 +146,8 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         2_506_172_416,
     ),
 }
-"""config.json as published (what no reader looks at left out), and the published number of
-parameters."""
+"""config.json as published (what no reader looks at left out), and the published number
+of parameters."""
 
 
 def read(values: dict[str, Any]) -> ModelConfig:
@@ -173,18 +180,23 @@ def test_a_config_read_and_written_says_the_same(published: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", hf_folders.FAMILIES)
-def test_rules_speak_of_all_stored_names_and_of_no_others(published: Path, name: str) -> None:
+def test_rules_speak_of_all_stored_names_and_of_no_others(
+    published: Path, name: str
+) -> None:
     model = read(json.loads((published / name / "config.json").read_text()))
     family = family_of(model)
     with safe_open(published / name / "model.safetensors", "pt") as file:
         stored = {
-            re.sub(r"\d+", "{}", key) for key in file.keys() if key not in family.copies(model)
-        }  # noqa: SIM118
+            re.sub(r"\d+", "{}", key) for key in file if key not in family.copies(model)
+        }
     spoken = {
-        re.sub(r"\d+", "{}", rule.stored.replace("w{}", "w1")) for rule in family.rules(model)
+        re.sub(r"\d+", "{}", rule.stored.replace("w{}", "w1"))
+        for rule in family.rules(model)
     }
     assert stored <= spoken
-    plain_mlp = {f"model.layers.{{}}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    plain_mlp = {
+        f"model.layers.{{}}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")
+    }
     assert spoken - stored <= (plain_mlp if model.moe is not None else set())
 
 
@@ -193,7 +205,8 @@ def test_both_spellings_of_rope_are_one() -> None:
     newer = {key: value for key, value in LLAMA.items() if not key.startswith("rope")}
     newer["rope_parameters"] = scaling | {"rope_theta": 500000.0}
     assert read(newer) == read(LLAMA)
-    assert read(LLAMA).rope_scaling is not None and read(LLAMA).rope_theta == 500000.0
+    assert read(LLAMA).rope_scaling is not None
+    assert read(LLAMA).rope_theta == 500000.0
     oldest = LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.0}}
     assert (
         read(oldest).rope_scaling
@@ -215,7 +228,10 @@ def test_both_spellings_of_rope_are_one() -> None:
             "is not supported; known: gpt2 (GPT2LMHeadModel)",
         ),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported; known: 'silu'"),
-        ({"attention_bias": True}, "attention_bias=true with mlp_bias=false is not supported"),
+        (
+            {"attention_bias": True},
+            "attention_bias=true with mlp_bias=false is not supported",
+        ),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
             "rope_type='dynamic' is not supported; known: 'default', 'llama3'",
@@ -231,7 +247,10 @@ def test_both_spellings_of_rope_are_one() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"num_hidden_layers": None}, "num_hidden_layers is None, a number is needed"),
         ({"hidden_size": 4}, "does not describe a model: model.hidden_size: "),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', true or false is needed"),
+        (
+            {"tie_word_embeddings": "yes"},
+            "tie_word_embeddings is 'yes', true or false is needed",
+        ),
         (
             {
                 "model_type": "gpt2",
@@ -280,20 +299,29 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
             {"moe": {"num_experts": 4, "shared_expert_ffn_hidden_size": 8}},
             "model.moe.shared_expert_ffn_hidden_size=8 cannot be said",
         ),
-        ({"moe": {"num_experts": 4, "layer_pattern": {"every": 2}}}, "model.moe.layer_pattern="),
+        (
+            {"moe": {"num_experts": 4, "layer_pattern": {"every": 2}}},
+            "model.moe.layer_pattern=",
+        ),
         ({"position_embedding": "none"}, "model.position_embedding='none' cannot be said"),
     ],
 )
-def test_a_model_that_no_family_can_say_is_refused(changed: dict[str, Any], words: str) -> None:
+def test_a_model_that_no_family_can_say_is_refused(
+    changed: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        family_of(ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 300} | changed))
+        family_of(
+            ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 300} | changed)
+        )
 
 
 def test_rotated_pairs_become_halves() -> None:
     place = Place("q", rotary=Rotary(every=6, first=2, width=4))
     order = {}
     for here, there in place.pieces((12, 3), Box((0, 0), (12, 3))):
-        order |= {here.offset[0] + row: there.offset[0] + row for row in range(here.size[0])}
+        order |= {
+            here.offset[0] + row: there.offset[0] + row for row in range(here.size[0])
+        }
     assert [order[row] for row in range(12)] == [0, 1, 2, 4, 3, 5, 6, 7, 8, 10, 9, 11]
     middle = list(place.pieces((12, 3), Box((3, 1), (2, 1))))
     assert [(here.offset, there.offset) for here, there in middle] == [
@@ -303,14 +331,18 @@ def test_rotated_pairs_become_halves() -> None:
 
 
 def test_rotated_rows_compute_what_transformers_computes() -> None:
-    from transformers.models.deepseek_v3.modeling_deepseek_v3 import apply_rotary_pos_emb_interleave
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
+        apply_rotary_pos_emb_interleave,
+    )
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     rotary = Rotary(8, 0, 8)
     width = 8
     values = torch.randn(1, 2, 5, width)
     angles = torch.randn(1, 5, width // 2)
-    cos, sin = (function(torch.cat((angles, angles), -1)) for function in (torch.cos, torch.sin))
+    cos, sin = (
+        function(torch.cat((angles, angles), -1)) for function in (torch.cos, torch.sin)
+    )
     theirs, _ = apply_rotary_pos_emb_interleave(values, values, cos, sin)
     order = [rotary.stored_row(row) for row in range(width)]
     ours, _ = apply_rotary_pos_emb(values[..., order], values[..., order], cos, sin)
@@ -335,13 +367,25 @@ BASE = {"preset": "gpt-tiny", "vocab_size": 300}
             [],
         ),
         ({"vocab_size": None}, {}, ["/model/vocab_size"]),
-        ({}, {"norm_eps": 1e-6, "rope_theta": 5e5}, ["/model/norm_eps", "/model/rope_theta"]),
+        (
+            {},
+            {"norm_eps": 1e-6, "rope_theta": 5e5},
+            ["/model/norm_eps", "/model/rope_theta"],
+        ),
         ({"rope_theta": 1e6}, {"rope_theta": 5e5}, []),
         ({"num_layers": 2}, {}, ["/model/num_layers"]),
         ({}, {"sliding_window": 8}, ["/model/sliding_window"]),
         ({"sliding_window": 8}, {}, []),
-        ({}, {"moe": {"num_experts": 4}}, ["/model/moe/num_experts", "/model/ffn_hidden_size"]),
-        ({"moe": {"num_experts": 4, "aux_loss_coeff": 0.1}}, {"moe": {"num_experts": 4}}, []),
+        (
+            {},
+            {"moe": {"num_experts": 4}},
+            ["/model/moe/num_experts", "/model/ffn_hidden_size"],
+        ),
+        (
+            {"moe": {"num_experts": 4, "aux_loss_coeff": 0.1}},
+            {"moe": {"num_experts": 4}},
+            [],
+        ),
         (
             {"moe": {"num_experts": 4, "top_k": 1}},
             {"moe": {"num_experts": 4}},
@@ -360,7 +404,8 @@ def test_a_run_that_contradicts_its_weights(
     )
     assert [problem.pointer for problem in found] == pointers
     assert all(
-        "contradicts the weights of checkpoint.start_from" in problem.detail for problem in found
+        "contradicts the weights of checkpoint.start_from" in problem.detail
+        for problem in found
     )
 
 

@@ -1,5 +1,5 @@
-"""Memory of a conversion, measured by the kernel's own high-water mark in a process of its own: the
-largest tensor and some scratch.
+"""Memory of a conversion, measured by the kernel's own high-water mark in a process of
+its own: the largest tensor and some scratch.
 """
 
 import json
@@ -19,11 +19,12 @@ from pathlib import Path
 import megatron_ray.checkpoint.hf.__main__ as command
 
 def memory(field):
-    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(field + r":\\s+(\\d+) kB", status)[1]) * 1024
 
 way, source, out, small, *options = sys.argv[1:]
-# A small one first: what code is used is then in memory already (of torch's libraries alone that is
-# tens of MiB).
+# A small one first: what code is used is then in memory already (of torch's libraries
+# alone that is tens of MiB).
 assert command.main([way, small, out + "-small", *options]) == 0
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
@@ -34,7 +35,9 @@ print(memory("VmHWM") - before)
 
 
 def write_llama(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
-    """A folder of bf16 weights, a file per layer; (bytes of all, bytes of the largest tensor)."""
+    """A folder of bf16 weights, a file per layer; (bytes of all, bytes of the largest
+    tensor).
+    """
     folder.mkdir()
     config: dict[str, Any] = {
         "model_type": "llama",
@@ -69,9 +72,14 @@ def write_llama(folder: Path, layers: int, hidden: int) -> tuple[int, int]:
         named = (
             frame
             if part == layers
-            else {f"model.layers.{part}.{name}.weight": shape for name, shape in shapes.items()}
+            else {
+                f"model.layers.{part}.{name}.weight": shape
+                for name, shape in shapes.items()
+            }
         )
-        tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in named.items()}
+        tensors = {
+            name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in named.items()
+        }
         save_file(tensors, folder / f"part-{part}.safetensors", metadata={"format": "pt"})
         where |= dict.fromkeys(named, f"part-{part}.safetensors")
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -109,7 +117,9 @@ def judge(tmp_path: Path, layers: int, hidden: int, least: int, spare: int) -> N
         "--dtype",
         "bf16",
     )
-    assert outwards <= spare + largest, f"export took {outwards // MIB} MiB of {total // MIB}"
+    assert outwards <= spare + largest, (
+        f"export took {outwards // MIB} MiB of {total // MIB}"
+    )
 
 
 def test_a_conversion_needs_the_largest_tensor_and_some_scratch(tmp_path: Path) -> None:

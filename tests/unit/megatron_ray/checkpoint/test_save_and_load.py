@@ -1,5 +1,5 @@
-"""Saving and loading on one rank: refusals, dtypes, bounded reads, object storage, the interplay of
-saves.
+"""Saving and loading on one rank: refusals, dtypes, bounded reads, object storage, the
+interplay of saves.
 """
 
 import json
@@ -28,10 +28,14 @@ def one(
     tensor: torch.Tensor, box: Box | None = None, shape: tuple[int, ...] | None = None
 ) -> ShardedTensor:
     size = tuple(tensor.shape)
-    return ShardedTensor(shape or size, [TensorBox(box or Box((0,) * len(size), size), tensor)])
+    return ShardedTensor(
+        shape or size, [TensorBox(box or Box((0,) * len(size), size), tensor)]
+    )
 
 
-def saved(path: Path, state: ShardedState, train_state: dict[str, Any] | None = None) -> str:
+def saved(
+    path: Path, state: ShardedState, train_state: dict[str, Any] | None = None
+) -> str:
     writer = CheckpointWriter(ParallelMesh.single(), "sync", lambda _: None)
     writer.save(1, str(path), state, {"format_version": 1, **(train_state or {})})
     writer.close()
@@ -65,11 +69,9 @@ def test_strided_and_gradient_carrying_targets_are_filled(tmp_path: Path) -> Non
     wide = torch.zeros(6, 9)
     parameter = torch.nn.Parameter(torch.zeros(6, 4))
     load_into(path, {"model/x": one(wide[:, 2:6]), "model/y": one(parameter)})
-    assert (
-        torch.equal(wide[:, 2:6], full)
-        and torch.equal(parameter, full * 2)
-        and wide[:, :2].eq(0).all()
-    )
+    assert torch.equal(wide[:, 2:6], full)
+    assert torch.equal(parameter, full * 2)
+    assert wide[:, :2].eq(0).all()
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -80,11 +82,13 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     ):
         load_into(path, {"model/y": one(torch.zeros(6, 4))})
     with pytest.raises(
-        CheckpointError, match=r"its tensor 'model/x' has shape \(6, 4\), the model needs \(6, 5\)"
+        CheckpointError,
+        match=r"its tensor 'model/x' has shape \(6, 4\), the model needs \(6, 5\)",
     ):
         load_into(path, {"model/x": one(torch.zeros(6, 5))})
     with pytest.raises(
-        CheckpointError, match=r"its tensor 'model/x' lacks 4 elements of the boxes asked for"
+        CheckpointError,
+        match=r"its tensor 'model/x' lacks 4 elements of the boxes asked for",
     ):
         load_into(path, {"model/x": one(torch.zeros(2, 4), Box((5, 0), (2, 4)), (6, 4))})
     with pytest.raises(
@@ -95,7 +99,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
 
 def test_tensors_not_asked_for_are_left_out(tmp_path: Path) -> None:
     path = saved(
-        tmp_path / "c", {"model/x": one(torch.ones(3)), "optimizer/exp_avg/x": one(torch.zeros(3))}
+        tmp_path / "c",
+        {"model/x": one(torch.ones(3)), "optimizer/exp_avg/x": one(torch.zeros(3))},
     )
     target = torch.zeros(3)
     load_into(path, {"model/x": one(target)})
@@ -107,16 +112,22 @@ def test_partly_held_tensors_cannot_be_saved(tmp_path: Path) -> None:
         ValueError,
         match=r"the boxes of all ranks do not cover every tensor: model/x has 8 of 24 elements",
     ):
-        saved(tmp_path / "c", {"model/x": one(torch.zeros(2, 4), Box((0, 0), (2, 4)), (6, 4))})
+        saved(
+            tmp_path / "c", {"model/x": one(torch.zeros(2, 4), Box((0, 0), (2, 4)), (6, 4))}
+        )
 
 
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (b'{"format_version": 1, "files": {}, "tensors": []}', "index.json is not readable"),
+        (
+            b'{"format_version": 1, "files": {}, "tensors": []}',
+            "index.json is not readable",
+        ),
         (b'{"format_version": 1, "files": {}}', "index.json is not readable: 'tensors'"),
         (
-            b'{"format_version": 1, "files": {}, "tensors": {"x": {"dtype": "Tensor", "shape": [], "chunks": []}}}',
+            b'{"format_version": 1, "files": {}, "tensors": '
+            b'{"x": {"dtype": "Tensor", "shape": [], "chunks": []}}}',
             "x: unknown dtype 'Tensor'",
         ),
         (
@@ -134,7 +145,10 @@ def test_a_bad_index_is_refused(tmp_path: Path, index: bytes, message: str) -> N
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "train_state.json is not readable"), ('{"format_version": 9}', "format_version is 9")],
+    [
+        ("{", "train_state.json is not readable"),
+        ('{"format_version": 9}', "format_version is 9"),
+    ],
 )
 def test_a_bad_train_state_is_refused(tmp_path: Path, text: str, message: str) -> None:
     LocalStorage(str(tmp_path)).write_bytes_atomic("c/index.json", b'{"files": {}}')
@@ -145,7 +159,12 @@ def test_a_bad_train_state_is_refused(tmp_path: Path, text: str, message: str) -
 
 
 def test_the_train_state_is_what_was_given_at_the_save(tmp_path: Path) -> None:
-    given = {"step": 1, "consumed_samples": 8, "config": {"a": [1, 2]}, "rng": {"cpu": "abc"}}
+    given = {
+        "step": 1,
+        "consumed_samples": 8,
+        "config": {"a": [1, 2]},
+        "rng": {"cpu": "abc"},
+    }
     path = saved(tmp_path / "c", {"model/x": one(torch.ones(3))}, given)
     assert read_train_state(path, 0) == {"format_version": 1, **given}
     assert "rng" not in json.loads(Path(path, "train_state.json").read_text())
@@ -155,7 +174,9 @@ def test_a_changed_layout_needs_a_new_writer(tmp_path: Path) -> None:
     writer = CheckpointWriter(ParallelMesh.single(), "sync", lambda _: None)
     writer.prepare({"model/x": one(torch.ones(3))})
     writer.save(1, str(tmp_path / "1"), {"model/x": one(torch.ones(3))}, {})
-    with pytest.raises(ValueError, match="the layout of the state changed since the first save"):
+    with pytest.raises(
+        ValueError, match="the layout of the state changed since the first save"
+    ):
         writer.save(2, str(tmp_path / "2"), {"model/x": one(torch.ones(4))}, {})
 
 
@@ -175,7 +196,8 @@ def test_a_second_save_waits_for_the_first(tmp_path: Path) -> None:
     writer.save(2, str(tmp_path / "2"), state, {})
     assert written[:1] == [1]
     writer.wait()
-    assert written == [1, 2] and not writer.busy
+    assert written == [1, 2]
+    assert not writer.busy
     writer.close()
 
 

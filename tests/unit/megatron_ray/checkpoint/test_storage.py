@@ -1,5 +1,5 @@
-"""Storage: the same behaviour on a local path and on a pyarrow filesystem, atomic writes, errors
-that name the path.
+"""Storage: the same behaviour on a local path and on a pyarrow filesystem, atomic
+writes, errors that name the path.
 """
 
 import pickle
@@ -23,17 +23,23 @@ from megatron_ray.storage.storage import (
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     if request.param == "local":
         return open_storage(str(tmp_path / "root"))
-    return ObjectStorage(f"mock://{tmp_path}/root", fs.LocalFileSystem(), f"{tmp_path}/root")
+    return ObjectStorage(
+        f"mock://{tmp_path}/root", fs.LocalFileSystem(), f"{tmp_path}/root"
+    )
 
 
 def test_bytes_come_back_and_overwriting_replaces(storage: Storage) -> None:
     storage.write_bytes_atomic("a/b.bin", b"one")
     storage.write_bytes_atomic("a/b.bin", b"three")
     assert storage.read_bytes("a/b.bin") == b"three"
-    assert storage.exists("a/b.bin") and storage.exists("a") and not storage.exists("a/c")
+    assert storage.exists("a/b.bin")
+    assert storage.exists("a")
+    assert not storage.exists("a/c")
 
 
-def test_listing_is_sorted_relative_and_empty_for_a_missing_folder(storage: Storage) -> None:
+def test_listing_is_sorted_relative_and_empty_for_a_missing_folder(
+    storage: Storage,
+) -> None:
     storage.write_bytes_atomic("x/two", b"22")
     storage.write_bytes_atomic("x/one/deep", b"1")
     assert storage.list("x") == [Entry("one", True, 0), Entry("two", False, 2)]
@@ -72,7 +78,9 @@ def test_streams_write_buffers_and_read_ranges(storage: Storage) -> None:
 
 
 def test_missing_file_is_its_own_error_and_names_the_path(storage: Storage) -> None:
-    with pytest.raises(MissingFileError, match=r"cannot read .*/root/none: no such file or folder"):
+    with pytest.raises(
+        MissingFileError, match=r"cannot read .*/root/none: no such file or folder"
+    ):
         storage.read_bytes("none")
     with (
         pytest.raises(MissingFileError, match=r"cannot read .*/root/none"),
@@ -107,13 +115,16 @@ def test_unfinished_writes_are_not_listed(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_names_path_and_cause(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StorageError, match=r"cannot write .*/file/below/x: Not a directory"):
+    with pytest.raises(
+        StorageError, match=r"cannot write .*/file/below/x: Not a directory"
+    ):
         open_storage(str(tmp_path / "file")).write_bytes_atomic("below/x", b"")
 
 
 def test_file_uris_are_local_paths(tmp_path: Path) -> None:
     storage = open_storage(f"file://{tmp_path}/with%20space")
-    assert isinstance(storage, LocalStorage) and storage.root == f"{tmp_path}/with space"
+    assert isinstance(storage, LocalStorage)
+    assert storage.root == f"{tmp_path}/with space"
     with pytest.raises(StorageError, match="a file URI has three slashes"):
         open_storage("file://host/share")
 
@@ -130,8 +141,6 @@ def test_unknown_schemes_and_broken_uris_are_refused() -> None:
 
 def test_errors_cross_process_borders() -> None:
     error = pickle.loads(pickle.dumps(MissingFileError("read", "p", "gone")))
-    assert (
-        isinstance(error, MissingFileError)
-        and error.path == "p"
-        and str(error) == "cannot read p: gone"
-    )
+    assert isinstance(error, MissingFileError)
+    assert error.path == "p"
+    assert str(error) == "cannot read p: gone"

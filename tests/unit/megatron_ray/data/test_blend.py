@@ -7,7 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ray.data.blend import BlendedDataset, build_blend_indices, normalized, samples_needed
+from megatron_ray.data.blend import (
+    BlendedDataset,
+    build_blend_indices,
+    normalized,
+    samples_needed,
+)
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.indexed import IndexedDatasetBuilder
 from megatron_ray.data.prepared import PreparedCorpus
@@ -60,13 +65,20 @@ def test_every_prefix_keeps_the_proportions_and_each_dataset_its_order(
 def test_blended_dataset_serves_from_the_chosen(tmp_path: Path) -> None:
     for _ in range(2):
         blend = BlendedDataset([Counting(0, 9), Counting(1, 9)], [1, 1], 4, str(tmp_path))
-        assert [blend[i].tolist() for i in range(len(blend))] == [[0, 0], [1, 0], [0, 1], [1, 1]]
+        assert [blend[i].tolist() for i in range(len(blend))] == [
+            [0, 0],
+            [1, 0],
+            [0, 1],
+            [1, 1],
+        ]
     with pytest.raises(IndexError, match="sample 4 of 4"):
         blend[4]
 
 
 def test_blend_errors() -> None:
-    with pytest.raises(ValueError, match="the blend takes 2 samples of dataset 1, which has 1"):
+    with pytest.raises(
+        ValueError, match="the blend takes 2 samples of dataset 1, which has 1"
+    ):
         BlendedDataset([Counting(0, 9), Counting(1, 1)], [1, 1], 4)
     with pytest.raises(ValueError, match="1 datasets with 2 weights"):
         BlendedDataset([Counting(0, 9)], [1, 1], 4)
@@ -90,7 +102,9 @@ def test_a_step_consumes_the_same_blocks_at_every_dp(
     for step in range(steps):
         start = consumed + step * batch
         made = [sample_ids(start, micro, rank, dp, num_microbatches) for rank in range(dp)]
-        assert np.sort(np.concatenate(made).ravel()).tolist() == list(range(start, start + batch))
+        assert np.sort(np.concatenate(made).ravel()).tolist() == list(
+            range(start, start + batch)
+        )
         alone = sample_ids(start, micro, 0, 1, 12).tolist()
         assert sorted(block for ids in made for block in ids.tolist()) == alone
 

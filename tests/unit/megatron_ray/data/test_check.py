@@ -1,4 +1,6 @@
-"""The quick check: what it sees, what it leaves alone, and that it leaves nothing behind."""
+"""The quick check: what it sees, what it leaves alone, and that it leaves nothing
+behind.
+"""
 
 import json
 from pathlib import Path
@@ -17,9 +19,12 @@ def config(path: Path | str, **changes: Any) -> DataConfig:
     return DataConfig(train=(DataSource(path=str(path)),), **changes)
 
 
-def found(data: DataConfig, storage: Path | str, seq_length: int = 8) -> list[tuple[str, str]]:
+def found(
+    data: DataConfig, storage: Path | str, seq_length: int = 8
+) -> list[tuple[str, str]]:
     return [
-        (problem.pointer, problem.code) for problem in check_data(data, seq_length, str(storage))
+        (problem.pointer, problem.code)
+        for problem in check_data(data, seq_length, str(storage))
     ]
 
 
@@ -42,11 +47,17 @@ def test_the_builtin_corpus_is_fine(tmp_path: Path) -> None:
 def test_missing_path_and_unreadable_first_document(tmp_path: Path) -> None:
     assert found(config(tmp_path / "no"), tmp_path) == [("/data/train/0/path", "not_found")]
     (tmp_path / "d.jsonl").write_text("{broken\n")
-    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [("/data/train/0/path", "bad_line")]
+    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [
+        ("/data/train/0/path", "bad_line")
+    ]
     (tmp_path / "d.jsonl").write_text(json.dumps({"body": "x" * 99}) + "\n")
-    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [("/data/train/0/text_key", "text_key")]
+    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [
+        ("/data/train/0/text_key", "text_key")
+    ]
     (tmp_path / "d.jsonl").write_text("\n\n")
-    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [("/data/train/0/path", "empty")]
+    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [
+        ("/data/train/0/path", "empty")
+    ]
 
 
 def test_surely_too_short(tmp_path: Path) -> None:
@@ -59,7 +70,9 @@ def test_surely_too_short(tmp_path: Path) -> None:
         "has at most 17 tokens, but at least 18 are needed for samples of seq_length + 1; "
         "give more text" in problem.detail
     )
-    assert found(config(tmp_path / "a.txt"), tmp_path, 8) == [("/data/train/0/path", "too_short")]
+    assert found(config(tmp_path / "a.txt"), tmp_path, 8) == [
+        ("/data/train/0/path", "too_short")
+    ]
     (tmp_path / "long").mkdir()
     long = long_text(tmp_path / "long")
     both = config(long, validation=(DataSource(path=str(tmp_path / "a.txt")),))
@@ -75,7 +88,9 @@ def test_prepared_data(tmp_path: Path) -> None:
     with IndexedDatasetBuilder(tmp_path / "c", np.dtype(np.uint16)) as builder:
         builder.add([1] * 20)
         builder.end_document()
-    data = config(tmp_path / "c", tokenizer=TokenizerConfig(kind="bytes"), validation_fraction=0)
+    data = config(
+        tmp_path / "c", tokenizer=TokenizerConfig(kind="bytes"), validation_fraction=0
+    )
     assert found(data, tmp_path, 19) == []
     assert found(data, tmp_path, 20) == [("/data/train/0/path", "too_short")]
     assert found(config(tmp_path / "c"), tmp_path, 4) == [
@@ -87,7 +102,8 @@ def test_prepared_data(tmp_path: Path) -> None:
 
 def test_tokenizer_file(tmp_path: Path) -> None:
     data = config(
-        long_text(tmp_path), tokenizer=TokenizerConfig(kind="file", path=str(tmp_path / "t.json"))
+        long_text(tmp_path),
+        tokenizer=TokenizerConfig(kind="file", path=str(tmp_path / "t.json")),
     )
     assert found(data, tmp_path) == [("/data/tokenizer/path", "not_found")]
     (tmp_path / "t.json").write_text("{}")
@@ -97,7 +113,9 @@ def test_tokenizer_file(tmp_path: Path) -> None:
 def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     text = long_text(tmp_path)
     assert found(config(text), text / "jobs") == [("/storage/path", "not_writable")]
-    assert found(config(text, cache=str(text)), tmp_path) == [("/data/cache", "not_writable")]
+    assert found(config(text, cache=str(text)), tmp_path) == [
+        ("/data/cache", "not_writable")
+    ]
     (problem,) = check_data(config(text), 8, "nowhere://x/y")
     assert problem.pointer == "/storage/path"
     assert "nowhere://x/y cannot be written where the job runs: " in problem.detail

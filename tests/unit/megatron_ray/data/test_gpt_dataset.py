@@ -11,10 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ray.data import gpt_dataset
-from megatron_ray.data.gpt_dataset import GPTDataset, build_indices, build_sample_index, plan_epochs
+from megatron_ray.data.gpt_dataset import (
+    GPTDataset,
+    build_indices,
+    build_sample_index,
+    plan_epochs,
+)
 from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder
 
-GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "megatron_data.json").read_text())
+GOLDEN = json.loads(
+    (Path(__file__).parents[3] / "golden" / "megatron_data.json").read_text()
+)
 
 
 def corpus_of(prefix: Path, sequences: list[list[int]]) -> IndexedDataset:
@@ -26,7 +33,9 @@ def corpus_of(prefix: Path, sequences: list[list[int]]) -> IndexedDataset:
     return IndexedDataset(str(prefix))
 
 
-@pytest.mark.parametrize("case", GOLDEN["gptdataset"], ids=lambda case: f"seed{case['seed']}")
+@pytest.mark.parametrize(
+    "case", GOLDEN["gptdataset"], ids=lambda case: f"seed{case['seed']}"
+)
 @pytest.mark.parametrize("cached", [False, True])
 def test_equal_to_megatron_core(tmp_path: Path, case: dict[str, Any], cached: bool) -> None:
     corpus = corpus_of(
@@ -40,9 +49,11 @@ def test_equal_to_megatron_core(tmp_path: Path, case: dict[str, Any], cached: bo
         assert dataset.document_index.tolist() == case["document_index"]
         assert dataset.sample_index.tolist() == case["sample_index"]
         assert dataset.shuffle_index.tolist() == case["shuffle_index"]
-        # The golden run's tokenizer calls 95 padding, and Megatron shows padding as 0 after masking
-        # it; we have no padding.
-        served = [np.where(dataset[i] == 95, 0, dataset[i]).tolist() for i in range(len(dataset))]
+        # The golden run's tokenizer calls 95 padding, and Megatron shows padding as 0
+        # after masking it; we have no padding.
+        served = [
+            np.where(dataset[i] == 95, 0, dataset[i]).tolist() for i in range(len(dataset))
+        ]
         assert served == case["windows"]
         assert dataset[0].dtype == np.int64
     assert (
@@ -133,7 +144,9 @@ def test_many_builders_at_once_agree(tmp_path: Path) -> None:
     found: list[list[int]] = []
 
     def build() -> None:
-        found.append(GPTDataset(corpus, 200, 4, 1, str(tmp_path / "cache")).shuffle_index.tolist())
+        found.append(
+            GPTDataset(corpus, 200, 4, 1, str(tmp_path / "cache")).shuffle_index.tolist()
+        )
 
     threads = [threading.Thread(target=build) for _ in range(8)]
     for thread in threads:

@@ -19,9 +19,9 @@ from megatron_ray.data.indexed import (
     write_index,
 )
 
-GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "megatron_data.json").read_text())[
-    "indexed"
-]
+GOLDEN = json.loads(
+    (Path(__file__).parents[3] / "golden" / "megatron_data.json").read_text()
+)["indexed"]
 
 
 def build(prefix: Path, documents: list[list[list[int]]], dtype: Any) -> IndexedDataset:
@@ -44,7 +44,9 @@ def test_builder_writes_the_same_bytes_as_megatron_core(
         hashlib.sha256((tmp_path / f"{name}.bin").read_bytes()).hexdigest()
         == expected["bin_sha256"]
     )
-    assert (tmp_path / f"{name}.idx").read_bytes() == base64.b64decode(expected["idx_base64"])
+    assert (tmp_path / f"{name}.idx").read_bytes() == base64.b64decode(
+        expected["idx_base64"]
+    )
     assert (
         hashlib.sha256((tmp_path / f"{name}.idx").read_bytes()).hexdigest()
         == expected["idx_sha256"]
@@ -56,7 +58,9 @@ def test_builder_writes_the_same_bytes_as_megatron_core(
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
     documents=st.lists(
@@ -85,7 +89,9 @@ def test_ranges_through_a_filesystem_without_mapping(tmp_path: Path) -> None:
     corpus = IndexedDataset(str(tmp_path / "c"))
     corpus._map = None
     corpus._file = (
-        __import__("pyarrow.fs").fs.LocalFileSystem().open_input_file(str(tmp_path / "c.bin"))
+        __import__("pyarrow.fs")
+        .fs.LocalFileSystem()
+        .open_input_file(str(tmp_path / "c.bin"))
     )
     assert corpus.get(0, 1, 3).tolist() == [2, 3, 4]
     assert corpus[1].tolist() == [6, 7]
@@ -106,7 +112,10 @@ def test_an_index_may_select_from_a_shared_bin(tmp_path: Path) -> None:
     corpus = build(tmp_path / "c", [[[1, 2, 3]], [[4, 5]], [[6]]], np.uint16)
     chosen = np.array([2, 0])
     table = IndexTable(
-        corpus.table.dtype, corpus.lengths[chosen], corpus.table.pointers[chosen], np.arange(3)
+        corpus.table.dtype,
+        corpus.lengths[chosen],
+        corpus.table.pointers[chosen],
+        np.arange(3),
     )
     write_index(tmp_path / "part.idx", table)
     (tmp_path / "part.bin").symlink_to("c.bin")
@@ -168,7 +177,9 @@ def test_broken_index(tmp_path: Path, content: bytes, message: str) -> None:
 def test_missing_and_short_bin(tmp_path: Path) -> None:
     build(tmp_path / "c", [[[1, 2, 3]]], np.uint16)
     (tmp_path / "c.bin").write_bytes(b"12")
-    with pytest.raises(ValueError, match=r"c.bin is cut short: 2 bytes where its index needs 6"):
+    with pytest.raises(
+        ValueError, match=r"c.bin is cut short: 2 bytes where its index needs 6"
+    ):
         IndexedDataset(str(tmp_path / "c"))
     (tmp_path / "c.bin").unlink()
     with pytest.raises(FileNotFoundError):

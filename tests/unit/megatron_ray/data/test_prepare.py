@@ -1,4 +1,6 @@
-"""Preparing: splits, reuse, concurrency, death in the middle, object stores, every refusal."""
+"""Preparing: splits, reuse, concurrency, death in the middle, object stores, every
+refusal.
+"""
 
 import json
 import math
@@ -27,7 +29,9 @@ from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage import files
 
 BYTES = TokenizerConfig(kind="bytes")
-TEXTS = [f"document {number}: " + "lorem ipsum dolor " * (number % 5) for number in range(60)]
+TEXTS = [
+    f"document {number}: " + "lorem ipsum dolor " * (number % 5) for number in range(60)
+]
 
 
 @pytest.fixture
@@ -56,11 +60,18 @@ def texts_of(corpus: PreparedCorpus, tokenizer: Tokenizer) -> list[str]:
 
 
 def refused(
-    data: DataConfig, cache: Path | str, pointer: str, code: str, message: str, seq_length: int = 8
+    data: DataConfig,
+    cache: Path | str,
+    pointer: str,
+    code: str,
+    message: str,
+    seq_length: int = 8,
 ) -> None:
     with pytest.raises(UnusableDataError, match=message) as caught:
         prepare(data, str(cache), seq_length=seq_length)
-    assert (pointer, code) in [(problem.pointer, problem.code) for problem in caught.value.problems]
+    assert (pointer, code) in [
+        (problem.pointer, problem.code) for problem in caught.value.problems
+    ]
 
 
 @pytest.mark.parametrize(
@@ -69,7 +80,9 @@ def refused(
 def test_documents_are_split_and_nothing_is_lost(
     tmp_path: Path, corpus: Path, tokenizer: TokenizerConfig
 ) -> None:
-    made = prepare(config(corpus, tokenizer=tokenizer), str(tmp_path / "cache"), seq_length=8)
+    made = prepare(
+        config(corpus, tokenizer=tokenizer), str(tmp_path / "cache"), seq_length=8
+    )
     loaded = Tokenizer.load(made.tokenizer_path, made.end_of_document)
     train = texts_of(made.train[0], loaded)
     validation = texts_of(made.validation[0], loaded)
@@ -113,7 +126,9 @@ def test_second_run_is_a_cache_hit_with_the_same_manifest(
     )
 
 
-def test_changed_content_and_changed_split_are_made_anew(tmp_path: Path, corpus: Path) -> None:
+def test_changed_content_and_changed_split_are_made_anew(
+    tmp_path: Path, corpus: Path
+) -> None:
     cache = str(tmp_path / "cache")
     first = prepare(config(corpus), cache, seq_length=8)
     wider = prepare(config(corpus, validation_fraction=0.5), cache, seq_length=8)
@@ -138,7 +153,8 @@ def test_equal_documents_stay_on_one_side(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", TEXTS[:20] * 3)
     made = prepare(config(path), str(tmp_path / "cache"), seq_length=8)
     train, validation = (
-        set(texts_of(part[0], Tokenizer.of_bytes())) for part in (made.train, made.validation)
+        set(texts_of(part[0], Tokenizer.of_bytes()))
+        for part in (made.train, made.validation)
     )
     assert not train & validation
 
@@ -162,7 +178,9 @@ def test_validation_sources_and_no_validation(tmp_path: Path, corpus: Path) -> N
     assert made.validation[0].weight == 2.0
     counts = np.array([4, 4, 4, 2, 1])
     assert made.unigram_nats == pytest.approx(-(counts / 15 * np.log(counts / 15)).sum())
-    without = prepare(config(corpus, validation_fraction=0), str(tmp_path / "cache"), seq_length=8)
+    without = prepare(
+        config(corpus, validation_fraction=0), str(tmp_path / "cache"), seq_length=8
+    )
     assert (without.validation, without.unigram_nats) == ((), None)
     assert without.train[0].num_documents == 60
 
@@ -170,9 +188,9 @@ def test_validation_sources_and_no_validation(tmp_path: Path, corpus: Path) -> N
 def test_unigram_baseline_follows_the_blend() -> None:
     assert unigram_nats([]) is None
     assert unigram_nats([(1.0, np.array([0, 7]))]) == 0.0
-    assert unigram_nats([(1.0, np.array([10, 0])), (1.0, np.array([0, 1]))]) == pytest.approx(
-        math.log(2)
-    )
+    assert unigram_nats(
+        [(1.0, np.array([10, 0])), (1.0, np.array([0, 1]))]
+    ) == pytest.approx(math.log(2))
     mixed = unigram_nats([(3.0, np.array([10, 0])), (1.0, np.array([0, 1]))])
     assert mixed == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
 
@@ -216,17 +234,23 @@ def test_prepared_data_are_split_without_a_copy(tmp_path: Path) -> None:
         for sequence in range(0, len(part), 2)
     ]
     assert sorted(firsts) == list(range(20))
-    whole = prepare(config(prefix, validation_fraction=0), str(tmp_path / "cache"), seq_length=4)
+    whole = prepare(
+        config(prefix, validation_fraction=0), str(tmp_path / "cache"), seq_length=4
+    )
     assert whole.train[0].prefix == str(prefix)
     named = config(prefix, validation=(DataSource(path=f"{prefix}.idx"),))
-    assert prepare(named, str(tmp_path / "cache"), seq_length=4).validation[0].prefix == str(prefix)
+    assert prepare(named, str(tmp_path / "cache"), seq_length=4).validation[
+        0
+    ].prefix == str(prefix)
 
 
 def test_one_prepared_document_is_cut_across_sequences(tmp_path: Path) -> None:
     prefix = ready_made(
         tmp_path / "ready", [[list(range(10)), list(range(10, 30)), list(range(30, 40))]]
     )
-    made = prepare(config(prefix, validation_fraction=0.4), str(tmp_path / "cache"), seq_length=4)
+    made = prepare(
+        config(prefix, validation_fraction=0.4), str(tmp_path / "cache"), seq_length=4
+    )
     for part, tokens in ((made.train[0], range(24)), (made.validation[0], range(24, 40))):
         read = IndexedDataset(part.prefix)
         assert [
@@ -246,7 +270,9 @@ def test_a_disk_without_links_gets_copies(
     copied = prepare(config(corpus), str(tmp_path / "other"), seq_length=8)
     assert not Path(copied.train[0].prefix + ".bin").is_symlink()
     for split in ("train", "validation"):
-        one, two = (IndexedDataset(getattr(made, split)[0].prefix) for made in (linked, copied))
+        one, two = (
+            IndexedDataset(getattr(made, split)[0].prefix) for made in (linked, copied)
+        )
         assert [one[i].tolist() for i in range(len(one))] == [
             two[i].tolist() for i in range(len(two))
         ]
@@ -257,7 +283,9 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like an object store: test://bucket/... is not local."""
     (tmp_path / "bucket").mkdir()
     store = arrow_fs.SubTreeFileSystem(str(tmp_path / "bucket"), arrow_fs.LocalFileSystem())
-    monkeypatch.setattr(files, "_from_uri", lambda uri: (store, uri.removeprefix("test://bucket/")))
+    monkeypatch.setattr(
+        files, "_from_uri", lambda uri: (store, uri.removeprefix("test://bucket/"))
+    )
     return tmp_path / "bucket"
 
 
@@ -270,15 +298,18 @@ def test_everything_in_an_object_store(tmp_path: Path, bucket: Path) -> None:
     loaded = Tokenizer.from_json(
         files.read_bytes(files.place(made.tokenizer_path)).decode(), made.end_of_document
     )
-    assert sorted(texts_of(made.train[0], loaded) + texts_of(made.validation[0], loaded)) == sorted(
-        TEXTS
-    )
+    assert sorted(
+        texts_of(made.train[0], loaded) + texts_of(made.validation[0], loaded)
+    ) == sorted(TEXTS)
     assert not list((bucket / "cache").rglob("tokens.*"))
     assert build_dataset(made.train, 10, 8, 1, "test://bucket/cache")[3].shape == (9,)
     ready = config(
-        made.train[0].prefix, tokenizer=TokenizerConfig(kind="file", path=made.tokenizer_path)
+        made.train[0].prefix,
+        tokenizer=TokenizerConfig(kind="file", path=made.tokenizer_path),
     )
-    assert prepare(ready, str(tmp_path / "local"), seq_length=8).train[0].num_documents == 49
+    assert (
+        prepare(ready, str(tmp_path / "local"), seq_length=8).train[0].num_documents == 49
+    )
 
 
 def in_threads(count: int, work: Callable[[], None]) -> None:
@@ -305,7 +336,9 @@ def test_concurrent_prepares_agree(tmp_path: Path, corpus: Path) -> None:
     assert not list(cache.rglob(".tmp-*"))
 
 
-def test_a_killed_prepare_leaves_nothing_that_looks_complete(tmp_path: Path, corpus: Path) -> None:
+def test_a_killed_prepare_leaves_nothing_that_looks_complete(
+    tmp_path: Path, corpus: Path
+) -> None:
     cache = tmp_path / "cache"
     code = (
         "import os, sys\n"
@@ -340,7 +373,11 @@ def test_a_broken_line_is_named_while_the_tokenizer_is_trained(
     broken.write_text(broken.read_text() + "{broken\n")
     data = config(corpus, broken, tokenizer=TokenizerConfig(vocab_size=300))
     refused(
-        data, tmp_path / "cache", "/data/train/1/path", "bad_line", "broken.jsonl:2 is not JSON"
+        data,
+        tmp_path / "cache",
+        "/data/train/1/path",
+        "bad_line",
+        "broken.jsonl:2 is not JSON",
     )
 
 
@@ -349,7 +386,9 @@ def test_the_tokenizer_sees_a_bounded_sample_by_weight(
 ) -> None:
     other = write(tmp_path / "other.jsonl", ["z" * 50] * 50)
     monkeypatch.setattr(prepare_module, "_SAMPLE_CHARS", 400)
-    data = DataConfig(train=(DataSource(path=str(corpus), weight=3.0), DataSource(path=str(other))))
+    data = DataConfig(
+        train=(DataSource(path=str(corpus), weight=3.0), DataSource(path=str(other)))
+    )
     sample = "".join(prepare_module._sample(sources.find_all(data).train))
     assert (len(sample), sample.count("z")) == (400, 100)
 
@@ -359,7 +398,13 @@ def test_a_failed_prepare_cleans_up_and_a_damaged_artifact_is_made_again(
 ) -> None:
     cache = tmp_path / "cache"
     corpus.write_text(corpus.read_text() + "{broken\n")
-    refused(config(corpus), cache, "/data/train/0/path", "bad_line", "corpus.jsonl:61 is not JSON")
+    refused(
+        config(corpus),
+        cache,
+        "/data/train/0/path",
+        "bad_line",
+        "corpus.jsonl:61 is not JSON",
+    )
     assert not list((cache / "corpora").iterdir())
     write(corpus, TEXTS)
     made = prepare(config(corpus), str(cache), seq_length=8)
@@ -386,7 +431,9 @@ def test_too_little_text(tmp_path: Path) -> None:
     )
     only_four = write(tmp_path / "four.jsonl", ["a" * 3, "a" * 3 + "b", "a" * 20])
     assert (
-        prepare(config(short, validation_fraction=0), str(cache), seq_length=8).train[0].num_tokens
+        prepare(config(short, validation_fraction=0), str(cache), seq_length=8)
+        .train[0]
+        .num_tokens
         == 9
     )
     with pytest.raises(UnusableDataError):
@@ -411,7 +458,9 @@ def test_too_little_text(tmp_path: Path) -> None:
     )
 
 
-def test_a_small_corpus_of_a_blend_may_sit_out_the_evaluation(tmp_path: Path, corpus: Path) -> None:
+def test_a_small_corpus_of_a_blend_may_sit_out_the_evaluation(
+    tmp_path: Path, corpus: Path
+) -> None:
     docs = write(tmp_path / "docs.jsonl", [f"{number:03}" for number in range(30)])
     said: list[str] = []
     made = prepare(
@@ -421,7 +470,9 @@ def test_a_small_corpus_of_a_blend_may_sit_out_the_evaluation(tmp_path: Path, co
         progress=said.append,
     )
     assert (len(made.train), len(made.validation)) == (2, 1)
-    assert any("docs.jsonl: 4 held-out tokens are too few to evaluate on" in line for line in said)
+    assert any(
+        "docs.jsonl: 4 held-out tokens are too few to evaluate on" in line for line in said
+    )
 
 
 def test_empty_sources(tmp_path: Path) -> None:
@@ -506,7 +557,8 @@ def test_tokenizer_files(tmp_path: Path, corpus: Path) -> None:
 
     def given(end: str | None = None) -> DataConfig:
         return config(
-            corpus, tokenizer=TokenizerConfig(kind="file", path=str(path), end_of_document=end)
+            corpus,
+            tokenizer=TokenizerConfig(kind="file", path=str(path), end_of_document=end),
         )
 
     cache = tmp_path / "cache"
@@ -519,7 +571,11 @@ def test_tokenizer_files(tmp_path: Path, corpus: Path) -> None:
     )
     path.write_text("{]")
     refused(
-        given(), cache, "/data/tokenizer/path", "bad_tokenizer", "not a Hugging Face tokenizer.json"
+        given(),
+        cache,
+        "/data/tokenizer/path",
+        "bad_tokenizer",
+        "not a Hugging Face tokenizer.json",
     )
     path.write_bytes(b"\xff\xfe")
     refused(
@@ -555,7 +611,11 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
         "prepared data cannot be kept in .*file/cache: .*give a folder",
     )
     refused(
-        config(corpus, cache=str(cache)), cache, "/data/cache", "not_writable", "cannot be kept"
+        config(corpus, cache=str(cache)),
+        cache,
+        "/data/cache",
+        "not_writable",
+        "cannot be kept",
     )
     refused(
         config(corpus),

@@ -63,7 +63,9 @@ def test_kinds_read_the_same_documents(tmp_path: Path) -> None:
 
 
 @settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(text=st.text(min_size=1))
 def test_long_documents_come_whole_in_pieces(
@@ -78,7 +80,9 @@ def test_long_documents_come_whole_in_pieces(
 def test_pieces_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "_PIECE_CHARS", 4)
     (tmp_path / "a.txt").write_text("abcdef\nghi\nj")
-    assert [piece.text for piece in pieces(find(DataSource(path=str(tmp_path / "a.txt"))))] == [
+    assert [
+        piece.text for piece in pieces(find(DataSource(path=str(tmp_path / "a.txt"))))
+    ] == [
         "abcdef\n",
         "ghi\n",
         "j",
@@ -145,8 +149,14 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
     )
     refused(tmp_path / "*.pdf", "file_type", "notes.pdf is of a type")
     refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
-    refused(tmp_path / "half", "incomplete_prefix", "half.bin is missing beside its neighbour")
-    refused("builtin://shakespeare", "unknown_builtin", "the only one is builtin://python-stdlib")
+    refused(
+        tmp_path / "half", "incomplete_prefix", "half.bin is missing beside its neighbour"
+    )
+    refused(
+        "builtin://shakespeare",
+        "unknown_builtin",
+        "the only one is builtin://python-stdlib",
+    )
     refused(
         "~nobody-of-this-name/x",
         "bad_uri",
@@ -159,7 +169,12 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "code", "message", "field"),
     [
-        ('{"text": "a', "bad_line", r"d.jsonl:3 is not JSON .*; mend or remove the line", "path"),
+        (
+            '{"text": "a',
+            "bad_line",
+            r"d.jsonl:3 is not JSON .*; mend or remove the line",
+            "path",
+        ),
         (
             '["a"]',
             "bad_line",
@@ -173,7 +188,12 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
             "text_key",
         ),
         ("{}", "text_key", r"its fields: none", "text_key"),
-        ('{"text": 5}', "text_key", r"d.jsonl:3: field 'text' is a int, not text", "text_key"),
+        (
+            '{"text": 5}',
+            "text_key",
+            r"d.jsonl:3: field 'text' is a int, not text",
+            "text_key",
+        ),
         ("[" * 100_000, "bad_line", r"d.jsonl:3 is not JSON", "path"),
     ],
 )
@@ -223,7 +243,11 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(sources, "open_stream", opener)
 
     deny(PermissionError(13, "denied"))
-    refused(tmp_path / "a.txt", "unreadable", "a.txt may not be read by the user that runs the job")
+    refused(
+        tmp_path / "a.txt",
+        "unreadable",
+        "a.txt may not be read by the user that runs the job",
+    )
     deny(OSError(5, "the disk is tired"))
     refused(
         tmp_path / "a.txt",

@@ -1,5 +1,5 @@
-"""Dispatch on one rank: rows lie expert by expert, and come back with their weights; gradients are
-those of a plain loop.
+"""Dispatch on one rank: rows lie expert by expert, and come back with their weights;
+gradients are those of a plain loop.
 """
 
 from typing import Any
@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher, Capacity
+from megatron_ray.expert_parallel.dispatch import (
+    AllGatherDispatcher,
+    AllToAllDispatcher,
+    Capacity,
+)
 from megatron_ray.expert_parallel.layers import GroupedLinear
 from megatron_ray.ops import matmul
 
@@ -46,7 +50,9 @@ def expected(x: Tensor, weights: Tensor, matrices: Tensor, experts: Tensor) -> T
     [Capacity(), Capacity(dropless=False), Capacity(dropless=False, rows=5)],
     ids=["all", "dropped", "padded"],
 )
-def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: Capacity) -> None:
+def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(
+    kind: Any, room: Capacity
+) -> None:
     experts = CHOICES.clone()
     if not room.dropless:
         experts[2, 1] = experts[5, 0] = EXPERTS
@@ -66,7 +72,9 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(kind: Any, room: 
     along = torch.linspace(-1, 1, WIDTH)
     measured = torch.autograd.grad((output * along).sum(), (x, weights, linear.weight))
     for found, wanted in zip(
-        measured, torch.autograd.grad((truth * along).sum(), (x, weights, matrices)), strict=True
+        measured,
+        torch.autograd.grad((truth * along).sum(), (x, weights, matrices)),
+        strict=True,
     ):
         torch.testing.assert_close(found, wanted)
     assert measured[2].view(EXPERTS, -1)[2].abs().sum() == 0
@@ -86,8 +94,8 @@ def test_rows_of_an_expert_are_in_the_order_of_tokens() -> None:
 def test_one_kernel_multiplies_as_one_product_per_expert_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On CPU the kernel has an implementation too, which nobody else uses: it shows that the
-    arguments are right.
+    """On CPU the kernel has an implementation too, which nobody else uses: it shows
+    that the arguments are right.
     """
     generator = torch.Generator().manual_seed(0)
     counts = torch.tensor([5, 0, 7, 4])
@@ -125,8 +133,6 @@ def test_nobody_may_go_anywhere() -> None:
     linear = GroupedLinear(EXPERTS, WIDTH, WIDTH, dtype=torch.float32)
     output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     output.sum().backward()
-    assert (
-        output.abs().sum() == 0
-        and linear.weight.grad is not None
-        and linear.weight.grad.abs().sum() == 0
-    )
+    assert output.abs().sum() == 0
+    assert linear.weight.grad is not None
+    assert linear.weight.grad.abs().sum() == 0

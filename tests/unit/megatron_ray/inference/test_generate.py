@@ -1,5 +1,5 @@
-"""The sampler: equal to the uncached forward, reproducible, clear about what it refuses; and the
-command on a real checkpoint.
+"""The sampler: equal to the uncached forward, reproducible, clear about what it
+refuses; and the command on a real checkpoint.
 """
 
 import json
@@ -67,7 +67,11 @@ GEMMA = LLAMA | {
     "zero_centered_norm": True,
     "embedding_scale": 32**0.5,
     "tie_embeddings": True,
-    "rope_scaling": {"kind": "llama3", "factor": 8.0, "original_max_position_embeddings": 16},
+    "rope_scaling": {
+        "kind": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 16,
+    },
 }
 MODELS = {"llama": LLAMA, "gpt2": GPT2, "windowed": WINDOWED, "gemma": GEMMA}
 
@@ -114,7 +118,9 @@ def checkpoint(
     return str(folder)
 
 
-def uncached(model: GPT, prompt: list[int], count: int, sampling: Sampling, seed: int) -> list[int]:
+def uncached(
+    model: GPT, prompt: list[int], count: int, sampling: Sampling, seed: int
+) -> list[int]:
     """Every token from a forward over everything before it."""
     tokens = list(prompt)
     generator = torch.Generator().manual_seed(seed)
@@ -142,7 +148,9 @@ def loaded(
         Sampling(0.9, top_k=50, top_p=0.5),
     ],
 )
-def test_the_cache_changes_no_token(loaded: tuple[GPT, Tokenizer], sampling: Sampling) -> None:
+def test_the_cache_changes_no_token(
+    loaded: tuple[GPT, Tokenizer], sampling: Sampling
+) -> None:
     model, _ = loaded
     for seed in range(4):
         prompt = torch.randint(
@@ -159,17 +167,23 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(
     first = generate(model, tokenizer, "def ", 20, seed=1)
     assert first == generate(model, tokenizer, "def ", 20, seed=1)
     assert first.text != generate(model, tokenizer, "def ", 20, seed=2).text
-    assert first.prompt == "def " and tokenizer.decode(list(first.tokens)) == first.text
+    assert first.prompt == "def "
+    assert tokenizer.decode(list(first.tokens)) == first.text
 
 
 def test_generation_ends_with_the_document(loaded: tuple[GPT, Tokenizer]) -> None:
     model, tokenizer = loaded
-    tokens = generate_tokens(model, [1, 2, 3], 30, Sampling(1.0), 0, stop=-1, vocabulary=257)
+    tokens = generate_tokens(
+        model, [1, 2, 3], 30, Sampling(1.0), 0, stop=-1, vocabulary=257
+    )
     stop = tokens[9]
-    early = generate_tokens(model, [1, 2, 3], 30, Sampling(1.0), 0, stop=stop, vocabulary=257)
+    early = generate_tokens(
+        model, [1, 2, 3], 30, Sampling(1.0), 0, stop=stop, vocabulary=257
+    )
     assert early == tokens[: tokens.index(stop) + 1]
     ended = generate(model, Ended(tokenizer, stop), "\x01\x02\x03", 30)
-    assert ended.finish_reason == "end_of_document" and list(ended.tokens) == early[:-1]
+    assert ended.finish_reason == "end_of_document"
+    assert list(ended.tokens) == early[:-1]
 
 
 class Ended:
@@ -190,7 +204,8 @@ class Ended:
 def test_an_empty_prompt_begins_a_document(loaded: tuple[GPT, Tokenizer]) -> None:
     model, tokenizer = loaded
     answer = generate(model, tokenizer, "", 8, temperature=0)
-    assert answer.prompt == "" and "endoftext" not in answer.text
+    assert answer.prompt == ""
+    assert "endoftext" not in answer.text
     assert (
         list(answer.tokens)
         == generate_tokens(model, [256], 8, Sampling(0), 0, stop=256, vocabulary=257)[
@@ -199,9 +214,13 @@ def test_an_empty_prompt_begins_a_document(loaded: tuple[GPT, Tokenizer]) -> Non
     )
 
 
-def test_spare_rows_of_the_vocabulary_are_never_chosen(loaded: tuple[GPT, Tokenizer]) -> None:
+def test_spare_rows_of_the_vocabulary_are_never_chosen(
+    loaded: tuple[GPT, Tokenizer],
+) -> None:
     model, _ = loaded
-    assert max(generate_tokens(model, [1], 60, Sampling(50.0), 3, stop=-1, vocabulary=20)) < 20
+    assert (
+        max(generate_tokens(model, [1], 60, Sampling(50.0), 3, stop=-1, vocabulary=20)) < 20
+    )
 
 
 def test_sampling_follows_the_probabilities() -> None:
@@ -256,19 +275,26 @@ def test_learned_positions_end_somewhere(tmp_path: Path) -> None:
         "tokens",
     ):
         generate(model, tokenizer, "x" * 60, 9)
-    assert len(generate_tokens(model, [1] * 60, 4, Sampling(0), 0, stop=-1, vocabulary=257)) == 4
+    assert (
+        len(generate_tokens(model, [1] * 60, 4, Sampling(0), 0, stop=-1, vocabulary=257))
+        == 4
+    )
 
 
 def test_rotary_positions_go_on(tmp_path: Path) -> None:
     model, _ = load_model(checkpoint(tmp_path / "c", LLAMA))
-    assert len(generate_tokens(model, [1] * 63, 20, Sampling(0), 0, stop=-1, vocabulary=257)) == 20
+    assert (
+        len(generate_tokens(model, [1] * 63, 20, Sampling(0), 0, stop=-1, vocabulary=257))
+        == 20
+    )
 
 
 def test_the_main_parameters_of_a_bf16_run_are_what_is_loaded(tmp_path: Path) -> None:
     wide, _ = load_model(checkpoint(tmp_path / "fp32", LLAMA))
     narrow, _ = load_model(checkpoint(tmp_path / "bf16", LLAMA, precision="bf16"))
     assert all(
-        torch.equal(a, b) for a, b in zip(wide.parameters(), narrow.parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(wide.parameters(), narrow.parameters(), strict=True)
     )
 
 
@@ -309,7 +335,8 @@ def test_the_command_prints_text_or_json(
     ]
     assert main([*common, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert answer["prompt"] == "import " and len(answer["tokens"]) <= 12
+    assert answer["prompt"] == "import "
+    assert len(answer["tokens"]) <= 12
     assert main(common) == 0
     assert capsys.readouterr().out == f"import {answer['text']}\n"
 
@@ -318,6 +345,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["--checkpoint", str(tmp_path / "none")]) == 1
     said = capsys.readouterr()
     assert (
-        said.err == f"error: cannot load {tmp_path}/none: there is no checkpoint at this path\n"
-        and said.out == ""
+        said.err
+        == f"error: cannot load {tmp_path}/none: there is no checkpoint at this path\n"
     )
+    assert said.out == ""

@@ -1,5 +1,5 @@
-"""The families of models that transformers judges: a family is what it has beside a plain Llama, in
-their words and in ours.
+"""The families of models that transformers judges: a family is what it has beside a
+plain Llama, in their words and in ours.
 """
 
 from collections.abc import Callable
@@ -85,7 +85,12 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
 }
-YARN = {"factor": 4.0, "original_max_position_embeddings": 12, "beta_fast": 4.0, "beta_slow": 1.0}
+YARN = {
+    "factor": 4.0,
+    "original_max_position_embeddings": 12,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+}
 QK_NORM = {"qk_norm": True, "head_dim": 24}
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48}
 
@@ -126,7 +131,9 @@ FAMILIES: dict[str, Family] = {
         {"rope_parameters": ROPE | {"rope_type": "yarn"} | YARN},
         {"rope_scaling": {"kind": "yarn"} | YARN},
     ),
-    "mistral": Family("Mistral", {"sliding_window": 11, "head_dim": None}, {"sliding_window": 11}),
+    "mistral": Family(
+        "Mistral", {"sliding_window": 11, "head_dim": None}, {"sliding_window": 11}
+    ),
     "mixtral": Family(
         "Mixtral",
         {
@@ -148,7 +155,9 @@ FAMILIES: dict[str, Family] = {
         {"qkv_bias": True, "sliding_window": 11, "full_attention_every": 2},
     ),
     "qwen3": Family(
-        "Qwen3", {"head_dim": 24, "tie_word_embeddings": True}, QK_NORM | {"tie_embeddings": True}
+        "Qwen3",
+        {"head_dim": 24, "tie_word_embeddings": True},
+        QK_NORM | {"tie_embeddings": True},
     ),
     "qwen3-moe": Family(
         "Qwen3Moe",

@@ -1,5 +1,5 @@
-"""Logical parameter names <- Hugging Face state dicts, for the judges: one mapping for Llama and
-all made like it, one for GPT-2, one for DeepSeek-V3.
+"""Logical parameter names <- Hugging Face state dicts, for the judges: one mapping for
+Llama and all made like it, one for GPT-2, one for DeepSeek-V3.
 """
 
 import torch
@@ -12,8 +12,8 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 
 
 def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a decoder with Llama's names, with or without biases, norms of
-    heads and experts, by logical name.
+    """Weights (or gradients) of a decoder with Llama's names, with or without biases,
+    norms of heads and experts, by logical name.
     """
     found = {
         "embedding.weight": state["model.embed_tokens.weight"],
@@ -25,18 +25,26 @@ def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
         "attention_norm.weight": "input_layernorm.weight",
         "mlp_norm.weight": "post_attention_layernorm.weight",
     }
-    names |= {f"attention.{part}.weight": f"self_attn.{part}_proj.weight" for part in "qkvo"}
+    names |= {
+        f"attention.{part}.weight": f"self_attn.{part}_proj.weight" for part in "qkvo"
+    }
     if config.has_qkv_bias:
         names |= {f"attention.{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
     if config.qk_norm:
-        names |= {f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight" for part in "qk"}
+        names |= {
+            f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight"
+            for part in "qk"
+        }
     if config.moe is None:
         names |= {
-            f"mlp.{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")
+            f"mlp.{part}.weight": f"mlp.{part}_proj.weight"
+            for part in ("gate", "up", "down")
         }
     for layer in range(config.num_layers):
         theirs = f"model.layers.{layer}."
-        found |= {f"layers.{layer}.{ours}": state[theirs + name] for ours, name in names.items()}
+        found |= {
+            f"layers.{layer}.{ours}": state[theirs + name] for ours, name in names.items()
+        }
         if config.moe is not None:
             found |= _experts(state, theirs + "mlp.", f"layers.{layer}.moe.")
     return found
@@ -46,7 +54,9 @@ def _experts(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tens
     """transformers keeps the matrices of a layer's experts in two tensors."""
     found = {ours + "router.weight": state[theirs + "gate.weight"]}
     pairs = zip(
-        state[theirs + "experts.gate_up_proj"], state[theirs + "experts.down_proj"], strict=True
+        state[theirs + "experts.gate_up_proj"],
+        state[theirs + "experts.down_proj"],
+        strict=True,
     )
     for expert, (gate_up, down) in enumerate(pairs):
         gate, up = gate_up.chunk(2)
@@ -58,8 +68,8 @@ def _experts(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tens
 
 
 def deepseek_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a DeepseekV3ForCausalLM by logical name; its rotation turns
-    neighbouring rows.
+    """Weights (or gradients) of a DeepseekV3ForCausalLM by logical name; its rotation
+    turns neighbouring rows.
     """
     found = {
         "embedding.weight": state["model.embed_tokens.weight"],
@@ -99,11 +109,14 @@ def deepseek_block(
     names |= {mlp + name: f"{expert}{name}_proj" for name in ("gate", "up", "down")}
     names |= {"moe.router": "mlp.gate"} if experts else {}
     found = {
-        f"{ours}{name}.weight": state[f"{theirs}{part}.weight"] for name, part in names.items()
+        f"{ours}{name}.weight": state[f"{theirs}{part}.weight"]
+        for name, part in names.items()
     }
     for name, order in _rotated_rows(config.num_attention_heads, mla).items():
         if f"{ours}attention.{name}.weight" in found:
-            found[f"{ours}attention.{name}.weight"] = found[f"{ours}attention.{name}.weight"][order]
+            found[f"{ours}attention.{name}.weight"] = found[
+                f"{ours}attention.{name}.weight"
+            ][order]
     if experts:
         stacked = zip(
             state[f"{theirs}mlp.experts.gate_up_proj"],
@@ -114,7 +127,8 @@ def deepseek_block(
             gate, up = gate_up.chunk(2)
             parts = {"gate": gate, "up": up, "down": down}
             found |= {
-                f"{ours}moe.experts.{number}.{name}.weight": part for name, part in parts.items()
+                f"{ours}moe.experts.{number}.{name}.weight": part
+                for name, part in parts.items()
             }
     return found
 
@@ -129,9 +143,9 @@ def _rotated_rows(heads: int, mla: LatentAttentionConfig) -> dict[str, list[int]
 
 
 def halves_of_pairs(heads: int, plain: int, rotated: int) -> list[int]:
-    """Rows of a projection whose heads have `plain` rows and then `rotated` ones, of which the
-    checkpoint turns neighbours (0, 1), (2, 3) ... and this library row i with row i + rotated / 2:
-    row i here is row order[i] there.
+    """Rows of a projection whose heads have `plain` rows and then `rotated` ones, of
+    which the checkpoint turns neighbours (0, 1), (2, 3) ... and this library row i with
+    row i + rotated / 2: row i here is row order[i] there.
     """
     of_head = [
         *range(plain),
@@ -142,8 +156,8 @@ def halves_of_pairs(heads: int, plain: int, rotated: int) -> list[int]:
 
 
 def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) of a GPT2LMHeadModel by logical name; its Conv1D matrices are stored
-    transposed.
+    """Weights (or gradients) of a GPT2LMHeadModel by logical name; its Conv1D matrices
+    are stored transposed.
     """
     found = {
         "embedding.weight": state["transformer.wte.weight"],
@@ -163,7 +177,9 @@ def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
         for ours, theirs in names.items():
             for kind in ("weight", "bias"):
                 tensor = state[f"{prefix}{theirs}.{kind}"]
-                found[f"layers.{layer}.{ours}.{kind}"] = tensor.t() if tensor.dim() == 2 else tensor
+                found[f"layers.{layer}.{ours}.{kind}"] = (
+                    tensor.t() if tensor.dim() == 2 else tensor
+                )
         fused_weight = state[f"{prefix}attn.c_attn.weight"].t()
         fused_bias = state[f"{prefix}attn.c_attn.bias"]
         for name, weight, bias in zip(
@@ -175,7 +191,9 @@ def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
 
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> None:
-    """Norms away from one, biases away from zero, matrices larger: so that a forgotten term shows."""
+    """Norms away from one, biases away from zero, matrices larger: so that a forgotten
+    term shows.
+    """
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.empty_like(parameter).normal_(
@@ -184,13 +202,17 @@ def perturb(model: torch.nn.Module, seed: int = 0) -> None:
         parameter.data.add_(noise)
 
 
-def fill(model: ParallelModel, optimizer: ShardedOptimizer, logical: dict[str, Tensor]) -> None:
+def fill(
+    model: ParallelModel, optimizer: ShardedOptimizer, logical: dict[str, Tensor]
+) -> None:
     """Sets every parameter from full logical tensors."""
     for local in model.parameters:
         value = torch.zeros(local.shape)
         for part in local.parts:
             source = logical[part.logical.name].detach().float()
-            for dim, (offset, size) in enumerate(zip(part.box.offset, part.box.size, strict=True)):
+            for dim, (offset, size) in enumerate(
+                zip(part.box.offset, part.box.size, strict=True)
+            ):
                 source = source.narrow(dim, offset, size)
             value.narrow(0, part.start, part.box.size[0]).copy_(source)
         optimizer.initialise(local.name, value)

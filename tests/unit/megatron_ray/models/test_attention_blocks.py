@@ -1,5 +1,5 @@
-"""Attention by blocks, and in fp32, against float64, and against torch's fused attention in the
-same bf16.
+"""Attention by blocks, and in fp32, against float64, and against torch's fused
+attention in the same bf16.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,9 @@ SHAPES = {  # batch, heads, key/value heads, sequence, head width, factor on the
 
 
 def relative(measured: Tensor, truth: Tensor) -> float:
-    return float((measured.detach().double() - truth.detach()).norm() / truth.detach().norm())
+    return float(
+        (measured.detach().double() - truth.detach()).norm() / truth.detach().norm()
+    )
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -39,18 +41,26 @@ def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("attention", [causal_attention, fp32_causal_attention])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_is_as_exact_as_fused_attention(shape: str, attention: Callable[..., Tensor]) -> None:
+def test_is_as_exact_as_fused_attention(
+    shape: str, attention: Callable[..., Tensor]
+) -> None:
     batch, heads, groups, sequence, width, factor = SHAPES[shape]
     generator = torch.Generator().manual_seed(3)
 
     def draw(count: int) -> Tensor:
         return torch.randn(batch, sequence, count, width, generator=generator)
 
-    parts = [(draw(heads) * factor).bfloat16(), draw(groups).bfloat16(), draw(groups).bfloat16()]
+    parts = [
+        (draw(heads) * factor).bfloat16(),
+        draw(groups).bfloat16(),
+        draw(groups).bfloat16(),
+    ]
     grad = draw(heads).bfloat16().transpose(1, 2)
 
     def run(attend: object, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        leaves = [part.to(dtype).transpose(1, 2).detach().requires_grad_() for part in parts]
+        leaves = [
+            part.to(dtype).transpose(1, 2).detach().requires_grad_() for part in parts
+        ]
         output = attend(*leaves)  # type: ignore[operator]
         output.backward(grad.to(dtype))
         return output, [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -58,11 +68,12 @@ def test_is_as_exact_as_fused_attention(shape: str, attention: Callable[..., Ten
     truth, true_grads = run(fused, torch.float64)
     theirs, their_grads = run(fused, torch.bfloat16)
     ours, our_grads = run(attention, torch.bfloat16)
-    assert ours.dtype == torch.bfloat16 and ours.shape == theirs.shape
+    assert ours.dtype == torch.bfloat16
+    assert ours.shape == theirs.shape
     assert ours.transpose(1, 2).is_contiguous(), "merging the heads would copy"
     assert relative(ours, truth) <= 1.3 * relative(theirs, truth)
-    # The product behind the gradients of the probabilities is rounded once more here; what that
-    # does to a model, the judges say.
+    # The product behind the gradients of the probabilities is rounded once more here;
+    # what that does to a model, the judges say.
     for own, peer, exact in zip(our_grads, their_grads, true_grads, strict=True):
         assert relative(own, exact) <= 1.8 * relative(peer, exact)
 
@@ -92,7 +103,9 @@ def test_is_repeatable_to_the_bit() -> None:
         return [leaf.grad for leaf in leaves]
 
     for one, two in zip(gradients(), gradients(), strict=True):
-        assert one is not None and two is not None and torch.equal(one, two)
+        assert one is not None
+        assert two is not None
+        assert torch.equal(one, two)
 
 
 @pytest.mark.parametrize(

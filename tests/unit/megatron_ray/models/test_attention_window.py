@@ -1,5 +1,5 @@
-"""Attention by stripes is attention with a mask, in every type and on either way, and a window as
-long as the sequence is none.
+"""Attention by stripes is attention with a mask, in every type and on either way, and a
+window as long as the sequence is none.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,9 @@ def masked(sequence: int, window: int) -> Callable[..., Tensor]:
     )
 
 
-def run(attend: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def run(
+    attend: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype
+) -> list[Tensor]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in qkv]
     output = attend(*leaves)
     weights = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view(output.shape)
@@ -51,10 +53,14 @@ def run(attend: Callable[..., Tensor], qkv: list[Tensor], dtype: torch.dtype) ->
 @pytest.mark.parametrize("dtype", ALLOWED)
 @pytest.mark.parametrize(("sequence", "window"), CASES)
 def test_stripes_are_a_mask(
-    sequence: int, window: int, dtype: torch.dtype, by_torch: bool, monkeypatch: pytest.MonkeyPatch
+    sequence: int,
+    window: int,
+    dtype: torch.dtype,
+    by_torch: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(
-        sliding_window.fused_attention, "differentiates_masked", lambda device: by_torch
+        sliding_window.fused, "differentiates_masked", lambda device: by_torch
     )
     qkv = inputs(sequence, dtype)
     truth = run(masked(sequence, window), qkv, torch.float64)
@@ -62,8 +68,8 @@ def test_stripes_are_a_mask(
     assert found[0].dtype == dtype
     if not by_torch:
         assert found[0].transpose(1, 2).is_contiguous(), "merging the heads would copy"
-    # Scores of a token that sees itself only have no gradient but rounding, of the size of what
-    # cancels.
+    # Scores of a token that sees itself only have no gradient but rounding, of the size
+    # of what cancels.
     floor = float(truth[3].norm()) if window == 1 else 0.0
     for one, exact in zip(found, truth, strict=True):
         assert float((one.double() - exact).norm()) <= ALLOWED[dtype] * max(
@@ -78,10 +84,8 @@ def test_stripes_cover_every_row_with_what_it_sees_and_little_more(
     scores = 0
     for stripe in stripes(sequence, window):
         rows, columns, first = stripe.shape
-        assert (
-            0 <= max(0, stripe.rows.start - window + 1) - stripe.columns.start < 16
-            and stripe.columns.stop == stripe.rows.stop
-        )
+        assert 0 <= max(0, stripe.rows.start - window + 1) - stripe.columns.start < 16
+        assert stripe.columns.stop == stripe.rows.stop
         assert first == stripe.rows.start - stripe.columns.start
         scores += rows * columns
     assert scores <= sequence * (window + 16 + max(128, window // 4))
@@ -93,7 +97,8 @@ def test_a_window_as_long_as_the_sequence_hides_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    "packed", [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))]
+    "packed",
+    [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))],
 )
 def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
     q, k, v = (x.double() for x in inputs(24, torch.float32))
@@ -106,8 +111,12 @@ def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, enable_gqa=True
     )
-    torch.testing.assert_close(LocalAttention(6)(q, k, v, packed), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        LocalAttention(6)(q, k, v, packed), expected, rtol=1e-12, atol=1e-12
+    )
     dropping = AttentionWithDropout(
         0.0, Streams(7, {"tp": 0, "cp": 0}).stream("layers.0", ("cp", "tp")), 6
     )
-    torch.testing.assert_close(dropping(q, k, v, (packed, 0)), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        dropping(q, k, v, (packed, 0)), expected, rtol=1e-12, atol=1e-12
+    )

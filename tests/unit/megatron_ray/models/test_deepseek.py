@@ -1,5 +1,6 @@
-"""transformers' DeepSeek-V3 judges latent attention, the grouped router and shared experts, and,
-with a layer put together here from plain torch around its block, the prediction of further tokens.
+"""transformers' DeepSeek-V3 judges latent attention, the grouped router and shared
+experts, and, with a layer put together here from plain torch around its block, the
+prediction of further tokens.
 """
 
 import copy
@@ -23,7 +24,12 @@ from megatron_ray.training.session import build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import make_mesh
 from tests.ranks import run_ranks
-from tests.unit.megatron_ray.models.hf_names import deepseek_block, deepseek_logical, fill, perturb
+from tests.unit.megatron_ray.models.hf_names import (
+    deepseek_block,
+    deepseek_logical,
+    fill,
+    perturb,
+)
 
 VOCABULARY = 211
 SEQUENCE = 24
@@ -136,7 +142,11 @@ def ours(
     fill(model, optimizer, logical(state, config))
     for name, bias in model.expert_biases.items():
         layer = name.split(".")[1]
-        prefix = f"model.layers.{layer}." if name.startswith("layers.") else f"mtp.{layer}.block."
+        prefix = (
+            f"model.layers.{layer}."
+            if name.startswith("layers.")
+            else f"mtp.{layer}.block."
+        )
         bias.value.copy_(state[f"{prefix}mlp.gate.e_score_correction_bias"])
     return model, optimizer
 
@@ -157,7 +167,11 @@ def logical(state: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
             for name, part in names.items()
         }
         found |= deepseek_block(
-            state, config.model, f"{theirs}block.", f"{prefix}block.", config.model.moe is not None
+            state,
+            config.model,
+            f"{theirs}block.",
+            f"{prefix}block.",
+            config.model.moe is not None,
         )
     return found
 
@@ -183,7 +197,9 @@ def worst_gradient(
     for name, entry in measured.items():
         for box in entry.boxes:
             expected = reference[name]
-            for dim, (offset, size) in enumerate(zip(box.box.offset, box.box.size, strict=True)):
+            for dim, (offset, size) in enumerate(
+                zip(box.box.offset, box.box.size, strict=True)
+            ):
                 expected = expected.narrow(dim, offset, size)
             kind = "router" if "router" in name else "other"
             found[kind] = max(found[kind], relative(box.tensor, expected, 1e-8 * largest))
@@ -201,7 +217,8 @@ def distances(
 ) -> list[dict[str, float]]:
     """Of logits, loss and gradients on one rank of each case's layout."""
     return [
-        _distances(rank, world_size, CASES[case], parallel) for case, parallel in layouts.items()
+        _distances(rank, world_size, CASES[case], parallel)
+        for case, parallel in layouts.items()
     ]
 
 
@@ -222,7 +239,9 @@ def _distances(
     loss.backward()
     own = forward_backward(model, mesh, [batch])
     scale_and_clip(
-        optimizer, finalize_grads(model, optimizer, mesh, own, batch.num_tokens), clip_grad_norm=0
+        optimizer,
+        finalize_grads(model, optimizer, mesh, own, batch.num_tokens),
+        clip_grad_norm=0,
     )
     found = {
         "logits": relative(logits, expected.detach()),
@@ -252,8 +271,8 @@ def test_two_tensor_parallel_ranks_give_the_logits_and_gradients_of_transformers
 
 
 class MTPTargets(nn.Module):
-    """What the published checkpoint has beside a block: enorm, hnorm, eh_proj and the norm of its
-    shared head.
+    """What the published checkpoint has beside a block: enorm, hnorm, eh_proj and the
+    norm of its shared head.
     """
 
     def __init__(self, config: DeepseekV3Config) -> None:
@@ -263,16 +282,20 @@ class MTPTargets(nn.Module):
         )
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         without = config.first_k_dense_replace == config.num_hidden_layers
-        self.block = DeepseekV3DecoderLayer(config, 0 if without else config.num_hidden_layers)
+        self.block = DeepseekV3DecoderLayer(
+            config, 0 if without else config.num_hidden_layers
+        )
         for parameter in self.parameters():
             nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.04)
         for bias in self.buffers():
             nn.init.normal_(bias, 0.0, 0.2)
 
 
-def further_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -> list[Tensor]:
-    """[sum of the loss over the tokens that have a label] of the next token and of each further
-    one; no label is taken from beyond the sample or from another document.
+def further_losses(
+    theirs: nn.Module, tokens: Tensor, ends: bool, depths: int
+) -> list[Tensor]:
+    """[sum of the loss over the tokens that have a label] of the next token and of each
+    further one; no label is taken from beyond the sample or from another document.
     """
     base = theirs.model
     length = tokens.shape[1] - 1
@@ -282,7 +305,9 @@ def further_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -
     seen = (documents[:, :-1, None] == documents[:, None, :-1]) & torch.ones(
         length, length, dtype=torch.bool
     ).tril()
-    mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[:, None]
+    mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -torch.inf)[
+        :, None
+    ]
     words = base.embed_tokens(tokens)
     positions = torch.arange(length)[None]
     angles = base.rotary_emb(words, positions)
@@ -294,13 +319,17 @@ def further_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -
     states = [base.norm(hidden)]
     for depth in range(depths):
         part = theirs.mtp[depth]
-        # Places without such a token are filled with the last one; nothing that counts sees them.
+        # Places without such a token are filled with the last one; nothing that counts
+        # sees them.
         ahead = words[:, torch.arange(length).add(depth + 1).clamp(max=length)]
         joined = part.eh_proj(torch.cat([part.enorm(ahead), part.hnorm(states[-1])], -1))
         states.append(
             part.norm(
                 part.block(
-                    joined, attention_mask=mask, position_embeddings=angles, position_ids=positions
+                    joined,
+                    attention_mask=mask,
+                    position_embeddings=angles,
+                    position_ids=positions,
                 )
             )
         )
@@ -318,9 +347,13 @@ def further_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -
 
 
 @pytest.mark.parametrize(
-    ("ends", "case"), [(False, "experts"), (True, "dense")], ids=["experts", "dense-documents"]
+    ("ends", "case"),
+    [(False, "experts"), (True, "dense")],
+    ids=["experts", "dense-documents"],
 )
-def test_further_tokens_have_the_gradients_of_a_float64_reference(ends: bool, case: str) -> None:
+def test_further_tokens_have_the_gradients_of_a_float64_reference(
+    ends: bool, case: str
+) -> None:
     mtp = {"num_layers": 2, "loss_coeff": 0.6}
     config = config_of(CASES[case], model={"mtp": mtp})
     theirs = judge(CASES[case])
@@ -330,13 +363,19 @@ def test_further_tokens_have_the_gradients_of_a_float64_reference(ends: bool, ca
         samples[0, [3, 4, 9]] = samples[1, [SEQUENCE - 2]] = samples[2, [0, SEQUENCE]] = END
     mesh = ParallelMesh.single()
     model, optimizer = ours(config, mesh, theirs)
-    batch = BatchMaker(mesh.device, end_of_document=END if ends else None, further=2)(samples)
+    batch = BatchMaker(mesh.device, end_of_document=END if ends else None, further=2)(
+        samples
+    )
 
-    next_token, *further = further_losses(theirs.double(), torch.from_numpy(samples), ends, 2)
+    next_token, *further = further_losses(
+        theirs.double(), torch.from_numpy(samples), ends, 2
+    )
     ((next_token + 0.6 / 2 * torch.stack(further).sum()) / batch.num_tokens).backward()
     own = forward_backward(model, mesh, [batch])
     scale_and_clip(
-        optimizer, finalize_grads(model, optimizer, mesh, own, batch.num_tokens), clip_grad_norm=0
+        optimizer,
+        finalize_grads(model, optimizer, mesh, own, batch.num_tokens),
+        clip_grad_norm=0,
     )
     assert abs(float(own) - float(next_token.detach())) <= 1e-5 * float(own), (
         "what is reported is the next token's loss"
@@ -346,8 +385,8 @@ def test_further_tokens_have_the_gradients_of_a_float64_reference(ends: bool, ca
 
 
 def bf16_distances(seed: int) -> tuple[float, float]:
-    """Squared distances of the gradients to float64's: ours in bf16, and transformers' under
-    autocast.
+    """Squared distances of the gradients to float64's: ours in bf16, and transformers'
+    under autocast.
     """
     case = CASES["dense"] | {"yarn": True, "q_lora_rank": 24}
     config = config_of(case, training={"precision": "bf16"})
@@ -376,9 +415,13 @@ def bf16_distances(seed: int) -> tuple[float, float]:
     autocast = gradients(theirs, True)
     loss = forward_backward(model, mesh, [batch])
     scale_and_clip(
-        optimizer, finalize_grads(model, optimizer, mesh, loss, batch.num_tokens), clip_grad_norm=0
+        optimizer,
+        finalize_grads(model, optimizer, mesh, loss, batch.num_tokens),
+        clip_grad_norm=0,
     )
-    own = {name: entry.boxes[0].tensor for name, entry in optimizer.sharded_gradients().items()}
+    own = {
+        name: entry.boxes[0].tensor for name, entry in optimizer.sharded_gradients().items()
+    }
     total = sum(float(gradient.square().sum()) for gradient in truth.values())
     ours_, others = (
         sum(

@@ -1,5 +1,5 @@
-"""Masks have their rate and belong to nobody else; attention with dropout is softmax attention;
-without a sample nothing is dropped.
+"""Masks have their rate and belong to nobody else; attention with dropout is softmax
+attention; without a sample nothing is dropped.
 """
 
 from dataclasses import replace
@@ -90,7 +90,8 @@ def qkv(dtype: torch.dtype, groups: int = 2) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "packed", [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))]
+    "packed",
+    [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))],
 )
 def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> None:
     inputs = qkv(torch.float64)
@@ -105,7 +106,8 @@ def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> Non
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)],
 )
 def test_dropped_probabilities_count_for_nothing_and_the_others_for_more(
     dtype: torch.dtype, tolerance: float
@@ -130,7 +132,9 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -147,13 +151,16 @@ def model_and_batch(**dropout: float) -> tuple[GPT, Batch]:
 
 def test_a_rate_of_zero_adds_no_module_and_no_operation() -> None:
     model, batch = model_and_batch()
-    assert not any(isinstance(module, Dropout | AttentionWithDropout) for module in model.modules())
+    assert not any(
+        isinstance(module, Dropout | AttentionWithDropout) for module in model.modules()
+    )
     with Operations() as training:
         loss = model(batch)
     with Operations() as evaluation:
         without = model(replace(batch, first_sample=None))
     assert torch.equal(loss, without)
-    assert training.names == evaluation.names and batch.first_sample == 2
+    assert training.names == evaluation.names
+    assert batch.first_sample == 2
 
 
 def test_evaluation_and_generation_drop_nothing() -> None:
@@ -176,9 +183,8 @@ def test_a_forward_is_a_function_of_its_batch_and_touches_no_global_generator(
     before = torch.get_rng_state()
     loss = model(batch)
     torch.manual_seed(99)
-    assert torch.equal(model(batch), loss) and not torch.equal(
-        model(replace(batch, first_sample=4)), loss
-    )
+    assert torch.equal(model(batch), loss)
+    assert not torch.equal(model(replace(batch, first_sample=4)), loss)
     torch.set_rng_state(before)
     model(batch)
     assert torch.equal(torch.get_rng_state(), before)

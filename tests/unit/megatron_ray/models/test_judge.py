@@ -1,5 +1,5 @@
-"""Hugging Face transformers judges every family of models: same weights, same tokens, same logits
-and gradients, on one rank and on two.
+"""Hugging Face transformers judges every family of models: same weights, same tokens,
+same logits and gradients, on one rank and on two.
 """
 
 import copy
@@ -36,7 +36,10 @@ JUDGED_CUT = [
     *((family, "tp2-sp") for family in FAMILIES),
     *((family, "tp2") for family, entry in FAMILIES.items() if "moe" not in entry.ours),
     *((family, "pp2") for family in ("llama3.1", "qwen2-pattern", "qwen3", "gemma")),
-    *((family, "cp2") for family in ("mistral", "qwen2-pattern", "llama-yarn", "qwen3-moe")),
+    *(
+        (family, "cp2")
+        for family in ("mistral", "qwen2-pattern", "llama-yarn", "qwen3-moe")
+    ),
 ]
 
 
@@ -104,14 +107,20 @@ def whole_batch(sizes: Sizes, seed: int) -> Batch:
 
 
 def judgement(
-    judge: torch.nn.Module, family: Family, sizes: Sizes, batch: Batch, autocast: bool = False
+    judge: torch.nn.Module,
+    family: Family,
+    sizes: Sizes,
+    batch: Batch,
+    autocast: bool = False,
 ) -> Verdict:
     """Its logits, loss and gradients."""
     config = config_of(family, sizes, {}).model
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits: Tensor = judge(input_ids=batch.tokens_BS, use_cache=False).logits
     wide = logits.float() if logits.dtype == torch.bfloat16 else logits
-    loss = torch.nn.functional.cross_entropy(wide.flatten(0, 1), batch.labels_BS.reshape(-1))
+    loss = torch.nn.functional.cross_entropy(
+        wide.flatten(0, 1), batch.labels_BS.reshape(-1)
+    )
     loss.backward()
     named = {
         name: parameter.grad
@@ -137,11 +146,17 @@ def verdict(name: str) -> Verdict:
 def exact(name: str) -> Verdict:
     """The same in fp64."""
     family = FAMILIES[name]
-    return judgement(family.build(SIZES, seed=1).double(), family, SIZES, whole_batch(SIZES, 2))
+    return judgement(
+        family.build(SIZES, seed=1).double(), family, SIZES, whole_batch(SIZES, 2)
+    )
 
 
 def run_ours(
-    rank: int, world: int, config: TrainConfig, weights: dict[str, Tensor], samples: np.ndarray
+    rank: int,
+    world: int,
+    config: TrainConfig,
+    weights: dict[str, Tensor],
+    samples: np.ndarray,
 ) -> Found:
     """Logits, loss per token and gradients of one step."""
     mesh = make_mesh(rank, world, config)
@@ -156,7 +171,9 @@ def run_ours(
     stats = finalize_grads(model, optimizer, mesh, loss, batch.num_tokens)
     scale_and_clip(optimizer, stats, clip_grad_norm=0)
     return Found(
-        logits, float(stats.values[0] / stats.values[1]), boxes(optimizer.sharded_gradients())
+        logits,
+        float(stats.values[0] / stats.values[1]),
+        boxes(optimizer.sharded_gradients()),
     )
 
 
@@ -187,8 +204,8 @@ def agree(name: str, config: TrainConfig, ranks: list[Found]) -> None:
         distance = relative(measured[parameter], gradient, 1e-8 * largest)
         # A router's gradient is the small difference of its experts' outputs.
         if distance > (2e-5 if "router" in parameter else 1e-5):
-            # The judge rounds too: GPT-2's queries, whose scores are all but equal here, it misses
-            # by 1.9e-5 itself.
+            # The judge rounds too: GPT-2's queries, whose scores are all but equal
+            # here, it misses by 1.9e-5 itself.
             truth = exact(name).gradients[parameter]
             ours, its = (
                 relative(tensor, truth, 1e-8 * largest)
@@ -202,11 +219,18 @@ def agree(name: str, config: TrainConfig, ranks: list[Found]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_and_gradients_are_those_of_transformers(name: str) -> None:
     config = config_of(FAMILIES[name], SIZES, {})
-    agree(name, config, [run_ours(0, 1, config, verdict(name).weights, draw_samples(SIZES, 2))])
+    agree(
+        name,
+        config,
+        [run_ours(0, 1, config, verdict(name).weights, draw_samples(SIZES, 2))],
+    )
 
 
 def run_all(
-    rank: int, world: int, cases: list[tuple[TrainConfig, dict[str, Tensor]]], samples: np.ndarray
+    rank: int,
+    world: int,
+    cases: list[tuple[TrainConfig, dict[str, Tensor]]],
+    samples: np.ndarray,
 ) -> list[Found]:
     return [run_ours(rank, world, config, weights, samples) for config, weights in cases]
 
@@ -230,14 +254,16 @@ def found_by_two() -> dict[tuple[str, str], list[Found]]:
 def test_two_ranks_find_the_same(
     found_by_two: dict[tuple[str, str], list[Found]], name: str, layout: str
 ) -> None:
-    agree(name, config_of(FAMILIES[name], SIZES, LAYOUTS[layout]), found_by_two[name, layout])
+    agree(
+        name, config_of(FAMILIES[name], SIZES, LAYOUTS[layout]), found_by_two[name, layout]
+    )
 
 
 def bf16_distances(
     name: str, seed: int, sizes: Sizes, *, sharpness: float, autocast: bool
 ) -> dict[str, float]:
-    """Squared distances to float64 of logits and gradients of a model in bf16: ours, and
-    transformers', whose weights are bf16 too, or fp32 under autocast.
+    """Squared distances to float64 of logits and gradients of a model in bf16: ours,
+    and transformers', whose weights are bf16 too, or fp32 under autocast.
     """
     family = FAMILIES[name]
     batch = whole_batch(sizes, seed)
@@ -256,7 +282,11 @@ def bf16_distances(
     )
     config = config_of(family, sizes, {}, "bf16")
     ours = run_ours(
-        0, 1, config, family.logical(judge.state_dict(), config.model), draw_samples(sizes, seed)
+        0,
+        1,
+        config,
+        family.logical(judge.state_dict(), config.model),
+        draw_samples(sizes, seed),
     )
     our_gradients = {
         name: torch.from_numpy(tensor)
@@ -268,7 +298,9 @@ def bf16_distances(
             float((measured[name].double() - exact).square().sum())
             for name, exact in truth.gradients.items()
         )
-        return errors / sum(float(exact.square().sum()) for exact in truth.gradients.values())
+        return errors / sum(
+            float(exact.square().sum()) for exact in truth.gradients.values()
+        )
 
     assert ours.logits is not None
     return {
@@ -282,7 +314,8 @@ def bf16_distances(
 def no_farther(found: list[dict[str, float]], kinds: list[str]) -> None:
     for kind in kinds:
         ours, theirs = (
-            sum(one[f"{whose} {kind}"] for one in found) ** 0.5 for whose in ("our", "their")
+            sum(one[f"{whose} {kind}"] for one in found) ** 0.5
+            for whose in ("our", "their")
         )
         assert ours <= 1.3 * theirs, f"{kind}: {ours / theirs:.3f} times as far"
 
@@ -294,9 +327,10 @@ LARGER = Sizes(256, 1024, 256, 3)
 @pytest.mark.parametrize(
     ("sizes", "sharpness", "seeds", "kinds"),
     [
-        # One small model is luck, several are not: root mean squares over them are compared. Logits
-        # of small ones are not, since there the residual stream and norm weights rule, which are
-        # bf16 here (as in Megatron-LM) and fp32 under autocast.
+        # One small model is luck, several are not: root mean squares over them are
+        # compared. Logits of small ones are not, since there the residual stream and
+        # norm weights rule, which are bf16 here (as in Megatron-LM) and fp32 under
+        # autocast.
         (SMALL, 1.0, range(12), ["gradients"]),
         (SMALL, 6.0, range(12), ["gradients"]),
         (LARGER, 1.0, range(1), ["logits", "gradients"]),
@@ -318,6 +352,9 @@ def test_bf16_is_as_close_to_float64_as_autocast(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bf16_is_as_close_to_float64_as_transformers_in_bf16(name: str) -> None:
     no_farther(
-        [bf16_distances(name, seed, SIZES, sharpness=1.0, autocast=False) for seed in range(4)],
+        [
+            bf16_distances(name, seed, SIZES, sharpness=1.0, autocast=False)
+            for seed in range(4)
+        ],
         ["logits", "gradients"],
     )

@@ -35,7 +35,9 @@ def expected_choice(
     allowed = set(range(EXPERTS))
     if moe.num_groups is not None and moe.group_top_k is not None:
         size = EXPERTS // moe.num_groups
-        groups = [list(range(group * size, (group + 1) * size)) for group in range(moe.num_groups)]
+        groups = [
+            list(range(group * size, (group + 1) * size)) for group in range(moe.num_groups)
+        ]
         best = moe.top_k // moe.group_top_k
         groups.sort(
             key=lambda members: (
@@ -65,7 +67,10 @@ def expected_choice(
         ({"score_function": "sigmoid", "top_k": 1}, None),
         ({"score_function": "sigmoid", "top_k": 4, "scaling_factor": 2.5}, None),
         ({"score_function": "sigmoid", "top_k": 2}, BIAS),
-        ({"score_function": "sigmoid", "top_k": 4, "num_groups": 4, "group_top_k": 2}, BIAS),
+        (
+            {"score_function": "sigmoid", "top_k": 4, "num_groups": 4, "group_top_k": 2},
+            BIAS,
+        ),
         ({"pre_softmax": True, "top_k": 4, "num_groups": 4, "group_top_k": 2}, None),
     ],
 )
@@ -74,7 +79,9 @@ def test_experts_and_weights(fields: dict[str, Any], bias: np.ndarray | None) ->
     experts, weights = router.choose(
         moe, torch.from_numpy(LOGITS), None if bias is None else torch.from_numpy(bias)
     )
-    for logits, chosen, given in zip(LOGITS, experts.tolist(), weights.tolist(), strict=True):
+    for logits, chosen, given in zip(
+        LOGITS, experts.tolist(), weights.tolist(), strict=True
+    ):
         assert dict(zip(chosen, given, strict=True)) == pytest.approx(
             expected_choice(moe, logits, bias), rel=1e-12
         )
@@ -85,7 +92,9 @@ def test_given_experts_are_taken_with_weights_of_their_own_scores() -> None:
     given = torch.arange(TOKENS)[:, None] % 3 + torch.tensor([0, 4])
     experts, weights = router.choose(moe, torch.from_numpy(LOGITS), given_TK=given)
     assert torch.equal(experts, given)
-    for logits, chosen, weight in zip(LOGITS, given.tolist(), weights.tolist(), strict=True):
+    for logits, chosen, weight in zip(
+        LOGITS, given.tolist(), weights.tolist(), strict=True
+    ):
         assert weight == pytest.approx(softmax(logits[chosen]), rel=1e-12)
 
 
@@ -99,7 +108,9 @@ def gradient(loss: Tensor, logits: Tensor) -> np.ndarray:
 def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
     score_function: Any, sequences: int
 ) -> None:
-    moe = MoEConfig(num_experts=EXPERTS, top_k=2, score_function=score_function, aux_loss_coeff=0.3)
+    moe = MoEConfig(
+        num_experts=EXPERTS, top_k=2, score_function=score_function, aux_loss_coeff=0.3
+    )
     logits = torch.from_numpy(LOGITS).requires_grad_()
     sequence = torch.arange(sequences).repeat_interleave(TOKENS // sequences)
     experts, weights = router.choose(moe, logits)
@@ -114,10 +125,13 @@ def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
     for part in range(sequences):
         rows = slice(part * length, (part + 1) * length)
         tokens = [
-            sum(expert in chosen for chosen in experts[rows].tolist()) for expert in range(EXPERTS)
+            sum(expert in chosen for chosen in experts[rows].tolist())
+            for expert in range(EXPERTS)
         ]
         assert counts[part].tolist() == tokens
-        total = sum(scores[rows, expert].sum() * tokens[expert] for expert in range(EXPERTS))
+        total = sum(
+            scores[rows, expert].sum() * tokens[expert] for expert in range(EXPERTS)
+        )
         of_sequences.append(EXPERTS * 0.3 / (2 * length**2) * total)
     expected = TOKENS * sum(of_sequences) / sequences
     measured = router.aux_loss(moe, logits, counts.double(), sequence)
@@ -149,11 +163,9 @@ def test_an_attached_loss_adds_its_gradient_and_changes_no_value() -> None:
         expected,
     )
     counted = attach.take()
-    assert (
-        counted is not None
-        and counted.item() == pytest.approx(extra.item() / 2)
-        and attach.take() is None
-    )
+    assert counted is not None
+    assert counted.item() == pytest.approx(extra.item() / 2)
+    assert attach.take() is None
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
@@ -166,14 +178,19 @@ def test_a_full_expert_keeps_the_heaviest_or_the_first(policy: Any) -> None:
     dropped = 0
     for expert in range(EXPERTS):
         asking = [
-            (token, k) for token in range(TOKENS) for k in range(3) if experts[token, k] == expert
+            (token, k)
+            for token in range(TOKENS)
+            for k in range(3)
+            if experts[token, k] == expert
         ]
         if policy == "probs":
             asking.sort(key=lambda place: -float(weights[place]))
         for place in asking[:most]:
-            assert kept[place] == expert and kept_weights[place] == weights[place]
+            assert kept[place] == expert
+            assert kept_weights[place] == weights[place]
         for place in asking[most:]:
-            assert kept[place] == EXPERTS and kept_weights[place] == 0
+            assert kept[place] == EXPERTS
+            assert kept_weights[place] == 0
             dropped += 1
     assert dropped > 5
 
@@ -183,7 +200,9 @@ def test_there_is_no_capacity_without_a_factor_and_never_more_than_the_tokens() 
     assert router.capacity(MoEConfig(num_experts=4, top_k=2, capacity_factor=9), 100) == 100
 
 
-def test_a_bias_moves_by_the_sign_of_what_is_missing_and_counts_only_with_gradients() -> None:
+def test_a_bias_moves_by_the_sign_of_what_is_missing_and_counts_only_with_gradients() -> (
+    None
+):
     bias = ExpertBias(4, rate=0.25)
     with torch.no_grad():
         bias.count(torch.tensor([9.0, 9.0, 9.0, 9.0]))
@@ -197,9 +216,12 @@ def test_a_bias_moves_by_the_sign_of_what_is_missing_and_counts_only_with_gradie
 
 def test_which_layers_have_experts() -> None:
     assert [
-        MoEConfig(num_experts=2, layer_pattern=LayerPattern(every=3)).on_layer(i) for i in range(4)
+        MoEConfig(num_experts=2, layer_pattern=LayerPattern(every=3)).on_layer(i)
+        for i in range(4)
     ] == [True, False, False, True]
-    assert [MoEConfig(num_experts=2, layer_pattern=[0, 1]).on_layer(i) for i in range(2)] == [
+    assert [
+        MoEConfig(num_experts=2, layer_pattern=[0, 1]).on_layer(i) for i in range(2)
+    ] == [
         False,
         True,
     ]

@@ -12,13 +12,15 @@ def rates(steps: int, at: list[int], **schedule: object) -> list[float]:
 
 
 def test_cosine_with_warmup() -> None:
-    assert rates(110, [1, 5, 10, 60, 110, 200], warmup_steps=10, min_lr=0.2) == pytest.approx(
-        [0.1, 0.5, 1.0, 0.6, 0.2, 0.2]
-    )
+    assert rates(
+        110, [1, 5, 10, 60, 110, 200], warmup_steps=10, min_lr=0.2
+    ) == pytest.approx([0.1, 0.5, 1.0, 0.6, 0.2, 0.2])
 
 
 def test_linear() -> None:
-    assert rates(100, [25, 50, 100], kind="linear", min_lr=0.5) == pytest.approx([0.875, 0.75, 0.5])
+    assert rates(100, [25, 50, 100], kind="linear", min_lr=0.5) == pytest.approx(
+        [0.875, 0.75, 0.5]
+    )
 
 
 def test_constant_never_decays() -> None:

@@ -9,7 +9,9 @@ from megatron_ray.sharding.buckets import ALIGNMENT, default_bucket_elements, pl
 from megatron_ray.sharding.parameters import freeze, local_parameters
 
 TABLE = local_parameters(
-    ModelConfig.model_validate({"preset": "gpt2-tiny", "vocab_size": 300}), ParallelDims(tp=2), 0
+    ModelConfig.model_validate({"preset": "gpt2-tiny", "vocab_size": 300}),
+    ParallelDims(tp=2),
+    0,
 )
 
 
@@ -65,11 +67,10 @@ def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> Non
     table = freeze(TABLE, ["embedding.weight", "layers.[01].mlp.*"])
     plan = plan_buckets(table, 3, 20_000)
     frozen = [parameter for parameter in table if not parameter.trainable]
-    assert [placed.parameter for placed in plan.frozen] == frozen and len(frozen) == 9
-    assert (
-        all(placed.start >= plan.num_trainable for placed in plan.frozen)
-        and plan.num_elements == plan.frozen[-1].end
-    )
+    assert [placed.parameter for placed in plan.frozen] == frozen
+    assert len(frozen) == 9
+    assert all(placed.start >= plan.num_trainable for placed in plan.frozen)
+    assert plan.num_elements == plan.frozen[-1].end
     assert (
         sum(
             run.end - run.start
@@ -87,10 +88,8 @@ def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> Non
 
 
 def test_default_bucket_size_is_megatrons_but_for_small_models() -> None:
-    assert (
-        default_bucket_elements(8, 10**9) == 40_000_000
-        and default_bucket_elements(100, 10**9) == 100_000_000
-    )
+    assert default_bucket_elements(8, 10**9) == 40_000_000
+    assert default_bucket_elements(100, 10**9) == 100_000_000
     assert default_bucket_elements(4, 80_000_000) == 10_000_000
     assert default_bucket_elements(4, 8_000_000) == 4_000_000
 

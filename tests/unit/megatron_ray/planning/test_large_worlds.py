@@ -1,4 +1,6 @@
-"""Everything a plan shows, for 16,384 ranks, in a process that has neither torch nor Ray."""
+"""Everything a plan shows, for 16,384 ranks, in a process that has neither torch nor
+Ray.
+"""
 
 import subprocess
 import sys
@@ -7,7 +9,11 @@ import pytest
 
 from megatron_ray.pipeline_parallel.schedules.actions import Op
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
-from megatron_ray.pipeline_parallel.schedules.orders import ScheduleName, compute_orders, stage_map
+from megatron_ray.pipeline_parallel.schedules.orders import (
+    ScheduleName,
+    compute_orders,
+    stage_map,
+)
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
 from megatron_ray.pipeline_parallel.schedules.simulation import Costs, outcome
 from megatron_ray.planning.pipeline import bubble, kept_and_released
@@ -25,14 +31,23 @@ from megatron_ray.planning.hardware import HARDWARE
 from service.jobs.estimates import check_memory, estimates, rank_map
 config = TrainConfig.from_mapping({
     "model": {"preset": "llama3-405b"},
-    "parallel": {"tp": 8, "cp": 2, "pp": 16, "vpp": 4, "dp": 64, "sequence_parallel": True, "layout": "Et|(tt|)*62tL"},
+    "parallel": {
+        "tp": 8, "cp": 2, "pp": 16, "vpp": 4, "dp": 64,
+        "sequence_parallel": True, "layout": "Et|(tt|)*62tL",
+    },
     "data": {"train": [{"path": "unused"}]},
-    "training": {"seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 2048, "steps": 10, "precision": "bf16"},
+    "training": {
+        "seq_length": 8192, "micro_batch_size": 1, "global_batch_size": 2048,
+        "steps": 10, "precision": "bf16",
+    },
     "optimizer": {"lr": 8e-5},
 })
 start = time.process_time()
-found, ranks, problems = estimates(config, HARDWARE["H100"]), rank_map(config), check_memory(config, HARDWARE["H100"])
-print(time.process_time() - start, len(ranks), found.time.mfu, len(found.communication.bytes), len(problems))
+found = estimates(config, HARDWARE["H100"])
+ranks = rank_map(config)
+problems = check_memory(config, HARDWARE["H100"])
+seconds = time.process_time() - start
+print(seconds, len(ranks), found.time.mfu, len(found.communication.bytes), len(problems))
 """
 
 
@@ -40,7 +55,10 @@ def test_a_plan_for_16384_ranks_takes_less_than_a_second_without_torch_or_ray() 
     done = subprocess.run([sys.executable, "-c", _PLAN], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seconds, ranks, mfu, ways, problems = map(float, done.stdout.split())
-    assert seconds < 1 and (ranks, problems) == (16384, 0) and 0.2 < mfu < 0.7 and ways >= 8
+    assert seconds < 1
+    assert (ranks, problems) == (16384, 0)
+    assert 0.2 < mfu < 0.7
+    assert ways >= 8
 
 
 @pytest.mark.parametrize(
@@ -69,5 +87,6 @@ def test_a_short_step_stands_for_a_long_one(
         held = [0]
         for event in kept_and_released(plan, count, rank):
             held.append(held[-1] + (1 if event > 0 else -1))
-        assert max(held) == whole.peak_activations[rank] and held[-1] == 0
+        assert max(held) == whole.peak_activations[rank]
+        assert held[-1] == 0
         assert any(action.op is Op.FORWARD for action in order)

@@ -1,5 +1,5 @@
-"""The estimate of a step's time: near published runs, and in the right order where the order is
-known.
+"""The estimate of a step's time: near published runs, and in the right order where the
+order is known.
 """
 
 from typing import Any
@@ -52,14 +52,16 @@ def plan(
 
 def test_published_runs_are_met_by_the_constants_of_their_chip() -> None:
     runs = load()
-    assert len(runs) >= 15 and FILE.exists()
+    assert len(runs) >= 15
+    assert FILE.exists()
     ratios = [
-        run.parts.step_time(HARDWARE[run.chip].efficiencies[run.precision]).step_s / run.step_s
+        run.parts.step_time(HARDWARE[run.chip].efficiencies[run.precision]).step_s
+        / run.step_s
         for run in runs
     ]
-    assert sum(1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios) >= GOAL * len(
-        runs
-    )
+    assert sum(
+        1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios
+    ) >= GOAL * len(runs)
 
 
 def test_interleaving_makes_405b_quicker_than_1f1b() -> None:
@@ -71,14 +73,17 @@ def test_interleaving_makes_405b_quicker_than_1f1b() -> None:
         )
         for vpp in (1, 4)
     )
-    assert interleaved.step_s < plain.step_s and interleaved.bubble_s < plain.bubble_s / 3
-    assert interleaved.mfu > plain.mfu and interleaved.model_flops == plain.model_flops
+    assert interleaved.step_s < plain.step_s
+    assert interleaved.bubble_s < plain.bubble_s / 3
+    assert interleaved.mfu > plain.mfu
+    assert interleaved.model_flops == plain.model_flops
 
 
 def test_tensor_parallelism_belongs_inside_a_node() -> None:
     inside = plan("llama3-70b", {"tp": 8, "pp": 4, "dp": 2}, batch=128)
     across = plan("llama3-70b", {"tp": 16, "pp": 2, "dp": 2}, batch=128)
-    assert inside.step_s < across.step_s and across.communication_s > 2 * inside.communication_s
+    assert inside.step_s < across.step_s
+    assert across.communication_s > 2 * inside.communication_s
 
 
 def test_recomputing_less_is_quicker() -> None:
@@ -87,12 +92,16 @@ def test_recomputing_less_is_quicker() -> None:
         plan("llama3-70b", parallel, batch=128, recompute=how).step_s
         for how in (None, SELECTIVE, FULL)
     )
-    assert none < selective < full and full / none == pytest.approx(4 / 3, rel=0.1)
+    assert none < selective < full
+    assert full / none == pytest.approx(4 / 3, rel=0.1)
 
 
 def test_longer_steps_hide_the_bubble_and_faster_devices_are_faster() -> None:
-    few, many = (plan("llama3-70b", {"tp": 8, "pp": 8, "dp": 1}, batch=batch) for batch in (8, 128))
-    assert few.bubble_share > 0.4 and many.bubble_share < 0.06
+    few, many = (
+        plan("llama3-70b", {"tp": 8, "pp": 8, "dp": 1}, batch=batch) for batch in (8, 128)
+    )
+    assert few.bubble_share > 0.4
+    assert many.bubble_share < 0.06
     chips = [
         plan("llama3-8b", {"tp": 2, "dp": 4}, batch=32, hardware=name).step_s
         for name in ("A100", "H100", "H200", "B200")
@@ -102,23 +111,37 @@ def test_longer_steps_hide_the_bubble_and_faster_devices_are_faster() -> None:
 
 @pytest.mark.parametrize("model", ["llama3-8b", "deepseek-v2-lite", "deepseek-v3"])
 def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
-    """But for routers, which are small, and for what ranks do alike where tokens are not cut over
-    them.
+    """But for routers, which are small, and for what ranks do alike where tokens are
+    not cut over them.
     """
 
     def products(**parallel: Any) -> float:
-        batch = {"seq_length": 8192, "global_batch_size": 1, "steps": 1, "precision": "bf16"}
+        batch = {
+            "seq_length": 8192,
+            "global_batch_size": 1,
+            "steps": 1,
+            "precision": "bf16",
+        }
         fields = {
             "model": {"preset": model, "vocab_multiple": 1},
             "parallel": {"dp": 1} | parallel,
             "data": {"train": [{"path": "unused"}]},
         }
-        config = TrainConfig.from_mapping(fields | {"training": batch, "optimizer": {"lr": 1e-4}})
-        return config.parallel.tp * stage_work(config, plan_pipeline(config).held(0)[0]).products
+        config = TrainConfig.from_mapping(
+            fields | {"training": batch, "optimizer": {"lr": 1e-4}}
+        )
+        return (
+            config.parallel.tp
+            * stage_work(config, plan_pipeline(config).held(0)[0]).products
+        )
 
     whole = ModelConfig(preset=model)  # type: ignore[call-arg]
-    mixtures = [whole.experts_on(layer) for layer in range(whole.num_layers + whole.num_mtp_layers)]
-    routers = whole.hidden_size * sum(moe.num_experts for moe in mixtures if moe is not None)
+    mixtures = [
+        whole.experts_on(layer) for layer in range(whole.num_layers + whole.num_mtp_layers)
+    ]
+    routers = whole.hidden_size * sum(
+        moe.num_experts for moe in mixtures if moe is not None
+    )
     expected = 6.0 * 8192 * (matmul_parameters(whole) - routers)
     assert products() == products(tp=4, sequence_parallel=True, etp=1) == expected
     assert (products(tp=4, etp=1) > expected) == (whole.mla is not None)
@@ -134,9 +157,8 @@ def test_parts_add_up() -> None:
         found.bubble_s,
         found.update_s,
     )
-    assert sum(parts) == pytest.approx(found.step_s) and found.tokens_per_s == pytest.approx(
-        32 * 8192 / found.step_s
-    )
+    assert sum(parts) == pytest.approx(found.step_s)
+    assert found.tokens_per_s == pytest.approx(32 * 8192 / found.step_s)
     assert found.mfu == pytest.approx(found.model_flops / (found.step_s * 8 * 989e12))
 
 
@@ -152,6 +174,8 @@ def test_parts_add_up() -> None:
         (None, None),
     ],
 )
-def test_devices_are_known_by_what_ray_calls_them(text: str | None, name: str | None) -> None:
+def test_devices_are_known_by_what_ray_calls_them(
+    text: str | None, name: str | None
+) -> None:
     found = hardware_named(text)
     assert (found.name if found is not None else None) == name

@@ -53,13 +53,10 @@ def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> No
     found = suggest(config(model), 32, H100, most=5)
     assert len(found) == 5
     for suggestion in found:
-        assert (
-            check.find_problems(suggestion.config, 32) == []
-            and resolution.world_size(suggestion.config) == 32
-        )
-        assert (
-            fullest_rank(suggestion.config) == suggestion.memory and H100.memory_bytes is not None
-        )
+        assert check.find_problems(suggestion.config, 32) == []
+        assert resolution.world_size(suggestion.config) == 32
+        assert fullest_rank(suggestion.config) == suggestion.memory
+        assert H100.memory_bytes is not None
         assert suggestion.memory.total_bytes <= H100.memory_bytes
         assert step_time(suggestion.config, H100) == suggestion.time
     steps = [suggestion.time.step_s for suggestion in found]
@@ -69,42 +66,55 @@ def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     "model", [MODELS["dense"], MODELS["dense"] | {"mtp": {}}], ids=["dense", "further"]
 )
-def test_none_is_missed_by_looking_at_the_most_promising_first(model: dict[str, Any]) -> None:
+def test_none_is_missed_by_looking_at_the_most_promising_first(
+    model: dict[str, Any],
+) -> None:
     quick, all_of_them = (
         suggest(config(model, batch=64), 16, H100, most=most) for most in (3, 10_000)
     )
-    assert [one.time for one in quick] == [one.time for one in all_of_them[:3]] and len(
-        all_of_them
-    ) > 10
+    assert [one.time for one in quick] == [one.time for one in all_of_them[:3]]
+    assert len(all_of_them) > 10
 
 
 def test_405b_on_1024_devices_takes_seconds_at_most_and_stays_inside_nodes() -> None:
     start = time.process_time()
     found = suggest(config({"preset": "llama3-405b"}, batch=1536), 1024, H100)
     assert time.process_time() - start < 8  # 2 where nobody else is at work
-    assert found and all(
+    assert found
+    assert all(
         suggestion.config.parallel.tp <= 8 and suggestion.config.parallel.pp > 1
         for suggestion in found
     )
 
 
-def test_layers_that_predict_further_tokens_have_a_place_in_a_layout_of_uneven_stages() -> None:
+def test_layers_that_predict_further_tokens_have_a_place_in_a_layout_of_uneven_stages() -> (
+    None
+):
     found = nearest(
         config({"preset": "llama3-8b", "num_layers": 29, "mtp": {}}, tp=8, pp=4), 32, H100
     )
-    assert found is not None and found.config.parallel.layout == "Ettttttt|(tttttttt|)*2ttttttmL"
+    assert found is not None
+    assert found.config.parallel.layout == "Ettttttt|(tttttttt|)*2ttttttmL"
 
 
 def test_the_nearest_layout_changes_as_little_as_possible() -> None:
-    same = nearest(config({"preset": "llama3-70b"}, tp=8, dp=8, sequence_parallel=True), 64, H100)
-    other = nearest(config({"preset": "llama3-70b"}, tp=4, dp=16, sequence_parallel=True), 64, H100)
-    assert same is not None and other is not None
+    same = nearest(
+        config({"preset": "llama3-70b"}, tp=8, dp=8, sequence_parallel=True), 64, H100
+    )
+    other = nearest(
+        config({"preset": "llama3-70b"}, tp=4, dp=16, sequence_parallel=True), 64, H100
+    )
+    assert same is not None
+    assert other is not None
     degrees = [
         [getattr(found.config.parallel, axis) for axis in ("tp", "pp", "vpp", "cp", "ep")]
         for found in (same, other)
     ]
     assert degrees[0] == [8, 1, 1, 1, 1]
-    assert sum(size != given for size, given in zip(degrees[1], [4, 1, 1, 1, 1], strict=True)) == 1
+    assert (
+        sum(size != given for size, given in zip(degrees[1], [4, 1, 1, 1, 1], strict=True))
+        == 1
+    )
     assert nearest(config({"preset": "llama3-405b"}), 8, H100) is None
 
 

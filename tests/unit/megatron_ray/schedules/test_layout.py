@@ -14,8 +14,10 @@ def test_megatrons_own_example() -> None:
     stages = parse_layout("Et*3|(tt|)*29,m|L", 61, 1)
     assert len(stages) == 32
     assert stages[0] == StageContents((0, 1, 2), embedding=True)
-    assert stages[1] == StageContents((3, 4)) and stages[29] == StageContents((59, 60))
-    assert stages[30] == StageContents(mtp_layers=(0,)) and stages[31] == StageContents(loss=True)
+    assert stages[1] == StageContents((3, 4))
+    assert stages[29] == StageContents((59, 60))
+    assert stages[30] == StageContents(mtp_layers=(0,))
+    assert stages[31] == StageContents(loss=True)
 
 
 def test_groups_nest_and_stages_may_be_empty() -> None:
@@ -63,12 +65,20 @@ def test_where_the_prediction_layers_may_stand() -> None:
 
 
 def test_equal_and_unequal_cuts() -> None:
-    assert [stage.layers for stage in split_into_stages(8, 4)] == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert [stage.layers for stage in split_into_stages(8, 4)] == [
+        (0, 1),
+        (2, 3),
+        (4, 5),
+        (6, 7),
+    ]
     stages = split_into_stages(8, 3, first=1, last=3, num_mtp_layers=1)
     assert stages[0] == StageContents((0,), embedding=True)
     assert stages[2] == StageContents((5, 6, 7), loss=True, mtp_layers=(0,))
     assert split_into_stages(3, 1) == (StageContents((0, 1, 2), embedding=True, loss=True),)
-    assert [len(stage.layers) for stage in split_into_stages(5, 2, first=2, last=3)] == [2, 3]
+    assert [len(stage.layers) for stage in split_into_stages(5, 2, first=2, last=3)] == [
+        2,
+        3,
+    ]
 
 
 def test_cuts_that_do_not_work_out() -> None:

@@ -1,5 +1,5 @@
-"""Pipeline schedules: what they cost against the papers' formulas, what they hold, and that they
-end on NCCL's terms.
+"""Pipeline schedules: what they cost against the papers' formulas, what they hold, and
+that they end on NCCL's terms.
 """
 
 import json
@@ -28,12 +28,14 @@ from megatron_ray.pipeline_parallel.schedules.simulation import (
 )
 
 GOLDEN = Path(__file__).parents[3] / "golden" / "schedule_bubbles.json"
-"""Bubbles that no formula gives, by `name pp vpp microbatches`, at F = B = W = 1. Written by
-`python -m tests.golden.schedule_bubbles`."""
+"""Bubbles that no formula gives, by `name pp vpp microbatches`, at F = B = W = 1.
+Written by `python -m tests.golden.schedule_bubbles`."""
 Case = tuple[ScheduleName, int, int, int]
 
 
-def cases(pipelines: tuple[int, ...], chunks: tuple[int, ...], *more: int) -> Iterator[Case]:
+def cases(
+    pipelines: tuple[int, ...], chunks: tuple[int, ...], *more: int
+) -> Iterator[Case]:
     for pp in pipelines:
         for count in sorted({max(1, pp - 1), pp, pp + 1, 2 * pp - 1, 2 * pp, *more}):
             yield from (
@@ -70,7 +72,8 @@ def formula(case: Case, costs: Costs = EQUAL) -> float | None:
         enough = 2 * pp - 1
     return (
         lean
-        if count >= enough and costs.forward == costs.backward_input == costs.backward_weight
+        if count >= enough
+        and costs.forward == costs.backward_input == costs.backward_weight
         else None
     )
 
@@ -82,15 +85,17 @@ def lower_bound(case: Case) -> float:
 
 
 def judged(case: Case) -> Outcome:
-    """Computing alone and lowered come to the same when transfers are free; with transfers that
-    cost, it still ends.
+    """Computing alone and lowered come to the same when transfers are free; with
+    transfers that cost, it still ends.
     """
     name, pp, vpp, count = case
     stages = stage_map(name, pp, vpp)
     orders = compute_orders(name, pp, count, vpp)
     free = outcome(orders, stages)
     lists = lower(orders, stages)
-    assert simulate(lists, stages) == pytest.approx(free), "the order of messages makes nobody wait"
+    assert simulate(lists, stages) == pytest.approx(free), (
+        "the order of messages makes nobody wait"
+    )
     assert (
         simulate(lists, stages, Costs(1.0, 1.3, 0.8, transfer=0.4)).makespan > free.makespan
         or pp == 1
@@ -155,14 +160,21 @@ def test_every_action_is_there_once() -> None:
 
 
 def test_what_is_held() -> None:
-    """GPipe holds everything, 1F1B what is on its way, ZB-H1 and ZB-V (chunks of half a rank)
-    nowhere more than 1F1B's first rank.
+    """GPipe holds everything, 1F1B what is on its way, ZB-H1 and ZB-V (chunks of half a
+    rank) nowhere more than 1F1B's first rank.
     """
     assert {peak_activations(order) for order in compute_orders("gpipe", 4, 32)} == {32}
-    assert [peak_activations(order) for order in compute_orders("1f1b", 4, 32)] == [4, 3, 2, 1]
+    assert [peak_activations(order) for order in compute_orders("1f1b", 4, 32)] == [
+        4,
+        3,
+        2,
+        1,
+    ]
     assert {peak_activations(order) for order in compute_orders("zb-h1", 4, 32)} == {4}
     assert {peak_activations(order) for order in compute_orders("zb-v", 4, 32, 2)} == {8}
-    assert [peak_activations(order) for order in compute_orders("interleaved", 4, 32, 2)] == [
+    assert [
+        peak_activations(order) for order in compute_orders("interleaved", 4, 32, 2)
+    ] == [
         11,
         9,
         7,
@@ -183,17 +195,42 @@ def test_the_order_of_megatron() -> None:
         f"{'F' if action.op is Op.FORWARD else 'B'}{action.chunk}{action.microbatch}"
         for action in order
     ]
-    assert words == "F00 F01 F10 B10 F11 B11 F02 B00 F03 B01 F12 B12 F13 B13 B02 B03".split()
+    assert words == [
+        "F00",
+        "F01",
+        "F10",
+        "B10",
+        "F11",
+        "B11",
+        "F02",
+        "B00",
+        "F03",
+        "B01",
+        "F12",
+        "B12",
+        "F13",
+        "B13",
+        "B02",
+        "B03",
+    ]
 
 
 def test_one_ranks_list_is_that_of_all() -> None:
-    for name, pp, vpp, count in (("gpipe", 2, 1, 3), ("interleaved", 4, 3, 9), ("zb-h1", 3, 1, 7)):
+    for name, pp, vpp, count in (
+        ("gpipe", 2, 1, 3),
+        ("interleaved", 4, 3, 9),
+        ("zb-h1", 3, 1, 7),
+    ):
         orders = compute_orders(name, pp, count, vpp)
         stages = StageMap(pp, vpp)
-        assert [lower_one(orders, stages, rank) for rank in range(pp)] == lower(orders, stages)
+        assert [lower_one(orders, stages, rank) for rank in range(pp)] == lower(
+            orders, stages
+        )
 
 
-def test_a_chunks_gradients_are_reduced_once_behind_its_last_backward_and_its_send() -> None:
+def test_a_chunks_gradients_are_reduced_once_behind_its_last_backward_and_its_send() -> (
+    None
+):
     for name, pp, vpp, count in (("interleaved", 4, 2, 8), ("zb-h1", 4, 1, 8)):
         for order in lower(compute_orders(name, pp, count, vpp), StageMap(pp, vpp)):
             for chunk in range(vpp):
@@ -203,14 +240,17 @@ def test_a_chunks_gradients_are_reduced_once_behind_its_last_backward_and_its_se
                     if action[:2] == (Op.REDUCE_GRADS, chunk)
                 ]
                 assert all(
-                    action.chunk != chunk or not action.op.is_compute for action in order[at:]
+                    action.chunk != chunk or not action.op.is_compute
+                    for action in order[at:]
                 )
                 assert (
                     order[at - 1].op in (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.SEND_BACKWARD)
                     or order[at - 1].op.is_receive
                 )
                 (first,) = [
-                    place for place, action in enumerate(order) if action[:2] == (Op.UNSHARD, chunk)
+                    place
+                    for place, action in enumerate(order)
+                    if action[:2] == (Op.UNSHARD, chunk)
                 ]
                 assert order[first + 1] == Action(Op.FORWARD, chunk, 0)
 
@@ -229,7 +269,12 @@ def test_receives_are_posted_shortly_before_their_use() -> None:
 def test_stages_in_a_v() -> None:
     stages = StageMap(4, 2, "v")
     assert [stages.stage(rank, 1) for rank in range(4)] == [7, 6, 5, 4]
-    assert [stages.home(stage) for stage in (0, 3, 4, 7)] == [(0, 0), (3, 0), (3, 1), (0, 1)]
+    assert [stages.home(stage) for stage in (0, 3, 4, 7)] == [
+        (0, 0),
+        (3, 0),
+        (3, 1),
+        (0, 1),
+    ]
     with pytest.raises(ValueError, match="vpp=3"):
         StageMap(4, 3, "v")
 
@@ -264,7 +309,10 @@ def test_messages_out_of_order_are_found() -> None:
     ):
         simulate([swapped, lists[1]], stages)
     with pytest.raises(ScheduleError, match="is the same on both sides"):
-        simulate([[Action(Op.SEND_FORWARD, 0, 0, 1)], [Action(Op.SEND_BACKWARD, 0, 0, 0)]], stages)
+        simulate(
+            [[Action(Op.SEND_FORWARD, 0, 0, 1)], [Action(Op.SEND_BACKWARD, 0, 0, 0)]],
+            stages,
+        )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +320,12 @@ def test_messages_out_of_order_are_found() -> None:
     [
         ("1f1b", 2, None, "schedule 1f1b has one chunk per rank; vpp=2 needs interleaved"),
         ("zb-v", 1, None, "schedule zb-v has two chunks per rank, not vpp=1"),
-        ("interleaved", 2, 2, "groups of 2 microbatches are smaller than the pipeline of 4 ranks"),
+        (
+            "interleaved",
+            2,
+            2,
+            "groups of 2 microbatches are smaller than the pipeline of 4 ranks",
+        ),
         ("interleaved", 0, None, "must be at least 1"),
     ],
 )

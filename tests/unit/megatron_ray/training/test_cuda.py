@@ -1,4 +1,6 @@
-"""The same code on CUDA: equal to the CPU, without a host-device synchronisation in a step."""
+"""The same code on CUDA: equal to the CPU, without a host-device synchronisation in a
+step.
+"""
 
 from typing import Any
 
@@ -98,7 +100,9 @@ def test_recomputed_layers_drop_what_they_dropped(recompute: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("recompute", [{}, *RECOMPUTE])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_step_never_waits_for_the_device(precision: str, recompute: dict[str, Any]) -> None:
+def test_a_step_never_waits_for_the_device(
+    precision: str, recompute: dict[str, Any]
+) -> None:
     config = with_recompute(
         make_config(
             LLAMA | (DROPOUT if recompute else {}), {"dp": 1}, steps=4, precision=precision

@@ -1,4 +1,6 @@
-"""What is trained on beside the loss is reported in the numbers that are known from elsewhere."""
+"""What is trained on beside the loss is reported in the numbers that are known from
+elsewhere.
+"""
 
 from typing import Any
 
@@ -24,13 +26,19 @@ EXPERTS = {
     "aux_loss_coeff": 0.02,
     "z_loss_coeff": 1e-3,
 }
-MODEL = LLAMA | {"num_layers": 3, "moe": EXPERTS, "mtp": {"num_layers": 2, "loss_coeff": 0.3}}
+MODEL = LLAMA | {
+    "num_layers": 3,
+    "moe": EXPERTS,
+    "mtp": {"num_layers": 2, "loss_coeff": 0.3},
+}
 TOKENS = 64
 """Of the one microbatch."""
 
 
 def balance(logits_TE: Tensor, by_sequence: bool) -> float:
-    """E x sum over experts of (share of choices) x (mean probability), one where all are alike."""
+    """E x sum over experts of (share of choices) x (mean probability), one where all
+    are alike.
+    """
     parts = logits_TE.chunk(2) if by_sequence else [logits_TE]
     found = []
     for part in parts:
@@ -40,8 +48,12 @@ def balance(logits_TE: Tensor, by_sequence: bool) -> float:
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
-def test_losses_are_reported_before_their_coefficients_as_means_over_layers(kind: str) -> None:
-    config = make_config(MODEL | {"moe": EXPERTS | {"aux_loss": kind}}, {"dp": 1}, steps=1, batch=2)
+def test_losses_are_reported_before_their_coefficients_as_means_over_layers(
+    kind: str,
+) -> None:
+    config = make_config(
+        MODEL | {"moe": EXPERTS | {"aux_loss": kind}}, {"dp": 1}, steps=1, batch=2
+    )
     mesh = ParallelMesh.single()
     loader = StepLoader(
         RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)
@@ -52,11 +64,14 @@ def test_losses_are_reported_before_their_coefficients_as_means_over_layers(kind
     for part in model.module.modules():
         if isinstance(part, RouterLinear):
             part.register_forward_hook(lambda _, __, output: logits.append(output.detach()))
-    model.module.head.register_forward_hook(lambda _, __, output: losses.append(output.detach()))  # type: ignore[arg-type]
+    model.module.head.register_forward_hook(
+        lambda _, __, output: losses.append(output.detach())
+    )  # type: ignore[arg-type]
     (batch,) = loader.step(0)
     assert batch.num_tokens == TOKENS
     forward_backward(model, mesh, [batch])
-    assert len(logits) == 4 and len(losses) == 3
+    assert len(logits) == 4
+    assert len(losses) == 3
 
     model, optimizer = build(config, mesh)
     reports: list[Report] = []
@@ -73,16 +88,15 @@ def test_losses_are_reported_before_their_coefficients_as_means_over_layers(kind
     }
     assert report.other_losses == pytest.approx(expected, rel=1e-5)
     assert report.loss == pytest.approx(float(losses[0]) / TOKENS, rel=1e-6)
-    assert (
-        1.0 <= report.other_losses[balancing] < 2.0
-        and 4.0 < report.other_losses["mtp_1_loss"] < 7.0
-    )
+    assert 1.0 <= report.other_losses[balancing] < 2.0
+    assert 4.0 < report.other_losses["mtp_1_loss"] < 7.0
 
 
 def test_a_plain_model_reports_no_other_losses() -> None:
     assert make_config(LLAMA, {"dp": 1}, steps=1).model.aux_losses == {}
     without = make_config(
-        MODEL | {"moe": EXPERTS | {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}, "mtp": None},
+        MODEL
+        | {"moe": EXPERTS | {"aux_loss_coeff": 0.0, "z_loss_coeff": 0.0}, "mtp": None},
         {"dp": 1},
         steps=1,
     )
@@ -99,4 +113,5 @@ def test_a_further_token_of_weight_zero_trains_and_is_not_reported() -> None:
     reports: list[Report] = []
     parts: Any = Parts(config, mesh, model, optimizer, loader, None, NoSaver())
     assert train(parts, Progress(), reports.append, lambda: Command.CONTINUE) == "finished"
-    assert isinstance(reports[0], StepReport) and reports[0].other_losses == {}
+    assert isinstance(reports[0], StepReport)
+    assert reports[0].other_losses == {}

@@ -1,5 +1,5 @@
-"""The first 12 losses and gradient norms of a small Llama are those that several independent
-libraries agree on.
+"""The first 12 losses and gradient norms of a small Llama are those that several
+independent libraries agree on.
 """
 
 import numpy as np
@@ -13,7 +13,9 @@ def test_losses_and_norms_of_the_reference_model() -> None:
     torch.set_num_threads(1)
     try:
         step = contestants.ours(contestants.Terms("fp32"), 0)
-        known = [step(reference.samples(number), True) for number in range(len(reference.LOSSES))]
+        known = [
+            step(reference.samples(number), True) for number in range(len(reference.LOSSES))
+        ]
         losses, norms = zip(*known, strict=True)
     finally:
         torch.set_num_threads(threads)

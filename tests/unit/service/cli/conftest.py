@@ -30,7 +30,9 @@ def service(running_service: FakeService) -> FakeService:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MEGATRON_RAY_DATA_DIR", str(tmp_path / "nothing-here"))
     monkeypatch.setenv("COLUMNS", "200")

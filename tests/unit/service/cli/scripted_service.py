@@ -32,15 +32,18 @@ JOB: dict[str, Any] = {
         "val_loss": None,
     },
     "storage_path": "/data/jobs/job-abc",
-    "last_checkpoint": {"step": 5, "path": "/data/jobs/job-abc/checkpoints/step-00000005-a0001"},
+    "last_checkpoint": {
+        "step": 5,
+        "path": "/data/jobs/job-abc/checkpoints/step-00000005-a0001",
+    },
     "problem": None,
     "resolved_spec": {"training": {"steps": 10, "global_batch_size": 4, "seq_length": 64}},
 }
 
 
 class FakeService:
-    """Routes `METHOD /path` to (status, body); a list of bodies is given out in turn, the last one
-    repeats.
+    """Routes `METHOD /path` to (status, body); a list of bodies is given out in turn,
+    the last one repeats.
     """
 
     def __init__(self) -> None:
@@ -61,7 +64,9 @@ class FakeService:
                 )
                 if isinstance(body, list):
                     body = body.pop(0) if len(body) > 1 else body[0]
-                payload = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                payload = (
+                    body.encode() if isinstance(body, str) else json.dumps(body).encode()
+                )
                 self.send_response(status)
                 self.send_header(
                     "Content-Type",

@@ -1,5 +1,5 @@
-"""Every command against a scripted HTTP service: output, JSON, exit codes, and the one message that
-a mistake is worth.
+"""Every command against a scripted HTTP service: output, JSON, exit codes, and the one
+message that a mistake is worth.
 """
 
 import json
@@ -24,9 +24,11 @@ def test_submit_sends_the_spec_with_overrides_and_absolute_paths(
         "checkpoint.start_from=models/llama",
     )
     code, out, _ = run("submit", "spec.yaml", *overrides, "--url", service.url)
-    assert code == 0 and "job-abc" in out
+    assert code == 0
+    assert "job-abc" in out
     sent = service.requests[0][1]
-    assert sent["training"]["steps"] == 20 and sent["parallel"] == {"tp": 2}
+    assert sent["training"]["steps"] == 20
+    assert sent["parallel"] == {"tp": 2}
     assert sent["data"]["train"][0]["path"] == str(tmp_path / "corpus.txt")
     assert sent["checkpoint"]["start_from"] == str(tmp_path / "models" / "llama")
 
@@ -44,10 +46,8 @@ def test_builtin_and_remote_paths_stay_as_they_are(run: Run, service: FakeServic
         service.url,
     )
     sent = service.requests[0][1]
-    assert (
-        sent["data"]["train"][0]["path"] == "builtin://python-stdlib"
-        and sent["storage"]["path"] == "s3://b/x"
-    )
+    assert sent["data"]["train"][0]["path"] == "builtin://python-stdlib"
+    assert sent["storage"]["path"] == "s3://b/x"
 
 
 def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> None:
@@ -66,19 +66,25 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
     }
     service.routes["POST /v1/jobs"] = (422, problem)
     code, out, err = run("submit", "spec.yaml", "--url", service.url)
-    assert code == 1 and out == ""
+    assert code == 1
+    assert out == ""
     assert err.splitlines() == [
         "error: The job spec cannot be run as it is",
         "  /parallel/tp: tp=3 does not divide 4; use a tp that does",
     ]
     code, out, err = run("submit", "spec.yaml", "--url", service.url, "--json")
-    assert code == 1 and out == "" and json.loads(err) == problem
+    assert code == 1
+    assert out == ""
+    assert json.loads(err) == problem
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing.yaml"], "cannot read the job spec missing.yaml: No such file or directory"),
+        (
+            ["missing.yaml"],
+            "cannot read the job spec missing.yaml: No such file or directory",
+        ),
         (["broken.yaml"], "broken.yaml is not valid YAML or JSON"),
         (["list.yaml"], "list.yaml holds list, expected a mapping of fields"),
         (["binary.yaml"], "binary.yaml is not text"),
@@ -93,7 +99,10 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
             "--set 'training.steps=[1': the value is not valid YAML",
         ),
         (["spec.yaml", "--set", "name=2026-11-20"], "--set holds a value that JSON cannot"),
-        (["spec.yaml", "--set", "optimizer.lr=.nan"], "--set holds a value that JSON cannot"),
+        (
+            ["spec.yaml", "--set", "optimizer.lr=.nan"],
+            "--set holds a value that JSON cannot",
+        ),
     ],
 )
 def test_unreadable_specs(
@@ -104,36 +113,42 @@ def test_unreadable_specs(
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
     (tmp_path / "date.yaml").write_text("name: 2026-11-20")
     code, out, err = run("submit", *arguments, "--url", service.url)
-    assert code == 2 and message in err and "->" in err and out == ""
+    assert code == 2
+    assert message in err
+    assert "->" in err
+    assert out == ""
     assert service.requests == []
 
 
 def test_no_service_named_and_none_up(run: Run, tmp_path: Path) -> None:
     code, _, err = run("jobs")
     assert code == 1
-    assert (
-        f"no local stack is up (data dir {tmp_path}/nothing-here)" in err
-        and "megatron-ray up" in err
-    )
+    assert f"no local stack is up (data dir {tmp_path}/nothing-here)" in err
+    assert "megatron-ray up" in err
 
 
 def test_unreachable_service_says_what_to_do(run: Run) -> None:
     code, _, err = run("jobs", "--url", "http://127.0.0.1:9")
-    assert (
-        code == 1 and "no service answers at http://127.0.0.1:9" in err and "megatron-ray up" in err
-    )
+    assert code == 1
+    assert "no service answers at http://127.0.0.1:9" in err
+    assert "megatron-ray up" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["jobs", "--url", "localhost:1"], "--url localhost:1: not an address"),
-        (["jobs", "--token", "@no-such-file"], "--token @no-such-file: No such file or directory"),
+        (
+            ["jobs", "--token", "@no-such-file"],
+            "--token @no-such-file: No such file or directory",
+        ),
     ],
 )
 def test_wrong_connection_options(run: Run, arguments: list[str], message: str) -> None:
     code, _, err = run(*arguments)
-    assert code == 1 and message in err and "->" in err
+    assert code == 1
+    assert message in err
+    assert "->" in err
 
 
 def test_wrong_token_names_the_remedy(run: Run, service: FakeService) -> None:
@@ -142,7 +157,9 @@ def test_wrong_token_names_the_remedy(run: Run, service: FakeService) -> None:
         {"code": "unauthorized", "status": 401, "detail": "wrong token"},
     )
     code, _, err = run("jobs", "--url", service.url, "--token", "x")
-    assert code == 1 and "wrong token" in err and "--token" in err
+    assert code == 1
+    assert "wrong token" in err
+    assert "--token" in err
 
 
 def test_unreadable_stack_record(run: Run, tmp_path: Path) -> None:
@@ -150,15 +167,18 @@ def test_unreadable_stack_record(run: Run, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "stack.json").write_text("{}")
     code, _, err = run("jobs")
-    assert code == 1 and "written by another version" in err
+    assert code == 1
+    assert "written by another version" in err
     code, _, err = run("down")
-    assert code == 1 and "written by another version" in err
+    assert code == 1
+    assert "written by another version" in err
 
 
 def test_wrong_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MEGATRON_RAY_PORT", "many")
     code, _, err = run("jobs")
-    assert code == 1 and "MEGATRON_RAY_PORT" in err
+    assert code == 1
+    assert "MEGATRON_RAY_PORT" in err
 
 
 def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
@@ -177,7 +197,10 @@ def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
     }
     service.routes["GET /v1/jobs"] = (200, [first, second])
     code, out, _ = run("jobs", "--url", service.url)
-    assert code == 0 and "job-abc" in out and "job-def" in out and "5/10" in out
+    assert code == 0
+    assert "job-abc" in out
+    assert "job-def" in out
+    assert "5/10" in out
     assert [path for path, _ in service.requests] == [
         "GET /v1/jobs?limit=20",
         "GET /v1/jobs?limit=19&after=job-abc",
@@ -188,13 +211,20 @@ def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
 
 def test_show_and_its_json(run: Run, service: FakeService) -> None:
     code, out, _ = run("show", "job-abc", "--url", service.url)
-    assert code == 0 and "running" in out and "5/10" in out and "step-00000005-a0001" in out
+    assert code == 0
+    assert "running" in out
+    assert "5/10" in out
+    assert "step-00000005-a0001" in out
     assert json.loads(run("show", "job-abc", "--url", service.url, "--json")[1]) == JOB
     code, _, err = run("show", "job-none", "--url", service.url)
-    assert code == 1 and "there is no /v1/jobs/job-none" in err and "megatron-ray jobs" in err
+    assert code == 1
+    assert "there is no /v1/jobs/job-none" in err
+    assert "megatron-ray jobs" in err
 
 
-def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeService) -> None:
+def test_show_tells_cause_budget_attempt_and_recovery(
+    run: Run, service: FakeService
+) -> None:
     budget = {**JOB["resolved_spec"], "restart": {"max_failures": 3}}
     service.routes["GET /v1/jobs/job-abc"] = (
         200,
@@ -206,7 +236,10 @@ def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeSer
         "reason": "worker_died",
         "message": "rank 1: killed by signal 9 (SIGKILL)",
     }
-    first |= {"started_at": "2026-11-21T03:10:00Z", "ended_at": "2026-11-21T03:12:05.123456Z"}
+    first |= {
+        "started_at": "2026-11-21T03:10:00Z",
+        "ended_at": "2026-11-21T03:12:05.123456Z",
+    }
     second = {
         "attempt": 2,
         "state": "running",
@@ -254,9 +287,12 @@ def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeSer
     service.routes["GET /v1/jobs/job-abc/events"] = (200, pages)
     code, out, _ = run("show", "job-abc", "--url", service.url)
     lines = {
-        line[2:18].strip(): line[19:].strip() for line in out.splitlines() if line.startswith("  ")
+        line[2:18].strip(): line[19:].strip()
+        for line in out.splitlines()
+        if line.startswith("  ")
     }
-    assert code == 0 and lines["attempt"] == "2 running from step 100, since 2026-11-21 03:12:06Z"
+    assert code == 0
+    assert lines["attempt"] == "2 running from step 100, since 2026-11-21 03:12:06Z"
     assert lines["restarts"] == "1 of 3 failures spent, 2 preemptions"
     assert (
         lines["last failure"]
@@ -291,7 +327,11 @@ def test_show_tells_cause_budget_attempt_and_recovery(run: Run, service: FakeSer
             },
             ["job.created", "made [by] hand"],
         ),
-        ("metrics", {"step": 3, "attempt": 1, "loss": 2.5, "grad_norm": None}, ["3", "2.5"]),
+        (
+            "metrics",
+            {"step": 3, "attempt": 1, "loss": 2.5, "grad_norm": None},
+            ["3", "2.5"],
+        ),
         (
             "checkpoints",
             {"step": 5, "attempt": 1, "loss": 2.5, "bytes": 3 << 20, "path": "/x/step-5"},
@@ -317,8 +357,11 @@ def test_listings(
     page = {"object": "list", "data": [entry], "has_more": False}
     service.routes[f"GET /v1/jobs/job-abc/{command}"] = (200, page)
     code, out, _ = run(command, "job-abc", "--url", service.url)
-    assert code == 0 and [word for word in words if word not in out] == []
-    assert json.loads(run(command, "job-abc", "--url", service.url, "--json")[1])["data"] == [entry]
+    assert code == 0
+    assert [word for word in words if word not in out] == []
+    assert json.loads(run(command, "job-abc", "--url", service.url, "--json")[1])[
+        "data"
+    ] == [entry]
 
 
 def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -> None:
@@ -329,8 +372,11 @@ def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -
         "has_more": False,
     }
     service.routes["GET /v1/jobs/job-abc/metrics"] = (200, page)
-    code, out, _ = run("metrics", "job-abc", "--keys", "other_losses,split_s", "--url", service.url)
-    assert code == 0 and "load_balancing_loss 1.25, z_loss -" in out
+    code, out, _ = run(
+        "metrics", "job-abc", "--keys", "other_losses,split_s", "--url", service.url
+    )
+    assert code == 0
+    assert "load_balancing_loss 1.25, z_loss -" in out
 
 
 def test_cancel_waits_for_the_end(run: Run, service: FakeService) -> None:
@@ -340,7 +386,8 @@ def test_cancel_waits_for_the_end(run: Run, service: FakeService) -> None:
         [{**JOB, "status": "cancelling"}, {**JOB, "status": "cancelled"}],
     )
     code, out, _ = run("cancel", "job-abc", "--url", service.url)
-    assert code == 0 and "job-abc cancelled" in out
+    assert code == 0
+    assert "job-abc cancelled" in out
     assert run("cancel", "job-abc", "--no-wait", "--url", service.url)[0] == 0
 
 
@@ -349,7 +396,9 @@ def test_cancel_fails_when_the_job_ended_otherwise_or_not_at_all(
 ) -> None:
     service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "succeeded"})
     code, _, err = run("cancel", "job-abc", "--url", service.url)
-    assert code == 1 and "had succeeded before it could be cancelled" in err
+    assert code == 1
+    assert "had succeeded before it could be cancelled" in err
     service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
     code, _, err = run("cancel", "job-abc", "--timeout-s", "0", "--url", service.url)
-    assert code == 1 and "still cancelling after 0 s" in err
+    assert code == 1
+    assert "still cancelling after 0 s" in err

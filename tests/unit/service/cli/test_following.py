@@ -19,9 +19,13 @@ def test_logs_follow_until_the_job_ends(
     ]
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, pieces)
     waiting = {**JOB, "status": "queued", "attempt": 0}
-    service.routes["GET /v1/jobs/job-abc"] = (200, [waiting, JOB, {**JOB, "status": "succeeded"}])
+    service.routes["GET /v1/jobs/job-abc"] = (
+        200,
+        [waiting, JOB, {**JOB, "status": "succeeded"}],
+    )
     code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
-    assert code == 0 and out == "one\ntwo\n"
+    assert code == 0
+    assert out == "one\ntwo\n"
 
 
 def test_logs_go_on_with_the_next_attempt(
@@ -38,28 +42,36 @@ def test_logs_go_on_with_the_next_attempt(
         [JOB, {**JOB, "attempt": 2, "status": "succeeded"}],
     )
     code, out, _ = run("logs", "job-abc", "--follow", "--url", service.url)
-    assert code == 0 and out == "one\nagain\n"
+    assert code == 0
+    assert out == "one\nagain\n"
     asked = [path.partition("?")[2] for path, _ in service.requests if "/logs" in path]
-    assert asked[0] == "rank=0&attempt=1&offset=0" and asked[-1].startswith("rank=0&attempt=2&")
+    assert asked[0] == "rank=0&attempt=1&offset=0"
+    assert asked[-1].startswith("rank=0&attempt=2&")
 
 
 def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, {"data": "", "next_offset": 0})
     code, _, err = run("logs", "job-abc", "--rank", "3", "--url", service.url)
-    assert code == 1 and "rank 3 of job-abc has written no log yet" in err
+    assert code == 1
+    assert "rank 3 of job-abc has written no log yet" in err
 
 
 WATCHED = stream(
     ("state", {**JOB, "status": "running"}),
     ("metrics", {"rows": [{"step": 9, "attempt": 1, "loss": 3.5, "tokens_per_s": 2000.0}]}),
     ("checkpoint.committed", {"message": "checkpoint of step 10", "level": "info"}),
-    ("metrics", {"rows": [{"step": 10, "attempt": 1, "loss": 3.25, "tokens_per_s": 2000.0}]}),
+    (
+        "metrics",
+        {"rows": [{"step": 10, "attempt": 1, "loss": 3.25, "tokens_per_s": 2000.0}]},
+    ),
     ("state", {**JOB, "status": "succeeded"}),
     ("end", {}),
 )
 
 
-def test_watch_prints_plain_lines_without_a_terminal(run: Run, service: FakeService) -> None:
+def test_watch_prints_plain_lines_without_a_terminal(
+    run: Run, service: FakeService
+) -> None:
     service.routes["GET /v1/jobs/job-abc/stream"] = (200, WATCHED)
     service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
     code, out, _ = run("watch", "job-abc", "--url", service.url)
@@ -76,18 +88,24 @@ def test_watch_prints_plain_lines_without_a_terminal(run: Run, service: FakeServ
 def test_submit_watch_fails_with_the_job(run: Run, service: FakeService) -> None:
     failed = {**JOB, "status": "failed", "message": "rank 1 died of a signal"}
     service.routes["POST /v1/jobs"] = (201, JOB)
-    service.routes["GET /v1/jobs/job-abc/stream"] = (200, stream(("state", failed), ("end", {})))
+    service.routes["GET /v1/jobs/job-abc/stream"] = (
+        200,
+        stream(("state", failed), ("end", {})),
+    )
     service.routes["GET /v1/jobs/job-abc"] = (200, failed)
     code, out, err = run("submit", "spec.yaml", "--watch", "--url", service.url)
-    assert code == 1 and "submitted job-abc" in out
-    assert "job-abc failed: rank 1 died of a signal" in err and "megatron-ray logs job-abc" in err
+    assert code == 1
+    assert "submitted job-abc" in out
+    assert "job-abc failed: rank 1 died of a signal" in err
+    assert "megatron-ray logs job-abc" in err
 
 
 def test_watch_json_is_one_event_a_line(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs/job-abc/stream"] = (200, WATCHED)
     service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
     code, out, _ = run("watch", "job-abc", "--json", "--url", service.url)
-    assert code == 0 and [json.loads(line)["event"] for line in out.splitlines()][-1] == "end"
+    assert code == 0
+    assert [json.loads(line)["event"] for line in out.splitlines()][-1] == "end"
 
 
 def test_interrupted_watch_says_that_the_job_goes_on(
@@ -98,4 +116,5 @@ def test_interrupted_watch_says_that_the_job_goes_on(
 
     monkeypatch.setattr("service.client.Client.stream", interrupt)
     code, _, err = run("watch", "job-abc", "--url", service.url)
-    assert code == 130 and "job-abc goes on" in err
+    assert code == 130
+    assert "job-abc goes on" in err

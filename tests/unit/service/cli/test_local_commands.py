@@ -31,19 +31,27 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(
     code, out, _ = run(
         "generate", "job-abc", "--prompt", "def f", "--seed", "7", "--url", service.url
     )
-    assert code == 0 and out == "def f(self):\n"
-    assert asked[0][:2] == ("/new", "def f") and asked[0][2]["--seed"] == 7
+    assert code == 0
+    assert out == "def f(self):\n"
+    assert asked[0][:2] == ("/new", "def f")
+    assert asked[0][2]["--seed"] == 7
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": []})
-    assert "no committed checkpoint yet" in run("generate", "job-abc", "--url", service.url)[2]
+    assert (
+        "no committed checkpoint yet" in run("generate", "job-abc", "--url", service.url)[2]
+    )
 
 
-def test_generation_that_fails_gives_its_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generation_that_fails_gives_its_last_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(generate_module, "_MODULE", "service.no_such_module")
     with pytest.raises(CommandError, match="No module named service.no_such_module"):
         generate_module.run_generation("/x", "", {})
 
 
-def test_convert_gives_back_what_it_took(run: Run, service: FakeService, tmp_path: Path) -> None:
+def test_convert_gives_back_what_it_took(
+    run: Run, service: FakeService, tmp_path: Path
+) -> None:
     from tests.unit.megatron_ray.checkpoint.hf_folders import (
         publish,
     )  # takes seconds that no other test here needs
@@ -74,7 +82,8 @@ def test_convert_gives_back_what_it_took(run: Run, service: FakeService, tmp_pat
     )
     assert code == 0 and len(json.loads(out)["files"]) > 1, err
     code, out, _ = run("convert", "import", "hf", "ours", "--json")
-    assert code == 1 and out == ""
+    assert code == 1
+    assert out == ""
     assert "it is there already" in run("convert", "import", "hf", "ours")[2]
     assert run("convert", "export", "ours", "x", "--dtype", "int4")[0] == 2
     assert (
@@ -87,11 +96,14 @@ def test_data_prepare_checks_the_spec_here(run: Run) -> None:
     code, _, err = run(
         "data", "prepare", "spec.yaml", "--cache", "cache", "--set", "training.stepz=1"
     )
-    assert code == 2 and "/training/stepz" in err
+    assert code == 2
+    assert "/training/stepz" in err
     code, _, err = run("data", "prepare", "spec.yaml")
-    assert code == 2 and "--cache" in err
+    assert code == 2
+    assert "--cache" in err
     code, _, err = run("data", "prepare", "spec.yaml", "--cache", "cache", "--json")
-    assert code == 2 and json.loads(err)["errors"][0]["pointer"] == "/data/train/0/path"
+    assert code == 2
+    assert json.loads(err)["errors"][0]["pointer"] == "/data/train/0/path"
 
 
 def test_data_prepare(run: Run, tmp_path: Path) -> None:
@@ -114,21 +126,26 @@ def test_data_prepare(run: Run, tmp_path: Path) -> None:
 
 def test_down_when_nothing_is_up(run: Run) -> None:
     code, out, _ = run("down")
-    assert code == 0 and "nothing is up" in out
+    assert code == 0
+    assert "nothing is up" in out
     assert json.loads(run("down", "--json")[1])["was_up"] is False
 
 
 def test_demo_without_its_spec(run: Run) -> None:
     code, _, err = run("demo", "--spec", "nowhere.yaml")
-    assert code == 2 and "cannot read the job spec nowhere.yaml" in err
+    assert code == 2
+    assert "cannot read the job spec nowhere.yaml" in err
 
 
 def test_a_data_dir_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     code, _, err = run("up", "--data-dir", "file/below")
-    assert code == 1 and "cannot write to the data dir" in err and "--data-dir" in err
+    assert code == 1
+    assert "cannot write to the data dir" in err
+    assert "--data-dir" in err
     code, _, err = run("up", "--detach", "--data-dir", "file/below")
-    assert code == 1 and "cannot write to the data dir" in err
+    assert code == 1
+    assert "cannot write to the data dir" in err
 
 
 def test_usage_mistakes_end_with_code_2(run: Run) -> None:
