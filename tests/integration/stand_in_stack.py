@@ -11,7 +11,7 @@ with importing():
     from rich.console import Console
 
     from service.cli.commands.stack import with_stack
-    from service.cli.failure import Failure
+    from service.cli.failure import CommandError
     from service.local_stack.interruption import Interruption
     from service.local_stack.record import StackRecord
     from service.local_stack.stack import LocalStack, StackOptions
@@ -62,5 +62,5 @@ if __name__ == "__main__":
     interruption.listen()
     try:
         with_stack(stand_in_options(Path(sys.argv[1])), interruption, Console(), _announce)
-    except Failure as failure:
+    except CommandError as failure:
         raise SystemExit(failure.exit_code) from failure
