@@ -24,6 +24,7 @@ from megatron_ray.context_parallel.tiles import (
 )
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
 from megatron_ray.sharding.sequence_split import SequenceCut
@@ -34,9 +35,12 @@ class AllGatherAttention(nn.Module):
     sequences of the whole group.
     """
 
-    def __init__(self, group: Group, window: int | None = None) -> None:
-        """`window`: tokens that a token sees, itself included; None for all."""
+    def __init__(self, group: Group, device: DeviceKind, window: int | None = None) -> None:
+        """`device`: what it runs on; `window`: tokens that a token sees, itself
+        included; None for all.
+        """
         super().__init__()
+        self.device = device
         self.group = group
         self.window = window
 
@@ -44,7 +48,10 @@ class AllGatherAttention(nn.Module):
         self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
     ) -> Tensor:
         documents = packed.documents_BS if packed is not None else None
-        return _Gather.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)  # type: ignore[no-any-return, no-untyped-call]
+        wide = self.device.widens(q_BNSD.dtype == torch.bfloat16)
+        return _Gather.apply(  # type: ignore[no-any-return, no-untyped-call]
+            q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, wide
+        )
 
 
 def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile]:
@@ -105,9 +112,10 @@ class _Gather(torch.autograd.Function):
         documents: Tensor | None,
         group: Group,
         window: int | None,
+        wide: bool,
     ) -> Tensor:
         cut = SequenceCut(collectives.size(group), collectives.rank(group))
-        so_far = PartialAttention.nothing(q)
+        so_far = PartialAttention.nothing(q, wide)
         own = torch.stack([k, v])
         keys, values = _gathered(own, cut.cp, group)
         attend(
@@ -120,7 +128,7 @@ class _Gather(torch.autograd.Function):
         )
         output = tokens_first(so_far.output, q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
-
+        ctx.wide = wide
         ctx.cut = cut
         ctx.group = group
         ctx.documents = documents
@@ -132,8 +140,9 @@ class _Gather(torch.autograd.Function):
         q, own, output, lse = ctx.saved_tensors
         cut: SequenceCut = ctx.cut
         whole = _gathered(own, cut.cp, ctx.group)
+        grad_q = torch.zeros_like(q, dtype=lse.dtype)
         gradients = TileGradients(
-            torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(whole, dtype=lse.dtype)
+            grad_q, torch.zeros_like(whole, dtype=lse.dtype), ctx.wide
         )
         tiles = gather_tiles(cut, q.shape[2], ctx.window)
         attend_backward(
@@ -153,7 +162,7 @@ class _Gather(torch.autograd.Function):
             .to(q.dtype)
             .unbind(0)
         )
-        return gradients.queries.to(q.dtype), grad_k, grad_v, None, None, None
+        return gradients.queries.to(q.dtype), grad_k, grad_v, None, None, None, None
 
 
 def _gathered(own_2BGSD: Tensor, cp: int, group: Group) -> Tensor:

@@ -25,6 +25,7 @@ from megatron_ray.context_parallel.tiles import (
 )
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
 from megatron_ray.sharding.sequence_split import SequenceCut
@@ -78,9 +79,12 @@ class RingAttention(nn.Module):
     sequences of the whole group.
     """
 
-    def __init__(self, group: Group, window: int | None = None) -> None:
-        """`window`: tokens that a token sees, itself included; None for all."""
+    def __init__(self, group: Group, device: DeviceKind, window: int | None = None) -> None:
+        """`device`: what it runs on; `window`: tokens that a token sees, itself
+        included; None for all.
+        """
         super().__init__()
+        self.device = device
         self.group = group
         self.window = window
 
@@ -88,7 +92,8 @@ class RingAttention(nn.Module):
         self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
     ) -> Tensor:
         documents = packed.documents_BS if packed is not None else None
-        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)  # type: ignore[no-any-return, no-untyped-call]
+        wide = self.device.widens(q_BNSD.dtype == torch.bfloat16)
+        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, wide)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Hops:
@@ -144,9 +149,10 @@ class _Ring(torch.autograd.Function):
         documents: Tensor | None,
         group: Group,
         window: int | None,
+        wide: bool,
     ) -> Tensor:
         hops = _Hops(group, documents, window)
-        so_far = PartialAttention.nothing(q)
+        so_far = PartialAttention.nothing(q, wide)
         length = q.shape[2]
         own = torch.stack([k, v])
         block = own
@@ -168,6 +174,7 @@ class _Ring(torch.autograd.Function):
         output = tokens_first(so_far.output, q.dtype)
         ctx.save_for_backward(q, own, output, so_far.lse)
         ctx.hops = hops
+        ctx.wide = wide
         return output
 
     @staticmethod
@@ -181,7 +188,9 @@ class _Ring(torch.autograd.Function):
             if not last:
                 next_block, pending = hops.start(block)
             owner = hops.owner(hop)
-            gradients = TileGradients(grad_q, torch.zeros_like(block, dtype=lse.dtype))
+            gradients = TileGradients(
+                grad_q, torch.zeros_like(block, dtype=lse.dtype), ctx.wide
+            )
             tiles = hops.tiles(owner, q.shape[2])
             attend_backward(
                 gradients,
@@ -203,4 +212,4 @@ class _Ring(torch.autograd.Function):
         assert travelling is not None
         travelling[1].wait()
         grad_k, grad_v = travelling[0].to(q.dtype).unbind(0)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None

@@ -96,14 +96,16 @@ class PartialAttention:
 
     output: Tensor
     lse: Tensor
+    wide: bool
+    """Whether bf16 is multiplied in fp32."""
 
     @classmethod
-    def nothing(cls, q_BNQD: Tensor) -> "PartialAttention":
+    def nothing(cls, q_BNQD: Tensor, wide: bool) -> "PartialAttention":
         """No key seen yet."""
-        wide = torch.promote_types(q_BNQD.dtype, torch.float32)
+        dtype = torch.promote_types(q_BNQD.dtype, torch.float32)
+        output = torch.zeros_like(q_BNQD, dtype=dtype)
         return cls(
-            torch.zeros_like(q_BNQD, dtype=wide),
-            q_BNQD.new_full(q_BNQD.shape[:-1], -torch.inf, dtype=wide),
+            output, q_BNQD.new_full(q_BNQD.shape[:-1], -torch.inf, dtype=dtype), wide
         )
 
     def join(self, rows: slice, output: Tensor, lse: Tensor) -> None:
@@ -133,7 +135,7 @@ def attend(
         q = q_BNQD[:, :, tile.queries]
         k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
         bias = _bias(tile, documents, q, k)
-        output, lse = fused.forward(q, k, v, tile.causal, bias)
+        output, lse = fused.forward(q, k, v, tile.causal, bias, wide=so_far.wide)
         if bias is not None:  # the kernel says 0 for who sees nothing
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
         so_far.join(tile.queries, output, lse)
@@ -147,6 +149,8 @@ class TileGradients:
 
     queries: Tensor
     keys_values: Tensor
+    wide: bool
+    """Whether bf16 is multiplied in fp32."""
 
 
 def attend_backward(
@@ -168,15 +172,9 @@ def attend_backward(
         q = q_BNQD[:, :, rows]
         k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
         bias = _bias(tile, documents, q, k)
+        said = (output[:, :, rows], lse[:, :, rows])
         found = fused.backward(
-            grad_BNQD[:, :, rows],
-            q,
-            k,
-            v,
-            output[:, :, rows],
-            lse[:, :, rows],
-            tile.causal,
-            bias,
+            grad_BNQD[:, :, rows], q, k, v, said, tile.causal, bias, wide=gradients.wide
         )
         gradients.queries[:, :, rows] += found[0]
         for place, grad in enumerate(found[1:]):

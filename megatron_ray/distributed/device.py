@@ -8,6 +8,8 @@ import resource
 
 import torch
 
+from megatron_ray.distributed.device_kind import DeviceKind
+
 # Dense bf16 peaks in FLOP/s by a part of the device's name (vendor data sheets); fp32
 # figures are not given there.
 _BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
@@ -22,6 +24,19 @@ def select(kind: str, local_index: int = 0) -> torch.device:
     device = torch.device("cuda", local_index)
     torch.cuda.set_device(device)
     return device
+
+
+def kind_of(device_type: str) -> DeviceKind:
+    """Returns what decides which kernels run on this process's device of a type.
+
+    For a CPU oneDNN is asked, since it multiplies there: yes from AVX-512 on (it needs
+    no instructions for bf16), no below, and what ONEDNN_MAX_CPU_ISA forbids it, it does
+    not do.
+    """
+    if device_type != "cpu":
+        return DeviceKind(device_type, bf16_products=True)
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return DeviceKind(device_type, bf16_products=supported)
 
 
 def backend_for(device: torch.device) -> str:

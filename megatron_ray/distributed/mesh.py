@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from megatron_ray.distributed import collectives, device
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.parallel_dims import ParallelDims
 
 
@@ -35,6 +36,8 @@ class ParallelMesh:
     dims: ParallelDims
     rank: int
     device: torch.device
+    device_kind: DeviceKind
+    """Decides which kernels run; the device's own, unless it is replaced."""
     world_group: Group
     tp_group: Group
     dp_group: Group
@@ -104,7 +107,8 @@ class ParallelMesh:
         }
         for group in dict.fromkeys((*found.values(), *cp_levels)):
             collectives.barrier(group, chosen)
-        return cls(dims, world.rank, chosen, cp_levels=cp_levels, **found)
+        kind = device.kind_of(chosen.type)
+        return cls(dims, world.rank, chosen, kind, cp_levels=cp_levels, **found)
 
     @classmethod
     def single(cls, kind: str = "cpu") -> "ParallelMesh":

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Packed
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import ROTATION, RotateQKV, split_qkv
-from megatron_ray.ops.attention.blockwise import blocks_are_faster, causal_attention
+from megatron_ray.ops.attention.blockwise import causal_attention
+from megatron_ray.ops.attention.choice import attention_kernel
 from megatron_ray.ops.attention.fp32 import fp32_causal_attention
 from megatron_ray.ops.attention.fused import band
-from megatron_ray.ops.attention.sliding_window import windowed_attention
-from megatron_ray.ops.matmul import needs_fp32_matmul
+from megatron_ray.ops.attention.sliding_window import masked_attention, windowed_attention
 
 
 @dataclass
@@ -195,15 +196,17 @@ class LocalAttention(nn.Module):
     tokens where one is given.
     """
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, device: DeviceKind, window: int | None = None) -> None:
+        """`device`: what it runs on, which decides the kernel."""
         super().__init__()
+        self.device = device
         self.window = window
 
     def forward(
         self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
     ) -> Tensor:
         if packed is None:
-            return _whole(q_BNSD, k_BGSD, v_BGSD, self.window)
+            return self._whole(q_BNSD, k_BGSD, v_BGSD)
         rows = []
         for row, lengths in enumerate(packed.lengths):
             documents = zip(
@@ -213,21 +216,28 @@ class LocalAttention(nn.Module):
                 ),
                 strict=True,
             )
-            rows.append(
-                torch.cat([_whole(q, k, v, self.window) for q, k, v in documents], dim=2)
-            )
+            rows.append(torch.cat([self._whole(q, k, v) for q, k, v in documents], dim=2))
         return torch.cat(rows)
 
-
-def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int | None) -> Tensor:
-    """Every row is one sequence."""
-    if window is not None and window < q_BNSD.shape[2]:
-        return windowed_attention(q_BNSD, k_BGSD, v_BGSD, window)
-    if needs_fp32_matmul(q_BNSD.device.type, q_BNSD.dtype):
-        return fp32_causal_attention(q_BNSD, k_BGSD, v_BGSD)
-    if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):
-        return causal_attention(q_BNSD, k_BGSD, v_BGSD)
-    grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
-    return nn.functional.scaled_dot_product_attention(
-        q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped
-    )
+    def _whole(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+        """Every row is one sequence."""
+        bf16 = q_BNSD.dtype == torch.bfloat16
+        window = self.window
+        kernel = attention_kernel(
+            self.device, bf16=bf16, sequence=q_BNSD.shape[2], window=window
+        )
+        if kernel == "masked":
+            assert window is not None
+            return masked_attention(q_BNSD, k_BGSD, v_BGSD, window)
+        if kernel == "stripes":
+            assert window is not None
+            wide = self.device.widens(bf16)
+            return windowed_attention(q_BNSD, k_BGSD, v_BGSD, window, wide=wide)
+        if kernel == "fused_in_fp32":
+            return fp32_causal_attention(q_BNSD, k_BGSD, v_BGSD)
+        if kernel == "blocks":
+            return causal_attention(q_BNSD, k_BGSD, v_BGSD)
+        grouped = q_BNSD.shape[1] != k_BGSD.shape[1]
+        return nn.functional.scaled_dot_product_attention(
+            q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=grouped
+        )

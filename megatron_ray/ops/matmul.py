@@ -15,71 +15,87 @@ product per expert, for which the host must know the counts (no wait on CPU).
 Shapes: T tokens, I inputs, O outputs, E experts.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from megatron_ray.distributed.device import kind_of
 
-def _onednn(tensor: Tensor) -> bool:
-    if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-        return False
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch._C._has_mkldnn
+Library = Literal["torch", "onednn", "fp32"]
+"""`fp32`: operands are made fp32, and then whichever is quicker there. Every product
+takes one; where none is given, the device of its operands decides."""
 
 
-def needs_fp32_matmul(device: str, dtype: torch.dtype) -> bool:
-    """Whether products are to be done in fp32: torch multiplies bf16 one by one where
-    the processor cannot (measured: 1 to 20 GFLOP/s for 80 in fp32).
+def library_for(device: str, dtype: torch.dtype) -> Library:
+    """Returns what multiplies such operands. torch multiplies bf16 one by one where
+    oneDNN does not (measured: 1 to 20 GFLOP/s for 80 in fp32).
     """
-    return (
-        device == "cpu"
-        and dtype == torch.bfloat16
-        and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if device != "cpu":
+        return "torch"
+    if kind_of(device).widens(dtype == torch.bfloat16):
+        return "fp32"
+    onednn = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch._C._has_mkldnn
+    return "onednn" if onednn and dtype == torch.float32 else "torch"
 
 
-def _wide(tensor: Tensor) -> bool:
-    return needs_fp32_matmul(tensor.device.type, tensor.dtype)
+def _of(tensor: Tensor, library: Library | None) -> Library:
+    return library or library_for(tensor.device.type, tensor.dtype)
 
 
-def forward_product(inputs_TI: Tensor, weight_OI: Tensor) -> Tensor:
-    """Inputs @ weight^T: [T, O]."""
-    if _wide(inputs_TI):
+def forward_product(
+    inputs_TI: Tensor, weight_OI: Tensor, library: Library | None = None
+) -> Tensor:
+    """Returns inputs @ weight^T: [T, O]."""
+    library = _of(inputs_TI, library)
+    if library == "fp32":
         return forward_product(inputs_TI.float(), weight_OI.float()).to(inputs_TI.dtype)
-    if _onednn(inputs_TI):
+    if library == "onednn":
         return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
             inputs_TI, weight_OI, None, "none", [], ""
         )
     return torch.mm(inputs_TI, weight_OI.t())
 
 
-def forward_product_plus(inputs_TI: Tensor, weight_OI: Tensor, addend_TO: Tensor) -> Tensor:
-    """Addend + inputs @ weight^T, rounded once: [T, O]."""
-    if _wide(inputs_TI):
-        return forward_product_plus(
+def forward_product_plus(
+    inputs_TI: Tensor, weight_OI: Tensor, addend_TO: Tensor, library: Library | None = None
+) -> Tensor:
+    """Returns addend + inputs @ weight^T, rounded once: [T, O]."""
+    library = _of(inputs_TI, library)
+    if library == "fp32":
+        product = forward_product_plus(
             inputs_TI.float(), weight_OI.float(), addend_TO.float()
-        ).to(inputs_TI.dtype)
-    if _onednn(inputs_TI):
+        )
+        return product.to(inputs_TI.dtype)
+    if library == "onednn":
         return torch.ops.mkldnn._linear_pointwise.binary(  # type: ignore[no-any-return]
             inputs_TI, addend_TO, weight_OI, None, "add"
         )
     return torch.addmm(addend_TO, inputs_TI, weight_OI.t())
 
 
-def input_grad_product(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
-    """Grad @ weight: [T, I]."""
-    if _wide(grad_TO):
+def input_grad_product(
+    grad_TO: Tensor, weight_OI: Tensor, library: Library | None = None
+) -> Tensor:
+    """Returns grad @ weight: [T, I]."""
+    library = _of(grad_TO, library)
+    if library == "fp32":
         return input_grad_product(grad_TO.float(), weight_OI.float()).to(grad_TO.dtype)
-    if _onednn(grad_TO):
+    if library == "onednn":
         return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
             grad_TO, weight_OI.t(), None, "none", [], ""
         )
     return torch.mm(grad_TO, weight_OI)
 
 
-def weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor) -> Tensor:
-    """grad^T @ inputs: [O, I]."""
-    if _wide(grad_TO):
+def weight_grad_product(
+    grad_TO: Tensor, inputs_TI: Tensor, library: Library | None = None
+) -> Tensor:
+    """Returns grad^T @ inputs: [O, I]."""
+    library = _of(grad_TO, library)
+    if library == "fp32":
         return weight_grad_product(grad_TO.float(), inputs_TI.float()).to(grad_TO.dtype)
-    if _onednn(grad_TO):
+    if library == "onednn":
         return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
             grad_TO.t(), inputs_TI.t(), None, "none", [], ""
         )
@@ -87,14 +103,23 @@ def weight_grad_product(grad_TO: Tensor, inputs_TI: Tensor) -> Tensor:
 
 
 def accumulate_weight_grad(
-    main_OI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, *, fresh: bool
+    main_OI: Tensor,
+    grad_TO: Tensor,
+    inputs_TI: Tensor,
+    *,
+    fresh: bool,
+    library: Library | None = None,
 ) -> None:
-    """Main (fp32) = or += grad^T @ inputs, without a temporary where the library can."""
-    if _wide(inputs_TI):
+    """Adds grad^T @ inputs to main (fp32), or sets it to that where it is fresh,
+    without a temporary where the library can.
+    """
+    library = _of(inputs_TI, library)
+    if library == "fp32":
         inputs_TI = inputs_TI.float()
         grad_TO = grad_TO.float()
-    if inputs_TI.dtype != main_OI.dtype or _onednn(inputs_TI):
-        product = weight_grad_product(grad_TO, inputs_TI)
+        library = library_for(inputs_TI.device.type, inputs_TI.dtype)
+    if inputs_TI.dtype != main_OI.dtype or library == "onednn":
+        product = weight_grad_product(grad_TO, inputs_TI, library)
         main_OI.copy_(product) if fresh else main_OI.add_(product)
     elif fresh:
         torch.mm(grad_TO.t(), inputs_TI, out=main_OI)
@@ -122,35 +147,33 @@ def _by_expert(rows: Tensor, counts: Counts) -> tuple[Tensor, ...]:
 
 
 def grouped_forward_product(
-    inputs_TI: Tensor, weight_EOI: Tensor, counts: Counts
+    inputs_TI: Tensor, weight_EOI: Tensor, counts: Counts, library: Library | None = None
 ) -> Tensor:
-    """Each expert's inputs @ its weight^T: [T, O]."""
+    """Returns each expert's inputs @ its weight^T: [T, O]."""
     if _one_kernel(inputs_TI, weight_EOI):
         return torch.nn.functional.grouped_mm(
             inputs_TI, weight_EOI.transpose(1, 2), offs=_ends(counts, inputs_TI)
         )
     parts = zip(_by_expert(inputs_TI, counts), weight_EOI, strict=True)
-    return _joined(
-        [forward_product(rows, weight) for rows, weight in parts if len(rows)],
-        inputs_TI,
-        weight_EOI.shape[1],
-    )
+    products = [
+        forward_product(rows, weight, library) for rows, weight in parts if len(rows)
+    ]
+    return _joined(products, inputs_TI, weight_EOI.shape[1])
 
 
 def grouped_input_grad_product(
-    grad_TO: Tensor, weight_EOI: Tensor, counts: Counts
+    grad_TO: Tensor, weight_EOI: Tensor, counts: Counts, library: Library | None = None
 ) -> Tensor:
-    """Each expert's grad @ its weight: [T, I]."""
+    """Returns each expert's grad @ its weight: [T, I]."""
     if _one_kernel(grad_TO, weight_EOI):
         return torch.nn.functional.grouped_mm(
             grad_TO, weight_EOI, offs=_ends(counts, grad_TO)
         )
     parts = zip(_by_expert(grad_TO, counts), weight_EOI, strict=True)
-    return _joined(
-        [input_grad_product(rows, weight) for rows, weight in parts if len(rows)],
-        grad_TO,
-        weight_EOI.shape[2],
-    )
+    products = [
+        input_grad_product(rows, weight, library) for rows, weight in parts if len(rows)
+    ]
+    return _joined(products, grad_TO, weight_EOI.shape[2])
 
 
 def grouped_weight_grad_product(
@@ -163,9 +186,17 @@ def grouped_weight_grad_product(
 
 
 def accumulate_grouped_weight_grad(
-    main_EOI: Tensor, grad_TO: Tensor, inputs_TI: Tensor, counts: Counts, *, fresh: bool
+    main_EOI: Tensor,
+    grad_TO: Tensor,
+    inputs_TI: Tensor,
+    counts: Counts,
+    *,
+    fresh: bool,
+    library: Library | None = None,
 ) -> None:
-    """Main (fp32) = or += each expert's grad^T @ inputs."""
+    """Adds each expert's grad^T @ inputs to main (fp32), or sets it to that where it is
+    fresh.
+    """
     if _one_kernel(inputs_TI, main_EOI):
         product = torch.nn.functional.grouped_mm(
             grad_TO.t(), inputs_TI, offs=_ends(counts, inputs_TI)
@@ -180,7 +211,7 @@ def accumulate_grouped_weight_grad(
         main_EOI, _by_expert(grad_TO, counts), _by_expert(inputs_TI, counts), strict=True
     ):
         if len(grad):
-            accumulate_weight_grad(main, grad, inputs, fresh=fresh)
+            accumulate_weight_grad(main, grad, inputs, fresh=fresh, library=library)
         elif fresh:
             main.zero_()
 

@@ -16,7 +16,6 @@ from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, RouterLinear
-from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.dropout import AttentionWithDropout, Dropout
 from megatron_ray.models.layers import Dispatcher
@@ -58,7 +57,7 @@ class ParallelLayerFactory:
         dtype: torch.dtype,
         experts: ExpertParallelGroups,
         streams: Streams,
-        attention: Callable[[int | None], nn.Module] = LocalAttention,
+        attention: Callable[[int | None], nn.Module],
     ) -> None:
         self.config = config
         self.group = group

@@ -119,16 +119,17 @@ def context_attention(
     """Attention over sequences, or the last `window` tokens of them, that
     context-parallel ranks share, or that lie whole on this one.
     """
+    device = mesh.device_kind
     if mesh.cp_group is None:
-        return LocalAttention(window)
+        return LocalAttention(device, window)
     if method == "p2p":
-        return RingAttention(mesh.cp_group, window)
+        return RingAttention(mesh.cp_group, device, window)
     if method == "all_gather":
-        return AllGatherAttention(mesh.cp_group, window)
+        return AllGatherAttention(mesh.cp_group, device, window)
     if method == "a2a":
-        return UlyssesAttention(mesh.cp_group, LocalAttention(window))
+        return UlyssesAttention(mesh.cp_group, LocalAttention(device, window))
     exchange, ring = mesh.cp_levels
-    return UlyssesAttention(exchange, RingAttention(ring, window))
+    return UlyssesAttention(exchange, RingAttention(ring, device, window))
 
 
 def parallelize(

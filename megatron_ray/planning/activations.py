@@ -22,6 +22,8 @@ from dataclasses import dataclass
 
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.distributed.device_kind import DeviceKind
+from megatron_ray.ops.attention.choice import attention_kernel
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import (
     local_vocabulary,
@@ -31,8 +33,14 @@ from megatron_ray.planning.microbatch import (
 )
 from megatron_ray.sharding.loss_chunks import rows_at_once
 
-_STATISTICS = {"rmsnorm": 4, "layernorm": 8}
-"""fp32 numbers that a norm keeps of each token, in bytes."""
+
+def _statistics(config: TrainConfig, device: DeviceKind) -> int:
+    """Returns the bytes of the numbers that a norm keeps of each token: one in fp32, of
+    a LayerNorm two, which torch's kernel for CPUs makes in the type of the activations.
+    """
+    if config.model.norm == "rmsnorm":
+        return 4
+    return 2 * (width_of(config) if device.type == "cpu" else 4)
 
 
 @dataclass(frozen=True)
@@ -44,14 +52,15 @@ class LayerActivations:
     layer_input: int
     """w T H / s"""
     norm: int
-    """Outputs of both norms, and their statistics: 2 w T H / s + 2 x (4 or 8) T / s"""
+    """Outputs of both norms, and their statistics (`_statistics`, z bytes): 2 w T H / s
+    + 2 z T / s"""
     core_attention: int
-    """4 T N / tp: a fused kernel's fp32 logarithms of sums (the blocks of bf16 on CPU
-    keep none). With dropout on the attention probabilities: (4 + 1 + w) T S N / tp,
-    fp32 probabilities, mask and dropped probabilities. Where heads are exchanged for
-    tokens, and in latent attention whose values are narrower than its keys and are cut
-    out, the kernel keeps its output and something else goes on: w T N D / tp more, but
-    with dropout."""
+    """4 T N / tp: a fused kernel's fp32 logarithms of sums. Where heads are exchanged
+    for tokens, and in latent attention whose values are narrower than its keys and are
+    cut out, the kernel keeps its output and something else goes on: w T N D / tp more.
+    The blocks of bf16 on CPU keep neither: 0. With dropout on the attention
+    probabilities: (4 + 1 + w) T S N / tp, fp32 probabilities, mask and dropped
+    probabilities."""
     pre_activation: int
     """w T f / tp"""
     activation: int
@@ -62,9 +71,9 @@ class LayerActivations:
     (`_routing`); 0 in a layer without."""
     rest: int
     """w T H / s before the MLP's norm, w T (2 N + 2 G) D / tp around the attention (G
-    at least tp), (w D + 4 or 8) T (N + G) / tp where queries and keys are normed, and 2
-    T H / s of masks with hidden dropout. Around latent attention w T N (3 D + V) / tp,
-    and of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
+    at least tp), (w D + z) T (N + G) / tp where queries and keys are normed, and 2 T H
+    / s of masks with hidden dropout. Around latent attention w T N (3 D + V) / tp, and
+    of its latents w T (2 Q + 2 C + R) / s and their norms' statistics."""
 
     @property
     def whole(self) -> int:
@@ -85,8 +94,10 @@ class LayerActivations:
         return self.whole - sum(spared[name] for name in set(modules))
 
 
-def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
-    """Of a layer on one rank."""
+def layer_activations(
+    config: TrainConfig, index: int, device: DeviceKind
+) -> LayerActivations:
+    """Returns what a layer keeps on one rank, on such a device."""
     model = config.model
     parallel = config.parallel
     tp = parallel.tp
@@ -95,12 +106,10 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     width = width_of(config)
     residual = width * own * model.hidden_size
     heads = tokens * model.num_attention_heads // tp
-    attended = 4 + _own_output(config) * width
-    scores = (
-        heads * config.training.seq_length * (4 + 1 + width)
-        if model.attention_dropout
-        else heads * attended
-    )
+    if model.attention_dropout:
+        core = heads * config.training.seq_length * (4 + 1 + width)
+    else:
+        core = heads * _kept_by_kernel(config, index, device)
     moe = model.experts_on(index)
     copies = 0
     if moe is None:
@@ -115,15 +124,36 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
         copies = moe.top_k * residual * (parallel.expert_tp + back) + own * _routing(moe)
     return LayerActivations(
         layer_input=residual,
-        norm=2 * residual + 2 * _STATISTICS[model.norm] * own,
-        core_attention=scores,
+        norm=2 * residual + 2 * _statistics(config, device) * own,
+        core_attention=core,
         pre_activation=inner * (2 if model.gated else 1),
         activation=inner,
         experts=copies,
         rest=residual
-        + _around_attention(config)
+        + _around_attention(config, device)
         + (2 * residual // width if model.hidden_dropout else 0),
     )
+
+
+def _kept_by_kernel(config: TrainConfig, index: int, device: DeviceKind) -> int:
+    """Returns the bytes of a token and head that a layer's attention keeps beside
+    queries, keys, values and what goes on. Documents that are attended to apart count
+    as whole sequences, since nobody knows their lengths.
+    """
+    parallel = config.parallel
+    training = config.training
+    shared = (
+        parallel.cp > 1 and parallel.cp_method != "a2a"
+    )  # in tiles, which keep what joins them
+    kernel = attention_kernel(
+        device,
+        bf16=training.precision == "bf16",
+        sequence=training.seq_length,
+        window=config.model.window_on(index),
+    )
+    if kernel == "blocks" and not shared:
+        return 0
+    return 4 + _own_output(config) * width_of(config)
 
 
 def _own_output(config: TrainConfig) -> int:
@@ -134,7 +164,7 @@ def _own_output(config: TrainConfig) -> int:
     return model.head_width if exchanged or model.value_width < model.head_width else 0
 
 
-def _around_attention(config: TrainConfig) -> int:
+def _around_attention(config: TrainConfig, device: DeviceKind) -> int:
     """Queries, keys, values and what goes on; latents before them."""
     model = config.model
     tp = config.parallel.tp
@@ -145,15 +175,14 @@ def _around_attention(config: TrainConfig) -> int:
         normed = (
             heads + tokens * max(model.kv_heads, tp) // tp
         )  # heads of tokens, queries and keys together
-        return width * 2 * normed * model.head_width + model.qk_norm * normed * (
-            width * model.head_width + _STATISTICS[model.norm]
-        )
+        of_norms = width * model.head_width + _statistics(config, device)
+        return width * 2 * normed * model.head_width + model.qk_norm * normed * of_norms
     mla = model.mla
     norms = 2 if model.mla.q_lora_rank is not None else 1
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
     return width * heads * (3 * mla.qk_head_dim + mla.v_head_dim) + own_tokens_of(
         config
-    ) * (width * latents + norms * _STATISTICS[model.norm])
+    ) * (width * latents + norms * _statistics(config, device))
 
 
 def _routing(moe: MoEConfig) -> int:
@@ -171,19 +200,27 @@ def _routing(moe: MoEConfig) -> int:
     )
 
 
-def _by_layer(config: TrainConfig, layers: Sequence[int]) -> list[LayerActivations]:
-    """Layers are alike but for having experts or not."""
-    kinds = {config.model.experts_on(index) is not None: index for index in layers}
-    found = {experts: layer_activations(config, index) for experts, index in kinds.items()}
-    return [found[config.model.experts_on(index) is not None] for index in layers]
+def _by_layer(
+    config: TrainConfig, layers: Sequence[int], device: DeviceKind
+) -> list[LayerActivations]:
+    """Layers are alike but for having experts or not, and a window or not."""
+    model = config.model
+    kinds = [
+        (model.experts_on(index) is not None, model.window_on(index)) for index in layers
+    ]
+    examples = dict(zip(kinds, layers, strict=True))
+    found = {
+        kind: layer_activations(config, index, device) for kind, index in examples.items()
+    }
+    return [found[kind] for kind in kinds]
 
 
-def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:
-    """Bytes that a stage with these layers keeps of a microbatch until its backward
-    pass.
+def kept_activations(config: TrainConfig, layers: Sequence[int], device: DeviceKind) -> int:
+    """Returns the bytes that a stage with these layers keeps of a microbatch until its
+    backward pass, on such a device.
     """
     recompute = config.training.recompute
-    found = _by_layer(config, layers)
+    found = _by_layer(config, layers, device)
     if recompute.granularity != "full":
         return sum(layer.without(recompute.chosen_modules) for layer in found)
     assert recompute.num_layers is not None
@@ -196,12 +233,14 @@ def kept_activations(config: TrainConfig, layers: Sequence[int]) -> int:
     )
 
 
-def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
-    """Bytes that come back for a while in a backward pass: those of a whole chunk, or
-    what one layer had done without.
+def recomputed_activations(
+    config: TrainConfig, layers: Sequence[int], device: DeviceKind
+) -> int:
+    """Returns the bytes that come back for a while in a backward pass: those of a whole
+    chunk, or what one layer had done without.
     """
     recompute = config.training.recompute
-    found = _by_layer(config, layers)
+    found = _by_layer(config, layers, device)
     if recompute.granularity != "full":
         return max(
             (layer.whole - layer.without(recompute.chosen_modules) for layer in found),
@@ -213,31 +252,29 @@ def recomputed_activations(config: TrainConfig, layers: Sequence[int]) -> int:
     return max((sum(layer.whole for layer in chunk) for chunk in chunks), default=0)
 
 
-def kept_by_stage(config: TrainConfig, stage: StageContents) -> int:
-    """Bytes that a whole stage keeps of a microbatch: its layers, what its embedding
-    and its head keep, and all that once more of each layer that predicts a further
-    token.
+def kept_by_stage(config: TrainConfig, stage: StageContents, device: DeviceKind) -> int:
+    """Returns the bytes that a whole stage keeps of a microbatch on such a device: its
+    layers, what its embedding and its head keep, and all that once more of each layer
+    that predicts a further token.
     """
     embedding = _kept_by_embedding(config)
-    head = _kept_by_head(config)
-    found = (
-        kept_activations(config, stage.layers)
-        + stage.embedding * embedding
-        + stage.loss * head
-    )
+    head = _kept_by_head(config, device)
+    found = kept_activations(config, stage.layers, device)
+    found += stage.embedding * embedding + stage.loss * head
     for layer in stage.further(config.model.num_layers):
-        found += (
-            embedding + _kept_by_joining(config) + kept_activations(config, [layer]) + head
-        )
+        found += embedding + _kept_by_joining(config, device) + head
+        found += kept_activations(config, [layer], device)
     return found
 
 
-def recomputed_by_stage(config: TrainConfig, stage: StageContents) -> int:
-    """Bytes that come back for a while in the backward pass of a stage; each layer that
-    predicts a further token is a row of its own.
+def recomputed_by_stage(
+    config: TrainConfig, stage: StageContents, device: DeviceKind
+) -> int:
+    """Returns the bytes that come back for a while in the backward pass of a stage;
+    each layer that predicts a further token is a row of its own.
     """
     rows = [stage.layers, *([layer] for layer in stage.further(config.model.num_layers))]
-    return max(recomputed_activations(config, row) for row in rows)
+    return max(recomputed_activations(config, row, device) for row in rows)
 
 
 def _kept_by_embedding(config: TrainConfig) -> int:
@@ -249,7 +286,7 @@ def _kept_by_embedding(config: TrainConfig) -> int:
     )
 
 
-def _kept_by_joining(config: TrainConfig) -> int:
+def _kept_by_joining(config: TrainConfig, device: DeviceKind) -> int:
     """Of a further token's embedding and what came before: w T H / s of the one before
     its norm, 2 w T H / s of both behind theirs, both norms' statistics, and w T H / s
     of the other, which the head has kept already where it is not gathered.
@@ -258,19 +295,19 @@ def _kept_by_joining(config: TrainConfig) -> int:
     own = own_tokens_of(config)
     parts = 4 if own < tokens_of(config) else 3
     return (
-        parts * width_of(config) * model.hidden_size + 2 * _STATISTICS[model.norm]
+        parts * width_of(config) * model.hidden_size + 2 * _statistics(config, device)
     ) * own
 
 
-def _kept_by_head(config: TrainConfig) -> int:
-    """W T H / s + 4 (or 8) T / s of the last norm's input and statistics, w T H of its
-    output (gathered under sequence parallelism), and w T V / tp + 4 T, which are the
-    logits and then their gradient.
+def _kept_by_head(config: TrainConfig, device: DeviceKind) -> int:
+    """W T H / s + z T / s of the last norm's input and statistics, w T H of its output
+    (gathered under sequence parallelism), and w T V / tp + 4 T, which are the logits
+    and then their gradient.
     """
     model = config.model
     tokens = tokens_of(config)
     width = width_of(config)
-    norm = (width * model.hidden_size + _STATISTICS[model.norm]) * own_tokens_of(config)
+    norm = (width * model.hidden_size + _statistics(config, device)) * own_tokens_of(config)
     return (
         norm
         + width * tokens * model.hidden_size
@@ -278,9 +315,9 @@ def _kept_by_head(config: TrainConfig) -> int:
     )
 
 
-def working_head(config: TrainConfig) -> int:
-    """Bytes that the loss needs for a moment on a GPU: logits to_fp32 to fp32, of as
-    many tokens as it looks at in one go.
+def working_head(config: TrainConfig, device: DeviceKind) -> int:
+    """Returns the bytes that the loss needs for a moment: logits to_fp32 to fp32, of as
+    many tokens as it looks at in one go on such a device.
     """
     vocabulary = local_vocabulary(config)
-    return 4 * min(tokens_of(config), rows_at_once("cuda", vocabulary)) * vocabulary
+    return 4 * min(tokens_of(config), rows_at_once(device.type, vocabulary)) * vocabulary

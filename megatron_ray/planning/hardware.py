@@ -12,6 +12,8 @@ nearest chip that has. They are shares of the figures above them.
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from megatron_ray.distributed.device_kind import DeviceKind
+
 GB = 10**9
 GIB = 2**30
 
@@ -37,6 +39,8 @@ class Hardware:
     """One kind of device and what connects it to others."""
 
     name: str
+    device: DeviceKind
+    """Decides which kernels run, and so what they keep."""
     peaks: dict[str, float]
     """Dense FLOP/s by precision."""
     memory_bandwidth: float
@@ -61,6 +65,10 @@ class Hardware:
         return min(self.link_bandwidth, within * self.network_bandwidth)
 
 
+GPU = DeviceKind("cuda", bf16_products=True)
+"""Of all kinds there are here, and what a plan assumes where nobody says what it is
+for."""
+
 _A100 = {"bf16": Efficiency(products=0.70, attention=0.10, memory=0.60, network=0.72)}
 """From 10 runs of 2021, whose attention was not fused yet."""
 _H100 = {
@@ -75,12 +83,22 @@ _DEVICES = (
     # NVIDIA A100 80GB SXM data sheet; DGX A100: NVLink 3 with 600 GB/s in both
     # directions together, 8 x 200 Gb/s HDR InfiniBand.
     Hardware(
-        "A100", {"bf16": 312e12}, 2039 * GB, 80 * GIB, 300 * GB, 25 * GB, 8, 20e-6, _A100
+        "A100",
+        GPU,
+        {"bf16": 312e12},
+        2039 * GB,
+        80 * GIB,
+        300 * GB,
+        25 * GB,
+        8,
+        20e-6,
+        _A100,
     ),
     # NVIDIA H100 SXM data sheet, dense (without sparsity). DGX H100: NVLink 4 with 900
     # GB/s, 8 x 400 Gb/s.
     Hardware(
         "H100",
+        GPU,
         {"bf16": 989e12, "fp8": 1979e12},
         3350 * GB,
         80 * GIB,
@@ -93,6 +111,7 @@ _DEVICES = (
     # NVIDIA H200 SXM data sheet: H100's cores, 141 GB of HBM3e. DGX H200 as DGX H100.
     Hardware(
         "H200",
+        GPU,
         {"bf16": 989e12, "fp8": 1979e12},
         4800 * GB,
         140 * GIB,
@@ -106,6 +125,7 @@ _DEVICES = (
     # HBM3e, NVLink 5 with 14.4 TB/s, 8 x 400 Gb/s.
     Hardware(
         "B200",
+        GPU,
         {"bf16": 2250e12, "fp8": 4500e12},
         8000 * GB,
         179 * GIB,
@@ -119,15 +139,16 @@ _DEVICES = (
     # project: products of 180 and 1,400 GFLOP/s, copies of 13 GB/s, messages of 4 GB/s
     # and 65 us.
     Hardware(
-        "CPU",
-        {"fp32": 180e9, "bf16": 1400e9},
-        13 * GB,
-        None,
-        4 * GB,
-        1 * GB,
-        8,
-        65e-6,
-        {"fp32": _CPU, "bf16": _CPU},
+        name="CPU",
+        device=DeviceKind("cpu", bf16_products=True),
+        peaks={"fp32": 180e9, "bf16": 1400e9},
+        memory_bandwidth=13 * GB,
+        memory_bytes=None,
+        link_bandwidth=4 * GB,
+        network_bandwidth=1 * GB,
+        node_size=8,
+        latency_s=65e-6,
+        efficiencies={"fp32": _CPU, "bf16": _CPU},
     ),
 )
 HARDWARE = MappingProxyType({device.name: device for device in _DEVICES})

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.planning.activations import (
@@ -68,21 +69,22 @@ class RankMemory:
         return dict(sorted(found.items(), key=lambda term: -term[1]))
 
 
-def rank_memory(config: TrainConfig, rank: int) -> RankMemory:
-    """Of one rank of a resolved config whose vocabulary is known.
+def rank_memory(config: TrainConfig, rank: int, device: DeviceKind) -> RankMemory:
+    """Returns what one rank of a resolved config whose vocabulary is known holds on
+    such a device.
 
     Raises ValueError otherwise.
     """
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     held = rank_buffers(config, dims, pipeline, rank)
-    return with_activations(
-        config, pipeline, state_memory(config, dims, held), held.pp_rank
-    )
+    state = state_memory(config, dims, held)
+    return with_activations(config, pipeline, state, held.pp_rank, device)
 
 
-def fullest_rank(config: TrainConfig) -> RankMemory:
-    """The rank with most bytes; the first of those that are alike.
+def fullest_rank(config: TrainConfig, device: DeviceKind) -> RankMemory:
+    """Returns the rank with most bytes on such devices; the first of those that are
+    alike.
 
     Raises ValueError while dp or the vocabulary are not known.
 
@@ -92,22 +94,23 @@ def fullest_rank(config: TrainConfig) -> RankMemory:
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     kinds = distinct_buffers(config, dims, pipeline)
-    found = [
-        with_activations(config, pipeline, state_memory(config, dims, held), held.pp_rank)
-        for held in kinds
-    ]
+    states = [(held.pp_rank, state_memory(config, dims, held)) for held in kinds]
+    found = [with_activations(config, pipeline, state, pp, device) for pp, state in states]
     return max(found, key=lambda memory: memory.total_bytes)
 
 
 def with_activations(
-    config: TrainConfig, pipeline: PipelinePlan, state: RankMemory, pp_rank: int
+    config: TrainConfig,
+    pipeline: PipelinePlan,
+    state: RankMemory,
+    pp_rank: int,
+    device: DeviceKind,
 ) -> RankMemory:
-    """The same rank with what it keeps of microbatches, which depends on their size and
-    on recomputation too.
+    """Returns the same rank with what it keeps of microbatches, which depends on their
+    size, on recomputation and on the device's kernels too.
     """
-    return replace(
-        state, activations_bytes_estimate=_activations(config, pipeline, pp_rank)
-    )
+    kept = _activations(config, pipeline, pp_rank, device)
+    return replace(state, activations_bytes_estimate=kept)
 
 
 def state_memory(config: TrainConfig, dims: ParallelDims, held: RankBuffers) -> RankMemory:
@@ -146,19 +149,22 @@ def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
     return outside * (width + 4) + max(layers.values(), default=0) * (2 * width + 4)
 
 
-def _activations(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> int:
-    """The most that is kept at once, and what comes back when a part of it is
+def _activations(
+    config: TrainConfig, pipeline: PipelinePlan, pp_rank: int, device: DeviceKind
+) -> int:
+    """Returns the most that is kept at once, and what comes back when a part of it is
     recomputed.
     """
     held = pipeline.held(pp_rank)
-    kept = [kept_by_stage(config, stage) for stage in held]
+    kept = [kept_by_stage(config, stage, device) for stage in held]
     peak = (
         kept[0]
         if pipeline.stages.num_stages == 1
         else _peak(kept_and_released(pipeline, num_microbatches(config), pp_rank), kept)
     )
-    again = max(recomputed_by_stage(config, stage) for stage in held)
-    return peak + again + (working_head(config) if any(stage.loss for stage in held) else 0)
+    again = max(recomputed_by_stage(config, stage, device) for stage in held)
+    has_loss = any(stage.loss for stage in held)
+    return peak + again + (working_head(config, device) if has_loss else 0)
 
 
 def _peak(kept_and_released: Sequence[int], kept: Sequence[int]) -> int:

@@ -292,7 +292,7 @@ def _best(layout: TrainConfig, world: int, hardware: Hardware) -> Suggestion | N
     update = step_update(layout, hardware, kinds)
     found = list[Suggestion]()
     for size in _micro_batches(layout):
-        fitting = _fitting(layout, size, states, world, room)
+        fitting = _fitting(layout, size, states, world, hardware)
         if fitting is not None:
             found.append(_timed(*fitting, hardware, update, kinds))
     return min(found, key=lambda suggestion: suggestion.time.step_s, default=None)
@@ -309,17 +309,19 @@ def _fitting(
     size: int,
     states: Sequence[tuple[int, RankMemory]],
     world: int,
-    room: int | None,
+    hardware: Hardware,
 ) -> tuple[TrainConfig, RankMemory] | None:
     """With the least recomputation that fits."""
     pipeline = plan_pipeline(layout)
+    room = hardware.memory_bytes
     for recompute in _RECOMPUTE:
         training = layout.training.model_copy(
             update={"micro_batch_size": size, "recompute": recompute}
         )
         config = layout.model_copy(update={"training": training})
         whole = [
-            with_activations(config, pipeline, state, pp_rank) for pp_rank, state in states
+            with_activations(config, pipeline, state, pp_rank, hardware.device)
+            for pp_rank, state in states
         ]
         fullest = max(whole, key=lambda memory: memory.total_bytes)
         if (room is None or fullest.total_bytes <= room) and not check.find_problems(

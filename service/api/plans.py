@@ -266,10 +266,25 @@ def _unknowns(
     if known.communication is None:
         notes.append("communication is not counted where torch gathers weights (zero=3)")
     if device is None:
+        notes.append("memory is counted for GPUs: what the job would run on is not known")
         notes.append(
             "no time is estimated: what the job would run on is not known; name a device "
             "with hardware"
         )
     elif known.time is None:
         notes.append(f"no time is estimated for {spec.training.precision} on {device.name}")
-    return notes
+    return [*notes, *_assumed(spec, device)]
+
+
+def _assumed(spec: JobSpec, device: Hardware | None) -> list[str]:
+    """What of the device decides the memory, where devices of its name differ in it."""
+    if device is None or device.device.type != "cpu" or spec.training.precision != "bf16":
+        return []
+    which = "with"
+    others = "without"
+    if not device.device.bf16_products:
+        which, others = others, which
+    return [
+        f"memory is counted for CPUs {which} products of bf16; those {others} keep other "
+        "bytes of attention"
+    ]

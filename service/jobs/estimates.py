@@ -13,7 +13,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 from megatron_ray.planning.communication import Tally, step_communication
-from megatron_ray.planning.hardware import Hardware
+from megatron_ray.planning.hardware import GPU, Hardware
 from megatron_ray.planning.memory import RankMemory, fullest_rank
 from megatron_ray.planning.microbatch import num_microbatches
 from megatron_ray.planning.pipeline import bubble_share
@@ -31,7 +31,8 @@ class Estimates:
 
     vocab_size: int
     memory: RankMemory
-    """Of the fullest rank."""
+    """Of the fullest rank, on the kind of device that is named, or on a GPU where none
+    is."""
     communication: Tally | None
     """Of that rank; None where the library does not send everything by itself."""
     bubble_share: float
@@ -71,7 +72,8 @@ def estimates(config: TrainConfig, hardware: Hardware | None) -> Estimates | Non
     known = with_vocabulary(config)
     if known is None:
         return None
-    memory = fullest_rank(known)
+    device = hardware.device if hardware is not None else GPU
+    memory = fullest_rank(known, device)
     return Estimates(
         vocab_size=known.model.vocabulary,
         memory=memory,
@@ -89,7 +91,7 @@ def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
     room = hardware.memory_bytes
     if known is None or room is None:
         return []
-    memory = fullest_rank(known)
+    memory = fullest_rank(known, hardware.device)
     if memory.total_bytes <= room:
         return []
     largest = ", ".join(

@@ -3,6 +3,7 @@ of the matrix, without other processes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_ray.config.presets.presets import PRESETS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parallelize.parallelize import ParallelModel
@@ -25,6 +27,11 @@ from tests.parallel.test_matrix import MATRIX
 from tests.parallel.test_meta_step import world
 
 PRECISIONS = ("fp32", "bf16")
+CPUS = {
+    "new": DeviceKind("cpu", bf16_products=True),
+    "old": DeviceKind("cpu", bf16_products=False),
+}
+"""Both run on either machine: the kernels are chosen by what a mesh says."""
 
 
 def runs(entries: Sequence[Entry]) -> list[Any]:
@@ -75,7 +82,8 @@ def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(
     entry: Entry, precision: str
 ) -> None:
     config = entry.config(steps=1, precision=precision)
-    planned = [rank_memory(config, rank) for rank in range(entry.world_size)]
+    device = CPUS["new"]  # of which these bytes know nothing
+    planned = [rank_memory(config, rank, device) for rank in range(entry.world_size)]
     for rank in (0, entry.world_size - 1):
         found = (
             planned[rank].parameters_bytes,
@@ -83,14 +91,16 @@ def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(
             planned[rank].optimizer_bytes,
         )
         assert found == held(config, rank)
-    assert fullest_rank(config).total_bytes == max(memory.total_bytes for memory in planned)
+    assert fullest_rank(config, device).total_bytes == max(
+        memory.total_bytes for memory in planned
+    )
 
 
 def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
     fields = MATRIX[0].config(steps=1, precision="bf16").model_dump()
     fields["optimizer"]["freeze"] = ("layers.[01].*", "embedding.weight")
     config = TrainConfig.from_mapping(fields)
-    memory = rank_memory(config, 1)
+    memory = rank_memory(config, 1, CPUS["new"])
     assert (
         memory.parameters_bytes,
         memory.gradients_bytes,
@@ -148,20 +158,21 @@ def test_activations_of_a_microbatch_are_within_a_tenth(
     fields["training"]["seq_length"] = 64
     if entry.experts:  # nobody is there to say how many rows come
         fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
-    assert_kept(TrainConfig.from_mapping(fields), within=0.1)
+    for cpu in CPUS.values():
+        assert_kept(TrainConfig.from_mapping(fields), cpu, within=0.1)
 
 
-def assert_kept(config: TrainConfig, within: float) -> None:
-    """Of every stage on the last rank."""
+def assert_kept(config: TrainConfig, device: DeviceKind, within: float) -> None:
+    """Of every stage on the last rank, with the kernels of such a device."""
     dims = ParallelDims.of(config.parallel)
     rank = dims.world_size - 1
     with world(rank, dims.world_size):
         mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, "cpu"))
+        mesh = replace(mesh, device_kind=device)
         model, _ = build(config, mesh, initialise=False)
         for stage in model.module.held:
-            assert kept_by_stage(config, stage) == pytest.approx(
-                kept(model, stage, config, mesh), rel=within
-            )
+            planned = kept_by_stage(config, stage, device)
+            assert planned == pytest.approx(kept(model, stage, config, mesh), rel=within)
 
 
 ROOM = {"capacity_factor": 1.0, "pad_to_capacity": True}
@@ -209,10 +220,11 @@ def test_latent_attention_and_further_tokens_are_planned_as_they_are(
     fields["training"] |= {"seq_length": 64, "micro_batch_size": 1, "recompute": recompute}
     config = TrainConfig.from_mapping(fields)
     for rank in (0, ParallelDims.of(config.parallel).world_size - 1):
-        planned = rank_memory(config, rank)
+        planned = rank_memory(config, rank, CPUS["new"])
         assert (
             planned.parameters_bytes,
             planned.gradients_bytes,
             planned.optimizer_bytes,
         ) == held(config, rank)
-    assert_kept(config, within=0.01)
+    for cpu in CPUS.values():
+        assert_kept(config, cpu, within=0.01)

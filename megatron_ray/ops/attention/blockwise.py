@@ -1,6 +1,6 @@
 """Causal attention by blocks of query rows, from batched products in bf16.
 
-Owns: its forward and backward, and where they are used.
+Owns: its forward and backward.
 
 torch's fused attention on CPU multiplies bf16 no faster than fp32 in its backward;
 batched products do, so this is twice as quick there. On CUDA the fused kernels are the
@@ -30,13 +30,6 @@ _SCORES = 512 * 1024
 # Scores of one key/value head at most: bounds memory when its queries or the sequence
 # are many.
 _LARGEST = 2 * 1024 * 1024
-
-
-def blocks_are_faster(device: str, dtype: torch.dtype, sequence: int) -> bool:
-    """Whether plain causal attention should go by blocks: measured on sequences of 16
-    to 4096.
-    """
-    return device == "cpu" and dtype == torch.bfloat16 and sequence >= 16
 
 
 def _rows(per_pair: int, sequence: int) -> int:

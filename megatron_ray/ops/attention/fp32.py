@@ -25,7 +25,7 @@ def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Ten
 class _WideAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide, lse = fused.forward(q, k, v, causal=True, bias=None)
+        wide, lse = fused.forward(q, k, v, causal=True, bias=None, wide=True)
         output = fused.tokens_first(wide, q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
         return output
@@ -34,6 +34,6 @@ class _WideAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         grad_q, grad_k, grad_v = fused.backward(
-            grad, q, k, v, output, lse, causal=True, bias=None
+            grad, q, k, v, (output, lse), causal=True, bias=None, wide=True
         )
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

@@ -13,23 +13,27 @@ Shapes: B batch, N query heads, G key/value heads, Q queries, K keys, D head wid
 import torch
 from torch import Tensor
 
-from megatron_ray.ops.matmul import needs_fp32_matmul
-
 
 def forward(
-    q_BNQD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, causal: bool, bias: Tensor | None
+    q_BNQD: Tensor,
+    k_BGKD: Tensor,
+    v_BGKD: Tensor,
+    causal: bool,
+    bias: Tensor | None,
+    *,
+    wide: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused kernel,
-    where it has one for the case; `causal` for a square, `bias` [B or 1, N or 1, Q, K]
-    added to the scores. The output may be wider than the inputs.
+    """Returns (output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]) by the device's fused
+    kernel, where it has one for the case; `causal` for a square, `bias` [B or 1, N or
+    1, Q, K] added to the scores. `wide`: in fp32; the output is then wider than the
+    inputs.
     """
-    return _forward(
-        q_BNQD,
-        for_each_query_head(k_BGKD, q_BNQD),
-        for_each_query_head(v_BGKD, q_BNQD),
-        causal,
-        bias,
-    )
+    k = for_each_query_head(k_BGKD, q_BNQD)
+    v = for_each_query_head(v_BGKD, q_BNQD)
+    if wide:
+        bias = bias.float() if bias is not None else None
+        return _forward(q_BNQD.float(), k.float(), v.float(), causal, bias)
+    return _forward(q_BNQD, k, v, causal, bias)
 
 
 def backward(
@@ -37,17 +41,25 @@ def backward(
     q_BNQD: Tensor,
     k_BGKD: Tensor,
     v_BGKD: Tensor,
-    output: Tensor,
-    lse: Tensor,
+    final: tuple[Tensor, Tensor],
     causal: bool,
     bias: Tensor | None,
+    *,
+    wide: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output; they may be wider than the
+    """Returns the gradients of q, k and v from that of the output; `final` is the
+    output and its log-sum-exp. `wide`: in fp32; the gradients are then wider than the
     inputs.
     """
-    k, v = (for_each_query_head(x, q_BNQD) for x in (k_BGKD, v_BGKD))
-    grad_q, grad_k, grad_v = _backward(grad, q_BNQD, k, v, output, lse, causal, bias)
+    output, lse = final
     groups = k_BGKD.shape[1]
+    k = for_each_query_head(k_BGKD, q_BNQD)
+    v = for_each_query_head(v_BGKD, q_BNQD)
+    q = q_BNQD
+    if wide:
+        grad, q, k, v, output = (x.float() for x in (grad, q, k, v, output))
+        bias = bias.float() if bias is not None else None
+    grad_q, grad_k, grad_v = _backward(grad, q, k, v, output, lse, causal, bias)
     return (
         grad_q,
         _summed_over_sharers(grad_k, groups),
@@ -74,13 +86,6 @@ def band_bias(queries: int, keys: int, distance: int, window: int, like: Tensor)
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(
         ~seen, -torch.inf
     )[None, None]
-
-
-def differentiates_masked(device: str) -> bool:
-    """Whether torch's own attention is the one to use with a mask: on CUDA it has fast
-    kernels for it, and this module none.
-    """
-    return device == "cuda"
 
 
 def tokens_first(output_BNQD: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,14 +124,6 @@ def _forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """As many key/value heads as query heads."""
-    if needs_fp32_matmul(q.device.type, q.dtype):
-        return _forward(
-            q.float(),
-            k.float(),
-            v.float(),
-            causal,
-            bias.float() if bias is not None else None,
-        )
     if _uses_flash(q, bias):
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, causal
@@ -154,11 +151,6 @@ def _backward(
     causal: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if needs_fp32_matmul(q.device.type, q.dtype):
-        grad, q, k, v, output = (x.float() for x in (grad, q, k, v, output))
-        return _backward(
-            grad, q, k, v, output, lse, causal, bias.float() if bias is not None else None
-        )
     if _uses_flash(q, bias):
         # read only for batches without padding
         lengths = q.new_zeros(0, dtype=torch.int32)

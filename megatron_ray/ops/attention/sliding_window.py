@@ -56,17 +56,18 @@ def stripes(sequence: int, window: int) -> Iterator[Stripe]:
 
 
 def windowed_attention(
-    q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int
+    q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int, *, wide: bool
 ) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own, `window` of
-    them: [B, N, S, D].
+    """Returns softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own,
+    `window` of them: [B, N, S, D]. `wide`: bf16 is multiplied in fp32.
     """
-    if fused.differentiates_masked(q_BNSD.device.type):
-        return _by_torch(q_BNSD, k_BGSD, v_BGSD, window)
-    return _Windowed.apply(q_BNSD, k_BGSD, v_BGSD, window)  # type: ignore[no-any-return, no-untyped-call]
+    return _Windowed.apply(q_BNSD, k_BGSD, v_BGSD, window, wide)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:
+def masked_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:
+    """Returns the same by torch's own attention, which on CUDA has fast kernels for a
+    mask.
+    """
     k, v = (
         fused.for_each_query_head(x, q_BNSD) for x in (k_BGSD, v_BGSD)
     )  # a mask and shared heads have no fast kernel
@@ -84,21 +85,23 @@ def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Te
 
 class _Windowed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        output = torch.empty_like(q, dtype=wide)
-        lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, wide: bool
+    ) -> Tensor:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        output = torch.empty_like(q, dtype=dtype)
+        lse = torch.empty(q.shape[:3], dtype=dtype, device=q.device)
         for stripe in stripes(q.shape[2], window):
             rows = stripe.rows
             columns = stripe.columns
             bias = band_bias(*stripe.shape, window, q)
-            found = fused.forward(
-                q[:, :, rows], k[:, :, columns], v[:, :, columns], causal=False, bias=bias
-            )
+            parts = (q[:, :, rows], k[:, :, columns], v[:, :, columns])
+            found = fused.forward(*parts, causal=False, bias=bias, wide=wide)
             output[:, :, rows], lse[:, :, rows] = found
         attended = fused.tokens_first(output, q.dtype)
         ctx.save_for_backward(q, k, v, attended, lse)
         ctx.window = window
+        ctx.wide = wide
         return attended
 
     @staticmethod
@@ -115,9 +118,10 @@ class _Windowed(torch.autograd.Function):
             bias = band_bias(*stripe.shape, ctx.window, q)
             of_q, of_k, of_v = fused.backward(
                 *(grad[:, :, rows], q[:, :, rows], k[:, :, columns], v[:, :, columns]),
-                *(output[:, :, rows], lse[:, :, rows], False, bias),
+                *((output[:, :, rows], lse[:, :, rows]), False, bias),
+                wide=ctx.wide,
             )
             grad_q[:, :, rows] = of_q
             grad_k[:, :, columns] += of_k
             grad_v[:, :, columns] += of_v
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None

@@ -6,17 +6,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ray.distributed.device import kind_of
 from megatron_ray.ops import matmul
+from megatron_ray.ops.matmul import Library
 
 PRODUCTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "forward": (lambda x, w, g: matmul.forward_product(x, w), lambda x, w, g: x @ w.t()),
+    "forward": (
+        lambda x, w, g, by: matmul.forward_product(x, w, by),
+        lambda x, w, g: x @ w.t(),
+    ),
     "forward_plus": (
-        lambda x, w, g: matmul.forward_product_plus(x, w, g),
+        lambda x, w, g, by: matmul.forward_product_plus(x, w, g, by),
         lambda x, w, g: g + x @ w.t(),
     ),
-    "input_grad": (lambda x, w, g: matmul.input_grad_product(g, w), lambda x, w, g: g @ w),
+    "input_grad": (
+        lambda x, w, g, by: matmul.input_grad_product(g, w, by),
+        lambda x, w, g: g @ w,
+    ),
     "weight_grad": (
-        lambda x, w, g: matmul.weight_grad_product(g, x),
+        lambda x, w, g, by: matmul.weight_grad_product(g, x, by),
         lambda x, w, g: g.t() @ x,
     ),
 }
@@ -30,15 +38,11 @@ def operands() -> list[Tensor]:
     ]
 
 
+@pytest.mark.parametrize("library", ["torch", "fp32"])
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_a_product_in_fp32_is_the_exact_one_rounded(
-    product: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16
-    )
+def test_a_product_of_bf16_is_the_exact_one_rounded(product: str, library: Library) -> None:
     ours, plain = PRODUCTS[product]
-    found = ours(*operands())
+    found = ours(*operands(), library)
     exact = plain(*(tensor.double() for tensor in operands()))
     assert found.dtype == torch.bfloat16
     # Half a unit in the last of bf16's eight places, and what fp32 is off by where the
@@ -46,24 +50,42 @@ def test_a_product_in_fp32_is_the_exact_one_rounded(
     assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all())
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_weight_gradients_are_added_up_in_fp32_unrounded(
-    fresh: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("library", ["torch", "onednn"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_a_product_of_fp32_is_the_exact_one_by_either_library(
+    product: str, library: Library
 ) -> None:
-    monkeypatch.setattr(
-        matmul, "needs_fp32_matmul", lambda device, dtype: dtype == torch.bfloat16
-    )
-    x, _, g = operands()
+    ours, plain = PRODUCTS[product]
+    found = ours(*(tensor.float() for tensor in operands()), library)
+    exact = plain(*(tensor.double() for tensor in operands()))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "library", "rtol"),
+    [
+        (torch.bfloat16, "fp32", 1e-6),
+        (torch.bfloat16, "torch", 2**-8),  # rounded once, before it is added
+        (torch.float32, "torch", 1e-6),
+        (torch.float32, "onednn", 1e-6),
+    ],
+)
+def test_weight_gradients_are_added_up_in_fp32(
+    fresh: bool, dtype: torch.dtype, library: Library, rtol: float
+) -> None:
+    x, _, g = (tensor.to(dtype) for tensor in operands())
     main = torch.full((56, 24), 3.0)
-    matmul.accumulate_weight_grad(main, g, x, fresh=fresh)
-    exact = g.double().t() @ x.double() + (0.0 if fresh else 3.0)
-    torch.testing.assert_close(main.double(), exact, rtol=1e-6, atol=1e-5)
+    matmul.accumulate_weight_grad(main, g, x, fresh=fresh, library=library)
+    product = g.double().t() @ x.double()
+    before = 0.0 if fresh else 3.0
+    torch.testing.assert_close(main.double() - before, product, rtol=rtol, atol=1e-5)
 
 
 def test_only_bf16_on_cpu_is_widened() -> None:
-    assert not matmul.needs_fp32_matmul("cpu", torch.float32)
-    assert not matmul.needs_fp32_matmul("cuda", torch.bfloat16)
-    assert (
-        matmul.needs_fp32_matmul("cpu", torch.bfloat16)
-        is not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    assert matmul.library_for("cpu", torch.float32) in ("torch", "onednn")
+    assert matmul.library_for("cpu", torch.float64) == "torch"
+    assert matmul.library_for("cuda", torch.bfloat16) == "torch"
+    supported = kind_of("cpu").bf16_products
+    assert matmul.library_for("cpu", torch.bfloat16) == ("torch" if supported else "fp32")

@@ -4,6 +4,7 @@ gradient.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.block import Block
@@ -155,19 +157,46 @@ def without_capacity(config: TrainConfig) -> TrainConfig:
     return TrainConfig.from_mapping(fields)
 
 
+NEW_CPU = DeviceKind("cpu", bf16_products=True)
+OLD_CPU = DeviceKind("cpu", bf16_products=False)
+
+
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("precision", "device"),
+    [("fp32", OLD_CPU), ("bf16", OLD_CPU), ("bf16", NEW_CPU)],
+    ids=["fp32", "bf16-in-fp32", "bf16"],
+)
 @pytest.mark.parametrize("model", MODELS)
-def test_bytes_kept_are_the_formula(model: str, precision: str, dropout: bool) -> None:
+def test_bytes_kept_are_the_formula(
+    model: str, precision: str, device: DeviceKind, dropout: bool
+) -> None:
+    mesh = replace(ParallelMesh.single(), device_kind=device)
     for setting in SETTINGS:
         config = without_capacity(config_of(setting, model, precision, dropout))
-        measured = kept_bytes(config, ParallelMesh.single())
-        formula = kept_activations(config, range(LAYERS))
-        # On CPU the blocks of bf16 attention keep no logarithms of sums and a bf16
-        # LayerNorm short statistics; the formula is that of CUDA. Of a router it leaves
-        # out some sums.
-        allowed = 0.025 if precision == "bf16" else 0.002 if model == "moe" else 0.0
+        measured = kept_bytes(config, mesh)
+        formula = kept_activations(config, range(LAYERS), device)
+        # it leaves out some of a router's sums
+        allowed = 0.002 if model == "moe" else 0.0
         assert abs(measured - formula) <= allowed * formula, setting
+
+
+@pytest.mark.parametrize(
+    ("device", "kept"),
+    [
+        (NEW_CPU, 337_920),
+        (OLD_CPU, 365_568),
+        (DeviceKind("cuda", bf16_products=True), 365_568),
+    ],
+    ids=["blocks", "fused-in-fp32", "gpu"],
+)
+def test_latent_attention_in_blocks_keeps_less(device: DeviceKind, kept: int) -> None:
+    config = config_of("none", "latent", "bf16", False)
+    assert kept_activations(config, range(LAYERS), device) == kept
+    if device.type == "cpu":
+        assert (
+            kept_bytes(config, replace(ParallelMesh.single(), device_kind=device)) == kept
+        )
 
 
 @pytest.mark.parametrize(

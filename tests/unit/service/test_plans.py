@@ -110,6 +110,22 @@ def test_an_unknown_cluster_is_said_to_be_unknown(
     assert "not checked" in found["notes"][1]
 
 
+def test_a_plan_says_which_kind_of_device_its_memory_assumes(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
+    spec["training"]["precision"] = "bf16"
+    nobody_knows = plan(service, spec)
+    assert any("memory is counted for GPUs" in note for note in nobody_knows["notes"])
+    service.agent.report(make_node(cpus=4))
+    found = plan(service, spec)
+    assert found["hardware"] == "CPU"
+    assert "memory is counted for CPUs with products of bf16" in found["notes"][-1]
+    spec["training"]["precision"] = "fp32"
+    assert not any("memory is counted" in note for note in plan(service, spec)["notes"])
+    named = service.user.post("/v1/plans?hardware=h200", json=spec).json()
+    assert not any("memory is counted" in note for note in named["notes"])
+
+
 def test_vocabularies(service: Any, spec: dict[str, Any]) -> None:
     assert (
         plan(service, spec | {"data": {**spec["data"], "tokenizer": {"kind": "bytes"}}})[

@@ -15,6 +15,7 @@ from megatron_ray.expert_parallel.dispatch import (
 )
 from megatron_ray.expert_parallel.layers import GroupedLinear
 from megatron_ray.ops import matmul
+from megatron_ray.ops.matmul import Library
 
 TOKENS = 7
 EXPERTS = 4
@@ -105,18 +106,15 @@ def test_one_kernel_multiplies_as_one_product_per_expert_does(
     )
 
     def products() -> list[Tensor]:
+        by: Library = "torch"  # the kernel rounds what it adds to the main gradient
         main = torch.full((4, 24, 32), 7.0)
         for fresh in (True, False):
-            matmul.accumulate_grouped_weight_grad(main, grad, x, counts, fresh=fresh)
-        return [
-            matmul.grouped_forward_product(x, weight, counts),
-            matmul.grouped_input_grad_product(grad, weight, counts),
-            main,
-        ]
+            matmul.accumulate_grouped_weight_grad(
+                main, grad, x, counts, fresh=fresh, library=by
+            )
+        forward = matmul.grouped_forward_product(x, weight, counts, by)
+        return [forward, matmul.grouped_input_grad_product(grad, weight, counts, by), main]
 
-    monkeypatch.setattr(
-        matmul, "needs_fp32_matmul", lambda *_: False
-    )  # the kernel rounds what it adds to the main gradient
     one_by_one = products()
     monkeypatch.setattr(matmul, "_one_kernel", lambda *_: True)
     for found, wanted in zip(products(), one_by_one, strict=True):

@@ -12,7 +12,6 @@ from megatron_ray.ops.attention.blockwise import (
     _LARGEST,
     _SCORES,
     _blocks,
-    blocks_are_faster,
     causal_attention,
 )
 from megatron_ray.ops.attention.fp32 import fp32_causal_attention
@@ -106,24 +105,6 @@ def test_is_repeatable_to_the_bit() -> None:
         assert one is not None
         assert two is not None
         assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize(
-    ("device", "dtype", "sequence", "chosen"),
-    [
-        ("cpu", torch.bfloat16, 256, True),
-        ("cpu", torch.bfloat16, 4096, True),
-        ("cpu", torch.bfloat16, 1, False),
-        ("cpu", torch.float32, 256, False),
-        ("cpu", torch.float64, 256, False),
-        ("cuda", torch.bfloat16, 256, False),
-        ("meta", torch.bfloat16, 256, False),
-    ],
-)
-def test_where_blocks_are_used(
-    device: str, dtype: torch.dtype, sequence: int, chosen: bool
-) -> None:
-    assert blocks_are_faster(device, dtype, sequence) is chosen
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,25 @@ window as long as the sequence is none.
 """
 
 from collections.abc import Callable
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor
 
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.batch import Packed
 from megatron_ray.models.dropout import AttentionWithDropout
-from megatron_ray.ops.attention import sliding_window
-from megatron_ray.ops.attention.sliding_window import stripes, windowed_attention
+from megatron_ray.ops.attention.sliding_window import (
+    masked_attention,
+    stripes,
+    windowed_attention,
+)
 
+CPU = DeviceKind("cpu", bf16_products=True)
 ALLOWED = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}
 CASES = [(48, 5), (48, 47), (300, 7), (300, 1), (300, 200), (700, 128)]
 
@@ -49,24 +56,28 @@ def run(
     return [output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-@pytest.mark.parametrize("by_torch", [False, True])
-@pytest.mark.parametrize("dtype", ALLOWED)
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "fused": partial(windowed_attention, wide=False),
+    "fused-in-fp32": partial(windowed_attention, wide=True),
+    "by-torch": masked_attention,
+}
+WAYS_AND_TYPES = [
+    (way, dtype)
+    for way, dtype in product(WAYS, ALLOWED)
+    if way != "fused-in-fp32" or dtype == torch.bfloat16
+]
+
+
+@pytest.mark.parametrize(("way", "dtype"), WAYS_AND_TYPES)
 @pytest.mark.parametrize(("sequence", "window"), CASES)
 def test_stripes_are_a_mask(
-    sequence: int,
-    window: int,
-    dtype: torch.dtype,
-    by_torch: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    sequence: int, window: int, dtype: torch.dtype, way: str
 ) -> None:
-    monkeypatch.setattr(
-        sliding_window.fused, "differentiates_masked", lambda device: by_torch
-    )
     qkv = inputs(sequence, dtype)
     truth = run(masked(sequence, window), qkv, torch.float64)
-    found = run(lambda *parts: windowed_attention(*parts, window), qkv, dtype)
+    found = run(lambda *parts: WAYS[way](*parts, window), qkv, dtype)
     assert found[0].dtype == dtype
-    if not by_torch:
+    if way != "by-torch":
         assert found[0].transpose(1, 2).is_contiguous(), "merging the heads would copy"
     # Scores of a token that sees itself only have no gradient but rounding, of the size
     # of what cancels.
@@ -93,7 +104,7 @@ def test_stripes_cover_every_row_with_what_it_sees_and_little_more(
 
 def test_a_window_as_long_as_the_sequence_hides_nothing() -> None:
     qkv = inputs(32, torch.float32)
-    assert torch.equal(LocalAttention(32)(*qkv, None), LocalAttention()(*qkv, None))
+    assert torch.equal(LocalAttention(CPU, 32)(*qkv, None), LocalAttention(CPU)(*qkv, None))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,7 @@ def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
         q, k, v, attn_mask=seen, enable_gqa=True
     )
     torch.testing.assert_close(
-        LocalAttention(6)(q, k, v, packed), expected, rtol=1e-12, atol=1e-12
+        LocalAttention(CPU, 6)(q, k, v, packed), expected, rtol=1e-12, atol=1e-12
     )
     dropping = AttentionWithDropout(
         0.0, Streams(7, {"tp": 0, "cp": 0}).stream("layers.0", ("cp", "tp")), 6

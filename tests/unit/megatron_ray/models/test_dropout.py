@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.models.attention import LocalAttention
@@ -96,8 +97,9 @@ def qkv(dtype: torch.dtype, groups: int = 2) -> list[Tensor]:
 def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> None:
     inputs = qkv(torch.float64)
     again = qkv(torch.float64)
+    attention = LocalAttention(DeviceKind("cpu", bf16_products=True))
     found = AttentionWithDropout(0.0, WHERE)(*inputs, (packed, 0))
-    expected = LocalAttention()(*again, packed)
+    expected = attention(*again, packed)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for output in (found, expected):
         (output * torch.linspace(0, 1, 16, dtype=torch.float64)).sum().backward()

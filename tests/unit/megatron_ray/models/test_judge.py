@@ -4,7 +4,7 @@ same logits and gradients, on one rank and on two.
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
 from megatron_ray.training.session import batch_maker, build
@@ -157,9 +158,14 @@ def run_ours(
     config: TrainConfig,
     weights: dict[str, Tensor],
     samples: np.ndarray,
+    device: DeviceKind | None = None,
 ) -> Found:
-    """Logits, loss per token and gradients of one step."""
+    """Logits, loss per token and gradients of one step, by the attention of a kind of
+    device; by this one's where none is given.
+    """
     mesh = make_mesh(rank, world, config)
+    if device is not None:
+        mesh = replace(mesh, device_kind=device)
     model, optimizer = build(config, mesh, initialise=False)
     fill(model, optimizer, weights)
     batch = batch_maker(config, mesh)(samples)
@@ -259,8 +265,20 @@ def test_two_ranks_find_the_same(
     )
 
 
+CPUS = [DeviceKind("cpu", bf16_products=True), DeviceKind("cpu", bf16_products=False)]
+by_either_attention = pytest.mark.parametrize(
+    "device", CPUS, ids=["blocks", "fused-in-fp32"]
+)
+
+
 def bf16_distances(
-    name: str, seed: int, sizes: Sizes, *, sharpness: float, autocast: bool
+    name: str,
+    seed: int,
+    sizes: Sizes,
+    device: DeviceKind,
+    *,
+    sharpness: float,
+    autocast: bool,
 ) -> dict[str, float]:
     """Squared distances to float64 of logits and gradients of a model in bf16: ours,
     and transformers', whose weights are bf16 too, or fp32 under autocast.
@@ -281,13 +299,8 @@ def bf16_distances(
         autocast,
     )
     config = config_of(family, sizes, {}, "bf16")
-    ours = run_ours(
-        0,
-        1,
-        config,
-        family.logical(judge.state_dict(), config.model),
-        draw_samples(sizes, seed),
-    )
+    weights = family.logical(judge.state_dict(), config.model)
+    ours = run_ours(0, 1, config, weights, draw_samples(sizes, seed), device)
     our_gradients = {
         name: torch.from_numpy(tensor)
         for name, tensor in assemble(config, [ours.gradients]).items()
@@ -337,24 +350,24 @@ LARGER = Sizes(256, 1024, 256, 3)
         (LARGER, 3.0, range(1), ["logits", "gradients"]),
     ],
 )
+@by_either_attention
 def test_bf16_is_as_close_to_float64_as_autocast(
-    sizes: Sizes, sharpness: float, seeds: range, kinds: list[str]
+    sizes: Sizes, sharpness: float, seeds: range, kinds: list[str], device: DeviceKind
 ) -> None:
-    no_farther(
-        [
-            bf16_distances("llama2", seed, sizes, sharpness=sharpness, autocast=True)
-            for seed in seeds
-        ],
-        kinds,
-    )
+    found = [
+        bf16_distances("llama2", seed, sizes, device, sharpness=sharpness, autocast=True)
+        for seed in seeds
+    ]
+    no_farther(found, kinds)
 
 
+@by_either_attention
 @pytest.mark.parametrize("name", FAMILIES)
-def test_bf16_is_as_close_to_float64_as_transformers_in_bf16(name: str) -> None:
-    no_farther(
-        [
-            bf16_distances(name, seed, SIZES, sharpness=1.0, autocast=False)
-            for seed in range(4)
-        ],
-        ["logits", "gradients"],
-    )
+def test_bf16_is_as_close_to_float64_as_transformers_in_bf16(
+    name: str, device: DeviceKind
+) -> None:
+    found = [
+        bf16_distances(name, seed, SIZES, device, sharpness=1.0, autocast=False)
+        for seed in range(4)
+    ]
+    no_farther(found, ["logits", "gradients"])
