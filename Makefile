@@ -1,15 +1,22 @@
 # What a newcomer types. Every target sets up .venv first; that is quick when nothing has changed.
-#   make demo    train a small GPT through the service and look at it
-#   make test    the tests
-#   make check   what CI runs: format, lint, types, import contracts, then the tests
+#   make demo      train a small GPT through the service and look at it
+#   make test      the tests
+#   make unit      the unit tests alone
+#   make check     what CI runs: format, lint, types, import contracts, documentation, then the tests
+#   make docs      the documentation as HTML under build/docs
+#   make coverage  branch coverage of the tests
+#   make parity    every layout against one rank (an hour)
+#   make chaos     kills everything at random moments (hours)
+#   make bench     figures as JSON, one object a line
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 BENCH  ?=
+JOBS   ?= 2
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: setup demo test check bench parity chaos
+.PHONY: setup demo test unit check docs coverage bench parity chaos
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.installed
@@ -17,15 +24,26 @@ setup: $(VENV)/.installed
 demo: setup
 	@$(BIN)/megatron-ray demo
 
+# Tests that judge pauses and recovery times run by themselves, after all others.
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not alone and not chaos and not parity"
+	$(BIN)/pytest -m "alone and not chaos and not parity"
+
+unit: setup
+	$(BIN)/pytest -n $(JOBS) --dist loadfile tests/unit tests/architecture
 
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(MAKE) docs test
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
+
+coverage: setup
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered tests/unit tests/parallel
 
 bench: setup
 	@$(BIN)/python -m tests.bench $(BENCH)
