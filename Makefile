@@ -14,6 +14,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BENCH  ?=
 JOBS   ?= 2
+# Tests of one group share a process and its fixtures (tests/conftest.py); long groups come first.
+SHARED := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .PHONY: setup demo test unit check docs coverage bench parity chaos
@@ -24,13 +26,11 @@ setup: $(VENV)/.installed
 demo: setup
 	@$(BIN)/megatron-ray demo
 
-# Tests that judge pauses and recovery times run by themselves, after all others.
 test: setup
-	$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not alone and not chaos and not parity"
-	$(BIN)/pytest -m "alone and not chaos and not parity"
+	$(BIN)/pytest $(SHARED)
 
 unit: setup
-	$(BIN)/pytest -n $(JOBS) --dist loadfile tests/unit tests/architecture
+	$(BIN)/pytest $(SHARED) tests/unit tests/architecture
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -43,7 +43,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 coverage: setup
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered tests/unit tests/parallel
+	$(BIN)/pytest $(SHARED) --cov --cov-report=term:skip-covered tests/unit tests/parallel
 
 bench: setup
 	@$(BIN)/python -m tests.bench $(BENCH)

@@ -27,3 +27,14 @@ def run_ranks() -> Callable[..., list[Any]]:
     gloo ranks, see tests/ranks.py.
     """
     return _run_ranks
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives every test its group for xdist, whose tests share a process.
+
+    A module's tests share its fixtures; all tests of the running stack share that stack.
+    """
+    for item in items:
+        names = getattr(item, "fixturenames", ())
+        group = "stack" if "road" in names else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))

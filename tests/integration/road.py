@@ -181,7 +181,7 @@ def stack(folder: Path) -> Iterator[Road]:
     assert members(set(sessions)) == []
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Road]:
     with stack(tmp_path_factory.mktemp("road")) as started:
         yield started
