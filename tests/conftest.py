@@ -1,5 +1,6 @@
 """Fixtures that every part's tests may use."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,10 @@ import pytest
 from hypothesis import settings
 
 from tests.ranks import run_ranks as _run_ranks
+
+# Tests run several processes at once; more threads than cores only wait for each other.
+# It must be set before torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A machine busy with something else makes an example slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
