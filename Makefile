@@ -15,6 +15,8 @@ BIN    := $(VENV)/bin
 BENCH  ?=
 JOBS   ?= 2
 # Tests of one group share a process and its fixtures (tests/conftest.py); long groups come first.
+# Tests start many processes: what was compiled once is kept, whatever the shell's setting.
+export PYTHONDONTWRITEBYTECODE :=
 SHARED := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
