@@ -6,13 +6,13 @@ import os
 # It must be set before torch is imported, here and in the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Callable
+from typing import Any
 
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+from hypothesis import settings
 
-from tests.ranks import run_ranks as _run_ranks  # noqa: E402
+from tests.ranks import run_ranks as _run_ranks
 
 # A machine busy with something else makes an example slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
