@@ -22,7 +22,8 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.check import check_data
 from megatron_ray.data.prepare import UnusableDataError, prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.storage.storage import StorageError, open_storage
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.storage import open_storage
 from megatron_ray.validation.resolution import with_vocabulary
 from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec

@@ -13,12 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray.storage.storage import (
-    MissingFileError,
-    Storage,
-    StorageError,
-    open_storage,
-)
+from megatron_ray.storage.errors import MissingFileError, StorageError
+from megatron_ray.storage.storage import Storage, open_storage
 
 FORMAT_VERSION = 1
 """Written into every checkpoint; a reader refuses higher ones."""

@@ -3,7 +3,7 @@
 Owns: reuse, completeness. Must not know: what is made.
 
 An artifact is a folder with `complete.json`, which describes it and lists its files'
-sizes. Locally the whole folder appears at once (`work_folders`); in an object store,
+sizes. Locally the whole folder appears at once (`atomic_folder`); in an object store,
 which cannot rename, `complete.json` is uploaded last.
 """
 
@@ -15,15 +15,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ray.storage.files import Place, read_bytes, stat, upload
-from megatron_ray.storage.work_folders import WORK, appearing
+from megatron_ray.storage.durable import WORK_PREFIX, atomic_folder
+from megatron_ray.storage.files import file_stat, read_bytes, upload
+from megatron_ray.storage.location import Location
 
 COMPLETE = "complete.json"
 
 Description = dict[str, Any]
 
 
-def produce(cache: Place, name: str, make: Callable[[Path], Description]) -> Description:
+def produce(cache: Location, name: str, make: Callable[[Path], Description]) -> Description:
     """The description of artifact `name`, made by `make(work folder)` unless complete.
 
     Raises OSError and what `make` raises.
@@ -32,7 +33,7 @@ def produce(cache: Place, name: str, make: Callable[[Path], Description]) -> Des
     found = complete(target)
     if found is not None:
         return found
-    if not cache.local:
+    if not cache.is_local:
         with tempfile.TemporaryDirectory() as work:
             description = _made(Path(work), make)
             for file in sorted(
@@ -41,17 +42,17 @@ def produce(cache: Place, name: str, make: Callable[[Path], Description]) -> Des
                 upload(file, target / file.name)
         return description
     folder = Path(target.path)
-    with appearing(folder) as work_folder:
+    with atomic_folder(folder) as work_folder:
         description = _made(work_folder, make)
         if folder.is_dir() and complete(target) is None:
             # Somebody has damaged it; out of the way in one rename, so that no reader
             # sees half of it go.
             with contextlib.suppress(FileNotFoundError):
-                folder.rename(folder.with_name(f"{WORK}damaged-{uuid.uuid4().hex}"))
+                folder.rename(folder.with_name(f"{WORK_PREFIX}damaged-{uuid.uuid4().hex}"))
     return complete(target) or description
 
 
-def complete(target: Place) -> Description | None:
+def complete(target: Location) -> Description | None:
     """The description of a complete artifact; None when it is missing or a file of it
     is missing or has another size.
     """
@@ -60,7 +61,7 @@ def complete(target: Place) -> Description | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     for name, size in description["files"].items():
-        found = stat(target / name)
+        found = file_stat(target / name)
         if found is None or found.size != size:
             return None
     return description

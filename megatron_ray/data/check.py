@@ -3,14 +3,14 @@
 Owns: what can be told in a second. Must not know: tokenizing, caches, jobs.
 """
 
-import pyarrow as pa
-
 from megatron_ray.config.data import DataConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
 from megatron_ray.data.prepare import UnusableDataError, read_tokenizer
 from megatron_ray.data.sources import DataError, FoundSource, file_pieces, find_all
-from megatron_ray.storage.files import place, probe_writable
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.files import check_writable
+from megatron_ray.storage.location import parse_location
 
 
 def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
@@ -68,7 +68,7 @@ def _most_tokens(found: FoundSource, data: DataConfig) -> int | None:
     Raises DataError when the first document is unreadable.
     """
     if found.kind == "prepared":
-        if not found.root.local:
+        if not found.root.is_local:
             return None  # the index of a large remote corpus takes long to fetch
         try:
             return IndexedDataset(found.root.path).num_tokens
@@ -88,10 +88,10 @@ def _most_tokens(found: FoundSource, data: DataConfig) -> int | None:
 
 def _storage_problems(pointer: str, path: str) -> list[Problem]:
     try:
-        probe_writable(place(path))
-    except (OSError, ValueError, pa.ArrowException) as error:
+        check_writable(parse_location(path))
+    except StorageError as error:
         text = (
-            f"{path} cannot be written where the job runs: {error}; give a folder or URI that "
+            f"{path} cannot be written where the job runs: {error.cause}; give a folder or URI that "
             "it may write"
         )
         return [Problem(pointer, "not_writable", text)]

@@ -66,7 +66,7 @@ def make_corpus(
     if held_out == 0:
         return {"train": whole, "validation": None}
     parts = {}
-    link = link and (found.kind != "prepared" or found.root.local)
+    link = link and (found.kind != "prepared" or found.root.is_local)
     target = found.root.path + ".bin" if found.kind == "prepared" else "tokens.bin"
     for name, table in zip(
         ("train", "validation"), split(corpus.table, hashes, held_out), strict=True
@@ -260,7 +260,7 @@ def _prefix(found: FoundSource) -> str:
     """Of prepared data, without .bin or .idx; a URI when the source is one."""
     return (
         found.root.path
-        if found.root.local
+        if found.root.is_local
         else found.source.path.removesuffix(".bin").removesuffix(".idx")
     )
 

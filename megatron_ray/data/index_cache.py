@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ray.storage.files import is_local, place
-from megatron_ray.storage.work_folders import appearing
+from megatron_ray.storage.durable import atomic_folder
+from megatron_ray.storage.location import is_local_path, parse_location
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -30,12 +30,12 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
     work, and all use the first to appear. Without a local cache the arrays stay in
     memory. Raises OSError.
     """
-    if cache_dir is None or not is_local(cache_dir):
+    if cache_dir is None or not is_local_path(cache_dir):
         return build()
-    folder = Path(place(cache_dir).path) / key
+    folder = Path(parse_location(cache_dir).path) / key
     if not folder.is_dir():
         arrays = build()
-        with appearing(folder) as work:
+        with atomic_folder(folder) as work:
             for name, array in arrays.items():
                 np.save(work / f"{name}.npy", array)
     return {

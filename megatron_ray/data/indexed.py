@@ -19,7 +19,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ray.storage.files import place, read_bytes, stat
+from megatron_ray.storage.errors import MissingFileError
+from megatron_ray.storage.files import file_stat, open_random_access, read_bytes
+from megatron_ray.storage.location import parse_location
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
@@ -118,13 +120,13 @@ class IndexedDataset:
         Raises OSError when one is missing, ValueError when they are not a corpus.
         """
         self.prefix = prefix
-        where = place(prefix)
+        where = parse_location(prefix)
         index = where.with_suffix(".idx")
         tokens = where.with_suffix(".bin")
-        found = stat(tokens)
+        found = file_stat(tokens)
         if found is None:
-            raise FileNotFoundError(2, "no such file", tokens.path)
-        local_index = where.local and stat(index) is not None
+            raise MissingFileError("read", tokens.path, "no such file")
+        local_index = where.is_local and file_stat(index) is not None
         content = np.memmap(index.path, np.uint8, "r") if local_index else read_bytes(index)
         self.table = read_index(content, index.path)
         end = int(
@@ -136,12 +138,12 @@ class IndexedDataset:
             raise ValueError(
                 f"{tokens.path} is cut short: {found.size} bytes where its index needs {end}"
             )
-        self._file = None if where.local else tokens.filesystem.open_input_file(tokens.path)
+        self._file = None if where.is_local else open_random_access(tokens)
         # An empty file cannot be mapped. A plain array over the map slices ten times
         # faster than np.memmap itself.
         self._map = (
             np.asarray(np.memmap(tokens.path, np.uint8, "r"))
-            if where.local and found.size
+            if where.is_local and found.size
             else None
         )
 

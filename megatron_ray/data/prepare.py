@@ -8,7 +8,6 @@ a second run with the same content reads a few small files, and a change of one 
 redoes that source only.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import tokenizers
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
@@ -36,7 +34,9 @@ from megatron_ray.data.sources import (
     in_sampling_order,
 )
 from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
-from megatron_ray.storage.files import Place, place, read_bytes
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.files import read_bytes
+from megatron_ray.storage.location import Location, parse_location
 
 # Part of every cache key: raise it when the same input would be turned into something
 # else.
@@ -74,7 +74,7 @@ def prepare(
     /data (or /storage/path when the default cache cannot be written).
     """
     with _cache_errors(data, cache):
-        where = _open_cache(cache)
+        where = parse_location(cache)
         found = find_all(data)
         if found.problems:
             raise UnusableDataError(found.problems)
@@ -122,7 +122,7 @@ class _Made:
         self,
         owner: str,
         source: DataSource,
-        folder: Place,
+        folder: Location,
         uri: str,
         description: dict[str, Any],
     ) -> None:
@@ -160,7 +160,7 @@ class _Maker:
     """Makes artifacts of one cache with one tokenizer."""
 
     def __init__(
-        self, cache: Place, uri: str, tokenizer: Tokenizer, progress: Progress
+        self, cache: Location, uri: str, tokenizer: Tokenizer, progress: Progress
     ) -> None:
         self._cache = cache
         self._uri = _root(cache, uri)
@@ -179,7 +179,7 @@ class _Maker:
                     found,
                     self._tokenizer,
                     held_out,
-                    self._cache.local,
+                    self._cache.is_local,
                     self._progress,
                 )
 
@@ -192,7 +192,7 @@ class _Maker:
 def _tokenizer(
     config: TokenizerConfig,
     train: Sequence[_Owned],
-    cache: Place,
+    cache: Location,
     uri: str,
     progress: Progress,
 ) -> tuple[Tokenizer, str]:
@@ -228,7 +228,9 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The user's tokenizer.json. Raises UnusableDataError below /data/tokenizer."""
     path = config.path or ""
     try:
-        return Tokenizer.from_json(read_bytes(place(path)).decode(), config.end_of_document)
+        return Tokenizer.from_json(
+            read_bytes(parse_location(path)).decode(), config.end_of_document
+        )
     except TokenizerError as error:
         raise UnusableDataError(
             [
@@ -242,8 +244,8 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise UnusableDataError(
             [Problem("/data/tokenizer/path", "not_found", text)]
         ) from error
-    except (OSError, ValueError, pa.ArrowException) as error:
-        text = f"{path} cannot be read: {error}; give the path of a tokenizer.json"
+    except (OSError, ValueError) as error:
+        text = f"{path} cannot be read: {_cause(error)}; give the path of a tokenizer.json"
         raise UnusableDataError(
             [Problem("/data/tokenizer/path", "unreadable", text)]
         ) from error
@@ -314,13 +316,6 @@ def _pointing(owner: str) -> Iterator[None]:
         raise UnusableDataError([error.problem(owner)]) from error
 
 
-def _open_cache(cache: str) -> Place:
-    try:
-        return place(cache)
-    except ValueError as error:
-        raise OSError(errno.EINVAL, str(error)) from error
-
-
 @contextmanager
 def _cache_errors(data: DataConfig, cache: str) -> Iterator[None]:
     """Sources and tokenizer have turned their errors into problems; what the disk still
@@ -328,17 +323,21 @@ def _cache_errors(data: DataConfig, cache: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
+    except OSError as error:
         pointer = "/storage/path" if data.cache is None else "/data/cache"
         text = (
-            f"prepared data cannot be kept in {cache}: {error}; give a folder that the job may "
+            f"prepared data cannot be kept in {cache}: {_cause(error)}; give a folder that the job may "
             "write and that has room"
         )
         raise UnusableDataError([Problem(pointer, "not_writable", text)]) from error
 
 
-def _root(cache: Place, uri: str) -> str:
-    return cache.path if cache.local else uri.rstrip("/")
+def _cause(error: Exception) -> str:
+    return error.cause if isinstance(error, StorageError) else str(error)
+
+
+def _root(cache: Location, uri: str) -> str:
+    return cache.path if cache.is_local else uri.rstrip("/")
 
 
 def _digest(*parts: object) -> str:

@@ -20,15 +20,16 @@ import pyarrow.parquet as pq
 
 from megatron_ray.config.data import DataConfig, DataSource
 from megatron_ray.config.problem import Problem
+from megatron_ray.storage.errors import InvalidLocationError, StorageError
 from megatron_ray.storage.files import (
     FileStat,
-    Place,
+    file_stat,
     is_folder,
+    open_random_access,
     open_stream,
-    place,
-    stat,
     walk,
 )
+from megatron_ray.storage.location import Location, parse_location
 
 STDLIB = "builtin://python-stdlib"
 
@@ -75,7 +76,7 @@ class FoundSource:
 
     source: DataSource
     kind: Literal["text", "builtin", "prepared"]
-    root: Place
+    root: Location
     """Filesystem of the files; for `prepared` the prefix, for `builtin` the folder."""
     files: tuple[FileStat, ...]
     """In reading order."""
@@ -136,16 +137,16 @@ def find(source: DataSource) -> FoundSource:
         if source.path.startswith("builtin://"):
             return _find_builtin(source)
         try:
-            root = place(source.path)
-        except (ValueError, pa.ArrowException) as error:
+            root = parse_location(source.path)
+        except InvalidLocationError as error:
             raise DataError(
                 "bad_uri",
                 f"{source.path} cannot be understood: {_first_line(error)}; {_WANTED}",
             ) from error
-        found = stat(root)
+        found = file_stat(root)
         if found is not None and root.path.endswith((".bin", ".idx")):
             return _find_prepared(
-                source, Place(root.filesystem, root.path[:-4], root.local)
+                source, Location(root.filesystem, root.path[:-4], root.is_local)
             )
         if found is not None:
             return FoundSource(source, "text", root, _checked(source, [found]))
@@ -189,7 +190,7 @@ def pieces(found: FoundSource) -> Iterator[Piece]:
 
 def file_pieces(found: FoundSource, file: FileStat) -> Iterator[Piece]:
     """The documents of one file. Empty documents are left out. Raises DataError."""
-    where = Place(found.root.filesystem, file.path, found.root.local)
+    where = Location(found.root.filesystem, file.path, found.root.is_local)
     key = found.source.text_key
     with _readable(file.path):
         if found.kind == "builtin":
@@ -233,14 +234,14 @@ def _find_builtin(source: DataSource) -> FoundSource:
     return FoundSource(
         source,
         "builtin",
-        place(str(folder)),
+        parse_location(str(folder)),
         tuple(sorted(files, key=lambda file: file.path)),
     )
 
 
-def _find_prepared(source: DataSource, prefix: Place) -> FoundSource:
-    index = stat(prefix.with_suffix(".idx"))
-    tokens = stat(prefix.with_suffix(".bin"))
+def _find_prepared(source: DataSource, prefix: Location) -> FoundSource:
+    index = file_stat(prefix.with_suffix(".idx"))
+    tokens = file_stat(prefix.with_suffix(".bin"))
     if index is None and tokens is None:
         raise DataError(
             "not_found",
@@ -262,13 +263,13 @@ def _local_stat(path: Path) -> FileStat:
     return FileStat(str(path), info.st_size, info.st_mtime_ns)
 
 
-def _glob(root: Place) -> list[FileStat]:
+def _glob(root: Location) -> list[FileStat]:
     parts = PurePosixPath(root.path).parts
     first = next(
         number for number, part in enumerate(parts) if any(mark in part for mark in _WILD)
     )
-    base = Place(
-        root.filesystem, str(PurePosixPath(*parts[:first])) if first else "", root.local
+    base = Location(
+        root.filesystem, str(PurePosixPath(*parts[:first])) if first else "", root.is_local
     )
     if not is_folder(base):
         return []
@@ -306,7 +307,7 @@ def _checked(source: DataSource, files: list[FileStat]) -> tuple[FileStat, ...]:
     return tuple(sorted(files, key=lambda file: file.path))
 
 
-def _text_pieces(where: Place) -> Iterator[Piece]:
+def _text_pieces(where: Location) -> Iterator[Piece]:
     with (
         open_stream(where) as stream,
         io.TextIOWrapper(stream, "utf-8", newline="") as reader,
@@ -341,7 +342,7 @@ def _builtin_pieces(path: Path) -> Iterator[Piece]:
         yield Piece(text, True)
 
 
-def _jsonl_pieces(where: Place, key: str) -> Iterator[Piece]:
+def _jsonl_pieces(where: Location, key: str) -> Iterator[Piece]:
     with open_stream(where) as stream:
         for number, line in enumerate(_lines(stream), 1):
             if line.isspace():
@@ -385,8 +386,8 @@ def _line_text(line: bytes, key: str, name: str) -> str:
     return str(record[key])
 
 
-def _parquet_pieces(where: Place, key: str) -> Iterator[Piece]:
-    with where.filesystem.open_input_file(where.path) as file:
+def _parquet_pieces(where: Location, key: str) -> Iterator[Piece]:
+    with open_random_access(where) as file:
         try:
             table = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
@@ -447,7 +448,8 @@ def _readable(name: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:300]
+    text = error.cause if isinstance(error, StorageError) else str(error)
+    return (text or type(error).__name__).splitlines()[0][:300]
 
 
 def _suffix(path: str) -> str:

@@ -27,7 +27,7 @@ from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.storage.storage import StorageError
+from megatron_ray.storage.errors import StorageError
 from tests.ranks import RankFailedError
 
 pytestmark = pytest.mark.parallel

@@ -21,7 +21,8 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.storage.storage import LocalStorage, ObjectStorage, StorageError
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.storage import LocalStorage, ObjectStorage
 
 
 def one(

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
+from megatron_ray.storage.errors import MissingFileError, StorageError
 from megatron_ray.storage.storage import (
     Entry,
     LocalStorage,
-    MissingFileError,
     ObjectStorage,
     Storage,
-    StorageError,
     open_storage,
 )
 

@@ -26,7 +26,7 @@ from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_ray.data.prepare import UnusableDataError, prepare, unigram_nats
 from megatron_ray.data.prepared import PreparedCorpus
 from megatron_ray.data.tokenizer import Tokenizer
-from megatron_ray.storage import files
+from megatron_ray.storage import files, location
 
 BYTES = TokenizerConfig(kind="bytes")
 TEXTS = [
@@ -284,7 +284,7 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "bucket").mkdir()
     store = arrow_fs.SubTreeFileSystem(str(tmp_path / "bucket"), arrow_fs.LocalFileSystem())
     monkeypatch.setattr(
-        files, "_from_uri", lambda uri: (store, uri.removeprefix("test://bucket/"))
+        location, "_filesystem_of", lambda uri: (store, uri.removeprefix("test://bucket/"))
     )
     return tmp_path / "bucket"
 
@@ -296,7 +296,7 @@ def test_everything_in_an_object_store(tmp_path: Path, bucket: Path) -> None:
     assert prepare(data, "test://bucket/cache", seq_length=8) == made
     assert made.train[0].prefix.startswith("test://bucket/cache/corpora/")
     loaded = Tokenizer.from_json(
-        files.read_bytes(files.place(made.tokenizer_path)).decode(), made.end_of_document
+        files.read_bytes(location.parse_location(made.tokenizer_path)).decode(), made.end_of_document
     )
     assert sorted(
         texts_of(made.train[0], loaded) + texts_of(made.validation[0], loaded)
