@@ -5,11 +5,10 @@ Owns: their texts, and the translation of what the operating system and Arrow ra
 Every StorageError is an OSError, and a missing file is a FileNotFoundError too: code that
 reads local files by itself handles both alike.
 
-    OSError
-      StorageError
-        InvalidLocationError
-        MissingFileError (FileNotFoundError)
-        AccessDeniedError (PermissionError)
+    StorageError (OSError)
+    ├── InvalidLocationError
+    ├── MissingFileError (FileNotFoundError)
+    └── AccessDeniedError (PermissionError)
 """
 
 from collections.abc import Iterator
@@ -17,9 +16,13 @@ from contextlib import contextmanager
 
 from pyarrow import ArrowException
 
+from megatron_ray.exceptions import ErrorKind, MegatronRayError
 
-class StorageError(OSError):
+
+class StorageError(MegatronRayError, OSError):
     """An operation on storage failed; the message names operation, path and cause."""
+
+    failure_kind = ErrorKind.STORAGE
 
     def __init__(self, operation: str, path: str, cause: object) -> None:
         super().__init__(f"cannot {operation} {path}: {cause}")
