@@ -9,9 +9,9 @@ Each exception is defined beside the code that raises it:
     ├── InputError                    user
     │   ├── ConfigError               config.problem
     │   ├── LayoutError               pipeline_parallel.schedules.layout
-    │   ├── DataError                 data.sources
+    │   ├── DataError                 data.preparation.errors
     │   ├── TokenizerError            data.tokenizer
-    │   └── UnusableDataError         data.prepare
+    │   └── UnusableDataError         data.preparation.errors
     ├── StorageError                  storage (storage.errors)
     │   ├── InvalidLocationError      storage.errors
     │   ├── MissingFileError          storage.errors

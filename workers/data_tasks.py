@@ -19,8 +19,9 @@ from megatron_ray.checkpoint.directory import latest_committed
 from megatron_ray.checkpoint.initial_model import begin
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
-from megatron_ray.data.check import check_data
-from megatron_ray.data.prepare import UnusableDataError, prepare
+from megatron_ray.data.preparation.check import check_data
+from megatron_ray.data.preparation.errors import UnusableDataError
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage

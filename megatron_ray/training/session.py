@@ -3,7 +3,7 @@
 Owns: that order, and the ten-line API.
 
 Must not know: Ray, HTTP, the environment. Data are prepared before
-(megatron_ray.data.prepare), so a session starts in seconds; process groups are the
+(megatron_ray.data.preparation.prepare), so a session starts in seconds; process groups are the
 caller's, so a session can be ended and another begun in the same process.
 """
 

@@ -17,7 +17,7 @@ from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
-from megatron_ray.data.prepare import prepare
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims

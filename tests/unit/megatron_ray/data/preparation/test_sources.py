@@ -11,24 +11,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data import sources
-from megatron_ray.data.sources import (
+from megatron_ray.data.preparation import documents as documents_module
+from megatron_ray.data.preparation.documents import fingerprint, read_chunks
+from megatron_ray.data.preparation.errors import DataError
+from megatron_ray.data.preparation.sources import (
     STDLIB,
-    DataError,
-    find,
-    find_all,
-    fingerprint,
+    find_data,
+    find_source,
     in_sampling_order,
-    pieces,
 )
 
 
 def documents(path: Path | str, text_key: str = "text") -> list[str]:
     made = []
     current = ""
-    for piece in pieces(find(DataSource(path=str(path), text_key=text_key))):
-        current += piece.text
-        if piece.ends_document:
+    for chunk in read_chunks(find_source(DataSource(path=str(path), text_key=text_key))):
+        current += chunk.text
+        if chunk.ends_document:
             made.append(current)
             current = ""
     assert not current
@@ -71,17 +70,18 @@ def test_kinds_read_the_same_documents(tmp_path: Path) -> None:
 def test_long_documents_come_whole_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(sources, "_PIECE_CHARS", 5)
+    monkeypatch.setattr(documents_module, "_CHUNK_CHARS", 5)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", errors="replace", newline="")
     written = (tmp_path / "a.txt").read_bytes().decode()
     assert documents(tmp_path / "a.txt") == [written]
 
 
 def test_pieces_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_PIECE_CHARS", 4)
+    monkeypatch.setattr(documents_module, "_CHUNK_CHARS", 4)
     (tmp_path / "a.txt").write_text("abcdef\nghi\nj")
     assert [
-        piece.text for piece in pieces(find(DataSource(path=str(tmp_path / "a.txt"))))
+        chunk.text
+        for chunk in read_chunks(find_source(DataSource(path=str(tmp_path / "a.txt"))))
     ] == [
         "abcdef\n",
         "ghi\n",
@@ -109,24 +109,24 @@ def test_a_name_with_wildcards_that_exists_is_that_file(tmp_path: Path) -> None:
 
 
 def test_standard_library() -> None:
-    found = find(DataSource(path=STDLIB))
+    found = find_source(DataSource(path=STDLIB))
     folder = sysconfig.get_path("stdlib")
     names = [file.path.removeprefix(folder) for file in found.files]
     assert names == sorted(names)
     assert "/json/decoder.py" in names
     assert not [name for name in names if "/site-packages/" in name or "/test/" in name]
-    assert found.size > 5e6
-    assert fingerprint(found) == fingerprint(find(DataSource(path=STDLIB)))
+    assert found.num_bytes > 5e6
+    assert fingerprint(found) == fingerprint(find_source(DataSource(path=STDLIB)))
     assert sorted(in_sampling_order(found), key=lambda file: file.path) == list(found.files)
 
 
 def test_fingerprint_changes_with_content(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", "a")
-    before = fingerprint(find(DataSource(path=str(path))))
-    assert fingerprint(find(DataSource(path=str(path), weight=3.0))) == before
-    assert fingerprint(find(DataSource(path=str(path), text_key="other"))) != before
+    before = fingerprint(find_source(DataSource(path=str(path))))
+    assert fingerprint(find_source(DataSource(path=str(path), weight=3.0))) == before
+    assert fingerprint(find_source(DataSource(path=str(path), text_key="other"))) != before
     jsonl(path, "a", "b")
-    assert fingerprint(find(DataSource(path=str(path)))) != before
+    assert fingerprint(find_source(DataSource(path=str(path)))) != before
 
 
 def test_paths_that_are_wrong(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
         "the home folder in ~nobody-of-this-name/x is not known",
     )
     refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
-    refused("nowhere://bucket/x", "bad_uri", "nowhere://bucket/x cannot be understood")
+    refused("nowhere://bucket/x", "bad_uri", "nowhere://bucket/x is not a valid path or URI")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         def opener(where: object) -> None:
             raise error
 
-        monkeypatch.setattr(sources, "open_stream", opener)
+        monkeypatch.setattr(documents_module, "open_stream", opener)
 
     deny(PermissionError(13, "denied"))
     refused(
@@ -265,7 +265,7 @@ def test_find_all_gathers_problems(tmp_path: Path) -> None:
     good, ready, missing = (
         DataSource(path=str(tmp_path / name)) for name in ("d.jsonl", "c", "nothing")
     )
-    found = find_all(DataConfig(train=(good, missing, ready), validation=(missing,)))
+    found = find_data(DataConfig(train=(good, missing, ready), validation=(missing,)))
     assert [(problem.pointer, problem.code) for problem in found.problems] == [
         ("/data/train/1/path", "not_found"),
         ("/data/validation/0/path", "not_found"),
@@ -274,5 +274,7 @@ def test_find_all_gathers_problems(tmp_path: Path) -> None:
     assert "/data/train/2/path is already tokenized" in found.problems[-1].detail
     assert [owner for owner, _ in found.train] == ["/data/train/0", "/data/train/2"]
     with_bytes = DataConfig(train=(ready,), tokenizer=TokenizerConfig(kind="bytes"))
-    assert not find_all(with_bytes).problems
-    assert find(DataSource(path=str(tmp_path / "c.bin"))).root.path == str(tmp_path / "c")
+    assert not find_data(with_bytes).problems
+    assert find_source(DataSource(path=str(tmp_path / "c.bin"))).root.path == str(
+        tmp_path / "c"
+    )

@@ -19,11 +19,12 @@ import pytest
 from pyarrow import fs as arrow_fs
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data import prepare as prepare_module
-from megatron_ray.data import sources
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder
-from megatron_ray.data.prepare import UnusableDataError, prepare, unigram_nats
+from megatron_ray.data.preparation import prepare as prepare_module
+from megatron_ray.data.preparation import sources, tokenizer_choice
+from megatron_ray.data.preparation.errors import UnusableDataError
+from megatron_ray.data.preparation.prepare import prepare, unigram_nats
 from megatron_ray.data.prepared import PreparedCorpus
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage import files, location
@@ -115,7 +116,7 @@ def test_second_run_is_a_cache_hit_with_the_same_manifest(
     def never(*_: object) -> None:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(prepare_module, "make_corpus", never)
+    monkeypatch.setattr(prepare_module, "build_corpus", never)
     monkeypatch.setattr(Tokenizer, "train_bpe", never)
     again: list[str] = []
     assert prepare(data, cache, seq_length=8, progress=again.append) == first
@@ -296,7 +297,8 @@ def test_everything_in_an_object_store(tmp_path: Path, bucket: Path) -> None:
     assert prepare(data, "test://bucket/cache", seq_length=8) == made
     assert made.train[0].prefix.startswith("test://bucket/cache/corpora/")
     loaded = Tokenizer.from_json(
-        files.read_bytes(location.parse_location(made.tokenizer_path)).decode(), made.end_of_document
+        files.read_bytes(location.parse_location(made.tokenizer_path)).decode(),
+        made.end_of_document,
     )
     assert sorted(
         texts_of(made.train[0], loaded) + texts_of(made.validation[0], loaded)
@@ -343,13 +345,13 @@ def test_a_killed_prepare_leaves_nothing_that_looks_complete(
     code = (
         "import os, sys\n"
         "from megatron_ray.config.data import *\n"
-        "from megatron_ray.data.prepare import prepare\n"
+        "from megatron_ray.data.preparation.prepare import prepare\n"
         "data = DataConfig(train=[DataSource(path=sys.argv[1])], "
         "tokenizer=TokenizerConfig(kind='bytes'), validation_fraction=0.1)\n"
         "prepare(data, sys.argv[2], seq_length=8, progress=lambda text: "
         "os.kill(os.getpid(), 9) if 'tokenized' in text else None)\n"
     )
-    root = str(Path(__file__).parents[4])
+    root = str(Path(__file__).parents[5])
     killed = subprocess.run(
         [sys.executable, "-c", code, str(corpus), str(cache)],
         env={**os.environ, "PYTHONPATH": root},
@@ -385,11 +387,11 @@ def test_the_tokenizer_sees_a_bounded_sample_by_weight(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = write(tmp_path / "other.jsonl", ["z" * 50] * 50)
-    monkeypatch.setattr(prepare_module, "_SAMPLE_CHARS", 400)
+    monkeypatch.setattr(tokenizer_choice, "_SAMPLE_CHARS", 400)
     data = DataConfig(
         train=(DataSource(path=str(corpus), weight=3.0), DataSource(path=str(other)))
     )
-    sample = "".join(prepare_module._sample(sources.find_all(data).train))
+    sample = "".join(tokenizer_choice.sample_text(sources.find_data(data).train))
     assert (len(sample), sample.count("z")) == (400, 100)
 
 

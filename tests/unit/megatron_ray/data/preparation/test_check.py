@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data.check import check_data
 from megatron_ray.data.indexed import IndexedDatasetBuilder
+from megatron_ray.data.preparation.check import check_data
 
 
 def config(path: Path | str, **changes: Any) -> DataConfig:
