@@ -1,4 +1,4 @@
-"""Built index arrays on disk.
+"""Keeps built index arrays on disk.
 
 Owns: keys, memory mapping. Must not know: what the arrays mean.
 """
@@ -19,12 +19,12 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def cache_key(fields: Mapping[str, object]) -> str:
-    """Name for what these JSON values determine."""
+    """Returns the name of what these JSON values determine."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
-    """The arrays under `key`, built when missing and then memory-mapped.
+    """Returns the arrays under `key`, built when missing and then memory-mapped.
 
     A reader sees the whole folder or none. Ranks that build at the same time do equal
     work, and all use the first to appear. Without a local cache the arrays stay in
@@ -38,6 +38,6 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
         with atomic_folder(folder) as work:
             for name, array in arrays.items():
                 np.save(work / f"{name}.npy", array)
-    return {
-        file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))
-    }
+    # Mapped also by the rank that built them: ranks of a node share the page cache.
+    files = sorted(folder.glob("*.npy"))
+    return {file.stem: np.load(file, mmap_mode="r") for file in files}

@@ -163,7 +163,9 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
         "the home folder in ~nobody-of-this-name/x is not known",
     )
     refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
-    refused("nowhere://bucket/x", "bad_uri", "nowhere://bucket/x is not a valid path or URI")
+    refused(
+        "nowhere://bucket/x", "bad_uri", "nowhere://bucket/x is not a valid path or URI"
+    )
 
 
 @pytest.mark.parametrize(
