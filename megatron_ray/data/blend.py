@@ -69,6 +69,7 @@ def build_blend_indices(weights: Sequence[float], size: int) -> Arrays:
     other_datasets = range(1, len(shares))
     # Plain floats in plain lists: numpy would cost a call for each of the few datasets.
     for index in range(size):
+        # At least 1, or all lags would be zero for the first sample.
         scale = max(float(index), 1.0)
         best = 0
         largest_lag = shares[0] * scale - taken[0]
@@ -101,12 +102,14 @@ class BlendedDataset:
         if len(datasets) != len(weights):
             raise ValueError(f"{len(datasets)} datasets with {len(weights)} weights")
         self._datasets = list(datasets)
+        # Of the shares and not of the weights: 1:2 and 2:4 are one blend.
         key = cache_key(
             {"format": 1, "weights": normalized(weights).tolist(), "size": size}
         )
         arrays = load_or_build(cache_dir, key, lambda: build_blend_indices(weights, size))
         self.dataset_index = arrays["dataset_index"]
         self.dataset_sample_index = arrays["dataset_sample_index"]
+        # Now, and not when training reaches the sample that is missing.
         self._require_enough_samples()
 
     def _require_enough_samples(self) -> None:

@@ -48,6 +48,7 @@ def plan_epochs(tokens_per_epoch: int, num_samples: int, seq_length: int) -> Epo
     epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
     before_last = max(0, (epochs - 1) * tokens_per_epoch - 1) // seq_length
     from_last = num_samples - before_last
+    # Samples that one epoch alone would give.
     per_epoch = (tokens_per_epoch - 1) // seq_length
     separate_last = epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch)
     return EpochPlan(epochs, before_last, separate_last)
@@ -81,6 +82,7 @@ def build_sample_index(
     running sum of lengths, in chunks so that the only large arrays are the sum (8 bytes
     an entry of the document index) and the result.
     """
+    # The tape's running length, in 64 bits: it has all epochs.
     ends = np.cumsum(lengths[document_index], dtype=np.int64)
     largest = max(len(document_index), int(lengths.max(initial=0)))
     dtype: type[np.generic] = np.int32
@@ -107,6 +109,7 @@ def build_shuffle_index(
     dtype: type[np.generic] = np.int64
     if total < np.iinfo(np.uint32).max - 1:
         dtype = np.uint32
+    # Four bytes a sample while the numbers fit, as in Megatron.
     head = np.arange(num_samples, dtype=dtype)
     random.shuffle(head)
     if num_samples == total:
@@ -187,6 +190,7 @@ class GPTDataset:
         last_position, last_offset = self._start_of(sample + 1)
         tokens = np.empty(self._seq_length + 1, np.int64)
         filled = 0
+        # A sample may lie over many short sequences.
         while position <= last_position:
             sequence = int(self.document_index[position])
             end = int(self._corpus.lengths[sequence])

@@ -30,6 +30,7 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
     work, and all use the first to appear. Without a local cache the arrays stay in
     memory. Raises OSError.
     """
+    # Files in an object store cannot be mapped; each rank then builds its own arrays.
     if cache_dir is None or not is_local_path(cache_dir):
         return build()
     folder = Path(parse_location(cache_dir).path) / key

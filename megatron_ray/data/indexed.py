@@ -124,6 +124,7 @@ class IndexedDataset:
 
         Raises OSError when one is missing, ValueError when they are not a corpus.
         """
+        # As given: a manifest names a corpus by it, also where it is a URI.
         self.prefix = prefix
         location = parse_location(prefix)
         tokens = location.with_suffix(".bin")
@@ -194,6 +195,7 @@ class IndexedDataset:
         num_bytes = length * itemsize
         if self._map is not None:
             return self._map[start : start + num_bytes].view(self.table.dtype)
+        # Neither a map nor a file: the corpus is empty.
         content = b""
         if self._file is not None:
             content = self._file.read_at(num_bytes, start)
@@ -201,6 +203,7 @@ class IndexedDataset:
 
     def view(self, table: IndexTable) -> Self:
         """Returns the same tokens under another index."""
+        # Shallow: the memory map and the open file are shared.
         other = copy.copy(self)
         other.table = table
         return other
@@ -287,6 +290,7 @@ class IndexedDatasetBuilder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # No index after an error: what is in the .bin then counts for nothing.
         if kind is None:
             self.close()
         else:

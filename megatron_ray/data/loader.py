@@ -37,28 +37,30 @@ class BatchMaker:
     num_mtp_layers: int = 0
     """Tokens beyond the next one that have labels too."""
 
-    def __call__(self, samples: np.ndarray, num_counted: int | None = None) -> Batch:
+    def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
         """Returns the batch of samples [B, S + 1].
 
-        Only the first `num_counted` samples (default: all) count in the loss.
+        Only the first `counted_rows` samples (default: all) count in the loss.
         """
         rows = samples.shape[0]
         length = samples.shape[1] - 1
+        # All of this in numpy on the host: it runs while the device is busy.
         mask_BS = np.ones((rows, length), dtype=np.float32)
-        if num_counted is not None:
-            mask_BS[num_counted:] = 0
+        if counted_rows is not None:
+            mask_BS[counted_rows:] = 0
         positions = np.arange(length, dtype=np.int64)[None]
         packed = None
         if self.end_of_document is not None:
             is_end_BS = samples[:, :-1] == self.end_of_document
+            # After an end token comes the next document's first, which nothing predicts.
             mask_BS[is_end_BS] = 0
             starts_BS = _document_starts(is_end_BS)
             positions = _positions_in_documents(starts_BS)
             packed = self._packed(starts_BS)
         samples = np.asarray(samples, dtype=np.int64)
-        further = None
+        mtp_targets = None
         if self.num_mtp_layers:
-            further = self._mtp_targets(samples, mask_BS)
+            mtp_targets = self._mtp_targets(samples, mask_BS)
         tokens_BS, labels_BS = self._tokens_and_labels(samples)
         if self.cut.cp > 1:
             local = self.cut.positions(length)
@@ -72,7 +74,7 @@ class BatchMaker:
             # On the host: asking the device later would wait for it.
             int(mask_BS.sum()),
             packed,
-            further,
+            mtp_targets,
         )
 
     def _tokens_and_labels(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -193,12 +195,15 @@ def evaluation_batches(
     Every replica gets equally many batches, or collectives would wait for ever; they are
     filled up with samples that do not count.
     """
+    # Ceiling division: the last blocks may be short or empty.
     num_batches = -(-num_samples // (micro_batch_size * dp))
     for number in range(num_batches):
         start = (number * dp + dp_rank) * micro_batch_size
         samples = []
         for index in range(start, start + micro_batch_size):
-            # Beyond the end, the first sample is the filler.
-            samples.append(dataset[index if index < num_samples else 0])
-        num_counted = max(0, min(micro_batch_size, num_samples - start))
-        yield make_batch(np.stack(samples), num_counted)
+            # Beyond the end the first sample is the filler.
+            if index >= num_samples:
+                index = 0
+            samples.append(dataset[index])
+        counted_rows = max(0, min(micro_batch_size, num_samples - start))
+        yield make_batch(np.stack(samples), counted_rows)

@@ -30,6 +30,7 @@ def sample_ids(
         raise ValueError(
             f"{consumed_samples=} {micro_batch_size=} {dp_rank=} {dp=} {num_microbatches=}"
         )
+    # Blocks of micro_batch_size samples are dealt to the replicas in turn.
     blocks = np.arange(num_microbatches, dtype=np.int64) * dp + dp_rank
     first_ids = consumed_samples + blocks * micro_batch_size
     return first_ids[:, None] + np.arange(micro_batch_size)

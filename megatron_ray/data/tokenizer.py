@@ -52,6 +52,7 @@ class Tokenizer:
         # Published files carry settings for other uses: cutting to a length, padding.
         inner.no_truncation()
         inner.no_padding()
+        # The text `<|endoftext|>` inside a document is encoded as plain characters.
         inner.encode_special_tokens = True
         self._inner = inner
         self.end_of_document = end_of_document
@@ -69,7 +70,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_DOCUMENT],
-            # Sorted: the library gives the alphabet in random order.
+            # Sorted: the library gives the alphabet in no fixed order.
             initial_alphabet=sorted(alphabet),
             show_progress=False,
         )
@@ -83,6 +84,7 @@ class Tokenizer:
         for byte, character in enumerate(_byte_characters()):
             vocabulary[character] = byte
         inner = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+        # Added after the 256 bytes, so its id is 256.
         inner.add_special_tokens([END_OF_DOCUMENT])
         return cls(inner, 256)
 
@@ -143,6 +145,7 @@ class Tokenizer:
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     inner = tokenizers.Tokenizer(model)
+    # No space before the first word: what is decoded must be what was encoded.
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return inner
@@ -170,6 +173,7 @@ def _encodable(text: str) -> str:
 
     They have no UTF-8, and the library refuses them.
     """
+    # The common case by far, and cheap to recognize: no copy is made.
     if text.isascii():
         return text
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -184,6 +188,7 @@ def _end_token_id(inner: tokenizers.Tokenizer, name: str | None) -> int:
             )
             raise TokenizerError("no_end_token", detail, "end_of_document")
         return int(token_id)
+    # Without a name the first usual one that the vocabulary has.
     for usual_name in _USUAL_END_TOKENS:
         token_id = inner.token_to_id(usual_name)
         if token_id is not None:

@@ -29,6 +29,8 @@ def atomic_file(path: Path) -> Iterator[FileIO]:
     After an error `path` is as it was. Makes parent folders. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its target, since a rename is atomic only within one filesystem; a random
+    # part, since a process that was replaced may still be writing the same file.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
         with open(partial, "wb", buffering=0) as file:
@@ -49,6 +51,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     call removes it once it is a day old. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    # No build that is alive leaves all its files untouched for a day.
     _remove_stale(folder.parent)
     work = folder.with_name(f"{WORK_PREFIX}{folder.name}-{uuid.uuid4().hex}")
     work.mkdir()

@@ -54,6 +54,7 @@ def storage_errors(operation: str, path: str) -> Iterator[None]:
         yield
     except StorageError:
         raise  # translated already, closer to the cause
+    # From the special to the general: the first two are OSErrors too.
     except FileNotFoundError as error:
         raise MissingFileError(operation, path, "no such file or folder") from error
     except PermissionError as error:

@@ -53,6 +53,7 @@ def walk(folder: Location) -> Iterator[FileStat]:
 
     Raises StorageError when it cannot be listed.
     """
+    # One listing for the whole tree; object stores answer it a thousand names at a time.
     selector = arrow_fs.FileSelector(folder.path, recursive=True)
     with storage_errors("list", folder.path):
         infos = folder.filesystem.get_file_info(selector)
@@ -112,6 +113,7 @@ def check_writable(folder: Location) -> None:
     Creates no folder on a local disk: where the folder does not exist, the nearest one
     above it is tried. Raises StorageError when it cannot be written.
     """
+    # An object store has no folders: there any name below the prefix will do.
     if folder.is_local:
         folder = _nearest_existing(folder)
     probe = folder / f".probe-{uuid.uuid4().hex}"
@@ -122,6 +124,7 @@ def check_writable(folder: Location) -> None:
             ) as writer:
                 writer.write(b"probe")
         finally:
+            # Also after a failed write, which may have left an empty file.
             if _info(probe).type != arrow_fs.FileType.NotFound:
                 probe.filesystem.delete_file(probe.path)
 

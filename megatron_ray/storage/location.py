@@ -47,6 +47,7 @@ def parse_location(path: str) -> Location:
     """
     if is_local_path(path):
         return Location(arrow_fs.LocalFileSystem(), _local_path(path), True)
+    # Connects to nothing yet, but S3 and GCS look for credentials.
     try:
         filesystem, inner_path = _filesystem_of(path)
     except (ArrowException, ValueError) as error:
@@ -59,6 +60,7 @@ def parse_location(path: str) -> Location:
 def _local_path(path: str) -> str:
     plain = path
     if path.startswith(_FILE_SCHEME):
+        # file://host/share would be a path on another machine.
         uri = urlsplit(path)
         if uri.netloc not in ("", "localhost"):
             cause = (
@@ -69,6 +71,8 @@ def _local_path(path: str) -> str:
     if not plain or "\0" in plain:
         cause = "the path is empty or holds a NUL character"
         raise InvalidLocationError("open", path, cause)
+    # Absolute, as processes of a job have different working directories; `..` stays, since
+    # the paths are part of cache keys.
     try:
         return str(Path(plain).expanduser().absolute())
     except RuntimeError as error:

@@ -134,6 +134,7 @@ def open_storage(path: str) -> Storage:
         cause = f"unknown scheme {scheme!r}; use a local path or one of {known}"
         raise InvalidLocationError("open", path, cause)
     location = parse_location(path)
+    # Without `..`, which the operating system resolves only where the folders exist.
     if location.is_local:
         return LocalStorage(os.path.abspath(location.path))
     if not location.path.strip("/"):
@@ -182,6 +183,7 @@ class LocalStorage(Storage):
         """Deletes a file, durably: the order of deletions matters to readers."""
         path = self._path(name)
         with storage_errors("delete", str(path)):
+            # Checkpoints rely on it: the marker must be gone before the rest goes.
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
                 fsync_path(path.parent)
@@ -310,6 +312,7 @@ class ObjectStorage(Storage):
         with storage_errors("list", self.uri(name)):
             infos = self.filesystem.get_file_info(selector)
         entries = []
+        # Paths come with the bucket in front.
         for info in infos:
             relative = info.path[len(base) + 1 :]
             is_folder = info.type == fs.FileType.Directory
@@ -318,6 +321,7 @@ class ObjectStorage(Storage):
 
     def delete_file(self, name: str) -> None:
         """Deletes an object."""
+        # Asked first: some filesystems raise for what is not there, others do not.
         if self.exists(name):
             with storage_errors("delete", self.uri(name)):
                 self.filesystem.delete_file(self._key(name))

@@ -70,7 +70,7 @@ def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
         [[0, 0, 0, 1, 0, 0, 0, 0]],
     ]
     together = BatchMaker(CPU, num_mtp_layers=2)(
-        np.concatenate([tokens, tokens]), num_counted=1
+        np.concatenate([tokens, tokens]), counted_rows=1
     ).further
     assert together is not None
     assert together.loss_mask_DBS.tolist() == [

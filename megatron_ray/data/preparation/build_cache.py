@@ -32,6 +32,7 @@ def get_or_build(cache: Location, name: str, build: BuildEntry) -> Description:
     Raises OSError and what `build` raises.
     """
     entry = cache / name
+    # Two processes may both miss it and build: that costs time, and harms nothing.
     description = read_description(entry)
     if description is not None:
         return description
@@ -73,6 +74,7 @@ def _build_locally(entry: Location, build: BuildEntry) -> Description:
 def _build_and_upload(entry: Location, build: BuildEntry) -> Description:
     with tempfile.TemporaryDirectory() as work:
         description = _build(Path(work), build)
+        # The file that makes the entry complete goes last.
         files = sorted(Path(work).iterdir(), key=lambda file: file.name == COMPLETE)
         for file in files:
             upload(file, entry / file.name)
@@ -81,7 +83,10 @@ def _build_and_upload(entry: Location, build: BuildEntry) -> Description:
 
 def _build(work: Path, build: BuildEntry) -> Description:
     description = build(work)
-    sizes = {file.name: file.stat().st_size for file in sorted(work.iterdir())}
+    sizes = {}
+    for file in sorted(work.iterdir()):
+        sizes[file.name] = file.stat().st_size
+    # By size a file that was cut short is found without reading it.
     description["files"] = sizes
     (work / COMPLETE).write_text(json.dumps(description, sort_keys=True))
     return description

@@ -35,6 +35,7 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
         problems += _source_problems(source_at, data, required_for_training)
     for source_at in data_files.validation:
         problems += _source_problems(source_at, data, required)
+    # The other kinds are made here and cannot be wrong.
     if data.tokenizer.kind == "file":
         try:
             read_tokenizer(data.tokenizer)
@@ -74,6 +75,8 @@ def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
     if first_chunk is None and len(files) == 1:
         detail = f"{source_files.source.path} holds no text; give files with text in them"
         raise DataError("empty", detail)
+    # Compressed text is longer than its file, and a tokenizer of the user's may
+    # normalize text to something longer.
     is_compressed = any(file.path.lower().endswith(".parquet") for file in files)
     if is_compressed or data.tokenizer.kind == "file":
         return None

@@ -57,6 +57,7 @@ def build_corpus(
     `held_out_fraction` is the share of documents for validation; None means that all of
     it is for validation. Raises DataError, OSError.
     """
+    # A prepared source is used where it lies; only new indices are written for it.
     is_prepared = source_files.kind == "prepared"
     prefix = "tokens"
     if is_prepared:
@@ -70,6 +71,7 @@ def build_corpus(
         return {"train": None, "validation": _describe(prefix, corpus)}
     if held_out_fraction == 0:
         return {"train": _describe(prefix, corpus), "validation": None}
+    # Relative for our own tokens, so that the entry can be renamed and moved.
     link_target = None
     if use_links and not is_prepared:
         link_target = "tokens.bin"
@@ -84,6 +86,7 @@ def build_corpus(
         # Both parts have copies of their tokens. (With links this file is their target.)
         (work / "tokens.bin").unlink()
         (work / "tokens.idx").unlink()
+    # Counted now, while the tokens are in the page cache: for the unigram baseline.
     held_out = IndexedDataset(str(work / "validation"))
     np.save(work / COUNTS, _count_tokens(held_out, tokenizer.vocab_size))
     return parts
@@ -118,6 +121,7 @@ def _copy_documents(corpus: IndexedDataset, prefix: Path) -> None:
         for sequences in corpus.document_ranges():
             for sequence in sequences:
                 builder.add(corpus[sequence])
+                # The sequences of a document stay apart, as in the original.
                 builder.end_sequence()
             builder.end_document()
 
@@ -143,6 +147,7 @@ def _tokenize(
     with IndexedDatasetBuilder(prefix, dtype) as builder:
         writer = _TokenWriter(tokenizer, builder)
         reported_at = time.monotonic()
+        # In batches, which the tokenizer spreads over all cores.
         for batch in _batches(read_chunks(source_files)):
             writer.write(batch)
             if time.monotonic() - reported_at > _PROGRESS_EVERY_S:
@@ -244,6 +249,7 @@ def _check_tokens(tokens: IntArray, vocab_size: int, name: str) -> None:
     largest = int(tokens.max())
     if smallest >= 0 and largest < vocab_size:
         return
+    # Negative ones too: four-byte tokens are signed.
     invalid = smallest
     if largest >= vocab_size:
         invalid = largest

@@ -47,6 +47,7 @@ def read_file_chunks(source_files: SourceFiles, file: FileStat) -> Iterator[Text
     location = source_files.location(file)
     text_key = source_files.source.text_key
     suffix = suffix_of(file.path)
+    # Around the whole reading, and not only the opening: disks fail in the middle too.
     with read_errors(file.path):
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
@@ -68,7 +69,8 @@ def fingerprint(source_files: SourceFiles) -> str:
     if source_files.kind == "builtin":
         parts.append([chunk.text for chunk in read_chunks(source_files)])
     else:
-        parts += [[file.path, file.size, file.mtime_ns] for file in source_files.files]
+        for file in source_files.files:
+            parts.append([file.path, file.size, file.mtime_ns])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -106,6 +108,7 @@ def _read_python(path: Path) -> Iterator[TextChunk]:
 def _read_jsonl(location: Location, text_key: str) -> Iterator[TextChunk]:
     with open_stream(location) as stream:
         for number, line in enumerate(stream, 1):
+            # A trailing empty line is no document.
             if line.isspace():
                 continue
             text = _text_of_line(line, text_key, f"{location.path}:{number}")
@@ -118,12 +121,13 @@ def _text_of_line(line: bytes, text_key: str, name: str) -> str:
         record = json.loads(line)
     # RecursionError: a line may nest deeper than the parser can go.
     except (ValueError, RecursionError) as error:
-        detail = f"{name} is not JSON ({short_cause(error)}); mend or remove the line"
+        detail = f"{name} is not JSON ({short_cause(error)}); correct or remove the line"
         raise DataError("bad_line", detail) from error
     if not isinstance(record, dict):
         kind = type(record).__name__
         detail = f"{name} is a JSON {kind}, not an object with a field {text_key!r}"
         raise DataError("bad_line", detail)
+    # The most common mistake; the fields that are there show the right name.
     if text_key not in record:
         fields = ", ".join(sorted(record)[:_MAX_NAMES_SHOWN]) or "none"
         detail = (
@@ -147,6 +151,7 @@ def _read_parquet(location: Location, text_key: str) -> Iterator[TextChunk]:
             detail = f"{location.path} is not a Parquet file: {short_cause(error)}"
             raise DataError("file_type", detail) from error
         _check_column(table.schema_arrow, text_key, location.path)
+        # In batches of the one column: a file may be larger than memory.
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 if text:

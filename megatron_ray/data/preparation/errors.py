@@ -62,6 +62,7 @@ def read_errors(name: str) -> Iterator[None]:
         byte = error.object[error.start]
         detail = f"{name} is not UTF-8 text (byte 0x{byte:02x}); convert it to UTF-8"
         raise DataError("not_utf8", detail) from error
+    # Before OSError, of which the next two are special cases with remedies of their own.
     except PermissionError as error:
         detail = (
             f"{name} may not be read by the user that runs the job; change its permissions"
@@ -77,6 +78,7 @@ def read_errors(name: str) -> Iterator[None]:
 
 def short_cause(error: BaseException) -> str:
     """Returns the first line of an error's text, without the path that it names."""
+    # Arrow's errors may go on for many lines.
     first_line = (cause(error) or type(error).__name__).splitlines()[0]
     return first_line[:_MAX_CAUSE_CHARS]
 

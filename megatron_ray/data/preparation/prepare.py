@@ -60,19 +60,22 @@ def prepare(
             data.tokenizer, data_files.train, location, progress
         )
         builder = _CorpusBuilder(location, cache, tokenizer, progress)
+        # Named validation sources replace the split.
         held_out_fraction = data.validation_fraction
         if data.validation:
             held_out_fraction = 0.0
         train = builder.build_all(data_files.train, held_out_fraction)
         validation = builder.build_all(data_files.validation, None)
+    # Only now: the length is no part of a cache key, so that a job with another
+    # seq_length uses the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
     _require_length(validation, "validation", required)
     if held_out_fraction and not validation:
         validation = _long_enough(train, required, progress)
     return PreparedData(
-        train=tuple(built.manifest("train") for built in train),
-        validation=tuple(built.manifest("validation") for built in validation),
+        train=_manifests(train, "train"),
+        validation=_manifests(validation, "validation"),
         tokenizer_path=f"{builder.cache_uri}/{tokenizer_file}",
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
@@ -89,11 +92,14 @@ def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float 
     if not blend:
         return None
     total_weight = 0.0
+    # Frequencies are averaged and not counts: a blend samples by weight, however large
+    # its corpora are.
     weighted = np.zeros(len(blend[0][1]))
     for weight, counts in blend:
         total_weight += weight
         weighted = weighted + weight * counts / counts.sum()
     frequencies = weighted / total_weight
+    # 0 log 0 counts as 0.
     used = frequencies[frequencies > 0]
     # Plus zero: the entropy of a single token is 0.0, not -0.0.
     return float(-(used * np.log(used)).sum()) + 0.0
@@ -156,6 +162,7 @@ class _CorpusBuilder:
         self._cache = cache
         self._tokenizer = tokenizer
         self._progress = progress
+        # The end token too: it is appended to every document.
         self._tokenizer_digest = digest(tokenizer.to_json(), tokenizer.end_of_document)
 
     def build_all(
@@ -178,6 +185,7 @@ class _CorpusBuilder:
             )
 
         with errors_at(pointer):
+            # All that determines the token files. Weight and seq_length do not.
             key = digest(
                 fingerprint(source_files), self._tokenizer_digest, held_out_fraction
             )
@@ -190,6 +198,13 @@ class _CorpusBuilder:
             f"{self.cache_uri}/{name}",
             description,
         )
+
+
+def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+    manifests = []
+    for built in corpora:
+        manifests.append(built.manifest(split))
+    return tuple(manifests)
 
 
 def _counts_by_weight(

@@ -71,6 +71,7 @@ def find_data(data: DataConfig) -> DataFiles:
     problems: list[Problem] = []
     train = _find_each(data.train, "/data/train", problems)
     validation = _find_each(data.validation, "/data/validation", problems)
+    # Tokens that lie there already fix the vocabulary.
     prepared_at = _first_prepared(train + validation)
     if prepared_at is not None and data.tokenizer.kind == "bpe":
         detail = (
@@ -122,12 +123,13 @@ def find_source(source: DataSource) -> SourceFiles:
         if is_folder(root):
             return _text_files(source, root, _readable_files(source, root))
         # Last, so that a file whose name has a bracket in it is found as that file.
-        if any(wildcard in root.path for wildcard in _WILDCARDS):
+        if _has_wildcard(root.path):
             return _text_files(source, root, _glob(root))
         return _find_prepared(source, root)
 
 
 def _find_file(source: DataSource, root: Location, file: FileStat) -> SourceFiles:
+    # Either file of the pair may be named instead of their prefix.
     if root.path.endswith((".bin", ".idx")):
         prefix = Location(root.filesystem, root.path[:-4], root.is_local)
         return _find_prepared(source, prefix)
@@ -138,6 +140,7 @@ def _find_builtin(source: DataSource) -> SourceFiles:
     if source.path != STDLIB:
         detail = f"{source.path} is not a builtin corpus; the only one is {STDLIB}"
         raise DataError("unknown_builtin", detail)
+    # The sources of the running Python: text that every machine has, for first runs.
     folder = Path(sysconfig.get_path("stdlib"))
     files = []
     for parent, subfolders, names in os.walk(folder):
@@ -161,6 +164,7 @@ def _local_stat(path: Path) -> FileStat:
 
 
 def _find_prepared(source: DataSource, prefix: Location) -> SourceFiles:
+    # The prefix itself names no file: both of its files are looked for.
     index = file_stat(prefix.with_suffix(".idx"))
     tokens = file_stat(prefix.with_suffix(".bin"))
     if index is None and tokens is None:
@@ -198,7 +202,15 @@ def _readable_files(source: DataSource, folder: Location) -> list[FileStat]:
 def _is_hidden(path: str, root: str) -> bool:
     # Relative to the source: a folder above it may well be hidden.
     parts = PurePosixPath(path.removeprefix(root)).parts
-    return any(part.startswith((".", "_")) for part in parts)
+    for part in parts:
+        # `_` as in Spark's _SUCCESS and _logs.
+        if part.startswith((".", "_")):
+            return True
+    return False
+
+
+def _has_wildcard(path: str) -> bool:
+    return any(wildcard in path for wildcard in _WILDCARDS)
 
 
 def _glob(root: Location) -> list[FileStat]:
@@ -206,7 +218,7 @@ def _glob(root: Location) -> list[FileStat]:
     # Only what lies below the last folder without a wildcard can match.
     fixed = []
     for pattern in patterns:
-        if any(wildcard in pattern for wildcard in _WILDCARDS):
+        if _has_wildcard(pattern):
             break
         fixed.append(pattern)
     base_path = ""
@@ -215,17 +227,18 @@ def _glob(root: Location) -> list[FileStat]:
     base = Location(root.filesystem, base_path, root.is_local)
     if not is_folder(base):
         return []
-    return [file for file in walk(base) if _matches(_parts(file), patterns)]
-
-
-def _parts(file: FileStat) -> tuple[str, ...]:
-    return PurePosixPath(file.path).parts
+    matching = []
+    for file in walk(base):
+        if _matches(PurePosixPath(file.path).parts, patterns):
+            matching.append(file)
+    return matching
 
 
 def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     """Matches component by component, as a shell does; `**` is any number of folders."""
     if not patterns:
         return not parts
+    # `**` as no folder at all, and below as one folder and further ones.
     if patterns[0] == "**" and _matches(parts, patterns[1:]):
         return True
     if not parts:

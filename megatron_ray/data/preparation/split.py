@@ -31,6 +31,7 @@ def split_documents(
 
 
 def _select(table: IndexTable, is_selected: npt.NDArray[np.bool_]) -> IndexTable:
+    # A document may be several sequences; all of them go to the same side.
     sequences_per_document = np.diff(table.documents)
     sequences = np.repeat(is_selected, sequences_per_document)
     ends = np.cumsum(sequences_per_document[is_selected])
@@ -44,6 +45,7 @@ def _cut_document(table: IndexTable, num_tokens: int) -> tuple[IndexTable, Index
     """Cuts a single document after `num_tokens` tokens."""
     ends = np.cumsum(table.lengths, dtype=np.int64)
     cut = int(np.searchsorted(ends, num_tokens, side="right"))
+    # Too short for the fraction to take a token.
     if cut == len(ends):
         empty = IndexTable(
             table.dtype, table.lengths[:0], table.pointers[:0], np.zeros(1, np.int64)

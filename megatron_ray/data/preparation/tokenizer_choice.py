@@ -43,6 +43,7 @@ def make_tokenizer(
     else:
         name = _keep(read_tokenizer(config), config.kind, cache)
     file_name = f"{name}/{_FILE_NAME}"
+    # Read back from the cache, where another process may have trained it first.
     content = read_bytes(cache / file_name).decode()
     return Tokenizer.from_json(content, config.end_of_document), file_name
 
@@ -100,6 +101,7 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
         detail = f"{path} does not exist where the job runs; check the path"
         problem = Problem("/data/tokenizer/path", "not_found", detail)
         raise UnusableDataError([problem]) from error
+    # ValueError: the file is no UTF-8.
     except (OSError, ValueError) as error:
         detail = f"{path} cannot be read: {cause(error)}; give the path of a tokenizer.json"
         problem = Problem("/data/tokenizer/path", "unreadable", detail)
@@ -120,6 +122,7 @@ def sample_text(train: Sequence[SourceAt]) -> Iterator[str]:
 
 
 def _first_chars(source_files: SourceFiles, num_chars: int) -> Iterator[str]:
+    # The first files by name may be of one language or one year.
     for file in in_sampling_order(source_files):
         for chunk in read_file_chunks(source_files, file):
             yield chunk.text[:num_chars]

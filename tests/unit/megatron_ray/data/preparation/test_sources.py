@@ -23,15 +23,15 @@ from megatron_ray.data.preparation.sources import (
 
 
 def documents(path: Path | str, text_key: str = "text") -> list[str]:
-    made = []
+    texts = []
     current = ""
     for chunk in read_chunks(find_source(DataSource(path=str(path), text_key=text_key))):
         current += chunk.text
         if chunk.ends_document:
-            made.append(current)
+            texts.append(current)
             current = ""
     assert not current
-    return made
+    return texts
 
 
 def jsonl(path: Path, *texts: str) -> Path:
@@ -39,7 +39,7 @@ def jsonl(path: Path, *texts: str) -> Path:
     return path
 
 
-def refused(
+def assert_refused(
     path: Path | str, code: str, message: str, field: str = "path", text_key: str = "text"
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
@@ -134,36 +134,36 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "notes.pdf").write_text("x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "half.idx").write_text("x")
-    refused(
+    assert_refused(
         tmp_path / "missing.txt",
         "not_found",
         r"missing.txt does not exist where the job runs; check the path, .*give .txt, .jsonl",
     )
-    refused(tmp_path / "*.txt2", "not_found", r"no file matches .*\*.txt2")
-    refused(tmp_path / "no" / "*.txt", "not_found", "no file matches")
-    refused(tmp_path / "empty.txt", "empty", "empty.txt is empty")
-    refused(
+    assert_refused(tmp_path / "*.txt2", "not_found", r"no file matches .*\*.txt2")
+    assert_refused(tmp_path / "no" / "*.txt", "not_found", "no file matches")
+    assert_refused(tmp_path / "empty.txt", "empty", "empty.txt is empty")
+    assert_refused(
         tmp_path / "notes.pdf",
         "file_type",
         r"notes.pdf is of a type that cannot be read; give .txt",
     )
-    refused(tmp_path / "*.pdf", "file_type", "notes.pdf is of a type")
-    refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
-    refused(
+    assert_refused(tmp_path / "*.pdf", "file_type", "notes.pdf is of a type")
+    assert_refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
+    assert_refused(
         tmp_path / "half", "incomplete_prefix", "half.bin is missing beside its neighbour"
     )
-    refused(
+    assert_refused(
         "builtin://shakespeare",
         "unknown_builtin",
         "the only one is builtin://python-stdlib",
     )
-    refused(
+    assert_refused(
         "~nobody-of-this-name/x",
         "bad_uri",
         "the home folder in ~nobody-of-this-name/x is not known",
     )
-    refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
-    refused(
+    assert_refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
+    assert_refused(
         "nowhere://bucket/x", "bad_uri", "nowhere://bucket/x is not a valid path or URI"
     )
 
@@ -174,7 +174,7 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
         (
             '{"text": "a',
             "bad_line",
-            r"d.jsonl:3 is not JSON .*; mend or remove the line",
+            r"d.jsonl:3 is not JSON .*; correct or remove the line",
             "path",
         ),
         (
@@ -203,18 +203,18 @@ def test_jsonl_lines_that_are_wrong(
     tmp_path: Path, line: str, code: str, message: str, field: str
 ) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
-    refused(tmp_path / "d.jsonl", code, message, field)
+    assert_refused(tmp_path / "d.jsonl", code, message, field)
 
 
 def test_parquet_that_is_wrong(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "d.parquet")
-    refused(
+    assert_refused(
         tmp_path / "d.parquet",
         "text_key",
         r"d.parquet has no column 'text' \(its columns: body, id\)",
         "text_key",
     )
-    refused(
+    assert_refused(
         tmp_path / "d.parquet",
         "text_key",
         "column 'id' is int64, not text",
@@ -223,12 +223,12 @@ def test_parquet_that_is_wrong(tmp_path: Path) -> None:
     )
     assert documents(tmp_path / "d.parquet", "body") == ["a"]
     (tmp_path / "e.parquet").write_text("not parquet")
-    refused(tmp_path / "e.parquet", "file_type", "e.parquet is not a Parquet file")
+    assert_refused(tmp_path / "e.parquet", "file_type", "e.parquet is not a Parquet file")
 
 
 def test_text_in_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
-    refused(
+    assert_refused(
         tmp_path / "a.txt",
         "not_utf8",
         r"a.txt is not UTF-8 text \(byte 0xfc\); convert it to UTF-8",
@@ -245,19 +245,19 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(documents_module, "open_stream", opener)
 
     deny(PermissionError(13, "denied"))
-    refused(
+    assert_refused(
         tmp_path / "a.txt",
         "unreadable",
         "a.txt may not be read by the user that runs the job",
     )
     deny(OSError(5, "the disk is tired"))
-    refused(
+    assert_refused(
         tmp_path / "a.txt",
         "unreadable",
         "a.txt cannot be read: .*the disk is tired; check the path and the credentials",
     )
     deny(FileNotFoundError(2, "gone"))
-    refused(tmp_path / "a.txt", "not_found", "a.txt does not exist")
+    assert_refused(tmp_path / "a.txt", "not_found", "a.txt does not exist")
 
 
 def test_find_all_gathers_problems(tmp_path: Path) -> None:
