@@ -373,6 +373,6 @@ def test_a_small_corpus_of_a_blend_may_sit_out_the_evaluation(
     )
     assert (len(prepared.train), len(prepared.validation)) == (2, 1)
     assert any(
-        "docs.jsonl: 4 held_out-out tokens are too few to evaluate on" in line
+        "docs.jsonl: 4 held-out tokens are too few to evaluate on" in line
         for line in messages
     )

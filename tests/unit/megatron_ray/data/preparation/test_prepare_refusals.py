@@ -47,7 +47,7 @@ def test_too_little_text(tmp_path: Path) -> None:
         16,
     )
     message = (
-        r"held_out-out documents have [45] tokens, .* = 5; raise validation_fraction, .*set 0 to "
+        r"held-out documents have [45] tokens, .* = 5; raise validation_fraction, .*set 0 to "
         r"evaluate nothing"
     )
     only_four = write(tmp_path / "four.jsonl", ["a" * 3, "a" * 3 + "b", "a" * 20])
