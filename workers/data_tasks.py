@@ -16,13 +16,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.directory import latest_committed
-from megatron_ray.checkpoint.initial_model import begin
+from megatron_ray.checkpoint.initial_model import resolve_initial_model
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
-from megatron_ray.data.check import check_data
-from megatron_ray.data.prepare import UnusableDataError, prepare
+from megatron_ray.data.preparation.check import check_data
+from megatron_ray.data.preparation.errors import UnusableDataError
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.storage.storage import StorageError, open_storage
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.storage import open_storage
 from megatron_ray.validation.resolution import with_vocabulary
 from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec
@@ -69,7 +71,7 @@ def _beginning(spec: JobSpec) -> ModelConfig:
         and latest_committed(spec.storage.path) is not None
     ):
         return spec.model
-    model, problems = begin(spec.checkpoint, spec.model)
+    model, problems = resolve_initial_model(spec.checkpoint, spec.model)
     if problems:
         raise UnusableDataError(problems)
     return model
@@ -102,7 +104,7 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
             }
             for row in error.errors()
         ]
-    _, contradictions = begin(job.checkpoint, job.model)
+    _, contradictions = resolve_initial_model(job.checkpoint, job.model)
     return problem_rows(
         [
             *check_data(job.data, job.training.seq_length, storage_path),

@@ -23,7 +23,7 @@ from megatron_ray.commands import Command
 from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import apply_overrides, read_mapping
-from megatron_ray.data.prepare import UnusableDataError
+from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.reports import (
     CheckpointReport,

@@ -1,4 +1,4 @@
-"""Checkpoints of a job as folders.
+"""Manages the checkpoint folders of a job.
 
 Owns: their names, what makes one count, which are kept. Must not know: tensors, torch.
 
@@ -13,12 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray.storage.storage import (
-    MissingFileError,
-    Storage,
-    StorageError,
-    open_storage,
-)
+from megatron_ray.storage.errors import MissingFileError, StorageError
+from megatron_ray.storage.storage import Storage, open_storage
 
 FORMAT_VERSION = 1
 """Written into every checkpoint; a reader refuses higher ones."""
@@ -32,11 +28,12 @@ INDEX = "index.json"
 
 _NAME = re.compile(r"step-(\d{8,})-a(\d{4,})")
 
+FileSizes = dict[str, int]
+"""Bytes of each file of a checkpoint, by its name in the folder."""
+
 
 class CheckpointError(StorageError):
-    """A checkpoint is not whole, not committed, too new, or does not fit what is to be
-    loaded.
-    """
+    """A checkpoint is incomplete, not committed, too new, or does not fit the model."""
 
 
 @dataclass(frozen=True)
@@ -56,206 +53,234 @@ class CheckpointInfo:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Later checkpoints compare higher."""
+        """Sort key: later checkpoints compare higher."""
         return self.step, self.attempt
 
 
 def checkpoint_path(storage_path: str, step: int, attempt: int) -> str:
-    """Folder of a checkpoint; the attempt is in the name, so that a fenced-off attempt
-    cannot touch a later one's.
+    """Returns the folder of a checkpoint.
+
+    The attempt is in the name, so that ranks of a replaced attempt that still run cannot
+    write into a checkpoint of the next one.
     """
-    return f"{storage_path.rstrip('/')}/{FOLDER}/step-{step:08d}-a{attempt:04d}"
+    return f"{storage_path.rstrip('/')}/{_folder(step, attempt)}"
+
+
+def _folder(step: int, attempt: int) -> str:
+    return f"{FOLDER}/step-{step:08d}-a{attempt:04d}"
 
 
 def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
-    """All checkpoint folders, committed or not, oldest first. Raises StorageError."""
+    """Returns all checkpoint folders, committed or not, oldest first.
+
+    Raises StorageError.
+    """
     storage = open_storage(storage_path)
-    folders: dict[str, dict[str, int]] = {}
+    # One recursive listing: a request for each folder would be slow in an object store.
+    files_by_folder: dict[str, FileSizes] = {}
     for entry in storage.list(FOLDER, recursive=True):
         folder, _, name = entry.name.partition("/")
-        files = folders.setdefault(folder, {})
+        files = files_by_folder.setdefault(folder, {})
         if name and not entry.is_folder:
             files[name] = entry.size
-    matches = ((_NAME.fullmatch(folder), files) for folder, files in folders.items())
-    found = [
-        _info(storage, storage_path, int(match[1]), int(match[2]), files)
-        for match, files in matches
-        if match
-    ]
-    return sorted(found, key=lambda info: info.order)
+    infos = []
+    for folder, files in files_by_folder.items():
+        # Other folders are not ours: neither listed nor ever deleted.
+        match = _NAME.fullmatch(folder)
+        if match:
+            step = int(match[1])
+            attempt = int(match[2])
+            infos.append(_checkpoint_info(storage, storage_path, step, attempt, files))
+    return sorted(infos, key=lambda info: info.order)
 
 
 def latest_committed(storage_path: str) -> CheckpointInfo | None:
-    """The newest whole checkpoint; torn ones do not count. Raises StorageError."""
-    return next(
-        (info for info in reversed(list_checkpoints(storage_path)) if info.committed), None
-    )
+    """Returns the newest committed checkpoint, if any. Raises StorageError."""
+    for info in reversed(list_checkpoints(storage_path)):
+        if info.committed:
+            return info
+    return None
 
 
 def commit(
-    path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str, Any]]
+    path: str,
+    manifest: Mapping[str, Any],
+    reports: Iterable[Mapping[str, Any]],
+    storage: Storage | None = None,
 ) -> None:
-    """Makes a checkpoint count: reports, then the manifest with all files, then the
-    marker.
+    """Makes a checkpoint count: writes reports, the manifest of all files, the marker.
 
-    Committing again changes nothing.
-
-    All ranks must have said that their part is durable. Raises CheckpointError when the
-    common part or a rank's part is missing.
+    All ranks must have reported that their part is durable. Committing again changes
+    nothing. `storage` is that of `path`, when it is open already. Raises CheckpointError
+    when the common part or a rank's part is missing.
     """
-    storage = open_storage(path)
+    storage = storage or open_storage(path)
+    # A driver that was replaced in the middle of a commit repeats it.
     if storage.exists(COMMITTED):
         return
     _check_parts(storage, path)
-    storage.write_bytes_atomic(
-        REPORTS, b"".join(json.dumps(dict(report)).encode() + b"\n" for report in reports)
-    )
-    files = {
-        entry.name: entry.size
-        for entry in storage.list(recursive=True)
-        if not entry.is_folder and entry.name != MANIFEST
-    }
+    lines = [json.dumps(dict(report)).encode() + b"\n" for report in reports]
+    storage.write_bytes_atomic(REPORTS, b"".join(lines))
+    files = _file_sizes(storage)
+    # One of a commit that was killed may be there; the manifest does not list itself.
+    files.pop(MANIFEST, None)
     body = {**manifest, "format_version": FORMAT_VERSION, "files": files}
     storage.write_bytes_atomic(MANIFEST, json.dumps(body, indent=2).encode())
+    # From here on the checkpoint counts.
     storage.write_bytes_atomic(COMMITTED, b"")
 
 
 def read_reports(path: str) -> list[bytes]:
-    """The reports that a committed checkpoint contains, a JSON object each.
+    """Returns the step reports of a committed checkpoint, a JSON object each.
 
-    Raises StorageError.
+    None when it has been deleted meanwhile. Raises StorageError.
     """
     try:
         return open_storage(path).read_bytes(REPORTS).splitlines()
-    except MissingFileError:  # deleted meanwhile
+    except MissingFileError:
         return []
 
 
 def _check_parts(storage: Storage, path: str) -> None:
-    """Whether every rank's file is there with the size that was planned."""
+    """Checks that every rank's file is there with the size that was planned."""
     try:
         index = json.loads(storage.read_bytes(INDEX))
     except MissingFileError as error:
-        raise CheckpointError(
-            "commit", path, f"{INDEX} is missing, rank 0 has not written its part"
-        ) from error
-    if damage := _damage(
-        index, {entry.name: entry.size for entry in storage.list(recursive=True)}
-    ):
+        cause = f"{INDEX} is missing, rank 0 has not written its part"
+        raise CheckpointError("commit", path, cause) from error
+    damage = _find_damage(index, _file_sizes(storage))
+    if damage is not None:
         raise CheckpointError("commit", path, damage)
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """Manifest of a checkpoint that may be loaded.
+    """Returns the manifest of a checkpoint that may be loaded.
 
     Raises CheckpointError when it is not committed, has lost a file, or was written by
     a newer version.
     """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
-        if not storage.list():
-            raise CheckpointError("load", path, "there is no checkpoint at this path")
-        raise CheckpointError(
-            "load",
-            path,
+        cause = (
             "it is not committed (no COMMITTED marker): the save did not finish, use an "
-            "older checkpoint",
+            "older checkpoint"
         )
-    manifest = _manifest(storage, "")
+        # A wrong path is the more common mistake, and has another remedy.
+        if not storage.list():
+            cause = "there is no checkpoint at this path"
+        raise CheckpointError("load", path, cause)
+    manifest = _read_manifest_file(storage, MANIFEST)
     if manifest is None:
         raise CheckpointError("load", path, f"{MANIFEST} is missing or not readable")
     check_format_version(path, manifest)
-    damage = _damage(
-        manifest, {entry.name: entry.size for entry in storage.list(recursive=True)}
-    )
-    if damage:
+    damage = _find_damage(manifest, _file_sizes(storage))
+    if damage is not None:
         raise CheckpointError("load", path, damage)
     return manifest
 
 
 def check_format_version(path: str, values: Mapping[str, Any]) -> None:
-    """Raises CheckpointError when `values` come from a newer program."""
+    """Raises CheckpointError when `values` were written by a newer version."""
+    # Older ones stay readable: a reader knows every version up to its own.
     version = values.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise CheckpointError(
-            "load",
-            path,
+        cause = (
             f"its format_version is {version}, this program reads up to {FORMAT_VERSION}; "
-            "use the newer program",
+            "use the newer program"
         )
+        raise CheckpointError("load", path, cause)
 
 
 def apply_retention(storage_path: str, keep_last: int) -> Sequence[str]:
-    """Deletes committed checkpoints beyond the newest `keep_last` and what was never
-    finished before the newest; returns paths.
+    """Deletes old and unfinished checkpoints and returns their paths.
 
-    Nothing newer than the newest committed one is touched: it may be in the making.
-    Raises ValueError for keep_last < 1.
+    Deleted are committed ones beyond the newest `keep_last`, and those that were never
+    finished before the newest. Nothing newer than the newest committed one is touched:
+    it may still be written. Raises ValueError for keep_last < 1, StorageError.
     """
     if keep_last < 1:
         raise ValueError(
             f"keep_last={keep_last} must be at least 1: the only committed checkpoint is "
             "never deleted"
         )
-    found = list_checkpoints(storage_path)
-    committed = [info for info in found if info.committed]
+    infos = list_checkpoints(storage_path)
+    committed = [info for info in infos if info.committed]
     if not committed:
         return []
     newest = committed[-1]
-    unfinished = [
-        info
-        for info in found
-        if not info.committed
-        and info.step <= newest.step
-        and info.attempt <= newest.attempt
-    ]
-    doomed = committed[:-keep_last] + [
-        info for info in unfinished if info.order < newest.order
-    ]
-    for info in doomed:
+    # Sorted oldest first, so the last `keep_last` are the newest.
+    expired = committed[:-keep_last]
+    for info in infos:
+        if _is_abandoned(info, newest):
+            expired.append(info)
+    for info in expired:
         delete_checkpoint(storage_path, info)
-    return [info.path for info in doomed]
+    return [info.path for info in expired]
+
+
+def _is_abandoned(info: CheckpointInfo, newest: CheckpointInfo) -> bool:
+    """Returns whether an unfinished checkpoint can no longer be committed.
+
+    Both step and attempt are compared: a later attempt may be writing an earlier step.
+    """
+    if info.committed or info.order >= newest.order:
+        return False
+    return info.step <= newest.step and info.attempt <= newest.attempt
 
 
 def delete_checkpoint(storage_path: str, info: CheckpointInfo) -> None:
-    """Deletes the marker and then the rest, so that a half-deleted checkpoint never
-    looks whole.
-    """
+    """Deletes a checkpoint. Raises StorageError."""
     storage = open_storage(storage_path)
     folder = f"{FOLDER}/{info.path.rpartition('/')[2]}"
+    # The marker first, so that a half-deleted checkpoint never counts.
     storage.delete_file(f"{folder}/{COMMITTED}")
     storage.delete_tree(folder)
 
 
-def _info(
-    storage: Storage, storage_path: str, step: int, attempt: int, files: dict[str, int]
+def _checkpoint_info(
+    storage: Storage, storage_path: str, step: int, attempt: int, files: FileSizes
 ) -> CheckpointInfo:
-    path = checkpoint_path(storage_path, step, attempt)
-    manifest = (
-        _manifest(storage, f"{FOLDER}/{path.rpartition('/')[2]}/")
-        if COMMITTED in files
-        else None
+    manifest = None
+    # Without the marker there is nothing to read, and a request less.
+    if COMMITTED in files:
+        name = f"{_folder(step, attempt)}/{MANIFEST}"
+        manifest = _read_manifest_file(storage, name)
+    # A listing has all sizes already; a complete checkpoint costs one small read.
+    is_complete = manifest is not None and _find_damage(manifest, files) is None
+    loss = None
+    if manifest is not None and is_complete:
+        loss = manifest.get("loss")
+    return CheckpointInfo(
+        step=step,
+        attempt=attempt,
+        path=checkpoint_path(storage_path, step, attempt),
+        committed=is_complete,
+        loss=loss,
+        bytes=sum(files.values()),
     )
-    whole = manifest is not None and not _damage(manifest, files)
-    loss = manifest.get("loss") if manifest is not None and whole else None
-    return CheckpointInfo(step, attempt, path, whole, loss, sum(files.values()))
 
 
-def _manifest(storage: Storage, folder: str) -> dict[str, Any] | None:
-    """None when it is missing or no manifest."""
+def _read_manifest_file(storage: Storage, name: str) -> dict[str, Any] | None:
+    """Returns None when it is missing or no manifest."""
     try:
-        manifest = json.loads(storage.read_bytes(folder + MANIFEST))
+        manifest = json.loads(storage.read_bytes(name))
     except (MissingFileError, json.JSONDecodeError, UnicodeDecodeError):
         return None
-    return (
-        manifest
-        if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-        else None
-    )
+    if isinstance(manifest, dict) and isinstance(manifest.get("files"), dict):
+        return manifest
+    return None
 
 
-def _damage(manifest: Mapping[str, Any], files: Mapping[str, int]) -> str | None:
-    """What of the manifest is not there."""
+def _file_sizes(storage: Storage) -> FileSizes:
+    sizes = {}
+    for entry in storage.list(recursive=True):
+        if not entry.is_folder:
+            sizes[entry.name] = entry.size
+    return sizes
+
+
+def _find_damage(manifest: Mapping[str, Any], files: FileSizes) -> str | None:
+    """Returns what is missing of the files that a manifest lists."""
     for name, size in manifest["files"].items():
         if name not in files:
             return f"its file {name} is missing"

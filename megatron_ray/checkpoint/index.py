@@ -1,10 +1,9 @@
-"""Where each box of each logical tensor lies in the files of a checkpoint.
+"""Plans where each box of each logical tensor lies in the files of a checkpoint.
 
-Owns: who writes what, file offsets, index.json.
+Owns: which rank writes what, file offsets, index.json. Must not know: staging, threads.
 
 Planning is collective but happens once per layout: with it every rank knows its part
-for good, and the background thread that writes needs no collective. Must not know:
-staging, threads.
+for good, and the background thread that writes needs no collective.
 """
 
 import json
@@ -30,6 +29,9 @@ from megatron_ray.storage.storage import Storage
 
 _ALIGNMENT = 64
 """Bytes; lets a reader map any dtype straight over the file."""
+_MAX_DEFECTS_SHOWN = 5
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Held:
-    """A box that a rank could write."""
+class BoxSpec:
+    """A box of a logical tensor that a rank has in memory; replicas are equal."""
 
     fqn: str
-    shape: tuple[int, ...]
+    shape: Shape
+    """Of the logical tensor."""
     box: Box
     dtype: torch.dtype
 
@@ -68,188 +71,247 @@ class RankPlan:
     @property
     def num_bytes(self) -> int:
         """Size of the rank's file."""
-        return _end(self.slots)
+        return _file_bytes(self.slots)
 
 
-def _end(slots: Sequence[Slot]) -> int:
-    return slots[-1].start + slots[-1].num_bytes if slots else 0
+def _file_bytes(slots: Sequence[Slot]) -> int:
+    if not slots:
+        return 0
+    return slots[-1].start + slots[-1].num_bytes
 
 
 def data_file(rank: int) -> str:
-    """A rank's file inside a checkpoint."""
+    """Returns the name of a rank's file inside a checkpoint."""
     return f"data/rank-{rank:05d}.bin"
 
 
 def plan_save(state: ShardedState, group: Group) -> RankPlan:
-    """Collective over `group`: removes replicas, spreads them evenly, lays out the
-    files.
+    """Plans this rank's file. Collective over `group`.
 
-    Raises ValueError on every rank when the boxes of all ranks do not cover each tensor
-    exactly.
+    Each box is written by one of the ranks that have it, evenly spread. Raises ValueError
+    on every rank when the boxes of all ranks do not cover each tensor exactly.
     """
-    mine = [
-        Held(fqn, tensor.shape, held.box, held.tensor.dtype)
-        for fqn, tensor in state.items()
-        for held in tensor.held()
-    ]
+    local_boxes = _local_boxes(state)
     if group is None:
-        answer = plan_all([mine])[0]
+        plan = plan_all([local_boxes])[0]
     else:
-        holdings: list[Any] | None = [None] * group.size() if group.rank() == 0 else None
-        dist.gather_object(mine, holdings, group=group, group_dst=0)
-        received: list[RankPlan | str] = [""]
-        dist.scatter_object_list(
-            received,
-            plan_all(holdings) if holdings is not None else None,
-            group=group,
-            group_src=0,
-        )
-        answer = received[0]
-    if isinstance(answer, str):
-        raise ValueError(answer)
-    return answer
+        plan = _plan_on_first_rank(local_boxes, group)
+    if isinstance(plan, str):
+        raise ValueError(plan)
+    return plan
 
 
-def plan_all(holdings: Sequence[Sequence[Held]]) -> list[RankPlan | str]:
-    """From what each rank holds, each rank's plan; or the same problem for all, so that
-    none waits for the others.
+def _local_boxes(state: ShardedState) -> list[BoxSpec]:
+    specs = []
+    for fqn, tensor in state.items():
+        for local in tensor.held():
+            specs.append(BoxSpec(fqn, tensor.shape, local.box, local.tensor.dtype))
+    return specs
+
+
+def _plan_on_first_rank(
+    local_boxes: list[BoxSpec], group: dist.ProcessGroup
+) -> RankPlan | str:
+    boxes_by_rank: list[Any] | None = None
+    plans: list[RankPlan | str] | None = None
+    # Once per run, and small: names and shapes, never tensors. Every rank planning for
+    # itself would need all boxes on every rank.
+    if group.rank() == 0:
+        boxes_by_rank = [None] * group.size()
+    dist.gather_object(local_boxes, boxes_by_rank, group=group, group_dst=0)
+    if boxes_by_rank is not None:
+        plans = plan_all(boxes_by_rank)
+    received: list[RankPlan | str] = [""]
+    dist.scatter_object_list(received, plans, group=group, group_src=0)
+    return received[0]
+
+
+def plan_all(boxes_by_rank: Sequence[Sequence[BoxSpec]]) -> list[RankPlan | str]:
+    """Returns each rank's plan from the boxes that each rank has.
+
+    When the boxes do not cover the tensors, every rank gets the same message instead: an
+    error on rank 0 alone would leave the others waiting.
     """
-    slots = [_lay_out(mine) for mine in _without_replicas(holdings)]
-    shapes = {held.fqn: held.shape for mine in holdings for held in mine}
-    if problem := _uncovered(slots, shapes):
-        return [problem] * len(holdings)
-    index = _index_json(slots, shapes)
-    return [RankPlan(mine, index if rank == 0 else None) for rank, mine in enumerate(slots)]
+    slots_by_rank = []
+    for written in _without_replicas(boxes_by_rank):
+        slots_by_rank.append(_lay_out(written))
+    shapes: dict[str, Shape] = {}
+    for boxes in boxes_by_rank:
+        for spec in boxes:
+            shapes[spec.fqn] = spec.shape
+    message = _find_uncovered(slots_by_rank, shapes)
+    if message is not None:
+        return [message] * len(boxes_by_rank)
+    plans: list[RankPlan | str] = []
+    # Only rank 0 writes the index, of all ranks' files.
+    index: bytes | None = _index_json(slots_by_rank, shapes)
+    for slots in slots_by_rank:
+        plans.append(RankPlan(slots, index))
+        index = None
+    return plans
 
 
-def _without_replicas(holdings: Sequence[Sequence[Held]]) -> list[list[Held]]:
-    """Each box once, at whichever of its holders has the least to write so far."""
-    holders: dict[Held, list[int]] = {}
-    for rank, mine in enumerate(holdings):
-        for held in mine:
-            holders.setdefault(held, []).append(rank)
-    chosen: list[list[Held]] = [[] for _ in holdings]
-    load = [0] * len(holdings)
-    for held, ranks in holders.items():
+def _without_replicas(boxes_by_rank: Sequence[Sequence[BoxSpec]]) -> list[list[BoxSpec]]:
+    """Returns what each rank writes: each box once.
+
+    Of the ranks that have a box, the one with the least to write so far takes it.
+    """
+    # Data-parallel replicas, tensor-parallel copies of norms, shared embeddings: all are
+    # equal boxes, whatever made them so.
+    ranks_by_box: dict[BoxSpec, list[int]] = {}
+    for rank, boxes in enumerate(boxes_by_rank):
+        for spec in boxes:
+            ranks_by_box.setdefault(spec, []).append(rank)
+    written_by_rank: list[list[BoxSpec]] = [[] for _ in boxes_by_rank]
+    load = [0] * len(boxes_by_rank)
+    # In the order in which ranks list their boxes, which is the same in every run: the
+    # same layout gives the same files.
+    for spec, ranks in ranks_by_box.items():
         writer = min(ranks, key=load.__getitem__)
-        load[writer] += held.box.num_elements * held.dtype.itemsize
-        chosen[writer].append(held)
-    return chosen
+        load[writer] += spec.box.num_elements * spec.dtype.itemsize
+        written_by_rank[writer].append(spec)
+    return written_by_rank
 
 
-def _lay_out(mine: Sequence[Held]) -> tuple[Slot, ...]:
+def _lay_out(boxes: Sequence[BoxSpec]) -> tuple[Slot, ...]:
     slots = []
     start = 0
-    for held in mine:
-        slot = Slot(held.fqn, held.box, held.dtype, start)
+    for spec in boxes:
+        slot = Slot(spec.fqn, spec.box, spec.dtype, start)
         slots.append(slot)
+        # Rounded up to the alignment; the gap is written too, as part of the host copy.
         start += -(-slot.num_bytes // _ALIGNMENT) * _ALIGNMENT
     return tuple(slots)
 
 
-def _uncovered(
-    slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, ...]]
+def _find_uncovered(
+    slots_by_rank: Sequence[Sequence[Slot]], shapes: dict[str, Shape]
 ) -> str | None:
-    """What is wrong when the boxes do not cover each tensor exactly once."""
-    boxes: dict[str, list[Box]] = {fqn: [] for fqn in shapes}
-    for mine in slots:
-        for slot in mine:
-            boxes[slot.fqn].append(slot.box)
-    covered = {fqn: sum(box.num_elements for box in held) for fqn, held in boxes.items()}
-    wrong = [
-        f"{fqn} has {count} of {prod(shapes[fqn])} elements"
-        for fqn, count in covered.items()
-        if count != prod(shapes[fqn])
-    ]
-    # As many elements as there should be, all inside, and none twice: then none is
-    # missing.
-    wrong += [
-        f"{fqn} has {box} outside of {shapes[fqn]}"
-        for fqn, held in boxes.items()
-        for box in held
-        if not _inside(box, shapes[fqn])
-    ]
-    wrong += [
-        f"{fqn} has {box} and {other}, which overlap"
-        for fqn, held in boxes.items()
-        for box, other in overlaps(held, held)
-        if box != other
-    ]
-    return (
-        f"the boxes of all ranks do not cover every tensor: {'; '.join(wrong[:5])}"
-        if wrong
-        else None
-    )
+    """Returns what is wrong when the boxes do not cover each tensor exactly once.
+
+    As many elements as there should be, all inside, and none twice: then none is missing.
+    """
+    boxes_by_fqn: dict[str, list[Box]] = {fqn: [] for fqn in shapes}
+    for slots in slots_by_rank:
+        for slot in slots:
+            boxes_by_fqn[slot.fqn].append(slot.box)
+    # All defects of one kind first: a wrong count explains more than an overlap.
+    wrong_counts = []
+    outside = []
+    overlapping = []
+    for fqn, boxes in boxes_by_fqn.items():
+        shape = shapes[fqn]
+        count = _count_elements(boxes)
+        if count != prod(shape):
+            wrong_counts.append(f"{fqn} has {count} of {prod(shape)} elements")
+        for box in boxes:
+            if not _is_inside(box, shape):
+                outside.append(f"{fqn} has {box} outside of {shape}")
+        for box, other in overlaps(boxes, boxes):
+            if box != other:
+                overlapping.append(f"{fqn} has {box} and {other}, which overlap")
+    defects = wrong_counts + outside + overlapping
+    if not defects:
+        return None
+    shown = "; ".join(defects[:_MAX_DEFECTS_SHOWN])
+    return f"the boxes of all ranks do not cover every tensor: {shown}"
 
 
-def _inside(box: Box, shape: tuple[int, ...]) -> bool:
+def _count_elements(boxes: Sequence[Box]) -> int:
+    count = 0
+    for box in boxes:
+        count += box.num_elements
+    return count
+
+
+def _is_inside(box: Box, shape: Shape) -> bool:
     return box.intersection(Box((0,) * len(shape), shape)) == box
 
 
 def overlaps(boxes: Sequence[Box], others: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
-    """Pairs with an element in common. All are of the same tensor."""
+    """Yields the pairs with an element in common. All boxes are of the same tensor.
 
-    def row(box: Box) -> int:
-        return box.offset[0] if box.offset else 0
-
-    ordered = sorted(others, key=row)
-    starts = [row(box) for box in ordered]
-    tallest = max((box.size[0] for box in others if box.size), default=1)
+    Sorted by their first row, so that it takes no look at every pair: layers with
+    thousands of boxes have few neighbours each.
+    """
+    ordered = sorted(others, key=_first_row)
+    first_rows = [_first_row(box) for box in ordered]
+    most_rows = 1
+    for box in others:
+        most_rows = max(most_rows, _num_rows(box))
     for box in boxes:
-        low = bisect_right(starts, row(box) - tallest)
-        high = bisect_left(starts, row(box) + (box.size[0] if box.size else 1))
-        yield from ((box, other) for other in ordered[low:high] if box.intersection(other))
+        # A box that starts `most_rows` or more above this one ends before it.
+        low = bisect_right(first_rows, _first_row(box) - most_rows)
+        high = bisect_left(first_rows, _first_row(box) + _num_rows(box))
+        for other in ordered[low:high]:
+            if box.intersection(other):
+                yield box, other
 
 
-def _index_json(
-    slots: Sequence[tuple[Slot, ...]], shapes: dict[str, tuple[int, ...]]
-) -> bytes:
+def _first_row(box: Box) -> int:
+    # A scalar's box has no dimension; it is one row.
+    if not box.offset:
+        return 0
+    return box.offset[0]
+
+
+def _num_rows(box: Box) -> int:
+    if not box.size:
+        return 1
+    return box.size[0]
+
+
+def _index_json(slots_by_rank: Sequence[Sequence[Slot]], shapes: dict[str, Shape]) -> bytes:
+    files: dict[str, int] = {}
     tensors: dict[str, dict[str, Any]] = {}
-    for rank, mine in enumerate(slots):
-        for slot in mine:
-            name = str(slot.dtype).removeprefix("torch.")
+    for rank, slots in enumerate(slots_by_rank):
+        files[data_file(rank)] = _file_bytes(slots)
+        for slot in slots:
+            dtype = str(slot.dtype).removeprefix("torch.")
+            # Boxes of a tensor may have been written by several ranks.
             entry = tensors.setdefault(
-                slot.fqn, {"dtype": name, "shape": shapes[slot.fqn], "chunks": []}
+                slot.fqn, {"dtype": dtype, "shape": shapes[slot.fqn], "chunks": []}
             )
             entry["chunks"].append([slot.box.offset, slot.box.size, rank, slot.start])
-    files = {data_file(rank): _end(mine) for rank, mine in enumerate(slots)}
-    return json.dumps(
-        {"format_version": FORMAT_VERSION, "files": files, "tensors": tensors}
-    ).encode()
+    body = {"format_version": FORMAT_VERSION, "files": files, "tensors": tensors}
+    return json.dumps(body).encode()
 
 
 @dataclass(frozen=True)
 class SavedTensor:
     """One logical tensor of a checkpoint."""
 
-    shape: tuple[int, ...]
+    shape: Shape
     slots: tuple[Slot, ...]
     files: tuple[str, ...]
     """File of each slot."""
 
 
 def read_index(storage: Storage, path: str) -> dict[str, SavedTensor]:
-    """All tensors of a checkpoint.
+    """Returns all tensors of a checkpoint.
 
     Raises CheckpointError when the index is newer or not readable.
     """
     try:
         body = json.loads(storage.read_bytes(INDEX))
+        # The version before the rest: a newer format may have other fields.
         check_format_version(path, body)
-        return {fqn: _saved(fqn, entry) for fqn, entry in body["tensors"].items()}
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        tensors = {}
+        for fqn, entry in body["tensors"].items():
+            tensors[fqn] = _saved_tensor(fqn, entry)
+        return tensors
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError("load", path, f"{INDEX} is not readable: {error}") from error
 
 
-def _saved(fqn: str, entry: dict[str, Any]) -> SavedTensor:
+def _saved_tensor(fqn: str, entry: dict[str, Any]) -> SavedTensor:
+    # Any name of torch would do for getattr; only a dtype may.
     dtype = getattr(torch, entry["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{fqn}: unknown dtype {entry['dtype']!r}")
-    chunks = entry["chunks"]
-    slots = tuple(
-        Slot(fqn, Box(tuple(offset), tuple(size)), dtype, start)
-        for offset, size, _, start in chunks
-    )
-    return SavedTensor(
-        tuple(entry["shape"]), slots, tuple(data_file(rank) for _, _, rank, _ in chunks)
-    )
+    slots = []
+    files = []
+    for offset, size, rank, start in entry["chunks"]:
+        slots.append(Slot(fqn, Box(tuple(offset), tuple(size)), dtype, start))
+        files.append(data_file(rank))
+    return SavedTensor(tuple(entry["shape"]), tuple(slots), tuple(files))

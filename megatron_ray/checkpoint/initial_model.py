@@ -1,8 +1,8 @@
-"""What a run begins with, as far as that is known without reading a tensor.
+"""Resolves the model of a run that starts from given weights, without reading a tensor.
 
-Owns: telling a checkpoint of ours from a Hugging Face folder, and whether a run's model
-is the one that the weights were made for. Torch-free. Must not know: tensors,
-optimizers.
+Owns: the difference between a checkpoint of ours and a Hugging Face folder, and whether
+a run's model is the one that the weights were made for. Torch-free; `initial_weights`
+reads the tensors. Must not know: optimizers.
 """
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
@@ -17,44 +17,47 @@ from megatron_ray.validation.initial_weights import contradictions, with_vocabul
 
 
 def is_native_checkpoint(path: str) -> bool:
-    """Whether a committed checkpoint of ours lies at a path or URI, or else a Hugging
-    Face folder.
+    """Returns True for a committed checkpoint of ours, False for a Hugging Face folder.
 
-    Raises CheckpointError for neither.
+    Raises CheckpointError when neither is at the path or URI.
     """
+    # Ours first: an uncommitted one has no config.json either, and is refused below.
     if open_storage(path).exists(COMMITTED):
         return True
     if is_hf_folder(path):
         return False
-    text = (
+    cause = (
         "it is neither a committed checkpoint (no COMMITTED marker) nor a folder in Hugging "
         "Face's format (no config.json)"
     )
-    raise CheckpointError("read", path, text)
+    raise CheckpointError("read", path, cause)
 
 
 def initial_model(path: str) -> ModelConfig:
-    """The model of the weights at a path or URI. Raises CheckpointError for what is
-    damaged, ConfigError for what is not supported.
+    """Returns the model of the weights at a path or URI.
+
+    Raises CheckpointError for what is damaged, ConfigError for what is not supported.
     """
-    return (
-        saved_model(path, read_train_state(path, 0))
-        if is_native_checkpoint(path)
-        else HfFolder(path).model
-    )
+    if is_native_checkpoint(path):
+        return saved_model(path, read_train_state(path, 0))
+    return HfFolder(path).model
 
 
-def begin(
+def resolve_initial_model(
     checkpoint: CheckpointConfig, model: ModelConfig
 ) -> tuple[ModelConfig, list[Problem]]:
-    """A run's model with the vocabulary of the weights that it begins with, and what
-    contradicts them. As it is without such weights.
+    """Resolves a run's model against the weights of `checkpoint.start_from`.
+
+    Returns the model with the vocabulary of the weights, and a problem for each field
+    that contradicts them. Without such weights the model is returned as it is.
     """
     if checkpoint.start_from is None:
         return model, []
     try:
-        weights = initial_model(checkpoint.start_from)
+        weights_model = initial_model(checkpoint.start_from)
     except (CheckpointError, ConfigError) as error:
-        return model, [Problem("/checkpoint/start_from", "start_from", str(error))]
-    model = with_vocabulary_of(model, weights)
-    return model, contradictions(model, weights)
+        problem = Problem("/checkpoint/start_from", "start_from", str(error))
+        return model, [problem]
+    # The vocabulary first: it may be left open in the config, and is compared too.
+    model = with_vocabulary_of(model, weights_model)
+    return model, contradictions(model, weights_model)

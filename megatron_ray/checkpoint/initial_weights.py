@@ -1,9 +1,7 @@
-"""Weights that a new run begins with: a committed checkpoint of ours or a Hugging Face
-folder.
+"""Loads the weights that a new run starts from.
 
-Owns: reading either, box by box.
-
-Must not know: optimizers, layouts, the run.
+Owns: the choice of reader, of a checkpoint of ours or of a Hugging Face folder. Must not
+know: optimizers, layouts, the run.
 """
 
 from megatron_ray.checkpoint.hf.weights import HfWeights
@@ -11,13 +9,20 @@ from megatron_ray.checkpoint.initial_model import is_native_checkpoint
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.sharding.sharded_state import ShardedState
 
+_MODEL_PREFIX = "model/"
+
 
 def load_initial_weights(path: str, state: ShardedState) -> None:
-    """Fills every `model/...` box of `state` and leaves the others alone; every rank
-    reads what it holds. Raises CheckpointError, ConfigError.
+    """Fills every `model/...` box of `state` and leaves the others alone.
+
+    Every rank reads what it holds. Raises CheckpointError, ConfigError.
     """
-    wanted = {name: held for name, held in state.items() if name.startswith("model/")}
+    weights = {}
+    # Not the optimizer's moments: a new run starts with fresh ones.
+    for name, tensor in state.items():
+        if name.startswith(_MODEL_PREFIX):
+            weights[name] = tensor
     if is_native_checkpoint(path):
-        load_into(path, wanted)
+        load_into(path, weights)
     else:
-        HfWeights(path).load_into(wanted)
+        HfWeights(path).load_into(weights)

@@ -1,9 +1,8 @@
-"""Reading a checkpoint into live memory, whatever layout wrote it.
+"""Reads a checkpoint into live memory, whatever layout wrote it.
 
-Owns: overlaps, bounded reads.
+Owns: overlaps, bounded reads. Must not know: optimizers, models.
 
-Every rank reads by itself what it needs; there is no collective. Must not know:
-optimizers, models.
+Every rank reads by itself what it needs; there is no collective.
 """
 
 from collections import defaultdict
@@ -24,7 +23,7 @@ SCRATCH_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Read:
-    """A part of a saved box and the memory that it belongs into."""
+    """A part of a saved box and the memory that it is read into."""
 
     slot: Slot
     part: Box
@@ -33,10 +32,10 @@ class Read:
 
 
 def load_into(path: str, state: ShardedState) -> None:
-    """Fills every box of `state`, converting dtypes where they differ; tensors of the
-    checkpoint not asked for are left out.
+    """Fills every box of `state`, converting dtypes where they differ.
 
-    Raises CheckpointError when the checkpoint is not committed, torn, newer, or lacks a
+    Tensors of the checkpoint that `state` does not have are left out. Raises
+    CheckpointError when the checkpoint is not committed, incomplete, newer, or lacks a
     tensor or has it in another shape.
     """
     SavedCheckpoint(path).load_into(state)
@@ -49,6 +48,7 @@ class SavedCheckpoint:
     """
 
     def __init__(self, path: str) -> None:
+        # Raises unless the checkpoint is committed and has all its files.
         read_manifest(path)
         self.path = path
         self._storage = open_storage(path)
@@ -56,101 +56,131 @@ class SavedCheckpoint:
 
     def load_into(self, state: ShardedState) -> None:
         """Fills every box of `state`."""
-        work: dict[str, list[Read]] = defaultdict(list)
-        for fqn, wanted in state.items():
-            for file, read in _reads(self.path, fqn, self.tensors.get(fqn), wanted):
-                work[file].append(read)
-        read_all(self._storage, work)
+        # All reads are planned before the first one: a checkpoint that does not fit
+        # leaves the memory as it was.
+        reads_by_file: dict[str, list[Read]] = defaultdict(list)
+        for fqn, tensor in state.items():
+            saved = self._saved_tensor(fqn, tensor)
+            for file, read in _plan_reads(self.path, fqn, saved, tensor):
+                reads_by_file[file].append(read)
+        read_all(self._storage, reads_by_file)
+
+    def _saved_tensor(self, fqn: str, tensor: ShardedTensor) -> SavedTensor:
+        saved = self.tensors.get(fqn)
+        if saved is None:
+            cause = (
+                f"it has no tensor {fqn!r}: it was saved from another model, or with that "
+                "frozen"
+            )
+            raise CheckpointError("load", self.path, cause)
+        if saved.shape != tensor.shape:
+            cause = f"its tensor {fqn!r} has shape {saved.shape}, the model needs {tensor.shape}"
+            raise CheckpointError("load", self.path, cause)
+        return saved
 
 
-def read_all(storage: Storage, work: Mapping[str, Sequence[Read]]) -> None:
-    """Carries out the reads of each file in the order of the file, through scratch
-    memory of a fixed size.
-    """
+def read_all(storage: Storage, reads_by_file: Mapping[str, Sequence[Read]]) -> None:
+    """Carries out the reads of each file, through scratch memory of a fixed size."""
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
-    for file, reads in work.items():
+    for file, reads in reads_by_file.items():
+        # In the order of the file, as disks read ahead.
+        ordered = sorted(reads, key=lambda read: read.slot.start)
         with storage.open_input(file) as source:
-            for read in sorted(reads, key=lambda read: read.slot.start):
-                _read(source, read, scratch)
+            for read in ordered:
+                _carry_out(read, source, scratch)
 
 
-def _reads(
-    path: str, fqn: str, saved: SavedTensor | None, wanted: ShardedTensor
+def _plan_reads(
+    path: str, fqn: str, saved: SavedTensor, tensor: ShardedTensor
 ) -> list[tuple[str, Read]]:
-    """Overlaps of what is wanted with what was saved, each with its file."""
-    if saved is None:
-        raise CheckpointError(
-            "load",
-            path,
-            f"it has no tensor {fqn!r}: it was saved from another model, or with that frozen",
-        )
-    if saved.shape != wanted.shape:
-        raise CheckpointError(
-            "load",
-            path,
-            f"its tensor {fqn!r} has shape {saved.shape}, the model needs {wanted.shape}",
-        )
-    slots = {
-        slot.box: (file, slot) for file, slot in zip(saved.files, saved.slots, strict=True)
-    }
-    memory = {held.box: held.tensor.detach() for held in wanted.held()}
+    """Returns the overlaps of the local boxes with the saved ones, each with its file."""
+    saved_by_box: dict[Box, tuple[str, Slot]] = {}
+    for file, slot in zip(saved.files, saved.slots, strict=True):
+        saved_by_box[slot.box] = (file, slot)
+    memory_by_box: dict[Box, torch.Tensor] = {}
+    for local in tensor.held():
+        memory_by_box[local.box] = local.tensor.detach()
+    num_missing = 0
+    for box in memory_by_box:
+        num_missing += box.num_elements
     reads = []
-    found = 0
-    for box, source in overlaps(list(memory), list(slots)):
-        file, slot = slots[source]
-        part = box.intersection(source)
+    for box, saved_box in overlaps(list(memory_by_box), list(saved_by_box)):
+        file, slot = saved_by_box[saved_box]
+        part = box.intersection(saved_box)
         assert part is not None
-        target = memory[box]
-        for dim, (offset, length) in enumerate(zip(part.offset, part.size, strict=True)):
-            target = target.narrow(dim, offset - box.offset[dim], length)
-        reads.append((file, Read(slot, part, target)))
-        found += part.num_elements
-    missing = sum(box.num_elements for box in memory) - found
-    if missing:
-        raise CheckpointError(
-            "load",
-            path,
-            f"its tensor {fqn!r} lacks {missing} elements of the boxes asked for",
-        )
+        reads.append((file, Read(slot, part, _narrow(memory_by_box[box], box, part))))
+        num_missing -= part.num_elements
+    # Saved boxes never overlap each other, so the counts tell whether all is covered.
+    if num_missing:
+        cause = f"its tensor {fqn!r} lacks {num_missing} elements of the boxes asked for"
+        raise CheckpointError("load", path, cause)
     return reads
 
 
-def _read(source: Readable, read: Read, scratch: torch.Tensor) -> None:
-    """Whole rows go straight into the target's memory, everything else through
-    `scratch`, some rows at a time.
-    """
+def _narrow(memory: torch.Tensor, box: Box, part: Box) -> torch.Tensor:
+    """Returns the view of a part of a box's memory."""
+    # A view: what is read into it lands in the live memory.
+    for dim in range(len(part.size)):
+        memory = memory.narrow(dim, part.offset[dim] - box.offset[dim], part.size[dim])
+    return memory
+
+
+def _carry_out(read: Read, source: Readable, scratch: torch.Tensor) -> None:
     slot = read.slot
     target = read.target
+    if target.dim() == 0:
+        # A scalar is read as one row of one element.
+        target = target.reshape(1)
     sizes = slot.box.size or (1,)
     lengths = read.part.size or (1,)
-    offsets = tuple(
-        inner - outer
-        for inner, outer in zip(read.part.offset, slot.box.offset, strict=True)
-    ) or (0,)
-    target = target.reshape(1) if target.dim() == 0 else target
     row_bytes = prod(sizes[1:]) * slot.dtype.itemsize
-    first = slot.start + offsets[0] * row_bytes
-    in_place = (
+    first = slot.start + _offsets_in_slot(read)[0] * row_bytes
+    is_in_place = (
         target.dtype == slot.dtype
         and target.device.type == "cpu"
         and target.is_contiguous()
     )
-    if in_place and lengths[1:] == sizes[1:]:
+    # Whole rows of the saved box lie together in the file as they do in memory.
+    if is_in_place and lengths[1:] == sizes[1:]:
         source.read_into(first, bytes_of(target))
-        return
+    else:
+        _read_through(source, scratch, read, target)
+
+
+def _read_through(
+    source: Readable, scratch: torch.Tensor, read: Read, target: torch.Tensor
+) -> None:
+    """Reads some whole rows of the saved box at a time and copies the part of them."""
+    slot = read.slot
+    sizes = slot.box.size or (1,)
+    lengths = read.part.size or (1,)
+    offsets = _offsets_in_slot(read)
+    row_bytes = prod(sizes[1:]) * slot.dtype.itemsize
+    first = slot.start + offsets[0] * row_bytes
+    # A row of an embedding or a large expert box may be wider than the scratch memory.
     if row_bytes > scratch.numel():
         scratch = torch.empty(row_bytes, dtype=torch.uint8)
-    step = scratch.numel() // row_bytes
-    for row in range(0, lengths[0], step):
-        count = min(step, lengths[0] - row)
+    rows_at_once = scratch.numel() // row_bytes
+    for row in range(0, lengths[0], rows_at_once):
+        count = min(rows_at_once, lengths[0] - row)
         raw = scratch[: count * row_bytes]
         source.read_into(first + row * row_bytes, bytes_of(raw))
+        # Whole rows are read where a part of each is needed: one request instead of one
+        # for each row, at the price of bytes that are thrown away.
         block = raw.view(slot.dtype).view(count, *sizes[1:])
         for dim in range(1, len(sizes)):
             block = block.narrow(dim, offsets[dim], lengths[dim])
+        # Converts the dtype, and moves to the device, where they differ.
         target.narrow(0, row, count).copy_(block)
 
 
+def _offsets_in_slot(read: Read) -> tuple[int, ...]:
+    offsets = []
+    for inner, outer in zip(read.part.offset, read.slot.box.offset, strict=True):
+        offsets.append(inner - outer)
+    return tuple(offsets) or (0,)
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """Bytes of a contiguous CPU tensor of any dtype."""
+    """Returns the bytes of a contiguous CPU tensor of any dtype, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,9 +1,7 @@
-"""What a checkpoint says beside its tensors: the run's progress, its config, its
-tokenizer's name.
+"""Reads what a checkpoint has beside its tensors.
 
-Owns: those files. Torch-free.
-
-Must not know: tensors, what a run does with it.
+Owns: the files of the run's progress, its config and tokenizer. Torch-free. Must not
+know: tensors, what a run does with it.
 """
 
 import json
@@ -20,48 +18,45 @@ from megatron_ray.storage.storage import open_storage
 
 TRAIN_STATE = "train_state.json"
 TOKENIZER = "tokenizer.json"
-"""Put beside the tensors by a run that trains on text, so that a checkpoint can speak
-by itself."""
+"""Written by a run that trains on text, so that generation needs only the checkpoint."""
 
 
 def rank_state_file(rank: int) -> str:
-    """What only one rank knows, inside a checkpoint."""
+    """Returns the name of the file with the state of one rank, inside a checkpoint."""
     return f"train_state/rank-{rank:05d}.json"
 
 
 def read_train_state(path: str, rank: int) -> dict[str, Any]:
-    """What the run saved beside the tensors, with this rank's own part (`rng`) where
-    the saving layout had such a rank.
+    """Returns what the run saved beside the tensors.
 
-    Raises CheckpointError when the checkpoint is not committed, torn, or newer.
+    It has this rank's own part (`rng`) where the saving layout had such a rank. Raises
+    CheckpointError when the checkpoint is not committed, incomplete, or newer.
     """
     files = read_manifest(path)["files"]
     storage = open_storage(path)
-    parts = (
-        [TRAIN_STATE, rank_state_file(rank)]
-        if rank_state_file(rank) in files
-        else [TRAIN_STATE]
-    )
+    names = [TRAIN_STATE]
+    # More ranks may load than have saved.
+    if rank_state_file(rank) in files:
+        names.append(rank_state_file(rank))
     state: dict[str, Any] = {}
-    for part in parts:
+    for name in names:
         try:
-            state.update(json.loads(storage.read_bytes(part)))
-        except (json.JSONDecodeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                "load", path, f"{part} is not readable: {error}"
-            ) from error
+            state.update(json.loads(storage.read_bytes(name)))
+        except (TypeError, ValueError) as error:
+            cause = f"{name} is not readable: {error}"
+            raise CheckpointError("load", path, cause) from error
+    # The manifest's version is checked already; this one covers the fields read here.
     check_format_version(path, state)
     return state
 
 
 def saved_model(path: str, train_state: Mapping[str, Any]) -> ModelConfig:
-    """The model of a checkpoint of ours.
+    """Returns the model that a checkpoint of ours was saved from.
 
-    Raises CheckpointError when it does not say.
+    Raises CheckpointError when its train state has no valid model.
     """
     try:
         return ModelConfig.model_validate(train_state["config"]["model"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            "read", path, f"it does not say which model it holds: {error}"
-        ) from error
+        cause = f"it does not say which model it holds: {error}"
+        raise CheckpointError("read", path, cause) from error

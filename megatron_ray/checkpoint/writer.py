@@ -1,10 +1,11 @@
-"""Saving a rank's part of a checkpoint, in the background.
+"""Saves a rank's part of a checkpoint, in the background.
 
-Owns: the host copy, the writing thread, errors that surface late.
+Owns: the host copy, the writing thread, errors that surface late. Must not know: the
+commit, what is saved.
 
 A save blocks for the copy into host memory only. The thread writes that memory in large
-blocks, without collectives, so a rank that dies meanwhile holds up nobody; the
-checkpoint then simply never counts. Must not know: who commits, what is saved.
+blocks, without collectives, so a rank that dies meanwhile delays no other; the checkpoint
+then simply never counts.
 """
 
 import json
@@ -20,6 +21,7 @@ from megatron_ray.checkpoint.directory import INDEX
 from megatron_ray.checkpoint.index import RankPlan, data_file, plan_save
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.exceptions import MegatronRayError
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.storage.storage import open_storage
@@ -28,19 +30,20 @@ BLOCK_BYTES = 16 * 1024 * 1024
 RANK_KEYS = ("rng",)
 """Keys of the train state that differ between ranks."""
 
+SmallFiles = list[tuple[str, bytes]]
+"""Name and content, in the order in which they are written."""
 
-class WriteAbandonedError(Exception):
+
+class WriteAbandonedError(MegatronRayError):
     """The save was given up half-way; what it has written never counts."""
 
 
 class CheckpointWriter:
-    """One per rank.
+    """Writes this rank's part of every checkpoint of a run.
 
     `on_written` is called when the rank's part is durable: from the writing thread in
-    `async` mode.
-
-    The layout of the state (names, boxes, dtypes) is fixed by `prepare`, which plans
-    collectively.
+    `async` mode. The layout of the state (names, boxes, dtypes) is fixed by `prepare`,
+    which plans collectively.
     """
 
     def __init__(
@@ -51,12 +54,12 @@ class CheckpointWriter:
     ) -> None:
         self._mesh = mesh
         self._on_written = on_written
-        self._thread = (
-            ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            if mode == "async"
-            else None
-        )
+        self._executor: ThreadPoolExecutor | None = None
+        if mode == "async":
+            # One thread: there is one host copy, so one save at a time.
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        # Set by the main thread, read by the writing thread between two blocks.
         self._abandoned = threading.Event()
         self._layout: list[tuple[object, ...]] = []
         self._plan: RankPlan | None = None
@@ -68,25 +71,16 @@ class CheckpointWriter:
         return self._pending is not None and not self._pending.done()
 
     def prepare(self, state: ShardedState) -> None:
-        """Plans and takes the host memory; every rank must call it.
+        """Plans the files and allocates the host memory; every rank must call it.
 
-        Optional: the first save does it otherwise, and takes longer.
-
-        Raises ValueError when the boxes of all ranks do not cover the tensors.
+        Optional: the first save does it otherwise, and takes longer. Raises ValueError
+        when the boxes of all ranks do not cover the tensors.
         """
         if self._plan is None:
             self._plan = plan_save(state, self._mesh.world_group)
             self._layout = _layout(state)
-            self._host = _host_memory(self._plan.num_bytes, self._mesh.device)
-
-    def _planned(self, state: ShardedState) -> RankPlan:
-        self.prepare(state)
-        if self._plan is None or _layout(state) != self._layout:
-            raise ValueError(
-                "the layout of the state changed since the first save; a new layout needs "
-                "a new CheckpointWriter"
-            )
-        return self._plan
+            # Kept for the whole run: page-locking it anew would delay every save.
+            self._host = _allocate_host(self._plan.num_bytes, self._mesh.device)
 
     def save(
         self,
@@ -96,142 +90,154 @@ class CheckpointWriter:
         train_state: Mapping[str, Any],
         files: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Copies this rank's part to host memory and has it written to the folder
-        `path`; every rank must call it.
+        """Copies this rank's part to host memory and starts writing it to folder `path`.
 
-        Rank 0 writes `files` (name -> content, small) beside the tensors, for readers
-        that have only the checkpoint.
+        Every rank must call it. Rank 0 writes `files` (name -> content, small) beside the
+        tensors, for readers that have only the checkpoint. The live memory may change as
+        soon as it returns.
 
-        The live memory may change as soon as it returns. Waits first for a save that is
-        under way and raises its error. Raises ValueError when the state's layout
-        changed or its boxes do not cover the tensors.
+        Waits first for a save that is under way and raises its error. Raises ValueError
+        when the state's layout changed or its boxes do not cover the tensors.
         """
+        # The host memory of the save before is free only once it is written.
         self.wait()
         start = time.monotonic()
-        plan = self._planned(state)
-        copied = self._copy(plan, state)
-        small = self._small_files(plan, train_state, files or {})
-        if self._thread is None:
-            self._write(step, path, small, copied, start)
+        plan = self._plan_for(state)
+        copied = self._copy_to_host(plan, state)
+        # Serialized before `save` returns: the caller may go on changing its state.
+        small_files = self._small_files(plan, train_state, files or {})
+        if self._executor is None:
+            self._write(step, path, small_files, copied, start)
         else:
-            self._pending = self._thread.submit(
-                self._write, step, path, small, copied, start
+            self._pending = self._executor.submit(
+                self._write, step, path, small_files, copied, start
             )
 
     def wait(self) -> None:
-        """Until the last save is durable. Raises the error that ended it, once."""
+        """Blocks until the last save is durable. Raises the error that ended it, once."""
+        # Forgotten before it is asked, so that its error is raised only once.
         pending = self._pending
         self._pending = None
         if pending is not None:
             pending.result()
 
     def close(self) -> None:
-        """Waits and ends the thread."""
+        """Waits for the last save and ends the thread. Raises as `wait` does."""
         try:
             self.wait()
         finally:
-            self._end()
+            self._release()
 
     def abandon(self) -> None:
-        """Returns at once; a save that is under way ends with the block that it is
-        writing, and never counts.
+        """Gives up a save that is under way, and returns at once.
 
-        For a run that has failed and is wanted again soon.
+        The thread ends after the block that it is writing, and the save never counts.
+        For a run that has failed and is to restart soon.
         """
         self._abandoned.set()
         self._pending = None
-        self._end(wait=False)
+        self._release(wait=False)
 
-    def _end(self, *, wait: bool = True) -> None:
-        if self._thread is not None:
-            self._thread.shutdown(wait=wait)
+    def _release(self, *, wait: bool = True) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=wait)
         if self._mesh.device.type == "cuda" and self._plan is not None:
-            _unlock(self._host)
+            _unregister_host(self._host)
+        # The thread of an abandoned save has a view of the memory, which keeps it alive.
         self._plan = None
         self._host = torch.empty(0, dtype=torch.uint8)
 
-    def _copy(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
-        """On CUDA the copies are queued before any later work of this stream; the event
-        says when they are done.
+    def _plan_for(self, state: ShardedState) -> RankPlan:
+        self.prepare(state)
+        if self._plan is None or _layout(state) != self._layout:
+            raise ValueError(
+                "the layout of the state changed since the first save; a new layout needs "
+                "a new CheckpointWriter"
+            )
+        return self._plan
+
+    def _copy_to_host(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
+        """Copies this rank's boxes; on CUDA returns an event for when that is done.
+
+        There the copies are queued on the current stream, before any later work that
+        changes the memory, so the host need not wait.
         """
         for slot in plan.slots:
-            target = (
-                self._host[slot.start : slot.start + slot.num_bytes]
-                .view(slot.dtype)
-                .view(slot.box.size)
-            )
+            raw = self._host[slot.start : slot.start + slot.num_bytes]
+            target = raw.view(slot.dtype).view(slot.box.size)
             target.copy_(state[slot.fqn].memory(slot.box), non_blocking=True)
         if self._mesh.device.type != "cuda":
             return None
-        event: torch.cuda.Event = torch.cuda.current_stream(
-            self._mesh.device
-        ).record_event()
+        stream = torch.cuda.current_stream(self._mesh.device)
+        event: torch.cuda.Event = stream.record_event()
         return event
 
     def _small_files(
-        self, plan: RankPlan, train_state: Mapping[str, Any], extra: Mapping[str, bytes]
-    ) -> list[tuple[str, bytes]]:
-        """Made before `save` returns: the caller may go on changing its state.
-
-        The index comes last.
-        """
-        rank = self._mesh.rank
-        own = {key: train_state[key] for key in RANK_KEYS if key in train_state}
-        small = [(rank_state_file(rank), json.dumps(own).encode())]
+        self, plan: RankPlan, train_state: Mapping[str, Any], files: Mapping[str, bytes]
+    ) -> SmallFiles:
+        rank_state = {}
+        common_state = {}
+        for key, value in train_state.items():
+            if key in RANK_KEYS:
+                rank_state[key] = value
+            else:
+                common_state[key] = value
+        rank_file = rank_state_file(self._mesh.rank)
+        small_files = [(rank_file, json.dumps(rank_state).encode())]
         if plan.index is not None:
-            common = {
-                key: value for key, value in train_state.items() if key not in RANK_KEYS
-            }
-            small += [
-                *extra.items(),
-                (TRAIN_STATE, json.dumps(common).encode()),
-                (INDEX, plan.index),
-            ]
-        return small
+            small_files += files.items()
+            small_files.append((TRAIN_STATE, json.dumps(common_state).encode()))
+            # Last: a commit takes it as the sign that the common part is there.
+            small_files.append((INDEX, plan.index))
+        return small_files
 
     def _write(
         self,
         step: int,
         path: str,
-        small: list[tuple[str, bytes]],
+        small_files: SmallFiles,
         copied: torch.cuda.Event | None,
         start: float,
     ) -> None:
+        # In this thread: the training thread goes on while the copies finish.
         if copied is not None:
             copied.synchronize()
         storage = open_storage(path)
         memory = self._host.numpy().data
         with storage.open_output(data_file(self._mesh.rank)) as file:
             for position in range(0, len(memory), BLOCK_BYTES):
+                # Within the context: an error here means that the file never appears.
                 if self._abandoned.is_set():
                     raise WriteAbandonedError
                 file.write(memory[position : position + BLOCK_BYTES])
-        for name, data in small:
-            storage.write_bytes_atomic(name, data)
+        num_bytes = len(memory)
+        for name, content in small_files:
+            storage.write_bytes_atomic(name, content)
+            num_bytes += len(content)
+        # Once more: an abandoned save must not be reported as durable.
         if self._abandoned.is_set():
             raise WriteAbandonedError
-        num_bytes = len(memory) + sum(len(data) for _, data in small)
         self._on_written(CheckpointReport(step, path, num_bytes, time.monotonic() - start))
 
 
 def _layout(state: ShardedState) -> list[tuple[object, ...]]:
-    """What must stay the same between saves."""
-    return [
-        (fqn, tensor.shape, held.box, held.tensor.dtype)
-        for fqn, tensor in state.items()
-        for held in tensor.boxes
-    ]
+    """Returns what must stay the same between saves."""
+    rows: list[tuple[object, ...]] = []
+    for fqn, tensor in state.items():
+        for local in tensor.boxes:
+            rows.append((fqn, tensor.shape, local.box, local.tensor.dtype))
+    return rows
 
 
-def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Reused by every save; filled, so that the first one does not wait for the kernel
-    to find its pages.
+def _allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Returns host memory for all saves, page-locked where copies come from CUDA.
 
-    Page-locked for CUDA by registering it: the pinned allocator would round up to a
-    power of two.
+    Raises MemoryError when it cannot be page-locked.
     """
+    # Filled, so that the first save does not wait for the kernel to find its pages.
     memory = torch.empty(num_bytes, dtype=torch.uint8).zero_()
     if device.type == "cuda" and num_bytes:
+        # Registered and not `pin_memory`, whose allocator rounds up to a power of two.
         status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
         if status:
             raise MemoryError(
@@ -241,6 +247,6 @@ def _host_memory(num_bytes: int, device: torch.device) -> torch.Tensor:
     return memory
 
 
-def _unlock(memory: torch.Tensor) -> None:
+def _unregister_host(memory: torch.Tensor) -> None:
     if memory.numel():
         torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]

@@ -1,10 +1,10 @@
-"""Several datasets as one, by weight.
+"""Blends several datasets into one, by weight.
 
 Owns: which sample comes from which. Must not know: files, tokens, ranks.
 
-Greedy as in Megatron: sample i goes to the dataset that lags its share most, argmax
+Greedy as in Megatron: sample i is taken from the dataset that lags its share most, argmax
 over d of weight_d * max(i, 1) - taken_d, the lowest d on ties. So every prefix of the
-blend has the asked-for proportions to within one sample a dataset.
+blend has the configured proportions to within one sample a dataset.
 """
 
 import math
@@ -19,7 +19,7 @@ from megatron_ray.data.index_cache import Arrays, cache_key, load_or_build
 IntArray = npt.NDArray[Any]
 
 _SURPLUS = 0.005
-_MAX_DATASETS = 32767
+_MAX_DATASETS = 32767  # dataset numbers are int16
 
 
 class SampleDataset(Protocol):
@@ -28,12 +28,12 @@ class SampleDataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """[seq_length + 1] token ids."""
+        """Returns [seq_length + 1] token ids."""
         ...
 
 
 def normalized(weights: Sequence[float]) -> npt.NDArray[np.float64]:
-    """Weights that add up to one.
+    """Returns the weights scaled to add up to one.
 
     Raises ValueError when one is not positive or there are too many.
     """
@@ -47,38 +47,42 @@ def normalized(weights: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def samples_needed(weights: Sequence[float], size: int) -> list[int]:
-    """Samples to build of each dataset: its share, rounded up, and half a percent for
-    the greedy order's detours.
+    """Returns how many samples to build of each dataset for a blend of `size`.
+
+    Its share, rounded up, plus half a percent: the greedy order may run ahead of it.
     """
-    return [
-        math.ceil(math.ceil(size * weight) * (1 + _SURPLUS))
-        for weight in normalized(weights).tolist()
-    ]
+    counts = []
+    for share in normalized(weights).tolist():
+        counts.append(math.ceil(math.ceil(size * share) * (1 + _SURPLUS)))
+    return counts
 
 
 def build_blend_indices(weights: Sequence[float], size: int) -> Arrays:
-    """dataset_index [size] int16 and dataset_sample_index [size] int64.
+    """Returns dataset_index [size] int16 and dataset_sample_index [size] int64.
 
-    About 0.1 us a sample and dataset, so the caller keeps it.
+    Takes about 0.1 us a sample and dataset, so the caller keeps the result.
     """
     shares: list[float] = normalized(weights).tolist()
     taken = [0] * len(shares)
-    datasets = np.empty(size, np.int16)
-    samples = np.empty(size, np.int64)
-    choices = range(1, len(shares))
+    dataset_index = np.empty(size, np.int16)
+    sample_index = np.empty(size, np.int64)
+    other_datasets = range(1, len(shares))
+    # Plain floats in plain lists: numpy would cost a call for each of the few datasets.
     for index in range(size):
+        # At least 1, or all lags would be zero for the first sample.
         scale = max(float(index), 1.0)
         best = 0
-        worst = shares[0] * scale - taken[0]
-        for dataset in choices:
-            error = shares[dataset] * scale - taken[dataset]
-            if error > worst:
+        largest_lag = shares[0] * scale - taken[0]
+        for dataset in other_datasets:
+            lag = shares[dataset] * scale - taken[dataset]
+            # Not >=: the lowest dataset wins ties, as in Megatron.
+            if lag > largest_lag:
                 best = dataset
-                worst = error
-        datasets[index] = best
-        samples[index] = taken[best]
+                largest_lag = lag
+        dataset_index[index] = best
+        sample_index[index] = taken[best]
         taken[best] += 1
-    return {"dataset_index": datasets, "dataset_sample_index": samples}
+    return {"dataset_index": dataset_index, "dataset_sample_index": sample_index}
 
 
 class BlendedDataset:
@@ -98,28 +102,32 @@ class BlendedDataset:
         if len(datasets) != len(weights):
             raise ValueError(f"{len(datasets)} datasets with {len(weights)} weights")
         self._datasets = list(datasets)
+        # Of the shares and not of the weights: 1:2 and 2:4 are one blend.
         key = cache_key(
             {"format": 1, "weights": normalized(weights).tolist(), "size": size}
         )
         arrays = load_or_build(cache_dir, key, lambda: build_blend_indices(weights, size))
         self.dataset_index = arrays["dataset_index"]
         self.dataset_sample_index = arrays["dataset_sample_index"]
-        counts = np.bincount(self.dataset_index, minlength=len(datasets))
-        for number, (count, dataset) in enumerate(
-            zip(counts.tolist(), datasets, strict=True)
-        ):
+        # Now, and not when training reaches the sample that is missing.
+        self._require_enough_samples()
+
+    def _require_enough_samples(self) -> None:
+        counts = np.bincount(self.dataset_index, minlength=len(self._datasets))
+        for number, dataset in enumerate(self._datasets):
+            count = int(counts[number])
             if count > len(dataset):
                 raise ValueError(
-                    f"the blend takes {count} samples of dataset {number}, which has {len(dataset)}"
+                    f"the blend takes {count} samples of dataset {number}, which has "
+                    f"{len(dataset)}"
                 )
 
     def __len__(self) -> int:
         return len(self.dataset_index)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample `index` as [seq_length + 1] token ids. Raises IndexError."""
+        """Returns sample `index` as [seq_length + 1] token ids. Raises IndexError."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        return self._datasets[int(self.dataset_index[index])][
-            int(self.dataset_sample_index[index])
-        ]
+        dataset = self._datasets[int(self.dataset_index[index])]
+        return dataset[int(self.dataset_sample_index[index])]

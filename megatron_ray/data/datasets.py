@@ -1,4 +1,4 @@
-"""From prepared corpora to one dataset.
+"""Builds one dataset from prepared corpora.
 
 Owns: putting indices and blend together. Must not know: how corpora were made, ranks.
 """
@@ -18,23 +18,25 @@ def build_dataset(
     seed: int,
     cache: str | None = None,
 ) -> SampleDataset:
-    """A dataset of at least `num_samples` samples of [seq_length + 1] tokens.
+    """Returns a dataset of at least `num_samples` samples of [seq_length + 1] tokens.
 
     `cache` is the folder of prepared data; indices go below it. Every rank may call
     this at once. The order depends on num_samples too, as in Megatron: a run that
     resumes must ask for the same number. Raises ValueError or OSError when a corpus
     cannot be read.
     """
-    folder = None if cache is None else f"{cache.rstrip('/')}/indices"
-    weights = [corpus.weight for corpus in corpora]
+    index_folder = None
+    if cache is not None:
+        index_folder = f"{cache.rstrip('/')}/indices"
     if len(corpora) == 1:
+        # Not a blend of one, which would need an order and half a percent of surplus.
         return GPTDataset(
-            IndexedDataset(corpora[0].prefix), num_samples, seq_length, seed, folder
+            IndexedDataset(corpora[0].prefix), num_samples, seq_length, seed, index_folder
         )
-    datasets = [
-        GPTDataset(IndexedDataset(corpus.prefix), needed, seq_length, seed, folder)
-        for corpus, needed in zip(
-            corpora, samples_needed(weights, num_samples), strict=True
-        )
-    ]
-    return BlendedDataset(datasets, weights, num_samples, folder)
+    weights = [corpus.weight for corpus in corpora]
+    sizes = samples_needed(weights, num_samples)
+    datasets = []
+    for corpus, size in zip(corpora, sizes, strict=True):
+        tokens = IndexedDataset(corpus.prefix)
+        datasets.append(GPTDataset(tokens, size, seq_length, seed, index_folder))
+    return BlendedDataset(datasets, weights, num_samples, index_folder)

@@ -1,11 +1,11 @@
-"""Fixed-length samples from a corpus, in Megatron's order.
+"""Serves fixed-length samples from a corpus, in Megatron's order.
 
 Owns: the three indices. Must not know: blends, ranks, tokenizers.
 
 Sequences of all epochs are laid end to end in the order of the document index; sample j
 is the seq_length + 1 tokens from token j * seq_length of that tape (neighbours share
-one token: the last label is the next first input); the shuffle index says which j is
-served i-th. A last epoch of which less than 80% is needed is shuffled apart, so that it
+one token: the last label is the next first input); the shuffle index gives the j that
+is served i-th. A last epoch of which less than 80% is needed is shuffled apart, so that it
 does not thin out the epochs before it. The order is a function of (sequence lengths,
 num_samples, seq_length, seed) alone. Equal to megatron-core's GPTDataset.
 """
@@ -28,40 +28,44 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """How many passes are needed, and whether the last is shuffled apart."""
+    """The passes over a corpus that a number of samples needs."""
 
     epochs: int
     samples_before_last: int
     """Samples that lie in the epochs before the last."""
     separate_last: bool
+    """Whether the last epoch is shuffled apart."""
 
 
 def plan_epochs(tokens_per_epoch: int, num_samples: int, seq_length: int) -> EpochPlan:
-    """Fewest epochs that hold `num_samples` samples and the one extra token.
+    """Returns the fewest epochs that hold `num_samples` samples and the one extra token.
 
     Raises ValueError when there are no tokens.
     """
     if tokens_per_epoch < 1:
         raise ValueError("the corpus has no tokens")
+    # The one token more is the last label. Ceiling division.
     epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
     before_last = max(0, (epochs - 1) * tokens_per_epoch - 1) // seq_length
     from_last = num_samples - before_last
+    # Samples that one epoch alone would give.
     per_epoch = (tokens_per_epoch - 1) // seq_length
-    return EpochPlan(
-        epochs,
-        before_last,
-        epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch),
-    )
+    separate_last = epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch)
+    return EpochPlan(epochs, before_last, separate_last)
 
 
 def build_document_index(
     num_sequences: int, plan: EpochPlan, random: np.random.RandomState
 ) -> IntArray:
-    """[epochs * num_sequences] int32: sequence ids in the order of the tape."""
+    """Returns [epochs * num_sequences] int32: sequence ids in the order of the tape."""
     sequences = np.arange(num_sequences, dtype=np.int32)
-    parts = (plan.epochs - 1, 1) if plan.separate_last else (plan.epochs,)
+    shuffles = [plan.epochs]
+    if plan.separate_last:
+        shuffles = [plan.epochs - 1, 1]
     shuffled = []
-    for epochs in parts:
+    # All epochs of a part in one shuffle, as in Megatron: a document may come twice
+    # before another comes once.
+    for epochs in shuffles:
         index = np.tile(sequences, epochs)
         random.shuffle(index)
         shuffled.append(index)
@@ -71,20 +75,26 @@ def build_document_index(
 def build_sample_index(
     lengths: IntArray, document_index: IntArray, num_samples: int, seq_length: int
 ) -> IntArray:
-    """[num_samples + 1, 2]: row j = (position in the document index, token offset)
-    where sample j starts and j - 1 ends.
+    """Returns [num_samples + 1, 2], where samples start in the document index.
 
-    Row j is where token j * seq_length of the tape lies: one binary search in the
+    Row j is (position in the document index, token offset) where sample j starts and
+    j - 1 ends. It is where token j * seq_length of the tape lies: one binary search in the
     running sum of lengths, in chunks so that the only large arrays are the sum (8 bytes
     an entry of the document index) and the result.
     """
+    # The tape's running length, in 64 bits: it has all epochs.
     ends = np.cumsum(lengths[document_index], dtype=np.int64)
-    large = max(len(document_index), int(lengths.max(initial=0))) > np.iinfo(np.int32).max
-    index = np.zeros((num_samples + 1, 2), np.int64 if large else np.int32)
+    largest = max(len(document_index), int(lengths.max(initial=0)))
+    dtype: type[np.generic] = np.int32
+    if largest > np.iinfo(np.int32).max:
+        dtype = np.int64
+    index = np.zeros((num_samples + 1, 2), dtype)
     # Row 0 stays (0, 0), also when the first sequences are empty, as in Megatron.
     for start in range(1, num_samples + 1, _CHUNK):
         stop = min(start + _CHUNK, num_samples + 1)
         tokens = np.arange(start, stop, dtype=np.int64) * seq_length
+        # To the right of equal ends: a token at the end of one sequence is the first of
+        # the next, and empty sequences in between are passed over.
         position = np.searchsorted(ends, tokens, side="right")
         begins = np.where(position > 0, ends[position - 1], 0)
         index[start:stop, 0] = position
@@ -95,8 +105,11 @@ def build_sample_index(
 def build_shuffle_index(
     num_samples: int, total: int, random: np.random.RandomState
 ) -> IntArray:
-    """[total]: a permutation of the first `num_samples`, then one of the rest."""
-    dtype = np.uint32 if total < np.iinfo(np.uint32).max - 1 else np.int64
+    """Returns [total]: a permutation of the first `num_samples`, then one of the rest."""
+    dtype: type[np.generic] = np.int64
+    if total < np.iinfo(np.uint32).max - 1:
+        dtype = np.uint32
+    # Four bytes a sample while the numbers fit, as in Megatron.
     head = np.arange(num_samples, dtype=dtype)
     random.shuffle(head)
     if num_samples == total:
@@ -109,7 +122,7 @@ def build_shuffle_index(
 def build_indices(
     lengths: IntArray, num_samples: int, seq_length: int, seed: int
 ) -> Arrays:
-    """document_index, sample_index and shuffle_index.
+    """Returns document_index, sample_index and shuffle_index.
 
     Raises ValueError when there are no tokens.
     """
@@ -117,11 +130,13 @@ def build_indices(
     plan = plan_epochs(tokens, num_samples, seq_length)
     total = (plan.epochs * tokens - 1) // seq_length
     random = np.random.RandomState(seed)
+    # In Megatron's order: both shuffles draw from one generator.
     documents = build_document_index(len(lengths), plan, random)
     samples = build_sample_index(lengths, documents, total, seq_length)
-    shuffle = build_shuffle_index(
-        plan.samples_before_last if plan.separate_last else total, total, random
-    )
+    shuffled_together = total
+    if plan.separate_last:
+        shuffled_together = plan.samples_before_last
+    shuffle = build_shuffle_index(shuffled_together, total, random)
     return {"document_index": documents, "sample_index": samples, "shuffle_index": shuffle}
 
 
@@ -142,11 +157,11 @@ class GPTDataset:
         """
         self._corpus = corpus
         self._seq_length = seq_length
+        # All that determines the order, and nothing else: see the module's docstring.
+        lengths = np.ascontiguousarray(corpus.lengths)
         fields = {
             "format": 1,
-            "lengths": hashlib.sha256(
-                np.ascontiguousarray(corpus.lengths).data
-            ).hexdigest(),
+            "lengths": hashlib.sha256(lengths.data).hexdigest(),
             "num_samples": num_samples,
             "seq_length": seq_length,
             "seed": seed,
@@ -164,25 +179,31 @@ class GPTDataset:
         return len(self.shuffle_index)
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample `index` as [seq_length + 1]: inputs are all but the last token, labels
-        all but the first. Raises IndexError.
+        """Returns sample `index` as [seq_length + 1] token ids.
+
+        Inputs are all but the last token, labels all but the first. Raises IndexError.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         sample = int(self.shuffle_index[index])
-        position, offset = (int(value) for value in self.sample_index[sample])
-        last, last_offset = (int(value) for value in self.sample_index[sample + 1])
+        position, offset = self._start_of(sample)
+        last_position, last_offset = self._start_of(sample + 1)
         tokens = np.empty(self._seq_length + 1, np.int64)
         filled = 0
-        while position <= last:
+        # A sample may lie over many short sequences.
+        while position <= last_position:
             sequence = int(self.document_index[position])
-            end = (
-                last_offset + 1 if position == last else int(self._corpus.lengths[sequence])
-            )
-            tokens[filled : filled + end - offset] = self._corpus.get(
-                sequence, offset, end - offset
-            )
-            filled += end - offset
-            position = position + 1
+            end = int(self._corpus.lengths[sequence])
+            if position == last_position:
+                # One more than the sample's own tokens: the last label.
+                end = last_offset + 1
+            count = end - offset
+            tokens[filled : filled + count] = self._corpus.get(sequence, offset, count)
+            filled += count
+            position += 1
             offset = 0
         return tokens
+
+    def _start_of(self, sample: int) -> tuple[int, int]:
+        position, offset = self.sample_index[sample]
+        return int(position), int(offset)

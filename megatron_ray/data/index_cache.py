@@ -1,4 +1,4 @@
-"""Built index arrays on disk.
+"""Keeps built index arrays on disk.
 
 Owns: keys, memory mapping. Must not know: what the arrays mean.
 """
@@ -12,32 +12,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ray.storage.files import is_local, place
-from megatron_ray.storage.work_folders import appearing
+from megatron_ray.storage.durable import atomic_folder
+from megatron_ray.storage.location import is_local_path, parse_location
 
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 def cache_key(fields: Mapping[str, object]) -> str:
-    """Name for what these JSON values determine."""
+    """Returns the name of what these JSON values determine."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
-    """The arrays under `key`, built when missing and then memory-mapped.
+    """Returns the arrays under `key`, built when missing and then memory-mapped.
 
     A reader sees the whole folder or none. Ranks that build at the same time do equal
     work, and all use the first to appear. Without a local cache the arrays stay in
     memory. Raises OSError.
     """
-    if cache_dir is None or not is_local(cache_dir):
+    # Files in an object store cannot be mapped; each rank then builds its own arrays.
+    if cache_dir is None or not is_local_path(cache_dir):
         return build()
-    folder = Path(place(cache_dir).path) / key
+    folder = Path(parse_location(cache_dir).path) / key
     if not folder.is_dir():
         arrays = build()
-        with appearing(folder) as work:
+        with atomic_folder(folder) as work:
             for name, array in arrays.items():
                 np.save(work / f"{name}.npy", array)
-    return {
-        file.stem: np.load(file, mmap_mode="r") for file in sorted(folder.glob("*.npy"))
-    }
+    # Mapped also by the rank that built them: ranks of a node share the page cache.
+    files = sorted(folder.glob("*.npy"))
+    return {file.stem: np.load(file, mmap_mode="r") for file in files}

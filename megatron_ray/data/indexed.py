@@ -1,6 +1,6 @@
-"""Megatron's indexed corpus, byte for byte.
+"""Reads and writes Megatron's indexed corpora.
 
-Owns: the .bin/.idx format. Must not know: tokenizers, samples, splits.
+Owns: the .bin/.idx format, byte for byte. Must not know: tokenizers, samples, splits.
 
 `.bin` holds token ids back to back. `.idx` is little-endian: magic, version, dtype
 code, N sequences, D document marks, then N int32 lengths, N int64 byte positions in
@@ -10,8 +10,9 @@ an index may select sequences of a `.bin` that it shares (`write_index`).
 
 import copy
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,10 +20,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ray.storage.files import place, read_bytes, stat
+from megatron_ray.storage.errors import MissingFileError
+from megatron_ray.storage.files import file_stat, open_random_access, read_bytes
+from megatron_ray.storage.location import Location, parse_location
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
+# Magic, version, dtype code, N, D.
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES: dict[int, type[np.generic]] = {
     1: np.uint8,
@@ -41,8 +45,13 @@ IntArray = npt.NDArray[Any]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype Megatron stores tokens in: two bytes below 65500 tokens, else four."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
+    """Returns the dtype Megatron stores tokens in.
+
+    Two bytes below 65500 tokens, else four.
+    """
+    if vocab_size < 65500:
+        return np.dtype(np.uint16)
+    return np.dtype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -65,51 +74,49 @@ def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
     """
     if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
         raise ValueError(f"{name} is not a Megatron index: it does not start with MMIDIDX")
-    _, version, code, num_sequences, num_documents = _HEADER.unpack(
-        bytes(content[: _HEADER.size])
-    )
+    header = bytes(content[: _HEADER.size])
+    _, version, code, num_sequences, num_documents = _HEADER.unpack(header)
     if version != _VERSION:
         raise ValueError(
-            f"{name} is a Megatron index of version {version}; only version {_VERSION} can be read"
+            f"{name} is a Megatron index of version {version}; only version {_VERSION} can "
+            "be read"
         )
     if code not in _DTYPES:
         raise ValueError(
             f"{name} has the unknown token type {code}; known are {sorted(_DTYPES)}"
         )
-    need = _HEADER.size + num_sequences * 12 + num_documents * 8
-    if len(content) < need:
+    # Four bytes of length and eight of position a sequence, eight a document mark.
+    pointers_at = _HEADER.size + num_sequences * 4
+    documents_at = pointers_at + num_sequences * 8
+    end = documents_at + num_documents * 8
+    if len(content) < end:
         raise ValueError(
-            f"{name} is cut short: {len(content)} bytes where {num_sequences} sequences need {need}"
+            f"{name} is cut short: {len(content)} bytes where {num_sequences} sequences "
+            f"need {end}"
         )
-    lengths = np.frombuffer(content, "<i4", num_sequences, _HEADER.size)
-    pointers = np.frombuffer(
-        content, "<i8", num_sequences, _HEADER.size + num_sequences * 4
+    return IndexTable(
+        dtype=np.dtype(_DTYPES[code]),
+        lengths=np.frombuffer(content, "<i4", num_sequences, _HEADER.size),
+        pointers=np.frombuffer(content, "<i8", num_sequences, pointers_at),
+        documents=np.frombuffer(content, "<i8", num_documents, documents_at),
     )
-    documents = np.frombuffer(
-        content, "<i8", num_documents, _HEADER.size + num_sequences * 12
-    )
-    return IndexTable(np.dtype(_DTYPES[code]), lengths, pointers, documents)
 
 
 def write_index(path: Path, table: IndexTable) -> None:
     """Writes an .idx file. Raises OSError."""
-    header = _HEADER.pack(
-        _MAGIC, _VERSION, _CODES[table.dtype], len(table.lengths), len(table.documents)
-    )
+    code = _CODES[table.dtype]
+    header = _HEADER.pack(_MAGIC, _VERSION, code, len(table.lengths), len(table.documents))
     with path.open("wb") as file:
         file.write(header)
-        for array, dtype in (
-            (table.lengths, "<i4"),
-            (table.pointers, "<i8"),
-            (table.documents, "<i8"),
-        ):
-            file.write(np.ascontiguousarray(array, dtype).data)
+        file.write(np.ascontiguousarray(table.lengths, "<i4").data)
+        file.write(np.ascontiguousarray(table.pointers, "<i8").data)
+        file.write(np.ascontiguousarray(table.documents, "<i8").data)
 
 
 class IndexedDataset:
-    """Reads a corpus: memory-mapped when local, by ranges through pyarrow.fs when not.
+    """A corpus to read: memory-mapped when local, by range requests when not.
 
-    Cheap to open; nothing is loaded ahead.
+    Cheap to open; no token is read before it is asked for.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -117,36 +124,31 @@ class IndexedDataset:
 
         Raises OSError when one is missing, ValueError when they are not a corpus.
         """
+        # As given: a manifest names a corpus by it, also where it is a URI.
         self.prefix = prefix
-        where = place(prefix)
-        index = where.with_suffix(".idx")
-        tokens = where.with_suffix(".bin")
-        found = stat(tokens)
-        if found is None:
-            raise FileNotFoundError(2, "no such file", tokens.path)
-        local_index = where.local and stat(index) is not None
-        content = np.memmap(index.path, np.uint8, "r") if local_index else read_bytes(index)
-        self.table = read_index(content, index.path)
-        end = int(
-            (self.table.pointers + self.lengths.astype(np.int64) * self.itemsize).max(
-                initial=0
-            )
-        )
-        if end > found.size:
+        location = parse_location(prefix)
+        tokens = location.with_suffix(".bin")
+        tokens_stat = file_stat(tokens)
+        if tokens_stat is None:
+            raise MissingFileError("read", tokens.path, "no such file")
+        self.table = _open_index(location.with_suffix(".idx"))
+        # Found now and not as a strange token in the middle of training.
+        end = self._end_of_tokens()
+        if end > tokens_stat.size:
             raise ValueError(
-                f"{tokens.path} is cut short: {found.size} bytes where its index needs {end}"
+                f"{tokens.path} is cut short: {tokens_stat.size} bytes where its index "
+                f"needs {end}"
             )
-        self._file = None if where.local else tokens.filesystem.open_input_file(tokens.path)
-        # An empty file cannot be mapped. A plain array over the map slices ten times
-        # faster than np.memmap itself.
-        self._map = (
-            np.asarray(np.memmap(tokens.path, np.uint8, "r"))
-            if where.local and found.size
-            else None
-        )
+        self._file: Any = None
+        self._map: IntArray | None = None
+        if not location.is_local:
+            self._file = open_random_access(tokens)
+        elif tokens_stat.size:  # an empty file cannot be mapped
+            # A plain array over the map slices ten times faster than np.memmap itself.
+            self._map = np.asarray(np.memmap(tokens.path, np.uint8, "r"))
 
     def __len__(self) -> int:
-        """Sequences."""
+        """Returns the number of sequences."""
         return len(self.table.lengths)
 
     @property
@@ -169,39 +171,64 @@ class IndexedDataset:
         """Documents; one of them may be several sequences."""
         return max(len(self.table.documents) - 1, 0)
 
+    def document_ranges(self) -> Iterator[range]:
+        """Yields the sequences of each document."""
+        starts = self.table.documents.tolist()
+        for first, end in pairwise(starts):
+            yield range(first, end)
+
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> IntArray:
-        """`length` tokens (default: the rest) of a sequence from token `offset`, in the
-        stored dtype; read-only when mapped.
+        """Returns `length` tokens of a sequence from token `offset`, in the stored dtype.
+
+        Without a length the rest of the sequence. Read-only when mapped. Raises
+        IndexError.
         """
         size = int(self.table.lengths[sequence])
-        length = size - offset if length is None else length
+        if length is None:
+            length = size - offset
         if offset < 0 or length < 0 or offset + length > size:
             raise IndexError(
                 f"tokens {offset}..{offset + length} of sequence {sequence}, which has {size}"
             )
-        start = int(self.table.pointers[sequence]) + offset * self.itemsize
+        itemsize = self.table.dtype.itemsize
+        start = int(self.table.pointers[sequence]) + offset * itemsize
+        num_bytes = length * itemsize
         if self._map is not None:
-            return self._map[start : start + length * self.itemsize].view(self.table.dtype)
-        content = (
-            b"" if self._file is None else self._file.read_at(length * self.itemsize, start)
-        )
+            return self._map[start : start + num_bytes].view(self.table.dtype)
+        # Neither a map nor a file: the corpus is empty.
+        content = b""
+        if self._file is not None:
+            content = self._file.read_at(num_bytes, start)
         return np.frombuffer(content, self.table.dtype)
 
     def view(self, table: IndexTable) -> Self:
-        """The same .bin seen through another index."""
+        """Returns the same tokens under another index."""
+        # Shallow: the memory map and the open file are shared.
         other = copy.copy(self)
         other.table = table
         return other
 
     def __getitem__(self, sequence: int) -> IntArray:
-        """One whole sequence."""
+        """Returns one whole sequence."""
         return self.get(sequence)
+
+    def _end_of_tokens(self) -> int:
+        lengths = self.lengths.astype(np.int64)
+        ends = self.table.pointers + lengths * self.itemsize
+        return int(ends.max(initial=0))
+
+
+def _open_index(location: Location) -> IndexTable:
+    # A missing index goes the second way too, whose error names the path.
+    if location.is_local and file_stat(location) is not None:
+        return read_index(np.memmap(location.path, np.uint8, "r"), location.path)
+    return read_index(read_bytes(location), location.path)
 
 
 class IndexedDatasetBuilder:
-    """Writes a corpus, streaming: memory holds 8 bytes a sequence, never tokens.
+    """Writes a corpus as a stream: memory holds 8 bytes a sequence, never tokens.
 
-    `close` writes the index, so a dead build has none.
+    The index is written by `close`, so a build that was killed has none.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
@@ -211,6 +238,7 @@ class IndexedDatasetBuilder:
         self._file = _with_suffix(prefix, ".bin").open("wb")
         self._lengths: list[int] = []
         self._documents = [0]
+        # Tokens of the sequence under way.
         self._open_tokens = 0
 
     def add(self, tokens: IntArray | Sequence[int]) -> None:
@@ -224,6 +252,7 @@ class IndexedDatasetBuilder:
         limits = np.iinfo(self._dtype)
         if values.min() < limits.min or values.max() > limits.max:
             raise OverflowError(f"token {values.max()} does not fit into {self._dtype}")
+        # The index has 32 bits for a length; a longer document is several sequences.
         if self._open_tokens + values.size > _MAX_LENGTH:
             self.end_sequence()
         self._file.write(np.ascontiguousarray(values, self._dtype).data)
@@ -245,10 +274,11 @@ class IndexedDatasetBuilder:
         self._file.close()
         lengths = np.array(self._lengths, np.int32)
         pointers = np.zeros(len(lengths), np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self._dtype.itemsize, out=pointers[1:])
-        table = IndexTable(
-            self._dtype, lengths, pointers, np.array(self._documents, np.int64)
-        )
+        # In 64 bits: a corpus is longer than 2 GiB.
+        num_bytes = lengths.astype(np.int64) * self._dtype.itemsize
+        np.cumsum(num_bytes[:-1], out=pointers[1:])
+        documents = np.array(self._documents, np.int64)
+        table = IndexTable(self._dtype, lengths, pointers, documents)
         write_index(_with_suffix(self._prefix, ".idx"), table)
 
     def __enter__(self) -> Self:
@@ -260,6 +290,7 @@ class IndexedDatasetBuilder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # No index after an error: what is in the .bin then counts for nothing.
         if kind is None:
             self.close()
         else:
@@ -267,4 +298,5 @@ class IndexedDatasetBuilder:
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:
+    # Not Path.with_suffix, which would replace what follows a dot in the name.
     return prefix.with_name(prefix.name + suffix)

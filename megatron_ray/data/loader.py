@@ -1,13 +1,15 @@
-"""Samples to tensors on the device.
+"""Turns samples into tensors on the device.
 
-Owns: the batch type and which samples a rank turns into which microbatch.
+Owns: which samples a rank turns into which microbatch, and what a batch says of them.
+The only file of this folder that imports torch. Must not know: the model, how corpora
+were made.
 
-The only file of this folder that sees torch. Must not know: the model, how corpora were
-made.
+Arrays: B samples, S tokens of each (of whole sequences, before context parallelism cuts
+them), D multi-token prediction layers.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,94 +23,129 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Samples to batches: shifts labels, tells documents apart, and cuts sequences, in
-    that order.
+    """Makes batches of samples: shifts labels, separates documents, cuts sequences.
+
+    In that order, so that a label may lie on another context-parallel rank.
     """
 
     device: torch.device
-    cut: SequenceCut = SequenceCut()
+    cut: SequenceCut = field(default_factory=SequenceCut)
     """This rank's part of each sequence."""
     end_of_document: int | None = None
-    """Given: documents are kept apart, positions count from 0 in each, and what follows
-    its last token is no label."""
-    further: int = 0
+    """Where set, documents are kept apart: positions count from 0 in each, and what
+    follows its last token is no label."""
+    num_mtp_layers: int = 0
     """Tokens beyond the next one that have labels too."""
 
     def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
-        """[B, S + 1] token ids -> batch; only the first `counted_rows` samples count in
-        the loss.
+        """Returns the batch of samples [B, S + 1].
+
+        Only the first `counted_rows` samples (default: all) count in the loss.
         """
         rows = samples.shape[0]
         length = samples.shape[1] - 1
-        mask = np.ones((rows, length), dtype=np.float32)
-        mask[rows if counted_rows is None else counted_rows :] = 0
+        # All of this in numpy on the host: it runs while the device is busy.
+        mask_BS = np.ones((rows, length), dtype=np.float32)
+        if counted_rows is not None:
+            mask_BS[counted_rows:] = 0
         positions = np.arange(length, dtype=np.int64)[None]
         packed = None
         if self.end_of_document is not None:
-            ends = samples[:, :-1] == self.end_of_document
-            mask[ends] = 0
-            positions, packed = self._tell_apart(ends)
-        tokens = np.asarray(samples, dtype=np.int64)
-        further = self._further(tokens, mask) if self.further else None
-        if self.cut.cp == 1:
-            whole = self._move(tokens)
-            found = whole[:, :-1], whole[:, 1:]
-        else:
-            here = self.cut.positions(length)
-            found = self._move(tokens[:, here]), self._move(tokens[:, here + 1])
-            mask = mask[:, here]
-            positions = positions[:, here]
+            is_end_BS = samples[:, :-1] == self.end_of_document
+            # After an end token comes the next document's first, which nothing predicts.
+            mask_BS[is_end_BS] = 0
+            starts_BS = _document_starts(is_end_BS)
+            positions = _positions_in_documents(starts_BS)
+            packed = self._packed(starts_BS)
+        samples = np.asarray(samples, dtype=np.int64)
+        mtp_targets = None
+        if self.num_mtp_layers:
+            mtp_targets = self._mtp_targets(samples, mask_BS)
+        tokens_BS, labels_BS = self._tokens_and_labels(samples)
+        if self.cut.cp > 1:
+            local = self.cut.positions(length)
+            mask_BS = mask_BS[:, local]
+            positions = positions[:, local]
         return Batch(
-            *found,
-            self._move(mask),
-            self._move(positions),
-            int(mask.sum()),
+            tokens_BS,
+            labels_BS,
+            self._to_device(mask_BS),
+            self._to_device(positions),
+            # On the host: asking the device later would wait for it.
+            int(mask_BS.sum()),
             packed,
-            further,
+            mtp_targets,
         )
 
-    def _further(self, tokens: np.ndarray, mask: np.ndarray) -> MTPTargets:
-        """A label further on must lie in the sample and in the same document: no token
-        up to it may be without a label of its own.
+    def _tokens_and_labels(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+        if self.cut.cp == 1:
+            # One copy to the device; tokens and labels are views of it.
+            whole = self._to_device(samples)
+            return whole[:, :-1], whole[:, 1:]
+        local = self.cut.positions(samples.shape[1] - 1)
+        return self._to_device(samples[:, local]), self._to_device(samples[:, local + 1])
+
+    def _mtp_targets(self, samples: np.ndarray, mask_BS: np.ndarray) -> MTPTargets:
+        """Returns the labels beyond the next token.
+
+        Such a label must lie in the sample and in the same document: no token up to it
+        may be without a label of its own.
         """
-        rows, length = mask.shape
-        labels = np.empty((self.further, rows, length), dtype=np.int64)
-        masks = np.zeros((self.further, rows, length), dtype=np.float32)
-        before = mask
-        here = self.cut.positions(length)
-        for depth in range(self.further):
+        rows, length = mask_BS.shape
+        labels_DBS = np.empty((self.num_mtp_layers, rows, length), dtype=np.int64)
+        masks_DBS = np.zeros((self.num_mtp_layers, rows, length), dtype=np.float32)
+        previous_mask_BS = mask_BS
+        for depth in range(self.num_mtp_layers):
             shift = depth + 1
-            labels[depth] = tokens[:, np.minimum(np.arange(length) + shift + 1, length)]
-            masks[depth, :, :-shift] = before[:, :-shift] * mask[:, shift:]
-            before = masks[depth]
-        return MTPTargets(self._move(labels[:, :, here]), self._move(masks[:, :, here]))
-
-    def _tell_apart(self, ends: np.ndarray) -> tuple[np.ndarray, Packed]:
-        """Positions [B, S] and documents, from where documents end [B, S]."""
-        rows, length = ends.shape
-        starts = np.zeros((rows, length), dtype=bool)
-        starts[:, 0] = True
-        starts[:, 1:] = ends[:, :-1]
-        index = np.arange(length, dtype=np.int64)
-        positions = index - np.maximum.accumulate(np.where(starts, index, 0), axis=1)
-        lengths = tuple(
-            tuple(np.diff(np.append(np.flatnonzero(row), length)).tolist())
-            for row in starts
-        )
-        return positions, Packed(
-            self._move(np.cumsum(starts, axis=1, dtype=np.int32)), lengths
+            # Past the end any token does: the mask is zero there.
+            label_positions = np.minimum(np.arange(length) + shift + 1, length)
+            labels_DBS[depth] = samples[:, label_positions]
+            masks_DBS[depth, :, :-shift] = previous_mask_BS[:, :-shift] * mask_BS[:, shift:]
+            previous_mask_BS = masks_DBS[depth]
+        local = self.cut.positions(length)
+        return MTPTargets(
+            self._to_device(labels_DBS[:, :, local]),
+            self._to_device(masks_DBS[:, :, local]),
         )
 
-    def _move(self, values: np.ndarray) -> Tensor:
+    def _packed(self, starts_BS: np.ndarray) -> Packed:
+        rows, length = starts_BS.shape
+        lengths = []
+        for row in range(rows):
+            boundaries = np.append(np.flatnonzero(starts_BS[row]), length)
+            lengths.append(tuple(np.diff(boundaries).tolist()))
+        # Of whole sequences, also where this rank has only a part: keys come from others.
+        documents_BS = np.cumsum(starts_BS, axis=1, dtype=np.int32)
+        return Packed(self._to_device(documents_BS), tuple(lengths))
+
+    def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(
-            self.device, non_blocking=True
-        )
+        # Only from pinned memory is the copy asynchronous.
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+
+def _document_starts(is_end_BS: np.ndarray) -> np.ndarray:
+    """Returns [B, S] whether a token is the first of its document in the sample."""
+    starts_BS = np.zeros(is_end_BS.shape, dtype=bool)
+    starts_BS[:, 0] = True
+    starts_BS[:, 1:] = is_end_BS[:, :-1]
+    return starts_BS
+
+
+def _positions_in_documents(starts_BS: np.ndarray) -> np.ndarray:
+    index = np.arange(starts_BS.shape[1], dtype=np.int64)
+    # The running maximum of the starts is the start of the document a token is in.
+    start_BS = np.maximum.accumulate(np.where(starts_BS, index, 0), axis=1)
+    positions: np.ndarray = index - start_BS
+    return positions
 
 
 class StepLoader:
-    """The microbatches of a step for one data-parallel rank; a pure function of the
-    consumed samples.
+    """Loads the microbatches of one data-parallel rank.
+
+    A pure function of the consumed samples: a resumed run continues with the same ones.
     """
 
     def __init__(
@@ -128,7 +165,7 @@ class StepLoader:
         self.num_microbatches = global_batch_size // (micro_batch_size * dp)
 
     def step(self, consumed_samples: int) -> list[Batch]:
-        """Batches of the step that starts after `consumed_samples`."""
+        """Returns the batches of the step that starts after `consumed_samples`."""
         ids = sample_ids(
             consumed_samples,
             self.micro_batch_size,
@@ -136,13 +173,13 @@ class StepLoader:
             self.dp,
             self.num_microbatches,
         )
-        return [
-            replace(
-                self.make_batch(np.stack([self.dataset[int(index)] for index in row])),
-                first_sample=int(row[0]),
-            )
-            for row in ids
-        ]
+        batches = []
+        for microbatch_ids in ids:
+            samples = np.stack([self.dataset[int(index)] for index in microbatch_ids])
+            # Dropout draws by the sample's number, so that its masks do not depend on dp.
+            batch = replace(self.make_batch(samples), first_sample=int(microbatch_ids[0]))
+            batches.append(batch)
+        return batches
 
 
 def evaluation_batches(
@@ -153,18 +190,20 @@ def evaluation_batches(
     dp: int,
     make_batch: BatchMaker,
 ) -> Iterator[Batch]:
-    """The first `num_samples` samples, dealt out over the replicas; every replica gets
-    equally many batches, filled up with samples that do not count.
+    """Yields this replica's part of the first `num_samples` samples.
+
+    Every replica gets equally many batches, or collectives would wait for ever; they are
+    filled up with samples that do not count.
     """
-    blocks = -(-num_samples // (micro_batch_size * dp))
-    for block in range(blocks):
-        start = (block * dp + dp_rank) * micro_batch_size
-        ids = range(start, start + micro_batch_size)
-        counted = max(0, min(micro_batch_size, num_samples - start))
-        rows = np.stack([_sample_or_filler(dataset, index, num_samples) for index in ids])
-        yield make_batch(rows, counted)
-
-
-def _sample_or_filler(dataset: SampleDataset, index: int, num_samples: int) -> np.ndarray:
-    """Sample `index`, or the first one as filler beyond the end."""
-    return dataset[index if index < num_samples else 0]
+    # Ceiling division: the last blocks may be short or empty.
+    num_batches = -(-num_samples // (micro_batch_size * dp))
+    for number in range(num_batches):
+        start = (number * dp + dp_rank) * micro_batch_size
+        samples = []
+        for index in range(start, start + micro_batch_size):
+            # Beyond the end the first sample is the filler.
+            if index >= num_samples:
+                index = 0
+            samples.append(dataset[index])
+        counted_rows = max(0, min(micro_batch_size, num_samples - start))
+        yield make_batch(np.stack(samples), counted_rows)

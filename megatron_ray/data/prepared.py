@@ -1,13 +1,13 @@
-"""The manifest of prepared data.
+"""Defines the manifest of prepared data.
 
-Owns: what `prepare` hands to training, as values. Must not know: how it was made.
+Owns: what `prepare` gives to training, as values. Must not know: how it was made.
 """
 
 from megatron_ray.config.base import Config
 
 
 class PreparedCorpus(Config):
-    """One corpus as Megatron's .bin/.idx pair."""
+    """A corpus as Megatron's .bin/.idx pair."""
 
     prefix: str
     """Path or URI without the .bin/.idx suffix."""
@@ -16,11 +16,11 @@ class PreparedCorpus(Config):
     num_tokens: int
     """Tokens in the .bin file, end-of-document tokens included."""
     num_documents: int
-    """Documents."""
+    """Documents in it."""
 
 
 class PreparedData(Config):
-    """Everything a rank needs to read samples; small, passed as JSON."""
+    """All that a rank needs to read samples; small, passed as JSON."""
 
     train: tuple[PreparedCorpus, ...]
     """Corpora to train on."""

@@ -1,4 +1,4 @@
-"""Which samples a rank takes in a step.
+"""Chooses the samples that a rank takes in a step.
 
 Owns: the order over ranks. Must not know: datasets, tensors.
 """
@@ -14,13 +14,12 @@ def sample_ids(
     dp: int,
     num_microbatches: int,
 ) -> npt.NDArray[np.int64]:
-    """[num_microbatches, micro_batch_size] ids of one replica for the step that starts
-    after `consumed_samples`.
+    """Returns [num_microbatches, micro_batch_size] ids of one replica for one step.
 
-    A step takes the ids from `consumed_samples` on, in order; microbatch m of replica r is block m
-    * dp + r of them, as in Megatron. So the set a step consumes, and the blocks it is cut into, do
-    not depend on dp: resume and resize see the same data. Raises ValueError when an argument is out
-    of range.
+    A step takes the ids from `consumed_samples` on, in order; microbatch m of replica r
+    is block m * dp + r of them, as in Megatron. So the set a step consumes, and the
+    blocks it is cut into, do not depend on dp: resume and resize use the same data.
+    Raises ValueError when an argument is out of range.
     """
     if (
         consumed_samples < 0
@@ -31,7 +30,7 @@ def sample_ids(
         raise ValueError(
             f"{consumed_samples=} {micro_batch_size=} {dp_rank=} {dp=} {num_microbatches=}"
         )
+    # Blocks of micro_batch_size samples are dealt to the replicas in turn.
     blocks = np.arange(num_microbatches, dtype=np.int64) * dp + dp_rank
-    return (
-        consumed_samples + blocks[:, None] * micro_batch_size + np.arange(micro_batch_size)
-    )
+    first_ids = consumed_samples + blocks * micro_batch_size
+    return first_ids[:, None] + np.arange(micro_batch_size)

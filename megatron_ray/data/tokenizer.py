@@ -1,4 +1,4 @@
-"""Text to token ids and back.
+"""Turns text into token ids and back.
 
 Owns: training, loading and saving tokenizer.json. Must not know: where text comes from.
 
@@ -14,8 +14,11 @@ from typing import Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_ray.exceptions import InputError
+
 END_OF_DOCUMENT = "<|endoftext|>"
-_USUAL_ENDS = (
+# Tried in this order where the config names no end token.
+_USUAL_END_TOKENS = (
     END_OF_DOCUMENT,
     "<|end_of_text|>",
     "</s>",
@@ -27,8 +30,8 @@ _USUAL_ENDS = (
 )
 
 
-class TokenizerError(ValueError):
-    """A tokenizer.json that cannot be used; `code` and `field` say what to change."""
+class TokenizerError(InputError, ValueError):
+    """A tokenizer.json that cannot be used; `code` and `field` name what to change."""
 
     def __init__(self, code: str, detail: str, field: str) -> None:
         super().__init__(detail)
@@ -38,13 +41,18 @@ class TokenizerError(ValueError):
 
 
 class Tokenizer:
-    """Encodes and decodes; `end_of_document` is the id appended to every document."""
+    """Encodes and decodes text.
+
+    `end_of_document` is the id appended to every document, `vocab_size` one more than the
+    largest id.
+    """
 
     def __init__(self, inner: tokenizers.Tokenizer, end_of_document: int) -> None:
-        """Takes over `inner`. Use the class methods."""
-        # Files in the wild carry settings for other uses: cutting to a length, padding.
+        """Wraps `inner` and changes its settings. Use the class methods."""
+        # Published files carry settings for other uses: cutting to a length, padding.
         inner.no_truncation()
         inner.no_padding()
+        # The text `<|endoftext|>` inside a document is encoded as plain characters.
         inner.encode_special_tokens = True
         self._inner = inner
         self.end_of_document = end_of_document
@@ -53,39 +61,43 @@ class Tokenizer:
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Self:
-        """Byte-level BPE of at most `vocab_size` tokens; deterministic in the texts and
-        their order.
+        """Trains byte-level BPE of at most `vocab_size` tokens.
+
+        Deterministic in the texts and their order.
         """
         inner = _byte_level(models.BPE())
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_DOCUMENT],
+            # Sorted: the library gives the alphabet in no fixed order.
             initial_alphabet=sorted(alphabet),
             show_progress=False,
         )
-        inner.train_from_iterator((_clean(text) for text in texts), trainer)
-        return cls(inner, _find_end(inner, END_OF_DOCUMENT))
+        inner.train_from_iterator((_encodable(text) for text in texts), trainer)
+        return cls(inner, _end_token_id(inner, END_OF_DOCUMENT))
 
     @classmethod
     def of_bytes(cls) -> Self:
-        """Token id = byte, and 256 ends a document."""
-        inner = _byte_level(
-            models.BPE(
-                vocab={char: byte for byte, char in enumerate(_byte_characters())},
-                merges=[],
-            )
-        )
+        """Makes the tokenizer whose ids are bytes, and 256 ends a document."""
+        vocabulary = {}
+        for byte, character in enumerate(_byte_characters()):
+            vocabulary[character] = byte
+        inner = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+        # Added after the 256 bytes, so its id is 256.
         inner.add_special_tokens([END_OF_DOCUMENT])
         return cls(inner, 256)
 
     @classmethod
     def from_json(cls, text: str, end_of_document: str | int | None = None) -> Self:
-        """From a tokenizer.json's content; the end token by name or id, or guessed from
-        usual names. Raises TokenizerError.
+        """Makes a tokenizer from a tokenizer.json's content.
+
+        The end token is given by name or id, or else one of the usual names. Raises
+        TokenizerError.
         """
         try:
             inner = tokenizers.Tokenizer.from_str(text)
+        # The library raises plain Exception.
         except Exception as error:
             detail = (
                 f"the file is not a Hugging Face tokenizer.json: {error}; save one with "
@@ -96,20 +108,17 @@ class Tokenizer:
             raise TokenizerError(
                 "bad_tokenizer", "the tokenizer.json has no tokens; train it first", "path"
             )
-        return cls(
-            inner,
-            end_of_document
-            if isinstance(end_of_document, int)
-            else _find_end(inner, end_of_document),
-        )
+        if isinstance(end_of_document, int):
+            return cls(inner, end_of_document)
+        return cls(inner, _end_token_id(inner, end_of_document))
 
     @classmethod
     def load(cls, path: str | Path, end_of_document: str | int | None = None) -> Self:
-        """From a local tokenizer.json. Raises OSError, TokenizerError."""
+        """Reads a local tokenizer.json. Raises OSError, TokenizerError."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"), end_of_document)
 
     def to_json(self) -> str:
-        """Content of a tokenizer.json."""
+        """Returns the content of a tokenizer.json."""
         return str(self._inner.to_str())
 
     def save(self, path: Path) -> None:
@@ -117,64 +126,76 @@ class Tokenizer:
         path.write_text(self.to_json(), encoding="utf-8")
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text; no marks are added."""
+        """Returns the ids of a text, without special tokens around it."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of many texts, on all cores."""
-        return [
-            encoding.ids
-            for encoding in self._inner.encode_batch_fast(
-                [_clean(text) for text in texts], add_special_tokens=False
-            )
-        ]
+        """Returns the ids of many texts, computed on all cores."""
+        encodable_texts = [_encodable(text) for text in texts]
+        encodings = self._inner.encode_batch_fast(encodable_texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens by name; bytes that are no UTF-8, as at a
-        cut, become U+FFFD.
+        """Returns the text of ids, special tokens by name.
+
+        Bytes that are no UTF-8, as where a text was cut, become U+FFFD.
         """
         return str(self._inner.decode(list(ids), skip_special_tokens=False))
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     inner = tokenizers.Tokenizer(model)
+    # No space before the first word: what is decoded must be what was encoded.
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return inner
 
 
 def _byte_characters() -> list[str]:
-    """The printable character that stands for each byte in byte-level vocabularies
-    (GPT-2): itself, or the next from U+0100 on.
+    """Returns the printable character of each byte in byte-level vocabularies (GPT-2).
+
+    It is the byte's own, or the next unused from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(256)]
+    next_unused = 0x100
+    characters = []
+    for byte in range(256):
+        if byte in printable:
+            characters.append(chr(byte))
+        else:
+            characters.append(chr(next_unused))
+            next_unused += 1
+    return characters
 
 
-def _clean(text: str) -> str:
-    """Half a surrogate pair, which JSON escapes can carry, has no UTF-8; it becomes a
-    question mark.
+def _encodable(text: str) -> str:
+    """Replaces half surrogate pairs, which JSON escapes can carry, by question marks.
+
+    They have no UTF-8, and the library refuses them.
     """
-    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+    # The common case by far, and cheap to recognize: no copy is made.
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _find_end(inner: tokenizers.Tokenizer, name: str | None) -> int:
+def _end_token_id(inner: tokenizers.Tokenizer, name: str | None) -> int:
     if name is not None:
-        found = inner.token_to_id(name)
-        if found is None:
+        token_id = inner.token_to_id(name)
+        if token_id is None:
             detail = (
                 f"the tokenizer has no token {name!r}; name the token that ends a document"
             )
             raise TokenizerError("no_end_token", detail, "end_of_document")
-        return int(found)
-    for usual in _USUAL_ENDS:
-        found = inner.token_to_id(usual)
-        if found is not None:
-            return int(found)
-    tried = ", ".join(_USUAL_ENDS)
+        return int(token_id)
+    # Without a name the first usual one that the vocabulary has.
+    for usual_name in _USUAL_END_TOKENS:
+        token_id = inner.token_to_id(usual_name)
+        if token_id is not None:
+            return int(token_id)
+    tried = ", ".join(_USUAL_END_TOKENS)
     detail = (
-        f"the tokenizer has none of the usual end tokens ({tried}); set end_of_document to the "
-        "one that ends a document"
+        f"the tokenizer has none of the usual end tokens ({tried}); set end_of_document to "
+        "the one that ends a document"
     )
     raise TokenizerError("no_end_token", detail, "end_of_document")

@@ -35,7 +35,8 @@ from megatron_ray.sharding.sharded_state import (
     TensorBox,
     whole_tensor,
 )
-from megatron_ray.storage.storage import MissingFileError, StorageError, open_storage
+from megatron_ray.storage.errors import MissingFileError, StorageError
+from megatron_ray.storage.storage import open_storage
 
 
 @dataclass(frozen=True)

@@ -1,38 +1,23 @@
-"""Local paths and URIs behind one face.
+"""Reads, lists and uploads files at locations that users name.
 
-Owns: pyarrow filesystems for data. Must not know: what the files hold.
+Owns: single files and the folders of a data source; `storage` has the files of a job
+below one root. Must not know: what the files hold.
 """
 
-import errno
 import io
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote, urlsplit
 
 from pyarrow import fs as arrow_fs
 
+from megatron_ray.storage.errors import StorageError, storage_errors
+from megatron_ray.storage.location import Location
+
 _BUFFER_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Place:
-    """A filesystem and a path in it."""
-
-    filesystem: Any
-    path: str
-    local: bool
-    """True when `path` is a plain path of this machine, which memory mapping, links and
-    renames need."""
-
-    def __truediv__(self, name: str) -> "Place":
-        return Place(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.local)
-
-    def with_suffix(self, suffix: str) -> "Place":
-        """The neighbour whose name is this one's plus `suffix`."""
-        return Place(self.filesystem, self.path + suffix, self.local)
+_UPLOAD_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -44,119 +29,119 @@ class FileStat:
     mtime_ns: int
 
 
-def is_local(path: str) -> bool:
-    """True for a plain path and for file:// URIs."""
-    return "://" not in path or path.startswith("file://")
+def file_stat(location: Location) -> FileStat | None:
+    """Returns size and time of a file, or None when there is no file of that name.
 
-
-def place(path: str) -> Place:
-    """Where a path or URI is.
-
-    Raises ValueError when the scheme is unknown or the URI is malformed, OSError
-    without credentials.
+    Raises StorageError when it cannot be asked.
     """
-    if not is_local(path):
-        filesystem, inner = _from_uri(path)
-        return Place(filesystem, inner, False)
-    plain = unquote(urlsplit(path).path) if path.startswith("file://") else path
-    if not plain or "\0" in plain:
-        raise ValueError("the path is empty or holds a NUL character")
-    try:
-        return Place(
-            arrow_fs.LocalFileSystem(), str(Path(plain).expanduser().absolute()), True
-        )
-    except RuntimeError as error:
-        raise ValueError(f"the home folder in {plain} is not known") from error
+    info = _info(location)
+    if info.type != arrow_fs.FileType.File:
+        return None
+    return _file_stat(info)
 
 
-def stat(where: Place) -> FileStat | None:
-    """Size and time of a file; None when there is no file of that name.
+def is_folder(location: Location) -> bool:
+    """Returns True when it is an existing folder.
 
-    Raises OSError when it cannot be asked.
+    Raises StorageError when it cannot be asked.
     """
-    info = where.filesystem.get_file_info(where.path)
-    return _file_stat(info) if info.type == arrow_fs.FileType.File else None
+    return bool(_info(location).type == arrow_fs.FileType.Directory)
 
 
-def is_folder(where: Place) -> bool:
-    """True when it is an existing folder. Raises OSError when it cannot be asked."""
-    return bool(
-        where.filesystem.get_file_info(where.path).type == arrow_fs.FileType.Directory
-    )
+def walk(folder: Location) -> Iterator[FileStat]:
+    """Yields all files below a folder, in no order.
 
-
-def exists(where: Place) -> bool:
-    """True for a file or a folder. Raises OSError when it cannot be asked."""
-    return bool(
-        where.filesystem.get_file_info(where.path).type != arrow_fs.FileType.NotFound
-    )
-
-
-def walk(folder: Place) -> Iterator[FileStat]:
-    """All files below a folder, in no order.
-
-    Raises OSError when it cannot be listed.
+    Raises StorageError when it cannot be listed.
     """
-    for info in folder.filesystem.get_file_info(
-        arrow_fs.FileSelector(folder.path, recursive=True)
-    ):
+    # One listing for the whole tree; object stores answer it a thousand names at a time.
+    selector = arrow_fs.FileSelector(folder.path, recursive=True)
+    with storage_errors("list", folder.path):
+        infos = folder.filesystem.get_file_info(selector)
+    for info in infos:
         if info.type == arrow_fs.FileType.File:
             yield _file_stat(info)
 
 
-def open_stream(where: Place) -> IO[bytes]:
-    """A file's bytes from the start, undecoded. Raises OSError."""
-    if where.local:
-        return Path(where.path).open("rb")
-    # Arrow's streams cannot read lines; Python's buffer over them can.
-    return io.BufferedReader(
-        where.filesystem.open_input_stream(where.path, compression=None), _BUFFER_BYTES
-    )
+def open_stream(location: Location) -> IO[bytes]:
+    """Opens a file to read its bytes in order.
+
+    Raises StorageError; reading raises OSError.
+    """
+    with storage_errors("read", location.path):
+        if location.is_local:
+            return Path(location.path).open("rb")
+        # Arrow would otherwise decompress by the file's suffix.
+        stream = location.filesystem.open_input_stream(location.path, compression=None)
+        # Arrow's streams cannot read lines; Python's buffer over them can.
+        return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
-def read_bytes(where: Place) -> bytes:
-    """A whole small file. Raises OSError (FileNotFoundError when it is not there)."""
-    with open_stream(where) as stream:
+def open_random_access(location: Location) -> Any:
+    """Opens a file as a pyarrow.NativeFile, which has `read_at(size, offset)`.
+
+    Raises StorageError; reading raises OSError.
+    """
+    with storage_errors("read", location.path):
+        return location.filesystem.open_input_file(location.path)
+
+
+def read_bytes(location: Location) -> bytes:
+    """Returns a whole small file.
+
+    Raises StorageError; MissingFileError when it is not there.
+    """
+    with storage_errors("read", location.path), open_stream(location) as stream:
         return stream.read()
 
 
-def upload(source: Path, target: Place) -> None:
-    """Copies a local file to a place, streaming. Raises OSError."""
-    target.filesystem.create_dir(str(Path(target.path).parent), recursive=True)
-    with (
-        source.open("rb") as reader,
-        target.filesystem.open_output_stream(target.path, compression=None) as writer,
-    ):
-        while block := reader.read(1 << 22):
-            writer.write(block)
+def upload(source: Path, target: Location) -> None:
+    """Copies a local file to a location, in blocks. Raises StorageError."""
+    filesystem = target.filesystem
+    with storage_errors("write", target.path):
+        filesystem.create_dir(str(Path(target.path).parent), recursive=True)
+        with (
+            source.open("rb") as reader,
+            filesystem.open_output_stream(target.path, compression=None) as writer,
+        ):
+            while block := reader.read(_UPLOAD_BYTES):
+                writer.write(block)
 
 
-def probe_writable(where: Place) -> None:
-    """Writes and deletes a small file there, or in the nearest folder above that
-    exists.
+def check_writable(folder: Location) -> None:
+    """Writes and deletes a small file in the folder.
 
-    Raises OSError when it cannot.
+    Creates no folder on a local disk: where the folder does not exist, the nearest one
+    above it is tried. Raises StorageError when it cannot be written.
     """
-    folder = where
-    if where.local:
-        nearest = Path(where.path)
+    # An object store has no folders: there any name below the prefix will do.
+    if folder.is_local:
+        folder = _nearest_existing(folder)
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    with storage_errors("write", probe.path):
+        try:
+            with probe.filesystem.open_output_stream(
+                probe.path, compression=None
+            ) as writer:
+                writer.write(b"probe")
+        finally:
+            # Also after a failed write, which may have left an empty file.
+            if _info(probe).type != arrow_fs.FileType.NotFound:
+                probe.filesystem.delete_file(probe.path)
+
+
+def _nearest_existing(folder: Location) -> Location:
+    nearest = Path(folder.path)
+    with storage_errors("write", folder.path):
         while not nearest.exists():
             nearest = nearest.parent
-        if not nearest.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "is a file, not a folder", str(nearest))
-        folder = Place(where.filesystem, str(nearest), True)
-    probe = folder / f".probe-{uuid.uuid4().hex}"
-    try:
-        with probe.filesystem.open_output_stream(probe.path, compression=None) as writer:
-            writer.write(b"probe")
-    finally:
-        if exists(probe):
-            probe.filesystem.delete_file(probe.path)
+    if not nearest.is_dir():
+        raise StorageError("write", folder.path, f"{nearest} is a file, not a folder")
+    return Location(folder.filesystem, str(nearest), True)
 
 
-def _from_uri(uri: str) -> tuple[Any, str]:
-    filesystem, path = arrow_fs.FileSystem.from_uri(uri)
-    return filesystem, path
+def _info(location: Location) -> Any:
+    with storage_errors("look for", location.path):
+        return location.filesystem.get_file_info(location.path)
 
 
 def _file_stat(info: Any) -> FileStat:

@@ -1,56 +1,46 @@
-"""Files of a job on any storage.
+"""Reads and writes the files of a job below one root, on any storage.
 
-Owns: paths and URIs to bytes, atomic and durable writes, one error type.
+Owns: names relative to the root, atomic and durable writes. Must not know: what the files
+mean.
 
 Local paths and `file://` go through the operating system (fsync, rename); `s3://` and
-`gs://` through pyarrow.fs, where one put is atomic by itself. Torch-free. Must not
-know: what the files mean.
+`gs://` through pyarrow.fs, where one put is atomic by itself.
 """
 
 import os
-import secrets
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
-from urllib.parse import unquote, urlsplit
 
-from pyarrow import ArrowException, fs
+from pyarrow import fs
 
-_PARTIAL = ".partial"
+from megatron_ray.storage.durable import PARTIAL_SUFFIX, atomic_file, fsync_path
+from megatron_ray.storage.errors import InvalidLocationError, StorageError, storage_errors
+from megatron_ray.storage.location import parse_location
+
 _SCHEMES = ("file", "s3", "gs", "gcs")
-
-
-class StorageError(Exception):
-    """An operation on storage failed; the text names operation, path and cause."""
-
-    def __init__(self, operation: str, path: str, cause: object) -> None:
-        super().__init__(f"cannot {operation} {path}: {cause}")
-        self.operation = operation
-        self.path = path
-        self.cause = str(cause)
-
-    def __reduce__(self) -> tuple[type["StorageError"], tuple[str, str, str]]:
-        return type(self), (self.operation, self.path, self.cause)
-
-
-class MissingFileError(StorageError):
-    """There is nothing at the path."""
 
 
 class Writable(Protocol):
     """What `open_output` yields; `write` takes any contiguous buffer."""
 
-    def write(self, data: Any, /) -> int | None: ...
+    def write(self, data: Any, /) -> int | None:
+        """Writes all bytes of the buffer."""
 
 
 class Readable(Protocol):
     """What `open_input` yields: positioned reads over a file of known size."""
 
-    def read_into(self, offset: int, buffer: memoryview) -> None: ...
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fills the buffer from byte `offset` on.
+
+        Raises StorageError when the file ends too early.
+        """
 
 
 @dataclass(frozen=True)
@@ -74,14 +64,14 @@ class Storage(ABC):
         self.root = root
 
     def uri(self, name: str = "") -> str:
-        """The root joined with a name: accepted by `open_storage`, meant for people
-        too.
-        """
-        return f"{self.root.rstrip('/')}/{name}" if name else self.root
+        """Returns the root joined with a name, for messages and for `open_storage`."""
+        if not name:
+            return self.root
+        return f"{self.root.rstrip('/')}/{name}"
 
     @abstractmethod
     def read_bytes(self, name: str) -> bytes:
-        """The whole file. Raises MissingFileError when there is none."""
+        """Returns the whole file. Raises MissingFileError when there is none."""
 
     def write_bytes_atomic(self, name: str, data: bytes) -> None:
         """Writes the file whole or not at all, durable on return; makes parent folders."""
@@ -90,24 +80,25 @@ class Storage(ABC):
 
     @abstractmethod
     def open_output(self, name: str) -> AbstractContextManager[Writable]:
-        """Context manager yielding a Writable; the file appears, durable, at a normal
-        exit and (locally) never otherwise.
+        """Returns a context manager that yields a Writable.
+
+        The file appears, durable, at a normal exit and (locally) never otherwise.
         """
 
     @abstractmethod
     def open_input(self, name: str) -> AbstractContextManager[Readable]:
-        """Context manager yielding a Readable.
+        """Returns a context manager that yields a Readable.
 
         Raises MissingFileError when there is no such file.
         """
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Whether a file or folder is there."""
+        """Returns whether a file or folder is there."""
 
     @abstractmethod
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
-        """Entries of a folder, sorted by name; empty when it does not exist.
+        """Returns the entries of a folder, sorted by name; none when it does not exist.
 
         Unfinished writes are left out.
         """
@@ -123,192 +114,154 @@ class Storage(ABC):
         Refuses the root itself.
         """
 
-    def _inside(self, name: str) -> str:
+    def _require_inside(self, name: str) -> str:
+        # An empty name would delete the root, and `..` reaches the files of other jobs.
         if not name or name.startswith("/") or ".." in name.split("/"):
-            raise StorageError(
-                "use",
-                f"{name!r} under {self.root}",
-                "a name inside the storage root is needed",
-            )
+            cause = "a name inside the storage root is needed"
+            raise StorageError("use", f"{name!r} under {self.root}", cause)
         return name
 
 
 def open_storage(path: str) -> Storage:
-    """Storage rooted at a local path or a URI. Raises StorageError for a scheme or URI
-    that is not understood.
+    """Opens storage rooted at a local path or a URI.
+
+    Raises InvalidLocationError for a scheme or URI that is not supported, StorageError
+    when it cannot be opened.
     """
-    scheme = path.partition("://")[0] if "://" in path else ""
-    if not scheme:
-        return LocalStorage(os.path.abspath(path))
-    if scheme not in _SCHEMES:
-        raise StorageError(
-            "open",
-            path,
-            f"unknown scheme {scheme!r}; use a local path or one of "
-            f"{', '.join(s + '://' for s in _SCHEMES)}",
-        )
-    if scheme == "file":
-        return LocalStorage(_path_of_file_uri(path))
-    try:
-        filesystem, root = fs.FileSystem.from_uri(path)
-    except (OSError, ArrowException, ValueError) as error:
-        raise StorageError("open", path, error) from error
-    if not root.strip("/"):
-        raise StorageError("open", path, "the URI names no bucket")
-    return ObjectStorage(path, filesystem, root)
-
-
-def _path_of_file_uri(uri: str) -> str:
-    parts = urlsplit(uri)
-    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise StorageError(
-            "open",
-            uri,
-            "a file URI has three slashes and an absolute path, as in file:///data/jobs",
-        )
-    return unquote(parts.path)
-
-
-@contextmanager
-def _translated(operation: str, path: str) -> Iterator[None]:
-    """Turns what the operating system and Arrow raise into StorageError."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise MissingFileError(operation, path, "no such file or folder") from error
-    except OSError as error:
-        raise StorageError(operation, path, error.strerror or error) from error
-    except ArrowException as error:
-        raise StorageError(operation, path, error) from error
+    scheme, separator, _ = path.partition("://")
+    if separator and scheme not in _SCHEMES:
+        known = ", ".join(f"{known}://" for known in _SCHEMES)
+        cause = f"unknown scheme {scheme!r}; use a local path or one of {known}"
+        raise InvalidLocationError("open", path, cause)
+    location = parse_location(path)
+    # Without `..`, which the operating system resolves only where the folders exist.
+    if location.is_local:
+        return LocalStorage(os.path.abspath(location.path))
+    if not location.path.strip("/"):
+        raise InvalidLocationError("open", path, "the URI names no bucket")
+    return ObjectStorage(path, location.filesystem, location.path)
 
 
 class LocalStorage(Storage):
     """A folder of this machine or of a shared filesystem."""
 
     def read_bytes(self, name: str) -> bytes:
+        """Returns the whole file."""
         path = self._path(name)
-        with _translated("read", str(path)):
+        with storage_errors("read", str(path)):
             return path.read_bytes()
 
     @contextmanager
     def open_output(self, name: str) -> Iterator[Writable]:
+        """Yields a file under a temporary name, renamed at a normal exit."""
         path = self._path(name)
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
-        with _translated("write", str(path)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(partial, "wb", buffering=0)  # noqa: SIM115 - closed below, before the rename
-        try:
-            with _translated("write", str(path)), file:
-                yield _WholeWrites(file)
-                os.fsync(file.fileno())
-            with _translated("write", str(path)):
-                partial.replace(path)
-                _sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+        with storage_errors("write", str(path)), atomic_file(path) as file:
+            yield _CompleteWriter(file)
 
     @contextmanager
     def open_input(self, name: str) -> Iterator[Readable]:
+        """Yields a file for positioned reads."""
         path = self._path(name)
-        with _translated("read", str(path)), open(path, "rb", buffering=0) as file:
+        with storage_errors("read", str(path)), open(path, "rb", buffering=0) as file:
             yield _LocalInput(file, str(path))
 
     def exists(self, name: str) -> bool:
+        """Returns whether a file or folder is there."""
         return self._path(name).exists()
 
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
-        folder = self._path(name) if name else Path(self.root)
-        with _translated("list", str(folder)):
-            return (
-                sorted(_walk(folder, "", recursive), key=lambda entry: entry.name)
-                if folder.is_dir()
-                else []
-            )
+        """Returns the entries of a folder, sorted by name."""
+        folder = Path(self.root)
+        if name:
+            folder = self._path(name)
+        with storage_errors("list", str(folder)):
+            if not folder.is_dir():
+                return []
+            return sorted(_scan(folder, "", recursive), key=lambda entry: entry.name)
 
     def delete_file(self, name: str) -> None:
+        """Deletes a file, durably: the order of deletions matters to readers."""
         path = self._path(name)
-        with _translated("delete", str(path)):
+        with storage_errors("delete", str(path)):
+            # Checkpoints rely on it: the marker must be gone before the rest goes.
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
-                _sync_folder(path.parent)
+                fsync_path(path.parent)
 
     def delete_tree(self, name: str) -> None:
+        """Deletes a folder with all below it."""
         path = self._path(name)
-        with _translated("delete", str(path)):
+        with storage_errors("delete", str(path)):
             if path.exists():
                 shutil.rmtree(path)
 
     def _path(self, name: str) -> Path:
-        return Path(self.root, self._inside(name))
+        return Path(self.root, self._require_inside(name))
 
 
-class _WholeWrites:
-    """An unbuffered file whose `write` returns only when all bytes are with the kernel
-    (which cuts writes at 2 GiB).
-    """
+class _CompleteWriter:
+    """An unbuffered file whose `write` takes all bytes of a buffer."""
 
-    def __init__(self, file: Any) -> None:
-        self.file = file
+    def __init__(self, file: FileIO) -> None:
+        self._file = file
 
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
         done = 0
+        # The kernel cuts one write at 2 GiB.
         while done < len(view):
-            done += self.file.write(view[done:])
+            done += self._file.write(view[done:])
         return done
 
 
 class _LocalInput:
     """Positioned reads straight into the caller's memory."""
 
-    def __init__(self, file: Any, path: str) -> None:
-        self.file = file
-        self.path = path
+    def __init__(self, file: FileIO, path: str) -> None:
+        self._file = file
+        self._path = path
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         done = 0
+        # As with writes, one call reads at most 2 GiB.
         while done < len(buffer):
-            count = os.preadv(self.file.fileno(), [buffer[done:]], offset + done)
+            count = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
             if not count:
-                raise StorageError(
-                    "read",
-                    self.path,
-                    f"the file ends at byte {offset + done}, {len(buffer) - done} bytes too early",
-                )
+                end = offset + done
+                lacking = len(buffer) - done
+                cause = f"the file ends at byte {end}, {lacking} bytes too early"
+                raise StorageError("read", self._path, cause)
             done += count
 
 
-def _walk(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
-    """What is deleted by another process meanwhile is simply not there."""
+def _scan(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
+    # Other processes delete while this one lists (retention does): what has vanished
+    # meanwhile is left out, at every step.
     try:
-        entries = list(os.scandir(folder))
+        children = list(os.scandir(folder))
     except FileNotFoundError:
         return
-    for found in entries:
-        if found.name.endswith(_PARTIAL):
+    for child in children:
+        if child.name.endswith(PARTIAL_SUFFIX):
             continue
+        name = prefix + child.name
         try:
-            is_folder = found.is_dir()
-            size = found.stat().st_size
+            is_folder = child.is_dir()
+            size = child.stat().st_size
         except FileNotFoundError:
             continue
-        yield Entry(prefix + found.name, is_folder, 0 if is_folder else size)
-        if recursive and is_folder:
-            yield from _walk(Path(found.path), f"{prefix}{found.name}/", recursive)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename or an unlink survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if not is_folder:
+            yield Entry(name, False, size)
+            continue
+        yield Entry(name, True, 0)
+        if recursive:
+            yield from _scan(Path(child.path), f"{name}/", recursive)
 
 
 class ObjectStorage(Storage):
-    """A prefix of a bucket (or any other filesystem that pyarrow opens); an object
-    appears when its put is complete.
+    """A prefix of a bucket, or of any other filesystem that pyarrow opens.
+
+    An object appears when its put is complete.
     """
 
     def __init__(self, root: str, filesystem: fs.FileSystem, base: str) -> None:
@@ -317,16 +270,18 @@ class ObjectStorage(Storage):
         self.base = base.rstrip("/")
 
     def read_bytes(self, name: str) -> bytes:
+        """Returns the whole object."""
         with (
-            _translated("read", self.uri(name)),
+            storage_errors("read", self.uri(name)),
             self.filesystem.open_input_file(self._key(name)) as file,
         ):
             return bytes(file.read())
 
     @contextmanager
     def open_output(self, name: str) -> Iterator[Writable]:
+        """Yields a stream whose object appears when it is closed."""
         key = self._key(name)
-        with _translated("write", self.uri(name)):
+        with storage_errors("write", self.uri(name)):
             # Buckets have no folders; filesystems behind the same interface do.
             if not isinstance(self.filesystem, (fs.S3FileSystem, fs.GcsFileSystem)):
                 self.filesystem.create_dir(key.rpartition("/")[0], recursive=True)
@@ -335,61 +290,64 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def open_input(self, name: str) -> Iterator[Readable]:
+        """Yields an object for range requests."""
         with (
-            _translated("read", self.uri(name)),
+            storage_errors("read", self.uri(name)),
             self.filesystem.open_input_file(self._key(name)) as file,
         ):
             yield _ObjectInput(file, self.uri(name))
 
     def exists(self, name: str) -> bool:
-        with _translated("look for", self.uri(name)):
-            return bool(
-                self.filesystem.get_file_info(self._key(name)).type != fs.FileType.NotFound
-            )
+        """Returns whether an object, or one below that prefix, is there."""
+        with storage_errors("look for", self.uri(name)):
+            info = self.filesystem.get_file_info(self._key(name))
+        return bool(info.type != fs.FileType.NotFound)
 
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
-        base = self._key(name) if name else self.base
-        with _translated("list", self.uri(name)):
-            found = self.filesystem.get_file_info(
-                fs.FileSelector(base, allow_not_found=True, recursive=recursive)
-            )
-        entries = [
-            Entry(
-                info.path[len(base) + 1 :],
-                info.type == fs.FileType.Directory,
-                info.size or 0,
-            )
-            for info in found
-        ]
+        """Returns the entries below a prefix, sorted by name."""
+        base = self.base
+        if name:
+            base = self._key(name)
+        selector = fs.FileSelector(base, allow_not_found=True, recursive=recursive)
+        with storage_errors("list", self.uri(name)):
+            infos = self.filesystem.get_file_info(selector)
+        entries = []
+        # Paths come with the bucket in front.
+        for info in infos:
+            relative = info.path[len(base) + 1 :]
+            is_folder = info.type == fs.FileType.Directory
+            entries.append(Entry(relative, is_folder, info.size or 0))
         return sorted(entries, key=lambda entry: entry.name)
 
     def delete_file(self, name: str) -> None:
+        """Deletes an object."""
+        # Asked first: some filesystems raise for what is not there, others do not.
         if self.exists(name):
-            with _translated("delete", self.uri(name)):
+            with storage_errors("delete", self.uri(name)):
                 self.filesystem.delete_file(self._key(name))
 
     def delete_tree(self, name: str) -> None:
+        """Deletes all objects below a prefix."""
         if self.exists(name):
-            with _translated("delete", self.uri(name)):
+            with storage_errors("delete", self.uri(name)):
                 self.filesystem.delete_dir(self._key(name))
 
     def _key(self, name: str) -> str:
-        return f"{self.base}/{self._inside(name)}"
+        return f"{self.base}/{self._require_inside(name)}"
 
 
 class _ObjectInput:
     """Range requests into the caller's memory."""
 
     def __init__(self, file: BinaryIO, path: str) -> None:
-        self.file = file
-        self.path = path
+        self._file = file
+        self._path = path
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        data = self.file.read_at(len(buffer), offset)  # type: ignore[attr-defined]
+        data = self._file.read_at(len(buffer), offset)  # type: ignore[attr-defined]
         if len(data) != len(buffer):
+            end = offset + len(data)
             raise StorageError(
-                "read",
-                self.path,
-                f"the object ends at byte {offset + len(data)}, too early",
+                "read", self._path, f"the object ends at byte {end}, too early"
             )
         buffer[:] = data

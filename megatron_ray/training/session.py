@@ -3,7 +3,7 @@
 Owns: that order, and the ten-line API.
 
 Must not know: Ray, HTTP, the environment. Data are prepared before
-(megatron_ray.data.prepare), so a session starts in seconds; process groups are the
+(megatron_ray.data.preparation.prepare), so a session starts in seconds; process groups are the
 caller's, so a session can be ended and another begun in the same process.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from megatron_ray.checkpoint.initial_model import begin, initial_model
+from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
 from megatron_ray.commands import Command
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
@@ -215,7 +215,7 @@ def _with_start(config: TrainConfig, resume_from: str | None) -> TrainConfig:
         return config.model_copy(
             update={"model": with_vocabulary_of(config.model, initial_model(resume_from))}
         )
-    model, problems = begin(config.checkpoint, config.model)
+    model, problems = resolve_initial_model(config.checkpoint, config.model)
     if problems:
         raise ConfigError(
             "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)

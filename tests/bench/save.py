@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.prepare import prepare
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import CheckpointReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession

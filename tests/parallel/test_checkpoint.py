@@ -27,7 +27,7 @@ from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.storage.storage import StorageError
+from megatron_ray.storage.errors import StorageError
 from tests.ranks import RankFailedError
 
 pytestmark = pytest.mark.parallel
@@ -56,37 +56,34 @@ def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor
 
 
-def cut(layout: str, rank: int, world_size: int, *, filled: bool) -> ShardedState:
+def boxes_of(layout: str, shape: tuple[int, ...], rank: int, world_size: int) -> list[Box]:
     """`rows` and `columns` as tensor parallelism cuts, `flat` as a ZeRO-1 shard,
     `whole` on every rank; small ones replicated.
     """
+    if layout == "whole" or len(shape) < 2:
+        return [Box((0,) * len(shape), shape)]
+    if layout == "rows":
+        rows = shape[0] // world_size
+        return [Box((rank * rows, 0), (rows, shape[1]))]
+    if layout == "columns":
+        columns = shape[1] // world_size
+        return [Box((0, rank * columns), (shape[0], columns))]
+    elements = shape[0] * shape[1] // world_size
+    start = rank * elements
+    return [box for box, _, _ in flat_range_to_boxes(shape, start, start + elements)]
+
+
+def cut(layout: str, rank: int, world_size: int, *, filled: bool) -> ShardedState:
     state: ShardedState = {}
     for name, shape in SHAPES.items():
-        whole = Box((0,) * len(shape), shape)
-        boxes = [whole]
-        if len(shape) == 2:
-            part = shape[0] // world_size, shape[1] // world_size
-            elements = shape[0] * shape[1] // world_size
-            boxes = {
-                "whole": [whole],
-                "rows": [Box((rank * part[0], 0), (part[0], shape[1]))],
-                "columns": [Box((0, rank * part[1]), (shape[0], part[1]))],
-                "flat": [
-                    box
-                    for box, _, _ in flat_range_to_boxes(
-                        shape, rank * elements, (rank + 1) * elements
-                    )
-                ],
-            }[layout]
         full = truth(name)
-        tensors = [
-            box_of(full, box).clone() if filled else torch.zeros(box.size, dtype=full.dtype)
-            for box in boxes
-        ]
-        state[name] = ShardedTensor(
-            shape,
-            [TensorBox(box, tensor) for box, tensor in zip(boxes, tensors, strict=True)],
-        )
+        boxes = []
+        for box in boxes_of(layout, shape, rank, world_size):
+            tensor = torch.zeros(box.size, dtype=full.dtype)
+            if filled:
+                tensor = box_of(full, box).clone()
+            boxes.append(TensorBox(box, tensor))
+        state[name] = ShardedTensor(shape, boxes)
     return state
 
 
@@ -109,8 +106,8 @@ def save(
         5, path, state, {"format_version": 1, "step": 5, "consumed_samples": 40, "rng": rng}
     )
     for tensor in state.values():
-        for held in tensor.boxes:
-            held.tensor.fill_(-1.0)  # the save has its own copy
+        for local in tensor.boxes:
+            local.tensor.fill_(-1.0)  # the save has its own copy
     start = time.monotonic()
     writer.close()
     return reports, time.monotonic() - start, writer.busy
@@ -120,12 +117,12 @@ def load(rank: int, world_size: int, layout: str, path: str) -> list[str]:
     """Names of tensors that are not bit-equal."""
     state = cut(layout, rank, world_size, filled=False)
     load_into(path, state)
-    return [
-        name
-        for name, tensor in state.items()
-        for held in tensor.boxes
-        if not torch.equal(held.tensor, box_of(truth(name), held.box))
-    ]
+    wrong = []
+    for name, tensor in state.items():
+        for local in tensor.boxes:
+            if not torch.equal(local.tensor, box_of(truth(name), local.box)):
+                wrong.append(name)
+    return wrong
 
 
 def train_state(rank: int, world_size: int, path: str) -> dict[str, Any]:
@@ -156,14 +153,14 @@ def test_every_layout_loads_under_every_other(
         if name.startswith("data/")
     )
     assert data <= elements + 64 * 12, "replicas are written once"
-    for world_size, wanted in (
+    for world_size, layout in (
         (1, "whole"),
         (2, "columns"),
         (2, "flat"),
         (4, "rows"),
         (3, "flat"),
     ):
-        assert run_ranks(load, world_size, wanted, path) == [[]] * world_size
+        assert run_ranks(load, world_size, layout, path) == [[]] * world_size
 
 
 def test_a_file_uri_and_sync_mode_are_the_same(run_ranks: Run, tmp_path: Path) -> None:

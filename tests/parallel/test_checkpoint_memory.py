@@ -28,9 +28,9 @@ MIB = 1024 * 1024
 
 def memory_bytes(field: str) -> int:
     """`VmRSS` now, or `VmHWM` since the last `forget_peak`."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def forget_peak() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ray.checkpoint.directory import commit, latest_committed, list_checkpoints
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.prepare import prepare
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.inference.generate import generate, load_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.prepare import prepare
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.inference.generate import generate, load_model
 from tests.parallel import parity
 from tests.parallel.parity import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.prepare import prepare
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.sampler import sample_ids
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_ray.checkpoint.directory import commit
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.prepare import prepare
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from tests.parallel import parity
 from tests.parallel.matrix import AXES, ENTRIES, QUOTAS, SEED, Entry, draw

@@ -13,7 +13,7 @@ from megatron_ray.checkpoint.directory import commit
 from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
-from megatron_ray.data.prepare import prepare
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.ops.weight_grad import GradSlot
 from megatron_ray.optimizer.finalize_grads import finalize_grads

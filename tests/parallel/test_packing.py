@@ -59,7 +59,7 @@ def test_a_packed_batch_says_which_documents_it_has() -> None:
 
 def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
     tokens = np.array([[1, 2, END, 3, 4, 5, END, 6, 8]])
-    further = BatchMaker(CPU, end_of_document=END, further=2)(tokens).further
+    further = BatchMaker(CPU, end_of_document=END, num_mtp_layers=2)(tokens).further
     assert further is not None
     assert further.labels_DBS.tolist() == [
         [[END, 3, 4, 5, END, 6, 8, 8]],
@@ -69,7 +69,7 @@ def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
         [[1, 0, 0, 1, 1, 0, 0, 0]],
         [[0, 0, 0, 1, 0, 0, 0, 0]],
     ]
-    together = BatchMaker(CPU, further=2)(
+    together = BatchMaker(CPU, num_mtp_layers=2)(
         np.concatenate([tokens, tokens]), counted_rows=1
     ).further
     assert together is not None
@@ -80,10 +80,10 @@ def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
 
 
 def test_a_cut_batch_has_the_tokens_of_its_two_chunks() -> None:
-    whole = BatchMaker(CPU, end_of_document=END, further=2)(samples())
+    whole = BatchMaker(CPU, end_of_document=END, num_mtp_layers=2)(samples())
     parts = []
     for rank in range(2):
-        part = BatchMaker(CPU, SequenceCut(2, rank), END, further=2)(samples())
+        part = BatchMaker(CPU, SequenceCut(2, rank), END, num_mtp_layers=2)(samples())
         here = torch.tensor(
             [*range(8 * rank, 8 * rank + 8), *range(24 - 8 * rank, 32 - 8 * rank)]
         )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron_ray.storage.storage import StorageError
+from megatron_ray.storage.errors import StorageError
 from workers.data_tasks import check_task, nonce_matches, write_nonce
 from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo, ProblemMessage
 from workers.ray.tasks import TaskFailedError, anywhere, is_done, on_node, result

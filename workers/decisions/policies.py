@@ -97,7 +97,12 @@ _COLLATERAL_TEXTS = (
 )
 _USER_TYPES = ("ConfigError", "UnusableDataError", "UserError", "ValidationError")
 _OOM_TYPES = ("OutOfMemoryError", "MemoryError")
-_STORAGE_TYPES = ("StorageError", "MissingFileError")
+_STORAGE_TYPES = (
+    "StorageError",
+    "MissingFileError",
+    "AccessDeniedError",
+    "InvalidLocationError",
+)
 _NAN_TYPES = ("NonFiniteLossError",)
 _GROUP_TYPES = (
     "DistBackendError",

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import ray
 
-from megatron_ray.storage.storage import StorageError
+from megatron_ray.storage.errors import StorageError
 from workers.driver.exceptions import DriverReplacedError
 from workers.driver.journal import Ending, ForeignJournalError, JournalError
 from workers.driver.lifecycle import JobLifecycle

@@ -12,12 +12,8 @@ import os
 import time
 from pathlib import Path
 
-from megatron_ray.storage.storage import (
-    LocalStorage,
-    MissingFileError,
-    StorageError,
-    open_storage,
-)
+from megatron_ray.storage.errors import MissingFileError, StorageError
+from megatron_ray.storage.storage import LocalStorage, open_storage
 
 FOLDER = "logs"
 CAP_BYTES = 64 << 20

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, StepReport
-from megatron_ray.storage.storage import StorageError
+from megatron_ray.storage.errors import StorageError
 from workers.decisions import policies
 from workers.decisions.placement import RankPlace
 from workers.decisions.policies import Failure, FailureKind, Progress

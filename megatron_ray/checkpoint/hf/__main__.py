@@ -21,7 +21,7 @@ from megatron_ray.checkpoint.hf.exporting import (
     export_folder,
 )
 from megatron_ray.checkpoint.hf.importing import Imported, import_folder
-from megatron_ray.storage.storage import StorageError
+from megatron_ray.storage.errors import StorageError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -31,7 +31,8 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
-from megatron_ray.storage.storage import MissingFileError, open_storage
+from megatron_ray.storage.errors import MissingFileError
+from megatron_ray.storage.storage import open_storage
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -14,7 +14,8 @@ from math import prod
 from typing import Any
 
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.storage.storage import MissingFileError, Storage, open_storage
+from megatron_ray.storage.errors import MissingFileError
+from megatron_ray.storage.storage import Storage, open_storage
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"

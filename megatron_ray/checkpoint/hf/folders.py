@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ray.checkpoint.directory import CheckpointError
+from megatron_ray.storage.errors import StorageError
 
 
 @contextmanager
@@ -39,6 +40,8 @@ def new_folder(out: str) -> Iterator[Path]:
     try:
         yield partial
         partial.rename(final)
+    except StorageError:
+        raise
     except OSError as error:
         raise CheckpointError("write", out, error.strerror or error) from error
     finally:

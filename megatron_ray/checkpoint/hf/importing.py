@@ -17,7 +17,7 @@ from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointE
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
 from megatron_ray.checkpoint.hf.folders import new_folder
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
-from megatron_ray.checkpoint.index import Held, RankPlan, data_file, plan_all
+from megatron_ray.checkpoint.index import BoxSpec, RankPlan, data_file, plan_all
 from megatron_ray.checkpoint.load import bytes_of
 from megatron_ray.checkpoint.train_state import TOKENIZER, TRAIN_STATE
 from megatron_ray.config.model import ModelConfig
@@ -73,7 +73,7 @@ def import_folder(source: str, out: str) -> Imported:
 
 def _write_tensors(weights: HfWeights, storage: Storage) -> int:
     held = [
-        Held(f"model/{name}", shape, Box((0,) * len(shape), shape), weights.dtype(name))
+        BoxSpec(f"model/{name}", shape, Box((0,) * len(shape), shape), weights.dtype(name))
         for name, shape in weights.shapes.items()
     ]
     plan = plan_all([held])[0]

@@ -51,8 +51,8 @@ def prepare(
         )
     # Imported here because pyarrow and tokenizers take most of a second that no other
     # command needs.
-    from megatron_ray.data.prepare import UnusableDataError
-    from megatron_ray.data.prepare import prepare as prepare_corpora
+    from megatron_ray.data.preparation.errors import UnusableDataError
+    from megatron_ray.data.preparation.prepare import prepare as prepare_corpora
 
     out = console()
     try:

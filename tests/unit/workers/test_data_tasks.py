@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ray.data.prepare import UnusableDataError
+from megatron_ray.data.preparation.errors import UnusableDataError
 from workers.data_tasks import check_task, prepare_data
 from workers.protocol.job import JobSpec
 

@@ -48,6 +48,8 @@ def decide(
             FailureKind.COLLATERAL,
         ),
         ("StorageError", "cannot write x: No space left on device", FailureKind.STORAGE),
+        ("AccessDeniedError", "cannot write x: Permission denied", FailureKind.STORAGE),
+        ("InvalidLocationError", "cannot open x://y: unknown scheme", FailureKind.STORAGE),
         ("LookupError", "connection closed by peer", FailureKind.EXCEPTION),
         ("RuntimeError", "shape mismatch", FailureKind.EXCEPTION),
     ],

@@ -21,7 +21,8 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
-from megatron_ray.storage.storage import LocalStorage, ObjectStorage, StorageError
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.storage import LocalStorage, ObjectStorage
 
 
 def one(
@@ -159,14 +160,14 @@ def test_a_bad_train_state_is_refused(tmp_path: Path, text: str, message: str) -
 
 
 def test_the_train_state_is_what_was_given_at_the_save(tmp_path: Path) -> None:
-    given = {
+    train_state = {
         "step": 1,
         "consumed_samples": 8,
         "config": {"a": [1, 2]},
         "rng": {"cpu": "abc"},
     }
-    path = saved(tmp_path / "c", {"model/x": one(torch.ones(3))}, given)
-    assert read_train_state(path, 0) == {"format_version": 1, **given}
+    path = saved(tmp_path / "c", {"model/x": one(torch.ones(3))}, train_state)
+    assert read_train_state(path, 0) == {"format_version": 1, **train_state}
     assert "rng" not in json.loads(Path(path, "train_state.json").read_text())
 
 

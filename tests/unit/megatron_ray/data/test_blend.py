@@ -101,12 +101,14 @@ def test_a_step_consumes_the_same_blocks_at_every_dp(
     batch = 12 * micro
     for step in range(steps):
         start = consumed + step * batch
-        made = [sample_ids(start, micro, rank, dp, num_microbatches) for rank in range(dp)]
-        assert np.sort(np.concatenate(made).ravel()).tolist() == list(
+        ids_by_rank = [
+            sample_ids(start, micro, rank, dp, num_microbatches) for rank in range(dp)
+        ]
+        assert np.sort(np.concatenate(ids_by_rank).ravel()).tolist() == list(
             range(start, start + batch)
         )
         alone = sample_ids(start, micro, 0, 1, 12).tolist()
-        assert sorted(block for ids in made for block in ids.tolist()) == alone
+        assert sorted(block for ids in ids_by_rank for block in ids.tolist()) == alone
 
 
 def test_sampler_layout_and_errors() -> None:

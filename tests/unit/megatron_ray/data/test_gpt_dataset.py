@@ -141,10 +141,10 @@ def test_last_epoch_is_apart_below_eighty_percent() -> None:
 
 def test_many_builders_at_once_agree(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "c", [[1, 2, 3, 4, 5, 6, 7]] * 9)
-    found: list[list[int]] = []
+    orders: list[list[int]] = []
 
     def build() -> None:
-        found.append(
+        orders.append(
             GPTDataset(corpus, 200, 4, 1, str(tmp_path / "cache")).shuffle_index.tolist()
         )
 
@@ -153,8 +153,8 @@ def test_many_builders_at_once_agree(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 8
-    assert all(order == found[0] for order in found)
+    assert len(orders) == 8
+    assert all(order == orders[0] for order in orders)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -162,14 +162,14 @@ def test_cache_tells_inputs_apart(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path / "c", [[1, 2, 3, 4, 5, 6, 7]] * 9)
     other = corpus_of(tmp_path / "d", [[1, 2, 3, 4, 5, 6, 7, 8]] * 9)
     cache = str(tmp_path / "cache")
-    for made in (
+    for arguments in (
         (corpus, 20, 4, 1),
         (corpus, 21, 4, 1),
         (corpus, 20, 3, 1),
         (corpus, 20, 4, 2),
         (other, 20, 4, 1),
     ):
-        GPTDataset(*made, cache)
+        GPTDataset(*arguments, cache)
     assert len(list((tmp_path / "cache").iterdir())) == 5
 
 

@@ -6,15 +6,21 @@ import pickle
 from pathlib import Path
 
 import pytest
-from pyarrow import fs
+from pyarrow import ArrowInvalid, fs
 
+from megatron_ray.storage.errors import (
+    AccessDeniedError,
+    InvalidLocationError,
+    MissingFileError,
+    StorageError,
+    storage_errors,
+)
+from megatron_ray.storage.location import parse_location
 from megatron_ray.storage.storage import (
     Entry,
     LocalStorage,
-    MissingFileError,
     ObjectStorage,
     Storage,
-    StorageError,
     open_storage,
 )
 
@@ -98,9 +104,14 @@ def test_names_never_leave_the_root(storage: Storage, name: str) -> None:
 def test_a_failed_local_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     storage = open_storage(str(tmp_path))
     storage.write_bytes_atomic("file", b"old")
-    with pytest.raises(RuntimeError), storage.open_output("file") as out:
-        out.write(b"new")
-        raise RuntimeError("died")
+
+    def fail() -> None:
+        with storage.open_output("file") as out:
+            out.write(b"new")
+            raise RuntimeError("died")
+
+    with pytest.raises(RuntimeError, match="died"):
+        fail()
     assert storage.read_bytes("file") == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -144,3 +155,39 @@ def test_errors_cross_process_borders() -> None:
     assert isinstance(error, MissingFileError)
     assert error.path == "p"
     assert str(error) == "cannot read p: gone"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (FileNotFoundError(2, "gone"), MissingFileError),
+        (PermissionError(13, "denied"), AccessDeniedError),
+        (OSError(28, "No space left on device"), StorageError),
+        (ArrowInvalid("bad"), StorageError),
+    ],
+)
+def test_errors_are_translated_once_and_stay_errors_of_their_kind(
+    error: Exception, kind: type[StorageError]
+) -> None:
+    with (
+        pytest.raises(StorageError) as caught,
+        storage_errors("read", "outer"),
+        storage_errors("read", "inner"),
+    ):
+        raise error
+    assert type(caught.value) is kind
+    assert caught.value.path == "inner"
+    assert isinstance(caught.value, OSError)
+    if isinstance(error, OSError):
+        assert isinstance(caught.value, type(error))
+
+
+def test_locations_and_storage_understand_the_same_paths(tmp_path: Path) -> None:
+    for path in (f"{tmp_path}/a b", f"file://{tmp_path}/a%20b", "~/a"):
+        assert open_storage(path).root == parse_location(path).path
+    for path in ("file://", "a\0b", "file://host/share", "s3://"):
+        with pytest.raises(InvalidLocationError):
+            open_storage(path)
+    for path in ("file://", "a\0b", "file://host/share", "nowhere://x"):
+        with pytest.raises(InvalidLocationError):
+            parse_location(path)

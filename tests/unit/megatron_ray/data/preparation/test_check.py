@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data.check import check_data
 from megatron_ray.data.indexed import IndexedDatasetBuilder
+from megatron_ray.data.preparation.check import check_data
 
 
 def config(path: Path | str, **changes: Any) -> DataConfig:
     return DataConfig(train=(DataSource(path=str(path)),), **changes)
 
 
-def found(
+def problem_codes(
     data: DataConfig, storage: Path | str, seq_length: int = 8
 ) -> list[tuple[str, str]]:
     return [
@@ -36,26 +36,28 @@ def long_text(tmp_path: Path) -> Path:
 def test_good_data_have_no_problems_and_nothing_is_left_behind(tmp_path: Path) -> None:
     data = config(long_text(tmp_path), cache=str(tmp_path / "new" / "cache"))
     before = sorted(tmp_path.rglob("*"))
-    assert found(data, tmp_path / "jobs" / "job-1") == []
+    assert problem_codes(data, tmp_path / "jobs" / "job-1") == []
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_builtin_corpus_is_fine(tmp_path: Path) -> None:
-    assert found(config("builtin://python-stdlib"), tmp_path, 1024) == []
+    assert problem_codes(config("builtin://python-stdlib"), tmp_path, 1024) == []
 
 
 def test_missing_path_and_unreadable_first_document(tmp_path: Path) -> None:
-    assert found(config(tmp_path / "no"), tmp_path) == [("/data/train/0/path", "not_found")]
+    assert problem_codes(config(tmp_path / "no"), tmp_path) == [
+        ("/data/train/0/path", "not_found")
+    ]
     (tmp_path / "d.jsonl").write_text("{broken\n")
-    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [
+    assert problem_codes(config(tmp_path / "d.jsonl"), tmp_path) == [
         ("/data/train/0/path", "bad_line")
     ]
     (tmp_path / "d.jsonl").write_text(json.dumps({"body": "x" * 99}) + "\n")
-    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [
+    assert problem_codes(config(tmp_path / "d.jsonl"), tmp_path) == [
         ("/data/train/0/text_key", "text_key")
     ]
     (tmp_path / "d.jsonl").write_text("\n\n")
-    assert found(config(tmp_path / "d.jsonl"), tmp_path) == [
+    assert problem_codes(config(tmp_path / "d.jsonl"), tmp_path) == [
         ("/data/train/0/path", "empty")
     ]
 
@@ -63,25 +65,25 @@ def test_missing_path_and_unreadable_first_document(tmp_path: Path) -> None:
 def test_surely_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 16)
     no_validation = config(tmp_path / "a.txt", validation_fraction=0)
-    assert found(no_validation, tmp_path, 16) == []
+    assert problem_codes(no_validation, tmp_path, 16) == []
     (problem,) = check_data(no_validation, 17, str(tmp_path))
     assert (problem.pointer, problem.code) == ("/data/train/0/path", "too_short")
     assert (
         "has at most 17 tokens, but at least 18 are needed for samples of seq_length + 1; "
         "give more text" in problem.detail
     )
-    assert found(config(tmp_path / "a.txt"), tmp_path, 8) == [
+    assert problem_codes(config(tmp_path / "a.txt"), tmp_path, 8) == [
         ("/data/train/0/path", "too_short")
     ]
     (tmp_path / "long").mkdir()
     long = long_text(tmp_path / "long")
     both = config(long, validation=(DataSource(path=str(tmp_path / "a.txt")),))
-    assert found(both, tmp_path, 30) == [("/data/validation/0/path", "too_short")]
+    assert problem_codes(both, tmp_path, 30) == [("/data/validation/0/path", "too_short")]
 
 
 def test_size_tells_nothing_for_parquet_and_foreign_tokenizers(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    assert found(config(tmp_path / "a.parquet"), tmp_path, 100_000) == []
+    assert problem_codes(config(tmp_path / "a.parquet"), tmp_path, 100_000) == []
 
 
 def test_prepared_data(tmp_path: Path) -> None:
@@ -91,13 +93,13 @@ def test_prepared_data(tmp_path: Path) -> None:
     data = config(
         tmp_path / "c", tokenizer=TokenizerConfig(kind="bytes"), validation_fraction=0
     )
-    assert found(data, tmp_path, 19) == []
-    assert found(data, tmp_path, 20) == [("/data/train/0/path", "too_short")]
-    assert found(config(tmp_path / "c"), tmp_path, 4) == [
+    assert problem_codes(data, tmp_path, 19) == []
+    assert problem_codes(data, tmp_path, 20) == [("/data/train/0/path", "too_short")]
+    assert problem_codes(config(tmp_path / "c"), tmp_path, 4) == [
         ("/data/tokenizer/kind", "tokenizer_needed")
     ]
     (tmp_path / "c.idx").write_bytes(b"x")
-    assert found(data, tmp_path, 4) == [("/data/train/0/path", "bad_corpus")]
+    assert problem_codes(data, tmp_path, 4) == [("/data/train/0/path", "bad_corpus")]
 
 
 def test_tokenizer_file(tmp_path: Path) -> None:
@@ -105,15 +107,15 @@ def test_tokenizer_file(tmp_path: Path) -> None:
         long_text(tmp_path),
         tokenizer=TokenizerConfig(kind="file", path=str(tmp_path / "t.json")),
     )
-    assert found(data, tmp_path) == [("/data/tokenizer/path", "not_found")]
+    assert problem_codes(data, tmp_path) == [("/data/tokenizer/path", "not_found")]
     (tmp_path / "t.json").write_text("{}")
-    assert found(data, tmp_path) == [("/data/tokenizer/path", "bad_tokenizer")]
+    assert problem_codes(data, tmp_path) == [("/data/tokenizer/path", "bad_tokenizer")]
 
 
 def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     text = long_text(tmp_path)
-    assert found(config(text), text / "jobs") == [("/storage/path", "not_writable")]
-    assert found(config(text, cache=str(text)), tmp_path) == [
+    assert problem_codes(config(text), text / "jobs") == [("/storage/path", "not_writable")]
+    assert problem_codes(config(text, cache=str(text)), tmp_path) == [
         ("/data/cache", "not_writable")
     ]
     (problem,) = check_data(config(text), 8, "nowhere://x/y")

@@ -11,28 +11,27 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data import sources
-from megatron_ray.data.sources import (
+from megatron_ray.data.preparation import documents as documents_module
+from megatron_ray.data.preparation.documents import fingerprint, read_chunks
+from megatron_ray.data.preparation.errors import DataError
+from megatron_ray.data.preparation.sources import (
     STDLIB,
-    DataError,
-    find,
-    find_all,
-    fingerprint,
+    find_data,
+    find_source,
     in_sampling_order,
-    pieces,
 )
 
 
 def documents(path: Path | str, text_key: str = "text") -> list[str]:
-    made = []
+    texts = []
     current = ""
-    for piece in pieces(find(DataSource(path=str(path), text_key=text_key))):
-        current += piece.text
-        if piece.ends_document:
-            made.append(current)
+    for chunk in read_chunks(find_source(DataSource(path=str(path), text_key=text_key))):
+        current += chunk.text
+        if chunk.ends_document:
+            texts.append(current)
             current = ""
     assert not current
-    return made
+    return texts
 
 
 def jsonl(path: Path, *texts: str) -> Path:
@@ -40,7 +39,7 @@ def jsonl(path: Path, *texts: str) -> Path:
     return path
 
 
-def refused(
+def assert_refused(
     path: Path | str, code: str, message: str, field: str = "path", text_key: str = "text"
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
@@ -71,17 +70,18 @@ def test_kinds_read_the_same_documents(tmp_path: Path) -> None:
 def test_long_documents_come_whole_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(sources, "_PIECE_CHARS", 5)
+    monkeypatch.setattr(documents_module, "_CHUNK_CHARS", 5)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", errors="replace", newline="")
     written = (tmp_path / "a.txt").read_bytes().decode()
     assert documents(tmp_path / "a.txt") == [written]
 
 
 def test_pieces_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_PIECE_CHARS", 4)
+    monkeypatch.setattr(documents_module, "_CHUNK_CHARS", 4)
     (tmp_path / "a.txt").write_text("abcdef\nghi\nj")
     assert [
-        piece.text for piece in pieces(find(DataSource(path=str(tmp_path / "a.txt"))))
+        chunk.text
+        for chunk in read_chunks(find_source(DataSource(path=str(tmp_path / "a.txt"))))
     ] == [
         "abcdef\n",
         "ghi\n",
@@ -109,24 +109,24 @@ def test_a_name_with_wildcards_that_exists_is_that_file(tmp_path: Path) -> None:
 
 
 def test_standard_library() -> None:
-    found = find(DataSource(path=STDLIB))
+    found = find_source(DataSource(path=STDLIB))
     folder = sysconfig.get_path("stdlib")
     names = [file.path.removeprefix(folder) for file in found.files]
     assert names == sorted(names)
     assert "/json/decoder.py" in names
     assert not [name for name in names if "/site-packages/" in name or "/test/" in name]
-    assert found.size > 5e6
-    assert fingerprint(found) == fingerprint(find(DataSource(path=STDLIB)))
+    assert found.num_bytes > 5e6
+    assert fingerprint(found) == fingerprint(find_source(DataSource(path=STDLIB)))
     assert sorted(in_sampling_order(found), key=lambda file: file.path) == list(found.files)
 
 
 def test_fingerprint_changes_with_content(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "d.jsonl", "a")
-    before = fingerprint(find(DataSource(path=str(path))))
-    assert fingerprint(find(DataSource(path=str(path), weight=3.0))) == before
-    assert fingerprint(find(DataSource(path=str(path), text_key="other"))) != before
+    before = fingerprint(find_source(DataSource(path=str(path))))
+    assert fingerprint(find_source(DataSource(path=str(path), weight=3.0))) == before
+    assert fingerprint(find_source(DataSource(path=str(path), text_key="other"))) != before
     jsonl(path, "a", "b")
-    assert fingerprint(find(DataSource(path=str(path)))) != before
+    assert fingerprint(find_source(DataSource(path=str(path)))) != before
 
 
 def test_paths_that_are_wrong(tmp_path: Path) -> None:
@@ -134,36 +134,38 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
     (tmp_path / "notes.pdf").write_text("x")
     (tmp_path / "folder").mkdir()
     (tmp_path / "half.idx").write_text("x")
-    refused(
+    assert_refused(
         tmp_path / "missing.txt",
         "not_found",
         r"missing.txt does not exist where the job runs; check the path, .*give .txt, .jsonl",
     )
-    refused(tmp_path / "*.txt2", "not_found", r"no file matches .*\*.txt2")
-    refused(tmp_path / "no" / "*.txt", "not_found", "no file matches")
-    refused(tmp_path / "empty.txt", "empty", "empty.txt is empty")
-    refused(
+    assert_refused(tmp_path / "*.txt2", "not_found", r"no file matches .*\*.txt2")
+    assert_refused(tmp_path / "no" / "*.txt", "not_found", "no file matches")
+    assert_refused(tmp_path / "empty.txt", "empty", "empty.txt is empty")
+    assert_refused(
         tmp_path / "notes.pdf",
         "file_type",
         r"notes.pdf is of a type that cannot be read; give .txt",
     )
-    refused(tmp_path / "*.pdf", "file_type", "notes.pdf is of a type")
-    refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
-    refused(
+    assert_refused(tmp_path / "*.pdf", "file_type", "notes.pdf is of a type")
+    assert_refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
+    assert_refused(
         tmp_path / "half", "incomplete_prefix", "half.bin is missing beside its neighbour"
     )
-    refused(
+    assert_refused(
         "builtin://shakespeare",
         "unknown_builtin",
         "the only one is builtin://python-stdlib",
     )
-    refused(
+    assert_refused(
         "~nobody-of-this-name/x",
         "bad_uri",
         "the home folder in ~nobody-of-this-name/x is not known",
     )
-    refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
-    refused("nowhere://bucket/x", "bad_uri", "nowhere://bucket/x cannot be understood")
+    assert_refused("a\0b", "bad_uri", "the path is empty or holds a NUL character")
+    assert_refused(
+        "nowhere://bucket/x", "bad_uri", "nowhere://bucket/x is not a valid path or URI"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
         (
             '{"text": "a',
             "bad_line",
-            r"d.jsonl:3 is not JSON .*; mend or remove the line",
+            r"d.jsonl:3 is not JSON .*; correct or remove the line",
             "path",
         ),
         (
@@ -201,18 +203,18 @@ def test_jsonl_lines_that_are_wrong(
     tmp_path: Path, line: str, code: str, message: str, field: str
 ) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
-    refused(tmp_path / "d.jsonl", code, message, field)
+    assert_refused(tmp_path / "d.jsonl", code, message, field)
 
 
 def test_parquet_that_is_wrong(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "d.parquet")
-    refused(
+    assert_refused(
         tmp_path / "d.parquet",
         "text_key",
         r"d.parquet has no column 'text' \(its columns: body, id\)",
         "text_key",
     )
-    refused(
+    assert_refused(
         tmp_path / "d.parquet",
         "text_key",
         "column 'id' is int64, not text",
@@ -221,12 +223,12 @@ def test_parquet_that_is_wrong(tmp_path: Path) -> None:
     )
     assert documents(tmp_path / "d.parquet", "body") == ["a"]
     (tmp_path / "e.parquet").write_text("not parquet")
-    refused(tmp_path / "e.parquet", "file_type", "e.parquet is not a Parquet file")
+    assert_refused(tmp_path / "e.parquet", "file_type", "e.parquet is not a Parquet file")
 
 
 def test_text_in_another_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("grün".encode("latin-1"))
-    refused(
+    assert_refused(
         tmp_path / "a.txt",
         "not_utf8",
         r"a.txt is not UTF-8 text \(byte 0xfc\); convert it to UTF-8",
@@ -240,22 +242,22 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         def opener(where: object) -> None:
             raise error
 
-        monkeypatch.setattr(sources, "open_stream", opener)
+        monkeypatch.setattr(documents_module, "open_stream", opener)
 
     deny(PermissionError(13, "denied"))
-    refused(
+    assert_refused(
         tmp_path / "a.txt",
         "unreadable",
         "a.txt may not be read by the user that runs the job",
     )
     deny(OSError(5, "the disk is tired"))
-    refused(
+    assert_refused(
         tmp_path / "a.txt",
         "unreadable",
         "a.txt cannot be read: .*the disk is tired; check the path and the credentials",
     )
     deny(FileNotFoundError(2, "gone"))
-    refused(tmp_path / "a.txt", "not_found", "a.txt does not exist")
+    assert_refused(tmp_path / "a.txt", "not_found", "a.txt does not exist")
 
 
 def test_find_all_gathers_problems(tmp_path: Path) -> None:
@@ -265,7 +267,7 @@ def test_find_all_gathers_problems(tmp_path: Path) -> None:
     good, ready, missing = (
         DataSource(path=str(tmp_path / name)) for name in ("d.jsonl", "c", "nothing")
     )
-    found = find_all(DataConfig(train=(good, missing, ready), validation=(missing,)))
+    found = find_data(DataConfig(train=(good, missing, ready), validation=(missing,)))
     assert [(problem.pointer, problem.code) for problem in found.problems] == [
         ("/data/train/1/path", "not_found"),
         ("/data/validation/0/path", "not_found"),
@@ -274,5 +276,7 @@ def test_find_all_gathers_problems(tmp_path: Path) -> None:
     assert "/data/train/2/path is already tokenized" in found.problems[-1].detail
     assert [owner for owner, _ in found.train] == ["/data/train/0", "/data/train/2"]
     with_bytes = DataConfig(train=(ready,), tokenizer=TokenizerConfig(kind="bytes"))
-    assert not find_all(with_bytes).problems
-    assert find(DataSource(path=str(tmp_path / "c.bin"))).root.path == str(tmp_path / "c")
+    assert not find_data(with_bytes).problems
+    assert find_source(DataSource(path=str(tmp_path / "c.bin"))).root.path == str(
+        tmp_path / "c"
+    )

@@ -1,0 +1,12 @@
+"""Names the entries of the cache of prepared data."""
+
+import hashlib
+import json
+
+# Part of every name: raise it when the same input would be turned into something else.
+_FORMAT = 1
+
+
+def digest(*parts: object) -> str:
+    """Returns the hash of JSON values that determine an entry."""
+    return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()[:32]

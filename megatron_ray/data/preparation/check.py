@@ -1,0 +1,106 @@
+"""Checks the data of a config before a job is accepted.
+
+Owns: what can be found out in a second. Must not know: tokenizing, caches, jobs.
+"""
+
+from megatron_ray.config.data import DataConfig
+from megatron_ray.config.problem import Problem
+from megatron_ray.data.indexed import IndexedDataset
+from megatron_ray.data.preparation.documents import read_file_chunks
+from megatron_ray.data.preparation.errors import DataError, UnusableDataError
+from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, find_data
+from megatron_ray.data.preparation.tokenizer_choice import read_tokenizer
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.files import check_writable
+from megatron_ray.storage.location import parse_location
+
+
+def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
+    """Returns what is certainly wrong with the data.
+
+    That is: paths, the first document of each source, the tokenizer, too little text,
+    storage that cannot be written. Reads a few kilobytes and tokenizes nothing, so an
+    empty list is no promise: `prepare` finds the rest. Writes and deletes one small file
+    below `storage_path` (and data.cache), and creates no folder on a local disk.
+    """
+    data_files = find_data(data)
+    problems = list(data_files.problems)
+    required = seq_length + 1
+    required_for_training = required
+    # Held-out documents come out of the same text: a lone source must have enough for
+    # both.
+    if len(data.train) == 1 and not data.validation and data.validation_fraction:
+        required_for_training = 2 * required
+    for source_at in data_files.train:
+        problems += _source_problems(source_at, data, required_for_training)
+    for source_at in data_files.validation:
+        problems += _source_problems(source_at, data, required)
+    # The other kinds are made here and cannot be wrong.
+    if data.tokenizer.kind == "file":
+        try:
+            read_tokenizer(data.tokenizer)
+        except UnusableDataError as error:
+            problems += error.problems
+    problems += _storage_problems("/storage/path", storage_path)
+    if data.cache is not None:
+        problems += _storage_problems("/data/cache", data.cache)
+    return problems
+
+
+def _source_problems(source_at: SourceAt, data: DataConfig, required: int) -> list[Problem]:
+    pointer, source_files = source_at
+    try:
+        max_tokens = _max_tokens(source_files, data)
+    except DataError as error:
+        return [error.problem(pointer)]
+    if max_tokens is None or max_tokens >= required:
+        return []
+    detail = (
+        f"{source_files.source.path} has at most {max_tokens} tokens, but at least "
+        f"{required} are needed for samples of seq_length + 1; give more text or lower "
+        "training.seq_length"
+    )
+    return [Problem(f"{pointer}/path", "too_short", detail)]
+
+
+def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
+    """Returns an upper bound of the tokens; None where the size is no bound.
+
+    Raises DataError when the first document is unreadable.
+    """
+    if source_files.kind == "prepared":
+        return _num_prepared_tokens(source_files)
+    files = source_files.files
+    first_chunk = next(read_file_chunks(source_files, files[0]), None)
+    if first_chunk is None and len(files) == 1:
+        detail = f"{source_files.source.path} holds no text; give files with text in them"
+        raise DataError("empty", detail)
+    # Compressed text is longer than its file, and a tokenizer of the user's may
+    # normalize text to something longer.
+    is_compressed = any(file.path.lower().endswith(".parquet") for file in files)
+    if is_compressed or data.tokenizer.kind == "file":
+        return None
+    # A byte-level token is at least one byte, and each file's last document has an end
+    # token; in jsonl the syntax takes more bytes than there are end tokens.
+    return source_files.num_bytes + len(files)
+
+
+def _num_prepared_tokens(source_files: SourceFiles) -> int | None:
+    if not source_files.root.is_local:
+        return None  # the index of a large remote corpus takes long to fetch
+    try:
+        return IndexedDataset(source_files.root.path).num_tokens
+    except (OSError, ValueError) as error:
+        raise DataError("bad_corpus", f"{error}; prepare the data again") from error
+
+
+def _storage_problems(pointer: str, path: str) -> list[Problem]:
+    try:
+        check_writable(parse_location(path))
+    except StorageError as error:
+        detail = (
+            f"{path} cannot be written where the job runs: {error.cause}; give a folder or "
+            "URI that it may write"
+        )
+        return [Problem(pointer, "not_writable", detail)]
+    return []

@@ -1,0 +1,284 @@
+"""Builds the token files of one source.
+
+Owns: tokenizing, checking prepared tokens, counting. Must not know: caches, blends,
+seq_length.
+
+Text is tokenized once, into `tokens`; `train` and `validation` are indices of their own
+over the same tokens, so a split copies nothing (where the disk has links).
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ray.data.indexed import (
+    IndexedDataset,
+    IndexedDatasetBuilder,
+    IndexTable,
+    token_dtype,
+    write_index,
+)
+from megatron_ray.data.preparation.documents import TextChunk, read_chunks
+from megatron_ray.data.preparation.errors import DataError
+from megatron_ray.data.preparation.sources import SourceFiles
+from megatron_ray.data.preparation.split import split_documents
+from megatron_ray.data.tokenizer import Tokenizer
+
+ProgressCallback = Callable[[str], None]
+"""Takes short lines for people."""
+IntArray = npt.NDArray[Any]
+DocumentHashes = npt.NDArray[np.uint64]
+
+COUNTS = "counts.npy"
+_BATCH_CHARS = 1 << 22
+_BATCH_CHUNKS = 1024
+_COUNT_TOKENS = 1 << 20
+_HASH_BYTES = 8
+_PROGRESS_EVERY_S = 2.0
+
+
+def build_corpus(
+    work: Path,
+    source_files: SourceFiles,
+    tokenizer: Tokenizer,
+    held_out_fraction: float | None,
+    use_links: bool,
+    progress: ProgressCallback,
+) -> dict[str, Any]:
+    """Fills the folder `work` and describes it.
+
+    Returns {"train": part | None, "validation": part | None}, part = {prefix, num_tokens,
+    num_documents}; a prefix is a name in `work`, or the source's own prefix.
+    `held_out_fraction` is the share of documents for validation; None means that all of
+    it is for validation. Raises DataError, OSError.
+    """
+    # A prepared source is used where it lies; only new indices are written for it.
+    is_prepared = source_files.kind == "prepared"
+    prefix = "tokens"
+    if is_prepared:
+        corpus, hashes = _open_prepared(source_files, tokenizer.vocab_size, progress)
+        prefix = corpus.prefix
+    else:
+        hashes = _tokenize(source_files, tokenizer, work / prefix, progress)
+        corpus = IndexedDataset(str(work / prefix))
+    if held_out_fraction is None:
+        np.save(work / COUNTS, _count_tokens(corpus, tokenizer.vocab_size))
+        return {"train": None, "validation": _describe(prefix, corpus)}
+    if held_out_fraction == 0:
+        return {"train": _describe(prefix, corpus), "validation": None}
+    # Relative for our own tokens, so that the entry can be renamed and moved.
+    link_target = None
+    if use_links and not is_prepared:
+        link_target = "tokens.bin"
+    elif use_links and source_files.root.is_local:
+        link_target = source_files.root.path + ".bin"
+    train, validation = split_documents(corpus.table, hashes, held_out_fraction)
+    parts = {
+        "train": _write_part(work, "train", corpus, train, link_target),
+        "validation": _write_part(work, "validation", corpus, validation, link_target),
+    }
+    if link_target is None and not is_prepared:
+        # Both parts have copies of their tokens. (With links this file is their target.)
+        (work / "tokens.bin").unlink()
+        (work / "tokens.idx").unlink()
+    # Counted now, while the tokens are in the page cache: for the unigram baseline.
+    held_out = IndexedDataset(str(work / "validation"))
+    np.save(work / COUNTS, _count_tokens(held_out, tokenizer.vocab_size))
+    return parts
+
+
+def _write_part(
+    work: Path,
+    name: str,
+    corpus: IndexedDataset,
+    table: IndexTable,
+    link_target: str | None,
+) -> dict[str, Any]:
+    tokens = work / f"{name}.bin"
+    if link_target is not None and _try_link(tokens, link_target):
+        write_index(work / f"{name}.idx", table)
+    else:
+        _copy_documents(corpus.view(table), work / name)
+    return _describe(name, IndexedDataset(str(work / name)))
+
+
+def _try_link(path: Path, target: str) -> bool:
+    """Returns False where the disk has no symbolic links (some network filesystems)."""
+    try:
+        path.symlink_to(target)
+    except OSError:
+        return False
+    return True
+
+
+def _copy_documents(corpus: IndexedDataset, prefix: Path) -> None:
+    with IndexedDatasetBuilder(prefix, corpus.table.dtype) as builder:
+        for sequences in corpus.document_ranges():
+            for sequence in sequences:
+                builder.add(corpus[sequence])
+                # The sequences of a document stay apart, as in the original.
+                builder.end_sequence()
+            builder.end_document()
+
+
+def _describe(prefix: str, corpus: IndexedDataset) -> dict[str, Any]:
+    return {
+        "prefix": prefix,
+        "num_tokens": corpus.num_tokens,
+        "num_documents": corpus.num_documents,
+    }
+
+
+def _tokenize(
+    source_files: SourceFiles,
+    tokenizer: Tokenizer,
+    prefix: Path,
+    progress: ProgressCallback,
+) -> DocumentHashes:
+    """Writes all documents, each with an end token; returns their content hashes."""
+    name = source_files.source.path
+    progress(f"tokenizing {name} ({source_files.num_bytes / 1e6:.1f} MB)")
+    dtype = token_dtype(tokenizer.vocab_size)
+    with IndexedDatasetBuilder(prefix, dtype) as builder:
+        writer = _TokenWriter(tokenizer, builder)
+        reported_at = time.monotonic()
+        # In batches, which the tokenizer spreads over all cores.
+        for batch in _batches(read_chunks(source_files)):
+            writer.write(batch)
+            if time.monotonic() - reported_at > _PROGRESS_EVERY_S:
+                reported_at = time.monotonic()
+                progress(
+                    f"tokenizing {name}: {len(writer.hashes)} documents, "
+                    f"{writer.num_tokens / 1e6:.1f} million tokens"
+                )
+    if not writer.hashes:
+        raise DataError("empty", f"{name} holds no text; give files with text in them")
+    progress(
+        f"tokenized {name}: {len(writer.hashes)} documents, "
+        f"{writer.num_tokens / 1e6:.2f} million tokens"
+    )
+    return np.array(writer.hashes, np.uint64)
+
+
+class _TokenWriter:
+    """Tokenizes chunks into a corpus and hashes each document's text."""
+
+    def __init__(self, tokenizer: Tokenizer, builder: IndexedDatasetBuilder) -> None:
+        self._tokenizer = tokenizer
+        self._builder = builder
+        # Over the chunks of the document under way.
+        self._digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        self.hashes: list[int] = []
+        self.num_tokens = 0
+        """Without the end tokens."""
+
+    def write(self, batch: list[TextChunk]) -> None:
+        """Appends a batch, which is tokenized on all cores."""
+        ids_of_chunks = self._tokenizer.encode_batch([chunk.text for chunk in batch])
+        for chunk, ids in zip(batch, ids_of_chunks, strict=True):
+            # The text and not the tokens: the split must not depend on the tokenizer.
+            self._digest.update(chunk.text.encode("utf-8", "replace"))
+            self._builder.add(ids)
+            self.num_tokens += len(ids)
+            if chunk.ends_document:
+                self._end_document()
+
+    def _end_document(self) -> None:
+        self._builder.add([self._tokenizer.end_of_document])
+        self._builder.end_document()
+        self.hashes.append(_as_int(self._digest.digest()))
+        self._digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+
+
+def _as_int(digest: bytes) -> int:
+    return int.from_bytes(digest, "little")
+
+
+def _batches(chunks: Iterator[TextChunk]) -> Iterator[list[TextChunk]]:
+    batch: list[TextChunk] = []
+    num_chars = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        num_chars += len(chunk.text)
+        if num_chars >= _BATCH_CHARS or len(batch) >= _BATCH_CHUNKS:
+            yield batch
+            batch = []
+            num_chars = 0
+    if batch:
+        yield batch
+
+
+def _open_prepared(
+    source_files: SourceFiles, vocab_size: int, progress: ProgressCallback
+) -> tuple[IndexedDataset, DocumentHashes]:
+    """Opens a prepared corpus and reads every token once.
+
+    So a token outside the vocabulary is found now and not in the middle of training.
+    """
+    name = source_files.source.path
+    progress(f"checking the tokens of {name} ({source_files.num_bytes / 1e6:.1f} MB)")
+    try:
+        corpus = IndexedDataset(_prefix_of(source_files))
+    except ValueError as error:
+        raise DataError("bad_corpus", f"{error}; prepare the data again") from error
+    if not np.issubdtype(corpus.table.dtype, np.integer):
+        detail = f"{name} holds {corpus.table.dtype} values, not tokens"
+        raise DataError("bad_corpus", detail)
+    hashes = []
+    for sequences in corpus.document_ranges():
+        digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        for sequence in sequences:
+            tokens = corpus[sequence]
+            _check_tokens(tokens, vocab_size, name)
+            digest.update(np.ascontiguousarray(tokens).data)
+        hashes.append(_as_int(digest.digest()))
+    if not corpus.num_tokens:
+        raise DataError("empty", f"{name} holds no tokens; prepare the data again")
+    return corpus, np.array(hashes, np.uint64)
+
+
+def _check_tokens(tokens: IntArray, vocab_size: int, name: str) -> None:
+    if not tokens.size:
+        return
+    smallest = int(tokens.min())
+    largest = int(tokens.max())
+    if smallest >= 0 and largest < vocab_size:
+        return
+    # Negative ones too: four-byte tokens are signed.
+    invalid = smallest
+    if largest >= vocab_size:
+        invalid = largest
+    detail = (
+        f"{name} holds token {invalid}, but the tokenizer has {vocab_size} tokens; give the "
+        "tokenizer the data were made with"
+    )
+    raise DataError("vocab_mismatch", detail)
+
+
+def _prefix_of(source_files: SourceFiles) -> str:
+    """Returns the prefix of prepared data; a URI when the source is one."""
+    if source_files.root.is_local:
+        return source_files.root.path
+    return source_files.source.path.removesuffix(".bin").removesuffix(".idx")
+
+
+def _count_tokens(corpus: IndexedDataset, vocab_size: int) -> IntArray:
+    """Returns [vocab_size] how often each token occurs."""
+    counts = np.zeros(vocab_size, np.int64)
+    pending: list[IntArray] = []
+    num_pending = 0
+    for sequence in range(len(corpus)):
+        tokens = corpus[sequence]
+        pending.append(tokens)
+        num_pending += len(tokens)
+        # Not one by one: each bincount costs a pass over the vocabulary.
+        if num_pending >= _COUNT_TOKENS or sequence + 1 == len(corpus):
+            counts += np.bincount(np.concatenate(pending), minlength=vocab_size)
+            pending = []
+            num_pending = 0
+    return counts

@@ -1,0 +1,277 @@
+"""Prepares the data of a config: from sources to the manifest of token files.
+
+Owns: the order of preparation, the rules of the split, the unigram baseline. Must not
+know: jobs, ranks.
+
+Everything built is an entry of the cache named by a hash of what it is built from, so a
+second run with the same content reads a few small files, and a change of one source
+rebuilds that source only.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.problem import Problem
+from megatron_ray.data.preparation.build_cache import get_or_build
+from megatron_ray.data.preparation.cache_keys import digest
+from megatron_ray.data.preparation.corpora import COUNTS, ProgressCallback, build_corpus
+from megatron_ray.data.preparation.documents import fingerprint
+from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
+from megatron_ray.data.preparation.sources import SourceAt, find_data
+from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
+from megatron_ray.data.prepared import PreparedCorpus, PreparedData
+from megatron_ray.data.tokenizer import Tokenizer
+from megatron_ray.storage.files import read_bytes
+from megatron_ray.storage.location import Location, parse_location
+
+
+def no_progress(message: str) -> None:
+    """Reports no progress."""
+
+
+def prepare(
+    data: DataConfig,
+    cache: str,
+    *,
+    seq_length: int,
+    progress: ProgressCallback = no_progress,
+) -> PreparedData:
+    """Tokenizes what is not in `cache` (path or URI of a folder) yet and describes it all.
+
+    `progress` gets short lines for people. Safe to run twice at once, and to kill.
+    Raises UnusableDataError for whatever the user can change, at JSON pointers below
+    /data (or /storage/path when the default cache cannot be written).
+    """
+    with _cache_errors(data, cache):
+        location = parse_location(cache)
+        data_files = find_data(data)
+        # All at once, before anything is built: the user corrects them in one go.
+        if data_files.problems:
+            raise UnusableDataError(data_files.problems)
+        tokenizer, tokenizer_file = make_tokenizer(
+            data.tokenizer, data_files.train, location, progress
+        )
+        builder = _CorpusBuilder(location, cache, tokenizer, progress)
+        # Named validation sources replace the split.
+        held_out_fraction = data.validation_fraction
+        if data.validation:
+            held_out_fraction = 0.0
+        train = builder.build_all(data_files.train, held_out_fraction)
+        validation = builder.build_all(data_files.validation, None)
+    # Only now: the length is no part of a cache key, so that a job with another
+    # seq_length uses the same tokens.
+    required = seq_length + 1
+    _require_length(train, "train", required)
+    _require_length(validation, "validation", required)
+    if held_out_fraction and not validation:
+        validation = _long_enough(train, required, progress)
+    return PreparedData(
+        train=_manifests(train, "train"),
+        validation=_manifests(validation, "validation"),
+        tokenizer_path=f"{builder.cache_uri}/{tokenizer_file}",
+        vocab_size=tokenizer.vocab_size,
+        end_of_document=tokenizer.end_of_document,
+        unigram_nats=unigram_nats(_counts_by_weight(validation)),
+    )
+
+
+def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float | None:
+    """Returns the entropy in nats per token of a blend of (weight, token counts).
+
+    It is the loss of a model that always predicts the tokens' frequencies. None for an
+    empty blend.
+    """
+    if not blend:
+        return None
+    total_weight = 0.0
+    # Frequencies are averaged and not counts: a blend samples by weight, however large
+    # its corpora are.
+    weighted = np.zeros(len(blend[0][1]))
+    for weight, counts in blend:
+        total_weight += weight
+        weighted = weighted + weight * counts / counts.sum()
+    frequencies = weighted / total_weight
+    # 0 log 0 counts as 0.
+    used = frequencies[frequencies > 0]
+    # Plus zero: the entropy of a single token is 0.0, not -0.0.
+    return float(-(used * np.log(used)).sum()) + 0.0
+
+
+class _BuiltCorpus:
+    """A source's entry in the cache."""
+
+    def __init__(
+        self,
+        pointer: str,
+        source: DataSource,
+        entry: Location,
+        entry_uri: str,
+        description: dict[str, Any],
+    ) -> None:
+        self.pointer = pointer
+        self.source = source
+        self._entry = entry
+        self._entry_uri = entry_uri
+        self._description = description
+
+    def num_tokens(self, split: str) -> int:
+        return int(self._description[split]["num_tokens"])
+
+    def manifest(self, split: str) -> PreparedCorpus:
+        part = self._description[split]
+        prefix = part["prefix"]
+        # A bare name is a file of the entry; a path is that of a prepared source, which
+        # is used where it lies.
+        if "/" not in prefix:
+            prefix = f"{self._entry_uri}/{prefix}"
+        return PreparedCorpus(
+            prefix=prefix,
+            weight=self.source.weight,
+            num_tokens=part["num_tokens"],
+            num_documents=part["num_documents"],
+        )
+
+    def read_counts(self) -> npt.NDArray[np.int64]:
+        content = read_bytes(self._entry / COUNTS)
+        counts: npt.NDArray[np.int64] = np.load(io.BytesIO(content))
+        return counts
+
+
+class _CorpusBuilder:
+    """Builds the entries of one cache with one tokenizer."""
+
+    def __init__(
+        self,
+        cache: Location,
+        cache_path: str,
+        tokenizer: Tokenizer,
+        progress: ProgressCallback,
+    ) -> None:
+        self.cache_uri = cache_path.rstrip("/")
+        if cache.is_local:
+            # Ranks may run in another working directory: absolute, and no file:// URI.
+            self.cache_uri = cache.path
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._progress = progress
+        # The end token too: it is appended to every document.
+        self._tokenizer_digest = digest(tokenizer.to_json(), tokenizer.end_of_document)
+
+    def build_all(
+        self, sources: Sequence[SourceAt], held_out_fraction: float | None
+    ) -> list[_BuiltCorpus]:
+        """Builds each source. Raises UnusableDataError at its JSON pointer."""
+        return [self._build(source_at, held_out_fraction) for source_at in sources]
+
+    def _build(self, source_at: SourceAt, held_out_fraction: float | None) -> _BuiltCorpus:
+        pointer, source_files = source_at
+
+        def build(work: Path) -> dict[str, Any]:
+            return build_corpus(
+                work,
+                source_files,
+                self._tokenizer,
+                held_out_fraction,
+                self._cache.is_local,
+                self._progress,
+            )
+
+        with errors_at(pointer):
+            # All that determines the token files. Weight and seq_length do not.
+            key = digest(
+                fingerprint(source_files), self._tokenizer_digest, held_out_fraction
+            )
+            name = f"corpora/{key}"
+            description = get_or_build(self._cache, name, build)
+        return _BuiltCorpus(
+            pointer,
+            source_files.source,
+            self._cache / name,
+            f"{self.cache_uri}/{name}",
+            description,
+        )
+
+
+def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+    manifests = []
+    for built in corpora:
+        manifests.append(built.manifest(split))
+    return tuple(manifests)
+
+
+def _counts_by_weight(
+    corpora: Sequence[_BuiltCorpus],
+) -> list[tuple[float, npt.NDArray[np.int64]]]:
+    return [(built.source.weight, built.read_counts()) for built in corpora]
+
+
+def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) -> None:
+    problems = []
+    for built in corpora:
+        num_tokens = built.num_tokens(split)
+        if num_tokens >= required:
+            continue
+        detail = (
+            f"{built.source.path} has {num_tokens} {split} tokens, but one sample needs "
+            f"seq_length + 1 = {required}; give more text or lower training.seq_length"
+        )
+        problems.append(Problem(f"{built.pointer}/path", "too_short", detail))
+    if problems:
+        raise UnusableDataError(problems)
+
+
+def _long_enough(
+    train: Sequence[_BuiltCorpus], required: int, progress: ProgressCallback
+) -> list[_BuiltCorpus]:
+    """Returns the corpora whose held-out documents give at least one sample.
+
+    A small corpus may be left out of the evaluation, but not all of them. Raises
+    UnusableDataError.
+    """
+    long_enough = []
+    most_tokens = 0
+    for built in train:
+        num_tokens = built.num_tokens("validation")
+        most_tokens = max(most_tokens, num_tokens)
+        if num_tokens >= required:
+            long_enough.append(built)
+        else:
+            progress(
+                f"{built.source.path}: {num_tokens} held-out tokens are too few to evaluate "
+                "on"
+            )
+    if not long_enough:
+        detail = (
+            f"the held-out documents have {most_tokens} tokens, but one sample needs "
+            f"seq_length + 1 = {required}; raise validation_fraction, lower "
+            "training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
+        )
+        raise UnusableDataError([Problem("/data/validation_fraction", "too_short", detail)])
+    return long_enough
+
+
+@contextmanager
+def _cache_errors(data: DataConfig, cache: str) -> Iterator[None]:
+    """Turns errors of the cache's disk into UnusableDataError.
+
+    Those of sources and of the tokenizer are UnusableDataError already.
+    """
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        pointer = "/data/cache"
+        if data.cache is None:
+            pointer = "/storage/path"
+        detail = (
+            f"prepared data cannot be kept in {cache}: {cause(error)}; give a folder that "
+            "the job may write and that has room"
+        )
+        raise UnusableDataError([Problem(pointer, "not_writable", detail)]) from error

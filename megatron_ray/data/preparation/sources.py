@@ -1,0 +1,289 @@
+"""Finds the files of each data source.
+
+Owns: listing files, globs. Must not know: what is in the files, caches.
+"""
+
+import fnmatch
+import hashlib
+import os
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.problem import Problem
+from megatron_ray.data.preparation.errors import DataError, read_errors, short_cause
+from megatron_ray.storage.errors import InvalidLocationError
+from megatron_ray.storage.files import FileStat, file_stat, is_folder, walk
+from megatron_ray.storage.location import Location, parse_location
+
+STDLIB = "builtin://python-stdlib"
+
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+_REMEDY = (
+    "give .txt, .jsonl or .parquet files, a folder or glob of them, the prefix of prepared "
+    ".bin/.idx files, or " + STDLIB
+)
+_SKIPPED_STDLIB_FOLDERS = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+)
+_WILDCARDS = "*?["
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """A source and its files, which are known to exist."""
+
+    source: DataSource
+    kind: Literal["text", "builtin", "prepared"]
+    root: Location
+    """The source's path; for `prepared` the prefix, for `builtin` the folder."""
+    files: tuple[FileStat, ...]
+    """In reading order."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.size for file in self.files)
+
+    def location(self, file: FileStat) -> Location:
+        """Returns where one of the files is."""
+        return Location(self.root.filesystem, file.path, self.root.is_local)
+
+
+SourceAt = tuple[str, SourceFiles]
+"""The JSON pointer of a source in the spec, and its files."""
+
+
+@dataclass(frozen=True)
+class DataFiles:
+    """The files of all sources of a config, and a problem for each that has none."""
+
+    train: list[SourceAt]
+    validation: list[SourceAt]
+    problems: list[Problem]
+
+
+def find_data(data: DataConfig) -> DataFiles:
+    """Finds the files of every source; what cannot be found becomes a problem."""
+    problems: list[Problem] = []
+    train = _find_each(data.train, "/data/train", problems)
+    validation = _find_each(data.validation, "/data/validation", problems)
+    # Tokens that lie there already fix the vocabulary.
+    prepared_at = _first_prepared(train + validation)
+    if prepared_at is not None and data.tokenizer.kind == "bpe":
+        detail = (
+            f"{prepared_at}/path is already tokenized and a tokenizer trained now would not "
+            "fit; use kind `file` with the one it was made with"
+        )
+        problems.append(Problem("/data/tokenizer/kind", "tokenizer_needed", detail))
+    return DataFiles(train, validation, problems)
+
+
+def _find_each(
+    sources: Sequence[DataSource], pointer: str, problems: list[Problem]
+) -> list[SourceAt]:
+    sources_at = []
+    for number, source in enumerate(sources):
+        source_pointer = f"{pointer}/{number}"
+        try:
+            sources_at.append((source_pointer, find_source(source)))
+        except DataError as error:
+            problems.append(error.problem(source_pointer))
+    return sources_at
+
+
+def _first_prepared(sources_at: Sequence[SourceAt]) -> str | None:
+    for pointer, source in sources_at:
+        if source.kind == "prepared":
+            return pointer
+    return None
+
+
+def find_source(source: DataSource) -> SourceFiles:
+    """Lists a source's files without reading them.
+
+    Raises DataError when there are none or they are of no known type.
+    """
+    with read_errors(source.path):
+        if source.path.startswith("builtin://"):
+            return _find_builtin(source)
+        try:
+            root = parse_location(source.path)
+        except InvalidLocationError as error:
+            detail = (
+                f"{source.path} is not a valid path or URI: {short_cause(error)}; {_REMEDY}"
+            )
+            raise DataError("bad_uri", detail) from error
+        file = file_stat(root)
+        if file is not None:
+            return _find_file(source, root, file)
+        if is_folder(root):
+            return _text_files(source, root, _readable_files(source, root))
+        # Last, so that a file whose name has a bracket in it is found as that file.
+        if _has_wildcard(root.path):
+            return _text_files(source, root, _glob(root))
+        return _find_prepared(source, root)
+
+
+def _find_file(source: DataSource, root: Location, file: FileStat) -> SourceFiles:
+    # Either file of the pair may be named instead of their prefix.
+    if root.path.endswith((".bin", ".idx")):
+        prefix = Location(root.filesystem, root.path[:-4], root.is_local)
+        return _find_prepared(source, prefix)
+    return _text_files(source, root, [file])
+
+
+def _find_builtin(source: DataSource) -> SourceFiles:
+    if source.path != STDLIB:
+        detail = f"{source.path} is not a builtin corpus; the only one is {STDLIB}"
+        raise DataError("unknown_builtin", detail)
+    # The sources of the running Python: text that every machine has, for first runs.
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = []
+    for parent, subfolders, names in os.walk(folder):
+        # In place: os.walk descends into what is left of the list.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_STDLIB_FOLDERS]
+        for name in names:
+            if name.endswith(".py"):
+                files.append(_local_stat(Path(parent, name)))
+    if not files:
+        detail = (
+            f"this Python keeps no sources of its standard library in {folder}; give another "
+            "path"
+        )
+        raise DataError("no_files", detail)
+    return SourceFiles(source, "builtin", parse_location(str(folder)), _by_path(files))
+
+
+def _local_stat(path: Path) -> FileStat:
+    info = path.stat()
+    return FileStat(str(path), info.st_size, info.st_mtime_ns)
+
+
+def _find_prepared(source: DataSource, prefix: Location) -> SourceFiles:
+    # The prefix itself names no file: both of its files are looked for.
+    index = file_stat(prefix.with_suffix(".idx"))
+    tokens = file_stat(prefix.with_suffix(".bin"))
+    if index is None and tokens is None:
+        detail = (
+            f"{source.path} does not exist where the job runs; check the path, or mount it "
+            f"there; {_REMEDY}"
+        )
+        raise DataError("not_found", detail)
+    if index is not None and tokens is not None:
+        return SourceFiles(source, "prepared", prefix, (index, tokens))
+    missing = ".bin"
+    if index is None:
+        missing = ".idx"
+    detail = (
+        f"{prefix.path}{missing} is missing beside its neighbour; prepared data need both "
+        "files"
+    )
+    raise DataError("incomplete_prefix", detail)
+
+
+def _readable_files(source: DataSource, folder: Location) -> list[FileStat]:
+    files = []
+    for file in walk(folder):
+        if suffix_of(file.path) in _TEXT_SUFFIXES and not _is_hidden(
+            file.path, folder.path
+        ):
+            files.append(file)
+    if not files:
+        types = ", ".join(_TEXT_SUFFIXES)
+        detail = f"the folder {source.path} holds no {types} file; {_REMEDY}"
+        raise DataError("no_files", detail)
+    return files
+
+
+def _is_hidden(path: str, root: str) -> bool:
+    # Relative to the source: a folder above it may well be hidden.
+    parts = PurePosixPath(path.removeprefix(root)).parts
+    for part in parts:
+        # `_` as in Spark's _SUCCESS and _logs.
+        if part.startswith((".", "_")):
+            return True
+    return False
+
+
+def _has_wildcard(path: str) -> bool:
+    return any(wildcard in path for wildcard in _WILDCARDS)
+
+
+def _glob(root: Location) -> list[FileStat]:
+    patterns = PurePosixPath(root.path).parts
+    # Only what lies below the last folder without a wildcard can match.
+    fixed = []
+    for pattern in patterns:
+        if _has_wildcard(pattern):
+            break
+        fixed.append(pattern)
+    base_path = ""
+    if fixed:
+        base_path = str(PurePosixPath(*fixed))
+    base = Location(root.filesystem, base_path, root.is_local)
+    if not is_folder(base):
+        return []
+    matching = []
+    for file in walk(base):
+        if _matches(PurePosixPath(file.path).parts, patterns):
+            matching.append(file)
+    return matching
+
+
+def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
+    """Matches component by component, as a shell does; `**` is any number of folders."""
+    if not patterns:
+        return not parts
+    # `**` as no folder at all, and below as one folder and further ones.
+    if patterns[0] == "**" and _matches(parts, patterns[1:]):
+        return True
+    if not parts:
+        return False
+    if patterns[0] == "**":
+        return _matches(parts[1:], patterns)
+    if not fnmatch.fnmatchcase(parts[0], patterns[0]):
+        return False
+    return _matches(parts[1:], patterns[1:])
+
+
+def _text_files(source: DataSource, root: Location, files: list[FileStat]) -> SourceFiles:
+    if not files:
+        detail = f"no file matches {source.path} where the job runs; check the pattern"
+        raise DataError("not_found", detail)
+    num_bytes = 0
+    for file in files:
+        num_bytes += file.size
+        if suffix_of(file.path) not in _TEXT_SUFFIXES:
+            detail = f"{file.path} is of a type that cannot be read; {_REMEDY}"
+            raise DataError("file_type", detail)
+    if not num_bytes:
+        detail = f"{source.path} is empty; give files with text in them"
+        raise DataError("empty", detail)
+    return SourceFiles(source, "text", root, _by_path(files))
+
+
+def _by_path(files: list[FileStat]) -> tuple[FileStat, ...]:
+    # Filesystems list in any order; the corpus must not depend on it.
+    return tuple(sorted(files, key=lambda file: file.path))
+
+
+def suffix_of(path: str) -> str:
+    """Returns the suffix of a path in lower case, with its dot."""
+    return PurePosixPath(path).suffix.lower()
+
+
+def in_sampling_order(source_files: SourceFiles) -> list[FileStat]:
+    """Returns the files in an order unrelated to their names, the same every time.
+
+    So the first few are typical of all.
+    """
+
+    def name_hash(file: FileStat) -> bytes:
+        name = file.path.removeprefix(source_files.root.path)
+        return hashlib.sha256(name.encode()).digest()
+
+    return sorted(source_files.files, key=name_hash)

@@ -1,0 +1,65 @@
+"""Defines the errors of storage.
+
+Owns: their texts, and the translation of what the operating system and Arrow raise.
+
+Every StorageError is an OSError, and a missing file is a FileNotFoundError too: code that
+reads local files by itself handles both alike.
+
+    StorageError (OSError)
+    ├── InvalidLocationError
+    ├── MissingFileError (FileNotFoundError)
+    └── AccessDeniedError (PermissionError)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pyarrow import ArrowException
+
+from megatron_ray.exceptions import ErrorKind, MegatronRayError
+
+
+class StorageError(MegatronRayError, OSError):
+    """An operation on storage failed; the message names operation, path and cause."""
+
+    failure_kind = ErrorKind.STORAGE
+
+    def __init__(self, operation: str, path: str, cause: object) -> None:
+        super().__init__(f"cannot {operation} {path}: {cause}")
+        self.operation = operation
+        self.path = path
+        self.cause = str(cause)
+
+    # Without it, unpickling would call the constructor with the message alone.
+    def __reduce__(self) -> tuple[type["StorageError"], tuple[str, str, str]]:
+        return type(self), (self.operation, self.path, self.cause)
+
+
+class InvalidLocationError(StorageError):
+    """A path or URI is malformed, or its scheme is not known."""
+
+
+class MissingFileError(StorageError, FileNotFoundError):
+    """There is nothing at the path."""
+
+
+class AccessDeniedError(StorageError, PermissionError):
+    """The user of this process may not do that at the path."""
+
+
+@contextmanager
+def storage_errors(operation: str, path: str) -> Iterator[None]:
+    """Turns what the operating system and Arrow raise in its body into StorageError."""
+    try:
+        yield
+    except StorageError:
+        raise  # translated already, closer to the cause
+    # From the special to the general: the first two are OSErrors too.
+    except FileNotFoundError as error:
+        raise MissingFileError(operation, path, "no such file or folder") from error
+    except PermissionError as error:
+        raise AccessDeniedError(operation, path, error.strerror or error) from error
+    except OSError as error:
+        raise StorageError(operation, path, error.strerror or error) from error
+    except ArrowException as error:
+        raise StorageError(operation, path, error) from error
