@@ -186,9 +186,9 @@ def test_rules_speak_of_all_stored_names_and_of_no_others(
     model = read(json.loads((published / name / "config.json").read_text()))
     family = family_of(model)
     with safe_open(published / name / "model.safetensors", "pt") as file:
-        stored = {
-            re.sub(r"\d+", "{}", key) for key in file if key not in family.copies(model)
-        }
+        keys = file.keys()  # safe_open is no mapping and cannot be iterated over
+    copies = family.copies(model)
+    stored = {re.sub(r"\d+", "{}", key) for key in keys if key not in copies}
     spoken = {
         re.sub(r"\d+", "{}", rule.stored.replace("w{}", "w1"))
         for rule in family.rules(model)
