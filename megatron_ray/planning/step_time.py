@@ -17,18 +17,13 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.pipeline_parallel.schedules.simulation import Costs
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
-from megatron_ray.planning.communication import (
-    Axis,
-    Kind,
-    Tally,
-    stage_communication,
-    transfer_bytes,
-    update_communication,
-)
+from megatron_ray.planning.communication import transfer_bytes, update_communication
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
+from megatron_ray.planning.layer_communication import stage_communication
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble
+from megatron_ray.planning.tally import Axis, Kind, Tally
 from megatron_ray.planning.work import Work, stage_work, update_work
 
 
