@@ -1,14 +1,16 @@
-"""The one base class of everything a user may write.
+"""Defines the base class of every part of a spec that a user may write.
 
-Owns: strictness. Must not know: any field.
+Owns: strictness of parsing. Must not know: any field.
 """
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """Frozen, refuses unknown keys; the string under a field is its documentation and
-    its schema description.
+    """Base of all config classes: frozen, and strict about unknown keys.
+
+    The string under a field is its documentation: it becomes the field's description in
+    the JSON schema, in /openapi.json and in the reference of job specs.
     """
 
     model_config = ConfigDict(

@@ -1,4 +1,7 @@
-"""When to save and what to keep. Owns: that. Must not know: formats."""
+"""Defines when checkpoints are saved, how many are kept and where files are written.
+
+Must not know: the formats of those files.
+"""
 
 from typing import Literal
 
@@ -8,26 +11,32 @@ from megatron_ray.config.base import Config
 
 
 class CheckpointConfig(Config):
-    """Checkpoints are written in the background and count only once their COMMITTED
-    marker is there.
+    """When checkpoints are saved, how many are kept, and the initial weights.
+
+    A checkpoint is complete once its COMMITTED marker is written. Incomplete ones are
+    never loaded.
     """
 
     every_steps: int | None = Field(default=None, ge=1)
-    """Steps between checkpoints; only one after the last step when not given."""
+    """Steps between checkpoints. Default: a single checkpoint after the last step. Set
+    it for every run that is long enough to fail."""
     keep_last: int = Field(default=2, ge=1)
-    """Committed checkpoints kept; older ones are deleted once a newer is committed."""
+    """Number of committed checkpoints to keep. Older ones are deleted when a newer one
+    is committed."""
     mode: Literal["async", "sync"] = "async"
-    """`async` copies the shard to host memory and writes in the background; `sync`
-    waits."""
+    """`async` copies each rank's shard to host memory and writes it in the background
+    while training continues; `sync` blocks training until the files are written and
+    needs no second copy in host memory."""
     start_from: str | None = Field(default=None, min_length=1, max_length=4096)
-    """Path or URI of weights that a new run begins with, at step 0 and with a fresh
-    optimizer: a committed checkpoint, or a folder in Hugging Face's format. A run that
-    goes on takes its own checkpoint."""
+    """Path or URI of initial weights for a new run: a committed checkpoint of another
+    run, or a folder in Hugging Face format. The run starts at step 0 with a fresh
+    optimizer state. Ignored when the run resumes from a checkpoint of its own. Default:
+    random initial weights."""
 
 
 class StorageConfig(Config):
-    """Where everything a job writes lives, one namespace for all nodes."""
+    """Where a job writes its files; every node must see the same contents there."""
 
     path: str = Field(min_length=1, max_length=4096)
-    """Folder or URI (`s3://`, `gs://`): checkpoints, data, reports, logs, the job's
-    journal."""
+    """Folder or URI (`s3://`, `gs://`) of the job's checkpoints, prepared data, reports,
+    logs and journal."""

@@ -1,6 +1,6 @@
-"""What is trained on.
+"""Defines the training data: its sources, the tokenizer and the validation split.
 
-Owns: sources, tokenizer, split. Must not know: how samples are cut.
+Must not know: how documents are cut into samples.
 """
 
 from typing import Literal
@@ -14,27 +14,30 @@ class DataSource(Config):
     """One corpus of a blend."""
 
     path: str = Field(min_length=1, max_length=4096)
-    """`builtin://python-stdlib`, or a path or URI of .txt, .jsonl, .parquet, a folder
-    of them, or a prepared .bin/.idx prefix."""
+    """`builtin://python-stdlib`, or a path or URI of a .txt, .jsonl or .parquet file,
+    of a folder of such files, or of a prepared .bin/.idx pair (without the
+    extension)."""
     weight: float = Field(default=1.0, gt=0)
-    """Share of this corpus in the blend; weights need not add up to one."""
+    """Relative share of samples taken from this corpus. Weights are normalized over the
+    blend, so they need not sum to one."""
     text_key: str = Field(default="text", min_length=1)
-    """Field (jsonl) or column (parquet) that holds the text."""
+    """Name of the JSON field (.jsonl) or the column (.parquet) with the text."""
 
 
 class TokenizerConfig(Config):
-    """Text to tokens."""
+    """How text is turned into tokens."""
 
     kind: Literal["bpe", "file", "bytes"] = "bpe"
-    """`bpe` trains a byte-level BPE on the corpus, `file` reads a tokenizer.json,
-    `bytes` is 256 bytes and an end mark."""
+    """`bpe` trains a byte-level BPE tokenizer on the corpus, `file` reads a Hugging Face
+    tokenizer.json, `bytes` uses the 256 byte values and an end-of-document token."""
     vocab_size: int = Field(default=4096, ge=257, le=1 << 22)
-    """Size to train to, for `bpe`; ignored otherwise."""
+    """Tokens that a `bpe` tokenizer is trained to. Ignored for the other kinds."""
     path: str | None = Field(default=None, max_length=4096)
-    """Path or URI of a Hugging Face tokenizer.json, for `file`."""
+    """Path or URI of a tokenizer.json. Required for `file` and refused for the other
+    kinds."""
     end_of_document: str | None = None
-    """Token that ends a document, for `file`; guessed from the usual names when not
-    given."""
+    """Token that separates documents, for `file`. Default: the first of the usual names
+    (such as `<|endoftext|>`) that the tokenizer has."""
 
     @model_validator(mode="after")
     def _file_needs_path(self) -> "TokenizerConfig":
@@ -46,21 +49,22 @@ class TokenizerConfig(Config):
 
 
 class DataConfig(Config):
-    """Sources, tokenizer and split."""
+    """Corpora, tokenizer and validation split."""
 
     train: tuple[DataSource, ...] = Field(min_length=1, max_length=1024)
-    """Corpora to train on."""
+    """Corpora to train on, blended by their weights."""
     validation: tuple[DataSource, ...] = ()
-    """Corpora to evaluate on; empty: documents of `train` are held out."""
+    """Corpora to evaluate on. Default (empty): a share of the documents of `train` is
+    held out, see `validation_fraction`."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the training documents held out when `validation` is empty; 0 evaluates
-    nothing."""
+    """Share of the training documents held out for validation when `validation` is
+    empty; 0 disables evaluation."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """Text to tokens."""
+    """How text is turned into tokens."""
     separate_documents: bool = False
-    """Documents that share a sample do not see each other: attention and positions
-    begin anew in each, and none is asked to predict the next one's first token
+    """Isolates documents that are packed into one sample: attention and positions start
+    anew in each document, and the first token of a document is not a label
     (Megatron's reset_attention_mask, reset_position_ids and eod_mask_loss together)."""
     cache: str | None = Field(default=None, max_length=4096)
-    """Folder for prepared .bin/.idx and indices, shared by jobs; <storage>/data when
-    not given."""
+    """Folder of prepared .bin/.idx files and sample indices, which jobs may share.
+    Default: `<storage.path>/data`."""

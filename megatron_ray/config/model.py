@@ -1,4 +1,4 @@
-"""Shape of a GPT-class model.
+"""Defines the shape of a GPT-class model.
 
 Owns: architecture only. Must not know: parallelism, data, devices.
 """
@@ -13,155 +13,164 @@ from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.positions import RopeScaling
 from megatron_ray.config.presets.presets import PRESETS
 
-_PARTS = ("moe", "mla", "mtp")
-"""Parts of a shape whose fields a preset fills one by one."""
-
-
-def _both(filled: object, given: object) -> bool:
-    return isinstance(filled, dict) and isinstance(given, dict)
+_NESTED_FIELDS = ("moe", "mla", "mtp")
+"""Groups of fields that a preset fills field by field, instead of as a whole."""
 
 
 class ModelConfig(Config):
     """A decoder-only transformer.
 
-    `{preset: NAME}` fills every field; fields given beside it win, those of `moe`,
-    `mla` and `mtp` too.
+    `{preset: NAME}` fills every field. Fields given beside it take precedence, as do
+    single fields inside `moe`, `mla` and `mtp`.
     """
 
     preset: str | None = None
-    """Name of a published or test shape that filled the fields not given here."""
+    """Name of a published model shape, or of a small one for tests, that fills the
+    fields not given here. Default: none, so all required fields must be given."""
     num_layers: int = Field(ge=1, le=1024)
-    """Transformer blocks."""
+    """Number of transformer blocks, without multi-token prediction layers."""
     hidden_size: int = Field(ge=8, le=65536)
     """Width of the residual stream."""
     num_attention_heads: int = Field(ge=1, le=1024)
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: int | None = Field(default=None, ge=1, le=1024)
-    """Key/value heads (grouped-query attention); as many as query heads when not
-    given."""
+    """Number of key/value heads (grouped-query attention). Must divide
+    num_attention_heads. Default: num_attention_heads."""
     head_dim: int | None = Field(default=None, ge=2, le=1024)
-    """Width of one head; when not given, hidden_size / num_attention_heads, under
-    latent attention that of its queries and keys."""
+    """Width of one head. Default: hidden_size / num_attention_heads; with latent
+    attention the width of its queries and keys."""
     ffn_hidden_size: int | None = Field(default=None, ge=8, le=1 << 20)
-    """Width inside the MLP; 4 x hidden_size when not given."""
+    """Width inside the MLP. Default: 4 x hidden_size."""
     vocab_size: int | None = Field(default=None, ge=2, le=1 << 22)
-    """Rows of the embedding that mean something; the tokenizer's size when not
-    given."""
+    """Number of tokens in the vocabulary, without padding. Default: the tokenizer's
+    size."""
     max_sequence_length: int = Field(default=2048, ge=1, le=1 << 24)
-    """Longest sequence the model is meant for; the size of the table of learned
-    positions."""
+    """Longest sequence that the model is meant for, in tokens. It is the size of the
+    table of learned positions; with rotary positions training may use longer
+    sequences."""
     activation: Literal["swiglu", "geglu_tanh", "gelu", "gelu_tanh"] = "swiglu"
-    """MLP non-linearity; `swiglu` and `geglu_tanh` (Gemma) gate, `gelu_tanh` is GPT-2's
-    approximation."""
+    """Activation function of the MLP. `swiglu` (Llama) and `geglu_tanh` (Gemma) are
+    gated, `gelu_tanh` is the tanh approximation of GPT-2."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    """Normalisation before attention, before the MLP and at the end."""
+    """Normalization before attention, before the MLP and before the output head."""
     norm_eps: float = Field(default=1e-5, gt=0, le=0.1)
-    """Added to the variance inside the normalisation."""
+    """Added to the variance inside the normalization."""
     zero_centered_norm: bool = False
-    """Norms multiply by 1 + weight (Gemma): weights start at zero."""
+    """Norms multiply by 1 + weight, and weights start at zero (Gemma)."""
     qk_norm: bool = False
-    """Normalises each head's query and key before they are rotated (Qwen3)."""
+    """Normalizes each head's query and key before they are rotated (Qwen3)."""
     position_embedding: Literal["rope", "learned", "none"] = "rope"
-    """Rotary positions, a table of learned ones, or none."""
+    """`rope` for rotary positions, `learned` for a trained table of positions (GPT-2),
+    `none` for no positions."""
     rope_theta: float = Field(default=10000.0, gt=1)
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies. Larger values suit longer sequences."""
     rope_scaling: RopeScaling | None = None
-    """Stretches the rotary frequencies; as they are when not given."""
+    """Scales the rotary frequencies of a model trained on shorter sequences. Default:
+    no scaling."""
     sliding_window: int | None = Field(default=None, ge=1, le=1 << 24)
-    """A token sees itself and the tokens before it, this many in all (Mistral); all of
-    them when not given."""
+    """Number of tokens that a token attends to, itself included (Mistral). Default: all
+    tokens before it."""
     full_attention_every: int | None = Field(default=None, ge=1, le=1024)
-    """With a sliding window: layers n, 2n ... counted from 1 see everything; no layer
-    does when not given."""
+    """With a sliding window: every n-th layer (n, 2n ... counted from 1) attends to all
+    tokens. Default: the window applies to every layer."""
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of activations set to zero in training: after the embedding, and of what
-    attention and MLP add to the residual stream."""
+    """Dropout probability in training, after the embedding and on the outputs of
+    attention and MLP."""
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of attention probabilities set to zero in training. Above 0 the scores are
-    made in full: fused attention cannot drop from a stream of its own."""
+    """Dropout probability of attention weights in training. Above 0 the full matrix of
+    scores is computed instead of fused attention, which needs more memory."""
     linear_bias: bool = False
-    """Adds a bias to every linear layer of the blocks (GPT-2 does, Llama does not)."""
+    """Adds a bias to every linear layer of the blocks (GPT-2 has them, Llama not)."""
     qkv_bias: bool = False
-    """Adds a bias to the projections to queries, keys and values only (Qwen2)."""
+    """Adds a bias to the query, key and value projections only (Qwen2)."""
     tie_embeddings: bool = False
     """Uses the word embedding as the output head too."""
     embedding_scale: float = Field(default=1.0, gt=0)
-    """Word embeddings are multiplied by it (Gemma: the square root of hidden_size)."""
+    """Factor on word embeddings (Gemma: the square root of hidden_size)."""
     init_std: float = Field(default=0.02, gt=0, le=1)
-    """Standard deviation of the initial weights; layers that write to the residual
-    stream use init_std / sqrt(2 x layers)."""
+    """Standard deviation of the initial weights; output projections of attention and
+    MLP use init_std / sqrt(2 x num_layers)."""
     vocab_multiple: int = Field(default=128, ge=1, le=65536)
-    """The embedding is padded to a multiple of this times tp; padding rows are zero and
-    never saved."""
+    """The embedding is padded to a multiple of vocab_multiple x tp rows. The added rows
+    are zero and are not part of checkpoints."""
     moe: MoEConfig | None = None
-    """Mixture of experts in the place of the MLP of some or all layers; none when not
-    given."""
+    """Mixture of experts instead of the MLP of some or all layers. Default: none."""
     mla: LatentAttentionConfig | None = None
-    """Latent attention in the place of grouped-query attention; none when not given."""
+    """Multi-head latent attention instead of grouped-query attention. Default: none."""
     mtp: MultiTokenPredictionConfig | None = None
-    """Layers that predict further tokens; none when not given."""
+    """Multi-token prediction layers behind the last block. Default: none."""
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or not isinstance(given.get("preset"), str):
-            return given
-        name = given["preset"]
+    def _fill_from_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("preset"), str):
+            return values
+        name = values["preset"]
         if name not in PRESETS:
             raise ValueError(
                 f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}"
             )
         preset = PRESETS[name]
-        parts = {
-            part: {**preset[part], **value}
-            for part, value in given.items()
-            if part in _PARTS and _both(preset.get(part), value)
-        }
-        return {**preset, **given, **parts}
+        merged = {**preset, **values}
+        # A group such as `moe` is merged too: to change one of its fields the user need
+        # not repeat the others. Null still removes the whole group.
+        for group in _NESTED_FIELDS:
+            defaults = preset.get(group)
+            overrides = values.get(group)
+            if isinstance(defaults, dict) and isinstance(overrides, dict):
+                merged[group] = {**defaults, **overrides}
+        return merged
 
     @model_validator(mode="after")
     def _fill_derived(self) -> "ModelConfig":
         derived: dict[str, Any] = {
-            "num_query_groups": self.num_query_groups or self.num_attention_heads,
+            "num_query_groups": self.kv_heads,
             "head_dim": self.head_width,
-            "ffn_hidden_size": self.ffn_hidden_size or 4 * self.hidden_size,
+            "ffn_hidden_size": self.ffn_width,
         }
         if self.moe is not None and self.moe.ffn_hidden_size is None:
             derived["moe"] = self.moe.model_copy(
                 update={"ffn_hidden_size": derived["ffn_hidden_size"]}
             )
+        # The class is frozen for its users; this validator is still constructing it.
         for name, value in derived.items():
-            object.__setattr__(
-                self, name, value
-            )  # the instance is frozen for everybody else
+            object.__setattr__(self, name, value)
         return self
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads, resolved."""
+        """Number of key/value heads, resolved."""
         return self.num_query_groups or self.num_attention_heads
 
     @property
     def head_width(self) -> int:
-        """Width of one head, resolved."""
-        if self.head_dim is None and self.mla is not None:
+        """Width of one head's query and key, resolved."""
+        if self.head_dim is not None:
+            return self.head_dim
+        if self.mla is not None:
             return self.mla.qk_head_dim
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        return self.hidden_size // self.num_attention_heads
 
     @property
     def value_width(self) -> int:
         """Width of one head's value."""
-        return self.mla.v_head_dim if self.mla is not None else self.head_width
+        if self.mla is not None:
+            return self.mla.v_head_dim
+        return self.head_width
 
     @property
     def rotated_width(self) -> int:
-        """Part of a head's query and key that rotary positions rotate."""
-        return self.mla.qk_rope_head_dim if self.mla is not None else self.head_width
+        """Width of the part of a head's query and key that is rotated."""
+        if self.mla is not None:
+            return self.mla.qk_rope_head_dim
+        return self.head_width
 
     @property
     def num_mtp_layers(self) -> int:
-        """Layers behind the last one, each of which predicts one token more."""
-        return self.mtp.num_layers if self.mtp is not None else 0
+        """Number of multi-token prediction layers."""
+        if self.mtp is None:
+            return 0
+        return self.mtp.num_layers
 
     @property
     def ffn_width(self) -> int:
@@ -170,74 +179,66 @@ class ModelConfig(Config):
 
     @property
     def gated(self) -> bool:
-        """Whether the MLP's activation multiplies by a second projection."""
+        """Whether the MLP multiplies its activation by a second projection."""
         return self.activation in ("swiglu", "geglu_tanh")
 
     @property
     def has_qkv_bias(self) -> bool:
-        """Whether the projections to queries, keys and values have a bias."""
+        """Whether the query, key and value projections have a bias."""
         return self.linear_bias or self.qkv_bias
 
     def window_on(self, layer: int) -> int | None:
-        """Tokens that a token of a layer (counted from 0) sees, itself included; None
-        for all.
-        """
+        """Returns the sliding window of a layer (counted from 0), or None for none."""
         every = self.full_attention_every
-        return (
-            None if every is not None and (layer + 1) % every == 0 else self.sliding_window
-        )
+        if every is not None and (layer + 1) % every == 0:
+            return None
+        return self.sliding_window
 
     def experts_on(self, layer: int) -> MoEConfig | None:
-        """The mixture of a layer; None where it has a plain MLP. Layers that predict
-        further tokens (numbers from num_layers on) have experts in every model that
-        has.
+        """Returns the mixture of experts of a layer, or None where it has a plain MLP.
+
+        Multi-token prediction layers have the numbers from num_layers on. They have
+        experts in every model that has any.
         """
-        return (
-            self.moe
-            if self.moe is not None
-            and (layer >= self.num_layers or self.moe.on_layer(layer))
-            else None
-        )
+        if self.moe is None:
+            return None
+        if layer >= self.num_layers or self.moe.on_layer(layer):
+            return self.moe
+        return None
 
     @property
     def aux_losses(self) -> dict[str, float]:
-        """What is trained on beside the loss, in Megatron-LM's words, and the weight of
-        all its places together: such a sum over it is the mean over layers of what it
-        was before its coefficient, as it is reported.
+        """Auxiliary losses by Megatron's name, each with its total coefficient.
+
+        Dividing the summed, weighted loss by the total coefficient gives the mean over
+        layers before weighting, which is what is reported.
         """
-        found = dict[str, float]()
+        coefficients = dict[str, float]()
         moe = self.moe
         if moe is not None:
-            layers = sum(
-                self.experts_on(layer) is not None
-                for layer in range(self.num_layers + self.num_mtp_layers)
-            )
-            coefficients = {
-                moe.balancing_loss: moe.aux_loss_coeff,
-                "z_loss": moe.z_loss_coeff,
-            }
-            found |= {
-                name: coefficient * layers
-                for name, coefficient in coefficients.items()
-                if coefficient and layers
-            }
+            moe_layers = 0
+            for layer in range(self.num_layers + self.num_mtp_layers):
+                if self.experts_on(layer) is not None:
+                    moe_layers += 1
+            if moe_layers and moe.aux_loss_coeff:
+                coefficients[moe.balancing_loss] = moe.aux_loss_coeff * moe_layers
+            if moe_layers and moe.z_loss_coeff:
+                coefficients["z_loss"] = moe.z_loss_coeff * moe_layers
         if self.mtp is not None and self.mtp.weight:
-            found |= {
-                f"mtp_{depth + 1}_loss": self.mtp.weight
-                for depth in range(self.mtp.num_layers)
-            }
-        return found
+            for depth in range(self.mtp.num_layers):
+                coefficients[f"mtp_{depth + 1}_loss"] = self.mtp.weight
+        return coefficients
 
     @property
     def expert_width(self) -> int:
         """Width inside an expert, resolved."""
-        return (
-            self.moe.ffn_hidden_size if self.moe is not None else None
-        ) or self.ffn_width
+        if self.moe is not None and self.moe.ffn_hidden_size is not None:
+            return self.moe.ffn_hidden_size
+        return self.ffn_width
 
     @property
     def vocabulary(self) -> int:
-        """Vocabulary size; raises ValueError while the tokenizer has not told it yet."""
+        """Vocabulary size; raises ValueError while it is left to the tokenizer."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known before the tokenizer is")
         return self.vocab_size

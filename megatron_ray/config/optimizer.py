@@ -1,6 +1,6 @@
-"""Optimizer and learning-rate schedule.
+"""Defines the optimizer and the learning-rate schedule.
 
-Owns: their numbers. Must not know: sharding.
+Must not know: how optimizer state is sharded.
 """
 
 from typing import Annotated, Literal
@@ -11,40 +11,44 @@ from megatron_ray.config.base import Config
 
 
 class OptimizerConfig(Config):
-    """AdamW with decoupled weight decay; 1-D parameters (norms, biases) are not
-    decayed.
+    """AdamW with decoupled weight decay.
+
+    One-dimensional parameters (norms and biases) are not decayed.
     """
 
     name: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+    """Name of the optimizer; AdamW is the only one."""
     lr: float = Field(gt=0, le=100)
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of the warm-up."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: float = Field(default=1e-8, gt=0, le=1)
     """Added to the square root of the second moment."""
     weight_decay: float = Field(default=0.0, ge=0, le=10)
-    """Decoupled decay, multiplied by the learning rate."""
+    """Decoupled weight decay: each step subtracts lr x weight_decay x weight. Default: no
+    decay."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
-    """Largest global gradient norm; 0 turns clipping off (the norm is still
-    reported)."""
+    """Gradients are scaled down to this global norm when theirs is larger; 0 disables
+    clipping, and the norm is still reported."""
     freeze: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
         default=(), max_length=64
     )
-    """Names of parameters that are not trained, with `*` for any characters:
-    `embedding.weight`, `layers.0.*`. They have no gradients and no optimizer state."""
+    """Names of parameters that are not trained, where `*` matches any characters, such
+    as `embedding.weight` or `layers.0.*`. They have no gradients and no optimizer
+    state. Default: all parameters are trained."""
 
 
 class ScheduleConfig(Config):
-    """Learning rate over steps: linear warm-up to `lr`, then a decay to `min_lr`."""
+    """Learning rate over steps: linear warm-up to `optimizer.lr`, then a decay."""
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay."""
+    """Shape of the decay from `optimizer.lr` to `min_lr`; `constant` does not decay."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps of linear warm-up; may be longer than the job."""
+    """Steps of linear warm-up; may be more than the job has."""
     min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay; at most `optimizer.lr`."""
     decay_steps: int | None = Field(default=None, ge=1)
-    """Step at which the decay ends, warm-up included; training.steps when not given."""
+    """Step at which the decay ends, counted from step 0 with the warm-up included.
+    Default: training.steps."""

@@ -1,6 +1,6 @@
-"""How a model is spread over ranks.
+"""Defines how a model is spread over ranks.
 
-Owns: degrees. Must not know: nodes, GPUs, the model.
+Owns: the degrees of parallelism. Must not know: nodes, GPUs, the model.
 """
 
 from typing import Annotated, Literal
@@ -11,62 +11,67 @@ from megatron_ray.config.base import Config
 
 
 class ParallelismConfig(Config):
-    """Degrees of each parallel axis; the world is tp x cp x dp x pp ranks."""
+    """Degrees of the parallel axes; a job has tp x cp x dp x pp ranks."""
 
     tp: int = Field(default=1, ge=1, le=1024)
-    """Tensor parallel: ranks that share every layer's matrices."""
+    """Tensor parallel size: ranks that split the matrices of every layer. Should not
+    exceed the number of GPUs in a node."""
     pp: int = Field(default=1, ge=1, le=1024)
-    """Pipeline parallel: stages of layers."""
+    """Pipeline parallel size: ranks that split the layers into stages."""
     vpp: int = Field(default=1, ge=1, le=64)
-    """Virtual stages (model chunks) per pipeline rank."""
+    """Virtual pipeline size: model chunks per pipeline rank. More chunks shorten the
+    pipeline bubble and add communication."""
     schedule: Literal["auto", "gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"] = "auto"
-    """Order of the pipeline's forward and backward passes; `auto` is 1f1b, interleaved
-    where vpp is above 1. `zb-h1` computes weight gradients apart, when a rank would
-    wait; so does `zb-v`, with vpp=2 chunks per rank whose stages go down the ranks and
-    back."""
+    """Order of forward and backward passes in the pipeline. `auto` is `1f1b`, or
+    `interleaved` when vpp > 1. `zb-h1` (zero bubble) delays weight gradients to times at
+    which a rank would wait; `zb-v` does too and needs vpp=2, with stages that go down
+    the ranks and back up."""
     layout: str | None = Field(default=None, max_length=4096)
-    """Parts of each stage in Megatron's words, `Et*3|(tt|)*29,m|L`; equal numbers of
-    layers when not given."""
+    """Contents of each pipeline stage in Megatron's notation, such as
+    `Et*3|(tt|)*29,m|L`: E embedding, t layer, m multi-token prediction layer, L head and
+    loss, | end of a stage, *n repetition. Default: equal numbers of layers."""
     first_stage_layers: int | None = Field(default=None, ge=0)
-    """Layers of the first stage, where they are not as many as those of the others."""
+    """Number of layers of the first stage. Default: as many as the other stages."""
     last_stage_layers: int | None = Field(default=None, ge=0)
-    """Layers of the last stage, likewise."""
+    """Number of layers of the last stage. Default: as many as the other stages."""
     cp: int = Field(default=1, ge=1, le=1024)
-    """Context parallel: ranks that share one sequence."""
+    """Context parallel size: ranks that split each sequence, for long sequences."""
     cp_method: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
-    """How they attend to each other's tokens: keys and values in a ring, gathered,
-    heads exchanged for tokens, or an exchange among neighbours inside a ring."""
+    """How context-parallel ranks compute attention: `p2p` passes keys and values around
+    a ring, `all_gather` gathers them, `a2a` exchanges heads for tokens (Ulysses),
+    `a2a+p2p` exchanges heads among neighbours inside a ring."""
     hierarchical_cp_sizes: tuple[int, int] | None = None
-    """For a2a+p2p: how many ranks exchange heads, and how many such groups make up the
-    ring; their product is cp."""
+    """For `a2a+p2p`: the number of ranks that exchange heads, and the number of such
+    groups in the ring. Their product must be cp."""
     ep: int = Field(default=1, ge=1, le=4096)
-    """Expert parallel: ranks that share the experts of a mixture."""
+    """Expert parallel size: ranks that split the experts of each layer."""
     etp: int | None = Field(default=None, ge=1, le=1024)
-    """Tensor parallel degree inside an expert; tp when not given."""
+    """Tensor parallel size inside an expert. Default: tp."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens get to their experts: each to the ranks that hold them, which moves
-    less, or all tokens to all ranks, of which every one picks its own."""
+    """How tokens reach their experts: `alltoall` sends each token to the ranks that own
+    its experts, `allgather` sends all tokens to all ranks of the expert group, which
+    communicates more but in fewer, larger messages."""
     dp: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = "auto"
-    """Data parallel replicas; `auto` takes as many as the cluster has room for and the
-    batch divides into."""
+    """Data parallel size: replicas that split the batch. `auto` takes the most that fit
+    the cluster and divide the batch."""
     sequence_parallel: bool = False
-    """Cuts activations between tensor-parallel regions along the sequence; has no
-    meaning, and resolves to false, at tp=1."""
+    """Splits activations between tensor-parallel regions along the sequence, which saves
+    memory at the same communication volume. Has no effect at tp=1."""
     zero: Literal[0, 1, 3] = 1
-    """ZeRO stage: 1 shards the optimizer state over the data-parallel ranks, 3 the
-    weights and gradients too, 0 nothing."""
+    """ZeRO stage: 0 shards nothing, 1 shards the optimizer state over the data-parallel
+    ranks, 3 shards weights and gradients too."""
     zero_replicas: int = Field(default=1, ge=1)
-    """For ZeRO 3: how many copies of the sharded state there are (HSDP); the dp x cp
-    ranks divided by this share one."""
+    """For zero=3: number of copies of the sharded state (hybrid sharding, HSDP). Each
+    copy is sharded over dp x cp / zero_replicas ranks."""
     order: str = "tp-cp-ep-dp-pp"
-    """Axes from the one whose ranks are neighbours to the one whose ranks are farthest
-    apart."""
+    """Order of the axes in the rank numbering: the first axis has neighbouring ranks,
+    the last has those farthest apart. Default: Megatron's."""
     bucket_elements: int | None = Field(default=None, ge=1)
-    """Gradients are reduced in buckets of about this many elements; when not given
-    Megatron's max(40e6, 1e6 x dp), and in small models an eighth of all but at least
-    1e6 x dp."""
+    """Approximate number of gradient elements per reduction bucket. Default: max(40e6,
+    1e6 x dp) as in Megatron, and in small models an eighth of the parameters but at
+    least 1e6 x dp."""
 
     @property
     def expert_tp(self) -> int:
-        """`etp`, resolved."""
-        return self.tp if self.etp is None else self.etp
+        """Tensor parallel size inside an expert, resolved."""
+        return self.etp or self.tp

@@ -1,6 +1,6 @@
-"""What can be wrong with a config.
+"""Defines how a wrong config is reported: as a value, and as an exception.
 
-Owns: the shape of that statement. Must not know: any rule.
+Must not know: any rule.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,18 @@ from megatron_ray.exceptions import InputError
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a spec."""
+    """One violated rule of a spec."""
 
     pointer: str
     """JSON pointer of the field to change."""
     code: str
     """Stable name of the rule."""
     detail: str
-    """What is wrong, with the numbers, and what to do about it."""
+    """What is wrong, with the numbers, and how to fix it."""
 
 
 class ConfigError(InputError, ValueError):
-    """A config that contradicts itself, its data or its world: the user's to mend, so
-    nothing is gained by trying again.
+    """A config contradicts itself, its data or the world size.
+
+    Only its author can fix it, so the run must not be retried.
     """

@@ -1,6 +1,6 @@
-"""The whole tree a training run needs.
+"""Defines the complete config of a training run.
 
-Owns: reading, resolving, writing it. Must not know: jobs, clusters, Ray.
+Owns: reading, overriding and writing it. Must not know: jobs, clusters, Ray.
 """
 
 import json
@@ -21,53 +21,58 @@ from megatron_ray.config.training import TrainingConfig
 
 
 class TrainConfig(Config):
-    """Model, layout, data, loop, optimizer, checkpoints and where to write them."""
+    """Everything that a training run needs to know."""
 
     model: ModelConfig
-    """Architecture."""
+    """Architecture of the model."""
     parallel: ParallelismConfig = ParallelismConfig()
-    """Layout over ranks."""
+    """How the model is spread over ranks. Default: data parallelism only."""
     data: DataConfig
-    """What to train on."""
+    """Training and validation data, and the tokenizer."""
     training: TrainingConfig
-    """Batch, steps, precision."""
+    """Batch, steps, precision, recomputation and evaluation."""
     optimizer: OptimizerConfig
-    """Update rule."""
+    """Optimizer and its hyperparameters."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """Learning rate over steps."""
+    """Learning rate over steps. Default: cosine decay to 0 without warm-up."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """When to save."""
+    """When checkpoints are saved. Default: one after the last step."""
     storage: StorageConfig | None = Field(default=None)
-    """Where to write; whoever starts the run fills it when not given."""
+    """Where files are written. Default: chosen by whatever starts the run."""
 
     @property
     def data_cache(self) -> str | None:
-        """Folder of prepared data and indices; None where neither data.cache nor
-        storage.path is given.
+        """Folder of prepared data and sample indices.
+
+        None when neither data.cache nor storage.path is given.
         """
-        if self.data.cache or self.storage is None:
-            return self.data.cache or None
+        if self.data.cache:
+            return self.data.cache
+        if self.storage is None:
+            return None
         return f"{self.storage.path.rstrip('/')}/data"
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Validates a mapping; raises pydantic.ValidationError with one entry per wrong
-        field.
+        """Validates a mapping of fields.
+
+        Raises pydantic.ValidationError with one entry per wrong field.
         """
         return cls.model_validate(dict(values))
 
     def to_json(self) -> str:
-        """Resolved form: every field spelt out, readable by `from_mapping`."""
+        """Returns the config with every field written out, for `from_mapping`."""
         return self.model_dump_json(indent=2)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Reads YAML or JSON. Raises ValueError with the file's name when it is not a
-    mapping.
+    """Reads a YAML or JSON file.
+
+    Raises ValueError with the file's name when it is not a mapping.
     """
-    text = path.read_text()
+    content = path.read_text()
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML or JSON: {error}") from error
     if not isinstance(values, dict):
@@ -78,13 +83,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """`path.to.field=value` (value read as YAML) over a mapping; returns a new one.
+    """Returns a copy of a mapping with `path.to.field=value` overrides applied.
 
-    Raises ValueError on bad syntax.
+    Each value is read as YAML. Raises ValueError when an override is malformed.
     """
-    result = json.loads(json.dumps(values))
+    # A round trip through JSON copies deeply and leaves only plain types.
+    result: dict[str, Any] = json.loads(json.dumps(values))
     for override in overrides:
-        path, equals, raw = override.partition("=")
+        path, equals, raw_value = override.partition("=")
         if not equals or not path:
             raise ValueError(f"--set {override!r}: expected path.to.field=value")
         node = result
@@ -96,9 +102,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
                     f"--set {override!r}: {key!r} is a value, not a group of fields"
                 )
         try:
-            node[leaf] = yaml.safe_load(raw)
+            node[leaf] = yaml.safe_load(raw_value)
         except yaml.YAMLError as error:
             raise ValueError(
                 f"--set {override!r}: the value is not valid YAML; put it in quotes"
             ) from error
-    return result  # type: ignore[no-any-return]
+    return result

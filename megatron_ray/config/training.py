@@ -1,6 +1,6 @@
-"""Batch, steps, precision, evaluation.
+"""Defines the training loop's numbers: batch, steps, precision, evaluation.
 
-Owns: what the loop needs. Must not know: model or layout.
+Must not know: the model, the layout over ranks.
 """
 
 from typing import Literal
@@ -11,64 +11,70 @@ from megatron_ray.config.base import Config
 
 
 class RecomputeConfig(Config):
-    """Which activations the forward pass does not keep: the backward pass computes them
-    again from what is kept.
+    """Activation recomputation: less memory for more arithmetic.
+
+    Activations are not kept in the forward pass but computed again in the backward
+    pass.
     """
 
     granularity: Literal["none", "selective", "full"] = "none"
-    """`selective` does so with some modules of every layer, `full` with whole layers,
-    of which only the inputs are kept."""
+    """`selective` recomputes the given `modules` of every layer, `full` recomputes whole
+    layers and keeps only their inputs."""
     method: Literal["uniform", "block"] | None = None
-    """`full` only: `uniform` cuts a stage's layers into chunks of `num_layers` and
-    keeps the input of each chunk; `block` recomputes the first `num_layers` layers of
-    each stage one by one and keeps all of the others."""
+    """`full` only, and required there. `uniform` divides a stage's layers into chunks of
+    `num_layers` and keeps the input of each chunk; `block` recomputes the first
+    `num_layers` layers of each stage one by one and keeps all activations of the
+    others."""
     num_layers: int | None = Field(default=None, ge=1, le=1024)
-    """`full` only: layers per chunk (`uniform`), or recomputed layers per stage
-    (`block`)."""
+    """`full` only, and required there: layers per chunk (`uniform`), or recomputed layers
+    per stage (`block`)."""
     modules: (
         tuple[Literal["core_attention", "norm", "activation", "mlp", "moe"], ...] | None
     ) = Field(default=None, min_length=1)
-    """`selective` only; core_attention when not given. `norm` (before attention and
-    before the MLP) and `activation` (the MLP's non-linearity, or its experts') give
-    their output's memory back once it is used; `mlp` is the whole of a plain MLP, `moe`
-    that of a mixture. Fused attention keeps no scores, so there core_attention saves
-    little; with model.attention_dropout it saves most."""
+    """`selective` only: what is recomputed. `core_attention` is the attention itself,
+    without its projections; fused attention keeps no scores, so it saves little unless
+    model.attention_dropout is set. `norm` (before attention and before the MLP) and
+    `activation` (the activation function of the MLP or of the experts) free their output
+    after its last use. `mlp` is a whole plain MLP, `moe` a whole mixture of experts.
+    Default: core_attention."""
 
     @property
     def chosen_modules(self) -> tuple[str, ...]:
-        """What is recomputed in every layer, resolved."""
-        return (
-            (self.modules or ("core_attention",)) if self.granularity == "selective" else ()
-        )
+        """Modules that are recomputed in every layer, resolved."""
+        if self.granularity != "selective":
+            return ()
+        return self.modules or ("core_attention",)
 
 
 class TrainingConfig(Config):
-    """The loop's numbers."""
+    """Batch, steps, precision, recomputation and evaluation."""
 
     seq_length: int = Field(ge=1, le=1 << 24)
-    """Tokens in one sample."""
+    """Length of a sample in tokens."""
     micro_batch_size: int = Field(default=1, ge=1, le=65536)
-    """Samples per data-parallel rank and forward pass."""
+    """Samples per data-parallel rank in one forward and backward pass. Larger values use
+    the GPU better and need more memory."""
     global_batch_size: int = Field(ge=1, le=1 << 24)
-    """Samples per optimizer step, over all ranks."""
+    """Samples per optimizer step over all ranks; a multiple of micro_batch_size x dp."""
     steps: int = Field(ge=1, le=1 << 40)
-    """Optimizer updates in the whole job."""
+    """Number of optimizer steps of the whole job."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of weights and activations; bf16 keeps fp32 main parameters, gradients and
-    optimizer state."""
+    """Type of weights and activations in the forward and backward pass. bf16 keeps
+    master weights, gradients and optimizer state in fp32."""
     recompute: RecomputeConfig = RecomputeConfig()
-    """Trades arithmetic for memory: activations computed again instead of kept."""
+    """Activation recomputation, which saves memory. Default: none."""
     compile: Literal["none", "blocks"] = "none"
-    """`blocks` has torch.compile fuse what a block does besides products and attention
-    (norm, activation, rotation), and the loss: fewer trips to memory, for some seconds
-    at the start of every process. Needs a C++ compiler and Python's headers on every
-    node."""
+    """`blocks` lets torch.compile fuse the elementwise operations of each block (norm,
+    activation, rotation) and the loss, which reads and writes less memory. It adds some
+    seconds to the start of every process, and every node needs a C++ compiler and
+    Python's headers."""
     seed: int = Field(default=1234, ge=0, le=(1 << 63) - 1)
-    """Seeds the weights, the data order and every random stream."""
+    """Seed of the initial weights, the order of samples and every random stream."""
     deterministic: bool = False
-    """Asks for bit-exact kernels on GPU (slower); CPU runs are bit-exact either way."""
+    """Uses only bit-reproducible kernels on GPUs, which are slower. Runs on CPUs are
+    bit-reproducible without it."""
     eval_every_steps: int | None = Field(default=None, ge=1)
-    """Evaluates on the validation split every so many steps and after the last; only
-    after the last when not given."""
+    """Steps between evaluations on the validation data; the last step is evaluated too.
+    Default: evaluation after the last step only."""
     eval_samples: int = Field(default=64, ge=1, le=1 << 24)
-    """Validation samples per evaluation, at most as many as there are."""
+    """Validation samples per evaluation, or fewer when the validation data has fewer."""

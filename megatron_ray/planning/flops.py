@@ -1,62 +1,56 @@
-"""Model FLOPs of a training step.
+"""Counts the model FLOPs of a training step, as MFU is defined here.
 
-Owns: the one count that MFU means here. Torch-free.
+Per layer and token they are 6 N + 6 (D + V) h S (PaLM, appendix B), with N the weights
+of matrix products, output head included and embedding look-up excluded, S the sequence
+length, and h heads whose queries and keys have width D and whose values have width V.
+With D = V = H / h that is 6 N + 12 H S.
 
-6 N + 6 (D + V) h S per layer and token (PaLM, appendix B): N matrix parameters with the
-output head and without the embedding look-up, h heads whose queries and keys are D wide
-and whose values V: 12 L H S where both are H / h. Attention is counted as the full
-square, no causal halving, as Megatron and nanoGPT do, and nothing is taken off for
-sliding windows. A layer that predicts a further token counts as a layer, its projection
-(2 H^2) and the head once more.
+Attention is counted as the full square without causal halving, as Megatron and nanoGPT
+do, and sliding windows do not reduce it. A multi-token prediction (MTP) layer counts as
+a layer, plus its projection (2 H^2) and the head once more. Torch-free.
 """
 
 from megatron_ray.config.model import ModelConfig
 
 
 def matmul_parameters(model: ModelConfig) -> int:
-    """Parameters that a token is multiplied with: of experts, those it goes to."""
-    layers = model.num_layers + model.num_mtp_layers
+    """Returns the weights that a token is multiplied by: of experts only the chosen."""
+    num_layers = model.num_layers + model.num_mtp_layers
+    ffn_width = 0
+    num_experts = 0
+    for layer in range(num_layers):
+        ffn_width += _ffn_width(model, layer)
+        moe = model.experts_on(layer)
+        if moe is not None:
+            num_experts += moe.num_experts
     matrices = 3 if model.gated else 2
-    widths = sum(_ffn_width(model, layer) for layer in range(layers))
-    routers = sum(
-        moe.num_experts
-        for layer in range(layers)
-        if (moe := model.experts_on(layer)) is not None
-    )
-    further = model.num_mtp_layers * 2 * model.hidden_size
+    mtp_projections = model.num_mtp_layers * 2 * model.hidden_size
     heads = (1 + model.num_mtp_layers) * model.vocabulary
-    return layers * attention_parameters(model) + model.hidden_size * (
-        matrices * widths + routers + further + heads
-    )
+    columns = matrices * ffn_width + num_experts + mtp_projections + heads
+    return num_layers * attention_parameters(model) + model.hidden_size * columns
 
 
 def attention_parameters(model: ModelConfig) -> int:
-    """Of the products of one layer's attention."""
+    """Returns the weights of the matrix products of one layer's attention."""
     hidden = model.hidden_size
     heads = model.num_attention_heads
     mla = model.mla
     if mla is None:
+        # Queries and outputs, keys and values.
         return hidden * 2 * (heads + model.kv_heads) * model.head_width
-    queries = heads * mla.qk_head_dim
-    of_queries = (
-        hidden * queries
-        if mla.q_lora_rank is None
-        else mla.q_lora_rank * (hidden + queries)
-    )
-    down = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
-    return (
-        of_queries
-        + down
-        + heads
-        * (
-            mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
-            + mla.v_head_dim * hidden
-        )
-    )
+    query_width = heads * mla.qk_head_dim
+    if mla.q_lora_rank is None:
+        queries = hidden * query_width
+    else:
+        queries = mla.q_lora_rank * (hidden + query_width)
+    latent = hidden * (mla.kv_lora_rank + mla.qk_rope_head_dim)
+    keys_values = mla.kv_lora_rank * (mla.qk_nope_head_dim + mla.v_head_dim)
+    outputs = mla.v_head_dim * hidden
+    return queries + latent + heads * (keys_values + outputs)
 
 
 def _ffn_width(model: ModelConfig, layer: int) -> int:
-    """Of all the MLPs that a token goes through in a layer."""
+    """Returns the width of all MLPs together that a token passes in a layer."""
     moe = model.experts_on(layer)
     if moe is None:
         return model.ffn_width
@@ -64,13 +58,10 @@ def _ffn_width(model: ModelConfig, layer: int) -> int:
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> int:
-    """Forward and backward."""
-    layers = model.num_layers + model.num_mtp_layers
-    attention = (
-        6
-        * layers
-        * model.num_attention_heads
-        * (model.head_width + model.value_width)
-        * seq_length
-    )
+    """Returns the model FLOPs of a token, forward and backward."""
+    num_layers = model.num_layers + model.num_mtp_layers
+    head_widths = model.head_width + model.value_width
+    # 2 FLOPs per score and element for Q K^T and the product with V, and twice that for
+    # the backward pass.
+    attention = 6 * num_layers * model.num_attention_heads * head_widths * seq_length
     return 6 * matmul_parameters(model) + attention

@@ -1,12 +1,8 @@
-"""Devices and networks that plans are made for.
-
-Owns: their published figures, and how much of them training has been seen to reach.
-
-Pure data. Must not know: models, layouts.
+"""Lists devices and networks: published figures, and the share that training reaches.
 
 Efficiencies are fitted to published runs by `tests/bench/plan.py`, one set per chip and
-precision; a chip without enough published runs of complete layout has those of the
-nearest chip that has. They are shares of the figures above them.
+precision. A chip with too few published runs has the efficiencies of the nearest chip
+with enough. Pure data. Must not know: models, layouts.
 """
 
 from dataclasses import dataclass, field
@@ -20,33 +16,32 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Shares of a device's figures that training reaches."""
+    """Shares of a device's published figures that training reaches."""
 
     products: float
-    """Of the peak, by matrix products."""
+    """Share of peak FLOP/s, in matrix products."""
     attention: float
-    """Of the peak, by fused attention that skips what is masked."""
+    """Share of peak FLOP/s, in fused attention that skips masked scores."""
     memory: float
-    """Of the memory's bandwidth, by everything else that touches activations and
-    weights."""
+    """Share of memory bandwidth, in all other operations on activations and weights."""
     network: float
-    """Of links and network, where ranks wait for what is sent; above what a link
-    carries where a part is hidden behind products."""
+    """Share of link and network bandwidth in exposed communication. Above 1 where part of
+    it overlaps with products."""
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device and what connects it to others."""
+    """One kind of device and its connections to others."""
 
     name: str
     device: DeviceKind
     """Decides which kernels run, and so what they keep."""
     peaks: dict[str, float]
-    """Dense FLOP/s by precision."""
+    """Peak FLOP/s by precision, without sparsity."""
     memory_bandwidth: float
-    """Bytes/s."""
+    """Memory bandwidth in bytes/s."""
     memory_bytes: int | None
-    """Of one device; None where a rank has no memory of its own."""
+    """Memory of one device; None where ranks share the memory of their node."""
     link_bandwidth: float
     """Bytes/s that a device sends to others in its node."""
     network_bandwidth: float
@@ -54,13 +49,14 @@ class Hardware:
     node_size: int
     """Devices in a node."""
     latency_s: float
-    """Of one collective, before its first byte."""
+    """Seconds that a collective takes before its first byte."""
     efficiencies: dict[str, Efficiency] = field(default_factory=dict)
-    """By precision."""
+    """Efficiencies by precision; a precision without them cannot be estimated."""
 
     def link(self, within: int) -> float:
-        """Bytes/s per rank in a group that has `within` of its ranks in each node and
-        others elsewhere: each uses its own adapter.
+        """Returns the bytes/s per rank in a group with `within` ranks in each node.
+
+        Each of those ranks uses its own network adapter.
         """
         return min(self.link_bandwidth, within * self.network_bandwidth)
 
@@ -70,13 +66,13 @@ GPU = DeviceKind("cuda", bf16_products=True)
 for."""
 
 _A100 = {"bf16": Efficiency(products=0.70, attention=0.10, memory=0.60, network=0.72)}
-"""From 10 runs of 2021, whose attention was not fused yet."""
+"""Fitted to 10 runs of 2021, before fused attention."""
 _H100 = {
     "bf16": Efficiency(products=0.65, attention=0.19, memory=0.30, network=0.70),
     "fp8": Efficiency(products=0.73, attention=0.27, memory=0.36, network=2.0),
 }
-"""From 43 runs under ZeRO-3 with the attention kernels of 2023 (bf16), and 28 of all
-layouts that hide tensor parallelism (fp8)."""
+"""Fitted to 43 runs under ZeRO-3 with the attention kernels of 2023 (bf16), and to 28 runs
+of all layouts with overlapped tensor parallelism (fp8)."""
 _CPU = Efficiency(products=0.70, attention=0.50, memory=0.80, network=0.60)
 
 _DEVICES = (
@@ -152,12 +148,16 @@ _DEVICES = (
     ),
 )
 HARDWARE = MappingProxyType({device.name: device for device in _DEVICES})
-"""By name."""
+"""Known devices by name."""
 
 
-def hardware_named(text: str | None) -> Hardware | None:
-    """The device that a name means, such as Ray's `H100` or `nvidia-h100-80gb-hbm3`;
-    None for one that is not known.
+def hardware_named(name: str | None) -> Hardware | None:
+    """Returns the device of a name such as `H100` or `nvidia-h100-80gb-hbm3`.
+
+    None for an unknown device.
     """
-    words = (text or "").upper().replace("_", "-").split("-")
-    return next((device for name, device in HARDWARE.items() if name in words), None)
+    words = (name or "").upper().replace("_", "-").split("-")
+    for device in _DEVICES:
+        if device.name in words:
+            return device
+    return None

@@ -1,10 +1,11 @@
-"""Bytes on each rank, before anything is started.
-
-Owns: adding up weights, gradients, optimizer state and activations; the fullest rank.
+"""Estimates the memory of each rank, before anything is started.
 
 Weights, gradients and optimizer state are those of the flat buffers that will be
 allocated, alignment and bucket padding included. Activations are an estimate from
-tensor shapes (`activations`). Pure. Must not know: torch, nodes, what a device has.
+tensor shapes (`activations`).
+
+Owns: adding these up, and finding the rank with most. Pure. Must not know: torch,
+nodes, how much memory a device has.
 """
 
 from collections.abc import Sequence
@@ -20,83 +21,66 @@ from megatron_ray.planning.activations import (
     recomputed_by_stage,
     working_head,
 )
-from megatron_ray.planning.buffers import (
-    RankBuffers,
-    distinct_buffers,
-    is_fully_sharded,
-    rank_buffers,
-)
+from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.sharding.parameters import LocalParameter
 
+_FP32 = 4
+
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes on one rank."""
+    """Bytes on one rank, by what they are for."""
 
     rank: int
     parameters_bytes: int
-    """Weights as the model holds them; under ZeRO-3 this rank's rows in fp32."""
+    """Weights; under ZeRO-3 this rank's rows in fp32."""
     gradients_bytes: int
-    """fp32 main gradients of what is trained."""
+    """fp32 main gradients of parameters that are trained."""
     optimizer_bytes: int
-    """Moments, and fp32 main parameters under bf16; a rank's share where they are
+    """Moments, and with bf16 the fp32 main parameters; this rank's share where they are
     sharded over dp."""
     gathered_bytes_estimate: int
-    """ZeRO-3 only: weights and gradients that are whole for a while: of two layers, and
-    of what is in no layer."""
+    """Weights and gradients that ZeRO-3 gathers: those of two layers, and of everything
+    outside of layers."""
     activations_bytes_estimate: int
-    """Peak of the microbatches under way and of what is recomputed; kernels and
-    allocator may need more or less."""
+    """Peak of the activations of all microbatches in flight, recomputed ones included;
+    kernels and the allocator may need more or less."""
 
     @property
     def total_bytes(self) -> int:
-        """Of all terms."""
+        """Sum of all terms."""
         state = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
         return state + self.gathered_bytes_estimate + self.activations_bytes_estimate
 
     @property
     def terms(self) -> dict[str, int]:
-        """Bytes by what they are for, largest first."""
-        found = {
+        """Bytes by name of what they are for, largest first."""
+        terms = {
             "weights": self.parameters_bytes,
             "gradients": self.gradients_bytes,
             "optimizer state": self.optimizer_bytes,
             "gathered weights": self.gathered_bytes_estimate,
             "activations": self.activations_bytes_estimate,
         }
-        return dict(sorted(found.items(), key=lambda term: -term[1]))
-
-
-def rank_memory(config: TrainConfig, rank: int, device: DeviceKind) -> RankMemory:
-    """Returns what one rank of a resolved config whose vocabulary is known holds on
-    such a device.
-
-    Raises ValueError otherwise.
-    """
-    dims = ParallelDims.of(config.parallel)
-    pipeline = plan_pipeline(config)
-    held = rank_buffers(config, dims, pipeline, rank)
-    state = state_memory(config, dims, held)
-    return with_activations(config, pipeline, state, held.pp_rank, device)
+        return dict(sorted(terms.items(), key=lambda term: -term[1]))
 
 
 def fullest_rank(config: TrainConfig, device: DeviceKind) -> RankMemory:
-    """Returns the rank with most bytes on such devices; the first of those that are
-    alike.
+    """Returns the memory of the rank with most bytes, or of the first such rank.
 
     Raises ValueError while dp or the vocabulary are not known.
-
-    Ranks of a pipeline stage have equally much, but for rows that ZeRO-3 cannot deal
-    out evenly, of which the first replica has most.
     """
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
-    kinds = distinct_buffers(config, dims, pipeline)
-    states = [(held.pp_rank, state_memory(config, dims, held)) for held in kinds]
-    found = [with_activations(config, pipeline, state, pp, device) for pp, state in states]
-    return max(found, key=lambda memory: memory.total_bytes)
+    # Ranks of one pipeline stage have equally many bytes, but for rows that ZeRO-3 cannot
+    # split evenly, of which the first replica has most.
+    ranks = []
+    for buffers in distinct_buffers(config, dims, pipeline):
+        state = state_memory(config, dims, buffers)
+        ranks.append(with_activations(config, pipeline, state, buffers.pp_rank, device))
+    return max(ranks, key=lambda memory: memory.total_bytes)
 
 
 def with_activations(
@@ -106,36 +90,51 @@ def with_activations(
     pp_rank: int,
     device: DeviceKind,
 ) -> RankMemory:
-    """Returns the same rank with what it keeps of microbatches, which depends on their
-    size, on recomputation and on the device's kernels too.
+    """Returns a rank's memory with activations added.
+
+    Only they depend on the micro batch size, on recomputation and on the kernels of the
+    device.
     """
-    kept = _activations(config, pipeline, pp_rank, device)
-    return replace(state, activations_bytes_estimate=kept)
+    activations = _activations(config, pipeline, pp_rank, device)
+    return replace(state, activations_bytes_estimate=activations)
 
 
-def state_memory(config: TrainConfig, dims: ParallelDims, held: RankBuffers) -> RankMemory:
-    """Of a rank, without activations."""
-    buffers = held.buffers
-    main = (
-        4
-        if config.training.precision == "bf16" and not is_fully_sharded(config, dims)
-        else 0
-    )
+def state_memory(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers
+) -> RankMemory:
+    """Returns a rank's memory without activations."""
+    is_sharded = is_fully_sharded(config, dims)
+    # Two fp32 moments. With bf16 weights there are fp32 main parameters too; under ZeRO-3
+    # the weights themselves are fp32.
+    optimizer_width = 2 * _FP32
+    if config.training.precision == "bf16" and not is_sharded:
+        optimizer_width += _FP32
+    parameters = 0
+    trained = 0
+    updated = 0
+    for buffer in buffers.buffers:
+        parameters += buffer.plan.num_elements * buffer.width
+        trained += buffer.plan.num_trainable
+        updated += buffer.num_updated
+    gathered = 0
+    if is_sharded:
+        gathered = _gathered(config, buffers.table)
     return RankMemory(
-        rank=held.rank,
-        parameters_bytes=sum(buffer.plan.num_elements * buffer.width for buffer in buffers),
-        gradients_bytes=sum(buffer.plan.num_trainable * 4 for buffer in buffers),
-        optimizer_bytes=sum(buffer.num_updated * (8 + main) for buffer in buffers),
-        gathered_bytes_estimate=_gathered(config, held.table)
-        if is_fully_sharded(config, dims)
-        else 0,
+        rank=buffers.rank,
+        parameters_bytes=parameters,
+        gradients_bytes=trained * _FP32,
+        optimizer_bytes=updated * optimizer_width,
+        gathered_bytes_estimate=gathered,
         activations_bytes_estimate=0,
     )
 
 
 def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
-    """Weights of the layer at work and of the next one, one layer's gradients, and what
-    belongs to no layer, which stays whole.
+    """Returns the bytes of whole weights and gradients under ZeRO-3.
+
+    Those are the weights of the current layer and of the next one, which is gathered
+    ahead, the gradients of one layer, and weights and gradients outside of layers, which
+    stay gathered.
     """
     width = width_of(config)
     layers: dict[str, int] = {}
@@ -146,31 +145,38 @@ def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
             layers[kind + index] = layers.get(kind + index, 0) + prod(parameter.shape)
         else:
             outside += prod(parameter.shape)
-    return outside * (width + 4) + max(layers.values(), default=0) * (2 * width + 4)
+    largest = max(layers.values(), default=0)
+    return outside * (width + _FP32) + largest * (2 * width + _FP32)
 
 
 def _activations(
     config: TrainConfig, pipeline: PipelinePlan, pp_rank: int, device: DeviceKind
 ) -> int:
-    """Returns the most that is kept at once, and what comes back when a part of it is
-    recomputed.
-    """
-    held = pipeline.held(pp_rank)
-    kept = [kept_by_stage(config, stage, device) for stage in held]
-    peak = (
-        kept[0]
-        if pipeline.stages.num_stages == 1
-        else _peak(kept_and_released(pipeline, num_microbatches(config), pp_rank), kept)
-    )
-    again = max(recomputed_by_stage(config, stage, device) for stage in held)
-    has_loss = any(stage.loss for stage in held)
-    return peak + again + (working_head(config, device) if has_loss else 0)
+    """Returns the most bytes of activations that a rank has at once."""
+    kept_by_chunk = []
+    recomputed = 0
+    loss = 0
+    for stage in pipeline.held(pp_rank):
+        kept_by_chunk.append(kept_by_stage(config, stage, device))
+        recomputed = max(recomputed, recomputed_by_stage(config, stage, device))
+        if stage.loss:
+            loss = working_head(config, device)
+    peak = kept_by_chunk[0]
+    # Without a pipeline each microbatch goes back before the next one is started.
+    if pipeline.stages.num_stages > 1:
+        events = kept_and_released(pipeline, num_microbatches(config), pp_rank)
+        peak = _peak(events, kept_by_chunk)
+    return peak + recomputed + loss
 
 
-def _peak(kept_and_released: Sequence[int], kept: Sequence[int]) -> int:
-    """Most bytes at once; `kept` by chunk."""
-    now = most = 0
-    for event in kept_and_released:
-        now += kept[event - 1] if event > 0 else -kept[-event - 1]
-        most = max(most, now)
+def _peak(events: Sequence[int], kept_by_chunk: Sequence[int]) -> int:
+    """Returns the most bytes at once, from the events of `kept_and_released`."""
+    current = 0
+    most = 0
+    for event in events:
+        if event > 0:
+            current += kept_by_chunk[event - 1]
+        else:
+            current -= kept_by_chunk[-event - 1]
+        most = max(most, current)
     return most

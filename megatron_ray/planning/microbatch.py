@@ -1,46 +1,47 @@
-"""Sizes of a microbatch on one rank, of which bytes, sends and work are multiples.
+"""Computes the sizes of a microbatch on one rank, shared by all estimates.
 
-Owns: these few. Pure. Must not know: torch, layers.
+Pure. Must not know: torch, layers.
 """
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.parameters import padded_vocabulary
 
-_WIDTHS = {"fp32": 4, "bf16": 2}
+_BYTES = {"fp32": 4, "bf16": 2}
 
 
 def width_of(config: TrainConfig) -> int:
-    """Bytes of an activation, and of a weight as products read it."""
-    return _WIDTHS[config.training.precision]
+    """Returns the bytes of an activation, and of a weight as products read it."""
+    return _BYTES[config.training.precision]
 
 
 def tokens_of(config: TrainConfig) -> int:
-    """Tokens of a microbatch on a context-parallel rank."""
-    return (
-        config.training.seq_length * config.training.micro_batch_size // config.parallel.cp
-    )
+    """Returns the tokens of a microbatch on a context-parallel rank."""
+    training = config.training
+    return training.seq_length * training.micro_batch_size // config.parallel.cp
 
 
 def own_tokens_of(config: TrainConfig) -> int:
-    """Those whose hidden states this rank keeps: a part of them under sequence
-    parallelism.
+    """Returns the tokens whose hidden states a rank keeps.
+
+    With sequence parallelism those are its part of `tokens_of`, without it all of them.
     """
-    return tokens_of(config) // (
-        config.parallel.tp if config.parallel.sequence_parallel else 1
-    )
+    if config.parallel.sequence_parallel:
+        return tokens_of(config) // config.parallel.tp
+    return tokens_of(config)
 
 
 def local_vocabulary(config: TrainConfig) -> int:
-    """Rows of the embedding and of the head on a rank, padding included."""
+    """Returns the rows of embedding and output head on a rank, padding included."""
     return padded_vocabulary(config.model, config.parallel.tp) // config.parallel.tp
 
 
 def num_microbatches(config: TrainConfig) -> int:
-    """Of a step, on each rank. Raises ValueError while dp is not resolved."""
+    """Returns the microbatches of a step on each rank.
+
+    Raises ValueError while dp is not resolved.
+    """
+    training = config.training
     if config.parallel.dp == "auto":
         raise ValueError("parallel.dp is not resolved")
-    return max(
-        1,
-        config.training.global_batch_size
-        // (config.training.micro_batch_size * config.parallel.dp),
-    )
+    samples = training.micro_batch_size * config.parallel.dp
+    return max(1, training.global_batch_size // samples)

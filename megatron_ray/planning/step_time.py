@@ -1,276 +1,318 @@
-"""How long a step takes, before anything is started: an estimate.
+"""Estimates how long a step takes, before anything is started.
 
-Owns: from work and bytes to seconds on a named device.
+A rank's microbatch takes its matrix products + attention + memory-bound operations +
+exposed communication. The step takes that of the slowest pipeline rank, times the
+microbatches, plus the pipeline bubble (of the schedule's simulation), plus the optimizer
+update. Communication that overlaps with computation counts only as far as it takes
+longer than the computation.
 
-A rank's microbatch is products + attention + trips to memory + what it has to wait for
-of what is sent. The slowest pipeline rank's, times the microbatches, plus the
-schedule's bubble (the simulator's), plus the update. Sends that have something to hide
-behind count only as far as they take longer than that. Pure. Must not know: torch, the
-service.
+Owns: turning work and bytes into seconds on a given device. Pure. Must not know: torch,
+the service.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.pipeline_parallel.schedules.simulation import Costs
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
-from megatron_ray.planning.communication import (
-    Axis,
-    Kind,
-    Tally,
-    stage_communication,
-    transfer_bytes,
-    update_communication,
-)
+from megatron_ray.planning.communication import transfer_bytes, update_communication
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
+from megatron_ray.planning.layer_communication import stage_communication
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble
+from megatron_ray.planning.tally import Axis, Kind, Tally
 from megatron_ray.planning.work import Work, stage_work, update_work
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step, on average over ranks that have equally much to do."""
+    """Seconds of one step on the slowest kind of rank, by what they are spent on."""
 
     step_s: float
     products_s: float
+    """Matrix products."""
     attention_s: float
     memory_s: float
-    """Norms, activations, losses: bound by memory."""
+    """Norms, activations, losses: bound by memory bandwidth."""
     communication_s: float
-    """What is waited for."""
+    """Exposed communication of microbatches."""
     bubble_s: float
+    """Idle time of the pipeline."""
     update_s: float
-    """Optimizer, with the gradients and weights that are waited for."""
+    """Optimizer, with exposed communication of gradients and weights."""
     model_flops: float
-    """Of the whole step over all ranks, as MFU counts them: nothing recomputed,
+    """FLOPs of the whole step over all ranks, as MFU counts them: nothing recomputed,
     attention in full, frozen weights like all others."""
     mfu: float
     """model_flops / (step_s x ranks x the device's peak)."""
     tokens_per_s: float
-    """Over all ranks."""
+    """Tokens per second over all ranks."""
 
     @property
     def bubble_share(self) -> float:
-        """Of the step."""
+        """Share of the step in which the pipeline is idle."""
         return self.bubble_s / self.step_s
 
 
+class _MicrobatchSeconds(NamedTuple):
+    products: float
+    attention: float
+    memory: float
+    communication: float
+
+
 @dataclass(frozen=True)
-class Parts:
-    """Seconds of one microbatch on one rank if every figure of the device were reached."""
+class MicrobatchTime:
+    """Seconds of one microbatch on one rank at a device's published figures."""
 
     products: float
     attention: float
     memory: float
     exposed: float
-    """Sends that are waited for."""
+    """Communication that computation waits for."""
     ring: float
-    """Keys and values that move while others are attended to."""
-    hidden: float
-    """Sends that move while the rest is computed: activations between stages, weights
-    that ZeRO-3 gathers."""
+    """Keys and values that are sent while attention is computed on others."""
+    overlapped: float
+    """Communication that overlaps with all computation: activations between stages,
+    weights that ZeRO-3 gathers."""
     latency: float
 
-    def seconds(self, share: Efficiency) -> tuple[float, float, float, float]:
-        """(products, attention, memory, waiting) at these efficiencies."""
-        products = self.products / share.products
-        attention = self.attention / share.attention
-        memory = self.memory / share.memory
-        ring = max(0.0, self.ring / share.network - attention)
-        hidden = max(0.0, self.hidden / share.network - products - attention - memory)
-        return (
-            products,
-            attention,
-            memory,
-            self.exposed / share.network + ring + hidden + self.latency,
-        )
+    def seconds(self, efficiency: Efficiency) -> _MicrobatchSeconds:
+        """Returns the seconds at these efficiencies, with exposed communication only."""
+        products = self.products / efficiency.products
+        attention = self.attention / efficiency.attention
+        memory = self.memory / efficiency.memory
+        ring = max(0.0, self.ring / efficiency.network - attention)
+        overlapped = self.overlapped / efficiency.network
+        overlapped = max(0.0, overlapped - products - attention - memory)
+        exposed = self.exposed / efficiency.network
+        communication = exposed + ring + overlapped + self.latency
+        return _MicrobatchSeconds(products, attention, memory, communication)
+
+
+@dataclass(frozen=True)
+class UpdateTime:
+    """Seconds that a rank needs once a step at a device's published figures.
+
+    They do not depend on the micro batch size.
+    """
+
+    memory: float
+    """The optimizer's reads and writes."""
+    reduced: float
+    """Gradients that are reduced during the backward pass of the last microbatch."""
+    published: float
+    """Weights and sums, whose communication nothing overlaps."""
 
 
 @dataclass(frozen=True)
 class StepParts:
-    """Everything that a step's time is made of, before efficiencies."""
+    """What the time of a step consists of, at a device's published figures."""
 
-    stages: tuple[Parts, ...]
-    """By kind of pipeline rank: one microbatch through all of its chunks."""
+    stages: tuple[MicrobatchTime, ...]
+    """One microbatch through all chunks of a rank, by kind of pipeline rank."""
     num_microbatches: int
     bubble: float
-    """In microbatches."""
-    update: "Update"
+    """Pipeline bubble, in units of a microbatch."""
+    update: UpdateTime
     model_flops: float
     tokens: int
+    """Tokens of a step over all ranks."""
     ranks: int
     peak: float
+    """Peak FLOP/s of a device."""
 
-    def step_time(self, share: Efficiency) -> StepTime:
-        """At these efficiencies."""
-        each = [parts.seconds(share) for parts in self.stages]
-        slowest = max(each, key=sum)
-        products, attention, memory, waiting = (
-            seconds * self.num_microbatches for seconds in slowest
-        )
-        idle = self.bubble * sum(slowest)
-        backward = sum(slowest) * 2 / 3
-        once = self.update
-        update = (
-            once.memory / share.memory
-            + max(0.0, once.reduced / share.network - backward)
-            + once.published / share.network
-        )
-        step = products + attention + memory + waiting + idle + update
-        mfu = self.model_flops / (step * self.ranks * self.peak)
+    def step_time(self, efficiency: Efficiency) -> StepTime:
+        """Returns the time of a step at these efficiencies."""
+        slowest = max((stage.seconds(efficiency) for stage in self.stages), key=sum)
+        microbatch = sum(slowest)
+        products = slowest.products * self.num_microbatches
+        attention = slowest.attention * self.num_microbatches
+        memory = slowest.memory * self.num_microbatches
+        communication = slowest.communication * self.num_microbatches
+        idle = self.bubble * microbatch
+        update = self._update_seconds(efficiency, backward=microbatch * 2 / 3)
+        step = products + attention + memory + communication + idle + update
         return StepTime(
-            step,
-            products,
-            attention,
-            memory,
-            waiting,
-            idle,
-            update,
-            self.model_flops,
-            mfu,
-            self.tokens / step,
+            step_s=step,
+            products_s=products,
+            attention_s=attention,
+            memory_s=memory,
+            communication_s=communication,
+            bubble_s=idle,
+            update_s=update,
+            model_flops=self.model_flops,
+            mfu=self.model_flops / (step * self.ranks * self.peak),
+            tokens_per_s=self.tokens / step,
+        )
+
+    def _update_seconds(self, efficiency: Efficiency, backward: float) -> float:
+        reduced = self.update.reduced / efficiency.network
+        return (
+            self.update.memory / efficiency.memory
+            + max(0.0, reduced - backward)
+            + self.update.published / efficiency.network
         )
 
 
 def step_time(
     config: TrainConfig, hardware: Hardware, precision: str | None = None
 ) -> StepTime | None:
-    """Of a resolved config whose vocabulary is known; None where the device is not
-    known to compute in the precision.
+    """Returns the estimated time of a step of a resolved config.
+
+    The vocabulary must be known. `precision` is that of matrix products; by default the
+    config's. None when the device has no figures for it.
     """
     precision = precision or config.training.precision
     if precision not in hardware.efficiencies:
         return None
-    return step_parts(config, hardware, precision).step_time(
-        hardware.efficiencies[precision]
-    )
+    efficiency = hardware.efficiencies[precision]
+    return step_parts(config, hardware, precision).step_time(efficiency)
 
 
-@dataclass(frozen=True)
-class Update:
-    """What happens once a step on a rank, in seconds if every figure of the device were
-    reached: the same for every micro batch.
-    """
-
-    memory: float
-    reduced: float
-    """Gradients that are reduced while the last microbatch goes back."""
-    published: float
-    """Weights and sums that nothing hides."""
-
-
-def step_parts(config: TrainConfig, hardware: Hardware, precision: str) -> StepParts:
-    """What a step's time is made of on a kind of device."""
-    dims = ParallelDims.of(config.parallel)
-    pipeline = plan_pipeline(config)
-    kinds = distinct_buffers(config, dims, pipeline)
-    return parts_with(
-        config, hardware, precision, step_update(config, hardware, kinds), kinds
-    )
-
-
-def parts_with(
+def step_parts(
     config: TrainConfig,
     hardware: Hardware,
     precision: str,
-    update: Update,
-    kinds: Sequence[RankBuffers],
+    *,
+    ranks: Sequence[RankBuffers] | None = None,
+    update: UpdateTime | None = None,
 ) -> StepParts:
-    """The same where the update is known already, of these kinds of pipeline ranks."""
+    """Returns what the time of a step on a kind of device consists of.
+
+    `ranks` are the distinct kinds of pipeline ranks and `update` their UpdateTime.
+    Callers that try many micro batch sizes pass them, because they do not depend on it.
+    """
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     training = config.training
-    count = num_microbatches(config)
+    if ranks is None:
+        ranks = distinct_buffers(config, dims, pipeline)
+    if update is None:
+        update = step_update(config, hardware, ranks)
     network = _Network(dims, hardware)
-    costs = Costs(1.0, 2.0 if training.recompute.granularity == "full" else 1.0, 1.0)
+    stages = []
+    for buffers in ranks:
+        stages.append(_microbatch(config, dims, pipeline, buffers, network, precision))
+    tokens = training.seq_length * training.global_batch_size
+    flops = float(flops_per_token(config.model, training.seq_length))
     return StepParts(
-        stages=tuple(
-            _microbatch(config, dims, pipeline, held, network, precision) for held in kinds
-        ),
-        num_microbatches=count,
-        bubble=bubble(pipeline, count, costs) / costs.microbatch,
+        stages=tuple(stages),
+        num_microbatches=num_microbatches(config),
+        bubble=_bubble_in_microbatches(config, pipeline),
         update=update,
-        model_flops=float(flops_per_token(config.model, training.seq_length))
-        * training.seq_length
-        * training.global_batch_size,
-        tokens=training.seq_length * training.global_batch_size,
+        model_flops=flops * training.seq_length * training.global_batch_size,
+        tokens=tokens,
         ranks=dims.world_size,
         peak=hardware.peaks[precision],
     )
 
 
+def _bubble_in_microbatches(config: TrainConfig, pipeline: PipelinePlan) -> float:
+    # In units of a forward pass. Full recomputation runs the forward pass again before
+    # the backward pass.
+    costs = Costs(1.0, 1.0, 1.0)
+    if config.training.recompute.granularity == "full":
+        costs = Costs(1.0, 2.0, 1.0)
+    return bubble(pipeline, num_microbatches(config), costs) / costs.microbatch
+
+
 def step_update(
-    config: TrainConfig, hardware: Hardware, kinds: Sequence[RankBuffers]
-) -> Update:
-    """Of the pipeline rank for which each part takes longest."""
+    config: TrainConfig, hardware: Hardware, ranks: Sequence[RankBuffers]
+) -> UpdateTime:
+    """Returns the update's time, each part of the rank for which it takes longest."""
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     network = _Network(dims, hardware)
-    found = [_update(config, dims, pipeline, held, network) for held in kinds]
-    return Update(*(max(part) for part in zip(*found, strict=True)))
+    updates = [_update(config, dims, pipeline, buffers, network) for buffers in ranks]
+    return UpdateTime(
+        memory=max(update.memory for update in updates),
+        reduced=max(update.reduced for update in updates),
+        published=max(update.published for update in updates),
+    )
 
 
 def _microbatch(
     config: TrainConfig,
     dims: ParallelDims,
     pipeline: PipelinePlan,
-    held: RankBuffers,
+    buffers: RankBuffers,
     network: "_Network",
     precision: str,
-) -> Parts:
-    """Of one pipeline rank, all its chunks."""
-    stages = pipeline.held(held.pp_rank)
+) -> MicrobatchTime:
+    """Returns the time of a microbatch through all chunks of one pipeline rank."""
     hardware = network.hardware
-    work = sum((stage_work(config, stage) for stage in stages), Work())
-    sent = Tally({})
+    stages = pipeline.held(buffers.pp_rank)
+    work = Work()
+    communication = Tally({})
     for stage in stages:
-        sent.add_all(stage_communication(config, dims, stage))
-    hidden = (
-        network.seconds("pp", "send", 2 * len(stages) * transfer_bytes(config))
-        if dims.pp > 1
-        else 0.0
-    )
+        work += stage_work(config, stage)
+        communication.add_all(stage_communication(config, dims, stage))
+    overlapped = 0.0
+    if dims.pp > 1:
+        # Activations and gradients, in and out of each chunk.
+        overlapped += network.seconds(
+            "pp", "send", 2 * len(stages) * transfer_bytes(config)
+        )
     if is_fully_sharded(config, dims):
-        hidden += _gathering(config, dims, held, network)
-    ring = [(axis, kind) for axis, kind in sent.bytes if (axis, kind) == ("cp", "send")]
-    others = [way for way in sent.bytes if way not in ring]
-    peak = hardware.peaks[precision]
-    attention_peak = hardware.peaks.get("bf16" if precision == "fp8" else precision, 0.0)
-    return Parts(
-        products=work.products / peak,
-        attention=work.attention / attention_peak,
+        overlapped += _zero3_seconds(config, dims, buffers, network)
+    ring: list[tuple[Axis, Kind]] = []
+    others: list[tuple[Axis, Kind]] = []
+    operations = 0
+    for key in communication.bytes:
+        if key == ("cp", "send"):
+            ring.append(key)
+        else:
+            others.append(key)
+            operations += communication.operations[key]
+    return MicrobatchTime(
+        products=work.products / hardware.peaks[precision],
+        attention=work.attention / _attention_peak(hardware, precision),
         memory=work.memory / hardware.memory_bandwidth,
-        exposed=network.total(sent, others),
-        ring=network.total(sent, ring),
-        hidden=hidden,
-        latency=hardware.latency_s * sum(sent.operations[way] for way in others),
+        exposed=network.total(communication, others),
+        ring=network.total(communication, ring),
+        overlapped=overlapped,
+        latency=hardware.latency_s * operations,
     )
 
 
-def _gathering(
-    config: TrainConfig, dims: ParallelDims, held: RankBuffers, network: "_Network"
+def _attention_peak(hardware: Hardware, precision: str) -> float:
+    # Attention stays in bf16 where matrix products are in fp8.
+    if precision == "fp8":
+        return hardware.peaks.get("bf16", 0.0)
+    return hardware.peaks[precision]
+
+
+def _zero3_seconds(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers, network: "_Network"
 ) -> float:
-    """ZeRO-3: weights are gathered for the forward, for the backward and for a second
-    forward; gradients are scattered in fp32.
+    """Returns the seconds in which ZeRO-3 gathers weights and scatters gradients.
+
+    Weights are gathered for the forward pass, for the backward pass and for a second
+    forward pass. Gradients are fp32.
     """
     width = width_of(config)
-    seconds = 0.0
-    passes = 3 if config.training.recompute.granularity == "full" else 2
-    axes: tuple[tuple[Axis, bool, int], ...] = (
-        ("dp", False, dims.size("dp", "cp")),
-        ("edp", True, dims.expert_dp),
+    passes = 2
+    if config.training.recompute.granularity == "full":
+        passes = 3
+    dense = 0
+    experts = 0
+    for parameter in buffers.table:
+        if parameter.of_expert:
+            experts += parameter.num_elements
+        else:
+            dense += parameter.num_elements
+    groups: tuple[tuple[Axis, int, int], ...] = (
+        ("dp", dense, dims.size("dp", "cp")),
+        ("edp", experts, dims.expert_dp),
     )
-    for axis, of_expert, size in axes:
-        elements = sum(
-            parameter.num_elements
-            for parameter in held.table
-            if parameter.of_expert == of_expert
-        )
+    seconds = 0.0
+    for axis, elements, size in groups:
         seconds += passes * network.seconds(axis, "all_gather", elements * width / size)
         seconds += network.seconds(axis, "reduce_scatter", 4 * elements)
     return seconds
@@ -280,32 +322,35 @@ def _update(
     config: TrainConfig,
     dims: ParallelDims,
     pipeline: PipelinePlan,
-    held: RankBuffers,
+    buffers: RankBuffers,
     network: "_Network",
-) -> tuple[float, float, float]:
-    """(trips to memory, reductions, everything that nothing hides) at the end of a
-    step, in seconds.
-    """
+) -> UpdateTime:
+    """Returns the time of the update on one pipeline rank."""
     work = update_work(
-        sum(buffer.num_updated for buffer in held.buffers),
-        sum(buffer.plan.num_trainable for buffer in held.buffers),
+        updated=sum(buffer.num_updated for buffer in buffers.buffers),
+        trained=sum(buffer.plan.num_trainable for buffer in buffers.buffers),
     )
+    memory = work.memory / network.hardware.memory_bandwidth
     if is_fully_sharded(config, dims):
-        return work.memory / network.hardware.memory_bandwidth, 0.0, 0.0
-    sent = update_communication(config, dims, pipeline, held)
-    reductions = [
-        way for way in sent.bytes if way[0] in ("dp", "edp") and way[1] != "all_gather"
-    ]
-    others = [way for way in sent.bytes if way not in reductions]
-    return (
-        work.memory / network.hardware.memory_bandwidth,
-        network.total(sent, reductions),
-        network.total(sent, others),
+        # Gradients arrive scattered, and weights are gathered by the next forward pass.
+        return UpdateTime(memory, 0.0, 0.0)
+    communication = update_communication(config, dims, pipeline, buffers)
+    reductions: list[tuple[Axis, Kind]] = []
+    others: list[tuple[Axis, Kind]] = []
+    for axis, kind in communication.bytes:
+        if axis in ("dp", "edp") and kind != "all_gather":
+            reductions.append((axis, kind))
+        else:
+            others.append((axis, kind))
+    return UpdateTime(
+        memory,
+        network.total(communication, reductions),
+        network.total(communication, others),
     )
 
 
 class _Network:
-    """Seconds of collectives at full bandwidth."""
+    """Seconds of collectives at full bandwidth, for the groups of rank 0."""
 
     def __init__(self, dims: ParallelDims, hardware: Hardware) -> None:
         self.hardware = hardware
@@ -321,33 +366,37 @@ class _Network:
             "tokens": dims.group_of(0, ("tp", "cp")),
             "world": (0, dims.world_size - 1),
         }
-        self._sizes = {axis: len(members) for axis, members in groups.items()}
-        self._bandwidths = {
-            axis: self._bandwidth(members) for axis, members in groups.items()
-        }
+        self._sizes = dict[Axis, int]()
+        self._bandwidths = dict[Axis, float]()
+        for axis, members in groups.items():
+            self._sizes[axis] = len(members)
+            self._bandwidths[axis] = self._bandwidth(members)
 
     def _bandwidth(self, members: tuple[int, ...]) -> float:
-        within = sum(member < self.hardware.node_size for member in members)
-        return (
-            self.hardware.link_bandwidth
-            if within == len(members)
-            else self.hardware.link(within)
-        )
+        in_first_node = sum(member < self.hardware.node_size for member in members)
+        if in_first_node == len(members):
+            return self.hardware.link_bandwidth
+        return self.hardware.link(in_first_node)
 
     def seconds(self, axis: Axis, kind: Kind, size: float) -> float:
-        """Of `size` bytes handed over, by rings: each of n ranks passes on n - 1 parts
-        (two rounds of them in an all-reduce).
+        """Returns the seconds of a collective of `size` bytes.
+
+        Ring algorithms are assumed, in which each of n ranks sends n - 1 parts, or twice
+        as many for an all-reduce (nccl-tests, doc/PERFORMANCE.md).
         """
         n = self._sizes[axis]
-        passed = {
+        sent_share = {
             "all_reduce": 2 * (n - 1) / n,
             "reduce_scatter": (n - 1) / n,
             "all_to_all": (n - 1) / n,
             "all_gather": n - 1,
             "send": 1,
         }
-        return passed[kind] * size / self._bandwidths[axis]
+        return sent_share[kind] * size / self._bandwidths[axis]
 
-    def total(self, sent: Tally, ways: Iterable[tuple[Axis, Kind]]) -> float:
-        """Of these parts of a tally."""
-        return sum(self.seconds(axis, kind, sent.bytes[axis, kind]) for axis, kind in ways)
+    def total(self, tally: Tally, keys: Iterable[tuple[Axis, Kind]]) -> float:
+        """Returns the seconds of these entries of a tally."""
+        seconds = 0.0
+        for axis, kind in keys:
+            seconds += self.seconds(axis, kind, tally.bytes[axis, kind])
+        return seconds

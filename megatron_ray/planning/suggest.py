@@ -1,17 +1,17 @@
-"""Which layout of a job is quickest among those that fit.
+"""Searches the fastest layout of a job among those that fit into memory.
 
-Owns: trying layouts, ranking them, naming the nearest one.
+Tried are tp, pp, vpp, cp, ep, the micro batch size and recomputation, with dp what is
+left; model, data and batch stay as they are. Which layouts are legal is decided by
+`validation`.
 
-What is legal is for `validation` to say; nothing is assumed here but sizes worth
-trying. Model, data and batch stay as they are: tried are tp, pp, vpp, cp, ep, micro
-batch and recomputation, with dp what is left. Pure. Must not know: the service, a
-cluster.
+Owns: which layouts are tried, ranking them, and finding the nearest one. Pure. Must not
+know: the service, a cluster.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from operator import itemgetter
+from typing import Any
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
@@ -25,151 +25,165 @@ from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import RankMemory, state_memory, with_activations
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble_share
-from megatron_ray.planning.step_time import StepTime, Update, parts_with, step_update
+from megatron_ray.planning.step_time import StepTime, UpdateTime, step_parts, step_update
 from megatron_ray.validation import check
 
-_DEEPEST = 64
+_MOST_STAGES = 64
 _MOST_CHUNKS = 8
+_MOST_CONTEXT_RANKS = 64
 _MOST_EXPERT_RANKS = 64
-_SHORTEST_PART = 8192
-"""Tokens of a sequence on a context-parallel rank below which cutting it further is not
-tried."""
+_LEAST_TOKENS = 8192
+"""Tokens of a sequence on a context-parallel rank; larger cp is not tried."""
 _MICRO_BATCHES = (1, 2, 4, 8)
 _RECOMPUTE = (
     RecomputeConfig(),
     RecomputeConfig(granularity="selective", modules=("norm", "activation")),
     RecomputeConfig(granularity="full", method="uniform", num_layers=1),
 )
-"""From the quickest to the one that keeps least."""
-_WORST_BUBBLE = 0.5
+"""From the fastest to the one that keeps least."""
+_MOST_BUBBLE = 0.5
+"""Largest share of a step in which the pipeline may be idle."""
 
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A layout that fits, with what it comes to."""
+    """A layout that fits, with its estimates."""
 
     config: TrainConfig
     memory: RankMemory
-    """Of its fullest rank."""
+    """Memory of the most loaded rank."""
     time: StepTime
 
     @property
     def changes(self) -> dict[str, object]:
-        """The fields that say it, by path."""
+        """The fields of the layout, by path."""
         parallel = self.config.parallel
         training = self.config.training
-        axes = ("tp", "pp", "vpp", "cp", "ep", "dp", "sequence_parallel", "layout")
-        found: dict[str, object] = {
-            f"parallel.{name}": getattr(parallel, name) for name in axes
-        }
+        fields: dict[str, object] = {}
+        for name in ("tp", "pp", "vpp", "cp", "ep", "dp", "sequence_parallel", "layout"):
+            fields[f"parallel.{name}"] = getattr(parallel, name)
         if self.config.model.moe is not None:
-            found["parallel.etp"] = parallel.etp
-        found["training.micro_batch_size"] = training.micro_batch_size
-        found["training.recompute"] = training.recompute.model_dump(exclude_none=True)
-        return found
+            fields["parallel.etp"] = parallel.etp
+        fields["training.micro_batch_size"] = training.micro_batch_size
+        fields["training.recompute"] = training.recompute.model_dump(exclude_none=True)
+        return fields
 
 
 def suggest(
     config: TrainConfig, world: int, hardware: Hardware, most: int = 10
 ) -> list[Suggestion]:
-    """The quickest legal layouts on `world` ranks that fit into the device's memory,
-    one per choice of degrees, quickest first. Empty where there is none, and where
-    steps cannot be estimated. The vocabulary must be known. Raises ValueError
-    otherwise.
+    """Returns the fastest legal layouts on `world` ranks that fit, fastest first.
 
-    Layouts are looked at in the order of what they take at least, until no other one
-    can be among the `most`.
+    They are one per choice of degrees, and `most` at most. Empty when none fits, or when
+    the device has no figures for the precision.
+
+    Raises ValueError while the vocabulary is not known.
     """
     if config.training.precision not in hardware.efficiencies:
         return []
-    best: list[Suggestion] = []
-    for least, layout in sorted(
-        (
-            (_least_time(layout, hardware), layout)
-            for layout in _layouts(config, world, hardware)
-        ),
-        key=itemgetter(0),
-    ):
-        if len(best) == most and least >= best[-1].time.step_s:
+    candidates = list[tuple[float, TrainConfig]]()
+    for layout in _layouts(config, world, hardware):
+        candidates.append((_least_time(layout, hardware), layout))
+    candidates.sort(key=_seconds)
+    fastest = list[Suggestion]()
+    for least, layout in candidates:
+        # No layout from here on takes less than `least`, so the list is complete.
+        if len(fastest) == most and least >= fastest[-1].time.step_s:
             break
-        if (found := _best(layout, world, hardware)) is not None:
-            best = sorted([*best, found], key=lambda suggestion: suggestion.time.step_s)[
-                :most
-            ]
-    return best
+        suggestion = _best(layout, world, hardware)
+        if suggestion is not None:
+            fastest.append(suggestion)
+            fastest.sort(key=_step_seconds)
+            del fastest[most:]
+    return fastest
 
 
 def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion | None:
-    """The layout that fits and changes the fewest degrees, the quickest of those; None
-    where none fits.
+    """Returns the fastest of the layouts that fit and change the fewest degrees.
+
+    None when no layout fits, or when the device has no figures for the precision.
     """
     if config.training.precision not in hardware.efficiencies:
         return None
-    axes = ("tp", "pp", "vpp", "cp", "ep")
-    by_distance: dict[int, list[TrainConfig]] = {}
+    by_changes: dict[int, list[TrainConfig]] = {}
     for layout in _layouts(config, world, hardware):
-        changed = sum(
-            getattr(layout.parallel, axis) != getattr(config.parallel, axis)
-            for axis in axes
-        )
-        by_distance.setdefault(changed, []).append(layout)
-    for _, layouts in sorted(by_distance.items()):
-        found = [
-            best
-            for layout in layouts
-            if (best := _best(layout, world, hardware)) is not None
-        ]
-        if found:
-            return min(found, key=lambda suggestion: suggestion.time.step_s)
+        by_changes.setdefault(_num_changes(config, layout), []).append(layout)
+    for _, layouts in sorted(by_changes.items()):
+        fastest: Suggestion | None = None
+        for layout in layouts:
+            suggestion = _best(layout, world, hardware)
+            if suggestion is None:
+                continue
+            if fastest is None or suggestion.time.step_s < fastest.time.step_s:
+                fastest = suggestion
+        if fastest is not None:
+            return fastest
     return None
 
 
+def _num_changes(config: TrainConfig, layout: TrainConfig) -> int:
+    changes = 0
+    for axis in ("tp", "pp", "vpp", "cp", "ep"):
+        changes += getattr(layout.parallel, axis) != getattr(config.parallel, axis)
+    return changes
+
+
+def _seconds(candidate: tuple[float, TrainConfig]) -> float:
+    return candidate[0]
+
+
+def _step_seconds(suggestion: Suggestion) -> float:
+    return suggestion.time.step_s
+
+
 def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
-    """Seconds below which no micro batch of a layout stays: nothing recomputed, the
-    first pipeline rank alone, no update.
+    """Returns a lower bound of a layout's step time over all micro batch sizes.
+
+    It is that of the first pipeline rank alone, without recomputation and update.
     """
     precision = layout.training.precision
-    found = []
-    first = RankBuffers(0, 0, (), ())
+    first_rank = RankBuffers(0, 0, (), ())
+    least = float("inf")
     for size in _micro_batches(layout):
-        training = layout.training.model_copy(update={"micro_batch_size": size})
-        parts = parts_with(
-            layout.model_copy(update={"training": training}),
+        parts = step_parts(
+            _with_training(layout, micro_batch_size=size),
             hardware,
             precision,
-            Update(0, 0, 0),
-            [first],
+            ranks=[first_rank],
+            update=UpdateTime(0, 0, 0),
         )
-        found.append(parts.step_time(hardware.efficiencies[precision]).step_s)
-    return min(found)
+        least = min(least, parts.step_time(hardware.efficiencies[precision]).step_s)
+    return least
 
 
-# ---- what is tried
+def _with_training(config: TrainConfig, **fields: Any) -> TrainConfig:
+    training = config.training.model_copy(update=fields)
+    return config.model_copy(update={"training": training})
+
+
+# ---- which layouts are tried
 
 
 def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[TrainConfig]:
-    """Degrees that could fit at all and that validation takes, with micro batches of
-    one and nothing recomputed.
+    """Yields legal layouts that could fit, with micro batches of one sample.
+
+    Nothing is recomputed in them.
     """
-    training = config.training.model_copy(
-        update={"micro_batch_size": 1, "recompute": RecomputeConfig()}
-    )
-    dense, of_experts = _least_bytes(config)
-    room = hardware.memory_bytes
+    base = _with_training(config, micro_batch_size=1, recompute=RecomputeConfig())
+    dense_bytes, expert_bytes = _least_bytes(config)
     for tp, pp, cp in product(
-        _powers(hardware.node_size), _divisors(world, _DEEPEST), _context(config)
+        _powers_of_two(hardware.node_size),
+        _divisors(world, _MOST_STAGES),
+        _context_sizes(config),
     ):
         if world % (tp * pp * cp):
             continue
         for vpp, (ep, etp) in product(
             _chunks(config.model.num_layers, pp), _expert_degrees(config)
         ):
-            if (
-                room is not None
-                and (dense / tp + of_experts / (ep * (etp or tp))) / pp > room
-            ):
+            least = (dense_bytes / tp + expert_bytes / (ep * (etp or tp))) / pp
+            if hardware.memory_bytes is not None and least > hardware.memory_bytes:
                 continue
-            layout = _layout(config.model, pp * vpp)
             fields = {
                 "tp": tp,
                 "pp": pp,
@@ -178,155 +192,169 @@ def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[Tr
                 "ep": ep,
                 "etp": etp,
                 "dp": world // (tp * pp * cp),
-                "layout": layout,
+                "layout": _layout(config.model, pp * vpp),
             }
-            fields |= {
-                "sequence_parallel": tp > 1,
-                "schedule": "auto",
-                "first_stage_layers": None,
-                "last_stage_layers": None,
-            }
-            tried = config.model_copy(
-                update={
-                    "parallel": config.parallel.model_copy(update=fields),
-                    "training": training,
-                }
-            )
-            if _worth_trying(tried, world):
-                yield tried
+            layout = _with_degrees(base, fields)
+            if _is_worth_trying(layout, world):
+                yield layout
 
 
-def _worth_trying(config: TrainConfig, world: int) -> bool:
+def _with_degrees(config: TrainConfig, fields: dict[str, Any]) -> TrainConfig:
+    # Fields that only made sense with the user's own degrees get their defaults.
+    defaults = {
+        "sequence_parallel": fields["tp"] > 1,
+        "schedule": "auto",
+        "first_stage_layers": None,
+        "last_stage_layers": None,
+    }
+    parallel = config.parallel.model_copy(update=fields | defaults)
+    return config.model_copy(update={"parallel": parallel})
+
+
+def _is_worth_trying(config: TrainConfig, world: int) -> bool:
     if check.find_problems(config, world):
         return False
-    return (
-        config.parallel.pp == 1
-        or bubble_share(plan_pipeline(config), num_microbatches(config)) <= _WORST_BUBBLE
-    )
+    if config.parallel.pp == 1:
+        return True
+    return bubble_share(plan_pipeline(config), num_microbatches(config)) <= _MOST_BUBBLE
 
 
 def _least_bytes(config: TrainConfig) -> tuple[float, float]:
-    """(of attention and MLPs, of experts): weights and the fp32 gradients of what is
-    trained, before they are cut over ranks; nothing under ZeRO-3.
+    """Returns the least bytes of dense layers and of experts, before they are split.
+
+    Those are weights, and fp32 gradients if all of them are trained. Embeddings are left
+    out, so that this is a lower bound; under ZeRO-3 it is 0.
     """
     model = config.model
     if config.parallel.zero == 3:
         return 0.0, 0.0
+    num_layers = model.num_layers + model.num_mtp_layers
     matrices = (3 if model.gated else 2) * model.hidden_size
-    mixtures = [
-        model.experts_on(layer) for layer in range(model.num_layers + model.num_mtp_layers)
-    ]
-    dense = (
-        len(mixtures) * attention_parameters(model)
-        + mixtures.count(None) * matrices * model.ffn_width
-    )
-    experts = sum(
-        moe.num_experts * matrices * model.expert_width
-        for moe in mixtures
-        if moe is not None
-    )
-    each = width_of(config) + (0 if config.optimizer.freeze else 4)
-    return float(dense * each), float(experts * each)
+    dense = num_layers * attention_parameters(model)
+    experts = 0
+    for layer in range(num_layers):
+        moe = model.experts_on(layer)
+        if moe is None:
+            dense += matrices * model.ffn_width
+        else:
+            experts += moe.num_experts * matrices * model.expert_width
+    bytes_per_weight = width_of(config)
+    if not config.optimizer.freeze:
+        bytes_per_weight += 4
+    return float(dense * bytes_per_weight), float(experts * bytes_per_weight)
 
 
-def _powers(most: int) -> list[int]:
-    return [1 << exponent for exponent in range(most.bit_length()) if 1 << exponent <= most]
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << exponent for exponent in range(most.bit_length())]
 
 
 def _divisors(number: int, most: int) -> list[int]:
     return [size for size in range(1, min(number, most) + 1) if number % size == 0]
 
 
-def _context(config: TrainConfig) -> list[int]:
-    """As given, and what leaves long enough parts of a sequence."""
-    longest = max(1, config.training.seq_length // _SHORTEST_PART)
-    return (
-        sorted({config.parallel.cp, *_powers(min(longest, 64))})
-        if config.parallel.hierarchical_cp_sizes is None
-        else [config.parallel.cp]
-    )
+def _context_sizes(config: TrainConfig) -> list[int]:
+    """Returns the given cp, and sizes that leave enough tokens on each rank."""
+    # The sizes of a hierarchy are given for one cp.
+    if config.parallel.hierarchical_cp_sizes is not None:
+        return [config.parallel.cp]
+    most = max(1, config.training.seq_length // _LEAST_TOKENS)
+    sizes = _powers_of_two(min(most, _MOST_CONTEXT_RANKS))
+    return sorted({config.parallel.cp, *sizes})
 
 
 def _chunks(num_layers: int, pp: int) -> list[int]:
     if pp == 1:
         return [1]
-    return [vpp for vpp in range(1, _MOST_CHUNKS + 1) if pp * vpp <= num_layers]
+    return list(range(1, min(_MOST_CHUNKS, num_layers // pp) + 1))
 
 
 def _layout(model: ModelConfig, stages: int) -> str | None:
-    """None where layers divide evenly; else embedding, head and layers that predict
-    further tokens count as a layer each, where that divides and the last stage has room
-    for those.
+    """Returns a layout string for stages of unequal numbers of layers, if one helps.
+
+    None where layers divide evenly. Otherwise embedding, head and each MTP layer count
+    as one layer, if that divides evenly and the last stage has room for them.
     """
-    further = model.num_mtp_layers
-    each, left = divmod(model.num_layers + further + 2, stages)
-    if model.num_layers % stages == 0 or left or each <= further or stages == 1:
+    num_mtp = model.num_mtp_layers
+    per_stage, rest = divmod(model.num_layers + num_mtp + 2, stages)
+    if model.num_layers % stages == 0 or stages == 1:
         return None
-    middle = f"({'t' * each}|)*{stages - 2}" if stages > 2 else ""
-    return f"E{'t' * (each - 1)}|{middle}{'t' * (each - 1 - further)}{'m' * further}L"
+    if rest or per_stage <= num_mtp:
+        return None
+    middle = ""
+    if stages > 2:
+        middle = f"({'t' * per_stage}|)*{stages - 2}"
+    first = "E" + "t" * (per_stage - 1)
+    last = "t" * (per_stage - 1 - num_mtp) + "m" * num_mtp + "L"
+    return f"{first}|{middle}{last}"
 
 
 def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:
-    """(ep, etp): experts dealt out, each whole unless the job says otherwise."""
+    """Returns (ep, etp) to try: experts are whole on a rank unless the job says etp."""
     moe = config.model.moe
     if moe is None:
         return [(1, None)]
-    return [
-        (ep, config.parallel.etp or 1)
-        for ep in _powers(min(moe.num_experts, _MOST_EXPERT_RANKS))
-        if moe.num_experts % ep == 0
-    ]
+    etp = config.parallel.etp or 1
+    sizes = _powers_of_two(min(moe.num_experts, _MOST_EXPERT_RANKS))
+    return [(ep, etp) for ep in sizes if moe.num_experts % ep == 0]
 
 
-# ---- what it comes to
+# ---- estimates of a layout
 
 
 def _best(layout: TrainConfig, world: int, hardware: Hardware) -> Suggestion | None:
-    """The quickest micro batch, each with as little recomputation as fits."""
+    """Returns the fastest micro batch size, each with as little recomputation as fits."""
     dims = ParallelDims.of(layout.parallel)
-    room = hardware.memory_bytes
-    kinds = distinct_buffers(layout, dims, plan_pipeline(layout))
-    states = [(held.pp_rank, state_memory(layout, dims, held)) for held in kinds]
-    if room is not None and max(state.total_bytes for _, state in states) > room:
-        return None
-    update = step_update(layout, hardware, kinds)
-    found = list[Suggestion]()
+    memory_limit = hardware.memory_bytes
+    ranks = distinct_buffers(layout, dims, plan_pipeline(layout))
+    states = list[tuple[int, RankMemory]]()
+    for buffers in ranks:
+        state = state_memory(layout, dims, buffers)
+        if memory_limit is not None and state.total_bytes > memory_limit:
+            return None
+        states.append((buffers.pp_rank, state))
+    # Weights, gradients and the update depend on neither micro batch nor recomputation.
+    update = step_update(layout, hardware, ranks)
+    fastest: Suggestion | None = None
     for size in _micro_batches(layout):
-        fitting = _fitting(layout, size, states, world, hardware)
-        if fitting is not None:
-            found.append(_timed(*fitting, hardware, update, kinds))
-    return min(found, key=lambda suggestion: suggestion.time.step_s, default=None)
+        config = _with_training(layout, micro_batch_size=size)
+        fitting = _least_recomputation(config, states, world, hardware)
+        if fitting is None:
+            continue
+        suggestion = _timed(*fitting, hardware, update, ranks)
+        if fastest is None or suggestion.time.step_s < fastest.time.step_s:
+            fastest = suggestion
+    return fastest
 
 
 def _micro_batches(layout: TrainConfig) -> list[int]:
     assert layout.parallel.dp != "auto"
-    each = layout.training.global_batch_size // layout.parallel.dp
-    return [size for size in _MICRO_BATCHES if each % size == 0]
+    samples = layout.training.global_batch_size // layout.parallel.dp
+    return [size for size in _MICRO_BATCHES if samples % size == 0]
 
 
-def _fitting(
+def _least_recomputation(
     layout: TrainConfig,
-    size: int,
     states: Sequence[tuple[int, RankMemory]],
     world: int,
     hardware: Hardware,
 ) -> tuple[TrainConfig, RankMemory] | None:
-    """With the least recomputation that fits."""
+    """Returns the config with the least recomputation that fits, and its memory.
+
+    `states` are pairs of pipeline rank and memory without activations.
+    """
     pipeline = plan_pipeline(layout)
-    room = hardware.memory_bytes
+    memory_limit = hardware.memory_bytes
     for recompute in _RECOMPUTE:
-        training = layout.training.model_copy(
-            update={"micro_batch_size": size, "recompute": recompute}
-        )
-        config = layout.model_copy(update={"training": training})
-        whole = [
-            with_activations(config, pipeline, state, pp_rank, hardware.device)
-            for pp_rank, state in states
-        ]
-        fullest = max(whole, key=lambda memory: memory.total_bytes)
-        if (room is None or fullest.total_bytes <= room) and not check.find_problems(
-            config, world
-        ):
+        config = _with_training(layout, recompute=recompute)
+        ranks = []
+        for pp_rank, state in states:
+            ranks.append(
+                with_activations(config, pipeline, state, pp_rank, hardware.device)
+            )
+        fullest = max(ranks, key=lambda memory: memory.total_bytes)
+        if memory_limit is not None and fullest.total_bytes > memory_limit:
+            continue
+        if not check.find_problems(config, world):
             return config, fullest
     return None
 
@@ -335,22 +363,19 @@ def _timed(
     config: TrainConfig,
     memory: RankMemory,
     hardware: Hardware,
-    update: Update,
-    kinds: Sequence[RankBuffers],
+    update: UpdateTime,
+    ranks: Sequence[RankBuffers],
 ) -> Suggestion:
     precision = config.training.precision
-    time = parts_with(config, hardware, precision, update, kinds).step_time(
-        hardware.efficiencies[precision]
-    )
-    return Suggestion(config, memory, time)
+    parts = step_parts(config, hardware, precision, ranks=ranks, update=update)
+    return Suggestion(config, memory, parts.step_time(hardware.efficiencies[precision]))
 
 
 def degrees(parallel: ParallelismConfig) -> str:
-    """Degrees above one, for people."""
-    sizes = {
-        axis: getattr(parallel, axis) for axis in ("tp", "pp", "vpp", "cp", "ep", "dp")
-    }
-    return (
-        " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1)
-        or "one rank"
-    )
+    """Returns the degrees above one as text, such as `tp=8 dp=4`."""
+    words = []
+    for axis in ("tp", "pp", "vpp", "cp", "ep", "dp"):
+        size = getattr(parallel, axis)
+        if size != 1:
+            words.append(f"{axis}={size}")
+    return " ".join(words) or "one rank"

@@ -1,10 +1,8 @@
-"""What a rank has to do in a step, in FLOP and bytes.
+"""Counts what a rank computes in a step: FLOPs and bytes of memory traffic.
 
-Owns: counting products, attention and trips to memory of each stage.
-
-These are what the hardware does, recomputation included; what MFU counts is in `flops`.
-Experts are taken to be balanced and everything to be trained. Pure. Must not know:
-torch, how fast a device is.
+These are what the hardware executes, recomputation included; what MFU counts is in
+`flops`. Experts are assumed to be balanced and all parameters to be trained. Pure. Must
+not know: torch, how fast a device is.
 """
 
 from collections.abc import Sequence
@@ -22,14 +20,14 @@ from megatron_ray.planning.microbatch import (
 
 @dataclass(frozen=True)
 class Work:
-    """Of one rank."""
+    """Operations of one rank, by what bounds their speed."""
 
     products: float = 0.0
-    """FLOP of matrix products."""
+    """FLOPs of matrix products."""
     attention: float = 0.0
-    """FLOP of attention that skips what is masked."""
+    """FLOPs of attention, which skips masked scores."""
     memory: float = 0.0
-    """Bytes read and written by everything that is bound by memory."""
+    """Bytes read and written by memory-bound operations."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
@@ -38,194 +36,247 @@ class Work:
             self.memory + other.memory,
         )
 
-    def __mul__(self, times: float) -> "Work":
-        return Work(self.products * times, self.attention * times, self.memory * times)
-
 
 def stage_work(config: TrainConfig, stage: StageContents) -> Work:
-    """Of one microbatch, forward and backward, with what is recomputed."""
-    kinds = {_kind(config, index): index for index in stage.layers}
-    known = {kind: _Layer(config, index) for kind, index in kinds.items()}
-    layers = [known[_kind(config, index)] for index in stage.layers]
-    found = sum((layer.forward + layer.backward for layer in layers), Work()) + _recomputed(
-        config, layers
-    )
-    embeddings = int(stage.embedding) + len(stage.mtp_layers)
-    found += Work(
-        memory=3.0
-        * embeddings
-        * own_tokens_of(config)
-        * config.model.hidden_size
-        * width_of(config)
-    )
+    """Returns the work of a stage for one microbatch, forward and backward.
+
+    Recomputation is included.
+    """
+    # Models have many layers of few kinds.
+    by_kind: dict[object, LayerWork] = {}
+    layers = []
+    for index in stage.layers:
+        kind = (config.model.experts_on(index) is not None, config.model.window_on(index))
+        if kind not in by_kind:
+            by_kind[kind] = layer_work(config, index)
+        layers.append(by_kind[kind])
+
+    work = Work()
+    for layer in layers:
+        work += layer.forward + layer.backward
+    work += _recomputed(config, layers)
+    # A look-up reads and writes hidden states, and its backward pass reads gradients.
+    lookups = int(stage.embedding) + len(stage.mtp_layers)
+    hidden_bytes = own_tokens_of(config) * config.model.hidden_size * width_of(config)
+    work += Work(memory=3.0 * lookups * hidden_bytes)
     for index in stage.further(config.model.num_layers):
-        layer = _Layer(config, index)
-        found += (
+        layer = layer_work(config, index)
+        work += (
             layer.forward
             + layer.backward
             + _recomputed(config, [layer])
-            + _joining(config)
+            + _mtp_projection(config)
             + _head(config)
         )
-    return found + _head(config) if stage.loss else found
-
-
-def _kind(config: TrainConfig, index: int) -> object:
-    """Equal for layers with the same work."""
-    return config.model.experts_on(index) is not None, config.model.window_on(index)
+    if stage.loss:
+        work += _head(config)
+    return work
 
 
 def update_work(updated: int, trained: int) -> Work:
-    """Of one step on a rank that updates `updated` of the `trained` elements it has
-    gradients of: zeroing them, the norm (4 bytes), scaling (8), AdamW (16 read, 12
-    written), new weights (2).
+    """Returns the work of the optimizer update on one rank.
+
+    The rank has gradients of `trained` elements and updates `updated` of them. Per
+    trained element zeroing writes 4 bytes. Per updated element the gradient norm reads
+    4, scaling reads and writes 8, AdamW reads 16 (weight, gradient, two moments) and
+    writes 12, and the new bf16 weight takes 2.
     """
     return Work(memory=4.0 * trained + 42.0 * updated)
 
 
 def _head(config: TrainConfig) -> Work:
-    """Three products with the vocabulary, and six passes over the logits."""
+    """Returns the work of the output head and the loss.
+
+    Three products with the vocabulary, and six passes over the logits.
+    """
     tokens = tokens_of(config)
     rows = local_vocabulary(config)
-    width = width_of(config)
     return Work(
-        6.0 * tokens * rows * config.model.hidden_size, 0.0, 6.0 * tokens * rows * width
+        products=6.0 * tokens * rows * config.model.hidden_size,
+        memory=6.0 * tokens * rows * width_of(config),
     )
 
 
-def _joining(config: TrainConfig) -> Work:
-    """Of a further token's embedding and what came before: three products of the
-    projection, whose fp32 gradient is read and written, and trips of the three norms (2
-    forward, 3 backward) and of putting two inputs into one (4 each way).
+def _mtp_projection(config: TrainConfig) -> Work:
+    """Returns the work of joining an embedding to the hidden state in an MTP layer.
+
+    The projection from 2 H to H has three products, and its fp32 gradient is read and
+    written. Memory traffic is that of three norms (2 passes forward, 3 backward) and of
+    concatenating two inputs (4 passes each way).
     """
     own = own_tokens_of(config)
     hidden = config.model.hidden_size
     return Work(
-        12.0 * own * hidden * hidden,
-        0.0,
-        23.0 * own * hidden * width_of(config) + 16.0 * hidden * hidden,
+        products=12.0 * own * hidden * hidden,
+        memory=23.0 * own * hidden * width_of(config) + 16.0 * hidden * hidden,
     )
 
 
-class _Layer:
-    """Work of one layer; `mlp` is the part of its forward after the attention."""
+@dataclass(frozen=True)
+class LayerWork:
+    """Work of one layer for one microbatch."""
 
-    def __init__(self, config: TrainConfig, index: int) -> None:
-        model = config.model
-        tp = config.parallel.tp
-        tokens = tokens_of(config)
-        own = own_tokens_of(config)
-        width = width_of(config)
-        heads = model.num_attention_heads // tp
-        seen = _keys_seen(config.training.seq_length, model.window_on(index))
-        inner, weights = self._inner(config, index)
-        matrices = 3 if model.gated else 2
-        residual = own * model.hidden_size * width
-        cut, whole, around = _around_attention(config)
-        activation = (
-            inner * matrices * width
-            # what the non-linearity reads and writes: gate and up, or up alone, and its
-            # output
-        )
-        self.core = Work(attention=4.0 * tokens * heads * model.head_width * seen)
-        self.mlp = Work(
-            2.0 * matrices * inner * model.hidden_size,
-            0.0,
-            float(5 * residual + activation),
-        )
-        self.forward = (
-            Work(2.0 * (tokens * cut + own * whole), 0.0, 5 * residual + around)
-            + self.core
-            + self.mlp
-        )
-        # Two products for each of the forward's; a fused kernel's backward makes five
-        # where its forward makes two.
-        products = 2 * self.forward.products
-        attention = 2.5 * self.core.attention
-        # fp32 gradients are read and written
-        accumulated = 8.0 * (cut + whole + weights)
-        self.backward = Work(
-            products, attention, 10 * residual + around + 5 / 3 * activation + accumulated
-        )
-
-    @staticmethod
-    def _inner(config: TrainConfig, index: int) -> tuple[int, int]:
-        """(numbers between the two products of all MLPs here, elements of their
-        weights).
-        """
-        model = config.model
-        parallel = config.parallel
-        tokens = tokens_of(config)
-        matrices = (3 if model.gated else 2) * model.hidden_size
-        moe = model.experts_on(index)
-        if moe is None:
-            return (
-                tokens * model.ffn_width // parallel.tp,
-                matrices * model.ffn_width // parallel.tp,
-            )
-        shared = (moe.shared_expert_ffn_hidden_size or 0) // parallel.tp
-        held = moe.num_experts // parallel.ep * (model.expert_width // parallel.expert_tp)
-        return own_tokens_of(
-            config
-        ) * moe.top_k * model.expert_width + tokens * shared, matrices * (held + shared)
+    core: Work
+    """Attention without projections, forward."""
+    mlp: Work
+    """MLP or experts with their norm, forward."""
+    forward: Work
+    """The whole layer, core and MLP included."""
+    backward: Work
 
 
-def _around_attention(config: TrainConfig) -> tuple[int, int, float]:
-    """(weights that all tokens of the rank go through, those that only the tokens do
-    that are cut here under sequence parallelism, bytes that rotating takes and, of
-    latent attention, norming the latents, putting heads together and cutting their
-    values back).
+def layer_work(config: TrainConfig, index: int) -> LayerWork:
+    """Returns the work of a layer (counted from 0) on one rank."""
+    model = config.model
+    residual = own_tokens_of(config) * model.hidden_size * width_of(config)
+    projections = _attention_projections(config)
+    mlp_elements, mlp_weights = _mlp_sizes(config, index)
+    matrices = 3 if model.gated else 2
+    # What the activation function reads and writes: gate and up, or up alone, and its
+    # output.
+    activation = mlp_elements * matrices * width_of(config)
+
+    core = _core_work(config, index)
+    # A norm and a residual addition make five passes over hidden states.
+    mlp = Work(
+        products=2.0 * matrices * mlp_elements * model.hidden_size,
+        memory=float(5 * residual + activation),
+    )
+    forward = core + mlp
+    forward += Work(
+        products=2.0 * projections.multiplications,
+        memory=5 * residual + projections.moved_bytes,
+    )
+
+    # Weight gradients are accumulated in fp32: 4 bytes read and 4 written per weight.
+    accumulated = 8.0 * (projections.num_weights + mlp_weights)
+    # The backward pass has two products for each of the forward's. A fused attention
+    # kernel has five in its backward where its forward has two.
+    backward = Work(
+        products=2 * forward.products,
+        attention=2.5 * core.attention,
+        memory=10 * residual + projections.moved_bytes + 5 / 3 * activation + accumulated,
+    )
+    return LayerWork(core, mlp, forward, backward)
+
+
+def _core_work(config: TrainConfig, index: int) -> Work:
+    """Returns the work of attention without projections, forward."""
+    model = config.model
+    heads = model.num_attention_heads // config.parallel.tp
+    seen = _average_keys(config.training.seq_length, model.window_on(index))
+    # 2 FLOPs per key and element for Q K^T, and 2 for the product with V.
+    return Work(attention=4.0 * tokens_of(config) * heads * model.head_width * seen)
+
+
+def _mlp_sizes(config: TrainConfig, index: int) -> tuple[int, int]:
+    """Returns the elements of all MLP activations and of all MLP weights on a rank.
+
+    Activations are those between the two products of an MLP, over all of its tokens.
     """
     model = config.model
+    parallel = config.parallel
+    tokens = tokens_of(config)
+    matrices = (3 if model.gated else 2) * model.hidden_size
+    moe = model.experts_on(index)
+    if moe is None:
+        activations = tokens * model.ffn_width // parallel.tp
+        return activations, matrices * model.ffn_width // parallel.tp
+    shared_width = (moe.shared_expert_ffn_hidden_size or 0) // parallel.tp
+    local_experts = moe.num_experts // parallel.ep
+    local_width = model.expert_width // parallel.expert_tp
+    # With balanced experts a rank has as many rows as its own tokens choose experts.
+    routed = own_tokens_of(config) * moe.top_k * model.expert_width
+    activations = routed + tokens * shared_width
+    return activations, matrices * (local_experts * local_width + shared_width)
+
+
+@dataclass(frozen=True)
+class _Projections:
+    """The projections of attention on one rank, and the operations around its core."""
+
+    num_weights: int
+    multiplications: int
+    """Multiplications of a forward pass: tokens x weights that they are multiplied by."""
+    moved_bytes: float
+    """Bytes read and written by operations between projections and core."""
+
+
+def _attention_projections(config: TrainConfig) -> _Projections:
+    model = config.model
+    mla = model.mla
+    if mla is not None:
+        return _latent_projections(config)
     tp = config.parallel.tp
     tokens = tokens_of(config)
-    own = own_tokens_of(config)
-    width = width_of(config)
-    heads = model.num_attention_heads // tp
-    groups = max(model.kv_heads, tp) // tp
+    # Queries and outputs, keys and values; a key/value head is replicated where there
+    # are fewer of them than tp ranks.
+    heads = model.num_attention_heads // tp + max(model.kv_heads, tp) // tp
+    weights = model.hidden_size * 2 * heads * model.head_width
+    # Rotation reads and writes queries and keys.
+    rotated = 2.0 * tokens * heads * model.head_width * width_of(config)
+    return _Projections(weights, tokens * weights, rotated)
+
+
+def _latent_projections(config: TrainConfig) -> _Projections:
+    """Returns the projections of latent attention.
+
+    Those from and to heads are split over tp; those to the latents are whole on every
+    rank, and apply to its own tokens only.
+    """
+    model = config.model
     mla = model.mla
-    if mla is None:
-        return (
-            model.hidden_size * 2 * (heads + groups) * model.head_width,
-            0,
-            2.0 * tokens * (heads + groups) * model.head_width * width,
-        )
-    queries = mla.q_lora_rank or model.hidden_size
-    outputs = mla.qk_nope_head_dim + mla.v_head_dim
-    cut = heads * (
-        queries * mla.qk_head_dim
-        + mla.kv_lora_rank * outputs
+    assert mla is not None
+    tokens = tokens_of(config)
+    own = own_tokens_of(config)
+    heads = model.num_attention_heads // config.parallel.tp
+    key_value_width = mla.qk_nope_head_dim + mla.v_head_dim
+    split_weights = heads * (
+        (mla.q_lora_rank or model.hidden_size) * mla.qk_head_dim
+        + mla.kv_lora_rank * key_value_width
         + mla.v_head_dim * model.hidden_size
     )
     latents = (mla.q_lora_rank or 0) + mla.kv_lora_rank
-    # Read are queries, and keys with values; written three of full width; values are
-    # cut out of what is attended to.
-    moved = heads * (4 * mla.qk_head_dim + outputs + 2 * mla.v_head_dim)
-    return (
-        cut,
-        model.hidden_size * (latents + mla.qk_rope_head_dim),
-        float(width * (tokens * moved + 2 * own * latents)),
+    whole_weights = model.hidden_size * (latents + mla.qk_rope_head_dim)
+    # Queries are read, and keys with values; queries, keys and padded values are written
+    # at full width; values are cut out of the output. Latents are normed.
+    moved = heads * (4 * mla.qk_head_dim + key_value_width + 2 * mla.v_head_dim)
+    moved_bytes = float(width_of(config) * (tokens * moved + 2 * own * latents))
+    return _Projections(
+        split_weights + whole_weights,
+        tokens * split_weights + own * whole_weights,
+        moved_bytes,
     )
 
 
-def _keys_seen(length: int, window: int | None) -> float:
-    """On average, by a token of a sequence."""
+def _average_keys(length: int, window: int | None) -> float:
+    """Returns how many keys a token of a sequence attends to on average.
+
+    Token i of a causal sequence attends to min(i, window) keys.
+    """
     if window is None or window >= length:
         return length / 2
     return window - window * window / (2 * length)
 
 
-def _recomputed(config: TrainConfig, layers: Sequence[_Layer]) -> Work:
+def _recomputed(config: TrainConfig, layers: Sequence[LayerWork]) -> Work:
+    """Returns the work of the second forward passes."""
     recompute = config.training.recompute
+    work = Work()
     if recompute.granularity == "full":
-        again = layers if recompute.method == "uniform" else layers[: recompute.num_layers]
-        return sum((layer.forward for layer in again), Work())
-    found = Work()
+        recomputed = layers
+        if recompute.method == "block":
+            recomputed = layers[: recompute.num_layers]
+        for layer in recomputed:
+            work += layer.forward
+        return work
+    modules = recompute.chosen_modules
     for layer in layers:
-        if "core_attention" in recompute.chosen_modules:
-            found += layer.core
-        if {"mlp", "moe"} & set(recompute.chosen_modules):
-            found += layer.mlp
-        elif {"norm", "activation"} & set(recompute.chosen_modules):
-            found += Work(memory=layer.mlp.memory)
-    return found
+        if "core_attention" in modules:
+            work += layer.core
+        if "mlp" in modules or "moe" in modules:
+            work += layer.mlp
+        elif "norm" in modules or "activation" in modules:
+            # Norms and activation functions have no products.
+            work += Work(memory=layer.mlp.memory)
+    return work

@@ -1,102 +1,108 @@
-"""Whether a config makes sense.
+"""Checks a whole config: calls the rules of every area.
 
-Owns: putting the rules of all areas together.
-
-Single-field bounds live in the config's types; what needs two fields lives beside this
-file, and only there. Pure. Must not know: Ray, HTTP.
+Bounds of single fields are part of the config's types. Rules that relate two or more
+fields are functions `..._problems` of the modules beside this one, and only there.
+Pure. Must not know: Ray, HTTP.
 """
 
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.validation import experts, latent_attention, layout
+from megatron_ray.validation import experts, freezing, latent_attention, layout, recompute
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
+_RULES = (
+    layout.order_problems,
+    layout.tensor_parallel_problems,
+    experts.expert_problems,
+    latent_attention.latent_attention_problems,
+    latent_attention.mtp_problems,
+    layout.context_parallel_problems,
+    layout.zero_problems,
+    layout.pipeline_problems,
+    model_rules.model_problems,
+    training_rules.length_problems,
+    training_rules.sample_problems,
+    training_rules.schedule_problems,
+    training_rules.dropout_problems,
+    recompute.recompute_problems,
+)
+"""Rules in the order in which their problems are listed."""
+
 
 def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
-    """All problems at once, in field order; `world_size` adds the rules that need it
-    (ranks available or started).
+    """Returns all problems of a config at once.
+
+    `world_size` is the number of ranks started or available; None skips the rule that
+    needs it.
     """
-    problems = [
-        *layout.order(config),
-        *layout.tensor_parallel(config),
-        *experts.experts(config),
-        *latent_attention.latent_attention(config),
-        *latent_attention.further_tokens(config),
-        *layout.context_parallel(config),
-        *layout.sharding(config),
-        *layout.pipeline(config),
-        *model_rules.parts(config),
-        *training_rules.lengths(config),
-        *training_rules.samples(config),
-        *training_rules.schedule(config),
-        *training_rules.dropout(config),
-        *training_rules.recompute(config),
-    ]
-    if not problems:
-        problems += [*training_rules.frozen(config), *_batch(config, world_size)]
-    return problems
+    problems = list[Problem]()
+    for rule in _RULES:
+        problems += rule(config)
+    if problems:
+        return problems
+    # The rules below enumerate parameters and ranks, which takes a config whose layout
+    # is consistent.
+    return [*freezing.freezing_problems(config), *_batch_problems(config, world_size)]
 
 
-def _batch(config: TrainConfig, world: int | None) -> list[Problem]:
+def _batch_problems(config: TrainConfig, world_size: int | None) -> list[Problem]:
     parallel = config.parallel
-    training = config.training
-    found = []
-    model = parallel.tp * parallel.pp * parallel.cp
-    micro = training.micro_batch_size
-    batch = training.global_batch_size
-    step = expert_dp_multiple(config)
-    dp = least_dp(config) if parallel.dp == "auto" else parallel.dp
-    if dp % step:
-        text = (
-            f"etp x ep = {parallel.expert_tp} x {parallel.ep} must divide tp x cp x dp = "
-            f"{parallel.tp} x {parallel.cp} x {dp}"
-        )
-        found.append(
-            Problem(
-                "/parallel/ep",
-                "expert_grid",
-                f"{text}; use a dp that is a multiple of {step}, or lower ep or etp",
-            )
-        )
-    elif (dp * parallel.cp) % parallel.zero_replicas == 0:
-        try:
-            ParallelDims.of(parallel.model_copy(update={"dp": dp}))
-        # all that is left to say is that the stages of the two grids do not fit
-        except ValueError as error:
-            found.append(Problem("/parallel/order", "expert_grid", str(error)))
+    # With dp=auto the smallest dp stands for all: the others are multiples of it.
+    dp = parallel.dp
+    if dp == "auto":
+        dp = least_dp(config)
+    problems = _grid_problems(config, dp)
+
+    micro = config.training.micro_batch_size
+    batch = config.training.global_batch_size
     if batch % (micro * dp):
-        text = (
+        detail = (
             f"global_batch_size={batch} is not a multiple of micro_batch_size x dp = {micro} x "
             f"{dp}; make it one"
         )
-        found.append(Problem("/training/global_batch_size", "batch_divides", text))
-    if parallel.dp != "auto" and (dp * parallel.cp) % parallel.zero_replicas:
-        text = (
+        problems.append(Problem("/training/global_batch_size", "batch_divides", detail))
+    if not _replicas_divide(parallel, dp):
+        detail = (
             f"zero_replicas={parallel.zero_replicas} does not divide dp x cp = {dp} x "
             f"{parallel.cp}; use a divisor of {dp * parallel.cp}"
         )
-        found.append(Problem("/parallel/zero_replicas", "replicas_divide", text))
-    if world is not None and model * dp > world:
-        text = (
+        problems.append(Problem("/parallel/zero_replicas", "replicas_divide", detail))
+
+    ranks = parallel.tp * parallel.pp * parallel.cp * dp
+    if world_size is not None and ranks > world_size:
+        detail = (
             f"tp x pp x cp x dp = {parallel.tp} x {parallel.pp} x {parallel.cp} x {dp} = "
-            f"{model * dp} ranks, but there is room for {world}"
+            f"{ranks} ranks, but there is room for {world_size}; lower a degree or add nodes"
         )
-        found.append(
-            Problem("/parallel", "world_fits", text + "; lower a degree or add nodes")
-        )
-    return found or _grids(parallel.model_copy(update={"dp": dp}))
+        problems.append(Problem("/parallel", "world_fits", detail))
+    return problems
 
 
-def _grids(parallel: ParallelismConfig) -> list[Problem]:
-    """What is left to go wrong when dense layers and experts are dealt out: an order
-    that separates their stages.
-    """
+def _grid_problems(config: TrainConfig, dp: int) -> list[Problem]:
+    """Returns why the dense and the expert grid do not cover the same ranks."""
+    parallel = config.parallel
+    multiple = expert_dp_multiple(config)
+    if dp % multiple:
+        detail = (
+            f"etp x ep = {parallel.expert_tp} x {parallel.ep} must divide tp x cp x dp = "
+            f"{parallel.tp} x {parallel.cp} x {dp}; use a dp that is a multiple of {multiple}, "
+            "or lower ep or etp"
+        )
+        return [Problem("/parallel/ep", "expert_grid", detail)]
+    if not _replicas_divide(parallel, dp):
+        return []  # ParallelDims would refuse it for that reason, which has its own rule
     try:
-        ParallelDims.of(parallel)
+        ParallelDims.of(parallel.model_copy(update={"dp": dp}))
     except ValueError as error:
-        return [Problem("/parallel/order", "grids", str(error))]
+        # Sizes are known to divide by now. What is left is an order of axes that puts
+        # the pipeline stages of the two grids on different ranks.
+        return [Problem("/parallel/order", "expert_grid", str(error))]
     return []
+
+
+def _replicas_divide(parallel: ParallelismConfig, dp: int) -> bool:
+    return dp * parallel.cp % parallel.zero_replicas == 0

@@ -1,6 +1,6 @@
-"""Rules of a run that begins with given weights.
+"""Checks that the model of a run fits the weights that it starts from.
 
-Owns: what of a model decides its function, and where a run contradicts its weights.
+Owns: which fields of a model decide what its weights compute.
 
 Pure. Must not know: files, formats.
 """
@@ -19,8 +19,8 @@ _TRAINING_ONLY = (
     "vocab_multiple",
     "full_attention_every",
 )
-"""Of no consequence for what given weights compute (the last one counts through the
-window of each layer)."""
+"""Fields that do not change what given weights compute. full_attention_every is among
+them because the signature lists the window of every layer instead."""
 _MOE_TRAINING_ONLY = (
     "aux_loss_coeff",
     "aux_loss",
@@ -30,65 +30,70 @@ _MOE_TRAINING_ONLY = (
     "pad_to_capacity",
     "drop_policy",
 )
-_STRETCHES = ("rope_theta", "rope_scaling", "sliding_window")
-"""A run may change these on purpose, to learn longer sequences; at their defaults they
-were more likely forgotten."""
+_LONG_CONTEXT_FIELDS = ("rope_theta", "rope_scaling", "sliding_window")
+"""Fields that a run may change on purpose, to train on longer sequences. Where they have
+their defaults they were more likely forgotten."""
 
 
 def model_signature(model: ModelConfig) -> dict[str, Any]:
-    """What decides which weights a model has and what they compute, by dotted field;
-    equal for equal functions.
+    """Returns what decides which weights a model has and what they compute.
+
+    Keys are dotted field names. Two models that compute the same function have equal
+    signatures, however their configs are written.
     """
-    fields = {
-        name: value
-        for name, value in model.model_dump(mode="json").items()
-        if name not in _TRAINING_ONLY
-    }
-    every_layer = range(model.num_layers)
-    fields["sliding_window"] = model.sliding_window and [
-        model.window_on(layer) for layer in every_layer
-    ]
+    fields = model.model_dump(mode="json")
+    for name in _TRAINING_ONLY:
+        del fields[name]
+    if model.sliding_window is not None:
+        fields["sliding_window"] = [
+            model.window_on(layer) for layer in range(model.num_layers)
+        ]
     fields["qkv_bias"] = model.has_qkv_bias
+    # Fields without effect get one value, whatever they were set to.
     if model.position_embedding != "rope":
-        fields |= {"rope_theta": None, "rope_scaling": None}
+        fields["rope_theta"] = None
+        fields["rope_scaling"] = None
     if model.mla is not None:
-        fields |= {"head_dim": None, "num_query_groups": None}
+        fields["head_dim"] = None
+        fields["num_query_groups"] = None
     if model.mtp is not None:
         fields["mtp"] = model.mtp.num_layers
-    moe = fields.pop("moe")
-    width = fields.pop("ffn_hidden_size")
-    if model.moe is not None:
-        layers = [model.moe.on_layer(layer) for layer in every_layer]
-        width = None if all(layers) else width
-        moe = {
-            name: value for name, value in moe.items() if name not in _MOE_TRAINING_ONLY
-        } | {"layer_pattern": layers}
-    return (
-        fields
-        | {f"moe.{name}": value for name, value in (moe or {"num_experts": None}).items()}
-        | {"ffn_hidden_size": width}
-    )
+    ffn_width = fields.pop("ffn_hidden_size")
+    if all(model.experts_on(layer) is not None for layer in range(model.num_layers)):
+        ffn_width = None  # no layer has a plain MLP
+    del fields["moe"]
+    for name, value in _moe_signature(model).items():
+        fields[f"moe.{name}"] = value
+    fields["ffn_hidden_size"] = ffn_width
+    return fields
+
+
+def _moe_signature(model: ModelConfig) -> dict[str, Any]:
+    if model.moe is None:
+        return {"num_experts": None}
+    fields = model.moe.model_dump(mode="json")
+    for name in _MOE_TRAINING_ONLY:
+        del fields[name]
+    fields["layer_pattern"] = [
+        model.moe.on_layer(layer) for layer in range(model.num_layers)
+    ]
+    return fields
 
 
 def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
-    """Where a run's model is not the one that the weights it begins with were made for,
-    in field order.
+    """Returns where a run's model contradicts the model of its initial weights.
 
     The vocabulary must be equal; a run that leaves it out takes that of the weights
-    (`with_vocabulary_of`). Longer sequences are the run's affair where positions are
-    not learned, and so are rotary frequencies and windows that it sets itself.
+    (`with_vocabulary_of`). A run may have longer sequences where positions are not
+    learned, and may set rotary frequencies and windows of its own.
     """
     own = model_signature(model)
-    theirs = model_signature(weights)
+    expected = model_signature(weights)
     if (model.moe is None) != (weights.moe is None):
-        own, theirs = (
-            {
-                name: value
-                for name, value in of.items()
-                if not name.startswith("moe.") or name == "moe.num_experts"
-            }
-            for of in (own, theirs)
-        )
+        # One problem says that only one of them has experts; the fields inside `moe`
+        # would only repeat it.
+        own = _without_moe_details(own)
+        expected = _without_moe_details(expected)
     defaults = model_signature(
         ModelConfig(
             num_layers=model.num_layers,
@@ -96,37 +101,44 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
             num_attention_heads=1,
         )
     )
-    found = []
-    for field in dict.fromkeys((*own, *theirs)):
+    problems = []
+    for field in dict.fromkeys((*own, *expected)):
         value = own.get(field)
-        needed = theirs.get(field)
-        chosen = field in _STRETCHES and value != defaults[field]
-        longer = field == "max_sequence_length" and model.position_embedding != "learned"
-        left_out = field == "mtp" and value is None
-        if not _same(value, needed) and not (chosen or longer or left_out):
-            text = (
-                f"{field}={value!r} contradicts the weights of checkpoint.start_from, which "
-                f"were made with {needed!r}"
-            )
-            found.append(
-                Problem(
-                    f"/model/{field.replace('.', '/')}",
-                    "start_from_model",
-                    f"{text}; set it to that",
-                )
-            )
-    return found
+        needed = expected.get(field)
+        is_chosen = field in _LONG_CONTEXT_FIELDS and value != defaults[field]
+        if _is_same(value, needed) or is_chosen or _may_differ(model, field, value):
+            continue
+        detail = (
+            f"{field}={value!r} contradicts the weights of checkpoint.start_from, which "
+            f"were made with {needed!r}; set it to that"
+        )
+        pointer = f"/model/{field.replace('.', '/')}"
+        problems.append(Problem(pointer, "start_from_model", detail))
+    return problems
 
 
-def _same(value: Any, other: Any) -> bool:
-    """Numbers may have been rounded on their way through a file."""
-    return value == other or (
-        isinstance(value, float)
-        and isinstance(other, float)
-        and isclose(value, other, rel_tol=1e-6)
-    )
+def _without_moe_details(signature: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in signature.items()
+        if name == "moe.num_experts" or not name.startswith("moe.")
+    }
+
+
+def _may_differ(model: ModelConfig, field: str, value: Any) -> bool:
+    if field == "max_sequence_length":
+        return model.position_embedding != "learned"
+    # A run may leave out the MTP layers of its initial weights.
+    return field == "mtp" and value is None
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    if isinstance(value, float) and isinstance(other, float):
+        # Numbers may have been rounded on their way through a file.
+        return isclose(value, other, rel_tol=1e-6)
+    return bool(value == other)
 
 
 def with_vocabulary_of(model: ModelConfig, weights: ModelConfig) -> ModelConfig:
-    """The model with the vocabulary of the weights where it has none of its own."""
+    """Returns the model with the vocabulary of the weights where it has none itself."""
     return model.model_copy(update={"vocab_size": model.vocab_size or weights.vocab_size})

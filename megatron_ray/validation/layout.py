@@ -1,14 +1,12 @@
-"""Rules of how a model is spread over ranks.
+"""Checks how a model is spread over ranks.
 
-Owns: what tensor, context, pipeline and data parallelism ask of each other and of the
-model.
-
-Each gives its problems, none when it is kept. Pure. Must not know: experts, how many
-ranks there are.
+Owns: what tensor, context, pipeline and data parallelism require of each other and of
+the model. Pure. Must not know: experts, how many ranks there are.
 """
 
 from math import prod
 
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ORDER
@@ -16,149 +14,171 @@ from megatron_ray.pipeline_parallel.schedules.layout import LayoutError
 from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 
 
-def order(config: TrainConfig) -> list[Problem]:
+def order_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of `parallel.order`, which must name every axis once."""
     order = config.parallel.order
     if sorted(order.split("-")) == sorted(ORDER):
         return []
-    names = ", ".join(ORDER)
-    text = f"order={order} must name each of {names} once; Megatron's is {'-'.join(ORDER)}"
-    return [Problem("/parallel/order", "order", text)]
+    detail = (
+        f"order={order} must name each of {', '.join(ORDER)} once; Megatron's is "
+        f"{'-'.join(ORDER)}"
+    )
+    return [Problem("/parallel/order", "order", detail)]
 
 
-def tensor_parallel(config: TrainConfig) -> list[Problem]:
+def tensor_parallel_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of tensor and sequence parallelism: what tp must divide."""
     model = config.model
     tp = config.parallel.tp
     sizes = {
         "num_attention_heads": model.num_attention_heads,
         "ffn_hidden_size": model.ffn_width,
     }
-    found = [
-        Problem(
-            "/parallel/tp",
-            "tp_divides",
-            f"tp={tp} does not divide model.{name}={size}; use a tp that divides both, or "
-            f"another {name}",
-        )
-        for name, size in sizes.items()
-        if size % tp
-    ]
-    if not found and tp % model.kv_heads and model.kv_heads % tp:
-        text = (
-            f"tp={tp} is neither a multiple nor a divisor of "
-            f"model.num_query_groups={model.kv_heads}, so heads cannot be dealt out"
-        )
-        found.append(
-            Problem(
-                "/parallel/tp",
-                "tp_divides",
-                f"{text}; use a tp that is one of both, or another num_query_groups",
+    problems = []
+    for name, size in sizes.items():
+        if size % tp:
+            detail = (
+                f"tp={tp} does not divide model.{name}={size}; use a tp that divides both, or "
+                f"another {name}"
             )
+            problems.append(Problem("/parallel/tp", "tp_divides", detail))
+    # With fewer key/value heads than ranks each head is replicated on tp / kv_heads
+    # neighbouring ranks.
+    if not problems and tp % model.kv_heads and model.kv_heads % tp:
+        detail = (
+            f"tp={tp} is neither a multiple nor a divisor of "
+            f"model.num_query_groups={model.kv_heads}, so key/value heads cannot be split "
+            "evenly; use a tp that is one of both, or another num_query_groups"
         )
-    part = tp * config.parallel.cp
-    if config.parallel.sequence_parallel and config.training.seq_length % part:
-        text = (
-            f"sequence_parallel cuts seq_length={config.training.seq_length} into tp x cp = "
-            f"{tp} x {config.parallel.cp} parts"
-        )
-        text += f"; use a multiple of {part}, or turn it off"
-        found.append(Problem("/training/seq_length", "sequence_parallel_divides", text))
-    return found
-
-
-def context_parallel(config: TrainConfig) -> list[Problem]:
-    parallel = config.parallel
+        problems.append(Problem("/parallel/tp", "tp_divides", detail))
+    num_parts = tp * config.parallel.cp
     seq_length = config.training.seq_length
-    found = []
-    cp = parallel.cp
+    if config.parallel.sequence_parallel and seq_length % num_parts:
+        detail = (
+            f"sequence_parallel splits seq_length={seq_length} into tp x cp = {tp} x "
+            f"{config.parallel.cp} parts; use a multiple of {num_parts}, or turn it off"
+        )
+        problems.append(
+            Problem("/training/seq_length", "sequence_parallel_divides", detail)
+        )
+    return problems
+
+
+def context_parallel_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of context parallelism: its method, the sequence and the heads."""
+    parallel = config.parallel
+    problems = _hierarchy_problems(parallel)
+    if parallel.cp == 1 or problems:
+        return problems
+    # Each rank gets one chunk from the front and one from the back of the sequence, so
+    # that causal attention costs all ranks the same.
+    num_chunks = 2 * parallel.cp
+    seq_length = config.training.seq_length
+    if seq_length % num_chunks:
+        nearest = max(1, round(seq_length / num_chunks)) * num_chunks
+        detail = (
+            f"cp={parallel.cp} splits a sequence into 2 x cp = {num_chunks} chunks, and "
+            f"seq_length={seq_length} is not a multiple of that; use {nearest}"
+        )
+        problems.append(Problem("/training/seq_length", "context_divides", detail))
+    return problems + _head_exchange_problems(config)
+
+
+def _hierarchy_problems(parallel: ParallelismConfig) -> list[Problem]:
     sizes = parallel.hierarchical_cp_sizes
-    if sizes is not None and parallel.cp_method != "a2a+p2p":
-        text = (
-            f"hierarchical_cp_sizes goes with cp_method=a2a+p2p, not {parallel.cp_method}; "
+    pointer = "/parallel/hierarchical_cp_sizes"
+    if parallel.cp_method != "a2a+p2p":
+        if sizes is None:
+            return []
+        detail = (
+            f"hierarchical_cp_sizes needs cp_method=a2a+p2p, not {parallel.cp_method}; "
             "leave it out, or change the method"
         )
-        found.append(Problem("/parallel/hierarchical_cp_sizes", "hierarchical_cp", text))
-    elif parallel.cp_method == "a2a+p2p" and (sizes is None or prod(sizes) != cp):
-        given = (
-            "is missing" if sizes is None else f"= {sizes[0]} x {sizes[1]} is not cp={cp}"
-        )
-        text = (
-            f"hierarchical_cp_sizes {given}; give how many ranks exchange heads and how many "
-            f"such groups there are, with product {cp}"
-        )
-        found.append(Problem("/parallel/hierarchical_cp_sizes", "hierarchical_cp", text))
-    if cp == 1 or found:
-        return found
-    if seq_length % (2 * cp):
-        nearest = max(1, round(seq_length / (2 * cp))) * 2 * cp
-        text = (
-            f"cp={cp} cuts a sequence into 2 x cp = {2 * cp} chunks, and "
-            f"seq_length={seq_length} is no multiple of that; use {nearest}"
-        )
-        found.append(Problem("/training/seq_length", "context_divides", text))
-    exchange = {"a2a": cp, "a2a+p2p": sizes[0] if sizes else 1}.get(parallel.cp_method, 1)
+        return [Problem(pointer, "hierarchical_cp", detail)]
+    if sizes is None:
+        state = "is missing"
+    elif prod(sizes) != parallel.cp:
+        state = f"= {sizes[0]} x {sizes[1]} is not cp={parallel.cp}"
+    else:
+        return []
+    detail = (
+        f"hierarchical_cp_sizes {state}; give how many ranks exchange heads and how many "
+        f"such groups there are, with product {parallel.cp}"
+    )
+    return [Problem(pointer, "hierarchical_cp", detail)]
+
+
+def _head_exchange_problems(config: TrainConfig) -> list[Problem]:
+    parallel = config.parallel
+    ranks = 1
+    if parallel.cp_method == "a2a":
+        ranks = parallel.cp
+    elif parallel.cp_method == "a2a+p2p" and parallel.hierarchical_cp_sizes is not None:
+        ranks = parallel.hierarchical_cp_sizes[0]
     heads = {
         "num_attention_heads": config.model.num_attention_heads,
+        # Replicated key/value heads count as heads of their own.
         "num_query_groups": max(config.model.kv_heads, parallel.tp),
     }
     for name, count in heads.items():
-        if count % (parallel.tp * exchange):
-            text = (
-                f"{name}={count} over tp={parallel.tp} cannot be dealt out to the {exchange} "
-                "ranks that exchange heads"
+        if count % (parallel.tp * ranks):
+            detail = (
+                f"{name}={count} over tp={parallel.tp} cannot be split over the {ranks} ranks "
+                f"that exchange heads; use a multiple of {parallel.tp * ranks}, or "
+                "cp_method=p2p"
             )
-            text += f"; use a multiple of {parallel.tp * exchange}, or cp_method=p2p"
-            found.append(Problem("/parallel/cp_method", "heads_exchange", text))
-            break
-    return found
-
-
-def sharding(config: TrainConfig) -> list[Problem]:
-    parallel = config.parallel
-    if parallel.zero_replicas > 1 and parallel.zero != 3:
-        text = (
-            f"zero_replicas={parallel.zero_replicas} goes with zero=3, not {parallel.zero}; "
-            "leave it out, or use zero=3"
-        )
-        return [Problem("/parallel/zero_replicas", "needs_zero3", text)]
-    if parallel.zero == 3 and parallel.schedule.startswith("zb"):
-        text = (
-            f"schedule={parallel.schedule} computes weight gradients after torch has given a "
-            "block's weights away under zero=3"
-        )
-        return [
-            Problem("/parallel/schedule", "zero3_schedule", text + "; use 1f1b, or zero=1")
-        ]
+            return [Problem("/parallel/cp_method", "heads_exchange", detail)]
     return []
 
 
-def pipeline(config: TrainConfig) -> list[Problem]:
+def zero_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of ZeRO: what excludes it or needs it."""
+    parallel = config.parallel
+    if parallel.zero_replicas > 1 and parallel.zero != 3:
+        detail = (
+            f"zero_replicas={parallel.zero_replicas} needs zero=3, not {parallel.zero}; "
+            "leave it out, or use zero=3"
+        )
+        return [Problem("/parallel/zero_replicas", "needs_zero3", detail)]
+    if parallel.zero == 3 and parallel.schedule.startswith("zb"):
+        detail = (
+            f"schedule={parallel.schedule} computes weight gradients after zero=3 has freed "
+            "the block's weights; use 1f1b, or zero=1"
+        )
+        return [Problem("/parallel/schedule", "zero3_schedule", detail)]
+    return []
+
+
+def pipeline_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of pipeline parallelism: stages, chunks and schedule."""
     parallel = config.parallel
     if parallel.pp == 1:
-        given = [
-            name
-            for name in ("first_stage_layers", "last_stage_layers", "layout")
-            if getattr(parallel, name) is not None
-        ]
-        if parallel.vpp > 1:
-            given.insert(0, "vpp")
-        return [
-            Problem(
-                f"/parallel/{name}",
-                "needs_pipeline",
-                f"{name}={getattr(parallel, name)} needs pp > 1; raise pp, or leave it out",
-            )
-            for name in given
-        ]
-    if parallel.layout is not None and (
-        parallel.first_stage_layers is not None or parallel.last_stage_layers is not None
-    ):
-        text = (
-            "layout says what each stage holds; "
-            "leave out first_stage_layers and last_stage_layers"
+        return _problems_without_pipeline(parallel)
+    sizes = (parallel.first_stage_layers, parallel.last_stage_layers)
+    if parallel.layout is not None and sizes != (None, None):
+        detail = (
+            "layout defines the contents of every stage; leave out first_stage_layers and "
+            "last_stage_layers"
         )
-        return [Problem("/parallel/layout", "layout_or_sizes", text)]
+        return [Problem("/parallel/layout", "layout_or_sizes", detail)]
     try:
         plan_pipeline(config)
     except LayoutError as error:
         return [Problem(f"/parallel/{error.field}", "pipeline_layout", str(error))]
     return []
+
+
+def _problems_without_pipeline(parallel: ParallelismConfig) -> list[Problem]:
+    fields: dict[str, object] = {
+        "first_stage_layers": parallel.first_stage_layers,
+        "last_stage_layers": parallel.last_stage_layers,
+        "layout": parallel.layout,
+    }
+    if parallel.vpp > 1:
+        fields = {"vpp": parallel.vpp} | fields
+    problems = []
+    for name, value in fields.items():
+        if value is not None:
+            detail = f"{name}={value} needs pp > 1; raise pp, or leave it out"
+            problems.append(Problem(f"/parallel/{name}", "needs_pipeline", detail))
+    return problems

@@ -1,6 +1,6 @@
-"""What a config leaves open.
+"""Fills in what a config leaves open: the data-parallel size and the vocabulary.
 
-Owns: filling in what depends on the world and the tokenizer. Pure.
+Pure: the world size and the tokenizer's size are arguments.
 """
 
 from math import gcd, lcm
@@ -10,72 +10,78 @@ from megatron_ray.config.train_config import TrainConfig
 
 
 def resolve_dp(config: TrainConfig, max_world: int) -> int:
-    """Dp for `auto`: the largest number of replicas that fits into `max_world` ranks,
-    divides the batch and completes the experts' grid; the least that does where none of
-    those fits.
+    """Returns the data-parallel size, where `auto` depends on `max_world` ranks.
+
+    That is the largest dp that fits, divides the batch and completes the expert grid.
+    Where none of those fits it is the least that does the rest, so that the caller can
+    report how many ranks are missing.
     """
     parallel = config.parallel
     training = config.training
     if parallel.dp != "auto":
         return parallel.dp
-    model = parallel.tp * parallel.pp * parallel.cp
-    most = max(1, max_world // model)
-    groups = training.global_batch_size // training.micro_batch_size
+    ranks_per_replica = parallel.tp * parallel.pp * parallel.cp
+    most = max(1, max_world // ranks_per_replica)
+    microbatches = training.global_batch_size // training.micro_batch_size
     step = least_dp(config)
-    fitting = (dp for dp in range(most - most % step, 0, -step) if groups % dp == 0)
-    return next(fitting, step if groups % step == 0 else 1)
+    for dp in range(most - most % step, 0, -step):
+        if microbatches % dp == 0:
+            return dp
+    if microbatches % step == 0:
+        return step
+    return 1
 
 
 def least_dp(config: TrainConfig) -> int:
-    """Dp must be a multiple of this, so that experts and copies of sharded state can be
-    dealt out over the replicas.
+    """Returns the number of which dp must be a multiple.
+
+    Only then can experts, and copies of sharded state, be spread evenly over replicas.
     """
     return lcm(expert_dp_multiple(config), _replica_dp_multiple(config))
 
 
 def expert_dp_multiple(config: TrainConfig) -> int:
-    """For etp x ep to divide tp x cp x dp."""
+    """Returns the number that must divide dp so that etp x ep divides tp x cp x dp."""
     parallel = config.parallel
     ranks = parallel.expert_tp * parallel.ep
     return ranks // gcd(ranks, parallel.tp * parallel.cp)
 
 
 def _replica_dp_multiple(config: TrainConfig) -> int:
-    """For zero_replicas to divide dp x cp."""
-    return config.parallel.zero_replicas // gcd(
-        config.parallel.zero_replicas, config.parallel.cp
-    )
+    """Returns the number that must divide dp so that zero_replicas divides dp x cp."""
+    replicas = config.parallel.zero_replicas
+    return replicas // gcd(replicas, config.parallel.cp)
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
-    """Fills what depends on the world: dp, and sequence parallelism (false at tp=1)."""
-    parallel = config.parallel.model_copy(
+    """Fills in dp, and turns sequence parallelism off at tp=1."""
+    parallel = config.parallel
+    resolved = parallel.model_copy(
         update={
             "dp": resolve_dp(config, max_world),
-            "sequence_parallel": config.parallel.sequence_parallel
-            and config.parallel.tp > 1,
+            "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
         }
     )
-    return config.model_copy(update={"parallel": parallel})
+    return config.model_copy(update={"parallel": resolved})
 
 
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
-    """Fills model.vocab_size from the tokenizer.
+    """Fills in model.vocab_size from the tokenizer's size.
 
-    Raises ConfigError when the model's own is too small for it.
+    Raises ConfigError when the model has fewer tokens than the tokenizer.
     """
-    given = config.model.vocab_size
-    if given is not None and given < vocab_size:
+    own_size = config.model.vocab_size
+    if own_size is not None and own_size < vocab_size:
         raise ConfigError(
-            f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}; raise "
+            f"model.vocab_size={own_size} is smaller than the tokenizer's {vocab_size}; raise "
             "it, or leave it out"
         )
-    model = config.model.model_copy(update={"vocab_size": given or vocab_size})
+    model = config.model.model_copy(update={"vocab_size": own_size or vocab_size})
     return config.model_copy(update={"model": model})
 
 
 def world_size(config: TrainConfig) -> int:
-    """Ranks of a resolved config."""
+    """Returns the number of ranks. Raises ValueError while dp is `auto`."""
     parallel = config.parallel
     if parallel.dp == "auto":
         raise ValueError("parallel.dp is not resolved")

@@ -7,10 +7,10 @@ from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
-from megatron_ray.planning.communication import Tally
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.planning.step_time import StepTime
 from megatron_ray.planning.suggest import Suggestion, suggest
+from megatron_ray.planning.tally import Tally
 from service.api.models import (
     FieldError,
     Plan,

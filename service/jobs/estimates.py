@@ -12,13 +12,14 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
-from megatron_ray.planning.communication import Tally, step_communication
+from megatron_ray.planning.communication import step_communication
 from megatron_ray.planning.hardware import GPU, Hardware
 from megatron_ray.planning.memory import RankMemory, fullest_rank
 from megatron_ray.planning.microbatch import num_microbatches
 from megatron_ray.planning.pipeline import bubble_share
 from megatron_ray.planning.step_time import StepTime, step_time
 from megatron_ray.planning.suggest import degrees, nearest
+from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import resolution
 
 BYTE_VOCABULARY = 257

@@ -18,8 +18,15 @@ from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 from megatron_ray.planning.activations import kept_by_stage
-from megatron_ray.planning.memory import fullest_rank, rank_memory
+from megatron_ray.planning.buffers import rank_buffers
+from megatron_ray.planning.memory import (
+    RankMemory,
+    fullest_rank,
+    state_memory,
+    with_activations,
+)
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.matrix import EXPERTS, Entry
 from tests.parallel.parity import RandomDataset, make_config
@@ -52,6 +59,14 @@ def runs(entries: Sequence[Entry]) -> list[Any]:
 
 def size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def rank_memory(config: TrainConfig, rank: int) -> RankMemory:
+    dims = ParallelDims.of(config.parallel)
+    pipeline = plan_pipeline(config)
+    buffers = rank_buffers(config, dims, pipeline, rank)
+    state = state_memory(config, dims, buffers)
+    return with_activations(config, pipeline, state, buffers.pp_rank)
 
 
 def held(config: TrainConfig, rank: int) -> tuple[int, int, int]:
@@ -211,7 +226,7 @@ DEEPSEEK_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", DEEPSEEK_CASES)
-def test_latent_attention_and_further_tokens_are_planned_as_they_are(
+def test_latent_attention_and_mtp_are_planned_as_they_are(
     case: str, precision: str
 ) -> None:
     model, parallel, recompute = DEEPSEEK_CASES[case]

@@ -1,10 +1,11 @@
-"""The command that converts.
-
-Owns: its arguments and last words.
+"""Runs the command that converts between checkpoints and Hugging Face folders.
 
     python -m megatron_ray.checkpoint.hf import FOLDER OUT [--json]
     python -m megatron_ray.checkpoint.hf export CHECKPOINT OUT
         [--dtype bf16|fp32] [--max-shard-bytes N] [--json]
+
+It uses argparse, because the library must not depend on typer, which the service's
+command line uses.
 """
 
 import argparse
@@ -29,50 +30,59 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_ray.checkpoint.hf",
-        description="Convert from and to Hugging Face.",
+        description="Convert checkpoints from and to Hugging Face format.",
     )
-    ways = parser.add_subparsers(dest="way", required=True)
-    inwards = ways.add_parser("import", help="a folder of safetensors becomes a checkpoint")
-    inwards.add_argument("source", help="folder or URI with config.json and safetensors")
-    outwards = ways.add_parser(
-        "export", help="a checkpoint becomes a folder of safetensors"
+    commands = parser.add_subparsers(dest="command", required=True)
+    importer = commands.add_parser(
+        "import", help="convert a folder of safetensors to a checkpoint"
     )
-    outwards.add_argument("source", help="path or URI of a committed checkpoint")
-    outwards.add_argument(
+    importer.add_argument("source", help="folder or URI with config.json and safetensors")
+    exporter = commands.add_parser(
+        "export", help="convert a checkpoint to a folder of safetensors"
+    )
+    exporter.add_argument("source", help="path or URI of a committed checkpoint")
+    exporter.add_argument(
         "--dtype",
         choices=sorted(_DTYPES),
-        help="type of the weights; as the checkpoint has them when not given",
+        help="type of the weights; default: as in the checkpoint",
     )
-    outwards.add_argument(
+    exporter.add_argument(
         "--max-shard-bytes",
         type=int,
         default=DEFAULT_SHARD_BYTES,
-        help="largest file, unless a tensor is larger",
+        help="largest file in bytes, unless a tensor is larger; default: %(default)s",
     )
-    for way in (inwards, outwards):
-        way.add_argument("out", help="folder to write; must not be there")
-        way.add_argument("--json", action="store_true", help="one JSON object")
+    for command in (importer, exporter):
+        command.add_argument("out", help="folder to write; must not exist")
+        command.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(arguments)
 
 
 def _convert(options: argparse.Namespace) -> Imported | Exported:
-    if options.way == "import":
+    if options.command == "import":
         return import_folder(options.source, options.out)
-    return export_folder(
-        options.source, options.out, _DTYPES.get(options.dtype), options.max_shard_bytes
-    )
+    dtype = _DTYPES.get(options.dtype)
+    return export_folder(options.source, options.out, dtype, options.max_shard_bytes)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code. A user's mistake is one line on stderr."""
+    """Runs the command and returns its exit code.
+
+    A user's mistake is one line on stderr.
+    """
     options = _parse(arguments)
     try:
-        done = _convert(options)
+        result = _convert(options)
     except (StorageError, ValueError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return 1
-    text = f"{done.path}: {done.tensors} tensors of {done.model_type}, {done.bytes} bytes"
-    sys.stdout.write((json.dumps(asdict(done)) if options.json else text) + "\n")
+    if options.json:
+        sys.stdout.write(json.dumps(asdict(result)) + "\n")
+    else:
+        sys.stdout.write(
+            f"{result.path}: {result.tensors} tensors of {result.model_type}, "
+            f"{result.bytes} bytes\n"
+        )
     return 0
 
 

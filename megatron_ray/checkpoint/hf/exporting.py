@@ -1,14 +1,14 @@
-"""From a committed checkpoint of ours to a Hugging Face folder.
+"""Writes a committed checkpoint of this library as a folder in Hugging Face format.
 
-Owns: config.json, shards, their index, the tokenizer beside them.
+Owns: config.json, safetensors files and their index, the tokenizer beside them.
 
-Written tensor by tensor, and the folder appears whole or not at all. Must not know:
-training, ranks.
+Tensors are written one by one, and the folder appears complete or not at all. Must not
+know: training, ranks.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,42 +17,44 @@ import torch
 from torch import Tensor
 
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.checkpoint.hf.contents import logical_shapes
 from megatron_ray.checkpoint.hf.families.family import Family
-from megatron_ray.checkpoint.hf.families.table import FAMILIES, family_of
+from megatron_ray.checkpoint.hf.families.registry import FAMILIES, family_for
 from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
-from megatron_ray.checkpoint.hf.folders import new_folder
-from megatron_ray.checkpoint.hf.places import Place, find_places
+from megatron_ray.checkpoint.hf.folder import logical_shapes
+from megatron_ray.checkpoint.hf.output_folder import new_folder
+from megatron_ray.checkpoint.hf.tensor_locations import TensorLocation, find_locations
 from megatron_ray.checkpoint.hf.weights import DTYPES
 from megatron_ray.checkpoint.load import SavedCheckpoint, bytes_of
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state, saved_model
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigError
-from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.errors import MissingFileError
 from megatron_ray.storage.storage import open_storage
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""Types as safetensors spells them."""
 _CONFIG_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float64: "float64",
 }
-_HEADER_STEP = 8
+"""Types as config.json spells them."""
+_HEADER_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to be written, and the logical tensors that it is made of."""
+    """One tensor to write, and the logical tensors that it consists of."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[tuple[str, Place], ...]
+    parts: tuple[tuple[str, TensorLocation], ...]
+    """Logical names, and where in this tensor they are."""
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +64,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """The folder that was written."""
 
     path: str
     model_type: str
@@ -71,7 +73,7 @@ class Exported:
     bytes: int
     files: tuple[str, ...]
     tokenizer: bool
-    """Whether the checkpoint's tokenizer lies beside."""
+    """Whether the checkpoint's tokenizer was written too."""
 
 
 def export_folder(
@@ -80,11 +82,13 @@ def export_folder(
     dtype: torch.dtype | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Exported:
-    """Writes the folder `out`; weights keep the type that the checkpoint has them in
-    unless `dtype` is given.
+    """Writes the folder `out`.
 
-    Raises CheckpointError when the checkpoint may not be loaded or `out` is there,
-    ConfigError when no known family is the model.
+    Weights keep the type that they have in the checkpoint unless `dtype` is given. Files
+    have at most `shard_bytes` bytes, unless a single tensor is larger.
+
+    Raises CheckpointError when the checkpoint cannot be loaded or `out` exists,
+    ConfigError when the model belongs to no known family.
     """
     train_state = read_train_state(checkpoint, 0)
     model = saved_model(checkpoint, train_state)
@@ -93,62 +97,86 @@ def export_folder(
     outputs = _outputs(saved, family, model, dtype)
     with new_folder(out) as folder:
         files = _write_shards(folder, saved, outputs, shard_bytes)
-        tokenizer = _write_tokenizer(folder, checkpoint, train_state)
+        has_tokenizer = _write_tokenizer(folder, checkpoint, train_state)
         config = _config(family, model, train_state, outputs)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    num_bytes = sum(output.num_bytes for output in outputs)
     return Exported(
-        out,
-        family.model_type,
-        family.architecture,
-        len(outputs),
-        num_bytes,
-        files,
-        tokenizer,
+        path=out,
+        model_type=family.model_type,
+        architecture=family.architecture,
+        tensors=len(outputs),
+        bytes=sum(output.num_bytes for output in outputs),
+        files=files,
+        tokenizer=has_tokenizer,
     )
 
 
 def _family(model: ModelConfig, imported_as: str | None) -> Family:
-    """That which the weights came from where they did; otherwise the nearest."""
-    return FAMILIES[imported_as] if imported_as in FAMILIES else family_of(model)
+    """Returns the family that the weights were imported as, or else the nearest."""
+    if imported_as in FAMILIES:
+        return FAMILIES[imported_as]
+    return family_for(model)
 
 
 def _outputs(
     saved: SavedCheckpoint, family: Family, model: ModelConfig, dtype: torch.dtype | None
 ) -> list[Output]:
+    """Returns the tensors to write, in forward order and copies last."""
     shapes = logical_shapes(model)
-    parts: dict[str, list[tuple[str, Place]]] = {}
-    for name, place in find_places(family.rules(model), shapes).items():
-        if place is None:
+    parts: dict[str, list[tuple[str, TensorLocation]]] = {}
+    for name, location in find_locations(family.rules(model), shapes).items():
+        if location is None:
             raise ConfigError(
-                f"{name!r} has no place in a {family.model_type} model, so the checkpoint "
-                "cannot be exported"
+                f"{name!r} has no counterpart in a {family.model_type} model, so the "
+                "checkpoint cannot be exported"
             )
         if f"model/{name}" not in saved.tensors:
             raise CheckpointError("read", saved.path, f"it has no tensor {name!r}")
-        parts.setdefault(place.name, []).append((name, place))
-    outputs = {}
-    for stored, made_of in parts.items():
-        name, place = made_of[0]
-        kept = saved.tensors[f"model/{name}"].slots[0].dtype
-        # The bias of a choice among experts is small beside its scores: it is fp32
-        # wherever it is published.
-        chosen = kept if dtype is None or name.endswith("expert_bias") else dtype
-        outputs[stored] = Output(
-            stored, chosen, place.stored_shape(shapes[name]), tuple(made_of)
-        )
-    copies = [
-        Output(
-            name, outputs[original].dtype, outputs[original].shape, outputs[original].parts
-        )
-        for name, original in family.copies(model).items()
-    ]
+        parts.setdefault(location.name, []).append((name, location))
+    outputs = dict[str, Output]()
+    for stored_name, members in parts.items():
+        name, location = members[0]
+        shape = location.stored_shape(shapes[name])
+        saved_dtype = saved.tensors[f"model/{name}"].slots[0].dtype
+        output = Output(stored_name, saved_dtype, shape, tuple(members))
+        # The biases of expert routing are small beside the scores that they are added
+        # to, so they stay in fp32, as in every published model.
+        if dtype is not None and not name.endswith("expert_bias"):
+            output = replace(output, dtype=dtype)
+        outputs[stored_name] = output
+    copies = []
+    for name, original in family.copies(model).items():
+        copies.append(replace(outputs[original], name=name))
     return [*outputs.values(), *copies]
 
 
 def _write_shards(
     folder: Path, saved: SavedCheckpoint, outputs: Sequence[Output], shard_bytes: int
 ) -> tuple[str, ...]:
+    """Writes the safetensors files, and their index if there are several."""
+    shards = _shards(outputs, shard_bytes)
+    if len(shards) == 1:
+        _write_shard(folder / SINGLE, saved, shards[0])
+        return (SINGLE,)
+    files = []
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write_shard(folder / file, saved, shard)
+        files.append(file)
+        for output in shard:
+            weight_map[output.name] = file
+    total = sum(output.num_bytes for output in outputs)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    (folder / SHARDS).write_text(json.dumps(index, indent=2) + "\n")
+    return tuple(files)
+
+
+def _shards(outputs: Sequence[Output], shard_bytes: int) -> list[list[Output]]:
+    """Distributes tensors over files in order; a larger tensor gets its own file."""
     shards: list[list[Output]] = [[]]
     filled = 0
     for output in outputs:
@@ -157,72 +185,55 @@ def _write_shards(
             filled = 0
         shards[-1].append(output)
         filled += output.num_bytes
-    names = [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        for number in range(1, len(shards) + 1)
-    ]
-    names = [SINGLE] if len(shards) == 1 else names
-    for name, shard in zip(names, shards, strict=True):
-        _write_shard(folder / name, saved, shard)
-    if len(shards) > 1:
-        where = {
-            output.name: name
-            for name, shard in zip(names, shards, strict=True)
-            for output in shard
-        }
-        total = sum(output.num_bytes for output in outputs)
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted(where.items())),
-        }
-        (folder / SHARDS).write_text(json.dumps(index, indent=2) + "\n")
-    return tuple(names)
+    return shards
 
 
 def _write_shard(path: Path, saved: SavedCheckpoint, shard: Sequence[Output]) -> None:
-    """One file; the header comes first and needs sizes only."""
+    """Writes one safetensors file."""
+    # The header comes first and needs sizes only, so that one tensor at a time is in
+    # memory.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for output in shard:
         start = end
-        end = end + output.num_bytes
+        end = start + output.num_bytes
         header[output.name] = {
             "dtype": _NAMES[output.dtype],
             "shape": output.shape,
             "data_offsets": [start, end],
         }
     raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % _HEADER_STEP)
+    raw += b" " * (-len(raw) % _HEADER_ALIGNMENT)
     with open(path, "wb", buffering=0) as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         for output in shard:
             view = bytes_of(_assemble(saved, output))
-            while view:  # the kernel cuts writes at 2 GiB
+            while view:  # Linux writes 2 GiB at most per call
                 view = view[file.write(view) :]
 
 
 def _assemble(saved: SavedCheckpoint, output: Output) -> Tensor:
-    """A stored tensor from its logical parts, each read straight into its place."""
+    """Returns a tensor to write, into which its logical parts are read directly."""
     whole = torch.empty(output.shape, dtype=output.dtype)
-    for name, place in output.parts:
+    for name, location in output.parts:
         shape = saved.tensors[f"model/{name}"].shape
-        rows = whole.t() if place.transposed else whole
-        part = rows.narrow(0, place.part * shape[0], shape[0])
-        if place.rotary is None:
-            saved.load_into(_one(name, part))
+        rows = whole
+        if location.transposed:
+            rows = whole.t()
+        part = rows.narrow(0, location.part * shape[0], shape[0])
+        if location.rotary is None:
+            saved.load_into(_state(name, part))
             continue
-        own = torch.empty(shape, dtype=output.dtype)
-        saved.load_into(_one(name, own))
-        for here, there in Place("", rotary=place.rotary).pieces(
-            shape, Box((0,) * len(shape), shape)
-        ):
-            part.narrow(0, there.offset[0], there.size[0]).copy_(
-                own.narrow(0, here.offset[0], here.size[0])
-            )
+        # Rows in another order are read first and then copied, run by run.
+        logical = torch.empty(shape, dtype=output.dtype)
+        saved.load_into(_state(name, logical))
+        for logical_row, stored_row, count in location.rotary.runs(0, shape[0]):
+            source = logical.narrow(0, logical_row, count)
+            part.narrow(0, stored_row, count).copy_(source)
     return whole
 
 
-def _one(name: str, tensor: Tensor) -> ShardedState:
+def _state(name: str, tensor: Tensor) -> ShardedState:
     return {f"model/{name}": whole_tensor(tensor)}
 
 
@@ -232,37 +243,35 @@ def _config(
     train_state: Mapping[str, Any],
     outputs: Sequence[Output],
 ) -> dict[str, Any]:
+    """Returns the values of config.json."""
     end = train_state.get("end_of_document")
-    ids = train_state.get("token_ids") or {
+    # Imported models bring their own; others use the end of a document as both.
+    token_ids = train_state.get("token_ids") or {
         "bos_token_id": end,
         "eos_token_id": end,
         "pad_token_id": None,
     }
-    dtype = _CONFIG_NAMES.get(outputs[0].dtype, "float32")
-    own = {
+    values = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        "torch_dtype": dtype,
+        "torch_dtype": _CONFIG_NAMES.get(outputs[0].dtype, "float32"),
     }
-    return own | family.write(model) | dict(ids)
+    return values | family.write(model) | dict(token_ids)
 
 
 def _write_tokenizer(folder: Path, checkpoint: str, train_state: Mapping[str, Any]) -> bool:
-    """The checkpoint's tokenizer, and the little that transformers wants to know
-    besides.
+    """Writes the checkpoint's tokenizer and the settings that transformers needs.
+
+    Returns whether the checkpoint has one.
     """
     try:
-        text = open_storage(checkpoint).read_bytes(TOKENIZER)
+        tokenizer = open_storage(checkpoint).read_bytes(TOKENIZER)
     except MissingFileError:
         return False
-    (folder / HF_TOKENIZER).write_bytes(text)
+    (folder / HF_TOKENIZER).write_bytes(tokenizer)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    ends = [
-        token["content"]
-        for token in json.loads(text).get("added_tokens", [])
-        if token["id"] == train_state.get("end_of_document")
-    ]
-    if ends:
-        settings["eos_token"] = ends[0]
+    for token in json.loads(tokenizer).get("added_tokens", []):
+        if token["id"] == train_state.get("end_of_document"):
+            settings.setdefault("eos_token", token["content"])
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     return True

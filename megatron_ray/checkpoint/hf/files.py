@@ -1,10 +1,11 @@
-"""A folder of safetensors as Hugging Face publishes models.
+"""Reads the files of a model in Hugging Face format: config.json and safetensors headers.
 
-Owns: its files, headers and what can be wrong with them.
+The safetensors format (8 bytes of length, a JSON header, row-major tensors) is read here
+and not by its library, which maps whole files into memory and supports local paths
+only.
 
-The format (8 bytes of length, a JSON header, row-major tensors) is read here and not by
-its library, which maps whole files into memory and knows local paths only. Torch-free.
-Must not know: families, what tensors mean.
+Owns: files, headers and what can be wrong with them. Torch-free. Must not know:
+families, what tensors mean.
 """
 
 import json
@@ -23,39 +24,41 @@ SINGLE = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
 FP8 = "F8_E4M3"
 ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}
-"""Of types that weights have."""
+"""Bytes per element of the types of weights."""
 _OTHER_BYTES = {"F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-"""Of types that only computed buffers have."""
+"""Bytes per element of types that only computed buffers have."""
+_LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000
-"""Bytes; the library's own bound."""
+"""Largest header in bytes, as in the safetensors library."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a file."""
+    """One tensor of a safetensors file."""
 
     name: str
     file: str
     dtype: str
-    """As the format spells it."""
+    """Type as the format spells it, such as `BF16`."""
     shape: tuple[int, ...]
     start: int
-    """Byte in the file."""
+    """First byte in the file."""
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """What a folder holds."""
+    """The contents of a folder."""
 
     path: str
     storage: Storage
     config: Mapping[str, Any]
-    """config.json."""
+    """Values of config.json."""
     tensors: Mapping[str, StoredTensor]
+    """Tensors of all files by name."""
 
 
 def is_hf_folder(path: str) -> bool:
-    """Whether there is a config.json, as in every published model.
+    """Returns whether a folder has a config.json, as every published model does.
 
     Raises StorageError.
     """
@@ -63,9 +66,9 @@ def is_hf_folder(path: str) -> bool:
 
 
 def open_folder(path: str) -> StoredModel:
-    """Reads config.json and all headers.
+    """Reads config.json and the headers of all files.
 
-    Raises CheckpointError when the folder or a file in it is missing, torn or
+    Raises CheckpointError when the folder or a file in it is missing, truncated or
     unreadable.
     """
     storage = open_storage(path)
@@ -83,80 +86,96 @@ def open_folder(path: str) -> StoredModel:
             f"it holds no {CONFIG}; give the folder of a model in Hugging Face's format",
         )
     tensors: dict[str, StoredTensor] = {}
-    for file in _files(storage, path, sizes):
-        tensors |= _header(storage, file, sizes[file])
-    return StoredModel(path, storage, _json(storage, CONFIG), tensors)
+    for file in _weight_files(storage, path, sizes):
+        tensors |= _read_header(storage, file, sizes[file])
+    return StoredModel(path, storage, _read_json(storage, CONFIG), tensors)
 
 
-def _files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list[str]:
+def _weight_files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list[str]:
+    """Returns the safetensors files of a folder whose files have these sizes."""
     if SHARDS not in sizes:
         if SINGLE in sizes:
             return [SINGLE]
-        text = f"it holds neither {SINGLE} nor {SHARDS}"
+        reason = f"it holds neither {SINGLE} nor {SHARDS}"
         if any(name.endswith((".bin", ".pt", ".pth")) for name in sizes):
-            text += "; weights in torch's own format are not read, save them with safetensors first"
-        raise CheckpointError("read", path, text)
-    listed = _json(storage, SHARDS).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
+            reason += "; weights in torch's own format are not read, "
+            reason += "save them with safetensors first"
+        raise CheckpointError("read", path, reason)
+    weight_map = _read_json(storage, SHARDS).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("read", storage.uri(SHARDS), "it has no weight_map")
-    files = sorted(set(map(str, listed.values())))
-    if missing := [file for file in files if file not in sizes]:
-        text = (
+    files = sorted(set(map(str, weight_map.values())))
+    missing = [file for file in files if file not in sizes]
+    if missing:
+        raise CheckpointError(
+            "read",
+            path,
             f"{len(missing)} of {len(files)} files that {SHARDS} names are missing: "
-            f"{', '.join(missing[:3])}; download them again"
+            f"{', '.join(missing[:3])}; download them again",
         )
-        raise CheckpointError("read", path, text)
     return files
 
 
-def _json(storage: Storage, name: str) -> dict[str, Any]:
+def _read_json(storage: Storage, name: str) -> dict[str, Any]:
     try:
-        found = json.loads(storage.read_bytes(name))
+        values = json.loads(storage.read_bytes(name))
     except MissingFileError:
         raise
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(
             "read", storage.uri(name), f"it is not valid JSON: {error}"
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise CheckpointError("read", storage.uri(name), "it does not hold a JSON object")
-    return found
+    return values
 
 
-def _header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
+def _read_header(storage: Storage, file: str, size: int) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file of `size` bytes by name."""
     path = storage.uri(file)
-    found = dict[str, StoredTensor]()
-    if size < 8:
+    raw = _header_bytes(storage, file, size)
+    first_byte = _LENGTH_BYTES + len(raw)
+    tensors = dict[str, StoredTensor]()
+    try:
+        for name, entry in json.loads(raw).items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            tensor = StoredTensor(
+                name, file, entry["dtype"], tuple(entry["shape"]), first_byte + start
+            )
+            _check_extent(path, tensor, end - start, size)
+            tensors[name] = tensor
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            "read", path, f"its header is not readable: {error}"
+        ) from error
+    return tensors
+
+
+def _header_bytes(storage: Storage, file: str, size: int) -> bytearray:
+    path = storage.uri(file)
+    if size < _LENGTH_BYTES:
         raise CheckpointError(
             "read",
             path,
             f"it has {size} bytes, which is no safetensors file; download it again",
         )
+    length = bytearray(_LENGTH_BYTES)
     with storage.open_input(file) as source:
-        source.read_into(0, memoryview(length := bytearray(8)))
-        header_bytes = int.from_bytes(length, "little")
-        if header_bytes > min(size - 8, _LONGEST_HEADER):
-            text = (
-                f"its header would be {header_bytes} bytes long and the file has {size}: it is "
-                "cut short or no safetensors file"
+        source.read_into(0, memoryview(length))
+        header_size = int.from_bytes(length, "little")
+        # The number is read from the file, so it is checked before memory is allocated.
+        if header_size > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
+            raise CheckpointError(
+                "read",
+                path,
+                f"its header would be {header_size} bytes long and the file has {size}: it is "
+                "cut short or no safetensors file",
             )
-            raise CheckpointError("read", path, text)
-        source.read_into(8, memoryview(raw := bytearray(header_bytes)))
-    try:
-        for name, entry in json.loads(raw).items():
-            if name == "__metadata__":
-                continue
-            first, last = entry["data_offsets"]
-            tensor = StoredTensor(
-                name, file, entry["dtype"], tuple(entry["shape"]), 8 + header_bytes + first
-            )
-            _check_extent(path, tensor, last - first, size)
-            found[name] = tensor
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            "read", path, f"its header is not readable: {error}"
-        ) from error
-    return found
+        raw = bytearray(header_size)
+        source.read_into(_LENGTH_BYTES, memoryview(raw))
+    return raw
 
 
 def _check_extent(path: str, tensor: StoredTensor, num_bytes: int, size: int) -> None:
@@ -166,8 +185,9 @@ def _check_extent(path: str, tensor: StoredTensor, num_bytes: int, size: int) ->
             f"{tensor.name} has shape {tensor.shape} of {tensor.dtype}, but {num_bytes} bytes"
         )
     if tensor.start + num_bytes > size:
-        text = (
+        raise CheckpointError(
+            "read",
+            path,
             f"it is cut short: tensor {tensor.name!r} ends at byte {tensor.start + num_bytes}, "
-            f"the file at {size}; download it again"
+            f"the file at {size}; download it again",
         )
-        raise CheckpointError("read", path, text)

@@ -1,9 +1,9 @@
-"""From a Hugging Face folder to a committed checkpoint of ours, tensor by tensor.
+"""Writes a folder in Hugging Face format as a committed checkpoint of this library.
 
-Owns: what such a checkpoint contains.
+Owns: what such a checkpoint contains: weights without optimizer state or layout, and
+beside them a job spec that starts from it.
 
-It has weights only, no layout, and beside them a job spec that begins with it. Must not
-know: training, ranks.
+Tensors are converted one by one. Must not know: training, ranks.
 """
 
 import json
@@ -15,7 +15,7 @@ import yaml
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, commit
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
-from megatron_ray.checkpoint.hf.folders import new_folder
+from megatron_ray.checkpoint.hf.output_folder import new_folder
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
 from megatron_ray.checkpoint.index import BoxSpec, RankPlan, data_file, plan_all
 from megatron_ray.checkpoint.load import bytes_of
@@ -27,56 +27,63 @@ from megatron_ray.storage.storage import Storage, Writable, open_storage
 
 SPEC = "spec.yaml"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LONGEST = 4096
-"""Tokens of a sequence in the spec that is written; people choose their own."""
+_LONGEST_SEQUENCE = 4096
+"""Tokens of a sequence in the spec, which its user may change."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What was written."""
+    """The checkpoint that was written."""
 
     path: str
     model_type: str
     tensors: int
     bytes: int
     spec: str
-    """Job spec that begins with these weights."""
+    """Path of a job spec that starts from these weights."""
 
 
 def import_folder(source: str, out: str) -> Imported:
     """Writes the checkpoint folder `out`.
 
-    Peak memory is the largest tensor and some scratch.
+    Peak memory is that of the largest tensor, and some scratch.
 
-    Raises CheckpointError for damaged files and when `out` is there, ConfigError when
-    the model is not one that can be read.
+    Raises CheckpointError for damaged files and when `out` exists, ConfigError when the
+    model is not supported.
     """
     weights = HfWeights(source)
     weights.check_copies()
     with new_folder(out) as folder:
         storage = open_storage(str(folder))
         num_bytes = _write_tensors(weights, storage)
-        tokenizer = weights.storage.exists(HF_TOKENIZER)
-        if tokenizer:
-            storage.write_bytes_atomic(TOKENIZER, weights.storage.read_bytes(HF_TOKENIZER))
+        # The folder is renamed at the end, so paths in its files are those of `out`.
         final = str(Path(out).absolute())
-        config = _settings(weights.model, f"{final}/{TOKENIZER}" if tokenizer else None)
-        storage.write_bytes_atomic(
-            TRAIN_STATE, json.dumps(_train_state(weights, config)).encode()
-        )
+        tokenizer_path = None
+        if weights.storage.exists(HF_TOKENIZER):
+            tokenizer = weights.storage.read_bytes(HF_TOKENIZER)
+            storage.write_bytes_atomic(TOKENIZER, tokenizer)
+            tokenizer_path = f"{final}/{TOKENIZER}"
+        config = _train_config(weights.model, tokenizer_path)
+        train_state = json.dumps(_train_state(weights, config))
+        storage.write_bytes_atomic(TRAIN_STATE, train_state.encode())
         storage.write_bytes_atomic(SPEC, _spec(config, final).encode())
         commit(str(folder), {"imported_from": source}, [])
     return Imported(
-        out, weights.family.model_type, len(weights.shapes), num_bytes, f"{out}/{SPEC}"
+        path=out,
+        model_type=weights.family.model_type,
+        tensors=len(weights.shapes),
+        bytes=num_bytes,
+        spec=f"{out}/{SPEC}",
     )
 
 
 def _write_tensors(weights: HfWeights, storage: Storage) -> int:
-    held = [
-        BoxSpec(f"model/{name}", shape, Box((0,) * len(shape), shape), weights.dtype(name))
-        for name, shape in weights.shapes.items()
-    ]
-    plan = plan_all([held])[0]
+    """Writes all tensors as those of a single rank; returns their bytes."""
+    tensors = []
+    for name, shape in weights.shapes.items():
+        box = Box((0,) * len(shape), shape)
+        tensors.append(BoxSpec(f"model/{name}", shape, box, weights.dtype(name)))
+    plan = plan_all([tensors])[0]
     if not isinstance(plan, RankPlan) or plan.index is None:
         raise CheckpointError("write", storage.uri(), plan)
     with storage.open_output(data_file(0)) as file:
@@ -88,27 +95,23 @@ def _write_tensors(weights: HfWeights, storage: Storage) -> int:
 def _write_slots(weights: HfWeights, plan: RankPlan, file: Writable) -> None:
     written = 0
     for slot in plan.slots:
+        # Slots are aligned; the gaps between them are zeros.
         file.write(b"\0" * (slot.start - written))
         file.write(bytes_of(load_whole(weights, slot.fqn.removeprefix("model/"))))
         written = slot.start + slot.num_bytes
 
 
-def _settings(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
-    """A run of this model, with placeholders for what only its user knows."""
-    shown = model.model_dump(mode="json", exclude_defaults=True)
+def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
+    """Returns a run of this model, with placeholders for what only its user knows."""
+    data: dict[str, Any] = {"train": [{"path": "builtin://python-stdlib"}]}
+    if tokenizer is not None:
+        data["tokenizer"] = {"kind": "file", "path": tokenizer}
     return TrainConfig.from_mapping(
         {
-            "model": shown,
-            "data": {
-                "train": [{"path": "builtin://python-stdlib"}],
-                **(
-                    {"tokenizer": {"kind": "file", "path": tokenizer}}
-                    if tokenizer is not None
-                    else {}
-                ),
-            },
+            "model": model.model_dump(mode="json", exclude_defaults=True),
+            "data": data,
             "training": {
-                "seq_length": min(model.max_sequence_length, _LONGEST),
+                "seq_length": min(model.max_sequence_length, _LONGEST_SEQUENCE),
                 "micro_batch_size": 1,
                 "global_batch_size": 16,
                 "steps": 1000,
@@ -119,24 +122,26 @@ def _settings(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
 
 
 def _train_state(weights: HfWeights, config: TrainConfig) -> dict[str, Any]:
-    ids = {name: weights.config.get(name) for name in TOKEN_IDS}
-    ends = ids["eos_token_id"]
+    token_ids = {name: weights.config.get(name) for name in TOKEN_IDS}
+    # Some models list several ends; the first one ends documents.
+    end_of_document = token_ids["eos_token_id"]
+    if isinstance(end_of_document, list) and end_of_document:
+        end_of_document = end_of_document[0]
     return {
         "format_version": FORMAT_VERSION,
         "step": 0,
         "consumed_samples": 0,
         "config": config.model_dump(mode="json"),
-        "end_of_document": ends[0] if isinstance(ends, list) and ends else ends,
+        "end_of_document": end_of_document,
         "family": weights.family.model_type,
-        "token_ids": ids,
+        "token_ids": token_ids,
     }
 
 
 def _spec(config: TrainConfig, path: str) -> str:
     fields = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
     fields = {"name": "from-pretrained", **fields, "checkpoint": {"start_from": path}}
-    text = yaml.safe_dump(fields, sort_keys=False)
     return (
-        "# A run that begins with these weights. Choose data, sequence length, batch, steps "
-        f"and learning rate.\n{text}"
+        "# A run that starts from these weights. Choose data, sequence length, batch, steps "
+        f"and learning rate.\n{yaml.safe_dump(fields, sort_keys=False)}"
     )

@@ -1,9 +1,9 @@
-"""The weights of a Hugging Face folder by logical name.
+"""Reads the weights of a Hugging Face folder by logical name.
 
-Owns: reading boxes, undoing fp8 blocks.
+A reader takes only the bytes of its boxes, row by row where it must. Weights in fp8 are
+multiplied by the factors of their blocks.
 
-A reader takes only the bytes of its boxes, row by row where it must. Must not know:
-optimizers, layouts.
+Must not know: optimizers, layouts.
 """
 
 from collections import defaultdict
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.checkpoint.hf.contents import SCALES, HfFolder
 from megatron_ray.checkpoint.hf.files import FP8, StoredTensor
-from megatron_ray.checkpoint.hf.places import Place
+from megatron_ray.checkpoint.hf.folder import SCALES, HfFolder
+from megatron_ray.checkpoint.hf.tensor_locations import TensorLocation
 from megatron_ray.checkpoint.index import Slot
 from megatron_ray.checkpoint.load import Read, read_all
 from megatron_ray.config.problem import ConfigError
@@ -31,6 +31,7 @@ DTYPES = {
     FP8: torch.float8_e4m3fn,
 }
 _CHUNK_ELEMENTS = 4 * 1024 * 1024
+"""Elements that are dequantized or compared at a time, which bounds memory."""
 
 
 class HfWeights(HfFolder):
@@ -40,134 +41,131 @@ class HfWeights(HfFolder):
     """
 
     def dtype(self, name: str) -> torch.dtype:
-        """In which a logical tensor is best kept: as stored, or bf16 where that was fp8
-        with factors (DeepSeek's own conversion).
+        """Returns the type in which a logical tensor should be kept.
+
+        It is the stored type, or bf16 for fp8 with factors (as DeepSeek converts them).
         """
-        found = DTYPES[self.tensors[self.places[name].name].dtype]
-        return torch.bfloat16 if found.itemsize == 1 else found
+        stored = DTYPES[self.tensors[self.locations[name].name].dtype]
+        if stored.itemsize == 1:
+            return torch.bfloat16
+        return stored
 
     def load_into(self, state: ShardedState) -> None:
         """Fills every `model/...` box of `state`, converting types where they differ.
 
         Raises CheckpointError, ConfigError.
         """
-        work = defaultdict[str, list[Read]](list)
-        scaled = list[Read]()
-        for fqn, wanted in state.items():
+        reads_by_file = defaultdict[str, list[Read]](list)
+        fp8_reads = list[Read]()
+        for fqn, tensor in state.items():
             name = fqn.removeprefix("model/")
-            if self.shapes.get(name) != wanted.shape:
-                text = (
+            if self.shapes.get(name) != tensor.shape:
+                raise CheckpointError(
+                    "read",
+                    self.path,
                     f"its tensor {name!r} has shape {self.shapes.get(name)}, the model needs "
-                    f"{wanted.shape}"
+                    f"{tensor.shape}",
                 )
-                raise CheckpointError("read", self.path, text)
-            stored = self.tensors[self.places[name].name]
-            reads = scaled if stored.dtype == FP8 else work[stored.file]
-            reads += _reads(self.places[name], stored, wanted)
-        read_all(self.storage, work)
-        for read in scaled:
-            self._read_scaled(read)
+            location = self.locations[name]
+            stored = self.tensors[location.name]
+            reads = _reads(location, stored, tensor)
+            if stored.dtype == FP8:
+                fp8_reads += reads
+            else:
+                reads_by_file[stored.file] += reads
+        read_all(self.storage, reads_by_file)
+        for read in fp8_reads:
+            self._read_fp8(read)
 
-    def _read_scaled(self, read: Read) -> None:
-        """Some rows at a time: values x the factor of their block, in fp32."""
+    def _read_fp8(self, read: Read) -> None:
+        """Reads an fp8 box as values x factor of their block, computed in fp32."""
         stored = self.tensors[read.slot.fqn]
-        (first, left) = read.part.offset
-        (rows, columns) = read.part.size
-        tall, wide = self.block
+        first_row, first_column = read.part.offset
+        rows, columns = read.part.size
         step = max(1, _CHUNK_ELEMENTS // columns)
         for start in range(0, rows, step):
             count = min(step, rows - start)
-            above = (first + start) // tall
-            beside = left // wide
-            factors = Box(
-                (above, beside),
-                (
-                    -(-(first + start + count) // tall) - above,
-                    -(-(left + columns) // wide) - beside,
-                ),
-            )
+            box = Box((first_row + start, first_column), (count, columns))
             values = torch.empty(count, columns)
-            scales = torch.empty(factors.size)
-            read_all(
-                self.storage,
-                {
-                    stored.file: [
-                        Read(
-                            read.slot, Box((first + start, left), (count, columns)), values
-                        )
-                    ]
-                },
-            )
-            source = self.tensors[stored.name + SCALES]
-            read_all(self.storage, {source.file: [Read(_slot(source), factors, scales)]})
-            by_row = scales[
-                torch.arange(first + start, first + start + count) // tall - above
-            ]
-            values *= by_row[:, torch.arange(left, left + columns) // wide - beside]
+            self._read_box(stored, box, values)
+            values *= self._factors(stored, box)
             read.target.narrow(0, start, count).copy_(values)
 
+    def _factors(self, stored: StoredTensor, box: Box) -> Tensor:
+        """Returns the factor of every element of a box of an fp8 tensor."""
+        # Blocks that the box touches, in rows and in columns.
+        ranges = []
+        for offset, size, block in zip(box.offset, box.size, self.block, strict=True):
+            ranges.append((offset // block, -(-(offset + size) // block)))
+        (top, bottom), (left, right) = ranges
+        blocks = Box((top, left), (bottom - top, right - left))
+        factors = torch.empty(blocks.size)
+        self._read_box(self.tensors[stored.name + SCALES], blocks, factors)
+        # Spread them over the elements, one dimension after the other.
+        row_blocks = _indices(box, 0) // self.block[0] - top
+        column_blocks = _indices(box, 1) // self.block[1] - left
+        return factors[row_blocks][:, column_blocks]
+
+    def _read_box(self, stored: StoredTensor, box: Box, target: Tensor) -> None:
+        read_all(self.storage, {stored.file: [Read(_slot(stored), box, target)]})
+
     def check_copies(self) -> None:
-        """Reads what the model has once and the files twice.
+        """Compares tensors that the files have twice and the model once.
 
         Raises ConfigError where the two differ.
         """
         for name, original in self.copies.items():
-            one = self.tensors[name]
-            other = self.tensors[original]
-            if one.shape != other.shape or not all(
-                map(torch.equal, self._blocks(one), self._blocks(other))
-            ):
-                text = (
-                    f"{self.path}: tensor {name!r} differs from {original!r}, but the model "
-                    "has them once"
-                )
+            if not self._are_equal(self.tensors[name], self.tensors[original]):
                 raise ConfigError(
-                    f"{text} (config.json: tie_word_embeddings, num_nextn_predict_layers)"
+                    f"{self.path}: tensor {name!r} differs from {original!r}, but the model "
+                    "has them once (config.json: tie_word_embeddings, "
+                    "num_nextn_predict_layers)"
                 )
 
-    def _blocks(self, stored: StoredTensor) -> Iterator[Tensor]:
+    def _are_equal(self, one: StoredTensor, other: StoredTensor) -> bool:
+        if one.shape != other.shape:
+            return False
+        pairs = zip(self._chunks(one), self._chunks(other), strict=True)
+        return all(torch.equal(left, right) for left, right in pairs)
+
+    def _chunks(self, stored: StoredTensor) -> Iterator[Tensor]:
+        """Yields a stored tensor in fp32, some rows at a time."""
         step = max(1, _CHUNK_ELEMENTS // prod(stored.shape[1:]))
         for start in range(0, stored.shape[0], step):
             size = (min(step, stored.shape[0] - start), *stored.shape[1:])
-            block = torch.empty(size, dtype=DTYPES[stored.dtype])
-            read_all(
-                self.storage,
-                {
-                    stored.file: [
-                        Read(
-                            _slot(stored),
-                            Box((start,) + (0,) * (len(size) - 1), size),
-                            block,
-                        )
-                    ]
-                },
-            )
-            yield block.float()
+            offset = (start,) + (0,) * (len(size) - 1)
+            chunk = torch.empty(size, dtype=DTYPES[stored.dtype])
+            self._read_box(stored, Box(offset, size), chunk)
+            yield chunk.float()
 
 
 def load_whole(weights: HfWeights, name: str) -> Tensor:
-    """One logical tensor in the type that it is best kept in."""
+    """Returns one logical tensor, in the type in which it should be kept."""
     tensor = torch.empty(weights.shapes[name], dtype=weights.dtype(name))
     weights.load_into({f"model/{name}": whole_tensor(tensor)})
     return tensor
 
 
-def _reads(place: Place, stored: StoredTensor, wanted: ShardedTensor) -> Iterator[Read]:
-    for held in wanted.held():
-        for here, there in place.pieces(wanted.shape, held.box):
-            target = held.tensor.detach()
-            for dim, (offset, length) in enumerate(
-                zip(here.offset, here.size, strict=True)
-            ):
-                target = target.narrow(dim, offset - held.box.offset[dim], length)
-            yield Read(_slot(stored), there, target.t() if place.transposed else target)
+def _reads(
+    location: TensorLocation, stored: StoredTensor, tensor: ShardedTensor
+) -> Iterator[Read]:
+    """Yields what to read from a stored tensor to fill the boxes of a logical one."""
+    for local in tensor.held():
+        for logical_box, stored_box in location.pieces(tensor.shape, local.box):
+            target = local.tensor.detach()
+            for dim, offset in enumerate(logical_box.offset):
+                start = offset - local.box.offset[dim]
+                target = target.narrow(dim, start, logical_box.size[dim])
+            if location.transposed:
+                target = target.t()
+            yield Read(_slot(stored), stored_box, target)
 
 
 def _slot(stored: StoredTensor) -> Slot:
-    """The whole tensor, as a reader of boxes wants it."""
-    return Slot(
-        stored.name,
-        Box((0,) * len(stored.shape), stored.shape),
-        DTYPES[stored.dtype],
-        stored.start,
-    )
+    """Returns a stored tensor in the form in which checkpoints list what they hold."""
+    whole = Box((0,) * len(stored.shape), stored.shape)
+    return Slot(stored.name, whole, DTYPES[stored.dtype], stored.start)
+
+
+def _indices(box: Box, dim: int) -> Tensor:
+    return torch.arange(box.offset[dim], box.offset[dim] + box.size[dim])

@@ -1,6 +1,6 @@
-"""Shapes of DeepSeek's models and of those built like them.
+"""Lists the shapes of DeepSeek's models and of models built like them, as published.
 
-Owns: numbers as published. Must not know: how a model is built.
+Must not know: how a model is built.
 """
 
 from typing import Any

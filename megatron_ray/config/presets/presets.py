@@ -1,9 +1,7 @@
-"""Named model shapes.
+"""Lists named model shapes, with the numbers that their authors published.
 
-Owns: numbers as published. Must not know: how a model is built.
-
-Each family's numbers are those of its authors' `config.json` on Hugging Face, the
-repository being named above it.
+Each family's numbers are those of the `config.json` in the Hugging Face repository named
+above it. Must not know: how a model is built.
 """
 
 from typing import Any
@@ -20,8 +18,10 @@ def _sized(
     ffn: int,
     **rest: Any,
 ) -> dict[str, Any]:
-    """A size of a family: its layers, width, query heads, key/value heads and width
-    inside the MLP, and what else is its own.
+    """Returns the shape of one model of a family.
+
+    `groups` is the number of key/value heads, `ffn` the width inside the MLP; `rest` are
+    further fields that differ from the family's.
     """
     sizes = {
         "num_layers": layers,
@@ -29,9 +29,11 @@ def _sized(
         "num_attention_heads": heads,
         "ffn_hidden_size": ffn,
     }
-    # As many as query heads are left out, so that who writes another number of heads
-    # beside a preset has to write it once.
-    return family | sizes | ({} if groups == heads else {"num_query_groups": groups}) | rest
+    # Without grouped-query attention num_query_groups is left out, so that a user who
+    # overrides num_attention_heads of a preset has to change that one field only.
+    if groups != heads:
+        sizes["num_query_groups"] = groups
+    return family | sizes | rest
 
 
 _LLAMA: dict[str, Any] = {

@@ -42,21 +42,21 @@ def test_a_good_config_has_no_problem() -> None:
             {"parallel": {"cp": 3}},
             None,
             "/training/seq_length",
-            "cp=3 cuts a sequence into 2 x cp = 6 chunks, and seq_length=256 is no "
+            "cp=3 splits a sequence into 2 x cp = 6 chunks, and seq_length=256 is not a "
             "multiple of that; use 258",
         ),
         (
             {"parallel": {"cp": 256}},
             None,
             "/training/seq_length",
-            "cp=256 cuts a sequence into 2 x cp = 512 chunks, and seq_length=256 is no "
+            "cp=256 splits a sequence into 2 x cp = 512 chunks, and seq_length=256 is not a "
             "multiple of that; use 512",
         ),
         (
             {"parallel": {"cp": 4, "tp": 2, "cp_method": "a2a"}},
             None,
             "/parallel/cp_method",
-            "num_attention_heads=4 over tp=2 cannot be dealt out to the 4 ranks that "
+            "num_attention_heads=4 over tp=2 cannot be split over the 4 ranks that "
             "exchange heads; use a multiple of 8, or cp_method=p2p",
         ),
         (
@@ -82,7 +82,7 @@ def test_a_good_config_has_no_problem() -> None:
             {"parallel": {"cp": 4, "hierarchical_cp_sizes": (2, 2)}},
             None,
             "/parallel/hierarchical_cp_sizes",
-            "hierarchical_cp_sizes goes with cp_method=a2a+p2p, not p2p",
+            "hierarchical_cp_sizes needs cp_method=a2a+p2p, not p2p",
         ),
         (
             {"parallel": {"order": "tp-pp-dp"}},
@@ -94,7 +94,7 @@ def test_a_good_config_has_no_problem() -> None:
             {"parallel": {"zero_replicas": 2}},
             None,
             "/parallel/zero_replicas",
-            "zero_replicas=2 goes with zero=3, not 1; leave it out, or use zero=3",
+            "zero_replicas=2 needs zero=3, not 1; leave it out, or use zero=3",
         ),
         (
             {"parallel": {"zero": 3, "dp": 4, "zero_replicas": 3}},
@@ -106,8 +106,8 @@ def test_a_good_config_has_no_problem() -> None:
             {"parallel": {"pp": 2, "schedule": "zb-h1", "zero": 3}},
             None,
             "/parallel/schedule",
-            "schedule=zb-h1 computes weight gradients after torch has given a block's "
-            "weights away under zero=3; use 1f1b",
+            "schedule=zb-h1 computes weight gradients after zero=3 has freed the block's "
+            "weights; use 1f1b, or zero=1",
         ),
         (
             {"parallel": {"ep": 2}},
@@ -167,7 +167,7 @@ def test_a_good_config_has_no_problem() -> None:
             {"parallel": {"pp": 2, "layout": "Ett|ttL", "first_stage_layers": 2}},
             None,
             "/parallel/layout",
-            "layout says what each stage holds",
+            "layout defines the contents of every stage; leave out first_stage_layers",
         ),
         (
             {"parallel": {"etp": 4}},
@@ -208,7 +208,7 @@ def test_a_good_config_has_no_problem() -> None:
             },
             None,
             "/training/seq_length",
-            "sequence_parallel cuts seq_length=255 into tp x cp = 2 x 1 parts; use a "
+            "sequence_parallel splits seq_length=255 into tp x cp = 2 x 1 parts; use a "
             "multiple of 2, or turn it off",
         ),
         (
@@ -221,7 +221,7 @@ def test_a_good_config_has_no_problem() -> None:
             {"model": {"num_query_groups": 3}},
             None,
             "/model/num_query_groups",
-            "num_query_groups=3 does not divide num_attention_heads=4",
+            "num_query_groups=3 does not divide num_attention_heads=4; use one that does",
         ),
         (
             {"model": {"position_embedding": "learned", "max_sequence_length": 128}},
@@ -233,14 +233,14 @@ def test_a_good_config_has_no_problem() -> None:
             {"model": {"full_attention_every": 2}},
             None,
             "/model/full_attention_every",
-            "full_attention_every=2 says which layers are without a window, and there is "
+            "full_attention_every=2 exempts layers from the sliding window, and there is "
             "no sliding_window; give one, or leave it out",
         ),
         (
             {"model": {"zero_centered_norm": True, "norm": "layernorm"}},
             None,
             "/model/zero_centered_norm",
-            "zero_centered_norm goes with norm=rmsnorm, not layernorm; "
+            "zero_centered_norm needs norm=rmsnorm, not layernorm; "
             "leave it out, or change norm",
         ),
         (
@@ -252,8 +252,8 @@ def test_a_good_config_has_no_problem() -> None:
             },
             None,
             "/model/rope_scaling",
-            "rope_scaling stretches rotary positions, and position_embedding=none has "
-            "none; leave it out",
+            "rope_scaling applies to rotary positions, not to position_embedding=none; "
+            "leave it out",
         ),
         (
             {
@@ -268,7 +268,7 @@ def test_a_good_config_has_no_problem() -> None:
             None,
             "/model/rope_scaling/high_freq_factor",
             "high_freq_factor=4 must be above low_freq_factor=4: between them frequencies "
-            "pass from kept to divided; raise it",
+            "change from unchanged to divided; raise it",
         ),
         (
             {"model": {"rope_scaling": {"kind": "yarn", "factor": 8.0, "beta_fast": 0.5}}},
@@ -293,8 +293,8 @@ def test_a_good_config_has_no_problem() -> None:
             {"model": {"attention_dropout": 0.1}, "parallel": {"cp": 2}},
             None,
             "/model/attention_dropout",
-            "attention_dropout=0.1 does not go with cp=2: attention over shared sequences "
-            "keeps no probabilities to drop; use 0",
+            "attention_dropout=0.1 is not supported with cp=2, whose attention keeps no "
+            "probabilities to drop; use 0",
         ),
         (
             {"training": {"recompute": {"granularity": "selective", "method": "uniform"}}},
@@ -325,7 +325,8 @@ def test_a_good_config_has_no_problem() -> None:
             {"training": {"recompute": {"granularity": "full", "method": "block"}}},
             None,
             "/training/recompute/num_layers",
-            "granularity=full needs num_layers; say how many layers: 1 recomputes each by itself",
+            "granularity=full needs num_layers; give a number of layers; 1 recomputes each "
+            "layer by itself",
         ),
         (
             {
@@ -349,13 +350,14 @@ def test_a_good_config_has_no_problem() -> None:
             },
             None,
             "/training/recompute/modules",
-            "activation is a part of mlp, which is recomputed whole; leave out one of the two",
+            "activation is part of mlp, which is recomputed as a whole; leave out one of the "
+            "two",
         ),
         (
             {"training": {"recompute": {"granularity": "selective", "modules": ["moe"]}}},
             None,
             "/training/recompute/modules",
-            "moe is for layers that have experts, of which the model has none; leave it out",
+            "moe is for layers with experts, and the model has none; leave it out",
         ),
         (
             {"schedule": {"min_lr": 0.1}},
@@ -367,7 +369,7 @@ def test_a_good_config_has_no_problem() -> None:
             {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},
             None,
             "/optimizer/freeze",
-            "no parameter is called 'layers.4.*'; names are such as 'embedding.weight' and "
+            "no parameter matches 'layers.4.*'; names are such as 'embedding.weight' and "
             "'layers.0.attention_norm.weight'",
         ),
         (
@@ -458,33 +460,33 @@ def latent(**changes: Any) -> dict[str, Any]:
             latent(qkv_bias=True),
             {},
             "/model/qkv_bias",
-            "qkv_bias has no meaning with mla; leave it out, or leave out mla",
+            "qkv_bias is not supported with mla; leave it out, or leave out mla",
         ),
         (
             latent(linear_bias=True),
             {},
             "/model/linear_bias",
-            "linear_bias has no meaning with mla",
+            "linear_bias is not supported with mla",
         ),
-        (latent(qk_norm=True), {}, "/model/qk_norm", "qk_norm has no meaning with mla"),
+        (latent(qk_norm=True), {}, "/model/qk_norm", "qk_norm is not supported with mla"),
         (
             latent(sliding_window=64),
             {},
             "/model/sliding_window",
-            "sliding_window has no meaning with mla",
+            "sliding_window is not supported with mla",
         ),
         (
             latent(position_embedding="none"),
             {},
             "/model/position_embedding",
-            "mla rotates a part of each key, and position_embedding=none rotates nothing; use rope",
+            "mla needs rotary positions, not position_embedding=none; use rope",
         ),
         (
             latent(num_query_groups=2),
             {},
             "/model/num_query_groups",
-            "under mla all 4 heads have keys of their own, so num_query_groups=2 cannot "
-            "be; leave it out",
+            "mla has a key for each of the 4 query heads, so num_query_groups=2 is not "
+            "possible; leave it out",
         ),
         (
             latent(head_dim=48),
@@ -496,8 +498,8 @@ def latent(**changes: Any) -> dict[str, Any]:
             latent(mla={"v_head_dim": 256}),
             {},
             "/model/mla/v_head_dim",
-            "v_head_dim=256 is wider than queries and keys (192), for which no kernel is "
-            "here; use at most 192",
+            "v_head_dim=256 is wider than queries and keys (192), which no attention kernel "
+            "supports; use at most 192",
         ),
         (
             latent(num_attention_heads=6, num_query_groups=6),
@@ -509,8 +511,8 @@ def latent(**changes: Any) -> dict[str, Any]:
             {"preset": "gpt2-tiny", "mtp": {}},
             {},
             "/model/mtp",
-            "mtp reads tokens ahead of their positions, for which a table of learned "
-            "positions has no rule; use rope, or leave out mtp",
+            "mtp does not support position_embedding=learned: the tokens that it reads "
+            "ahead have no learned positions; use rope, or leave out mtp",
         ),
         (
             {"preset": "gpt-tiny", "mtp": {}},
@@ -526,7 +528,7 @@ def latent(**changes: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_each_rule_of_latent_attention_and_further_tokens(
+def test_each_rule_of_latent_attention_and_mtp(
     model: dict[str, Any], parallel: dict[str, Any], pointer: str, words: str
 ) -> None:
     problems = check.find_problems(config(model=model, parallel=parallel))
@@ -549,7 +551,7 @@ def test_each_rule_of_latent_attention_and_further_tokens(
         ),
     ],
 )
-def test_latent_attention_and_further_tokens_go_with_every_axis(
+def test_latent_attention_and_mtp_go_with_every_axis(
     model: dict[str, Any], parallel: dict[str, Any], world: int
 ) -> None:
     assert check.find_problems(config(model=model, parallel=parallel), world) == []
@@ -595,7 +597,7 @@ def with_experts(
             {},
             {"tp": 2},
             "/parallel/sequence_parallel",
-            "experts with tp=2 need each rank to have tokens of its own; set sequence_parallel",
+            "experts with tp=2 need different tokens on each rank; set sequence_parallel",
         ),
         (
             {"layer_pattern": [0, 1]},
@@ -619,7 +621,7 @@ def with_experts(
             {"score_function": "sigmoid", "pre_softmax": True},
             {},
             "/model/moe/pre_softmax",
-            "pre_softmax has no meaning with score_function=sigmoid; leave it out",
+            "pre_softmax has no effect with score_function=sigmoid; leave it out",
         ),
         (
             {"expert_bias": True},

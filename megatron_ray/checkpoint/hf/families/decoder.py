@@ -1,61 +1,67 @@
-"""What Llama and its relatives have in common in config.json and in names.
+"""Reads and writes what Llama and its relatives have in common: config.json and names.
 
-Owns: that. Pure. Must not know: which family asks.
+Pure. Must not know: any family.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ray.checkpoint.hf.families.rope import read_rope, write_rope
-from megatron_ray.checkpoint.hf.options import Options
-from megatron_ray.checkpoint.hf.places import Rule, linear, linears
+from megatron_ray.checkpoint.hf.hf_config import HfConfig
+from megatron_ray.checkpoint.hf.tensor_locations import Rule, linear, linears
 from megatron_ray.config.model import ModelConfig
 
 LAYER = "layers.{}."
+"""Prefix of a layer's logical names."""
 STORED_LAYER = "model.layers.{}."
+"""Prefix of a layer's stored names."""
 SILU = {"silu": "swiglu", "swish": "swiglu"}
+"""Values of hidden_act -> activation."""
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+"""Logical -> stored names of the matrices of an MLP."""
 
 
-def read_sizes(options: Options, *, eps: float, tied: bool = False) -> dict[str, Any]:
-    """Fields that every family with rotary positions and RMS norms spells alike."""
+def read_sizes(config: HfConfig, *, eps: float, tied: bool = False) -> dict[str, Any]:
+    """Reads fields that all families with rotary positions and RMS norms have."""
     return {
-        "num_layers": options.number("num_hidden_layers"),
-        "hidden_size": options.number("hidden_size"),
-        "num_attention_heads": options.number("num_attention_heads"),
-        "ffn_hidden_size": options.number("intermediate_size"),
-        "vocab_size": options.number("vocab_size"),
-        "max_sequence_length": options.number("max_position_embeddings", 2048),
+        "num_layers": config.number("num_hidden_layers"),
+        "hidden_size": config.number("hidden_size"),
+        "num_attention_heads": config.number("num_attention_heads"),
+        "ffn_hidden_size": config.number("intermediate_size"),
+        "vocab_size": config.number("vocab_size"),
+        "max_sequence_length": config.number("max_position_embeddings", 2048),
         "norm": "rmsnorm",
-        "norm_eps": options.number("rms_norm_eps", eps),
+        "norm_eps": config.number("rms_norm_eps", eps),
         "position_embedding": "rope",
-        "tie_embeddings": options.flag("tie_word_embeddings", tied),
-        "init_std": options.number("initializer_range", 0.02),
-        "attention_dropout": options.number("attention_dropout", 0.0),
+        "tie_embeddings": config.flag("tie_word_embeddings", tied),
+        "init_std": config.number("initializer_range", 0.02),
+        "attention_dropout": config.number("attention_dropout", 0.0),
     }
 
 
 def read_decoder(
-    options: Options,
+    config: HfConfig,
     *,
     eps: float = 1e-6,
     theta: float = 10000.0,
     head_dim: int | None = None,
     tied: bool = False,
 ) -> dict[str, Any]:
-    """All fields of a plain decoder with grouped-query attention; defaults are the
-    family's own.
+    """Reads all fields of a plain decoder with grouped-query attention.
+
+    `eps`, `theta`, `head_dim` and `tied` are the family's defaults for missing keys.
     """
     return {
-        **read_sizes(options, eps=eps, tied=tied),
-        **read_rope(options, theta),
-        "num_query_groups": options.get("num_key_value_heads"),
-        "head_dim": options.get("head_dim", head_dim),
-        "activation": SILU[options.only("hidden_act", SILU, "silu")],
+        **read_sizes(config, eps=eps, tied=tied),
+        **read_rope(config, theta),
+        "num_query_groups": config.get("num_key_value_heads"),
+        "head_dim": config.get("head_dim", head_dim),
+        "activation": SILU[config.one_of("hidden_act", SILU, "silu")],
     }
 
 
 def write_sizes(model: ModelConfig) -> dict[str, Any]:
-    """The opposite of `read_sizes`, and the rotary positions."""
+    """Writes what `read_sizes` and `read_rope` read."""
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -74,72 +80,98 @@ def write_sizes(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_decoder(model: ModelConfig) -> dict[str, Any]:
-    """The opposite of `read_decoder`."""
+    """Writes what `read_decoder` reads."""
     return {**write_sizes(model), "head_dim": model.head_width, "hidden_act": "silu"}
 
 
-def read_windows(options: Options, num_layers: int) -> dict[str, Any]:
-    """Qwen's way to say which layers have a sliding window."""
-    window = (
-        options.get("sliding_window") if options.flag("use_sliding_window", False) else None
-    )
-    if window is None:
+def read_windows(config: HfConfig, num_layers: int) -> dict[str, Any]:
+    """Reads which layers have a sliding window, as Qwen's families write it.
+
+    ModelConfig can exempt every n-th layer from the window, so other patterns are
+    refused.
+    """
+    window = config.get("sliding_window")
+    if not config.flag("use_sliding_window", False) or window is None:
         return {}
-    from_layer = options.number("max_window_layers", 28)
-    default = [
-        "full_attention" if layer < from_layer else "sliding_attention"
-        for layer in range(num_layers)
-    ]
-    full = [kind == "full_attention" for kind in options.get("layer_types", default)]
-    if not any(full):
+    is_full = _full_attention_layers(config, num_layers)
+    if True not in is_full:
         return {"sliding_window": window}
-    every = full.index(True) + 1
-    if every == 1 and all(full):
+    if False not in is_full:
         return {}
-    if full != [(layer + 1) % every == 0 for layer in range(num_layers)]:
-        raise options.refuse(
+    every = is_full.index(True) + 1
+    if is_full != [(layer + 1) % every == 0 for layer in range(num_layers)]:
+        raise config.error(
             "layer_types (or max_window_layers) must give every n-th layer full attention, "
             "or no layer"
         )
     return {"sliding_window": window, "full_attention_every": every}
 
 
+def _full_attention_layers(config: HfConfig, num_layers: int) -> list[bool]:
+    """Returns whether each layer attends to all tokens."""
+    layer_types = config.get("layer_types")
+    if layer_types is not None:
+        return [kind == "full_attention" for kind in layer_types]
+    # The older key: layers from this one on have the window.
+    first_with_window = config.number("max_window_layers", 28)
+    return [layer < first_with_window for layer in range(num_layers)]
+
+
 def write_windows(model: ModelConfig) -> dict[str, Any]:
-    """The opposite of `read_windows`."""
-    windows = [model.window_on(layer) for layer in range(model.num_layers)]
-    used = model.sliding_window is not None
+    """Writes what `read_windows` reads."""
+    layer_types = []
+    for layer in range(model.num_layers):
+        kind = "sliding_attention"
+        if model.window_on(layer) is None:
+            kind = "full_attention"
+        layer_types.append(kind)
+    is_used = model.sliding_window is not None
     return {
-        "use_sliding_window": used,
+        "use_sliding_window": is_used,
         "sliding_window": model.sliding_window,
-        "max_window_layers": 0 if used else model.num_layers,
-        "layer_types": [
-            "full_attention" if window is None else "sliding_attention"
-            for window in windows
-        ],
+        "max_window_layers": 0 if is_used else model.num_layers,
+        "layer_types": layer_types,
     }
 
 
 def frame_rules(model: ModelConfig) -> list[Rule]:
-    """Embedding, last norm and head."""
+    """Returns the rules of embedding, last norm and head."""
     rules = linear("embedding", "model.embed_tokens") + linear("final_norm", "model.norm")
-    return rules if model.tie_embeddings else [*rules, *linear("head", "lm_head")]
+    if not model.tie_embeddings:
+        rules += linear("head", "lm_head")
+    return rules
+
+
+def weight_rules(
+    names: Mapping[str, str], logical: str, stored: str, first_layer: int = 0
+) -> list[Rule]:
+    """Returns the rules of weights that share two prefixes.
+
+    `names` map the rest of a logical name to the rest of the stored name. `first_layer`
+    is the number of the layer that logical names count as 0.
+    """
+    rules = []
+    for logical_name, stored_name in names.items():
+        rules.append(
+            Rule(
+                f"{logical}{logical_name}.weight",
+                f"{stored}{stored_name}.weight",
+                first_layer=first_layer,
+            )
+        )
+    return rules
 
 
 def norm_rules(
     logical: str = LAYER, stored: str = STORED_LAYER, first_layer: int = 0
 ) -> list[Rule]:
-    """The two norms of a layer."""
-    pairs = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    return [
-        Rule(f"{logical}{ours}.weight", f"{stored}{theirs}.weight", first_layer=first_layer)
-        for ours, theirs in pairs.items()
-    ]
+    """Returns the rules of the two norms of a layer."""
+    names = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    return weight_rules(names, logical, stored, first_layer)
 
 
 def decoder_rules(model: ModelConfig) -> list[Rule]:
-    """A plain decoder's tensors; biases and norms of queries and keys where the model
-    has them.
-    """
+    """Returns the rules of a plain decoder, with biases and query/key norms if any."""
     attention = LAYER + "attention."
     stored = STORED_LAYER + "self_attn."
     rules = frame_rules(model) + norm_rules()
@@ -148,8 +180,7 @@ def decoder_rules(model: ModelConfig) -> list[Rule]:
     rules += linear(attention + "o", stored + "o_proj", bias=model.linear_bias)
     if model.qk_norm:
         rules += linears({"q_norm": "q_norm", "k_norm": "k_norm"}, attention, stored)
-    for ours, theirs in MLP.items():
-        rules += linear(
-            f"{LAYER}mlp.{ours}", f"{STORED_LAYER}mlp.{theirs}", bias=model.linear_bias
-        )
+    for logical_name, stored_name in MLP.items():
+        logical = f"{LAYER}mlp.{logical_name}"
+        rules += linear(logical, f"{STORED_LAYER}mlp.{stored_name}", bias=model.linear_bias)
     return rules

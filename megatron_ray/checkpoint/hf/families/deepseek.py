@@ -1,8 +1,8 @@
-"""DeepSeek-V3.
+"""Describes DeepSeek-V3.
 
-Owns: its config.json and names: latent attention with rotated parts in pairs, a
-balancing bias, shared experts, and layers that predict further tokens behind the last
-one. Pure.
+It has latent attention whose rotated parts are stored in pairs, a balancing bias, shared
+experts, and multi-token prediction (MTP) layers, which are stored as layers behind the
+last one. Pure. Must not know: files, torch.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,6 +16,7 @@ from megatron_ray.checkpoint.hf.families.decoder import (
     frame_rules,
     norm_rules,
     read_sizes,
+    weight_rules,
     write_sizes,
 )
 from megatron_ray.checkpoint.hf.families.experts import (
@@ -25,92 +26,91 @@ from megatron_ray.checkpoint.hf.families.experts import (
 )
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.rope import read_rope
-from megatron_ray.checkpoint.hf.options import Options
-from megatron_ray.checkpoint.hf.places import Rotary, Rule
+from megatron_ray.checkpoint.hf.hf_config import HfConfig
+from megatron_ray.checkpoint.hf.tensor_locations import InterleavedRotary, Rule
 from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 
-_BLOCK = "mtp.{}.block."
+_MTP_BLOCK = "mtp.{}.block."
+"""Prefix of the logical names of an MTP layer's transformer block."""
 _LATENT_SIZES = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 128,
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
-_FURTHER = {
+_MTP_WEIGHTS = {
     "embedding_norm": "enorm",
     "hidden_norm": "hnorm",
     "projection": "eh_proj",
     "final_norm": "shared_head.norm",
 }
+"""Weights of an MTP layer outside its block."""
+_FFNS = {"mlp.": "mlp.", "moe.shared.": "mlp.shared_experts."}
 _EPS = 1e-6
-_BEST_OF_A_GROUP = 2
-"""Groups are ranked by the sum of this many scores."""
+_SCORES_PER_GROUP = 2
+"""Groups of experts are ranked by the sum of this many scores."""
 
 
-def _read(options: Options) -> dict[str, Any]:
-    options.only("attention_bias", (False,), False)
-    options.only("rope_interleave", (True,), True)
-    options.only("norm_topk_prob", (True,), True)
-    options.only("scoring_func", ("sigmoid",), "sigmoid")
-    options.only("topk_method", ("noaux_tc",), "noaux_tc")
-    options.only("moe_layer_freq", (1,), 1)
-    # Norms of the latents have it built in, whatever the key says.
-    options.only("rms_norm_eps", (_EPS,), _EPS)
-    activation = SILU[options.only("hidden_act", SILU, "silu")]
+def _read(config: HfConfig) -> dict[str, Any]:
+    config.one_of("attention_bias", (False,), False)
+    config.one_of("rope_interleave", (True,), True)
+    config.one_of("norm_topk_prob", (True,), True)
+    config.one_of("scoring_func", ("sigmoid",), "sigmoid")
+    config.one_of("topk_method", ("noaux_tc",), "noaux_tc")
+    config.one_of("moe_layer_freq", (1,), 1)
+    # The norms of latents have this value in transformers, whatever the key says.
+    config.one_of("rms_norm_eps", (_EPS,), _EPS)
+    activation = SILU[config.one_of("hidden_act", SILU, "silu")]
     fields = {
-        **read_sizes(options, eps=_EPS),
-        **read_rope(options),
+        **read_sizes(config, eps=_EPS),
+        **read_rope(config),
         "activation": activation,
     }
-    if (
-        options.get("num_key_value_heads", fields["num_attention_heads"])
-        != fields["num_attention_heads"]
-    ):
-        raise options.refuse(
+    num_heads = fields["num_attention_heads"]
+    if config.get("num_key_value_heads", num_heads) != num_heads:
+        raise config.error(
             "num_key_value_heads differs from num_attention_heads: latent attention has no "
             "query groups"
         )
-    further = options.number("num_nextn_predict_layers", 0)
-    return fields | {
-        "mla": {
-            # Missing is the default, null is no latent.
-            "q_lora_rank": options.values.get("q_lora_rank", 1536),
-            **{name: options.number(name, size) for name, size in _LATENT_SIZES.items()},
-        },
-        "moe": _read_moe(options, fields["num_layers"]),
-        "mtp": {"num_layers": further} if further else None,
-    }
+    # A missing key is the default rank, null is no latent of queries.
+    mla = {"q_lora_rank": config.values.get("q_lora_rank", 1536)}
+    for name, size in _LATENT_SIZES.items():
+        mla[name] = config.number(name, size)
+    fields |= {"mla": mla, "moe": _read_moe(config, fields["num_layers"]), "mtp": None}
+    num_mtp_layers = config.number("num_nextn_predict_layers", 0)
+    if num_mtp_layers:
+        fields["mtp"] = {"num_layers": num_mtp_layers}
+    return fields
 
 
-def _read_moe(options: Options, num_layers: int) -> dict[str, Any]:
-    dense = min(options.number("first_k_dense_replace", 3), num_layers)
-    width = options.number("moe_intermediate_size", 2048)
-    shared = options.number("n_shared_experts", 1)
-    top_k, groups, of_groups = (
-        options.number(key, default)
-        for key, default in (("num_experts_per_tok", 8), ("n_group", 1), ("topk_group", 1))
-    )
-    limited = groups > 1 and of_groups < groups
-    if limited and top_k // of_groups != _BEST_OF_A_GROUP:
-        text = (
-            f"num_experts_per_tok={top_k} with topk_group={of_groups} is not supported: groups "
-            "are ranked by their best"
-        )
-        raise options.refuse(
-            f"{text} {_BEST_OF_A_GROUP} scores there, by num_experts_per_tok / topk_group here"
+def _read_moe(config: HfConfig, num_layers: int) -> dict[str, Any]:
+    dense = min(config.number("first_k_dense_replace", 3), num_layers)
+    width = config.number("moe_intermediate_size", 2048)
+    # 0 shared experts are none, which is null here.
+    shared_width = width * config.number("n_shared_experts", 1) or None
+    top_k = config.number("num_experts_per_tok", 8)
+    groups = config.number("n_group", 1)
+    group_top_k = config.number("topk_group", 1)
+    # A choice among all groups, or with one group, is not limited.
+    is_limited = groups > 1 and group_top_k < groups
+    if is_limited and top_k // group_top_k != _SCORES_PER_GROUP:
+        raise config.error(
+            f"num_experts_per_tok={top_k} with topk_group={group_top_k} is not supported: "
+            f"groups are ranked by their best {_SCORES_PER_GROUP} scores there, by "
+            "num_experts_per_tok / topk_group here"
         )
     return {
-        "num_experts": options.number("n_routed_experts", 256),
+        "num_experts": config.number("n_routed_experts", 256),
         "top_k": top_k,
         "ffn_hidden_size": width,
         "layer_pattern": [0] * dense + [1] * (num_layers - dense),
         "score_function": "sigmoid",
         "expert_bias": True,
-        "scaling_factor": options.number("routed_scaling_factor", 2.5),
-        "num_groups": groups if limited else None,
-        "group_top_k": of_groups if limited else None,
-        "shared_expert_ffn_hidden_size": width * shared if shared else None,
+        "scaling_factor": config.number("routed_scaling_factor", 2.5),
+        "num_groups": groups if is_limited else None,
+        "group_top_k": group_top_k if is_limited else None,
+        "shared_expert_ffn_hidden_size": shared_width,
     }
 
 
@@ -124,7 +124,10 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "attention_bias": False,
         "rope_interleave": True,
         "q_lora_rank": mla.q_lora_rank,
-        **{name: getattr(mla, name) for name in _LATENT_SIZES},
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_nope_head_dim": mla.qk_nope_head_dim,
+        "qk_rope_head_dim": mla.qk_rope_head_dim,
+        "v_head_dim": mla.v_head_dim,
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": width,
@@ -137,12 +140,12 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
         "routed_scaling_factor": moe.scaling_factor,
-        "num_nextn_predict_layers": model.mtp.num_layers if model.mtp is not None else 0,
+        "num_nextn_predict_layers": model.num_mtp_layers,
     }
 
 
 def latent(model: ModelConfig) -> LatentAttentionConfig:
-    """The latent attention of a model that must have it. Raises ValueError."""
+    """Returns the latent attention of a model; raises ValueError when it has none."""
     if model.mla is None:
         raise ValueError("the model has no latent attention")
     return model.mla
@@ -152,86 +155,81 @@ def _rules(model: ModelConfig) -> list[Rule]:
     rules = frame_rules(model) + _layer_rules(model, LAYER, 0)
     if model.mtp is not None:
         first = model.num_layers
-        rules += _layer_rules(model, _BLOCK, first)
-        for ours, theirs in _FURTHER.items():
-            rules.append(
-                Rule(
-                    f"mtp.{{}}.{ours}.weight",
-                    f"{STORED_LAYER}{theirs}.weight",
-                    first_layer=first,
-                )
-            )
+        rules += _layer_rules(model, _MTP_BLOCK, first)
+        rules += weight_rules(_MTP_WEIGHTS, "mtp.{}.", STORED_LAYER, first)
     return rules
 
 
 def _layer_rules(model: ModelConfig, logical: str, first: int) -> list[Rule]:
-    rules = norm_rules(logical, STORED_LAYER, first) + expert_rules(
-        logical, first_layer=first
-    )
-    gate = STORED_LAYER + "mlp.gate.e_score_correction_bias"
-    rules.append(Rule(logical + "moe.expert_bias", gate, first_layer=first))
-    for ours, theirs in MLP.items():
-        for mine, place in {"mlp.": "mlp.", "moe.shared.": "mlp.shared_experts."}.items():
-            rules.append(
-                Rule(
-                    f"{logical}{mine}{ours}.weight",
-                    f"{STORED_LAYER}{place}{theirs}.weight",
-                    first_layer=first,
-                )
-            )
+    """Returns the rules of a layer with an MLP or experts; a layer has one of both."""
+    rules = norm_rules(logical, STORED_LAYER, first)
+    rules += expert_rules(logical, first_layer=first)
+    bias = STORED_LAYER + "mlp.gate.e_score_correction_bias"
+    rules.append(Rule(logical + "moe.expert_bias", bias, first_layer=first))
+    for logical_name, stored_name in _FFNS.items():
+        rules += weight_rules(
+            MLP, logical + logical_name, STORED_LAYER + stored_name, first
+        )
     return rules + _attention_rules(latent(model), logical + "attention.", first)
 
 
 def _attention_rules(mla: LatentAttentionConfig, logical: str, first: int) -> list[Rule]:
     stored = STORED_LAYER + "self_attn."
-    of_query = Rotary(mla.qk_head_dim, mla.qk_nope_head_dim, mla.qk_rope_head_dim)
-    of_key = Rotary(
+    # The rotated part is the last of each head of queries, and of the rows that project
+    # to the latent of keys and values.
+    query_order = InterleavedRotary(
+        mla.qk_head_dim, mla.qk_nope_head_dim, mla.qk_rope_head_dim
+    )
+    key_order = InterleavedRotary(
         mla.kv_lora_rank + mla.qk_rope_head_dim, mla.kv_lora_rank, mla.qk_rope_head_dim
     )
-    pairs: dict[str, tuple[str, Rotary | None]] = {
-        "kv_down": ("kv_a_proj_with_mqa", of_key),
+    names: dict[str, tuple[str, InterleavedRotary | None]] = {
+        "kv_down": ("kv_a_proj_with_mqa", key_order),
         "kv_norm": ("kv_a_layernorm", None),
         "kv_up": ("kv_b_proj", None),
         "o": ("o_proj", None),
     }
     if mla.q_lora_rank is None:
-        pairs["q"] = ("q_proj", of_query)
+        names["q"] = ("q_proj", query_order)
     else:
-        pairs |= {
+        names |= {
             "q_down": ("q_a_proj", None),
             "q_norm": ("q_a_layernorm", None),
-            "q_up": ("q_b_proj", of_query),
+            "q_up": ("q_b_proj", query_order),
         }
-    return [
-        Rule(
-            f"{logical}{ours}.weight",
-            f"{stored}{theirs}.weight",
-            rotary=rotary,
-            first_layer=first,
+    rules = []
+    for logical_name, (stored_name, rotary) in names.items():
+        rules.append(
+            Rule(
+                f"{logical}{logical_name}.weight",
+                f"{stored}{stored_name}.weight",
+                rotary=rotary,
+                first_layer=first,
+            )
         )
-        for ours, (theirs, rotary) in pairs.items()
-    ]
+    return rules
 
 
 def _copies(model: ModelConfig) -> Mapping[str, str]:
-    """Each further layer is published with embedding and head of its own, equal to the
-    model's.
-    """
-    further = model.mtp.num_layers if model.mtp is not None else 0
-    head = "model.embed_tokens.weight" if model.tie_embeddings else "lm_head.weight"
-    found = {}
-    for layer in range(model.num_layers, model.num_layers + further):
-        found[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
-        found[f"model.layers.{layer}.shared_head.head.weight"] = head
-    return found
+    """Returns the embeddings and heads that MTP layers repeat in published files."""
+    embedding = "model.embed_tokens.weight"
+    head = embedding if model.tie_embeddings else "lm_head.weight"
+    copies = {}
+    for layer in range(model.num_layers, model.num_layers + model.num_mtp_layers):
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = embedding
+        copies[f"model.layers.{layer}.shared_head.head.weight"] = head
+    return copies
 
 
 def _present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Transformers says in config.json that there are further layers, and does not save
-    them.
+    """Returns the model without MTP layers where they are not stored.
+
+    Transformers lists them in config.json and does not save them.
     """
-    further = any(name.startswith(f"model.layers.{model.num_layers}.") for name in names)
-    return model if further else model.model_copy(update={"mtp": None})
+    prefix = f"model.layers.{model.num_layers}."
+    if any(name.startswith(prefix) for name in names):
+        return model
+    return model.model_copy(update={"mtp": None})
 
 
 DEEPSEEK_V3 = Family(

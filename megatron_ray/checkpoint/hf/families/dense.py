@@ -1,8 +1,9 @@
-"""Llama, Mistral, Qwen2, Qwen3 and Gemma.
+"""Describes Llama, Mistral, Qwen2, Qwen3 and Gemma.
 
-Owns: what tells them apart. Pure. Must not know: files, torch.
+Owns: what differs between them. Pure. Must not know: files, torch.
 """
 
+import json
 from math import isclose, sqrt
 from typing import Any
 
@@ -14,24 +15,23 @@ from megatron_ray.checkpoint.hf.families.decoder import (
     write_windows,
 )
 from megatron_ray.checkpoint.hf.families.family import Family
-from megatron_ray.checkpoint.hf.options import Options
+from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.config.model import ModelConfig
 
 _GELU = ("gelu_pytorch_tanh", "gelu")
-"""Gemma's first published files say `gelu` and mean the approximation, as transformers
-knows too."""
+"""Gemma's first published files have `gelu` and mean the tanh approximation; transformers
+treats them so too."""
 
 
-def _read_llama(options: Options) -> dict[str, Any]:
-    attention = options.flag("attention_bias", False)
-    mlp = options.flag("mlp_bias", False)
+def _read_llama(config: HfConfig) -> dict[str, Any]:
+    attention = config.flag("attention_bias", False)
+    mlp = config.flag("mlp_bias", False)
     if attention != mlp:
-        text = (
-            f"attention_bias={attention} with mlp_bias={mlp} is not supported: all linear "
-            "layers have a bias, or none"
+        raise config.error(
+            f"attention_bias={json.dumps(attention)} with mlp_bias={json.dumps(mlp)} is not "
+            "supported: all linear layers have a bias, or none"
         )
-        raise options.refuse(text.replace("True", "true").replace("False", "false"))
-    return read_decoder(options) | {"linear_bias": attention}
+    return read_decoder(config) | {"linear_bias": attention}
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
@@ -41,12 +41,12 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_mistral(options: Options) -> dict[str, Any]:
-    # The key that is missing and the key that is null mean different things here.
-    window = options.values.get("sliding_window", 4096)
-    return read_decoder(options) | {
+def _read_mistral(config: HfConfig) -> dict[str, Any]:
+    # A missing key is the default window, null is no window.
+    window = config.values.get("sliding_window", 4096)
+    return read_decoder(config) | {
         "sliding_window": window,
-        "num_query_groups": options.get("num_key_value_heads", 8),
+        "num_query_groups": config.get("num_key_value_heads", 8),
     }
 
 
@@ -54,50 +54,52 @@ def _write_mistral(model: ModelConfig) -> dict[str, Any]:
     return write_decoder(model) | {"sliding_window": model.sliding_window}
 
 
-def _read_qwen2(options: Options) -> dict[str, Any]:
-    fields = read_decoder(options)
-    return fields | read_windows(options, fields["num_layers"]) | {"qkv_bias": True}
+def _read_qwen2(config: HfConfig) -> dict[str, Any]:
+    fields = read_decoder(config)
+    return fields | read_windows(config, fields["num_layers"]) | {"qkv_bias": True}
 
 
 def _write_qwen2(model: ModelConfig) -> dict[str, Any]:
     return write_decoder(model) | write_windows(model)
 
 
-def _read_qwen3(options: Options) -> dict[str, Any]:
-    options.only("attention_bias", (False,), False)
-    fields = read_decoder(options, head_dim=128)
-    return fields | read_windows(options, fields["num_layers"]) | {"qk_norm": True}
+def _read_qwen3(config: HfConfig) -> dict[str, Any]:
+    config.one_of("attention_bias", (False,), False)
+    fields = read_decoder(config, head_dim=128)
+    return fields | read_windows(config, fields["num_layers"]) | {"qk_norm": True}
 
 
 def _write_qwen3(model: ModelConfig) -> dict[str, Any]:
     return write_decoder(model) | write_windows(model) | {"attention_bias": False}
 
 
-def _read_gemma(options: Options) -> dict[str, Any]:
-    options.only("attention_bias", (False,), False)
-    options.only("use_bidirectional_attention", (False,), False)
-    options.only(
-        "hidden_activation" if options.get("hidden_activation") else "hidden_act",
-        _GELU,
-        _GELU[0],
-    )
-    known = Options({**options.values, "hidden_act": "silu"}, options.where)
-    own = {
+def _read_gemma(config: HfConfig) -> dict[str, Any]:
+    config.one_of("attention_bias", (False,), False)
+    config.one_of("use_bidirectional_attention", (False,), False)
+    # The newer key takes precedence.
+    key = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
+    config.one_of(key, _GELU, _GELU[0])
+    # Everything else is read as of a Llama, which accepts its own activation only.
+    as_llama = HfConfig({**config.values, "hidden_act": "silu"}, config.where)
+    fields = {
         "activation": "geglu_tanh",
         "zero_centered_norm": True,
-        "embedding_scale": sqrt(options.number("hidden_size")),
+        "embedding_scale": sqrt(config.number("hidden_size")),
     }
-    return read_decoder(known, head_dim=256, tied=True) | own
+    return read_decoder(as_llama, head_dim=256, tied=True) | fields
 
 
 def _write_gemma(model: ModelConfig) -> dict[str, Any]:
-    scaled = isclose(model.embedding_scale, sqrt(model.hidden_size), rel_tol=1e-6)
-    own = {
+    values = write_decoder(model)
+    # Gemma's scale is implied by the family. Another one would be lost, so the values
+    # stay those of a model without it, and `family_for` reports the difference.
+    if not isclose(model.embedding_scale, sqrt(model.hidden_size), rel_tol=1e-6):
+        return values
+    return values | {
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
     }
-    return write_decoder(model) | own if scaled else write_decoder(model)
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, decoder_rules)

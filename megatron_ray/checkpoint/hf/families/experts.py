@@ -1,6 +1,6 @@
-"""Mixtral and Qwen3-MoE. Owns: what tells them apart.
+"""Describes Mixtral and Qwen3-MoE, whose files have a tensor per expert and matrix.
 
-Published files have a tensor per expert and matrix. Pure.
+Pure. Must not know: files, torch.
 """
 
 from typing import Any
@@ -12,12 +12,13 @@ from megatron_ray.checkpoint.hf.families.decoder import (
     decoder_rules,
     read_decoder,
     read_windows,
+    weight_rules,
     write_decoder,
     write_windows,
 )
 from megatron_ray.checkpoint.hf.families.family import Family
-from megatron_ray.checkpoint.hf.options import Options
-from megatron_ray.checkpoint.hf.places import Rule, linear, linears
+from megatron_ray.checkpoint.hf.hf_config import HfConfig
+from megatron_ray.checkpoint.hf.tensor_locations import Rule, linear, linears
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 
@@ -25,112 +26,105 @@ _EXPERTS = LAYER + "moe.experts.{}."
 
 
 def mixture(model: ModelConfig) -> MoEConfig:
-    """The mixture of a model that must have one. Raises ValueError."""
+    """Returns the mixture of a model; raises ValueError when it has none."""
     if model.moe is None:
         raise ValueError("the model has no experts")
     return model.moe
 
 
 def layers_with_experts(model: ModelConfig) -> list[int]:
-    """1 or 0 for each layer."""
+    """Returns 1 for each layer with experts and 0 for each without."""
     return [int(model.experts_on(layer) is not None) for layer in range(model.num_layers)]
 
 
-def _read_mixtral(options: Options) -> dict[str, Any]:
-    fields = read_decoder(options, eps=1e-5, theta=1e6)
+def _read_mixtral(config: HfConfig) -> dict[str, Any]:
+    fields = read_decoder(config, eps=1e-5, theta=1e6)
     moe = {
-        "num_experts": options.number("num_local_experts", 8),
-        "top_k": options.number("num_experts_per_tok", 2),
+        "num_experts": config.number("num_local_experts", 8),
+        "top_k": config.number("num_experts_per_tok", 2),
     }
-    own = {"moe": moe, "sliding_window": options.get("sliding_window")}
-    return fields | own | {"num_query_groups": options.get("num_key_value_heads", 8)}
+    return fields | {
+        "moe": moe,
+        "sliding_window": config.get("sliding_window"),
+        "num_query_groups": config.get("num_key_value_heads", 8),
+    }
 
 
 def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
     moe = mixture(model)
-    own = {
+    return write_decoder(model) | {
         "num_local_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "sliding_window": model.sliding_window,
+        "intermediate_size": model.expert_width,
     }
-    return write_decoder(model) | own | {"intermediate_size": model.expert_width}
 
 
 def _mixtral_rules(model: ModelConfig) -> list[Rule]:
     stored = STORED_LAYER + "block_sparse_moe."
-    rules = linear(LAYER + "moe.router", stored + "gate")
-    return (
-        decoder_rules(model)
-        + rules
-        + linears(
-            {"gate": "w1", "up": "w3", "down": "w2"}, _EXPERTS, stored + "experts.{}."
-        )
-    )
+    matrices = {"gate": "w1", "up": "w3", "down": "w2"}
+    return [
+        *decoder_rules(model),
+        *linear(LAYER + "moe.router", stored + "gate"),
+        *linears(matrices, _EXPERTS, stored + "experts.{}."),
+    ]
 
 
-def _read_qwen3_moe(options: Options) -> dict[str, Any]:
-    options.only("attention_bias", (False,), False)
-    fields = read_decoder(options)
-    every = options.number("decoder_sparse_step", 1)
-    without = options.get("mlp_only_layers", [])
-    layers = range(fields["num_layers"])
+def _read_qwen3_moe(config: HfConfig) -> dict[str, Any]:
+    config.one_of("attention_bias", (False,), False)
+    fields = read_decoder(config)
+    num_layers = fields["num_layers"]
+    every = config.number("decoder_sparse_step", 1)
+    dense_layers = config.get("mlp_only_layers", [])
+    layer_pattern = []
+    for layer in range(num_layers):
+        is_sparse = (layer + 1) % every == 0 and layer not in dense_layers
+        layer_pattern.append(int(is_sparse))
+    # Newer versions of transformers write the second key.
+    num_experts = config.number("num_experts", config.number("num_local_experts", 128))
     moe = {
-        "num_experts": options.number(
-            "num_experts", options.number("num_local_experts", 128)
-        ),
-        "top_k": options.number("num_experts_per_tok", 8),
-        "ffn_hidden_size": options.number("moe_intermediate_size", 768),
-        "pre_softmax": not options.flag("norm_topk_prob", False),
-        "layer_pattern": [
-            int((layer + 1) % every == 0 and layer not in without) for layer in layers
-        ],
+        "num_experts": num_experts,
+        "top_k": config.number("num_experts_per_tok", 8),
+        "ffn_hidden_size": config.number("moe_intermediate_size", 768),
+        "pre_softmax": not config.flag("norm_topk_prob", False),
+        "layer_pattern": layer_pattern,
     }
-    windows = read_windows(
-        Options({"max_window_layers": 0, **options.values}, options.where),
-        fields["num_layers"],
-    )
-    return (
-        fields
-        | windows
-        | {
-            "qk_norm": True,
-            "moe": moe,
-            "num_query_groups": options.get("num_key_value_heads", 4),
-        }
-    )
+    fields |= {
+        "qk_norm": True,
+        "moe": moe,
+        "num_query_groups": config.get("num_key_value_heads", 4),
+    }
+    # Unlike Qwen2 and Qwen3, all layers have the window by default.
+    with_default = HfConfig({"max_window_layers": 0, **config.values}, config.where)
+    return fields | read_windows(with_default, num_layers)
 
 
 def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
     moe = mixture(model)
-    own = {
+    dense_layers = []
+    for layer, has_experts in enumerate(layers_with_experts(model)):
+        if not has_experts:
+            dense_layers.append(layer)
+    values = {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": model.expert_width,
         "norm_topk_prob": not moe.pre_softmax,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [
-            layer for layer, has in enumerate(layers_with_experts(model)) if not has
-        ],
+        "mlp_only_layers": dense_layers,
         "attention_bias": False,
     }
-    return write_decoder(model) | write_windows(model) | own
+    return write_decoder(model) | write_windows(model) | values
 
 
 def expert_rules(
     logical: str = LAYER, stored: str = STORED_LAYER + "mlp.", first_layer: int = 0
 ) -> list[Rule]:
-    """Router and experts as Qwen and DeepSeek name them."""
-    pairs = {"router": "gate"} | {
-        f"experts.{{}}.{ours}": f"experts.{{}}.{theirs}" for ours, theirs in MLP.items()
-    }
-    return [
-        Rule(
-            f"{logical}moe.{ours}.weight",
-            f"{stored}{theirs}.weight",
-            first_layer=first_layer,
-        )
-        for ours, theirs in pairs.items()
-    ]
+    """Returns the rules of router and experts, as Qwen and DeepSeek name them."""
+    names = {"router": "gate"}
+    for logical_name, stored_name in MLP.items():
+        names[f"experts.{{}}.{logical_name}"] = f"experts.{{}}.{stored_name}"
+    return weight_rules(names, f"{logical}moe.", stored, first_layer)
 
 
 def _qwen3_moe_rules(model: ModelConfig) -> list[Rule]:

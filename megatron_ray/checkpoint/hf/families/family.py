@@ -1,51 +1,49 @@
-"""What a family of published models is.
+"""Defines how a family of published models is described.
 
-Owns: the shape of that statement. Pure; must not know: any family, files, torch.
+Pure. Must not know: any family, files, torch.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ray.checkpoint.hf.options import Options
-from megatron_ray.checkpoint.hf.places import Rule
+from megatron_ray.checkpoint.hf.hf_config import HfConfig
+from megatron_ray.checkpoint.hf.tensor_locations import Rule
 from megatron_ray.config.model import ModelConfig
 
 
 def no_copies(model: ModelConfig) -> dict[str, str]:
-    """For families whose checkpoints store every tensor once."""
+    """Returns no copies, for families that store every tensor once."""
     return {}
 
 
 def all_present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """For families whose files hold what config.json says."""
+    """Returns the model as it is, for families whose files match config.json."""
     return model
 
 
 @dataclass(frozen=True)
 class Family:
-    """One `model_type` of transformers: its config.json and the names of its tensors,
-    both ways.
-    """
+    """One `model_type` of transformers: how to read and write its config.json and names."""
 
     model_type: str
     architecture: str
-    """Class that transformers makes of it."""
-    read: Callable[[Options], dict[str, Any]]
-    """config.json -> fields of ModelConfig. Raises ConfigError for what a ModelConfig
-    cannot say."""
+    """Name of its class in transformers."""
+    read: Callable[[HfConfig], dict[str, Any]]
+    """Reads config.json into fields of ModelConfig. Raises ConfigError for what ModelConfig
+    does not support."""
     write: Callable[[ModelConfig], dict[str, Any]]
-    """ModelConfig -> config.json, as far as the family can say it (see
-    `writing_problems`)."""
+    """Writes a ModelConfig as values of config.json. Fields that the family does not have
+    are left out; `registry.family_for` finds them by reading the values again."""
     rules: Callable[[ModelConfig], Sequence[Rule]]
-    """Where logical tensors are stored."""
+    """Returns where logical tensors are stored."""
     prefix: str = "model."
-    """Of the names of the model without its head; some published checkpoints leave it
-    out."""
+    """Prefix of the names of all tensors but the head's; some published checkpoints leave
+    it out."""
     ignored: Sequence[str] = ("*.rotary_emb.inv_freq",)
-    """Stored tensors that are computed, not learned: patterns."""
+    """Patterns of stored tensors that are computed, not learned."""
     copies: Callable[[ModelConfig], Mapping[str, str]] = no_copies
-    """Stored tensor -> the stored tensor that it repeats."""
+    """Returns stored tensor -> the stored tensor that it repeats."""
     present: Callable[[ModelConfig, Collection[str]], ModelConfig] = all_present
-    """The model without parts that config.json speaks of and that are not among the
-    stored names."""
+    """Returns the model without parts that config.json lists but whose tensors are not
+    among the stored names."""

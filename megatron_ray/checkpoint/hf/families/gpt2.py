@@ -1,14 +1,14 @@
-"""GPT-2.
+"""Describes GPT-2.
 
-Owns: its config.json and names; linear layers are stored transposed, queries, keys and
-values in one. Pure.
+Its linear layers are stored transposed, and queries, keys and values in one tensor.
+Pure. Must not know: files, torch.
 """
 
 from typing import Any
 
 from megatron_ray.checkpoint.hf.families.family import Family
-from megatron_ray.checkpoint.hf.options import Options
-from megatron_ray.checkpoint.hf.places import Rule, linear
+from megatron_ray.checkpoint.hf.hf_config import HfConfig
+from megatron_ray.checkpoint.hf.tensor_locations import Rule, linear
 from megatron_ray.config.model import ModelConfig
 
 _ACTIVATIONS = {
@@ -17,39 +17,47 @@ _ACTIVATIONS = {
     "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
 }
+_NORMS = {"attention_norm": "ln_1", "mlp_norm": "ln_2"}
+_LINEARS = {
+    "attention.o": "attn.c_proj",
+    "mlp.up": "mlp.c_fc",
+    "mlp.down": "mlp.c_proj",
+}
 
 
-def _read(options: Options) -> dict[str, Any]:
-    options.only("scale_attn_weights", (True,), True)
-    options.only("scale_attn_by_inverse_layer_idx", (False,), False)
-    options.only("add_cross_attention", (False,), False)
-    dropout = options.number("resid_pdrop", 0.1)
-    if options.number("embd_pdrop", 0.1) != dropout:
-        raise options.refuse(
+def _read(config: HfConfig) -> dict[str, Any]:
+    config.one_of("scale_attn_weights", (True,), True)
+    config.one_of("scale_attn_by_inverse_layer_idx", (False,), False)
+    config.one_of("add_cross_attention", (False,), False)
+    dropout = config.number("resid_pdrop", 0.1)
+    if config.number("embd_pdrop", 0.1) != dropout:
+        raise config.error(
             "embd_pdrop differs from resid_pdrop, which is not supported: set both alike"
         )
+    activation = config.one_of("activation_function", _ACTIVATIONS, "gelu_new")
     return {
-        "num_layers": options.number("n_layer"),
-        "hidden_size": options.number("n_embd"),
-        "num_attention_heads": options.number("n_head"),
-        "ffn_hidden_size": options.get("n_inner"),
-        "vocab_size": options.number("vocab_size"),
-        "max_sequence_length": options.number("n_positions", options.number("n_ctx", 1024)),
-        "activation": _ACTIVATIONS[
-            options.only("activation_function", _ACTIVATIONS, "gelu_new")
-        ],
+        "num_layers": config.number("n_layer"),
+        "hidden_size": config.number("n_embd"),
+        "num_attention_heads": config.number("n_head"),
+        "ffn_hidden_size": config.get("n_inner"),
+        "vocab_size": config.number("vocab_size"),
+        "max_sequence_length": config.number("n_positions", config.number("n_ctx", 1024)),
+        "activation": _ACTIVATIONS[activation],
         "norm": "layernorm",
-        "norm_eps": options.number("layer_norm_epsilon", 1e-5),
+        "norm_eps": config.number("layer_norm_epsilon", 1e-5),
         "position_embedding": "learned",
         "linear_bias": True,
-        "tie_embeddings": options.flag("tie_word_embeddings", True),
+        "tie_embeddings": config.flag("tie_word_embeddings", True),
         "hidden_dropout": dropout,
-        "attention_dropout": options.number("attn_pdrop", 0.1),
-        "init_std": options.number("initializer_range", 0.02),
+        "attention_dropout": config.number("attn_pdrop", 0.1),
+        "init_std": config.number("initializer_range", 0.02),
     }
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
+    activation: str = model.activation
+    if activation == "gelu_tanh":
+        activation = "gelu_new"  # the name that GPT-2 was published with
     return {
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,
@@ -58,9 +66,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "vocab_size": model.vocabulary,
         "n_positions": model.max_sequence_length,
         "n_ctx": model.max_sequence_length,
-        "activation_function": "gelu_new"
-        if model.activation == "gelu_tanh"
-        else model.activation,
+        "activation_function": activation,
         "layer_norm_epsilon": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
         "resid_pdrop": model.hidden_dropout,
@@ -73,29 +79,29 @@ def _write(model: ModelConfig) -> dict[str, Any]:
 def _rules(model: ModelConfig) -> list[Rule]:
     layer = "layers.{}."
     stored = "transformer.h.{}."
-    rules = linear("embedding", "transformer.wte") + linear(
-        "position_embedding", "transformer.wpe"
-    )
+    rules = linear("embedding", "transformer.wte")
+    rules += linear("position_embedding", "transformer.wpe")
     rules += linear("final_norm", "transformer.ln_f", bias=True)
-    rules += [] if model.tie_embeddings else linear("head", "lm_head")
-    for ours, theirs in {"attention_norm": "ln_1", "mlp_norm": "ln_2"}.items():
-        rules += linear(layer + ours, stored + theirs, bias=True)
-    for ours, theirs in {
-        "attention.o": "attn.c_proj",
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-    }.items():
+    if not model.tie_embeddings:
+        rules += linear("head", "lm_head")
+    for logical_name, stored_name in _NORMS.items():
+        rules += linear(layer + logical_name, stored + stored_name, bias=True)
+    for logical_name, stored_name in _LINEARS.items():
         rules += [
-            Rule(f"{layer}{ours}.weight", f"{stored}{theirs}.weight", transposed=True)
+            Rule(
+                f"{layer}{logical_name}.weight",
+                f"{stored}{stored_name}.weight",
+                transposed=True,
+            ),
+            Rule(f"{layer}{logical_name}.bias", f"{stored}{stored_name}.bias"),
         ]
-        rules += [Rule(f"{layer}{ours}.bias", f"{stored}{theirs}.bias")]
     for part, name in enumerate("qkv"):
-        ours = f"{layer}attention.{name}."
-        theirs = stored + "attn.c_attn."
+        logical = f"{layer}attention.{name}."
+        fused = f"{stored}attn.c_attn."
         rules += [
-            Rule(ours + "weight", theirs + "weight", part=part, parts=3, transposed=True)
+            Rule(logical + "weight", fused + "weight", part, parts=3, transposed=True),
+            Rule(logical + "bias", fused + "bias", part, parts=3),
         ]
-        rules += [Rule(ours + "bias", theirs + "bias", part=part, parts=3)]
     return rules
 
 

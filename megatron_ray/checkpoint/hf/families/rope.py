@@ -1,12 +1,13 @@
-"""Rotary positions in config.json, in both spellings (`rope_theta` beside
-`rope_scaling`, or `rope_parameters`). Owns: reading and writing them. Pure. Must not
-know: families.
+"""Reads and writes rotary positions in config.json.
+
+There are two spellings: `rope_theta` beside `rope_scaling`, or `rope_parameters` with
+both. Pure. Must not know: families.
 """
 
 from math import isclose, log
 from typing import Any
 
-from megatron_ray.checkpoint.hf.options import Options
+from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.positions import RopeScaling
 
@@ -17,82 +18,89 @@ _FACTORS = {
 }
 
 
-def read_rope(options: Options, theta: float = 10000.0) -> dict[str, Any]:
-    """Fields rope_theta and rope_scaling; `theta` is the family's own base."""
-    found = options.get("rope_parameters", {}) or options.get("rope_scaling", {})
-    if not isinstance(found, dict) or any(
-        isinstance(value, dict) for value in found.values()
-    ):
-        raise options.refuse(
+def read_rope(config: HfConfig, theta: float = 10000.0) -> dict[str, Any]:
+    """Reads rope_theta and rope_scaling; `theta` is the family's default base."""
+    values = config.get("rope_parameters", {}) or config.get("rope_scaling", {})
+    # Models with several kinds of layers have one group of parameters for each kind.
+    is_flat = isinstance(values, dict) and not _has_groups(values)
+    if not is_flat:
+        raise config.error(
             "rope_parameters differ between kinds of layers, which is not supported"
         )
-    rope = Options(found, f"{options.where}: rope_parameters")
-    rope.only("partial_rotary_factor", (1, 1.0), options.get("partial_rotary_factor", 1.0))
+    rope = HfConfig(values, f"{config.where}: rope_parameters")
+    rope.one_of("partial_rotary_factor", (1, 1.0), config.get("partial_rotary_factor", 1.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     fields: dict[str, Any] = {
-        "rope_theta": rope.number("rope_theta", options.number("rope_theta", theta))
+        "rope_theta": rope.number("rope_theta", config.number("rope_theta", theta))
     }
     if kind == "default":
         return fields
     if kind not in _FACTORS:
-        raise rope.refuse(
+        raise rope.error(
             f"rope_type={kind!r} is not supported; known: 'default', "
             f"{', '.join(map(repr, _FACTORS))}"
         )
     scaling = {"kind": kind, "factor": float(rope.number("factor"))}
-    scaling |= {
-        name: float(rope.number(name))
-        for name in _FACTORS[kind]
-        if rope.get(name) is not None
-    }
+    for name in _FACTORS[kind]:
+        if rope.get(name) is not None:
+            scaling[name] = float(rope.number(name))
     if kind != "linear":
-        length = options.number(
+        length = config.number(
             "original_max_position_embeddings",
-            options.number("max_position_embeddings", 2048),
+            config.number("max_position_embeddings", 2048),
         )
         scaling["original_max_position_embeddings"] = rope.number(
             "original_max_position_embeddings", length
         )
-    return fields | {"rope_scaling": scaling | (_yarn(rope) if kind == "yarn" else {})}
+    if kind == "yarn":
+        scaling |= _read_yarn(rope)
+    return fields | {"rope_scaling": scaling}
 
 
-def _yarn(rope: Options) -> dict[str, Any]:
-    """How cos and sin are multiplied; transformers takes both numbers only where
-    neither is zero.
-    """
-    rope.only("truncate", (True,), True)
-    mscale, all_dim, factor = (
-        float(rope.number(name, 0)) for name in ("mscale", "mscale_all_dim", "factor")
-    )
-    fields = {"mscale": mscale if mscale and all_dim else 1.0, "mscale_all_dim": all_dim}
-    if all_dim and not mscale:
-        raise rope.refuse("mscale_all_dim without mscale is not supported")
-    implied = _multiplier(factor, fields["mscale"]) / _multiplier(factor, all_dim)
-    given = rope.number("attention_factor", implied)
-    if not isclose(given, implied, rel_tol=1e-6):
-        raise rope.refuse(
-            f"attention_factor={given} is not supported; it must be the {implied:g} that "
-            "factor and mscale imply"
+def _has_groups(values: dict[str, Any]) -> bool:
+    return any(isinstance(value, dict) for value in values.values())
+
+
+def _read_yarn(rope: HfConfig) -> dict[str, Any]:
+    """Reads the factors by which cos, sin and attention scores are multiplied."""
+    rope.one_of("truncate", (True,), True)
+    factor = float(rope.number("factor", 0))
+    mscale = float(rope.number("mscale", 0))
+    mscale_all_dim = float(rope.number("mscale_all_dim", 0))
+    if mscale_all_dim and not mscale:
+        raise rope.error("mscale_all_dim without mscale is not supported")
+    # Transformers uses the two numbers only where neither is zero.
+    if not mscale_all_dim:
+        mscale = 1.0
+    implied = _multiplier(factor, mscale) / _multiplier(factor, mscale_all_dim)
+    attention_factor = rope.number("attention_factor", implied)
+    if not isclose(attention_factor, implied, rel_tol=1e-6):
+        raise rope.error(
+            f"attention_factor={attention_factor} is not supported; it must be the "
+            f"{implied:g} that factor and mscale imply"
         )
-    return fields
+    return {"mscale": mscale, "mscale_all_dim": mscale_all_dim}
 
 
 def _multiplier(factor: float, mscale: float) -> float:
-    return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
+    """Returns m(mscale) of RopeScaling.mscale."""
+    if factor <= 1:
+        return 1.0
+    return 0.1 * mscale * log(factor) + 1.0
 
 
 def write_rope(model: ModelConfig) -> dict[str, Any]:
-    """The older spelling, which every reader knows."""
-    scaling = model.rope_scaling
-    return {
-        "rope_theta": model.rope_theta,
-        "rope_scaling": _scaling(scaling) if scaling is not None else None,
-    }
+    """Writes the older spelling, which all versions of transformers can read."""
+    values: dict[str, Any] = {"rope_theta": model.rope_theta, "rope_scaling": None}
+    if model.rope_scaling is not None:
+        values["rope_scaling"] = _write_scaling(model.rope_scaling)
+    return values
 
 
-def _scaling(scaling: RopeScaling) -> dict[str, Any]:
-    fields = {"rope_type": scaling.kind, "factor": scaling.factor}
-    fields |= {name: getattr(scaling, name) for name in _FACTORS[scaling.kind]}
+def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
+    fields: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
+    for name in _FACTORS[scaling.kind]:
+        fields[name] = getattr(scaling, name)
     if scaling.kind != "linear":
         fields["original_max_position_embeddings"] = (
             scaling.original_max_position_embeddings

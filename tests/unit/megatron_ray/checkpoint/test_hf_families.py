@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from megatron_ray.checkpoint.hf.contents import logical_shapes
-from megatron_ray.checkpoint.hf.families.table import (
+from megatron_ray.checkpoint.hf.families.registry import (
     FAMILIES,
-    family_named,
-    family_of,
+    family_for,
+    find_family,
     read_model,
 )
-from megatron_ray.checkpoint.hf.places import Place, Rotary
+from megatron_ray.checkpoint.hf.folder import logical_shapes
+from megatron_ray.checkpoint.hf.tensor_locations import InterleavedRotary, TensorLocation
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
@@ -151,7 +151,7 @@ of parameters."""
 
 
 def read(values: dict[str, Any]) -> ModelConfig:
-    return read_model(family_named(values, "config.json"), values, "config.json")
+    return read_model(find_family(values, "config.json"), values, "config.json")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_a_config_read_and_written_says_the_same(published: Path, name: str) -> 
     values = json.loads((published / name / "config.json").read_text())
     model = read(values)
     family = FAMILIES[name.partition("-")[0] if not name.startswith("llama") else "llama"]
-    assert family_of(model) is family
+    assert family_for(model) is family
     written = family.write(model)
     # Spelt differently on purpose, or without a meaning where no window is used.
     spelt = {
@@ -180,24 +180,22 @@ def test_a_config_read_and_written_says_the_same(published: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", hf_folders.FAMILIES)
-def test_rules_speak_of_all_stored_names_and_of_no_others(
-    published: Path, name: str
-) -> None:
+def test_rules_list_all_stored_names_and_no_others(published: Path, name: str) -> None:
     model = read(json.loads((published / name / "config.json").read_text()))
-    family = family_of(model)
+    family = family_for(model)
     with safe_open(published / name / "model.safetensors", "pt") as file:
-        stored = {
-            re.sub(r"\d+", "{}", key) for key in file if key not in family.copies(model)
-        }
-    spoken = {
+        keys = file.keys()  # safe_open is no mapping and cannot be iterated over
+    copies = family.copies(model)
+    stored = {re.sub(r"\d+", "{}", key) for key in keys if key not in copies}
+    listed = {
         re.sub(r"\d+", "{}", rule.stored.replace("w{}", "w1"))
         for rule in family.rules(model)
     }
-    assert stored <= spoken
+    assert stored <= listed
     plain_mlp = {
         f"model.layers.{{}}.mlp.{part}_proj.weight" for part in ("gate", "up", "down")
     }
-    assert spoken - stored <= (plain_mlp if model.moe is not None else set())
+    assert listed - stored <= (plain_mlp if model.moe is not None else set())
 
 
 def test_both_spellings_of_rope_are_one() -> None:
@@ -288,42 +286,45 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
     [
         (
             {"activation": "gelu"},
-            "model.activation='gelu' cannot be said in the config.json of llama",
+            "model.activation='gelu' cannot be expressed in the config.json of llama",
         ),
-        ({"embedding_scale": 3.0}, "model.embedding_scale=3.0 cannot be said"),
+        ({"embedding_scale": 3.0}, "model.embedding_scale=3.0 cannot be expressed"),
         (
             {"qkv_bias": True, "qk_norm": True},
-            "model.qkv_bias=True cannot be said in the config.json of qwen3",
+            "model.qkv_bias=True cannot be expressed in the config.json of qwen3",
         ),
         (
             {"moe": {"num_experts": 4, "shared_expert_ffn_hidden_size": 8}},
-            "model.moe.shared_expert_ffn_hidden_size=8 cannot be said",
+            "model.moe.shared_expert_ffn_hidden_size=8 cannot be expressed",
         ),
         (
             {"moe": {"num_experts": 4, "layer_pattern": {"every": 2}}},
             "model.moe.layer_pattern=",
         ),
-        ({"position_embedding": "none"}, "model.position_embedding='none' cannot be said"),
+        (
+            {"position_embedding": "none"},
+            "model.position_embedding='none' cannot be expressed",
+        ),
     ],
 )
-def test_a_model_that_no_family_can_say_is_refused(
+def test_a_model_that_no_family_can_express_is_refused(
     changed: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(words)):
-        family_of(
+        family_for(
             ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 300} | changed)
         )
 
 
 def test_rotated_pairs_become_halves() -> None:
-    place = Place("q", rotary=Rotary(every=6, first=2, width=4))
+    location = TensorLocation("q", rotary=InterleavedRotary(every=6, first=2, width=4))
     order = {}
-    for here, there in place.pieces((12, 3), Box((0, 0), (12, 3))):
+    for here, there in location.pieces((12, 3), Box((0, 0), (12, 3))):
         order |= {
             here.offset[0] + row: there.offset[0] + row for row in range(here.size[0])
         }
     assert [order[row] for row in range(12)] == [0, 1, 2, 4, 3, 5, 6, 7, 8, 10, 9, 11]
-    middle = list(place.pieces((12, 3), Box((3, 1), (2, 1))))
+    middle = list(location.pieces((12, 3), Box((3, 1), (2, 1))))
     assert [(here.offset, there.offset) for here, there in middle] == [
         ((3, 1), (4, 1)),
         ((4, 1), (3, 1)),
@@ -336,7 +337,7 @@ def test_rotated_rows_compute_what_transformers_computes() -> None:
     )
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    rotary = Rotary(8, 0, 8)
+    rotary = InterleavedRotary(8, 0, 8)
     width = 8
     values = torch.randn(1, 2, 5, width)
     angles = torch.randn(1, 5, width // 2)

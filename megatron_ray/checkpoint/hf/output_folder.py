@@ -1,6 +1,6 @@
-"""A new folder that appears whole or not at all.
+"""Creates an output folder that appears complete or not at all.
 
-Owns: that. Must not know: what is written in it.
+Must not know: what is written to it.
 """
 
 import secrets
@@ -15,11 +15,10 @@ from megatron_ray.storage.errors import StorageError
 
 @contextmanager
 def new_folder(out: str) -> Iterator[Path]:
-    """A folder beside `out` that gets its name at a normal exit and is deleted at any
-    other.
+    """Yields a temporary folder beside `out`, which is renamed to `out` at the end.
 
-    Raises CheckpointError when `out` is a URI, is there already, or its place cannot be
-    written to.
+    After an exception it is deleted. Raises CheckpointError when `out` is a URI, exists
+    already, or cannot be written to.
     """
     if "://" in out:
         raise CheckpointError(
@@ -32,6 +31,7 @@ def new_folder(out: str) -> Iterator[Path]:
         raise CheckpointError(
             "write", out, "it is there already; delete it, or choose another name"
         )
+    # On the same file system as `out`, so that the rename is atomic.
     partial = final.with_name(f".{final.name}.{secrets.token_hex(4)}.partial")
     try:
         partial.mkdir(parents=True)

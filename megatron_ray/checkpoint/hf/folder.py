@@ -1,0 +1,238 @@
+"""Opens a folder in Hugging Face format and checks that it is what config.json says.
+
+`HfFolder` is what the rest of the library uses: `model` is the model as a ModelConfig,
+`shapes` lists its logical tensors, `locations` says where each is stored. Tensors that
+are missing, unknown or of another shape are refused. Only headers are read.
+
+Torch-free. Must not know: what is done with the tensors (`weights` reads them).
+"""
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from functools import cached_property
+
+from megatron_ray.checkpoint.hf.families.family import Family
+from megatron_ray.checkpoint.hf.families.registry import find_family, read_model
+from megatron_ray.checkpoint.hf.files import (
+    CONFIG,
+    ELEMENT_BYTES,
+    FP8,
+    StoredModel,
+    StoredTensor,
+    open_folder,
+)
+from megatron_ray.checkpoint.hf.tensor_locations import TensorLocation, find_locations
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.problem import ConfigError
+from megatron_ray.sharding.parameters import logical_parameters
+
+SCALES = "_scale_inv"
+"""Suffix of the tensor with a factor for each block of an fp8 weight."""
+_MOST_NAMES = 4
+"""Names listed in an error."""
+_ROUTER = "moe.router.weight"
+_EXPERT_BIAS = "moe.expert_bias"
+
+_FIELDS = {
+    "embedding.weight": "vocab_size or model.hidden_size",
+    "head.weight": "vocab_size or model.hidden_size",
+    "position_embedding.weight": "max_sequence_length",
+    "*.attention.[kv].*": "num_query_groups or model.head_dim",
+    "*.attention.kv_*": "mla.kv_lora_rank, its head widths or model.num_attention_heads",
+    "*.attention.q_[du]*": "mla.q_lora_rank, its head widths or model.num_attention_heads",
+    "*.attention.?_norm.*": "head_dim",
+    "*.attention.*": "num_attention_heads or model.head_dim",
+    "*.mlp.*": "ffn_hidden_size",
+    "*.moe.router.*": "moe.num_experts",
+    "*.moe.expert_bias": "moe.num_experts",
+    "*.moe.shared.*": "moe.shared_expert_ffn_hidden_size",
+    "*.moe.experts.*": "moe.ffn_hidden_size",
+}
+"""Fields that a tensor's shape depends on besides hidden_size, for errors. The first
+pattern that matches its name counts."""
+
+
+def logical_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every tensor of a model in a checkpoint, in forward order.
+
+    Those are the parameters, and the balancing biases of experts.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    has_expert_bias = model.moe is not None and model.moe.expert_bias
+    for parameter in logical_parameters(model):
+        shapes[parameter.name] = parameter.shape
+        if has_expert_bias and parameter.name.endswith(_ROUTER):
+            prefix = parameter.name.removesuffix(_ROUTER)
+            shapes[prefix + _EXPERT_BIAS] = parameter.shape[:1]
+    return shapes
+
+
+class HfFolder:
+    """An opened folder whose tensors have the names and shapes that config.json implies.
+
+    Raises CheckpointError for damaged files, and ConfigError for an unknown family, for
+    unsupported options and for tensors that contradict config.json.
+    """
+
+    def __init__(self, path: str) -> None:
+        stored = open_folder(path)
+        where = stored.storage.uri(CONFIG)
+        self.path = path
+        self.config = stored.config
+        """Values of config.json."""
+        self.storage = stored.storage
+        self.family = find_family(stored.config, where)
+        self.block = _fp8_block(stored.config, where)
+        """Rows and columns of the blocks of fp8 weights."""
+        self.tensors = _full_names(stored, self.family)
+        """Stored tensors by name."""
+        model = read_model(self.family, stored.config, where)
+        self.model = self.family.present(model, self.tensors)
+        self.shapes = logical_shapes(self.model)
+        """Logical tensors by name."""
+        self.locations = self._find_locations()
+        """Where each logical tensor is stored."""
+        self._check_names()
+        for name in self.locations:
+            self._check_shape(name)
+
+    def _find_locations(self) -> dict[str, TensorLocation]:
+        """Raises ConfigError when the family has no name for a tensor of the model."""
+        locations = dict[str, TensorLocation]()
+        unknown = []
+        found = find_locations(self.family.rules(self.model), self.shapes)
+        for name, location in found.items():
+            if location is None:
+                unknown.append(name)
+            else:
+                locations[name] = location
+        if unknown:
+            raise ConfigError(
+                f"{self.path}: {self.family.model_type} has no tensor for {_some(unknown)}"
+            )
+        return locations
+
+    def _check_names(self) -> None:
+        """Raises ConfigError when a tensor is missing, or is not one of the model's."""
+        needed = {location.name for location in self.locations.values()}
+        missing = sorted(needed - self.tensors.keys())
+        if missing:
+            raise ConfigError(
+                f"{self.path} lacks {len(missing)} of the {len(needed)} tensors that its "
+                f"{CONFIG} asks for: {_some(missing)}"
+            )
+        unknown = self.tensors.keys() - needed - self.copies.keys()
+        extra = sorted(name for name in unknown if not self._is_expected(name, needed))
+        if extra:
+            raise ConfigError(
+                f"{self.path} holds {len(extra)} tensors that a {self.family.model_type} model "
+                f"of {self.model.num_layers} layers, as its {CONFIG} describes it, does not "
+                f"have: {_some(extra)}"
+            )
+
+    def _is_expected(self, name: str, needed: set[str]) -> bool:
+        """Returns whether a tensor that is no weight may be in the files."""
+        if any(fnmatchcase(name, pattern) for pattern in self.family.ignored):
+            return True
+        if not name.endswith(SCALES):
+            return False
+        weight = name.removesuffix(SCALES)
+        if weight in self.copies:
+            return True
+        return weight in needed and self.tensors[weight].dtype == FP8
+
+    @cached_property
+    def copies(self) -> Mapping[str, str]:
+        """Stored tensor -> the stored tensor that it repeats, where both are there."""
+        copies = dict(self.family.copies(self.model))
+        if self.model.tie_embeddings:
+            rules = self.family.rules(self.model)
+            embedding = find_locations(rules, ["embedding.weight"])["embedding.weight"]
+            assert embedding is not None
+            copies["lm_head.weight"] = embedding.name
+        return {copy: name for copy, name in copies.items() if copy in self.tensors}
+
+    def _check_shape(self, name: str) -> None:
+        """Raises ConfigError when a logical tensor is stored in another shape or type."""
+        location = self.locations[name]
+        stored = self.tensors[location.name]
+        expected = location.stored_shape(self.shapes[name])
+        if stored.dtype not in ELEMENT_BYTES:
+            raise ConfigError(
+                f"{self.path}: tensor {location.name!r} has type {stored.dtype}, which is "
+                "not supported"
+            )
+        if stored.shape != expected:
+            raise ConfigError(
+                f"{self.path}: tensor {location.name!r} has shape {list(stored.shape)}, "
+                f"{list(expected)} is expected from {CONFIG}; look at model.{_field_of(name)}"
+            )
+        if stored.dtype == FP8:
+            self._check_scales(stored)
+
+    def _check_scales(self, stored: StoredTensor) -> None:
+        """Raises ConfigError when an fp8 weight has no factor for each of its blocks."""
+        scales = self.tensors.get(stored.name + SCALES)
+        expected = []
+        for size, block in zip(stored.shape, self.block, strict=False):
+            expected.append(-(-size // block))
+        if scales is None:
+            problem = "there is none"
+        elif scales.shape != tuple(expected) or len(stored.shape) != 2:
+            problem = f"{scales.name!r} has shape {list(scales.shape)}"
+        else:
+            return
+        raise ConfigError(
+            f"{self.path}: fp8 tensor {stored.name!r} of shape {list(stored.shape)} needs a "
+            f"factor for each block of {list(self.block)}, and {problem}"
+        )
+
+
+def _field_of(name: str) -> str:
+    for pattern, field in _FIELDS.items():
+        if fnmatchcase(name, pattern):
+            return field
+    return "hidden_size"
+
+
+def _full_names(stored: StoredModel, family: Family) -> dict[str, StoredTensor]:
+    """Returns the stored tensors by full name.
+
+    Some published checkpoints are of the model without its head, whose names lack the
+    prefix.
+    """
+    if any(name.startswith(family.prefix) for name in stored.tensors):
+        return dict(stored.tensors)
+    tensors = {}
+    for name, tensor in stored.tensors.items():
+        if name.startswith("lm_head."):
+            tensors[name] = tensor
+        else:
+            tensors[family.prefix + name] = tensor
+    return tensors
+
+
+def _fp8_block(config: Mapping[str, object], where: str) -> tuple[int, int]:
+    """Returns the rows and columns of fp8 blocks; DeepSeek-V3's when none are given."""
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return 128, 128
+    method: object = quantization
+    block: object = None
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method")
+        block = quantization.get("weight_block_size")
+    if method != "fp8" or not isinstance(block, list) or len(block) != 2:
+        raise ConfigError(
+            f"{where}: quantization_config with quant_method={method!r} and "
+            f"weight_block_size={block!r} is not supported; known: 'fp8' with two sizes of a "
+            "block. Use the unquantised model"
+        )
+    return int(block[0]), int(block[1])
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(names[:_MOST_NAMES])
+    if len(names) > _MOST_NAMES:
+        return f"{listed} and {len(names) - _MOST_NAMES} more"
+    return listed

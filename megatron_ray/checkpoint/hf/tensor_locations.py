@@ -1,0 +1,161 @@
+"""Describes where a logical tensor is stored in a Hugging Face checkpoint.
+
+A family of models lists `Rule`s, which say for each kind of logical name in which stored
+tensor it is, and whether as a part, transposed or with rows in another order.
+
+Owns: those rules and their arithmetic on shapes and boxes. Pure. Must not know:
+families, files, torch.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_ray.sharding.boxes import Box
+
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class InterleavedRotary:
+    """Order of rows whose outputs are rotated in neighbouring pairs.
+
+    Of every `every` rows, the `width` rows from `first` on are rotated. Stored models
+    pair rows 2i and 2i + 1 (transformers' `rope_interleave`), this library pairs i and
+    i + width / 2.
+    """
+
+    every: int
+    first: int
+    width: int
+
+    def stored_row(self, row: int) -> int:
+        """Returns the row of the stored tensor for a logical row."""
+        head, row_of_head = divmod(row, self.every)
+        rotated_row = row_of_head - self.first
+        if not 0 <= rotated_row < self.width:
+            return row
+        half = self.width // 2
+        if rotated_row < half:
+            stored = 2 * rotated_row
+        else:
+            stored = 2 * (rotated_row - half) + 1
+        return head * self.every + self.first + stored
+
+    def runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yields rows [start, end) as (first logical row, first stored row, count).
+
+        Rows that are neighbours in both orders are one run.
+        """
+        row = start
+        while row < end:
+            stored = self.stored_row(row)
+            count = 1
+            while row + count < end and self.stored_row(row + count) == stored + count:
+                count += 1
+            yield row, stored, count
+            row += count
+
+
+@dataclass(frozen=True)
+class TensorLocation:
+    """The stored tensor, or the part of it, that holds a logical tensor."""
+
+    name: str
+    """Name of the stored tensor."""
+    part: int = 0
+    parts: int = 1
+    """The stored rows (columns where transposed) are `parts` equal parts, of which this
+    is number `part`."""
+    transposed: bool = False
+    """Whether it is stored as [inputs, outputs], as in GPT-2's Conv1D."""
+    rotary: InterleavedRotary | None = None
+    """Order of the stored rows, where it differs."""
+
+    def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of the stored tensor for a logical shape."""
+        whole = (shape[0] * self.parts, *shape[1:])
+        if self.transposed:
+            return whole[::-1]
+        return whole
+
+    def pieces(self, shape: Sequence[int], box: Box) -> Iterator[tuple[Box, Box]]:
+        """Yields a box of the logical tensor as pairs of (logical box, stored box).
+
+        Where the tensor is transposed, so is the stored box.
+        """
+        start = box.offset[0]
+        rows = box.size[0]
+        runs: Iterable[tuple[int, int, int]] = [(start, start, rows)]
+        if self.rotary is not None:
+            runs = self.rotary.runs(start, start + rows)
+        for logical_row, stored_row, count in runs:
+            size = (count, *box.size[1:])
+            offset = (stored_row + self.part * shape[0], *box.offset[1:])
+            stored = Box(offset, size)
+            if self.transposed:
+                stored = Box(offset[::-1], size[::-1])
+            yield Box((logical_row, *box.offset[1:]), size), stored
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Logical names of one kind, and where those tensors are stored.
+
+    `{}` stands for a number, which is the same in both names.
+    """
+
+    logical: str
+    stored: str
+    part: int = 0
+    parts: int = 1
+    transposed: bool = False
+    rotary: InterleavedRotary | None = None
+    first_layer: int = 0
+    """Added to the first number of the stored name."""
+
+    def location(self, numbers: Sequence[str]) -> TensorLocation:
+        """Returns where the tensor with these numbers in its name is stored."""
+        stored_numbers = list(numbers)
+        if stored_numbers:
+            stored_numbers[0] = str(int(stored_numbers[0]) + self.first_layer)
+        return TensorLocation(
+            self.stored.format(*stored_numbers),
+            self.part,
+            self.parts,
+            self.transposed,
+            self.rotary,
+        )
+
+
+def find_locations(
+    rules: Iterable[Rule], names: Iterable[str]
+) -> dict[str, TensorLocation | None]:
+    """Returns the location of each logical name, or None where no rule matches."""
+    by_logical = {rule.logical: rule for rule in rules}
+    locations: dict[str, TensorLocation | None] = {}
+    for name in names:
+        locations[name] = None
+        rule = by_logical.get(_NUMBER.sub("{}", name))
+        if rule is not None:
+            locations[name] = rule.location(_NUMBER.findall(name))
+    return locations
+
+
+def linear(logical: str, stored: str, *, bias: bool = False) -> list[Rule]:
+    """Returns the rules of a weight and, if asked for, of its bias."""
+    rules = [Rule(f"{logical}.weight", f"{stored}.weight")]
+    if bias:
+        rules.append(Rule(f"{logical}.bias", f"{stored}.bias"))
+    return rules
+
+
+def linears(pairs: Mapping[str, str], logical: str, stored: str) -> list[Rule]:
+    """Returns the rules of weights that share two prefixes.
+
+    `pairs` map the end of a logical name to the end of the stored name.
+    """
+    rules = []
+    for logical_end, stored_end in pairs.items():
+        rules += linear(logical + logical_end, stored + stored_end)
+    return rules
