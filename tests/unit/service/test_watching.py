@@ -9,7 +9,7 @@ from rich.console import Console
 
 from service.cli.commands.demo import closing_lines
 from service.cli.commands.watch import Watcher, ended_badly, watch_job
-from service.cli.failure import Failure
+from service.cli.failure import CommandError
 from service.client import Client, StreamEvent
 from service.local_stack.record import StackRecord
 
@@ -146,7 +146,7 @@ def test_a_terminal_sees_a_bar_and_the_lines_above_it() -> None:
 
 
 def test_a_job_that_ends_otherwise_is_a_failure_with_its_words() -> None:
-    with pytest.raises(Failure, match="job-abc cancelled: no reason was recorded"):
+    with pytest.raises(CommandError, match="job-abc cancelled: no reason was recorded"):
         watch_job(
             ScriptedClient(status="cancelled"), "job-abc", out=Console(file=io.StringIO())
         )
