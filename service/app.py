@@ -1,7 +1,7 @@
-"""The service as an ASGI app.
+"""Puts the service together as an ASGI app.
 
-Owns: putting the parts together at start and apart at the end. Must not know: what
-routes do.
+Owns: opening the parts at start and closing them at the end. Must not know: what routes
+do.
 """
 
 import asyncio
@@ -32,57 +32,64 @@ from service.jobs.agents import Agents
 from service.settings import Settings
 from service.store.database import Store
 
+_ROUTERS = (
+    jobs.router,
+    plans.router,
+    events.router,
+    metrics.router,
+    logs.router,
+    checkpoints.router,
+    cluster.router,
+    health.router,
+    internal.router,
+)
+
 
 def create_app(settings: Settings) -> FastAPI:
-    """The app; database, tokens and key are opened when it starts, not here."""
-    hub = Notifier()
+    """Returns the app; database, tokens and key are opened when it starts, not here."""
+    # Made here and not at start: the server ends its streams before the app shuts down.
+    notifier = Notifier()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        hub.attach()
-        context = await run_in_threadpool(_open, settings, hub)
+        notifier.attach()
+        context = await run_in_threadpool(_open, settings, notifier)
         app.state.context = context
-        forgetting = asyncio.create_task(idempotency.forget_regularly(context.store))
+        cleaning = asyncio.create_task(idempotency.delete_regularly(context.store))
         yield
-        hub.close()
-        forgetting.cancel()
+        # Streams and long polls end first, or the server would wait for them.
+        notifier.close()
+        cleaning.cancel()
         await run_in_threadpool(context.store.close)
 
     app = FastAPI(
         title="megatron-ray",
         version="1",
-        description="Trains GPT-class models on Ray clusters. Errors are application/problem+json.",
+        description="Trains GPT-class models on Ray clusters. Errors are "
+        "application/problem+json (RFC 9457).",
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # A redirect would drop the body and the token of a request.
         redirect_slashes=False,
     )
-    app.state.hub = hub
+    app.state.notifier = notifier
     app.add_middleware(RequestMiddleware, context=lambda: app.state.context)
     errors.install(app)
-    for part in (
-        jobs,
-        plans,
-        events,
-        metrics,
-        logs,
-        checkpoints,
-        cluster,
-        health,
-        internal,
-    ):
-        app.include_router(part.router)
+    for router in _ROUTERS:
+        app.include_router(router)
     return app
 
 
-def _open(settings: Settings, hub: Notifier) -> Context:
+def _open(settings: Settings, notifier: Notifier) -> Context:
+    # Blocks on disk and database, so it runs in a thread.
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    store = Store.open(settings.url, hub.notify)
-    idempotency.forget_old(store)
+    store = Store.open(settings.url, notifier.notify)
+    idempotency.delete_old_responses(store)
     return Context(
         settings=settings,
         store=store,
-        hub=hub,
+        notifier=notifier,
         agents=Agents(settings.agent_lost_s),
         auth=Authenticator.load(store, settings),
         telemetry=Telemetry(),

@@ -1,8 +1,9 @@
-"""HTTP client of the public API. Owns: requests, retries of what is safe to repeat,
-errors as one exception class.
+"""Calls the service's public API over HTTP.
 
-Returns the JSON bodies as they come; what they hold is documented in the service's
-OpenAPI. Must not know: torch, ray, terminals.
+Owns: requests, retries of what is safe to repeat, errors as one exception class. Must not
+know: torch, Ray, terminals.
+
+Methods return JSON bodies as the service sends them; /openapi.json describes them.
 """
 
 import contextlib
@@ -16,36 +17,32 @@ from typing import Any, Self
 
 import httpx
 
+from megatron_ray.config.problem import Problem
+
 Json = dict[str, Any]
 
+# A restart of the service takes about a second.
 _RETRY_WAITS_S = (0.2, 0.5, 1.0)
 _STREAM_READ_TIMEOUT_S = 45.0  # the service sends a comment every 15 s
 _STREAM_BACKOFF_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+# Answers that another try may not get: too many streams, a database or proxy in trouble.
 _BUSY = (429, 502, 503, 504)
-
-
-@dataclass(frozen=True)
-class FieldProblem:
-    """One wrong field of a request."""
-
-    pointer: str
-    """JSON pointer of the field."""
-    code: str
-    detail: str
 
 
 @dataclass(eq=False)  # not frozen: raising writes the traceback into it
 class ServiceError(Exception):
-    """The service refused, or could not be reached (`code` is then `unreachable` and
-    `status` 0).
+    """The service refused a request, or could not be reached.
+
+    When it could not be reached, `code` is `unreachable` and `status` 0.
     """
 
     code: str
-    """Stable name of what went wrong."""
+    """Stable name of the error."""
     detail: str
     status: int = 0
     """HTTP status."""
-    errors: tuple[FieldProblem, ...] = ()
+    errors: tuple[Problem, ...] = ()
+    """Wrong fields of the request."""
     request_id: str | None = None
     problem: Json = field(default_factory=dict)
     """The whole problem+json body."""
@@ -64,9 +61,10 @@ class StreamEvent:
 
 
 class Client:
-    """One service, one token.
+    """A client of one service, with one token.
 
-    Safe requests are repeated for a moment when the service is away or busy.
+    Requests that are safe to repeat are repeated for some seconds while the service is
+    down or busy.
     """
 
     def __init__(
@@ -77,10 +75,12 @@ class Client:
         timeout_s: float = 30.0,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        headers = {}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
         self.url = url.rstrip("/")
-        # The system's proxies are for the world outside, and the service is usually on
-        # this machine.
+        # trust_env: the environment's proxies are for the internet, and the service is
+        # usually on this machine.
         self._http = httpx.Client(
             base_url=self.url,
             headers=headers,
@@ -101,25 +101,26 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Gives connections back."""
+        """Closes all connections."""
         self._http.close()
 
     # ---- jobs
 
     def submit(self, spec: Mapping[str, Any], idempotency_key: str | None = None) -> Json:
-        """Creates a job.
+        """Creates a job and returns it.
 
-        Repeating it with the same key and spec gives the same job, so a lost answer
+        Repeating it with the same key and spec returns the same job, so a lost response
         costs nothing.
         """
-        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        headers = {"Idempotency-Key": idempotency_key or _new_key()}
         return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
 
     def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
-        """How a job would run: resolved spec, rank map, memory, communication, time;
-        nothing is started. `hardware`: a device's name.
+        """Returns how a job would run: resolved spec, ranks, memory, communication, time.
+
+        Nothing is started. `hardware` is the name of a device.
         """
-        return self._planned("/v1/plans", spec, hardware=hardware)
+        return self._plan("/v1/plans", spec, hardware=hardware)
 
     def suggest(
         self,
@@ -128,18 +129,14 @@ class Client:
         hardware: str | None = None,
         ranks: int | None = None,
     ) -> Json:
-        """The quickest layouts of a job that fit."""
-        return self._planned("/v1/plans/suggest", spec, hardware=hardware, ranks=ranks)
+        """Returns the fastest layouts of a job that fit."""
+        return self._plan("/v1/plans/suggest", spec, hardware=hardware, ranks=ranks)
 
-    def _planned(self, path: str, spec: Mapping[str, Any], **params: Any) -> Json:
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
+    def _plan(self, path: str, spec: Mapping[str, Any], **params: Any) -> Json:
+        query = _without_none(**params)
+        headers = {"Idempotency-Key": _new_key()}
         return self._object(
-            "POST",
-            path,
-            params=_given(**params),
-            json=dict(spec),
-            headers=headers,
-            repeat=True,
+            "POST", path, params=query, json=dict(spec), headers=headers, repeat=True
         )
 
     def jobs(
@@ -149,21 +146,22 @@ class Client:
         after: str | None = None,
         status: str | None = None,
     ) -> Json:
-        """One page of jobs, newest first; `after` takes the last id of the page before."""
-        return self._object(
-            "GET", "/v1/jobs", params=_given(limit=limit, after=after, status=status)
-        )
+        """Returns one page of jobs, newest first.
+
+        `after` is the last id of the previous page; `status` is a comma-separated list.
+        """
+        params = _without_none(limit=limit, after=after, status=status)
+        return self._object("GET", "/v1/jobs", params=params)
 
     def show(self, job_id: str) -> Json:
-        """One job."""
+        """Returns one job."""
         return self._object("GET", f"/v1/jobs/{job_id}")
 
     def cancel(self, job_id: str) -> Json:
-        """Asks a job to end; the job as it is now. Cancelling again is harmless."""
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-        return self._object(
-            "POST", f"/v1/jobs/{job_id}/cancel", headers=headers, repeat=True
-        )
+        """Cancels a job and returns it as it is now; cancelling again is harmless."""
+        headers = {"Idempotency-Key": _new_key()}
+        path = f"/v1/jobs/{job_id}/cancel"
+        return self._object("POST", path, headers=headers, repeat=True)
 
     def events(
         self,
@@ -175,20 +173,17 @@ class Client:
         levels: str | None = None,
         newest_first: bool = False,
     ) -> Json:
-        """One page of a job's history, oldest first unless told otherwise; `types` and
-        `levels` are comma-separated lists.
+        """Returns one page of a job's events, oldest first by default.
+
+        `types` and `levels` are comma-separated lists.
         """
-        params = _given(
-            limit=limit,
-            after=after,
-            type=types,
-            level=levels,
-            order="desc" if newest_first else None,
-        )
+        params = _without_none(limit=limit, after=after, type=types, level=levels)
+        if newest_first:
+            params["order"] = "desc"
         return self._object("GET", f"/v1/jobs/{job_id}/events", params=params)
 
     def attempts(self, job_id: str) -> Json:
-        """Every attempt of a job, oldest first."""
+        """Returns all attempts of a job, oldest first."""
         return self._object("GET", f"/v1/jobs/{job_id}/attempts")
 
     def metrics(
@@ -200,10 +195,11 @@ class Client:
         max_points: int | None = None,
         attempt: int | None = None,
     ) -> Json:
-        """Rows of {step, attempt, <keys>}, thinned out to `max_points`; `keys` is a
-        comma-separated list.
+        """Returns rows {step, attempt, <keys>}, at most `max_points` of them.
+
+        `keys` is a comma-separated list.
         """
-        params = _given(
+        params = _without_none(
             keys=keys, from_step=from_step, max_points=max_points, attempt=attempt
         )
         return self._object("GET", f"/v1/jobs/{job_id}/metrics", params=params)
@@ -217,25 +213,26 @@ class Client:
         offset: int | None = None,
         limit: int | None = None,
     ) -> Json:
-        """A piece of one rank's log: {data, next_offset}."""
-        params = _given(rank=rank, attempt=attempt, offset=offset, limit=limit)
+        """Returns a part of one rank's log: {data, next_offset, ...}."""
+        params = _without_none(rank=rank, attempt=attempt, offset=offset, limit=limit)
         return self._object("GET", f"/v1/jobs/{job_id}/logs", params=params)
 
     def ranks(self, job_id: str) -> Json:
-        """Which rank runs where."""
+        """Returns where each rank runs."""
         return self._object("GET", f"/v1/jobs/{job_id}/ranks")
 
     def checkpoints(self, job_id: str) -> Json:
-        """Committed checkpoints, newest last."""
+        """Returns the committed checkpoints, oldest first."""
         return self._object("GET", f"/v1/jobs/{job_id}/checkpoints")
 
     def cluster(self) -> Json:
-        """Clusters, their nodes and agents."""
+        """Returns the clusters with their nodes and agents."""
         return self._object("GET", "/v1/cluster")
 
     def ready(self) -> tuple[bool, Json]:
-        """Whether service, agents and Ray are all there, and what the service says;
-        (False, {}) when it does not answer.
+        """Returns whether service, agents and Ray are all up, and the body of /readyz.
+
+        Returns (False, {}) when the service does not answer.
         """
         try:
             response = self._http.get("/readyz", timeout=5.0)
@@ -253,45 +250,44 @@ class Client:
         last_event_id: str | None = None,
         give_up_after_s: float = 120.0,
     ) -> Iterator[StreamEvent]:
-        """Events of a job until `end`, over as many connections as it takes: each goes
-        on after the last event id seen.
+        """Yields the events of a job until `end`, over as many connections as needed.
 
-        Raises ServiceError when the service refuses, or has been away for
-        `give_up_after_s`.
+        Each connection continues after the last event id received. Raises ServiceError
+        when the service refuses, or has been down for `give_up_after_s`.
         """
-        seen = last_event_id
+        last_id = last_event_id
         failures = 0
-        away_since = time.monotonic()
+        last_event_at = time.monotonic()
         while True:
             try:
-                with self._open_stream(f"/v1/jobs/{job_id}/stream", seen) as lines:
-                    # it answers: what breaks from here on is the connection, and is
-                    # soon made again
+                with self._open_stream(f"/v1/jobs/{job_id}/stream", last_id) as lines:
+                    # The service answers: if anything breaks from here on, it is the
+                    # connection, and the next one is made without a longer wait.
                     failures = 0
                     for event in parse_stream(lines):
-                        seen = event.id or seen
-                        away_since = time.monotonic()
+                        last_id = event.id or last_id
+                        last_event_at = time.monotonic()
                         yield event
                         if event.event == "end":
                             return
             except httpx.HTTPError as error:
-                if time.monotonic() - away_since > give_up_after_s:
+                if time.monotonic() - last_event_at > give_up_after_s:
                     raise _unreachable(self.url, error) from error
             except ServiceError as error:
-                if (
-                    error.status not in _BUSY
-                    or time.monotonic() - away_since > give_up_after_s
-                ):
+                is_too_late = time.monotonic() - last_event_at > give_up_after_s
+                if is_too_late or error.status not in _BUSY:
                     raise
+            # A stream may also just end, when the service shuts down: that is a failure.
             time.sleep(_STREAM_BACKOFF_S[min(failures, len(_STREAM_BACKOFF_S) - 1)])
             failures += 1
 
     @contextlib.contextmanager
     def _open_stream(self, path: str, last_event_id: str | None) -> Iterator[Iterator[str]]:
-        """The lines of one connection."""
-        headers = {"Accept": "text/event-stream"} | (
-            {"Last-Event-ID": last_event_id} if last_event_id else {}
-        )
+        """Yields the lines of one connection."""
+        headers = {"Accept": "text/event-stream"}
+        if last_event_id:
+            headers["Last-Event-ID"] = last_event_id
+        # Silence for three comments in a row means that the connection is dead.
         timeout = httpx.Timeout(10.0, read=_STREAM_READ_TIMEOUT_S)
         with self._http.stream("GET", path, headers=headers, timeout=timeout) as response:
             if response.status_code != 200:
@@ -311,12 +307,11 @@ class Client:
         headers: Mapping[str, str] | None = None,
         repeat: bool = False,
     ) -> Json:
-        response = self._send(
-            self._http.build_request(
-                method, path, params=params, json=json, headers=headers
-            ),
-            repeat or method == "GET",
+        """Sends a request and returns the response's body; GET is always repeated."""
+        request = self._http.build_request(
+            method, path, params=params, json=json, headers=headers
         )
+        response = self._send(request, repeat or method == "GET")
         if response.status_code >= 400:
             raise _refusal(response)
         body = _body(response)
@@ -329,27 +324,35 @@ class Client:
         return body
 
     def _send(self, request: httpx.Request, repeat: bool) -> httpx.Response:
-        for wait_s in (*_RETRY_WAITS_S, None):
+        # After the last try there is no wait, and neither is there one for a request
+        # that might be done twice.
+        waits_s = iter(_RETRY_WAITS_S)
+        while True:
+            wait_s = None
+            if repeat:
+                wait_s = next(waits_s, None)
             try:
                 response = self._http.send(request)
             except httpx.HTTPError as error:
-                if wait_s is None or not repeat:
+                if wait_s is None:
                     raise _unreachable(self.url, error) from error
             else:
-                if wait_s is None or not repeat or response.status_code not in _BUSY:
+                if wait_s is None or response.status_code not in _BUSY:
                     return response
             time.sleep(wait_s)
-        raise AssertionError("the last try returns or raises")
 
 
 def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
-    """Server-sent events out of lines (WHATWG HTML, section 9.2): comments are skipped,
-    an unfinished event is dropped.
+    """Yields the server-sent events in lines (WHATWG HTML, section 9.2).
+
+    Comments are skipped and an unfinished event is dropped.
     """
+    # The id stays in force until another one is sent; name and data belong to one event.
     name = "message"
     identity = None
-    data = list[str]()
+    data: list[str] = []
     for line in lines:
+        # An empty line ends an event; one without data, such as a comment, is none.
         if line == "":
             if data:
                 yield StreamEvent(name, identity, json.loads("\n".join(data)))
@@ -367,16 +370,23 @@ def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Whole lines, ended by a line feed: JSON may hold others of the characters that
-    `str.splitlines` takes for ends.
+    """Yields whole lines, each ended by a line feed.
+
+    Not `splitlines`: JSON may hold other characters that it takes for ends of lines.
     """
     rest = b""
     for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        yield from (line.removesuffix(b"\r").decode() for line in whole)
+        # Bytes and not text: a chunk may end in the middle of a character.
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.removesuffix(b"\r").decode()
 
 
-def _given(**params: Any) -> dict[str, Any]:
+def _new_key() -> str:
+    return str(uuid.uuid4())
+
+
+def _without_none(**params: Any) -> dict[str, Any]:
     return {name: value for name, value in params.items() if value is not None}
 
 
@@ -385,29 +395,30 @@ def _body(response: httpx.Response) -> Json:
         body = response.json()
     except ValueError:
         return {}
-    return body if isinstance(body, dict) else {}
+    if not isinstance(body, dict):
+        return {}
+    return body
 
 
 def _refusal(response: httpx.Response) -> ServiceError:
+    """Returns the error of a response; a proxy's has no problem document."""
     body = _body(response)
-    errors = tuple(
-        FieldProblem(
-            str(error.get("pointer", "")),
-            str(error.get("code", "")),
-            str(error.get("detail", "")),
+    errors = []
+    for error in body.get("errors") or ():
+        problem = Problem(
+            pointer=str(error.get("pointer", "")),
+            code=str(error.get("code", "")),
+            detail=str(error.get("detail", "")),
         )
-        for error in body.get("errors") or ()
-    )
-    detail = (
-        body.get("detail")
-        or body.get("title")
-        or f"{response.request.method} {response.request.url} answered {response.status_code}"
-    )
+        errors.append(problem)
+    request = response.request
+    status = response.status_code
+    fallback = f"{request.method} {request.url} answered {status}"
     return ServiceError(
-        code=str(body.get("code") or f"http_{response.status_code}"),
-        detail=str(detail),
-        status=response.status_code,
-        errors=errors,
+        code=str(body.get("code") or f"http_{status}"),
+        detail=str(body.get("detail") or body.get("title") or fallback),
+        status=status,
+        errors=tuple(errors),
         request_id=body.get("request_id"),
         problem=body,
     )

@@ -1,4 +1,4 @@
-"""The service as a process: `python -m service.main`.
+"""Runs the service as a process: `python -m service.main`.
 
 Owns: socket, port file, uvicorn. Must not know: routes, database.
 """
@@ -18,17 +18,19 @@ from service.http.notifier import Notifier
 from service.settings import Settings, SettingsError
 
 GRACEFUL_SHUTDOWN_S = 3
+KEEP_ALIVE_S = 75
 BACKLOG = 2048
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
 def run(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM. Raises SettingsError for settings that cannot or
-    must not be served.
+    """Serves until SIGINT or SIGTERM.
+
+    Raises SettingsError for settings that cannot or must not be served.
     """
     refuse_open_bind(settings)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    # Bound before the app starts: a taken port is reported without opening a database.
     listener = bind(settings.host, settings.port)
     app = create_app(settings)
     config = uvicorn.Config(
@@ -37,56 +39,54 @@ def run(settings: Settings) -> None:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
-        timeout_keep_alive=75,
+        timeout_keep_alive=KEEP_ALIVE_S,
     )
-    server = Server(config, app.state.hub, settings.port_file)
-    with contextlib.suppress(
-        KeyboardInterrupt
-    ):  # uvicorn raises it again once it has shut down
+    server = Server(config, app.state.notifier, settings.port_file)
+    # uvicorn raises the interrupt again once it has shut down.
+    with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
     if not server.started:
-        raise SystemExit(
-            "megatron-ray service: start-up failed, the reason is in the log above"
-        )
+        raise SystemExit("megatron-ray service: start failed; see the log above")
 
 
 def refuse_open_bind(settings: Settings) -> None:
-    """Raises SettingsError when the address is open to others and no token is
-    configured.
-    """
+    """Raises SettingsError when others can connect and no token is configured."""
     if not is_loopback(settings.host) and not has_configured_token(settings):
         raise SettingsError(
             f"refusing to listen on {settings.host}: no token is configured; set "
-            "MEGATRON_RAY_TOKENS_FILE to a file"
-            ' {"user": "<token>", "agent": "<token>"}, or listen on 127.0.0.1'
+            'MEGATRON_RAY_TOKENS_FILE to a file {"user": "<token>", "agent": "<token>"}, or '
+            "listen on 127.0.0.1"
         )
 
 
 def is_loopback(host: str) -> bool:
-    """Whether every address the host name stands for is loopback.
+    """Whether every address of a host name is loopback.
 
     Raises SettingsError for an unknown host.
     """
     try:
-        found = {
-            str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)
-        }
+        entries = socket.getaddrinfo(host, None)
     except OSError as error:
         raise SettingsError(
-            f"MEGATRON_RAY_HOST={host!r}: {error.strerror or error}; use an address of this machine"
+            f"MEGATRON_RAY_HOST={host!r}: {error.strerror or error}; use an address of this "
+            "machine"
         ) from error
-    return all(ipaddress.ip_address(address).is_loopback for address in found)
+    for entry in entries:
+        # An IPv6 address may carry a zone, as in fe80::1%eth0.
+        address = str(entry[4][0]).partition("%")[0]
+        if not ipaddress.ip_address(address).is_loopback:
+            return False
+    return True
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 lets the kernel choose.
+    """Returns a listening TCP socket; with port 0 the kernel chooses the port.
 
-    Raises SettingsError when the address cannot be had.
+    Raises SettingsError when the address cannot be used.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
+        entries = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = entries[0]
         # The protocol is named because asyncio turns Nagle's algorithm off only then:
         # without it each small answer takes 40 ms.
         listener = socket.socket(family, kind, protocol)
@@ -98,44 +98,48 @@ def bind(host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        text = (
+        raise SettingsError(
             f"cannot listen on {host}:{port}: {error.strerror or error}; choose another "
             "MEGATRON_RAY_PORT, or 0 for any free one"
-        )
-        raise SettingsError(text) from error
+        ) from error
     return listener
 
 
 class Server(uvicorn.Server):
-    """Writes the port once requests are answered; ends open streams and long polls
-    before waiting for connections.
+    """A server that writes its port to a file and shuts down promptly.
+
+    The file is written once requests are answered. Open streams and long polls are ended
+    before the server waits for connections to close.
     """
 
     def __init__(
-        self, config: uvicorn.Config, hub: Notifier, port_file: Path | None
+        self, config: uvicorn.Config, notifier: Notifier, port_file: Path | None
     ) -> None:
         super().__init__(config)
-        self.hub = hub
+        self.notifier = notifier
         self.port_file = port_file
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's hook: called with the listening sockets before the first request."""
+        """Starts serving on the listening sockets; called by uvicorn."""
         await super().startup(sockets=sockets)
         if self.started and self.port_file is not None and sockets:
             self.port_file.parent.mkdir(parents=True, exist_ok=True)
+            # Written beside it and renamed: whoever polls for the file finds it complete.
             temporary = self.port_file.with_name(f".{self.port_file.name}.{os.getpid()}")
             temporary.write_text(f"{sockets[0].getsockname()[1]}\n")
             temporary.replace(self.port_file)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Uvicorn's hook: called once on the way out."""
-        self.hub.close()
+        """Stops serving; called by uvicorn."""
+        # Before uvicorn waits for connections: streams end only when they are told to.
+        self.notifier.close()
         await super().shutdown(sockets=sockets)
 
 
 def main() -> None:
-    """Runs with settings from the environment; a wrong setting ends the process with
-    one line on stderr.
+    """Runs the service with settings from the environment.
+
+    A wrong setting ends the process with one line on stderr.
     """
     try:
         run(Settings.from_environment())

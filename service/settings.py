@@ -1,9 +1,9 @@
-"""What the service is told from outside.
+"""Reads the service's settings.
 
-Owns: every setting, its default, and the environment (read here and nowhere else).
+Owns: every setting, its default, and the environment (read here and nowhere else in the
+service). Must not know: what the settings are used for.
 
-Must not know: what the settings are used for. A test or `up` builds `Settings`
-directly; a container sets variables.
+A test or `up` builds `Settings` directly; a container sets variables.
 """
 
 import os
@@ -13,11 +13,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from service.pydantic_messages import plain_message, short_value
+
 PREFIX = "MEGATRON_RAY_"
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used; the text names the variable and the remedy."""
+    """A setting cannot be used; the text names the variable and the remedy."""
 
 
 class Settings(BaseModel):
@@ -26,16 +28,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     data_dir: Path = Path("~/.megatron-ray")
-    """Folder of the embedded database, the service's key and, unless a spec says
-    otherwise, the jobs."""
+    """Folder of the embedded database, the service's key and, by default, the jobs."""
     database_url: str | None = None
-    """SQLAlchemy URL; an SQLite file in `data_dir` when not given."""
+    """SQLAlchemy URL. Default: an SQLite file in `data_dir`."""
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address to listen on; anything but loopback needs a configured token."""
+    """Address to listen on. Any address but loopback needs a configured token."""
     port: int = Field(default=8470, ge=0, le=65535)
     """Port to listen on; 0 lets the kernel choose."""
     port_file: Path | None = None
-    """Where to write the port once requests are answered."""
+    """File to write the port to once requests are answered."""
     tokens_file: Path | None = None
     """JSON `{"user": "...", "agent": "..."}`; the service keeps only their SHA-256."""
     clusters: Annotated[tuple[str, ...], Field(min_length=1)] = ("default",)
@@ -45,57 +46,65 @@ class Settings(BaseModel):
     credentials: tuple[str, ...] = ()
     """Names of mounted secrets a spec may use; comma-separated in the environment."""
 
+    # Limits, and times after which something is given up.
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
     """Largest request body from a user."""
     max_internal_body_bytes: int = Field(default=32 << 20, ge=1024)
     """Largest request body from an agent or driver."""
     max_streams: int = Field(default=1000, ge=1)
-    """Event streams open at once."""
+    """Largest number of event streams open at once."""
     check_wait_s: float = Field(default=10.0, ge=0)
-    """How long a submission waits for the agent's look at its paths."""
+    """How long a submission waits for the agent's check of its paths."""
     agent_lost_s: float = Field(default=30.0, gt=0)
-    """Silence after which an agent counts as gone."""
+    """Time without a request after which an agent counts as lost."""
     ping_s: float = Field(default=15.0, gt=0)
     """Time between comments on a silent event stream."""
     max_wait_s: float = Field(default=60.0, gt=0)
-    """Longest that a long poll may ask to wait."""
+    """Longest wait of a long poll."""
 
     @field_validator("clusters", "images", "credentials", mode="before")
     @classmethod
-    def _split_names(cls, given: Any) -> Any:
-        return (
-            tuple(name.strip() for name in given.split(",") if name.strip())
-            if isinstance(given, str)
-            else given
-        )
+    def _split_names(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        names = []
+        for part in value.split(","):
+            if part.strip():
+                names.append(part.strip())
+        return tuple(names)
 
     @field_validator("data_dir")
     @classmethod
-    def _absolute(cls, given: Path) -> Path:
-        return given.expanduser().absolute()
+    def _absolute(cls, path: Path) -> Path:
+        # Paths made of it are sent to agents and drivers, which run elsewhere.
+        return path.expanduser().absolute()
 
     @property
     def url(self) -> str:
-        """Database URL, resolved."""
+        """Database URL, with the default filled in."""
         return self.database_url or f"sqlite:///{self.data_dir / 'service.db'}"
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Self:
-        """Settings from MEGATRON_RAY_* variables; empty ones count as not given.
+        """Returns the settings of MEGATRON_RAY_* variables; empty ones count as not set.
 
-        Raises SettingsError.
+        `environment` replaces the process's own. Raises SettingsError.
         """
-        given = os.environ if environment is None else environment
-        values = {
-            name: given[PREFIX + name.upper()]
-            for name in cls.model_fields
-            if given.get(PREFIX + name.upper())
-        }
+        # An argument, so that tests need not change the process's environment.
+        if environment is None:
+            environment = os.environ
+        values = {}
+        for name in cls.model_fields:
+            value = environment.get(PREFIX + name.upper())
+            # Manifests often set variables to nothing, meaning the default.
+            if value:
+                values[name] = value
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            wrong = "; ".join(
-                f"{PREFIX}{str(item['loc'][0]).upper()}: {item['msg']}"
-                for item in error.errors()
-            )
-            raise SettingsError(wrong) from error
+            messages = []
+            for item in error.errors():
+                variable = PREFIX + str(item["loc"][0]).upper()
+                value = short_value(item["input"])
+                messages.append(f"{variable}: {plain_message(item)}, got {value}")
+            raise SettingsError("; ".join(messages)) from error

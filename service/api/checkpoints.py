@@ -1,6 +1,4 @@
-"""/v1/jobs/{id}/checkpoints, /attempts, /ranks: what a job has left behind and where it
-runs.
-"""
+"""Serves /v1/jobs/{id}/checkpoints, /attempts and /ranks."""
 
 from typing import Annotated, Any
 
@@ -8,9 +6,9 @@ import sqlalchemy as sa
 from fastapi import APIRouter, Query
 
 from service.api import render
-from service.api.models import Attempt, Checkpoint, Page
-from service.http.dependencies import Service
-from service.http.errors import ProblemError
+from service.api.models import Attempt, Checkpoint, JobId, Page
+from service.exceptions import NotFoundError
+from service.http.dependencies import ContextDep
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, CheckpointRow
 
@@ -18,54 +16,54 @@ router = APIRouter(prefix="/v1", tags=["history"])
 
 
 @router.get("/jobs/{job_id}/checkpoints")
-def list_checkpoints(job_id: str, service: Service) -> Page[Checkpoint]:
-    """Committed checkpoints that still exist, oldest first."""
-    with service.store.read() as session:
+def list_checkpoints(job_id: JobId, context: ContextDep) -> Page[Checkpoint]:
+    """Lists committed checkpoints that still exist, oldest first."""
+    with context.store.read() as session:
         job = lifecycle.find(session, job_id)
-        held = CheckpointRow.job == job.number, CheckpointRow.deleted_at.is_(None)
-        rows = session.scalars(
+        statement = (
             sa.select(CheckpointRow)
-            .where(*held)
+            .where(CheckpointRow.job == job.number, CheckpointRow.deleted_at.is_(None))
+            # After a resume two attempts may have written a checkpoint of the same step.
             .order_by(CheckpointRow.step, CheckpointRow.attempt)
         )
-        found = [render.checkpoint(row) for row in rows]
-    return render.page(found, [item.path for item in found], has_more=False)
+        checkpoints = [render.checkpoint(row) for row in session.scalars(statement)]
+    return render.page(checkpoints, lambda checkpoint: checkpoint.path)
 
 
 @router.get("/jobs/{job_id}/attempts")
-def list_attempts(job_id: str, service: Service) -> Page[Attempt]:
-    """Attempts, oldest first."""
-    with service.store.read() as session:
+def list_attempts(job_id: JobId, context: ContextDep) -> Page[Attempt]:
+    """Lists a job's attempts, oldest first."""
+    with context.store.read() as session:
         job = lifecycle.find(session, job_id)
-        rows = session.scalars(
+        statement = (
             sa.select(AttemptRow)
             .where(AttemptRow.job == job.number)
             .order_by(AttemptRow.attempt)
         )
-        found = [render.attempt(row) for row in rows]
-    return render.page(found, [str(item.attempt) for item in found], has_more=False)
+        attempts = [render.attempt(row) for row in session.scalars(statement)]
+    return render.page(attempts, lambda attempt: attempt.attempt)
 
 
 @router.get("/jobs/{job_id}/ranks")
 def list_ranks(
-    job_id: str,
-    service: Service,
+    job_id: JobId,
+    context: ContextDep,
     attempt: Annotated[
-        int | None, Query(ge=1, lt=1 << 31, description="The newest when not given.")
+        int | None, Query(ge=1, lt=1 << 31, description="Attempt. Default: newest.")
     ] = None,
 ) -> Page[dict[str, Any]]:
-    """Which rank runs where: {rank, slot, node_id, address, gpu, pid, coordinates}.
+    """Lists where each rank runs: {rank, slot, node_id, address, gpu, pid, coordinates}.
 
-    Empty before placement.
+    The list is empty before the ranks are placed.
     """
-    with service.store.read() as session:
+    with context.store.read() as session:
         job = lifecycle.find(session, job_id)
+        # Attempt 0 does not exist: before the first one the row is None.
         row = session.get(AttemptRow, (job.number, attempt or job.attempt))
-    if row is None and attempt is not None:
-        raise ProblemError(
-            "not_found",
-            f"job {job_id} has had {job.attempt} attempts, not {attempt}; leave attempt "
-            "out for the newest",
-        )
-    ranks = [] if row is None else row.ranks
-    return render.page(ranks, [str(rank.get("rank")) for rank in ranks], has_more=False)
+    ranks: list[dict[str, Any]] = []
+    if row is not None:
+        ranks = row.ranks
+    elif attempt is not None:
+        # Without a number the newest is meant, which may not be placed yet: no error.
+        raise NotFoundError(render.no_attempt(attempt, job.attempt))
+    return render.page(ranks, lambda rank: rank.get("rank"))

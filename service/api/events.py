@@ -1,198 +1,246 @@
-"""/v1/jobs/{id}/events and /stream: a job's history, read back or as it happens."""
+"""Serves /v1/jobs/{id}/events and /stream: a job's history, past and live."""
 
 import re
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.config.problem import Problem
 from service.api import render
-from service.api.models import Event, JobSummary, Page
-from service.http.dependencies import Context, Service
+from service.api.models import Event, JobId, JobSummary, Page
+from service.exceptions import RequestInvalidError
+from service.http.dependencies import Context, ContextDep
 from service.http.errors import ProblemError
 from service.jobs import lifecycle
 from service.store import metrics
 from service.store.schema import EventRow, JobRow
 
-MOST_ROWS = 1000
-MOST_EVENTS = 500
+MAX_ROWS = 1000
+"""Rows of metrics read at once."""
+MAX_EVENTS = 500
+"""Events read at once."""
 ROWS_PER_MESSAGE = 50
-"""Small enough that a reader whose connection breaks all the time still gets on: what
-is cut is sent again whole."""
+"""Small enough that a reader whose connection breaks all the time still makes progress: a
+message that is cut is sent again whole."""
 _STREAM_ID = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?")
+_LONGEST_SEQ = 18
 router = APIRouter(prefix="/v1", tags=["history"])
 
 
 @router.get("/jobs/{job_id}/events")
 def list_events(
-    job_id: str,
-    service: Service,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    job_id: JobId,
+    context: ContextDep,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.")] = 100,
     after: Annotated[
-        str | None, Query(description="Id or seq of the last event of the page before.")
+        str | None, Query(description="Id or seq of the last event of the previous page.")
     ] = None,
     type: Annotated[
-        str | None, Query(description="Types, separated by commas.", max_length=1000)
+        str | None,
+        Query(description="Types, separated by commas. Default: all.", max_length=1000),
     ] = None,
     level: Annotated[
         str | None,
         Query(
-            description="Levels (info, warn, error), separated by commas.", max_length=100
+            description="Levels (info, warn, error), separated by commas. Default: all.",
+            max_length=100,
         ),
     ] = None,
     order: Annotated[
-        Literal["asc", "desc"], Query(description="desc: newest first.")
+        Literal["asc", "desc"],
+        Query(description="`asc`: oldest first. `desc`: newest first."),
     ] = "asc",
 ) -> Page[Event]:
-    """A job's history, oldest first unless told otherwise.
+    """Lists a job's events, oldest first by default.
 
-    `seq` has no gaps and counts on across attempts and restarts.
+    `seq` has no gaps and continues across attempts and restarts.
     """
-    with service.store.read() as session:
+    with context.store.read() as session:
         job = lifecycle.find(session, job_id)
-        statement = (
-            _newest_first(job, after)
-            if order == "desc"
-            else _events_after(job, _seq(after, job_id))
-        )
+        if order == "desc":
+            statement = _newest_first(job, after)
+        else:
+            statement = _events_after(job, _seq(after, job_id))
+        # Filters come before the limit: a page of errors is full of errors.
         if level is not None:
             statement = statement.where(EventRow.level.in_(level.split(",")))
         if type is not None:
             statement = statement.where(EventRow.type.in_(type.split(",")))
+        # One more than a page, to know whether there is another page.
         rows = list(session.scalars(statement.limit(limit + 1)))
-    found = [render.event(job_id, row) for row in rows[:limit]]
-    return render.page(found, [item.id for item in found], has_more=len(rows) > limit)
+    events = render.events(job_id, rows[:limit])
+    return render.page(events, lambda event: event.id, has_more=len(rows) > limit)
 
 
 @dataclass(frozen=True)
 class Position:
-    """What a stream's reader has: everything up to an event and a row of metrics."""
+    """How far a stream's reader has got."""
 
     seq: int = 0
+    """Last event received."""
     cursor: int = 0
+    """Last row of metrics received."""
 
     def __str__(self) -> str:
         return f"{self.seq}.{self.cursor}"
 
 
 @dataclass(frozen=True)
-class _News:
+class _Update:
+    """What has been stored after a position."""
+
     rows: list[dict[str, Any]]
     events: list[Event]
     summary: JobSummary | None
     """None: the job has been deleted."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing more was stored when it was read."""
+        return len(self.rows) < MAX_ROWS and len(self.events) < MAX_EVENTS
+
+    def position_after(self, position: Position) -> Position:
+        """Returns the position of a reader that has received the update."""
+        if self.rows:
+            position = replace(position, cursor=self.rows[-1]["cursor"])
+        if self.events:
+            position = replace(position, seq=self.events[-1].seq)
+        return position
+
 
 def start_position(
-    last_event_id: Annotated[str | None, Header(alias="Last-Event-ID")] = None,
+    last_event_id: Annotated[
+        str | None,
+        Header(
+            alias="Last-Event-ID",
+            description="Id of the last message received. Default: start at the beginning.",
+        ),
+    ] = None,
     after: Annotated[
         str | None,
-        Query(description="As Last-Event-ID, for clients that cannot set headers."),
+        Query(description="Same as Last-Event-ID, for clients that cannot set headers."),
     ] = None,
 ) -> Position:
-    """Where a stream goes on."""
-    given = last_event_id or after
-    if not given:
+    """Returns the position after which a stream starts.
+
+    Raises RequestInvalidError.
+    """
+    stream_id = last_event_id or after
+    # On its first connection a client has no id, or an empty one.
+    if not stream_id:
         return Position()
-    match = _STREAM_ID.fullmatch(given.strip())
+    match = _STREAM_ID.fullmatch(stream_id.strip())
     if match is None:
         detail = (
-            f"{given[:80]!r} is no position; send the id of the last event received, such as "
-            "12.340, or nothing to start over"
+            f"invalid Last-Event-ID {stream_id[:80]!r}; send the id of the last message "
+            "received, such as 12.340, or omit it to start from the beginning"
         )
-        raise ProblemError(
-            "request_invalid",
-            detail,
-            errors=[Problem("/header/Last-Event-ID", "position_invalid", detail)],
+        raise RequestInvalidError.of_field(
+            "/header/Last-Event-ID", "position_invalid", detail
         )
     return Position(int(match[1]), int(match[2] or 0))
 
 
-def may_stream(job_id: str, service: Service) -> str:
-    """Checks made before the first byte: the job exists, and there is room for a
-    stream.
+def check_stream(job_id: JobId, context: ContextDep) -> str:
+    """Returns the job's id when a stream of it may start.
+
+    Runs before the first byte is sent: afterwards no error could be reported. Raises
+    ProblemError when too many streams are open, NotFoundError.
     """
-    if service.telemetry.open_streams >= service.settings.max_streams:
-        text = f"{service.settings.max_streams} streams are open; close one, or try again"
-        raise ProblemError("too_many_streams", text, headers={"Retry-After": "5"})
-    with service.store.read() as session:
+    max_streams = context.settings.max_streams
+    if context.telemetry.open_streams >= max_streams:
+        detail = f"{max_streams} streams are open; close one or try again later"
+        raise ProblemError("too_many_streams", detail, headers={"Retry-After": "5"})
+    # Deleted jobs are not found either; a job deleted later ends its streams.
+    with context.store.read() as session:
         lifecycle.find(session, job_id)
     return job_id
 
 
 @router.get("/jobs/{job_id}/stream", response_class=EventSourceResponse)
 async def stream_job(
-    job_id: Annotated[str, Depends(may_stream)],
-    service: Service,
+    job_id: Annotated[str, Depends(check_stream)],
+    context: ContextDep,
     start: Annotated[Position, Depends(start_position)],
 ) -> AsyncIterator[ServerSentEvent]:
-    """Everything that happens to a job, as server-sent events, each once and none left
-    out.
+    """Streams a job's history and everything that follows, as server-sent events.
 
-    `event: <type>` carries an event of the history, `metrics` rows of steps, `state`
-    the job as it is now; `end` follows the last. After a break, `Last-Event-ID` goes on
-    exactly where it was.
+    Every event and every row of metrics is sent exactly once. To continue after a broken
+    connection, send `Last-Event-ID`.
+
+    - `metrics`: rows of steps.
+    - `state`: the job's current summary.
+    - `end`: the last message; the job has ended or was deleted.
+    - Any other name: an event of the job's history; the name is the event's type.
     """
+    notifier = context.notifier
     with (
-        service.telemetry.stream_open(),
-        service.hub.ticket(lifecycle.job_topic(job_id)) as ticket,
+        context.telemetry.stream_open(),
+        # Subscribed before the first read, so that no commit falls between the two.
+        notifier.subscribe(lifecycle.job_topic(job_id)) as subscription,
     ):
         position = start
-        shown = None
-        while not service.hub.closed:
-            news = await run_in_threadpool(_read, service, job_id, position)
-            for first in range(0, len(news.rows), ROWS_PER_MESSAGE):
-                rows = news.rows[first : first + ROWS_PER_MESSAGE]
-                position = Position(position.seq, rows[-1]["cursor"])
-                yield ServerSentEvent(
-                    data={"rows": [_without_cursor(row) for row in rows]},
-                    event="metrics",
-                    id=str(position),
-                )
-            for event in news.events:
-                position = Position(event.seq, position.cursor)
-                yield ServerSentEvent(data=event, event=event.type, id=str(position))
-            if news.summary is not None and news.summary != shown:
-                shown = news.summary
-                yield ServerSentEvent(data=shown, event="state")
-            if len(news.rows) == MOST_ROWS or len(news.events) == MOST_EVENTS:
+        sent_summary = None
+        while not notifier.is_closed:
+            update = await run_in_threadpool(_read_update, context, job_id, position)
+            for message in _messages(update, position):
+                yield message
+            position = update.position_after(position)
+            # The summary has no id: a reader that reconnects gets it again, as it is now.
+            if update.summary is not None and update.summary != sent_summary:
+                sent_summary = update.summary
+                yield ServerSentEvent(data=sent_summary, event="state")
+            # A long history is read in parts, without waiting between them.
+            if not update.is_complete:
                 continue
-            if news.summary is None or news.summary.status.is_terminal:
-                yield ServerSentEvent(
-                    data={"status": news.summary.status if news.summary else "deleted"},
-                    event="end",
-                    id=str(position),
-                )
+            if update.summary is None:
+                yield _end("deleted", position)
                 return
-            if not await ticket.wait(service.settings.ping_s):
+            if update.summary.status.is_terminal:
+                yield _end(update.summary.status, position)
+                return
+            if not await subscription.wait(context.settings.ping_s):
+                # Proxies close connections on which nothing is sent.
                 yield ServerSentEvent(comment="ping")
 
 
-def _read(service: Context, job_id: str, position: Position) -> _News:
-    with service.store.read() as session:
+def _messages(update: _Update, position: Position) -> Iterator[ServerSentEvent]:
+    """Yields the messages of an update; each one's id is the position after it."""
+    for first in range(0, len(update.rows), ROWS_PER_MESSAGE):
+        rows = update.rows[first : first + ROWS_PER_MESSAGE]
+        position = replace(position, cursor=rows[-1]["cursor"])
+        data = {"rows": [_without_cursor(row) for row in rows]}
+        yield ServerSentEvent(data=data, event="metrics", id=str(position))
+    for event in update.events:
+        position = replace(position, seq=event.seq)
+        yield ServerSentEvent(data=event, event=event.type, id=str(position))
+
+
+def _end(status: str, position: Position) -> ServerSentEvent:
+    return ServerSentEvent(data={"status": status}, event="end", id=str(position))
+
+
+def _read_update(context: Context, job_id: str, position: Position) -> _Update:
+    with context.store.read() as session:
         job = session.scalars(sa.select(JobRow).where(JobRow.id == job_id)).one()
         if job.deleted_at is not None:
-            return _News([], [], None)
-        rows = metrics.after(session, job, position.cursor, MOST_ROWS)
-        events = [
-            render.event(job_id, row)
-            for row in session.scalars(_events_after(job, position.seq).limit(MOST_EVENTS))
-        ]
-        return _News(rows, events, _summary(session, job))
-
-
-def _summary(session: Session, job: JobRow) -> JobSummary:
-    return render.summaries(session, [job])[0]
+            return _Update([], [], None)
+        # One transaction for all three, so that the summary fits the events before it.
+        rows = metrics.after(session, job, position.cursor, MAX_ROWS)
+        statement = _events_after(job, position.seq).limit(MAX_EVENTS)
+        events = render.events(job_id, session.scalars(statement))
+        return _Update(rows, events, render.summaries(session, [job])[0])
 
 
 def _without_cursor(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key != "cursor"}
+    # The cursor is part of the message's id and nothing to a reader of metrics.
+    shown = dict(row)
+    del shown["cursor"]
+    return shown
 
 
 def _events_after(job: JobRow, seq: int) -> sa.Select[EventRow]:
@@ -207,21 +255,17 @@ def _newest_first(job: JobRow, after: str | None) -> sa.Select[EventRow]:
     statement = (
         sa.select(EventRow).where(EventRow.job == job.number).order_by(EventRow.seq.desc())
     )
-    return (
-        statement if after is None else statement.where(EventRow.seq < _seq(after, job.id))
-    )
+    if after is None:
+        return statement
+    return statement.where(EventRow.seq < _seq(after, job.id))
 
 
 def _seq(after: str | None, job_id: str) -> int:
-    text = "0" if after is None else after.removeprefix(f"{job_id}.")
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        detail = (
-            f"after={str(after)[:80]!r} is no event of {job_id}; "
-            "use last_id of the page before"
-        )
-        raise ProblemError(
-            "request_invalid",
-            detail,
-            errors=[Problem("/query/after", "unknown_id", detail)],
-        )
-    return int(text)
+    """Returns the seq of an event that is named by its id or its seq; 0 for none."""
+    if after is None:
+        return 0
+    seq = after.removeprefix(f"{job_id}.")
+    if not seq.isascii() or not seq.isdigit() or len(seq) > _LONGEST_SEQ:
+        detail = f"after={after[:80]!r} is no event of {job_id}; use last_id of the previous page"
+        raise RequestInvalidError.of_field("/query/after", "unknown_id", detail)
+    return int(seq)

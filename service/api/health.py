@@ -1,4 +1,4 @@
-"""/healthz, /readyz, /metrics: is it alive, can it work, how much does it do."""
+"""Serves /healthz, /readyz and /metrics."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.http.dependencies import Context, Service
+from service.http.dependencies import Context, ContextDep
 from service.store.schema import ClusterRow
 from workers.protocol.wire import AgentReport
 
@@ -15,50 +15,58 @@ router = APIRouter(tags=["health"])
 
 @router.get("/healthz")
 async def healthz() -> dict[str, str]:
-    """The process answers."""
+    """Answers 200 while the process runs."""
     return {"status": "ok"}
 
 
 @router.get("/readyz")
-def readyz(service: Service, response: Response) -> dict[str, Any]:
-    """200 while requests can be served: `ok` with every agent there, `degraded`
-    without. 503 when the database does not answer.
+def readyz(context: ContextDep, response: Response) -> dict[str, Any]:
+    """Answers 200 while requests can be served, 503 when the database does not answer.
+
+    `status` is `ok` when every agent is connected and reaches Ray, else `degraded`.
     """
     try:
-        service.store.ping()
-        agents = [_agent(service, name) for name in service.settings.clusters]
+        context.store.ping()
+        agents = []
+        for name in context.settings.clusters:
+            agents.append(_agent(context, name))
     except SQLAlchemyError:
         response.status_code = 503
         return {"status": "unavailable", "database": "does not answer", "agents": []}
-    whole = all(agent["ray_reachable"] for agent in agents)
-    return {"status": "ok" if whole else "degraded", "database": "ok", "agents": agents}
+    status = "ok"
+    for agent in agents:
+        # Still 200: jobs can be submitted and read while an agent is away.
+        if not agent["ray_reachable"]:
+            status = "degraded"
+    return {"status": status, "database": "ok", "agents": agents}
 
 
 @router.get("/metrics")
-def metrics(service: Service) -> Response:
-    """Prometheus text."""
-    silence = {name: service.agents.silence_s(name) for name in service.settings.clusters}
-    with service.store.read() as session:
-        return Response(
-            service.telemetry.render(session, silence), media_type=CONTENT_TYPE_LATEST
-        )
+def metrics(context: ContextDep) -> Response:
+    """Returns the service's metrics in Prometheus' text format."""
+    silence_s: dict[str, float | None] = {}
+    for name in context.settings.clusters:
+        silence_s[name] = context.agents.silence_s(name)
+    with context.store.read() as session:
+        text = context.telemetry.render(session, silence_s)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-def _agent(service: Context, name: str) -> dict[str, Any]:
-    with service.store.read() as session:
+def _agent(context: Context, name: str) -> dict[str, Any]:
+    with context.store.read() as session:
         row = session.get(ClusterRow, name)
-    report = (
-        None
-        if row is None or row.report is None
-        else AgentReport.model_validate(row.report)
-    )
-    live = service.agents.is_live(name)
-    nodes = sum(node.alive for node in report.nodes) if report else 0
-    # An agent that loses Ray ends itself, so one that speaks and sees nodes has Ray.
+    nodes = 0
+    if row is not None and row.report is not None:
+        report = AgentReport.model_validate(row.report)
+        for node in report.nodes:
+            nodes += node.alive
+    # The last report may be old: nodes count only while the agent is live.
+    is_live = context.agents.is_live(name)
+    # An agent that loses Ray exits, so one that is live and reports nodes has Ray.
     return {
         "cluster": name,
-        "live": live,
-        "seen_s_ago": service.agents.silence_s(name),
-        "ray_reachable": live and nodes > 0,
+        "live": is_live,
+        "seen_s_ago": context.agents.silence_s(name),
+        "ray_reachable": is_live and nodes > 0,
         "nodes": nodes,
     }

@@ -1,6 +1,6 @@
-"""/internal/v1: agents and drivers.
+"""Serves /internal/v1 to agents and drivers.
 
-Bodies are workers/protocol/wire.py; not part of the public API.
+Bodies are those of `workers.protocol.wire`. Not part of the public API.
 """
 
 import time
@@ -13,11 +13,13 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
-from service.http.dependencies import Context, Service
-from service.http.errors import ProblemError
-from service.jobs import ingest, lifecycle, submissions
+from service.exceptions import RequestInvalidError
+from service.http.dependencies import Context, ContextDep
+from service.jobs import cluster_fit, ingest, lifecycle, queue
 from service.jobs.capacity import ClusterCapacity
-from service.jobs.spec_problems import pointer_to
+from service.jobs.cluster_fit import Resolution
+from service.jobs.spec_errors import pointer_to
+from service.pydantic_messages import plain_message
 from service.store.schema import ClusterRow, JobRow
 from workers.protocol.states import DesiredState
 from workers.protocol.wire import (
@@ -31,19 +33,25 @@ from workers.protocol.wire import (
     RecordReply,
 )
 
-MOST_TERMINAL = 200
-Wait = Annotated[float, Query(ge=0, le=3600)]
+MAX_TERMINAL = 200
+"""Ended jobs that the agent is told about, beside those it still sees something of."""
+WaitSeconds = Annotated[float, Query(ge=0, le=3600)]
 router = APIRouter(prefix="/internal/v1", include_in_schema=False)
 Body = TypeVar("Body", bound=BaseModel)
 
 
+# ---- agents
+
+
 @router.get("/agent/hello")
-async def hello(service: Service) -> dict[str, object]:
-    """What an agent asks first: the namespace of everything it may touch, and the
-    folder that every node must see.
+async def hello(context: ContextDep) -> dict[str, object]:
+    """Returns what an agent needs first.
+
+    That is the namespace of everything it may touch, and the folder that every node must
+    be able to read.
     """
-    deployment = service.deployment
-    root = service.settings.data_dir / "jobs"
+    deployment = context.deployment
+    root = context.settings.data_dir / "jobs"
     return {
         "protocol": PROTOCOL,
         "namespace": deployment.namespace,
@@ -53,231 +61,263 @@ async def hello(service: Service) -> dict[str, object]:
 
 
 @router.post("/agent/report")
-async def report(request: Request, service: Service) -> dict[str, bool]:
-    """The cluster as it is."""
-    given = _parse(AgentReport, await request.body())
-    ingest.check_protocol(given.protocol)
-    _known(service, given.cluster)
-    service.agents.heard(given.cluster)
-    await run_in_threadpool(_take_report, service, given)
+async def report(request: Request, context: ContextDep) -> dict[str, bool]:
+    """Stores the state of a cluster."""
+    agent_report = _parse(AgentReport, await request.body())
+    ingest.check_protocol(agent_report.protocol)
+    _check_cluster(context, agent_report.cluster)
+    context.agents.record_contact(agent_report.cluster)
+    await run_in_threadpool(_store_report, context, agent_report)
     return {"ok": True}
 
 
 @router.get("/agent/desired")
 async def desired_jobs(
-    service: Service, cluster: str, after: int = 0, wait_s: Wait = 20.0
+    context: ContextDep, cluster: str, after: int = 0, wait_s: WaitSeconds = 20.0
 ) -> Response:
-    """All that the cluster should be doing; answers when there is something newer than
-    `after`, or when the wait is over.
+    """Returns everything that a cluster should be doing.
+
+    Answers as soon as the revision differs from `after`, or when the wait is over.
     """
-    _known(service, cluster)
-    service.agents.heard(cluster)
-    deadline = time.monotonic() + min(wait_s, service.settings.max_wait_s)
-    with service.hub.ticket(lifecycle.desired_topic(cluster)) as ticket:
-        while await run_in_threadpool(_revision, service, cluster) == after:
-            left = deadline - time.monotonic()
-            if left <= 0 or service.hub.closed:
+    _check_cluster(context, cluster)
+    context.agents.record_contact(cluster)
+    deadline = time.monotonic() + min(wait_s, context.settings.max_wait_s)
+    # Subscribed before the first read, so that no commit falls between the two.
+    with context.notifier.subscribe(lifecycle.desired_topic(cluster)) as subscription:
+        # Differs, not greater: another database may have a smaller revision.
+        while await run_in_threadpool(_revision, context, cluster) == after:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or context.notifier.is_closed:
                 break
-            await ticket.wait(left)
-    service.agents.heard(cluster)
-    reply = await run_in_threadpool(_desired_reply, service, cluster)
-    return _json(reply.model_copy(update={"checks": service.agents.open_checks(cluster)}))
+            await subscription.wait(remaining_s)
+    # The agent was connected all this time: a long poll is no silence.
+    context.agents.record_contact(cluster)
+    reply = await run_in_threadpool(_desired_reply, context, cluster)
+    checks = context.agents.open_checks(cluster)
+    return _json(reply.model_copy(update={"checks": checks}))
 
 
 @router.post("/agent/checks")
-async def answer_check(request: Request, service: Service) -> dict[str, bool]:
-    """What the agent found when it looked at a spec's paths."""
-    given = _parse(CheckResult, await request.body())
-    ingest.check_protocol(given.protocol)
-    service.agents.answer(
-        given.check_id,
-        tuple(Problem(item.pointer, item.code, item.detail) for item in given.problems),
-    )
+async def check_result(request: Request, context: ContextDep) -> dict[str, bool]:
+    """Takes what the agent found wrong with a spec's paths."""
+    result = _parse(CheckResult, await request.body())
+    ingest.check_protocol(result.protocol)
+    problems = []
+    for item in result.problems:
+        problems.append(Problem(item.pointer, item.code, item.detail))
+    context.agents.finish_check(result.check_id, tuple(problems))
     return {"ok": True}
 
 
+# ---- drivers
+
+
 @router.get("/jobs/{job_id}/cursor")
-async def cursor(job_id: str, service: Service, epoch: int) -> Response:
-    """What is stored of each source, for a driver that has just started; from here on
-    lower epochs are refused.
+async def cursor(job_id: str, context: ContextDep, epoch: int) -> Response:
+    """Returns what is stored of each source, for a driver that has just started.
+
+    From here on lower epochs are refused.
     """
-    return _json(await run_in_threadpool(_cursor, service, job_id, epoch))
+    return _json(await run_in_threadpool(_cursor, context, job_id, epoch))
 
 
 @router.post("/jobs/{job_id}/records")
-async def take_records(job_id: str, request: Request, service: Service) -> Response:
-    """Stores a batch, all of it or nothing; sending it again is safe."""
-    reply = await run_in_threadpool(_take_records, service, job_id, await request.body())
-    return _json(reply)
+async def store_records(job_id: str, request: Request, context: ContextDep) -> Response:
+    """Stores a batch of records, all of it or nothing; sending it again is safe."""
+    body = await request.body()
+    return _json(await run_in_threadpool(_store_records, context, job_id, body))
 
 
 @router.get("/jobs/{job_id}/desired")
 async def desired_job(
-    job_id: str, service: Service, after: int = 0, wait_s: Wait = 20.0
+    job_id: str, context: ContextDep, after: int = 0, wait_s: WaitSeconds = 20.0
 ) -> Response:
-    """What one job's driver should be doing; answers at once when that is newer than
-    `after`.
+    """Returns what one job's driver should be doing.
+
+    Answers as soon as the revision differs from `after`, or when the wait is over.
     """
-    deadline = time.monotonic() + min(wait_s, service.settings.max_wait_s)
-    with service.hub.ticket(lifecycle.job_topic(job_id)) as ticket:
-        while (
-            found := await run_in_threadpool(_desired_one, service, job_id)
-        ).revision == after:
-            left = deadline - time.monotonic()
-            if left <= 0 or service.hub.closed:
+    deadline = time.monotonic() + min(wait_s, context.settings.max_wait_s)
+    with context.notifier.subscribe(lifecycle.job_topic(job_id)) as subscription:
+        desired = await run_in_threadpool(_desired_one, context, job_id)
+        while desired.revision == after:
+            remaining_s = deadline - time.monotonic()
+            if remaining_s <= 0 or context.notifier.is_closed:
                 break
-            await ticket.wait(left)
-    return _json(found)
+            await subscription.wait(remaining_s)
+            desired = await run_in_threadpool(_desired_one, context, job_id)
+    return _json(desired)
 
 
-def _take_report(service: Context, given: AgentReport) -> None:
-    with service.store.read() as session:
-        unresolved = submissions.unresolved(session, given.cluster)
-    room = ClusterCapacity(given.nodes)
-    answers = (
-        {
-            job: submissions.answer(spec, room, job_dir)
-            for job, (spec, job_dir) in unresolved.items()
-        }
-        if room.known
-        else {}
-    )
-    with service.store.write() as session:
-        row = lifecycle.lock_cluster(session, given.cluster)
-        before = None if row.report is None else AgentReport.model_validate(row.report)
-        row.report = given.model_dump(mode="json")
+# ---- database work, in threads
+
+
+def _store_report(context: Context, agent_report: AgentReport) -> None:
+    resolutions = _resolve_waiting_jobs(context, agent_report)
+    with context.store.write() as session:
+        # In this order: first jobs get their size, then the queue is decided about with
+        # the new nodes, and both are committed together.
+        row = lifecycle.lock_cluster(session, agent_report.cluster)
+        has_changed = _has_changed(row, agent_report)
+        row.report = agent_report.model_dump(mode="json")
         row.reported_at = time.time()
         session.flush()
-        submissions.settle(session, row, answers)
+        cluster_fit.resolve_waiting_jobs(session, row, resolutions)
         session.flush()
-        lifecycle.admit(session, row)
-        if before is None or (before.drivers, before.orphans, before.agent_id) != (
-            given.drivers,
-            given.orphans,
-            given.agent_id,
-        ):
-            lifecycle.raise_revision(
-                session, given.cluster
-            )  # which jobs are listed depends on what the agent has seen
+        queue.admit_jobs(session, row)
+        if has_changed:
+            # Which ended jobs the agent is told about depends on what it has seen.
+            lifecycle.raise_revision(session, agent_report.cluster)
 
 
-def _revision(service: Context, cluster: str) -> int:
-    with service.store.read() as session:
-        return (
-            session.scalar(sa.select(ClusterRow.revision).where(ClusterRow.name == cluster))
-            or 0
-        )
+def _resolve_waiting_jobs(
+    context: Context, agent_report: AgentReport
+) -> dict[str, Resolution]:
+    """Returns how the jobs that waited for this cluster run on it, by job id.
+
+    Done before the transaction: a search for a layout may take seconds, and nobody else
+    could write meanwhile.
+    """
+    capacity = ClusterCapacity(agent_report.nodes)
+    if not capacity.is_known:
+        return {}
+    with context.store.read() as session:
+        waiting = cluster_fit.jobs_waiting_for_cluster(session, agent_report.cluster)
+    resolutions = {}
+    for job_id, job in waiting.items():
+        resolutions[job_id] = cluster_fit.check_and_resolve(job, capacity)
+    return resolutions
 
 
-def _desired_reply(service: Context, cluster: str) -> DesiredReply:
-    with service.store.read() as session:
+def _has_changed(row: ClusterRow, agent_report: AgentReport) -> bool:
+    """Whether the agent reports other drivers or orphans than before, or is new."""
+    if row.report is None:
+        return True
+    before = AgentReport.model_validate(row.report)
+    return (before.drivers, before.orphans, before.agent_id) != (
+        agent_report.drivers,
+        agent_report.orphans,
+        agent_report.agent_id,
+    )
+
+
+def _revision(context: Context, cluster: str) -> int:
+    statement = sa.select(ClusterRow.revision).where(ClusterRow.name == cluster)
+    with context.store.read() as session:
+        return session.scalar(statement) or 0
+
+
+def _desired_reply(context: Context, cluster: str) -> DesiredReply:
+    with context.store.read() as session:
         row = session.get(ClusterRow, cluster)
         if row is None:
             return DesiredReply(revision=0)
-        seen = (
-            set() if row.report is None else _seen(AgentReport.model_validate(row.report))
+        seen = _seen_jobs(row)
+        has_ended = (JobRow.cluster == cluster, JobRow.status.in_(lifecycle.TERMINAL))
+        # Drivers of ended jobs that are still there need the desired state to exit.
+        ended = sa.select(JobRow).where(
+            *has_ended, JobRow.id.in_(seen), JobRow.deleted_at.is_(None)
         )
-        here = sa.select(JobRow).where(JobRow.cluster == cluster)
-        wanted = [
-            job for job in lifecycle.active(session, cluster) if job.world_size is not None
-        ]
-        ended = list(
-            session.scalars(
-                here.where(
-                    JobRow.status.in_(lifecycle.TERMINAL),
-                    JobRow.id.in_(seen),
-                    JobRow.deleted_at.is_(None),
-                )
-            )
-        )
-        over = sa.select(JobRow.id).where(
-            JobRow.cluster == cluster, JobRow.status.in_(lifecycle.TERMINAL)
-        )
-        latest = session.scalars(over.order_by(JobRow.ended_at.desc()).limit(MOST_TERMINAL))
-        terminal = {*latest, *session.scalars(over.where(JobRow.id.in_(seen)))}
-        listed = tuple(_desired(service, job) for job in (*wanted, *ended))
+        jobs = [_desired(context, job) for job in session.scalars(ended)]
+        for job in queue.active_jobs(session, cluster):
+            # A job without a size is not resolved yet: there is nothing to prepare.
+            if job.world_size is not None:
+                jobs.append(_desired(context, job))
+        # Deleted jobs are among them: what is left of them must be removed too.
+        ended_ids = sa.select(JobRow.id).where(*has_ended)
+        latest = ended_ids.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
+        terminal = {
+            *session.scalars(latest),
+            *session.scalars(ended_ids.where(JobRow.id.in_(seen))),
+        }
         return DesiredReply(
-            revision=row.revision, jobs=listed, terminal=tuple(sorted(terminal))
+            revision=row.revision, jobs=tuple(jobs), terminal=tuple(sorted(terminal))
         )
 
 
-def _seen(report: AgentReport) -> set[str]:
-    """Jobs of which the agent has seen something alive: a driver, or a name `<job>/...`
-    it cannot place.
-    """
-    return {driver.job_id for driver in report.drivers} | {
-        name.partition("/")[0] for name in report.orphans
-    }
+def _seen_jobs(row: ClusterRow) -> set[str]:
+    """Returns the jobs of which the agent has seen something that is alive."""
+    if row.report is None:
+        return set()
+    agent_report = AgentReport.model_validate(row.report)
+    seen = set()
+    for driver in agent_report.drivers:
+        seen.add(driver.job_id)
+    for name in agent_report.orphans:
+        # Actors are named `<job>/<role>`.
+        seen.add(name.partition("/")[0])
+    return seen
 
 
-def _desired(service: Context, job: JobRow) -> DesiredJob:
+def _desired(context: Context, job: JobRow) -> DesiredJob:
     return DesiredJob(
         job_id=job.id,
         desired=DesiredState(job.desired),
         revision=job.desired_revision,
         spec=job.resolved_spec,
         job_dir=job.job_dir,
-        token=service.auth.job_token(job.id),
+        token=context.auth.job_token(job.id),
         final_checkpoint=job.final_checkpoint,
         checkpoint_requests=job.checkpoint_requests,
     )
 
 
-def _desired_one(service: Context, job_id: str) -> DesiredJob:
-    with service.store.read() as session:
-        return _desired(service, lifecycle.find(session, job_id))
+def _desired_one(context: Context, job_id: str) -> DesiredJob:
+    with context.store.read() as session:
+        return _desired(context, lifecycle.find(session, job_id))
 
 
-def _cursor(service: Context, job_id: str, epoch: int) -> CursorReply:
-    with service.store.write() as session:
+def _cursor(context: Context, job_id: str, epoch: int) -> CursorReply:
+    with context.store.write() as session:
+        # A write: the epoch is taken here, before the driver has sent anything.
         job = lifecycle.lock(session, job_id)
         ingest.take_epoch(job, epoch)
-        return CursorReply(stored=ingest.stored(session, job))
+        return CursorReply(stored=ingest.stored_numbers(session, job))
 
 
-def _take_records(service: Context, job_id: str, body: bytes) -> RecordReply:
+def _store_records(context: Context, job_id: str, body: bytes) -> RecordReply:
     batch = _parse(RecordBatch, body)
     if batch.job_id != job_id:
-        raise ProblemError(
-            "request_invalid",
-            f"the batch is for {batch.job_id[:80]!r}, the address for {job_id}; they must agree",
+        raise RequestInvalidError(
+            f"the batch is for job {batch.job_id[:80]!r}, but the path names {job_id}; send "
+            "both for the same job"
         )
-    with service.store.write() as session:
-        stored = ingest.apply(service.store, session, batch)
-        reply = RecordReply(stored=stored, desired=_desired_in(service, session, job_id))
-    service.telemetry.records.inc(len(batch.records))
+    with context.store.write() as session:
+        # The desired state travels back with each batch, which saves the driver a poll.
+        stored = ingest.apply_batch(context.store, session, batch)
+        reply = RecordReply(
+            stored=stored, desired=_flushed_desired(context, session, job_id)
+        )
+    context.telemetry.records.inc(len(batch.records))
     return reply
 
 
-def _desired_in(service: Context, session: Session, job_id: str) -> DesiredJob:
+def _flushed_desired(context: Context, session: Session, job_id: str) -> DesiredJob:
+    """Returns the desired state after the records of this transaction."""
     session.flush()
-    return _desired(service, lifecycle.find(session, job_id))
+    return _desired(context, lifecycle.find(session, job_id))
 
 
-def _known(service: Context, cluster: str) -> None:
-    if cluster not in service.settings.clusters:
-        text = (
-            f"cluster {cluster[:80]!r} is not set up here; known: "
-            f"{', '.join(service.settings.clusters)}"
+# ---- messages
+
+
+def _check_cluster(context: Context, cluster: str) -> None:
+    clusters = context.settings.clusters
+    if cluster not in clusters:
+        detail = (
+            f"cluster {cluster[:80]!r} is not configured here; known: {', '.join(clusters)}"
         )
-        raise ProblemError(
-            "request_invalid", text, errors=[Problem("/cluster", "unknown_name", text)]
-        )
+        raise RequestInvalidError.of_field("/cluster", "unknown_name", detail)
 
 
 def _parse(model: type[Body], body: bytes) -> Body:
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        found = [
-            Problem(pointer_to(item["loc"]), item["type"], item["msg"])
-            for item in error.errors(include_url=False)
-        ]
-        raise ProblemError(
-            "request_invalid",
-            "; ".join(f"{item.pointer}: {item.detail}" for item in found),
-            errors=found,
-        ) from error
+        problems = []
+        for item in error.errors(include_url=False):
+            pointer = pointer_to(item["loc"])
+            problems.append(Problem(pointer, item["type"], plain_message(item)))
+        raise RequestInvalidError.of_problems(problems) from error
 
 
 def _json(message: BaseModel) -> Response:

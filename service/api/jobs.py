@@ -1,177 +1,241 @@
-"""/v1/jobs: make, list, show, cancel, checkpoint, delete.
+"""Serves /v1/jobs: create, list, show, cancel, checkpoint, delete."""
 
-Must not know: tables' columns beyond filtering.
-"""
-
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.config.problem import Problem
 from service.api import render
-from service.api.models import CancelRequest, Job, JobSummary, Page
-from service.http.dependencies import CurrentCaller, Service
-from service.http.errors import ProblemError
-from service.http.idempotency import IdempotentRequest
-from service.jobs import lifecycle
-from service.jobs.submit import submit
+from service.api.models import CancelRequest, Job, JobId, JobSummary, Page
+from service.exceptions import RequestInvalidError
+from service.http.dependencies import Context, ContextDep, CurrentCaller
+from service.http.idempotency import IdempotentRequest, StoredResponse
+from service.jobs import lifecycle, queue
+from service.jobs.submit import Submitter
 from service.store.schema import JobRow, LabelRow
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
-Key = Annotated[
+IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
-        description="Repeating a request with its key gives the first answer again.",
+        description="Makes the request safe to repeat: the same key gets the first response "
+        "again. Keys are kept for 7 days.",
     ),
 ]
+_LABEL_PREFIX = "metadata["
 
 
 @router.post("/jobs", status_code=201, response_model=Job)
 async def create_job(
-    spec: JobSpec, request: Request, service: Service, by: CurrentCaller, key: Key = None
+    spec: JobSpec,
+    request: Request,
+    context: ContextDep,
+    caller: CurrentCaller,
+    key: IdempotencyKey = None,
 ) -> Response:
-    """Submits a job.
+    """Creates a job.
 
-    Everything wrong with the spec is answered at once, before anything is stored or
+    An invalid spec is refused with all its errors at once, before anything is stored or
     reserved.
     """
-    given = await request.json()
-    answer = await submit(
-        service, spec, given, IdempotentRequest.of(key, by.token_id, "/v1/jobs", given)
-    )
-    headers = {"Location": f"/v1/jobs/{answer.body['id']}"}
-    if answer.replayed:
-        headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(answer.body, status_code=answer.status, headers=headers)
+    submitted = await request.json()
+    repeatable = IdempotentRequest.of(key, caller.token_id, "/v1/jobs", submitted)
+    earlier = await run_in_threadpool(_earlier_response, context, repeatable)
+    if earlier is not None:
+        return _created(earlier, is_replay=True)
+    # `submitted` and not `spec` is kept: the user's own words, without defaults.
+    submitter = Submitter(context.settings, context.store, context.agents)
+    job = await submitter.prepare(spec, submitted)
+    store = partial(_store_job, context, submitter, spec, job, repeatable)
+    response, is_replay = await run_in_threadpool(store)
+    if not is_replay:
+        context.telemetry.jobs_created.inc()
+    return _created(response, is_replay=is_replay)
 
 
 @router.get("/jobs")
 def list_jobs(
     request: Request,
-    service: Service,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    context: ContextDep,
+    limit: Annotated[int, Query(ge=1, le=100, description="Jobs per page.")] = 20,
     after: Annotated[
-        str | None, Query(description="Id of the last job of the page before.")
+        str | None, Query(description="Id of the last job of the previous page.")
     ] = None,
-    status: Annotated[str | None, Query(description="States, separated by commas.")] = None,
+    status: Annotated[
+        str | None, Query(description="States to list, separated by commas. Default: all.")
+    ] = None,
 ) -> Page[JobSummary]:
-    """Jobs, newest first.
+    """Lists jobs, newest first.
 
-    `metadata[key]=value` keeps those with that label; several must all hold.
+    `metadata[key]=value` lists only jobs with that label. With several, all must match.
     """
     statement = (
         sa.select(JobRow)
         .where(JobRow.deleted_at.is_(None))
         .order_by(JobRow.number.desc())
-        .limit(limit + 1)
+        .limit(limit + 1)  # one more, to know whether there is another page
     )
     if status is not None:
         statement = statement.where(JobRow.status.in_(_states(status)))
+    # The names of labels are free, so they cannot be parameters that FastAPI knows.
     for name, value in request.query_params.multi_items():
-        if name.startswith("metadata[") and name.endswith("]"):
-            label = sa.select(LabelRow.job).where(
-                LabelRow.key == name[9:-1], LabelRow.value == value
-            )
-            statement = statement.where(JobRow.number.in_(label))
-    with service.store.read() as session:
+        if name.startswith(_LABEL_PREFIX) and name.endswith("]"):
+            label_key = name.removeprefix(_LABEL_PREFIX).removesuffix("]")
+            statement = statement.where(JobRow.number.in_(_labelled(label_key, value)))
+    with context.store.read() as session:
+        # By number, which is stable: jobs submitted meanwhile do not move the pages.
         if after is not None:
             statement = statement.where(JobRow.number < _number(session, after))
         rows = list(session.scalars(statement))
-        found = render.summaries(session, rows[:limit])
-    return render.page(found, [item.id for item in found], has_more=len(rows) > limit)
+        jobs = render.summaries(session, rows[:limit])
+    return render.page(jobs, lambda job: job.id, has_more=len(rows) > limit)
 
 
 @router.get("/jobs/{job_id}")
-def show_job(job_id: str, service: Service) -> Job:
-    """One job."""
-    with service.store.read() as session:
+def show_job(job_id: JobId, context: ContextDep) -> Job:
+    """Shows one job."""
+    with context.store.read() as session:
         return render.job(session, lifecycle.find(session, job_id))
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, response_model=Job)
 def cancel_job(
-    job_id: str,
-    service: Service,
-    by: CurrentCaller,
+    job_id: JobId,
+    context: ContextDep,
+    caller: CurrentCaller,
     body: CancelRequest | None = None,
-    key: Key = None,
+    key: IdempotencyKey = None,
 ) -> Response:
-    """Asks for the job's end; `checkpoint` says whether it writes a last one.
+    """Cancels a job.
 
+    A running job first writes a final checkpoint, unless `checkpoint` is false.
     Cancelling an ended job changes nothing.
     """
-    wish = body or CancelRequest()
-    repeat = IdempotentRequest.of(
-        key, by.token_id, f"/v1/jobs/{job_id}/cancel", wish.model_dump()
-    )
+    options = body or CancelRequest()
+    # The key is bound to this job: used for another one it means another request.
+    path = f"/v1/jobs/{job_id}/cancel"
+    repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
 
-    def work(session: Session, job: JobRow) -> None:
-        lifecycle.cancel(session, job, final_checkpoint=wish.checkpoint)
+    def cancel(session: Session, job: JobRow) -> None:
+        # A cancelled job leaves the queue, and may free what it holds.
+        lifecycle.cancel(session, job, final_checkpoint=options.checkpoint)
         session.flush()
-        lifecycle.admit(session, lifecycle.lock_cluster(session, job.cluster))
+        # The job may have been at the head of the queue: the next one can start now.
+        queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 
-    return _change(service, job_id, repeat, work)
+    return _change(context, job_id, repeatable, cancel)
 
 
 @router.post("/jobs/{job_id}/checkpoint", status_code=202, response_model=Job)
 def checkpoint_job(
-    job_id: str, service: Service, by: CurrentCaller, key: Key = None
+    job_id: JobId, context: ContextDep, caller: CurrentCaller, key: IdempotencyKey = None
 ) -> Response:
-    """Asks a running job for one checkpoint now; an event tells when it is committed."""
-    repeat = IdempotentRequest.of(key, by.token_id, f"/v1/jobs/{job_id}/checkpoint", None)
-    return _change(service, job_id, repeat, lifecycle.request_checkpoint)
+    """Requests a checkpoint of a running job now.
+
+    The event `checkpoint.committed` follows when the checkpoint is complete.
+    """
+    path = f"/v1/jobs/{job_id}/checkpoint"
+    repeatable = IdempotentRequest.of(key, caller.token_id, path, None)
+    return _change(context, job_id, repeatable, lifecycle.request_checkpoint)
 
 
 @router.delete("/jobs/{job_id}", status_code=204)
-def delete_job(job_id: str, service: Service) -> None:
-    """Forgets an ended job and its history; what it wrote to its storage stays."""
-    with service.store.write() as session:
+def delete_job(job_id: JobId, context: ContextDep) -> None:
+    """Deletes an ended job and its history.
+
+    Files that the job wrote to its storage stay.
+    """
+    with context.store.write() as session:
         lifecycle.delete(session, lifecycle.lock(session, job_id))
 
 
-def _change(
-    service: Service, job_id: str, repeat: IdempotentRequest, work: Any
-) -> Response:
-    with service.store.write() as session:
-        job = lifecycle.lock(session, job_id)
-        earlier = repeat.earlier(session)
+def _earlier_response(
+    context: Context, repeatable: IdempotentRequest
+) -> StoredResponse | None:
+    if repeatable.key is None:
+        return None
+    with context.store.read() as session:
+        return repeatable.earlier_response(session)
+
+
+def _store_job(
+    context: Context,
+    submitter: Submitter,
+    spec: JobSpec,
+    job: JobRow,
+    repeatable: IdempotentRequest,
+) -> tuple[StoredResponse, bool]:
+    """Stores a prepared job; returns the response and whether it is an earlier one."""
+    with context.store.write() as session:
+        lifecycle.lock_cluster(session, job.cluster)
+        # Asked again under the lock: the same request may have been answered meanwhile.
+        earlier = repeatable.earlier_response(session)
         if earlier is not None:
-            return JSONResponse(
-                earlier[1], status_code=earlier[0], headers={"Idempotent-Replayed": "true"}
-            )
-        work(session, job)
+            return earlier, True
+        submitter.create(session, spec, job)
         body = render.job(session, job).model_dump(mode="json")
-        repeat.remember(session, 202, body)
+        repeatable.store_response(session, 201, body)
+        return StoredResponse(201, body), False
+
+
+def _created(response: StoredResponse, *, is_replay: bool) -> Response:
+    headers = {"Location": f"/v1/jobs/{response.body['id']}"}
+    if is_replay:
+        headers["Idempotent-Replayed"] = "true"
+    return JSONResponse(response.body, status_code=response.status, headers=headers)
+
+
+def _change(
+    context: Context,
+    job_id: str,
+    repeatable: IdempotentRequest,
+    change: Callable[[Session, JobRow], Any],
+) -> Response:
+    """Changes a job and stores the response in one transaction."""
+    with context.store.write() as session:
+        job = lifecycle.lock(session, job_id)
+        earlier = repeatable.earlier_response(session)
+        if earlier is not None:
+            headers = {"Idempotent-Replayed": "true"}
+            return JSONResponse(earlier.body, status_code=earlier.status, headers=headers)
+        # Rendered before the commit, so that the stored response is what was answered.
+        change(session, job)
+        body = render.job(session, job).model_dump(mode="json")
+        repeatable.store_response(session, 202, body)
     return JSONResponse(body, status_code=202)
 
 
-def _states(text: str) -> list[str]:
-    known = [state.value for state in JobState]
-    given = [name.strip() for name in text.split(",")]
-    wrong = [name for name in given if name not in known]
-    if wrong:
-        detail = f"status {wrong[0][:80]!r} is unknown; known: {', '.join(known)}"
-        raise ProblemError(
-            "request_invalid",
-            detail,
-            errors=[Problem("/query/status", "unknown_state", detail)],
-        )
-    return given
+def _states(names: str) -> list[str]:
+    states = []
+    for part in names.split(","):
+        name = part.strip()
+        try:
+            states.append(JobState(name).value)
+        except ValueError:
+            detail = f"unknown status {name[:80]!r}; known: {', '.join(JobState)}"
+            raise RequestInvalidError.of_field(
+                "/query/status", "unknown_state", detail
+            ) from None
+    return states
+
+
+def _labelled(key: str, value: str) -> sa.Select[int]:
+    """Selects the numbers of the jobs with a label."""
+    return sa.select(LabelRow.job).where(LabelRow.key == key, LabelRow.value == value)
 
 
 def _number(session: Session, job_id: str) -> int:
-    found = session.scalar(sa.select(JobRow.number).where(JobRow.id == job_id))
-    if found is None:
-        detail = f"after={job_id[:80]!r} is no job's id; use last_id of the page before"
-        raise ProblemError(
-            "request_invalid",
-            detail,
-            errors=[Problem("/query/after", "unknown_id", detail)],
-        )
-    return found
+    """Returns a job's number, by which lists are ordered; deleted jobs have one too."""
+    number = session.scalar(sa.select(JobRow.number).where(JobRow.id == job_id))
+    if number is None:
+        detail = f"after={job_id[:80]!r}: no such job; use last_id of the previous page"
+        raise RequestInvalidError.of_field("/query/after", "unknown_id", detail)
+    return number

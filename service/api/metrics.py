@@ -1,84 +1,95 @@
-"""/v1/jobs/{id}/metrics: steps as rows."""
+"""Serves /v1/jobs/{id}/metrics: the metrics of each step."""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 
-from megatron_ray.config.problem import Problem
-from service.api.models import Page
-from service.http.dependencies import Service
-from service.http.errors import ProblemError
+from service.api.models import JobId, Page
+from service.exceptions import RequestInvalidError
+from service.http.dependencies import ContextDep
 from service.jobs import lifecycle
 from service.store import metrics
 
-MOST_ROWS = 10_000
+MAX_ROWS = 10_000
 DEFAULT_KEYS = ("loss", "grad_norm", "lr", "tokens_per_s")
+_KNOWN_KEYS = ", ".join(metrics.KEYS)
+_ALWAYS_PRESENT = ("", "step", "attempt")
 router = APIRouter(prefix="/v1", tags=["history"])
 
 
 @router.get("/jobs/{job_id}/metrics")
 def list_metrics(
-    job_id: str,
-    service: Service,
+    job_id: JobId,
+    context: ContextDep,
     keys: Annotated[
         str | None,
-        Query(description=f"Columns, separated by commas: {', '.join(metrics.KEYS)}."),
+        Query(
+            description=f"Metrics, separated by commas: {_KNOWN_KEYS}. "
+            f"Default: {', '.join(DEFAULT_KEYS)}."
+        ),
     ] = None,
-    from_step: Annotated[int, Query(ge=0, lt=1 << 62)] = 0,
+    from_step: Annotated[
+        int, Query(ge=0, lt=1 << 62, description="First step to return.")
+    ] = 0,
     max_points: Annotated[
         int | None,
-        Query(ge=2, le=MOST_ROWS, description="Thin out; first, last and extremes stay."),
+        Query(
+            ge=2,
+            le=MAX_ROWS,
+            description="Largest number of rows. The first row, the last one and the "
+            "extremes are kept. Default: no thinning.",
+        ),
     ] = None,
     attempt: Annotated[
         int | None,
         Query(
-            ge=1, lt=1 << 31, description="One attempt's rows; else each step's highest."
+            ge=1,
+            lt=1 << 31,
+            description="Attempt whose rows to return. Default: for each step the highest "
+            "attempt that has it.",
         ),
     ] = None,
 ) -> Page[dict[str, Any]]:
-    """Rows {step, attempt, <keys>} by step.
+    """Lists rows {step, attempt, <keys>} in order of step.
 
-    Without `max_points` a long series comes in pages: go on with from_step = last step
-    + 1.
+    Without `max_points`, a long series comes in pages. For the next page, set `from_step`
+    to the last step plus 1.
     """
     columns = _columns(keys)
-    with service.store.read() as session:
+    has_more = False
+    with context.store.read() as session:
         job = lifecycle.find(session, job_id)
+        # Thinned series are whole: the points of all pages are compared with each other.
         if max_points is not None:
             rows = metrics.read_thinned(
                 session, job, columns, max_points, from_step=from_step, attempt=attempt
             )
-            more = False
         else:
+            # One row more than a page, to know whether there is another page.
+            limit = MAX_ROWS + 1
             rows = metrics.read(
-                session,
-                job,
-                columns,
-                from_step=from_step,
-                attempt=attempt,
-                limit=MOST_ROWS + 1,
+                session, job, columns, from_step=from_step, attempt=attempt, limit=limit
             )
-            rows, more = rows[:MOST_ROWS], len(rows) > MOST_ROWS
-    first, last = (str(rows[0]["step"]), str(rows[-1]["step"])) if rows else (None, None)
-    return Page(data=rows, first_id=first, last_id=last, has_more=more)
+            has_more = len(rows) > MAX_ROWS
+            rows = rows[:MAX_ROWS]
+    if not rows:
+        return Page(data=[], has_more=False)
+    first_id = str(rows[0]["step"])
+    last_id = str(rows[-1]["step"])
+    return Page(data=rows, first_id=first_id, last_id=last_id, has_more=has_more)
 
 
 def _columns(keys: str | None) -> tuple[str, ...]:
     if keys is None:
         return DEFAULT_KEYS
-    given = tuple(
-        dict.fromkeys(
-            name
-            for name in (part.strip() for part in keys.split(","))
-            if name not in ("", "step", "attempt")
-        )
-    )
-    wrong = [name for name in given if name not in metrics.KEYS]
-    if wrong:
-        detail = f"key {wrong[0][:80]!r} is unknown; known: {', '.join(metrics.KEYS)}"
-        raise ProblemError(
-            "request_invalid",
-            detail,
-            errors=[Problem("/query/keys", "unknown_key", detail)],
-        )
-    return given
+    names: list[str] = []
+    for part in keys.split(","):
+        name = part.strip()
+        # Asked for or not, step and attempt are in every row.
+        if name in _ALWAYS_PRESENT or name in names:
+            continue
+        if name not in metrics.KEYS:
+            detail = f"unknown key {name[:80]!r}; known: {_KNOWN_KEYS}"
+            raise RequestInvalidError.of_field("/query/keys", "unknown_key", detail)
+        names.append(name)
+    return tuple(names)

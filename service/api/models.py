@@ -1,30 +1,37 @@
-"""Bodies of the public API. Owns: their fields.
+"""Defines the bodies of the public API.
 
-Must not know: tables, internal messages.
+Owns: their fields and descriptions, which are what /openapi.json shows. Must not know:
+tables, internal messages.
 """
 
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
+from fastapi import Path
 from pydantic import BaseModel, ConfigDict
 
+from megatron_ray.config.problem import Problem
 from workers.protocol.states import DesiredState, JobState, StatusReason
 
 Item = TypeVar("Item")
+JobId = Annotated[str, Path(description="Id of the job.")]
 
 
 class Body(BaseModel):
-    """Base: the string under a field is its description in /openapi.json."""
+    """Base of all bodies.
 
+    The string under a field is its description in /openapi.json.
+    """
+
+    # forbid: a field of a request that is misspelt must not be ignored.
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, extra="forbid")
 
 
 class Page(Body, Generic[Item]):
-    """One page of a list; the next one starts `after` last_id."""
+    """One page of a list. For the next page, set `after` to `last_id`."""
 
-    model_config = ConfigDict(
-        use_attribute_docstrings=False
-    )  # pydantic looks for the source of Page[...] where there is none
+    # Descriptions are read from the source, and Page[Job] has none.
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -33,27 +40,33 @@ class Page(Body, Generic[Item]):
     has_more: bool = False
 
 
+# ---- jobs and their history
+
+
 class Progress(Body):
-    """How far a job is."""
+    """Progress of a job."""
 
     step: int | None
-    """Last step seen."""
+    """Last reported step."""
     steps: int
-    """Steps in the whole job."""
+    """Number of steps of the whole job."""
     loss: float | None
-    """Nats per token."""
+    """Training loss of the last reported step, in nats per token."""
     tokens_per_s: float | None
+    """Tokens per second of the last reported step, all ranks together."""
     eta_s: float | None
-    """Seconds to the last step at the current pace."""
+    """Estimated seconds until the last step."""
     mfu: float | None
+    """Model FLOPs utilisation: the share of the devices' peak that the model uses."""
     val_loss: float | None
-    """Last validation loss."""
+    """Last validation loss, in nats per token."""
     unigram_nats: float | None
-    """What the validation tokens' own frequencies would score: the number to beat."""
+    """Loss of a model that knows only how frequent each token is. A trained model must be
+    below it."""
 
 
 class LastCheckpoint(Body):
-    """Newest committed checkpoint."""
+    """The newest committed checkpoint."""
 
     step: int
     path: str
@@ -67,70 +80,84 @@ class JobSummary(Body):
     id: str
     name: str
     status: JobState
-    """Observed state."""
+    """Current state."""
     status_reason: StatusReason | None
-    """Why it is in that state, from a closed set."""
+    """Reason of the current state."""
     message: str
-    """The same for people."""
+    """Explanation of the current state for people."""
     desired_state: DesiredState
-    """What is wanted of its driver."""
+    """State that the job's driver works towards."""
     cluster: str
     priority: int
+    """Jobs of higher priority are scheduled first."""
     metadata: dict[str, str]
+    """Labels given by the user."""
     created_at: datetime
     started_at: datetime | None
-    """When training first ran."""
+    """When training started for the first time."""
     ended_at: datetime | None
     attempt: int
+    """Number of the newest attempt; 0 before the first."""
     failures: int
-    """Attempts that failed, preemptions not counted."""
+    """Number of failed attempts, without preemptions."""
     preemptions: int
+    """Number of preempted attempts."""
     progress: Progress
     problem: dict[str, Any] | None
-    """Why it failed, as a problem document."""
+    """Why the job failed, as a problem document (RFC 9457)."""
     storage_path: str
-    """Folder or URI of everything the job writes."""
+    """Folder or URI that the job writes everything to."""
     last_checkpoint: LastCheckpoint | None
 
 
 class Job(JobSummary):
-    """A request and its whole life."""
+    """A job with its specs."""
 
     spec: dict[str, Any]
-    """As submitted."""
+    """The spec as submitted."""
     resolved_spec: dict[str, Any]
-    """With every default and derived value spelt out."""
+    """The spec with every default and derived value filled in."""
 
 
 class Event(Body):
-    """One line of a job's history."""
+    """One event of a job's history."""
 
     object: Literal["job.event"] = "job.event"
     id: str
     seq: int
-    """Gap-free from 1, across attempts and restarts."""
+    """Number of the event within the job: 1, 2, 3, ... without gaps."""
     job_id: str
     attempt: int
+    """Attempt that the event belongs to; 0 before the first."""
     created_at: datetime
     level: str
+    """`info`, `warn` or `error`."""
     type: str
-    """Types unknown to a client are to be ignored."""
+    """Kind of the event. Ignore types that you do not know: new ones may be added."""
     message: str
+    """Explanation for people."""
     data: dict[str, Any]
+    """Details for programs."""
     ranks: list[int]
+    """Ranks that the event is about."""
     actor: str
-    """`user` or `system`."""
+    """Who caused the event: `user` or `system`."""
 
 
 class Attempt(Body):
-    """One rendezvous of one world."""
+    """One attempt to run a job on a set of ranks."""
 
     object: Literal["attempt"] = "attempt"
     attempt: int
+    """Number of the attempt, from 1."""
     state: str
+    """`starting`, `running`, `succeeded`, `failed` or `stopped`."""
     reason: str | None
+    """Why it ended."""
     message: str
+    """Explanation for people."""
     world_size: int | None
+    """Number of ranks."""
     started_at: datetime | None
     ended_at: datetime | None
 
@@ -141,150 +168,171 @@ class Checkpoint(Body):
     object: Literal["checkpoint"] = "checkpoint"
     step: int
     attempt: int
+    """Attempt that wrote it."""
     path: str
     committed_at: datetime
     bytes: int | None
+    """Size of all its files."""
     loss: float | None
+    """Training loss at its step."""
 
 
 class Log(Body):
-    """A piece of one rank's log."""
+    """A part of one rank's log."""
 
     object: Literal["log"] = "log"
     rank: int
     attempt: int
     offset: int
+    """Byte of the file where this part starts."""
     next_offset: int
-    """Where the next piece starts."""
+    """Byte of the file where the next part starts."""
     size: int
     """Bytes in the file now."""
     data: str
+    """Text of this part."""
+
+
+# ---- plans: their fields mirror the library's results, which a test compares
 
 
 class PlanRank(Body):
-    """One rank's place in the grid."""
+    """Position of one rank."""
 
     rank: int
     coordinates: dict[str, int]
+    """Index of the rank along each parallel axis."""
     island: int
-    """Ranks of one island share a node."""
+    """Ranks with the same number run on the same node."""
 
 
 class PlanMemory(Body):
-    """Bytes on the fullest rank.
+    """Memory of the most loaded rank, in bytes.
 
-    Weights, gradients and optimizer state are counted to the byte; the rest is
-    estimated.
+    Weights, gradients and optimizer state are exact; the rest is an estimate.
     """
 
     rank: int
-    """Which rank that is; others may be as full."""
+    """The most loaded rank. Others may need as much."""
     parameters_bytes: int
+    """Weights."""
     gradients_bytes: int
+    """Gradients."""
     optimizer_bytes: int
+    """Optimizer state."""
     gathered_bytes_estimate: int
-    """Weights that ZeRO-3 gathers for a while."""
+    """Weights and gradients that ZeRO-3 gathers for a short time."""
     activations_bytes_estimate: int
-    """Peak of the microbatches under way, from tensor shapes."""
+    """Activations of all microbatches that are in progress at once."""
     total_bytes_estimate: int
+    """Sum of all parts."""
     vocab_size: int
-    """Vocabulary the numbers are for."""
+    """Vocabulary size that the numbers are computed for."""
 
 
 class PlanTraffic(Body):
-    """What the fullest rank sends in a step along one axis by one kind of collective."""
+    """Communication of the most loaded rank in one step, by axis and collective."""
 
     axis: str
     """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an
     expert), embedding, tokens (tp x cp) or world."""
     kind: str
+    """Collective operation."""
     operations: int
+    """Number of calls."""
     bytes: int
-    """Of the tensors that it hands over; what it receives is what others send."""
+    """Bytes that the rank sends. Bytes that it receives are not counted."""
 
 
 class PlanTime(Body):
-    """Estimate of a step's time on a kind of device."""
+    """Estimated time of one step on a device."""
 
+    # The parts from products_s to update_s add up to step_s.
     step_s: float
+    """Sum of all parts."""
     products_s: float
-    """Matrix products, recomputed ones included."""
+    """Matrix multiplications, including recomputed ones."""
     attention_s: float
+    """Attention."""
     memory_s: float
-    """What is bound by memory: norms, activations, losses."""
+    """Operations limited by memory bandwidth: norms, activations, losses."""
     communication_s: float
-    """What is waited for."""
+    """Exposed communication: the part that does not overlap with computation."""
     bubble_s: float
+    """Time in which a pipeline rank waits for other ranks."""
     update_s: float
-    """Optimizer, and what it waits for."""
+    """Optimizer, including its exposed communication."""
     tokens_per_s: float
+    """Tokens per second, all ranks together."""
     mfu: float
+    """Model FLOPs utilisation: the share of the devices' peak that the model uses."""
     model_flops: float
-    """Of a step over all ranks, as MFU counts them."""
+    """Floating-point operations of one step, all ranks together, as MFU counts them."""
 
 
 class PlanSuggestion(Body):
-    """A layout that fits, and what it comes to."""
+    """A layout that fits."""
 
     changes: dict[str, Any]
-    """Fields of the spec by path."""
+    """Values to set in the spec, by the path of the field."""
     total_bytes_estimate: int
-    """On the fullest rank."""
+    """Memory of the most loaded rank."""
     time: PlanTime
 
 
 class Suggestions(Body):
-    """The quickest layouts that fit, quickest first."""
+    """The fastest layouts that fit, fastest first."""
 
     object: Literal["plan.suggestions"] = "plan.suggestions"
     world_size: int
+    """Number of ranks of every layout."""
     hardware: str
+    """Device that the layouts are for."""
     data: list[PlanSuggestion]
     notes: list[str]
-    """What had to be assumed."""
-
-
-class FieldError(Body):
-    """One wrong field."""
-
-    pointer: str
-    code: str
-    detail: str
+    """Assumptions, and what is missing for an estimate."""
 
 
 class Plan(Body):
-    """How a job would run; nothing was started."""
+    """How a job would run. Nothing is started."""
 
     object: Literal["plan"] = "plan"
     resolved_spec: dict[str, Any]
+    """The spec with every default and derived value filled in."""
     world_size: int
+    """Number of ranks."""
     ranks: list[PlanRank]
     memory: PlanMemory | None
-    """None while only the tokenizer's file knows the vocabulary."""
+    """null while the vocabulary size is unknown."""
     communication: list[PlanTraffic] | None
-    """None where it is not known: see `notes`."""
+    """null when it is unknown; `notes` says why."""
     bubble_share: float | None
-    """Share of a step in which a pipeline rank waits for others."""
+    """Share of a step in which a pipeline rank waits for other ranks."""
     hardware: str | None
-    """What the time is estimated for."""
+    """Device that `time` is estimated for."""
     time: PlanTime | None
+    """null when it is unknown; `notes` says why."""
     fits: bool | None
-    """Whether the empty cluster could hold it; None while the cluster is not known."""
+    """Whether the job fits in the empty cluster; null while the cluster is unknown."""
     room: int | None
-    """Ranks of this kind that the empty cluster could hold."""
-    problems: list[FieldError]
-    """Why it would not run as things are."""
+    """How many ranks of this job the empty cluster has room for."""
+    problems: list[Problem]
+    """Why the job cannot run now."""
     notes: list[str]
-    """What had to be assumed."""
+    """Assumptions, and what is missing for an estimate."""
+
+
+# ---- requests and clusters
 
 
 class CancelRequest(Body):
-    """How to end."""
+    """Options of a cancellation."""
 
     checkpoint: bool = True
-    """Write a last checkpoint first."""
+    """Whether to write a final checkpoint first."""
 
 
+# What a node reports, as `workers.protocol.wire.NodeInfo` carries it.
 class Node(Body):
     """One node of a cluster."""
 
@@ -297,25 +345,30 @@ class Node(Body):
     memory_bytes: int
     labels: dict[str, str]
     storage_ok: bool | None
-    """Whether it could read the shared storage; None: not tried."""
+    """Whether the node can read the shared storage; null while it was not checked."""
 
 
 class Cluster(Body):
-    """A Ray cluster as its agent last saw it."""
+    """A Ray cluster as its agent last reported it."""
 
     object: Literal["cluster"] = "cluster"
     name: str
     live: bool
-    """Whether the agent has spoken lately."""
+    """Whether the agent has been in contact recently."""
     agent_silence_s: float | None
-    """Seconds since it spoke; None when it has not since the service started."""
+    """Seconds since the agent's last request; null before its first one."""
     reported_at: datetime | None
+    """When the agent last reported; null before its first report."""
     agent_id: str | None
     code_version: str | None
+    """Version of megatron-ray that the agent runs."""
     ray_version: str | None
     namespace: str | None
+    """Ray namespace of all actors of this service."""
     dashboard_url: str | None
+    """URL of Ray's dashboard."""
     nodes: list[Node]
     drivers: list[dict[str, Any]]
+    """The jobs' drivers: {job_id, alive, detail}."""
     orphans: list[str]
-    """Names in the namespace that belong to no known job."""
+    """Actors in the namespace that belong to no known job."""

@@ -1,18 +1,16 @@
-"""/v1/plans: how a job would run, with nothing started."""
+"""Serves /v1/plans: how a job would run, without starting anything."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
-from megatron_ray.planning.step_time import StepTime
 from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
 from service.api.models import (
-    FieldError,
     Plan,
     PlanMemory,
     PlanRank,
@@ -21,270 +19,303 @@ from service.api.models import (
     PlanTraffic,
     Suggestions,
 )
-from service.http.dependencies import Service
-from service.http.errors import ProblemError, spec_invalid
-from service.jobs import estimates, submissions, submit
-from service.jobs.capacity import ClusterCapacity, need_of
+from service.exceptions import RequestInvalidError, SpecInvalidError
+from service.http.dependencies import Context, ContextDep
+from service.jobs import cluster_fit, estimates, spec_checks
+from service.jobs.capacity import ClusterCapacity, resource_request
+from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.estimates import Estimates
+from service.jobs.submit import Submitter
 from workers.protocol.job import JobSpec
 
-MOST_RANKS = 65536
+MAX_RANKS = 65536
+EXAMPLE_JOB_ID = "job-example"
+"""Names the default folder of a job that does not exist."""
 router = APIRouter(prefix="/v1", tags=["plans"])
-Device = Annotated[
+HardwareName = Annotated[
     str | None,
     Query(
-        description="What the time is estimated for, and whose memory counts: "
-        "A100, H100, H200, B200 "
-        "or CPU."
+        description="Device to estimate the time for, and whose memory is the limit: A100, "
+        "H100, H200, B200 or CPU. Default: the cluster's device."
     ),
 ]
-Ranks = Annotated[
+NumRanks = Annotated[
     int | None,
     Query(
         ge=1,
-        le=MOST_RANKS,
-        description="How many ranks; as many as the job would get when not given.",
+        le=MAX_RANKS,
+        description="Number of ranks. Default: as many as the job would get.",
     ),
 ]
 
 
 @router.post("/plans")
-async def make_plan(spec: JobSpec, service: Service, hardware: Device = None) -> Plan:
-    """Resolved spec, rank map, memory, communication and an estimate of the step's
-    time; the body is a job spec.
+async def make_plan(
+    spec: JobSpec, context: ContextDep, hardware: HardwareName = None
+) -> Plan:
+    """Returns the plan of a job: resolved spec, ranks, memory, communication, step time.
 
-    One that is wrong is refused; one that is right but does not fit says so in
-    `problems`.
+    The body is a job spec. Invalid specs get 422; valid ones that do not fit in the
+    cluster list the reasons in `problems`.
     """
-    asked = _device(hardware)
-    room = await _right(service, spec)
-    job_dir = (
-        spec.storage.path
-        if spec.storage is not None
-        else str(service.settings.data_dir / "jobs" / "job-example")
-    )
-    found = submissions.resolve(spec, room, job_dir)
-    _refuse_too_many(found.world_size)
-    device = asked or _device_of(spec, found.spec, room)
-    unfit = await run_in_threadpool(_unfit, spec, found.spec, room, asked)
-    wrong_paths = await submit.ask_agent(service, spec, room, job_dir)
-    need = need_of(found.spec, found.world_size, has_gpus=False)
-    known = await run_in_threadpool(estimates.estimates, found.spec, device)
+    requested = _requested_hardware(hardware)
+    capacity = await _check_spec(context, spec)
+    submitter = _submitter(context)
+    job_dir = submitter.job_dir(spec, EXAMPLE_JOB_ID)
+    resolved = cluster_fit.resolve(spec, capacity, job_dir)
+    _check_num_ranks(resolved.world_size)
+    device = requested or _device_of(spec, resolved.spec, capacity)
+    # In threads: they count every weight, and may search for a layout that fits.
+    unfit = await run_in_threadpool(_unfit, spec, resolved.spec, capacity, requested)
+    # The agent looks at the spec's paths, as it does for a submission.
+    path_problems = await submitter.check_paths(spec, capacity, job_dir)
+    estimate = await run_in_threadpool(estimates.estimates, resolved.spec, device)
+    notes = [
+        *_cluster_notes(spec, capacity, are_paths_checked=path_problems is not None),
+        *_estimate_notes(spec, device, estimate),
+    ]
+    # model_construct: thousands of ranks that were just made need no validation.
+    ranks = [PlanRank.model_construct(**rank) for rank in estimates.rank_map(resolved.spec)]
     return Plan(
-        resolved_spec=found.spec.model_dump(mode="json"),
-        world_size=found.world_size,
-        ranks=[PlanRank.model_construct(**rank) for rank in estimates.rank_map(found.spec)],
-        memory=None if known is None else _memory(known),
-        communication=None
-        if known is None or known.communication is None
-        else _traffic(known.communication),
-        bubble_share=None if known is None else known.bubble_share,
-        hardware=None if device is None else device.name,
-        time=None if known is None or known.time is None else _time(known.time),
-        fits=False if unfit else (True if room.known else None),
-        room=room.ranks(need) if room.known else None,
-        problems=[
-            FieldError(**asdict(problem)) for problem in (*unfit, *(wrong_paths or ()))
-        ],
-        notes=_unknowns(spec, room, device, known, paths_known=wrong_paths is not None),
+        resolved_spec=resolved.spec.model_dump(mode="json"),
+        world_size=resolved.world_size,
+        ranks=ranks,
+        hardware=device and device.name,
+        fits=_fits(capacity, unfit),
+        room=_room(capacity, resolved),
+        problems=[*unfit, *(path_problems or ())],
+        notes=notes,
+        **_estimated(estimate),
     )
 
 
 @router.post("/plans/suggest")
 async def make_suggestions(
-    spec: JobSpec, service: Service, hardware: Device = None, ranks: Ranks = None
+    spec: JobSpec,
+    context: ContextDep,
+    hardware: HardwareName = None,
+    ranks: NumRanks = None,
 ) -> Suggestions:
-    """The quickest layouts that fit: tp, pp, vpp, cp, ep, dp, micro batch and
-    recomputation are tried, everything else is the spec's.
+    """Returns the fastest layouts that fit.
+
+    Tries tp, pp, vpp, cp, ep, dp, micro batch size and recomputation. All other fields
+    stay as in the spec.
     """
-    asked = _device(hardware)
-    room = await _right(service, spec)
-    found = submissions.resolve(
-        spec, room, str(service.settings.data_dir / "jobs" / "job-example")
-    )
-    device = asked or _device_of(spec, found.spec, room)
-    world = ranks or found.world_size
-    known = estimates.with_vocabulary(found.spec)
-    notes = []
+    requested = _requested_hardware(hardware)
+    capacity = await _check_spec(context, spec)
+    job_dir = _submitter(context).job_dir(spec, EXAMPLE_JOB_ID)
+    resolved = cluster_fit.resolve(spec, capacity, job_dir)
+    device = requested or _device_of(spec, resolved.spec, capacity)
     if device is None:
-        raise _wrong_query(
-            "hardware", "which device the cluster has is not known; name one"
-        )
-    if known is None:
+        raise _wrong_hardware("the cluster's device is unknown; set hardware")
+    # Without a number: what the spec gets on the cluster, or needs at least.
+    world_size = ranks or resolved.world_size
+    config = estimates.with_vocabulary(resolved.spec)
+    notes = []
+    layouts: list[Suggestion] = []
+    # Memory cannot be computed without a vocabulary, so no layout can be judged.
+    if config is None:
         notes.append(
-            "nothing can be estimated before the tokenizer's file is read; set model.vocab_size"
+            "no estimate before the tokenizer's file is read; set model.vocab_size"
         )
-    elif known.training.precision not in device.efficiencies:
+    else:
+        layouts = await run_in_threadpool(suggest, config, world_size, device)
+        if config.training.precision not in device.efficiencies:
+            notes.append(
+                f"no {config.training.precision} timings for {device.name}; use another "
+                "device or precision"
+            )
+    if ranks is None and not capacity.is_known:
         notes.append(
-            f"{device.name} is not known to compute in {known.training.precision}; name "
-            "another device or precision"
+            f"cluster {spec.cluster!r} has not been reported yet: {world_size} ranks is the "
+            "least that the job needs; set ranks"
         )
-    if ranks is None and not room.known:
+    if not layouts and not notes:
         notes.append(
-            f"cluster {spec.cluster!r} has not been reported yet: {world} ranks are what "
-            "the job needs at least; give ranks"
-        )
-    best = [] if known is None else await run_in_threadpool(suggest, known, world, device)
-    if not best and not notes:
-        notes.append(
-            f"no layout of those that are tried fits on {world} ranks; give more, or use "
-            "zero=3 or a smaller model"
+            f"no layout that was tried fits on {world_size} ranks; use more ranks, zero=3 "
+            "or a smaller model"
         )
     return Suggestions(
-        world_size=world,
+        world_size=world_size,
         hardware=device.name,
-        data=[_suggestion(entry) for entry in best],
+        data=[_suggestion(layout) for layout in layouts],
         notes=notes,
     )
 
 
-async def _right(service: Service, spec: JobSpec) -> ClusterCapacity:
-    """The cluster as it is known.
+# ---- checks
 
-    Raises spec_invalid for a spec that is wrong wherever it runs.
+
+def _submitter(context: Context) -> Submitter:
+    return Submitter(context.settings, context.store, context.agents)
+
+
+async def _check_spec(context: Context, spec: JobSpec) -> ClusterCapacity:
+    """Returns the capacity of the spec's cluster.
+
+    Raises SpecInvalidError for a spec that is wrong wherever it runs.
     """
-    room, taken = await run_in_threadpool(_look, service, spec)
-    problems = [*submissions.check_rules(spec, service.settings), *taken]
+    capacity, taken = await run_in_threadpool(_submitter(context).read_cluster, spec)
+    problems = [*spec_checks.check_rules(spec, context.settings), *taken]
     if problems:
-        raise spec_invalid(problems)
-    return room
-
-
-def _look(service: Service, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
-    with service.store.read() as session:
-        return submissions.room_of(session, spec.cluster), submissions.check_storage(
-            session, spec
-        )
+        raise SpecInvalidError(problems)
+    return capacity
 
 
 def _unfit(
-    spec: JobSpec, resolved: JobSpec, room: ClusterCapacity, asked: Hardware | None
+    spec: JobSpec,
+    resolved: JobSpec,
+    capacity: ClusterCapacity,
+    requested: Hardware | None,
 ) -> list[Problem]:
-    """What keeps it from running; the memory is that of the device asked for, else of
-    the cluster's.
+    """Returns why the job does not fit.
+
+    The memory that counts is that of the requested device, else that of the cluster's.
     """
-    found = submissions.check_fit(spec, room)
-    if asked is None:
-        return found
-    return [
-        problem for problem in found if problem.code != "memory_fits"
-    ] or estimates.check_memory(resolved, asked)
+    problems = cluster_fit.check_fit(spec, capacity)
+    if requested is None:
+        return problems
+    # The cluster's own device does not count when another one was asked for.
+    others = [problem for problem in problems if problem.code != "memory_fits"]
+    return others or estimates.check_memory(resolved, requested)
 
 
-def _refuse_too_many(ranks: int) -> None:
-    if ranks > MOST_RANKS:
-        text = (
-            f"a plan lists at most {MOST_RANKS} ranks, this one has {ranks}; lower a degree"
+def _check_num_ranks(num_ranks: int) -> None:
+    if num_ranks > MAX_RANKS:
+        detail = (
+            f"a plan lists at most {MAX_RANKS} ranks, and this one has {num_ranks}; lower a "
+            "degree"
         )
-        raise spec_invalid([Problem("/parallel", "too_many_ranks", text)])
+        raise SpecInvalidError([Problem("/parallel", "too_many_ranks", detail)])
 
 
 # ---- devices
 
 
-def _device(name: str | None) -> Hardware | None:
+def _requested_hardware(name: str | None) -> Hardware | None:
     if name is None:
         return None
-    found = hardware_named(name)
-    if found is None:
-        raise _wrong_query(
-            "hardware", f"hardware={name[:80]!r} is not known; known: {', '.join(HARDWARE)}"
-        )
-    return found
+    hardware = hardware_named(name)
+    if hardware is None:
+        known = ", ".join(HARDWARE)
+        raise _wrong_hardware(f"unknown hardware {name[:80]!r}; known: {known}")
+    return hardware
 
 
-def _wrong_query(name: str, detail: str) -> ProblemError:
-    return ProblemError(
-        "request_invalid",
-        detail,
-        errors=[Problem(f"/query/{name}", "unknown_hardware", detail)],
-    )
+def _wrong_hardware(detail: str) -> RequestInvalidError:
+    return RequestInvalidError.of_field("/query/hardware", "unknown_hardware", detail)
 
 
-def _device_of(spec: JobSpec, resolved: JobSpec, room: ClusterCapacity) -> Hardware | None:
-    """What a job would run on; None where that is not known."""
+def _device_of(
+    spec: JobSpec, resolved: JobSpec, capacity: ClusterCapacity
+) -> Hardware | None:
+    """Returns the device that the job would run on; None while it is unknown."""
     if resolved.resources.accelerator == "gpu":
-        return room.gpu
-    return HARDWARE["CPU"] if room.known or spec.resources.accelerator == "cpu" else None
+        return capacity.gpu_hardware
+    # An unknown cluster resolves `auto` to cpu, which says nothing about its devices.
+    if capacity.is_known or spec.resources.accelerator == "cpu":
+        return HARDWARE["CPU"]
+    return None
 
 
 # ---- bodies
 
 
-def _memory(known: Estimates) -> PlanMemory:
-    memory = known.memory
-    return PlanMemory(
-        **asdict(memory),
-        total_bytes_estimate=memory.total_bytes,
-        vocab_size=known.vocab_size,
+def _fits(capacity: ClusterCapacity, unfit: list[Problem]) -> bool | None:
+    # A requested device can be too small even while the cluster is unknown.
+    if unfit:
+        return False
+    return capacity.is_known or None
+
+
+def _room(capacity: ClusterCapacity, resolved: ResolvedSpec) -> int | None:
+    if not capacity.is_known:
+        return None
+    # The accelerator is resolved already, so `has_gpus` plays no part.
+    request = resource_request(resolved.spec, resolved.world_size, has_gpus=False)
+    return capacity.max_ranks(request)
+
+
+def _estimated(estimate: Estimates | None) -> dict[str, Any]:
+    """Returns the fields of a plan that are estimated; None for those that cannot be."""
+    fields: dict[str, Any] = dict.fromkeys(
+        ("memory", "communication", "bubble_share", "time")
     )
+    if estimate is None:
+        return fields
+    fields["memory"] = PlanMemory(
+        **asdict(estimate.memory),
+        total_bytes_estimate=estimate.memory.total_bytes,
+        vocab_size=estimate.vocab_size,
+    )
+    fields["bubble_share"] = estimate.bubble_share
+    if estimate.communication is not None:
+        fields["communication"] = _traffic(estimate.communication)
+    if estimate.time is not None:
+        fields["time"] = PlanTime(**asdict(estimate.time))
+    return fields
 
 
-def _traffic(sent: Tally) -> list[PlanTraffic]:
-    return [
-        PlanTraffic(
-            axis=axis, kind=kind, operations=sent.operations[axis, kind], bytes=size
-        )
-        for (axis, kind), size in sent.bytes.items()
-    ]
+def _traffic(tally: Tally) -> list[PlanTraffic]:
+    entries = []
+    for (axis, kind), size in tally.bytes.items():
+        operations = tally.operations[axis, kind]
+        entry = PlanTraffic(axis=axis, kind=kind, operations=operations, bytes=size)
+        entries.append(entry)
+    return entries
 
 
-def _time(time: StepTime) -> PlanTime:
-    return PlanTime(**asdict(time))
-
-
-def _suggestion(entry: Suggestion) -> PlanSuggestion:
+def _suggestion(layout: Suggestion) -> PlanSuggestion:
     return PlanSuggestion(
-        changes=entry.changes,
-        total_bytes_estimate=entry.memory.total_bytes,
-        time=_time(entry.time),
+        changes=layout.changes,
+        total_bytes_estimate=layout.memory.total_bytes,
+        time=PlanTime(**asdict(layout.time)),
     )
 
 
-def _unknowns(
-    spec: JobSpec,
-    room: ClusterCapacity,
-    device: Hardware | None,
-    known: Estimates | None,
-    *,
-    paths_known: bool,
+# ---- notes
+
+
+def _cluster_notes(
+    spec: JobSpec, capacity: ClusterCapacity, *, are_paths_checked: bool
 ) -> list[str]:
     notes = []
-    if not room.known:
+    if not capacity.is_known:
         notes.append(
-            f"cluster {spec.cluster!r} has not been reported yet: whether the job fits is "
-            "not known, dp: auto counts as 1, no GPUs"
+            f"cluster {spec.cluster!r} has not been reported yet: it is unknown whether the "
+            "job fits; dp: auto counts as 1, and no GPUs are assumed"
         )
-    if not paths_known:
+    if not are_paths_checked:
         notes.append("paths were not checked: no agent answered")
-    if known is None:
+    return notes
+
+
+def _estimate_notes(
+    spec: JobSpec, device: Hardware | None, estimate: Estimates | None
+) -> list[str]:
+    if estimate is None:
         return [
-            *notes,
-            "memory is not known before the tokenizer's file is read; set model.vocab_size "
-            "to see it",
+            "no memory estimate before the tokenizer's file is read; set model.vocab_size"
         ]
-    if known.communication is None:
-        notes.append("communication is not counted where torch gathers weights (zero=3)")
+    notes = []
+    # Each note belongs to a field of the plan that is null.
+    if estimate.communication is None:
+        notes.append("communication is not counted with zero=3, where torch does it")
     if device is None:
-        notes.append("memory is counted for GPUs: what the job would run on is not known")
+        notes.append("memory is estimated for GPUs: the cluster's device is unknown")
+        notes.append("no time estimate: the cluster's device is unknown; set hardware")
+    elif estimate.time is None:
         notes.append(
-            "no time is estimated: what the job would run on is not known; name a device "
-            "with hardware"
+            f"no time estimate: no {spec.training.precision} timings for {device.name}"
         )
-    elif known.time is None:
-        notes.append(f"no time is estimated for {spec.training.precision} on {device.name}")
-    return [*notes, *_assumed(spec, device)]
+    return [*notes, *_assumption_notes(spec, device)]
 
 
-def _assumed(spec: JobSpec, device: Hardware | None) -> list[str]:
-    """What of the device decides the memory, where devices of its name differ in it."""
+def _assumption_notes(spec: JobSpec, device: Hardware | None) -> list[str]:
+    """Returns what the memory estimate assumes of a device that its name leaves open."""
     if device is None or device.device.type != "cpu" or spec.training.precision != "bf16":
         return []
-    which = "with"
-    others = "without"
-    if not device.device.bf16_products:
-        which, others = others, which
-    return [
-        f"memory is counted for CPUs {which} products of bf16; those {others} keep other "
-        "bytes of attention"
-    ]
+    # Which kernel attends in bf16 depends on the processor's instructions.
+    if device.device.bf16_products:
+        return ["memory is estimated for CPUs with bf16 products; others keep other bytes"]
+    return ["memory is estimated for CPUs without bf16 products; others keep other bytes"]

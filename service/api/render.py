@@ -1,11 +1,11 @@
-"""Rows as bodies.
+"""Turns rows of the database into bodies of the public API.
 
-Owns: what the public API shows of a table, and paging. Must not know: requests.
+Owns: which columns the API shows, and paging. Must not know: requests.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -22,6 +22,7 @@ from service.api.models import (
     Page,
     Progress,
 )
+from service.http.errors import problem_document
 from service.jobs.agents import Agents
 from service.store.schema import (
     AttemptRow,
@@ -35,49 +36,75 @@ from workers.protocol.states import DesiredState, JobState, StatusReason
 from workers.protocol.wire import AgentReport
 
 Item = TypeVar("Item")
+_DOCUMENT_MEMBERS = frozenset({"type", "title", "status", "detail", "code", "errors"})
 
 
-def moment(seconds: float) -> datetime:
-    """Seconds since the epoch as UTC."""
+def utc(seconds: float) -> datetime:
+    """Returns seconds since the epoch as a time in UTC."""
     return datetime.fromtimestamp(seconds, UTC)
 
 
-def moment_or_none(seconds: float | None) -> datetime | None:
-    """The same, where it may not have happened yet."""
-    return None if seconds is None else moment(seconds)
+def utc_or_none(seconds: float | None) -> datetime | None:
+    """Returns the same for a time that may not have come yet."""
+    if seconds is None:
+        return None
+    return utc(seconds)
 
 
-def page(items: Sequence[Item], ids: Sequence[str], *, has_more: bool) -> Page[Item]:
-    """One page of a list."""
+def page(
+    items: Sequence[Item], id_of: Callable[[Item], object], *, has_more: bool = False
+) -> Page[Item]:
+    """Returns one page of a list; `id_of` returns the id that `after` takes."""
+    if not items:
+        return Page(data=[], has_more=has_more)
     return Page(
         data=list(items),
-        first_id=ids[0] if ids else None,
-        last_id=ids[-1] if ids else None,
+        first_id=str(id_of(items[0])),
+        last_id=str(id_of(items[-1])),
         has_more=has_more,
     )
 
 
+def no_attempt(attempt: int, newest: int) -> str:
+    """Returns the message for an attempt that a job has not had."""
+    plural = "s"
+    if newest == 1:
+        plural = ""
+    return (
+        f"no attempt {attempt}; the job has {newest} attempt{plural}; leave attempt out for "
+        "the newest"
+    )
+
+
 def summaries(session: Session, rows: Sequence[JobRow]) -> list[JobSummary]:
-    """Jobs without their specs."""
+    """Returns jobs without their specs."""
+    # One query for the labels of all jobs, not one per job.
     labels = _labels(session, rows)
     return [_summary(row, labels.get(row.number, {})) for row in rows]
 
 
 def job(session: Session, row: JobRow) -> Job:
-    """A job with everything."""
+    """Returns a job with its specs."""
+    # A job is its summary and the specs, which lists leave out because they are large.
     summary = summaries(session, [row])[0]
+    # By attribute and not by model_dump, which would copy nested bodies to dictionaries.
     fields = {name: getattr(summary, name) for name in JobSummary.model_fields}
     return Job(**fields, spec=row.spec, resolved_spec=row.resolved_spec)
 
 
-def event(job_id: str, row: EventRow) -> Event:
-    """One line of a history."""
+def events(job_id: str, rows: Iterable[EventRow]) -> list[Event]:
+    """Returns events of a job's history."""
+    return [_event(job_id, row) for row in rows]
+
+
+def _event(job_id: str, row: EventRow) -> Event:
     return Event(
+        # Unique among all jobs, unlike seq.
         id=f"{job_id}.{row.seq}",
         seq=row.seq,
         job_id=job_id,
         attempt=row.attempt,
-        created_at=moment(row.created_at),
+        created_at=utc(row.created_at),
         level=row.level,
         type=row.type,
         message=row.message,
@@ -88,109 +115,138 @@ def event(job_id: str, row: EventRow) -> Event:
 
 
 def attempt(row: AttemptRow) -> Attempt:
-    """One attempt."""
+    """Returns one attempt."""
     return Attempt(
         attempt=row.attempt,
         state=row.state,
         reason=row.reason,
         message=row.message,
         world_size=row.world_size,
-        started_at=moment_or_none(row.started_at),
-        ended_at=moment_or_none(row.ended_at),
+        started_at=utc_or_none(row.started_at),
+        ended_at=utc_or_none(row.ended_at),
     )
 
 
 def checkpoint(row: CheckpointRow) -> Checkpoint:
-    """One checkpoint."""
+    """Returns one checkpoint."""
     return Checkpoint(
         step=row.step,
         attempt=row.attempt,
         path=row.path,
-        committed_at=moment(row.committed_at),
+        committed_at=utc(row.committed_at),
         bytes=row.bytes,
         loss=row.loss,
     )
 
 
 def cluster(name: str, row: ClusterRow | None, agents: Agents) -> Cluster:
-    """A cluster, known or not."""
-    report = (
-        None
-        if row is None or row.report is None
-        else AgentReport.model_validate(row.report)
-    )
+    """Returns a cluster; `row` is None, or without a report, before its agent's first."""
     return Cluster(
         name=name,
         live=agents.is_live(name),
         agent_silence_s=agents.silence_s(name),
-        reported_at=moment_or_none(None if row is None else row.reported_at),
-        agent_id=report and report.agent_id,
-        code_version=report and report.code_version,
-        ray_version=report and report.ray_version,
-        namespace=report and report.namespace,
-        dashboard_url=report and report.dashboard_url,
-        nodes=[Node(**node.model_dump()) for node in report.nodes] if report else [],
-        drivers=[driver.model_dump() for driver in report.drivers] if report else [],
-        orphans=list(report.orphans) if report else [],
+        **_reported(row),
     )
 
 
+def _reported(row: ClusterRow | None) -> dict[str, Any]:
+    """Returns the fields of a cluster that come from its agent's report."""
+    names = ("agent_id", "code_version", "ray_version", "namespace", "dashboard_url")
+    fields: dict[str, Any] = dict.fromkeys(names)
+    # A cluster is listed before its agent has come, since it is configured by name.
+    if row is None or row.report is None:
+        return {**fields, "reported_at": None, "nodes": [], "drivers": [], "orphans": []}
+    report = AgentReport.model_validate(row.report)
+    for name in names:
+        fields[name] = getattr(report, name)
+    fields["reported_at"] = utc_or_none(row.reported_at)
+    fields["nodes"] = [Node(**node.model_dump()) for node in report.nodes]
+    fields["drivers"] = [driver.model_dump() for driver in report.drivers]
+    fields["orphans"] = list(report.orphans)
+    return fields
+
+
 def _labels(session: Session, rows: Sequence[JobRow]) -> dict[int, dict[str, str]]:
-    found: dict[int, dict[str, str]] = {}
-    for label in session.scalars(
-        sa.select(LabelRow)
-        .where(LabelRow.job.in_([row.number for row in rows]))
-        .order_by(LabelRow.key)
-    ):
-        found.setdefault(label.job, {})[label.key] = label.value
-    return found
+    """Returns the labels of jobs, by the job's number."""
+    numbers = [row.number for row in rows]
+    statement = sa.select(LabelRow).where(LabelRow.job.in_(numbers)).order_by(LabelRow.key)
+    # Jobs without labels have no entry.
+    labels: dict[int, dict[str, str]] = {}
+    for label in session.scalars(statement):
+        labels.setdefault(label.job, {})[label.key] = label.value
+    return labels
 
 
 def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
-    last = row.last_checkpoint
     return JobSummary(
         id=row.id,
         name=row.name,
         status=JobState(row.status),
-        status_reason=None
-        if row.status_reason is None
-        else StatusReason(row.status_reason),
+        status_reason=_status_reason(row),
         message=row.message,
         desired_state=DesiredState(row.desired),
         cluster=row.cluster,
         priority=row.priority,
         metadata=labels,
-        created_at=moment(row.created_at),
-        started_at=moment_or_none(row.started_at),
-        ended_at=moment_or_none(row.ended_at),
+        created_at=utc(row.created_at),
+        started_at=utc_or_none(row.started_at),
+        ended_at=utc_or_none(row.ended_at),
         attempt=row.attempt,
         failures=row.failures,
         preemptions=row.preemptions,
         progress=_progress(row),
-        problem=row.problem,
+        problem=_problem(row),
         storage_path=row.job_dir,
-        last_checkpoint=last
-        and LastCheckpoint(
-            step=last["step"], path=last["path"], committed_at=moment(last["committed_at"])
-        ),
+        last_checkpoint=_last_checkpoint(row),
+    )
+
+
+def _status_reason(row: JobRow) -> StatusReason | None:
+    if row.status_reason is None:
+        return None
+    return StatusReason(row.status_reason)
+
+
+def _problem(row: JobRow) -> dict[str, Any] | None:
+    """Returns why a job failed, as a problem document."""
+    stored = row.problem
+    if stored is None:
+        return None
+    # Rows of earlier versions hold whole documents, whose titles may have changed since.
+    extra = {name: stored[name] for name in stored if name not in _DOCUMENT_MEMBERS}
+    errors = stored.get("errors", [])
+    return problem_document(stored["code"], stored["detail"], errors, **extra)
+
+
+def _last_checkpoint(row: JobRow) -> LastCheckpoint | None:
+    last = row.last_checkpoint
+    if last is None:
+        return None
+    return LastCheckpoint(
+        step=last["step"], path=last["path"], committed_at=utc(last["committed_at"])
     )
 
 
 def _progress(row: JobRow) -> Progress:
-    seen = row.progress
-    steps = int(row.resolved_spec["training"]["steps"])
-    step = seen.get("step")
-    step_s = seen.get("step_s")
-    eta_s = None
-    if row.status == JobState.RUNNING and step is not None and step_s is not None:
-        eta_s = max(0, steps - step) * step_s
+    values = row.progress
+    # The last report decides: after a resume the step may go back.
     return Progress(
-        step=step,
-        steps=steps,
-        loss=seen.get("loss"),
-        tokens_per_s=seen.get("tokens_per_s"),
-        eta_s=eta_s,
-        mfu=seen.get("mfu"),
-        val_loss=seen.get("val_loss"),
-        unigram_nats=seen.get("unigram_nats"),
+        step=values.get("step"),
+        steps=int(row.resolved_spec["training"]["steps"]),
+        loss=values.get("loss"),
+        tokens_per_s=values.get("tokens_per_s"),
+        eta_s=_eta_s(row),
+        mfu=values.get("mfu"),
+        val_loss=values.get("val_loss"),
+        unigram_nats=values.get("unigram_nats"),
     )
+
+
+def _eta_s(row: JobRow) -> float | None:
+    step = row.progress.get("step")
+    step_s = row.progress.get("step_s")
+    # While it does not run, the pace of its last steps says nothing about its end.
+    if row.status != JobState.RUNNING or step is None or step_s is None:
+        return None
+    steps = int(row.resolved_spec["training"]["steps"])
+    return float(max(0, steps - step) * step_s)

@@ -1,9 +1,9 @@
-"""Who is calling.
+"""Finds out who sent a request and whether the token allows it.
 
-Owns: tokens, scopes, which scope an address needs. Must not know: what the routes do.
+Owns: tokens, scopes, and the scope that each path needs. Must not know: what routes do.
 
-Tokens of users and agents are 256 random bits of which only the SHA-256 is kept. A
-job's token is derived from the service's key and the job's id, so it can be told to the
+Tokens of users and agents are 256 random bits, of which only the SHA-256 is stored. A
+job's token is derived from the service's key and the job's id, so it can be sent to the
 agent again and again without being stored anywhere.
 """
 
@@ -20,28 +20,30 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from service.http.errors import ProblemError
-from service.http.tokens import Scope, new_token, read_tokens
+from service.http.tokens import Scope, read_tokens
 from service.settings import Settings, SettingsError
 from service.store.database import Store
 from service.store.schema import TokenRow
 
 FROM_FILE = "tokens file"
-OPEN_ADDRESSES = frozenset({"/healthz", "/readyz", "/openapi.json"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json"})
+KEY_BYTES = 32
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="megatron-ray"'}
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who holds a token."""
+    """The holder of a token."""
 
     scope: Scope
     token_id: str
-    """Tells callers apart; says nothing about the token."""
+    """Tells callers apart without revealing the token."""
     job_id: str | None = None
+    """Only for tokens of jobs."""
 
 
 class Authenticator:
-    """Knows every token's fingerprint; asking it never blocks."""
+    """Checks tokens against fingerprints held in memory; never blocks."""
 
     def __init__(self, fingerprints: Mapping[str, Scope], key: bytes) -> None:
         self._fingerprints = dict(fingerprints)
@@ -49,155 +51,142 @@ class Authenticator:
 
     @classmethod
     def load(cls, store: Store, settings: Settings) -> "Authenticator":
-        """Takes over the tokens file, then reads all tokens and the key.
+        """Stores the tokens of the tokens file, then reads all tokens and the key.
 
         Raises SettingsError.
         """
         if settings.tokens_file is not None:
+            # Stored before all tokens are read, so that both kinds are treated alike.
             adopt_tokens(store, read_tokens(settings.tokens_file))
         with store.read() as session:
-            rows = session.execute(sa.select(TokenRow.sha256, TokenRow.scope)).all()
-        return cls(
-            {sha256: Scope(scope) for sha256, scope in rows}, service_key(settings.data_dir)
-        )
+            rows = session.scalars(sa.select(TokenRow)).all()
+        fingerprints = {}
+        for row in rows:
+            fingerprints[row.sha256] = Scope(row.scope)
+        return cls(fingerprints, service_key(settings.data_dir))
 
     def job_token(self, job_id: str) -> str:
-        """The token with which a job's driver speaks for that job, and for nothing
-        else.
-        """
-        return (
-            f"{job_id}.{hmac.new(self._key, job_id.encode(), hashlib.sha256).hexdigest()}"
-        )
+        """Returns the token of one job's driver, which is valid for that job only."""
+        signature = hmac.new(self._key, job_id.encode(), hashlib.sha256)
+        return f"{job_id}.{signature.hexdigest()}"
 
     def identify(self, token: str) -> Caller | None:
-        """The token's holder; None for a token nobody has given out."""
+        """Returns the token's holder; None for an unknown token."""
+        # Only tokens of jobs contain a dot: `<job id>.<signature>`.
         job_id, dot, _ = token.partition(".")
         if dot and hmac.compare_digest(token.encode(), self.job_token(job_id).encode()):
             return Caller(Scope.JOB, job_id, job_id)
-        given = fingerprint(token)
-        found = None
-        for (
-            known,
-            scope,
-        ) in self._fingerprints.items():  # all of them, so that time tells nothing
-            if hmac.compare_digest(known, given):
-                found = Caller(scope, known[:16])
-        return found
+        digest = fingerprint(token)
+        caller = None
+        # No early exit: the time of the loop must not depend on which token matches.
+        for known, scope in self._fingerprints.items():
+            if hmac.compare_digest(known, digest):
+                caller = Caller(scope, known[:16])
+        return caller
 
     def authorize(self, path: str, authorization: str | None) -> Caller | None:
-        """Who calls an address; None for addresses open to all.
+        """Returns the caller of a path; None for paths that are open to all.
 
-        Raises ProblemError (401, 403).
+        `authorization` is the header's value. Raises ProblemError (401, 403).
         """
         needed = required_scope(path)
         if needed is None:
             return None
-        kind, _, token = (authorization or "").partition(" ")
+        caller = self._caller_of(authorization)
+        if caller.scope is not needed:
+            raise ProblemError(
+                "forbidden",
+                f"{path} needs a token of scope {needed}; this token has scope {caller.scope}",
+            )
+        # The path is /internal/v1/jobs/<job id>/...
+        if needed is Scope.JOB and caller.job_id != path.split("/")[4]:
+            raise ProblemError("forbidden", f"this token is valid for {caller.job_id} only")
+        return caller
+
+    def _caller_of(self, authorization: str | None) -> Caller:
         if not authorization:
             raise ProblemError(
                 "unauthenticated",
                 "no token was sent; send the header Authorization: Bearer <token>",
                 headers=_CHALLENGE,
             )
-        caller = self.identify(token.strip()) if kind.lower() == "bearer" else None
+        kind, _, token = authorization.partition(" ")
+        caller = None
+        if kind.lower() == "bearer":
+            caller = self.identify(token.strip())
         if caller is None:
             raise ProblemError(
                 "unauthenticated",
-                "the token is not known here; check that it belongs to this service",
+                "invalid token; check that it belongs to this service",
                 headers=_CHALLENGE,
             )
-        if caller.scope is not needed:
-            raise ProblemError(
-                "forbidden",
-                f"this is a token for scope {caller.scope}; {path} needs one for scope {needed}",
-            )
-        if needed is Scope.JOB and caller.job_id != path.split("/")[4]:
-            raise ProblemError("forbidden", f"this token speaks for {caller.job_id} only")
         return caller
 
 
 def required_scope(path: str) -> Scope | None:
-    """Which scope an address needs; a user's token unless said otherwise, so a
-    forgotten address is closed.
+    """Returns the scope that a path needs; None when it is open to all.
+
+    An unknown path needs a user's token, so a route added later is closed by default.
     """
-    if path in OPEN_ADDRESSES:
+    if path in OPEN_PATHS:
         return None
     if path.startswith("/internal/v1/jobs/"):
         return Scope.JOB
-    return Scope.AGENT if path.startswith("/internal/") else Scope.USER
+    if path.startswith("/internal/"):
+        return Scope.AGENT
+    return Scope.USER
 
 
 def fingerprint(token: str) -> str:
-    """What is stored of a token."""
+    """Returns the part of a token that is stored."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def create_token(store: Store, scope: Scope, name: str) -> str:
-    """Makes a token, stores its fingerprint and returns the token, which cannot be had
-    again; known after the next start.
-    """
-    token = new_token()
-    with store.write() as session:
-        session.add(
-            TokenRow(
-                sha256=fingerprint(token), scope=scope, name=name, created_at=time.time()
-            )
-        )
-    return token
-
-
 def adopt_tokens(store: Store, tokens: Mapping[Scope, str]) -> None:
-    """Makes a tokens file's tokens the ones from a file: earlier ones are gone, tokens
-    made otherwise stay.
-    """
+    """Replaces the tokens stored from a tokens file; others stay."""
     with store.write() as session:
+        # A token that was taken out of the file must not work any more.
         session.execute(sa.delete(TokenRow).where(TokenRow.name == FROM_FILE))
         for scope, token in tokens.items():
-            session.merge(
-                TokenRow(
-                    sha256=fingerprint(token),
-                    scope=scope,
-                    name=FROM_FILE,
-                    created_at=time.time(),
-                )
-            )
+            row = TokenRow(sha256=fingerprint(token), scope=scope, name=FROM_FILE)
+            row.created_at = time.time()
+            session.merge(row)
 
 
 def has_configured_token(settings: Settings) -> bool:
-    """Whether anybody could get in.
+    """Whether there is a token that lets a user in.
 
     Raises SettingsError for a tokens file that cannot be used.
     """
     if settings.tokens_file is not None:
         return bool(read_tokens(settings.tokens_file))
+    # Asked before the app is made, so the database is opened for this question alone.
     store = Store.open(settings.url)
     try:
         with store.read() as session:
-            return (
-                session.scalars(
-                    sa.select(TokenRow.scope).where(TokenRow.scope == Scope.USER)
-                ).first()
-                is not None
-            )
+            user_tokens = sa.select(TokenRow.scope).where(TokenRow.scope == Scope.USER)
+            return session.scalars(user_tokens).first() is not None
     finally:
         store.close()
 
 
 def service_key(data_dir: Path) -> bytes:
-    """The key job tokens are derived from: 256 random bits in a file of mode 0600, made
-    on first use.
+    """Returns the key that job tokens are derived from.
+
+    It is 256 random bits in a file of mode 0600, made on first use. Raises SettingsError
+    for a file that is too short.
     """
     path = data_dir / "service.key"
     data_dir.mkdir(parents=True, exist_ok=True)
-    with (
-        contextlib.suppress(FileExistsError),
-        os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file,
-    ):
-        file.write(secrets.token_bytes(32))
+    # O_EXCL: of two services that start at once, one makes the key and both read it.
+    with contextlib.suppress(FileExistsError):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as file:
+            file.write(secrets.token_bytes(KEY_BYTES))
     key = path.read_bytes()
-    if len(key) < 32:
+    if len(key) < KEY_BYTES:
         raise SettingsError(
-            f"{path} is damaged: {len(key)} bytes instead of 32; delete it, drivers are "
-            "then told new tokens"
+            f"{path} is damaged: {len(key)} bytes instead of {KEY_BYTES}; delete it, and "
+            "drivers get new tokens"
         )
     return key

@@ -1,6 +1,6 @@
-"""What every route may use.
+"""Provides routes with the running service and the caller of a request.
 
-Owns: the parts of one running service, put together. Must not know: routes.
+Owns: the parts of one running service. Must not know: routes.
 """
 
 from dataclasses import dataclass
@@ -19,11 +19,11 @@ from service.store.schema import DeploymentRow
 
 @dataclass(frozen=True)
 class Context:
-    """One running service."""
+    """The parts of one running service."""
 
     settings: Settings
     store: Store
-    hub: Notifier
+    notifier: Notifier
     agents: Agents
     auth: Authenticator
     telemetry: Telemetry
@@ -31,16 +31,16 @@ class Context:
 
 
 def context_of(request: Request) -> Context:
-    """The service a request came to."""
-    found: Context = request.app.state.context
-    return found
+    """Returns the service that a request was sent to."""
+    context: Context = request.app.state.context
+    return context
 
 
 def caller_of(request: Request) -> Caller:
-    """Who sent a request; the gate has let them in."""
-    found: Caller = request.state.caller
-    return found
+    """Returns the caller that `RequestMiddleware` has identified."""
+    caller: Caller = request.state.caller
+    return caller
 
 
-Service = Annotated[Context, Depends(context_of)]
+ContextDep = Annotated[Context, Depends(context_of)]
 CurrentCaller = Annotated[Caller, Depends(caller_of)]

@@ -1,14 +1,16 @@
-"""Every answer that is not a success.
+"""Answers every error with a problem document (RFC 9457).
 
-Owns: problem kinds and their RFC 9457 form. Must not know: routes, jobs.
+Owns: status and title of each error code, and the form of the document. Must not know:
+routes, jobs.
 
-A detail says what is wrong and what to do about it; what went wrong inside is logged
-under the request's id and never shown.
+A detail says what is wrong and what to do about it; what went wrong inside the service is
+logged under the request's id and never shown.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,103 +19,106 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from megatron_ray.config.problem import Problem
-from service.jobs.spec_problems import from_pydantic
+from service.exceptions import RequestInvalidError, ServiceProblemError, SpecInvalidError
+from service.jobs.spec_errors import pointer_to, problems_from_pydantic
+from service.pydantic_messages import plain_message, short_value
 
 MEDIA_TYPE = "application/problem+json"
 logger = logging.getLogger("service")
 
-KINDS: dict[str, tuple[int, str]] = {
-    "json_invalid": (400, "The body is not valid JSON"),
-    "bad_request": (400, "The request cannot be understood"),
-    "unauthenticated": (401, "A valid token is needed"),
-    "forbidden": (403, "This token may not do that"),
-    "not_found": (404, "There is no such thing"),
-    "method_not_allowed": (405, "This address does not know this method"),
-    "job_active": (409, "The job is still active"),
-    "job_ended": (409, "The job is over"),
-    "job_failed": (500, "The job failed"),
-    "fenced": (409, "A newer driver has taken over"),
-    "gap": (409, "Records are missing"),
-    "protocol_unsupported": (409, "The message's protocol is not spoken here"),
-    "body_too_large": (413, "The body is too large"),
-    "spec_invalid": (422, "The job spec cannot be run as it is"),
-    "request_invalid": (422, "The request has wrong values"),
-    "idempotency_key_reused": (422, "The Idempotency-Key belongs to another request"),
-    "too_many_streams": (429, "Too many open streams"),
-    "internal": (500, "Something went wrong inside the service"),
-    "unavailable": (503, "The database does not answer"),
+
+class ProblemType(NamedTuple):
+    """HTTP status and title of one error code."""
+
+    status: int
+    title: str
+
+
+PROBLEM_TYPES = {
+    "json_invalid": ProblemType(400, "The body is not valid JSON"),
+    "bad_request": ProblemType(400, "Bad request"),
+    "unauthenticated": ProblemType(401, "A valid token is required"),
+    "forbidden": ProblemType(403, "The token does not allow this"),
+    "not_found": ProblemType(404, "Not found"),
+    "method_not_allowed": ProblemType(405, "Method not allowed"),
+    "job_active": ProblemType(409, "The job has not ended"),
+    "job_ended": ProblemType(409, "The job has ended"),
+    "job_not_running": ProblemType(409, "The job is not running"),
+    "job_failed": ProblemType(500, "The job failed"),
+    "fenced": ProblemType(409, "A newer driver has taken over"),
+    "gap": ProblemType(409, "Records are missing"),
+    "protocol_unsupported": ProblemType(409, "Unsupported protocol version"),
+    "body_too_large": ProblemType(413, "The body is too large"),
+    "spec_invalid": ProblemType(422, "The job spec cannot run"),
+    "request_invalid": ProblemType(422, "The request has invalid values"),
+    "idempotency_key_reused": ProblemType(422, "The Idempotency-Key was used before"),
+    "too_many_streams": ProblemType(429, "Too many open streams"),
+    "internal": ProblemType(500, "Internal error of the service"),
+    "unavailable": ProblemType(503, "The database or storage does not answer"),
 }
-"""Stable code -> (HTTP status, title)."""
+"""Stable error code -> status and title."""
 
 
 class ProblemError(HTTPException):
-    """Ends a request with a problem document.
+    """Ends a request with a problem that only exists in HTTP, such as a wrong token.
 
-    An HTTPException, so that FastAPI lets it through wherever it is raised, while it
-    reads the body too.
+    An HTTPException, because FastAPI turns any other exception that is raised while it
+    reads a body into a bare 400.
     """
 
     def __init__(
         self,
         code: str,
         detail: str,
-        *,
         errors: Iterable[Problem] = (),
+        *,
         headers: Mapping[str, str] | None = None,
-        **extra: Any,
     ) -> None:
-        super().__init__(KINDS[code][0], detail, dict(headers or {}))
+        super().__init__(PROBLEM_TYPES[code].status, detail, dict(headers or {}))
         self.code = code
         self.errors = tuple(errors)
-        self.extra = extra
 
 
-def spec_invalid(problems: Iterable[Problem]) -> ProblemError:
-    """All that is wrong with a spec, in one answer."""
-    found = tuple(problems)
-    first = f"{found[0].pointer or 'the spec'}: {found[0].detail}"
-    return ProblemError(
-        "spec_invalid",
-        first if len(found) == 1 else f"{first} (and {len(found) - 1} more)",
-        errors=found,
-    )
-
-
-def document(
-    code: str, detail: str, errors: Iterable[Problem] = (), **extra: Any
+def problem_document(
+    code: str, detail: str, errors: Iterable[Mapping[str, Any]] = (), **extra: Any
 ) -> dict[str, Any]:
-    """The JSON of a problem, without what belongs to one request."""
-    status, title = KINDS[code]
-    entries = [
-        {"pointer": item.pointer, "code": item.code, "detail": item.detail}
-        for item in errors
-    ]
+    """Returns the JSON of a problem, without the members that belong to one request."""
+    kind = PROBLEM_TYPES[code]
     return {
         "type": f"urn:megatron-ray:problem:{code}",
-        "title": title,
-        "status": status,
+        "title": kind.title,
+        "status": kind.status,
         "detail": detail,
         "code": code,
-        "errors": entries,
+        "errors": list(errors),
         **extra,
     }
 
 
-def respond(error: ProblemError, path: str, request_id: str) -> Response:
-    """The answer to one request."""
-    body = {
-        **document(error.code, str(error.detail), error.errors, **error.extra),
-        "instance": path,
-        "request_id": request_id,
-    }
+def respond(
+    error: ProblemError | ServiceProblemError, path: str, request_id: str
+) -> Response:
+    """Returns the response to one request that failed."""
+    headers: Mapping[str, str] | None = None
+    extra: dict[str, Any] = {}
+    if isinstance(error, ProblemError):
+        headers = error.headers
+    else:
+        extra = error.extra
+    # `instance` and `request_id` belong to this response, not to the kind of problem.
+    entries = [asdict(problem) for problem in error.errors]
+    document = problem_document(error.code, error.detail, entries, **extra)
+    body = {**document, "instance": path, "request_id": request_id}
     return JSONResponse(
-        body, status_code=error.status_code, headers=error.headers, media_type=MEDIA_TYPE
+        body, status_code=document["status"], headers=headers, media_type=MEDIA_TYPE
     )
 
 
 def install(app: FastAPI) -> None:
-    """Makes every error of the app a problem document."""
+    """Makes the app answer every error with a problem document."""
+    # Starlette picks the handler of the most specific class of an error.
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ServiceProblemError, _on_service_problem)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(OperationalError, _on_database)
     app.add_exception_handler(Exception, _on_anything)
@@ -123,100 +128,95 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ProblemError):
         return _respond(request, error)
+    # The framework's own refusals carry a status and hardly a word.
     path = request.url.path
-    method = request.method
-    known = {
-        404: ("not_found", f"nothing is at {path}; /openapi.json lists every address"),
-        405: (
-            "method_not_allowed",
-            f"{path} does not know {method}; /openapi.json lists what it knows",
-        ),
-    }
-    code, detail = known.get(
-        error.status_code,
-        ("bad_request", f"{error.detail}; /openapi.json describes what is expected"),
-    )
+    # Unknown paths and methods are all that routing refuses; the rest is about bodies.
+    if error.status_code == 404:
+        code = "not_found"
+        detail = f"no route {path}; routes are listed in /openapi.json"
+    elif error.status_code == 405:
+        code = "method_not_allowed"
+        detail = f"{path} does not support {request.method}; see /openapi.json"
+    else:
+        code = "bad_request"
+        detail = f"{error.detail}; see /openapi.json for what is expected"
     return _respond(request, ProblemError(code, detail, headers=error.headers))
+
+
+async def _on_service_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceProblemError)
+    return _respond(request, error)
 
 
 async def _on_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     details = error.errors()
+    # Where the body is no JSON at all, FastAPI reports this one error and nothing else.
     if details[0]["type"] == "json_invalid":
-        where = (
-            f"{details[0].get('ctx', {}).get('error', 'cannot be parsed')} at character "
-            f"{details[0]['loc'][-1]}"
-        )
-        text = (
-            f"the body is not valid JSON: {where}; send one JSON object with Content-Type: "
-            "application/json"
-        )
-        problem = Problem("", "json_invalid", text)
-        return _respond(
-            request, ProblemError("json_invalid", problem.detail, errors=[problem])
-        )
+        detail = _json_detail(details[0])
+        problem = Problem("", "json_invalid", detail)
+        return _respond(request, ProblemError("json_invalid", detail, [problem]))
     in_body = [item for item in details if item["loc"][:1] == ("body",)]
-    if in_body:
-        if getattr(request.scope.get("route"), "path", "").endswith(
-            ("/jobs", "/plans")
-        ):  # their body is a job spec
-            return _respond(
-                request, spec_invalid(from_pydantic(in_body, error.body, skip=1))
-            )
-        found = from_pydantic(in_body, error.body, skip=1, model=None)
-        return _respond(
-            request,
-            ProblemError(
-                "request_invalid",
-                "; ".join(f"{item.pointer}: {item.detail}" for item in found),
-                errors=found,
-            ),
-        )
-    found = [
-        Problem(
-            "/" + "/".join(map(str, item["loc"])),
-            item["type"],
-            f"{item['loc'][-1]}: {item['msg']}",
-        )
-        for item in details
-    ]
-    return _respond(
-        request,
-        ProblemError(
-            "request_invalid", "; ".join(item.detail for item in found), errors=found
-        ),
+    if not in_body:
+        return _respond(request, _invalid_parameters(details))
+    # `skip`: each location starts with "body".
+    if _takes_job_spec(request):
+        problems = problems_from_pydantic(in_body, error.body, skip=1)
+        return _respond(request, SpecInvalidError(problems))
+    problems = problems_from_pydantic(in_body, error.body, skip=1, model=None)
+    return _respond(request, RequestInvalidError.of_problems(problems))
+
+
+def _json_detail(item: Mapping[str, Any]) -> str:
+    reason = item.get("ctx", {}).get("error", "cannot be parsed")
+    return (
+        f"the body is not valid JSON: {reason} at character {item['loc'][-1]}; send one "
+        "JSON object with Content-Type: application/json"
     )
+
+
+def _takes_job_spec(request: Request) -> bool:
+    path = getattr(request.scope.get("route"), "path", "")
+    return path.endswith(("/jobs", "/plans"))
+
+
+def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidError:
+    """Returns the error for wrong path, query or header parameters."""
+    problems = []
+    sentences = []
+    for item in details:
+        name = item["loc"][-1]
+        sentence = f"{name} is required; add it"
+        if item["type"] != "missing":
+            sentence = f"{name} {plain_message(item)}, got {short_value(item.get('input'))}"
+        sentences.append(sentence)
+        problems.append(Problem(pointer_to(item["loc"]), item["type"], sentence))
+    return RequestInvalidError("; ".join(sentences), problems)
 
 
 async def _on_database(request: Request, error: Exception) -> Response:
-    logger.error(
-        "request %s: the database does not answer", _request_id(request), exc_info=error
-    )
+    request_id = _request_id(request)
+    logger.error("request %s: the database does not answer", request_id, exc_info=error)
+    detail = "the database does not answer; try again"
     return _respond(
-        request,
-        ProblemError(
-            "unavailable",
-            "the database does not answer; try again",
-            headers={"Retry-After": "2"},
-        ),
+        request, ProblemError("unavailable", detail, headers={"Retry-After": "2"})
     )
 
 
 async def _on_anything(request: Request, error: Exception) -> Response:
     request_id = _request_id(request)
     logger.error("request %s failed", request_id, exc_info=error)
-    text = (
-        "this is a fault of the service, not of the request; its log has the cause under "
+    detail = (
+        "this is an error of the service, not of the request; its log has the cause under "
         f"{request_id}"
     )
-    response = _respond(request, ProblemError("internal", text))
-    response.headers["X-Request-ID"] = (
-        request_id  # this handler runs outside the layer that adds it
-    )
+    response = _respond(request, ProblemError("internal", detail))
+    # This handler runs outside the middleware that adds the header to all others.
+    response.headers["X-Request-ID"] = request_id
     return response
 
 
-def _respond(request: Request, error: ProblemError) -> Response:
+def _respond(request: Request, error: ProblemError | ServiceProblemError) -> Response:
     return respond(error, request.url.path, _request_id(request))
 
 

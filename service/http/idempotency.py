@@ -1,9 +1,9 @@
-"""Requests that may be sent twice.
+"""Makes requests safe to send twice: a repeated Idempotency-Key gets the first response.
 
-Owns: what an Idempotency-Key was answered. Must not know: what the requests do.
+Owns: the stored responses. Must not know: what the requests do.
 
-The answer is stored in the transaction that does the work, so either both are there or
-neither, and of two requests at once the second finds the first one's answer.
+The response is stored in the transaction that does the work, so either both are there or
+neither, and of two requests at once the second finds the first one's response.
 """
 
 import asyncio
@@ -12,97 +12,103 @@ import json
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from service.exceptions import RequestInvalidError
 from service.http.errors import ProblemError
 from service.store.database import Store
 from service.store.schema import IdempotencyRow
 
 LONGEST_KEY = 255
 KEPT_S = 7 * 86400
-FORGET_EVERY_S = 3600.0
+DELETE_EVERY_S = 3600.0
 logger = logging.getLogger("service")
+
+
+class StoredResponse(NamedTuple):
+    """The response that a request got when it was sent first."""
+
+    status: int
+    body: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class IdempotentRequest:
-    """One request with its key; without a key nothing is remembered."""
+    """A request that may carry a key; without one nothing is stored."""
 
     key: str | None
     scope: str
-    """Who sent it, and to which address."""
+    """Caller and path: equal keys of different callers never meet."""
     body_sha256: str
 
     @classmethod
     def of(cls, key: str | None, caller: str, path: str, body: Any) -> "IdempotentRequest":
-        """Raises ProblemError request_invalid for a key that is empty or too long."""
+        """Returns the request of a caller; `body` is its parsed JSON.
+
+        Raises RequestInvalidError for a key that is empty or too long.
+        """
         if key is not None and not 1 <= len(key) <= LONGEST_KEY:
-            raise ProblemError(
-                "request_invalid",
-                f"an Idempotency-Key has 1 to {LONGEST_KEY} characters, not {len(key)}; a "
-                "UUID is a good one",
+            raise RequestInvalidError(
+                f"an Idempotency-Key has 1 to {LONGEST_KEY} characters, not {len(key)}; use "
+                "a UUID"
             )
+        # Sorted keys: the same object may be serialized in another order.
         text = json.dumps(body, sort_keys=True)
         return cls(key, f"{caller} {path}", hashlib.sha256(text.encode()).hexdigest())
 
-    def earlier(self, session: Session) -> tuple[int, dict[str, Any]] | None:
-        """Status and body of the first answer.
+    def earlier_response(self, session: Session) -> StoredResponse | None:
+        """Returns the response to the same request, or None for a new request.
 
-        Raises ProblemError when the key came with another body.
+        Raises ProblemError when the key was used with another body.
         """
-        row = (
-            None
-            if self.key is None
-            else session.get(IdempotencyRow, (self.scope, self.key))
-        )
+        if self.key is None:
+            return None
+        row = session.get(IdempotencyRow, (self.scope, self.key))
         if row is None:
             return None
+        # The same key for something else is a mistake that must not pass unseen.
         if row.body_sha256 != self.body_sha256:
-            text = (
-                "this Idempotency-Key was used with another body; repeat the first body, or "
-                "send the new one with a new key"
+            raise ProblemError(
+                "idempotency_key_reused",
+                "this Idempotency-Key was used with another body; send the first body again, "
+                "or use a new key",
             )
-            raise ProblemError("idempotency_key_reused", text)
-        return row.status, row.body
+        return StoredResponse(row.status, row.body)
 
-    def remember(self, session: Session, status: int, body: dict[str, Any]) -> None:
-        """Stores the answer."""
-        if self.key is not None:
-            row = IdempotencyRow(
-                scope=self.scope,
-                key=self.key,
-                body_sha256=self.body_sha256,
-                status=status,
-                body=body,
-            )
-            row.created_at = time.time()
-            session.add(row)
-            session.flush()
+    def store_response(self, session: Session, status: int, body: dict[str, Any]) -> None:
+        """Stores the response, to be committed with the work of the request."""
+        if self.key is None:
+            return
+        row = IdempotencyRow(scope=self.scope, key=self.key, body_sha256=self.body_sha256)
+        row.status = status
+        row.body = body
+        row.created_at = time.time()
+        session.add(row)
+        session.flush()
 
 
-def forget_old(store: Store) -> None:
-    """Drops answers that nobody will ask for again."""
+def delete_old_responses(store: Store) -> None:
+    """Deletes responses that are too old to be asked for again."""
     with store.write() as session:
-        session.execute(
-            sa.delete(IdempotencyRow).where(
-                IdempotencyRow.created_at < time.time() - KEPT_S
-            )
-        )
+        oldest = time.time() - KEPT_S
+        session.execute(sa.delete(IdempotencyRow).where(IdempotencyRow.created_at < oldest))
 
 
-async def forget_regularly(store: Store) -> None:
-    """The same now and then, until cancelled: a service may live for months."""
+async def delete_regularly(store: Store) -> None:
+    """Deletes old responses until cancelled: a service may run for months."""
     while True:
-        await asyncio.sleep(FORGET_EVERY_S)
+        # First the wait: old responses were deleted when the service started.
+        await asyncio.sleep(DELETE_EVERY_S)
         try:
-            await run_in_threadpool(forget_old, store)
+            await run_in_threadpool(delete_old_responses, store)
         except sa.exc.SQLAlchemyError:
+            # Nothing depends on it: a database that is away now is cleaned up later.
             logger.warning(
-                "old answers could not be dropped; trying again in %.0f s",
-                FORGET_EVERY_S,
+                "old responses could not be deleted; trying again in %.0f s",
+                DELETE_EVERY_S,
                 exc_info=True,
             )

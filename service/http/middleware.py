@@ -1,9 +1,9 @@
-"""What every request passes first.
+"""Handles what every request passes first: request id, token, body size, timing.
 
-Owns: request ids, tokens, the size of bodies, timing. Must not know: routes.
+Must not know: routes.
 
-A plain ASGI layer: it answers before anything of the body has been read, and it leaves
-streams alone.
+A plain ASGI middleware: it refuses a request before anything of its body has been read,
+and it passes streams through unbuffered.
 """
 
 import logging
@@ -17,14 +17,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.http.dependencies import Context
 from service.http.errors import ProblemError, respond
 from service.http.telemetry import UNKNOWN_ROUTE
+from service.settings import Settings
 
 logger = logging.getLogger("service.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_WAITING_ROUTES = ("/stream", "/desired")
+"""Ends of routes that are meant to take long, so that their time means nothing."""
 
 
 class RequestMiddleware:
-    """Lets requests in; `context` is asked per request, because the service is put
-    together after this layer.
+    """Checks requests before the app sees them.
+
+    `context` is called per request, because the service is opened after the middleware
+    has been added.
     """
 
     def __init__(self, app: ASGIApp, context: Callable[[], Context]) -> None:
@@ -32,90 +37,116 @@ class RequestMiddleware:
         self._context = context
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI."""
+        """Handles one ASGI connection; anything but HTTP is passed on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        context = self._context()
-        began = time.monotonic()
-        status = 500
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", "")
-        request_id = (
-            given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(8)}"
-        )
-        state = scope.setdefault("state", {})
-        state["request_id"] = request_id
-
-        async def send_marked(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [
-                    *message.get("headers", ()),
-                    (b"x-request-id", request_id.encode()),
-                ]
-            await send(message)
-
+        started_at = time.monotonic()
+        # ASGI sends names in lower case; of a header sent twice the last one counts.
+        headers = _headers(scope)
+        request_id = _request_id(headers)
+        scope.setdefault("state", {})["request_id"] = request_id
+        response = _ResponseStart(send, request_id)
+        # In `finally`, because a request that fails must be counted too.
         try:
-            try:
-                state["caller"] = context.auth.authorize(
-                    scope["path"], headers.get(b"authorization")
-                )
-                limited = _limited(scope, headers, receive, context)
-            except ProblemError as error:
-                await respond(error, scope["path"], request_id)(scope, receive, send_marked)
-            else:
-                await self._app(scope, limited, send_marked)
+            await self._authorize_and_run(scope, headers, receive, response)
         finally:
-            seconds = time.monotonic() - began
-            route = _template(scope)
-            context.telemetry.observe(
-                scope["method"],
-                route,
-                status,
-                seconds,
-                waits=route.endswith(("/stream", "/desired")),
-            )
-            logger.debug(
-                "%s %s %s %d %.3fs",
-                request_id,
-                scope["method"],
-                scope["path"],
-                status,
-                seconds,
-            )
+            self._observe(scope, request_id, response.status, time.monotonic() - started_at)
+
+    async def _authorize_and_run(
+        self,
+        scope: Scope,
+        headers: dict[bytes, str],
+        receive: Receive,
+        response: "_ResponseStart",
+    ) -> None:
+        context = self._context()
+        try:
+            caller = context.auth.authorize(scope["path"], headers.get(b"authorization"))
+            limited = _limit_body(scope, headers, receive, context.settings)
+        except ProblemError as error:
+            # The app's handlers of exceptions lie below this layer and never see it.
+            refusal = respond(error, scope["path"], response.request_id)
+            await refusal(scope, receive, response.send)
+            return
+        scope["state"]["caller"] = caller
+        await self._app(scope, limited, response.send)
+
+    def _observe(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
+        route = _route_template(scope)
+        method = scope["method"]
+        is_long_wait = route.endswith(_WAITING_ROUTES)
+        telemetry = self._context().telemetry
+        telemetry.observe(method, route, status, seconds, is_long_wait=is_long_wait)
+        logger.debug(
+            "%s %s %s %d %.3fs", request_id, method, scope["path"], status, seconds
+        )
 
 
-def _limited(
-    scope: Scope, headers: dict[bytes, str], receive: Receive, context: Context
+class _ResponseStart:
+    """Adds the request id to a response and remembers the response's status."""
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self.request_id = request_id
+        self.status = 500
+        """500 until a response has started: the app failed without one."""
+
+    async def send(self, message: Message) -> None:
+        """Passes a message on to the client."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            header = (b"x-request-id", self.request_id.encode())
+            message["headers"] = [*message.get("headers", ()), header]
+        await self._send(message)
+
+
+def _headers(scope: Scope) -> dict[bytes, str]:
+    return {name: value.decode("latin-1") for name, value in scope["headers"]}
+
+
+def _request_id(headers: dict[bytes, str]) -> str:
+    """Returns the client's request id when it is safe to log, else a new one."""
+    # It is logged and sent back, so it must not hold line ends or be endless.
+    sent = headers.get(b"x-request-id", "")
+    if _REQUEST_ID.fullmatch(sent):
+        return sent
+    return f"req-{secrets.token_hex(8)}"
+
+
+def _limit_body(
+    scope: Scope, headers: dict[bytes, str], receive: Receive, settings: Settings
 ) -> Receive:
-    """Refuses a body that is, or turns out to be, too large."""
-    settings = context.settings
-    most = (
-        settings.max_internal_body_bytes
-        if scope["path"].startswith("/internal/")
-        else settings.max_body_bytes
-    )
-    error = ProblemError("body_too_large", f"a body may have {most} bytes here; send less")
-    length = headers.get(b"content-length", "0")
-    if not length.isdigit() or int(length) > most:
-        raise error
-    seen = 0
+    """Returns a `receive` that refuses a body that turns out to be too large.
 
-    async def counted() -> Message:
-        nonlocal seen
+    Raises ProblemError at once when Content-Length says so already.
+    """
+    limit = settings.max_body_bytes
+    if scope["path"].startswith("/internal/"):
+        limit = settings.max_internal_body_bytes
+    error = ProblemError(
+        "body_too_large", f"a request body is limited to {limit} bytes; send less"
+    )
+    length = headers.get(b"content-length", "0")
+    if not length.isdigit() or int(length) > limit:
+        raise error
+    received = 0
+
+    async def receive_counted() -> Message:
+        # A chunked body has no Content-Length, and a wrong one is not to be trusted.
+        nonlocal received
         message = await receive()
-        seen += len(message.get("body", b""))
-        if seen > most:
+        received += len(message.get("body", b""))
+        if received > limit:
             raise error
         return message
 
-    return counted
+    return receive_counted
 
 
-def _template(scope: Scope) -> str:
-    """The matched route as written in the code: what a caller sends never becomes a
-    label.
+def _route_template(scope: Scope) -> str:
+    """Returns the matched route as written in the code.
+
+    Metrics are labelled by it: labels made of what clients send would be unbounded.
     """
     return str(getattr(scope.get("route"), "path", UNKNOWN_ROUTE))

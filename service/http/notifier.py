@@ -1,10 +1,10 @@
-"""Who waits for what.
+"""Wakes coroutines that wait for a change in the database.
 
-Owns: wake-ups between threads that commit and coroutines that wait. Must not know: the
-database's content.
+Owns: wake-ups from threads that commit to coroutines that wait. Must not know: what is in
+the database.
 
-A waiter takes a ticket first and reads the database second, so a commit in between is
-never missed.
+A waiter subscribes first and reads the database second, so a commit in between is never
+missed.
 """
 
 import asyncio
@@ -13,76 +13,83 @@ from collections.abc import Iterator
 
 
 class Notifier:
-    """Topics are plain strings, such as `job/<id>`; a wake-up carries no data, the
-    waiter reads again.
+    """Subscriptions by topic.
+
+    Topics are plain strings, such as `job/<id>`. A notification carries no data: the
+    waiter reads the database again.
     """
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting: dict[str, set[asyncio.Event]] = {}
-        self._closed = False
+        self._events: dict[str, set[asyncio.Event]] = {}
+        self._is_closed = False
 
     @property
-    def closed(self) -> bool:
-        """True once the service is on its way out: waiters should answer with what they
-        have.
-        """
-        return self._closed
+    def is_closed(self) -> bool:
+        """True once the service shuts down: waiters answer with what they have."""
+        return self._is_closed
 
     def attach(self) -> None:
-        """Binds to the running loop; called once at start-up."""
+        """Binds to the running event loop; called once at start-up."""
         self._loop = asyncio.get_running_loop()
-        self._closed = False
+        self._is_closed = False
 
     @contextlib.contextmanager
-    def ticket(self, *topics: str) -> Iterator["Subscription"]:
-        """A place in the queue of each topic, given up at the end of the block."""
+    def subscribe(self, *topics: str) -> Iterator["Subscription"]:
+        """Yields a subscription to the topics, which ends with the block."""
+        # One event for all topics: the waiter reads everything again anyway.
         event = asyncio.Event()
         for topic in topics:
-            self._waiting.setdefault(topic, set()).add(event)
+            self._events.setdefault(topic, set()).add(event)
         try:
             yield Subscription(event, self)
         finally:
             for topic in topics:
-                waiting = self._waiting[topic]
-                waiting.discard(event)
-                if not waiting:
-                    del self._waiting[topic]
+                self._unsubscribe(topic, event)
 
     def notify(self, *topics: str) -> None:
-        """Wakes the topics' waiters; callable from any thread, after the commit."""
+        """Wakes the topics' waiters; may be called from any thread, after the commit."""
+        # Commits may come before the service has started and after it has ended.
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, topics)
 
     def close(self) -> None:
-        """Wakes everybody for good; called on the loop's thread."""
-        self._closed = True
-        self._wake(tuple(self._waiting))
+        """Wakes all waiters for good; called on the event loop's thread."""
+        self._is_closed = True
+        self._wake(tuple(self._events))
+
+    def _unsubscribe(self, topic: str, event: asyncio.Event) -> None:
+        events = self._events[topic]
+        events.discard(event)
+        if not events:
+            # Topics name jobs: without this the dictionary would grow for ever.
+            del self._events[topic]
 
     def _wake(self, topics: tuple[str, ...]) -> None:
         for topic in topics:
-            for event in self._waiting.get(topic, ()):
+            for event in self._events.get(topic, ()):
                 event.set()
 
 
 class Subscription:
-    """One waiter's place."""
+    """One waiter."""
 
-    def __init__(self, event: asyncio.Event, hub: Notifier) -> None:
+    def __init__(self, event: asyncio.Event, notifier: Notifier) -> None:
         self._event = event
-        self._hub = hub
+        self._notifier = notifier
 
     async def wait(self, timeout_s: float) -> bool:
-        """True when woken, False when the time is over; at once when the hub is closed.
+        """Waits for a notification; True when woken, False when the time is over.
 
-        Ready to wait again afterwards.
+        Returns at once when the notifier is closed. May be called again afterwards.
         """
-        if self._hub.closed:
+        if self._notifier.is_closed:
             return True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._event.wait()
         except TimeoutError:
             return False
+        # Cleared before the waiter reads, so that a commit during its read wakes it again.
         self._event.clear()
         return True

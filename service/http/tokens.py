@@ -1,6 +1,6 @@
-"""The tokens file: how it is made and read.
+"""Makes and reads the tokens file.
 
-Owns: its form, what a token is. Must not know: who checks tokens, the database.
+Owns: the file's form and what a token is. Must not know: who checks tokens, the database.
 """
 
 import json
@@ -9,38 +9,42 @@ import secrets
 import tempfile
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from service.settings import SettingsError
 
 SHORTEST_TOKEN = 32
+_FORM = 'a JSON object {"user": "<token>", "agent": "<token>"}'
+_REMEDY = "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
 
 class Scope(StrEnum):
-    """What a token is for."""
+    """What a token allows."""
 
     USER = "user"
+    """The public API."""
     AGENT = "agent"
+    """The agents' part of the internal API."""
     JOB = "job"
+    """One job's part of the internal API."""
 
 
 def new_token() -> str:
-    """256 random bits."""
+    """Returns a token of 256 random bits."""
     return secrets.token_urlsafe(32)
 
 
 def write_tokens(path: Path) -> dict[Scope, str]:
-    """Makes a tokens file (mode 0600) with one token for the local user and one for the
-    agent; whole or not at all.
+    """Makes a tokens file (mode 0600) with one token for users and one for agents.
 
-    Raises FileExistsError.
+    The file is complete or not there at all. Raises FileExistsError.
     """
     if path.exists():
         raise FileExistsError(path)
-    tokens = {scope: new_token() for scope in (Scope.USER, Scope.AGENT)}
+    tokens = {Scope.USER: new_token(), Scope.AGENT: new_token()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        dir=path.parent, prefix=path.name
-    )  # mode 0600 by definition
+    # mkstemp makes files of mode 0600, so the tokens are never readable by others.
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w") as file:
             json.dump(tokens, file)
@@ -52,43 +56,50 @@ def write_tokens(path: Path) -> dict[Scope, str]:
 
 
 def read_or_create_tokens(path: Path) -> dict[Scope, str]:
-    """Both tokens of a file that is made when it is not there. Raises SettingsError."""
-    tokens = read_tokens(path) if path.exists() else write_tokens(path)
+    """Returns both tokens of a file, which is made when it is not there.
+
+    Raises SettingsError when the file cannot be used or lacks one of them.
+    """
+    if not path.exists():
+        return write_tokens(path)
+    # A service works with one of them; a local stack needs both.
+    tokens = read_tokens(path)
     if not {Scope.USER, Scope.AGENT} <= set(tokens):
         raise SettingsError(
-            f"{path} does not hold both tokens; delete it, and new ones are made"
+            f"{path} must hold both tokens; delete it to have new ones made"
         )
     return tokens
 
 
 def read_tokens(path: Path) -> dict[Scope, str]:
-    """Reads a tokens file.
+    """Returns the tokens of a file by scope.
 
-    Raises SettingsError with what is wrong and never with a token.
+    Raises SettingsError, whose text never contains a token.
     """
-    wanted = 'a JSON object {"user": "<token>", "agent": "<token>"}'
+    content = _read_json(path)
+    known_scopes = {Scope.USER, Scope.AGENT}
+    if not isinstance(content, dict) or not content or not set(content) <= known_scopes:
+        raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path} must hold {_FORM}")
+    tokens = {}
+    for scope, token in content.items():
+        # A dot separates the job's id from the signature in the tokens of jobs.
+        if not isinstance(token, str) or len(token) < SHORTEST_TOKEN or "." in token:
+            raise SettingsError(
+                f"MEGATRON_RAY_TOKENS_FILE {path}: a token must have at least "
+                f"{SHORTEST_TOKEN} characters and no dots; {_REMEDY}"
+            )
+        tokens[Scope(scope)] = token
+    return tokens
+
+
+def _read_json(path: Path) -> Any:
     try:
-        given = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not valid JSON"
-        raise SettingsError(
-            f"MEGATRON_RAY_TOKENS_FILE {path}: {reason}; it must hold {wanted}"
-        ) from None
-    if (
-        not isinstance(given, dict)
-        or not given
-        or not set(given) <= {Scope.USER, Scope.AGENT}
-    ):
-        raise SettingsError(f"MEGATRON_RAY_TOKENS_FILE {path} must hold {wanted}")
-    if not all(
-        isinstance(token, str) and len(token) >= SHORTEST_TOKEN and "." not in token
-        for token in given.values()
-    ):
-        remedy = (
-            "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        )
-        raise SettingsError(
-            f"MEGATRON_RAY_TOKENS_FILE {path}: a token has at least {SHORTEST_TOKEN} "
-            f"characters and no dots; {remedy}"
-        )
-    return {Scope(scope): token for scope, token in given.items()}
+        return json.loads(path.read_text())
+    except OSError as error:
+        reason = error.strerror
+    except ValueError:
+        reason = "not valid JSON"
+    # Raised outside the handlers: what json complains about may hold a token.
+    raise SettingsError(
+        f"MEGATRON_RAY_TOKENS_FILE {path}: {reason}; the file must hold {_FORM}"
+    )

@@ -1,11 +1,11 @@
-"""Who may ask Ray for resources next.
+"""Decides which queued jobs may ask Ray for resources.
 
 Owns: the queue's rule. Pure. Must not know: the database, HTTP, Ray.
 
-Higher priority first, then first come, first served. A job that must wait holds back
-those behind it that want the same kind of rank (with a GPU or without), so a large job
-is never starved by small ones. A job that the whole cluster could not hold holds back
-nobody.
+Higher priority goes first, then the job that was queued first. A job that must wait holds
+back those behind it that need the same kind of rank (with a GPU or without), so a large
+job is never starved by small ones. A job that even the empty cluster could not hold holds
+back no other.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,29 +17,29 @@ from workers.protocol.wire import NodeInfo
 
 
 @dataclass(frozen=True)
-class Waiting:
+class QueuedJob:
     """A job in the queue."""
 
     job_id: str
     priority: int
-    place: int
-    """Smaller came earlier."""
-    need: ResourceRequest
+    queue_number: int
+    """Smaller was queued earlier."""
+    request: ResourceRequest
 
 
 @dataclass(frozen=True)
-class Held:
-    """A job that has been admitted and is not over."""
+class AdmittedJob:
+    """A job that was admitted before and has not ended."""
 
     job_id: str
-    need: ResourceRequest
-    placed: Mapping[str, int] = field(default_factory=dict)
-    """Node id -> ranks there; empty while not known."""
+    request: ResourceRequest
+    ranks_by_node: Mapping[str, int] = field(default_factory=dict)
+    """By node id; empty while it is unknown where the ranks are."""
 
 
 @dataclass(frozen=True)
-class Decision:
-    """The answer for one waiting job."""
+class AdmissionDecision:
+    """The decision about one queued job."""
 
     job_id: str
     admit: bool
@@ -48,48 +48,60 @@ class Decision:
 
 
 def decide(
-    waiting: Iterable[Waiting], held: Iterable[Held], nodes: Sequence[NodeInfo]
-) -> list[Decision]:
-    """One decision per waiting job, in the order of the queue."""
+    queued: Iterable[QueuedJob], admitted: Iterable[AdmittedJob], nodes: Sequence[NodeInfo]
+) -> list[AdmissionDecision]:
+    """Returns one decision per queued job, in the order of the queue."""
+    # What is left beside the jobs that were admitted before.
     free = ClusterCapacity(nodes)
-    for holder in held:
-        free.hold(holder.need, holder.placed)
+    for job in admitted:
+        free.reserve_admitted(job.request, job.ranks_by_node)
+    # By kind of rank (with a GPU or without): the job that waits at the head of it.
     blocked_by: dict[bool, str] = {}
     decisions = []
-    for job in sorted(waiting, key=lambda job: (-job.priority, job.place)):
-        decisions.append(_decide_one(job, free, ClusterCapacity(nodes), blocked_by))
+    for candidate in sorted(queued, key=lambda job: (-job.priority, job.queue_number)):
+        empty = ClusterCapacity(nodes)
+        decisions.append(_decide_one(candidate, free, empty, blocked_by))
     return decisions
 
 
 def _decide_one(
-    job: Waiting, free: ClusterCapacity, whole: ClusterCapacity, blocked_by: dict[bool, str]
-) -> Decision:
-    need = job.need
-    kind = "GPU" if need.gpu else "CPU"
-    if whole.ranks(need) < need.ranks:
-        text = (
-            f"waits for nodes: {need.ranks} {kind} ranks in islands of {need.island}, the "
-            f"whole cluster has room for {whole.ranks(need)}"
+    job: QueuedJob,
+    free: ClusterCapacity,
+    empty: ClusterCapacity,
+    blocked_by: dict[bool, str],
+) -> AdmissionDecision:
+    """Decides about one job; reserves its room, or notes that it blocks its kind."""
+    request = job.request
+    if empty.max_ranks(request) < request.ranks:
+        # Checked before the queue: it must wait for new nodes, so it blocks no other.
+        room = empty.max_ranks(request)
+        return _wait(
+            job, f"needs {_needed(request)}; the whole cluster has room for {room}"
         )
-        return Decision(job.job_id, False, StatusReason.WAITING_QUOTA, text)
-    if need.gpu in blocked_by:
-        return Decision(
-            job.job_id,
-            False,
-            StatusReason.WAITING_QUOTA,
-            f"waits behind {blocked_by[need.gpu]}",
-        )
-    free_ranks = free.ranks(need)
-    if free.take(need):
-        return Decision(
-            job.job_id,
-            True,
-            None,
-            f"admitted: {need.ranks} {kind} ranks, there was room for {free_ranks}",
-        )
-    blocked_by[need.gpu] = job.job_id
-    text = (
-        f"waits for room: {need.ranks} {kind} ranks in islands of {need.island}, there is room "
-        f"for {free_ranks} now"
-    )
-    return Decision(job.job_id, False, StatusReason.WAITING_QUOTA, text)
+    # It might fit where the job ahead does not, and would then delay that job for ever.
+    if request.gpu in blocked_by:
+        return _wait(job, f"queued behind {blocked_by[request.gpu]}")
+    free_ranks = free.max_ranks(request)
+    if free.reserve(request):
+        message = f"scheduled: {request.ranks} {_kind(request)} ranks"
+        return AdmissionDecision(job.job_id, True, None, message)
+    # From here on this job holds back all others of its kind.
+    blocked_by[request.gpu] = job.job_id
+    return _wait(job, f"needs {_needed(request)}; room for {free_ranks} now")
+
+
+def _wait(job: QueuedJob, message: str) -> AdmissionDecision:
+    return AdmissionDecision(job.job_id, False, StatusReason.WAITING_QUOTA, message)
+
+
+def _needed(request: ResourceRequest) -> str:
+    ranks = f"{request.ranks} {_kind(request)} ranks"
+    if request.island == 1:
+        return ranks
+    return f"{ranks} in groups of {request.island} on one node"
+
+
+def _kind(request: ResourceRequest) -> str:
+    if request.gpu:
+        return "GPU"
+    return "CPU"

@@ -1,96 +1,102 @@
-"""Agents as the service knows them.
+"""Tracks the agents: when each was last in contact, and the checks it has been sent.
 
-Owns: when each was last heard, and questions waiting for their answers.
-
-Lives on the event loop and in memory: after a restart an agent counts as gone until it
-speaks. Must not know: the database, HTTP.
+Lives on the event loop and in memory: after a restart of the service an agent counts as
+lost until its next request. Must not know: the database, HTTP.
 """
 
 import asyncio
 import time
 import uuid
+from dataclasses import dataclass
 from typing import Any
 
 from megatron_ray.config.problem import Problem
 from workers.protocol.wire import CheckRequest
 
+CheckFuture = asyncio.Future[tuple[Problem, ...]]
+
 
 class Agents:
-    """One agent per cluster; the receiver's monotonic clock decides who is there."""
+    """The agents, one per cluster; the service's monotonic clock decides who is live."""
 
     def __init__(self, lost_s: float) -> None:
         self._lost_s = lost_s
-        self._heard: dict[str, float] = {}
-        self._open: dict[
-            str, dict[str, tuple[CheckRequest, asyncio.Future[tuple[Problem, ...]]]]
-        ] = {}
+        self._last_contact: dict[str, float] = {}
+        self._checks: dict[str, dict[str, PathCheck]] = {}
+        """By cluster and check id."""
 
-    def heard(self, cluster: str) -> None:
-        """The agent has just spoken."""
-        self._heard[cluster] = time.monotonic()
+    def record_contact(self, cluster: str) -> None:
+        """Notes that the agent has just sent a request."""
+        self._last_contact[cluster] = time.monotonic()
 
     def silence_s(self, cluster: str) -> float | None:
-        """Seconds since the agent spoke; None when it has not since the service
-        started.
-        """
-        heard = self._heard.get(cluster)
-        return None if heard is None else time.monotonic() - heard
+        """Returns seconds since the agent's last request; None before its first one."""
+        # Monotonic: a clock that is set must not make all agents look lost.
+        last_contact = self._last_contact.get(cluster)
+        if last_contact is None:
+            return None
+        return time.monotonic() - last_contact
 
     def is_live(self, cluster: str) -> bool:
-        """Whether the agent counts as there."""
-        silence = self.silence_s(cluster)
-        return silence is not None and silence < self._lost_s
+        """Whether the agent has been in contact recently."""
+        silence_s = self.silence_s(cluster)
+        return silence_s is not None and silence_s < self._lost_s
 
     def open_checks(self, cluster: str) -> tuple[CheckRequest, ...]:
-        """Questions without an answer yet."""
-        return tuple(request for request, _ in self._open.get(cluster, {}).values())
+        """Returns the checks that the agent has not answered yet."""
+        requests = []
+        for check in self._checks.get(cluster, {}).values():
+            requests.append(check.request)
+        return tuple(requests)
 
-    def ask(self, cluster: str, spec: dict[str, Any], storage_path: str) -> "Question":
-        """Puts a question where the agent's long poll finds it; the caller wakes the
-        poll.
+    def start_check(
+        self, cluster: str, spec: dict[str, Any], storage_path: str
+    ) -> "PathCheck":
+        """Puts a check of a resolved spec's paths where the agent's long poll finds it.
+
+        The caller must wake the long poll.
         """
         request = CheckRequest(
             check_id=f"check-{uuid.uuid4().hex[:12]}", spec=spec, storage_path=storage_path
         )
-        future = asyncio.get_running_loop().create_future()
-        self._open.setdefault(cluster, {})[request.check_id] = (request, future)
-        return Question(self, cluster, request.check_id, future)
+        # Made on the event loop, where the submission waits and the result arrives.
+        future: CheckFuture = asyncio.get_running_loop().create_future()
+        check = PathCheck(self, cluster, request, future)
+        # It stays listed until it is over, so an agent that restarts finds it again.
+        self._checks.setdefault(cluster, {})[request.check_id] = check
+        return check
 
-    def answer(self, check_id: str, problems: tuple[Problem, ...]) -> None:
-        """Gives a question its answer; one that nobody waits for any more is dropped."""
-        for waiting in self._open.values():
-            if check_id in waiting and not waiting[check_id][1].done():
-                waiting[check_id][1].set_result(problems)
+    def finish_check(self, check_id: str, problems: tuple[Problem, ...]) -> None:
+        """Hands the agent's result to the waiting submission, if it still waits."""
+        for checks in self._checks.values():
+            check = checks.get(check_id)
+            # The agent may send a result twice: the first one counts.
+            if check is not None and not check.future.done():
+                check.future.set_result(problems)
 
-    def forget(self, cluster: str, check_id: str) -> None:
-        """Takes a question away."""
-        self._open.get(cluster, {}).pop(check_id, None)
+    def forget_check(self, check: "PathCheck") -> None:
+        """Removes a check that nobody waits for any more."""
+        self._checks.get(check.cluster, {}).pop(check.request.check_id, None)
 
 
-class Question:
-    """One open question."""
+@dataclass(frozen=True)
+class PathCheck:
+    """A check of a spec's paths from inside the cluster."""
 
-    def __init__(
-        self,
-        agents: Agents,
-        cluster: str,
-        check_id: str,
-        future: "asyncio.Future[tuple[Problem, ...]]",
-    ) -> None:
-        self._agents = agents
-        self._cluster = cluster
-        self._check_id = check_id
-        self._future = future
+    agents: Agents
+    cluster: str
+    request: CheckRequest
+    future: CheckFuture
 
-    async def answer(self, timeout_s: float) -> tuple[Problem, ...] | None:
-        """What the agent found; None when it did not say in time.
+    async def result(self, timeout_s: float) -> tuple[Problem, ...] | None:
+        """Returns what the agent found; None when it did not answer in time.
 
-        The question is over either way.
+        The check is over either way.
         """
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._future
+                return await self.future
         except TimeoutError:
             return None
         finally:
-            self._agents.forget(self._cluster, self._check_id)
+            self.agents.forget_check(self)

@@ -1,121 +1,155 @@
-"""How many ranks a cluster has room for.
+"""Counts how many ranks a cluster has room for.
 
-Owns: counting islands per node. Pure. Must not know: jobs, the database.
+Owns: islands per node. Pure. Must not know: jobs' states, the database.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import floor, inf
+from math import floor
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
 _ROUNDING = 1e-9
+"""Keeps sums of fractional CPUs, such as 3 x 0.1, from losing a rank."""
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """What a job asks of a cluster: ranks in islands that may not span nodes."""
+    """The resources of a job: ranks in islands, each of which must fit on one node."""
 
     ranks: int
     island: int
     """Ranks that must share a node: a tensor-parallel group."""
     cpus_per_rank: float
     gpu: bool
-    """One GPU per rank, beside its CPUs."""
+    """Whether each rank needs a GPU beside its CPUs."""
 
 
 @dataclass
-class _Node:
+class _FreeNode:
+    """What is free on one node."""
+
     node_id: str
     cpus: float
     gpus: float
     accelerator: str | None = None
 
-    def islands(self, need: ResourceRequest) -> int:
-        ranks = min(self.cpus / need.cpus_per_rank, self.gpus if need.gpu else inf)
-        return max(0, floor(ranks / need.island + _ROUNDING))
+    def max_islands(self, request: ResourceRequest) -> int:
+        # The scarcer resource decides; a GPU rank needs both.
+        ranks = self.cpus / request.cpus_per_rank
+        if request.gpu:
+            ranks = min(ranks, self.gpus)
+        return max(0, floor(ranks / request.island + _ROUNDING))
 
-    def take(self, need: ResourceRequest, ranks: int) -> None:
-        self.cpus -= ranks * need.cpus_per_rank
-        self.gpus -= ranks if need.gpu else 0
+    def reserve(self, request: ResourceRequest, ranks: int) -> None:
+        self.cpus -= ranks * request.cpus_per_rank
+        if request.gpu:
+            self.gpus -= ranks
 
 
 class ClusterCapacity:
-    """What is free on each node; `take` uses it up."""
+    """What is free on each node of a cluster; reservations use it up.
+
+    Nodes that are dead, or that cannot read the shared storage, do not count.
+    """
 
     def __init__(self, nodes: Iterable[NodeInfo]) -> None:
-        """Nodes that are dead, or that cannot read the shared storage, do not count."""
-        usable = [node for node in nodes if node.alive and node.storage_ok is not False]
-        self._nodes = [
-            _Node(node.node_id, node.cpus, node.gpus, node.accelerator_type)
-            for node in usable
-        ]
+        self._nodes: list[_FreeNode] = []
+        for node in nodes:
+            # None: the agent has not tried yet. Only a node that failed is left out.
+            if node.alive and node.storage_ok is not False:
+                self._nodes.append(
+                    _FreeNode(node.node_id, node.cpus, node.gpus, node.accelerator_type)
+                )
 
     @property
-    def known(self) -> bool:
-        """False while no node has been reported."""
+    def is_known(self) -> bool:
+        """False while no usable node has been reported."""
         return bool(self._nodes)
 
     @property
     def has_gpus(self) -> bool:
         """Whether `accelerator: auto` means GPUs."""
-        return any(node.gpus >= 1 for node in self._nodes)
+        return bool(self._gpu_nodes())
 
     @property
-    def gpu(self) -> Hardware | None:
-        """The cluster's GPU, the one with most memory where there are several kinds;
-        None while a node with GPUs does not say, or names one that is not known here.
+    def gpu_hardware(self) -> Hardware | None:
+        """The cluster's GPU; where there are several kinds, the one with most memory.
+
+        None when a node with GPUs does not name them, or names an unknown kind.
         """
-        found = [hardware_named(node.accelerator) for node in self._nodes if node.gpus >= 1]
-        known = [device for device in found if device is not None]
-        return (
-            max(known, key=lambda device: device.memory_bytes or 0)
-            if known and len(known) == len(found)
-            else None
-        )
+        largest: Hardware | None = None
+        for node in self._gpu_nodes():
+            hardware = hardware_named(node.accelerator)
+            if hardware is None:
+                # A limit that leaves this node out could refuse a job that fits on it.
+                return None
+            if largest is None or (hardware.memory_bytes or 0) > (
+                largest.memory_bytes or 0
+            ):
+                largest = hardware
+        return largest
 
     @property
-    def most_cpus(self) -> float:
-        """CPUs of the largest node."""
-        return max((node.cpus for node in self._nodes), default=0)
+    def largest_node_cpus(self) -> float:
+        """CPUs of the node that has most."""
+        largest = 0.0
+        for node in self._nodes:
+            largest = max(largest, node.cpus)
+        return largest
 
-    def ranks(self, need: ResourceRequest) -> int:
-        """Ranks that could be placed, in whole islands."""
-        return need.island * sum(node.islands(need) for node in self._nodes)
+    def max_ranks(self, request: ResourceRequest) -> int:
+        """Returns how many ranks of this kind fit, in whole islands."""
+        islands = 0
+        for node in self._nodes:
+            islands += node.max_islands(request)
+        return islands * request.island
 
-    def take(self, need: ResourceRequest) -> bool:
-        """Places a job, fullest nodes first, so that big gaps stay big; takes nothing
-        and returns False when it does not fit.
+    def reserve(self, request: ResourceRequest) -> bool:
+        """Reserves room for a job; False, and nothing reserved, when it does not fit.
+
+        The fullest nodes are used first, so that large gaps stay large.
         """
-        if self.ranks(need) < need.ranks:
+        # Checked first, so that a job that does not fit leaves no node half reserved.
+        if self.max_ranks(request) < request.ranks:
             return False
-        left = need.ranks // need.island
-        for node in sorted(self._nodes, key=lambda node: node.islands(need)):
-            islands = min(left, node.islands(need))
-            node.take(need, islands * need.island)
-            left -= islands
+        # Whole islands only: a tensor-parallel group must not span nodes.
+        remaining = request.ranks // request.island
+        for node in sorted(self._nodes, key=lambda node: node.max_islands(request)):
+            islands = min(remaining, node.max_islands(request))
+            node.reserve(request, islands * request.island)
+            remaining -= islands
         return True
 
-    def hold(self, need: ResourceRequest, placed: Mapping[str, int]) -> None:
-        """Uses up what a running job holds: where its ranks are known to be, or
-        somewhere while that is not known.
+    def reserve_admitted(
+        self, request: ResourceRequest, ranks_by_node: Mapping[str, int]
+    ) -> None:
+        """Reserves what an admitted job holds.
+
+        `ranks_by_node` is empty while it is unknown where the ranks are; room is then
+        reserved on any nodes.
         """
-        if placed:
+        if ranks_by_node:
             for node in self._nodes:
-                node.take(need, placed.get(node.node_id, 0))
-        elif not self.take(need):
-            for node in (
-                self._nodes
-            ):  # it holds what it holds, even if the report says that there is less
-                node.take(need, node.islands(need) * need.island)
+                node.reserve(request, ranks_by_node.get(node.node_id, 0))
+        elif not self.reserve(request):
+            # The job holds its ranks whatever the report says: what is left goes to it.
+            for node in self._nodes:
+                node.reserve(request, node.max_islands(request) * request.island)
+
+    def _gpu_nodes(self) -> list[_FreeNode]:
+        return [node for node in self._nodes if node.gpus >= 1]
 
 
-def need_of(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRequest:
-    """What a spec asks for, at a number of ranks."""
+def resource_request(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRequest:
+    """Returns the resources of a spec at a number of ranks.
+
+    `has_gpus` decides what `accelerator: auto` means.
+    """
     accelerator = spec.resources.accelerator
-    gpu = has_gpus if accelerator == "auto" else accelerator == "gpu"
+    gpu = accelerator == "gpu" or (accelerator == "auto" and has_gpus)
     return ResourceRequest(
         ranks=ranks,
         island=spec.parallel.tp,

@@ -1,7 +1,6 @@
-"""How a job would run, before anything is started.
+"""Estimates memory, communication and time of a job before anything is started.
 
-Owns: what of the library's planning a plan shows, and whether a job fits into a device.
-
+Owns: which of the library's estimates a plan shows, and whether a job fits into a device.
 Pure. Must not know: HTTP, the database.
 """
 
@@ -18,115 +17,151 @@ from megatron_ray.planning.memory import RankMemory, fullest_rank
 from megatron_ray.planning.microbatch import num_microbatches
 from megatron_ray.planning.pipeline import bubble_share
 from megatron_ray.planning.step_time import StepTime, step_time
-from megatron_ray.planning.suggest import degrees, nearest
+from megatron_ray.planning.suggest import Suggestion, degrees, nearest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import resolution
 
 BYTE_VOCABULARY = 257
+"""Bytes and the end of a document."""
+LARGEST_TERMS = 3
+"""How many terms of a rank's memory a message names."""
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Estimates:
-    """What is known of a resolved config whose vocabulary is known."""
+    """The estimates for a resolved config whose vocabulary is known."""
 
     vocab_size: int
     memory: RankMemory
-    """Of the fullest rank, on the kind of device that is named, or on a GPU where none
-    is."""
+    """Of the most loaded rank, on the named device, or on a GPU where none is named."""
     communication: Tally | None
-    """Of that rank; None where the library does not send everything by itself."""
+    """Of that rank; None where torch sends a part of it (zero=3)."""
     bubble_share: float
     time: StepTime | None
-    """None where no device is named, or it is not known to compute in the precision."""
+    """None without a device, or without figures for the device in this precision."""
 
 
 def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
-    """Every rank with its coordinates and its island: ranks of one island share a node."""
+    """Returns each rank with its coordinates and its island.
+
+    The ranks of one island share a node.
+    """
     dims = ParallelDims.of(config.parallel)
-    island = {
-        rank: index for index, group in enumerate(dims.groups(("tp",))) for rank in group
-    }
-    return [
-        {"rank": rank, "coordinates": dims.coordinates(rank), "island": island[rank]}
-        for rank in range(dims.world_size)
-    ]
+    # An island is a tensor-parallel group.
+    island_of: dict[int, int] = {}
+    for island, group in enumerate(dims.groups(("tp",))):
+        for rank in group:
+            island_of[rank] = island
+    entries = []
+    for rank in range(dims.world_size):
+        coordinates = dims.coordinates(rank)
+        entries.append(
+            {"rank": rank, "coordinates": coordinates, "island": island_of[rank]}
+        )
+    return entries
 
 
-def vocabulary(config: TrainConfig) -> int | None:
-    """Tokens the model will know; None when only the tokenizer's file can tell."""
+def vocab_size_of(config: TrainConfig) -> int | None:
+    """Returns the vocabulary's size; None when only the tokenizer's file knows it."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    return {"bpe": config.data.tokenizer.vocab_size, "bytes": BYTE_VOCABULARY}.get(
-        config.data.tokenizer.kind
-    )
+    # A trained tokenizer gets the size asked for, a file's is known once it is read.
+    tokenizer = config.data.tokenizer
+    if tokenizer.kind == "bpe":
+        return tokenizer.vocab_size
+    if tokenizer.kind == "bytes":
+        return BYTE_VOCABULARY
+    return None
 
 
 def with_vocabulary(config: TrainConfig) -> TrainConfig | None:
-    """The config with that many tokens; None while they are not known."""
-    vocab_size = vocabulary(config)
-    return None if vocab_size is None else resolution.with_vocabulary(config, vocab_size)
+    """Returns the config with its vocabulary filled in; None while it is unknown."""
+    vocab_size = vocab_size_of(config)
+    if vocab_size is None:
+        return None
+    return resolution.with_vocabulary(config, vocab_size)
 
 
 def estimates(config: TrainConfig, hardware: Hardware | None) -> Estimates | None:
-    """Of a resolved config; None while the vocabulary is not known."""
-    known = with_vocabulary(config)
-    if known is None:
+    """Returns the estimates for a resolved config; None while its vocabulary is unknown."""
+    # Embedding and head depend on the vocabulary, and often are the largest weights.
+    complete = with_vocabulary(config)
+    if complete is None:
         return None
-    device = hardware.device if hardware is not None else GPU
-    memory = fullest_rank(known, device)
+    device = GPU
+    if hardware is not None:
+        device = hardware.device
+    memory = fullest_rank(complete, device)
+    time = None
+    if hardware is not None:
+        time = step_time(complete, hardware)
     return Estimates(
-        vocab_size=known.model.vocabulary,
+        vocab_size=complete.model.vocabulary,
         memory=memory,
-        communication=step_communication(known, memory.rank),
-        bubble_share=bubble_share(plan_pipeline(known), num_microbatches(known)),
-        time=step_time(known, hardware) if hardware is not None else None,
+        communication=step_communication(complete, memory.rank),
+        bubble_share=bubble_share(plan_pipeline(complete), num_microbatches(complete)),
+        time=time,
     )
 
 
 def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
-    """Whether a resolved config fits into the device; nothing while its vocabulary or
-    the device's memory are not known.
+    """Returns why a resolved config does not fit into the device's memory.
+
+    Returns nothing while its vocabulary or the device's memory is unknown.
     """
-    known = with_vocabulary(config)
-    room = hardware.memory_bytes
-    if known is None or room is None:
+    complete = with_vocabulary(config)
+    device_bytes = hardware.memory_bytes
+    if complete is None or device_bytes is None:
         return []
-    memory = fullest_rank(known, hardware.device)
-    if memory.total_bytes <= room:
+    # The job runs out of memory as soon as one rank does.
+    memory = fullest_rank(complete, hardware.device)
+    if memory.total_bytes <= device_bytes:
         return []
-    largest = ", ".join(
-        f"{name} {size / _GIB:.1f}" for name, size in list(memory.terms.items())[:3] if size
+    detail = (
+        f"rank {memory.rank} needs {memory.total_bytes / _GIB:.1f} GiB "
+        f"({_largest_terms(memory)}), and {hardware.name} has {device_bytes / _GIB:.0f}; "
+        f"{_remedy(complete, hardware)}"
     )
-    text = (
-        f"rank {memory.rank} needs {memory.total_bytes / _GIB:.1f} GiB ({largest}), and "
-        f"{hardware.name} has {room / _GIB:.0f}"
-    )
-    return [Problem("/parallel", "memory_fits", f"{text}; {_remedy(known, hardware)}")]
+    return [Problem("/parallel", "memory_fits", detail)]
+
+
+def _largest_terms(memory: RankMemory) -> str:
+    terms = []
+    for name, size in list(memory.terms.items())[:LARGEST_TERMS]:
+        if size:
+            terms.append(f"{name} {size / _GIB:.1f}")
+    return ", ".join(terms)
 
 
 def _remedy(config: TrainConfig, hardware: Hardware) -> str:
-    world = resolution.world_size(config)
+    """Returns a sentence that names the nearest layout that fits, if there is one."""
+    world_size = resolution.world_size(config)
     precision = config.training.precision
     if precision not in hardware.efficiencies:
+        # Layouts are compared by their step time, which is unknown here.
         return (
             f"no layouts are compared for {precision} on {hardware.name}; raise tp or pp, add "
             "nodes, or use zero=3 or another precision"
         )
-    found = nearest(config, world, hardware)
-    if found is None:
+    # Takes seconds: tries layouts in the order of how much they change.
+    suggestion = nearest(config, world_size, hardware)
+    if suggestion is None:
         return (
-            f"no layout that is tried fits on {world} ranks; add nodes, or use zero=3 or a "
-            "smaller model"
+            f"no layout that was tried fits on {world_size} ranks; add nodes, or use zero=3 "
+            "or a smaller model"
         )
-    training = found.config.training
-    recompute = (
-        "nothing recomputed"
-        if training.recompute.granularity == "none"
-        else f"recompute {training.recompute.granularity}"
+    size = f"{suggestion.memory.total_bytes / _GIB:.1f} GiB"
+    return f"the nearest layout that fits is {_layout(suggestion)} ({size})"
+
+
+def _layout(suggestion: Suggestion) -> str:
+    training = suggestion.config.training
+    granularity = training.recompute.granularity
+    recompute = f"recompute {granularity}"
+    if granularity == "none":
+        recompute = "nothing recomputed"
+    return (
+        f"{degrees(suggestion.config.parallel)}, "
+        f"micro_batch_size={training.micro_batch_size}, {recompute}"
     )
-    sizes = (
-        f"{degrees(found.config.parallel)}, micro_batch_size={training.micro_batch_size}, "
-        f"{recompute}"
-    )
-    return f"the nearest layout that fits is {sizes} ({found.memory.total_bytes / _GIB:.1f} GiB)"

@@ -1,21 +1,25 @@
-"""The only code that changes a job.
+"""Changes jobs: the only code that does, together with `service.jobs.queue`.
 
-Owns: creation, transitions, wishes (run, cancel, checkpoint), events, the queue.
-
-Works inside the caller's transaction. Must not know: HTTP, waiting, how records arrive.
+Owns: creation, transitions, requests (cancel, checkpoint, delete) and events. Works
+inside the caller's transaction. Must not know: HTTP, waiting, how records arrive.
 """
 
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
-from service.http.errors import ProblemError, document
-from service.jobs import admission
-from service.jobs.capacity import need_of
+from service.exceptions import (
+    JobActiveError,
+    JobEndedError,
+    JobNotRunningError,
+    NotFoundError,
+    joined,
+)
 from service.store.database import wake
 from service.store.schema import (
     AttemptRow,
@@ -27,7 +31,6 @@ from service.store.schema import (
     MetricRow,
     SourceRow,
 )
-from workers.protocol.job import JobSpec
 from workers.protocol.states import (
     AttemptState,
     DesiredState,
@@ -35,15 +38,15 @@ from workers.protocol.states import (
     StatusReason,
     may_follow,
 )
-from workers.protocol.wire import AgentReport, NodeInfo
 
 SERVICE = "service"
-TERMINAL = tuple(state.value for state in JobState if state.is_terminal)
+"""The source of the events that the service itself produces."""
+TERMINAL = tuple([state.value for state in JobState if state.is_terminal])
 
 
 @dataclass(frozen=True)
 class NewEvent:
-    """One thing that happened, as it goes into the history."""
+    """An event to be added to a job's history."""
 
     type: str
     message: str = ""
@@ -52,40 +55,50 @@ class NewEvent:
     ranks: tuple[int, ...] = ()
     source: str = SERVICE
     n: int | None = None
-    """Number within the source; the service's own facts take their seq."""
+    """Number within the source; the service's own events take their seq."""
     attempt: int | None = None
+    """None: the job's current attempt."""
     at: float | None = None
+    """Seconds since the epoch by the source's clock; None: now."""
     actor: str = "system"
 
 
 def job_topic(job_id: str) -> str:
-    """What a job's streams wait for."""
+    """Returns the topic that a job's streams and driver wait for."""
     return f"job/{job_id}"
 
 
 def desired_topic(cluster: str) -> str:
-    """What a cluster's agent waits for."""
+    """Returns the topic that a cluster's agent waits for."""
     return f"desired/{cluster}"
 
 
+# ---- finding and locking
+
+
 def lock_cluster(session: Session, name: str) -> ClusterRow:
-    """The cluster's row, locked; taken before any of its jobs, so that two writers
-    cannot wait for each other.
+    """Returns the cluster's row, locked; makes it on first use.
+
+    Always taken before the rows of the cluster's jobs, so that two writers cannot wait
+    for each other.
     """
-    found = session.scalars(
-        sa.select(ClusterRow).where(ClusterRow.name == name).with_for_update()
-    ).one_or_none()
-    if found is None:
-        found = ClusterRow(name=name, revision=0)
-        session.add(found)
+    statement = sa.select(ClusterRow).where(ClusterRow.name == name).with_for_update()
+    row = session.scalars(statement).one_or_none()
+    if row is None:
+        row = ClusterRow(name=name, revision=0)
+        session.add(row)
         session.flush()
-    return found
+    return row
 
 
 def lock(session: Session, job_id: str) -> JobRow:
-    """The job, locked for change. Raises ProblemError not_found."""
+    """Returns a job, locked for a change.
+
+    Raises NotFoundError.
+    """
     cluster = find(session, job_id).cluster
     lock_cluster(session, cluster)
+    # populate_existing: the job may have changed while this waited for the lock.
     statement = (
         sa.select(JobRow)
         .where(JobRow.id == job_id)
@@ -96,74 +109,95 @@ def lock(session: Session, job_id: str) -> JobRow:
 
 
 def find(session: Session, job_id: str) -> JobRow:
-    """The job, for reading. Raises ProblemError not_found."""
-    found = session.scalars(
-        sa.select(JobRow).where(JobRow.id == job_id, JobRow.deleted_at.is_(None))
-    ).one_or_none()
-    if found is None:
-        raise ProblemError(
-            "not_found", f"there is no job {job_id[:80]!r}; GET /v1/jobs lists them"
-        )
-    return found
+    """Returns a job, for reading.
+
+    Raises NotFoundError.
+    """
+    statement = sa.select(JobRow).where(JobRow.id == job_id, JobRow.deleted_at.is_(None))
+    job = session.scalars(statement).one_or_none()
+    if job is None:
+        raise NotFoundError(f"no job {job_id[:80]!r}; GET /v1/jobs lists all jobs")
+    return job
 
 
-def create(session: Session, job: JobRow, labels: dict[str, str], *, known: bool) -> None:
-    """Adds a job in state preparing; `known`: an agent is there to prepare it."""
+# ---- events and wake-ups
+
+
+def add_event(session: Session, job: JobRow, event: NewEvent) -> None:
+    """Appends an event to the job's history and wakes the job's streams."""
+    # seq is given in the transaction that stores the event, so it has no gaps: a
+    # transaction that is rolled back takes its numbers with it.
+    job.last_seq += 1
+    row = EventRow(
+        job=job.number,
+        seq=job.last_seq,
+        source=event.source,
+        n=event.n,
+        attempt=event.attempt,
+        created_at=event.at,
+        level=event.level,
+        type=event.type,
+        message=event.message,
+        data=event.data,
+        ranks=list(event.ranks),
+        actor=event.actor,
+    )
+    if event.n is None:
+        row.n = job.last_seq
+    if event.attempt is None:
+        row.attempt = job.attempt
+    if event.at is None:
+        row.created_at = time.time()
+    session.add(row)
+    wake(session, job_topic(job.id))
+
+
+def desired_changed(session: Session, job: JobRow) -> None:
+    """Announces a change of the job's desired state to its agent and driver."""
+    # The job takes the cluster's counter: agent and driver wait for the same numbers.
+    job.desired_revision = raise_revision(session, job.cluster)
+    wake(session, job_topic(job.id))
+
+
+def raise_revision(session: Session, cluster: str) -> int:
+    """Raises and returns the counter that the cluster's long poll waits for."""
+    row = lock_cluster(session, cluster)
+    row.revision += 1
+    wake(session, desired_topic(cluster))
+    return row.revision
+
+
+# ---- the life of a job
+
+
+def create(
+    session: Session, job: JobRow, labels: dict[str, str], *, is_agent_ready: bool
+) -> None:
+    """Adds a job in state preparing.
+
+    `is_agent_ready`: an agent is there that can start preparing it now.
+    """
     job.status = JobState.PREPARING
     job.desired = DesiredState.PREPARE
-    job.status_reason = StatusReason.PREPARING_DATA if known else StatusReason.WAITING_AGENT
-    job.message = "" if known else f"waits for the agent of cluster {job.cluster!r}"
+    if is_agent_ready:
+        job.status_reason = StatusReason.PREPARING_DATA
+        job.message = ""
+    else:
+        job.status_reason = StatusReason.WAITING_AGENT
+        job.message = f"waiting for the agent of cluster {job.cluster!r}"
     job.progress = {}
     job.last_seq = 0
     job.epoch = 0
     job.attempt = 0
     job.metrics_cursor = 0
     session.add(job)
+    # The flush gives the job its number, which labels and events refer to.
     session.flush()
-    session.add_all(
-        LabelRow(job=job.number, key=key, value=value) for key, value in labels.items()
-    )
-    add_event(
-        session, job, NewEvent("job.created", f"job {job.name!r} was created", actor="user")
-    )
-    changed(session, job)
-
-
-def add_event(session: Session, job: JobRow, fact: NewEvent) -> None:
-    """Appends to the history; the sequence number is given here, in the transaction
-    that stores it.
-    """
-    job.last_seq += 1
-    row = EventRow(
-        job=job.number,
-        seq=job.last_seq,
-        source=fact.source,
-        n=job.last_seq if fact.n is None else fact.n,
-        attempt=job.attempt if fact.attempt is None else fact.attempt,
-        created_at=time.time() if fact.at is None else fact.at,
-        level=fact.level,
-        type=fact.type,
-        message=fact.message,
-        data=fact.data,
-        ranks=list(fact.ranks),
-        actor=fact.actor,
-    )
-    session.add(row)
-    wake(session, job_topic(job.id))
-
-
-def changed(session: Session, job: JobRow) -> None:
-    """What is wanted of the job has changed: agent and driver must hear of it."""
-    job.desired_revision = raise_revision(session, job.cluster)
-    wake(session, job_topic(job.id))
-
-
-def raise_revision(session: Session, cluster: str) -> int:
-    """Moves the counter that the cluster's long poll watches."""
-    row = lock_cluster(session, cluster)
-    row.revision += 1
-    wake(session, desired_topic(cluster))
-    return row.revision
+    for key, value in labels.items():
+        session.add(LabelRow(job=job.number, key=key, value=value))
+    event = NewEvent("job.created", f"job {job.name!r} created", actor="user")
+    add_event(session, job, event)
+    desired_changed(session, job)
 
 
 def transition(
@@ -171,218 +205,158 @@ def transition(
     job: JobRow,
     new: JobState,
     reason: StatusReason | None,
-    fact: NewEvent,
+    event: NewEvent,
 ) -> bool:
-    """Moves the observed state if the table allows it, and writes the history either
-    way.
+    """Moves the observed state if the table of transitions allows it.
 
-    A state that may not follow is a late word of a driver that has not yet heard: it is
-    kept as `job.state_ignored`.
+    Returns whether it did. A state that may not follow was sent by a driver that did not
+    know the current one yet: it is kept in the history as `job.state_ignored`.
     """
     current = JobState(job.status)
+    # A state may follow itself, since drivers repeat themselves, but an end ends once.
     if not may_follow(current, new) or (current == new and new.is_terminal):
-        text = f"the driver said {new.value}, the job stays {current.value}"
-        add_event(
-            session,
-            job,
-            NewEvent(
-                "job.state_ignored",
-                text,
-                data={"state": new.value},
-                source=fact.source,
-                n=fact.n,
-                at=fact.at,
-            ),
-        )
+        _ignore_state(session, job, new, event)
         return False
     job.status = new
     job.status_reason = reason
-    job.message = fact.message
-    at = time.time() if fact.at is None else fact.at
+    job.message = event.message
+    at = event.at
+    if at is None:
+        at = time.time()
+    # The first start of training counts: later ones are recoveries.
     if new is JobState.RUNNING and job.started_at is None:
         job.started_at = at
     if new is JobState.QUEUED:
+        # Admission must decide again, also about a job that comes back to the queue.
         job.desired = DesiredState.PREPARE
-        _enqueue(session, job)
+        _give_queue_number(session, job)
     if new.is_terminal:
         job.ended_at = at
         _close_attempts(session, job)
-    add_event(session, job, fact)
+    add_event(session, job, event)
+    # An ended job's driver must exit, and a queued job's must wait for its admission.
     if new.is_terminal or new is JobState.QUEUED:
-        changed(session, job)
+        desired_changed(session, job)
     return True
 
 
-def _close_attempts(session: Session, job: JobRow) -> None:
-    """What has no end by now gets the job's: a driver that is cancelled or killed may
-    never tell it.
-    """
-    state = (
-        AttemptState.SUCCEEDED if job.status == JobState.SUCCEEDED else AttemptState.STOPPED
-    )
-    for row in session.scalars(
-        sa.select(AttemptRow).where(
-            AttemptRow.job == job.number, AttemptRow.ended_at.is_(None)
-        )
-    ):
-        row.state = state
-        row.reason = job.status_reason
-        row.ended_at = job.ended_at
-
-
-def fail(session: Session, job: JobRow, problems: list[Problem], fact: NewEvent) -> None:
-    """The user's mistake, found after the job was accepted."""
+def fail(session: Session, job: JobRow, problems: list[Problem], event: NewEvent) -> None:
+    """Ends a job whose spec turned out to be wrong after it was accepted."""
     if JobState(job.status).is_terminal:
         return
-    detail = "; ".join(f"{item.pointer}: {item.detail}" for item in problems)
-    if transition(session, job, JobState.FAILED, StatusReason.SPEC_INVALID, fact):
+    detail = joined(problems)
+    if transition(session, job, JobState.FAILED, StatusReason.SPEC_INVALID, event):
         job.message = detail
-        job.problem = document("spec_invalid", detail, problems)
+        job.problem = stored_problem("spec_invalid", detail, problems)
 
 
 def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
-    """Asks for the job's end; one that no driver has taken up ends here and now.
+    """Asks for the job's end; a job that no driver has started ends now.
 
-    Harmless when asked again.
+    Does nothing for a job that has ended or is being cancelled.
     """
-    state = JobState(job.status)
-    if state.is_terminal or job.desired == DesiredState.CANCEL:
+    if JobState(job.status).is_terminal or job.desired == DesiredState.CANCEL:
         return
     job.desired = DesiredState.CANCEL
     job.final_checkpoint = final_checkpoint
-    fact = NewEvent(
-        "job.cancelling",
-        "the user asked for the job's end",
-        data={"checkpoint": final_checkpoint},
-        actor="user",
-    )
-    transition(session, job, JobState.CANCELLING, StatusReason.USER_CANCELLED, fact)
-    changed(session, job)
+    data = {"checkpoint": final_checkpoint}
+    event = NewEvent("job.cancelling", "cancellation requested", data=data, actor="user")
+    transition(session, job, JobState.CANCELLING, StatusReason.USER_CANCELLED, event)
+    desired_changed(session, job)
+    # Epoch 0: no driver has ever asked for its cursor, so none would report the end.
     if job.epoch == 0:
-        fact = NewEvent(
-            "job.cancelled", "cancelled before a driver had taken it up", actor="user"
-        )
-        transition(session, job, JobState.CANCELLED, StatusReason.USER_CANCELLED, fact)
+        event = NewEvent("job.cancelled", "cancelled before it started", actor="user")
+        transition(session, job, JobState.CANCELLED, StatusReason.USER_CANCELLED, event)
 
 
 def request_checkpoint(session: Session, job: JobRow) -> None:
     """Asks for one checkpoint now.
 
-    Raises ProblemError job_ended, or job_active while nothing trains.
+    Raises JobEndedError, and JobNotRunningError while nothing trains.
     """
     state = JobState(job.status)
     if state.is_terminal:
-        raise ProblemError(
-            "job_ended",
-            f"the job has {state.value}; only a running job can write a checkpoint",
+        raise JobEndedError(
+            f"the job has ended ({state.value}); only a running job can write a checkpoint"
+        )
+    if state is JobState.CANCELLING:
+        raise JobNotRunningError(
+            "the job is being cancelled; only a running job can write a checkpoint"
         )
     if state is not JobState.RUNNING:
-        raise ProblemError(
-            "job_active", f"the job is {state.value}; wait until it is running"
-        )
+        raise JobNotRunningError(f"the job is {state.value}; wait until it is running")
+    # A counter and not a flag: the driver sees two requests as two.
     job.checkpoint_requests += 1
-    add_event(
-        session,
-        job,
-        NewEvent("checkpoint.requested", "the user asked for a checkpoint", actor="user"),
-    )
-    changed(session, job)
+    event = NewEvent("checkpoint.requested", "checkpoint requested", actor="user")
+    add_event(session, job, event)
+    desired_changed(session, job)
 
 
 def delete(session: Session, job: JobRow) -> None:
-    """Forgets an ended job and its history; its id stays known, so that leftovers in
-    the cluster can be told apart.
+    """Deletes an ended job and its history.
+
+    The row keeps its id, so that what is left of the job in the cluster can be recognised
+    and removed. Raises JobActiveError.
     """
     state = JobState(job.status)
     if not state.is_terminal:
-        raise ProblemError(
-            "job_active",
+        raise JobActiveError(
             f"the job is {state.value}; cancel it first (POST /v1/jobs/{job.id}/cancel) "
-            "and wait for its end",
+            "and wait until it has ended"
         )
+    # The job's own row stays, so no foreign key deletes these.
     for table in (EventRow, MetricRow, AttemptRow, CheckpointRow, SourceRow, LabelRow):
         session.execute(sa.delete(table).where(table.job == job.number))
     job.deleted_at = time.time()
     job.spec = {}
     job.resolved_spec = {}
     job.progress = {}
-    job.prepared = job.problem = job.last_checkpoint = None
+    job.prepared = None
+    job.problem = None
+    job.last_checkpoint = None
+    # Open streams find `deleted_at` set and end.
     wake(session, job_topic(job.id))
 
 
-def active(session: Session, cluster: str) -> list[JobRow]:
-    """Jobs of a cluster that are not over, oldest first."""
-    statement = (
-        sa.select(JobRow)
-        .where(JobRow.cluster == cluster, JobRow.status.not_in(TERMINAL))
-        .order_by(JobRow.number)
+def stored_problem(
+    code: str, detail: str, problems: Iterable[Problem] = (), **extra: Any
+) -> dict[str, Any]:
+    """Returns the reason why a job failed as its row holds it."""
+    errors = [asdict(problem) for problem in problems]
+    return {"code": code, "detail": detail, "errors": errors, **extra}
+
+
+def _ignore_state(session: Session, job: JobRow, new: JobState, event: NewEvent) -> None:
+    message = f"ignored state {new.value} from the driver; the job stays {job.status}"
+    ignored = NewEvent(
+        "job.state_ignored",
+        message,
+        data={"state": new.value},
+        source=event.source,
+        n=event.n,
+        at=event.at,
     )
-    return list(session.scalars(statement))
+    add_event(session, job, ignored)
 
 
-def admit(session: Session, cluster: ClusterRow) -> None:
-    """Decides about the queue with what the cluster has reported; does nothing while
-    that is unknown.
-    """
-    if cluster.report is None:
+def _close_attempts(session: Session, job: JobRow) -> None:
+    """Ends open attempts with the job: a driver that was killed never reports it."""
+    state = AttemptState.STOPPED
+    if job.status == JobState.SUCCEEDED:
+        state = AttemptState.SUCCEEDED
+    statement = sa.select(AttemptRow).where(
+        AttemptRow.job == job.number, AttemptRow.ended_at.is_(None)
+    )
+    for row in session.scalars(statement):
+        row.state = state
+        row.reason = job.status_reason
+        row.ended_at = job.ended_at
+
+
+def _give_queue_number(session: Session, job: JobRow) -> None:
+    # A job that comes back to the queue keeps its number, and so its place.
+    if job.queue_number is not None:
         return
-    nodes = AgentReport.model_validate(cluster.report).nodes
-    rows = {
-        row.id: row for row in active(session, cluster.name) if row.world_size is not None
-    }
-    queued = [
-        row
-        for row in rows.values()
-        if row.status == JobState.QUEUED and row.desired == DesiredState.PREPARE
-    ]
-    if not queued:
-        return
-    waiting = []
-    held = []
-    for row in rows.values():
-        need = need_of(
-            JobSpec.model_validate(row.resolved_spec), row.world_size or 0, has_gpus=False
-        )
-        if row in queued:
-            waiting.append(
-                admission.Waiting(
-                    row.id, row.priority, row.queue_number or row.number, need
-                )
-            )
-        elif JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
-            held.append(admission.Held(row.id, need, _placed(session, row, nodes)))
-    for decision in admission.decide(waiting, held, nodes):
-        _apply(session, rows[decision.job_id], decision)
-
-
-def _apply(session: Session, job: JobRow, decision: admission.Decision) -> None:
-    if decision.admit:
-        job.desired = DesiredState.RUN
-        job.status_reason = None
-        job.message = decision.message
-        add_event(session, job, NewEvent("job.admitted", decision.message))
-        changed(session, job)
-    elif (job.status_reason, job.message) != (decision.reason, decision.message):
-        job.status_reason = decision.reason
-        job.message = decision.message
-        wake(session, job_topic(job.id))
-
-
-def _placed(session: Session, job: JobRow, nodes: tuple[NodeInfo, ...]) -> dict[str, int]:
-    row = session.get(AttemptRow, (job.number, job.attempt))
-    alive = {node.node_id for node in nodes if node.alive}
-    found: dict[str, int] = {}
-    for rank in row.ranks if row is not None else ():
-        node = rank.get("node_id")
-        if node not in alive:
-            return {}  # the map is out of date: the job is on its way to other nodes
-        found[node] = found.get(node, 0) + 1
-    return found
-
-
-def _enqueue(session: Session, job: JobRow) -> None:
-    if job.queue_number is None:
-        last = session.scalar(
-            sa.select(sa.func.max(JobRow.queue_number)).where(JobRow.cluster == job.cluster)
-        )
-        job.queue_number = (last or 0) + 1
+    statement = sa.select(sa.func.max(JobRow.queue_number))
+    last = session.scalar(statement.where(JobRow.cluster == job.cluster))
+    job.queue_number = (last or 0) + 1

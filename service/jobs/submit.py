@@ -1,9 +1,9 @@
-"""A submission's way in.
+"""Makes a job of a submitted spec.
 
-Owns: the order of checks, asking the agent, making the row. Must not know: HTTP.
+Owns: the order of checks before a job is stored. Must not know: HTTP.
 
-Nothing is stored before everything that can be checked has been: a refused spec leaves
-no trace.
+Nothing is stored before everything that can be checked has been: a refused spec leaves no
+trace.
 """
 
 import secrets
@@ -11,143 +11,117 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
+from anyio.to_thread import run_sync
+from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
-from service.api import render
-from service.http.dependencies import Context
-from service.http.errors import spec_invalid
-from service.http.idempotency import IdempotentRequest
-from service.jobs import lifecycle, submissions
+from service.exceptions import SpecInvalidError
+from service.jobs import cluster_fit, lifecycle, spec_checks
+from service.jobs.agents import Agents
 from service.jobs.capacity import ClusterCapacity
+from service.settings import Settings
+from service.store.database import Store
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a submission is told."""
-
-    status: int
-    body: dict[str, Any]
-    replayed: bool = False
-    """The same request had been answered before."""
-
-
 def new_job_id() -> str:
-    """60 random bits, readable."""
-    return "job-" + "".join(secrets.choice(_ALPHABET) for _ in range(12))
+    """Returns a readable id of 60 random bits."""
+    return "job-" + "".join(secrets.SystemRandom().choices(_ALPHABET, k=12))
 
 
-async def submit(
-    context: Context, spec: JobSpec, given: dict[str, Any], repeat: IdempotentRequest
-) -> Answer:
-    """Makes a job.
+@dataclass(frozen=True)
+class Submitter:
+    """Checks submitted specs and makes jobs of them."""
 
-    Raises ProblemError spec_invalid with everything wrong at once,
-    idempotency_key_reused.
-    """
-    earlier, room, taken = await run_in_threadpool(_look, context, spec, repeat)
-    if earlier is not None:
-        return earlier
-    problems = [*await run_in_threadpool(check, context, spec, room), *taken]
-    if problems:
-        raise spec_invalid(problems)
-    job_id = new_job_id()
-    job_dir = (
-        spec.storage.path
-        if spec.storage is not None
-        else str(context.settings.data_dir / "jobs" / job_id)
-    )
-    problems = await ask_agent(context, spec, room, job_dir) or []
-    if problems:
-        raise spec_invalid(problems)
-    row = JobRow(
-        id=job_id,
-        name=spec.name,
-        cluster=spec.cluster,
-        priority=spec.priority,
-        created_at=time.time(),
-        job_dir=job_dir,
-        spec=given,
-    )
-    if room.known:
-        found = submissions.resolve(spec, room, job_dir)
-        row.resolved_spec = found.spec.model_dump(mode="json")
-        row.world_size = found.world_size
-    else:
-        row.resolved_spec = spec.model_dump(mode="json")
-        row.world_size = None
-    answer = await run_in_threadpool(_store, context, spec, row, repeat)
-    if not answer.replayed:
-        context.telemetry.jobs_created.inc()
-    return answer
+    settings: Settings
+    store: Store
+    agents: Agents
 
+    async def prepare(self, spec: JobSpec, submitted: dict[str, Any]) -> JobRow:
+        """Returns the row of a new job, to be stored by `create`.
 
-def check(context: Context, spec: JobSpec, room: ClusterCapacity) -> list[Problem]:
-    """What the service can see by itself; whether it fits is only asked once everything
-    else is right.
-    """
-    return submissions.check_rules(spec, context.settings) or submissions.check_fit(
-        spec, room
-    )
+        `submitted` is the spec as the user sent it. Raises SpecInvalidError with
+        everything that is wrong at once.
+        """
+        capacity, problems = await run_sync(self.read_cluster, spec)
+        # Checked in a thread: a layout that fits may have to be searched for.
+        problems = [*await run_sync(self._check, spec, capacity), *problems]
+        if problems:
+            raise SpecInvalidError(problems)
+        job_id = new_job_id()
+        job_dir = self.job_dir(spec, job_id)
+        # The agent comes last: it looks at real paths, which takes longest.
+        path_problems = await self.check_paths(spec, capacity, job_dir)
+        if path_problems:
+            raise SpecInvalidError(path_problems)
+        job = JobRow(id=job_id, name=spec.name, cluster=spec.cluster)
+        job.priority = spec.priority
+        job.created_at = time.time()
+        job.job_dir = job_dir
+        job.spec = submitted
+        # Without a known cluster the first report resolves the spec.
+        if capacity.is_known:
+            resolved = cluster_fit.resolve(spec, capacity, job_dir)
+            job.resolved_spec = resolved.spec.model_dump(mode="json")
+            job.world_size = resolved.world_size
+        else:
+            job.resolved_spec = spec.model_dump(mode="json")
+            job.world_size = None
+        return job
 
+    def create(self, session: Session, spec: JobSpec, job: JobRow) -> None:
+        """Stores a prepared job in the caller's transaction, which locks its cluster.
 
-async def ask_agent(
-    context: Context, spec: JobSpec, room: ClusterCapacity, job_dir: str
-) -> list[Problem] | None:
-    """What a look from inside the cluster finds wrong with the paths; None when no
-    agent answers in time.
-    """
-    if not context.agents.is_live(spec.cluster) or not room.known:
-        return None
-    resolved = submissions.resolve(spec, room, job_dir).spec.model_dump(mode="json")
-    question = context.agents.ask(spec.cluster, resolved, job_dir)
-    await run_in_threadpool(_raise_revision, context, spec.cluster)
-    found = await question.answer(context.settings.check_wait_s)
-    return None if found is None else list(found)
-
-
-def _raise_revision(context: Context, cluster: str) -> None:
-    with context.store.write() as session:
-        lifecycle.raise_revision(session, cluster)
-
-
-def _look(
-    context: Context, spec: JobSpec, repeat: IdempotentRequest
-) -> tuple[Answer | None, ClusterCapacity, list[Problem]]:
-    with context.store.read() as session:
-        earlier = repeat.earlier(session)
-        answer = Answer(*earlier, replayed=True) if earlier else None
-        return (
-            answer,
-            submissions.room_of(session, spec.cluster),
-            submissions.check_storage(session, spec),
-        )
-
-
-def _store(
-    context: Context, spec: JobSpec, row: JobRow, repeat: IdempotentRequest
-) -> Answer:
-    with context.store.write() as session:
-        lifecycle.lock_cluster(session, row.cluster)
-        earlier = repeat.earlier(session)
-        if earlier is not None:
-            return Answer(*earlier, replayed=True)
-        taken = submissions.check_storage(
-            session, spec
-        )  # again: another may have come in the meantime
-        if taken:
-            raise spec_invalid(taken)
-        lifecycle.create(
-            session,
-            row,
-            spec.metadata,
-            known=row.world_size is not None and context.agents.is_live(row.cluster),
-        )
+        Raises SpecInvalidError when another job has taken the folder since `prepare`.
+        """
+        # Checked again: another job may have been stored since `prepare` looked.
+        problems = spec_checks.check_storage(session, spec)
+        if problems:
+            raise SpecInvalidError(problems)
+        is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
+        lifecycle.create(session, job, spec.metadata, is_agent_ready=is_agent_ready)
         session.flush()
-        body = render.job(session, row).model_dump(mode="json")
-        repeat.remember(session, 201, body)
-        return Answer(201, body)
+
+    def read_cluster(self, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
+        """Returns the spec's cluster, and why its folder cannot be used."""
+        with self.store.read() as session:
+            capacity = cluster_fit.capacity_of(session, spec.cluster)
+            return capacity, spec_checks.check_storage(session, spec)
+
+    async def check_paths(
+        self, spec: JobSpec, capacity: ClusterCapacity, job_dir: str
+    ) -> list[Problem] | None:
+        """Returns what the agent finds wrong with the spec's paths.
+
+        The service itself cannot see the cluster's files. Returns None when no agent
+        answers in time.
+        """
+        # A lost agent would only make the user wait for nothing.
+        if not self.agents.is_live(spec.cluster) or not capacity.is_known:
+            return None
+        resolved = cluster_fit.resolve(spec, capacity, job_dir).spec.model_dump(mode="json")
+        path_check = self.agents.start_check(spec.cluster, resolved, job_dir)
+        # The check lies ready before the agent's long poll is woken to fetch it.
+        await run_sync(self._wake_agent, spec.cluster)
+        problems = await path_check.result(self.settings.check_wait_s)
+        if problems is None:
+            return None
+        return list(problems)
+
+    def job_dir(self, spec: JobSpec, job_id: str) -> str:
+        """Returns the folder or URI of everything that the job writes."""
+        if spec.storage is not None:
+            return spec.storage.path
+        return str(self.settings.data_dir / "jobs" / job_id)
+
+    def _check(self, spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
+        # Whether it fits means nothing for a spec that contradicts itself.
+        problems = spec_checks.check_rules(spec, self.settings)
+        return problems or cluster_fit.check_fit(spec, capacity)
+
+    def _wake_agent(self, cluster: str) -> None:
+        with self.store.write() as session:
+            lifecycle.raise_revision(session, cluster)

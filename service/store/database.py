@@ -1,12 +1,12 @@
-"""The database as a thing to open, read and write.
+"""Opens the database and runs transactions in it.
 
-Owns: engine, transactions, migration at start. Must not know: jobs' meaning.
+Owns: engine, transactions, migration at start. Must not know: jobs.
 
-SQLite in WAL mode by default: readers never wait, one writer at a time, every commit is
-on disk before it is answered. On Postgres writers take turns too, those of other
-services included, by one advisory lock: what a transaction has read does not change
-until it commits, and nothing above has to think of two that insert the same row.
-Transactions are short and few (records come in batches).
+SQLite in WAL mode by default: readers never wait, there is one writer at a time, and every
+commit is on disk before it is answered. On Postgres writers take turns too, those of other
+services included, by one advisory lock: what a transaction has read does not change until
+it commits, so no caller has to think of two that insert the same row. Transactions are
+short and few, because records come in batches.
 """
 
 import contextlib
@@ -26,15 +26,28 @@ from service.store.schema import REVISION, DeploymentRow
 
 BUSY_TIMEOUT_S = 30
 WRITE_LOCK = 0x6D_65_67_61
-"""Any fixed number."""
-
-Notify = Callable[..., None]
+"""Key of the advisory lock: any fixed number."""
 WAKE = "wake"
+"""Entry of `Session.info` that holds the topics to notify."""
+_WRITES = "megatron_ray_write"
+"""Execution option of connections that write."""
+_SQLITE_PRAGMAS = (
+    "journal_mode=WAL",
+    "synchronous=FULL",
+    "foreign_keys=ON",
+    f"busy_timeout={BUSY_TIMEOUT_S * 1000}",
+    "temp_store=MEMORY",
+)
+Notify = Callable[..., None]
 
 
 def wake(session: Session, *topics: str) -> None:
-    """Asks for the topics' waiters to be woken once the transaction is committed."""
+    """Notifies the topics' waiters once the transaction is committed."""
     session.info.setdefault(WAKE, set()).update(topics)
+
+
+def _notify_no_one(*topics: str) -> None:
+    """Stands for a notifier where nothing waits."""
 
 
 class Store:
@@ -46,41 +59,30 @@ class Store:
     def __init__(self, engine: Engine, notify: Notify) -> None:
         self._engine = engine
         self._notify = notify
-        self._writing = engine.execution_options(megatron_ray_write=True)
-        self._lock = (
-            threading.Lock()
-            if engine.dialect.name == "sqlite"
-            else contextlib.nullcontext()
-        )
+        self._write_engine = engine.execution_options(**{_WRITES: True})
+        self._lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if engine.dialect.name == "sqlite":
+            # Threads of this process wait here and not in SQLite's busy loop, which polls.
+            self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, url: str, notify: Notify = lambda *_: None) -> "Store":
-        """Opens and migrates; `notify` hears the topics of `wake` after each commit.
+    def open(cls, url: str, notify: Notify = _notify_no_one) -> "Store":
+        """Opens and migrates a database.
 
-        Raises SettingsError for a URL that cannot be used, sqlalchemy's errors for a
-        broken database.
+        `notify` is called after each commit with the topics given to `wake`. Raises
+        SettingsError for a URL that cannot be used, sqlalchemy's errors for a broken
+        database.
         """
         try:
-            parsed = sa.make_url(url)
-            if parsed.get_backend_name() == "sqlite":
-                engine = _sqlite_engine(parsed)
-            elif parsed.get_backend_name() == "postgresql":
-                engine = _postgresql_engine(parsed)
-            else:
-                raise sa.exc.ArgumentError(
-                    f"{parsed.get_backend_name()} is not spoken here"
-                )
+            engine = _engine(sa.make_url(url))
         except (
             sa.exc.ArgumentError,
             sa.exc.NoSuchModuleError,
             ModuleNotFoundError,
         ) as error:
-            ways = (
-                "give sqlite:///<path>, or postgresql+psycopg://... with `pip install "
-                "'megatron-ray[postgres]'`"
-            )
             raise SettingsError(
-                f"MEGATRON_RAY_DATABASE_URL cannot be used: {error}; {ways}"
+                f"MEGATRON_RAY_DATABASE_URL cannot be used: {error}; use sqlite:///<path>, or "
+                "postgresql+psycopg://... with `pip install 'megatron-ray[postgres]'`"
             ) from error
         store = cls(engine, notify)
         store._migrate()
@@ -88,45 +90,51 @@ class Store:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[Session]:
-        """A consistent view of the database; changes nothing."""
+        """Yields a session with a consistent view of the database, for reading only."""
         with Session(self._engine) as session:
             yield session
 
     @contextlib.contextmanager
     def write(self) -> Iterator[Session]:
-        """One transaction: all of the block or, on any exception, nothing."""
+        """Yields a session in one transaction: all of the block or, on any exception, none."""
         with (
             self._lock,
-            Session(self._writing, expire_on_commit=False) as session,
+            # Rows stay readable after the commit, when there is no transaction any more.
+            Session(self._write_engine, expire_on_commit=False) as session,
             session.begin(),
         ):
             yield session
+        # Only now: a waiter that is woken before the commit would read the old state.
         self._notify(*sorted(session.info.get(WAKE, ())))
 
     def insert_or_ignore(
         self, session: Session, table: sa.Table, rows: list[dict[str, Any]]
     ) -> int:
-        """Inserts rows whose key is not there yet; returns how many were."""
+        """Inserts the rows whose key is not there yet; returns how many were inserted."""
         if not rows:
             return 0
-        statement = (
-            _sqlite_insert(table)
-            if self._engine.dialect.name == "sqlite"
-            else _postgresql_insert(table)
-        )
+        # Both dialects spell it alike and share no class. Imported here because the
+        # Postgres one loads all of its drivers' dialects.
+        if self._engine.dialect.name == "sqlite":
+            from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+
+            statement: sa.Insert = sqlite_insert(table).on_conflict_do_nothing()
+        else:
+            from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+
+            statement = postgresql_insert(table).on_conflict_do_nothing()
         return session.connection().execute(statement, rows).rowcount
 
     def deployment(self) -> DeploymentRow:
-        """Who this service is; made on first use and the same ever after."""
+        """Returns the service's identity, which is made on first use and then stays."""
         with self.write() as session:
-            found = session.scalars(sa.select(DeploymentRow)).first()
-            if found is None:
+            row = session.scalars(sa.select(DeploymentRow)).first()
+            if row is None:
                 name = secrets.token_hex(4)
-                found = DeploymentRow(
-                    id=name, namespace=f"megatron-ray-{name}", created_at=time.time()
-                )
-                session.add(found)
-            return found
+                row = DeploymentRow(id=name, namespace=f"megatron-ray-{name}")
+                row.created_at = time.time()
+                session.add(row)
+            return row
 
     def ping(self) -> None:
         """Raises sqlalchemy.exc.SQLAlchemyError when the database does not answer."""
@@ -134,11 +142,12 @@ class Store:
             session.execute(sa.text("SELECT 1"))
 
     def close(self) -> None:
-        """Gives all connections back."""
+        """Closes all connections."""
         self._engine.dispose()
 
     def _migrate(self) -> None:
-        with self._lock, self._writing.begin() as connection:
+        # A writing transaction: of two services that start at once, one migrates.
+        with self._lock, self._write_engine.begin() as connection:
             if _revision(connection) != REVISION:
                 # Imported here because Alembic takes a fifth of a start, and nearly
                 # every start finds nothing to do.
@@ -148,36 +157,34 @@ class Store:
 
 
 def _revision(connection: Connection) -> str | None:
-    """The migration that the database stands at; None for a new one."""
+    """Returns the newest migration of the database; None for a new database."""
     if not sa.inspect(connection).has_table("alembic_version"):
         return None
-    found: str | None = connection.scalar(
-        sa.text("SELECT version_num FROM alembic_version")
-    )
-    return found
+    statement = sa.text("SELECT version_num FROM alembic_version")
+    revision: str | None = connection.scalar(statement)
+    return revision
 
 
-def _sqlite_insert(table: sa.Table) -> sa.Insert:
-    from sqlalchemy.dialects.sqlite import insert
+def _engine(url: sa.URL) -> Engine:
+    backend = url.get_backend_name()
+    if backend == "sqlite":
+        return _sqlite_engine(url)
+    if backend == "postgresql":
+        return _postgresql_engine(url)
+    raise sa.exc.ArgumentError(f"{backend} is not supported")
 
-    return insert(table).on_conflict_do_nothing()
 
-
-def _postgresql_insert(table: sa.Table) -> sa.Insert:
-    from sqlalchemy.dialects.postgresql import (
-        insert,
-    )  # only where it is spoken: it loads every driver's dialect
-
-    return insert(table).on_conflict_do_nothing()
+# ---- SQLite
 
 
 def _sqlite_engine(url: sa.URL) -> Engine:
     if url.database in (None, "", ":memory:"):
         raise SettingsError(
-            "MEGATRON_RAY_DATABASE_URL: SQLite needs a file, sqlite:///<path>; in memory "
-            "nothing survives a restart"
+            "MEGATRON_RAY_DATABASE_URL: SQLite needs a file, sqlite:///<path>; a database in "
+            "memory does not survive a restart"
         )
     Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    # 40 requests run at once in threads, and streams and long polls beside them.
     engine = sa.create_engine(
         url,
         pool_size=20,
@@ -189,19 +196,42 @@ def _sqlite_engine(url: sa.URL) -> Engine:
     return engine
 
 
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # The driver must not open transactions by itself: `_begin_sqlite` does.
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in _SQLITE_PRAGMAS:
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    statement = "BEGIN"
+    if connection.get_execution_options().get(_WRITES):
+        # A writer takes its lock first: a reader that turns into a writer half-way would
+        # fail with "database is locked".
+        statement = "BEGIN IMMEDIATE"
+    connection.exec_driver_sql(statement)
+
+
+# ---- Postgres
+
+
 def _postgresql_engine(url: sa.URL) -> Engine:
+    # pre_ping: a Postgres that was restarted has closed the pool's connections.
     engine = sa.create_engine(url, pool_size=20, max_overflow=30, pool_pre_ping=True)
     sa.event.listen(engine, "begin", _begin_postgresql)
-    sa.event.listen(engine, "before_cursor_execute", _without_nul, retval=True)
+    sa.event.listen(engine, "before_cursor_execute", _remove_nul, retval=True)
     return engine
 
 
 def _begin_postgresql(connection: Connection) -> None:
-    if connection.get_execution_options().get("megatron_ray_write"):
+    # Released by the end of the transaction, also when the service is killed.
+    if connection.get_execution_options().get(_WRITES):
         connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITE_LOCK})")
 
 
-def _without_nul(
+def _remove_nul(
     _connection: Any,
     _cursor: Any,
     statement: str,
@@ -209,43 +239,18 @@ def _without_nul(
     _context: Any,
     _many: bool,
 ) -> tuple[str, Any]:
-    """Postgres' texts have no NUL: one in an address finds nothing, one in a rank's
-    last words is shown as a mark.
+    """Replaces NUL characters in all parameters: text of Postgres cannot hold them.
+
+    A job id with one then finds nothing, and in a rank's output it is shown as a mark.
     """
-    return statement, _replaced(parameters)
+    return statement, _without_nul(parameters)
 
 
-def _replaced(value: Any) -> Any:
+def _without_nul(value: Any) -> Any:
     if isinstance(value, str):
-        return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if "\0" in value else value
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}")
     if isinstance(value, dict):
-        return {name: _replaced(part) for name, part in value.items()}
+        return {name: _without_nul(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_replaced(part) for part in value)
+        return type(value)([_without_nul(part) for part in value])
     return value
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    connection.isolation_level = (
-        None  # the driver must not open transactions by itself: `_begin_sqlite` does
-    )
-    cursor = connection.cursor()
-    for pragma in (
-        "journal_mode=WAL",
-        "synchronous=FULL",
-        "foreign_keys=ON",
-        f"busy_timeout={BUSY_TIMEOUT_S * 1000}",
-        "temp_store=MEMORY",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # A writer takes its lock first: a reader that turns into a writer half-way would
-    # fail with "database is locked".
-    connection.exec_driver_sql(
-        "BEGIN IMMEDIATE"
-        if connection.get_execution_options().get("megatron_ray_write")
-        else "BEGIN"
-    )

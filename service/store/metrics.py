@@ -1,74 +1,102 @@
-"""Rows of steps.
+"""Stores and reads the metrics of training steps.
 
-Owns: storing, reading, thinning them out. Must not know: HTTP, jobs' states.
+Owns: the rows of steps, and thinning them out. Must not know: HTTP, jobs' states.
 
-A row is there once per (job, attempt, step). After a resume steps repeat: the highest
-attempt of a step is the one shown.
+There is one row per (job, attempt, step). After a resume steps repeat: readers are shown
+the highest attempt of each step.
 """
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from sqlalchemy.orm import Session, aliased
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model
+from sqlalchemy.orm import InstrumentedAttribute, Session, aliased
 
+from megatron_ray.reports import StepReport
 from service.store.database import Store
 from service.store.schema import JobRow, MetricRow
 
-
-def _finite(value: float | None) -> float | None:
-    return value if value is None or math.isfinite(value) else None
-
-
-Finite = Annotated[float | None, AfterValidator(_finite)]
-"""JSON and SQL have no NaN: a value that is not finite is stored as nothing."""
+_FIELD_TYPES = {field.name: field.type for field in dataclasses.fields(StepReport)}
+KEYS = tuple([name for name in _FIELD_TYPES if name != "step"])
+"""Names of the metrics of a step: StepReport's fields, and columns of MetricRow."""
+MAX_ROWS_PER_QUERY = 500
+"""Rows that one query may name: databases limit the parameters of a statement."""
 
 
-class StepRow(BaseModel):
-    """A StepReport as it arrives: `step` must be there, fields not known here are
-    ignored.
-    """
+def _finite_or_none(value: float | None) -> float | None:
+    if value is None or math.isfinite(value):
+        return value
+    return None
+
+
+Finite = Annotated[float | None, AfterValidator(_finite_or_none)]
+"""A number or nothing: JSON and SQL have no NaN, so it is stored as nothing."""
+
+# How a driver's value is read, by the type of StepReport's field. All may be missing: a
+# driver may be older or newer than the service.
+_READ_AS: Mapping[Any, Any] = {
+    int: int | None,
+    float: Finite,
+    dict[str, float]: dict[str, Finite] | None,
+}
+
+
+class _StepBase(BaseModel):
+    """The part of a StepReport that must be there."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
     step: int = Field(ge=0, lt=1 << 62)
-    loss: Finite = None
-    grad_norm: Finite = None
-    lr: Finite = None
-    num_tokens: int | None = None
-    consumed_samples: int | None = None
-    step_s: Finite = None
-    tokens_per_s: Finite = None
-    mfu: Finite = None
-    memory_bytes: int | None = None
-    split_s: dict[str, Finite] | None = None
-    other_losses: dict[str, Finite] | None = None
 
 
-_MAPPINGS = ("split_s", "other_losses")
-"""Columns that are no single number, so that nothing is thinned out by them."""
-KEYS = tuple(name for name in StepRow.model_fields if name != "step")
-_TABLE = MetricRow.__table__
-assert isinstance(_TABLE, sa.Table)
-_COLUMNS = {name: getattr(MetricRow, name) for name in ("step", "attempt", "cursor", *KEYS)}
+_DEFINITIONS: dict[str, Any] = {key: (_READ_AS[_FIELD_TYPES[key]], None) for key in KEYS}
+_StepData = create_model("_StepData", __base__=_StepBase, **_DEFINITIONS)
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """The metrics of one step."""
+
+    step: int
+    values: dict[str, Any]
+    """By KEYS; None where the driver sent nothing."""
+
+
+def parse_step(data: Mapping[str, Any]) -> StepRow:
+    """Reads a StepReport as a driver sends it.
+
+    Raises pydantic's ValidationError when the step is missing or a value has a wrong type.
+    """
+    parsed = _StepData.model_validate(data)
+    return StepRow(parsed.step, parsed.model_dump(exclude={"step"}))
 
 
 def insert(
-    store: Store, session: Session, job: JobRow, rows: Sequence[tuple[int, StepRow]]
+    store: Store, session: Session, job: JobRow, rows: Iterable[tuple[int, StepRow]]
 ) -> int:
     """Stores (attempt, row) pairs that are new; returns how many were.
 
-    Gives each its cursor, so the job must be locked.
+    The job must be locked: its counter gives each row its cursor.
     """
-    first = job.metrics_cursor + 1
-    values = [
-        {"job": job.number, "attempt": attempt, "cursor": first + i, **row.model_dump()}
-        for i, (attempt, row) in enumerate(rows)
-    ]
-    job.metrics_cursor += len(values)
-    assert isinstance(_TABLE, sa.Table)
-    return store.insert_or_ignore(session, _TABLE, values)
+    values = []
+    for attempt, row in rows:
+        # Rows that are stored already use up a cursor too; a gap there is harmless.
+        job.metrics_cursor += 1
+        values.append(
+            {
+                "job": job.number,
+                "step": row.step,
+                "attempt": attempt,
+                "cursor": job.metrics_cursor,
+                **row.values,
+            }
+        )
+    table = MetricRow.__table__
+    assert isinstance(table, sa.Table)
+    return store.insert_or_ignore(session, table, values)
 
 
 def read(
@@ -80,9 +108,9 @@ def read(
     attempt: int | None = None,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Rows {step, attempt, <keys>} in order of step."""
+    """Returns rows {step, attempt, <keys>} in order of step."""
     statement = _select(job, keys, from_step, attempt)
-    return [dict(row) for row in session.execute(statement.limit(limit)).mappings()]
+    return _as_dicts(session, statement.limit(limit))
 
 
 def read_thinned(
@@ -94,87 +122,96 @@ def read_thinned(
     from_step: int = 0,
     attempt: int | None = None,
 ) -> list[dict[str, Any]]:
-    """At most `max_points` of the rows `read` would give: first, last and every key's
-    extremes are among them.
+    """Returns at most `max_points` of the rows that `read` would return.
+
+    The first row, the last one and every key's extremes are among them.
     """
-    numbers = [key for key in keys if key not in _MAPPINGS]
-    points = session.execute(_select(job, numbers, from_step, attempt)).all()
-    kept = [
-        points[index] for index in thin([tuple(point[2:]) for point in points], max_points)
-    ]
-    if len(numbers) == len(keys):
-        return [dict(point._mapping) for point in kept]
-    found: list[dict[str, Any]] = []
-    for start in range(0, len(kept), 500):
-        chosen = sa.tuple_(MetricRow.step, MetricRow.attempt).in_(
-            [(point[0], point[1]) for point in kept[start : start + 500]]
-        )
-        found += [
-            dict(row)
-            for row in session.execute(
-                _select(job, keys, from_step, attempt).where(chosen)
-            ).mappings()
-        ]
-    return found
+    # Mappings have no extremes, and are large: they are read for the kept rows only.
+    number_keys = [key for key in keys if _FIELD_TYPES[key] != dict[str, float]]
+    # All numbers are read: the extremes of a part are known only once it has been seen.
+    points = session.execute(_select(job, number_keys, from_step, attempt)).all()
+    # The first two columns are step and attempt.
+    kept = thin([tuple(point[2:]) for point in points], max_points)
+    rows: list[dict[str, Any]] = []
+    if len(number_keys) == len(keys):
+        for index in kept:
+            rows.append(dict(points[index]._mapping))
+        return rows
+    step_and_attempt = sa.tuple_(MetricRow.step, MetricRow.attempt)
+    for start in range(0, len(kept), MAX_ROWS_PER_QUERY):
+        part = kept[start : start + MAX_ROWS_PER_QUERY]
+        is_kept = step_and_attempt.in_([tuple(points[index][:2]) for index in part])
+        rows += _as_dicts(session, _select(job, keys, from_step, attempt).where(is_kept))
+    return rows
 
 
 def after(session: Session, job: JobRow, cursor: int, limit: int) -> list[dict[str, Any]]:
-    """Whole rows stored after a cursor, in the order of storing, `cursor` included in
-    each.
+    """Returns whole rows stored after a cursor, in the order of storing.
+
+    Each row contains its own `cursor`.
     """
-    statement = sa.select(*_COLUMNS.values()).where(
-        MetricRow.job == job.number, MetricRow.cursor > cursor
+    statement = (
+        sa.select(*_columns("step", "attempt", "cursor", *KEYS))
+        .where(MetricRow.job == job.number, MetricRow.cursor > cursor)
+        .order_by(MetricRow.cursor)
+        .limit(limit)
     )
-    return [
-        dict(row)
-        for row in session.execute(
-            statement.order_by(MetricRow.cursor).limit(limit)
-        ).mappings()
-    ]
+    return _as_dicts(session, statement)
 
 
 def thin(points: Sequence[Sequence[float | None]], max_points: int) -> list[int]:
-    """Indices of at most `max_points` points (at least 2), ascending: first, last, and
-    per stretch each column's extremes.
+    """Returns ascending indices of at most `max_points` points (at least 2).
 
-    The whole series' extremes are extremes of their stretch, hence kept, unless there
-    are fewer than two places per column.
+    Among them are the first, the last, and the extremes of each column in each of several
+    equal stretches. The extremes of the whole series are extremes of their stretch and
+    hence kept, unless there are fewer than two places per column.
     """
     if len(points) <= max_points:
         return list(range(len(points)))
     last = len(points) - 1
-    columns = max(1, len(points[0]))
-    stretches = max(1, (max_points - 2) // (2 * columns))
+    num_columns = len(points[0])
+    num_stretches = max(1, (max_points - 2) // (2 * max(1, num_columns)))
     kept = [0, last]
-    for stretch in range(stretches):
-        part = range(
-            1 + (last - 1) * stretch // stretches,
-            1 + (last - 1) * (stretch + 1) // stretches,
-        )
-        for column in range(len(points[0])):
-            known = [
-                (value, index)
-                for index in part
-                if (value := points[index][column]) is not None
-            ]
-            kept += [min(known)[1], max(known)[1]] if known else []
-        if not points[0] and part:
-            kept.append(part[0])
-    return sorted(list(dict.fromkeys(kept))[:max_points])
+    for stretch in range(num_stretches):
+        # The points between first and last, divided as evenly as integers allow.
+        start = 1 + (last - 1) * stretch // num_stretches
+        end = 1 + (last - 1) * (stretch + 1) // num_stretches
+        for column in range(num_columns):
+            kept += _extremes(points, range(start, end), column)
+        if num_columns == 0 and start < end:
+            kept.append(start)
+    # The cut comes before the sort: first and last stand at the front and survive it.
+    # One point may be the extreme of several columns.
+    unique = list(dict.fromkeys(kept))
+    return sorted(unique[:max_points])
+
+
+def _extremes(
+    points: Sequence[Sequence[float | None]], stretch: range, column: int
+) -> list[int]:
+    """Returns the indices of a column's least and greatest value in a stretch."""
+    candidates = []
+    for index in stretch:
+        value = points[index][column]
+        if value is not None:
+            candidates.append((value, index))
+    if not candidates:
+        return []
+    return [min(candidates)[1], max(candidates)[1]]
 
 
 def _select(
     job: JobRow, keys: Sequence[str], from_step: int, attempt: int | None
 ) -> sa.Select[Any]:
-    columns = [MetricRow.step, MetricRow.attempt, *(_COLUMNS[key] for key in keys)]
     statement = (
-        sa.select(*columns)
+        sa.select(*_columns("step", "attempt", *keys))
         .where(MetricRow.job == job.number, MetricRow.step >= from_step)
         .order_by(MetricRow.step)
     )
     if attempt is not None:
         return statement.where(MetricRow.attempt == attempt)
     if job.attempt <= 1:
+        # No step can have two attempts, and the subquery below costs a lookup a row.
         return statement
     other = aliased(MetricRow)
     highest = (
@@ -183,3 +220,11 @@ def _select(
         .scalar_subquery()
     )
     return statement.where(MetricRow.attempt == highest)
+
+
+def _columns(*names: str) -> list[InstrumentedAttribute[Any]]:
+    return [getattr(MetricRow, name) for name in names]
+
+
+def _as_dicts(session: Session, statement: sa.Select[Any]) -> list[dict[str, Any]]:
+    return [dict(row) for row in session.execute(statement).mappings()]

@@ -1,12 +1,12 @@
-"""The tables.
+"""Defines the tables of the database.
 
 Owns: names, types, keys. Must not know: who reads or writes them.
 
-Times are seconds since the epoch, for people; order comes from `number`, `seq` and
-`step`. A change here needs a migration.
+Times are seconds since the epoch and are shown to people only: what happened first follows
+from `number`, `seq` and `step`. A change here needs a migration.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import (
     JSON,
@@ -22,14 +22,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
 REVISION = "0002"
-"""The newest migration: a database that stands there has exactly these tables."""
+"""The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
-"""64 bits everywhere; SQLite numbers rows by itself only when the type is called
-INTEGER."""
+"""64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
 
 
 class Table(DeclarativeBase):
-    """Base of all tables; constraints have names, so a migration can speak of them."""
+    """Base of all tables; its constraints have names, so that migrations can change them."""
 
     metadata = MetaData(
         naming_convention={
@@ -39,11 +38,15 @@ class Table(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {int: BigInteger, Json: JSON(none_as_null=True), list[Any]: JSON}
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        int: BigInteger,
+        Json: JSON(none_as_null=True),
+        list[Any]: JSON,
+    }
 
 
 class DeploymentRow(Table):
-    """One row: who this service is."""
+    """The service's identity, in one row."""
 
     __tablename__ = "deployment"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -52,7 +55,7 @@ class DeploymentRow(Table):
 
 
 class TokenRow(Table):
-    """SHA-256 of a bearer token and what it may do."""
+    """The SHA-256 of a bearer token, and what the token allows."""
 
     __tablename__ = "tokens"
     sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -62,9 +65,7 @@ class TokenRow(Table):
 
 
 class ClusterRow(Table):
-    """A Ray cluster: the agent's last words, and the counter that its long poll
-    watches.
-    """
+    """A Ray cluster: its agent's last report, and the counter its long poll waits for."""
 
     __tablename__ = "clusters"
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -74,9 +75,10 @@ class ClusterRow(Table):
 
 
 class JobRow(Table):
-    """A job: what was asked, what is wanted, what was seen."""
+    """A job: its spec, its desired state and its observed state."""
 
     __tablename__ = "jobs"
+    # The queue and the agent's long poll ask for a cluster's jobs in some states.
     __table_args__ = (Index(None, "cluster", "status"),)
     number: Mapped[int] = mapped_column(BigKey, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(32), unique=True)
@@ -88,22 +90,25 @@ class JobRow(Table):
     ended_at: Mapped[float | None]
     deleted_at: Mapped[float | None]
 
+    # What the user asked for.
     spec: Mapped[Json]
     resolved_spec: Mapped[Json]
     job_dir: Mapped[str]
     world_size: Mapped[int | None]
-    """None until the cluster is known well enough to resolve the spec."""
+    """None until the cluster is known and the spec is resolved."""
 
+    # What the driver should be doing.
     desired: Mapped[str] = mapped_column(String(16))
     desired_revision: Mapped[int] = mapped_column(default=0)
     final_checkpoint: Mapped[bool] = mapped_column(default=True)
     checkpoint_requests: Mapped[int] = mapped_column(default=0)
 
+    # What was observed.
     status: Mapped[str] = mapped_column(String(16))
     status_reason: Mapped[str | None] = mapped_column(String(32))
     message: Mapped[str] = mapped_column(default="")
     queue_number: Mapped[int | None]
-    """Place in the queue: grows in the order in which jobs became ready."""
+    """Position in the queue: smaller was queued earlier."""
     epoch: Mapped[int] = mapped_column(default=0)
     attempt: Mapped[int] = mapped_column(default=0)
     failures: Mapped[int] = mapped_column(default=0)
@@ -112,18 +117,20 @@ class JobRow(Table):
     prepared: Mapped[Json | None]
     progress: Mapped[Json] = mapped_column(default=dict)
     last_checkpoint: Mapped[Json | None]
+    # Counters for the rows of events and metrics.
     last_seq: Mapped[int] = mapped_column(default=0)
     metrics_cursor: Mapped[int] = mapped_column(default=0)
 
 
 def _job_key(**options: Any) -> Mapped[int]:
+    # The number and not the id: it is an eighth of the size in every row of metrics.
     return mapped_column(
         BigKey, ForeignKey("jobs.number", ondelete="CASCADE"), primary_key=True, **options
     )
 
 
 class LabelRow(Table):
-    """One entry of a job's metadata, for filtering."""
+    """One label of a job, for filtering."""
 
     __tablename__ = "job_labels"
     __table_args__ = (Index(None, "key", "value"),)
@@ -133,7 +140,7 @@ class LabelRow(Table):
 
 
 class SourceRow(Table):
-    """Highest record number stored of one producer of one job."""
+    """The highest record number stored of one source of a job."""
 
     __tablename__ = "sources"
     job: Mapped[int] = _job_key()
@@ -142,9 +149,10 @@ class SourceRow(Table):
 
 
 class EventRow(Table):
-    """One line of a job's history; seq is gap-free, (source, n) is there once."""
+    """One event of a job's history; `seq` has no gaps, and each (source, n) is stored once."""
 
     __tablename__ = "events"
+    # A record that is sent twice would break this constraint rather than the history.
     __table_args__ = (UniqueConstraint("job", "source", "n"),)
     job: Mapped[int] = _job_key()
     seq: Mapped[int] = mapped_column(primary_key=True)
@@ -161,15 +169,19 @@ class EventRow(Table):
 
 
 class MetricRow(Table):
-    """One step of one attempt."""
+    """The metrics of one step of one attempt.
+
+    After `cursor` come the fields of `megatron_ray.reports.StepReport`, in its order.
+    """
 
     __tablename__ = "metrics"
+    # Without row ids SQLite stores rows in the order of the key, in which they are read.
     __table_args__ = (UniqueConstraint("job", "cursor"), {"sqlite_with_rowid": False})
     job: Mapped[int] = _job_key()
     step: Mapped[int] = mapped_column(primary_key=True)
     attempt: Mapped[int] = mapped_column(primary_key=True)
     cursor: Mapped[int]
-    """Grows in the order of storing; what a stream has seen."""
+    """Grows in the order of storing: a stream remembers the last one it has sent."""
     loss: Mapped[float | None]
     grad_norm: Mapped[float | None]
     lr: Mapped[float | None]
@@ -184,7 +196,7 @@ class MetricRow(Table):
 
 
 class AttemptRow(Table):
-    """One rendezvous of one world, and who was in it."""
+    """One attempt to run a job, and where its ranks run."""
 
     __tablename__ = "attempts"
     job: Mapped[int] = _job_key()
@@ -199,7 +211,7 @@ class AttemptRow(Table):
 
 
 class CheckpointRow(Table):
-    """One committed checkpoint; `deleted_at` once retention has removed it."""
+    """One committed checkpoint; `deleted_at` is set once retention has removed it."""
 
     __tablename__ = "checkpoints"
     job: Mapped[int] = _job_key()
@@ -213,11 +225,11 @@ class CheckpointRow(Table):
 
 
 class IdempotencyRow(Table):
-    """What a POST with an Idempotency-Key was answered."""
+    """The response to a request with an Idempotency-Key."""
 
     __tablename__ = "idempotency"
     scope: Mapped[str] = mapped_column(primary_key=True)
-    """Token and route: keys of different callers never meet."""
+    """Caller and path: equal keys of different callers never meet."""
     key: Mapped[str] = mapped_column(primary_key=True)
     body_sha256: Mapped[str] = mapped_column(String(64))
     status: Mapped[int]

@@ -1,5 +1,6 @@
-"""Alembic's entry: runs the migrations on the connection that `service.store.database`
-hands over, inside its transaction.
+"""Runs the migrations; loaded by Alembic.
+
+They run on the connection that `service.store.database` passes in, inside its transaction.
 """
 
 from alembic import context
@@ -9,6 +10,7 @@ from service.store.schema import Table
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=Table.metadata,
+    # SQLite cannot alter a column: Alembic copies the table instead.
     render_as_batch=True,
 )
 context.run_migrations()

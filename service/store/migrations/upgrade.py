@@ -1,4 +1,4 @@
-"""Bringing a database up to date.
+"""Brings a database up to date.
 
 Owns: Alembic's configuration. Must not know: when that is due (`service.store.database`
 decides).
@@ -17,11 +17,10 @@ def upgrade(connection: Connection) -> None:
 
 
 def configuration(connection: Connection) -> Config:
-    """Of Alembic's commands on this connection."""
+    """Returns the configuration of Alembic's commands on a connection."""
     config = Config()
-    config.set_main_option(
-        "script_location",
-        str(importlib.resources.files("service.store") / "migrations").replace("%", "%%"),
-    )
+    folder = importlib.resources.files("service.store") / "migrations"
+    # Alembic interpolates options, so a % in the path must be doubled.
+    config.set_main_option("script_location", str(folder).replace("%", "%%"))
     config.attributes["connection"] = connection
     return config

@@ -70,7 +70,7 @@ class Running:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=3
         )
-        self._server = Server(config, app.state.hub, self.settings.port_file)
+        self._server = Server(config, app.state.notifier, self.settings.port_file)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [listener]}
         )

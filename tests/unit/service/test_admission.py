@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs.admission import Decision, Held, Waiting, decide
+from service.jobs.admission import AdmissionDecision, AdmittedJob, QueuedJob, decide
 from service.jobs.capacity import ClusterCapacity, ResourceRequest
 from workers.protocol.states import StatusReason
 from workers.protocol.wire import NodeInfo
@@ -24,13 +24,13 @@ def gpu(ranks: int, island: int = 1, cpus: float = 1.0) -> ResourceRequest:
 
 
 def test_room_counts_whole_islands_per_node() -> None:
-    assert ClusterCapacity([node("a", 3), node("b", 3)]).ranks(cpu(1, island=2)) == 4
-    assert ClusterCapacity([node("a", 3), node("b", 3)]).ranks(cpu(1, island=4)) == 0
-    assert ClusterCapacity([node("a", 0.3)]).ranks(cpu(1, cpus=0.1)) == 3, (
+    assert ClusterCapacity([node("a", 3), node("b", 3)]).max_ranks(cpu(1, island=2)) == 4
+    assert ClusterCapacity([node("a", 3), node("b", 3)]).max_ranks(cpu(1, island=4)) == 0
+    assert ClusterCapacity([node("a", 0.3)]).max_ranks(cpu(1, cpus=0.1)) == 3, (
         "rounding does not eat a rank"
     )
-    assert ClusterCapacity([node("a", 8, 4), node("b", 8)]).ranks(gpu(1)) == 4
-    assert ClusterCapacity([node("a", 2, 4)]).ranks(gpu(1)) == 2, (
+    assert ClusterCapacity([node("a", 8, 4), node("b", 8)]).max_ranks(gpu(1)) == 4
+    assert ClusterCapacity([node("a", 2, 4)]).max_ranks(gpu(1)) == 2, (
         "a GPU rank needs its CPUs too"
     )
 
@@ -42,59 +42,53 @@ def test_dead_and_blind_nodes_do_not_count() -> None:
         node("c", storage_ok=True),
         node("d", storage_ok=None),
     ]
-    assert ClusterCapacity(nodes).ranks(cpu(1)) == 16
-    assert not ClusterCapacity(nodes[:2]).known
+    assert ClusterCapacity(nodes).max_ranks(cpu(1)) == 16
+    assert not ClusterCapacity(nodes[:2]).is_known
 
 
 def test_big_gaps_stay_big() -> None:
     room = ClusterCapacity([node("a", 8), node("b", 3)])
-    assert room.take(cpu(3))
-    assert room.ranks(cpu(1, island=8)) == 8
+    assert room.reserve(cpu(3))
+    assert room.max_ranks(cpu(1, island=8)) == 8
 
 
 def test_holding_more_than_is_reported_leaves_nothing() -> None:
     room = ClusterCapacity([node("a", 4)])
-    room.hold(cpu(9), {})
-    assert room.ranks(cpu(1)) == 0
+    room.reserve_admitted(cpu(9), {})
+    assert room.max_ranks(cpu(1)) == 0
     room = ClusterCapacity([node("a", 4), node("b", 4)])
-    room.hold(cpu(4), {"a": 4})
-    assert room.ranks(cpu(1, island=4)) == 4
+    room.reserve_admitted(cpu(4), {"a": 4})
+    assert room.max_ranks(cpu(1, island=4)) == 4
 
 
-def by_id(decisions: list[Decision]) -> dict[str, Decision]:
+def by_id(decisions: list[AdmissionDecision]) -> dict[str, AdmissionDecision]:
     return {decision.job_id: decision for decision in decisions}
 
 
 def test_first_come_first_served_within_a_priority() -> None:
     waiting = [
-        Waiting("late", 0, 3, cpu(1)),
-        Waiting("early", 0, 1, cpu(1)),
-        Waiting("urgent", 5, 9, cpu(1)),
+        QueuedJob("late", 0, 3, cpu(1)),
+        QueuedJob("early", 0, 1, cpu(1)),
+        QueuedJob("urgent", 5, 9, cpu(1)),
     ]
     decisions = decide(waiting, [], [node("a", 2)])
     assert [decision.job_id for decision in decisions] == ["urgent", "early", "late"]
     assert [decision.admit for decision in decisions] == [True, True, False]
     assert decisions[2].reason is StatusReason.WAITING_QUOTA
-    assert (
-        decisions[2].message
-        == "waits for room: 1 CPU ranks in islands of 1, there is room for 0 now"
-    )
+    assert decisions[2].message == "needs 1 CPU ranks; room for 0 now"
 
 
 def test_small_jobs_do_not_starve_a_large_one() -> None:
-    waiting = [Waiting("large", 0, 1, cpu(8)), Waiting("small", 0, 2, cpu(1))]
-    found = by_id(decide(waiting, [Held("running", cpu(4))], [node("a", 8)]))
+    waiting = [QueuedJob("large", 0, 1, cpu(8)), QueuedJob("small", 0, 2, cpu(1))]
+    found = by_id(decide(waiting, [AdmittedJob("running", cpu(4))], [node("a", 8)]))
     assert not found["large"].admit
     assert not found["small"].admit
-    assert (
-        found["large"].message
-        == "waits for room: 8 CPU ranks in islands of 1, there is room for 4 now"
-    )
-    assert found["small"].message == "waits behind large"
+    assert found["large"].message == "needs 8 CPU ranks; room for 4 now"
+    assert found["small"].message == "queued behind large"
 
 
 def test_what_can_never_fit_holds_back_nobody() -> None:
-    waiting = [Waiting("giant", 0, 1, cpu(100)), Waiting("small", 0, 2, cpu(1))]
+    waiting = [QueuedJob("giant", 0, 1, cpu(100)), QueuedJob("small", 0, 2, cpu(1))]
     found = by_id(decide(waiting, [], [node("a", 8)]))
     assert not found["giant"].admit
     assert found["small"].admit
@@ -102,11 +96,11 @@ def test_what_can_never_fit_holds_back_nobody() -> None:
 
 
 def test_a_wait_for_gpus_does_not_hold_back_cpu_jobs() -> None:
-    waiting = [Waiting("gpu", 0, 1, gpu(2)), Waiting("cpu", 0, 2, cpu(2))]
-    found = by_id(decide(waiting, [Held("running", gpu(1))], [node("a", 8, 2)]))
+    waiting = [QueuedJob("gpu", 0, 1, gpu(2)), QueuedJob("cpu", 0, 2, cpu(2))]
+    found = by_id(decide(waiting, [AdmittedJob("running", gpu(1))], [node("a", 8, 2)]))
     assert not found["gpu"].admit
     assert found["cpu"].admit
-    assert found["cpu"].message == "admitted: 2 CPU ranks, there was room for 7"
+    assert found["cpu"].message == "scheduled: 2 CPU ranks"
 
 
 needs = st.builds(
@@ -126,11 +120,11 @@ def test_what_is_admitted_fits_and_nobody_is_overtaken(
     jobs: list[tuple[ResourceRequest, int]], nodes: list[NodeInfo]
 ) -> None:
     waiting = [
-        Waiting(f"j{i}", priority, i, need) for i, (need, priority) in enumerate(jobs)
+        QueuedJob(f"j{i}", priority, i, need) for i, (need, priority) in enumerate(jobs)
     ]
     decisions = decide(waiting, [], nodes)
-    need_of = {job.job_id: job.need for job in waiting}
-    admitted = [need_of[decision.job_id] for decision in decisions if decision.admit]
+    request_of = {job.job_id: job.request for job in waiting}
+    admitted = [request_of[decision.job_id] for decision in decisions if decision.admit]
     assert (
         sum(need.ranks * need.cpus_per_rank for need in admitted)
         <= sum(item.cpus for item in nodes) + 1e-6
@@ -143,9 +137,21 @@ def test_what_is_admitted_fits_and_nobody_is_overtaken(
         order = [
             decision
             for decision in decisions
-            if need_of[decision.job_id].gpu is kind
+            if request_of[decision.job_id].gpu is kind
             and "whole cluster" not in decision.message
         ]
         assert [decision.admit for decision in order] == sorted(
             (decision.admit for decision in order), reverse=True
         )
+
+
+def test_a_wait_names_the_ranks_that_must_share_a_node() -> None:
+    waiting = [
+        QueuedJob("wide", 0, 1, gpu(8, island=4)),
+        QueuedJob("wider", 5, 2, gpu(8, 8)),
+    ]
+    found = by_id(decide(waiting, [], [node("a", 8, 4), node("b", 8, 4)]))
+    assert found["wide"].message == "scheduled: 8 GPU ranks"
+    assert found["wider"].message == (
+        "needs 8 GPU ranks in groups of 8 on one node; the whole cluster has room for 0"
+    )

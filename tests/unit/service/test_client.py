@@ -129,7 +129,7 @@ def test_refusal_without_problem_json_still_has_a_code(status: int, code: str) -
 def test_unreachable_service(no_waiting: list[float]) -> None:
     script = Script(httpx.ConnectError("connection refused"))
     with pytest.raises(
-        ServiceError, match="no service answers at http://service .*connection refused"
+        ServiceError, match=r"no service answers at http://service .*connection refused"
     ) as caught:
         client_for(script).show("job-1")
     assert caught.value.code == "unreachable"

@@ -17,7 +17,7 @@ from service.store.schema import IdempotencyRow
 def test_old_answers_are_dropped_while_the_service_runs(
     settings: Settings, start: Callable[[Settings], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(idempotency, "FORGET_EVERY_S", 0.05)
+    monkeypatch.setattr(idempotency, "DELETE_EVERY_S", 0.05)
     service = start(settings)
     first = service.submit(**{"Idempotency-Key": "old"})
     service.submit(**{"Idempotency-Key": "new"})

@@ -69,8 +69,8 @@ def test_log_of_a_rank_that_has_not_written_is_empty(service: Any) -> None:
 def test_unknown_ranks_and_attempts_are_named(service: Any) -> None:
     job_id, _ = service.running_job()
     for params, words in (
-        ({"rank": 4}, "ranks 0 to 3, not 4"),
-        ({"attempt": 2}, "has had 1 attempts, not 2"),
+        ({"rank": 4}, "no rank 4; attempt 1 has ranks 0 to 3"),
+        ({"attempt": 2}, "no attempt 2; the job has 1 attempt; leave attempt out"),
     ):
         response = service.user.get(f"/v1/jobs/{job_id}/logs", params=params)
         assert response.status_code == 404
@@ -83,7 +83,7 @@ def test_a_link_out_of_the_job_is_not_followed(service: Any, tmp_path: Path) -> 
     log_file(service, job_id).symlink_to(tmp_path / "secret")
     response = service.user.get(f"/v1/jobs/{job_id}/logs")
     assert response.status_code == 404
-    assert "leads out" in response.json()["detail"]
+    assert "link out of the job's storage" in response.json()["detail"]
     assert "secret" not in response.text
 
 

@@ -261,7 +261,7 @@ def test_time_is_estimated_for_the_clusters_gpus_or_for_those_asked_for(
     assert 0.2 < found["time"]["mfu"] < 0.7
     assert 0 < found["bubble_share"] < 0.02
     assert plan(service, wanted)["hardware"] is None
-    assert "name a device" in plan(service, wanted)["notes"][-1]
+    assert "set hardware" in plan(service, wanted)["notes"][-1]
     service.agent.report(
         *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8))
     )
@@ -383,7 +383,7 @@ def test_the_quickest_layouts_that_fit_are_suggested(
         "/v1/plans/suggest?hardware=H100&ranks=2", json=spec | LARGE
     ).json()
     assert few["data"] == []
-    assert "no layout of those that are tried fits on 2 ranks" in few["notes"][0]
+    assert "no layout that was tried fits on 2 ranks" in few["notes"][0]
     assert (
         service.user.post("/v1/plans/suggest", json=spec | LARGE).json()["errors"][0][
             "pointer"

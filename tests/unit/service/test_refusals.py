@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.http.errors import KINDS
+from service.http.errors import PROBLEM_TYPES
 
 Json = dict[str, Any]
 
@@ -24,9 +24,9 @@ def assert_problem(response: httpx.Response, code: str) -> Json:
     assert (body["code"], body["status"], body["title"]) == (
         code,
         response.status_code,
-        KINDS[code][1],
+        PROBLEM_TYPES[code].title,
     ), body
-    assert KINDS[code][0] == response.status_code
+    assert PROBLEM_TYPES[code].status == response.status_code
     assert body["type"] == f"urn:megatron-ray:problem:{code}"
     assert body["request_id"] == response.headers["x-request-id"]
     assert body["instance"] == response.request.url.path
@@ -62,9 +62,9 @@ FIELDS = [
         "/data/tokenizer/zzzz",
         "known here: end_of_document, kind, path, vocab_size",
     ),
-    ("/training/steps", None, "/training/steps", "not null"),
-    ("/training/steps", "many", "/training/steps", "not 'many'"),
-    ("/training/steps", 0, "/training/steps", "greater than or equal to 1, not 0"),
+    ("/training/steps", None, "/training/steps", "whole number, got null"),
+    ("/training/steps", "many", "/training/steps", "whole number, got 'many'"),
+    ("/training/steps", 0, "/training/steps", "must be at least 1, got 0"),
     (
         "/training/recompute",
         {"granularity": "selective", "modules": ["attn"]},
@@ -81,10 +81,10 @@ FIELDS = [
         "/model",
         {"preset": "gpt-tiny", "hidden_dropout": 1.0},
         "/model/hidden_dropout",
-        "less than 1",
+        "must be less than 1, got 1.0",
     ),
-    ("/parallel/dp", "lots", "/parallel/dp", "or input should be 'auto'"),
-    ("/parallel/dp", 0, "/parallel/dp", "greater than or equal to 1"),
+    ("/parallel/dp", "lots", "/parallel/dp", "or must be 'auto', got 'lots'"),
+    ("/parallel/dp", 0, "/parallel/dp", "must be at least 1, got 0"),
     ("/parallel/tp", 3, "/parallel/tp", "tp=3 does not divide model.num_attention_heads=4"),
     (
         "/parallel/pp",
@@ -94,15 +94,20 @@ FIELDS = [
     ),
     ("/training/global_batch_size", 7, "/training/global_batch_size", "make it one"),
     ("/model", {"preset": "gpt-9"}, "/model", "unknown preset 'gpt-9'; known:"),
-    ("/model", 7, "/model", "an object of fields is expected, not 7"),
+    ("/model", 7, "/model", "must be a JSON object, got 7"),
     (
         "/model",
         {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1024},
         "/model/num_attention_heads",
         "use fewer heads",
     ),
-    ("/data/train", [{"path": ""}], "/data/train/0/path", "at least 1 character"),
-    ("/data/train", [], "/data/train", "at least 1 item"),
+    (
+        "/data/train",
+        [{"path": ""}],
+        "/data/train/0/path",
+        "must have 1 or more characters, got ''",
+    ),
+    ("/data/train", [], "/data/train", "must have 1 or more items, got a list"),
     ("/data/train", [{"path": "a\0b"}], "/data/train/0/path", "NUL"),
     (
         "/data/tokenizer",
@@ -117,12 +122,17 @@ FIELDS = [
         "/schedule/min_lr",
         "above optimizer.lr=0.001; lower it",
     ),
-    ("/spec_version", 2, "/spec_version", "less than or equal to 1"),
-    ("/name", "Not Good", "/name", "pattern"),
-    ("/metadata/a~1b", 7, "/metadata/a~01b", "valid string"),
-    ("/cluster", "mars", "/cluster", "cluster 'mars' is not set up here; known: default"),
-    ("/image", "evil", "/image", "image 'evil' is not set up here; known: default"),
-    ("/credentials", ["root"], "/credentials/0", "none is set up here; leave it out"),
+    ("/spec_version", 2, "/spec_version", "must be at most 1, got 2"),
+    ("/name", "Not Good", "/name", "lower-case letters, digits and dashes, at most 63"),
+    ("/metadata/a~1b", 7, "/metadata/a~01b", "must be a string, got 7"),
+    (
+        "/cluster",
+        "mars",
+        "/cluster",
+        "cluster 'mars' is not configured here; known: default",
+    ),
+    ("/image", "evil", "/image", "image 'evil' is not configured here; known: default"),
+    ("/credentials", ["root"], "/credentials/0", "none is configured; leave it out"),
     ("/storage", {"path": "runs/x"}, "/storage/path", "absolute path or a URI"),
     (
         "/checkpoint",
@@ -130,7 +140,7 @@ FIELDS = [
         "/checkpoint/start_from",
         "absolute path or a URI",
     ),
-    ("/storage", {"path": "/a/../b"}, "/storage/path", "write the path out"),
+    ("/storage", {"path": "/a/../b"}, "/storage/path", "write the path without it"),
     (
         "/resources",
         {"accelerator": "gpu"},
@@ -153,7 +163,7 @@ FIELDS = [
         "/resources",
         {"cpus_per_rank": 3, "placement_timeout_s": 0},
         "/resources/placement_timeout_s",
-        "greater than 0",
+        "must be greater than 0, got 0",
     ),
 ]
 
@@ -212,14 +222,14 @@ def test_islands_must_fit_on_a_node(
 
 BODIES = [
     (b"{not json", 400, "json_invalid", "not valid JSON"),
-    (b"", 422, "spec_invalid", ""),
-    (b"[1]", 422, "spec_invalid", ""),
-    (b'"text"', 422, "spec_invalid", ""),
-    (b"null", 422, "spec_invalid", ""),
+    (b"", 422, "spec_invalid", "the request body is empty; send a job spec"),
+    (b"[1]", 422, "spec_invalid", "the request body must be a JSON object, got a list"),
+    (b'"text"', 422, "spec_invalid", "must be a JSON object, got 'text'"),
+    (b"null", 422, "spec_invalid", "must be a JSON object, got null"),
     (b"[" * 100_000, 400, None, ""),
     (b'{"a": ' + b"9" * 10_000 + b"}", 400, None, ""),
     (b"\xff\xfe", 400, None, ""),
-    (b" " * ((1 << 20) + 1), 413, "body_too_large", "1048576 bytes"),
+    (b" " * ((1 << 20) + 1), 413, "body_too_large", "limited to 1048576 bytes"),
 ]
 
 
@@ -270,7 +280,7 @@ QUERIES = [
     ("POST", "/v1/jobs/job-nope/cancel", None, "not_found"),
     ("DELETE", "/v1/jobs/job-nope", None, "not_found"),
     ("DELETE", "/v1/jobs/{id}", None, "job_active"),
-    ("POST", "/v1/jobs/{id}/checkpoint", None, "job_active"),
+    ("POST", "/v1/jobs/{id}/checkpoint", None, "job_not_running"),
     ("GET", "/v1/nothing", None, "not_found"),
     ("GET", "/docs", None, "not_found"),
     ("PUT", "/v1/jobs", None, "method_not_allowed"),
@@ -337,11 +347,12 @@ def test_a_folder_that_an_active_job_writes_to_is_refused(
     for address in ("/v1/jobs", "/v1/plans"):
         response = service.user.post(address, json=again)
         problem = response.json()
-        assert response.status_code == 422 and problem["code"] == "spec_invalid", problem
+        assert response.status_code == 422, problem
+        assert problem["code"] == "spec_invalid", problem
         assert problem["errors"][0]["pointer"] == "/storage/path"
         assert problem["errors"][0]["code"] == "in_use"
         assert first in problem["detail"]
-        assert "wait for that job's end" in problem["detail"]
+        assert f"wait until {first} has ended" in problem["detail"]
     assert (
         service.user.post(
             "/v1/plans", json=spec | {"storage": {"path": folder + "2"}}
@@ -412,7 +423,7 @@ def test_tokens_open_only_their_own_doors(service: Any) -> None:
     assert_problem(driver.http.get("/v1/jobs"), "forbidden")
     assert_problem(driver.http.get("/internal/v1/agent/hello"), "forbidden")
     assert (
-        "speaks for"
+        f"valid for {job_id} only"
         in assert_problem(
             driver.http.get(f"/internal/v1/jobs/{other}/desired"), "forbidden"
         )["detail"]
@@ -636,7 +647,8 @@ def test_a_changed_spec_is_accepted_or_refused_with_a_pointer(
         assert body["fits"] is False or body["world_size"] <= body["room"]
     else:
         body = assert_problem(response, response.json()["code"])
-        assert 400 <= response.status_code < 500 and body["errors"], body
+        assert 400 <= response.status_code < 500, body
+        assert body["errors"], body
     posted = shared.user.post(
         "/v1/jobs", content=content, headers={"Content-Type": "application/json"}
     )

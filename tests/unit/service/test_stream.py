@@ -171,7 +171,7 @@ def test_positions_that_make_no_sense_are_refused(service: Any) -> None:
         )
         assert response.status_code == 422
         assert response.json()["errors"][0]["pointer"] == "/header/Last-Event-ID"
-        assert "start over" in response.json()["detail"]
+        assert "start from the beginning" in response.json()["detail"]
 
 
 def test_position_may_come_in_the_query(service: Any) -> None:
@@ -210,7 +210,7 @@ def test_too_many_streams_are_refused_and_places_come_free(
 
 
 def test_shutdown_with_open_streams_and_polls_is_prompt(service: Any) -> None:
-    job_id, driver = service.running_job()
+    job_id, _ = service.running_job()
     seen = threading.Event()
     ends: list[bool] = []
 

@@ -1,0 +1,144 @@
+"""Defines the errors of requests and jobs as plain exceptions, apart from HTTP.
+
+    ServiceProblemError
+    ├── RequestInvalidError         a parameter or body, other than a job spec, is wrong
+    ├── SpecInvalidError            a job spec cannot run
+    ├── NotFoundError
+    ├── JobStateError               the job's state does not allow the change
+    │   ├── JobActiveError
+    │   ├── JobEndedError
+    │   └── JobNotRunningError
+    ├── DriverMessageError          a driver or agent must stop or send something else
+    │   ├── DriverReplacedError
+    │   ├── RecordGapError
+    │   └── ProtocolUnsupportedError
+    └── StorageUnavailableError     the job's storage does not answer
+
+`service.http.errors` maps each `code` to a status. Errors that only exist in HTTP (tokens,
+sizes of bodies, idempotency keys) are defined there.
+"""
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+from megatron_ray.config.problem import Problem
+
+
+class ServiceProblemError(Exception):
+    """Base of all errors that a caller is told about.
+
+    `detail` says what is wrong and what to do about it; `errors` name single fields;
+    `extra` is added to the answer for programs that must react to the error.
+    """
+
+    code: ClassVar[str]
+    """Stable name of the kind of error."""
+
+    def __init__(self, detail: str, errors: Iterable[Problem] = (), **extra: Any) -> None:
+        # The detail is also the exception's text, for logs and tests.
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = tuple(errors)
+        self.extra = extra
+
+
+# ---- wrong requests
+
+
+class RequestInvalidError(ServiceProblemError):
+    """A parameter or body, other than a job spec, has a wrong value."""
+
+    code = "request_invalid"
+
+    @classmethod
+    def of_field(cls, pointer: str, code: str, detail: str) -> "RequestInvalidError":
+        """Returns the error for one wrong field."""
+        return cls(detail, [Problem(pointer, code, detail)])
+
+    @classmethod
+    def of_problems(cls, problems: Iterable[Problem]) -> "RequestInvalidError":
+        """Returns the error for several wrong fields, all named in its detail."""
+        errors = tuple(problems)
+        return cls(joined(errors), errors)
+
+
+class SpecInvalidError(ServiceProblemError):
+    """A job spec cannot run; `errors` holds everything that is wrong with it."""
+
+    code = "spec_invalid"
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        errors = tuple(problems)
+        # The first error is enough for one line; clients show `errors` for all of them.
+        first = errors[0]
+        detail = f"{first.pointer}: {first.detail}" if first.pointer else first.detail
+        if len(errors) > 1:
+            detail += f" (and {len(errors) - 1} more)"
+        super().__init__(detail, errors)
+
+
+class NotFoundError(ServiceProblemError):
+    """The job, attempt, rank or file does not exist."""
+
+    code = "not_found"
+
+
+# ---- conflicts with a job's state
+
+
+class JobStateError(ServiceProblemError):
+    """The job's state does not allow the requested change."""
+
+
+class JobActiveError(JobStateError):
+    """The job has not ended yet."""
+
+    code = "job_active"
+
+
+class JobEndedError(JobStateError):
+    """The job has ended."""
+
+    code = "job_ended"
+
+
+class JobNotRunningError(JobStateError):
+    """The job is neither running nor ended."""
+
+    code = "job_not_running"
+
+
+# ---- messages of drivers and agents
+
+
+class DriverMessageError(ServiceProblemError):
+    """A message of a driver or an agent that must not be applied."""
+
+
+class DriverReplacedError(DriverMessageError):
+    """A newer incarnation of the driver has taken over; `extra` holds its epoch."""
+
+    code = "fenced"
+
+
+class RecordGapError(DriverMessageError):
+    """Records are missing before those sent; `extra` holds the last number stored."""
+
+    code = "gap"
+
+
+class ProtocolUnsupportedError(DriverMessageError):
+    """The message's protocol is too old or too new; `extra` holds the service's."""
+
+    code = "protocol_unsupported"
+
+
+class StorageUnavailableError(ServiceProblemError):
+    """The job's storage cannot be read at the moment."""
+
+    code = "unavailable"
+
+
+def joined(problems: Iterable[Problem]) -> str:
+    """Returns one line that names every field with what is wrong with it."""
+    return "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)

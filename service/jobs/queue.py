@@ -1,0 +1,106 @@
+"""Admits queued jobs to their cluster.
+
+Owns: the queue in the database. Works inside the caller's transaction. Must not know:
+HTTP, the rule itself (`service.jobs.admission`).
+"""
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from service.jobs import admission, lifecycle
+from service.jobs.capacity import resource_request
+from service.store.database import wake
+from service.store.schema import AttemptRow, ClusterRow, JobRow
+from workers.protocol.job import JobSpec
+from workers.protocol.states import DesiredState, JobState
+from workers.protocol.wire import AgentReport, NodeInfo
+
+
+def active_jobs(session: Session, cluster: str) -> list[JobRow]:
+    """Returns the jobs of a cluster that have not ended, oldest first."""
+    statement = (
+        sa.select(JobRow)
+        .where(JobRow.cluster == cluster, JobRow.status.not_in(lifecycle.TERMINAL))
+        .order_by(JobRow.number)
+    )
+    return list(session.scalars(statement))
+
+
+def admit_jobs(session: Session, cluster: ClusterRow) -> None:
+    """Decides about the queued jobs with the nodes that the agent has reported.
+
+    Does nothing before the first report.
+    """
+    if cluster.report is None:
+        return
+    rows = active_jobs(session, cluster.name)
+    # This runs with every report of the agent, and most find the queue empty.
+    if not _has_queued(rows):
+        return
+    nodes = AgentReport.model_validate(cluster.report).nodes
+    jobs: dict[str, JobRow] = {}
+    queued: list[admission.QueuedJob] = []
+    admitted: list[admission.AdmittedJob] = []
+    for row in rows:
+        if row.world_size is None:
+            # Submitted before the cluster was known: it is resolved by the next report.
+            continue
+        jobs[row.id] = row
+        spec = JobSpec.model_validate(row.resolved_spec)
+        # `auto` was resolved with the spec, so whether there are GPUs plays no part.
+        request = resource_request(spec, row.world_size, has_gpus=False)
+        if _is_queued(row):
+            number = row.queue_number or row.number
+            queued.append(admission.QueuedJob(row.id, row.priority, number, request))
+        elif JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
+            ranks_by_node = _ranks_by_node(session, row, nodes)
+            admitted.append(admission.AdmittedJob(row.id, request, ranks_by_node))
+    # All at once: a decision about one job depends on those before it in the queue.
+    for decision in admission.decide(queued, admitted, nodes):
+        _apply(session, jobs[decision.job_id], decision)
+
+
+def _has_queued(rows: list[JobRow]) -> bool:
+    for row in rows:
+        if _is_queued(row):
+            return True
+    return False
+
+
+def _is_queued(job: JobRow) -> bool:
+    # An admitted job stays queued until its driver starts to place it.
+    return job.status == JobState.QUEUED and job.desired == DesiredState.PREPARE
+
+
+def _apply(session: Session, job: JobRow, decision: admission.AdmissionDecision) -> None:
+    if decision.admit:
+        job.desired = DesiredState.RUN
+        job.status_reason = None
+        job.message = decision.message
+        lifecycle.add_event(
+            session, job, lifecycle.NewEvent("job.admitted", decision.message)
+        )
+        lifecycle.desired_changed(session, job)
+    elif (job.status_reason, job.message) != (decision.reason, decision.message):
+        # Decided again at every report: readers are woken only by a new reason.
+        job.status_reason = decision.reason
+        job.message = decision.message
+        wake(session, lifecycle.job_topic(job.id))
+
+
+def _ranks_by_node(
+    session: Session, job: JobRow, nodes: tuple[NodeInfo, ...]
+) -> dict[str, int]:
+    """Returns where the ranks of the newest attempt are; empty while it is unknown."""
+    attempt = session.get(AttemptRow, (job.number, job.attempt))
+    if attempt is None:
+        return {}
+    alive = {node.node_id for node in nodes if node.alive}
+    counts: dict[str, int] = {}
+    for rank in attempt.ranks:
+        node_id = rank.get("node_id")
+        if node_id not in alive:
+            # The map is out of date: the job is about to move to other nodes.
+            return {}
+        counts[node_id] = counts.get(node_id, 0) + 1
+    return counts

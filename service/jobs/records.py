@@ -1,0 +1,379 @@
+"""Applies a driver's records to its job.
+
+Owns: the meaning of each kind of record. Must not know: HTTP, numbering of records
+(`service.jobs.ingest`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy.orm import Session
+
+from megatron_ray.config.problem import Problem
+from service.exceptions import RequestInvalidError
+from service.jobs import lifecycle, queue
+from service.jobs.lifecycle import NewEvent
+from service.jobs.spec_errors import pointer_to
+from service.pydantic_messages import plain_message
+from service.store import metrics
+from service.store.database import Store, wake
+from service.store.metrics import Finite, StepRow
+from service.store.schema import AttemptRow, CheckpointRow, JobRow
+from workers.protocol.states import AttemptState, JobState, StatusReason
+from workers.protocol.wire import Record
+
+_SMOOTHING = 0.9
+"""Weight of the past in the step time that the ETA is computed from."""
+_LONGEST_KIND = 50
+
+
+class _Data(BaseModel):
+    """Base of the data of a record; fields of a newer driver are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class _StateData(_Data):
+    state: JobState
+    reason: StatusReason | None = None
+    message: str = ""
+
+
+class _AttemptData(_Data):
+    state: AttemptState
+    reason: StatusReason | None = None
+    message: str = ""
+    world_size: int | None = Field(default=None, ge=1)
+
+
+class _EventData(_Data):
+    type: str = Field(max_length=64, pattern=r"^[a-z][a-z0-9_]*(\.[a-z0-9_]+)+$")
+    """At least two words, so that it never equals one of a stream's own event names
+    (`metrics`, `state`, `end`)."""
+    level: str = Field(default="info", pattern="^(info|warn|error)$")
+    message: str = ""
+    data: dict[str, Any] = Field(default_factory=dict)
+    ranks: tuple[int, ...] = ()
+
+
+class _RanksData(_Data):
+    ranks: list[dict[str, Any]]
+
+
+class _CheckpointData(_Data):
+    action: str = Field(default="committed", pattern="^(committed|deleted)$")
+    step: int = Field(ge=0)
+    path: str = Field(min_length=1)
+    bytes: int | None = None
+    loss: Finite = None
+
+
+class _ProblemData(_Data):
+    problems: tuple[Problem, ...] = Field(min_length=1)
+
+
+class _EvalData(_Data):
+    step: int
+    split: str
+    loss: Finite = None
+    num_tokens: int | None = None
+
+
+class RecordApplier:
+    """Applies the records of one batch, all from one source."""
+
+    def __init__(self, store: Store, session: Session, job: JobRow, source: str) -> None:
+        self._store = store
+        self._session = session
+        self._job = job
+        self._source = source
+        self._steps: list[tuple[int, StepRow]] = []
+        """(attempt, row), inserted together at the end of the batch."""
+        self._needs_admission = False
+        """Whether a record has freed resources or queued the job."""
+        self._handlers: dict[str, Callable[[Record], None]] = {
+            "state": self._apply_state,
+            "event": self._apply_event,
+            "attempt": self._apply_attempt,
+            "ranks": self._apply_ranks,
+            "prepared": self._apply_prepared,
+            "checkpoint": self._apply_checkpoint,
+            "problem": self._apply_problem,
+            "step": self._apply_step,
+            "eval": self._apply_eval,
+        }
+
+    def apply(self, records: Sequence[tuple[int, Record]]) -> None:
+        """Applies records, each with its index in the batch as it was sent.
+
+        Raises RequestInvalidError for a record whose data do not fit its kind.
+        """
+        for index, record in records:
+            handler = self._handlers.get(record.kind, self._keep_unknown)
+            try:
+                handler(record)
+            except ValidationError as error:
+                raise _invalid_record(index, record, error) from error
+        if self._steps:
+            # Steps have no events, so nothing else has woken the job's streams.
+            metrics.insert(self._store, self._session, self._job, self._steps)
+            wake(self._session, lifecycle.job_topic(self._job.id))
+        if self._needs_admission:
+            # Once for the batch: admission reads the states that its records have set.
+            self._session.flush()
+            cluster = lifecycle.lock_cluster(self._session, self._job.cluster)
+            queue.admit_jobs(self._session, cluster)
+
+    # ---- kinds of records
+
+    def _apply_state(self, record: Record) -> None:
+        data = _StateData.model_validate(record.data)
+        has_failed = data.state is JobState.FAILED
+        # Recoveries are info: attempt.failed and policy.decision say why they happened.
+        event = self._event(record, f"job.{data.state}", data.message)
+        if has_failed:
+            event = dataclasses.replace(event, level="error")
+        # A state that may not follow is kept as an event and changes nothing.
+        if not lifecycle.transition(
+            self._session, self._job, data.state, data.reason, event
+        ):
+            return
+        if has_failed:
+            self._job.problem = _failure(data.reason or StatusReason.INTERNAL, data.message)
+        if data.state.is_terminal or data.state is JobState.QUEUED:
+            self._needs_admission = True
+
+    def _apply_event(self, record: Record) -> None:
+        data = _EventData.model_validate(record.data)
+        event = self._event(record, data.type, data.message, data.data)
+        self._add(dataclasses.replace(event, level=data.level, ranks=data.ranks))
+
+    def _apply_attempt(self, record: Record) -> None:
+        data = _AttemptData.model_validate(record.data)
+        row = self._attempt_row(record)
+        has_ended = data.state not in (AttemptState.STARTING, AttemptState.RUNNING)
+        # A restarted driver may report the same failure again: it is counted once.
+        if data.state is AttemptState.FAILED and row.state != AttemptState.FAILED:
+            self._count_failure(data.reason)
+        row.world_size = data.world_size or row.world_size
+        # A late record must not reopen an attempt that was closed with the job.
+        if has_ended or not JobState(self._job.status).is_terminal:
+            row.state = data.state
+            row.reason = data.reason
+            row.message = data.message
+            row.ended_at = None
+            if has_ended:
+                row.ended_at = record.at
+        event_type = "attempt.ended"
+        if data.state is AttemptState.STARTING:
+            event_type = "attempt.started"
+        elif data.state is AttemptState.RUNNING:
+            event_type = "attempt.running"
+        self._add(self._event(record, event_type, data.message))
+
+    def _count_failure(self, reason: StatusReason | None) -> None:
+        # Preemptions have a budget of their own: they say nothing against the job.
+        if reason is StatusReason.PREEMPTED:
+            self._job.preemptions += 1
+        else:
+            self._job.failures += 1
+
+    def _apply_ranks(self, record: Record) -> None:
+        data = _RanksData.model_validate(record.data)
+        row = self._attempt_row(record)
+        # Ordered by rank: the driver reports in the order in which workers answered.
+        row.ranks = finite(sorted(data.ranks, key=lambda rank: int(rank.get("rank", 0))))
+        num_ranks = len(data.ranks)
+        node_ids = set()
+        for rank in data.ranks:
+            node_ids.add(rank.get("node_id"))
+        num_nodes = len(node_ids)
+        message = f"{_count(num_ranks, 'rank')} on {_count(num_nodes, 'node')}"
+        counts = {"ranks": num_ranks, "nodes": num_nodes}
+        self._add(self._event(record, "ranks.assigned", message, counts))
+
+    def _apply_prepared(self, record: Record) -> None:
+        job = self._job
+        manifest = record.data.get("manifest")
+        if not isinstance(manifest, dict):
+            manifest = {}
+        # A driver may send it inside the manifest only.
+        unigram_nats = record.data.get("unigram_nats", manifest.get("unigram_nats"))
+        job.prepared = finite(record.data)
+        job.progress = {**job.progress, "unigram_nats": finite(unigram_nats)}
+        message = _prepared_message(record.data.get("num_train_tokens"), manifest)
+        self._add(self._event(record, "job.prepared", message))
+        # A restarted driver reports it again: only the first time does it queue the job.
+        if job.status == JobState.PREPARING:
+            queued = NewEvent("job.queued", "ready to run", at=record.at)
+            lifecycle.transition(self._session, job, JobState.QUEUED, None, queued)
+            self._needs_admission = True
+
+    def _apply_checkpoint(self, record: Record) -> None:
+        data = _CheckpointData.model_validate(record.data)
+        job = self._job
+        row = self._session.get(CheckpointRow, (job.number, data.path))
+        if data.action == "deleted":
+            if row is not None:
+                row.deleted_at = record.at
+        elif row is not None:
+            # Committed again at the same path, after a restart from an earlier step.
+            row.deleted_at = None
+        else:
+            row = CheckpointRow(job=job.number, path=data.path, step=data.step)
+            row.attempt = record.attempt
+            row.bytes = data.bytes
+            row.loss = data.loss
+            row.committed_at = record.at
+            self._session.add(row)
+            job.last_checkpoint = {
+                "step": data.step,
+                "path": data.path,
+                "committed_at": record.at,
+            }
+        message = f"checkpoint of step {data.step} {data.action}"
+        self._add(self._event(record, f"checkpoint.{data.action}", message))
+
+    def _apply_problem(self, record: Record) -> None:
+        problems = list(_ProblemData.model_validate(record.data).problems)
+        event = self._event(record, "job.failed", problems[0].detail)
+        event = dataclasses.replace(event, level="error")
+        # Not an attempt's failure: the spec is wrong, so no attempt will be made.
+        lifecycle.fail(self._session, self._job, problems, event)
+        self._needs_admission = True
+
+    def _apply_step(self, record: Record) -> None:
+        row = metrics.parse_step(record.data)
+        self._steps.append((record.attempt, row))
+        self._raise_attempt(record.attempt)
+        progress = self._job.progress
+        newest = (progress.get("attempt", 0), progress.get("step", -1))
+        # Late rows of an earlier attempt are stored, but never move the progress back.
+        if (record.attempt, row.step) <= newest:
+            return
+        self._job.progress = {
+            **progress,
+            "attempt": record.attempt,
+            "step": row.step,
+            "loss": row.values["loss"],
+            "tokens_per_s": row.values["tokens_per_s"],
+            "mfu": row.values["mfu"],
+            "step_s": _smoothed(progress.get("step_s"), row.values["step_s"]),
+        }
+
+    def _apply_eval(self, record: Record) -> None:
+        data = _EvalData.model_validate(record.data)
+        # Other splits are in the history and not in the progress.
+        if data.split == "validation":
+            result = {"val_loss": data.loss, "val_step": data.step}
+            self._job.progress = {**self._job.progress, **result}
+        loss = "not finite"
+        if data.loss is not None:
+            loss = f"{data.loss:.4f}"
+        message = f"{data.split} loss at step {data.step}: {loss}"
+        self._add(self._event(record, "eval.completed", message))
+
+    def _keep_unknown(self, record: Record) -> None:
+        """Keeps a record of a kind that only a newer service knows."""
+        self._add(self._event(record, f"record.{record.kind[:_LONGEST_KIND]}"))
+
+    # ---- parts of all kinds
+
+    def _event(
+        self,
+        record: Record,
+        event_type: str,
+        message: str = "",
+        data: dict[str, Any] | None = None,
+    ) -> NewEvent:
+        """Returns the event of a record; `data` replaces the record's own."""
+        if data is None:
+            data = record.data
+        return NewEvent(
+            event_type,
+            message,
+            data=finite(data),
+            source=self._source,
+            n=record.n,
+            attempt=record.attempt,
+            at=record.at,
+        )
+
+    def _add(self, event: NewEvent) -> None:
+        lifecycle.add_event(self._session, self._job, event)
+
+    def _attempt_row(self, record: Record) -> AttemptRow:
+        """Returns the row of a record's attempt, which is made on first use."""
+        row = self._session.get(AttemptRow, (self._job.number, record.attempt))
+        if row is None:
+            row = AttemptRow(job=self._job.number, attempt=record.attempt, message="")
+            row.started_at = record.at
+            row.ranks = []
+            row.state = AttemptState.STARTING
+            if JobState(self._job.status).is_terminal:
+                # Heard of only after the job's end: nothing else would ever close it.
+                row.state = AttemptState.STOPPED
+                row.ended_at = record.at
+            self._session.add(row)
+            self._session.flush()
+        self._raise_attempt(record.attempt)
+        return row
+
+    def _raise_attempt(self, attempt: int) -> None:
+        self._job.attempt = max(self._job.attempt, attempt)
+
+
+def finite(value: Any) -> Any:
+    """Returns JSON in which numbers that are not finite, which JSON lacks, are null."""
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return value
+        return None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def _invalid_record(
+    index: int, record: Record, error: ValidationError
+) -> RequestInvalidError:
+    first = error.errors()[0]
+    pointer = pointer_to(["records", index, "data", *first["loc"]])
+    field_name = pointer_to(first["loc"])[1:]
+    detail = f"a record of kind {record.kind}: {field_name} {plain_message(first)}"
+    return RequestInvalidError.of_field(pointer, "record_invalid", detail)
+
+
+def _failure(reason: StatusReason, message: str) -> dict[str, Any]:
+    code = "job_failed"
+    if reason is StatusReason.SPEC_INVALID:
+        code = "spec_invalid"
+    detail = message or f"the job failed: {reason.value}"
+    return lifecycle.stored_problem(code, detail, reason=reason.value)
+
+
+def _smoothed(past: float | None, newest: float | None) -> float | None:
+    # One slow step, such as one that writes a checkpoint, must not make the ETA jump.
+    if newest is None:
+        return past
+    if past is None:
+        return newest
+    return past * _SMOOTHING + newest * (1 - _SMOOTHING)
+
+
+def _prepared_message(num_tokens: Any, manifest: dict[str, Any]) -> str:
+    vocab_size = manifest.get("vocab_size")
+    if not isinstance(num_tokens, int) or not isinstance(vocab_size, int):
+        return "data ready"
+    return f"data ready: {num_tokens:,} tokens, vocabulary {vocab_size:,}"
+
+
+def _count(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}s"

@@ -1,0 +1,136 @@
+"""Checks what can be wrong with a job spec whatever the cluster looks like.
+
+Owns: names, texts and paths of a spec, and folders that other jobs write to. Must not
+know: HTTP, the cluster's size (`service.jobs.cluster_fit`).
+"""
+
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from megatron_ray.config.problem import Problem
+from megatron_ray.validation import check
+from service.jobs import lifecycle
+from service.jobs.spec_errors import pointer_to
+from service.settings import Settings
+from service.store.schema import JobRow
+from workers.protocol.job import JobSpec
+
+LONGEST_NAME = 80
+"""Characters of a wrong name or path that a message repeats."""
+
+
+def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
+    """Returns everything that is wrong with a spec wherever it runs."""
+    # All of them, so that the user can mend everything at once.
+    return [
+        *_check_names(spec, settings),
+        *_check_text(spec.model_dump(mode="json"), ()),
+        *_check_paths(spec),
+        *check.find_problems(spec),
+    ]
+
+
+def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
+    """Returns a problem when a job that has not ended writes to the spec's folder.
+
+    Two jobs in one folder would destroy each other's checkpoints and reports.
+    """
+    if spec.storage is None:
+        return []
+    # Compared in Python: the same folder may be spelt in many ways.
+    folder = _normalized(spec.storage.path)
+    statement = sa.select(JobRow.id, JobRow.job_dir).where(
+        JobRow.status.not_in(lifecycle.TERMINAL)
+    )
+    for job_id, job_dir in session.execute(statement):
+        if _normalized(job_dir) == folder:
+            detail = (
+                f"{job_id} is writing to {job_dir}; choose another folder, leave storage out, "
+                f"or wait until {job_id} has ended"
+            )
+            return [Problem("/storage/path", "in_use", detail)]
+    return []
+
+
+def _check_names(spec: JobSpec, settings: Settings) -> list[Problem]:
+    # Operators name what specs may use, so that no spec brings images or secrets along.
+    problems = [
+        *_check_name("cluster", "/cluster", spec.cluster, settings.clusters),
+        *_check_name("image", "/image", spec.image, settings.images),
+    ]
+    for index, name in enumerate(spec.credentials):
+        pointer = f"/credentials/{index}"
+        problems += _check_name("credentials", pointer, name, settings.credentials)
+    return problems
+
+
+def _check_name(
+    field: str, pointer: str, name: str, allowed: Sequence[str]
+) -> list[Problem]:
+    if name in allowed:
+        return []
+    if allowed:
+        hint = f"known: {', '.join(allowed)}"
+    else:
+        hint = "none is configured; leave it out"
+    detail = f"{field} {name[:LONGEST_NAME]!r} is not configured here; {hint}"
+    return [Problem(pointer, "unknown_name", detail)]
+
+
+def _check_text(node: Any, parts: tuple[str | int, ...]) -> list[Problem]:
+    """Finds NUL characters below a node: Postgres stores none, and paths end at them."""
+    if isinstance(node, str) and "\0" in node:
+        return [_nul_problem(parts, "text")]
+    problems: list[Problem] = []
+    if isinstance(node, dict):
+        if "\0" in "".join(node):
+            problems.append(_nul_problem(parts, "keys"))
+        for key, value in node.items():
+            problems += _check_text(value, (*parts, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            problems += _check_text(value, (*parts, index))
+    return problems
+
+
+def _nul_problem(parts: tuple[str | int, ...], subject: str) -> Problem:
+    detail = f"{subject} may not contain NUL characters; remove them"
+    return Problem(pointer_to(parts), "nul_character", detail)
+
+
+def _check_paths(spec: JobSpec) -> list[Problem]:
+    problems = _check_path("/checkpoint/start_from", spec.checkpoint.start_from)
+    if spec.storage is not None:
+        problems = [*_check_path("/storage/path", spec.storage.path), *problems]
+    return problems
+
+
+def _check_path(pointer: str, path: str | None) -> list[Problem]:
+    # A URI names its place by itself, whatever the working directory.
+    if not path or "://" in path:
+        return []
+    if not path.startswith("/"):
+        detail = (
+            f"{path[:LONGEST_NAME]!r} is relative, and nodes share no working directory; use "
+            "an absolute path or a URI, or leave it out"
+        )
+        return [Problem(pointer, "absolute", detail)]
+    if ".." in PurePosixPath(path).parts:
+        detail = f"{path[:LONGEST_NAME]!r} contains '..'; write the path without it"
+        return [Problem(pointer, "absolute", detail)]
+    return []
+
+
+def _normalized(path: str) -> str:
+    """Returns one spelling of a folder or URI, so that equal folders compare equal."""
+    scheme, separator, rest = path.removeprefix("file://").rpartition("://")
+    # Drops `.` and doubled or trailing slashes; `..` was refused before.
+    spelling = str(PurePosixPath(rest))
+    if separator:
+        return f"{scheme}://{spelling}"
+    # PurePosixPath keeps two leading slashes, which POSIX lets mean something else.
+    return "/" + spelling.lstrip("/")

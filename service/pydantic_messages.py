@@ -1,0 +1,75 @@
+"""Words pydantic's errors as short sentences about one value.
+
+Owns: the wording of each kind of error. Must not know: HTTP, job specs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+LONGEST_VALUE = 80
+"""Characters of a wrong value that a message repeats."""
+
+# By pydantic's error type; braces name entries of the error's `ctx`.
+_TEMPLATES = {
+    "missing": "is required",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "tuple_type": "must be a list",
+    "dict_type": "must be a JSON object",
+    "model_type": "must be a JSON object",
+    "model_attributes_type": "must be a JSON object",
+    "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "string_pattern_mismatch": "must match the pattern {pattern}",
+    "string_too_short": "must have {min_length} or more characters",
+    "string_too_long": "must have {max_length} or fewer characters",
+    "too_short": "must have {min_length} or more items",
+    "too_long": "must have {max_length} or fewer items",
+}
+
+
+def plain_message(error: Mapping[str, Any]) -> str:
+    """Returns what must hold for the value, without the name of the field.
+
+    Errors raised by our own validators keep their text, which names the remedy.
+    """
+    template = _TEMPLATES.get(error["type"])
+    # Our own validators, and rare kinds, whose text is good enough.
+    if template is None:
+        message = str(error["msg"]).removeprefix("Value error, ")
+        return message[:1].lower() + message[1:]
+    limits = dict(error.get("ctx", {}))
+    for name, limit in limits.items():
+        # A limit of a float field reads as it is written in the code: 0 and not 0.0.
+        if isinstance(limit, float):
+            limits[name] = f"{limit:g}"
+    return template.format(**limits)
+
+
+def short_value(value: Any) -> str:
+    """Returns a wrong value as a message may repeat it: as JSON names it, and cut."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list | tuple):
+        return "a list"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    # Quotes show where a string ends, and that it is one.
+    text = repr(value)
+    if len(text) > LONGEST_VALUE:
+        return text[:LONGEST_VALUE] + "..."
+    return text
