@@ -14,7 +14,7 @@ from tests.integration.fake_service import NAMESPACE
 from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
 from workers.decisions.slot_assignment import assign_slots, standbys_wanted
 from workers.rank.environment import RankEnv
-from workers.rank.messages import Fence, StartOrder
+from workers.rank.messages import Fence, StartRequest
 
 pytestmark = pytest.mark.ray
 NUM_GPUS = 2
@@ -29,8 +29,8 @@ PLAN = PlacementPlan(
 )
 
 
-def order(path: Path, gpu: int | None) -> StartOrder:
-    return StartOrder(RankEnv(0, 1, 0, 1), {"said": str(path)}, {}, 1, "cuda", gpu=gpu)
+def order(path: Path, gpu: int | None) -> StartRequest:
+    return StartRequest(RankEnv(0, 1, 0, 1), {"said": str(path)}, {}, 1, "cuda", gpu=gpu)
 
 
 def seen(group: Any, slot: int, path: Path, gpu: int | None) -> str:

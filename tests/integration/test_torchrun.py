@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_is_one_message_and_exit_code_1(folder: Path) -
         ("parallel.tp=3", "/parallel/tp: tp=3 does not divide"),
         (
             "parallel.dp=1",
-            "the layout makes up 1 ranks, torchrun started 2; use --nproc-per-node 1",
+            "the layout needs a world size of 1, but torchrun started 2; use --nproc-per-node 1",
         ),
         ("nonsense", "expected path.to.field=value"),
     ],
@@ -182,4 +182,4 @@ def test_the_spec_of_an_import_trains_and_one_that_contradicts_it_is_one_message
         "were made with 1e-05; set it to that"
     )
     assert done.returncode == 2
-    assert done.stderr == f"error: the job cannot begin:\n  {text}\n"
+    assert done.stderr == f"error: the job cannot start:\n  {text}\n"
