@@ -47,6 +47,7 @@ def prepare_data(
         prepared = prepare(spec.data, cache, seq_length=seq_length)
     else:
         prepared = prepare(spec.data, cache, seq_length=seq_length, progress=progress)
+    # Only now is the tokenizer's vocabulary known.
     try:
         with_vocabulary(spec.model_copy(update={"model": model}), prepared.vocab_size)
     except ValueError as error:
@@ -82,6 +83,7 @@ def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         prepared = prepare_data(JobSpec.from_mapping(spec))
+    # An error of the user's is a result. Only what may pass by itself is raised.
     except UnusableDataError as error:
         return {"problems": problem_rows(error.problems)}
     return {"prepared": prepared.model_dump(mode="json")}
@@ -104,6 +106,7 @@ def read_dead_rank_files(
 
     The log is read from `log_offset`, but at most its last `log_bytes` bytes.
     """
+    # First the reports: a log that cannot be read must not cost them.
     lines = SpoolReader(Path(report_file)).read(after, limit=_ALL_LINES)
     try:
         with open(log_file, "rb") as file:
@@ -119,6 +122,7 @@ def delete_job_folder(folder: str) -> None:
 
     A process that Ray reports as dead may still be dying, and write.
     """
+    # Tried a few times only: a folder that stays is Ray's to delete with its session.
     for _ in range(_MAX_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(_RETRY_S)

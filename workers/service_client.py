@@ -33,7 +33,7 @@ _TRANSIENT_STATUSES = (408, 429)
 
 
 class ServiceUnavailableError(Exception):
-    """The service did not reply, or not as the protocol says: try again later."""
+    """The service did not reply, or not as the protocol requires: try again later."""
 
 
 class ServiceRefusedError(Exception):
@@ -48,6 +48,7 @@ class ServiceRefusedError(Exception):
         self.code = code
 
 
+# Not a ServiceRefusedError: callers retry or log those, but must end on this one.
 class ReplacedError(Exception):
     """A newer incarnation of this driver has called the service: this one must end."""
 
@@ -104,7 +105,7 @@ class ServiceClient:
             raise ServiceRefusedError(
                 _UPGRADE_REQUIRED,
                 "protocol",
-                f"it speaks protocol {hello.protocol}, this agent {PROTOCOL}; install "
+                f"it uses protocol {hello.protocol}, this agent {PROTOCOL}; install "
                 "matching versions",
             )
         return hello
@@ -132,7 +133,7 @@ class ServiceClient:
         return self._parse(CursorReply, body)
 
     def records(self, batch: RecordBatch) -> RecordReply:
-        """Stores records; the reply says up to which number."""
+        """Stores records; the reply holds the highest number stored."""
         body = self._post(f"/internal/v1/jobs/{batch.job_id}/records", batch)
         return self._parse(RecordReply, body)
 
@@ -148,6 +149,7 @@ class ServiceClient:
     def _get(
         self, path: str, query: dict[str, Any] | None = None, wait_s: float = 0.0
     ) -> Any:
+        # The service holds a long poll for `wait_s`; only then is it late.
         return self._send("GET", path, params=query, timeout=wait_s + _POLL_SLACK_S)
 
     def _post(self, path: str, message: BaseModel) -> Any:
@@ -159,7 +161,7 @@ class ServiceClient:
         )
 
     def _send(self, method: str, path: str, **request: Any) -> Any:
-        """Returns the JSON body of a successful response; raises as the class says."""
+        """Returns the JSON body of a successful response; raises what the class lists."""
         target = f"{method} {self.url}{path}"
         try:
             response = self._client.request(method, path, **request)
@@ -168,6 +170,7 @@ class ServiceClient:
                 f"{target}: {type(error).__name__}: {error}"
             ) from error
         status = response.status_code
+        # Errors that another try may not meet, unlike a refusal.
         if status >= 500 or status in _TRANSIENT_STATUSES:
             raise ServiceUnavailableError(f"{target}: {status}")
         try:
@@ -198,6 +201,7 @@ def _refusal(status: int, body: Any) -> ReplacedError | ServiceRefusedError:
         problem = body
     code = str(problem.get("code", ""))
     detail = str(problem.get("detail", ""))
+    # Conflicts of other kinds are refusals; this one ends the driver.
     if status == 409 and code == "fenced":
         return ReplacedError(detail or "a newer driver of this job is running")
     return ServiceRefusedError(status, code, detail)

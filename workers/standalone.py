@@ -3,7 +3,7 @@
 Owns: spec, data and commits, which elsewhere are the driver's.
 
 Rank 0 prepares the data while the others wait at the store, and commits a checkpoint once
-a counter in the store says that every rank has written its part. Must not know: Ray, HTTP.
+a counter in the store shows that every rank has written its part. Must not know: Ray, HTTP.
 """
 
 import queue
@@ -64,6 +64,7 @@ def run_standalone(
     try:
         return _run(env, job, overrides, reports, resume)
     except UserError as error:
+        # torchrun shows the output of all its processes: one message is enough.
         if env.rank == 0:
             raise
         raise UserError("") from error
@@ -85,6 +86,8 @@ def _run(
     # torchrun's own store is shared by every group of the process: these keys, like each
     # attempt's process group, have a prefix of their own in it.
     store = PrefixStore("megatron-ray", connect_store(request))
+    # Every rank finds the same checkpoint and number: none is written before all of them
+    # have met in the process group.
     data = _share_prepared(spec, env, store)
     resume_from = None
     if resume:
@@ -151,6 +154,7 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
     problem, one per line.
     """
     spec = _parse_spec(job, overrides)
+    # The same rules as in the service, before anything is started.
     problems = check.find_problems(spec, world_size)
     if problems:
         raise UserError(f"{job} cannot run:{_listed(problems)}")
@@ -164,6 +168,7 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
     storage = resolved.storage
     if storage is None:
         storage = StorageConfig(path=str(Path("runs", spec.name).absolute()))
+    # Through JSON, so that the storage path is validated with all other fields.
     values = resolved.model_dump(mode="json")
     values["storage"] = storage.model_dump()
     return JobSpec.from_mapping(values)
@@ -253,6 +258,7 @@ class StoreCommitter:
 
     def report(self, item: Report) -> None:
         """Takes a report of this rank; never blocks."""
+        # Phases are neither counted nor stored in a checkpoint.
         if not isinstance(item, PhaseReport):
             self._items.put(item)
 

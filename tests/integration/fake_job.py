@@ -83,7 +83,7 @@ def tell_gpus(
     order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> str:
     """Writes which GPUs this process would see."""
-    Path(order.spec["said"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
+    Path(order.spec["path"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
     return "finished"
 
 

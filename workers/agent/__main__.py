@@ -72,10 +72,10 @@ def main(
 ) -> None:
     """Connect one Ray cluster to the service.
 
-    Exit codes: 0 after SIGTERM or SIGINT, 2 if the agent cannot start, 3 if Ray is
-    lost.
+    Exit codes: 0 after SIGTERM or SIGINT, 2 if it cannot start, 3 if Ray is lost.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # httpx logs every request, and there is one per poll.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     options = AgentOptions(service, cluster, address, storage)
     raise typer.Exit(run_agent(options, token_file))
@@ -88,6 +88,7 @@ def run_agent(options: AgentOptions, token_file: Path | None) -> int:
     except ProcessEnvironmentError as error:
         _LOG.error("%s", error)
         return EXIT_BAD_START
+    # Before Ray is used, so that no process started through it inherits the token.
     unset_agent_token()
     prepare_ray_client()
     return _run_until_signal(Agent(options, token))
@@ -98,6 +99,7 @@ def _run_until_signal(agent: Agent) -> int:
 
     ray.init replaces signal handlers only when it runs in the main thread.
     """
+    # For an error that `work` does not expect, whose traceback is in the log.
     exit_code = 1
 
     def work() -> None:
@@ -109,13 +111,14 @@ def _run_until_signal(agent: Agent) -> int:
             exit_code = EXIT_BAD_START
 
     thread = threading.Thread(target=work, name="agent", daemon=True)
+    # A handler runs between bytecodes of the main thread, hence the short joins below.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     thread.start()
     stopped_at: float | None = None
     while thread.is_alive():
         thread.join(_JOIN_S)
-        if agent.stopping:
+        if agent.is_stopping:
             stopped_at = stopped_at or time.monotonic()
             if time.monotonic() - stopped_at > _STOP_S:
                 # A call into Ray that does not return; the agent has no state to lose.

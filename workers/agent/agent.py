@@ -66,10 +66,11 @@ class Agent:
     def stop(self) -> None:
         """Ends `run` soon; jobs are not touched."""
         self._stopping.set()
+        # Wakes the loop, which may be waiting for a reply.
         self._replies.put(None)
 
     @property
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether `stop` was called."""
         return self._stopping.is_set()
 
@@ -119,6 +120,7 @@ class Agent:
         threading.Thread(target=watch_ray, args=(address,), name="ray", daemon=True).start()
 
     def _loop(self, client: ServiceClient, hello: Hello) -> None:
+        # Made after ray.init, whose cluster they work on.
         registry = DriverRegistry(self._options.service_url, hello.namespace)
         checks = CheckRunner(client)
         storage = StorageChecks(self._options.storage_root or hello.storage_root)
@@ -131,7 +133,7 @@ class Agent:
             tick_end = time.monotonic() + _TICK_S
             while not self._stopping.is_set() and time.monotonic() < tick_end:
                 timeout_s = tick_end - time.monotonic()
-                if checks.busy:
+                if checks.has_running:
                     timeout_s = _CHECK_TICK_S
                 reply = self._next_reply(timeout_s)
                 if reply is not None:
@@ -165,6 +167,7 @@ class Agent:
             drivers=registry.statuses(),
             orphans=registry.orphans(),
         )
+        # A lost report is not repeated: the next one replaces it.
         try:
             client.report(report)
         except (ServiceUnavailableError, ServiceRefusedError) as error:
@@ -199,6 +202,7 @@ def connect_ray(address: str, namespace: str) -> str | None:
     """
     # Ray itself would try for minutes before it fails.
     probe_port(address)
+    # The logs of ranks go to the job's folder, not through Ray to this process.
     context = ray.init(
         address=address,
         namespace=namespace,
@@ -233,6 +237,7 @@ def watch_ray(address: str) -> None:
             probe_port(address)
             away_since = None
         except OSError as error:
+            # One failed connection may be a busy machine.
             now = time.monotonic()
             away_since = away_since or now
             if now - away_since > _RAY_AWAY_S:

@@ -24,6 +24,7 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
 
     Quick: nothing is tokenized.
     """
+    # The service has validated the spec; this code may be of another version.
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
@@ -51,6 +52,7 @@ def _find_other_job(storage_path: str) -> list[Problem]:
     """
     try:
         entry = Journal(storage_path).latest()
+    # A journal that cannot be read still belongs to some job.
     except JournalError as error:
         owner = str(error)
     except StorageError:
@@ -67,22 +69,22 @@ def _find_other_job(storage_path: str) -> list[Problem]:
 
 
 def write_nonce(root: str) -> tuple[str, str]:
-    """Writes a random word below the storage root; returns (file name, word).
+    """Writes a random string below the storage root; returns (file name, string).
 
     Raises StorageError.
     """
     name = f"{NONCE_FOLDER}/nonce-{secrets.token_hex(4)}"
-    word = secrets.token_hex(16)
-    open_storage(root).write_bytes_atomic(name, word.encode())
-    return name, word
+    nonce = secrets.token_hex(16)
+    open_storage(root).write_bytes_atomic(name, nonce.encode())
+    return name, nonce
 
 
-def nonce_matches(root: str, name: str, word: str) -> bool:
-    """Returns whether this node reads the word that the agent wrote.
+def nonce_matches(root: str, name: str, nonce: str) -> bool:
+    """Returns whether this node reads the nonce that the agent wrote.
 
     If it does, node and agent see the same storage.
     """
     try:
-        return open_storage(root).read_bytes(name).decode() == word
+        return open_storage(root).read_bytes(name).decode() == nonce
     except (StorageError, UnicodeDecodeError):
         return False

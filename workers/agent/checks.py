@@ -34,7 +34,7 @@ class CheckRunner:
         self._running: dict[str, Any] = {}
 
     @property
-    def busy(self) -> bool:
+    def has_running(self) -> bool:
         """Whether a check is running."""
         return bool(self._running)
 
@@ -47,6 +47,7 @@ class CheckRunner:
                 self._running[request.check_id] = anywhere(
                     check_task, request.spec, request.storage_path
                 )
+        # A dict keeps insertion order: the oldest are forgotten first.
         while len(self._seen) > _MAX_REMEMBERED:
             self._seen.pop(next(iter(self._seen)))
 
@@ -67,7 +68,7 @@ class CheckRunner:
 
 
 def _problem_rows(call: Any) -> list[dict[str, str]]:
-    """Returns what a check found; a check that failed is a problem of its own."""
+    """Returns the problems of a check; its own failure is one of them."""
     try:
         rows: list[dict[str, str]] = result(call)
     except TaskFailedError as error:
@@ -77,7 +78,7 @@ def _problem_rows(call: Any) -> list[dict[str, str]]:
 
 
 class StorageChecks:
-    """Checks on each node whether it reads a word that this process wrote to the storage."""
+    """Checks whether each node reads a nonce that this process wrote to the storage."""
 
     def __init__(self, root: str | None) -> None:
         self._root = root
@@ -99,6 +100,7 @@ class StorageChecks:
             if is_done(call):
                 del self._running[node_id]
                 self._collect(node_id, call, now)
+        # At most one check per node at a time: a node that hangs must not collect tasks.
         for node in nodes:
             is_running = node.node_id in self._running
             is_due = now >= self._due.get(node.node_id, 0.0)
@@ -117,11 +119,11 @@ class StorageChecks:
 
     def _start(self, root: str, node_id: str, now: float) -> None:
         try:
-            # Written once; every node and every later check reads the same word.
+            # Written once: every node and every later check reads the same nonce.
             self._nonce = self._nonce or write_nonce(root)
         except StorageError as error:
             _LOG.warning("cannot write to the job storage: %s", error)
             self._due[node_id] = now + _RETRY_S
             return
-        name, word = self._nonce
-        self._running[node_id] = on_node(node_id, nonce_matches, root, name, word)
+        name, nonce = self._nonce
+        self._running[node_id] = on_node(node_id, nonce_matches, root, name, nonce)

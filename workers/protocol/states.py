@@ -78,6 +78,9 @@ class StatusReason(StrEnum):
     INTERNAL = "internal"
 
 
+# The table reads: from the state on the left, a job may change to those on the right.
+# The service ignores a record of any other change, so a late or repeated record of a
+# restarted driver cannot move a job backwards.
 _S = JobState
 _END = frozenset({_S.FAILED, _S.CANCELLED})
 

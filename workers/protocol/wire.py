@@ -18,6 +18,7 @@ PROTOCOL = 1
 class Message(BaseModel):
     """Base of all messages: frozen, and ignores unknown fields."""
 
+    # Not "forbid": fields are added without raising the protocol number.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
@@ -27,6 +28,9 @@ class ProblemMessage(Message):
     pointer: str
     code: str
     detail: str
+
+
+# ---- agent and service
 
 
 class NodeInfo(Message):
@@ -86,6 +90,9 @@ class CheckResult(Message):
     problems: tuple[ProblemMessage, ...] = ()
 
 
+# ---- desired jobs, for agent and drivers
+
+
 class DesiredJob(Message):
     """Desired state of one job, for its driver."""
 
@@ -116,6 +123,9 @@ class DesiredReply(Message):
     terminal: tuple[str, ...] = ()
     """Ids of ended jobs, whose actors and placement groups may be removed."""
     checks: tuple[CheckRequest, ...] = ()
+
+
+# ---- driver and service
 
 
 class Record(Message):

@@ -83,7 +83,7 @@ class RankAttempt:
         self._first_n = self.spool.last_n
         self._reader = SpoolReader(path)
         self._read_lock = threading.Lock()
-        self._has_news = threading.Event()
+        self._has_report = threading.Event()
         # Set by reports that the driver should get at once, without waiting for more.
         self._is_urgent = threading.Event()
         self._released = 0
@@ -98,6 +98,7 @@ class RankAttempt:
         Called in the training thread and in that of the checkpoint writer.
         """
         self.spool.append(item.kind, vars(item))
+        # Nothing but two flags is left to do here: what costs time is the driver's call.
         if isinstance(item, StepReport):
             if not self.step:
                 self._is_urgent.set()  # the job counts as running from its first step on
@@ -106,7 +107,7 @@ class RankAttempt:
             self._log(_log_message(item))
         if isinstance(item, CheckpointReport | PhaseReport):
             self._is_urgent.set()
-        self._has_news.set()
+        self._has_report.set()
 
     def next(self, poll: Poll, log: LogFile | None) -> NextReply:
         """Waits for reports, then returns them; see `RankWorker.next`."""
@@ -123,7 +124,7 @@ class RankAttempt:
         last_n = after
         if lines:
             last_n = lines[-1].n
-        # The end is told with the last report, not before. A failure is told at once.
+        # The end is returned with the last report, not before; a failure at once.
         if last_n < self.spool.last_n and state is not RankState.FAILED:
             state = RankState.RUNNING
         if not poll.steps:
@@ -152,13 +153,13 @@ class RankAttempt:
 
     def _wait_for_reports(self, after: int, wait_s: float) -> None:
         if after >= self.spool.last_n:
-            self._has_news.wait(wait_s)
+            self._has_report.wait(wait_s)
         if not self.state.is_over:
             self._is_urgent.wait(min(LINGER_S, wait_s))
         # Cleared before the lines are read: a report written in between sets them again,
         # so the next call returns at once.
         self._is_urgent.clear()
-        self._has_news.clear()
+        self._has_report.clear()
 
     def _run(self) -> None:
         started = time.monotonic()
@@ -176,7 +177,7 @@ class RankAttempt:
             self.spool.append("ended", {"outcome": outcome, "step": self.step})
             self._log(f"{outcome} at step {self.step}")
             self.state = RankState.FINISHED if outcome == "finished" else RankState.STOPPED
-        except BaseException as error:  # noqa: BLE001 - whatever ends a rank is told to the driver
+        except BaseException as error:  # noqa: BLE001 - the driver must learn whatever ends a rank
             text = "".join(traceback.format_exception(error))
             self.error = {
                 "type": type(error).__name__,
@@ -191,7 +192,7 @@ class RankAttempt:
             self.state = RankState.FAILED
         finally:
             self._is_urgent.set()
-            self._has_news.set()
+            self._has_report.set()
 
     def _log(self, message: str) -> None:
         """Writes a line to the rank's log; never one per step, as the spool has those."""

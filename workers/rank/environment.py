@@ -51,6 +51,8 @@ class RankEnv:
         """
         if environ is None:
             environ = os.environ
+        # torchrun sets all of them. One alone is a mistake that must not pass silently
+        # as a world of one rank.
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1)
         env = cls(
@@ -113,6 +115,8 @@ def prepare_process(num_threads: int, address: str | None = None) -> None:
     `address` is this node's IPv4 address. An operator's own choice of gloo interface and
     tokenizer parallelism wins.
     """
+    # Overwritten: Ray sets OMP_NUM_THREADS to the CPUs that an actor requests, and a
+    # spare requests none.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(max(1, num_threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

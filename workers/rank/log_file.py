@@ -1,7 +1,7 @@
 """Captures a rank's standard output and error in a file.
 
 Owns: redirecting file descriptors 1 and 2, reading from an offset, the size limit. Must
-not know: Ray, torch, who reads.
+not know: Ray, torch, its readers.
 """
 
 import os
@@ -49,6 +49,7 @@ class LogFile:
         """
         with self._lock:
             start = max(offset, self._dropped)
+            # Emptying the file has moved its beginning by `_dropped` bytes.
             data = b""
             if max_bytes > 0:
                 data = os.pread(self._file, max_bytes, start - self._dropped)

@@ -40,9 +40,11 @@ def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Out
     """
     spec = JobSpec.from_mapping(request.spec)
     data = PreparedData.model_validate(request.data)
+    # On CPU, ranks of one machine share its cores and its memory.
     if request.device == "cpu":
         poll = _with_memory_bound(device.MallocTuning(), poll)
         torch.set_num_threads(spec.resources.num_threads)
+    # Includes waiting for the slowest rank.
     started = time.monotonic()
     with process_group(request):
         mesh = _create_mesh(request, spec)
@@ -83,6 +85,7 @@ def process_group(request: StartRequest) -> Iterator[None]:
     if env.world_size == 1:
         yield
         return
+    # Libraries below torch read torchrun's variables.
     env.export()
     # The store outlives an attempt: with a prefix of its own, an attempt cannot read the
     # rendezvous keys of the one before.

@@ -1,7 +1,7 @@
 """Writes and reads a rank's report file, the spool.
 
 Owns: numbering, appending, segments, reading from a cursor. Must not know: Ray, torch,
-who reads.
+its readers.
 
 One JSON line `{"n", "at", "kind", "attempt", "data"}` per report, one unbuffered
 O_APPEND write each: a report costs the training thread a few microseconds and survives
@@ -26,7 +26,7 @@ _TAIL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Line:
-    """One report as it stands in the file."""
+    """One report as it is in the file."""
 
     n: int
     kind: str
@@ -75,7 +75,10 @@ class Spool:
                 "data": data,
             }
             line = _encode(record) + b"\n"
+            # One unbuffered system call: a process that is killed leaves whole lines.
             written = os.write(self._file, line)
+            # What was written of a line that does not fit is taken back, so that the next
+            # one does not follow half a line.
             if written != len(line):
                 os.ftruncate(self._file, self._size)
                 raise OSError(
@@ -96,6 +99,7 @@ class Spool:
         with self._lock:
             existing = segments(self.path)
         for index, (_, path) in enumerate(existing[:-1]):
+            # A segment ends where the next one begins, so it need not be read.
             first_n_of_next, _ = existing[index + 1]
             if first_n_of_next <= n + 1:
                 path.unlink(missing_ok=True)
@@ -159,12 +163,12 @@ class SpoolReader:
         try:
             with open(self._segment, "rb") as file:
                 file.seek(self._offset)
-                for text in file:
+                for raw_line in file:
                     # Without its newline a line is still being written, or torn.
-                    if not text.endswith(b"\n") or len(lines) >= limit:
+                    if not raw_line.endswith(b"\n") or len(lines) >= limit:
                         break
-                    self._offset += len(text)
-                    line = parse_line(text)
+                    self._offset += len(raw_line)
+                    line = parse_line(raw_line)
                     if line is not None and line.n > after:
                         lines.append(line)
                         self._after = line.n
@@ -187,14 +191,15 @@ def report_path(folder: Path, attempt: int, rank: int) -> Path:
     return folder / f"attempt-{attempt:04d}" / f"rank-{rank:05d}.jsonl"
 
 
-def parse_line(text: bytes) -> Line | None:
+def parse_line(raw_line: bytes) -> Line | None:
     """Parses a line of a spool; returns None if it is not one.
 
-    A torn write may stand in the middle of a file that another process continued.
+    There may be a torn line in the middle of a file that another process continued.
     """
+    # Null, a list or an object without a number are no lines either.
     try:
-        value = from_json(text)
-        return Line(int(value["n"]), str(value["kind"]), text.rstrip(b"\n"))
+        value = from_json(raw_line)
+        return Line(int(value["n"]), str(value["kind"]), raw_line.rstrip(b"\n"))
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -208,6 +213,7 @@ def segments(path: Path) -> list[tuple[int, Path]]:
     prefix = path.name + "."
     if path.parent.is_dir():
         for entry in path.parent.iterdir():
+            # Other files of the rank, such as its log, are in the same folder.
             number = entry.name.removeprefix(prefix)
             if entry.name.startswith(prefix) and number.isdigit():
                 existing.append((int(number), entry))
@@ -233,7 +239,7 @@ def _encode(record: Mapping[str, Any]) -> bytes:
 def _without_surrogates(value: Any) -> Any:
     """Returns a value whose lone surrogates are written as escapes.
 
-    The text of an error has them if it names a file whose name is not UTF-8.
+    The message of an error has them if it names a file whose name is not UTF-8.
     """
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
@@ -261,11 +267,11 @@ def _last_n(path: Path) -> int:
     """Returns the number of a spool's last line; 0 for a new one."""
     last_n = 0
     for first_n, segment in segments(path):
-        # An empty segment still says by its name how far the one before it went.
+        # The name of an empty segment gives the last number of the one before it.
         last_n = max(last_n, first_n - 1)
         with open(segment, "rb") as file:
-            for text in file:
-                line = parse_line(text)
+            for raw_line in file:
+                line = parse_line(raw_line)
                 if line is not None:
                     last_n = line.n
     return last_n

@@ -1,6 +1,6 @@
 """Gives torch's key-value stores public names.
 
-Owns: the one place that knows that torch does not declare them as exports.
+Owns: the only import of names that torch does not declare as exports.
 """
 
 from datetime import timedelta

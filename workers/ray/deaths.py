@@ -58,8 +58,10 @@ def _contains_any(text: str, parts: tuple[str, ...]) -> bool:
 
 def _reason(text: str) -> str | None:
     """Returns the first reason in Ray's text, without its advice; None if there is none."""
+    # Ray's own text, about the error code of a connection, would not help a user.
     if _KILLED_TEXT in text:
         return "process killed or crashed (possibly out of memory)"
+    # Ray puts class, ids and addresses on other lines of the text.
     for line in text.splitlines():
         for mark in _REASON_MARKS:
             if mark not in line:

@@ -134,6 +134,7 @@ class RankWorker:
         Each attempt has a prefix of its own in it. The kernel picks the port.
         """
         self._guard.admit(fence)
+        # The store is torch's, which that thread is importing.
         self._preload_thread.join()
         if self._store is None:
             from workers.rank.stores import TCPStore
@@ -148,6 +149,7 @@ class RankWorker:
         """
         self._guard.admit(fence)
         current = self._attempt
+        # A request that is sent twice is served once.
         if current is not None:
             if current.request.attempt == request.attempt:
                 return
@@ -180,6 +182,7 @@ class RankWorker:
         """Puts a command into the inbox of the caller's attempt, if it is running here."""
         self._guard.admit(fence)
         attempt = self._attempt
+        # A command for an earlier attempt must not stop this one.
         if attempt is not None and attempt.request.attempt == fence.attempt:
             attempt.inbox.put(command)
 

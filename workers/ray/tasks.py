@@ -16,7 +16,7 @@ _END_S = 5.0
 
 
 class TaskFailedError(Exception):
-    """A task raised or its process died; the text is one sentence."""
+    """A task raised or its process died; the message is one sentence."""
 
 
 def anywhere(body: Callable[..., Any], *args: Any) -> Any:
@@ -32,6 +32,7 @@ def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
 
     It reserves no resources.
     """
+    # Not soft: on another node the task would look at the wrong files.
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task = _remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
     return task.remote(*args)
@@ -52,6 +53,8 @@ def is_done(call: Any) -> bool:
 
 def end(call: Any) -> None:
     """Kills the task's process unless the task is done, and waits for its end."""
+    # `force` kills the worker process: the body may be deep in a tokenizer, which no
+    # exception would interrupt.
     if not is_done(call):
         ray.cancel(call, force=True)
         ray.wait([call], timeout=_END_S)

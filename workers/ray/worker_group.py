@@ -72,7 +72,8 @@ class WorkerGroup:
         self._job_id = job_id
         self._namespace = namespace
         # Wrapped once: every remote class that is made stays in memory, here and in
-        # Ray's head.
+        # Ray's head. Two threads for polls: that of a replaced driver may still be
+        # waiting in the worker when its successor's comes.
         as_actor: Any = ray.remote
         self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
         self._slots: dict[int, Any] = {}
@@ -87,9 +88,12 @@ class WorkerGroup:
         except ValueError:
             pass
         selectors = None
+        # Nodes that cannot read the job storage.
         if plan.avoid_nodes:
             selector = {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"}
             selectors = [selector] * len(plan.bundles)
+        # A bundle never spans nodes, and holds one tensor-parallel group. PACK puts the
+        # bundles on as few nodes as possible. Detached: it outlives this driver.
         return ray.util.placement_group(
             [dict(bundle.resources) for bundle in plan.bundles],
             strategy="PACK",
@@ -262,8 +266,10 @@ class WorkerGroup:
 
     def kill_slots(self, slots: Sequence[int]) -> None:
         """Kills the workers of some slots and waits until their names are free."""
+        # All are killed before the first wait, so that they die at the same time.
         for slot in slots:
             actor = self._slots.pop(slot, None)
+            # One that an earlier driver created may not have been adopted.
             if actor is None:
                 actor = find_actor(worker_name(self._job_id, slot), self._namespace)
             if actor is not None:
@@ -288,6 +294,7 @@ class WorkerGroup:
 
     def remove_all(self, num_slots: int) -> None:
         """Kills every actor of the job but its driver, and removes the placement group."""
+        # By name, not by `self._slots`: an earlier driver may have created more.
         self.drop_calls()
         names = [worker_name(self._job_id, slot) for slot in range(num_slots)]
         # In parallel: a look-up is a call to Ray's head, and a job may have thousands.
@@ -322,6 +329,7 @@ def _results(
     late, FencedError.
     """
     _await_all(calls, timeout_s, stop)
+    # All calls are looked at before one failure is raised: it names every dead slot.
     results = []
     dead = {}
     for slot in sorted(calls):
@@ -344,6 +352,7 @@ def _await_all(
     deadline = time.monotonic() + timeout_s
     waiting = list(calls.values())
     while waiting and time.monotonic() < deadline:
+        # Short waits, so that a cancelled job need not wait for its workers.
         stop()
         remaining_s = max(0.0, deadline - time.monotonic())
         _, waiting = ray.wait(
