@@ -1,75 +1,74 @@
-"""CPU work that runs as Ray tasks: data, storage checks, files of dead ranks.
+"""Runs a driver's CPU work as Ray tasks: data, and files of ranks on their nodes.
 
-Owns: the bodies, plain functions. Torch- and ray-free.
+Owns: the bodies, plain functions. Torch- and Ray-free. Must not know: the driver.
 
-Each returns plain values, a user's mistake included, so that nothing of the library
-needs to be pickled.
+Each returns plain values, problems of the spec included, so nothing of the library needs
+to be pickled.
 """
 
-import secrets
+import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from megatron_ray.checkpoint.directory import latest_committed
 from megatron_ray.checkpoint.initial_model import resolve_initial_model
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
-from megatron_ray.data.preparation.check import check_data
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.storage.errors import StorageError
-from megatron_ray.storage.storage import open_storage
 from megatron_ray.validation.resolution import with_vocabulary
-from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec
 from workers.rank.spool import Line, SpoolReader
 
-_DYING_S = 0.3
-_SWEEPS = 10
-NONCE_FOLDER = ".megatron-ray"
+_RETRY_S = 0.3
+_MAX_TRIES = 10
+_ALL_LINES = 1_000_000
 
 
 def prepare_data(
     spec: JobSpec, progress: Callable[[str], None] | None = None
 ) -> PreparedData:
-    """The data of a spec with a storage path, prepared under it or in data.cache; its
-    tokens fit the model, and the model the weights that it begins with.
+    """Prepares the data of a spec, under its storage path or in data.cache.
 
-    Raises UnusableDataError, StorageError.
+    The storage path must be resolved; `progress` receives messages. Raises
+    UnusableDataError, also if the tokens do not fit the model or the model does not fit
+    the weights it starts from, and StorageError.
     """
     cache = spec.data_cache
     if cache is None:
         raise ValueError("storage.path is not resolved")
-    model = _beginning(spec)
-    length = spec.training.seq_length
+    # First the check that costs nothing: tokenizing may take hours.
+    model = _model_with_initial_vocabulary(spec)
+    seq_length = spec.training.seq_length
     if progress is None:
-        found = prepare(spec.data, cache, seq_length=length)
+        prepared = prepare(spec.data, cache, seq_length=seq_length)
     else:
-        found = prepare(spec.data, cache, seq_length=length, progress=progress)
+        prepared = prepare(spec.data, cache, seq_length=seq_length, progress=progress)
+    # Only now is the tokenizer's vocabulary known.
     try:
-        with_vocabulary(spec.model_copy(update={"model": model}), found.vocab_size)
+        with_vocabulary(spec.model_copy(update={"model": model}), prepared.vocab_size)
     except ValueError as error:
-        raise UnusableDataError(
-            [Problem("/model/vocab_size", "vocab_fits", str(error))]
-        ) from error
-    return found
+        problem = Problem("/model/vocab_size", "vocab_fits", str(error))
+        raise UnusableDataError([problem]) from error
+    return prepared
 
 
-def _beginning(spec: JobSpec) -> ModelConfig:
-    """The model, with the vocabulary of the weights that the job begins with, which it
-    no longer needs once it has a checkpoint of its own. Raises UnusableDataError.
+def _model_with_initial_vocabulary(spec: JobSpec) -> ModelConfig:
+    """Returns the model with the vocabulary of the weights it starts from.
+
+    A job that has a checkpoint of its own no longer needs those weights. Raises
+    UnusableDataError when they do not fit the model.
     """
-    if (
+    has_checkpoint = (
         spec.storage is not None
         and spec.checkpoint.start_from
         and latest_committed(spec.storage.path) is not None
-    ):
+    )
+    if has_checkpoint:
         return spec.model
     model, problems = resolve_initial_model(spec.checkpoint, spec.model)
     if problems:
@@ -78,113 +77,55 @@ def _beginning(spec: JobSpec) -> ModelConfig:
 
 
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
-    """`{"prepared": PreparedData}` or `{"problems": [...]}`; anything else that goes
-    wrong is raised.
+    """Prepares the data of a spec given as JSON.
+
+    Returns `{"prepared": PreparedData}` or `{"problems": [...]}`; raises what else goes
+    wrong.
     """
     try:
-        return {
-            "prepared": prepare_data(JobSpec.from_mapping(spec)).model_dump(mode="json")
-        }
-    except UnusableDataError as found:
-        return {"problems": problem_rows(found.problems)}
-
-
-def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
-    """What is wrong with a spec's paths, seen from the cluster; quick, nothing is
-    tokenized.
-    """
-    try:
-        job = JobSpec.from_mapping(spec)
-    except ValidationError as error:
-        return [
-            {
-                "pointer": "/" + "/".join(map(str, row["loc"])),
-                "code": str(row["type"]),
-                "detail": row["msg"],
-            }
-            for row in error.errors()
-        ]
-    _, contradictions = resolve_initial_model(job.checkpoint, job.model)
-    return problem_rows(
-        [
-            *check_data(job.data, job.training.seq_length, storage_path),
-            *contradictions,
-            *_taken(storage_path),
-        ]
-    )
-
-
-def _taken(storage_path: str) -> list[Problem]:
-    """A new job's folder must not hold another job: its checkpoints would be taken for
-    this one's, and its records overwritten.
-    """
-    try:
-        found = Journal(storage_path).latest()
-        owner = found.job_id if found else None
-    except JournalError as problem:
-        owner = str(problem)
-    except StorageError:
-        return []  # already said by the check for writing
-    if owner is None:
-        return []
-    text = (
-        f"{storage_path} holds another job already ({owner}); give this job a folder of its "
-        "own, or leave storage.path out"
-    )
-    return [Problem("/storage/path", "in_use", text)]
+        prepared = prepare_data(JobSpec.from_mapping(spec))
+    # An error of the user's is a result. Only what may pass by itself is raised.
+    except UnusableDataError as error:
+        return {"problems": problem_rows(error.problems)}
+    return {"prepared": prepared.model_dump(mode="json")}
 
 
 def problem_rows(problems: list[Problem]) -> list[dict[str, str]]:
-    """Problems as wire.ProblemMessage fields."""
-    return [
-        {"pointer": problem.pointer, "code": problem.code, "detail": problem.detail}
-        for problem in problems
-    ]
+    """Returns problems as the fields of wire.ProblemMessage."""
+    rows = []
+    for problem in problems:
+        rows.append(
+            {"pointer": problem.pointer, "code": problem.code, "detail": problem.detail}
+        )
+    return rows
 
 
-def write_nonce(root: str) -> tuple[str, str]:
-    """Writes a random word below the storage root; returns (file name, word).
-
-    Raises StorageError.
-    """
-    name = f"{NONCE_FOLDER}/nonce-{secrets.token_hex(4)}"
-    word = secrets.token_hex(16)
-    open_storage(root).write_bytes_atomic(name, word.encode())
-    return name, word
-
-
-def nonce_matches(root: str, name: str, word: str) -> bool:
-    """Whether this node reads the word that the agent wrote: the storage is one
-    namespace.
-    """
-    try:
-        return open_storage(root).read_bytes(name).decode() == word
-    except (StorageError, UnicodeDecodeError):
-        return False
-
-
-def salvage_task(
+def read_dead_rank_files(
     report_file: str, after: int, log_file: str, log_offset: int, log_bytes: int
 ) -> tuple[list[Line], bytes]:
-    """What a dead rank left on its node: reports beyond the cursor, and the rest of its
-    log.
+    """Returns a dead rank's reports after number `after`, and the end of its log.
+
+    The log is read from `log_offset`, but at most its last `log_bytes` bytes.
     """
-    lines = SpoolReader(Path(report_file)).read(after, limit=1_000_000)
+    # First the reports: a log that cannot be read must not cost them.
+    lines = SpoolReader(Path(report_file)).read(after, limit=_ALL_LINES)
     try:
         with open(log_file, "rb") as file:
-            size = file.seek(0, 2)
+            size = file.seek(0, os.SEEK_END)
             file.seek(min(size, max(log_offset, size - log_bytes)))
             return lines, file.read(log_bytes)
     except OSError:
         return lines, b""
 
 
-def sweep_task(folder: str) -> None:
-    """Removes a job's files on a node, and what comes back: a process that Ray calls
-    dead may still be dying, and write.
+def delete_job_folder(folder: str) -> None:
+    """Deletes a job's folder on a node, until it stays away.
+
+    A process that Ray reports as dead may still be dying, and write.
     """
-    for _ in range(_SWEEPS):
+    # Tried a few times only: a folder that stays is Ray's to delete with its session.
+    for _ in range(_MAX_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
-        time.sleep(_DYING_S)
+        time.sleep(_RETRY_S)
         if not Path(folder).exists():
             break

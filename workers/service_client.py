@@ -1,9 +1,9 @@
-"""The way to the service: outwards over HTTP, nothing else.
+"""Calls the service's internal HTTP routes.
 
-Owns: the internal routes and the classes of their failures.
+Owns: the routes and the classes of their failures.
 
-Used by the agent and by drivers, each thread with a link of its own. Must not know:
-Ray, torch, what the messages mean.
+Used by the agent and by drivers, each thread with a client of its own. Requests go from
+the cluster to the service only. Must not know: Ray, torch, what the messages mean.
 """
 
 from types import TracebackType
@@ -27,15 +27,19 @@ Reply = TypeVar("Reply", bound=BaseModel)
 
 _TIMEOUT_S = 10.0
 _POLL_SLACK_S = 10.0
+"""Time that a long poll may take beyond the wait it asked for."""
+_UPGRADE_REQUIRED = 426
+_TRANSIENT_STATUSES = (408, 429)
 
 
 class ServiceUnavailableError(Exception):
-    """The service did not answer, or not sensibly: try again later."""
+    """The service did not reply, or not as the protocol requires: try again later."""
 
 
 class ServiceRefusedError(Exception):
-    """The service understood and said no; `status` and `code` are those of its problem
-    document.
+    """The service refused a request.
+
+    `status` and `code` are those of its problem document.
     """
 
     def __init__(self, status: int, code: str, detail: str) -> None:
@@ -44,24 +48,25 @@ class ServiceRefusedError(Exception):
         self.code = code
 
 
+# Not a ServiceRefusedError: callers retry or log those, but must end on this one.
 class ReplacedError(Exception):
-    """A newer incarnation of this driver has spoken to the service: this one must end."""
+    """A newer incarnation of this driver has called the service: this one must end."""
 
 
 class Hello(BaseModel):
-    """Who the service is."""
+    """The service's identity and settings, for the agent."""
 
     protocol: int
     namespace: str
     deployment_id: str
     storage_root: str | None = None
-    """Folder or URI that jobs write below; nodes that do not see it are refused."""
+    """Folder or URI that jobs write below; nodes that cannot read it are refused."""
 
 
 class ServiceClient:
-    """Requests of one caller with one token.
+    """Sends requests of one caller with one token.
 
-    Raises ServiceUnavailableError, ServiceRefusedError, Replaced.
+    Methods raise ServiceUnavailableError, ServiceRefusedError, ReplacedError.
     """
 
     def __init__(self, url: str, token: str) -> None:
@@ -70,6 +75,7 @@ class ServiceClient:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
             timeout=_TIMEOUT_S,
+            # No proxies from the environment: they would see the token.
             trust_env=False,
         )
 
@@ -89,56 +95,61 @@ class ServiceClient:
         self._client.close()
 
     def hello(self) -> Hello:
-        """First words; raises ServiceRefusedError when the service speaks a protocol
-        that this code does not.
+        """Returns the service's settings; the agent's first request.
+
+        Raises ServiceRefusedError when the service's protocol is not supported here.
         """
-        hello = Hello.model_validate(self._get("/internal/v1/agent/hello"))
+        hello = self._parse(Hello, self._get("/internal/v1/agent/hello"))
+        # A service accepts its own protocol and the one before.
         if hello.protocol not in (PROTOCOL, PROTOCOL + 1):
             raise ServiceRefusedError(
-                426,
+                _UPGRADE_REQUIRED,
                 "protocol",
-                f"it speaks protocol {hello.protocol}, this agent {PROTOCOL}; install "
+                f"it uses protocol {hello.protocol}, this agent {PROTOCOL}; install "
                 "matching versions",
             )
         return hello
 
     def report(self, report: AgentReport) -> None:
-        """The cluster as it is."""
+        """Sends the state of the cluster."""
         self._post("/internal/v1/agent/report", report)
 
     def desired_jobs(self, cluster: str, after: int, wait_s: float) -> DesiredReply:
-        """What the cluster's jobs should be doing; waits for a revision above `after`."""
+        """Returns the desired state of a cluster's jobs.
+
+        Waits up to `wait_s` for a revision above `after`.
+        """
         query = {"cluster": cluster, "after": after, "wait_s": wait_s}
-        return self._parse(
-            DesiredReply, self._get("/internal/v1/agent/desired", query, wait_s)
-        )
+        body = self._get("/internal/v1/agent/desired", query, wait_s)
+        return self._parse(DesiredReply, body)
 
     def check_result(self, result: CheckResult) -> None:
-        """What was wrong with a spec's paths."""
+        """Sends the problems that a check of a spec's paths found."""
         self._post("/internal/v1/agent/checks", result)
 
     def cursor(self, job_id: str, epoch: int) -> CursorReply:
-        """What is stored of a job's sources."""
-        return self._parse(
-            CursorReply, self._get(f"/internal/v1/jobs/{job_id}/cursor", {"epoch": epoch})
-        )
+        """Returns what the service has stored of each of a job's sources."""
+        body = self._get(f"/internal/v1/jobs/{job_id}/cursor", {"epoch": epoch})
+        return self._parse(CursorReply, body)
 
     def records(self, batch: RecordBatch) -> RecordReply:
-        """Stores records; the answer says up to where."""
-        return self._parse(
-            RecordReply, self._post(f"/internal/v1/jobs/{batch.job_id}/records", batch)
-        )
+        """Stores records; the reply holds the highest number stored."""
+        body = self._post(f"/internal/v1/jobs/{batch.job_id}/records", batch)
+        return self._parse(RecordReply, body)
 
     def desired_job(self, job_id: str, after: int, wait_s: float) -> DesiredJob:
-        """What one job should be doing; waits for a revision above `after`."""
+        """Returns the desired state of one job.
+
+        Waits up to `wait_s` for a revision above `after`.
+        """
         query = {"after": after, "wait_s": wait_s}
-        return self._parse(
-            DesiredJob, self._get(f"/internal/v1/jobs/{job_id}/desired", query, wait_s)
-        )
+        body = self._get(f"/internal/v1/jobs/{job_id}/desired", query, wait_s)
+        return self._parse(DesiredJob, body)
 
     def _get(
         self, path: str, query: dict[str, Any] | None = None, wait_s: float = 0.0
     ) -> Any:
+        # The service holds a long poll for `wait_s`; only then is it late.
         return self._send("GET", path, params=query, timeout=wait_s + _POLL_SLACK_S)
 
     def _post(self, path: str, message: BaseModel) -> Any:
@@ -150,37 +161,47 @@ class ServiceClient:
         )
 
     def _send(self, method: str, path: str, **request: Any) -> Any:
+        """Returns the JSON body of a successful response; raises what the class lists."""
+        target = f"{method} {self.url}{path}"
         try:
             response = self._client.request(method, path, **request)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServiceUnavailableError(
-                f"{method} {self.url}{path}: {type(error).__name__}: {error}"
+                f"{target}: {type(error).__name__}: {error}"
             ) from error
-        if response.status_code >= 500 or response.status_code in (408, 429):
-            raise ServiceUnavailableError(
-                f"{method} {self.url}{path}: {response.status_code}"
-            )
+        status = response.status_code
+        # Errors that another try may not meet, unlike a refusal.
+        if status >= 500 or status in _TRANSIENT_STATUSES:
+            raise ServiceUnavailableError(f"{target}: {status}")
         try:
             body = response.json()
         except ValueError as error:
+            # A proxy or another program replied; the service may be back later.
             raise ServiceUnavailableError(
-                f"{method} {self.url}{path}: {response.status_code} without JSON; is that "
-                "the service?"
+                f"{target}: status {status} without JSON; check the service URL"
             ) from error
-        if response.status_code >= 400:
-            problem = body if isinstance(body, dict) else {}
-            code = str(problem.get("code", ""))
-            detail = str(problem.get("detail", ""))
-            if response.status_code == 409 and code == "fenced":
-                raise ReplacedError(detail or "a newer driver of this job is at work")
-            raise ServiceRefusedError(response.status_code, code, detail)
+        if status >= 400:
+            raise _refusal(status, body)
         return body
 
     @staticmethod
-    def _parse(kind: type[Reply], body: Any) -> Reply:
+    def _parse(model: type[Reply], body: Any) -> Reply:
         try:
-            return kind.model_validate(body)
+            return model.model_validate(body)
         except ValidationError as error:
             raise ServiceUnavailableError(
-                f"an answer that is no {kind.__name__}: {error}"
+                f"the service's reply is not a valid {model.__name__}: {error}"
             ) from error
+
+
+def _refusal(status: int, body: Any) -> ReplacedError | ServiceRefusedError:
+    """Returns the exception for a problem document."""
+    problem: dict[str, Any] = {}
+    if isinstance(body, dict):
+        problem = body
+    code = str(problem.get("code", ""))
+    detail = str(problem.get("detail", ""))
+    # Conflicts of other kinds are refusals; this one ends the driver.
+    if status == 409 and code == "fenced":
+        return ReplacedError(detail or "a newer driver of this job is running")
+    return ServiceRefusedError(status, code, detail)

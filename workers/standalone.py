@@ -1,16 +1,15 @@
-"""A job without Ray: what the driver does elsewhere, done by the ranks themselves.
+"""Runs a job under torchrun, without Ray and without a service.
 
-Owns: spec, data and commits under torchrun.
+Owns: spec, data and commits, which elsewhere are the driver's.
 
-Rank 0 prepares the data while the others wait at the store, and commits a checkpoint
-once a counter in the store says that every rank has written its part. Must not know:
-Ray, HTTP.
+Rank 0 prepares the data while the others wait at the store, and commits a checkpoint once
+a counter in the store shows that every rank has written its part. Must not know: Ray, HTTP.
 """
 
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 from megatron_ray.checkpoint.directory import latest_committed, list_checkpoints
 from megatron_ray.commands import Command
 from megatron_ray.config.checkpoint import StorageConfig
-from megatron_ray.config.problem import ConfigError
+from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.prepared import PreparedData
@@ -34,15 +33,17 @@ from megatron_ray.reports import (
 )
 from megatron_ray.validation import check, resolution
 from workers.data_tasks import prepare_data
-from workers.driver.commit import CheckpointLedger, commit_whole
+from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
 from workers.protocol.job import JobSpec
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
-from workers.rank.messages import StartOrder, UserError
-from workers.rank.session import Outcome, connect_store, train
+from workers.rank.messages import StartRequest, UserError
+from workers.rank.session import connect_store, train
 from workers.rank.spool import Spool
 from workers.rank.stores import PrefixStore, Store
 
 _PREPARE_TIMEOUT = timedelta(hours=24)
+_COMMIT_CHECK_S = 0.02
+_DATA_KEY = "data"
 _PREPARED = "prepared:"
 _PROBLEM = "problem:"
 
@@ -50,167 +51,214 @@ _PROBLEM = "problem:"
 def run_standalone(
     job: Path, overrides: Sequence[str], reports: Path | None, resume: bool
 ) -> str | None:
-    """Trains; returns a last line for people on rank 0, None elsewhere.
+    """Trains a job on the ranks that torchrun started.
 
-    Raises UserError (empty text on all ranks but 0).
+    `overrides` are `path.to.field=value`; `reports` is a file for rank 0's reports.
+    Returns a line about the outcome on rank 0, None elsewhere. Raises UserError, with an
+    empty message on all ranks but 0: every rank finds the same, one reports it.
     """
     try:
         env = RankEnv.from_environ()
-    except ProcessEnvironmentError as problem:
-        raise UserError(str(problem)) from problem
+    except ProcessEnvironmentError as error:
+        raise UserError(str(error)) from error
     try:
-        spec = read_spec(job, overrides, env.world_size)
-    except UserError as mistake:
-        raise UserError(str(mistake) if env.rank == 0 else "") from None
+        return _run(env, job, overrides, reports, resume)
+    except UserError as error:
+        # torchrun shows the output of all its processes: one message is enough.
+        if env.rank == 0:
+            raise
+        raise UserError("") from error
+
+
+def _run(
+    env: RankEnv, job: Path, overrides: Sequence[str], reports: Path | None, resume: bool
+) -> str | None:
+    spec = read_spec(job, overrides, env.world_size)
     assert spec.storage is not None
-    kind = _device(spec)
-    order = StartOrder(env, spec.model_dump(mode="json"), {}, 1, kind, env.local_rank)
-    store = PrefixStore("megatron-ray", connect_store(order))
-    data = _share_prepared(spec, env, store)
-    found = list_checkpoints(spec.storage.path)
-    newest = latest_committed(spec.storage.path) if resume else None
-    attempt = 1 + max((info.attempt for info in found), default=0)
-    order = replace(
-        order,
-        data=data.model_dump(mode="json"),
-        attempt=attempt,
-        resume_from=newest.path if newest else None,
+    request = StartRequest(
+        env=env,
+        spec=spec.model_dump(mode="json"),
+        data={},
+        attempt=1,
+        device=_device(spec),
+        device_index=env.local_rank,
     )
-    return _train(order, spec, store, reports)
+    # torchrun's own store is shared by every group of the process: these keys, like each
+    # attempt's process group, have a prefix of their own in it.
+    store = PrefixStore("megatron-ray", connect_store(request))
+    # Every rank finds the same checkpoint and number: none is written before all of them
+    # have met in the process group.
+    data = _share_prepared(spec, env, store)
+    resume_from = None
+    if resume:
+        newest = latest_committed(spec.storage.path)
+        resume_from = newest.path if newest else None
+    request = replace(
+        request,
+        data=data.model_dump(mode="json"),
+        attempt=_next_attempt(spec.storage.path),
+        resume_from=resume_from,
+    )
+    return _train(request, spec, store, reports)
+
+
+def _next_attempt(storage_path: str) -> int:
+    """Returns the number after that of the last attempt that wrote a checkpoint."""
+    last = 0
+    for checkpoint in list_checkpoints(storage_path):
+        last = max(last, checkpoint.attempt)
+    return last + 1
 
 
 def _train(
-    order: StartOrder, spec: JobSpec, store: Store, reports: Path | None
+    request: StartRequest, spec: JobSpec, store: Store, reports: Path | None
 ) -> str | None:
-    env = order.env
-    spool = (
-        Spool(reports, order.attempt, segment_bytes=None)
-        if reports and env.rank == 0
-        else None
-    )
-    committer = StoreCommitter(spec, order, store)
+    is_first = request.env.rank == 0
+    spool = None
+    if reports is not None and is_first:
+        spool = _open_spool(reports, request.attempt)
+    committer = StoreCommitter(spec, request, store)
 
     def report(item: Report) -> None:
         if spool is not None:
             spool.append(item.kind, vars(item))
         committer.report(item)
 
-    # torchrun's own store is shared by every group of the process: each attempt has its
-    # own prefix in it.
     try:
-        outcome: Outcome = train(order, report, lambda: Command.CONTINUE)
-    except ConfigError as problem:
-        raise UserError(
-            str(problem) if env.rank == 0 else ""
-        ) from problem  # every rank has found the same
+        outcome = train(request, report, lambda: Command.CONTINUE)
+    except ConfigError as error:
+        raise UserError(str(error)) from error
     finally:
+        # Also after a failure: a checkpoint that is whole is committed, not lost.
         committer.close()
         if spool is not None:
             spool.close()
-    if committer.problem is not None:
-        raise committer.problem
-    return (
-        f"{outcome}; newest checkpoint: {committer.committed or 'none'}"
-        if env.rank == 0
-        else None
-    )
+    if committer.error is not None:
+        raise committer.error
+    if not is_first:
+        return None
+    return f"{outcome}; newest checkpoint: {committer.committed or 'none'}"
+
+
+def _open_spool(path: Path, attempt: int) -> Spool:
+    try:
+        return Spool(path, attempt, segment_bytes=None)
+    except OSError as error:
+        raise UserError(f"cannot write --reports {path}: {error.strerror}") from error
 
 
 def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
-    """The resolved spec for a world.
+    """Returns a job spec with the overrides, resolved for a world of that size.
 
-    Raises UserError with every problem, one a line.
+    Without a storage path the job writes to runs/<name>. Raises UserError with every
+    problem, one per line.
     """
-    try:
-        spec = JobSpec.from_mapping(apply_overrides(read_mapping(job), overrides))
-    except OSError as error:
-        raise UserError(f"cannot read {job}: {error.strerror}") from error
-    except ValidationError as error:
-        lines = [
-            f"/{'/'.join(str(part) for part in item['loc'])}: {item['msg']}"
-            for item in error.errors()
-        ]
-        raise UserError(f"{job} is not a job spec:\n  " + "\n  ".join(lines)) from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    spec = _parse_spec(job, overrides)
+    # The same rules as in the service, before anything is started.
     problems = check.find_problems(spec, world_size)
     if problems:
-        raise UserError(
-            "\n  ".join(
-                [
-                    f"{job} cannot run:",
-                    *(f"{problem.pointer}: {problem.detail}" for problem in problems),
-                ]
-            )
-        )
+        raise UserError(f"{job} cannot run:{_listed(problems)}")
     resolved = resolution.resolve(spec, world_size)
     needed = resolution.world_size(resolved)
     if needed != world_size:
-        text = (
-            f"the layout makes up {needed} ranks, torchrun started {world_size}; use "
-            f"--nproc-per-node {needed}, or change parallel"
+        raise UserError(
+            f"the layout needs a world size of {needed}, but torchrun started {world_size}; "
+            f"use --nproc-per-node {needed}, or change parallel"
         )
-        raise UserError(text)
-    storage = resolved.storage or StorageConfig(
-        path=str(Path("runs", spec.name).absolute())
-    )
-    return JobSpec.from_mapping(
-        {**resolved.model_dump(mode="json"), "storage": storage.model_dump()}
-    )
+    storage = resolved.storage
+    if storage is None:
+        storage = StorageConfig(path=str(Path("runs", spec.name).absolute()))
+    # Through JSON, so that the storage path is validated with all other fields.
+    values = resolved.model_dump(mode="json")
+    values["storage"] = storage.model_dump()
+    return JobSpec.from_mapping(values)
+
+
+def _parse_spec(job: Path, overrides: Sequence[str]) -> JobSpec:
+    try:
+        return JobSpec.from_mapping(apply_overrides(read_mapping(job), overrides))
+    except OSError as error:
+        raise UserError(f"cannot read {job}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {job}: it is not a text file") from error
+    except ValidationError as error:
+        lines = [f"{job} is not a valid job spec:"]
+        for item in error.errors():
+            pointer = "/" + "/".join(map(str, item["loc"]))
+            lines.append(f"{pointer}: {item['msg']}")
+        raise UserError("\n  ".join(lines)) from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _listed(problems: Iterable[Problem]) -> str:
+    lines = ""
+    for problem in problems:
+        lines += f"\n  {problem.pointer}: {problem.detail}"
+    return lines
 
 
 def _device(spec: JobSpec) -> str:
-    wanted = spec.resources.accelerator
-    if wanted == "gpu" and not torch.cuda.is_available():
+    """Returns the device that resources.accelerator selects on this machine."""
+    if spec.resources.accelerator == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if spec.resources.accelerator == "gpu":
         raise UserError(
             "resources.accelerator is gpu, but this machine has no usable GPU; set it to "
             "auto or cpu"
         )
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cpu"
 
 
 def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
-    """Rank 0 prepares, the others wait for its word.
+    """Prepares the data on rank 0 and returns its description on all ranks.
 
-    Raises UserError everywhere when the data are not usable.
+    Raises UserError on all ranks when the data are not usable.
     """
     if env.rank == 0:
         try:
             data = prepare_data(spec)
-        except UnusableDataError as problem:
-            store.set("data", _PROBLEM)
-            lines = [f"{item.pointer}: {item.detail}" for item in problem.problems]
-            raise UserError("\n  ".join(["the job cannot begin:", *lines])) from problem
-        store.set("data", _PREPARED + data.model_dump_json())
+        except UnusableDataError as error:
+            # The others end too, instead of waiting until torchrun kills them.
+            store.set(_DATA_KEY, _PROBLEM)
+            raise UserError(f"the job cannot start:{_listed(error.problems)}") from error
+        store.set(_DATA_KEY, _PREPARED + data.model_dump_json())
         return data
-    store.wait(["data"], _PREPARE_TIMEOUT)
-    word = store.get("data").decode()
-    if word.startswith(_PROBLEM):
-        raise UserError("")
-    return PreparedData.model_validate_json(word[len(_PREPARED) :])
+    store.wait([_DATA_KEY], _PREPARE_TIMEOUT)
+    message = store.get(_DATA_KEY).decode()
+    if message.startswith(_PROBLEM):
+        raise UserError("rank 0 could not prepare the data")
+    return PreparedData.model_validate_json(message.removeprefix(_PREPARED))
 
 
 class StoreCommitter:
-    """Commits on rank 0 what all ranks have counted in the store; on other ranks it
-    only counts.
+    """Commits checkpoints on rank 0 once all ranks have counted their parts in the store.
+
+    On other ranks it only counts. It works in a thread of its own, since rank 0 waits for
+    the slowest rank.
     """
 
-    def __init__(self, spec: JobSpec, order: StartOrder, store: Store) -> None:
+    def __init__(self, spec: JobSpec, request: StartRequest, store: Store) -> None:
         assert spec.storage is not None
-        self._spec = spec
-        self._order = order
-        self._store = store
         self._path = spec.storage.path
-        self._world_size = order.env.world_size
-        self._ledger = CheckpointLedger(1, order.attempt)
+        self._keep_last = spec.checkpoint.keep_last
+        self._request = request
+        self._store = store
+        self._is_first = request.env.rank == 0
+        self._ledger = CheckpointLedger(1, request.attempt)
         self._items: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
         self.committed: str | None = None
-        self.problem: Exception | None = None
+        """Path of the newest checkpoint committed here."""
+        self.error: Exception | None = None
+        """First error of the thread, for the main thread to raise."""
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
     def report(self, item: Report) -> None:
         """Takes a report of this rank; never blocks."""
+        # Phases are neither counted nor stored in a checkpoint.
         if not isinstance(item, PhaseReport):
             self._items.put(item)
 
@@ -220,39 +268,60 @@ class StoreCommitter:
         self._thread.join()
 
     def _run(self) -> None:
-        while (item := self._items.get()) is not None:
+        while True:
+            item = self._items.get()
+            if item is None:
+                return
             try:
-                self._take(item)
+                self._handle(item)
             except Exception as error:  # noqa: BLE001 - raised again by the main thread, which must not miss it
-                self.problem = self.problem or error
+                self.error = self.error or error
 
-    def _take(self, item: Report) -> None:
-        rank = self._order.env.rank
+    def _handle(self, item: Report) -> None:
         if isinstance(item, CheckpointReport):
-            key = f"written/{self._order.attempt}/{item.step}"
-            self._store.add(f"{key}/bytes", item.bytes_written)
-            self._store.add(key, 1)
-            if rank == 0:
-                self._await_all(key)
-                self._ledger.written(
-                    0, item.step, item.path, self._store.add(f"{key}/bytes", 0)
-                )
-        elif rank == 0 and isinstance(item, StepReport | EvalReport):
+            self._count(item)
+        elif self._is_first and isinstance(item, StepReport | EvalReport):
             self._ledger.reported(
-                {"kind": item.kind, "attempt": self._order.attempt, "data": {**vars(item)}}
+                {
+                    "kind": item.kind,
+                    "attempt": self._request.attempt,
+                    "data": dict(vars(item)),
+                }
             )
-        while rank == 0 and (whole := self._ledger.take_whole()):
-            manifest = {"world_size": self._world_size, "spec": self._order.spec}
-            commit_whole(whole, self._path, self._spec.checkpoint.keep_last, manifest)
-            self.committed = whole.path
+        # A step that all have written is whole only once rank 0 has reported it too.
+        while self._is_first:
+            whole = self._ledger.take_whole()
+            if whole is None:
+                return
+            self._commit(whole)
+
+    def _count(self, item: CheckpointReport) -> None:
+        """Adds this rank's part of a checkpoint; on rank 0, waits for all others'."""
+        key = f"written/{self._request.attempt}/{item.step}"
+        # Bytes before the count: rank 0 reads the sum once the count is complete.
+        self._store.add(f"{key}/bytes", item.bytes_written)
+        self._store.add(key, 1)
+        if self._is_first:
+            self._await_all(key)
+            num_bytes = self._store.add(f"{key}/bytes", 0)
+            self._ledger.written(0, item.step, item.path, num_bytes)
 
     def _await_all(self, key: str) -> None:
-        deadline = time.monotonic() + self._order.timeout_s
-        while self._store.add(key, 0) < self._world_size:
+        timeout_s = self._request.timeout_s
+        deadline = time.monotonic() + timeout_s
+        # Adding 0 reads a counter; `get` would wait for one that does not exist yet.
+        while self._store.add(key, 0) < self._request.env.world_size:
             if time.monotonic() > deadline:
-                limit = self._order.timeout_s
                 raise TimeoutError(
-                    f"not every rank wrote its part of the checkpoint within {limit:g} s; "
+                    f"not every rank wrote its part of the checkpoint within {timeout_s:g} s; "
                     "it stays uncommitted"
                 )
-            time.sleep(0.02)
+            time.sleep(_COMMIT_CHECK_S)
+
+    def _commit(self, whole: WholeCheckpoint) -> None:
+        manifest = {
+            "world_size": self._request.env.world_size,
+            "spec": self._request.spec,
+        }
+        commit_whole(whole, self._path, self._keep_last, manifest)
+        self.committed = whole.path

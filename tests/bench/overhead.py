@@ -25,9 +25,9 @@ import httpx
 from megatron_ray.reports import StepReport
 from tests.integration.road import Road, stack
 from workers.protocol.wire import AgentReport, NodeInfo
+from workers.rank.attempt import RankAttempt
 from workers.rank.environment import RankEnv
-from workers.rank.messages import StartOrder
-from workers.rank.worker import RankAttempt
+from workers.rank.messages import StartRequest
 
 ROUNDS = 7
 STEPS = 200
@@ -235,7 +235,7 @@ def report_cost() -> dict[str, Any]:
     rng = random.Random(1)
     costs = []
     with tempfile.TemporaryDirectory(prefix="bench-report-") as folder:
-        order = StartOrder(RankEnv(0, 1, 0, 1), {}, {}, 1, "cpu")
+        order = StartRequest(RankEnv(0, 1, 0, 1), {}, {}, 1, "cpu")
         attempt = RankAttempt(order, lambda *_: "finished", Path(folder))
         for step in range(1, REPORTS + 1):
             item = step_report(step, rng)

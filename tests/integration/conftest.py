@@ -47,7 +47,7 @@ def ends_actors(ray_cluster: str) -> Iterator[None]:
     yield
     import ray
 
-    from workers.ray.worker_group import find_actor, kill
+    from workers.ray.actors import find_actor, kill
 
     for name in ray.util.list_named_actors():
         actor = find_actor(name, NAMESPACE)

@@ -17,13 +17,13 @@ from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, Report, StepReport
 from workers.driver.driver import JobDriver
 from workers.protocol.job import JobSpec
-from workers.rank.messages import StartOrder
+from workers.rank.messages import StartRequest
 from workers.rank.session import process_group
-from workers.rank.worker import RankWorker
+from workers.ray.rank_worker import RankWorker
 
 
 def fake_train(
-    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> str:
     spec = JobSpec.from_mapping(order.spec)
     plan = spec.metadata
@@ -52,7 +52,7 @@ def fake_train(
     return "finished"
 
 
-def accident(plan: dict[str, str], order: StartOrder, rank: int, step: int) -> None:
+def accident(plan: dict[str, str], order: StartRequest, rank: int, step: int) -> None:
     if (plan.get("fail_rank"), plan.get("fail_step")) == (
         str(rank),
         str(step),
@@ -63,7 +63,7 @@ def accident(plan: dict[str, str], order: StartOrder, rank: int, step: int) -> N
 
 
 def save(
-    spec: JobSpec, order: StartOrder, step: int, report: Callable[[Report], None]
+    spec: JobSpec, order: StartRequest, step: int, report: Callable[[Report], None]
 ) -> None:
     assert spec.storage is not None
     folder = Path(checkpoint_path(spec.storage.path, step, order.attempt))
@@ -80,10 +80,10 @@ class FakeWorker(RankWorker):
 
 
 def tell_gpus(
-    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> str:
     """Writes which GPUs this process would see."""
-    Path(order.spec["said"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
+    Path(order.spec["path"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))
     return "finished"
 
 

@@ -46,7 +46,7 @@ def agent(
         process.wait()
 
 
-def job(folder: Path, job_id: str, data: Path, steps: int = 6) -> dict[str, Any]:
+def job_message(folder: Path, job_id: str, data: Path, steps: int = 6) -> dict[str, Any]:
     return {
         "spec": {
             "model": {"preset": "gpt-tiny"},
@@ -86,7 +86,8 @@ def test_a_real_job_through_the_agent(
         lambda: fake_service.reports[-1]["nodes"][0]["storage_ok"] is True,
     )
     job_id = f"job-{uuid.uuid4().hex[:12]}"
-    fake_service.want(job_id, desired="prepare", **job(tmp_path, job_id, corpus(tmp_path)))
+    message = job_message(tmp_path, job_id, corpus(tmp_path))
+    fake_service.want(job_id, desired="prepare", **message)
     fake_service.wait("prepared data", lambda: fake_service.stored(job_id, kind="prepared"))
     fake_service.wait(
         "the driver in a report",
@@ -112,7 +113,7 @@ def test_checks_orphans_and_reaping(
 ) -> None:
     import ray
 
-    body = job(tmp_path, "job-check", tmp_path / "nowhere.txt")
+    body = job_message(tmp_path, "job-check", tmp_path / "nowhere.txt")
     with fake_service.changed:
         fake_service.checks.append(
             {
@@ -122,31 +123,30 @@ def test_checks_orphans_and_reaping(
             }
         )
         fake_service.revision += 1
-    found = fake_service.wait("an answer", lambda: fake_service.check_results)
-    assert [
-        (row["pointer"], "nowhere.txt" in row["detail"]) for row in found[0]["problems"]
-    ] == [("/data/train/0/path", True)]
+    results = fake_service.wait("a result", lambda: fake_service.check_results)
+    (problem,) = results[0]["problems"]
+    assert problem["pointer"] == "/data/train/0/path"
+    assert "nowhere.txt" in problem["detail"]
 
     @ray.remote(num_cpus=0)
     class Left:
         def ping(self) -> None:
             pass
 
-    over = f"job-{uuid.uuid4().hex[:12]}"
+    ended = f"job-{uuid.uuid4().hex[:12]}"
     unknown = f"job-{uuid.uuid4().hex[:12]}"
-    held = [
-        Left.options(name=f"{job_id}/w0", lifetime="detached").remote()
-        for job_id in (over, unknown)
-    ]
-    ray.get([actor.ping.remote() for actor in held])
-    group = ray.util.placement_group([{"CPU": 1}], name=over, lifetime="detached")
+    actors = []
+    for job_id in (ended, unknown):
+        actor = Left.options(name=f"{job_id}/w0", lifetime="detached").remote()
+        ray.get(actor.ping.remote())
+        actors.append(actor)
+    group = ray.util.placement_group([{"CPU": 1}], name=ended, lifetime="detached")
     assert group.wait(10)
-    fake_service.terminal.add(over)
-    fake_service.want(
-        "job-other", **{**body, "job_dir": str(tmp_path / "other")}, desired="prepare"
-    )
+    fake_service.terminal.add(ended)
+    body["job_dir"] = str(tmp_path / "other")
+    fake_service.want("job-other", **body, desired="prepare")
     fake_service.wait(
-        "the reaper", lambda: f"{over}/w0" not in ray.util.list_named_actors(), 40
+        "the reaper", lambda: f"{ended}/w0" not in ray.util.list_named_actors(), 40
     )
     assert f"{unknown}/w0" in ray.util.list_named_actors(), (
         "what the service never named is only reported"
@@ -155,7 +155,7 @@ def test_checks_orphans_and_reaping(
         "orphans", lambda: fake_service.reports[-1]["orphans"]
     )
     with pytest.raises(ValueError, match="placement group"):
-        ray.util.get_placement_group(over)
+        ray.util.get_placement_group(ended)
 
 
 def test_an_agent_outlives_the_service_being_away(
@@ -171,32 +171,78 @@ def test_an_agent_outlives_the_service_being_away(
     fake_service.wait("a report after", lambda: len(fake_service.reports) > before, 20)
 
 
-def test_an_agent_that_finds_no_ray_says_so(
-    fake_service: FakeService, tmp_path: Path
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", "cannot reach Ray at 127.0.0.1:1: "),
+        ("nonsense", "cannot reach Ray at nonsense: --address must be host:port"),
+    ],
+)
+def test_an_agent_without_ray_exits_with_3(
+    fake_service: FakeService, tmp_path: Path, address: str, message: str
 ) -> None:
-    with start_agent(fake_service, "127.0.0.1:1", tmp_path) as process:
+    with start_agent(fake_service, address, tmp_path) as process:
         assert process.wait(60) == 3
-    assert "cannot reach Ray at 127.0.0.1:1" in (tmp_path / "agent.log").read_text()
+    log = (tmp_path / "agent.log").read_text()
+    assert message in log
+    assert "Traceback" not in log
 
 
-def test_an_agent_without_a_token_does_not_start(
-    fake_service: FakeService, tmp_path: Path
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "workers.agent",
+def agent_options(service_url: str, token: Path) -> list[str]:
+    return [
         "--service",
-        fake_service.url,
+        service_url,
         "--address",
         "127.0.0.1:1",
+        "--token-file",
+        str(token),
     ]
-    done = subprocess.run(
-        [*command, "--token-file", str(tmp_path / "none")],
+
+
+def run_agent(*options: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "workers.agent", *options],
         capture_output=True,
         text=True,
         timeout=60,
         check=False,
     )
+
+
+def test_an_agent_without_a_token_does_not_start(
+    fake_service: FakeService, tmp_path: Path
+) -> None:
+    done = run_agent(*agent_options(fake_service.url, tmp_path / "none"))
     assert done.returncode == 2
     assert "cannot read the agent's token file" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_agent_with_a_wrong_token_does_not_start(
+    fake_service: FakeService, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    token.write_text("wrong")
+    done = run_agent(*agent_options(fake_service.url, token))
+    assert done.returncode == 2
+    assert "the service refused (401" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "http://[bad"])
+def test_an_agent_with_a_malformed_url_does_not_start(tmp_path: Path, url: str) -> None:
+    (tmp_path / "token").write_text(AGENT_TOKEN)
+    done = run_agent(*agent_options(url, tmp_path / "token"))
+    assert done.returncode == 2
+    assert "--service" in done.stderr
+    assert "http://host:port" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_agent_needs_a_service_and_an_address() -> None:
+    done = run_agent("--service-url", "http://127.0.0.1:1")
+    assert done.returncode == 2
+    assert "--address" in done.stderr
+    done = run_agent("--ray-address", "127.0.0.1:1")
+    assert done.returncode == 2
+    assert "--service" in done.stderr

@@ -59,7 +59,7 @@ def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Subm
             for job in fake_service.jobs.values()
             if job["job_id"] not in fake_service.terminal
         ]
-        registry.want(
+        registry.set_desired(
             DesiredReply.model_validate(
                 {"revision": 1, "jobs": jobs, "terminal": sorted(fake_service.terminal)}
             )
@@ -234,7 +234,7 @@ def submit_url(submit: Submit, service: FakeService) -> None:
     from workers.protocol.wire import DesiredReply
 
     registry = DriverRegistry(service.url, NAMESPACE, FakeDriver)
-    registry.want(
+    registry.set_desired(
         DesiredReply.model_validate({"revision": 1, "jobs": list(service.jobs.values())})
     )
     registry.reconcile()

@@ -1,4 +1,4 @@
-"""Whoever takes over a dead rank's post uses its GPU, though Ray's books give it none.
+"""A process that replaces a dead rank uses its GPU, though Ray assigns it none.
 
 Ray counts GPUs that are not there.
 """
@@ -14,7 +14,7 @@ from tests.integration.fake_service import NAMESPACE
 from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
 from workers.decisions.slot_assignment import assign_slots, standbys_wanted
 from workers.rank.environment import RankEnv
-from workers.rank.messages import Fence, StartOrder
+from workers.rank.messages import Fence, StartRequest
 
 pytestmark = pytest.mark.ray
 NUM_GPUS = 2
@@ -29,13 +29,14 @@ PLAN = PlacementPlan(
 )
 
 
-def order(path: Path, gpu: int | None) -> StartOrder:
-    return StartOrder(RankEnv(0, 1, 0, 1), {"said": str(path)}, {}, 1, "cuda", gpu=gpu)
+def no_stop() -> None:
+    """The wait for the workers is never ended early."""
 
 
-def seen(group: Any, slot: int, path: Path, gpu: int | None) -> str:
-    """What the process of a slot sees once its attempt has run."""
-    group.start(FENCE, {slot: order(path, gpu)}, 60, lambda: None)
+def visible_gpus(group: Any, slot: int, path: Path, gpu: int | None) -> str:
+    """CUDA_VISIBLE_DEVICES in the process of a slot once its attempt has run."""
+    request = StartRequest(RankEnv(0, 1, 0, 1), {"path": str(path)}, {}, 1, "cuda", gpu=gpu)
+    group.start(FENCE, {slot: request}, 60, no_stop)
     deadline = time.monotonic() + 60
     while not path.exists() or not path.read_text():
         assert time.monotonic() < deadline
@@ -43,7 +44,7 @@ def seen(group: Any, slot: int, path: Path, gpu: int | None) -> str:
     return path.read_text()
 
 
-def test_the_one_that_stands_by_sees_the_dead_ones_gpu(
+def test_a_promoted_or_new_process_uses_the_dead_ones_gpu(
     ray_cluster: str, tmp_path: Path
 ) -> None:
     from tests.integration.fake_job import GpuTeller
@@ -54,45 +55,40 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(
     try:
         first = assign_slots(PLAN, (), (), (), group.nodes(PLAN))
         group.create(PLAN, first.recruits, 1)
-        places = assign_ranks(
-            first.posted(group.probe(first.posts, FENCE, 60, lambda: None)), PLAN.dims
-        )
-        assert sorted(place.gpu for place in places) == [0, 1], (
-            "Ray gave each one of its own"
-        )
-        group.create(PLAN, standbys_wanted(PLAN, places, group.slots, {}), 1)
-        (waiting,) = group.probe([2], FENCE, 60, lambda: None)
-        assert (waiting.gpu, waiting.standby, waiting.bundle) == (None, True, 0)
+        facts = first.posted(group.probe(first.posts, FENCE, 60, no_stop))
+        places = assign_ranks(facts, PLAN.dims)
+        assert sorted(place.gpu for place in places) == [0, 1], "Ray assigned one to each"
 
+        # A spare takes no GPU from Ray.
+        group.create(PLAN, standbys_wanted(PLAN, places, group.slots, {}), 1)
+        (spare,) = group.probe([2], FENCE, 60, no_stop)
+        assert (spare.gpu, spare.standby, spare.bundle) == (None, True, 0)
+
+        # It is promoted when rank 1 dies, and uses the dead one's GPU.
+        survivor = places[0]
         dead = places[1]
         group.kill_slots([dead.slot])
-        second = assign_slots(PLAN, places, group.slots, [waiting], group.nodes(PLAN))
+        second = assign_slots(PLAN, places, group.slots, [spare], group.nodes(PLAN))
         assert second.promoted == (2,)
         assert second.recruits == ()
-        facts = second.posted(group.probe(second.posts, FENCE, 60, lambda: None))
-        again = {place.slot: place for place in assign_ranks(facts, PLAN.dims)}
-        assert again[2].gpu == dead.gpu
-        assert seen(group, 2, tmp_path / "stepped-in", again[2].gpu) == str(dead.gpu)
-        assert seen(group, places[0].slot, tmp_path / "survivor", places[0].gpu) == str(
-            places[0].gpu
-        )
+        facts = second.posted(group.probe(second.posts, FENCE, 60, no_stop))
+        places = assign_ranks(facts, PLAN.dims)
+        gpus = {place.slot: place.gpu for place in places}
+        assert gpus[2] == dead.gpu
+        assert visible_gpus(group, 2, tmp_path / "promoted", gpus[2]) == str(dead.gpu)
+        gpu = visible_gpus(group, survivor.slot, tmp_path / "survivor", survivor.gpu)
+        assert gpu == str(survivor.gpu)
 
-        group.kill_slots([places[0].slot])
-        third = assign_slots(
-            PLAN, tuple(again.values()), group.slots, [], group.nodes(PLAN)
-        )
+        # Without a spare, a new process uses it: not the one that Ray counts as free
+        # while the promoted process uses it.
+        group.kill_slots([survivor.slot])
+        third = assign_slots(PLAN, places, group.slots, [], group.nodes(PLAN))
         group.create(PLAN, third.recruits, 1)
-        (recruit,) = third.recruits
-        (fresh,) = [
-            facts
-            for facts in third.posted(group.probe(third.posts, FENCE, 60, lambda: None))
-            if facts.slot == recruit.slot
-        ]
-        assert fresh.gpu == places[0].gpu, (
-            "not the one that Ray's books call free and the other is using"
-        )
-        assert seen(group, recruit.slot, tmp_path / "fresh", fresh.gpu) == str(
-            places[0].gpu
-        )
+        (new,) = third.recruits
+        facts = third.posted(group.probe(third.posts, FENCE, 60, no_stop))
+        (gpu_of_new,) = [item.gpu for item in facts if item.slot == new.slot]
+        assert gpu_of_new == survivor.gpu
+        gpu = visible_gpus(group, new.slot, tmp_path / "new", gpu_of_new)
+        assert gpu == str(survivor.gpu)
     finally:
         group.remove_all(3)

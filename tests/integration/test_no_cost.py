@@ -19,8 +19,9 @@ from megatron_ray.commands import Command
 from megatron_ray.reports import Report
 from tests.integration.fake_service import NAMESPACE, FakeService
 from workers.driver.driver import JobDriver
-from workers.rank.messages import StartOrder
-from workers.rank.worker import RankWorker, train_for_real
+from workers.rank.attempt import import_and_train
+from workers.rank.messages import StartRequest
+from workers.ray.rank_worker import RankWorker
 
 pytestmark = pytest.mark.ray
 
@@ -79,10 +80,10 @@ def roots(modules: set[str]) -> set[str]:
 
 
 def recorded_train(
-    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> str:
     with recorded() as seen:
-        outcome = train_for_real(order, report, poll)
+        outcome = import_and_train(order, report, poll)
     Path(order.spec["storage"]["path"], CALLS).write_text(json.dumps(sorted(seen)))
     return outcome
 
@@ -138,7 +139,7 @@ def test_the_training_thread_calls_neither_ray_nor_http(
     fake_service.want(
         job_id, desired="prepare", spec=spec(tmp_path), job_dir=str(tmp_path / "job")
     )
-    registry.want(
+    registry.set_desired(
         DesiredReply.model_validate(
             {"revision": 1, "jobs": list(fake_service.jobs.values()), "terminal": []}
         )
@@ -154,7 +155,7 @@ def test_the_training_thread_calls_neither_ray_nor_http(
         "megatron_ray.training.loop",
         "megatron_ray.training.evaluate",
         "megatron_ray.training.saving",
-        "workers.rank.worker",
+        "workers.rank.attempt",
         "workers.rank.spool",
     }
     assert worked | {"posix"} <= seen, (

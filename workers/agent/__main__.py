@@ -1,116 +1,130 @@
-"""The agent as a process.
+"""Runs the agent as a process.
 
 Owns: its command line, signals and exit codes. Must not know: what the agent does.
 
-python -m workers.agent --service URL --cluster default --address RAY_ADDRESS
-[--token-file FILE] [--storage ROOT]
+    python -m workers.agent --service URL --cluster default --address RAY_ADDRESS
+        [--token-file FILE] [--storage ROOT]
 """
 
-import argparse
 import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
 
 from workers.agent.agent import Agent, AgentOptions
 from workers.rank.environment import (
     ProcessEnvironmentError,
     agent_token,
-    forget_agent_token,
     prepare_ray_client,
+    unset_agent_token,
 )
 from workers.service_client import ServiceRefusedError
 
 _LOG = logging.getLogger("megatron_ray.agent")
+_JOIN_S = 0.2
 _STOP_S = 3.0
 EXIT_BAD_START = 2
 
-
-def parse(arguments: Sequence[str] | None = None) -> tuple[AgentOptions, Path | None]:
-    """Command line to options and token file."""
-    parser = argparse.ArgumentParser(
-        prog="python -m workers.agent",
-        description="Connects one Ray cluster to the service.",
-    )
-    parser.add_argument(
-        "--service",
-        "--service-url",
-        dest="service",
-        required=True,
-        help="URL of the service",
-    )
-    parser.add_argument(
-        "--cluster", default="default", help="name of this cluster in job specs"
-    )
-    parser.add_argument(
-        "--address",
-        "--ray-address",
-        dest="address",
-        required=True,
-        help="host:port of Ray's head",
-    )
-    parser.add_argument(
-        "--token-file",
-        type=Path,
-        help="file with the agent's token; else from the environment",
-    )
-    parser.add_argument(
-        "--storage",
-        help="folder or URI that all nodes must see; else what the service says",
-    )
-    given = parser.parse_args(arguments)
-    return AgentOptions(
-        given.service, given.cluster, given.address, given.storage
-    ), given.token_file
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code: 0 after SIGTERM or SIGINT, 2 when it cannot start, 3 when Ray is lost."""
+def _http_url(url: str) -> str:
+    """Returns the URL as it is. Raises BadParameter if it is not an HTTP address."""
+    try:
+        parts = urlsplit(url)
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        is_valid = False
+    if not is_valid:
+        raise typer.BadParameter(f"{url!r} is not a URL such as http://host:port")
+    return url
+
+
+@app.command()
+def main(
+    service: Annotated[
+        str,
+        typer.Option(
+            "--service", "--service-url", callback=_http_url, help="URL of the service."
+        ),
+    ],
+    address: Annotated[
+        str,
+        typer.Option("--address", "--ray-address", help="Ray's head, as host:port."),
+    ],
+    cluster: Annotated[
+        str, typer.Option(help="Name of this cluster in job specs.")
+    ] = "default",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the agent's token. Default: from the environment."),
+    ] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Folder or URI that all nodes can read. Default: the service's."),
+    ] = None,
+) -> None:
+    """Connect one Ray cluster to the service.
+
+    Exit codes: 0 after SIGTERM or SIGINT, 2 if it cannot start, 3 if Ray is lost.
+    """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # httpx logs every request, and there is one per poll.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options, token_file = parse(arguments)
+    options = AgentOptions(service, cluster, address, storage)
+    raise typer.Exit(run_agent(options, token_file))
+
+
+def run_agent(options: AgentOptions, token_file: Path | None) -> int:
+    """Runs the agent until a signal or until Ray is lost; returns the exit code."""
     try:
         token = agent_token(token_file)
-    except ProcessEnvironmentError as problem:
-        _LOG.error("%s", problem)
+    except ProcessEnvironmentError as error:
+        _LOG.error("%s", error)
         return EXIT_BAD_START
-    forget_agent_token()
+    # Before Ray is used, so that no process started through it inherits the token.
+    unset_agent_token()
     prepare_ray_client()
-    agent = Agent(options, token)
-    return _run_until_signal(agent)
+    return _run_until_signal(Agent(options, token))
 
 
 def _run_until_signal(agent: Agent) -> int:
-    """The agent works beside the main thread: ray.init puts signal handlers of its own
-    only where they can be put back.
+    """Runs the agent in a thread, beside the main thread that receives signals.
+
+    ray.init replaces signal handlers only when it runs in the main thread.
     """
-    outcome: list[int] = []
+    # For an error that `work` does not expect, whose traceback is in the log.
+    exit_code = 1
 
     def work() -> None:
+        nonlocal exit_code
         try:
-            outcome.append(agent.run())
+            exit_code = agent.run()
         except ServiceRefusedError as error:
             _LOG.error("%s", error)
-            outcome.append(EXIT_BAD_START)
+            exit_code = EXIT_BAD_START
 
     thread = threading.Thread(target=work, name="agent", daemon=True)
+    # A handler runs between bytecodes of the main thread, hence the short joins below.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     thread.start()
     stopped_at: float | None = None
     while thread.is_alive():
-        thread.join(0.2)
-        if agent.stopping:
+        thread.join(_JOIN_S)
+        if agent.is_stopping:
             stopped_at = stopped_at or time.monotonic()
             if time.monotonic() - stopped_at > _STOP_S:
-                os._exit(
-                    0
-                )  # a call into Ray that does not come back; there is nothing to lose
-    return outcome[0] if outcome else 1
+                # A call into Ray that does not return; the agent has no state to lose.
+                os._exit(0)
+    return exit_code
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    app(prog_name="python -m workers.agent")

@@ -1,11 +1,10 @@
-"""The process per Ray cluster.
+"""Connects one Ray cluster to the service: the agent.
 
-Owns: creating and adopting drivers, reporting nodes, answering checks, reaping ended
-jobs.
+Owns: connecting, reporting nodes, polling for desired jobs, noticing that Ray is lost.
 
-The only process that has both Ray and an agent token. It holds no state that matters:
-when it loses Ray it exits and is started again; jobs run on without it. Must not know:
-torch, how a job runs, the database.
+The agent is the only process that has both Ray and an agent token. It holds no state that
+matters: when it loses Ray it exits and is started again, and jobs run on without it. Must
+not know: torch, how a job runs, the database.
 """
 
 import logging
@@ -35,6 +34,8 @@ from workers.service_client import (
 _LOG = logging.getLogger("megatron_ray.agent")
 _TICK_S = 2.0
 _POLL_S = 20.0
+_MIN_POLL_S = 0.05
+_CHECK_TICK_S = 0.1
 _RETRY_S = 1.0
 _CONNECT_S = 5.0
 _RAY_AWAY_S = 10.0
@@ -43,7 +44,7 @@ EXIT_RAY_LOST = 3
 
 @dataclass(frozen=True)
 class AgentOptions:
-    """What the command line says."""
+    """Options of the command line."""
 
     service_url: str
     cluster: str
@@ -58,87 +59,99 @@ class Agent:
         self._options = options
         self._token = token
         self._agent_id = f"agent-{uuid.uuid4().hex[:12]}"
-        self._inbox: queue.SimpleQueue[DesiredReply | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[DesiredReply | None] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._dashboard_url: str | None = None
 
     def stop(self) -> None:
         """Ends `run` soon; jobs are not touched."""
         self._stopping.set()
-        self._inbox.put(None)
+        # Wakes the loop, which may be waiting for a reply.
+        self._replies.put(None)
 
     @property
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         """Whether `stop` was called."""
         return self._stopping.is_set()
 
     def run(self) -> int:
-        """Until stopped (0) or until Ray is lost (EXIT_RAY_LOST).
+        """Runs until stopped (returns 0) or until Ray is lost (returns EXIT_RAY_LOST).
 
-        Raises ServiceRefusedError when the service will not have this agent.
+        Raises ServiceRefusedError when the service refuses this agent.
         """
-        link = ServiceClient(self._options.service_url, self._token)
-        hello = self._greet(link)
-        if hello is None:
-            return 0
-        try:
-            self._dashboard_url = connect_ray(self._options.ray_address, hello.namespace)
-        except (RayError, OSError, RuntimeError, ValueError) as error:
-            _LOG.error("cannot reach Ray at %s: %s", self._options.ray_address, error)
-            return EXIT_RAY_LOST
-        threading.Thread(target=self._follow, name="desired", daemon=True).start()
-        threading.Thread(
-            target=watch_ray, args=(self._options.ray_address,), name="ray", daemon=True
-        ).start()
-        registry = DriverRegistry(self._options.service_url, hello.namespace)
-        checks = CheckRunner(link)
-        storage = StorageChecks(self._options.storage_root or hello.storage_root)
-        _LOG.info(
-            "cluster %s at %s, namespace %s",
-            self._options.cluster,
-            self._options.ray_address,
-            hello.namespace,
-        )
-        try:
-            self._loop(link, hello, registry, checks, storage)
-        except (RayError, OSError, RuntimeError) as error:
-            _LOG.error("Ray is lost: %s", error)
-            return EXIT_RAY_LOST
+        options = self._options
+        with ServiceClient(options.service_url, self._token) as client:
+            # The service first: the namespace to join in Ray is in its reply.
+            hello = self._connect_service(client)
+            if hello is None:
+                return 0
+            try:
+                self._dashboard_url = connect_ray(options.ray_address, hello.namespace)
+            except (RayError, OSError, RuntimeError, ValueError) as error:
+                _LOG.error("cannot reach Ray at %s: %s", options.ray_address, error)
+                return EXIT_RAY_LOST
+            _LOG.info(
+                "cluster %s at %s, namespace %s",
+                options.cluster,
+                options.ray_address,
+                hello.namespace,
+            )
+            self._start_threads()
+            try:
+                self._loop(client, hello)
+            except (RayError, OSError, RuntimeError) as error:
+                _LOG.error("Ray is lost: %s", error)
+                return EXIT_RAY_LOST
         return 0
 
-    def _loop(
-        self,
-        link: ServiceClient,
-        hello: Hello,
-        registry: DriverRegistry,
-        checks: CheckRunner,
-        storage: StorageChecks,
-    ) -> None:
+    def _connect_service(self, client: ServiceClient) -> Hello | None:
+        """Returns the service's settings once it is there; None when stopped before."""
+        while not self._stopping.is_set():
+            try:
+                return client.hello()
+            except ServiceUnavailableError as error:
+                _LOG.warning("waiting for the service: %s", error)
+                self._stopping.wait(_RETRY_S)
+        return None
+
+    def _start_threads(self) -> None:
+        threading.Thread(target=self._poll_desired, name="desired", daemon=True).start()
+        address = self._options.ray_address
+        threading.Thread(target=watch_ray, args=(address,), name="ray", daemon=True).start()
+
+    def _loop(self, client: ServiceClient, hello: Hello) -> None:
+        # Made after ray.init, whose cluster they work on.
+        registry = DriverRegistry(self._options.service_url, hello.namespace)
+        checks = CheckRunner(client)
+        storage = StorageChecks(self._options.storage_root or hello.storage_root)
         while not self._stopping.is_set():
             nodes = read_nodes(storage.results())
-            storage.look(nodes)
-            self._tell(link, hello, registry, nodes)
-            wait_until = time.monotonic() + _TICK_S
-            while not self._stopping.is_set() and time.monotonic() < wait_until:
-                reply = self._next_reply(
-                    0.1 if checks.busy else wait_until - time.monotonic()
-                )
+            storage.update(nodes)
+            self._report(client, hello, registry, nodes)
+            # Replies are acted on at once; between them, every tick, drivers are called
+            # even if nothing is new, so that one that died is created again.
+            tick_end = time.monotonic() + _TICK_S
+            while not self._stopping.is_set() and time.monotonic() < tick_end:
+                timeout_s = tick_end - time.monotonic()
+                if checks.has_running:
+                    timeout_s = _CHECK_TICK_S
+                reply = self._next_reply(timeout_s)
                 if reply is not None:
-                    registry.want(reply)
-                    checks.take(reply.checks)
+                    registry.set_desired(reply)
+                    checks.start(reply.checks)
                     registry.reconcile()
-                checks.answer()
+                checks.send_results()
             registry.reconcile()
 
     def _next_reply(self, timeout_s: float) -> DesiredReply | None:
         try:
-            return self._inbox.get(timeout=max(0.01, timeout_s))
+            return self._replies.get(timeout=max(0.01, timeout_s))
         except queue.Empty:
             return None
 
-    def _tell(
+    def _report(
         self,
-        link: ServiceClient,
+        client: ServiceClient,
         hello: Hello,
         registry: DriverRegistry,
         nodes: tuple[NodeInfo, ...],
@@ -154,68 +167,68 @@ class Agent:
             drivers=registry.statuses(),
             orphans=registry.orphans(),
         )
+        # A lost report is not repeated: the next one replaces it.
         try:
-            link.report(report)
+            client.report(report)
         except (ServiceUnavailableError, ServiceRefusedError) as error:
             _LOG.warning("%s", error)
 
-    def _greet(self, link: ServiceClient) -> Hello | None:
-        while not self._stopping.is_set():
-            try:
-                return link.hello()
-            except ServiceUnavailableError as error:
-                _LOG.warning("waiting for the service: %s", error)
-                self._stopping.wait(_RETRY_S)
-        return None
-
-    def _follow(self) -> None:
-        """Long-polls what is wanted, on its own connection."""
+    def _poll_desired(self) -> None:
+        """Long-polls the desired jobs, on a connection of its own."""
         revision = 0
-        with ServiceClient(self._options.service_url, self._token) as link:
+        with ServiceClient(self._options.service_url, self._token) as client:
             while not self._stopping.is_set():
-                asked = time.monotonic()
+                started = time.monotonic()
                 try:
-                    reply = link.desired_jobs(self._options.cluster, revision, _POLL_S)
+                    reply = client.desired_jobs(self._options.cluster, revision, _POLL_S)
                 except (ServiceUnavailableError, ServiceRefusedError) as error:
                     _LOG.warning("%s", error)
                     self._stopping.wait(_RETRY_S)
-                    revision = (
-                        0  # a service that comes back with another database counts anew
-                    )
+                    # A service that comes back with another database counts anew.
+                    revision = 0
                     continue
                 revision = reply.revision
-                self._inbox.put(reply)
-                if time.monotonic() - asked < 0.05:
-                    self._stopping.wait(0.05)
+                self._replies.put(reply)
+                # Never a busy loop, should the service reply without waiting.
+                if time.monotonic() - started < _MIN_POLL_S:
+                    self._stopping.wait(_MIN_POLL_S)
 
 
 def connect_ray(address: str, namespace: str) -> str | None:
-    """Connects this process to a running cluster; returns its dashboard's URL, when it
-    has one.
+    """Connects this process to a running cluster.
 
-    Raises OSError or Ray's own.
+    Returns the URL of its dashboard, None if it has none. Raises OSError, ValueError for
+    an address that is not host:port, or Ray's own errors.
     """
-    probe_port(
-        address
-    )  # Ray itself would try for minutes before it says that nobody is there
+    # Ray itself would try for minutes before it fails.
+    probe_port(address)
+    # The logs of ranks go to the job's folder, not through Ray to this process.
     context = ray.init(
         address=address,
         namespace=namespace,
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
-    return f"http://{context.dashboard_url}" if context.dashboard_url else None
+    if not context.dashboard_url:
+        return None
+    return f"http://{context.dashboard_url}"
 
 
 def probe_port(address: str) -> None:
-    """Raises OSError when nobody listens at host:port."""
+    """Connects to host:port and hangs up.
+
+    Raises OSError when no process listens there, ValueError when it is no such address.
+    """
     host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError("--address must be host:port")
     socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
 
 
 def watch_ray(address: str) -> None:
-    """Ends the process when Ray's head has been away for a while: calls into Ray block
-    for a minute before they fail.
+    """Ends the process when Ray's head has been away for a while.
+
+    Without it, calls into Ray would block for a minute before they fail.
     """
     away_since: float | None = None
     while True:
@@ -224,6 +237,7 @@ def watch_ray(address: str) -> None:
             probe_port(address)
             away_since = None
         except OSError as error:
+            # One failed connection may be a busy machine.
             now = time.monotonic()
             away_since = away_since or now
             if now - away_since > _RAY_AWAY_S:

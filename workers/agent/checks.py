@@ -1,6 +1,7 @@
-"""Questions that only the cluster can answer.
+"""Runs checks that only the cluster can make.
 
-Owns: checks of a spec's paths, and whether every node sees the storage.
+Owns: when checks of a spec's paths and of each node's storage run, and where their results
+go. Must not know: what a check looks at.
 """
 
 import logging
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_ray.storage.errors import StorageError
-from workers.data_tasks import check_task, nonce_matches, write_nonce
+from workers.agent.check_tasks import check_task, nonce_matches, write_nonce
 from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo, ProblemMessage
 from workers.ray.tasks import TaskFailedError, anywhere, is_done, on_node, result
 from workers.service_client import (
@@ -19,66 +20,65 @@ from workers.service_client import (
 )
 
 _LOG = logging.getLogger("megatron_ray.agent")
-_AGAIN_S = 300.0
+_REPEAT_S = 300.0
 _RETRY_S = 10.0
-_REMEMBERED = 1000
+_MAX_REMEMBERED = 1000
 
 
 class CheckRunner:
-    """Each question is asked once, as a CPU task, and answered as soon as the task is
-    done.
-    """
+    """Runs each requested check once, as a CPU task, and sends its result when done."""
 
-    def __init__(self, link: ServiceClient) -> None:
-        self._link = link
+    def __init__(self, client: ServiceClient) -> None:
+        self._client = client
         self._seen: dict[str, None] = {}
         self._running: dict[str, Any] = {}
 
     @property
-    def busy(self) -> bool:
-        """Whether an answer is being waited for."""
+    def has_running(self) -> bool:
+        """Whether a check is running."""
         return bool(self._running)
 
-    def take(self, requests: Iterable[CheckRequest]) -> None:
-        """Starts what has not been started yet."""
+    def start(self, requests: Iterable[CheckRequest]) -> None:
+        """Starts the checks that have not been started before."""
+        # The service repeats a request in each reply until it has the result.
         for request in requests:
             if request.check_id not in self._seen:
                 self._seen[request.check_id] = None
                 self._running[request.check_id] = anywhere(
                     check_task, request.spec, request.storage_path
                 )
-        while len(self._seen) > _REMEMBERED:
+        # A dict keeps insertion order: the oldest are forgotten first.
+        while len(self._seen) > _MAX_REMEMBERED:
             self._seen.pop(next(iter(self._seen)))
 
-    def answer(self) -> None:
-        """Sends what is done; a lost answer is the service's timeout."""
+    def send_results(self) -> None:
+        """Sends the results of checks that are done.
+
+        One that is lost on the way is not repeated: the service's check times out.
+        """
         for check_id, call in list(self._running.items()):
             if not is_done(call):
                 continue
             del self._running[check_id]
+            problems = tuple(ProblemMessage(**row) for row in _problem_rows(call))
             try:
-                problems = result(call)
-            except TaskFailedError as failure:
-                problems = [
-                    {
-                        "pointer": "",
-                        "code": "check_failed",
-                        "detail": f"the cluster could not look at the paths: {failure}",
-                    }
-                ]
-            try:
-                self._link.check_result(
-                    CheckResult(
-                        check_id=check_id,
-                        problems=tuple(ProblemMessage(**row) for row in problems),
-                    )
-                )
+                self._client.check_result(CheckResult(check_id=check_id, problems=problems))
             except (ServiceUnavailableError, ServiceRefusedError) as error:
                 _LOG.warning("%s", error)
 
 
+def _problem_rows(call: Any) -> list[dict[str, str]]:
+    """Returns the problems of a check; its own failure is one of them."""
+    try:
+        rows: list[dict[str, str]] = result(call)
+    except TaskFailedError as error:
+        detail = f"the paths could not be checked on the cluster: {error}"
+        return [{"pointer": "", "code": "check_failed", "detail": detail}]
+    return rows
+
+
 class StorageChecks:
-    """Whether each node reads a word that this process wrote below the storage root."""
+    """Checks whether each node reads a nonce that this process wrote to the storage."""
 
     def __init__(self, root: str | None) -> None:
         self._root = root
@@ -88,39 +88,42 @@ class StorageChecks:
         self._running: dict[str, Any] = {}
 
     def results(self) -> Mapping[str, bool]:
-        """By node id, as far as known."""
+        """Returns the latest result of each node that has one, by node id."""
         return self._results
 
-    def look(self, nodes: Sequence[NodeInfo]) -> None:
-        """Takes what is done, and asks the nodes whose turn it is; never waits."""
+    def update(self, nodes: Sequence[NodeInfo]) -> None:
+        """Collects results and starts the checks that are due; never waits."""
         if self._root is None:
             return
         now = time.monotonic()
         for node_id, call in list(self._running.items()):
             if is_done(call):
                 del self._running[node_id]
-                self._take(node_id, call, now)
+                self._collect(node_id, call, now)
+        # At most one check per node at a time: a node that hangs must not collect tasks.
         for node in nodes:
-            if (
-                node.alive
-                and node.node_id not in self._running
-                and now >= self._due.get(node.node_id, 0.0)
-            ):
-                self._ask(node.node_id, now)
+            is_running = node.node_id in self._running
+            is_due = now >= self._due.get(node.node_id, 0.0)
+            if node.alive and is_due and not is_running:
+                self._start(self._root, node.node_id, now)
 
-    def _take(self, node_id: str, call: Any, now: float) -> None:
+    def _collect(self, node_id: str, call: Any, now: float) -> None:
+        self._due[node_id] = now + _RETRY_S
         try:
             self._results[node_id] = bool(result(call))
-            self._due[node_id] = now + (_AGAIN_S if self._results[node_id] else _RETRY_S)
         except TaskFailedError:
-            self._due[node_id] = now + _RETRY_S  # the node's trouble, not the storage's
+            # The node failed, not the storage: the result before remains.
+            return
+        if self._results[node_id]:
+            self._due[node_id] = now + _REPEAT_S
 
-    def _ask(self, node_id: str, now: float) -> None:
-        assert self._root is not None
+    def _start(self, root: str, node_id: str, now: float) -> None:
         try:
-            self._nonce = self._nonce or write_nonce(self._root)
+            # Written once: every node and every later check reads the same nonce.
+            self._nonce = self._nonce or write_nonce(root)
         except StorageError as error:
-            _LOG.warning("the job storage cannot be written: %s", error)
+            _LOG.warning("cannot write to the job storage: %s", error)
             self._due[node_id] = now + _RETRY_S
             return
-        self._running[node_id] = on_node(node_id, nonce_matches, self._root, *self._nonce)
+        name, nonce = self._nonce
+        self._running[node_id] = on_node(node_id, nonce_matches, root, name, nonce)

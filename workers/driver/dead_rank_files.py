@@ -10,14 +10,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from workers.data_tasks import salvage_task, sweep_task
+from workers.data_tasks import delete_job_folder, read_dead_rank_files
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of
 from workers.driver.journal import DeadRank
 from workers.driver.logs import JobLogs
 from workers.driver.outbox import Outbox
 from workers.driver.supervision import relayed
-from workers.rank.worker import log_file, report_file
+from workers.rank.log_file import log_path
+from workers.rank.spool import report_path
 from workers.ray.nodes import job_folder, read_nodes
 from workers.ray.tasks import on_node, result_or_none
 
@@ -66,7 +67,7 @@ class DeadRankFiles:
         """Begins to remove the job's folder on those of the nodes that still live."""
         alive = {node.node_id for node in read_nodes() if node.alive}
         self._sweeps = [
-            on_node(node, sweep_task, str(job_folder(node, job_id)))
+            on_node(node, delete_job_folder, str(job_folder(node, job_id)))
             for node in nodes
             if node in alive
         ]
@@ -81,11 +82,17 @@ class DeadRankFiles:
         folder = Path(place.local_dir)
         source = source_of(attempt)
         offset = self._logs.size(attempt, place.rank)
-        reports = report_file(folder, attempt, place.rank)
-        log = log_file(folder, attempt, place.rank)
+        reports = report_path(folder, attempt, place.rank)
+        log = log_path(folder, attempt, place.rank)
         after = self._outbox.last(source) if place.rank == 0 else _NOTHING
         call = on_node(
-            place.node_id, salvage_task, str(reports), after, str(log), offset, _LOG_BYTES
+            place.node_id,
+            read_dead_rank_files,
+            str(reports),
+            after,
+            str(log),
+            offset,
+            _LOG_BYTES,
         )
         found = result_or_none(call, _SALVAGE_S)
         if found is not None:

@@ -22,10 +22,10 @@ from workers.driver.journal import Ending, ForeignJournalError, JournalError
 from workers.driver.lifecycle import JobLifecycle
 from workers.protocol.states import JobState, StatusReason
 from workers.protocol.wire import DesiredJob, DriverStatus
-from workers.rank.environment import let_ranks_go_first
+from workers.rank.environment import lower_priority
 from workers.rank.messages import FencedError
-from workers.rank.worker import RankWorker
-from workers.ray.worker_group import kill
+from workers.ray.actors import kill
+from workers.ray.rank_worker import RankWorker
 
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _MOST_BUGS = 4
@@ -39,7 +39,7 @@ class JobDriver:
     worker_class: ClassVar[type] = RankWorker
 
     def __init__(self, job_id: str, job_dir: str) -> None:
-        let_ranks_go_first()
+        lower_priority()
         self._job_id = job_id
         self._job_dir = job_dir
         self._attached: tuple[str, str, DesiredJob] | None = None

@@ -18,7 +18,7 @@ from workers.decisions.placement import RankPlace
 from workers.decisions.policies import FailureKind
 from workers.protocol.states import DesiredState
 from workers.rank.environment import RankEnv
-from workers.rank.messages import StartOrder
+from workers.rank.messages import StartRequest
 
 FOLDER = "attempts"
 FORMAT_VERSION = 1
@@ -179,7 +179,7 @@ class Journal:
             ) from error
 
 
-def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartOrder]:
+def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartRequest]:
     """What each slot's worker is told, from the journal alone.
 
     Raises ValueError before the rank map and the data are known.
@@ -194,7 +194,7 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartOrder]
     # Ray shows a worker its own GPU only, so that is always number 0 there.
     device = "cuda" if accelerator == "gpu" else "cpu"
     return {
-        place.slot: StartOrder(
+        place.slot: StartRequest(
             env=RankEnv(
                 rank=place.rank,
                 world_size=len(entry.ranks),

@@ -29,7 +29,8 @@ from workers.protocol.states import DesiredState
 from workers.protocol.wire import DesiredJob
 from workers.rank.messages import Fence, NextReply, Poll, RankState
 from workers.rank.spool import Line
-from workers.ray.worker_group import Answer, Death, WorkerGroup
+from workers.ray.deaths import Death
+from workers.ray.worker_group import PollResult, WorkerGroup
 
 SETTLE_S = 0.3
 """After the first failure the others are waited for so long: the cause may be among
@@ -201,7 +202,7 @@ class Supervision:
         """Name of rank 0's records."""
         return source_of(self._plan.attempt)
 
-    def _take(self, answer: Answer) -> None:
+    def _take(self, answer: PollResult) -> None:
         view = self.views[answer.rank]
         view.heard_at = time.monotonic()
         if answer.reply is None:
@@ -275,7 +276,7 @@ class Supervision:
         )
         self._dead.add(rank)
         self.views[rank].state = RankState.FAILED
-        self._fail(death.kind, f"{death.words} ({where})", rank)
+        self._fail(death.kind, f"{death.message} ({where})", rank)
 
     def _fail(
         self, kind: FailureKind, message: str, rank: int | None, detail: str = ""

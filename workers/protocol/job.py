@@ -1,6 +1,7 @@
-"""What a user submits.
+"""Defines the job spec: what a user submits.
 
-Owns: JobSpec = TrainConfig + resources + restart. Must not know: Ray, torch, HTTP.
+Owns: JobSpec, which is TrainConfig plus resources and restart rules. Must not know: Ray,
+torch, HTTP.
 """
 
 from typing import Literal
@@ -14,58 +15,60 @@ SPEC_VERSION = 1
 
 
 class ResourceConfig(Config):
-    """What one rank needs."""
+    """Resources reserved for each rank."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """`gpu`: one GPU per rank; `cpu`: none; `auto`: GPUs where the cluster has any."""
+    """`gpu`: one GPU per rank; `cpu`: no GPU; `auto`: `gpu` if the cluster has any GPU,
+    else `cpu`."""
     cpus_per_rank: float = Field(default=1.0, gt=0, le=1024)
-    """CPU cores reserved for each rank (and its torch threads on CPU)."""
+    """CPU cores reserved for each rank; on CPU also its number of torch threads."""
     placement_timeout_s: float = Field(default=300.0, gt=0, le=86400 * 7)
-    """How long to wait for the placement group before the job goes back to the
-    queue."""
+    """Seconds to wait for the placement group before the job returns to the queue."""
 
     @property
     def num_threads(self) -> int:
-        """Torch threads of a rank: its whole cores, at least one."""
+        """Number of torch threads of a rank: its whole cores, at least one."""
         return max(1, int(self.cpus_per_rank))
 
 
 class RestartConfig(Config):
-    """When to try again."""
+    """Rules for restarting a job after a failure."""
 
     max_failures: int = Field(default=3, ge=0, le=1000)
-    """Attempts that may fail before the job does; preemptions are not counted."""
+    """Number of failed attempts that are restarted; the next one fails the job.
+    Preemptions do not count."""
     max_preemptions: int = Field(default=-1, ge=-1)
-    """Attempts that may be preempted; -1: any number."""
+    """Number of preempted attempts that are restarted; -1: no limit."""
     backoff_s: float = Field(default=1.0, ge=0, le=3600)
-    """Wait before the second try; doubles each time up to 60 s, with jitter; the first
-    try is immediate."""
+    """Seconds to wait before the second restart; doubled for each further one up to
+    60 s, with jitter. The first restart is immediate."""
     standby: bool = True
-    """Keep one process per node that has imported everything and waits: it takes a dead
-    rank's place at once. It uses some 300 MB of memory, no GPU and no CPU, from the
-    first checkpoint on."""
+    """Keep one spare process per node, with all imports done, that replaces a dead rank
+    at once. It uses about 300 MB of memory, no GPU and no CPU, and is started after the
+    first checkpoint."""
 
 
 class JobSpec(TrainConfig):
-    """A training run plus what the service needs to place it and keep it alive."""
+    """A training run plus what the service needs to schedule and restart it."""
 
     spec_version: int = Field(default=SPEC_VERSION, ge=1, le=SPEC_VERSION)
-    """Version of this format; a reader refuses newer ones."""
+    """Version of this format; newer versions than the service knows are refused."""
     name: str = Field(default="job", pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    """Name for people; lower case, digits and dashes. Not unique: ids are."""
+    """Display name: lower-case letters, digits and dashes, at most 63. Need not be unique;
+    job ids are."""
     metadata: dict[str, str] = Field(default_factory=dict, max_length=64)
-    """Free labels, for filtering."""
+    """Free labels for filtering."""
     priority: int = Field(default=0, ge=-1000, le=1000)
-    """Higher goes first in the queue."""
+    """Queue priority; jobs with a higher number are scheduled first."""
     resources: ResourceConfig = ResourceConfig()
-    """What one rank needs."""
+    """Resources reserved for each rank."""
     restart: RestartConfig = RestartConfig()
-    """When to try again."""
+    """Rules for restarting after a failure."""
     cluster: str = Field(default="default", min_length=1, max_length=64)
-    """Which Ray cluster, by the name its agent goes by."""
+    """Name of the Ray cluster to run on, as given to its agent."""
     image: str = Field(default="default", min_length=1, max_length=64)
-    """Name of a runtime an admin has allowed."""
+    """Name of a runtime image that an administrator has allowed."""
     credentials: tuple[str, ...] = ()
-    """Names of mounted secrets an admin has allowed; never their values."""
+    """Names of mounted secrets that an administrator has allowed; never their values."""
     grace_s: float = Field(default=60.0, ge=0, le=3600)
-    """How long cancelling may take to finish the step and write a last checkpoint."""
+    """Seconds that cancelling may take to finish the step and write a final checkpoint."""

@@ -1,13 +1,13 @@
-"""States of jobs and attempts.
+"""Defines the states of jobs and attempts.
 
-Owns: the one table of legal transitions and the closed set of reasons. Pure.
+Owns: the one table of legal transitions and the closed set of status reasons. Pure.
 """
 
 from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """Observed state of a job; wanted state is kept apart (`DesiredState`)."""
+    """Observed state of a job; what the user asks for is `DesiredState`."""
 
     PREPARING = "preparing"
     QUEUED = "queued"
@@ -25,12 +25,12 @@ class JobState(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Terminal states never change."""
+        """Whether the state is final: it never changes again."""
         return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
     @property
     def holds_resources(self) -> bool:
-        """Whether the job counts against the cluster's room."""
+        """Whether the job counts against the cluster's capacity."""
         return (
             self not in (JobState.PREPARING, JobState.QUEUED, JobState.PAUSED)
             and not self.is_terminal
@@ -38,7 +38,7 @@ class JobState(StrEnum):
 
 
 class DesiredState(StrEnum):
-    """What the user (or admission) wants of a job's driver."""
+    """What the user or admission asks a job's driver to do."""
 
     PREPARE = "prepare"
     RUN = "run"
@@ -47,7 +47,7 @@ class DesiredState(StrEnum):
 
 
 class AttemptState(StrEnum):
-    """Life of one rendezvous of one world."""
+    """State of an attempt: one run of all ranks, from rendezvous to end."""
 
     STARTING = "starting"
     RUNNING = "running"
@@ -57,7 +57,7 @@ class AttemptState(StrEnum):
 
 
 class StatusReason(StrEnum):
-    """Why a job is where it is; a closed set that clients may switch on."""
+    """Reason of a job's state: a closed set that clients may switch on."""
 
     WAITING_AGENT = "waiting_agent"
     WAITING_QUOTA = "waiting_quota"
@@ -78,6 +78,9 @@ class StatusReason(StrEnum):
     INTERNAL = "internal"
 
 
+# The table reads: from the state on the left, a job may change to those on the right.
+# The service ignores a record of any other change, so a late or repeated record of a
+# restarted driver cannot move a job backwards.
 _S = JobState
 _END = frozenset({_S.FAILED, _S.CANCELLED})
 
@@ -116,7 +119,8 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 
 def may_follow(current: JobState, new: JobState) -> bool:
-    """Whether a job may go from one state to another (staying put is no transition and
-    is always allowed).
+    """Returns whether a job may change from `current` to `new`.
+
+    Repeating the current state is not a transition and always allowed.
     """
     return new == current or new in TRANSITIONS[current]

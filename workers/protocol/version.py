@@ -1,16 +1,13 @@
-"""Version of the installed code.
+"""Reads the version of the installed code.
 
-Owns: that one string; an attempt records it, and drivers of another version do not
-adopt.
+An attempt records it, and a driver of another version restarts the ranks it adopts.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
 
 def code_version() -> str:
-    """Version of the distribution; `unknown` when running from a tree that was never
-    installed.
-    """
+    """Returns the distribution's version, or `unknown` if it is not installed."""
     try:
         return version("megatron-ray")
     except PackageNotFoundError:

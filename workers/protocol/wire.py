@@ -1,8 +1,8 @@
-"""Messages between service, agent and driver.
+"""Defines the messages between service, agent and driver.
 
-Owns: their fields and the protocol number. Must not know: ray, torch, HTTP.
+Owns: their fields and the protocol number. Must not know: Ray, torch, HTTP.
 
-The service accepts protocol N and N-1; unknown fields are ignored, so a newer producer
+The service accepts protocol N and N-1. Unknown fields are ignored, so a newer producer
 may add some.
 """
 
@@ -16,21 +16,25 @@ PROTOCOL = 1
 
 
 class Message(BaseModel):
-    """Base: frozen, tolerant of fields it does not know."""
+    """Base of all messages: frozen, and ignores unknown fields."""
 
+    # Not "forbid": fields are added without raising the protocol number.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class ProblemMessage(Message):
-    """One thing wrong with a spec (rules.problem.Problem on the wire)."""
+    """One error in a spec: megatron_ray.config.problem.Problem on the wire."""
 
     pointer: str
     code: str
     detail: str
 
 
+# ---- agent and service
+
+
 class NodeInfo(Message):
-    """One Ray node as the agent sees it."""
+    """One Ray node as the agent reports it."""
 
     node_id: str
     address: str
@@ -41,11 +45,11 @@ class NodeInfo(Message):
     memory_bytes: int = 0
     labels: dict[str, str] = Field(default_factory=dict)
     storage_ok: bool | None = None
-    """Whether the node could read the nonce from shared storage; None: not tried."""
+    """Whether the node can read the shared storage; None: not checked yet."""
 
 
 class DriverStatus(Message):
-    """What the agent knows of one job's driver."""
+    """State of one job's driver as the agent reports it."""
 
     job_id: str
     alive: bool
@@ -53,12 +57,12 @@ class DriverStatus(Message):
 
 
 class AgentReport(Message):
-    """Agent -> service, every few seconds: the cluster as it is."""
+    """Agent -> service, every few seconds: nodes, drivers and orphans of the cluster."""
 
     protocol: int = PROTOCOL
     cluster: str
     agent_id: str
-    """New for every agent process."""
+    """Unique for each agent process."""
     code_version: str
     ray_version: str
     namespace: str
@@ -66,12 +70,12 @@ class AgentReport(Message):
     nodes: tuple[NodeInfo, ...] = ()
     drivers: tuple[DriverStatus, ...] = ()
     orphans: tuple[str, ...] = ()
-    """Names found in the namespace that belong to no known job; reported, never
-    touched."""
+    """Names of actors in the namespace that belong to no known job; reported, never
+    killed."""
 
 
 class CheckRequest(Message):
-    """Service -> agent: look at a spec's paths from inside the cluster, on CPU."""
+    """Service -> agent: check a spec's paths from inside the cluster, on CPU."""
 
     check_id: str
     spec: dict[str, Any]
@@ -79,64 +83,70 @@ class CheckRequest(Message):
 
 
 class CheckResult(Message):
-    """Agent -> service: what was wrong (nothing, when empty)."""
+    """Agent -> service: errors found by a check; none if empty."""
 
     protocol: int = PROTOCOL
     check_id: str
     problems: tuple[ProblemMessage, ...] = ()
 
 
+# ---- desired jobs, for agent and drivers
+
+
 class DesiredJob(Message):
-    """What one job's driver should be doing."""
+    """Desired state of one job, for its driver."""
 
     job_id: str
     desired: DesiredState
     revision: int
-    """Grows whenever anything below changes."""
+    """Increases whenever any field below changes."""
     spec: dict[str, Any]
     """Resolved JobSpec as JSON."""
     job_dir: str
-    """Folder or URI of everything the job writes."""
+    """Folder or URI that the job writes everything to."""
     token: str
-    """Lets this job's driver speak for this job, and nothing else."""
+    """Token of this job's driver, valid for this job only."""
     final_checkpoint: bool = True
-    """Whether cancel and pause write a last checkpoint."""
+    """Whether cancel and pause write a final checkpoint."""
     checkpoint_requests: int = 0
-    """Counter: each increase asks for one checkpoint now."""
+    """Counter: each increase requests one checkpoint now."""
 
 
 class DesiredReply(Message):
-    """Service -> agent, answer of the long poll."""
+    """Service -> agent: reply to the long poll for desired jobs."""
 
     protocol: int = PROTOCOL
     revision: int
     jobs: tuple[DesiredJob, ...] = ()
-    """All jobs of the cluster that are not terminal, plus terminal ones whose driver
-    the agent still reports."""
+    """All jobs of the cluster that are not terminal, plus terminal ones whose driver the
+    agent still reports."""
     terminal: tuple[str, ...] = ()
-    """Jobs known to be over: their actors and placement groups may be reaped."""
+    """Ids of ended jobs, whose actors and placement groups may be removed."""
     checks: tuple[CheckRequest, ...] = ()
 
 
+# ---- driver and service
+
+
 class Record(Message):
-    """One numbered fact from one producer.
+    """One numbered fact from one source.
 
-    `kind` decides what `data` holds:
+    `kind` decides what `data` holds::
 
-    state       {state, reason, message, ...}        the job's observed state event
-    {type, level, message, data, ranks}  anything worth a line in the history attempt
-    {state, reason, message, world_size} the attempt began or ended ranks       {ranks:
-    [{slot, rank, node_id, address, gpu, pid, coordinates}]} prepared    {manifest,
-    num_train_tokens, ...}    data are ready; queue the job checkpoint  {action:
-    committed|deleted, step, path, bytes, loss} problem     {problems: [{pointer, code,
-    detail}]} the user's mistake found while preparing step, eval  fields of StepReport,
-    EvalReport
+        state       {state, reason, message, ...}: the job's observed state
+        event       {type, level, message, data, ranks}: an entry of the job's history
+        attempt     {state, reason, message, world_size}: an attempt began or ended
+        ranks       {ranks: [{slot, rank, node_id, address, gpu, pid, coordinates}]}
+        prepared    {manifest, num_train_tokens, ...}: data ready, the job may be queued
+        checkpoint  {action: committed|deleted, step, path, bytes, loss}
+        problem     {problems: [{pointer, code, detail}]}: user error found in preparation
+        step, eval  the fields of StepReport, EvalReport
     """
 
     n: int = Field(ge=1)
-    """Number within its source, gap-free from 1."""
+    """Number within its source, from 1 without gaps."""
     at: float
-    """Producer's wall clock, seconds since the epoch; for people, never for order."""
+    """Producer's wall clock in seconds since the epoch; for display, never for order."""
     kind: str
     attempt: int = 0
     """0: before the first attempt."""
@@ -144,33 +154,32 @@ class Record(Message):
 
 
 class RecordBatch(Message):
-    """Driver -> service: records of one source, in order, without holes."""
+    """Driver -> service: records of one source, in order and without gaps."""
 
     protocol: int = PROTOCOL
     job_id: str
     epoch: int
-    """Incarnation of the driver; the service refuses a lower one than it has seen."""
+    """Incarnation of the driver; the service refuses one lower than it has seen."""
     source: str
     """`driver`, or `a<attempt>/r<rank>` for a rank's own file."""
     records: tuple[Record, ...] = ()
 
 
 class RecordReply(Message):
-    """Service -> driver: what is stored now, and what is wanted."""
+    """Service -> driver: what is stored now, and the desired state."""
 
     protocol: int = PROTOCOL
     stored: int
-    """Highest n stored for this source; everything up to it may be forgotten."""
+    """Highest n stored for this source; the driver may drop records up to it."""
     desired: DesiredJob
 
 
 class CursorReply(Message):
-    """Service -> driver: highest n stored per source, for a driver that has just
-    (re)started.
-    """
+    """Service -> driver after its start: what is stored of each source."""
 
     protocol: int = PROTOCOL
     stored: dict[str, int] = Field(default_factory=dict)
+    """Highest n stored, by source."""
 
 
 LogLevel = Literal["info", "warn", "error"]

@@ -1,6 +1,7 @@
-"""The process environment of agent, driver and ranks.
+"""Reads and writes the process environment of agent, driver and ranks.
 
-Owns: reading and writing it, priorities. Must not know: torch, Ray's API, HTTP.
+Owns: environment variables, GPU visibility, process priority. Must not know: torch, Ray's
+API, HTTP.
 
 No other file under workers/ or megatron_ray/ touches the environment. System names
 cannot come from a job spec, and secrets come from mounted files, so neither Ray's
@@ -20,18 +21,18 @@ from typing import Self
 AGENT_TOKEN = "MEGATRON_RAY_AGENT_TOKEN"
 AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
 
-_SIOCGIFADDR = 0x8915  # Linux: address of a network interface
+_SIOCGIFADDR = 0x8915  # Linux ioctl: IPv4 address of a network interface
+_LOWER_PRIORITY = 10
+"""Niceness added to what must not slow down the ranks on its node."""
 
 
 class ProcessEnvironmentError(Exception):
-    """A variable that must be there is missing or malformed; the text names it and the
-    remedy.
-    """
+    """A variable is missing or malformed; the message names it and the remedy."""
 
 
 @dataclass(frozen=True)
 class RankEnv:
-    """Where one rank stands, in torchrun's words."""
+    """Rank, world size and rendezvous of one process, named as by torchrun."""
 
     rank: int
     world_size: int
@@ -39,62 +40,68 @@ class RankEnv:
     local_world_size: int
     node_rank: int = 0
     master_addr: str | None = None
-    """Host of the store; None when the store is handed over as a value."""
+    """Host of the store; None if the store's address is passed in another way."""
     master_port: int | None = None
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """What torchrun exported; a process started without torchrun is the only rank
-        of its world.
+        """Reads torchrun's variables; without them, the process is the only rank.
 
         Raises ProcessEnvironmentError.
         """
-        source = os.environ if environ is None else environ
-        if "RANK" not in source and "WORLD_SIZE" not in source:
+        if environ is None:
+            environ = os.environ
+        # torchrun sets all of them. One alone is a mistake that must not pass silently
+        # as a world of one rank.
+        if "RANK" not in environ and "WORLD_SIZE" not in environ:
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1)
-        found = cls(
-            rank=_integer(source, "RANK"),
-            world_size=_integer(source, "WORLD_SIZE"),
-            local_rank=_integer(source, "LOCAL_RANK"),
-            local_world_size=_integer(source, "LOCAL_WORLD_SIZE"),
-            node_rank=_integer(source, "GROUP_RANK", "NODE_RANK"),
-            master_addr=source.get("MASTER_ADDR"),
-            master_port=_integer(source, "MASTER_PORT"),
+        env = cls(
+            rank=_integer(environ, "RANK"),
+            world_size=_integer(environ, "WORLD_SIZE"),
+            local_rank=_integer(environ, "LOCAL_RANK"),
+            local_world_size=_integer(environ, "LOCAL_WORLD_SIZE"),
+            # torchrun exports GROUP_RANK; other launchers call it NODE_RANK.
+            node_rank=_integer(environ, "GROUP_RANK", "NODE_RANK"),
+            master_addr=environ.get("MASTER_ADDR"),
+            master_port=_integer(environ, "MASTER_PORT"),
         )
-        if not 0 <= found.rank < found.world_size:
+        if not 0 <= env.rank < env.world_size:
             raise ProcessEnvironmentError(
-                f"RANK={found.rank} is outside WORLD_SIZE={found.world_size}; start ranks "
-                "with torchrun"
+                f"RANK={env.rank} is outside WORLD_SIZE={env.world_size}; start ranks with "
+                "torchrun"
             )
-        return found
+        return env
 
     def to_environ(self) -> dict[str, str]:
-        """The same as variables; what libraries below torch read."""
-        values = {
-            "RANK": self.rank,
-            "WORLD_SIZE": self.world_size,
-            "LOCAL_RANK": self.local_rank,
-            "LOCAL_WORLD_SIZE": self.local_world_size,
-            "NODE_RANK": self.node_rank,
-            "GROUP_RANK": self.node_rank,
-            "MASTER_ADDR": self.master_addr,
-            "MASTER_PORT": self.master_port,
+        """Returns the variables that torchrun would export; torch's libraries read them."""
+        variables = {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "NODE_RANK": str(self.node_rank),
+            "GROUP_RANK": str(self.node_rank),
         }
-        return {name: str(value) for name, value in values.items() if value is not None}
+        if self.master_addr is not None:
+            variables["MASTER_ADDR"] = self.master_addr
+        if self.master_port is not None:
+            variables["MASTER_PORT"] = str(self.master_port)
+        return variables
 
     def export(self) -> None:
         """Writes the variables into this process's environment."""
         os.environ.update(self.to_environ())
 
 
-def _integer(source: Mapping[str, str], *names: str) -> int:
+def _integer(environ: Mapping[str, str], *names: str) -> int:
+    """Returns the first of the variables that is set, as a whole number."""
     for name in names:
-        if name in source:
+        if name in environ:
             try:
-                return int(source[name])
+                return int(environ[name])
             except ValueError:
                 raise ProcessEnvironmentError(
-                    f"{name}={source[name]!r} is not a whole number; start ranks with torchrun"
+                    f"{name}={environ[name]!r} is not a whole number; start ranks with torchrun"
                 ) from None
     raise ProcessEnvironmentError(
         f"{names[0]} is not set although others of torchrun's variables are; start ranks "
@@ -103,57 +110,61 @@ def _integer(source: Mapping[str, str], *names: str) -> int:
 
 
 def prepare_process(num_threads: int, address: str | None = None) -> None:
-    """Settings that must be there before torch is imported: threads per rank, gloo's
-    interface.
+    """Sets the variables that torch and gloo read when they are imported.
 
-    An operator's own choice wins.
+    `address` is this node's IPv4 address. An operator's own choice of gloo interface and
+    tokenizer parallelism wins.
     """
+    # Overwritten: Ray sets OMP_NUM_THREADS to the CPUs that an actor requests, and a
+    # spare requests none.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(max(1, num_threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     interface = interface_of(address) if address else None
     if interface:
-        # Else gloo asks the host name for an address, which pods and laptops often
-        # answer wrongly.
+        # Otherwise gloo resolves the host name, which pods and laptops often map to
+        # an address that other nodes cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
-def see_gpu(index: int) -> None:
-    """Makes one GPU of the node this process's only one; before CUDA is used."""
+def set_visible_gpu(index: int) -> None:
+    """Makes one GPU of the node the only one visible; call it before CUDA is used."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(index)
 
 
-def run_before_others() -> None:
-    """Gives this process the ordinary priority where that is permitted: all its
-    threads, for they share the interpreter's lock.
+def raise_priority() -> None:
+    """Gives all threads of this process the ordinary priority, where permitted.
 
-    Ray starts its workers at niceness 15, so that anything else on a node takes the
-    processor from a rank and, with it, from every other rank. Where a process may not
-    raise itself the cluster must be started with RAY_worker_niceness=0.
+    Ray starts its workers at niceness 15, so anything else on a node would take the
+    processor from a rank and, through its collectives, from every other rank. Where a
+    process may not raise its own priority, start the cluster with RAY_worker_niceness=0.
     """
-    for thread in os.listdir("/proc/self/task"):
+    # All threads, not only the training one: they share the interpreter's lock, and a
+    # thread of low priority that holds it would stop the others.
+    for thread_id in os.listdir("/proc/self/task"):
         with contextlib.suppress(PermissionError, ProcessLookupError):
-            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+            os.setpriority(os.PRIO_PROCESS, int(thread_id), 0)
 
 
-def let_ranks_go_first() -> None:
-    """Lowers the calling thread, and those it starts, below the ranks on its node."""
-    os.nice(10)
+def lower_priority() -> None:
+    """Lowers the calling thread, and threads it starts, below the ranks on its node."""
+    os.nice(_LOWER_PRIORITY)
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has an IPv4 address; None when there is none
-    (or this is not Linux).
+    """Returns the name of the network interface with an IPv4 address.
+
+    None if there is none, or the system is not Linux.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
             try:
-                answer = fcntl.ioctl(
-                    probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15])
-                )
+                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
             except OSError:
                 continue  # an interface without an IPv4 address
-            if socket.inet_ntoa(answer[20:24]) == address:
+            # struct ifreq: 16 bytes of name, 2 of family, 2 of port, then the address.
+            if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     return None
 
@@ -161,23 +172,20 @@ def interface_of(address: str) -> str | None:
 def agent_token(
     token_file: Path | None = None, environ: Mapping[str, str] | None = None
 ) -> str:
-    """The agent's token, from a file (given, or named by the environment) or from the
-    environment.
+    """Returns the agent's token.
 
-    Raises ProcessEnvironmentError.
+    It is read from `token_file`, else from the file that the environment names, else from
+    the environment. Raises ProcessEnvironmentError.
     """
-    source = os.environ if environ is None else environ
-    named = source.get(AGENT_TOKEN_FILE)
-    path = token_file or (Path(named) if named else None)
-    if path is not None:
-        try:
-            token = path.read_text().strip()
-        except OSError as error:
-            raise ProcessEnvironmentError(
-                f"cannot read the agent's token file {path}: {error.strerror}"
-            ) from error
+    if environ is None:
+        environ = os.environ
+    path = token_file
+    if path is None and environ.get(AGENT_TOKEN_FILE):
+        path = Path(environ[AGENT_TOKEN_FILE])
+    if path is None:
+        token = environ.get(AGENT_TOKEN, "").strip()
     else:
-        token = source.get(AGENT_TOKEN, "").strip()
+        token = _read_token(path)
     if not token:
         raise ProcessEnvironmentError(
             f"no agent token: give --token-file, or set {AGENT_TOKEN_FILE} or {AGENT_TOKEN}"
@@ -185,21 +193,28 @@ def agent_token(
     return token
 
 
-def prepare_ray_client() -> None:
-    """Makes explicit what Ray would otherwise decide from files and history of this
-    machine.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_AUTH_MODE",
-        "token"
-        if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-        else "disabled",
-    )
+def _read_token(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise ProcessEnvironmentError(
+            f"cannot read the agent's token file {path}: {error.strerror}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ProcessEnvironmentError(
+            f"the agent's token file {path} is not a text file"
+        ) from error
 
 
-def forget_agent_token() -> None:
-    """Removes the token from this process's environment, so that nothing started from
-    here inherits it.
-    """
+def unset_agent_token() -> None:
+    """Removes the token from the environment, so that no child process inherits it."""
     os.environ.pop(AGENT_TOKEN, None)
+
+
+def prepare_ray_client() -> None:
+    """Sets what Ray would otherwise decide from files and history of this machine."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    auth_mode = "disabled"
+    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        auth_mode = "token"
+    os.environ.setdefault("RAY_AUTH_MODE", auth_mode)

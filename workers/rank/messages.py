@@ -1,4 +1,4 @@
-"""What a driver tells its workers and what they answer.
+"""Defines the messages between a driver and its rank workers.
 
 Owns: plain values on that path. Must not know: Ray, torch, HTTP.
 """
@@ -12,7 +12,7 @@ from workers.rank.spool import Line
 
 
 class RankState(StrEnum):
-    """Life of the training thread inside a worker."""
+    """State of the training thread inside a worker."""
 
     IDLE = "idle"
     RUNNING = "running"
@@ -34,26 +34,27 @@ class UserError(Exception):
 
 
 class FencedError(Exception):
-    """A caller with an (attempt, epoch) lower than one already seen; it has been
-    replaced and must end.
+    """The caller's (attempt, epoch) is lower than one already seen.
+
+    It has been replaced by a newer driver and must end.
     """
 
 
 class BusyError(Exception):
-    """A start order while the training thread of another attempt is still alive."""
+    """The training thread of another attempt is still alive, so none can be started."""
 
 
 @dataclass(frozen=True)
 class Fence:
-    """Who is speaking: the attempt, and the incarnation of the driver."""
+    """Identifies a caller: the attempt, and the driver's incarnation."""
 
     attempt: int
     epoch: int
 
 
 @dataclass(frozen=True)
-class StartOrder:
-    """Everything one rank needs for one attempt; plain values."""
+class StartRequest:
+    """Everything one rank needs to run one attempt, as plain values."""
 
     env: RankEnv
     spec: dict[str, Any]
@@ -65,46 +66,49 @@ class StartOrder:
     """`cpu` or `cuda`."""
     device_index: int = 0
     gpu: int | None = None
-    """Index on the node, for a process that Ray has not given one."""
+    """Index on the node of the GPU to use, for a process to which Ray assigned none."""
     store: tuple[str, int] | None = None
-    """Host and port of the TCPStore; None: the rendezvous that the environment
-    names."""
+    """Host and port of the TCPStore; None: the one that the environment names."""
     resume_from: str | None = None
-    """Path of a committed checkpoint."""
+    """Path of the committed checkpoint to resume from; None: start at step 0."""
     timeout_s: float = 600.0
-    """Patience of collectives."""
+    """Timeout of collectives and of the store, in seconds."""
 
 
 @dataclass(frozen=True)
 class Poll:
-    """One call of `next`: what the driver has, and how much more it wants."""
+    """Arguments of one call of `RankWorker.next`."""
 
     after: int | None
-    """Highest report number in hand; None: begin after the last released one."""
+    """Number of the last report received; None: start after the last released one."""
     released: int = 0
-    """Reports up to here are stored elsewhere: their file may go."""
+    """Reports up to this number are stored elsewhere: their file may be deleted."""
     wait_s: float = 2.0
+    """Longest wait for a new report, in seconds."""
     steps: bool = True
-    """Whether step and eval reports are wanted (of rank 0 only); the others are
-    always."""
+    """Whether to return step and eval reports, needed from rank 0 only; all others are
+    always returned."""
     log_offset: int = 0
+    """Offset of the first log byte not received yet."""
     log_bytes: int = 0
-    """Budget for log bytes in this answer."""
+    """Maximum number of log bytes in the reply."""
 
 
 @dataclass(frozen=True)
 class NextReply:
-    """Reports, log bytes and liveness in one."""
+    """Reports, log bytes and state of a rank, in reply to a poll."""
 
     state: RankState
     attempt: int
     last_n: int
-    """Cursor for the next call."""
+    """Number of the last report read: `after` of the next poll."""
     lines: list[Line] = field(default_factory=list)
     step: int = 0
     reports: int = 0
-    """Reports written in this attempt, filtered ones included: the sign of progress."""
+    """Number of reports written in this attempt, including those not returned; a rank
+    makes progress while it grows."""
     error: dict[str, Any] | None = None
-    """{type, message, traceback, user} once failed."""
+    """{type, message, traceback, step} of a failed rank."""
     log_offset: int = 0
+    """Offset of the first byte of `log`."""
     log: bytes = b""

@@ -1,9 +1,9 @@
-"""One rank's life: environment and spec in, a training session run to its end.
+"""Runs one attempt on one rank: process group, mesh, training session.
 
-Ray-free; imports torch.
+Ray-free; imports torch. RankWorker calls `train` under Ray, `workers.standalone` under
+torchrun.
 
-Owns: process group, mesh and session of one attempt. RankWorker calls `train` under
-Ray, `workers.standalone` under torchrun. Must not know: Ray, HTTP.
+Owns: process group, mesh and session of one attempt. Must not know: Ray, HTTP.
 """
 
 import time
@@ -23,7 +23,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
-from workers.rank.messages import StartOrder
+from workers.rank.messages import StartRequest
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 Outcome = Literal["finished", "stopped"]
@@ -31,24 +31,23 @@ ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
 
 
-def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome:
+def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Outcome:
     """Runs one attempt on this rank.
 
-    Leaves its process groups whatever happens, so that the other ranks are free at
-    once.
+    `report` receives every report; `poll` returns the command to obey at a step boundary.
+    The process groups are left whatever happens, so the other ranks do not wait for this
+    one.
     """
-    spec = JobSpec.from_mapping(order.spec)
-    data = PreparedData.model_validate(order.data)
-    if order.device == "cpu":
-        poll = _bounding(device.MallocTuning(), poll)
+    spec = JobSpec.from_mapping(request.spec)
+    data = PreparedData.model_validate(request.data)
+    # On CPU, ranks of one machine share its cores and its memory.
+    if request.device == "cpu":
+        poll = _with_memory_bound(device.MallocTuning(), poll)
         torch.set_num_threads(spec.resources.num_threads)
+    # Includes waiting for the slowest rank.
     started = time.monotonic()
-    with process_group(order):
-        env = order.env
-        world = World(env.rank, env.world_size, order.device_index, order.device)
-        mesh = ParallelMesh.create(
-            ParallelDims.of(spec.parallel), world, timedelta(seconds=order.timeout_s)
-        )
+    with process_group(request):
+        mesh = _create_mesh(request, spec)
         report(PhaseReport("rendezvous", time.monotonic() - started))
         session = TrainingSession(
             spec,
@@ -56,39 +55,47 @@ def train(order: StartOrder, report: ReportSink, poll: CommandSource) -> Outcome
             data,
             report=report,
             poll=poll,
-            attempt=order.attempt,
-            resume_from=order.resume_from,
+            attempt=request.attempt,
+            resume_from=request.resume_from,
         )
         return session.run()
 
 
-def _bounding(memory: device.MallocTuning, poll: CommandSource) -> CommandSource:
-    """The loop polls once a step."""
+def _create_mesh(request: StartRequest, spec: JobSpec) -> ParallelMesh:
+    env = request.env
+    world = World(env.rank, env.world_size, request.device_index, request.device)
+    dims = ParallelDims.of(spec.parallel)
+    return ParallelMesh.create(dims, world, timedelta(seconds=request.timeout_s))
 
-    def polled() -> Command:
-        memory.bound()
+
+def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> CommandSource:
+    """Returns `poll` that also bounds malloc's memory: the loop polls once a step."""
+
+    def poll_and_bound() -> Command:
+        tuning.bound()
         return poll()
 
-    return polled
+    return poll_and_bound
 
 
 @contextmanager
-def process_group(order: StartOrder) -> Iterator[None]:
-    """The default process group of an attempt, under its own prefix in the store;
-    nothing at all for a world of one.
-    """
-    env = order.env
+def process_group(request: StartRequest) -> Iterator[None]:
+    """Holds the attempt's default process group; does nothing in a world of one rank."""
+    env = request.env
     if env.world_size == 1:
         yield
         return
+    # Libraries below torch read torchrun's variables.
     env.export()
-    timeout = timedelta(seconds=order.timeout_s)
+    # The store outlives an attempt: with a prefix of its own, an attempt cannot read the
+    # rendezvous keys of the one before.
+    store = PrefixStore(f"attempt-{request.attempt}", connect_store(request))
     dist.init_process_group(
-        device.backend_for(torch.device(order.device)),
-        store=PrefixStore(f"attempt-{order.attempt}", connect_store(order)),
+        device.backend_for(torch.device(request.device)),
+        store=store,
         rank=env.rank,
         world_size=env.world_size,
-        timeout=timeout,
+        timeout=timedelta(seconds=request.timeout_s),
     )
     try:
         yield
@@ -96,15 +103,15 @@ def process_group(order: StartOrder) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def connect_store(order: StartOrder) -> Store:
-    """The store of an order: the given address, or what torchrun's environment names."""
-    timeout = timedelta(seconds=order.timeout_s)
-    if order.store is not None:
-        host, port = order.store
+def connect_store(request: StartRequest) -> Store:
+    """Returns the request's store, or the one that torchrun's environment names."""
+    timeout = timedelta(seconds=request.timeout_s)
+    if request.store is not None:
+        host, port = request.store
         return TCPStore(
             host, port, is_master=False, wait_for_workers=False, timeout=timeout
         )
-    env = order.env
+    env = request.env
     if env.world_size == 1:
         return HashStore()
     return environment_store(env.rank, env.world_size, timeout)

@@ -1,14 +1,14 @@
-"""A rank's report file and log file.
+"""Writes and reads a rank's report file, the spool.
 
-Owns: appending, reading from a cursor, capping. Must not know: Ray, torch, who reads.
+Owns: numbering, appending, segments, reading from a cursor. Must not know: Ray, torch,
+its readers.
 
 One JSON line `{"n", "at", "kind", "attempt", "data"}` per report, one unbuffered
-O_APPEND write each: a report costs the training thread some microseconds and survives
+O_APPEND write each: a report costs the training thread a few microseconds and survives
 the death of the process. A torn last line (power cut, full disk) is cut off.
 """
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -19,16 +19,14 @@ from typing import Any
 from pydantic_core import PydanticSerializationError, from_json, to_json
 
 SEGMENT_BYTES = 16 << 20
-"""A spool goes on in a new file at this size; files that nobody needs any more are
-deleted."""
-LOG_BYTES = 16 << 20
-"""A log file is emptied, with a notice, at this size; what was shipped before stays in
-the job's folder."""
+"""Size at which a spool continues in a new file; released files are deleted."""
+_TAIL_BYTES = 1 << 20
+"""Length of a file's end that is searched for a torn line; no line is that long."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One report as it stands in the file."""
+    """One report as it is in the file."""
 
     n: int
     kind: str
@@ -36,14 +34,14 @@ class Line:
     """The JSON line, without the newline."""
 
     def value(self) -> dict[str, Any]:
-        """The parsed line."""
+        """Returns the parsed line."""
         return dict(from_json(self.text))
 
 
 class Spool:
     """Appends to a report file; several threads of one process may write.
 
-    Numbers go on where an existing file ends.
+    Numbers continue where an existing file ends.
     """
 
     def __init__(
@@ -54,14 +52,19 @@ class Spool:
         self._segment_bytes = segment_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        current = segments(path)[-1][1] if segments(path) else path
+        existing = segments(path)
+        current = path
+        if existing:
+            _, current = existing[-1]
+        # A process that died while writing may have left half a line; a line appended
+        # to it would be lost with it.
         _cut_torn_line(current)
         self.last_n = _last_n(path)
-        self._file = os.open(current, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = _open_append(current)
         self._size = os.fstat(self._file).st_size
 
     def append(self, kind: str, data: Mapping[str, Any]) -> int:
-        """Writes one line and returns its number. Raises OSError when the disk does."""
+        """Writes one line and returns its number. Raises OSError if the disk does."""
         with self._lock:
             n = self.last_n + 1
             record = {
@@ -72,12 +75,16 @@ class Spool:
                 "data": data,
             }
             line = _encode(record) + b"\n"
+            # One unbuffered system call: a process that is killed leaves whole lines.
             written = os.write(self._file, line)
+            # What was written of a line that does not fit is taken back, so that the next
+            # one does not follow half a line.
             if written != len(line):
                 os.ftruncate(self._file, self._size)
                 raise OSError(
                     f"only {written} of {len(line)} bytes fitted into {self.path}: the disk is full"
                 )
+            # Only a line that is whole takes its number: a failed write leaves no gap.
             self.last_n = n
             self._size += written
             if self._segment_bytes is not None and self._size >= self._segment_bytes:
@@ -85,13 +92,16 @@ class Spool:
             return n
 
     def release(self, n: int) -> None:
-        """Deletes segments all of whose lines are at or below `n`: everybody who needs
-        them has them.
+        """Deletes the segments whose lines are all numbered `n` or lower.
+
+        The segment being written stays.
         """
         with self._lock:
-            found = segments(self.path)
-        for (_, path), (first_of_next, _) in zip(found, found[1:], strict=False):
-            if first_of_next <= n + 1:
+            existing = segments(self.path)
+        for index, (_, path) in enumerate(existing[:-1]):
+            # A segment ends where the next one begins, so it need not be read.
+            first_n_of_next, _ = existing[index + 1]
+            if first_n_of_next <= n + 1:
                 path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -104,13 +114,14 @@ class Spool:
     def _next_segment(self) -> None:
         os.close(self._file)
         path = self.path.with_name(f"{self.path.name}.{self.last_n + 1:012d}")
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = _open_append(path)
         self._size = 0
 
 
 class SpoolReader:
-    """Reads a spool from a cursor; keeps its place, so that following a growing file
-    costs only what is new.
+    """Reads a spool from a cursor.
+
+    It keeps its file and offset, so following a growing file costs only what is new.
     """
 
     def __init__(self, path: Path) -> None:
@@ -120,118 +131,132 @@ class SpoolReader:
         self._offset = 0
 
     def read(self, after: int, limit: int = 2000) -> list[Line]:
-        """Lines with n > after, in order, at most `limit`.
+        """Returns at most `limit` lines with n > after, in order.
 
-        Lines deleted meanwhile are left out; a torn last line is not returned.
+        Lines that were deleted are left out; a torn last line is not returned.
         """
         if after != self._after:
             self._seek(after)
-        found: list[Line] = []
-        while len(found) < limit:
-            more = self._read_segment(after, limit - len(found))
-            found += more
-            if not more and not self._advance():
+        lines: list[Line] = []
+        while len(lines) < limit:
+            new_lines = self._read_segment(after, limit - len(lines))
+            lines += new_lines
+            # A segment without new lines is read to its end: the next one may have some.
+            if not new_lines and not self._advance():
                 break
             after = self._after
-        return found
+        return lines
 
     def _seek(self, after: int) -> None:
+        """Moves to the last segment that may hold the line after `after`."""
         self._after = after
         self._offset = 0
         self._segment = self.path
-        for first, path in segments(self.path):
-            if first <= after + 1 or (
-                self._segment == self.path and not self.path.exists()
-            ):
+        for first_n, path in segments(self.path):
+            is_before = first_n <= after + 1
+            is_oldest_left = self._segment == self.path and not self.path.exists()
+            if is_before or is_oldest_left:
                 self._segment = path
 
     def _read_segment(self, after: int, limit: int) -> list[Line]:
-        found: list[Line] = []
+        lines: list[Line] = []
         try:
             with open(self._segment, "rb") as file:
                 file.seek(self._offset)
-                for text in file:
-                    if not text.endswith(b"\n") or len(found) >= limit:
+                for raw_line in file:
+                    # Without its newline a line is still being written, or torn.
+                    if not raw_line.endswith(b"\n") or len(lines) >= limit:
                         break
-                    self._offset += len(text)
-                    line = parse_line(text)
+                    self._offset += len(raw_line)
+                    line = parse_line(raw_line)
                     if line is not None and line.n > after:
-                        found.append(line)
+                        lines.append(line)
                         self._after = line.n
         except FileNotFoundError:
             return []
-        return found
+        return lines
 
     def _advance(self) -> bool:
-        """Goes to the next segment, when there is one."""
-        later = [
-            path
-            for first, path in segments(self.path)
-            if first > self._after and path != self._segment
-        ]
-        if not later:
-            return False
-        self._segment = later[0]
-        self._offset = 0
-        return True
+        """Moves to the next segment and returns whether there is one."""
+        for first_n, path in segments(self.path):
+            if first_n > self._after and path != self._segment:
+                self._segment = path
+                self._offset = 0
+                return True
+        return False
 
 
-def parse_line(text: bytes) -> Line | None:
-    """A line of a spool; None when it is not one (a torn write in the middle of a file
-    that another process went on writing).
+def report_path(folder: Path, attempt: int, rank: int) -> Path:
+    """Returns the path of a rank's spool below the job's folder on its node."""
+    return folder / f"attempt-{attempt:04d}" / f"rank-{rank:05d}.jsonl"
+
+
+def parse_line(raw_line: bytes) -> Line | None:
+    """Parses a line of a spool; returns None if it is not one.
+
+    There may be a torn line in the middle of a file that another process continued.
     """
+    # Null, a list or an object without a number are no lines either.
     try:
-        value = from_json(text)
-        return Line(int(value["n"]), str(value["kind"]), text.rstrip(b"\n"))
+        value = from_json(raw_line)
+        return Line(int(value["n"]), str(value["kind"]), raw_line.rstrip(b"\n"))
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def segments(path: Path) -> list[tuple[int, Path]]:
-    """(first n, file) of each existing segment of a spool, in order; the first carries
-    the spool's own name.
+    """Returns (number of the first line, file) of a spool's existing segments, in order.
+
+    The first segment carries the spool's own name, the others have the number appended.
     """
-    found = [(1, path)] if path.exists() else []
+    existing = []
     prefix = path.name + "."
     if path.parent.is_dir():
-        named = [
-            entry
-            for entry in path.parent.iterdir()
-            if entry.name.startswith(prefix) and entry.name[len(prefix) :].isdigit()
-        ]
-        found += sorted((int(entry.name[len(prefix) :]), entry) for entry in named)
-    return found
+        for entry in path.parent.iterdir():
+            # Other files of the rank, such as its log, are in the same folder.
+            number = entry.name.removeprefix(prefix)
+            if entry.name.startswith(prefix) and number.isdigit():
+                existing.append((int(number), entry))
+    existing.sort()
+    if path.exists():
+        existing.insert(0, (1, path))
+    return existing
+
+
+def _open_append(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def _encode(record: Mapping[str, Any]) -> bytes:
-    """JSON has no infinities and no NaN: they become null. pydantic's encoder and
-    parser, because json's take seven times as long.
-    """
+    """Returns a record as JSON; infinities and NaN, which JSON lacks, become null."""
+    # pydantic's encoder and parser, because those of json take seven times as long.
     try:
         return to_json(record, inf_nan_mode="null")
     except PydanticSerializationError:
-        return to_json(_encodable(record), inf_nan_mode="null")
+        return to_json(_without_surrogates(record), inf_nan_mode="null")
 
 
-def _encodable(value: Any) -> Any:
-    """An error's text may hold half a character (a file name that is no UTF-8): it is
-    written as its escape.
+def _without_surrogates(value: Any) -> Any:
+    """Returns a value whose lone surrogates are written as escapes.
+
+    The message of an error has them if it names a file whose name is not UTF-8.
     """
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()
     if isinstance(value, Mapping):
-        return {_encodable(key): _encodable(item) for key, item in value.items()}
+        return {_without_surrogates(key): _without_surrogates(value[key]) for key in value}
     if isinstance(value, list | tuple):
-        return [_encodable(item) for item in value]
+        return [_without_surrogates(item) for item in value]
     return value
 
 
 def _cut_torn_line(path: Path) -> None:
+    """Removes an unfinished line at the end of a file."""
     if not path.exists() or not path.stat().st_size:
         return
     with open(path, "rb+") as file:
-        content_end = file.seek(0, os.SEEK_END)
-        start = max(0, content_end - (1 << 20))
+        size = file.seek(0, os.SEEK_END)
+        start = max(0, size - _TAIL_BYTES)
         file.seek(start)
         tail = file.read()
         if not tail.endswith(b"\n"):
@@ -239,67 +264,14 @@ def _cut_torn_line(path: Path) -> None:
 
 
 def _last_n(path: Path) -> int:
-    last = 0
-    for first, segment in segments(path):
-        last = max(last, first - 1)
+    """Returns the number of a spool's last line; 0 for a new one."""
+    last_n = 0
+    for first_n, segment in segments(path):
+        # The name of an empty segment gives the last number of the one before it.
+        last_n = max(last_n, first_n - 1)
         with open(segment, "rb") as file:
-            for text in file:
-                line = parse_line(text)
-                last = line.n if line else last
-    return last
-
-
-class LogFile:
-    """A rank's standard output and error as one capped file, native crashes included.
-
-    Offsets count every byte ever written.
-    """
-
-    def __init__(self, path: Path, *, cap_bytes: int = LOG_BYTES) -> None:
-        self.path = path
-        self._cap_bytes = cap_bytes
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = threading.Lock()
-        self._dropped = 0
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-
-    def capture(self) -> None:
-        """Points file descriptors 1 and 2, and Python's streams, at the file.
-
-        Call it before torch is imported.
-        """
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os.dup2(self._file, 1)
-        os.dup2(self._file, 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115 - lives as long as the process
-        sys.stderr = open(2, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
-
-    def read(self, offset: int, max_bytes: int) -> tuple[int, bytes]:
-        """(offset of the first byte returned, bytes): from `offset`, or from the oldest
-        byte still there.
-        """
-        with self._lock:
-            start = max(offset, self._dropped)
-            data = (
-                os.pread(self._file, max_bytes, start - self._dropped)
-                if max_bytes > 0
-                else b""
-            )
-            if os.fstat(self._file).st_size > self._cap_bytes:
-                self._empty()
-            return start, data
-
-    def _empty(self) -> None:
-        size = os.fstat(self._file).st_size
-        os.ftruncate(self._file, 0)
-        self._dropped += size
-        os.write(
-            self._file,
-            f"[log emptied after {self._dropped} bytes: it may hold {self._cap_bytes}]\n".encode(),
-        )
-
-    def close(self) -> None:
-        """Closes this object's descriptor; 1 and 2 stay where they are."""
-        with self._lock:
-            os.close(self._file)
+            for raw_line in file:
+                line = parse_line(raw_line)
+                if line is not None:
+                    last_n = line.n
+    return last_n

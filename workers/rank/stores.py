@@ -1,6 +1,6 @@
-"""torch's key-value stores under their public names.
+"""Gives torch's key-value stores public names.
 
-Owns: the one place that knows torch does not declare them as exports.
+Owns: the only import of names that torch does not declare as exports.
 """
 
 from datetime import timedelta
@@ -12,6 +12,8 @@ __all__ = ["HashStore", "PrefixStore", "Store", "TCPStore", "environment_store"]
 
 
 def environment_store(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """The store that torchrun's environment names."""
-    store: Store = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))[0]  # type: ignore[attr-defined]
+    """Returns the store that torchrun's environment names."""
+    rendezvous = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # type: ignore[attr-defined]
+    store: Store
+    store, _, _ = next(rendezvous)
     return store

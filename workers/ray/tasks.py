@@ -1,7 +1,7 @@
-"""Plain functions as Ray tasks on CPU. Owns: how they are sent and how their failures
-read.
+"""Runs plain functions as Ray tasks on CPU.
 
-Must not know: what they do.
+Owns: how they are submitted and how their failures are reported. Must not know: what they
+do.
 """
 
 from collections.abc import Callable
@@ -16,62 +16,64 @@ _END_S = 5.0
 
 
 class TaskFailedError(Exception):
-    """A task that raised or whose process died; the text is one sentence."""
+    """A task raised or its process died; the message is one sentence."""
 
 
 def anywhere(body: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function on any node; it waits for no resources, so a full cluster still
-    answers.
+    """Runs a function on any node; returns the reference to its result.
 
-    Returns the reference.
+    It reserves no resources, so it runs on a full cluster too.
     """
     return _remote(body).options(num_cpus=0, scheduling_strategy="SPREAD").remote(*args)
 
 
 def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function on one node, once, without asking for resources; returns the
-    reference.
+    """Runs a function on one node, at most once; returns the reference to its result.
+
+    It reserves no resources.
     """
+    # Not soft: on another node the task would look at the wrong files.
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return (
-        _remote(body)
-        .options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
-        .remote(*args)
-    )
+    task = _remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
+    return task.remote(*args)
 
 
 @cache
 def _remote(body: Callable[..., Any]) -> Any:
-    """Ray's handle on a function; made once, since each is sent to Ray's head and kept."""
+    """Returns Ray's handle on a function."""
+    # One per function: each handle is sent to Ray's head and kept there.
     return ray.remote(body)
 
 
 def is_done(call: Any) -> bool:
-    """Whether the result (or failure) is there."""
-    return bool(ray.wait([call], timeout=0)[0])
+    """Returns whether the task has ended, by result or failure."""
+    done, _ = ray.wait([call], timeout=0)
+    return bool(done)
 
 
 def end(call: Any) -> None:
-    """Ends the task's process unless it is done; nothing of it runs on."""
+    """Kills the task's process unless the task is done, and waits for its end."""
+    # `force` kills the worker process: the body may be deep in a tokenizer, which no
+    # exception would interrupt.
     if not is_done(call):
         ray.cancel(call, force=True)
         ray.wait([call], timeout=_END_S)
 
 
 def result(call: Any) -> Any:
-    """The result. Raises TaskFailedError."""
+    """Returns the task's result. Raises TaskFailedError."""
     try:
         return ray.get(call)
     except RayTaskError as error:
         raise TaskFailedError(f"{type(error.cause).__name__}: {error.cause}") from error
     except RayError as error:
-        raise TaskFailedError(
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+        # Ray appends pages of advice to the first line.
+        reason = str(error).partition("\n")[0]
+        raise TaskFailedError(f"{type(error).__name__}: {reason}") from error
 
 
 def result_or_none(call: Any, timeout_s: float) -> Any | None:
-    """The result; None when it failed or is late."""
+    """Returns the task's result, or None if it failed or is late."""
     try:
         return ray.get(call, timeout=timeout_s)
     except (RayError, GetTimeoutError):

@@ -115,15 +115,15 @@ def test_a_plan_says_which_kind_of_device_its_memory_assumes(
 ) -> None:
     spec["training"]["precision"] = "bf16"
     nobody_knows = plan(service, spec)
-    assert any("memory is counted for GPUs" in note for note in nobody_knows["notes"])
+    assert any("memory is estimated for GPUs" in note for note in nobody_knows["notes"])
     service.agent.report(make_node(cpus=4))
     found = plan(service, spec)
     assert found["hardware"] == "CPU"
-    assert "memory is counted for CPUs with products of bf16" in found["notes"][-1]
+    assert "memory is estimated for CPUs with bf16 products" in found["notes"][-1]
     spec["training"]["precision"] = "fp32"
-    assert not any("memory is counted" in note for note in plan(service, spec)["notes"])
+    assert not any("memory is estimated" in note for note in plan(service, spec)["notes"])
     named = service.user.post("/v1/plans?hardware=h200", json=spec).json()
-    assert not any("memory is counted" in note for note in named["notes"])
+    assert not any("memory is estimated" in note for note in named["notes"])
 
 
 def test_vocabularies(service: Any, spec: dict[str, Any]) -> None:

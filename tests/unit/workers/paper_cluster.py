@@ -15,9 +15,10 @@ from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.outbox import RecordLog
 from workers.protocol.states import DesiredState, JobState, may_follow
 from workers.protocol.wire import DesiredJob, Record
-from workers.rank.messages import Fence, NextReply, Poll, RankState, StartOrder
+from workers.rank.messages import Fence, NextReply, Poll, RankState, StartRequest
 from workers.rank.spool import Line
-from workers.ray.worker_group import Answer, Death
+from workers.ray.deaths import Death
+from workers.ray.worker_group import PollResult
 
 
 class DriverDies(BaseException):
@@ -143,7 +144,7 @@ class _Worker:
         self.pid = pid
         self.standby = standby
         self.version = version
-        self.order: StartOrder | None = None
+        self.order: StartRequest | None = None
         self.step = 0
         self.lines = list[Line]()
         self.state = RankState.IDLE
@@ -289,7 +290,7 @@ class PaperGroup:
     def start(
         self,
         fence: Fence,
-        orders: Mapping[int, StartOrder],
+        orders: Mapping[int, StartRequest],
         timeout_s: float,
         stop: Callable[[], None],
     ) -> None:
@@ -319,7 +320,7 @@ class PaperGroup:
     def poll(self, slot: int, rank: int, fence: Fence, poll: Poll) -> None:
         self._calls[rank] = (slot, poll)
 
-    def collect(self, timeout_s: float) -> list[Answer]:
+    def collect(self, timeout_s: float) -> list[PollResult]:
         answers = []
         for rank, (slot, poll) in sorted(self._calls.items()):
             worker = self._cluster.workers.get(slot)
@@ -328,7 +329,7 @@ class PaperGroup:
                 worker = self._cluster.workers.get(slot)
             if worker is None:
                 answers.append(
-                    Answer(
+                    PollResult(
                         rank,
                         death=Death(FailureKind.PROCESS_DIED, "its process died: SIGKILL"),
                     )
@@ -339,7 +340,7 @@ class PaperGroup:
             lines = [line for line in worker.lines if line.n > after]
             shown = [line for line in lines if poll.steps or line.kind != "step"]
             answers.append(
-                Answer(
+                PollResult(
                     rank,
                     NextReply(
                         worker.state,

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_ray.data.preparation.errors import UnusableDataError
-from workers.data_tasks import check_task, prepare_data
+from workers.agent.check_tasks import check_task
+from workers.data_tasks import prepare_data
 from workers.protocol.job import JobSpec
 
 LLAMA = {

@@ -8,7 +8,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from workers.decisions.policies import FailureKind
 from workers.driver.supervision import relayed
 from workers.rank.spool import Line
-from workers.ray.worker_group import death_of
+from workers.ray.deaths import death_of
 
 SIGKILL = (
     "The actor died unexpectedly before finishing this task.\n\tclass_name: RankWorker\n"
@@ -32,7 +32,7 @@ class Said(ActorDiedError):
         (
             Said(SIGKILL),
             FailureKind.PROCESS_DIED,
-            "its process died without a word: killed by a signal",
+            "process killed or crashed (possibly out of memory)",
         ),
         (
             Said("The actor died because its node has died. Node Id: 12ab"),
@@ -42,7 +42,7 @@ class Said(ActorDiedError):
         (
             Said("The actor died because its node has died.", preempted=True),
             FailureKind.PREEMPTED,
-            "its node was preempted",
+            "node preempted: ",
         ),
         (
             Said(
@@ -63,8 +63,8 @@ def test_deaths_are_told_apart(
 ) -> None:
     death = death_of(error)
     assert death.kind is kind
-    assert words in death.words
-    assert "common causes" not in death.words
+    assert words in death.message
+    assert "common causes" not in death.message
 
 
 @pytest.mark.parametrize(

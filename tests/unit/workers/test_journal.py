@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.data_tasks import check_task
+from workers.agent.check_tasks import check_task
 from workers.driver.context import JobContext
 from workers.driver.journal import (
     ForeignJournalError,
@@ -78,7 +78,7 @@ def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
     (problem,) = check_task(spec, str(storage))
     assert (problem["pointer"], problem["code"]) == ("/storage/path", "in_use")
     assert (
-        "holds another job already (job-old); give this job a folder of its own"
+        "already holds another job (job-old); give this job a folder of its own"
         in problem["detail"]
     )
     assert check_task(spec, str(tmp_path / "fresh")) == []

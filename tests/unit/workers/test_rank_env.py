@@ -16,7 +16,7 @@ from workers.rank.environment import (
     agent_token,
     interface_of,
     prepare_process,
-    see_gpu,
+    set_visible_gpu,
 )
 
 TORCHRUN = {
@@ -94,13 +94,13 @@ def test_threads_are_set_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_told_gpu_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    see_gpu(6)
+    set_visible_gpu(6)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
 PRIORITIES = """
 import os, threading
-from workers.rank.environment import let_ranks_go_first, run_before_others
+from workers.rank.environment import lower_priority, raise_priority
 def mine():
     return os.getpriority(os.PRIO_PROCESS, 0)
 go, done, other = threading.Event(), threading.Event(), []
@@ -109,10 +109,10 @@ def wait():
     other.append(mine())
     done.set()
 before = mine()
-let_ranks_go_first()
+lower_priority()
 threading.Thread(target=wait).start()
 lowered = mine()
-run_before_others()
+raise_priority()
 go.set()
 done.wait()
 print(before, lowered, mine(), other[0])

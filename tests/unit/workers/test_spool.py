@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from workers.rank.spool import LogFile, Spool, SpoolReader, parse_line, segments
+from workers.rank.log_file import LogFile
+from workers.rank.spool import Spool, SpoolReader, parse_line, segments
 
 
 def numbers(path: Path, after: int = 0, limit: int = 2000) -> list[int]:
@@ -199,7 +200,7 @@ def test_log_takes_python_and_native_output(tmp_path: Path) -> None:
     program = """
 import os, sys
 from pathlib import Path
-from workers.rank.spool import LogFile
+from workers.rank.log_file import LogFile
 log = LogFile(Path(sys.argv[1]))
 log.capture()
 print("from python")

@@ -9,11 +9,12 @@ import pytest
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, Report, StepReport
+from workers.rank.attempt import Inbox, RankAttempt
 from workers.rank.environment import RankEnv
-from workers.rank.messages import Fence, FencedError, Poll, RankState, StartOrder
-from workers.rank.worker import Inbox, RankAttempt, RankWorker
+from workers.rank.messages import Fence, FencedError, Poll, RankState, StartRequest
+from workers.ray.rank_worker import FenceGuard
 
-ORDER = StartOrder(RankEnv(0, 1, 0, 1), {}, {}, attempt=1, device="cpu")
+ORDER = StartRequest(RankEnv(0, 1, 0, 1), {}, {}, attempt=1, device="cpu")
 
 
 def step(n: int) -> StepReport:
@@ -21,7 +22,7 @@ def step(n: int) -> StepReport:
 
 
 def three_steps(
-    order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> str:
     for n in (1, 2, 3):
         report(step(n))
@@ -84,7 +85,7 @@ def test_news_wake_a_waiting_call(tmp_path: Path) -> None:
     go = threading.Event()
 
     def train(
-        order: StartOrder, report: Callable[[Report], None], poll: Callable[[], Command]
+        order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
     ) -> str:
         go.wait(60)
         report(step(1))
@@ -119,11 +120,9 @@ def test_a_request_is_taken_once_and_a_stop_stays() -> None:
 
 
 def test_lower_fences_are_refused() -> None:
-    worker = object.__new__(RankWorker)
-    worker._fence = Fence(0, 0)
-    worker._guard = threading.Lock()
+    guard = FenceGuard()
     for fence in (Fence(1, 1), Fence(1, 1), Fence(2, 1), Fence(2, 2), Fence(1, 3)):
-        worker._admit(fence)
+        guard.admit(fence)
     for old in (Fence(9, 2), Fence(0, 3)):
         with pytest.raises(FencedError, match=r"was replaced by \(1, 3\)"):
-            worker._admit(old)
+            guard.admit(old)

@@ -363,9 +363,9 @@ def test_further_tokens_have_the_gradients_of_a_float64_reference(
         samples[0, [3, 4, 9]] = samples[1, [SEQUENCE - 2]] = samples[2, [0, SEQUENCE]] = END
     mesh = ParallelMesh.single()
     model, optimizer = ours(config, mesh, theirs)
-    batch = BatchMaker(mesh.device, end_of_document=END if ends else None, num_mtp_layers=2)(
-        samples
-    )
+    batch = BatchMaker(
+        mesh.device, end_of_document=END if ends else None, num_mtp_layers=2
+    )(samples)
 
     next_token, *further = further_losses(
         theirs.double(), torch.from_numpy(samples), ends, 2

@@ -1,0 +1,91 @@
+"""Checks paths from inside the cluster, as Ray tasks.
+
+Owns: the bodies, plain functions. Torch- and Ray-free; each returns plain values.
+"""
+
+import secrets
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_ray.checkpoint.initial_model import resolve_initial_model
+from megatron_ray.config.problem import Problem
+from megatron_ray.data.preparation.check import check_data
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.storage import open_storage
+from workers.data_tasks import problem_rows
+from workers.driver.journal import Journal, JournalError
+from workers.protocol.job import JobSpec
+
+NONCE_FOLDER = ".megatron-ray"
+
+
+def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
+    """Returns the problems of a spec's paths as seen from the cluster, as JSON.
+
+    Quick: nothing is tokenized.
+    """
+    # The service has validated the spec; this code may be of another version.
+    try:
+        job = JobSpec.from_mapping(spec)
+    except ValidationError as error:
+        return _validation_rows(error)
+    _, model_problems = resolve_initial_model(job.checkpoint, job.model)
+    problems = list(check_data(job.data, job.training.seq_length, storage_path))
+    problems += model_problems
+    problems += _find_other_job(storage_path)
+    return problem_rows(problems)
+
+
+def _validation_rows(error: ValidationError) -> list[dict[str, str]]:
+    rows = []
+    for item in error.errors():
+        pointer = "/" + "/".join(map(str, item["loc"]))
+        rows.append({"pointer": pointer, "code": str(item["type"]), "detail": item["msg"]})
+    return rows
+
+
+def _find_other_job(storage_path: str) -> list[Problem]:
+    """Returns a problem if a new job's folder holds another job.
+
+    The other job's checkpoints would be taken for this one's, and its records
+    overwritten.
+    """
+    try:
+        entry = Journal(storage_path).latest()
+    # A journal that cannot be read still belongs to some job.
+    except JournalError as error:
+        owner = str(error)
+    except StorageError:
+        return []  # reported by the check for writing
+    else:
+        if entry is None:
+            return []
+        owner = entry.job_id
+    message = (
+        f"{storage_path} already holds another job ({owner}); give this job a folder of its "
+        "own, or leave storage.path out"
+    )
+    return [Problem("/storage/path", "in_use", message)]
+
+
+def write_nonce(root: str) -> tuple[str, str]:
+    """Writes a random string below the storage root; returns (file name, string).
+
+    Raises StorageError.
+    """
+    name = f"{NONCE_FOLDER}/nonce-{secrets.token_hex(4)}"
+    nonce = secrets.token_hex(16)
+    open_storage(root).write_bytes_atomic(name, nonce.encode())
+    return name, nonce
+
+
+def nonce_matches(root: str, name: str, nonce: str) -> bool:
+    """Returns whether this node reads the nonce that the agent wrote.
+
+    If it does, node and agent see the same storage.
+    """
+    try:
+        return open_storage(root).read_bytes(name).decode() == nonce
+    except (StorageError, UnicodeDecodeError):
+        return False

@@ -1,0 +1,243 @@
+"""Runs one rank's process as a Ray actor.
+
+Owns: the actor, its fence, its lease, the store it serves. Must not know: HTTP, what the
+training thread does.
+
+A worker holds no handle to its driver; it answers the one with the highest (attempt,
+epoch). Torch is imported after the log is captured, so this module must not import it.
+"""
+
+import contextlib
+import gc
+import os
+import shutil
+import sys
+import threading
+import time
+from typing import Any, ClassVar
+
+import ray
+
+from megatron_ray.commands import Command
+from workers.decisions.placement import SlotFacts
+from workers.rank.attempt import LINGER_S, RankAttempt, Train, import_and_train
+from workers.rank.environment import (
+    lower_priority,
+    prepare_process,
+    raise_priority,
+    set_visible_gpu,
+)
+from workers.rank.log_file import LogFile, log_path
+from workers.rank.messages import (
+    BusyError,
+    Fence,
+    FencedError,
+    NextReply,
+    Poll,
+    RankState,
+    StartRequest,
+)
+from workers.ray.nodes import job_folder, nvlink_domain, own_address
+
+LEASE_S = 300.0
+"""A worker that no driver has called for this long ends itself."""
+SWITCH_S = 0.001
+"""A thread that answers the driver returns the interpreter to the training thread after
+this long; Python's default of 5 ms is a fifth of a short step."""
+LEAVE_S = 4.0
+"""How long `leave` waits for the training thread to come out of its collectives."""
+_EXIT_LEASE_EXPIRED = 3
+_BOOT_LOG_BYTES = 64 << 10
+
+
+class FenceGuard:
+    """Admits callers in ascending order: a replaced driver is refused."""
+
+    def __init__(self) -> None:
+        self._latest = Fence(0, 0)
+        self._lock = threading.Lock()
+
+    def admit(self, fence: Fence) -> None:
+        """Records a caller's fence.
+
+        Raises FencedError for a lower epoch, or a lower attempt in the same epoch, than
+        was seen before.
+        """
+        with self._lock:
+            latest = self._latest
+            if (fence.epoch, fence.attempt) < (latest.epoch, latest.attempt):
+                raise FencedError(
+                    f"(attempt {fence.attempt}, epoch {fence.epoch}) was replaced by "
+                    f"({latest.attempt}, {latest.epoch})"
+                )
+            self._latest = fence
+
+
+class RankWorker:
+    """One rank's process.
+
+    `next` runs in a concurrency group of its own, so it answers while any other method is
+    running. Every method raises FencedError when the caller was replaced.
+    """
+
+    train: ClassVar[Train] = staticmethod(import_and_train)
+
+    def __init__(
+        self, job_id: str, slot: int, bundle: int, num_threads: int, standby: bool = False
+    ) -> None:
+        # A spare keeps Ray's low priority until its attempt starts.
+        if not standby:
+            raise_priority()
+        self._slot = slot
+        self._bundle = bundle
+        self._standby = standby
+        self._node_id = ray.get_runtime_context().get_node_id()
+        self._address = own_address()
+        self._folder = job_folder(self._node_id, job_id)
+        # The order matters: the log before anything that may print or crash, the
+        # environment before torch is imported.
+        self._log = LogFile(self._folder / f"slot-{slot:05d}-{os.getpid()}.log")
+        self._log.capture()
+        prepare_process(num_threads, self._address)
+        sys.setswitchinterval(SWITCH_S)
+        self._guard = FenceGuard()
+        self._attempt: RankAttempt | None = None
+        self._polled_at = time.monotonic()
+        self._store: Any = None
+        self._preload_thread = threading.Thread(target=self._preload, daemon=True)
+        self._preload_thread.start()
+        threading.Thread(target=self._watch_lease, daemon=True).start()
+
+    def probe(self, fence: Fence) -> SlotFacts:
+        """Returns where this worker runs, and renews its lease, on which a spare lives."""
+        self._guard.admit(fence)
+        self._polled_at = time.monotonic()
+        gpu = None
+        assigned_gpus = ray.get_gpu_ids()
+        if assigned_gpus:
+            gpu = int(assigned_gpus[0])
+        return SlotFacts(
+            slot=self._slot,
+            bundle=self._bundle,
+            node_id=self._node_id,
+            address=self._address,
+            pid=os.getpid(),
+            gpu=gpu,
+            standby=self._standby,
+            domain=nvlink_domain(self._node_id),
+            local_dir=str(self._folder),
+        )
+
+    def open_store(self, fence: Fence) -> tuple[str, int]:
+        """Returns host and port of a TCPStore that this process serves while it lives.
+
+        Each attempt has a prefix of its own in it. The kernel picks the port.
+        """
+        self._guard.admit(fence)
+        # The store is torch's, which that thread is importing.
+        self._preload_thread.join()
+        if self._store is None:
+            from workers.rank.stores import TCPStore
+
+            self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+        return self._address, self._store.port
+
+    def start(self, fence: Fence, request: StartRequest) -> None:
+        """Starts the attempt's training thread; repeating a request changes nothing.
+
+        Raises BusyError while the training thread of another attempt is alive.
+        """
+        self._guard.admit(fence)
+        current = self._attempt
+        # A request that is sent twice is served once.
+        if current is not None:
+            if current.request.attempt == request.attempt:
+                return
+            if current.thread.is_alive():
+                raise BusyError(f"attempt {current.request.attempt} is still running")
+            current.spool.close()
+        # A process that replaces a dead rank has no GPU in Ray's accounts; it uses the
+        # dead one's, which belongs to the same bundle.
+        if request.gpu is not None and not ray.get_gpu_ids():
+            set_visible_gpu(request.gpu)
+        self._start_log(request)
+        self._attempt = RankAttempt(request, type(self).train, self._folder)
+        self._attempt.thread.start()
+
+    @ray.method(concurrency_group="poll")
+    def next(self, fence: Fence, poll: Poll) -> NextReply:
+        """Returns reports since the cursor, log bytes and the rank's state.
+
+        Waits up to `poll.wait_s` for a report.
+        """
+        self._guard.admit(fence)
+        self._polled_at = time.monotonic()
+        attempt = self._attempt
+        if attempt is None:
+            time.sleep(min(poll.wait_s, LINGER_S))
+            return NextReply(RankState.IDLE, 0, poll.after or 0)
+        return attempt.next(poll, self._log)
+
+    def command(self, fence: Fence, command: Command) -> None:
+        """Puts a command into the inbox of the caller's attempt, if it is running here."""
+        self._guard.admit(fence)
+        attempt = self._attempt
+        # A command for an earlier attempt must not stop this one.
+        if attempt is not None and attempt.request.attempt == fence.attempt:
+            attempt.inbox.put(command)
+
+    def leave(self, fence: Fence, wait_s: float = LEAVE_S) -> bool:
+        """Stops the training thread; returns whether the process can be used again.
+
+        It can once the thread has left its process groups. A rank blocked in a collective
+        comes out when its peers close their connections; one that does not must be
+        replaced.
+        """
+        self._guard.admit(fence)
+        attempt = self._attempt
+        if attempt is None:
+            return True
+        attempt.inbox.put(Command.STOP)
+        attempt.thread.join(wait_s)
+        return not attempt.thread.is_alive()
+
+    def retire(self, fence: Fence) -> str:
+        """Deletes the job's files on this node, as the job is over; returns the node id."""
+        self._guard.admit(fence)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return self._node_id
+
+    def _start_log(self, request: StartRequest) -> None:
+        """Opens the attempt's log; the first one begins with the output of the start-up."""
+        boot_output = b""
+        if self._attempt is None:
+            _, boot_output = self._log.read(0, _BOOT_LOG_BYTES)
+        log = LogFile(log_path(self._folder, request.attempt, request.env.rank))
+        log.capture()
+        os.write(1, boot_output)
+        self._log.close()
+        self._log = log
+
+    def _preload(self) -> None:
+        """Imports torch and the library while the driver is still probing.
+
+        A failure is ignored here: the training thread imports again and reports it.
+        """
+        if self._standby:
+            lower_priority()
+        # Nothing of an import is garbage, and looking for some takes a tenth of it.
+        gc.disable()
+        try:
+            with contextlib.suppress(ImportError):
+                import workers.rank.session  # noqa: F401
+        finally:
+            # Nor will it become garbage: collections while training skip what is frozen.
+            gc.freeze()
+            gc.enable()
+
+    def _watch_lease(self) -> None:
+        """Ends the process when no driver has polled it for the length of a lease."""
+        while time.monotonic() - self._polled_at < LEASE_S:
+            time.sleep(LEASE_S / 30)
+        os.write(2, f"[no driver polled for {LEASE_S:.0f} s: this worker exits]\n".encode())
+        os._exit(_EXIT_LEASE_EXPIRED)
