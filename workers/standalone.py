@@ -32,13 +32,14 @@ from megatron_ray.reports import (
     Report,
     StepReport,
 )
+from megatron_ray.training.loop import Outcome
 from megatron_ray.validation import check, resolution
 from workers.data_tasks import prepare_data
 from workers.driver.commit import CheckpointLedger, commit_whole
 from workers.protocol.job import JobSpec
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
 from workers.rank.messages import StartOrder, UserError
-from workers.rank.session import Outcome, connect_store, train
+from workers.rank.session import connect_store, train
 from workers.rank.spool import Spool
 from workers.rank.stores import PrefixStore, Store
 

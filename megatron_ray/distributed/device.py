@@ -38,7 +38,7 @@ class MallocTuning:
 
     What is kept can fall to pieces that fit nothing: with collectives in other threads
     a rank held three times of what a step needs after 50 steps (measured; not so where
-    glibc maps large blocks one by one). Hence `bound`. One cause: glibc before 2.38
+    glibc maps large blocks one by one). Hence `trim_if_grown`. One cause: glibc before 2.38
     asks for more than an aligned block's size and cuts off scraps, so the block's place
     serves the same size again only once it is joined with its scraps. Small bins keep
     scraps from being joined; one kind is switched off here, the other (tcache) only by
@@ -60,7 +60,7 @@ class MallocTuning:
         self.keeps = all(taken)
         """False where the C library has no such switch."""
 
-    def bound(self) -> None:
+    def trim_if_grown(self) -> None:
         """Once a step: gives all that is free back when the process has grown by a
         quarter.
 

@@ -27,7 +27,7 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.storage import open_storage
-from megatron_ray.training.loop import Progress
+from megatron_ray.training.progress import Progress
 
 
 class TrainingSaver:

@@ -26,18 +26,20 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
-from megatron_ray.training.loop import Outcome, Parts, Progress, train
+from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.loop import Outcome, train
+from megatron_ray.training.progress import Progress
 from megatron_ray.training.saving import TrainingSaver, resume, start_from_weights
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.initial_weights import with_vocabulary_of
 
 
-def ignore(_: Report) -> None:
-    """A report that nobody wants."""
+def discard_report(_: Report) -> None:
+    """Does nothing with a report."""
 
 
-def never() -> Command:
-    """A poll that asks for nothing."""
+def no_command() -> Command:
+    """Returns no command to the loop."""
     return Command.CONTINUE
 
 
@@ -60,8 +62,8 @@ class TrainingSession:
         mesh: ParallelMesh,
         data: PreparedData,
         *,
-        report: Callable[[Report], None] = ignore,
-        poll: Callable[[], Command] = never,
+        report: Callable[[Report], None] = discard_report,
+        poll: Callable[[], Command] = no_command,
         attempt: int = 1,
         resume_from: str | None = None,
     ) -> None:
@@ -101,7 +103,7 @@ class TrainingSession:
         elif start_from is not None:
             start_from_weights(start_from, self.model, self.optimizer)
         self._phase("load" if resume_from or start_from else "saver")
-        self._parts = Parts(
+        self._components = TrainingComponents(
             self.config,
             mesh,
             self.model,
@@ -117,7 +119,7 @@ class TrainingSession:
         it returns.
         """
         try:
-            outcome = train(self._parts, self.progress, self._report, self._poll)
+            outcome = train(self._components, self.progress, self._report, self._poll)
         except BaseException:
             # a rank that has lost its peers must not wait for slow storage before it
             # can begin again

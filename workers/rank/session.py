@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,12 +20,12 @@ from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PhaseReport, Report
+from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
 from workers.rank.messages import StartOrder
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
-Outcome = Literal["finished", "stopped"]
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
 
@@ -66,7 +65,7 @@ def _bounding(memory: device.MallocTuning, poll: CommandSource) -> CommandSource
     """The loop polls once a step."""
 
     def polled() -> Command:
-        memory.bound()
+        memory.trim_if_grown()
         return poll()
 
     return polled
