@@ -225,7 +225,7 @@ def kept_by_stage(config: TrainConfig, stage: StageContents) -> int:
         + stage.embedding * embedding
         + stage.loss * head
     )
-    for layer in stage.further(config.model.num_layers):
+    for layer in stage.mtp_layer_numbers(config.model.num_layers):
         found += (
             embedding + _kept_by_joining(config) + kept_activations(config, [layer]) + head
         )
@@ -236,7 +236,7 @@ def recomputed_by_stage(config: TrainConfig, stage: StageContents) -> int:
     """Bytes that come back for a while in the backward pass of a stage; each layer that
     predicts a further token is a row of its own.
     """
-    rows = [stage.layers, *([layer] for layer in stage.further(config.model.num_layers))]
+    rows = [stage.layers, *([layer] for layer in stage.mtp_layer_numbers(config.model.num_layers))]
     return max(recomputed_activations(config, row) for row in rows)
 
 

@@ -80,7 +80,7 @@ def rank_buffers(
     Raises ValueError otherwise.
     """
     pp_rank = dims.coordinates(rank)["pp"]
-    held = pipeline.held(pp_rank)
+    held = pipeline.stages_of(pp_rank)
     sequence_parallel = config.parallel.sequence_parallel
     table = freeze(
         local_parameters(
@@ -119,7 +119,7 @@ def _signature(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> obj
             len(stage.mtp_layers),
             tuple(model.experts_on(layer) is not None for layer in stage.layers),
         )
-        for stage in pipeline.held(pp_rank)
+        for stage in pipeline.stages_of(pp_rank)
     ) + ((pp_rank,) if pipeline.schedule == "zb-v" or config.optimizer.freeze else ())
 
 

@@ -95,7 +95,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     pp_rank = dims.coordinates(rank)["pp"]
     count = num_microbatches(config)
     found = Tally(group_sizes(dims))
-    for chunk, stage in enumerate(pipeline.held(pp_rank)):
+    for chunk, stage in enumerate(pipeline.stages_of(pp_rank)):
         found.add_all(stage_communication(config, dims, stage), count)
         found.add(
             "pp",
@@ -123,7 +123,7 @@ def _neighbours(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:
     stages = pipeline.stages
     stage = stages.stage(pp_rank, chunk)
     return sum(
-        0 <= to < stages.num_stages and stages.home(to)[0] != pp_rank
+        0 <= to < stages.num_stages and stages.rank_and_chunk(to)[0] != pp_rank
         for to in (stage - 1, stage + 1)
     )
 
@@ -140,7 +140,7 @@ def stage_communication(
     microbatch = _Microbatch(config, Tally(group_sizes(dims)))
     if stage.embedding:
         microbatch.embedding()
-    further = stage.further(config.model.num_layers)
+    further = stage.mtp_layer_numbers(config.model.num_layers)
     layers = (*stage.layers, *further)
     kinds = {config.model.experts_on(layer) is not None: layer for layer in layers}
     for experts, layer in kinds.items():
@@ -431,8 +431,8 @@ def update_communication(
     model = config.model
     layers = [
         layer
-        for stage in pipeline.held(held.pp_rank)
-        for layer in (*stage.layers, *stage.further(model.num_layers))
+        for stage in pipeline.stages_of(held.pp_rank)
+        for layer in (*stage.layers, *stage.mtp_layer_numbers(model.num_layers))
     ]
     biases = [
         moe.num_experts

@@ -150,7 +150,7 @@ def _activations(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> i
     """The most that is kept at once, and what comes back when a part of it is
     recomputed.
     """
-    held = pipeline.held(pp_rank)
+    held = pipeline.stages_of(pp_rank)
     kept = [kept_by_stage(config, stage) for stage in held]
     peak = (
         kept[0]

@@ -14,7 +14,11 @@ from megatron_ray.pipeline_parallel.schedules.orders import (
     stage_map,
 )
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
-from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, Costs, outcome
+from megatron_ray.pipeline_parallel.schedules.simulation import (
+    EQUAL,
+    Costs,
+    simulate_computing,
+)
 
 _ROUNDS = 2
 """Rounds of pp microbatches after which every schedule only repeats itself."""
@@ -74,6 +78,6 @@ def _short(pp: int, num_microbatches: int) -> int:
 
 @lru_cache(maxsize=256)
 def _bubble(schedule: ScheduleName, pp: int, vpp: int, count: int, costs: Costs) -> float:
-    return outcome(
+    return simulate_computing(
         compute_orders(schedule, pp, count, vpp), stage_map(schedule, pp, vpp), costs
     ).bubble

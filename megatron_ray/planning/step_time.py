@@ -224,7 +224,7 @@ def _microbatch(
     precision: str,
 ) -> Parts:
     """Of one pipeline rank, all its chunks."""
-    stages = pipeline.held(held.pp_rank)
+    stages = pipeline.stages_of(held.pp_rank)
     hardware = network.hardware
     work = sum((stage_work(config, stage) for stage in stages), Work())
     sent = Tally({})

@@ -58,7 +58,7 @@ def stage_work(config: TrainConfig, stage: StageContents) -> Work:
         * config.model.hidden_size
         * width_of(config)
     )
-    for index in stage.further(config.model.num_layers):
+    for index in stage.mtp_layer_numbers(config.model.num_layers):
         layer = _Layer(config, index)
         found += (
             layer.forward
