@@ -155,6 +155,8 @@ class _GroupFactory:
         """Returns the group of these ranks; None where this one is alone."""
         if len(members) == 1:
             return None
+        # Without use_local_synchronization every rank of the world would have to make
+        # every group.
         if members not in self._groups:
             self._groups[members] = dist.new_group(
                 list(members),

@@ -60,10 +60,11 @@ class OptimizerShard:
         dp_rank = collectives.rank(self.group)
         dp = collectives.size(self.group)
         self.runs = flat_runs(plan, dp_rank, dp, sharded=self.sharded)
-        self._owned = [
-            owned_range(bucket, dp_rank, dp, sharded=self.sharded)
-            for bucket in plan.buckets
-        ]
+        self._owned: list[tuple[int, int]] = []
+        for bucket in plan.buckets:
+            self._owned.append(owned_range(bucket, dp_rank, dp, sharded=self.sharded))
+        # Runs are what is updated, pieces what has a name: checkpoints and reductions of
+        # single parameters go by pieces.
         self.pieces = tuple(pieces(plan, self.runs))
         self._placed = {placed.parameter.name: placed for placed in plan.placed}
         self._pieces_by_parameter: dict[str, list[Piece]] = {}
@@ -71,7 +72,9 @@ class OptimizerShard:
             name = piece.placed.parameter.name
             self._pieces_by_parameter.setdefault(name, []).append(piece)
         self._allocate()
-        self._updates = [self._fused_update(decay) for decay in (True, False)]
+        # Two calls a step: weight decay is one number per call, and biases, norms and the
+        # like have none.
+        self._updates = [self._fused_update(decay=True), self._fused_update(decay=False)]
 
     def _allocate(self) -> None:
         """Makes the moments, and main parameters where the model is not fp32 itself."""
@@ -88,7 +91,8 @@ class OptimizerShard:
             "exp_avg_sq": torch.zeros(num_elements, device=device),
         }
 
-    def _fused_update(self, decay: bool) -> FusedUpdate:
+    def _fused_update(self, *, decay: bool) -> FusedUpdate:
+        """Returns the tensors of the runs with or without weight decay."""
         update = FusedUpdate(
             self._config.weight_decay if decay else 0.0,
             params=[],

@@ -34,6 +34,7 @@ def evaluate(
 
     All ranks must call it, with equally many batches.
     """
+    # Loss and tokens; summed over the world once, at the end.
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     # The ranks of a tp group compute the same loss: one of them counts it.
     counts_loss = mesh.tp_rank == 0 and model.has_loss

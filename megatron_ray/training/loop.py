@@ -39,6 +39,8 @@ def train(
     reporter = StepReporter(config, mesh, report)
     in_flight = StepsInFlight(mesh.device, len(config.model.aux_losses))
     timer = StepTimer()
+    # One pass is one step and its boundary. Whatever is done at a boundary, every rank does
+    # at the same one: due times are the same on all, and commands have been agreed on.
     while progress.step < config.training.steps:
         sums, lr = _train_step(components, progress, poll, timer)
         progress = progress.after_step(config.training.global_batch_size)
@@ -58,6 +60,7 @@ def train(
             reporter.steps(steps)
             command = max(command, _agreed_command(steps))
             components.saver.save(progress)
+        # Behind the last step there is nothing left to stop: the run has finished.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
             components.saver.wait()

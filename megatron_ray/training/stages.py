@@ -23,6 +23,7 @@ def run_stages(
 
     Returns the losses by microbatch on the rank of the last stage, else none.
     """
+    # A runner per call: an evaluation has other actions, and shapes may differ.
     chunks = [_chunk(model, stage, batches) for stage in model.module.held]
     return PipelineRunner(
         actions,

@@ -81,6 +81,7 @@ class StepsInFlight:
 
     def add(self, progress: Progress, lr: float, times: StepTimes, sums: StepSums) -> None:
         """Adds a step that was just launched and starts copying its sums to the host."""
+        # The peak belongs to the moment at which the step was launched, not read.
         memory_bytes = device.peak_memory_bytes(self._device)
         host = HostNumbers(progress, lr, times, memory_bytes)
         self._queue.append((host, start_copy_to_host(sums.values)))

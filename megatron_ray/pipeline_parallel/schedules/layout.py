@@ -160,7 +160,9 @@ def _check_counts(
         ("t", "decoder layers", num_layers),
         ("m", "multi-token-prediction layers", num_mtp_layers),
     ):
-        count = sum(stage.count(part) for stage in stages)
+        count = 0
+        for stage in stages:
+            count += stage.count(part)
         if count != expected:
             raise LayoutError(
                 f"layout {text!r} has {count} {name} ({part!r}), the model has {expected}"

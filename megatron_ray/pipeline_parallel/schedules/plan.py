@@ -44,6 +44,7 @@ class PipelinePlan:
 
     def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """Returns a rank's whole list for forward passes only."""
+        # What is sent forward follows from these alone, so they are lowered by themselves.
         forwards = []
         for order in self._orders(num_microbatches):
             forwards.append([action for action in order if action.op is Op.FORWARD])

@@ -211,9 +211,12 @@ def _check_finished(lists: Sequence[Order], places: Sequence[int], where: str) -
 def _summarize(
     lists: Sequence[Order], clocks: Sequence[float], costs: Mapping[Op, float]
 ) -> ScheduleResult:
+    work = []
+    peaks = []
+    for order in lists:
+        work.append(sum(costs[action.op] for action in order))
+        peaks.append(peak_activations(order))
     makespan = max(clocks)
-    work = [sum(costs[action.op] for action in order) for order in lists]
-    peaks = [peak_activations(order) for order in lists]
     return ScheduleResult(makespan, makespan - min(work), tuple(peaks))
 
 
