@@ -1,15 +1,15 @@
-"""What may be asked of a running loop.
+"""Commands to a running training loop, and how all ranks agree on one.
 
-Owns: the words and their order of strength. Must not know: who asks. Torch-free.
+Owns: the commands, their order of strength, the form of a vote. Torch-free. Must not know:
+who gives a command.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 
 class Command(IntEnum):
-    """Agreed on by all ranks through the step's own reduction: the largest one wins, at
-    the next step boundary.
-    """
+    """What the loop does at the next step boundary; the larger of two commands wins."""
 
     CONTINUE = 0
     CHECKPOINT = 1
@@ -18,3 +18,36 @@ class Command(IntEnum):
     """End at this boundary without saving."""
     CHECKPOINT_AND_STOP = 3
     """Save, wait until the shard is durable, end."""
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is written at the boundary."""
+        return self in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP)
+
+    @property
+    def stops(self) -> bool:
+        """Whether the loop ends at the boundary."""
+        return self in (Command.STOP, Command.CHECKPOINT_AND_STOP)
+
+
+# The step's reduction is a sum, which a maximum over ranks does not fit into. So each
+# command but CONTINUE has a slot of its own, in which the ranks that got it are counted.
+_VOTED = (Command.CHECKPOINT, Command.STOP, Command.CHECKPOINT_AND_STOP)
+
+
+def votes_for(command: Command) -> list[float]:
+    """Returns one rank's votes: 1.0 in the slot of its command, 0.0 in the others."""
+    return [float(command is voted) for voted in _VOTED]
+
+
+def strongest_voted(counts: Sequence[float]) -> Command:
+    """Returns the strongest command that any rank voted for.
+
+    `counts` are `votes_for` of every rank, summed.
+    """
+    strongest = Command.CONTINUE
+    # Slots are in order of strength, so the last one with a vote wins.
+    for command, count in zip(_VOTED, counts, strict=True):
+        if count:
+            strongest = command
+    return strongest

@@ -3,7 +3,8 @@
 Owns: the base classes and the kinds. Torch-free. Must not know: what a caller does about a
 failure.
 
-Each exception is defined beside the code that raises it:
+Each exception is defined beside the code that raises it. Beside it stands its kind, or,
+where it has the kind of the class above, its module:
 
     MegatronRayError                  internal
     ├── InputError                    user
@@ -17,7 +18,7 @@ Each exception is defined beside the code that raises it:
     │   ├── MissingFileError          storage.errors
     │   ├── AccessDeniedError         storage.errors
     │   └── CheckpointError           checkpoint.directory
-    ├── NonFiniteLossError            numerics (training)
+    ├── NonFiniteLossError            numerics
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
 """

@@ -1,6 +1,6 @@
-"""What a rank says while it trains.
+"""Defines what a rank reports while it trains.
 
-Owns: the records' fields. Must not know: who listens. Torch-free.
+Owns: the fields of reports. Torch-free. Must not know: who reads them.
 """
 
 from dataclasses import dataclass, field
@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step, as every rank sees it; losses are means over the step's
-    tokens of the whole world.
+    """One optimizer step, the same on every rank but for times and memory.
+
+    Losses are means over the step's tokens of the whole world.
     """
 
     kind: ClassVar[str] = "step"
@@ -35,26 +36,28 @@ class StepReport:
     split_s: dict[str, float] = field(default_factory=dict)
     """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
     other_losses: dict[str, float] = field(default_factory=dict)
-    """What is trained on besides, before its coefficient, per token that counted:
-    load_balancing_loss (or seq_load_balancing_loss) and z_loss, means over the layers
-    with experts, and mtp_<n>_loss of each further token."""
+    """Auxiliary losses before weighting, per loss token: load_balancing_loss (or
+    seq_load_balancing_loss) and z_loss, means over the layers with experts, and
+    mtp_<n>_loss of each further token."""
 
 
 @dataclass(frozen=True)
 class EvalReport:
-    """One pass over (part of) a split."""
+    """The loss over (part of) a split."""
 
     kind: ClassVar[str] = "eval"
     step: int
     split: str
     loss: float
+    """Mean negative log-likelihood in nats per token."""
     num_tokens: int
 
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """A rank's part of a checkpoint is durable; the checkpoint counts once somebody has
-    committed it.
+    """A rank's part of a checkpoint is durable.
+
+    The checkpoint counts once it has been committed, which needs every rank's part.
     """
 
     kind: ClassVar[str] = "checkpoint_written"
@@ -67,7 +70,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """A rank's start-up reached a phase: rendezvous, model, data, load, first_step ..."""
+    """A rank has ended a phase of its start-up: rendezvous, model, load, data ..."""
 
     kind: ClassVar[str] = "phase"
     phase: str

@@ -1,4 +1,4 @@
-"""CPU and CUDA behind one face.
+"""Hides the differences between CPU and CUDA.
 
 Owns: device choice, memory statistics, peak FLOP/s. Must not know: models, groups.
 """
@@ -16,8 +16,9 @@ _BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
 
 
 def select(kind: str, local_index: int = 0) -> torch.device:
-    """The torch device of `cpu`, `cuda` or `meta`; makes the CUDA one current for this
-    thread.
+    """Returns the torch device of `cpu`, `cuda` or `meta`.
+
+    A CUDA device becomes the current one of this thread.
     """
     if kind != "cuda":
         return torch.device(kind)
@@ -40,56 +41,66 @@ def kind_of(device_type: str) -> DeviceKind:
 
 
 def backend_for(device: torch.device) -> str:
-    """torch.distributed backend string: NCCL beside gloo on CUDA, gloo alone on CPU
-    (where `cpu:gloo` would warn of a missing default).
-    """
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    """Returns the torch.distributed backends of a device."""
+    if device.type == "cuda":
+        # gloo too, for what is on the host.
+        return "cpu:gloo,cuda:nccl"
+    # `cpu:gloo` would warn of a missing default.
+    return "gloo"
 
 
 class MallocTuning:
-    """Makes glibc keep large freed blocks instead of returning them to the system: a
-    fifth to a third of a CPU step is otherwise page faults on fresh temporaries. For
-    the whole process and all its threads, so only whoever owns the process makes one.
+    """Makes glibc keep large freed blocks instead of returning them to the system.
+
+    A fifth to a third of a CPU step is otherwise page faults on fresh temporaries. It
+    holds for the whole process and all its threads, so only the owner of a process makes
+    one.
 
     What is kept can fall to pieces that fit nothing: with collectives in other threads
-    a rank held three times of what a step needs after 50 steps (measured; not so where
-    glibc maps large blocks one by one). Hence `bound`. One cause: glibc before 2.38
-    asks for more than an aligned block's size and cuts off scraps, so the block's place
-    serves the same size again only once it is joined with its scraps. Small bins keep
-    scraps from being joined; one kind is switched off here, the other (tcache) only by
-    GLIBC_TUNABLES as a process starts.
+    a rank had three times of what a step needs after 50 steps (measured; not so where
+    glibc maps large blocks one by one). Hence `trim_if_grown`. One cause: glibc before
+    2.38 asks for more than an aligned block's size and cuts off scraps, so the block's
+    place serves the same size again only once it is joined with its scraps. Small bins
+    keep scraps from being joined; one kind is switched off here, the other (tcache) only
+    by GLIBC_TUNABLES as a process starts.
     """
 
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
-        self._usual = 0
-        self._settling = 2
+        self._baseline_bytes = 0
+        self._settling_steps = 2
         mallopt = getattr(self._libc, "mallopt", None)  # only in glibc
-        # malloc.h: M_ARENA_MAX (one, because others cannot grow large blocks),
-        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD, M_MXFAST.
-        settings = {-8: 1, -3: 2**31 - 1, -1: 2**31 - 1, -2: 256 * 1024 * 1024, 1: 0}
-        taken = [
-            mallopt is not None and mallopt(name, value) == 1
-            for name, value in settings.items()
-        ]
-        self.keeps = all(taken)
-        """False where the C library has no such switch."""
+        # By malloc.h's numbers of parameters.
+        settings = {
+            -8: 1,  # M_ARENA_MAX: others than the first arena cannot grow large blocks
+            -3: 2**31 - 1,  # M_MMAP_THRESHOLD
+            -1: 2**31 - 1,  # M_TRIM_THRESHOLD
+            -2: 256 * 1024 * 1024,  # M_TOP_PAD
+            1: 0,  # M_MXFAST: off, or small bins keep scraps apart
+        }
+        self.keeps = mallopt is not None
+        """Whether freed blocks are kept; False where the C library has no such switch."""
+        if mallopt is not None:
+            # Every setting is tried, even behind one that was refused.
+            for parameter, value in settings.items():
+                if mallopt(parameter, value) != 1:
+                    self.keeps = False
 
-    def bound(self) -> None:
-        """Once a step: gives all that is free back when the process has grown by a
-        quarter.
+    def trim_if_grown(self) -> None:
+        """Returns all free memory to the system if the process has grown by a quarter.
 
-        The next step or two pay for it in faults.
+        To be called once a step. The next step or two pay for a trim in page faults, and
+        set the new size to compare with.
         """
         if not self.keeps:
             return
         resident = _resident_bytes()
-        if self._settling > 0:
-            self._settling -= 1
-            self._usual = resident
-        elif resident > 1.25 * self._usual:
+        if self._settling_steps > 0:
+            self._settling_steps -= 1
+            self._baseline_bytes = resident
+        elif resident > 1.25 * self._baseline_bytes:
             self._libc.malloc_trim(0)
-            self._settling = 2
+            self._settling_steps = 2
 
 
 def _resident_bytes() -> int:
@@ -98,8 +109,9 @@ def _resident_bytes() -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory used so far: allocator peak on CUDA, resident set of the process on
-    CPU.
+    """Returns the most memory that was used so far.
+
+    It is the allocator's peak on CUDA, the process's resident set on CPU.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -107,14 +119,20 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of the device; None where no data sheet is known (every CPU)."""
+    """Returns the dense bf16 FLOP/s of the device.
+
+    None where no data sheet is known (every CPU).
+    """
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _BF16_PEAKS.items() if part in name), None)
+    device_name = torch.cuda.get_device_name(device)
+    for part_of_name, peak in _BF16_PEAKS.items():
+        if part_of_name in device_name:
+            return peak
+    return None
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device's queue; a no-op on CPU."""
+    """Waits for the device's queue; does nothing on CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""This rank's place in the grid and its live process groups.
+"""Makes the process groups of one rank from its place in the grid.
 
 Owns: turning ParallelDims into groups. Must not know: layers, Ray.
 
@@ -20,7 +20,7 @@ from megatron_ray.parallel_dims import ParallelDims
 
 @dataclass(frozen=True)
 class World:
-    """Who this process is."""
+    """This process among all of them."""
 
     rank: int
     world_size: int
@@ -31,7 +31,7 @@ class World:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """Coordinates and groups of one rank; a group of one rank is None."""
+    """The process groups of one rank, and its index in them; a group of one is None."""
 
     dims: ParallelDims
     rank: int
@@ -41,36 +41,36 @@ class ParallelMesh:
     world_group: Group
     tp_group: Group
     dp_group: Group
-    """Who has other samples of the batch."""
+    """Ranks with other samples of the batch."""
     cp_group: Group
-    """Who has other tokens of the same samples."""
+    """Ranks with other tokens of the same samples."""
     cp_levels: tuple[Group, ...]
-    """The same ranks as a hierarchy, innermost groups first."""
+    """The ranks of cp_group as a hierarchy, innermost groups first."""
     replica_group: Group
-    """Who has the same dense parameters and other tokens: dp x cp."""
+    """Ranks with the same dense parameters and other tokens: dp x cp."""
     shard_group: Group
-    """Those of them that share one copy of sharded state."""
+    """Ranks of replica_group that share one copy of sharded state."""
     copy_group: Group
-    """Those of them with the same shard of another copy."""
+    """Ranks of replica_group with the same shard of another copy."""
     pp_group: Group
     embedding_group: Group
-    """First and last stage of this rank's pipeline, on those two."""
+    """First and last stage of this rank's pipeline; None on ranks of other stages."""
     token_group: Group
-    """Who shares the tokens of a microbatch: tp x cp."""
+    """Ranks that share the tokens of a microbatch: tp x cp."""
     ep_group: Group
-    """Who has the other experts."""
+    """Ranks with the other experts."""
     etp_group: Group
-    """Who has other parts of the same experts."""
+    """Ranks with other parts of the same experts."""
     expert_replica_group: Group
-    """Who has the same experts: edp."""
+    """Ranks with the same experts: edp."""
 
     @classmethod
     def create(
         cls, dims: ParallelDims, world: World, timeout: timedelta | None = None
     ) -> "ParallelMesh":
-        """Builds every group and runs one collective on each, so that the store may die
-        afterwards.
+        """Builds every group and runs one collective on each.
 
+        The store may die afterwards: each group has opened its connections.
         torch.distributed must be initialised with `world.world_size` ranks (not needed
         for a world of one). Raises ValueError when the degrees do not make up the
         world.
@@ -79,45 +79,48 @@ class ParallelMesh:
             raise ValueError(
                 f"the layout needs {dims.world_size} ranks, the world has {world.world_size}"
             )
-        chosen = device.select(world.device, world.local_rank)
+        torch_device = device.select(world.device, world.local_rank)
         rank = world.rank
-        groups = _Groups(timeout)
-        cp_levels = tuple(
-            groups.get(level, "cp level") for level in dims.context_levels_of(rank)
-        )
-        shard, copy = (
-            groups.get(level, "shard level") for level in dims.shard_levels_of(rank)
-        )
-        found = {
+        factory = _GroupFactory(timeout)
+        # Every rank asks for its groups in this order: making one is collective among its
+        # members.
+        cp_levels = []
+        for level in dims.context_levels_of(rank):
+            cp_levels.append(factory.get(level, "cp level"))
+        shard_ranks, copy_ranks = dims.shard_levels_of(rank)
+        shard_group = factory.get(shard_ranks, "shard level")
+        copy_group = factory.get(copy_ranks, "shard level")
+        groups = {
             "world_group": dist.group.WORLD if world.world_size > 1 else None,
-            "tp_group": groups.get(dims.group_of(rank, ("tp",)), "tp"),
-            "dp_group": groups.get(dims.group_of(rank, ("dp",)), "dp"),
-            "cp_group": groups.get(dims.group_of(rank, ("cp",)), "cp"),
-            "replica_group": groups.get(dims.group_of(rank, ("dp", "cp")), "replica"),
-            "shard_group": shard,
-            "copy_group": copy,
-            "pp_group": groups.get(dims.group_of(rank, ("pp",)), "pp"),
-            "embedding_group": groups.get(dims.embedding_group_of(rank), "embedding"),
-            "token_group": groups.get(dims.group_of(rank, ("tp", "cp")), "token"),
-            "ep_group": groups.get(dims.experts.group_of(rank, ("ep",)), "ep"),
-            "etp_group": groups.get(dims.experts.group_of(rank, ("etp",)), "etp"),
-            "expert_replica_group": groups.get(
+            "tp_group": factory.get(dims.group_of(rank, ("tp",)), "tp"),
+            "dp_group": factory.get(dims.group_of(rank, ("dp",)), "dp"),
+            "cp_group": factory.get(dims.group_of(rank, ("cp",)), "cp"),
+            "replica_group": factory.get(dims.group_of(rank, ("dp", "cp")), "replica"),
+            "shard_group": shard_group,
+            "copy_group": copy_group,
+            "pp_group": factory.get(dims.group_of(rank, ("pp",)), "pp"),
+            "embedding_group": factory.get(dims.embedding_group_of(rank), "embedding"),
+            "token_group": factory.get(dims.group_of(rank, ("tp", "cp")), "token"),
+            "ep_group": factory.get(dims.experts.group_of(rank, ("ep",)), "ep"),
+            "etp_group": factory.get(dims.experts.group_of(rank, ("etp",)), "etp"),
+            "expert_replica_group": factory.get(
                 dims.experts.group_of(rank, ("edp",)), "edp"
             ),
         }
-        for group in dict.fromkeys((*found.values(), *cp_levels)):
-            collectives.barrier(group, chosen)
-        kind = device.kind_of(chosen.type)
-        return cls(dims, world.rank, chosen, kind, cp_levels=cp_levels, **found)
+        # Each group once, in one order on all ranks: axes may share a group.
+        for group in dict.fromkeys((*groups.values(), *cp_levels)):
+            collectives.barrier(group, torch_device)
+        kind = device.kind_of(torch_device.type)
+        return cls(dims, rank, torch_device, kind, cp_levels=tuple(cp_levels), **groups)
 
     @classmethod
     def single(cls, kind: str = "cpu") -> "ParallelMesh":
-        """One rank, no process group at all."""
+        """Returns the mesh of one rank, without any process group."""
         return cls.create(ParallelDims(), World(0, 1, 0, kind))
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.dims.world_size
 
     @property
@@ -141,25 +144,28 @@ class ParallelMesh:
         return collectives.rank(self.cp_group)
 
 
-class _Groups:
-    """A rank makes the groups it is in and no others, in the same order of axes as
-    everybody: work that does not grow with the world. Axes that come down to the same
-    ranks share a group: each costs connections and memory.
+class _GroupFactory:
+    """Makes the groups that this rank is in, and no others.
+
+    So the work does not grow with the world. Axes that come down to the same ranks share
+    a group: each costs connections and memory.
     """
 
     def __init__(self, timeout: timedelta | None) -> None:
         self._timeout = timeout
-        self._known: dict[tuple[int, ...], Group] = {}
+        self._groups: dict[tuple[int, ...], Group] = {}
 
     def get(self, members: tuple[int, ...], name: str) -> Group:
-        """The group of these ranks, this one among them; None where it would be alone."""
+        """Returns the group of these ranks; None where this one is alone."""
         if len(members) == 1:
             return None
-        if members not in self._known:
-            self._known[members] = dist.new_group(
+        # Without use_local_synchronization every rank of the world would have to make
+        # every group.
+        if members not in self._groups:
+            self._groups[members] = dist.new_group(
                 list(members),
                 timeout=self._timeout,
                 group_desc=name,
                 use_local_synchronization=True,
             )
-        return self._known[members]
+        return self._groups[members]

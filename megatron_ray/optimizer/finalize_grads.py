@@ -1,14 +1,13 @@
-"""After the backward pass: from sums in buckets to gradients ready for the update.
+"""Completes the gradients after the backward pass and scales them for the update.
 
 Owns: the one reduction rule.
 
 Losses are sums over valid tokens; every reduction is a sum in the group that the
 parameter table names; the one factor 1/global_tokens is applied here, once, together
-with clipping. Must not know: the update rule, who reads the numbers.
+with clipping. Must not know: the update rule, losses, who reads the numbers.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.expert_parallel.layers import update_expert_biases
 from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.optimizer.step_sums import StepSums
 from megatron_ray.parallelize.parallelize import ParallelModel
 
 # A norm over this many elements at a time stays exact enough in fp32; the squares are
@@ -24,61 +24,36 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 _NORM_CHUNK = 4096
 
 
-@dataclass(frozen=True)
-class StepStats:
-    """Device scalars of one step, fp64, the same on every rank."""
-
-    values: Tensor
-    """[loss sum, tokens, squared gradient norm of the sums, the model's attached losses
-    ..., flags added up over the ranks ...]."""
-
-
 def finalize_grads(
-    model: ParallelModel,
-    optimizer: ShardedOptimizer,
-    mesh: ParallelMesh,
-    loss_sum: Tensor,
-    num_tokens: int,
-    flags: Sequence[float] = (),
-) -> StepStats:
-    """Completes the reductions and adds up the step's numbers over the world in one
-    small all-reduce; scales nothing yet.
-
-    `num_tokens` are this replica's; `flags` are summed over all ranks, a way to agree
-    on something without a collective of its own.
-    """
+    model: ParallelModel, optimizer: ShardedOptimizer, mesh: ParallelMesh
+) -> None:
+    """Completes every reduction of the step's gradients, which stay sums over tokens."""
+    # First the buckets: what follows adds up parts of gradients that must already be sums
+    # over data-parallel replicas.
     for family in model.families:
         family.reducer.finish()
+    # Of three kinds of parameter a rank has even now seen only a part of what they did.
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
+    # No gradient, but it too follows from what all ranks saw in this step.
     update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
-    attached = model.aux_losses.values()
-    values = torch.zeros(
-        3 + len(attached) + len(flags), dtype=torch.float64, device=mesh.device
-    )
-    if mesh.tp_rank == 0 and model.has_loss:
-        values[0] = loss_sum
-        values[1] = num_tokens
-    values[2] = _squared_norm(optimizer, mesh)
-    for index, places in enumerate(attached):
-        for place in places:
-            if (part := place.take()) is not None:
-                values[3 + index] += part
-    if any(flags):  # a copy from the host, so only when there is something to say
-        values[3 + len(attached) :] = torch.tensor(flags, dtype=torch.float64)
-    return StepStats(collectives.all_reduce(values, mesh.world_group))
 
 
 def scale_and_clip(
-    optimizer: ShardedOptimizer, stats: StepStats, clip_grad_norm: float
+    optimizer: ShardedOptimizer, sums: StepSums, clip_grad_norm: float
 ) -> None:
-    """Multiplies the gradient shard by 1/global_tokens and by Megatron's clipping
-    factor min(1, limit / (norm + 1e-6)).
+    """Multiplies this rank's gradients by 1/global_tokens and by the clipping factor.
+
+    The clipping factor is Megatron's min(1, limit / (norm + 1e-6)); a limit of 0 clips
+    nothing.
     """
-    factor = 1.0 / stats.values[1].clamp(min=1.0)
+    # All of it on the device, so that the host never waits for the norm.
+    factor = 1.0 / sums.num_tokens.clamp(min=1.0)
     if clip_grad_norm > 0:
-        norm = stats.values[2].sqrt() * factor
+        # The norm was taken of sums; the norm of means is the same number of times
+        # smaller.
+        norm = sums.squared_norm.sqrt() * factor
         factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     factor = factor.float()
     for shard in optimizer.shards:
@@ -86,59 +61,80 @@ def scale_and_clip(
             shard.gradient(run).mul_(factor)
 
 
+def squared_grad_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
+    """Returns this rank's share of the squared gradient norm, fp64.
+
+    Shares are cut so that their sum over the world counts each logical element once.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+    for shard in optimizer.shards:
+        # Without ZeRO all replicas have every gradient: the first one's counts.
+        if not shard.sharded and collectives.rank(shard.group) != 0:
+            continue
+        for run in shard.runs:
+            # Likewise for elements that are the same on all tp ranks, and for those that
+            # two pipeline stages or several tp ranks have copies of.
+            if run.owns_norm and (run.tp_sharded or mesh.tp_rank == 0):
+                total += _squares(shard.gradient(run))
+    return total
+
+
+def _squares(gradient: Tensor) -> Tensor:
+    """Returns the fp64 sum of squares of a flat gradient, without an fp64 copy of it."""
+    body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
+    norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
+    total: Tensor = norms.double().square().sum() + gradient[body:].double().square().sum()
+    return total
+
+
 def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """Whole tensors of which each tp rank has seen only its tokens or heads (norms), in
-    one all-reduce.
+    """Sums over tp what each tp rank has computed of its own tokens or heads only.
+
+    These are whole tensors (norms, say). They are small, so all of them share one
+    all-reduce.
     """
     if mesh.tp_group is None:
         return
-    views = [
-        gradient
-        for piece, gradient in optimizer.gradients()
-        if piece.placed.parameter.sum_over_tp
-    ]
-    if not views:
-        return
-    flat = collectives.all_reduce(torch.cat(views), mesh.tp_group)
-    for view, summed in zip(
-        views, torch.split(flat, [view.numel() for view in views]), strict=True
-    ):
-        view.copy_(summed)
+    views = []
+    for piece, gradient in optimizer.gradients():
+        if piece.placed.parameter.sum_over_tp:
+            views.append(gradient)
+    if views:
+        _copy_back(collectives.all_reduce(torch.cat(views), mesh.tp_group), views)
 
 
 def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """Key/value heads that several tp ranks hold because there are fewer heads than
-    ranks: each has seen its own query heads only.
+    """Sums over tp the key/value heads that several tp ranks have copies of.
 
-    One all-reduce over tp of all heads, where each rank fills in its own: cheaper than
-    a group and a reduction for every head.
+    There are such copies where a model has fewer key/value heads than tp ranks; each
+    rank has then seen its own query heads only.
     """
     views = []
-    num_kv_replicas = 1
+    num_replicas = 1
     for piece, gradient in optimizer.gradients():
         for part in piece.placed.parameter.parts:
-            first = piece.placed.part_start(part)
-            start = max(piece.start, first)
-            end = min(piece.end, first + part.box.num_elements)
-            if part.num_kv_replicas > 1 and start < end:
+            overlap = piece.overlap(part)
+            if part.num_kv_replicas > 1 and overlap is not None:
+                start, end = overlap
                 views.append(gradient[start - piece.start : end - piece.start])
-                num_kv_replicas = part.num_kv_replicas
+                num_replicas = part.num_kv_replicas
     if not views:
         return
-    own = torch.cat(views)
-    heads = own.new_zeros(mesh.dims.tp // num_kv_replicas, own.numel())
-    head = mesh.tp_rank // num_kv_replicas
-    heads[head] = own
-    collectives.all_reduce(heads, mesh.tp_group)
-    for view, summed in zip(
-        views, torch.split(heads[head], [view.numel() for view in views]), strict=True
-    ):
-        view.copy_(summed)
+    local_heads = torch.cat(views)
+    # One all-reduce over tp of all heads, where each rank fills in its own and leaves
+    # zeros elsewhere: cheaper than a group and a reduction for every head.
+    all_heads = local_heads.new_zeros(mesh.dims.tp // num_replicas, local_heads.numel())
+    head = mesh.tp_rank // num_replicas
+    all_heads[head] = local_heads
+    collectives.all_reduce(all_heads, mesh.tp_group)
+    _copy_back(all_heads[head], views)
 
 
 def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """The word embedding of the first stage and its tied head on the last one: each has
-    its own bucket, cut alike.
+    """Sums the gradient of a word embedding over the first and the last stage.
+
+    The last stage has it as its tied head. On both it is alone in its bucket, so their
+    shards are the same rows.
     """
     if mesh.embedding_group is None:
         return
@@ -147,22 +143,8 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
             collectives.all_reduce(gradient, mesh.embedding_group)
 
 
-def _squared_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
-    """Sum of squares of the elements that this rank answers for, so that the world
-    counts each logical element once.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    for shard in optimizer.shards:
-        if not shard.sharded and collectives.rank(shard.group) != 0:
-            continue
-        for run in shard.runs:
-            if run.owns_norm and (run.tp_sharded or mesh.tp_rank == 0):
-                total += _squares(shard.gradient(run))
-    return total
-
-
-def _squares(gradient: Tensor) -> Tensor:
-    body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
-    norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
-    total: Tensor = norms.double().square().sum() + gradient[body:].double().square().sum()
-    return total
+def _copy_back(flat: Tensor, views: Sequence[Tensor]) -> None:
+    """Copies the pieces of a concatenation back to where they were taken from."""
+    sizes = [view.numel() for view in views]
+    for view, piece in zip(views, torch.split(flat, sizes), strict=True):
+        view.copy_(piece)

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step.
+"""Computes the learning rate as a pure function of the step.
 
 Owns: warm-up and decay, as Megatron defines them. Torch-free.
 """
@@ -11,18 +11,22 @@ from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 def learning_rate(
     step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
 ) -> float:
-    """Rate of update number `step` (from 1) in a job of `steps`; after the decay it
-    stays at min_lr.
+    """Returns the rate of update number `step` (from 1) in a job of `steps`.
+
+    After the decay it stays at min_lr.
     """
     peak = optimizer.lr
-    low = schedule.min_lr
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.kind == "constant":
         return peak
+    # Megatron's decay_steps count from the start of the job, not from the warm-up's end.
     decay_steps = schedule.decay_steps or steps
     if step > decay_steps or decay_steps <= schedule.warmup_steps:
-        return low
+        return schedule.min_lr
     ratio = (step - schedule.warmup_steps) / (decay_steps - schedule.warmup_steps)
-    share = 1 - ratio if schedule.kind == "linear" else (cos(pi * ratio) + 1) / 2
-    return low + share * (peak - low)
+    if schedule.kind == "linear":
+        remaining = 1 - ratio
+    else:
+        remaining = (cos(pi * ratio) + 1) / 2
+    return schedule.min_lr + remaining * (peak - schedule.min_lr)

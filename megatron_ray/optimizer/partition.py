@@ -1,4 +1,4 @@
-"""Which elements of the flat buffers a rank updates.
+"""Decides which elements of the flat buffers a rank updates.
 
 Owns: the `flat` strategy (equal ranges, parameter borders ignored).
 
@@ -6,7 +6,7 @@ Pure; torch-free. Must not know: gradients, arithmetic of the update.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ray.sharding.buckets import Bucket, BucketPlan, Placed
 from megatron_ray.sharding.parameters import Part
@@ -14,21 +14,36 @@ from megatron_ray.sharding.parameters import Part
 
 @dataclass(frozen=True)
 class Run:
-    """A contiguous range of the flat buffers that this rank updates with one set of
-    rules.
+    """A contiguous range of the flat buffers that this rank updates by the same rules.
+
+    A rank's shard is its runs one after another.
     """
 
     start: int
     end: int
     shard_start: int
-    """Where the range begins in this rank's shard, which is its runs one after
-    another."""
+    """Where the range begins in this rank's shard."""
     decay: bool
+    """Whether weight decay applies."""
     tp_sharded: bool
-    """Whether every tp rank holds other elements here; otherwise only one of them adds
-    to the global norm."""
+    """Whether every tp rank has other elements here; otherwise only the first one adds
+    its elements to the global norm."""
     owns_norm: bool = True
-    """Whether this pipeline stage adds to it."""
+    """Whether this rank's copy of the elements is the one that the global norm counts."""
+
+    @property
+    def shard_range(self) -> slice:
+        """The run's elements in this rank's shard."""
+        return slice(self.shard_start, self.shard_start + self.end - self.start)
+
+    def continues(self, other: "Run") -> bool:
+        """Whether this run begins where another ends and has the same rules."""
+        return (
+            self.start == other.end
+            and self.decay == other.decay
+            and self.tp_sharded == other.tp_sharded
+            and self.owns_norm == other.owns_norm
+        )
 
 
 @dataclass(frozen=True)
@@ -39,66 +54,91 @@ class Piece:
     start: int
     end: int
     shard_start: int
+    """Where the piece begins in this rank's shard."""
+
+    @property
+    def shard_range(self) -> slice:
+        """The piece's elements in this rank's shard."""
+        return slice(self.shard_start, self.shard_start + self.end - self.start)
+
+    def overlap(self, part: Part) -> tuple[int, int] | None:
+        """Returns the range of the buffers that this piece has of a part.
+
+        None where it has nothing of it. Parts are the logical tensors that are fused in
+        the parameter.
+        """
+        part_start = self.placed.part_start(part)
+        start = max(self.start, part_start)
+        end = min(self.end, part_start + part.box.num_elements)
+        if start >= end:
+            return None
+        return start, end
 
 
 def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tuple[int, int]:
-    """What one rank updates of a bucket: its equal part under ZeRO-1, everything
-    otherwise.
+    """Returns the range of a bucket that one rank updates.
+
+    With `sharded` (ZeRO-1) it is the rank's equal part, else the whole bucket.
     """
-    return bucket.shard(dp_rank, dp) if sharded else (bucket.start, bucket.end)
+    if sharded:
+        return bucket.shard(dp_rank, dp)
+    return bucket.start, bucket.end
 
 
 def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tuple[Run, ...]:
-    """Neighbouring parameters with the same rules make one run; alignment gaps belong
-    to the run before them.
+    """Returns what one rank updates of all buckets, as few runs as possible.
+
+    Neighbouring parameters with the same rules make one run, because an update costs a
+    kernel launch per run.
     """
     runs: list[Run] = []
     shard_start = 0
     for bucket in plan.buckets:
-        low, high = owned_range(bucket, dp_rank, dp, sharded=sharded)
-        for start, end, placed, part in _spans(bucket, low, high):
-            rules = (
-                placed.parameter.decay,
-                placed.parameter.tp_sharded,
-                placed.parameter.owns_norm and part.owns_norm,
-            )
-            if (
-                runs
-                and runs[-1].end == start
-                and (runs[-1].decay, runs[-1].tp_sharded, runs[-1].owns_norm) == rules
-            ):
-                last = runs.pop()
-                runs.append(Run(last.start, end, last.shard_start, *rules))
-            else:
-                runs.append(Run(start, end, shard_start, *rules))
+        owned_start, owned_end = owned_range(bucket, dp_rank, dp, sharded=sharded)
+        for part_run in _part_runs(bucket):
+            start = max(part_run.start, owned_start)
+            end = min(part_run.end, owned_end)
+            if start >= end:
+                continue
+            run = replace(part_run, start=start, end=end, shard_start=shard_start)
             shard_start += end - start
+            if runs and run.continues(runs[-1]):
+                runs[-1] = replace(runs[-1], end=end)
+            else:
+                runs.append(run)
     return tuple(runs)
 
 
+def _part_runs(bucket: Bucket) -> Iterator[Run]:
+    """Yields one run per part of the bucket's parameters; together they fill the bucket.
+
+    Gaps (alignment, padding rows, the bucket's own rounding) belong to the part before
+    them. They are zeros and stay zeros, and without gaps neighbours can be one run.
+    """
+    parts: list[tuple[Placed, Part]] = []
+    for placed in bucket.placed:
+        parts.extend((placed, part) for part in placed.parameter.parts)
+    for index, (placed, part) in enumerate(parts):
+        end = bucket.end
+        if index + 1 < len(parts):
+            next_placed, next_part = parts[index + 1]
+            end = next_placed.part_start(next_part)
+        parameter = placed.parameter
+        yield Run(
+            placed.part_start(part),
+            end,
+            shard_start=0,
+            decay=parameter.decay,
+            tp_sharded=parameter.tp_sharded,
+            owns_norm=parameter.owns_norm and part.owns_norm,
+        )
+
+
 def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
-    """Every parameter's stretches in the runs, in buffer order."""
+    """Yields the pieces of every parameter that lie in the runs, in buffer order."""
     for placed in plan.placed:
         for run in runs:
             start = max(placed.start, run.start)
             end = min(placed.end, run.end)
             if start < end:
                 yield Piece(placed, start, end, run.shard_start + start - run.start)
-
-
-def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Placed, Part]]:
-    """The parts of the bucket's parameters cut to [low, high), each stretched over the
-    gap that follows it.
-    """
-    found = [
-        (placed.part_start(part), placed, part)
-        for placed in bucket.placed
-        for part in placed.parameter.parts
-    ]
-    starts = [bucket.start, *(start for start, _, _ in found[1:]), bucket.end]
-    for (_, placed, part), first, stretched in zip(
-        found, starts[:-1], starts[1:], strict=True
-    ):
-        start = max(first, low)
-        end = min(stretched, high)
-        if start < end:
-            yield start, end, placed, part

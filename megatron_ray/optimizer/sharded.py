@@ -1,4 +1,4 @@
-"""AdamW over this rank's shard of the flat buffers, with fp32 main parameters.
+"""Updates this rank's shard of the flat buffers with AdamW and fp32 main parameters.
 
 Owns: main parameters, moments, the update, the gather of updated weights. Must not
 know: the model, microbatches, files.
@@ -26,9 +26,10 @@ from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, Ten
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one fused call updates: runs with the same weight decay, as views of flat
-    memory.
+class FusedUpdate:
+    """The tensors of one fused AdamW call: views of flat memory, one per run.
+
+    All of its runs have the same weight decay.
     """
 
     weight_decay: float
@@ -40,73 +41,93 @@ class Update:
 
 
 class OptimizerShard:
-    """What this rank updates of one family of parameters: runs of its flat buffers;
-    `state` tensors are flat shards in run order.
+    """This rank's shard of one group of parameters that have the same replicas.
+
+    `state` are the moments by torch's names, flat tensors in the order of `runs`.
     """
 
     def __init__(
         self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool
     ) -> None:
-        """With `sharded` each of those that have the same buffers updates its own part."""
+        """With `sharded` (ZeRO-1) each replica updates a part of its own, else all of it."""
         self.buffers = family.buffers
         self.group = family.group
+        # A group of one rank has nothing to share out, and so nothing to gather either.
         self.sharded = sharded and self.group is not None
         self._adopt = family.adopt
-        buffers = self.buffers
-        group = self.group
-        dp_rank = collectives.rank(group)
-        dp = collectives.size(group)
-        self.runs = flat_runs(buffers.plan, dp_rank, dp, sharded=self.sharded)
-        self._owned = [
-            owned_range(bucket, dp_rank, dp, sharded=self.sharded)
-            for bucket in buffers.plan.buckets
-        ]
-        length = sum(run.end - run.start for run in self.runs)
-        device = buffers.parameters.device
-        self.main_is_model = buffers.parameters.dtype == torch.float32
-        self._main_shard = (
-            None if self.main_is_model else torch.zeros(length, device=device)
-        )
-        self.state = {
-            name: torch.zeros(length, device=device) for name in ("exp_avg", "exp_avg_sq")
-        }
-        self._placed = {placed.parameter.name: placed for placed in buffers.plan.placed}
-        self.pieces = tuple(pieces(buffers.plan, self.runs))
-        self._pieces_of: dict[str, list[Piece]] = {}
-        for piece in self.pieces:
-            self._pieces_of.setdefault(piece.placed.parameter.name, []).append(piece)
         self._config = config
-        self._updates = [self._update(decay) for decay in (True, False)]
+        plan = self.buffers.plan
+        dp_rank = collectives.rank(self.group)
+        dp = collectives.size(self.group)
+        self.runs = flat_runs(plan, dp_rank, dp, sharded=self.sharded)
+        self._owned: list[tuple[int, int]] = []
+        for bucket in plan.buckets:
+            self._owned.append(owned_range(bucket, dp_rank, dp, sharded=self.sharded))
+        # Runs are what is updated, pieces what has a name: checkpoints and reductions of
+        # single parameters go by pieces.
+        self.pieces = tuple(pieces(plan, self.runs))
+        self._placed = {placed.parameter.name: placed for placed in plan.placed}
+        self._pieces_by_parameter: dict[str, list[Piece]] = {}
+        for piece in self.pieces:
+            name = piece.placed.parameter.name
+            self._pieces_by_parameter.setdefault(name, []).append(piece)
+        self._allocate()
+        # Two calls a step: weight decay is one number per call, and biases, norms and the
+        # like have none.
+        self._updates = [self._fused_update(decay=True), self._fused_update(decay=False)]
 
-    def _update(self, decay: bool) -> Update:
-        runs = [run for run in self.runs if run.decay == decay]
-        shards = [
-            slice(run.shard_start, run.shard_start + run.end - run.start) for run in runs
-        ]
-        return Update(
-            weight_decay=self._config.weight_decay if decay else 0.0,
-            params=[self.main(run) for run in runs],
-            grads=[self.gradient(run) for run in runs],
-            exp_avgs=[self.state["exp_avg"][shard] for shard in shards],
-            exp_avg_sqs=[self.state["exp_avg_sq"][shard] for shard in shards],
-            state_steps=[
-                torch.zeros((), device=self.buffers.parameters.device) for _ in runs
-            ],
+    def _allocate(self) -> None:
+        """Makes the moments, and main parameters where the model is not fp32 itself."""
+        num_elements = 0
+        if self.runs:
+            num_elements = self.runs[-1].shard_range.stop
+        device = self.buffers.parameters.device
+        self.main_is_model = self.buffers.parameters.dtype == torch.float32
+        self._main_shard: Tensor | None = None
+        if not self.main_is_model:
+            self._main_shard = torch.zeros(num_elements, device=device)
+        self.state = {
+            "exp_avg": torch.zeros(num_elements, device=device),
+            "exp_avg_sq": torch.zeros(num_elements, device=device),
+        }
+
+    def _fused_update(self, *, decay: bool) -> FusedUpdate:
+        """Returns the tensors of the runs with or without weight decay."""
+        update = FusedUpdate(
+            self._config.weight_decay if decay else 0.0,
+            params=[],
+            grads=[],
+            exp_avgs=[],
+            exp_avg_sqs=[],
+            state_steps=[],
         )
+        for run in self.runs:
+            if run.decay == decay:
+                update.params.append(self.main(run))
+                update.grads.append(self.gradient(run))
+                update.exp_avgs.append(self.state["exp_avg"][run.shard_range])
+                update.exp_avg_sqs.append(self.state["exp_avg_sq"][run.shard_range])
+                # Counts of updates lie on the device too: the fused kernel reads them
+                # there, without a wait.
+                update.state_steps.append(
+                    torch.zeros((), device=self.buffers.parameters.device)
+                )
+        return update
 
-    def main(self, run: Run) -> Tensor:
-        """fp32 main parameters of a run."""
+    def main(self, run: Run | Piece) -> Tensor:
+        """Returns the fp32 main parameters of a run or a piece, as a view."""
         if self._main_shard is None:
             return self.buffers.parameters[run.start : run.end]
-        return self._main_shard[run.shard_start : run.shard_start + run.end - run.start]
+        return self._main_shard[run.shard_range]
 
-    def gradient(self, run: Run) -> Tensor:
-        """fp32 main gradients of a run."""
+    def gradient(self, run: Run | Piece) -> Tensor:
+        """Returns the fp32 main gradients of a run or a piece, as a view."""
         return self.buffers.gradients[run.start : run.end]
 
     def step(self, lr: float) -> None:
-        """One update with the gradients as they are; the new weights are not published
-        yet.
+        """Updates the main parameters with the gradients as they are.
+
+        The new weights are not published yet.
         """
         config = self._config
         for update in self._updates:
@@ -128,15 +149,17 @@ class OptimizerShard:
             )
 
     def set_steps_taken(self, steps: int) -> None:
-        """After loading a checkpoint: bias correction goes on from here."""
+        """Continues bias correction after so many updates, from a loaded checkpoint."""
         for update in self._updates:
-            for taken in update.state_steps:
-                taken.fill_(float(steps))
+            for state_step in update.state_steps:
+                state_step.fill_(float(steps))
 
     def publish(self) -> None:
-        """Main parameters -> model weights of every rank (after an update, a load, or
-        initialisation of the shard).
+        """Copies main parameters into the model's weights on every rank.
+
+        To be called after an update, a load, or initialisation of the shard.
         """
+        # Rounded before they are sent: bf16 weights are half the bytes.
         if self._main_shard is not None:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
@@ -144,78 +167,75 @@ class OptimizerShard:
         self._adopt()
 
     def _gather(self) -> None:
+        """Brings the parts of every bucket that other ranks have updated here."""
         if not self.sharded:
             return
         flat = self.buffers.parameters
-        pending = [
-            collectives.start_all_gather_into(
-                flat[bucket.start : bucket.end], flat[low:high], self.group
+        buckets = self.buffers.plan.buckets
+        # All buckets are under way before the first is waited for.
+        gathers = []
+        for bucket, (start, end) in zip(buckets, self._owned, strict=True):
+            whole = flat[bucket.start : bucket.end]
+            gathers.append(
+                collectives.start_all_gather_into(whole, flat[start:end], self.group)
             )
-            for bucket, (low, high) in zip(
-                self.buffers.plan.buckets, self._owned, strict=True
-            )
-        ]
-        for gather in pending:
+        for gather in gathers:
             gather.wait()
 
-    def holds(self, name: str) -> bool:
-        """Whether a parameter is of this family."""
+    def has_parameter(self, name: str) -> bool:
+        """Returns whether a parameter is in this group."""
         return name in self._placed
 
     def initialise(self, name: str, value: Tensor) -> None:
-        """Sets one parameter, fp32 [local shape], in the model and in this rank's part
-        of the main parameters.
+        """Sets one parameter in the model and in this rank's main parameters.
+
+        `value` is fp32, of the parameter's local shape.
         """
         flat = value.reshape(-1)
-        self._model_range(name).copy_(flat)
+        placed = self._placed[name]
+        # Every replica is given the same value, so nothing has to be gathered.
+        self.buffers.parameters[placed.start : placed.end].copy_(flat)
         if self._main_shard is None:
             return
-        for piece in self._pieces_of.get(name, ()):
-            offset = piece.start - piece.placed.start
-            length = piece.end - piece.start
-            self._main_shard[piece.shard_start : piece.shard_start + length].copy_(
-                flat[offset : offset + length]
-            )
-
-    def _model_range(self, name: str) -> Tensor:
-        placed = self._placed[name]
-        return self.buffers.parameters[placed.start : placed.end]
+        # The main parameters are not rounded to the model's type.
+        for piece in self._pieces_by_parameter.get(name, ()):
+            start = piece.start - placed.start
+            end = piece.end - placed.start
+            self._main_shard[piece.shard_range].copy_(flat[start:end])
 
     def sharded_state(self) -> ShardedState:
-        """Live views of what this rank holds: `model/...` are the fp32 main parameters,
-        or the model's own where those are frozen; `optimizer/...` the moments.
+        """Returns live views of what this rank owns of the optimizer's state.
+
+        `model/...` are the fp32 main parameters, or the model's own where those are
+        frozen; `optimizer/...` the moments.
         """
         state: ShardedState = {}
         for piece in self.pieces:
-            shard = slice(piece.shard_start, piece.shard_start + piece.end - piece.start)
-            main = (
-                self.buffers.parameters[piece.start : piece.end]
-                if self._main_shard is None
-                else self._main_shard[shard]
-            )
-            _add_boxes(state, "model/", piece, main)
+            _add_boxes(state, "model/", piece, self.main(piece))
             for name, flat in self.state.items():
-                _add_boxes(state, f"optimizer/{name}/", piece, flat[shard])
+                _add_boxes(state, f"optimizer/{name}/", piece, flat[piece.shard_range])
+        # Frozen parameters are in no run, but a checkpoint is of the whole model.
         for placed in self.buffers.plan.frozen:
             whole = Piece(placed, placed.start, placed.end, shard_start=0)
-            _add_boxes(
-                state, "model/", whole, self.buffers.parameters[placed.start : placed.end]
-            )
+            values = self.buffers.parameters[placed.start : placed.end]
+            _add_boxes(state, "model/", whole, values)
         return state
 
     def sharded_gradients(self) -> ShardedState:
-        """Live views of the gradients this rank updates with, by logical name: what
-        layouts are compared by.
+        """Returns live views of the gradients this rank updates with, by logical name.
+
+        Layouts are compared by them.
         """
         state: ShardedState = {}
         for piece in self.pieces:
-            _add_boxes(state, "", piece, self.buffers.gradients[piece.start : piece.end])
+            _add_boxes(state, "", piece, self.gradient(piece))
         return state
 
 
 class ShardedOptimizer:
-    """All that this rank updates: one shard per family of parameters, since each family
-    has replicas of its own.
+    """All that this rank updates: one shard per group of parameters.
+
+    Dense parameters and experts have replicas on different ranks, hence two groups.
     """
 
     def __init__(
@@ -226,87 +246,79 @@ class ShardedOptimizer:
         )
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """Every part of a parameter that this rank updates, in buffer order, and its
-        flat main gradient.
-        """
-        return (
-            (piece, shard.buffers.gradients[piece.start : piece.end])
-            for shard in self.shards
-            for piece in shard.pieces
-        )
+        """Yields every piece that this rank updates and its flat gradient, in buffer order."""
+        for shard in self.shards:
+            for piece in shard.pieces:
+                yield piece, shard.gradient(piece)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One update with the gradients as they are, then the new weights on every
-        rank.
-        """
+        """Updates with the gradients as they are, then publishes the new weights."""
         for shard in self.shards:
             shard.step(lr)
         self.publish()
 
     def set_steps_taken(self, steps: int) -> None:
-        """After loading a checkpoint: bias correction goes on from here."""
+        """Continues bias correction after so many updates, from a loaded checkpoint."""
         for shard in self.shards:
             shard.set_steps_taken(steps)
 
     def publish(self) -> None:
-        """Main parameters -> model weights of every rank (after an update, a load, or
-        initialisation of the shard).
+        """Copies main parameters into the model's weights on every rank.
+
+        To be called after an update, a load, or initialisation of the shard.
         """
         for shard in self.shards:
             shard.publish()
 
     def initialise(self, name: str, value: Tensor) -> None:
-        """Sets one parameter, fp32 [local shape], in the model and in this rank's part
-        of the main parameters.
+        """Sets one parameter in the model and in this rank's main parameters.
+
+        `value` is fp32, of the parameter's local shape.
         """
         for shard in self.shards:
-            if shard.holds(name):
+            if shard.has_parameter(name):
                 shard.initialise(name, value)
 
     def sharded_state(self) -> ShardedState:
-        """Live views of what this rank holds: `model/...` are the fp32 main parameters,
-        `optimizer/...` the moments.
-        """
-        return {
-            name: held
-            for shard in self.shards
-            for name, held in shard.sharded_state().items()
-        }
+        """Returns live views of what this rank owns: see OptimizerShard.sharded_state."""
+        state: ShardedState = {}
+        for shard in self.shards:
+            state |= shard.sharded_state()
+        return state
 
     def sharded_gradients(self) -> ShardedState:
-        """Live views of the gradients this rank updates with, by logical name: what
-        layouts are compared by.
-        """
-        return {
-            name: held
-            for shard in self.shards
-            for name, held in shard.sharded_gradients().items()
-        }
+        """Returns live views of the gradients this rank updates with, by logical name."""
+        state: ShardedState = {}
+        for shard in self.shards:
+            state |= shard.sharded_gradients()
+        return state
 
 
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
-    """Cuts the flat range of a piece into boxes of the logical tensors fused in its
-    parameter; padding rows fall out.
+    """Adds the flat range of a piece to the state, as boxes of logical tensors.
+
+    A parameter may be several logical tensors fused along dim 0; padding rows belong to
+    none and fall out.
     """
-    parameter = piece.placed.parameter
-    for part in parameter.parts:
-        part_start = piece.placed.part_start(part)
-        start = max(piece.start, part_start)
-        end = min(piece.end, part_start + part.box.num_elements)
-        if start >= end:
+    for part in piece.placed.parameter.parts:
+        overlap = piece.overlap(part)
+        if overlap is None:
             continue
-        entry = state.setdefault(
-            prefix + part.logical.name, ShardedTensor(part.logical.shape, [])
-        )
-        for box, low, high in flat_range_to_boxes(
+        start, end = overlap
+        part_start = piece.placed.part_start(part)
+        logical = part.logical
+        entry = state.setdefault(prefix + logical.name, ShardedTensor(logical.shape, []))
+        # A flat range is no box in general: it may begin and end in the middle of a row.
+        # It is cut into as few boxes as it takes, which are contiguous and so views.
+        for box, box_start, box_end in flat_range_to_boxes(
             part.box.size, start - part_start, end - part_start
         ):
-            offset = tuple(
-                outer + inner
-                for outer, inner in zip(part.box.offset, box.offset, strict=True)
-            )
-            view = flat[
-                part_start + low - piece.start : part_start + high - piece.start
-            ].view(box.size)
-            entry.boxes.append(TensorBox(Box(offset, box.size), view))
+            # From the box inside this rank's part to the box of the logical tensor ...
+            offset = []
+            for part_offset, inner_offset in zip(part.box.offset, box.offset, strict=True):
+                offset.append(part_offset + inner_offset)
+            # ... and from elements of the part to elements of the piece's memory.
+            shift = part_start - piece.start
+            view = flat[shift + box_start : shift + box_end].view(box.size)
+            entry.boxes.append(TensorBox(Box(tuple(offset), box.size), view))

@@ -146,7 +146,7 @@ def parallelize(
     parallel = config.parallel
     dtype = DTYPES[config.training.precision]
     pipeline = plan_pipeline(config)
-    held = pipeline.held(mesh.pp_rank)
+    held = pipeline.stages_of(mesh.pp_rank)
     fully_sharded = parallel.zero == 3 and mesh.shard_group is not None
     held_type = torch.float32 if fully_sharded else dtype
     module = build_model(

@@ -1,15 +1,15 @@
 """Executes a lowered schedule on one rank.
 
-Owns: activations between forward and backward, transfers under way.
+Owns: activations between forward and backward, transfers under way. Must not know: which
+schedule it is, layers, the loss.
 
 It does what the list says, in its order, and decides nothing: a trace of what it did
 equals the list. Transfers are started where the list has them and waited for where
-their content is used, so that they overlap with computing. Must not know: which
-schedule it is, layers, the loss.
+their content is used, so that they overlap with computing.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -26,20 +26,21 @@ the next stage, or the last stage's loss (a scalar). The first stage receives No
 
 
 class WeightGrads(Protocol):
-    """Where weight gradients go; see tensor_parallel.weight_grad."""
+    """Takes the weight gradients of a backward pass; see ops.weight_grad."""
 
-    def begin_microbatch(self, *, last: bool) -> None: ...
+    def begin_microbatch(self, *, last: bool) -> None:
+        """Announces a microbatch; gradients are complete only in the last one."""
 
-    def put_off(self, key: object) -> None: ...
+    def put_off(self, key: object) -> None:
+        """Announces a microbatch whose weight gradients are computed later."""
 
-    def catch_up(self, key: object) -> None: ...
+    def catch_up(self, key: object) -> None:
+        """Computes what was put off under the key."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """What every message between stages is: one microbatch's activations, or their
-    gradient.
-    """
+    """The form of every message: a microbatch's activations, or their gradient."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,8 +48,8 @@ class Transfer:
 
 
 @dataclass
-class _Stash:
-    """Of one microbatch in one chunk, from forward to backward."""
+class _ForwardPass:
+    """Both ends of a chunk's autograd graph of one microbatch, kept for its backward."""
 
     received: Tensor | None
     output: Tensor
@@ -58,10 +59,29 @@ _Key = tuple[int, int]
 """(chunk, microbatch)"""
 
 
-class PipelineRunner:
-    """One rank's.
+@dataclass
+class _StepState:
+    """Everything that a step has made and not used yet; empty between steps."""
 
-    `group` is the pipeline group; `on_action` hears of every action when it is done
+    forward_passes: dict[_Key, _ForwardPass] = field(default_factory=dict)
+    activations: dict[_Key, Tensor] = field(default_factory=dict)
+    """Inputs of forward passes."""
+    gradients: dict[_Key, Tensor] = field(default_factory=dict)
+    """Of outputs, for backward passes."""
+    to_send: dict[tuple[Op, _Key], Tensor] = field(default_factory=dict)
+    """By the action that will send it."""
+    receives: dict[tuple[Op, _Key], Pending] = field(default_factory=dict)
+    """Receives that have been started, whose buffers are in one of the inputs above."""
+    sends: list[tuple[Pending, Tensor]] = field(default_factory=list)
+    """Sends that have been started; a tensor must live until its send is complete."""
+    losses: dict[int, Tensor] = field(default_factory=dict)
+    """By microbatch, on the rank of the last stage."""
+
+
+class PipelineRunner:
+    """Runs one rank's list of actions, step after step.
+
+    `group` is the pipeline group; `on_action` is called with every action when it is done
     (traces).
     """
 
@@ -83,136 +103,130 @@ class PipelineRunner:
         self._transfer = transfer
         self._weight_grads = weight_grads
         self._on_action = on_action
-        self._keeps = any(
-            action.op in (Op.BACKWARD, Op.BACKWARD_INPUT) for action in actions
-        )
-        """Activations for a backward pass; an evaluation has none."""
-        self._last = {
-            action.chunk: place
-            for place, action in enumerate(actions)
-            if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
-        }
-        self._forget()
-
-    def _forget(self) -> None:
-        self._stashes: dict[_Key, _Stash] = {}
-        self._activations: dict[_Key, Tensor] = {}
-        """What a chunk's forward takes, and below its backward."""
-        self._gradients: dict[_Key, Tensor] = {}
-        self._to_send: dict[tuple[Op, int, int], Tensor] = {}
-        self._arriving: dict[tuple[Op, int, int], Pending] = {}
-        self._leaving: list[tuple[Pending, Tensor]] = []
-        self._losses: dict[int, Tensor] = {}
-
-    def step(self) -> list[Tensor]:
-        """All microbatches, forward and backward.
-
-        Returns the losses on the rank of the last stage, by microbatch, else nothing.
-        """
-        self._forget()
-        doing = {
+        # An evaluation has forward passes only, and nothing is kept for a backward.
+        self._has_backward = False
+        last_actions: dict[int, Action] = {}
+        for action in actions:
+            if action.op in (Op.BACKWARD, Op.BACKWARD_INPUT):
+                self._has_backward = True
+            if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
+                last_actions[action.chunk] = action
+        # Behind these a chunk's weight gradients are complete, and may be reduced.
+        self._completing = set(last_actions.values())
+        self._state = _StepState()
+        self._handlers: dict[Op, Callable[[Action], None]] = {
             Op.FORWARD: self._forward,
             Op.BACKWARD: self._backward,
             Op.BACKWARD_INPUT: self._backward,
             Op.BACKWARD_WEIGHT: self._backward_weight,
             Op.SEND_FORWARD: self._send,
-            Op.SEND_BACKWARD: self._send,
             Op.RECV_FORWARD: self._receive,
+            Op.SEND_BACKWARD: self._send,
             Op.RECV_BACKWARD: self._receive,
         }
-        for place, action in enumerate(self._actions):
-            if action.op in doing:
-                doing[action.op](place, action)
+
+    def step(self) -> list[Tensor]:
+        """Runs all microbatches, forward and backward.
+
+        Returns the losses by microbatch on the rank of the last stage, else nothing.
+        """
+        self._state = _StepState()
+        for action in self._actions:
+            self._handlers[action.op](action)
             if self._on_action is not None:
                 self._on_action(action)
-        for pending, _ in self._leaving:
+        # Receives were waited for where they were used; of sends only here one can be left.
+        for pending, _ in self._state.sends:
             pending.wait()
-        losses = [self._losses[microbatch] for microbatch in sorted(self._losses)]
-        self._forget()
-        return losses
+        losses = self._state.losses
+        self._state = _StepState()
+        return [losses[microbatch] for microbatch in sorted(losses)]
 
     # ---- computing
 
-    def _forward(self, place: int, action: Action) -> None:
+    def _forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        received = self._take(self._activations, Op.RECV_FORWARD, key)
-        if received is not None and self._keeps:
+        received = self._pop_input(self._state.activations, Op.RECV_FORWARD, key)
+        # The graph of a chunk begins at its input, whose gradient the previous stage needs.
+        if received is not None and self._has_backward:
             received.requires_grad_()
         output = self._chunks[action.chunk](received, action.microbatch)
-        if self._keeps:
-            self._stashes[key] = _Stash(received, output)
+        if self._has_backward:
+            self._state.forward_passes[key] = _ForwardPass(received, output)
         stage = self._stages.stage(self._rank, action.chunk)
+        # Detached: the next stage may be on this rank, and has a graph of its own.
         if stage + 1 == self._stages.num_stages:
-            self._losses[action.microbatch] = output.detach()
+            self._state.losses[action.microbatch] = output.detach()
         else:
-            self._hand_over(
-                stage + 1, Op.SEND_FORWARD, self._activations, action, output.detach()
-            )
+            self._pass_on(Op.SEND_FORWARD, action, stage + 1, output.detach())
 
-    def _backward(self, place: int, action: Action) -> None:
+    def _backward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        stash = self._stashes.pop(key)
-        gradient = self._take(self._gradients, Op.RECV_BACKWARD, key)
+        # The graph and the activations in it are freed when this returns.
+        forward_pass = self._state.forward_passes.pop(key)
+        gradient = self._pop_input(self._state.gradients, Op.RECV_BACKWARD, key)
         if self._weight_grads is not None:
             if action.op is Op.BACKWARD:
-                self._weight_grads.begin_microbatch(last=place == self._last[action.chunk])
+                self._weight_grads.begin_microbatch(last=action in self._completing)
             else:
                 self._weight_grads.put_off(key)
-        if stash.output.requires_grad:  # not where all of the first stage is frozen
-            torch.autograd.backward(stash.output) if gradient is None else Backward(
-                stash.output
-            ).run(gradient)
-        if stash.received is not None:
-            assert stash.received.grad is not None
+        # Where all of the first stage is frozen there is nothing to compute.
+        if forward_pass.output.requires_grad:
+            if gradient is None:
+                torch.autograd.backward(forward_pass.output)
+            else:
+                Backward(forward_pass.output).run(gradient)
+        if forward_pass.received is not None:
+            input_gradient = forward_pass.received.grad
+            assert input_gradient is not None
             stage = self._stages.stage(self._rank, action.chunk)
-            self._hand_over(
-                stage - 1, Op.SEND_BACKWARD, self._gradients, action, stash.received.grad
-            )
+            self._pass_on(Op.SEND_BACKWARD, action, stage - 1, input_gradient)
 
-    def _backward_weight(self, place: int, action: Action) -> None:
+    def _backward_weight(self, action: Action) -> None:
         if self._weight_grads is None:
             raise ValueError("weight gradients apart need a place that can put them off")
-        self._weight_grads.begin_microbatch(last=place == self._last[action.chunk])
+        self._weight_grads.begin_microbatch(last=action in self._completing)
         self._weight_grads.catch_up((action.chunk, action.microbatch))
 
     # ---- moving
 
-    def _hand_over(
-        self, stage: int, op: Op, here: dict[_Key, Tensor], action: Action, content: Tensor
-    ) -> None:
-        """To a stage of this rank at once, else to whoever sends it."""
-        home, chunk = self._stages.home(stage)
-        if home == self._rank:
-            here[chunk, action.microbatch] = content
+    def _pass_on(self, op: Op, action: Action, to_stage: int, content: Tensor) -> None:
+        """Gives a result to a stage of this rank at once, else keeps it for its send."""
+        rank, chunk = self._stages.rank_and_chunk(to_stage)
+        if rank != self._rank:
+            self._state.to_send[op, (action.chunk, action.microbatch)] = content
+        elif op is Op.SEND_FORWARD:
+            self._state.activations[chunk, action.microbatch] = content
         else:
-            self._to_send[op, action.chunk, action.microbatch] = content
+            self._state.gradients[chunk, action.microbatch] = content
 
-    def _take(self, here: dict[_Key, Tensor], op: Op, key: _Key) -> Tensor | None:
-        """What has come for a chunk, from another rank or from this one; None where
-        nothing ever comes.
+    def _pop_input(self, inputs: dict[_Key, Tensor], op: Op, key: _Key) -> Tensor | None:
+        """Returns what a computing action needs, waiting for it if it is under way.
+
+        None for the first stage's forward and the last stage's backward, which need nothing.
         """
-        pending = self._arriving.pop((op, *key), None)
+        pending = self._state.receives.pop((op, key), None)
         if pending is not None:
             pending.wait()
-        return here.pop(key, None)
+        return inputs.pop(key, None)
 
-    def _send(self, place: int, action: Action) -> None:
-        content = self._to_send.pop(
-            (action.op, action.chunk, action.microbatch)
-        ).contiguous()
-        self._leaving = [
-            (pending, tensor)
-            for pending, tensor in self._leaving
-            if not pending.is_completed()
+    def _send(self, action: Action) -> None:
+        key = (action.chunk, action.microbatch)
+        content = self._state.to_send.pop((action.op, key)).contiguous()
+        # Sent tensors are given up here, or a step would keep all it has ever sent.
+        self._state.sends = [
+            entry for entry in self._state.sends if not entry[0].is_completed()
         ]
-        self._leaving.append(
-            (collectives.start_send(content, action.peer, self._group), content)
-        )
+        pending = collectives.start_send(content, action.peer, self._group)
+        self._state.sends.append((pending, content))
 
-    def _receive(self, place: int, action: Action) -> None:
-        what = self._transfer
-        buffer = torch.empty(what.shape, dtype=what.dtype, device=what.device)
-        where = self._activations if action.op is Op.RECV_FORWARD else self._gradients
-        where[action.chunk, action.microbatch] = buffer
-        key = (action.op, action.chunk, action.microbatch)
-        self._arriving[key] = collectives.start_receive(buffer, action.peer, self._group)
+    def _receive(self, action: Action) -> None:
+        transfer = self._transfer
+        buffer = torch.empty(transfer.shape, dtype=transfer.dtype, device=transfer.device)
+        key = (action.chunk, action.microbatch)
+        if action.op is Op.RECV_FORWARD:
+            self._state.activations[key] = buffer
+        else:
+            self._state.gradients[key] = buffer
+        pending = collectives.start_receive(buffer, action.peer, self._group)
+        self._state.receives[action.op, key] = pending

@@ -320,7 +320,7 @@ def kept_by_stage(config: TrainConfig, stage: StageContents, device: DeviceKind)
         kept += embedding
     if stage.loss:
         kept += head
-    for layer in stage.further(config.model.num_layers):
+    for layer in stage.mtp_layer_numbers(config.model.num_layers):
         kept += embedding + _kept_by_mtp_projection(config, device)
         kept += kept_activations(config, [layer], device) + head
     return kept
@@ -332,7 +332,7 @@ def recomputed_by_stage(
     """Returns the bytes that recomputation needs at once in a stage's backward pass."""
     most = recomputed_activations(config, stage.layers, device)
     # Each MTP layer is recomputed by itself.
-    for layer in stage.further(config.model.num_layers):
+    for layer in stage.mtp_layer_numbers(config.model.num_layers):
         most = max(most, recomputed_activations(config, [layer], device))
     return most
 

@@ -82,7 +82,7 @@ def rank_buffers(
         dims,
         rank,
         sequence_parallel=config.parallel.sequence_parallel,
-        held=pipeline.held(pp_rank),
+        held=pipeline.stages_of(pp_rank),
     )
     table = freeze(parameters, config.optimizer.freeze)
     buffers = _planned_buffers(config, dims, table, rank)
@@ -109,7 +109,7 @@ def distinct_buffers(
 def _kind(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> object:
     """Returns a value that is equal for pipeline ranks with equally many bytes."""
     kind = list[object]()
-    for stage in pipeline.held(pp_rank):
+    for stage in pipeline.stages_of(pp_rank):
         layers = tuple(config.model.experts_on(layer) is not None for layer in stage.layers)
         kind.append((stage.embedding, stage.loss, len(stage.mtp_layers), layers))
     # In the V of zb-v the ranks with equal contents differ in what they keep at once,

@@ -42,7 +42,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     pp_rank = dims.coordinates(rank)["pp"]
     count = num_microbatches(config)
     tally = Tally(group_sizes(dims))
-    for chunk, stage in enumerate(pipeline.held(pp_rank)):
+    for chunk, stage in enumerate(pipeline.stages_of(pp_rank)):
         tally.add_all(stage_communication(config, dims, stage), count)
         messages = count * _num_receivers(pipeline, pp_rank, chunk)
         tally.add("pp", "send", transfer_bytes(config), messages)
@@ -66,7 +66,10 @@ def _num_receivers(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:
     stage = stages.stage(pp_rank, chunk)
     receivers = 0
     for neighbour in (stage - 1, stage + 1):
-        if 0 <= neighbour < stages.num_stages and stages.home(neighbour)[0] != pp_rank:
+        if (
+            0 <= neighbour < stages.num_stages
+            and stages.rank_and_chunk(neighbour)[0] != pp_rank
+        ):
             receivers += 1
     return receivers
 
@@ -148,8 +151,8 @@ def _add_expert_biases(
     """Adds the tokens per expert that the balancing biases are updated by, fp32."""
     model = config.model
     num_biases = 0
-    for stage in pipeline.held(pp_rank):
-        for layer in (*stage.layers, *stage.further(model.num_layers)):
+    for stage in pipeline.stages_of(pp_rank):
+        for layer in (*stage.layers, *stage.mtp_layer_numbers(model.num_layers)):
             moe = model.experts_on(layer)
             if moe is not None and moe.expert_bias:
                 num_biases += moe.num_experts

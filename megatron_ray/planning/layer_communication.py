@@ -34,7 +34,7 @@ def stage_communication(
     communication = LayerCommunication(config, Tally(group_sizes(dims)))
     if stage.embedding:
         communication.embedding()
-    mtp_layers = stage.further(config.model.num_layers)
+    mtp_layers = stage.mtp_layer_numbers(config.model.num_layers)
     _add_layers(communication, (*stage.layers, *mtp_layers))
     communication.recomputed_layers(stage.layers)
     if stage.loss:

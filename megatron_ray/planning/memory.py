@@ -156,7 +156,7 @@ def _activations(
     kept_by_chunk = []
     recomputed = 0
     loss = 0
-    for stage in pipeline.held(pp_rank):
+    for stage in pipeline.stages_of(pp_rank):
         kept_by_chunk.append(kept_by_stage(config, stage, device))
         recomputed = max(recomputed, recomputed_by_stage(config, stage, device))
         if stage.loss:

@@ -13,7 +13,11 @@ from megatron_ray.pipeline_parallel.schedules.orders import (
     stage_map,
 )
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
-from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, Costs, outcome
+from megatron_ray.pipeline_parallel.schedules.simulation import (
+    EQUAL,
+    Costs,
+    simulate_computing,
+)
 
 _ROUNDS = 2
 """Rounds of pp microbatches after which every schedule repeats itself."""
@@ -81,4 +85,4 @@ def _short(pp: int, num_microbatches: int) -> int:
 @lru_cache(maxsize=256)
 def _bubble(schedule: ScheduleName, pp: int, vpp: int, count: int, costs: Costs) -> float:
     orders = compute_orders(schedule, pp, count, vpp)
-    return outcome(orders, stage_map(schedule, pp, vpp), costs).bubble
+    return simulate_computing(orders, stage_map(schedule, pp, vpp), costs).bubble

@@ -247,7 +247,7 @@ def _microbatch(
 ) -> MicrobatchTime:
     """Returns the time of a microbatch through all chunks of one pipeline rank."""
     hardware = network.hardware
-    stages = pipeline.held(buffers.pp_rank)
+    stages = pipeline.stages_of(buffers.pp_rank)
     work = Work()
     communication = Tally({})
     for stage in stages:

@@ -59,7 +59,7 @@ def stage_work(config: TrainConfig, stage: StageContents) -> Work:
     lookups = int(stage.embedding) + len(stage.mtp_layers)
     hidden_bytes = own_tokens_of(config) * config.model.hidden_size * width_of(config)
     work += Work(memory=3.0 * lookups * hidden_bytes)
-    for index in stage.further(config.model.num_layers):
+    for index in stage.mtp_layer_numbers(config.model.num_layers):
         layer = layer_work(config, index)
         work += (
             layer.forward

@@ -1,4 +1,7 @@
-"""Loss over held-out samples. Owns: that. Must not know: when it is asked for."""
+"""Computes the loss over held-out samples.
+
+Must not know: when it is asked for.
+"""
 
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -14,7 +17,8 @@ from megatron_ray.reports import EvalReport
 from megatron_ray.training.stages import run_stages
 
 _ROUNDS = 4
-"""Microbatches that are in the pipeline's hands at once, in multiples of its length."""
+"""Microbatches that go through the pipeline at once, in multiples of its length. More
+of them leave less of it idle, and have to be in memory together."""
 
 
 @torch.no_grad()
@@ -26,23 +30,26 @@ def evaluate(
     step: int,
     split: str,
 ) -> EvalReport:
-    """Mean loss in nats per token over every replica's batches; all ranks must call it,
-    with equally many batches.
+    """Returns the mean loss per token over every replica's batches.
+
+    All ranks must call it, with equally many batches.
     """
+    # Loss and tokens; summed over the world once, at the end.
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    counts = mesh.tp_rank == 0 and model.has_loss
+    # The ranks of a tp group compute the same loss: one of them counts it.
+    counts_loss = mesh.tp_rank == 0 and model.has_loss
     actions = cache(
         lambda num_microbatches: model.pipeline.evaluation_actions(
             num_microbatches, mesh.pp_rank
         )
     )
-    for some in _groups(batches, mesh):
+    for group in _groups(batches, mesh):
         if model.actions:
-            losses = run_stages(model, mesh, actions(len(some)), some)
+            losses = run_stages(model, mesh, actions(len(group)), group)
         else:
-            losses = [model.module(batch) for batch in some]
-        if counts:
-            for loss, batch in zip(losses, some, strict=True):
+            losses = [model.module(batch) for batch in group]
+        if counts_loss:
+            for loss, batch in zip(losses, group, strict=True):
                 sums[0] += loss
                 sums[1] += batch.num_tokens
     loss_sum, num_tokens = collectives.all_reduce(sums, mesh.world_group).tolist()
@@ -50,6 +57,7 @@ def evaluate(
 
 
 def _groups(batches: Iterable[Batch], mesh: ParallelMesh) -> Iterator[list[Batch]]:
-    left = iter(batches)
-    while some := list(islice(left, _ROUNDS * mesh.dims.pp)):
-        yield some
+    """Yields the batches in groups that one run of the pipeline takes."""
+    iterator = iter(batches)
+    while group := list(islice(iterator, _ROUNDS * mesh.dims.pp)):
+        yield group

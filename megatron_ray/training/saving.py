@@ -1,7 +1,6 @@
-"""The loop's checkpoints.
+"""Saves a training run and resumes it.
 
-Owns: what a checkpoint of a training run contains, saving and resuming. Must not know:
-who commits.
+Owns: what a checkpoint of a training run contains. Must not know: who commits.
 
 Shapes on disk are logical and layout-free; what only this rank knows (its random
 stream) goes into its own part.
@@ -27,12 +26,14 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.storage import open_storage
-from megatron_ray.training.loop import Progress
+from megatron_ray.training.progress import Progress
 
 
 class TrainingSaver:
-    """Writes the optimizer's shard and the run's progress; `on_written` hears when this
-    rank's part is durable.
+    """Writes checkpoints of one rank: its optimizer shard and the run's progress.
+
+    `on_written` is called when this rank's part is durable. Raises ConfigError without a
+    storage path.
     """
 
     def __init__(
@@ -54,14 +55,18 @@ class TrainingSaver:
         self._attempt = attempt
         self._storage_path = config.storage.path
         self._end_of_document = data.end_of_document
-        # A checkpoint can then be sampled from wherever it is copied to.
-        self._files = {TOKENIZER: _read_file(data.tokenizer_path)} if mesh.rank == 0 else {}
+        self._files: dict[str, bytes] = {}
+        if mesh.rank == 0:
+            # A checkpoint can then be sampled from wherever it is copied to.
+            self._files[TOKENIZER] = _read_file(data.tokenizer_path)
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
+        # Plans collectively who writes which box, so that a save needs no collective.
         self._writer.prepare(training_state(model, optimizer))
 
     def save(self, progress: Progress) -> None:
-        """Copies the shard and lets the background write it; waits for a save that is
-        still under way.
+        """Copies the shard and starts writing it in the background.
+
+        Waits for a save that is still under way.
         """
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
         self._writer.save(
@@ -73,8 +78,9 @@ class TrainingSaver:
         )
 
     def wait(self) -> None:
-        """Until this rank's part of the last save is durable; raises what went wrong in
-        the background.
+        """Blocks until this rank's part of the last save is durable.
+
+        Raises what went wrong in the background.
         """
         self._writer.wait()
 
@@ -91,7 +97,7 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
-            # Only the run's own tree: whoever wraps it (a job) may have fields that a
+            # Only the run's own tree: what wraps it (a job spec) may have fields that a
             # reader of checkpoints need not know.
             "config": self._config.model_dump(
                 mode="json", include=set(TrainConfig.model_fields)
@@ -109,30 +115,29 @@ def _read_file(path: str) -> bytes:
 
 
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
-    """Live views of everything that a checkpoint has of the model: main parameters,
-    moments, balancing biases of experts.
+    """Returns live views of all tensors in a checkpoint.
+
+    They are main parameters, moments and balancing biases of experts.
     """
-    biases = {
-        f"model/{name}": whole_tensor(bias.value)
-        for name, bias in model.expert_biases.items()
-    }
-    return optimizer.sharded_state() | biases
+    state = optimizer.sharded_state()
+    for name, bias in model.expert_biases.items():
+        state[f"model/{name}"] = whole_tensor(bias.value)
+    return state
 
 
 def resume(
     path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: int
 ) -> Progress:
-    """Loads main parameters and moments from any layout, publishes the weights and says
-    how far the job was.
+    """Loads main parameters and moments from any layout and publishes the weights.
+
+    Returns how far the run had come. Raises CheckpointError.
     """
     load_into(path, training_state(model, optimizer))
     state = read_train_state(path, rank)
     optimizer.set_steps_taken(state["step"])
     optimizer.publish()
-    if (
-        "rng" in state
-        # absent for a rank that the saving layout did not have: it keeps its seed's stream
-    ):
+    # A rank that the saving layout did not have finds no stream and keeps its seed's.
+    if "rng" in state:
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
     return Progress(state["step"], state["consumed_samples"])
@@ -141,8 +146,9 @@ def resume(
 def start_from_weights(
     path: str, model: ParallelModel, optimizer: ShardedOptimizer
 ) -> None:
-    """Loads main parameters, as `resume` does, from a checkpoint or a Hugging Face
-    folder; moments and steps stay at zero. Raises CheckpointError, ConfigError.
+    """Loads main parameters from a checkpoint or a Hugging Face folder.
+
+    Moments and steps stay at zero. Raises CheckpointError, ConfigError.
     """
     load_initial_weights(path, training_state(model, optimizer))
     optimizer.publish()

@@ -1,20 +1,20 @@
-"""Putting a run together: mesh -> model -> optimizer -> data -> checkpoint -> loop.
+"""Puts a run together: mesh -> model -> optimizer -> checkpoint -> data -> loop.
 
-Owns: that order, and the ten-line API.
+Owns: that order, and the ten-line API. Must not know: Ray, HTTP, the environment.
 
-Must not know: Ray, HTTP, the environment. Data are prepared before
-(megatron_ray.data.preparation.prepare), so a session starts in seconds; process groups are the
-caller's, so a session can be ended and another begun in the same process.
+Data are prepared before (megatron_ray.data.preparation), so a session starts in seconds;
+process groups are the caller's, so a session can be ended and another begun in the same
+process.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
 from megatron_ray.commands import Command
-from megatron_ray.config.problem import ConfigError
+from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
@@ -26,27 +26,29 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
-from megatron_ray.training.loop import Outcome, Parts, Progress, train
+from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.loop import Outcome, train
+from megatron_ray.training.progress import Progress
 from megatron_ray.training.saving import TrainingSaver, resume, start_from_weights
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.initial_weights import with_vocabulary_of
 
 
-def ignore(_: Report) -> None:
-    """A report that nobody wants."""
+def discard_report(_: Report) -> None:
+    """Does nothing with a report."""
 
 
-def never() -> Command:
-    """A poll that asks for nothing."""
+def no_command() -> Command:
+    """Returns no command to the loop."""
     return Command.CONTINUE
 
 
 class TrainingSession:
-    """One rank's run of a resolved config.
+    """Runs a resolved config on one rank.
 
     `report` gets a StepReport per step, EvalReports, a CheckpointReport when this
     rank's part of a checkpoint is durable (from the writer's thread) and PhaseReports
-    of the start-up. `poll` is asked once a step on every rank and must return at once.
+    of the start-up. `poll` is called once a step on every rank and must return at once.
     `resume_from` is the path of a committed checkpoint, of any layout; without it the
     run begins with checkpoint.start_from, or with weights drawn from the seed.
 
@@ -60,15 +62,14 @@ class TrainingSession:
         mesh: ParallelMesh,
         data: PreparedData,
         *,
-        report: Callable[[Report], None] = ignore,
-        poll: Callable[[], Command] = never,
+        report: Callable[[Report], None] = discard_report,
+        poll: Callable[[], Command] = no_command,
         attempt: int = 1,
         resume_from: str | None = None,
     ) -> None:
         resolved = resolution.resolve(config, mesh.world_size)
-        _refuse(resolved, mesh)
-        resolved = _with_start(resolved, resume_from)
-        start_from = resolved.checkpoint.start_from if resume_from is None else None
+        _check(resolved, mesh)
+        resolved = _with_initial_vocabulary(resolved, resume_from)
         # Only now: a BPE trained on little text may have fewer tokens than it was asked
         # for, which is no mistake.
         self.config = resolution.with_vocabulary(resolved, data.vocab_size)
@@ -82,10 +83,12 @@ class TrainingSession:
             "error" if self.config.training.deterministic else "default"
         )
         torch.manual_seed(self.config.training.seed)
-        self.model, self.optimizer = build(
-            self.config, mesh, initialise=resume_from is None and start_from is None
-        )
-        self._phase("model")
+        start_from = None
+        if resume_from is None:
+            start_from = self.config.checkpoint.start_from
+        has_weights = resume_from is not None or start_from is not None
+        self.model, self.optimizer = build(self.config, mesh, initialise=not has_weights)
+        self._end_phase("model")
         self._saver = TrainingSaver(
             self.config,
             mesh,
@@ -95,38 +98,43 @@ class TrainingSession:
             attempt=attempt,
             on_written=report,
         )
-        self.progress = Progress()
-        if resume_from is not None:
-            self.progress = resume(resume_from, self.model, self.optimizer, mesh.rank)
-        elif start_from is not None:
-            start_from_weights(start_from, self.model, self.optimizer)
-        self._phase("load" if resume_from or start_from else "saver")
-        self._parts = Parts(
+        self.progress = self._load(resume_from, start_from)
+        self._end_phase("load" if has_weights else "saver")
+        self._components = TrainingComponents(
             self.config,
             mesh,
             self.model,
             self.optimizer,
             self._loader(data),
-            self._evaluation(data),
+            self._evaluation_batches(data),
             self._saver,
         )
-        self._phase("data")
+        self._end_phase("data")
 
     def run(self) -> Outcome:
-        """Trains to the end or to an agreed stop; the last checkpoint is durable when
-        it returns.
+        """Trains to the end or to an agreed stop.
+
+        The last checkpoint is durable when it returns. Raises NonFiniteLossError.
         """
         try:
-            outcome = train(self._parts, self.progress, self._report, self._poll)
+            outcome = train(self._components, self.progress, self._report, self._poll)
         except BaseException:
-            # a rank that has lost its peers must not wait for slow storage before it
-            # can begin again
+            # A rank that has lost its peers must not wait for slow storage before it
+            # can begin again.
             self._saver.abandon()
             raise
         self._saver.close()
         return outcome
 
-    def _phase(self, name: str) -> None:
+    def _load(self, resume_from: str | None, start_from: str | None) -> Progress:
+        """Loads a checkpoint or initial weights; returns the progress to go on from."""
+        if resume_from is not None:
+            return resume(resume_from, self.model, self.optimizer, self.mesh.rank)
+        if start_from is not None:
+            start_from_weights(start_from, self.model, self.optimizer)
+        return Progress()
+
+    def _end_phase(self, name: str) -> None:
         now = time.monotonic()
         self._report(PhaseReport(name, now - self._phase_start))
         self._phase_start = now
@@ -134,10 +142,15 @@ class TrainingSession:
     def _loader(self, data: PreparedData) -> StepLoader:
         training = self.config.training
         mesh = self.mesh
-        make_batch = batch_maker(self.config, self.mesh, data.end_of_document)
-        needed = training.steps * training.global_batch_size
+        make_batch = batch_maker(self.config, mesh, data.end_of_document)
+        # Those of the whole run, wherever it goes on from: their order is drawn at once.
+        num_samples = training.steps * training.global_batch_size
         dataset = build_dataset(
-            data.train, needed, training.seq_length, training.seed, self.config.data_cache
+            data.train,
+            num_samples,
+            training.seq_length,
+            training.seed,
+            self.config.data_cache,
         )
         return StepLoader(
             dataset,
@@ -148,26 +161,29 @@ class TrainingSession:
             make_batch,
         )
 
-    def _evaluation(self, data: PreparedData) -> Callable[[], Iterable[Batch]] | None:
+    def _evaluation_batches(
+        self, data: PreparedData
+    ) -> Callable[[], Iterable[Batch]] | None:
+        """Returns what makes the validation split's batches; None when it has no sample."""
         training = self.config.training
         mesh = self.mesh
-        make_batch = batch_maker(self.config, self.mesh, data.end_of_document)
-        available = (
-            sum(corpus.num_tokens for corpus in data.validation) - 1
-        ) // training.seq_length
-        count = min(training.eval_samples, available)
-        if count < 1:
+        make_batch = batch_maker(self.config, mesh, data.end_of_document)
+        num_tokens = sum(corpus.num_tokens for corpus in data.validation)
+        # A sample has one token more than inputs: the label of the last one.
+        num_available = (num_tokens - 1) // training.seq_length
+        num_samples = min(training.eval_samples, num_available)
+        if num_samples < 1:
             return None
         dataset = build_dataset(
             data.validation,
-            count,
+            num_samples,
             training.seq_length,
             training.seed,
             self.config.data_cache,
         )
         return lambda: evaluation_batches(
             dataset,
-            count,
+            num_samples,
             training.micro_batch_size,
             mesh.dp_rank,
             mesh.dims.dp,
@@ -178,17 +194,19 @@ class TrainingSession:
 def batch_maker(
     config: TrainConfig, mesh: ParallelMesh, end_of_document: int | None = None
 ) -> BatchMaker:
-    """How this rank turns samples into batches."""
+    """Returns what turns samples into this rank's batches."""
     cut = SequenceCut(mesh.dims.cp, mesh.cp_rank)
-    end = end_of_document if config.data.separate_documents else None
-    return BatchMaker(mesh.device, cut, end, config.model.num_mtp_layers)
+    if not config.data.separate_documents:
+        end_of_document = None
+    return BatchMaker(mesh.device, cut, end_of_document, config.model.num_mtp_layers)
 
 
 def build(
     config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True
 ) -> tuple[ParallelModel, ShardedOptimizer]:
-    """Model and optimizer of one rank; weights are drawn from the seed, or left zero
-    for a checkpoint to fill.
+    """Returns model and optimizer of one rank.
+
+    Weights are drawn from the seed, or left zero for a checkpoint to fill.
     """
     model = parallelize(config, mesh)
     optimizer = ShardedOptimizer(
@@ -199,38 +217,41 @@ def build(
             optimizer.initialise(
                 parameter.name, init_local(parameter, config.training.seed)
             )
+        # All were written to the flat buffers; under ZeRO-3 the model lives elsewhere.
         for family in model.families:
             family.adopt()
     return model, optimizer
 
 
-def _with_start(config: TrainConfig, resume_from: str | None) -> TrainConfig:
-    """The config with the vocabulary of the weights that the run begins with, which may
-    be its own checkpoint's. Raises ConfigError where its model is another one than
-    theirs.
+def _with_initial_vocabulary(config: TrainConfig, resume_from: str | None) -> TrainConfig:
+    """Returns the config with the vocabulary of the weights that the run begins with.
+
+    They may be those of its own checkpoint. Raises ConfigError where the config's model
+    is another one than theirs.
     """
     if config.checkpoint.start_from is None:
         return config
     if resume_from is not None:
-        return config.model_copy(
-            update={"model": with_vocabulary_of(config.model, initial_model(resume_from))}
-        )
+        model = with_vocabulary_of(config.model, initial_model(resume_from))
+        return config.model_copy(update={"model": model})
     model, problems = resolve_initial_model(config.checkpoint, config.model)
-    if problems:
-        raise ConfigError(
-            "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
-        )
+    _raise_for(problems)
     return config.model_copy(update={"model": model})
 
 
-def _refuse(config: TrainConfig, mesh: ParallelMesh) -> None:
-    problems = check.find_problems(config, mesh.world_size)
+def _check(config: TrainConfig, mesh: ParallelMesh) -> None:
+    """Raises ConfigError when the config contradicts itself or the mesh."""
+    _raise_for(check.find_problems(config, mesh.world_size))
+    num_ranks = resolution.world_size(config)
+    if num_ranks != mesh.world_size:
+        raise ConfigError(
+            f"the config needs {num_ranks} ranks, the mesh has {mesh.world_size}"
+        )
+
+
+def _raise_for(problems: Sequence[Problem]) -> None:
+    """Raises ConfigError with all problems; does nothing without any."""
     if problems:
         raise ConfigError(
             "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
-        )
-    if resolution.world_size(config) != mesh.world_size:
-        raise ConfigError(
-            f"the config wants {resolution.world_size(config)} ranks, the mesh has "
-            f"{mesh.world_size}"
         )

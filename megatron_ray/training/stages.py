@@ -1,4 +1,4 @@
-"""A rank's pipeline stages at work on a list of microbatches.
+"""Runs a rank's pipeline stages over a list of microbatches.
 
 Owns: what a stage takes and what is sent. Must not know: schedules.
 """
@@ -19,9 +19,11 @@ from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 def run_stages(
     model: ParallelModel, mesh: ParallelMesh, actions: Order, batches: Sequence[Batch]
 ) -> list[Tensor]:
-    """Executes a rank's list on these microbatches; the losses by microbatch where the
-    last stage is, else none.
+    """Executes a rank's list of actions on these microbatches.
+
+    Returns the losses by microbatch on the rank of the last stage, else none.
     """
+    # A runner per call: an evaluation has other actions, and shapes may differ.
     chunks = [_chunk(model, stage, batches) for stage in model.module.held]
     return PipelineRunner(
         actions,
@@ -36,6 +38,8 @@ def run_stages(
 def _chunk(
     model: ParallelModel, stage: StageContents, batches: Sequence[Batch]
 ) -> Callable[[Tensor | None, int], Tensor]:
+    """Returns what runs one stage; the runner knows microbatches by number only."""
+
     def run(received_TH: Tensor | None, microbatch: int) -> Tensor:
         return model.module.stage(stage, received_TH, batches[microbatch])
 
@@ -43,15 +47,19 @@ def _chunk(
 
 
 def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfer:
-    """Between stages each tp rank sends its tokens only under sequence parallelism, and
-    all of them otherwise.
+    """Returns the form of what is sent between stages: [tokens, hidden size].
+
+    Each tp rank sends its own tokens under sequence parallelism, and all of them otherwise.
     """
-    tokens = batch.tokens_BS.numel() // (mesh.dims.tp if model.sequence_parallel else 1)
-    return Transfer((tokens, model.module.config.hidden_size), model.dtype, mesh.device)
+    num_tokens = batch.tokens_BS.numel()
+    if model.sequence_parallel:
+        num_tokens //= mesh.dims.tp
+    shape = (num_tokens, model.module.config.hidden_size)
+    return Transfer(shape, model.dtype, mesh.device)
 
 
 def loss_sum(losses: Sequence[Tensor], mesh: ParallelMesh) -> Tensor:
-    """Their sum; zero on ranks that have none."""
-    return (
-        torch.stack(list(losses)).sum() if losses else torch.zeros((), device=mesh.device)
-    )
+    """Returns the sum of the losses, zero on ranks that have none."""
+    if not losses:
+        return torch.zeros((), device=mesh.device)
+    return torch.stack(list(losses)).sum()

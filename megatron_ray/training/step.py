@@ -1,18 +1,20 @@
-"""One optimizer step on one rank.
+"""Computes one step's gradients and sums on one rank.
 
-Owns: forward and backward over the microbatches, and reading the step's numbers late.
-
-Must not know: schedules of learning rate or checkpoints, who listens.
+Owns: the passes over the microbatches and what is reduced behind them. Must not know:
+schedules of learning rate or checkpoints, who reads the numbers.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
+from megatron_ray.optimizer.finalize_grads import finalize_grads, squared_grad_norm
+from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.stages import loss_sum, run_stages
 
@@ -20,15 +22,19 @@ from megatron_ray.training.stages import loss_sum, run_stages
 def forward_backward(
     model: ParallelModel, mesh: ParallelMesh, batches: Sequence[Batch]
 ) -> Tensor:
-    """Sum of the losses of this replica's microbatches, zero on pipeline ranks without
-    the last stage; gradients end up as sums in the main gradients, reductions under
-    way.
+    """Runs forward and backward over this replica's microbatches.
+
+    Returns the sum of their losses, zero on pipeline ranks without the last stage.
+    Gradients are sums in the main gradients then; their reductions are under way.
+    Raises ValueError without a microbatch.
     """
     model.begin_step()
     if model.actions:
         return loss_sum(run_stages(model, mesh, model.actions, batches), mesh)
     total: Tensor | None = None
     for index, batch in enumerate(batches):
+        # A parameter's reduction starts as soon as its last gradient is there, so the
+        # sink must know which microbatch is the last.
         model.sink.begin_microbatch(last=index == len(batches) - 1)
         loss = model.module(batch)
         loss.backward()
@@ -38,53 +44,35 @@ def forward_backward(
     return total
 
 
-def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Starts copying device scalars to the host; calling the result waits for the copy.
+def reduce_step(
+    model: ParallelModel,
+    optimizer: ShardedOptimizer,
+    mesh: ParallelMesh,
+    loss_sum: Tensor,
+    num_tokens: int,
+    votes: Sequence[float] = (),
+) -> StepSums:
+    """Completes the gradients, then sums the step's numbers over the world.
 
-    On CPU there is nothing to wait for.
+    `num_tokens` are this replica's. `votes` are summed as they are: ranks agree on
+    something by them without a collective of its own.
     """
-    if values.device.type != "cuda":
-        return values.tolist
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record()
-
-    def read() -> list[float]:
-        copied.synchronize()
-        values: list[float] = host.tolist()
-        return values
-
-    return read
-
-
-class StepTimer:
-    """Wall time of a step and its parts.
-
-    On CUDA the parts are launch times; the whole is right once the queue is full.
-    """
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self._step_start = self._last
-        self._parts: dict[str, float] = {}
-
-    def mark(self, part: str) -> None:
-        """Ends a part of the step."""
-        now = time.perf_counter()
-        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
-        self._last = now
-
-    def finish(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last `finish` and their split; starts the next step."""
-        now = time.perf_counter()
-        seconds = now - self._step_start
-        parts = self._parts
-        self._step_start = self._last = now
-        self._parts = {}
-        return seconds, parts
-
-    def restart(self) -> None:
-        """Leaves out what happened since the last `finish` (evaluation, saving)."""
-        self._step_start = self._last = time.perf_counter()
-        self._parts = {}
+    finalize_grads(model, optimizer, mesh)
+    aux_losses = model.aux_losses.values()
+    votes_start = NUM_FIXED + len(aux_losses)
+    # fp64, because counts of tokens and sums of squares outgrow what fp32 tells apart.
+    values = torch.zeros(votes_start + len(votes), dtype=torch.float64, device=mesh.device)
+    # The ranks of a tp group compute the same loss: one of them counts it.
+    if mesh.tp_rank == 0 and model.has_loss:
+        values[0] = loss_sum
+        values[1] = num_tokens
+    values[2] = squared_grad_norm(optimizer, mesh)
+    for index, losses in enumerate(aux_losses):
+        for loss in losses:
+            local_sum = loss.take()
+            if local_sum is not None:
+                values[NUM_FIXED + index] += local_sum
+    # A copy from the host, so only when there is something to vote for.
+    if any(votes):
+        values[votes_start:] = torch.tensor(votes, dtype=torch.float64)
+    return StepSums(collectives.all_reduce(values, mesh.world_group))

@@ -64,10 +64,10 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from megatron_ray.config.train_config import TrainConfig
     from megatron_ray.data.loader import BatchMaker
     from megatron_ray.distributed.mesh import ParallelMesh, World
-    from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+    from megatron_ray.optimizer.finalize_grads import scale_and_clip
     from megatron_ray.parallel_dims import ParallelDims
     from megatron_ray.training.session import build
-    from megatron_ray.training.step import forward_backward
+    from megatron_ray.training.step import forward_backward, reduce_step
     from tests.unit.megatron_ray.models.hf_names import decoder_logical, fill
 
     degrees = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
@@ -103,7 +103,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     def step(rows: np.ndarray, exact: bool) -> tuple[float, float]:
         batches = [make_batch(part) for part in terms.microbatches(rows, rank)]
         loss = forward_backward(model, mesh, batches)
-        stats = finalize_grads(
+        stats = reduce_step(
             model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
         )
         scale_and_clip(optimizer, stats, 1.0)
@@ -218,7 +218,7 @@ def main() -> None:
             start = time.perf_counter()
             known = step(rows, number < given.checked)
             if memory is not None:
-                memory.bound()
+                memory.trim_if_grown()
             seconds.append(time.perf_counter() - start)
             if known is not None:
                 losses.append(known[0])

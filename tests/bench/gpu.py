@@ -19,11 +19,11 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.sharding.parameters import logical_parameters
 from megatron_ray.training.session import build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 
 _LLAMA = {"activation": "swiglu", "norm": "rmsnorm", "position_embedding": "rope"}
 MODELS: dict[str, tuple[dict[str, Any], int, int | None]] = {
@@ -126,7 +126,7 @@ def steps_on(
         device.synchronize(mesh.device)
         start = time.perf_counter()
         loss = forward_backward(model, mesh, batches)
-        stats = finalize_grads(model, optimizer, mesh, loss, tokens)
+        stats = reduce_step(model, optimizer, mesh, loss, tokens)
         scale_and_clip(optimizer, stats, 1.0)
         optimizer.step(3e-4)
         device.synchronize(mesh.device)

@@ -6,7 +6,7 @@ A change of it is a change of a schedule: look at it.
 import json
 
 from megatron_ray.pipeline_parallel.schedules.orders import compute_orders, stage_map
-from megatron_ray.pipeline_parallel.schedules.simulation import outcome
+from megatron_ray.pipeline_parallel.schedules.simulation import simulate_computing
 from tests.unit.megatron_ray.schedules.test_schedules import (
     GOLDEN,
     LARGE,
@@ -22,7 +22,7 @@ def main() -> None:
         if formula(case) is None:
             name, pp, vpp, count = case
             found[key(case)] = round(
-                outcome(
+                simulate_computing(
                     compute_orders(name, pp, count, vpp), stage_map(name, pp, vpp)
                 ).bubble,
                 6,

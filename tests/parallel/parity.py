@@ -16,13 +16,15 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.data.sampler import sample_ids
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.models.batch import Batch
-from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import Report, StepReport
 from megatron_ray.sharding.sharded_state import ShardedState
-from megatron_ray.training.loop import Parts, Progress, train
+from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.loop import train
+from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 
 END = 7
 """Token that ends a document, where documents are kept apart."""
@@ -223,7 +225,7 @@ def run_layout(
     initial = boxes(optimizer.sharded_state(), "model/")
     batches = loader.step(0)
     loss = forward_backward(model, mesh, batches)
-    stats = finalize_grads(
+    stats = reduce_step(
         model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
     )
     scale_and_clip(optimizer, stats, clip_grad_norm=0)
@@ -248,7 +250,7 @@ def run_layout(
 
     assert (
         train(
-            Parts(config, mesh, model, optimizer, loader, None, NoSaver()),
+            TrainingComponents(config, mesh, model, optimizer, loader, None, NoSaver()),
             Progress(),
             note,
             poll,

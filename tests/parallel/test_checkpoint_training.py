@@ -16,8 +16,8 @@ from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
-from megatron_ray.training.loop import NonFiniteLossError
 from megatron_ray.training.session import TrainingSession
+from megatron_ray.training.step_reporter import NonFiniteLossError
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]

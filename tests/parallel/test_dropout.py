@@ -14,7 +14,9 @@ from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.models.dropout import Dropout
-from megatron_ray.training.loop import Parts, Progress, train
+from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.loop import train
+from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel import parity
 from tests.parallel.parity import (
@@ -68,7 +70,7 @@ def _train_and_watch(
         make_batch,
     )
     train(
-        Parts(config, mesh, model, optimizer, loader, None, NoSaver()),
+        TrainingComponents(config, mesh, model, optimizer, loader, None, NoSaver()),
         Progress(),
         lambda _: None,
         lambda: Command.CONTINUE,

@@ -16,12 +16,12 @@ from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import parallelize
 from megatron_ray.training.saving import resume
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel.parity import (
     GPT2,
     LLAMA,
@@ -217,7 +217,7 @@ def save(
         mesh.dims.dp,
         batch_maker(config, mesh),
     )
-    stats = finalize_grads(
+    stats = reduce_step(
         model,
         optimizer,
         mesh,

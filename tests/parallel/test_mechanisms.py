@@ -16,12 +16,11 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.ops.weight_grad import GradSlot
-from megatron_ray.optimizer.finalize_grads import finalize_grads
 from megatron_ray.parallelize.parallelize import parallelize
 from megatron_ray.reports import CheckpointReport, Report, StepReport
 from megatron_ray.sharding.buckets import ALIGNMENT
 from megatron_ray.training.session import TrainingSession, batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel.parity import (
     LLAMA,
     RandomDataset,
@@ -165,7 +164,7 @@ def test_a_gradient_that_never_came_is_an_error() -> None:
     with pytest.raises(
         RuntimeError, match="1 gradient buckets were never complete; the first holds"
     ):
-        finalize_grads(model, optimizer, mesh, torch.zeros(()), 1)
+        reduce_step(model, optimizer, mesh, torch.zeros(()), 1)
 
 
 def train_session(

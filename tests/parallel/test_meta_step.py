@@ -19,10 +19,10 @@ from megatron_ray.config.presets.presets import PRESETS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh, World
-from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from megatron_ray.validation import check
 from tests.parallel.matrix import EXPERTS, Entry
 from tests.parallel.parity import END, LLAMA, make_config
@@ -121,7 +121,7 @@ def step(
         nothing = [0.0] * (len(Command) - 1)
         with around(mesh):
             loss = forward_backward(model, mesh, batches)
-            stats = finalize_grads(
+            stats = reduce_step(
                 model,
                 optimizer,
                 mesh,

@@ -11,10 +11,9 @@ import torch
 
 from megatron_ray.data.loader import BatchMaker
 from megatron_ray.models.batch import Batch
-from megatron_ray.optimizer.finalize_grads import finalize_grads
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.session import build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel import parity
 from tests.parallel.parity import (
     END,
@@ -104,7 +103,7 @@ def gradients(
     mesh = make_mesh(0, 1, config)
     parallel, optimizer = build(config, mesh)
     loss = forward_backward(parallel, mesh, batches)
-    finalize_grads(parallel, optimizer, mesh, loss, 1)
+    reduce_step(parallel, optimizer, mesh, loss, 1)
     return float(loss), split_vanishing(
         config, assemble(config, [boxes(optimizer.sharded_gradients())])
     )[0]

@@ -135,7 +135,7 @@ def test_every_schedule_is_one_process(
 ) -> None:
     losses, gradients = whole(pp * vpp, count)
     found = run_ranks(piped, pp, name, vpp, count, 2)
-    at, _ = stage_map(name, pp, vpp).home(pp * vpp - 1)
+    at, _ = stage_map(name, pp, vpp).rank_and_chunk(pp * vpp - 1)
     assert [ranks_losses for ranks_losses, *_ in found] == [
         losses if rank == at else [] for rank in range(pp)
     ]

@@ -11,10 +11,9 @@ from torch import Tensor
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.device_kind import DeviceKind
-from megatron_ray.optimizer.finalize_grads import finalize_grads
 from megatron_ray.planning.activations import kept_activations
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel.activations import kept_bytes
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
 from tests.ranks import run_ranks
@@ -71,7 +70,7 @@ def _gradients(rank: int, world_size: int, config: TrainConfig) -> Tensor:
     )
     batches = loader.step(0)
     loss = forward_backward(model, mesh, batches)
-    finalize_grads(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
+    reduce_step(model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches))
     return torch.cat(
         [
             box.tensor.detach().flatten().clone()

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from megatron_ray.storage.errors import StorageError
-from megatron_ray.training.loop import NonFiniteLossError
+from megatron_ray.training.step_reporter import NonFiniteLossError
 from workers.rank.messages import UserError
 from workers.standalone import run_standalone
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -21,12 +20,12 @@ from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PhaseReport, Report
+from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
 from workers.rank.messages import StartRequest
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
-Outcome = Literal["finished", "stopped"]
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
 
@@ -72,7 +71,7 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
     """Returns `poll` that also bounds malloc's memory: the loop polls once a step."""
 
     def poll_and_bound() -> Command:
-        tuning.bound()
+        tuning.trim_if_grown()
         return poll()
 
     return poll_and_bound

@@ -1,11 +1,11 @@
-"""What a pipeline rank does, as data.
+"""Describes what a pipeline rank does in a step, as data.
 
-Owns: the actions of a step and which rank holds which stage. Pure; must not know:
+Owns: the actions of a step and which rank has which stage. Pure; must not know:
 torch.
 
-A schedule is one list of actions per pipeline rank. `orders` gives the computing ones;
-`lowering` adds what is sent, received and reduced; the runner executes that very list
-and `simulation` judges it.
+A schedule is one list of actions per pipeline rank. `orders` makes the lists of computing
+actions, `lowering` adds sends and receives, the runner executes the lists and
+`simulation` judges them.
 """
 
 from dataclasses import dataclass
@@ -25,50 +25,38 @@ class Op(IntEnum):
     RECV_FORWARD = 5
     SEND_BACKWARD = 6
     RECV_BACKWARD = 7
-    REDUCE_GRADS = 8
-    """A chunk's gradients are complete: their reduction over data-parallel ranks may
-    begin."""
-    UNSHARD = 9
-    """A chunk's parameters are about to be used for the first time in the step (ZeRO-3
-    gathers them)."""
 
     @property
     def is_compute(self) -> bool:
-        """Whether it keeps the processor busy."""
+        """Whether the rank itself is busy with it."""
         return self <= Op.BACKWARD_WEIGHT
 
     @property
     def is_send(self) -> bool:
-        """Whether it gives something to `peer`."""
+        """Whether it sends something to `peer`."""
         return self in (Op.SEND_FORWARD, Op.SEND_BACKWARD)
-
-    @property
-    def is_receive(self) -> bool:
-        """Whether it takes something from `peer`."""
-        return self in (Op.RECV_FORWARD, Op.RECV_BACKWARD)
 
 
 class Action(NamedTuple):
     """One entry of a rank's list.
 
-    Sends name what they send, receives what they need it for, by this rank's own chunk.
+    Sends and receives name the chunk of this rank that produces or uses what is sent.
     """
 
     op: Op
     chunk: int
-    microbatch: int = -1
-    """-1 for actions on a whole chunk."""
+    microbatch: int
     peer: int = -1
-    """Pipeline rank at the other end; -1 for what stays here."""
+    """Pipeline rank at the other end; -1 for computing."""
 
 
 Order = list[Action]
-"""One rank's actions, in the order in which it takes them."""
+"""One rank's actions in the order in which it takes them."""
 
 
 @dataclass(frozen=True)
 class StageMap:
-    """Which rank holds which stage, `vpp` of them each.
+    """Which rank has which of the pp x vpp stages, `vpp` chunks each.
 
     `loop` (Megatron's interleaving): stage s is chunk s // pp of rank s % pp. `v` (Qi
     et al. 2024, ZB-V): the second half comes back, so that the first and the last stage
@@ -85,18 +73,18 @@ class StageMap:
 
     @property
     def num_stages(self) -> int:
-        """In all."""
+        """Number of stages on all ranks."""
         return self.pp * self.vpp
 
     def stage(self, rank: int, chunk: int) -> int:
-        """The stage that is a rank's chunk."""
+        """Returns the stage that is a rank's chunk."""
         if self.kind == "v" and chunk == 1:
             return 2 * self.pp - 1 - rank
         return chunk * self.pp + rank
 
-    def home(self, stage: int) -> tuple[int, int]:
-        """(rank, chunk) of a stage."""
-        chunk, place = divmod(stage, self.pp)
+    def rank_and_chunk(self, stage: int) -> tuple[int, int]:
+        """Returns the rank that has a stage, and which of its chunks the stage is."""
+        chunk, position = divmod(stage, self.pp)
         if self.kind == "v" and chunk == 1:
-            return self.pp - 1 - place, 1
-        return place, chunk
+            return self.pp - 1 - position, 1
+        return position, chunk

@@ -1,6 +1,6 @@
-"""What each pipeline stage holds.
+"""Decides what each pipeline stage contains.
 
-Owns: Megatron's layout strings, even and uneven cuts. Pure; must not know: ranks,
+Owns: Megatron's layout strings, even and uneven splits. Pure; must not know: ranks,
 torch.
 
 A layout string lists the parts in order: `E` embedding, `t` decoder layer, `m`
@@ -11,18 +11,20 @@ is 61 layers in 32 stages.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NoReturn
 
 from megatron_ray.exceptions import InputError
 
 _PARTS = "EtmL"
-_MOST_PARTS = 100_000
-_MOST_NESTING = 20
+# A short string can name any number of parts, so both are bounded.
+_MAX_PARTS = 100_000
+_MAX_NESTING = 20
 
 
 class LayoutError(InputError, ValueError):
-    """A layout that cannot be; the text says what is wrong and what would be right,
-    `field` which of `parallel` to change.
+    """A layout is impossible; the text says what is wrong and what would be right.
+
+    `field` is the field of `parallel` to change.
     """
 
     def __init__(self, text: str, field: str = "layout") -> None:
@@ -32,47 +34,50 @@ class LayoutError(InputError, ValueError):
 
 @dataclass(frozen=True)
 class StageContents:
-    """Parts of one stage; layer numbers count from 0 over the whole model."""
+    """The parts of one stage; layer numbers count from 0 over the whole model."""
 
     layers: tuple[int, ...] = ()
     embedding: bool = False
     loss: bool = False
     mtp_layers: tuple[int, ...] = ()
+    """Multi-token-prediction layers, counted from 0 by themselves."""
 
-    def further(self, num_layers: int) -> tuple[int, ...]:
-        """Numbers, in a model of so many layers, of those that predict further tokens."""
+    def mtp_layer_numbers(self, num_layers: int) -> tuple[int, ...]:
+        """Returns the numbers of its MTP layers behind the model's decoder layers."""
         return tuple(num_layers + depth for depth in self.mtp_layers)
 
 
 def parse_layout(
     text: str, num_layers: int, num_mtp_layers: int = 0
 ) -> tuple[StageContents, ...]:
-    """Stages of a layout string. Raises LayoutError."""
+    """Returns the stages of a layout string. Raises LayoutError."""
     stages: list[list[str]] = [[]]
-    for part in _Parser(text).parts():
+    for part in _Parser(text).parse():
         if part == "|":
             stages.append([])
         else:
             stages[-1].append(part)
+    # A bar at the very end ends the last stage; it does not begin another.
     if len(stages) > 1 and not stages[-1]:
-        stages.pop()  # a bar at the very end ends the last stage
-    _check(text, stages, num_layers, num_mtp_layers)
+        stages.pop()
+    _check_counts(text, stages, num_layers, num_mtp_layers)
+    _check_order(text, stages)
     contents = []
     layer = 0
-    mtp = 0
+    mtp_layer = 0
     for parts in stages:
-        layers = parts.count("t")
-        mtps = parts.count("m")
+        next_layer = layer + parts.count("t")
+        next_mtp_layer = mtp_layer + parts.count("m")
         contents.append(
             StageContents(
-                tuple(range(layer, layer + layers)),
-                "E" in parts,
-                "L" in parts,
-                tuple(range(mtp, mtp + mtps)),
+                tuple(range(layer, next_layer)),
+                embedding="E" in parts,
+                loss="L" in parts,
+                mtp_layers=tuple(range(mtp_layer, next_mtp_layer)),
             ),
         )
-        layer = layer + layers
-        mtp = mtp + mtps
+        layer = next_layer
+        mtp_layer = next_mtp_layer
     return tuple(contents)
 
 
@@ -84,61 +89,93 @@ def split_into_stages(
     last: int | None = None,
     num_mtp_layers: int = 0,
 ) -> tuple[StageContents, ...]:
-    """Equal stages, the first or last of another size where that is given.
-
-    Raises LayoutError with the nearest sizes that would do.
+    """Returns equal stages, the first or last of another size where that is given.
 
     Multi-token-prediction layers are in the last stage, beside the loss they share.
+    Raises LayoutError with the nearest sizes that would do.
     """
-    given = [size for size in (first, last) if size is not None]
-    middle = num_stages - len(given)
-    others = num_layers - sum(given)
-    if middle < 0 or others < 0 or (middle == 0 and others):
-        text = (
-            f"first_stage_layers and last_stage_layers ({given}) do not make up {num_layers} "
-            f"layers in {num_stages} stages"
+    sizes = _stage_sizes(num_layers, num_stages, first, last)
+    contents = []
+    start = 0
+    for stage, size in enumerate(sizes):
+        is_last = stage == num_stages - 1
+        contents.append(
+            StageContents(
+                tuple(range(start, start + size)),
+                embedding=stage == 0,
+                loss=is_last,
+                mtp_layers=tuple(range(num_mtp_layers)) if is_last else (),
+            )
         )
-        raise LayoutError(text, field="pp")
-    if middle and others % middle:
-        near = sum(given) + others - others % middle
-        legal = f"{near} or {near + middle}" if near > sum(given) else f"{near + middle}"
+        start += size
+    return tuple(contents)
+
+
+def _stage_sizes(
+    num_layers: int, num_stages: int, first: int | None, last: int | None
+) -> list[int]:
+    """Returns how many layers each stage has. Raises LayoutError."""
+    given = [size for size in (first, last) if size is not None]
+    num_middle = num_stages - len(given)
+    num_others = num_layers - sum(given)
+    fits = num_middle >= 0 and num_others >= 0
+    if not fits or (num_middle == 0 and num_others > 0):
         raise LayoutError(
-            f"{others} layers do not divide evenly into {middle} stages; nearest: "
-            f"num_layers={legal},"
-            " or give first_stage_layers, last_stage_layers or a layout",
+            f"first_stage_layers and last_stage_layers ({given}) do not make up {num_layers} "
+            f"layers in {num_stages} stages",
             field="pp",
         )
-    sizes = [others // middle if middle else 0] * middle
-    sizes = (
-        ([first] if first is not None else [])
-        + sizes
-        + ([last] if last is not None else [])
-    )
-    starts = accumulate(sizes[:-1], initial=0)
-    end = num_stages - 1
-    return tuple(
-        StageContents(
-            tuple(range(start, start + size)),
-            embedding=index == 0,
-            loss=index == end,
-            mtp_layers=tuple(range(num_mtp_layers)) if index == end else (),
-        )
-        for index, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    middle_size = 0
+    if num_middle > 0:
+        middle_size, left_over = divmod(num_others, num_middle)
+        if left_over > 0:
+            _refuse_uneven(num_layers, num_others, num_middle)
+    sizes = [middle_size] * num_middle
+    if first is not None:
+        sizes.insert(0, first)
+    if last is not None:
+        sizes.append(last)
+    return sizes
+
+
+def _refuse_uneven(num_layers: int, num_others: int, num_middle: int) -> NoReturn:
+    """Raises LayoutError with the numbers of layers that would divide evenly."""
+    below = num_layers - num_others % num_middle
+    nearest = f"{below + num_middle}"
+    # Below, no layer at all may be left for the stages in the middle.
+    if num_others >= num_middle:
+        nearest = f"{below} or {nearest}"
+    raise LayoutError(
+        f"{num_others} layers do not divide evenly into {num_middle} stages; nearest: "
+        f"num_layers={nearest}, or give first_stage_layers, last_stage_layers or a layout",
+        field="pp",
     )
 
 
-def _check(
+def _check_counts(
     text: str, stages: Sequence[Sequence[str]], num_layers: int, num_mtp_layers: int
 ) -> None:
-    parts = [part for stage in stages for part in stage]
-    for part, name, wanted in (
+    """Raises LayoutError unless the layout has the model's layers."""
+    for part, name, expected in (
         ("t", "decoder layers", num_layers),
         ("m", "multi-token-prediction layers", num_mtp_layers),
     ):
-        if parts.count(part) != wanted:
+        count = 0
+        for stage in stages:
+            count += stage.count(part)
+        if count != expected:
             raise LayoutError(
-                f"layout {text!r} has {parts.count(part)} {name} ({part!r}), the model has {wanted}"
+                f"layout {text!r} has {count} {name} ({part!r}), the model has {expected}"
             )
+
+
+def _check_order(text: str, stages: Sequence[Sequence[str]]) -> None:
+    """Raises LayoutError unless the parts follow each other as a model computes them."""
+    parts: list[str] = []
+    num_mtp_stages = 0
+    for stage in stages:
+        parts += stage
+        num_mtp_stages += "m" in stage
     if parts.count("E") != 1 or parts[0] != "E":
         raise LayoutError(
             f"layout {text!r} must begin with the embedding 'E', and have it once"
@@ -150,7 +187,7 @@ def _check(
             f"layout {text!r} has a decoder layer behind a multi-token-prediction layer; "
             "put all 'm' behind the last 't'"
         )
-    if sum("m" in stage for stage in stages) > 1:
+    if num_mtp_stages > 1:
         raise LayoutError(
             f"layout {text!r} spreads multi-token-prediction layers over stages; put all "
             "'m' into one"
@@ -158,61 +195,75 @@ def _check(
 
 
 class _Parser:
-    """Recursive descent: sequence = item*, item = (part | bar | group) repeat?"""
+    """Parses by recursive descent: sequence = item*, item = (part | bar | group) repeat?"""
 
     def __init__(self, text: str) -> None:
         self._text = text
-        self._at = 0
+        self._position = 0
 
-    def parts(self) -> list[str]:
-        found = self._sequence(depth=0)
-        if self._at < len(self._text):
+    def parse(self) -> list[str]:
+        """Returns the parts and bars, repeats written out."""
+        parts = self._sequence(depth=0)
+        # A sequence ends at a closing parenthesis, and the outermost has none to end at.
+        if self._position < len(self._text):
             raise self._error("')' without '('")
-        return found
+        return parts
 
     def _sequence(self, depth: int) -> list[str]:
-        found: list[str] = []
-        while self._at < len(self._text):
-            char = self._text[self._at]
-            if char == ")":
-                break
-            self._at += 1
+        parts: list[str] = []
+        while self._peek() not in ("", ")"):
+            char = self._peek()
             if char in ", ":
+                self._position += 1
                 continue
-            if char == "(":
-                if depth == _MOST_NESTING:
-                    raise self._error(f"more than {_MOST_NESTING} groups inside each other")
-                item = self._sequence(depth + 1)
-                if self._at == len(self._text):
-                    raise self._error("'(' without ')'")
-                self._at += 1
-            elif char in _PARTS or char == "|":
-                item = [char]
-            else:
-                self._at -= 1
-                raise self._error(f"{char!r} is none of E, t, m, L, |, *, ( and )")
+            item = self._item(depth)
             times = self._repeat()
-            if len(found) + len(item) * times > _MOST_PARTS:
-                raise self._error(f"more than {_MOST_PARTS} parts")
-            found += item * times
-        return found
+            # Before it is written out: '(((t*999999)*999999)*999999)' would never end.
+            if len(parts) + len(item) * times > _MAX_PARTS:
+                raise self._error(f"more than {_MAX_PARTS} parts")
+            parts += item * times
+        return parts
+
+    def _item(self, depth: int) -> list[str]:
+        char = self._peek()
+        if char == "(":
+            return self._group(depth)
+        if char not in _PARTS and char != "|":
+            raise self._error(f"{char!r} is none of E, t, m, L, |, *, ( and )")
+        self._position += 1
+        return [char]
+
+    def _group(self, depth: int) -> list[str]:
+        self._position += 1
+        if depth == _MAX_NESTING:
+            raise self._error(f"more than {_MAX_NESTING} groups inside each other")
+        parts = self._sequence(depth + 1)
+        if self._peek() != ")":
+            raise self._error("'(' without ')'")
+        self._position += 1
+        return parts
 
     def _repeat(self) -> int:
-        if self._text[self._at : self._at + 1] != "*":
+        """Returns the number behind a '*'; 1 where there is none."""
+        if self._peek() != "*":
             return 1
-        self._at += 1
-        start = self._at
-        while (
-            self._text[self._at : self._at + 1].isascii()
-            and self._text[self._at : self._at + 1].isdigit()
-        ):
-            self._at += 1
-        digits = self._text[start : self._at]
+        self._position += 1
+        start = self._position
+        # isdigit alone takes digits of other scripts, which int() would take too.
+        while self._peek().isascii() and self._peek().isdigit():
+            self._position += 1
+        digits = self._text[start : self._position]
         if not digits or len(digits) > 6:
             raise self._error(
                 "'*' must be followed by how often, a number of at most six digits"
             )
         return int(digits)
 
-    def _error(self, what: str) -> LayoutError:
-        return LayoutError(f"layout {self._text!r}, position {self._at + 1}: {what}")
+    def _peek(self) -> str:
+        """Returns the next character, empty at the end."""
+        return self._text[self._position : self._position + 1]
+
+    def _error(self, problem: str) -> LayoutError:
+        return LayoutError(
+            f"layout {self._text!r}, position {self._position + 1}: {problem}"
+        )

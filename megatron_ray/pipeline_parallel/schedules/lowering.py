@@ -1,14 +1,13 @@
-"""From computing actions to everything a rank does.
+"""Adds sends and receives to the computing actions of every rank.
 
-Owns: where sends, receives, gradient reductions and gathers stand in the lists.
+Owns: where sends and receives stand in the lists. Pure; must not know: torch.
 
 NCCL knows neither tags nor buffers: between two ranks the k-th operation of one must be
 the counterpart of the k-th of the other. So the messages of each pair get one order,
 that of the times at which an undisturbed run at equal costs produces them, and both
 ranks post their sends and receives in it. A send stands right behind the action that
 produces it, a receive one computing action ahead of its use, or earlier where the order
-asks for it: no more buffers than needed, and nobody waits for an order's sake. Pure;
-must not know: torch.
+asks for it: no more buffers than needed, and no rank waits for an order's sake.
 """
 
 from collections import defaultdict
@@ -20,19 +19,37 @@ from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, run_compu
 
 
 class _Message(NamedTuple):
-    """Sorted as a pair of ranks exchanges them."""
+    """One transfer; compares by the order in which a pair of ranks exchanges them.
+
+    Fields behind the time only make the order of equal times the same on both ranks.
+    """
 
     time: float
     source: int
     backward: bool
     stage: int
-    """That produces it."""
+    """The stage that produces it."""
     microbatch: int
     target: int
 
 
+class _Post(NamedTuple):
+    """One side of a message in a rank's list; compares by place, then by message.
+
+    Places of computing actions are 0, 1, 2 ...; posts stand at the halves between them.
+    """
+
+    place: float
+    message: _Message
+    action: Action
+
+
+_Use = tuple[bool, int, int]
+"""(backward, chunk, microbatch) of the computing action that produces or uses a message."""
+
+
 def lower(orders: Sequence[Order], stages: StageMap) -> list[Order]:
-    """Every rank's whole list.
+    """Returns every rank's whole list.
 
     Raises ScheduleError when the computing actions alone would never end.
     """
@@ -40,108 +57,111 @@ def lower(orders: Sequence[Order], stages: StageMap) -> list[Order]:
     for message in sorted(_messages(orders, stages)):
         queues[message.source][message.target].append(message)
         queues[message.target][message.source].append(message)
-    return [_place(rank, order, stages, queues[rank]) for rank, order in enumerate(orders)]
+    return [_insert(rank, order, stages, queues[rank]) for rank, order in enumerate(orders)]
 
 
 def lower_one(orders: Sequence[Order], stages: StageMap, rank: int) -> Order:
-    """One rank's list of those; placing the others' is most of the work.
+    """Returns one rank's whole list: the same as that of `lower`, with less work.
 
     Raises ScheduleError likewise.
     """
+    messages = []
+    for message in _messages(orders, stages):
+        if rank in (message.source, message.target):
+            messages.append(message)
     queues: dict[int, list[_Message]] = defaultdict(list)
-    for message in sorted(
-        message
-        for message in _messages(orders, stages)
-        if rank in (message.source, message.target)
-    ):
-        queues[message.target if message.source == rank else message.source].append(message)
-    return _place(rank, orders[rank], stages, queues)
+    for message in sorted(messages):
+        if message.source == rank:
+            queues[message.target].append(message)
+        else:
+            queues[message.source].append(message)
+    return _insert(rank, orders[rank], stages, queues)
 
 
 def _messages(orders: Sequence[Order], stages: StageMap) -> Iterator[_Message]:
+    """Yields every transfer between two ranks, with the time at which it is produced."""
     ends, _ = run_computing(orders, stages, EQUAL)
     for (stage, op, microbatch), time in ends.items():
         backward = op is Op.BACKWARD
-        to = stage - 1 if backward else stage + 1
-        if 0 <= to < stages.num_stages:
-            source = stages.home(stage)[0]
-            target = stages.home(to)[0]
-            if source != target:
-                yield _Message(time, source, backward, stage, microbatch, target)
+        to_stage = stage - 1 if backward else stage + 1
+        # The last stage's output is the loss, and the first stage's input has no gradient.
+        if not 0 <= to_stage < stages.num_stages:
+            continue
+        source, _ = stages.rank_and_chunk(stage)
+        target, _ = stages.rank_and_chunk(to_stage)
+        if source != target:
+            yield _Message(time, source, backward, stage, microbatch, target)
 
 
-def _place(
+def _insert(
     rank: int, order: Order, stages: StageMap, queues: dict[int, list[_Message]]
 ) -> Order:
-    """One rank's list: its computing actions at 0, 1, 2 ..., everything else at the
-    halves between them.
+    """Inserts a rank's sends and receives between its computing actions.
+
+    `queues` are the messages that it exchanges with each peer, in their order.
     """
-    index = {
-        (action.op is not Op.FORWARD, action.chunk, action.microbatch): place
-        for place, action in enumerate(order)
-        if action.op is not Op.BACKWARD_WEIGHT
-    }
-    placed: list[tuple[float, _Message, Action]] = []
-    for queue in queues.values():
-        placed += _post(rank, queue, stages, index)
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
+    # A weight gradient neither needs a message nor makes one.
+    places: dict[_Use, int] = {}
     for place, action in enumerate(order):
-        first.setdefault(action.chunk, place)
-        last[action.chunk] = place
-    unshards = {place: [Action(Op.UNSHARD, chunk)] for chunk, place in first.items()}
-    reductions = {place: [Action(Op.REDUCE_GRADS, chunk)] for chunk, place in last.items()}
-    transfers: dict[int, list[Action]] = defaultdict(list)
-    for position, _, action in sorted(placed, key=lambda entry: entry[:2]):
-        transfers[int(position + 0.5)].append(action)
+        if action.op is not Op.BACKWARD_WEIGHT:
+            backward = action.op is not Op.FORWARD
+            places[backward, action.chunk, action.microbatch] = place
+    posts: list[_Post] = []
+    for queue in queues.values():
+        posts += _posts(rank, queue, stages, places)
+    # Posts to different peers may share a gap. They stand in it as messages compare, which
+    # is one order for all ranks.
+    by_gap: dict[int, list[Action]] = defaultdict(list)
+    for post in sorted(posts):
+        by_gap[int(post.place + 0.5)].append(post.action)
     lowered: Order = []
-    for place in range(len(order) + 1):
-        lowered += transfers[place]
-        lowered += reductions.get(
-            place - 1, []
-        )  # behind the send that the next rank waits for
-        lowered += unshards.get(place, [])
-        lowered += order[place : place + 1]
-    return lowered
+    for place, action in enumerate(order):
+        lowered += by_gap[place]
+        lowered.append(action)
+    # Behind the last computing action, what it has produced.
+    return lowered + by_gap[len(order)]
 
 
-def _post(
-    rank: int,
-    queue: Sequence[_Message],
-    stages: StageMap,
-    index: dict[tuple[bool, int, int], int],
-) -> list[tuple[float, _Message, Action]]:
-    """Where this rank posts its side of one pair's queue, in the queue's order."""
-    entries: list[tuple[float, float, _Message, Action]] = []  # earliest, wanted
+def _posts(
+    rank: int, queue: Sequence[_Message], stages: StageMap, places: dict[_Use, int]
+) -> list[_Post]:
+    """Decides where a rank posts its side of one pair's queue, in the queue's order."""
+    # Forward through the queue: a post cannot stand before what it sends is computed, nor
+    # before any earlier post of the queue.
     earliest = -0.5
+    limits: list[tuple[float, float]] = []
+    actions: list[Action] = []
     for message in queue:
         if message.source == rank:
-            chunk = stages.home(message.stage)[1]
-            earliest = index[message.backward, chunk, message.microbatch] + 0.5
-            op = Op.SEND_BACKWARD if message.backward else Op.SEND_FORWARD
-            entries.append(
-                (
-                    earliest,
-                    earliest,
-                    message,
-                    Action(op, chunk, message.microbatch, message.target),
-                )
-            )
+            action = _send(message, stages)
+            earliest = places[message.backward, action.chunk, action.microbatch] + 0.5
+            best = earliest
         else:
-            chunk = stages.home(message.stage + (-1 if message.backward else 1))[1]
-            ahead = index[message.backward, chunk, message.microbatch] - 1.5
-            op = Op.RECV_BACKWARD if message.backward else Op.RECV_FORWARD
-            entries.append(
-                (
-                    earliest,
-                    ahead,
-                    message,
-                    Action(op, chunk, message.microbatch, message.source),
-                )
-            )
-    placed = []
-    limit = float("inf")
-    for low, wanted, message, action in reversed(entries):
-        limit = max(low, min(wanted, limit))
-        placed.append((limit, message, action))
-    return placed
+            action = _receive(message, stages)
+            # One computing action ahead of its use, so that it arrives meanwhile.
+            best = places[message.backward, action.chunk, action.microbatch] - 1.5
+        limits.append((earliest, best))
+        actions.append(action)
+    # Backward through the queue: each post stands where it is best, unless a later one
+    # must stand earlier. Then it moves ahead too, but never before its own earliest place.
+    posts = []
+    latest = float("inf")
+    for index in reversed(range(len(queue))):
+        earliest, best = limits[index]
+        latest = max(earliest, min(best, latest))
+        posts.append(_Post(latest, queue[index], actions[index]))
+    return posts
+
+
+def _send(message: _Message, stages: StageMap) -> Action:
+    _, chunk = stages.rank_and_chunk(message.stage)
+    op = Op.SEND_BACKWARD if message.backward else Op.SEND_FORWARD
+    return Action(op, chunk, message.microbatch, message.target)
+
+
+def _receive(message: _Message, stages: StageMap) -> Action:
+    """Returns the receive of the stage behind the one that produces the message."""
+    to_stage = message.stage - 1 if message.backward else message.stage + 1
+    _, chunk = stages.rank_and_chunk(to_stage)
+    op = Op.RECV_BACKWARD if message.backward else Op.RECV_FORWARD
+    return Action(op, chunk, message.microbatch, message.source)

@@ -1,10 +1,11 @@
-"""From a config to its pipeline.
+"""Makes a config's pipeline: its stages, their ranks and the schedule.
 
-Owns: which schedule, which stages, who holds what. Pure; must not know: torch, groups.
+Owns: which schedule, which stages, which rank. Pure; must not know: torch, groups.
 """
 
 from dataclasses import dataclass
 
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.actions import Op, Order, StageMap
 from megatron_ray.pipeline_parallel.schedules.layout import (
@@ -23,82 +24,95 @@ from megatron_ray.pipeline_parallel.schedules.orders import (
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """A config's stages and schedule."""
+    """The stages and the schedule of a config."""
 
     schedule: ScheduleName
     stages: StageMap
     contents: tuple[StageContents, ...]
     """By stage."""
 
-    def held(self, pp_rank: int) -> tuple[StageContents, ...]:
-        """What a pipeline rank holds, by chunk."""
-        return tuple(
-            self.contents[self.stages.stage(pp_rank, chunk)]
-            for chunk in range(self.stages.vpp)
-        )
+    def stages_of(self, pp_rank: int) -> tuple[StageContents, ...]:
+        """Returns the stages of a pipeline rank, by chunk."""
+        stages = []
+        for chunk in range(self.stages.vpp):
+            stages.append(self.contents[self.stages.stage(pp_rank, chunk)])
+        return tuple(stages)
 
     def training_actions(self, num_microbatches: int, pp_rank: int) -> Order:
-        """A rank's whole list for a step."""
-        orders = compute_orders(
-            self.schedule, self.stages.pp, num_microbatches, self.stages.vpp
-        )
-        return lower_one(orders, self.stages, pp_rank)
+        """Returns a rank's whole list for a step."""
+        return lower_one(self._orders(num_microbatches), self.stages, pp_rank)
 
     def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
-        """A rank's whole list for forward passes only."""
-        orders = compute_orders(
+        """Returns a rank's whole list for forward passes only."""
+        # What is sent forward follows from these alone, so they are lowered by themselves.
+        forwards = []
+        for order in self._orders(num_microbatches):
+            forwards.append([action for action in order if action.op is Op.FORWARD])
+        return lower_one(forwards, self.stages, pp_rank)
+
+    def _orders(self, num_microbatches: int) -> list[Order]:
+        return compute_orders(
             self.schedule, self.stages.pp, num_microbatches, self.stages.vpp
         )
-        forward = [
-            [action for action in order if action.op is Op.FORWARD] for order in orders
-        ]
-        return lower_one(forward, self.stages, pp_rank)
 
 
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
-    """Raises LayoutError when the layers cannot be cut as asked, or the schedule cannot
+    """Returns the pipeline of a config.
+
+    Raises LayoutError when the layers cannot be split as asked, or the schedule cannot
     have so many chunks.
     """
     parallel = config.parallel
-    num_layers = config.model.num_layers
-    further = config.model.num_mtp_layers
-    schedule: ScheduleName = (
-        parallel.schedule
-        if parallel.schedule != "auto"
-        else ("interleaved" if parallel.vpp > 1 else "1f1b")
-    )
-    if schedule == "zb-v" and parallel.vpp != 2:
-        raise LayoutError(
-            f"schedule=zb-v has two chunks per rank, not vpp={parallel.vpp}; use vpp=2",
-            field="schedule",
-        )
-    if schedule != "zb-v" and (schedule == "interleaved") != (parallel.vpp > 1):
-        remedy = (
-            "use schedule=interleaved, or leave it out"
-            if parallel.vpp > 1
-            else "raise vpp, or use 1f1b"
-        )
-        raise LayoutError(
-            f"schedule={schedule} does not go with vpp={parallel.vpp} chunks per rank; {remedy}",
-            field="schedule",
-        )
+    schedule = _schedule(parallel)
     stages = stage_map(schedule, parallel.pp, parallel.vpp)
+    num_layers = config.model.num_layers
+    num_mtp_layers = config.model.num_mtp_layers
     if parallel.layout is None:
-        first = parallel.first_stage_layers
-        last = parallel.last_stage_layers
         contents = split_into_stages(
-            num_layers, stages.num_stages, first=first, last=last, num_mtp_layers=further
+            num_layers,
+            stages.num_stages,
+            first=parallel.first_stage_layers,
+            last=parallel.last_stage_layers,
+            num_mtp_layers=num_mtp_layers,
         )
-    else:
-        contents = parse_layout(parallel.layout, num_layers, further)
-        if contents[-1].mtp_layers != tuple(range(further)):
-            raise LayoutError(
-                f"layout {parallel.layout!r} has 'm' before the last stage; put all 'm' "
-                "beside the loss, as in '|mL'"
-            )
-        if len(contents) != stages.num_stages:
-            wanted = f"pp x vpp = {parallel.pp} x {parallel.vpp} needs {stages.num_stages}"
-            raise LayoutError(
-                f"layout {parallel.layout!r} has {len(contents)} stages, {wanted}"
-            )
+        return PipelinePlan(schedule, stages, contents)
+    contents = parse_layout(parallel.layout, num_layers, num_mtp_layers)
+    # These layers share head and loss with the last stage.
+    if contents[-1].mtp_layers != tuple(range(num_mtp_layers)):
+        raise LayoutError(
+            f"layout {parallel.layout!r} has 'm' before the last stage; put all 'm' "
+            "beside the loss, as in '|mL'"
+        )
+    if len(contents) != stages.num_stages:
+        raise LayoutError(
+            f"layout {parallel.layout!r} has {len(contents)} stages, pp x vpp = "
+            f"{parallel.pp} x {parallel.vpp} needs {stages.num_stages}"
+        )
     return PipelinePlan(schedule, stages, contents)
+
+
+def _schedule(parallel: ParallelismConfig) -> ScheduleName:
+    """Returns the schedule that is asked for, or the usual one for so many chunks.
+
+    Raises LayoutError when it cannot have so many chunks.
+    """
+    vpp = parallel.vpp
+    if parallel.schedule == "auto":
+        return "interleaved" if vpp > 1 else "1f1b"
+    schedule: ScheduleName = parallel.schedule
+    if schedule == "zb-v":
+        if vpp != 2:
+            raise LayoutError(
+                f"schedule=zb-v has two chunks per rank, not vpp={vpp}; use vpp=2",
+                field="schedule",
+            )
+        return schedule
+    if (schedule == "interleaved") == (vpp > 1):
+        return schedule
+    remedy = "raise vpp, or use 1f1b"
+    if vpp > 1:
+        remedy = "use schedule=interleaved, or leave it out"
+    raise LayoutError(
+        f"schedule={schedule} does not go with vpp={vpp} chunks per rank; {remedy}",
+        field="schedule",
+    )

@@ -63,16 +63,16 @@ memory = device.MallocTuning()
 def resident():
     return device._resident_bytes() >> 20
 for _ in range(4):
-    memory.bound()
+    memory.trim_if_grown()
 pairs = [(torch.ones(500_000), torch.ones(2_000)) for _ in range(100)]
 between = [small for _, small in pairs]
 before = resident()
 del pairs
 kept = resident()
-memory.bound()
+memory.trim_if_grown()
 given_back = resident()
 for _ in range(4):
-    memory.bound()
+    memory.trim_if_grown()
 print(before - kept, before - given_back)
 """
 

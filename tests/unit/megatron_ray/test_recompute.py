@@ -18,13 +18,12 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.block import Block
 from megatron_ray.models.mlp import GatedActivation
-from megatron_ray.optimizer.finalize_grads import finalize_grads
 from megatron_ray.parallelize.recompute import recomputed
 from megatron_ray.planning.activations import kept_activations
 from megatron_ray.tensor_parallel import layers
 from megatron_ray.tensor_parallel.norm import RMSNorm
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel.activations import blocks_of, kept_bytes
 from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config
 
@@ -270,7 +269,7 @@ def test_choices_are_heard_and_other_losses_counted_once() -> None:
             batch_maker(config, mesh),
         ).step(0)
         loss = forward_backward(model, mesh, batches)
-        stats = finalize_grads(
+        stats = reduce_step(
             model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
         )
         assert [layer for layer, _ in heard] == [0, 2] * 2, setting

@@ -17,11 +17,11 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.inference.generate import Sampling, generate_tokens
-from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.session import build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel.parity import make_mesh
 from tests.ranks import run_ranks
 from tests.unit.megatron_ray.models.hf_names import (
@@ -240,7 +240,7 @@ def _distances(
     own = forward_backward(model, mesh, [batch])
     scale_and_clip(
         optimizer,
-        finalize_grads(model, optimizer, mesh, own, batch.num_tokens),
+        reduce_step(model, optimizer, mesh, own, batch.num_tokens),
         clip_grad_norm=0,
     )
     found = {
@@ -374,7 +374,7 @@ def test_further_tokens_have_the_gradients_of_a_float64_reference(
     own = forward_backward(model, mesh, [batch])
     scale_and_clip(
         optimizer,
-        finalize_grads(model, optimizer, mesh, own, batch.num_tokens),
+        reduce_step(model, optimizer, mesh, own, batch.num_tokens),
         clip_grad_norm=0,
     )
     assert abs(float(own) - float(next_token.detach())) <= 1e-5 * float(own), (
@@ -416,7 +416,7 @@ def bf16_distances(seed: int) -> tuple[float, float]:
     loss = forward_backward(model, mesh, [batch])
     scale_and_clip(
         optimizer,
-        finalize_grads(model, optimizer, mesh, loss, batch.num_tokens),
+        reduce_step(model, optimizer, mesh, loss, batch.num_tokens),
         clip_grad_norm=0,
     )
     own = {

@@ -17,9 +17,9 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Batch
-from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel.parity import assemble, boxes, make_mesh
 from tests.ranks import run_ranks
 from tests.unit.megatron_ray.models.families import FAMILIES, Family, Sizes
@@ -174,7 +174,7 @@ def run_ours(
         with torch.no_grad():
             logits = model.module.logits(batch.tokens_BS, batch.position_ids)
     loss = forward_backward(model, mesh, [batch])
-    stats = finalize_grads(model, optimizer, mesh, loss, batch.num_tokens)
+    stats = reduce_step(model, optimizer, mesh, loss, batch.num_tokens)
     scale_and_clip(optimizer, stats, clip_grad_norm=0)
     return Found(
         logits,

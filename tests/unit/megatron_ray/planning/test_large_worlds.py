@@ -15,7 +15,7 @@ from megatron_ray.pipeline_parallel.schedules.orders import (
     stage_map,
 )
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
-from megatron_ray.pipeline_parallel.schedules.simulation import Costs, outcome
+from megatron_ray.pipeline_parallel.schedules.simulation import Costs, simulate_computing
 from megatron_ray.planning.pipeline import bubble, kept_and_released
 
 _PLAN = """
@@ -81,7 +81,7 @@ def test_a_short_step_stands_for_a_long_one(
     plan = PipelinePlan(schedule, stages, (StageContents(),) * stages.num_stages)
     orders = compute_orders(schedule, pp, count, vpp)
     costs = Costs(1.0, 1.3, 0.9)
-    whole = outcome(orders, stages, costs)
+    whole = simulate_computing(orders, stages, costs)
     assert bubble(plan, count, costs) == pytest.approx(whole.bubble)
     for rank, order in enumerate(orders):
         held = [0]

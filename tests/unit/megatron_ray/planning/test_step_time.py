@@ -132,7 +132,7 @@ def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
         )
         return (
             config.parallel.tp
-            * stage_work(config, plan_pipeline(config).held(0)[0]).products
+            * stage_work(config, plan_pipeline(config).stages_of(0)[0]).products
         )
 
     whole = ModelConfig(preset=model)  # type: ignore[call-arg]

@@ -12,11 +12,13 @@ from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.optimizer.finalize_grads import finalize_grads, scale_and_clip
+from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.reports import Report, StepReport
-from megatron_ray.training.loop import Parts, Progress, train
+from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.loop import train
+from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step import forward_backward
+from megatron_ray.training.step import forward_backward, reduce_step
 from tests.parallel.parity import GPT2, LLAMA, NoSaver, RandomDataset, make_config
 
 pytestmark = [
@@ -38,7 +40,7 @@ def losses_and_norms(config: TrainConfig, kind: str) -> tuple[list[float], list[
         reports.append(report)
 
     train(
-        Parts(config, mesh, model, optimizer, loader, None, NoSaver()),
+        TrainingComponents(config, mesh, model, optimizer, loader, None, NoSaver()),
         Progress(),
         note,
         lambda: Command.CONTINUE,
@@ -120,7 +122,7 @@ def test_a_step_never_waits_for_the_device(
             torch.cuda.set_sync_debug_mode("error")
         try:
             loss = forward_backward(model, mesh, batches)
-            stats = finalize_grads(
+            stats = reduce_step(
                 model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
             )
             scale_and_clip(optimizer, stats, 1.0)

@@ -13,7 +13,9 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.expert_parallel.layers import RouterLinear
 from megatron_ray.reports import Report, StepReport
-from megatron_ray.training.loop import Parts, Progress, train
+from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.loop import train
+from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.parallel.parity import LLAMA, NoSaver, RandomDataset, make_config
@@ -75,7 +77,7 @@ def test_losses_are_reported_before_their_coefficients_as_means_over_layers(
 
     model, optimizer = build(config, mesh)
     reports: list[Report] = []
-    parts: Any = Parts(config, mesh, model, optimizer, loader, None, NoSaver())
+    parts: Any = TrainingComponents(config, mesh, model, optimizer, loader, None, NoSaver())
     assert train(parts, Progress(), reports.append, lambda: Command.CONTINUE) == "finished"
     (report,) = reports
     assert isinstance(report, StepReport)
@@ -111,7 +113,7 @@ def test_a_further_token_of_weight_zero_trains_and_is_not_reported() -> None:
         RandomDataset(config.model.vocabulary, 32), 2, 2, 0, 1, batch_maker(config, mesh)
     )
     reports: list[Report] = []
-    parts: Any = Parts(config, mesh, model, optimizer, loader, None, NoSaver())
+    parts: Any = TrainingComponents(config, mesh, model, optimizer, loader, None, NoSaver())
     assert train(parts, Progress(), reports.append, lambda: Command.CONTINUE) == "finished"
     assert isinstance(reports[0], StepReport)
     assert reports[0].other_losses == {}
