@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_ray.distributed.rng import generator
 from megatron_ray.sharding.boxes import Box
-from megatron_ray.sharding.parameters import LocalParameter, LogicalParameter
+from megatron_ray.sharding.parameter_types import LocalParameter, LogicalParameter
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 

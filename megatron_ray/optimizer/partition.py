@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_ray.sharding.buckets import Bucket, BucketPlan, Placed
-from megatron_ray.sharding.parameters import Part
+from megatron_ray.sharding.parameter_types import Part
 
 
 @dataclass(frozen=True)

@@ -244,11 +244,8 @@ def _unread(layer: RowParallelLinear | None) -> Iterator[None]:
     if layer is None:
         yield
         return
-    layer.unread = True
-    try:
+    with layer.without_output():
         yield
-    finally:
-        layer.unread = False
 
 
 # ---- outputs given back

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
-from megatron_ray.sharding.parameters import LocalParameter, Part
+from megatron_ray.sharding.parameter_types import LocalParameter, Part
 
 # Start of every parameter in elements: 256 bytes in fp32, what vector units and copy
 # engines like.

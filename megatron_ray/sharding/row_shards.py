@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from megatron_ray.sharding.boxes import Box
-from megatron_ray.sharding.parameters import LocalParameter, Part
+from megatron_ray.sharding.parameter_types import LocalParameter, Part
 
 
 def shard_rows(
