@@ -112,6 +112,7 @@ def bind_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
     unmatched = sorted(parameters.keys() ^ views.keys())
     if unmatched:
         raise ValueError(f"the model and the parameter table disagree: {unmatched[:4]}")
+    # By the old parameter and not by its name: a tied one has two places and one name.
     replaced = {}
     for name, old in parameters.items():
         replaced[old] = nn.Parameter(views[name], old.requires_grad)
@@ -142,6 +143,7 @@ def attach_slots(
             if not parameter.requires_grad:
                 continue
             name = names[parameter]
+            # A tied weight is met twice: in the embedding and in the head.
             if name in sink.slots:
                 sink.slots[name].uses += module.uses
             else:
@@ -181,6 +183,7 @@ class GradReducer:
 
         Buckets without a trainable parameter are never reduced.
         """
+        # Counts instead of names: `ready` runs in every backward pass.
         self._num_missing = dict.fromkeys(range(len(self.buffers.plan.buckets)), 0)
         for name, bucket in self._bucket_of.items():
             if name in trainable:
@@ -212,6 +215,7 @@ class GradReducer:
                 f"{len(incomplete)} gradient buckets were never complete; the first holds "
                 f"{names[:4]}"
             )
+        # In the order of starting, which is the same on all ranks.
         for pending in self._pending:
             pending.wait()
         self._pending = []
@@ -221,6 +225,7 @@ class GradReducer:
         whole = gradients[bucket.start : bucket.end]
         if not self.sharded or self.group is None:
             return collectives.start_all_reduce(whole, self.group)
+        # In place: the result is this rank's part of the bucket itself.
         dp_rank = collectives.rank(self.group)
         start, end = bucket.shard(dp_rank, collectives.size(self.group))
         return collectives.start_reduce_scatter_into(

@@ -68,6 +68,7 @@ class FullShard:
                 # Sums, as everywhere; gloo has no scaled sum either.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        # A pipeline stage is run by `stage` and not by `forward`, and must gather as well.
         register_fsdp_forward_method(model, "stage")
         self.model = model
         self._shards: list[tuple[nn.Parameter, Tensor]] = []

@@ -51,6 +51,7 @@ class _RouterLinear(AutogradFunction[Tensor]):
     def forward(ctx: Any, x: Tensor, weight: Tensor, module: RouterLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.module = module
+        # Logits decide a choice, which rounding to bf16 would flip between near experts.
         return forward_product(to_fp32(x), to_fp32(weight))
 
     @staticmethod
@@ -180,6 +181,7 @@ def update_expert_biases(
     # One collective for all biases of the model on each of the two groups.
     collectives.all_reduce(tokens, token_group)
     collectives.all_reduce(tokens, dp_group)
+    # Only the sign counts, so that the size of a batch does not matter.
     moves = torch.sign(tokens.mean(1, keepdim=True) - tokens)
     for bias, move in zip(biases, moves, strict=True):
         bias.value.add_(move, alpha=bias.rate)

@@ -93,6 +93,7 @@ class WeightGradSink:
         for slot in self.slots.values():
             slot.fresh = True
             slot.num_final = 0
+        # What was deferred and never run belongs to a step that failed.
         self._microbatch = None
         self._deferred.clear()
 
@@ -135,6 +136,8 @@ class WeightGradSink:
 
     def _run(self, slot: GradSlot, accumulate: Accumulate) -> None:
         accumulate(slot.main_grad, fresh=slot.fresh)
+        # The flag and not a cleared buffer tells the first contribution of a step, which
+        # saves a pass over all gradients.
         slot.fresh = False
         # Read now and not when it was contributed: a deferred computation belongs to the
         # microbatch that `run_deferred` announces.

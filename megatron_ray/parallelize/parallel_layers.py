@@ -142,6 +142,8 @@ class ParallelLayerFactory:
         self, spec: VocabularySpec, embedding: nn.Module | None, uses: int
     ) -> nn.Module:
         """Makes the output head, on the embedding's weight when one is passed."""
+        # A tied head computes with the embedding's parameter itself: its table has no row
+        # for the head then.
         tied = None
         if embedding is not None:
             assert isinstance(embedding, VocabParallelEmbedding)
@@ -200,7 +202,7 @@ class ParallelLayerFactory:
     def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:
         """Makes an auxiliary loss; see `models.layers.Layers`."""
         if not is_per_rank:
-            # All tp ranks report the same loss, and reports are summed over them.
+            # All tp ranks count the same loss, and counts are summed over them.
             divisor *= self._tp.size
         return AuxLoss(kind, divisor)
 

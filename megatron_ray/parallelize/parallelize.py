@@ -116,6 +116,7 @@ def parallelize(
     module = build_model(
         model, mesh, parallel, dtype=weight_dtype, held=stages, seed=training.seed
     )
+    # Compiled operations first: recomputation wraps the forwards that then use them.
     if training.compile == "blocks":
         apply_compile(module, compiled_ops())
     apply_recompute(module, training.recompute)
@@ -127,6 +128,7 @@ def parallelize(
         sequence_parallel=parallel.sequence_parallel,
         held=stages,
     )
+    # Frozen parameters stay in the table and in the buffers, but have no gradients.
     table = freeze(table, config.optimizer.freeze)
     _require_grads(module, table)
 

@@ -100,6 +100,8 @@ def shard_fully(
     Dense parameters are sharded over dp x cp, or a part of it where there are copies,
     those of experts over edp. The module must be fp32: that is the type of the shards.
     """
+    # Wrapping cuts the (meta) parameters; only then torch's shapes can be compared with the
+    # table's rows, and memory be attached.
     shards = _wrap(module, mesh, options.dtype)
     groups = []
     parameters: list[LocalParameter] = []
@@ -109,6 +111,7 @@ def shard_fully(
         rank = collectives.rank(part.group)
         rows = shard_rows(tensors, rank, collectives.size(part.group))
         parameters.extend(rows)
+        # Buffers of shards are this rank's alone: as if there were one replica.
         plan = plan_buckets(rows, 1, options.bucket_elements)
         buffers = FlatBuffers.allocate(plan, torch.float32, mesh.device)
         group = ParameterGroup(buffers, TorchReducer(buffers), part.copies)
@@ -151,6 +154,7 @@ def attach_grad_slots(module: GPT, storage: ParameterStorage) -> WeightGradSink:
     for group in storage.groups:
         for placed in group.buffers.plan.placed:
             reducers[placed.parameter.name] = group.reducer
+    # The dense parameters and the experts are reduced over different replicas.
     sink = WeightGradSink(partial(_pass_on, reducers))
     if storage.uses_slots:
         attach_slots(module, buffer_views(storage.groups, _gradients), sink)

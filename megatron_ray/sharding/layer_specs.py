@@ -66,6 +66,8 @@ class LayerSpec(ABC):
 
     def shapes(self, position: ShardPosition) -> dict[str, Shape]:
         """Returns local shapes by the parameter's name in its module, e.g. `weight`."""
+        # From the table's own rows, so that module and table cannot differ. Shapes do not
+        # depend on the name, so any will do.
         shapes = {}
         for parameter in self.parameters("layer", position):
             shapes[parameter.name.removeprefix("layer.")] = parameter.shape
@@ -110,6 +112,7 @@ class ColumnSpec(LayerSpec):
     ) -> LocalParameter:
         """Fuses the parts of one kind; `inner` are the dimensions that stay whole."""
         siblings = _prefix(name)
+        # One after another along dim 0, so that one product computes all of them.
         parts: list[Part] = []
         start = 0
         for output in self.outputs:
@@ -156,6 +159,7 @@ class QKVSpec(ColumnSpec):
 
     def local_groups(self, tp: int) -> int:
         """Returns the key/value heads of one rank, at least one."""
+        # With fewer heads than ranks each rank has a replica of one of them.
         return max(self.groups, tp) // tp
 
 
@@ -173,6 +177,7 @@ class RowSpec(LayerSpec):
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
         """Returns the cut weight and, where the layer has one, the whole bias."""
+        # Never fused with another, so it is one part.
         columns = _divide(name, self.inputs, position.tp)
         logical = LogicalParameter(
             f"{name}.weight", (self.outputs, self.inputs), self.init, 1, decay=True
@@ -248,6 +253,8 @@ class VocabularySpec(LayerSpec):
             0,
             decay=True,
         )
+        # All ranks have equally many rows. Those of the last ones may be padding only, for
+        # which the box is empty and starts at the vocabulary's end.
         rows = padded_rows(self.vocabulary, self.multiple, position.tp) // position.tp
         first = min(position.tp_rank * rows, self.vocabulary)
         box = Box((first, 0), (self.valid_rows(position), self.width))
@@ -290,6 +297,7 @@ class GroupedColumnSpec(LayerSpec):
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
         """Returns one tensor with the rows of all of the rank's experts."""
         siblings = _prefix(name)
+        # Each expert is cut over etp as an MLP is over tp, so all have the same box.
         experts, width = _cut_experts(siblings, self.num_experts, self.outputs, position)
         box = Box((width * position.etp_rank, 0), (width, self.inputs))
         shape = (self.outputs, self.inputs)
@@ -369,6 +377,8 @@ def _whole(
 
     With `partial` each of them has a part of its gradient, whether or not tokens are cut.
     """
+    # Under sequence parallelism a rank sees its own tokens only, so its gradient is a part
+    # of the sum in any case.
     sum_over_tp = position.sequence_parallel or partial
     logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=sum_over_tp)
     return LocalParameter(name, shape, (Part(logical, Box(_zeros(shape), shape), 0),))

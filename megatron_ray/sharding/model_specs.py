@@ -49,6 +49,7 @@ def attention_spec(model: ModelConfig) -> AttentionSpec:
     """Returns the layers of a model's attention."""
     heads = model.num_attention_heads
     groups = model.kv_heads
+    # In the order in which attention splits the product.
     qkv = QKVSpec(
         inputs=model.hidden_size,
         outputs=(
@@ -95,6 +96,8 @@ def latent_attention_spec(
     q_down = None
     q_norm = None
     q_up = None
+    # `q` and the `_up` layers are cut by heads, so they need no replicas: latent attention
+    # has as many key/value heads as query heads.
     queries = heads * mla.qk_head_dim
     if mla.q_lora_rank is None:
         q = _column(model, model.hidden_size, queries, "q")
@@ -102,6 +105,7 @@ def latent_attention_spec(
         q_down = replicated_spec(model, model.hidden_size, mla.q_lora_rank)
         q_norm = norm_spec(model, mla.q_lora_rank)
         q_up = _column(model, mla.q_lora_rank, queries, "q_up")
+    # The rotated part of the key is one for all heads and comes with the latent.
     latent = mla.kv_lora_rank
     keys_values = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
     return LatentAttentionSpec(
@@ -137,6 +141,7 @@ class PlainMLPSpec:
 
 def gated_mlp_spec(model: ModelConfig, width: int) -> GatedMLPSpec:
     """Returns the layers of an MLP that is `width` wide inside."""
+    # The gate first: the activation splits the product into halves.
     gate_up = _fused_column(model, model.hidden_size, ("gate", "up"), width)
     return GatedMLPSpec(gate_up, _to_residual(model, width))
 
@@ -251,6 +256,7 @@ class MTPSpec:
 def mtp_spec(model: ModelConfig, depth: int) -> MTPSpec:
     """Returns the layers of multi-token prediction at a depth, which counts from 0."""
     norm = norm_spec(model, model.hidden_size)
+    # It takes the embedding of the next token and the hidden state side by side.
     projection = replicated_spec(model, 2 * model.hidden_size, model.hidden_size)
     return MTPSpec(
         norm, norm, projection, block_spec(model, model.num_layers + depth), norm
@@ -288,6 +294,8 @@ def named_layers(
     model: ModelConfig, stages: Sequence[StageContents]
 ) -> Iterator[NamedLayer]:
     """Yields the layers of some pipeline stages with their names, in forward order."""
+    # The order matters: buckets are filled in its reverse, which is the order in which a
+    # backward pass completes gradients.
     has_embedding = any(stage.embedding for stage in stages)
     has_head = any(stage.loss for stage in stages)
     yield from _embeddings(model, has_embedding, has_head)

@@ -54,11 +54,11 @@ def whole_model(model: ModelConfig) -> tuple[StageContents, ...]:
 
 def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
     """Returns every logical parameter of the model, in forward order."""
-    found = []
+    # On one rank nothing is cut, so each logical parameter is a part exactly once.
+    logical: list[LogicalParameter] = []
     for local in local_parameters(model, ParallelDims(), 0):
-        for part in local.parts:
-            found.append(part.logical)
-    return tuple(found)
+        logical.extend([part.logical for part in local.parts])
+    return tuple(logical)
 
 
 def freeze(

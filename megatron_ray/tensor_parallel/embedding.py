@@ -56,6 +56,7 @@ class _VocabEmbedding(AutogradFunction[Tensor]):
         ids, weight = ctx.saved_tensors
         if not needs_grad(module, "weight"):
             return None, None, None
+        # Every rank needs the gradients of all tokens: any of them may be in its rows.
         grad = collectives.all_gather_rows(grad.contiguous(), module.tp.sequence_group)
         rows, is_elsewhere = local_ids(ids, weight.shape[0], module.tp)
         if is_elsewhere is not None:
@@ -73,6 +74,7 @@ def local_ids(
     """
     if tp.group is None:
         return ids, None
+    # Row 0 is as good as any for them: what it gives is masked.
     local = ids - tp.rank * local_rows
     is_elsewhere = (local < 0) | (local >= local_rows)
     return local.masked_fill(is_elsewhere, 0), is_elsewhere
@@ -90,6 +92,7 @@ class PositionEmbedding(SlottedModule):
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Returns the embeddings of this rank's tokens."""
+        # The table is whole on every rank, so only this rank's tokens are looked up.
         ids = collectives.local_rows(ids_T, self.tp.sequence_group)
         return _Lookup.apply(ids, self.weight, self)
 

@@ -10,8 +10,6 @@ determines. Must not know: the model, data parallelism.
 Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -173,29 +171,27 @@ class RowParallelLinear(SlottedModule):
     ) -> None:
         super().__init__()
         self.tp = tp
-        self.computes_output = True
         self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(weight_shape[0], dtype=dtype))
 
-    def forward(self, inputs_TI: Tensor, residual_TO: Tensor | None) -> Tensor:
-        """Returns the sum over all ranks, with the residual added."""
-        return _Row.apply(inputs_TI, residual_TO, self.weight, self.bias, self)
+    def forward(
+        self,
+        inputs_TI: Tensor,
+        residual_TO: Tensor | None,
+        *,
+        is_output_needed: bool = True,
+    ) -> Tensor:
+        """Returns the sum over all ranks, with the residual added.
 
-    @contextmanager
-    def without_output(self) -> Iterator[None]:
-        """Makes forward passes inside the block leave their output uninitialised.
-
-        For a recomputation whose last layer this is: it needs what this layer's
-        backward saves, and never reads the output, so product and communication are
-        spared.
+        Without `is_output_needed` the output stays uninitialised. That is for a
+        recomputation whose last layer this is: it needs what this layer's backward
+        saves and never reads the output, so product and communication are spared.
         """
-        self.computes_output = False
-        try:
-            yield
-        finally:
-            self.computes_output = True
+        return _Row.apply(
+            inputs_TI, residual_TO, self.weight, self.bias, self, is_output_needed
+        )
 
 
 class _Row(AutogradFunction[Tensor]):
@@ -207,14 +203,17 @@ class _Row(AutogradFunction[Tensor]):
         weight: Tensor,
         bias: Tensor | None,
         module: RowParallelLinear,
+        is_output_needed: bool,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
         ctx.has_residual = residual is not None
         tp = module.tp
-        if not module.computes_output:
+        if not is_output_needed:
             tokens = inputs.shape[0] // collectives.size(tp.sequence_group)
             return inputs.new_empty(tokens, weight.shape[0])
+        # On one rank the product adds the residual itself, with one rounding. On several
+        # it is added after the sum, or each rank would add it.
         if tp.group is None and residual is not None:
             output = forward_product_plus(inputs, weight, residual)
         else:
@@ -233,6 +232,8 @@ class _Row(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: RowParallelLinear = ctx.module
+        # The forward scattered tokens, so the backward gathers them; the weight gradient
+        # needs them all too.
         grad = grad.contiguous()
         gathered = collectives.all_gather_rows(grad, module.tp.sequence_group)
         grad_inputs = input_grad_product(gathered, weight)
@@ -243,7 +244,7 @@ class _Row(AutogradFunction[Tensor]):
         # Of this rank's tokens only, where tokens are cut: the parameter table marks the
         # bias as summed over tp then.
         grad_bias = deliver_bias_grad(module, grad)
-        return grad_inputs, grad_residual, grad_weight, grad_bias, None
+        return grad_inputs, grad_residual, grad_weight, grad_bias, None, None
 
 
 class ReplicatedLinear(SlottedModule):
