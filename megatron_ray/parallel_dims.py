@@ -72,6 +72,7 @@ class Grid:
 
     def group_of(self, rank: int, axes: Iterable[str]) -> tuple[int, ...]:
         """Returns the ranks that differ from `rank` only along `axes`, in rank order."""
+        # From the group's lowest rank, which is at 0 along its axes.
         group_axes = tuple(axes)
         indices = self.coordinates(rank)
         lowest = rank
@@ -311,6 +312,7 @@ class ParallelDims:
         The ranks that share one copy of it with the rank, and those with the same shard
         of another copy.
         """
+        # Copies are the outer level, so that the ranks that gather weights are near ones.
         group = self.group_of(rank, ("dp", "cp"))
         shards = len(group) // self.zero_replicas
         return _levels_of(rank, group, (shards, self.zero_replicas))

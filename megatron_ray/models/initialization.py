@@ -34,6 +34,7 @@ def draw_box(logical: LogicalParameter, box: Box, seed: int) -> Tensor:
         return torch.ones(box.size)
     if logical.init.kind == "zeros":
         return torch.zeros(box.size)
+    # Blocks are whole rows of the full tensor, so they do not depend on any cut.
     row_elements = logical.num_elements // logical.shape[0]
     block_rows = max(1, BLOCK_ELEMENTS // row_elements)
     first = box.offset[0]

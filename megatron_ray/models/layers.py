@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from megatron_ray.expert_parallel.dispatch import Capacity, Dispatched
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.models.aux_loss import AuxLoss
+from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
 from megatron_ray.sharding.layer_specs import (
     ColumnSpec,
-    GroupedColumnSpec,
-    GroupedRowSpec,
     NormSpec,
     QKVSpec,
     ReplicatedSpec,

@@ -103,6 +103,7 @@ class WeightGradSink:
         Gradients become ready in the `last` one only. With `defer_to` its computations
         wait until `run_deferred` is called with the same key.
         """
+        # Chunks and microbatches interleave in a schedule, so several keys may be open.
         deferred = None
         if defer_to is not None:
             deferred = self._deferred[defer_to]

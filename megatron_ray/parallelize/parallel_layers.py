@@ -20,10 +20,9 @@ from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, Route
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.dropout import AttentionWithDropout, Dropout
 from megatron_ray.models.layers import Dispatcher
+from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
 from megatron_ray.sharding.layer_specs import (
     ColumnSpec,
-    GroupedColumnSpec,
-    GroupedRowSpec,
     NormSpec,
     QKVSpec,
     ReplicatedSpec,
@@ -92,6 +91,7 @@ class ParallelLayerFactory:
     def norm(self, spec: NormSpec) -> nn.Module:
         """Makes a norm, whole on every rank."""
         shape = spec.shapes(self._position)["weight"]
+        # LayerNorm is the kind with a bias.
         eps = self._config.norm_eps
         if spec.bias:
             return LayerNorm(shape, eps, dtype=self._dtype)

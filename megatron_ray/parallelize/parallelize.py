@@ -162,6 +162,7 @@ def build_model(
 
     `held`: its pipeline stages, all when not given; `seed`: that of dropout.
     """
+    # The factory knows the layout, the model only its factory.
     sequence_parallel = parallel.sequence_parallel
     layers = ParallelLayerFactory(
         config,

@@ -6,7 +6,7 @@ Must not know: the model's config, the order of assembly.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -114,15 +114,9 @@ def shard_fully(
         # Buffers of shards are this rank's alone: as if there were one replica.
         plan = plan_buckets(rows, 1, options.bucket_elements)
         buffers = FlatBuffers.allocate(plan, torch.float32, mesh.device)
-        group = ParameterGroup(buffers, TorchReducer(buffers), part.copies)
-        groups.append(group)
+        groups.append(ParameterGroup(buffers, TorchReducer(buffers), part.copies))
     # One call syncs the whole model, so only the first group has it.
-    groups[0] = ParameterGroup(
-        groups[0].buffers,
-        groups[0].reducer,
-        groups[0].group,
-        shards.model.sync_model,
-    )
+    groups[0] = replace(groups[0], sync_model=shards.model.sync_model)
     weights = buffer_views(groups, _weights)
     shards.model.attach(weights, buffer_views(groups, _gradients), mesh.device)
     return ParameterStorage(tuple(parameters), tuple(groups), uses_slots=False)

@@ -109,6 +109,7 @@ def plan_buckets(
         if parameter.trainable:
             trainable.append(parameter)
             num_elements += prod(parameter.shape)
+    # By trainable elements: frozen ones have no gradients to overlap.
     limit = bucket_elements or default_bucket_elements(dp, num_elements)
     cutter = _Cutter(dp)
     for parameter in trainable:

@@ -6,20 +6,16 @@ layers from here, so a weight's size is said once. Pure Python. Must not know: t
 ranks, how anything is cut.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
-from typing import Any
 
 from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
-from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
 from megatron_ray.sharding.layer_specs import (
     ColumnSpec,
-    GroupedColumnSpec,
-    GroupedRowSpec,
-    LayerSpec,
     NormSpec,
     Output,
     QKVSpec,
@@ -28,9 +24,6 @@ from megatron_ray.sharding.layer_specs import (
     VocabularySpec,
 )
 from megatron_ray.sharding.parameter_types import Init
-
-NamedLayer = tuple[str, LayerSpec]
-
 
 # ---- attention
 
@@ -62,6 +55,7 @@ def attention_spec(model: ModelConfig) -> AttentionSpec:
         heads=heads,
         groups=groups,
     )
+    # One vector for all heads; queries and keys have one each.
     head_norm = None
     if model.qk_norm:
         head_norm = norm_spec(model, model.head_width, is_over_heads=True)
@@ -231,6 +225,7 @@ def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
         attention = attention_spec(model)
     else:
         attention = latent_attention_spec(model, model.mla)
+    # MTP layers count on from the model's own, so that a pattern of experts covers them.
     mlp = None
     moe = None
     moe_config = model.experts_on(layer)
@@ -285,71 +280,6 @@ def vocabulary_spec(
 def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
     """Returns the table of learned positions."""
     return replicated_spec(model, model.hidden_size, model.max_sequence_length)
-
-
-# ---- the whole of one rank
-
-
-def named_layers(
-    model: ModelConfig, stages: Sequence[StageContents]
-) -> Iterator[NamedLayer]:
-    """Yields the layers of some pipeline stages with their names, in forward order."""
-    # The order matters: buckets are filled in its reverse, which is the order in which a
-    # backward pass completes gradients.
-    has_embedding = any(stage.embedding for stage in stages)
-    has_head = any(stage.loss for stage in stages)
-    yield from _embeddings(model, has_embedding, has_head)
-    for stage in stages:
-        for layer in stage.layers:
-            yield from _layers_of(block_spec(model, layer), f"layers.{layer}.")
-    if has_head:
-        yield "final_norm", norm_spec(model, model.hidden_size)
-        yield from _head(model, has_embedding)
-    for stage in stages:
-        for depth in stage.mtp_layers:
-            yield from _layers_of(mtp_spec(model, depth), f"mtp.{depth}.")
-
-
-def _embeddings(
-    model: ModelConfig, has_embedding: bool, has_head: bool
-) -> Iterator[NamedLayer]:
-    # The last stage needs the word embedding for a tied head and for MTP layers. Where
-    # that is another stage, both have it, and the first one's counts for the global norm.
-    if has_embedding:
-        is_needed_last = model.tie_embeddings or model.num_mtp_layers > 0
-        is_shared = is_needed_last and not has_head
-        yield "embedding", vocabulary_spec(model, is_shared_embedding=is_shared)
-        if model.position_embedding == "learned":
-            yield "position_embedding", position_embedding_spec(model)
-    elif has_head and model.num_mtp_layers:
-        copy = vocabulary_spec(model, is_shared_embedding=True, owns_norm=False)
-        yield "embedding", copy
-
-
-def _head(model: ModelConfig, has_embedding: bool) -> Iterator[NamedLayer]:
-    if not model.tie_embeddings:
-        yield "head", vocabulary_spec(model)
-    elif not has_embedding and not model.num_mtp_layers:
-        # A tied head without an embedding beside it has a weight of its own, which is a
-        # copy of the first stage's embedding.
-        copy = vocabulary_spec(
-            model,
-            logical_name="embedding.weight",
-            is_shared_embedding=True,
-            owns_norm=False,
-        )
-        yield "head", copy
-
-
-def _layers_of(spec: Any, prefix: str) -> Iterator[NamedLayer]:
-    """Yields the leaves of a tree of dataclasses, named by the path of fields."""
-    for field in fields(spec):
-        child = getattr(spec, field.name)
-        name = prefix + field.name
-        if isinstance(child, LayerSpec):
-            yield name, child
-        elif child is not None:
-            yield from _layers_of(child, name + ".")
 
 
 # ---- single layers

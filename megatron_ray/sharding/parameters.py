@@ -13,7 +13,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents, split_into_stages
 from megatron_ray.sharding.layer_specs import ShardPosition, padded_rows
-from megatron_ray.sharding.model_specs import named_layers
+from megatron_ray.sharding.named_layers import named_layers
 from megatron_ray.sharding.parameter_types import LocalParameter, LogicalParameter
 
 

@@ -107,6 +107,7 @@ class _HeadLoss(AutogradFunction[Tensor]):
         tp = module.tp
         gathered = collectives.all_gather_rows(hidden, tp.sequence_group)
         logits = forward_product(gathered, weight)
+        # Rows of padding must not take part in the softmax.
         if module.valid_rows < logits.shape[1]:
             logits[:, module.valid_rows :] = -torch.inf
         columns, is_elsewhere = local_ids(labels, logits.shape[1], tp)
@@ -122,6 +123,7 @@ class _HeadLoss(AutogradFunction[Tensor]):
         total, label_logit = collectives.all_reduce(
             torch.stack([local.total * rescale, label_logit]), tp.group
         )
+        # The shares are as large as the logits: evaluation must not keep them.
         if any(ctx.needs_input_grad[:2]):
             _subtract_one_hot_(logits, columns, is_elsewhere, local, total / rescale)
             factor = local.unit * rescale / total * mask
@@ -178,6 +180,7 @@ def _subtract_one_hot_(
 
     `one` is a probability of one in exponentials of this rank.
     """
+    # In exponentials of this rank, relative to its own largest logit, and then in shares.
     label = ((local.label_logit - local.largest).exp_() - one) / local.unit
     if is_elsewhere is not None:
         unchanged = shares.gather(1, columns[:, None]).squeeze(1)
