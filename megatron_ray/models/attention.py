@@ -79,7 +79,9 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.window = window
         self.core = layers.attention(window)
-        self.core_with_dropout = layers.attention_with_dropout(f"{place}.probabilities", window)
+        self.core_with_dropout = layers.attention_with_dropout(
+            f"{place}.probabilities", window
+        )
 
     def attended(
         self,
