@@ -104,7 +104,7 @@ def plan_save(state: ShardedState, group: Group) -> RankPlan:
 def _local_boxes(state: ShardedState) -> list[BoxSpec]:
     specs = []
     for fqn, tensor in state.items():
-        for local in tensor.held():
+        for local in tensor.nonempty():
             specs.append(BoxSpec(fqn, tensor.shape, local.box, local.tensor.dtype))
     return specs
 

@@ -98,7 +98,7 @@ def _plan_reads(
     for file, slot in zip(saved.files, saved.slots, strict=True):
         saved_by_box[slot.box] = (file, slot)
     memory_by_box: dict[Box, torch.Tensor] = {}
-    for local in tensor.held():
+    for local in tensor.nonempty():
         memory_by_box[local.box] = local.tensor.detach()
     num_missing = 0
     for box in memory_by_box:

@@ -23,6 +23,7 @@ from megatron_ray.ops.attention.choice import attention_kernel
 from megatron_ray.ops.attention.fp32 import fp32_causal_attention
 from megatron_ray.ops.attention.fused import band
 from megatron_ray.ops.attention.sliding_window import masked_attention, windowed_attention
+from megatron_ray.sharding.model_specs import attention_spec
 
 
 @dataclass
@@ -79,7 +80,9 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.window = window
         self.core = layers.attention(window)
-        self.core_with_dropout = layers.dropping_attention(f"{place}.probabilities", window)
+        self.core_with_dropout = layers.attention_with_dropout(
+            f"{place}.probabilities", window
+        )
 
     def attended(
         self,
@@ -138,14 +141,11 @@ class Attention(CausalAttention):
         super().__init__(layers, place, window)
         self.head_width = config.head_width
         self.rotation = ROTATION
-        heads = config.num_attention_heads
-        groups = config.kv_heads
-        self.qkv = layers.qkv(
-            config.hidden_size, heads, groups, self.head_width, config.has_qkv_bias
-        )
-        self.q_norm = layers.norm(self.head_width) if config.qk_norm else None
-        self.k_norm = layers.norm(self.head_width) if config.qk_norm else None
-        self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
+        spec = attention_spec(config)
+        self.qkv = layers.qkv(spec.qkv)
+        self.q_norm = layers.norm(spec.q_norm) if spec.q_norm is not None else None
+        self.k_norm = layers.norm(spec.k_norm) if spec.k_norm is not None else None
+        self.o = layers.row(spec.o)
 
     def forward(
         self,

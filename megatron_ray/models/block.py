@@ -13,6 +13,7 @@ from megatron_ray.models.latent_attention import LatentAttention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import make_mlp
 from megatron_ray.models.moe.layer import MoE
+from megatron_ray.sharding.model_specs import block_spec
 
 
 class Block(nn.Module):
@@ -22,9 +23,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
-        self.attention_norm = layers.norm(config.hidden_size)
+        spec = block_spec(config, index)
+        self.attention_norm = layers.norm(spec.attention_norm)
         self.attention = make_attention(config, layers, index)
-        self.mlp_norm = layers.norm(config.hidden_size)
+        self.mlp_norm = layers.norm(spec.mlp_norm)
         moe = config.experts_on(index)
         self.mlp = make_mlp(config, layers, config.ffn_width) if moe is None else None
         self.moe = MoE(config, moe, layers, index) if moe is not None else None

@@ -19,6 +19,11 @@ from megatron_ray.models.layers import Layers
 from megatron_ray.models.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_ray.models.rope import rotary_angles
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.sharding.model_specs import (
+    norm_spec,
+    position_embedding_spec,
+    vocabulary_spec,
+)
 from megatron_ray.sharding.parameters import whole_model
 
 
@@ -43,10 +48,10 @@ class GPT(nn.Module):
         )
         depths = [depth for stage in self.held for depth in stage.mtp_layers]
         uses = begins + len(depths)
-        self.embedding = layers.embedding(config.hidden_size, uses) if uses else None
+        self.embedding = layers.embedding(vocabulary_spec(config), uses) if uses else None
         if begins and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(
-                config.max_sequence_length, config.hidden_size
+                position_embedding_spec(config)
             )
         self.embedding_dropout = layers.hidden_dropout("embedding")
         # A dictionary, so that a layer keeps its name when a pipeline cut leaves only
@@ -62,9 +67,9 @@ class GPT(nn.Module):
         """How activations go through the blocks of a stage; recomputation puts its own
         way here."""
         if ends:
-            self.final_norm = layers.norm(config.hidden_size)
+            self.final_norm = layers.norm(norm_spec(config, config.hidden_size))
             self.head = layers.head(
-                config.hidden_size,
+                vocabulary_spec(config),
                 self.embedding if config.tie_embeddings else None,
                 1 + len(depths),
             )

@@ -30,7 +30,7 @@ def finalize_grads(
     """Completes every reduction of the step's gradients, which stay sums over tokens."""
     # First the buckets: what follows adds up parts of gradients that must already be sums
     # over data-parallel replicas.
-    for family in model.families:
+    for family in model.parameter_groups:
         family.reducer.finish()
     # Of three kinds of parameter a rank has even now seen only a part of what they did.
     _sum_over_tp(optimizer, mesh)

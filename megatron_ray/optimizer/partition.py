@@ -8,8 +8,8 @@ Pure; torch-free. Must not know: gradients, arithmetic of the update.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from megatron_ray.sharding.buckets import Bucket, BucketPlan, Placed
-from megatron_ray.sharding.parameters import Part
+from megatron_ray.sharding.buckets import Bucket, BucketPlan, PlacedParameter
+from megatron_ray.sharding.parameter_types import Part
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Run:
 class Piece:
     """The part of one parameter that lies in one run."""
 
-    placed: Placed
+    placed: PlacedParameter
     start: int
     end: int
     shard_start: int
@@ -115,7 +115,7 @@ def _part_runs(bucket: Bucket) -> Iterator[Run]:
     Gaps (alignment, padding rows, the bucket's own rounding) belong to the part before
     them. They are zeros and stay zeros, and without gaps neighbours can be one run.
     """
-    parts: list[tuple[Placed, Part]] = []
+    parts: list[tuple[PlacedParameter, Part]] = []
     for placed in bucket.placed:
         parts.extend((placed, part) for part in placed.parameter.parts)
     for index, (placed, part) in enumerate(parts):

@@ -54,7 +54,7 @@ class OptimizerShard:
         self.group = family.group
         # A group of one rank has nothing to share out, and so nothing to gather either.
         self.sharded = sharded and self.group is not None
-        self._adopt = family.adopt
+        self._adopt = family.sync_model
         self._config = config
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)

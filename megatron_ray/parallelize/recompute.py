@@ -244,11 +244,12 @@ def _unread(layer: RowParallelLinear | None) -> Iterator[None]:
     if layer is None:
         yield
         return
-    layer.unread = True
+    plain = layer.forward
+    _replace_forward(layer, partial(plain, is_output_needed=False))
     try:
         yield
     finally:
-        layer.unread = False
+        _replace_forward(layer, plain)
 
 
 # ---- outputs given back

@@ -8,7 +8,7 @@ equals the list. Transfers are started where the list has them and waited for wh
 their content is used, so that they overlap with computing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -28,14 +28,15 @@ the next stage, or the last stage's loss (a scalar). The first stage receives No
 class WeightGrads(Protocol):
     """Takes the weight gradients of a backward pass; see ops.weight_grad."""
 
-    def begin_microbatch(self, *, last: bool) -> None:
-        """Announces a microbatch; gradients are complete only in the last one."""
+    def begin_microbatch(self, *, last: bool, defer_to: Hashable | None = None) -> None:
+        """Announces the backward pass of a microbatch.
 
-    def put_off(self, key: object) -> None:
-        """Announces a microbatch whose weight gradients are computed later."""
+        Gradients are complete only in the last one; with a key to `defer_to` they are
+        computed later.
+        """
 
-    def catch_up(self, key: object) -> None:
-        """Computes what was put off under the key."""
+    def run_deferred(self, key: Hashable, *, last: bool) -> None:
+        """Computes what was deferred to the key."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +167,9 @@ class PipelineRunner:
         forward_pass = self._state.forward_passes.pop(key)
         gradient = self._pop_input(self._state.gradients, Op.RECV_BACKWARD, key)
         if self._weight_grads is not None:
-            if action.op is Op.BACKWARD:
-                self._weight_grads.begin_microbatch(last=action in self._completing)
-            else:
-                self._weight_grads.put_off(key)
+            is_last = action in self._completing
+            defer_to = key if action.op is Op.BACKWARD_INPUT else None
+            self._weight_grads.begin_microbatch(last=is_last, defer_to=defer_to)
         # Where all of the first stage is frozen there is nothing to compute.
         if forward_pass.output.requires_grad:
             if gradient is None:
@@ -185,8 +185,9 @@ class PipelineRunner:
     def _backward_weight(self, action: Action) -> None:
         if self._weight_grads is None:
             raise ValueError("weight gradients apart need a place that can put them off")
-        self._weight_grads.begin_microbatch(last=action in self._completing)
-        self._weight_grads.catch_up((action.chunk, action.microbatch))
+        is_last = action in self._completing
+        key = (action.chunk, action.microbatch)
+        self._weight_grads.run_deferred(key, last=is_last)
 
     # ---- moving
 

@@ -24,7 +24,7 @@ from megatron_ray.planning.activations import (
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import kept_and_released
-from megatron_ray.sharding.parameters import LocalParameter
+from megatron_ray.sharding.parameter_types import LocalParameter
 
 _FP32 = 4
 

@@ -210,7 +210,7 @@ def build(
     """
     model = parallelize(config, mesh)
     optimizer = ShardedOptimizer(
-        config.optimizer, model.families, sharded=config.parallel.zero == 1
+        config.optimizer, model.parameter_groups, sharded=config.parallel.zero == 1
     )
     if initialise:
         for parameter in model.parameters:
@@ -218,8 +218,8 @@ def build(
                 parameter.name, init_local(parameter, config.training.seed)
             )
         # All were written to the flat buffers; under ZeRO-3 the model lives elsewhere.
-        for family in model.families:
-            family.adopt()
+        for family in model.parameter_groups:
+            family.sync_model()
     return model, optimizer
 
 

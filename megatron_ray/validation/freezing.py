@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.sharding.parameters import LocalParameter, freeze, local_parameters
+from megatron_ray.sharding.parameter_types import LocalParameter
+from megatron_ray.sharding.parameters import freeze, local_parameters
 
 _POINTER = "/optimizer/freeze"
 

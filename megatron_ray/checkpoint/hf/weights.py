@@ -150,7 +150,7 @@ def _reads(
     location: TensorLocation, stored: StoredTensor, tensor: ShardedTensor
 ) -> Iterator[Read]:
     """Yields what to read from a stored tensor to fill the boxes of a logical one."""
-    for local in tensor.held():
+    for local in tensor.nonempty():
         for logical_box, stored_box in location.pieces(tensor.shape, local.box):
             target = local.tensor.detach()
             for dim, offset in enumerate(logical_box.offset):

@@ -16,6 +16,7 @@ from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import make_mlp
 from megatron_ray.models.moe import router
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
+from megatron_ray.sharding.model_specs import moe_spec
 
 
 class MoE(nn.Module):
@@ -30,7 +31,7 @@ class MoE(nn.Module):
         self.moe = moe
         self.index = index
         self.layers = layers
-        self.router = layers.router(config.hidden_size, moe.num_experts)
+        self.router = layers.router(moe_spec(config, moe).router)
         self.expert_bias = (
             layers.expert_bias(moe.num_experts, moe.bias_update_rate)
             if moe.expert_bias
@@ -43,7 +44,7 @@ class MoE(nn.Module):
         self.dispatcher = layers.dispatcher(moe.num_experts)
         weights = config.aux_losses
         self.balancing_loss, self.z_loss = (
-            layers.attached_loss(kind, weights[kind], of_own_tokens=True)
+            layers.aux_loss(kind, weights[kind], is_per_rank=True)
             if kind in weights
             else None
             for kind in (moe.balancing_loss, "z_loss")
@@ -71,7 +72,7 @@ class MoE(nn.Module):
     def _route(self, logits_TE: Tensor, positions: ForwardContext) -> tuple[Tensor, Tensor]:
         given = positions.routing_replay
         if given is not None:
-            given = self.layers.own_rows(given[:, self.index])
+            given = self.layers.local_rows(given[:, self.index])
         bias = self.expert_bias.value if self.expert_bias is not None else None
         experts, weights = router.choose(self.moe, logits_TE, bias, given)
         if positions.on_route is not None:
@@ -117,4 +118,4 @@ class MoE(nn.Module):
         which = torch.arange(positions.batch, device=device).repeat_interleave(
             positions.sequence, output_size=positions.batch * positions.sequence
         )
-        return self.layers.own_rows(which), positions.batch
+        return self.layers.local_rows(which), positions.batch
