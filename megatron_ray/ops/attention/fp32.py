@@ -1,8 +1,9 @@
-"""Causal attention of bf16 on a CPU that cannot multiply it: the fused kernel in fp32,
-of which only bf16 is kept for the backward.
+"""Computes causal attention of bf16 on a CPU that cannot multiply bf16.
 
-torch's own function takes 7 times as long there, forward and backward. Must not know:
-positions, caches, ranks.
+Owns: the fused kernel in fp32, of which only bf16 is kept for the backward. Must not
+know: positions, caches, ranks.
+
+torch's own function takes 7 times as long there, forward and backward.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width.
 """
@@ -16,8 +17,9 @@ from megatron_ray.ops.attention import fused
 
 
 def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S,
-    D], in memory [B, S, N, D].
+    """Returns softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own.
+
+    The result is [B, N, S, D], in memory [B, S, N, D].
     """
     return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)  # type: ignore[no-any-return, no-untyped-call]
 
