@@ -31,7 +31,7 @@ class BatchMaker:
     end_of_document: int | None = None
     """Given: documents are kept apart, positions count from 0 in each, and what follows
     its last token is no label."""
-    further: int = 0
+    num_mtp_layers: int = 0
     """Tokens beyond the next one that have labels too."""
 
     def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
@@ -49,7 +49,7 @@ class BatchMaker:
             mask[ends] = 0
             positions, packed = self._tell_apart(ends)
         tokens = np.asarray(samples, dtype=np.int64)
-        further = self._further(tokens, mask) if self.further else None
+        mtp_targets = self._mtp_targets(tokens, mask) if self.num_mtp_layers else None
         if self.cut.cp == 1:
             whole = self._move(tokens)
             found = whole[:, :-1], whole[:, 1:]
@@ -64,19 +64,19 @@ class BatchMaker:
             self._move(positions),
             int(mask.sum()),
             packed,
-            further,
+            mtp_targets,
         )
 
-    def _further(self, tokens: np.ndarray, mask: np.ndarray) -> MTPTargets:
+    def _mtp_targets(self, tokens: np.ndarray, mask: np.ndarray) -> MTPTargets:
         """A label further on must lie in the sample and in the same document: no token
         up to it may be without a label of its own.
         """
         rows, length = mask.shape
-        labels = np.empty((self.further, rows, length), dtype=np.int64)
-        masks = np.zeros((self.further, rows, length), dtype=np.float32)
+        labels = np.empty((self.num_mtp_layers, rows, length), dtype=np.int64)
+        masks = np.zeros((self.num_mtp_layers, rows, length), dtype=np.float32)
         before = mask
         here = self.cut.positions(length)
-        for depth in range(self.further):
+        for depth in range(self.num_mtp_layers):
             shift = depth + 1
             labels[depth] = tokens[:, np.minimum(np.arange(length) + shift + 1, length)]
             masks[depth, :, :-shift] = before[:, :-shift] * mask[:, shift:]

@@ -137,11 +137,8 @@ class ExpertBias(nn.Module):
         )
 
     def count(self, tokens_E: Tensor) -> None:
-        """Adds a microbatch's tokens per expert; forward passes without gradients
-        (evaluation, recomputed layers' first) do not count.
-        """
-        if torch.is_grad_enabled():
-            self.tokens += tokens_E
+        """Adds a microbatch's tokens per expert."""
+        self.tokens += tokens_E
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class Head(Protocol):
 class Dispatcher(Protocol):
     """See expert_parallel.dispatch."""
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Capacity) -> Dispatched:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
         """Rows for the experts that are here, and the way back."""
         ...
 

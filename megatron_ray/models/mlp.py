@@ -1,7 +1,8 @@
 """The feed-forward half of a block.
 
-Owns: its maths. Must not know: ranks, groups. Shapes: T tokens, F inner width, H
-hidden.
+Owns: its maths. Must not know: ranks, groups.
+
+Shapes: T tokens, F inner width, H hidden.
 """
 
 from typing import Any
@@ -23,8 +24,18 @@ class GatedMLP(nn.Module):
         self.gate_up = layers.column(config.hidden_size, 2 * width, config.linear_bias)
         self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
-        output: Tensor = self.down(self.activation(self.gate_up(x_TH)), residual_TH)
+    def forward(
+        self, x_TH: Tensor, residual_TH: Tensor | None, *, is_output_needed: bool = True
+    ) -> Tensor:
+        """Returns residual (unless None) + MLP, [T, H].
+
+        Its values are left undefined when `is_output_needed` is False.
+        """
+        output: Tensor = self.down(
+            self.activation(self.gate_up(x_TH)),
+            residual_TH,
+            is_output_needed=is_output_needed,
+        )
         return output
 
 
@@ -33,21 +44,28 @@ class PlainMLP(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
-        self.activation = nn.GELU(
-            approximate="tanh" if config.activation == "gelu_tanh" else "none"
-        )
+        self.activation = plain_activation(config)
         self.up = layers.column(config.hidden_size, width, config.linear_bias)
         self.down = layers.row(width, config.hidden_size, config.linear_bias)
 
-    def forward(self, x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
-        output: Tensor = self.down(self.activation(self.up(x_TH)), residual_TH)
+    def forward(
+        self, x_TH: Tensor, residual_TH: Tensor | None, *, is_output_needed: bool = True
+    ) -> Tensor:
+        """Returns residual (unless None) + MLP, [T, H].
+
+        Its values are left undefined when `is_output_needed` is False.
+        """
+        output: Tensor = self.down(
+            self.activation(self.up(x_TH)), residual_TH, is_output_needed=is_output_needed
+        )
         return output
 
 
 def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | PlainMLP:
-    """The kind of MLP that the model has, `width` wide inside."""
-    kind = GatedMLP if config.gated else PlainMLP
-    return kind(config, layers, width)
+    """Returns the kind of MLP that the model has, `width` wide inside."""
+    if config.gated:
+        return GatedMLP(config, layers, width)
+    return PlainMLP(config, layers, width)
 
 
 class GatedActivation(nn.Module):
@@ -58,23 +76,34 @@ class GatedActivation(nn.Module):
         self.kernel = kernel
 
     def forward(self, gate_up: Tensor) -> Tensor:
+        """Returns [T, F]."""
         return _Gated.apply(gate_up, self.kernel)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def gated_activation(config: ModelConfig) -> GatedActivation:
-    """The one that the model has: silu, or GELU by its tanh approximation."""
-    return GatedActivation(GEGLU_TANH if config.activation == "geglu_tanh" else SWIGLU)
+    """Returns the model's gated activation: silu, or GELU by its tanh approximation."""
+    if config.activation == "geglu_tanh":
+        return GatedActivation(GEGLU_TANH)
+    return GatedActivation(SWIGLU)
+
+
+def plain_activation(config: ModelConfig) -> nn.GELU:
+    """Returns the model's activation without a gate: GELU, exact or approximated."""
+    if config.activation == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    return nn.GELU(approximate="none")
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    """[T, 2F] -> [T, F]."""
+    """Returns silu(gate) * up, [T, 2F] -> [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return nn.functional.silu(gate).mul_(up)
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient of the fused [T, 2F], which is filled in place."""
+    """Returns the gradient of the fused [T, 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
+    # Both halves are written into one tensor, which saves a concatenation.
     grad_gate_up = torch.empty_like(gate_up)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
     torch.mul(grad, nn.functional.silu(gate), out=grad_up)
@@ -83,14 +112,15 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _geglu_tanh(gate_up: Tensor) -> Tensor:
-    """[T, 2F] -> [T, F]."""
+    """Returns gelu(gate) * up, [T, 2F] -> [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return nn.functional.gelu(gate, approximate="tanh").mul_(up)
 
 
 def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """Gradient of the fused [T, 2F], which is filled in place."""
+    """Returns the gradient of the fused [T, 2F]."""
     gate, up = gate_up.chunk(2, dim=-1)
+    # Both halves are written into one tensor, which saves a concatenation.
     grad_gate_up = torch.empty_like(gate_up)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
     torch.mul(grad, nn.functional.gelu(gate, approximate="tanh"), out=grad_up)

@@ -76,7 +76,7 @@ class ParallelModel:
     @property
     def has_loss(self) -> bool:
         """Whether the last stage is here."""
-        return any(stage.loss for stage in self.module.held)
+        return self.module.has_head
 
     def begin_step(self) -> None:
         """Forgets the last step's gradients."""

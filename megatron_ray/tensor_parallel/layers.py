@@ -104,16 +104,24 @@ class RowParallelLinear(SlottedModule):
         dtype: torch.dtype,
     ) -> None:
         super().__init__(group, sequence_parallel)
-        self.unread = False
-        """While true a forward leaves its result unwritten: a recomputation wants only
-        what the backward needs."""
         self.weight = nn.Parameter(
             torch.empty(outputs, inputs // collectives.size(group), dtype=dtype)
         )
         self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
 
-    def forward(self, inputs_TI: Tensor, residual_TO: Tensor | None) -> Tensor:
-        return _Row.apply(inputs_TI, residual_TO, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+    def forward(
+        self,
+        inputs_TI: Tensor,
+        residual_TO: Tensor | None,
+        *,
+        is_output_needed: bool = True,
+    ) -> Tensor:
+        """Returns Y; when `is_output_needed` is False its values are left undefined and
+        only what the backward pass needs is kept, as in a recomputation.
+        """
+        return _Row.apply(  # type: ignore[no-any-return, no-untyped-call]
+            inputs_TI, residual_TO, self.weight, self.bias, self, is_output_needed
+        )
 
 
 class ReplicatedLinear(SlottedModule):
@@ -256,12 +264,13 @@ class _Row(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         module: RowParallelLinear,
+        is_output_needed: bool,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
 
         ctx.module = module
         ctx.adds = residual is not None
-        if module.unread:
+        if not is_output_needed:
             return inputs.new_empty(
                 inputs.shape[0] // collectives.size(module.sequence_group), weight.shape[0]
             )
@@ -294,6 +303,7 @@ class _Row(torch.autograd.Function):
             grad if ctx.adds else None,
             grad_weight,
             deliver_bias(module, grad),
+            None,
             None,
         )
 

@@ -9,6 +9,7 @@ import torch
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
+from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import EvalReport
 from megatron_ray.training.stages import run_stages
@@ -38,9 +39,9 @@ def evaluate(
     )
     for some in _groups(batches, mesh):
         if model.actions:
-            losses = run_stages(model, mesh, actions(len(some)), some)
+            losses = run_stages(model, mesh, actions(len(some)), some, ForwardMode.EVAL)
         else:
-            losses = [model.module(batch) for batch in some]
+            losses = [model.module(batch, ForwardMode.EVAL) for batch in some]
         if counts:
             for loss, batch in zip(losses, some, strict=True):
                 sums[0] += loss

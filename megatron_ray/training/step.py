@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
+from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.stages import loss_sum, run_stages
 
@@ -26,11 +27,13 @@ def forward_backward(
     """
     model.begin_step()
     if model.actions:
-        return loss_sum(run_stages(model, mesh, model.actions, batches), mesh)
+        return loss_sum(
+            run_stages(model, mesh, model.actions, batches, ForwardMode.TRAIN), mesh
+        )
     total: Tensor | None = None
     for index, batch in enumerate(batches):
         model.sink.begin_microbatch(last=index == len(batches) - 1)
-        loss = model.module(batch)
+        loss = model.module(batch, ForwardMode.TRAIN)
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:

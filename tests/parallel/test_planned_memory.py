@@ -158,7 +158,7 @@ def assert_kept(config: TrainConfig, within: float) -> None:
     with world(rank, dims.world_size):
         mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, "cpu"))
         model, _ = build(config, mesh, initialise=False)
-        for stage in model.module.held:
+        for stage in model.module.stages:
             assert kept_by_stage(config, stage) == pytest.approx(
                 kept(model, stage, config, mesh), rel=within
             )

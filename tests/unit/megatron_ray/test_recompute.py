@@ -4,6 +4,7 @@ gradient.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.block import Block
+from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.models.mlp import GatedActivation
 from megatron_ray.optimizer.finalize_grads import finalize_grads
 from megatron_ray.parallelize.recompute import recomputed
@@ -214,11 +216,11 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
         (GatedActivation, "activation"),
     ):
         counted(kind, name)
-    model, hidden, positions = blocks_of(
+    model, hidden, context = blocks_of(
         config_of(setting, "llama", "fp32", False), ParallelMesh.single()
     )
     runs.clear()
-    model.through(model.layers.values(), hidden, positions).sum().backward()
+    model.run_blocks(model.layers.values(), hidden, context).sum().backward()
     assert runs == {"layer": layer_runs, **part_runs}
 
 
@@ -255,15 +257,17 @@ def test_choices_are_heard_and_other_losses_counted_once() -> None:
 
 def test_an_evaluation_recomputes_nothing_and_frees_nothing() -> None:
     mesh = ParallelMesh.single()
-    model, hidden, positions = blocks_of(
+    model, hidden, context = blocks_of(
         config_of("norm-activation", "llama", "fp32", False), mesh
     )
     plain, _, _ = blocks_of(config_of("none", "llama", "fp32", False), mesh)
-    with torch.no_grad():
-        expected = plain.through(plain.layers.values(), hidden, positions)
-        assert torch.equal(
-            model.through(model.layers.values(), hidden, positions), expected
-        )
+    for mode in (ForwardMode.EVAL, ForwardMode.TRAIN):
+        with torch.no_grad():
+            in_mode = replace(context, mode=mode)
+            expected = plain.run_blocks(plain.layers.values(), hidden, in_mode)
+            assert torch.equal(
+                model.run_blocks(model.layers.values(), hidden, in_mode), expected
+            )
 
 
 def test_a_region_whose_inputs_need_no_gradient_still_gives_its_parameters_theirs() -> None:

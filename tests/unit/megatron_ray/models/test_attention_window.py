@@ -118,5 +118,5 @@ def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
         0.0, Streams(7, {"tp": 0, "cp": 0}).stream("layers.0", ("cp", "tp")), 6
     )
     torch.testing.assert_close(
-        dropping(q, k, v, (packed, 0)), expected, rtol=1e-12, atol=1e-12
+        dropping(q, k, v, packed, 0), expected, rtol=1e-12, atol=1e-12
     )
