@@ -144,6 +144,7 @@ class _Gather(torch.autograd.Function):
             gather_tiles(cut, q.shape[2], ctx.window),
             _documents(cut, ctx.documents),
         )
+        # Every rank has added to the keys of all others; each gets the sum for its own.
         parts = split_by_rank(gradients.keys_values, cut.cp, dim=4)
         summed = collectives.reduce_scatter_rows(parts, ctx.group).squeeze(0)
         grad_k, grad_v = summed.to(q.dtype).unbind(0)

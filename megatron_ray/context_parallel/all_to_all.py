@@ -45,12 +45,14 @@ class UlyssesAttention(nn.Module):
 def _to_heads(x_BNSD: Tensor, group: Group) -> Tensor:
     """Returns some heads of the group's tokens, [B, N / group, L, D]."""
     batch, _, *rest = x_BNSD.shape
+    # Heads are cut among ranks; rows of an all-to-all come first.
     by_receiver = x_BNSD.reshape(batch, collectives.size(group), -1, *rest).transpose(0, 1)
     return merge_chunks(collectives.all_to_all_rows(by_receiver, group), dim=3)
 
 
 def _to_tokens(x_BNLD: Tensor, group: Group) -> Tensor:
     """Returns all heads of this rank's tokens; undoes `_to_heads`."""
+    # Tokens are cut among ranks again.
     by_receiver = split_by_rank(x_BNLD, collectives.size(group), dim=3)
     by_sender = collectives.all_to_all_rows(by_receiver, group)
     return by_sender.transpose(0, 1).flatten(1, 2)

@@ -41,7 +41,8 @@ def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
     everything = slice(0, length)
     if owner == rank:
         return [Tile(everything, everything, causal=True)]
-    # The owner's early chunk lies before both of ours, its late one after both.
+    # Rank r has chunks r and 2 cp - 1 - r. So an owner of lower rank has an early chunk
+    # before both of ours and a late one after both, and the other way round.
     if owner < rank:
         return [Tile(everything, slice(0, half))]
     return [Tile(slice(half, length), everything)]
@@ -165,6 +166,7 @@ class _Ring(torch.autograd.Function):
     ) -> Tensor:
         hops = _Hops(group, documents, window)
         partial = PartialAttention.empty(q)
+        # Keys and values travel in one message.
         own = torch.stack([k, v])
         block = own
         for hop in range(hops.size):
@@ -174,10 +176,12 @@ class _Ring(torch.autograd.Function):
                 next_block = hops.start(block)
             owner = hops.owner(hop)
             tiles = hops.tiles(owner, q.shape[2])
+            # Computes while the next block arrives.
             attend(partial, q, block[0], block[1], tiles, hops.documents(owner))
             if next_block is not None:
                 block = next_block.wait()
         output = tokens_first(partial.output, q.dtype)
+        # Blocks of other ranks are not kept: they go round once more in the backward.
         ctx.save_for_backward(q, own, output, partial.lse)
         ctx.hops = hops
         return output
@@ -194,6 +198,7 @@ class _Ring(torch.autograd.Function):
             if hop + 1 < hops.size:
                 next_block = hops.start(block)
             owner = hops.owner(hop)
+            # This rank's part of the block's gradient, to which that of others is added.
             gradients = TileGradients(grad_q, torch.zeros_like(block, dtype=lse.dtype))
             attend_backward(
                 gradients,

@@ -108,6 +108,7 @@ class PartialAttention:
     def merge(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Adds keys that the queries in `rows` had not seen yet."""
         old_lse = self.lse[:, :, rows]
+        # Each side's output is weighed by its share of the sum of exponentials.
         merged_lse = torch.logaddexp(old_lse, lse)
         # Where nothing is seen on either side both are -inf and their difference is not
         # a number; such a side has weight 0.

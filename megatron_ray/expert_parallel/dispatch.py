@@ -65,6 +65,7 @@ def sort_slots(
     those of one in the order of tokens. An expert `num_experts` means none at all. Rows
     that are only padding come from slot T x K.
     """
+    # Sorting by expert is stable, so rows of one expert stay in the order of tokens.
     flat = experts_TK.flatten()
     order = torch.argsort(flat, stable=True)
     sorted_experts = flat[order]
@@ -135,6 +136,7 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
         """Returns the rows of this rank's experts from all ranks."""
+        # Sorted by expert is sorted by rank too, since experts lie in order over ep.
         slots, counts = sort_slots(experts_TK, self.num_experts, capacity)
         rows = take_tokens(x_TH, slots, experts_TK.shape[1])
         if self.ep_group is None and self.etp_group is None:
@@ -147,6 +149,7 @@ class AllToAllDispatcher:
             plan = self._plan_by_counts(counts)
         else:
             plan = self._plan_evenly(counts, slots.device)
+        # First to the ep rank with the expert, then to all etp ranks that share it.
         received = exchange(rows, plan.send, plan.receive, self.ep_group)
         arrived = gather(received, plan.gathered, self.etp_group)
 
@@ -221,6 +224,7 @@ class AllGatherDispatcher:
         local = experts - self.first_local
         is_elsewhere = (local < 0) | (local >= self.num_local)
         local = local.masked_fill(is_elsewhere, self.num_local)
+        # An expert here takes its rows of every rank at once.
         rows_per_expert = capacity.rows_per_expert
         if rows_per_expert is not None:
             num_ranks = len(experts) // len(experts_TK)
@@ -232,6 +236,7 @@ class AllGatherDispatcher:
         )
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
+            # Weighed before they are summed over ranks: tokens travel once, not K times.
             sums = weigh_and_sum(outputs_RH, self._gather(weights_TK), slots)
             for group in reversed(self.groups):
                 size = collectives.size(group)

@@ -94,6 +94,7 @@ class _WeighAndSum(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, slots)
         by_slot = _scatter_to_slots(rows, slots, weights.numel()).view(*weights.shape, -1)
+        # K additions in fp32, one rounding.
         total = to_fp32(by_slot[:, 0]) * weights[:, :1]
         for k in range(1, weights.shape[1]):
             total.addcmul_(to_fp32(by_slot[:, k]), weights[:, k : k + 1])
@@ -124,6 +125,7 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (order,) = ctx.saved_tensors
+        # Each row is written once, so nothing has to be added or cleared.
         return torch.empty_like(grad).index_copy_(0, order, grad), None
 
 

@@ -196,6 +196,7 @@ def generate_tokens(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     _check_positions(model, len(prompt), max_new_tokens)
+    # Allocated once, for the longest continuation that there may be.
     caches = _empty_caches(model, len(prompt) + max_new_tokens)
     device = caches[0].keys.device
     # On the CPU, so that all devices draw the same.

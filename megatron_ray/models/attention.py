@@ -41,6 +41,7 @@ class KeyValueCache:
 
         Raises ValueError when the cache is full.
         """
+        # Written in place: growing by concatenation would copy all tokens for each new one.
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise ValueError(
@@ -76,6 +77,8 @@ class CausalAttention(nn.Module):
         """Returns the attention outputs of each head, [B, N, S, D]."""
         if cache is not None:
             return self._attend_with_cache(q_BNSD, k_BGSD, v_BGSD, cache)
+        # Dropout needs an attention of its own, see `AttentionWithDropout`; passes that
+        # drop nothing use the fast one.
         if self.core_with_dropout is not None and context.mode.is_training:
             dropped: Tensor = self.core_with_dropout(
                 q_BNSD, k_BGSD, v_BGSD, context.packed, context.dropout_sample
@@ -118,6 +121,7 @@ class Attention(CausalAttention):
     ) -> None:
         super().__init__(layers, path, window)
         self.head_width = config.head_width
+        # `apply_compile` replaces it by a compiled one.
         self.rotation = ROTATION
         heads = config.num_attention_heads
         groups = config.kv_heads
@@ -148,6 +152,7 @@ class Attention(CausalAttention):
         else:
             q, k, v = split_qkv(qkv, *sizes)
         attended = self.attend(q, k, v, context, cache)
+        # Most kernels leave tokens first in memory; merging the heads is then a view.
         num_tokens = context.batch_size * context.seq_length
         output: Tensor = self.o(
             attended.transpose(1, 2).reshape(num_tokens, -1), residual_TH
@@ -189,6 +194,7 @@ class LocalAttention(nn.Module):
         """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
         if packed is None:
             return _whole(q_BNSD, k_BGSD, v_BGSD, self.window)
+        # One call per document costs launches, but no score between documents is computed.
         rows = []
         for row, lengths in enumerate(packed.lengths):
             documents = zip(
@@ -206,6 +212,7 @@ def _whole(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int | None) -
     """Attends within rows that are one sequence each, by the kernel that is fastest."""
     if window is not None and window < q_BNSD.shape[2]:
         return windowed_attention(q_BNSD, k_BGSD, v_BGSD, window)
+    # The order matters: a machine without bf16 products must not get the blockwise one.
     if needs_fp32_matmul(q_BNSD.device.type, q_BNSD.dtype):
         return fp32_causal_attention(q_BNSD, k_BGSD, v_BGSD)
     if blocks_are_faster(q_BNSD.device.type, q_BNSD.dtype, q_BNSD.shape[2]):

@@ -67,5 +67,6 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = ctx.saved_tensors
+        # Counted here and not in forward, which runs twice where it is recomputed.
         ctx.aux_loss.count(loss)
         return grad, torch.ones_like(loss), None

@@ -56,6 +56,7 @@ class Block(nn.Module):
         """
         if self.attention_dropout is not None and context.mode.is_training:
             return self._forward_with_dropout(hidden_TH, context)
+        # Each half takes its input twice: normalised, and as the residual.
         hidden_TH = self.attention(
             self.attention_norm(hidden_TH), hidden_TH, context, cache
         )
@@ -77,6 +78,8 @@ class Block(nn.Module):
         """Adds each residual after the dropout of its half, not inside a product."""
         assert self.attention_dropout is not None
         assert self.mlp_dropout is not None
+        # Dropout works in place on fresh results, and so does adding the residual: the
+        # sums need no memory of their own.
         sample = context.dropout_sample
         attended = self.attention(self.attention_norm(hidden_TH), None, context)
         hidden_TH = self.attention_dropout(attended, sample).add_(hidden_TH)

@@ -27,6 +27,7 @@ class Dropout(nn.Module):
 
     def mask(self, like: Tensor, first_sample: int) -> Tensor:
         """Returns a mask in the shape of `like`, True where elements are dropped."""
+        # Contiguous whatever `like` is, so that the same numbers fall on the same elements.
         mask = torch.empty_like(
             like, dtype=torch.bool, memory_format=torch.contiguous_format
         )
@@ -72,6 +73,7 @@ class AttentionWithDropout(nn.Module):
         scores = torch.matmul(queries, k_BGSD.transpose(2, 3)).view(
             batch, heads, sequence, sequence
         )
+        # A softmax in bf16 would round its sums.
         if scores.dtype.itemsize < 4:
             scores = scores.float()
         bias = _causal_bias(sequence, self.window, packed, scores)

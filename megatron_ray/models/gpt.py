@@ -112,9 +112,11 @@ class GPT(nn.Module):
         else:
             hidden_TH = received_TH
         context = self.forward_context(batch, mode, hidden_TH)
+        # What another stage sends was dropped there.
         if received_TH is None:
             hidden_TH = self._drop_embedded(hidden_TH, context)
         blocks = [self.layers[str(index)] for index in stage.layers]
+        # A stage may have no blocks at all: an embedding or a head of its own.
         hidden_TH = self.run_blocks(blocks, hidden_TH, context)
         if not stage.loss:
             return hidden_TH
@@ -153,6 +155,7 @@ class GPT(nn.Module):
             hidden_TH = mtp_layer(
                 hidden_TH, self._embed_tokens(tokens_BS), context, self.run_blocks
             )
+            # The weight goes into the mask and not on the loss, whose gradient is one.
             mtp_loss = self.head(
                 hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight
             )
@@ -193,6 +196,7 @@ class GPT(nn.Module):
         The model must be a single stage. `caches`: one per layer, of the tokens before
         these.
         """
+        # The head is left out here, since generation needs logits of the last token only.
         hidden_TH = self._embed(tokens_BS, position_ids)
         context = self._base_context(
             ForwardMode.GENERATE, tokens_BS.shape, position_ids, hidden_TH
@@ -244,6 +248,7 @@ class GPT(nn.Module):
         batch_size, seq_length = shape
         if self.config.position_embedding != "rope":
             return ForwardContext(mode, batch_size, seq_length, None, None)
+        # Angles are computed once a microbatch and shared by all layers.
         cos, sin = rotary_angles(
             position_ids,
             self.config.rotated_width,

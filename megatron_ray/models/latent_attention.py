@@ -65,6 +65,7 @@ class LatentAttention(CausalAttention):
     ) -> Tensor:
         """Returns residual (unless None) + attention, [T, H]."""
         shape = (context.batch_size, context.seq_length, -1)
+        # Queries and keys have several parts in one product each; see the shapes above.
         queries = self._queries(x_TH)
         latent_TC, key_TR = self.kv_down(x_TH).split(
             [self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=1
@@ -132,6 +133,7 @@ class _AssembleHeads(torch.autograd.Function):
         mla: LatentAttentionConfig,
         factor: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # The backward is linear in the gradients: it needs the angles, no activations.
         ctx.save_for_backward(cos, sin)
         ctx.mla = mla
         ctx.factor = factor
@@ -184,6 +186,7 @@ def _assemble_queries(
 ) -> Tensor:
     """Returns queries [B, S, N, D] with their last R rotated and all scaled."""
     plain = mla.qk_nope_head_dim
+    # The factor goes on the queries, since kernels scale scores by 1 / sqrt(D) only.
     q = _empty_heads(queries, mla.qk_head_dim)
     q[..., :plain] = _scale(queries[..., :plain], factor)
     q[..., plain:] = _scale(_rotate(queries[..., plain:], cos, sin, 1.0), factor)
@@ -219,6 +222,7 @@ def _by_head(x: Tensor, width: int) -> Tensor:
 def _empty_heads(like: Tensor, width: int) -> Tensor:
     """Returns uninitialised memory [B, S, N, width] for the heads of `like`."""
     batch, sequence, heads, _ = like.shape
+    # Heads first in memory where products are batched over heads, tokens first elsewhere.
     if rotates_in_fp32(like.device.type, like.dtype):
         return like.new_empty(batch, heads, sequence, width).transpose(1, 2)
     return like.new_empty(batch, sequence, heads, width)

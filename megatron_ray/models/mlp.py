@@ -106,6 +106,7 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     # Both halves are written into one tensor, which saves a concatenation.
     grad_gate_up = torch.empty_like(gate_up)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    # The activation is computed again: keeping it would cost another [T, F].
     torch.mul(grad, nn.functional.silu(gate), out=grad_up)
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
     return grad_gate_up
@@ -137,6 +138,7 @@ GEGLU_TANH = DifferentiableOp(_geglu_tanh, _geglu_tanh_backward)
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, kernel: DifferentiableOp) -> Tensor:
+        # Only the fused product is kept, neither half's activation nor their product.
         ctx.save_for_backward(gate_up)
         ctx.kernel = kernel
         return kernel.forward(gate_up)  # type: ignore[no-any-return]

@@ -52,6 +52,7 @@ class MultiTokenPredictionLayer(nn.Module):
         """
         if self.embedding_dropout is not None and context.mode.is_training:
             embedded_TH = self.embedding_dropout(embedded_TH, context.dropout_sample)
+        # Embedding first: the order of the published projection's columns.
         joined = torch.cat(
             [self.embedding_norm(embedded_TH), self.hidden_norm(hidden_TH)], dim=-1
         )

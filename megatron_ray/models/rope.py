@@ -139,6 +139,7 @@ def _rotate_into(
     Shapes: [B, S, heads, D].
     """
     half = x.shape[-1] // 2
+    # The second halves: cos is doubled, and the sine's first half has a minus.
     cos = cos[..., half:]
     sin = sin[..., half:]
     x1 = x[..., :half]
@@ -159,6 +160,7 @@ def _rotate_in_fp32(x_BNSD: Tensor, cos: Tensor, sin: Tensor, direction: float) 
     half = x_BNSD.shape[-1] // 2
     wide = torch.empty(x_BNSD.shape, dtype=torch.float32, device=x_BNSD.device)
     wide.copy_(x_BNSD)
+    # x cos + (x with its halves exchanged) sin, in two passes over whole rows.
     exchanged = torch.empty_like(wide)
     exchanged[..., :half] = wide[..., half:]
     exchanged[..., half:] = wide[..., :half]

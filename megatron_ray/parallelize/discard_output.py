@@ -119,9 +119,11 @@ class CheckpointWithoutOutput:
     ) -> None:
         """Runs the producer again, and copies its output into the freed memory."""
         self._inputs = detached_leaves(saved_inputs)
+        # Hooks run outside of autograd's recording, but the second run needs a graph.
         with torch.enable_grad():
             output = self.run_producer(*self._inputs)
             self._second_run = Backward(output)
+        # Into the same storage, since autograd has kept a reference to it for the consumer.
         storage.resize_(num_bytes)
         storage.copy_(output.untyped_storage())
 

@@ -78,6 +78,7 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = detached_leaves(ctx.saved_tensors)
+        # The region's own graph, from detached inputs to its output.
         with torch.enable_grad():
             second_run = Backward(ctx.again(*inputs))
         second_run.run(grad)
@@ -120,6 +121,7 @@ def _run_first_recomputed(
 def _recomputed_blocks(
     blocks: Sequence[nn.Module], hidden_TH: Tensor, context: ForwardContext
 ) -> Tensor:
+    # Other passes keep no activations, and their mode must stay as it is.
     if not context.mode.is_training:
         return run_sequentially(blocks, hidden_TH, context)
     return recomputed(
@@ -177,6 +179,7 @@ class _RecomputedCore(nn.Module):
 def _recompute_mlp(block: Block) -> None:
     if block.mlp is None:
         return
+    # The MLP ends in a product whose output nothing in the region reads.
     run = block.mlp.forward
 
     def forward(
@@ -210,6 +213,7 @@ def _recompute_moe(block: Block) -> None:
 
 
 def _discard_norm_outputs(block: Block) -> None:
+    # What reads a norm is the first product of the half behind it.
     discard_output(block.attention_norm, block.attention)
     feed_forward = block.mlp or block.moe
     assert feed_forward is not None

@@ -65,6 +65,7 @@ class MoE(nn.Module):
             padded_rows = max_rows if self.moe.pad_to_capacity else None
             capacity = Capacity(dropless=False, rows_per_expert=padded_rows)
         dispatched = self.dispatcher.dispatch(x_TH, experts, capacity)
+        # The shared expert takes the residual into its last product.
         if self.shared is not None:
             residual_TH = self.shared(x_TH, residual_TH)
         outputs: Tensor = self.experts(dispatched.rows_RH, dispatched.counts)
@@ -77,6 +78,7 @@ class MoE(nn.Module):
         """Returns (experts [T, K], weights [T, K])."""
         replayed_TK = None
         if context.routing_replay is not None:
+            # The replay is of whole sequences, this router sees its rank's tokens only.
             replayed_TK = self.layers.own_rows(context.routing_replay[:, self.index])
         bias = None
         if self.expert_bias is not None:
@@ -84,6 +86,7 @@ class MoE(nn.Module):
         experts, weights = router.choose(self.moe, logits_TE, bias, replayed_TK)
         if context.on_route is not None and context.mode.is_first_run:
             context.on_route(self.index, experts)
+        # Losses hang on the weights, which every token's output is multiplied by.
         if context.mode.attaches_losses:
             self._count_tokens(experts)
             weights = self._attach_losses(logits_TE, experts, weights, context)
@@ -113,6 +116,7 @@ class MoE(nn.Module):
             counts = router.count_tokens(
                 experts_TK, moe.num_experts, sequence, num_sequences
             )
+            # Balance is over a microbatch, wherever its tokens are.
             tokens = self.layers.sum_over_tokens(counts)
             weights_TK = self.balancing_loss(
                 weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence)

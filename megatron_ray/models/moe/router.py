@@ -30,6 +30,8 @@ def choose(
     A bias changes the choice, not the weights. `replayed_TK` experts are taken as they
     are.
     """
+    # A softmax over the chosen logits only is the default (Mixtral), so the ranking is
+    # that of the logits themselves.
     softmax_over_chosen = moe.score_function == "softmax" and not moe.pre_softmax
     if softmax_over_chosen:
         scores = logits_TE
@@ -41,6 +43,7 @@ def choose(
     if replayed_TK is not None:
         experts = replayed_TK
     else:
+        # Ranking has no gradient; the weights have, through the scores they are made of.
         ranking = scores.detach()
         if bias_E is not None:
             ranking = ranking + bias_E
@@ -95,6 +98,7 @@ def limit(
     starts = torch.searchsorted(
         sorted_experts, torch.arange(moe.num_experts, device=flat.device)
     )
+    # Priority within an expert: those from `max_rows` on are dropped.
     rank_in_expert = torch.arange(len(flat), device=flat.device) - starts[sorted_experts]
     is_over = rank_in_expert >= max_rows
     dropped = torch.empty_like(is_over).index_copy_(0, order, is_over)

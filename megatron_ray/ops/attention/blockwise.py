@@ -87,6 +87,7 @@ def _tiles(queries: Tensor) -> list[_Tile]:
     """Returns the tiles of queries [P, N/G, S, D], in the order of pairs and rows."""
     pairs, per_pair, sequence, _ = queries.shape
     rows = _rows(per_pair, sequence)
+    # As many heads together as the cache allows.
     pairs_at_once = max(1, _SCORES // (per_pair * rows * sequence))
     tiles = []
     for low in range(0, pairs, pairs_at_once):
@@ -180,6 +181,7 @@ class _Gradients:
         """Adds what the gradient of a tile's scores gives queries and keys."""
         _, per_pair, _, width = self.queries.shape
         scale = width**-0.5
+        # A query's gradient is complete after its own tile, a key's only after all.
         grad_q = torch.bmm(grad_s, k_PCD).view(len(grad_s), per_pair, -1, width)
         torch.mul(grad_q, scale, out=self.queries[tile.pairs, :, tile.rows])
         grad_k = torch.bmm(grad_s.transpose(1, 2), q_PRD)

@@ -48,6 +48,7 @@ def backward(
     k = for_each_query_head(k_BGKD, q_BNQD)
     v = for_each_query_head(v_BGKD, q_BNQD)
     grad_q, grad_k, grad_v = _backward(grad, q_BNQD, k, v, output, lse, causal, bias)
+    # Heads that share keys each have a gradient for them.
     groups = k_BGKD.shape[1]
     return grad_q, _sum_over_sharers(grad_k, groups), _sum_over_sharers(grad_v, groups)
 
@@ -116,6 +117,7 @@ def _forward(
     """Does `forward` for as many key/value heads as query heads."""
     if needs_fp32_matmul(q.device.type, q.dtype):
         return _forward(q.float(), k.float(), v.float(), causal, _to_fp32(bias))
+    # Flash attention on CUDA has no bias; what it cannot do is computed in full below.
     if _uses_flash(q, bias):
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, causal

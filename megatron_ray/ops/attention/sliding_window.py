@@ -47,6 +47,7 @@ def stripes(sequence: int, window: int) -> Iterator[Stripe]:
 
     About a fifth of the scores are then computed in vain.
     """
+    # Longer stripes mask more of their scores, shorter ones read more keys twice.
     rows = max(_ROWS, window // 4 // _ALIGNED * _ALIGNED)
     for first in range(0, sequence, rows):
         end = min(first + rows, sequence)
