@@ -1,9 +1,8 @@
-"""Degrees of the parallel axes and the arithmetic of ranks.
+"""Computes with ranks: the degrees of the parallel axes, and which ranks form a group.
 
-Owns: who is in a group with whom, in the dense and the expert grid.
-
-Pure Python: placement, planning and the process groups all ask here, so they cannot
-disagree. Must not know: torch, nodes.
+There are two grids, the dense one and that of experts. Placement, planning and the
+process groups all ask here, so they cannot disagree. Pure Python. Must not know: torch,
+nodes.
 """
 
 from collections.abc import Iterable
@@ -14,32 +13,30 @@ from math import prod
 from megatron_ray.config.parallelism import ParallelismConfig
 
 ORDER = ("tp", "cp", "ep", "dp", "pp")
-"""Megatron's; the first axis varies fastest, so tp groups are neighbouring ranks."""
-_EXPERT_AXES = {"tp": "etp", "ep": "ep", "dp": "edp", "pp": "pp"}
+"""Megatron's order of axes; the first axis varies fastest, so tp groups are neighbouring ranks."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Ranks in rows and columns: (axis, size) pairs, the axis that varies fastest
-    first.
-    """
+    """Ranks in an n-dimensional grid."""
 
     axes: tuple[tuple[str, int], ...]
+    """(axis, size) pairs, the axis that varies fastest first."""
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """By axis."""
+        """Size by axis."""
         return dict(self.axes)
 
     @cached_property
     def strides(self) -> dict[str, int]:
         """Distance between neighbours along each axis."""
-        found = {}
+        strides = {}
         stride = 1
         for axis, size in self.axes:
-            found[axis] = stride
+            strides[axis] = stride
             stride *= size
-        return found
+        return strides
 
     @property
     def world_size(self) -> int:
@@ -47,59 +44,73 @@ class Grid:
         return prod(self.sizes.values())
 
     def size(self, *axes: str) -> int:
-        """Ranks in a group spanning the axes."""
-        return prod(self.sizes[axis] for axis in axes)
+        """Returns how many ranks a group that spans the axes has."""
+        size = 1
+        for axis in axes:
+            size *= self.sizes[axis]
+        return size
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Axis -> index of a rank. Raises ValueError for one outside the world."""
+        """Returns a rank's index along each axis.
+
+        Raises ValueError for a rank outside the world.
+        """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
-        found = {}
+        # A number in a mixed radix whose fastest digit is the first axis.
+        indices = {}
         for axis, size in self.axes:
-            rank, found[axis] = divmod(rank, size)
-        return found
+            rank, indices[axis] = divmod(rank, size)
+        return indices
 
     def rank_at(self, **coordinates: int) -> int:
-        """Inverse of `coordinates`; axes not named are at 0."""
-        return sum(index * self.strides[axis] for axis, index in coordinates.items())
+        """Inverts `coordinates`; axes that are not named are at 0."""
+        rank = 0
+        for axis, index in coordinates.items():
+            rank += index * self.strides[axis]
+        return rank
 
     def group_of(self, rank: int, axes: Iterable[str]) -> tuple[int, ...]:
-        """Ranks that differ from `rank` only along `axes`, in rank order."""
-        here = self.coordinates(rank)
-        members = [rank]
-        for axis in axes:
-            base = [member - here[axis] * self.strides[axis] for member in members]
-            members = [
-                start + index * self.strides[axis]
-                for start in base
-                for index in range(self.sizes[axis])
-            ]
-        return tuple(sorted(members))
+        """Returns the ranks that differ from `rank` only along `axes`, in rank order."""
+        # From the group's lowest rank, which is at 0 along its axes.
+        group_axes = tuple(axes)
+        indices = self.coordinates(rank)
+        lowest = rank
+        for axis in group_axes:
+            lowest -= indices[axis] * self.strides[axis]
+        return tuple(sorted(self._spread([lowest], group_axes)))
 
     def groups(self, axes: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Every group along `axes`, ordered by its lowest rank; each rank is in exactly
-        one.
+        """Returns every group along `axes`, ordered by its lowest rank.
+
+        Each rank is in exactly one of them.
         """
-        wanted = tuple(axes)
-        leaders = [0]
-        for axis, size in self.axes:
-            if axis not in wanted:
-                leaders = [
-                    leader + index * self.strides[axis]
-                    for leader in leaders
-                    for index in range(size)
-                ]
-        return tuple(self.group_of(leader, wanted) for leader in sorted(leaders))
+        group_axes = tuple(axes)
+        # The lowest rank of a group is at 0 along its axes, and anywhere along the others.
+        other_axes = [axis for axis in self.sizes if axis not in group_axes]
+        leaders = sorted(self._spread([0], other_axes))
+        return tuple([self.group_of(leader, group_axes) for leader in leaders])
+
+    def _spread(self, ranks: list[int], axes: Iterable[str]) -> list[int]:
+        """Returns the ranks at every index along the axes, given those at 0."""
+        for axis in axes:
+            spread = []
+            for index in range(self.sizes[axis]):
+                offset = index * self.strides[axis]
+                spread += [rank + offset for rank in ranks]
+            ranks = spread
+        return ranks
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """Sizes of all axes. tp x cp x dp x pp ranks make up the dense grid; the experts
-    live on the same ranks, cut another way: etp x ep x edp x pp, with edp what is left.
-    `order` is of both (Megatron's `--order`).
+    """Sizes of all axes.
 
-    Raises ValueError when an axis is below 1, the order is none, or the two grids do
-    not fit each other.
+    tp x cp x dp x pp ranks make up the dense grid; the experts lie on the same ranks, cut
+    another way: etp x ep x edp x pp, with edp what is left.
+
+    Raises ValueError when an axis is below 1, the order is none, or the two grids do not
+    fit each other.
     """
 
     tp: int = 1
@@ -110,18 +121,24 @@ class ParallelDims:
     etp: int | None = None
     """tp when not given."""
     order: tuple[str, ...] = ORDER
+    """Of the axes of both grids (Megatron's `--order`)."""
     cp_sizes: tuple[int, ...] | None = None
     """Context parallelism as a hierarchy, innermost first; one level when not given."""
     zero_replicas: int = 1
     """Copies of state that is sharded over dp x cp."""
 
     def __post_init__(self) -> None:
+        self._check_axes()
+        self._check_expert_grid()
+
+    def _check_axes(self) -> None:
         if sorted(self.order) != sorted(ORDER):
             raise ValueError(
                 f"order {'-'.join(self.order)} must name each of {', '.join(ORDER)} once"
             )
         for axis in (*ORDER, "etp"):
-            if (size := getattr(self, axis)) is not None and size < 1:
+            size = getattr(self, axis)
+            if size is not None and size < 1:
                 raise ValueError(f"{axis}={size} must be at least 1")
         if self.cp_sizes is not None and prod(self.cp_sizes) != self.cp:
             raise ValueError(
@@ -132,6 +149,8 @@ class ParallelDims:
             raise ValueError(
                 f"zero_replicas={self.zero_replicas} must divide dp x cp = {self.dp} x {self.cp}"
             )
+
+    def _check_expert_grid(self) -> None:
         inside = self.expert_tp * self.ep * self.pp
         if self.world_size % inside:
             raise ValueError(
@@ -140,6 +159,7 @@ class ParallelDims:
                 f" tp({self.tp}) x cp({self.cp}) x dp({self.dp}) x pp({self.pp}) = "
                 f"{self.world_size} ranks"
             )
+        # A pipeline stage must be the same ranks in both grids.
         if self.pp > 1 and self.dense.strides["pp"] != self.experts.strides["pp"]:
             raise ValueError(
                 f"order {'-'.join(self.order)} puts the pipeline stages of dense layers "
@@ -159,12 +179,15 @@ class ParallelDims:
         ep: int = 1,
         etp: int | None = None,
     ) -> "ParallelDims":
-        """Derives or checks dp.
+        """Returns the grid of a world, whose dp is derived, or checked when given.
 
         Raises ValueError with the whole product when the world does not factor.
         """
+        # ep and etp cut the same ranks another way, so they are no factors here.
         model = tp * cp * pp
-        resolved = world_size // model if dp is None else dp
+        resolved = dp
+        if resolved is None:
+            resolved = world_size // model
         if model * resolved != world_size:
             raise ValueError(
                 f"tp({tp}) x cp({cp}) x dp({dp or 'auto'}) x pp({pp}) does not make up a "
@@ -176,11 +199,14 @@ class ParallelDims:
     def of(
         cls, parallel: ParallelismConfig, world_size: int | None = None
     ) -> "ParallelDims":
-        """The grid that a config describes; `world_size` is needed, and checked, where
-        its dp is not resolved. Raises ValueError.
+        """Returns the grid that a config describes.
+
+        `world_size` is needed, and checked, where the config's dp is not resolved.
+
+        Raises ValueError when it is not given then, or does not factor.
         """
-        dp = None if parallel.dp == "auto" else parallel.dp
-        if dp is None:
+        dp = parallel.dp
+        if dp == "auto":
             if world_size is None:
                 raise ValueError("parallel.dp is not resolved")
             dp = cls.for_world(
@@ -201,7 +227,10 @@ class ParallelDims:
     @property
     def expert_tp(self) -> int:
         """Tensor parallel degree inside an expert."""
-        return self.tp if self.etp is None else self.etp
+        # As in Megatron, experts are cut like everything else unless told otherwise.
+        if self.etp is None:
+            return self.tp
+        return self.etp
 
     @property
     def expert_dp(self) -> int:
@@ -215,27 +244,33 @@ class ParallelDims:
 
     @cached_property
     def dense(self) -> Grid:
-        """Of everything but the experts: tp, cp, dp, pp."""
-        return Grid(
-            tuple((axis, getattr(self, axis)) for axis in self.order if axis != "ep")
-        )
+        """The grid of everything but the experts: tp, cp, dp, pp."""
+        sizes = {"tp": self.tp, "cp": self.cp, "dp": self.dp, "pp": self.pp}
+        return Grid(tuple([(axis, sizes[axis]) for axis in self.order if axis in sizes]))
 
     @cached_property
     def experts(self) -> Grid:
-        """Of the experts: etp, ep, edp, pp.
+        """The grid of the experts: etp, ep, edp, pp.
 
         Context-parallel ranks are replicas like any other there.
         """
-        sizes = {"etp": self.expert_tp, "ep": self.ep, "edp": self.expert_dp, "pp": self.pp}
-        names = [_EXPERT_AXES[axis] for axis in self.order if axis in _EXPERT_AXES]
-        return Grid(tuple((name, sizes[name]) for name in names))
+        # By the axis of `order` that stands for it.
+        expert_axes = {
+            "tp": ("etp", self.expert_tp),
+            "ep": ("ep", self.ep),
+            "dp": ("edp", self.expert_dp),
+            "pp": ("pp", self.pp),
+        }
+        return Grid(
+            tuple([expert_axes[axis] for axis in self.order if axis in expert_axes])
+        )
 
     def size(self, *axes: str) -> int:
-        """Ranks in a dense group spanning the axes."""
+        """Returns how many ranks a dense group that spans the axes has."""
         return self.dense.size(*axes)
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Axis -> index of a rank in the dense grid."""
+        """Returns a rank's index along each axis of the dense grid."""
         return self.dense.coordinates(rank)
 
     def rank_at(self, **coordinates: int) -> int:
@@ -243,48 +278,57 @@ class ParallelDims:
         return self.dense.rank_at(**coordinates)
 
     def group_of(self, rank: int, axes: Iterable[str]) -> tuple[int, ...]:
-        """Ranks that differ from `rank` only along dense `axes`, in rank order."""
+        """Returns the ranks that differ only along dense `axes`, in rank order."""
         return self.dense.group_of(rank, axes)
 
     def groups(self, axes: Iterable[str]) -> tuple[tuple[int, ...], ...]:
-        """Every dense group along `axes`, ordered by its lowest rank; each rank is in
-        exactly one.
+        """Returns every dense group along `axes`, ordered by its lowest rank.
+
+        Each rank is in exactly one of them.
         """
         return self.dense.groups(axes)
 
     def embedding_group_of(self, rank: int) -> tuple[int, ...]:
-        """First and last stage of a rank's pipeline, who hold tied word embeddings; on
-        the stages between, and at pp=1, the rank alone.
+        """Returns the first and last rank of a rank's pipeline, which tie embeddings.
+
+        On the stages between, and at pp=1, the rank alone.
         """
         stages = self.group_of(rank, ("pp",))
         ends = (stages[0], stages[-1])
-        return ends if rank in ends and len(stages) > 1 else (rank,)
+        if len(stages) == 1 or rank not in ends:
+            return (rank,)
+        return ends
 
     def context_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """A rank's context-parallel group as the hierarchy `cp_sizes`, innermost level
-        first: at level l it is one of cp_sizes[l] ranks.
+        """Returns a rank's context-parallel group as the hierarchy `cp_sizes`.
+
+        Innermost level first: at level l the rank is one of cp_sizes[l] ranks.
         """
         return _levels_of(rank, self.group_of(rank, ("cp",)), self.cp_sizes or (self.cp,))
 
     def shard_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
-        """Who shares one copy of sharded state with a rank, and who has the same shard
+        """Returns a rank's two groups of sharded state.
+
+        The ranks that share one copy of it with the rank, and those with the same shard
         of another copy.
         """
-        return _levels_of(
-            rank,
-            self.group_of(rank, ("dp", "cp")),
-            (self.size("dp", "cp") // self.zero_replicas, self.zero_replicas),
-        )
+        # Copies are the outer level, so that the ranks that gather weights are near ones.
+        group = self.group_of(rank, ("dp", "cp"))
+        shards = len(group) // self.zero_replicas
+        return _levels_of(rank, group, (shards, self.zero_replicas))
 
 
 def _levels_of(
     rank: int, group: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
+    """Splits a group into levels of these sizes, innermost first; returns the rank's."""
+    # The group is itself a grid, of which `sizes` are the axes.
     levels = []
-    here = group.index(rank)
-    inner = 1
+    index = group.index(rank)
+    # Neighbours on a level are `stride` apart in the group.
+    stride = 1
     for size in sizes:
-        start = here - here // inner % size * inner
-        levels.append(tuple(group[start + step * inner] for step in range(size)))
-        inner *= size
+        start = index - index // stride % size * stride
+        levels.append(group[start : start + size * stride : stride])
+        stride *= size
     return tuple(levels)

@@ -90,7 +90,7 @@ def plan_save(state: ShardedState, group: Group) -> RankPlan:
     mine = [
         Held(fqn, tensor.shape, held.box, held.tensor.dtype)
         for fqn, tensor in state.items()
-        for held in tensor.held()
+        for held in tensor.nonempty()
     ]
     if group is None:
         answer = plan_all([mine])[0]

@@ -93,7 +93,7 @@ def _reads(
     slots = {
         slot.box: (file, slot) for file, slot in zip(saved.files, saved.slots, strict=True)
     }
-    memory = {held.box: held.tensor.detach() for held in wanted.held()}
+    memory = {held.box: held.tensor.detach() for held in wanted.nonempty()}
     reads = []
     found = 0
     for box, source in overlaps(list(memory), list(slots)):

@@ -1,12 +1,11 @@
-"""Contiguous memory for parameters and main gradients, and the overlapped reduction of
-its buckets.
+"""Keeps parameters and main gradients in flat buffers, and reduces their buckets.
 
-Owns: flat buffers, views into them, starting a bucket's collective the moment its last
-gradient is complete. Must not know: the optimizer's arithmetic, scaling (gradients stay
-sums over tokens here).
+A bucket's collective starts the moment its last gradient is complete, so it overlaps with
+the rest of the backward pass. Must not know: the optimizer's arithmetic, scaling
+(gradients stay sums over tokens here).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,12 +18,15 @@ from megatron_ray.ops.grad_slots import SlottedModule
 from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
 from megatron_ray.sharding.buckets import Bucket, BucketPlan
 
+OnReduce = Callable[[Bucket], None]
+
 
 @dataclass(frozen=True)
 class FlatBuffers:
-    """One flat tensor of parameters (model type) and one of main gradients (fp32), cut
-    by the same plan; padding is zero. The gradients end where the frozen parameters
-    begin.
+    """One flat tensor of parameters and one of main gradients (fp32).
+
+    Both are cut by the same plan; padding is zero. The gradients end where the frozen
+    parameters begin.
     """
 
     plan: BucketPlan
@@ -35,7 +37,7 @@ class FlatBuffers:
     def allocate(
         cls, plan: BucketPlan, dtype: torch.dtype, device: torch.device
     ) -> "FlatBuffers":
-        """Zero-filled buffers."""
+        """Returns zero-filled buffers, parameters of type `dtype`."""
         return cls(
             plan,
             torch.zeros(plan.num_elements, dtype=dtype, device=device),
@@ -43,43 +45,84 @@ class FlatBuffers:
         )
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensor inside a flat buffer of each parameter that it reaches to."""
-        reached = [placed for placed in self.plan.placed if placed.end <= buffer.numel()]
-        return {
-            placed.parameter.name: buffer[placed.start : placed.end].view(
-                placed.parameter.shape
-            )
-            for placed in reached
-        }
+        """Returns each parameter's tensor inside a flat buffer, by name.
+
+        Parameters beyond the buffer's end, frozen ones in that of gradients, are left out.
+        """
+        views = {}
+        for placed in self.plan.placed:
+            if placed.end <= buffer.numel():
+                flat = buffer[placed.start : placed.end]
+                views[placed.parameter.name] = flat.view(placed.parameter.shape)
+        return views
+
+
+class Reducer(Protocol):
+    """Reduces a step's gradients of one set of buffers over its replicas.
+
+    `GradReducer` and `full_shard.TorchReducer` are the two.
+    """
+
+    def begin_step(self, trainable: set[str]) -> None:
+        """Forgets the last step's gradients."""
+        ...
+
+    def ready(self, slot: GradSlot) -> None:
+        """Takes note that a parameter's gradient is complete on this rank."""
+        ...
+
+    def finish(self) -> None:
+        """Waits until all gradients are reduced."""
+        ...
+
+
+def _do_nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that have the same replicas: the dense ones, or those of experts."""
+
+    buffers: FlatBuffers
+    reducer: Reducer
+    group: Group
+    """Ranks with the same buffers."""
+    sync_model: Callable[[], None] = _do_nothing
+    """Copies weights from the flat buffers to the model, where that does not live in
+    them."""
+
+
+def buffer_views(
+    groups: Sequence[ParameterGroup], choose: Callable[[FlatBuffers], Tensor]
+) -> dict[str, Tensor]:
+    """Returns every parameter's tensor inside the chosen buffer of its group, by name."""
+    views: dict[str, Tensor] = {}
+    for group in groups:
+        views |= group.buffers.views(choose(group.buffers))
+    return views
 
 
 def bind_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
     """Replaces the model's (meta) parameters by views into flat buffers.
 
-    Raises ValueError when names or shapes disagree.
+    Raises ValueError when the names are not those of the model.
     """
-    expected = {
-        name: tuple(parameter.shape) for name, parameter in model.named_parameters()
-    }
-    offered = {name: tuple(view.shape) for name, view in views.items()}
-    if expected != offered:
-        wrong = sorted(set(expected.items()) ^ set(offered.items()))
-        raise ValueError(f"the model and the parameter table disagree: {wrong[:4]}")
-    replace_parameters(
-        model,
-        {
-            old: nn.Parameter(views[name], old.requires_grad)
-            for name, old in model.named_parameters()
-        },
-    )
+    parameters = dict(model.named_parameters())
+    unmatched = sorted(parameters.keys() ^ views.keys())
+    if unmatched:
+        raise ValueError(f"the model and the parameter table disagree: {unmatched[:4]}")
+    # By the old parameter and not by its name: a tied one has two places and one name.
+    replaced = {}
+    for name, old in parameters.items():
+        replaced[old] = nn.Parameter(views[name], old.requires_grad)
+    replace_parameters(model, replaced)
 
 
 def replace_parameters(
     model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]
 ) -> None:
-    """Puts another in the place of each, wherever in the model it stands; one that two
-    layers share stays shared.
-    """
+    """Replaces each parameter in every module that has it: shared ones stay shared."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, replaced[parameter])
@@ -88,30 +131,32 @@ def replace_parameters(
 def attach_slots(
     model: nn.Module, gradients: Mapping[str, Tensor], sink: WeightGradSink
 ) -> None:
-    """Gives every layer the slots of its trainable parameters, onto these main
-    gradients; a parameter that two layers share expects the contributions of both.
+    """Gives every layer the slots of its trainable parameters, onto these main gradients.
+
+    A parameter that two layers share expects the contributions of both.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    slots: dict[str, GradSlot] = {}
     for module in model.modules():
         if not isinstance(module, SlottedModule):
             continue
         for local_name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
             name = names[parameter]
-            if name in slots:
-                slots[name].uses += module.uses
-            elif parameter.requires_grad:
-                slots[name] = sink.register(name, gradients[name], module.uses)
-            if name in slots:
-                module.slots[local_name] = slots[name]
+            # A tied weight is met twice: in the embedding and in the head.
+            if name in sink.slots:
+                sink.slots[name].uses += module.uses
+            else:
+                sink.register(name, gradients[name], module.uses)
+            module.slots[local_name] = sink.slots[name]
 
 
 class GradReducer:
-    """Sums main gradients over the data-parallel group, bucket by bucket, while the
-    backward pass goes on.
+    """Sums main gradients over the data-parallel group, one bucket at a time.
 
-    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place;
-    the rest of the bucket is then meaningless.
+    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place; the
+    rest of the bucket is then meaningless. `on_start` is called with every bucket whose
+    reduction starts.
     """
 
     def __init__(
@@ -120,93 +165,69 @@ class GradReducer:
         group: Group,
         *,
         sharded: bool,
-        on_start: Callable[[Bucket], None] | None = None,
+        on_start: OnReduce | None = None,
     ) -> None:
         self.buffers = buffers
         self.group = group
         self.sharded = sharded
         self._on_start = on_start
-        self._bucket_of = {
-            placed.parameter.name: bucket
-            for bucket in buffers.plan.buckets
-            for placed in bucket.placed
-        }
-        self._missing: dict[int, int] = {}
+        self._bucket_of: dict[str, Bucket] = {}
+        for bucket in buffers.plan.buckets:
+            for placed in bucket.placed:
+                self._bucket_of[placed.parameter.name] = bucket
+        self._num_missing: dict[int, int] = {}
         self._pending: list[Pending] = []
 
     def begin_step(self, trainable: set[str]) -> None:
-        """Expects each trainable parameter once; buckets without any are never reduced."""
-        self._missing = {
-            bucket.index: sum(
-                placed.parameter.name in trainable for placed in bucket.placed
-            )
-            for bucket in self.buffers.plan.buckets
-        }
+        """Expects each trainable parameter once.
+
+        Buckets without a trainable parameter are never reduced.
+        """
+        # Counts instead of names: `ready` runs in every backward pass.
+        self._num_missing = dict.fromkeys(range(len(self.buffers.plan.buckets)), 0)
+        for name, bucket in self._bucket_of.items():
+            if name in trainable:
+                self._num_missing[bucket.index] += 1
         self._pending = []
 
     def ready(self, slot: GradSlot) -> None:
-        """A parameter's gradient is complete; starts the bucket's collective when it
-        was the last one.
-        """
+        """Starts the collective of a parameter's bucket when its gradient was the last."""
         bucket = self._bucket_of[slot.name]
-        self._missing[bucket.index] -= 1
-        if self._missing[bucket.index] == 0:
-            if self._on_start is not None:
-                self._on_start(bucket)
-            self._pending.append(self._start(bucket))
+        self._num_missing[bucket.index] -= 1
+        if self._num_missing[bucket.index] > 0:
+            return
+        if self._on_start is not None:
+            self._on_start(bucket)
+        self._pending.append(self._start(bucket))
 
     def finish(self) -> None:
         """Waits for every bucket.
 
         Raises RuntimeError when a gradient never came: the sum would be silently wrong.
         """
-        left = [
-            bucket.index
-            for bucket in self.buffers.plan.buckets
-            if self._missing[bucket.index] > 0
-        ]
-        if left:
-            absent = [
-                placed.parameter.name
-                for placed in self.buffers.plan.buckets[left[0]].placed
-            ]
+        incomplete = []
+        for bucket in self.buffers.plan.buckets:
+            if self._num_missing[bucket.index] > 0:
+                incomplete.append(bucket)
+        if incomplete:
+            names = [placed.parameter.name for placed in incomplete[0].placed]
             raise RuntimeError(
-                f"{len(left)} gradient buckets were never complete; the first holds {absent[:4]}"
+                f"{len(incomplete)} gradient buckets were never complete; the first holds "
+                f"{names[:4]}"
             )
+        # In the order of starting, which is the same on all ranks.
         for pending in self._pending:
             pending.wait()
         self._pending = []
 
     def _start(self, bucket: Bucket) -> Pending:
-        whole = self.buffers.gradients[bucket.start : bucket.end]
+        gradients = self.buffers.gradients
+        whole = gradients[bucket.start : bucket.end]
         if not self.sharded or self.group is None:
             return collectives.start_all_reduce(whole, self.group)
-        low, high = bucket.shard(collectives.rank(self.group), collectives.size(self.group))
+        # In place: the result is this rank's part of the bucket itself.
+        dp_rank = collectives.rank(self.group)
+        start, end = bucket.shard(dp_rank, collectives.size(self.group))
         return collectives.start_reduce_scatter_into(
-            self.buffers.gradients[low:high], whole, self.group
+            gradients[start:end], whole, self.group
         )
-
-
-class Reducer(Protocol):
-    """Brings a step's gradients of one set of buffers together; see `GradReducer` and
-    `full_shard`.
-    """
-
-    def begin_step(self, trainable: set[str]) -> None: ...
-
-    def ready(self, slot: GradSlot) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class ParameterGroup:
-    """Parameters that have the same replicas: the dense ones, or the experts."""
-
-    buffers: FlatBuffers
-    reducer: Reducer
-    group: Group
-    """Who has the same buffers."""
-    adopt: Callable[[], None] = lambda: None
-    """Takes over weights that were written to the flat buffers, where the model does
-    not live in them."""

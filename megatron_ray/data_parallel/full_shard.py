@@ -1,18 +1,16 @@
-"""ZeRO-3: parameters themselves sharded over the replicas, through torch's fully_shard.
+"""Shards the parameters themselves over the replicas (ZeRO-3), by torch's fully_shard.
 
-Owns: wrapping a model, and giving its shards to the flat buffers that everything else
-reads.
-
-Each rank keeps an equal number of rows of every tensor it would hold (Zhao et al. 2023,
+Each rank keeps an equal number of rows of every tensor it would have (Zhao et al. 2023,
 FSDP), in fp32; a block's weights are gathered for its forward and backward only, in the
-type of the model, and its gradients are scattered as sums in fp32. With fewer shards
-than replicas (HSDP) each shard has equals, and gradients are summed over those too.
-Which rows are whose comes from the parameter table; DTensor appears only here. Must not
+type of the model, and its gradients are scattered as sums in fp32. With fewer shards than
+replicas (HSDP) each shard has copies, and gradients are summed over those too. Which rows
+are on which rank comes from the parameter table. DTensor appears only here. Must not
 know: the optimizer's arithmetic, scaling.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -22,31 +20,34 @@ from megatron_ray.data_parallel.buffers import FlatBuffers, replace_parameters
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.ops.weight_grad import GradSlot
 
+# fully_shard and DTensor import the compiler: seconds of a start, which only a job with
+# ZeRO-3 should pay. So they are imported inside functions.
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 
 @dataclass(frozen=True)
 class Shards:
-    """Modules that are sharded among the same ranks."""
+    """Modules that are sharded over the same ranks."""
 
     modules: Sequence[nn.Module]
+    """A module inside another comes first."""
     group: Group
-    """Who has the other shards."""
+    """Ranks with the other shards."""
     copies: Group = None
-    """Who has the same one."""
+    """Ranks with the same shard."""
 
 
 class FullShard:
-    """A model under fully_shard whose shards follow flat buffers: gradients are
-    accumulated in them, and `adopt` takes the weights over.
+    """A model under fully_shard whose shards and gradients lie in flat buffers.
+
+    `model` is on device meta and of type fp32, and is itself the last module of `parts`,
+    in which a module inside another comes first. `dtype` is that of gathered weights.
     """
 
     def __init__(
         self, model: nn.Module, parts: Sequence[Shards], dtype: torch.dtype
     ) -> None:
-        """`model` is on device meta and of type fp32, and the last module of `parts`,
-        in which what lies inside another comes first.
-        """
-        # Here, because it imports the compiler and DTensor: seconds of a start, which
-        # only such a job should pay.
         from torch.distributed.fsdp import (
             FSDPModule,
             MixedPrecisionPolicy,
@@ -58,13 +59,16 @@ class FullShard:
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         for part in parts:
-            mesh = _device_mesh(part) if part.modules else None
+            if not part.modules:
+                continue
+            mesh = _device_mesh(part)
             for module in part.modules:
                 fully_shard(module, mesh=mesh, mp_policy=policy)
                 assert isinstance(module, FSDPModule)
                 # Sums, as everywhere; gloo has no scaled sum either.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+        # A pipeline stage is run by `stage` and not by `forward`, and must gather as well.
         register_fsdp_forward_method(model, "stage")
         self.model = model
         self._shards: list[tuple[nn.Parameter, Tensor]] = []
@@ -77,85 +81,96 @@ class FullShard:
     ) -> None:
         """Makes the buffers' views the memory of shards and gradients.
 
-        Raises ValueError when the table and torch cut differently.
+        Raises ValueError when the parameter table and torch cut differently.
         """
         replaced = {}
         for name, parameter in self.model.named_parameters():
-            shape = _local(parameter).shape
-            weight = (
-                weights[name] if name in weights else torch.zeros(shape, device=device)
-            )  # no rows of it are here
+            shape = _local_shard(parameter).shape
+            weight = _view_or_zeros(weights, name, shape, device)
             if weight.shape != shape:
                 raise ValueError(
                     f"{name}: the table has {tuple(weight.shape)} here, torch {tuple(shape)}"
                 )
-            replaced[parameter] = nn.Parameter(
-                _like(parameter, weight), parameter.requires_grad
-            )
+            shard = nn.Parameter(_like(parameter, weight), parameter.requires_grad)
             if parameter.requires_grad:
-                gradient = (
-                    gradients[name]
-                    if name in gradients
-                    else torch.zeros(shape, device=device)
-                )
-                replaced[parameter].grad = _like(parameter, gradient)
-            self._shards.append((replaced[parameter], weight))
+                # torch adds gradients to what is there, which is the buffer's memory.
+                gradient = _view_or_zeros(gradients, name, shape, device)
+                shard.grad = _like(parameter, gradient)
+            replaced[parameter] = shard
+            self._shards.append((shard, weight))
         replace_parameters(self.model, replaced)
 
     @torch.no_grad()
-    def adopt(self) -> None:
-        """The flat buffers' weights become the model's: torch keeps a padded copy where
-        rows do not divide evenly.
+    def sync_model(self) -> None:
+        """Copies the flat buffers' weights to the model.
+
+        Only where they are not its memory: torch keeps a padded copy of shards whose rows
+        do not divide evenly.
         """
         for parameter, weight in self._shards:
-            own = _local(parameter)
-            if own.data_ptr() != weight.data_ptr():
-                own.copy_(weight)
+            shard = _local_shard(parameter)
+            if shard.data_ptr() != weight.data_ptr():
+                shard.copy_(weight)
 
 
 class TorchReducer:
-    """torch brings gradients together, into these buffers."""
+    """The reducer under ZeRO-3, where torch reduces gradients into the buffers."""
 
     def __init__(self, buffers: FlatBuffers) -> None:
         self._buffers = buffers
 
     def begin_step(self, trainable: set[str]) -> None:
-        """Gradients start from zero: torch adds to what is there."""
+        """Clears the gradients: torch adds to what is there."""
         self._buffers.gradients.zero_()
 
     def ready(self, slot: GradSlot) -> None:
-        """Gradients go through autograd here, never through slots."""
+        """Raises ValueError: gradients go through autograd here, never through slots."""
         raise ValueError(f"{slot.name} has a slot, which ZeRO-3 has none of")
 
     def finish(self) -> None:
-        """Reductions are waited for by torch at the end of each backward."""
+        """Does nothing: torch waits for reductions at the end of each backward."""
 
 
-def _device_mesh(part: Shards):  # type: ignore[no-untyped-def]
+def _device_mesh(part: Shards) -> "DeviceMesh":
     from torch.distributed.device_mesh import DeviceMesh
 
     shard = part.group
-    replicate = part.copies
-    if shard is None:  # torch wants a group even where there is nothing to share out
+    if shard is None:
+        # torch needs a group even where there is nothing to share out.
         shard = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-    kind = "cuda" if dist.get_backend(shard) == "nccl" else "cpu"
-    if replicate is None:
+    assert shard is not None
+    kind = "cpu"
+    if dist.get_backend(shard) == "nccl":
+        kind = "cuda"
+    if part.copies is None:
         return DeviceMesh.from_group(shard, kind, mesh_dim_names=("shard",))
     members = torch.tensor([dist.get_process_group_ranks(shard)])
-    here = dist.get_process_group_ranks(replicate)
+    copies = torch.tensor(dist.get_process_group_ranks(part.copies))
     # Rows are the groups of shards; the distance between two of them is the same for
     # every member.
-    mesh = members + torch.tensor([[rank - dist.get_rank()] for rank in here])
+    mesh = members + (copies - dist.get_rank())[:, None]
     return DeviceMesh.from_group(
-        [replicate, shard], kind, mesh=mesh, mesh_dim_names=("replicate", "shard")
+        [part.copies, shard], kind, mesh=mesh, mesh_dim_names=("replicate", "shard")
     )
 
 
-def _local(parameter: nn.Parameter) -> Tensor:
-    return parameter._local_tensor  # type: ignore[no-any-return, attr-defined] # to_local() would be a node of autograd
+def _view_or_zeros(
+    views: Mapping[str, Tensor], name: str, shape: torch.Size, device: torch.device
+) -> Tensor:
+    """Returns a parameter's view; zeros of a rank that has no rows of it."""
+    if name in views:
+        return views[name]
+    return torch.zeros(shape, device=device)
+
+
+def _local_shard(parameter: nn.Parameter) -> Tensor:
+    # Not to_local(), which would be a node of autograd.
+    shard: Tensor = parameter._local_tensor  # type: ignore[attr-defined]
+    return shard
 
 
 def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
+    """Returns a DTensor over `local` that is cut as the parameter is."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(parameter, DTensor)

@@ -1,15 +1,13 @@
-"""The layers of a mixture of experts whose weights and state are cut or counted by
-rank.
+"""Computes the layers of a mixture of experts: router, expert products, balancing bias.
 
-Owns: the router's product, the experts' grouped products, the balancing bias. Weight
-gradients go to slots, as everywhere. Must not know: which expert a token goes to and
-why.
+Weight gradients go to slots, as everywhere. Must not know: how tokens are routed.
 
-Shapes: T tokens, R rows that lie expert by expert, H hidden, E experts (of this rank,
-in grouped products), I inputs, O outputs.
+Shapes: T tokens, R rows that lie expert by expert, H hidden, E experts (of this rank, in
+grouped products), I inputs, O outputs.
 """
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +15,12 @@ from torch import Tensor, nn
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
-from megatron_ray.ops.grad_slots import SlottedModule, deliver_linear
+from megatron_ray.ops.grad_slots import SlottedModule, deliver_weight_grad
 from megatron_ray.ops.matmul import (
     Counts,
+    accumulate_grouped_weight_grad,
     forward_product,
     grouped_forward_product,
     grouped_input_grad_product,
@@ -28,101 +28,123 @@ from megatron_ray.ops.matmul import (
     input_grad_product,
 )
 
+Shape = tuple[int, ...]
+
 
 class RouterLinear(SlottedModule):
-    """One logit per token and expert, in fp32 whatever the type of the activations;
-    whole on every rank.
+    """One logit per token and expert: [T, H] -> [T, E]; whole on every rank.
+
+    The product is fp32 whatever the type of the activations.
     """
 
-    def __init__(
-        self,
-        width: int,
-        num_experts: int,
-        *,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, sequence_parallel)
-        self.weight = nn.Parameter(torch.empty(num_experts, width, dtype=dtype))
+    def __init__(self, weight_shape: Shape, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return _RouterLinear.apply(x_TH, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+        """Returns the logits of this rank's tokens."""
+        return _RouterLinear.apply(x_TH, self.weight, self)
 
 
-class _RouterLinear(torch.autograd.Function):
+class _RouterLinear(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, module: RouterLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.module = module
+        # Logits decide a choice, which rounding to bf16 would flip between near experts.
         return forward_product(to_fp32(x), to_fp32(weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_weight = deliver_linear(ctx.module, to_fp32(x), grad)
-        return input_grad_product(grad, to_fp32(weight)).to(x.dtype), grad_weight, None
+        grad_weight = deliver_weight_grad(ctx.module, to_fp32(x), grad)
+        grad_x = input_grad_product(grad, to_fp32(weight)).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 class GroupedLinear(SlottedModule):
-    """Y = X W_e^T for the rows of each expert e, with the weights of this rank's
-    experts one after another: [R, I] -> [R, O].
+    """Y = X W_e^T for the rows of each expert e: [R, I] -> [R, O].
+
+    The weights of this rank's experts lie one after another: [E x O, I].
     """
 
     def __init__(
-        self, num_experts: int, inputs: int, outputs: int, *, dtype: torch.dtype
+        self, weight_shape: Shape, num_experts: int, *, dtype: torch.dtype
     ) -> None:
-        super().__init__(None, sequence_parallel=False)
+        super().__init__()
         self.num_experts = num_experts
-        self.weight = nn.Parameter(torch.empty(num_experts * outputs, inputs, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
 
     def forward(self, inputs_RI: Tensor, counts: Counts) -> Tensor:
-        return _Grouped.apply(inputs_RI, self.weight, counts, self)  # type: ignore[no-any-return, no-untyped-call]
+        """Returns the outputs, given the rows of each expert on this rank."""
+        return _Grouped.apply(inputs_RI, self.weight, counts, self)
 
 
-class _Grouped(torch.autograd.Function):
+class _Grouped(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, counts: Counts, module: GroupedLinear
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-
         ctx.counts = counts
         ctx.module = module
         return grouped_forward_product(
-            inputs, weight.view(module.num_experts, -1, weight.shape[1]), counts
+            inputs, _by_expert(weight, module.num_experts), counts
         )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
-        counts = ctx.counts
-        module = ctx.module
+        module: GroupedLinear = ctx.module
         grad = grad.contiguous()
         grad_inputs = grouped_input_grad_product(
-            grad, weight.view(module.num_experts, -1, weight.shape[1]), counts
+            grad, _by_expert(weight, module.num_experts), ctx.counts
         )
         grad_weight = None
         if weight.requires_grad:
-            slot = module.slot("weight")
-            if slot is None:
-                grad_weight = grouped_weight_grad_product(
-                    grad, inputs, counts, module.num_experts
-                ).flatten(0, 1)
-            else:
-                slot.grouped(inputs, grad, counts, module.num_experts)
+            grad_weight = _deliver_grouped_grad(module, inputs, grad, ctx.counts)
         return grad_inputs, grad_weight, None, None
 
 
+def _deliver_grouped_grad(
+    module: GroupedLinear, inputs: Tensor, grad: Tensor, counts: Counts
+) -> Tensor | None:
+    slot = module.slot("weight")
+    if slot is None:
+        gradient = grouped_weight_grad_product(grad, inputs, counts, module.num_experts)
+        return gradient.flatten(0, 1)
+    slot.contribute(partial(_accumulate_grouped, inputs, grad, counts, module.num_experts))
+    return None
+
+
+def _accumulate_grouped(
+    inputs: Tensor,
+    grad: Tensor,
+    counts: Counts,
+    num_experts: int,
+    main_grad: Tensor,
+    *,
+    fresh: bool,
+) -> None:
+    main_EOI = _by_expert(main_grad, num_experts)
+    accumulate_grouped_weight_grad(main_EOI, grad, inputs, counts, fresh=fresh)
+
+
+def _by_expert(weight: Tensor, num_experts: int) -> Tensor:
+    """Views a weight [E x O, I] as [E, O, I]."""
+    return weight.view(num_experts, -1, weight.shape[1])
+
+
 class ExpertBias(nn.Module):
-    """What is added to the scores by which experts are chosen, so that they get equally
-    many tokens (Wang et al. 2024, Auxiliary-loss-free load balancing). The same on
-    every rank; no parameter, it has no gradient, but part of a checkpoint.
+    """A bias on the scores by which experts are chosen, which balances their load.
+
+    A step moves each expert's bias by `rate` towards equally many tokens (Wang et al.
+    2024, Auxiliary-loss-free load balancing). It is the same on every rank, and no
+    parameter: it has no gradient, but it is part of a checkpoint.
     """
 
     def __init__(self, num_experts: int, rate: float) -> None:
-        """`rate`: what a step moves a bias by."""
         super().__init__()
         self.rate = rate
         self.value: Tensor
@@ -131,10 +153,9 @@ class ExpertBias(nn.Module):
         self.register_buffer("tokens", torch.zeros(num_experts))
 
     def allocate(self, device: torch.device) -> None:
-        """Zeros in real memory, for a model that was built on `meta`."""
-        self.value, self.tokens = (
-            torch.zeros(buffer.shape, device=device) for buffer in (self.value, self.tokens)
-        )
+        """Replaces the buffers of a model built on `meta` by zeros in real memory."""
+        self.value = torch.zeros(self.value.shape, device=device)
+        self.tokens = torch.zeros(self.tokens.shape, device=device)
 
     def count(self, tokens_E: Tensor) -> None:
         """Adds a microbatch's tokens per expert."""
@@ -145,13 +166,17 @@ class ExpertBias(nn.Module):
 def update_expert_biases(
     biases: Collection[ExpertBias], token_group: Group, dp_group: Group
 ) -> None:
-    """One step's move of every bias, by the sign of mean - tokens over all ranks that
-    saw tokens (tp x cp x dp); forgets the counts.
+    """Moves every bias by its rate times the sign of mean - tokens, and forgets the counts.
+
+    Tokens are summed over all ranks that saw some: tp x cp x dp.
     """
     if not biases:
         return
     tokens = torch.stack([bias.tokens for bias in biases])
-    collectives.all_reduce(collectives.all_reduce(tokens, token_group), dp_group)
+    # One collective for all biases of the model on each of the two groups.
+    collectives.all_reduce(tokens, token_group)
+    collectives.all_reduce(tokens, dp_group)
+    # Only the sign counts, so that the size of a batch does not matter.
     moves = torch.sign(tokens.mean(1, keepdim=True) - tokens)
     for bias, move in zip(biases, moves, strict=True):
         bias.value.add_(move, alpha=bias.rate)

@@ -31,7 +31,8 @@ from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.gpt import GPT
 from megatron_ray.parallelize.parallelize import allocate_expert_biases, build_model
 from megatron_ray.sharding.buckets import plan_buckets
-from megatron_ray.sharding.parameters import LocalParameter, local_parameters
+from megatron_ray.sharding.parameter_types import LocalParameter
+from megatron_ray.sharding.parameters import local_parameters
 from megatron_ray.sharding.sharded_state import (
     ShardedTensor,
     TensorBox,

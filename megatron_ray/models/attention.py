@@ -22,6 +22,7 @@ from megatron_ray.ops.attention.fp32 import fp32_causal_attention
 from megatron_ray.ops.attention.fused import band
 from megatron_ray.ops.attention.sliding_window import windowed_attention
 from megatron_ray.ops.matmul import needs_fp32_matmul
+from megatron_ray.sharding.model_specs import attention_spec
 
 
 @dataclass
@@ -64,7 +65,9 @@ class CausalAttention(nn.Module):
         super().__init__()
         self.window = window
         self.core = layers.attention(window)
-        self.core_with_dropout = layers.dropping_attention(f"{path}.probabilities", window)
+        self.core_with_dropout = layers.attention_with_dropout(
+            f"{path}.probabilities", window
+        )
 
     def attend(
         self,
@@ -123,17 +126,14 @@ class Attention(CausalAttention):
         self.head_width = config.head_width
         # `apply_compile` replaces it by a compiled one.
         self.rotation = ROTATION
-        heads = config.num_attention_heads
-        groups = config.kv_heads
-        self.qkv = layers.qkv(
-            config.hidden_size, heads, groups, self.head_width, config.has_qkv_bias
-        )
+        spec = attention_spec(config)
+        self.qkv = layers.qkv(spec.qkv)
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
-        if config.qk_norm:
-            self.q_norm = layers.norm(self.head_width)
-            self.k_norm = layers.norm(self.head_width)
-        self.o = layers.row(heads * self.head_width, config.hidden_size, config.linear_bias)
+        if spec.q_norm is not None and spec.k_norm is not None:
+            self.q_norm = layers.norm(spec.q_norm)
+            self.k_norm = layers.norm(spec.k_norm)
+        self.o = layers.row(spec.o)
 
     def forward(
         self,

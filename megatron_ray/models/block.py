@@ -16,6 +16,7 @@ from megatron_ray.models.latent_attention import LatentAttention
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe.layer import MoE
+from megatron_ray.sharding.model_specs import block_spec
 
 RunBlocks = Callable[[Iterable[nn.Module], Tensor, ForwardContext], Tensor]
 """How a model takes hidden states [T, H] through some blocks."""
@@ -31,9 +32,10 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
         super().__init__()
-        self.attention_norm = layers.norm(config.hidden_size)
+        spec = block_spec(config, index)
+        self.attention_norm = layers.norm(spec.attention_norm)
         self.attention = make_attention(config, layers, index)
-        self.mlp_norm = layers.norm(config.hidden_size)
+        self.mlp_norm = layers.norm(spec.mlp_norm)
         self.mlp: GatedMLP | PlainMLP | None = None
         self.moe: MoE | None = None
         moe = config.experts_on(index)

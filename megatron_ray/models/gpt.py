@@ -21,6 +21,11 @@ from megatron_ray.models.layers import Layers
 from megatron_ray.models.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_ray.models.rope import rotary_angles
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.sharding.model_specs import (
+    norm_spec,
+    position_embedding_spec,
+    vocabulary_spec,
+)
 from megatron_ray.sharding.parameters import whole_model
 
 
@@ -57,10 +62,10 @@ class GPT(nn.Module):
         embedding_uses = int(self.has_embedding) + len(depths)
         self.embedding: nn.Module | None = None
         if embedding_uses:
-            self.embedding = layers.embedding(config.hidden_size, embedding_uses)
+            self.embedding = layers.embedding(vocabulary_spec(config), embedding_uses)
         if self.has_embedding and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(
-                config.max_sequence_length, config.hidden_size
+                position_embedding_spec(config)
             )
         self.embedding_dropout = layers.hidden_dropout("embedding")
         # Dictionaries, so that a layer keeps its name when a stage has only some.
@@ -68,9 +73,11 @@ class GPT(nn.Module):
         for index in indices:
             self.layers[str(index)] = Block(config, layers, index)
         if self.has_head:
-            self.final_norm = layers.norm(config.hidden_size)
+            self.final_norm = layers.norm(norm_spec(config, config.hidden_size))
             tied_embedding = self.embedding if config.tie_embeddings else None
-            self.head = layers.head(config.hidden_size, tied_embedding, 1 + len(depths))
+            self.head = layers.head(
+                vocabulary_spec(config), tied_embedding, 1 + len(depths)
+            )
         self.mtp = nn.ModuleDict()
         for depth in depths:
             self.mtp[str(depth)] = MultiTokenPredictionLayer(config, layers, depth)

@@ -1,10 +1,8 @@
-"""Initial weights as a pure function of (seed, logical name, block of rows).
-
-Owns: that function. Must not know: layouts.
+"""Draws initial weights, a pure function of (seed, logical name, block of rows).
 
 Each block of at most 4 Mi elements has its own generator, seeded by a hash, and a rank
-draws only the blocks that it owns rows of. So every layout starts equal, and no rank
-ever holds more than its shard plus one block.
+draws only the blocks of which it has rows. So every layout starts with the same weights,
+and no rank ever needs more memory than its shard plus one block. Must not know: layouts.
 """
 
 import torch
@@ -12,14 +10,15 @@ from torch import Tensor
 
 from megatron_ray.distributed.rng import generator
 from megatron_ray.sharding.boxes import Box
-from megatron_ray.sharding.parameters import LocalParameter, LogicalParameter
+from megatron_ray.sharding.parameter_types import LocalParameter, LogicalParameter
 
 BLOCK_ELEMENTS = 4 * 1024 * 1024
 
 
 def init_local(parameter: LocalParameter, seed: int) -> Tensor:
-    """The fp32 initial value of a rank's (fused, padded) tensor, on CPU; padding rows
-    are zero.
+    """Returns the fp32 initial value of a rank's (fused, padded) tensor, on CPU.
+
+    Padding rows are zero.
     """
     value = torch.zeros(parameter.shape)
     for part in parameter.parts:
@@ -30,24 +29,34 @@ def init_local(parameter: LocalParameter, seed: int) -> Tensor:
 
 
 def draw_box(logical: LogicalParameter, box: Box, seed: int) -> Tensor:
-    """The fp32 initial value of a box of a logical tensor, on CPU."""
-    if logical.init.kind != "normal":
-        return torch.full(box.size, 1.0 if logical.init.kind == "ones" else 0.0)
+    """Returns the fp32 initial value of a box of a logical tensor, on CPU."""
+    if logical.init.kind == "ones":
+        return torch.ones(box.size)
+    if logical.init.kind == "zeros":
+        return torch.zeros(box.size)
+    # Blocks are whole rows of the full tensor, so they do not depend on any cut.
     row_elements = logical.num_elements // logical.shape[0]
     block_rows = max(1, BLOCK_ELEMENTS // row_elements)
     first = box.offset[0]
-    last = box.offset[0] + box.size[0]
+    end = box.offset[0] + box.size[0]
     value = torch.empty(box.size)
-    for block in range(first // block_rows, -(-last // block_rows)):
-        start = block * block_rows
-        rows = min(block_rows, logical.shape[0] - start)
-        drawn = torch.empty((rows, *logical.shape[1:])).normal_(
-            0.0, logical.init.std, generator=generator(f"{seed}/{logical.name}/{block}")
-        )
-        low = max(first, start)
-        high = min(last, start + rows)
-        wanted = drawn[low - start : high - start]
+    for block in range(first // block_rows, -(-end // block_rows)):
+        # A block is always drawn whole: a generator gives its numbers in order only.
+        block_start = block * block_rows
+        drawn = _draw_block(logical, block, block_rows, seed)
+        low = max(first, block_start)
+        high = min(end, block_start + len(drawn))
+        rows = drawn[low - block_start : high - block_start]
         for dim in range(1, len(box.size)):
-            wanted = wanted.narrow(dim, box.offset[dim], box.size[dim])
-        value[low - first : high - first] = wanted
+            rows = rows.narrow(dim, box.offset[dim], box.size[dim])
+        value[low - first : high - first] = rows
     return value
+
+
+def _draw_block(
+    logical: LogicalParameter, block: int, block_rows: int, seed: int
+) -> Tensor:
+    rows = min(block_rows, logical.shape[0] - block * block_rows)
+    empty = torch.empty((rows, *logical.shape[1:]))
+    source = generator(f"{seed}/{logical.name}/{block}")
+    return empty.normal_(0.0, logical.init.std, generator=source)

@@ -27,6 +27,7 @@ from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotates_in_fp32, yarn_magnitude
 from megatron_ray.ops.dtypes import to_fp32
+from megatron_ray.sharding.model_specs import latent_attention_spec
 
 
 class LatentAttention(CausalAttention):
@@ -38,23 +39,20 @@ class LatentAttention(CausalAttention):
         super().__init__(layers, path, None)
         self.mla = mla
         self.query_factor = query_factor(config.rope_scaling)
-        hidden = config.hidden_size
-        heads = config.num_attention_heads
+        spec = latent_attention_spec(config, mla)
         # Under sequence parallelism latents are made of a rank's own tokens only. What
         # the heads read of them is gathered, which is little: latents are narrow.
-        if mla.q_lora_rank is None:
-            self.q = layers.column(hidden, heads * mla.qk_head_dim, False)
-        else:
-            self.q_down = layers.replicated(hidden, mla.q_lora_rank)
-            self.q_norm = layers.norm(mla.q_lora_rank)
-            self.q_up = layers.column(mla.q_lora_rank, heads * mla.qk_head_dim, False)
-        self.kv_down = layers.replicated(hidden, mla.kv_lora_rank + mla.qk_rope_head_dim)
-        self.kv_norm = layers.norm(mla.kv_lora_rank)
-        self.kv_up = layers.column(
-            mla.kv_lora_rank, heads * (mla.qk_nope_head_dim + mla.v_head_dim), False
-        )
-        self.rotated_key = layers.shared_by_heads()
-        self.o = layers.row(heads * mla.v_head_dim, hidden, False)
+        if spec.q is not None:
+            self.q = layers.column(spec.q)
+        if spec.q_down is not None and spec.q_norm is not None and spec.q_up is not None:
+            self.q_down = layers.replicated(spec.q_down)
+            self.q_norm = layers.norm(spec.q_norm)
+            self.q_up = layers.column(spec.q_up)
+        self.kv_down = layers.replicated(spec.kv_down)
+        self.kv_norm = layers.norm(spec.kv_norm)
+        self.kv_up = layers.column(spec.kv_up)
+        self.rotated_key = layers.gather_from_sequence_parallel()
+        self.o = layers.row(spec.o)
 
     def forward(
         self,

@@ -1,9 +1,10 @@
-"""What a model asks its layers to be.
+"""Defines the protocol between a model and the factory of its layers.
 
-Owns: the protocol between the model and whoever knows the layout. Must not know: any
-layout.
+A model asks for layers by their specs, which name full sizes; the factory returns layers
+that may have a part of them. Must not know: any layout, or how anything is cut.
 
-A model names full sizes; the factory answers with layers that may hold a part.
+Shapes: T tokens, R rows that lie expert by expert, E experts, K experts of a token, V
+vocabulary; B batch, N query heads, G key/value heads, S sequence, D width of a head.
 """
 
 from typing import Protocol
@@ -13,139 +14,175 @@ from torch import Tensor, nn
 from megatron_ray.expert_parallel.dispatch import Capacity, Dispatched
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.models.aux_loss import AuxLoss
+from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
+from megatron_ray.sharding.layer_specs import (
+    ColumnSpec,
+    NormSpec,
+    QKVSpec,
+    ReplicatedSpec,
+    RowSpec,
+    VocabularySpec,
+)
 
 
 class Head(Protocol):
-    """Output head: loss for training, logits for inference."""
+    """An output head: the loss for training, logits for inference."""
 
-    def __call__(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor: ...
+    def __call__(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+        """Returns the sum of mask x -log p(label)."""
+        ...
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
-        """[T, vocabulary]."""
+        """Returns [T, V]."""
         ...
 
 
 class Dispatcher(Protocol):
-    """See expert_parallel.dispatch."""
+    """Carries tokens to their experts and back; see expert_parallel.dispatch."""
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
-        """Rows for the experts that are here, and the way back."""
+        """Returns the rows for the experts on this rank, and the way back."""
         ...
 
 
 class QKV(Protocol):
-    """Projection to queries, keys and values: [T, inputs] -> [T, (heads + 2 groups) x
-    head_width], of the heads held here.
+    """A projection to queries, keys and values of the heads on this rank.
+
+    [T, inputs] -> [T, (heads + 2 groups) x head_width].
     """
 
     heads: int
-    """Query heads here."""
+    """Query heads on this rank."""
     groups: int
-    """Key/value heads here."""
+    """Key/value heads on this rank."""
 
-    def __call__(self, x_TH: Tensor) -> Tensor: ...
+    def __call__(self, x_TH: Tensor) -> Tensor:
+        """Returns queries, keys and values, one after another."""
+        ...
 
 
 class Layers(Protocol):
-    """Makes each layer of a model from its full size."""
+    """Makes each layer of a model from its spec.
 
-    def embedding(self, width: int, uses: int) -> nn.Module:
-        """Token ids [T] -> [T, width]; `uses`: how often a microbatch goes through it."""
-        ...
+    What follows are the shapes as one rank sees them; "this rank's" tokens are all
+    tokens of its sequences but under sequence parallelism.
+    """
 
-    def position_embedding(self, rows: int, width: int) -> nn.Module:
-        """Position ids [T] -> [T, width]."""
-        ...
+    # ---- layers with weights
 
-    def norm(self, width: int) -> nn.Module:
-        """[T, width] -> [T, width]; of the residual stream, or of heads."""
-        ...
+    def embedding(self, spec: VocabularySpec, uses: int) -> nn.Module:
+        """Token ids [T] -> [T, width] of this rank's tokens.
 
-    def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        """[T, inputs] -> [T, outputs], outputs cut over tp."""
-        ...
-
-    def replicated(self, inputs: int, outputs: int) -> nn.Module:
-        """[T, inputs] -> [T, outputs], for the tokens that are here."""
-        ...
-
-    def shared_by_heads(self) -> nn.Module:
-        """[T, width] of the tokens that are here -> of all tokens of the sequences, for
-        the heads of every tp rank.
+        `uses`: how often a microbatch goes through the layer.
         """
         ...
 
-    def qkv(self, inputs: int, heads: int, groups: int, head_width: int, bias: bool) -> QKV:
-        """[T, inputs] -> queries, keys and values of the heads here."""
+    def position_embedding(self, spec: ReplicatedSpec) -> nn.Module:
+        """Position ids [T] -> [T, width] of this rank's tokens."""
         ...
 
-    def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        """([T, inputs cut over tp], residual [T, outputs]) -> [T, outputs]."""
+    def norm(self, spec: NormSpec) -> nn.Module:
+        """[rows, width] -> [rows, width]; rows are tokens, or heads of tokens."""
+        ...
+
+    def column(self, spec: ColumnSpec) -> nn.Module:
+        """[T, inputs] of this rank's tokens -> [T, outputs cut over tp] of all."""
+        ...
+
+    def qkv(self, spec: QKVSpec) -> QKV:
+        """As `column`, for the heads on this rank."""
+        ...
+
+    def row(self, spec: RowSpec) -> nn.Module:
+        """([T, inputs cut over tp], residual or None) -> [T, outputs].
+
+        The residual and the outputs are of this rank's tokens.
+        """
+        ...
+
+    def replicated(self, spec: ReplicatedSpec) -> nn.Module:
+        """[T, inputs] -> [T, outputs], both of this rank's tokens."""
+        ...
+
+    def router(self, spec: ReplicatedSpec) -> nn.Module:
+        """[T, width] -> logits [T, E], at least fp32."""
+        ...
+
+    def expert_column(self, spec: GroupedColumnSpec) -> nn.Module:
+        """(rows [R, inputs], rows of each expert) -> [R, outputs cut over etp].
+
+        Rows are those of the experts on this rank, expert by expert.
+        """
+        ...
+
+    def expert_row(self, spec: GroupedRowSpec) -> nn.Module:
+        """(rows [R, inputs cut over etp], rows of each expert) -> [R, outputs].
+
+        The outputs are to be summed over etp, which the dispatcher does on the way back.
+        """
+        ...
+
+    def head(
+        self, spec: VocabularySpec, embedding: nn.Module | None, uses: int
+    ) -> nn.Module:
+        """Makes a `Head`; it shares the weight of the embedding when one is passed.
+
+        `uses`: how often a microbatch goes through it.
+        """
+        ...
+
+    # ---- layers without weights
+
+    def gather_from_sequence_parallel(self) -> nn.Module:
+        """[T, width] of this rank's tokens -> of all, for the heads of every tp rank."""
         ...
 
     def attention(self, window: int | None) -> nn.Module:
-        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> causal attention
-        [B, N, S, D], over whole sequences or over the last `window` tokens of them.
+        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> [B, N, S, D].
+
+        Causal attention, over whole sequences or over their last `window` tokens.
         """
         ...
 
-    def router(self, width: int, num_experts: int) -> nn.Module:
-        """[T, width] -> logits [T, num_experts], at least fp32."""
-        ...
+    def attention_with_dropout(self, name: str, window: int | None) -> nn.Module | None:
+        """As `attention`, with dropout on its probabilities.
 
-    def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows expert by expert [R, inputs], rows of each expert here) -> [R,
-        outputs], outputs cut over etp.
+        The first sample is one argument more. `name` is that of the random number
+        stream. None: nothing is dropped.
         """
         ...
 
-    def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        """(rows [R, inputs cut over etp], rows of each expert here) -> [R, outputs], to
-        be summed over etp on the way back.
+    def hidden_dropout(self, name: str) -> nn.Module | None:
+        """([T, width] of this rank's tokens, first sample) -> [T, width].
+
+        `name` is that of the random number stream. None: nothing is dropped.
         """
         ...
 
     def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
-        """What balances the choice of experts without a loss; a step moves it by
-        `rate`.
+        """Makes a bias that balances the choice of experts without a loss.
+
+        A step moves it by `rate`.
         """
         ...
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
-        """Brings tokens to their experts and back."""
+        """Makes what carries tokens to their experts and back."""
         ...
 
-    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AuxLoss:
-        """See `AuxLoss`; `of_own_tokens`: each rank has its part, otherwise all tp
-        ranks have the same.
+    def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:
+        """Makes an auxiliary loss; see `AuxLoss`.
+
+        `is_per_rank`: each tp rank has its own part of it; otherwise all have the same.
         """
         ...
 
-    def own_rows(self, tensor: Tensor) -> Tensor:
-        """Of something per token of this rank's sequences, [T, ...]: the rows of those
-        tokens whose activations are here.
-        """
+    # ---- what depends on where tokens are
+
+    def local_rows(self, tensor: Tensor) -> Tensor:
+        """Returns the rows of this rank's tokens, of something per token [T, ...]."""
         ...
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sums in place over all who hold tokens of the same sequences, and returns it."""
-        ...
-
-    def hidden_dropout(self, place: str) -> nn.Module | None:
-        """A `Dropout` of hidden states as they are held here: ([T, width], first
-        sample) -> [T, width]. None: nothing is dropped.
-        """
-        ...
-
-    def dropping_attention(self, place: str, window: int | None) -> nn.Module | None:
-        """As `attention`, with dropout on its probabilities: (q, k, v, (documents or
-        None, first sample)). None: nothing is dropped.
-        """
-        ...
-
-    def head(self, width: int, embedding: nn.Module | None, uses: int) -> nn.Module:
-        """A `Head`; shares the embedding's weight when one is given.
-
-        `uses`: how often a microbatch goes through it.
-        """
+        """Sums in place over all ranks with tokens of the same microbatch."""
         ...

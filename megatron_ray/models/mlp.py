@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.layers import Layers
 from megatron_ray.ops.differentiable_op import DifferentiableOp
+from megatron_ray.sharding.model_specs import gated_mlp_spec, plain_mlp_spec
 
 
 class GatedMLP(nn.Module):
@@ -21,8 +22,9 @@ class GatedMLP(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
         self.activation = gated_activation(config)
-        self.gate_up = layers.column(config.hidden_size, 2 * width, config.linear_bias)
-        self.down = layers.row(width, config.hidden_size, config.linear_bias)
+        spec = gated_mlp_spec(config, width)
+        self.gate_up = layers.column(spec.gate_up)
+        self.down = layers.row(spec.down)
 
     def forward(
         self, x_TH: Tensor, residual_TH: Tensor | None, *, is_output_needed: bool = True
@@ -45,8 +47,9 @@ class PlainMLP(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
         super().__init__()
         self.activation = plain_activation(config)
-        self.up = layers.column(config.hidden_size, width, config.linear_bias)
-        self.down = layers.row(width, config.hidden_size, config.linear_bias)
+        spec = plain_mlp_spec(config, width)
+        self.up = layers.column(spec.up)
+        self.down = layers.row(spec.down)
 
     def forward(
         self, x_TH: Tensor, residual_TH: Tensor | None, *, is_output_needed: bool = True

@@ -17,6 +17,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.block import Block, RunBlocks
 from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.layers import Layers
+from megatron_ray.sharding.model_specs import mtp_spec
 
 
 class MultiTokenPredictionLayer(nn.Module):
@@ -27,16 +28,17 @@ class MultiTokenPredictionLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, depth: int) -> None:
         super().__init__()
-        self.embedding_norm = layers.norm(config.hidden_size)
-        self.hidden_norm = layers.norm(config.hidden_size)
-        self.final_norm = layers.norm(config.hidden_size)
+        spec = mtp_spec(config, depth)
+        self.embedding_norm = layers.norm(spec.embedding_norm)
+        self.hidden_norm = layers.norm(spec.hidden_norm)
+        self.final_norm = layers.norm(spec.final_norm)
         self.embedding_dropout = layers.hidden_dropout(f"mtp.{depth}.embedding")
-        self.projection = layers.replicated(2 * config.hidden_size, config.hidden_size)
+        self.projection = layers.replicated(spec.projection)
         self.block = Block(config, layers, config.num_layers + depth)
         kind = f"mtp_{depth + 1}_loss"
         # A loss of weight 0 is in no table and is not reported, so its divisor is free.
         divisor = config.aux_losses.get(kind, 1.0)
-        self.loss = layers.attached_loss(kind, divisor, of_own_tokens=False)
+        self.loss = layers.aux_loss(kind, divisor, is_per_rank=False)
 
     def forward(
         self,

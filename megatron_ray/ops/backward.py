@@ -1,9 +1,7 @@
-"""A backward pass that starts from a given gradient.
+"""Runs a backward pass that starts from a given gradient.
 
-Owns: that. Must not know: who wants one.
-
-torch's own way to hand over a gradient compares shapes as symbols, for which it imports
-sympy: a second of a rank's start.
+torch's own argument for it (`backward(gradient=...)`) compares shapes as symbols, for
+which it imports sympy: a second of a rank's start.
 """
 
 from typing import Any
@@ -11,21 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ray.ops.autograd import AutogradFunction
+
 
 class Backward:
-    """Of one output, whose graph it keeps but not its values."""
+    """The backward pass from one output; keeps its graph, but not its values."""
 
     def __init__(self, output: Tensor) -> None:
         self._gradient: list[Tensor] = []
-        self._start: Tensor = _Start.apply(output, self._gradient)  # type: ignore[no-untyped-call]
+        self._start = _Start.apply(output, self._gradient)
 
     def run(self, gradient: Tensor) -> None:
-        """Once: from the output's gradient to everything below."""
+        """Runs it once, from the gradient of the output."""
         self._gradient.append(gradient)
         torch.autograd.backward(self._start)
 
 
-class _Start(torch.autograd.Function):
+class _Start(AutogradFunction[Tensor]):
+    """A scalar above the output, whose backward returns the gradient put in the list.
+
+    From a scalar torch starts without a gradient of the caller's.
+    """
+
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: list[Tensor]) -> Tensor:
         ctx.gradient = gradient

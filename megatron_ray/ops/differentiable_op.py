@@ -1,7 +1,7 @@
-"""A function of tensors together with its gradient.
+"""Holds a function of tensors together with its gradient.
 
-Owns: that pair, as the autograd functions of layers call it, so that what computes can
-be exchanged for another that computes the same. Must not know: autograd, modules.
+Autograd functions of layers call such a pair, so that it can be exchanged for another
+that computes the same, e.g. a compiled one. Must not know: autograd, modules.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class DifferentiableOp(NamedTuple):
-    """What each takes and returns is said where its layer is."""
+    """A forward and its backward; their arguments are described with their layer."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]

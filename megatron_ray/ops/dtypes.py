@@ -1,8 +1,10 @@
-"""Conversions between floating-point types. Owns: which types count as short."""
+"""Converts between floating-point types."""
 
 from torch import Tensor
 
 
 def to_fp32(tensor: Tensor) -> Tensor:
-    """fp32 for shorter types; fp32 and fp64 as they are."""
-    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+    """Returns a shorter type as fp32, and fp32 and fp64 as they are."""
+    if tensor.dtype.itemsize >= 4:
+        return tensor
+    return tensor.float()

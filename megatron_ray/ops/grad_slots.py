@@ -1,74 +1,109 @@
-"""Layers whose backward hands weight gradients to slots.
+"""Delivers a layer's weight gradients to slots, or to autograd where there are none.
 
-Owns: the slots of a module and the delivery of its gradients. Must not know: what a
-layer computes.
+Must not know: what a layer computes, groups.
+
+Shapes: T tokens, I inputs, O outputs.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from megatron_ray.distributed.collectives import Group
-from megatron_ray.ops.matmul import weight_grad_product
+from megatron_ray.ops.matmul import accumulate_weight_grad, weight_grad_product
 from megatron_ray.ops.weight_grad import GradSlot
 
 
 class SlottedModule(nn.Module):
-    """A layer whose backward hands its weight gradients to slots; without slots it is
-    an ordinary module (inference).
+    """A layer whose backward delivers its weight gradients to slots.
+
+    Without slots, as in inference and under ZeRO-3, it is an ordinary module.
     """
 
-    def __init__(self, group: Group, sequence_parallel: bool) -> None:
+    def __init__(self, uses: int = 1) -> None:
         super().__init__()
-        self.group = group
-        self.sequence_group = group if sequence_parallel else None
         self.slots: dict[str, GradSlot] = {}
-        self.uses = 1
-        """How often a microbatch goes through it, and so how often each of its
+        """By the name of the parameter in this module; trainable ones only."""
+        self.uses = uses
+        """How often a microbatch goes through the layer, and so how often each of its
         gradients is delivered."""
 
     def slot(self, name: str) -> GradSlot | None:
-        """Slot of the parameter, or None where nobody collects gradients."""
+        """Returns the slot of a parameter, or None where there is none."""
         return self.slots.get(name)
+
+    def is_deferred(self, name: str) -> bool:
+        """Tells whether a parameter's gradient is computed after this backward pass."""
+        slot = self.slot(name)
+        return slot is not None and slot.is_deferred
 
 
 def needs_grad(module: SlottedModule, name: str) -> bool:
+    """Tells whether a layer has a parameter of this name that is trained."""
     parameter = getattr(module, name)
     return parameter is not None and parameter.requires_grad
 
 
-def deliver_linear(
+# What the functions below return is what a backward returns for the weight: None where
+# the gradient went to a slot or is not needed.
+
+
+def deliver_weight_grad(
     module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor
 ) -> Tensor | None:
-    """Weight gradient to the slot, or as a tensor for autograd where there is no slot."""
+    """Delivers grad^T @ inputs, the gradient of a linear layer's weight."""
     if not needs_grad(module, "weight"):
         return None
     slot = module.slot("weight")
     if slot is None:
         return weight_grad_product(grad_TO, inputs_TI)
-    slot.linear(inputs_TI, grad_TO)
+    slot.contribute(partial(accumulate_weight_grad, grad_TO=grad_TO, inputs_TI=inputs_TI))
     return None
 
 
-def deliver(module: SlottedModule, name: str, gradient: Tensor) -> Tensor | None:
-    """A ready gradient to the slot, or back for autograd where there is no slot."""
+def deliver_bias_grad(module: SlottedModule, grad_TO: Tensor) -> Tensor | None:
+    """Delivers the gradient of a linear layer's bias, where it has one."""
+    if not needs_grad(module, "bias"):
+        return None
+    return deliver_computed_grad(module, "bias", grad_TO.sum(0, dtype=torch.float32))
+
+
+def deliver_computed_grad(
+    module: SlottedModule, name: str, gradient: Tensor
+) -> Tensor | None:
+    """Delivers a gradient that the layer has computed itself."""
+    if not needs_grad(module, name):
+        return None
     slot = module.slot(name)
     if slot is None:
         return gradient.to(getattr(module, name).dtype)
-    slot.add(gradient)
+    slot.contribute(partial(_accumulate_tensor, gradient))
     return None
 
 
-def deliver_bias(module: SlottedModule, grad_TO: Tensor) -> Tensor | None:
-    if not needs_grad(module, "bias"):
-        return None
-    return deliver(module, "bias", grad_TO.sum(0, dtype=torch.float32))
-
-
-def deliver_rows(
-    module: SlottedModule, weight: Tensor, rows: Tensor, grad: Tensor
+def deliver_embedding_grad(
+    module: SlottedModule, weight: Tensor, ids_T: Tensor, grad_TI: Tensor
 ) -> Tensor | None:
+    """Delivers the gradient of an embedding: each row of `grad_TI` to the row of its id."""
     slot = module.slot("weight")
     if slot is None:
-        return torch.zeros_like(weight).index_add_(0, rows, grad)
-    slot.add_rows(rows, grad)
+        return torch.zeros_like(weight).index_add_(0, ids_T, grad_TI)
+    slot.contribute(partial(_accumulate_rows, ids_T, grad_TI))
     return None
+
+
+def _accumulate_tensor(gradient: Tensor, main_grad: Tensor, *, fresh: bool) -> None:
+    if fresh:
+        main_grad.copy_(gradient)
+    else:
+        main_grad.add_(gradient)
+
+
+def _accumulate_rows(
+    ids_T: Tensor, grad_TI: Tensor, main_grad: Tensor, *, fresh: bool
+) -> None:
+    # Rows without a token must be zero, so a fresh buffer is cleared: only some of its
+    # rows are written.
+    if fresh:
+        main_grad.zero_()
+    main_grad.index_add_(0, ids_T, grad_TI.to(main_grad.dtype))

@@ -1,28 +1,39 @@
-"""Where weight gradients go.
+"""Accumulates weight gradients into fp32 main gradients, at once or later.
 
-Owns: accumulation into fp32 main gradients, and saying that one is complete.
+A layer's backward computes its input gradient itself and contributes the computation of
+its weight gradient to the slot of that weight. The sink behind the slots runs the
+computation at once, or keeps it where a zero-bubble schedule defers it, and counts
+contributions, so that it knows when the gradient of a whole step is complete. Buckets,
+accumulation and zero-bubble schedules thus share one mechanism, and autograd hooks have
+no part in it. Must not know: products, the layout of buckets, groups, schedules.
 
-A layer's backward computes only the input gradient and hands (input, output gradient)
-to its slot; the sink behind the slot decides whether to multiply now or later, and
-counts the microbatches. So buckets, accumulation fusion and zero-bubble schedules share
-one mechanism, and autograd hooks have no part in it. Must not know: buckets' layout,
-groups, schedules.
+The order of calls in a step, which the sink checks:
 
-Shapes: T tokens, I inputs, O outputs, E experts.
+    begin_step
+    for every microbatch of every stage on this rank, one of
+        begin_microbatch(last=...)                     then a backward pass
+        begin_microbatch(last=False, defer_to=key)     then a backward pass, and later
+        run_deferred(key, last=...)
 """
 
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_ray.ops.matmul import (
-    Counts,
-    accumulate_grouped_weight_grad,
-    accumulate_weight_grad,
-)
+
+class Accumulate(Protocol):
+    """Computes a weight gradient into a main gradient (fp32).
+
+    It overwrites a fresh one and adds to any other.
+    """
+
+    def __call__(self, main_grad: Tensor, /, *, fresh: bool) -> None:
+        """Accumulates into `main_grad`."""
+        ...
 
 
 @dataclass(eq=False)
@@ -33,56 +44,42 @@ class GradSlot:
     main_grad: Tensor
     sink: "WeightGradSink"
     uses: int = 1
-    """Contributions per microbatch: 2 for a tied embedding, more where further tokens
-    are predicted."""
+    """Contributions per microbatch: 2 for a tied embedding, more with MTP layers."""
     fresh: bool = True
-    """Nothing accumulated yet in this step: the first contribution overwrites, so that
-    nobody needs to clear the buffer."""
-    seen: int = field(default=0)
+    """Whether nothing has been accumulated in this step: the first contribution
+    overwrites, so the buffer is never cleared."""
+    num_final: int = 0
     """Contributions of the last microbatch so far."""
 
     @property
-    def puts_off(self) -> bool:
-        """Whether what is added now is computed later."""
-        return self.sink.puts_off
+    def is_deferred(self) -> bool:
+        """Whether what is contributed now is computed later."""
+        return self.sink.is_deferring
 
-    def linear(self, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor) -> None:
-        """Adds grad^T @ inputs, the gradient of a [O, I] weight.
+    def contribute(self, accumulate: Accumulate) -> None:
+        """Contributes one computation of this gradient."""
+        self.sink.contribute(self, accumulate)
 
-        Inputs [T, I] that are called come when the product is computed.
-        """
-        self.sink.linear(self, inputs, grad_TO)
 
-    def grouped(
-        self, inputs_TI: Tensor, grad_TO: Tensor, counts: Counts, num_experts: int
-    ) -> None:
-        """Adds expert by expert grad^T @ inputs to a [E x O, I] weight; each expert's
-        rows lie together, in the order of experts.
-        """
-        self.sink.grouped(self, inputs_TI, grad_TO, counts, num_experts)
+@dataclass(frozen=True)
+class _Microbatch:
+    """The microbatch whose backward pass is running."""
 
-    def add(self, gradient: Tensor) -> None:
-        """Adds a gradient computed by the caller."""
-        self.sink.add(self, gradient)
-
-    def add_rows(self, rows_T: Tensor, grad_TI: Tensor) -> None:
-        """Adds each row of `grad_TI` to the row of the main gradient that `rows_T`
-        names (an embedding's gradient).
-        """
-        self.sink.add_rows(self, rows_T, grad_TI)
+    is_last: bool
+    deferred: list[Callable[[], None]] | None
+    """Receives the computations; None where they run at once."""
 
 
 class WeightGradSink:
-    """Accumulates at once, or later where a schedule puts that off.
+    """Runs contributed computations and reports complete gradients.
 
     `on_ready` is called with a slot when its gradient of the whole step is complete.
     """
 
     def __init__(self, on_ready: Callable[[GradSlot], None]) -> None:
         self._on_ready = on_ready
-        self._last_microbatch = False
-        self._put_off: list[Callable[[], None]] | None = None
-        self._later: dict[object, list[Callable[[], None]]] = defaultdict(list)
+        self._microbatch: _Microbatch | None = None
+        self._deferred: dict[Hashable, list[Callable[[], None]]] = defaultdict(list)
         self.slots: dict[str, GradSlot] = {}
 
     def register(self, name: str, main_grad: Tensor, uses: int = 1) -> GradSlot:
@@ -95,106 +92,64 @@ class WeightGradSink:
         """Forgets the gradients of the previous step."""
         for slot in self.slots.values():
             slot.fresh = True
-            slot.seen = 0
-        self._last_microbatch = False
-        self._put_off = None
-        self._later.clear()
+            slot.num_final = 0
+        # What was deferred and never run belongs to a step that failed.
+        self._microbatch = None
+        self._deferred.clear()
 
-    def begin_microbatch(self, *, last: bool) -> None:
-        """Announces a microbatch; only in the last one gradients become ready."""
-        self._last_microbatch = last
-        self._put_off = None
+    def begin_microbatch(self, *, last: bool, defer_to: Hashable | None = None) -> None:
+        """Announces the backward pass of a microbatch.
 
-    def put_off(self, key: object) -> None:
-        """Announces a microbatch whose weight products are computed later, by
-        `catch_up` with the same key.
+        Gradients become ready in the `last` one only. With `defer_to` its computations
+        wait until `run_deferred` is called with the same key.
         """
-        self._put_off = self._later[key]
+        # Chunks and microbatches interleave in a schedule, so several keys may be open.
+        deferred = None
+        if defer_to is not None:
+            deferred = self._deferred[defer_to]
+        self._microbatch = _Microbatch(last, deferred)
 
     @torch.no_grad()
-    def catch_up(self, key: object) -> None:
-        """Computes what was put off, of the microbatch that was announced."""
-        for work in self._later.pop(key, ()):
-            work()
+    def run_deferred(self, key: Hashable, *, last: bool) -> None:
+        """Computes what was deferred to a key; `last` as in `begin_microbatch`."""
+        self.begin_microbatch(last=last)
+        for compute in self._deferred.pop(key, ()):
+            compute()
 
     @property
-    def puts_off(self) -> bool:
-        """Whether weight products of the announced microbatch are computed later."""
-        return self._put_off is not None
+    def is_deferring(self) -> bool:
+        """Whether computations of the announced microbatch run later."""
+        return self._microbatch is not None and self._microbatch.deferred is not None
 
-    def linear(
-        self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor
-    ) -> None:
-        """grad^T @ inputs into the main gradient."""
-        self._now_or_later(lambda: self._linear(slot, inputs, grad_TO))
+    def contribute(self, slot: GradSlot, accumulate: Accumulate) -> None:
+        """Runs a computation of a slot's gradient, or keeps it for `run_deferred`.
 
-    def grouped(
-        self,
-        slot: GradSlot,
-        inputs_TI: Tensor,
-        grad_TO: Tensor,
-        counts: Counts,
-        num_experts: int,
-    ) -> None:
-        """grad^T @ inputs of each expert into its part of the main gradient."""
-        self._now_or_later(
-            lambda: self._grouped(slot, inputs_TI, grad_TO, counts, num_experts)
-        )
-
-    def add(self, slot: GradSlot, gradient: Tensor) -> None:
-        """A ready-made gradient into the main gradient."""
-        self._now_or_later(lambda: self._add(slot, gradient))
-
-    def add_rows(self, slot: GradSlot, rows_T: Tensor, grad_TI: Tensor) -> None:
-        """Scattered rows into the main gradient."""
-        self._now_or_later(lambda: self._add_rows(slot, rows_T, grad_TI))
-
-    def _now_or_later(self, work: Callable[[], None]) -> None:
-        if self._put_off is None:
-            work()
+        Raises RuntimeError when no microbatch was announced in this step.
+        """
+        if self._microbatch is None:
+            raise RuntimeError(
+                f"{slot.name}: a gradient came before begin_microbatch was called"
+            )
+        if self._microbatch.deferred is None:
+            self._run(slot, accumulate)
         else:
-            self._put_off.append(work)
+            self._microbatch.deferred.append(lambda: self._run(slot, accumulate))
 
-    def _linear(
-        self, slot: GradSlot, inputs: Tensor | Callable[[], Tensor], grad_TO: Tensor
-    ) -> None:
-        inputs_TI = inputs if isinstance(inputs, Tensor) else inputs()
-        accumulate_weight_grad(slot.main_grad, grad_TO, inputs_TI, fresh=slot.fresh)
-        self._done(slot)
-
-    def _grouped(
-        self,
-        slot: GradSlot,
-        inputs_TI: Tensor,
-        grad_TO: Tensor,
-        counts: Counts,
-        num_experts: int,
-    ) -> None:
-        main_EOI = slot.main_grad.view(num_experts, -1, slot.main_grad.shape[1])
-        accumulate_grouped_weight_grad(
-            main_EOI, grad_TO, inputs_TI, counts, fresh=slot.fresh
-        )
-        self._done(slot)
-
-    def _add(self, slot: GradSlot, gradient: Tensor) -> None:
-        self._accumulate(slot, gradient)
-        self._done(slot)
-
-    def _add_rows(self, slot: GradSlot, rows_T: Tensor, grad_TI: Tensor) -> None:
-        if slot.fresh:
-            slot.main_grad.zero_()
-        slot.main_grad.index_add_(0, rows_T, grad_TI.to(slot.main_grad.dtype))
-        self._done(slot)
-
-    def _accumulate(self, slot: GradSlot, gradient: Tensor) -> None:
-        if slot.fresh:
-            slot.main_grad.copy_(gradient)
-        else:
-            slot.main_grad.add_(gradient)
-
-    def _done(self, slot: GradSlot) -> None:
+    def _run(self, slot: GradSlot, accumulate: Accumulate) -> None:
+        accumulate(slot.main_grad, fresh=slot.fresh)
+        # The flag and not a cleared buffer tells the first contribution of a step, which
+        # saves a pass over all gradients.
         slot.fresh = False
-        if self._last_microbatch:
-            slot.seen += 1
-            if slot.seen == slot.uses:
-                self._on_ready(slot)
+        # Read now and not when it was contributed: a deferred computation belongs to the
+        # microbatch that `run_deferred` announces.
+        assert self._microbatch is not None
+        if not self._microbatch.is_last:
+            return
+        slot.num_final += 1
+        if slot.num_final > slot.uses:
+            raise RuntimeError(
+                f"{slot.name}: a gradient came after the last one of the step, "
+                "begin_step was not called"
+            )
+        if slot.num_final == slot.uses:
+            self._on_ready(slot)

@@ -47,7 +47,7 @@ def finalize_grads(
     `num_tokens` are this replica's; `flags` are summed over all ranks, a way to agree
     on something without a collective of its own.
     """
-    for family in model.families:
+    for family in model.parameter_groups:
         family.reducer.finish()
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)

@@ -8,8 +8,8 @@ Pure; torch-free. Must not know: gradients, arithmetic of the update.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ray.sharding.buckets import Bucket, BucketPlan, Placed
-from megatron_ray.sharding.parameters import Part
+from megatron_ray.sharding.buckets import Bucket, BucketPlan, PlacedParameter
+from megatron_ray.sharding.parameter_types import Part
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Run:
 class Piece:
     """The part of one parameter that lies in one run."""
 
-    placed: Placed
+    placed: PlacedParameter
     start: int
     end: int
     shard_start: int
@@ -85,7 +85,7 @@ def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
                 yield Piece(placed, start, end, run.shard_start + start - run.start)
 
 
-def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, Placed, Part]]:
+def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, PlacedParameter, Part]]:
     """The parts of the bucket's parameters cut to [low, high), each stretched over the
     gap that follows it.
     """

@@ -51,7 +51,7 @@ class OptimizerShard:
         self.buffers = family.buffers
         self.group = family.group
         self.sharded = sharded and self.group is not None
-        self._adopt = family.adopt
+        self._adopt = family.sync_model
         buffers = self.buffers
         group = self.group
         dp_rank = collectives.rank(group)

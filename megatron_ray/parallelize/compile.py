@@ -1,12 +1,11 @@
-"""The elementwise parts of a model as plain formulas that torch.compile fuses.
+"""Puts compiled elementwise operations into a model.
 
-Owns: those formulas, and where they go in a model.
-
+The elementwise parts of a model stand here as plain formulas that torch.compile fuses.
 Products, attention and collectives are left to their libraries, and weight gradients to
 their slots: neither gains from being compiled, and a compiler cannot see through them.
 What is left is bound by memory, where one pass instead of several is all there is to
-gain. Routed experts stay as they are: their rows change with every microbatch, and new
-shapes are new code. Must not know: groups, schedules.
+gain. Routed experts stay as they are: their number of rows changes with every microbatch,
+and new shapes are new code. Must not know: groups, schedules.
 """
 
 import sysconfig
@@ -31,7 +30,7 @@ from megatron_ray.tensor_parallel.norm import RMSNorm
 
 
 class CompiledOps(NamedTuple):
-    """Each is to compute what the kernel of the same layer does."""
+    """The operations that are exchanged; each computes what its layer's own one does."""
 
     rms_norm: DifferentiableOp
     swiglu: DifferentiableOp
@@ -40,124 +39,145 @@ class CompiledOps(NamedTuple):
     softmax_shares_: Callable[[Tensor, Tensor], SoftmaxStats]
 
 
-def apply_compile(model: GPT, fusions: CompiledOps) -> None:
-    """Puts them into a model. LayerNorm and GELU are one kernel each already."""
-    gated = {"swiglu": fusions.swiglu, "geglu_tanh": fusions.geglu_tanh}
+def apply_compile(model: GPT, ops: CompiledOps) -> None:
+    """Puts the operations into a model.
+
+    LayerNorm and GELU are one kernel each already.
+    """
+    gated = {"swiglu": ops.swiglu, "geglu_tanh": ops.geglu_tanh}
     for module in model.modules():
         if isinstance(module, RMSNorm):
-            module.kernel = fusions.rms_norm
+            module.kernel = ops.rms_norm
+        # An MLP's activation only, not that of experts: see above.
         elif isinstance(module, GatedMLP):
             module.activation.kernel = gated[model.config.activation]
         elif isinstance(module, Attention):
-            module.rotation = fusions.rotation
+            module.rotation = ops.rotation
         elif isinstance(module, VocabParallelHead):
-            module.softmax_shares_ = fusions.softmax_shares_
+            module.softmax_shares_ = ops.softmax_shares_
 
 
 def compiled_ops() -> CompiledOps:
-    """The formulas, each to be compiled when it is first used (seconds), and again for
-    another shape. Imports the compiler.
+    """Returns the formulas, each to be compiled when it is first used.
+
+    That takes seconds, and again for another shape. Imports the compiler.
 
     Raises ConfigError where this machine lacks what the compiler needs.
     """
     import torch._inductor.config as inductor
 
-    _refuse_without_tools()
-    inductor.compile_threads = (
-        1  # else it starts a pool of processes that outlives the rank
-    )
-    compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(
-        torch.compile, fullgraph=True
-    )
-    rms_norm, swiglu, geglu_tanh, rotation = (
-        DifferentiableOp(compiled(kernel.forward), compiled(kernel.backward))
-        for kernel in FORMULAS[:-1]
-    )
+    _check_compiler()
+    # Otherwise it starts a pool of processes that outlives the rank.
+    inductor.compile_threads = 1
     return CompiledOps(
-        rms_norm, swiglu, geglu_tanh, rotation, compiled(FORMULAS.softmax_shares_)
+        rms_norm=_compiled(FORMULAS.rms_norm),
+        swiglu=_compiled(FORMULAS.swiglu),
+        geglu_tanh=_compiled(FORMULAS.geglu_tanh),
+        rotation=_compiled(FORMULAS.rotation),
+        softmax_shares_=_compile(FORMULAS.softmax_shares_),
     )
 
 
-def _refuse_without_tools() -> None:
+# A graph break would mean several passes again, so it is an error.
+_compile: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(
+    torch.compile, fullgraph=True
+)
+
+
+def _compiled(op: DifferentiableOp) -> DifferentiableOp:
+    return DifferentiableOp(_compile(op.forward), _compile(op.backward))
+
+
+def _check_compiler() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
-    absent = (
-        ""
-        if Path(sysconfig.get_path("include"), "Python.h").exists()
-        else "Python's headers (Python.h)"
-    )
+    missing = ""
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing = "Python's headers (Python.h)"
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        absent = "a C++ compiler (g++)"
-    if absent:
+        missing = "a C++ compiler (g++)"
+    if missing:
         raise ConfigError(
-            f"/training/compile: blocks needs {absent} on every node, and this one has "
+            f"/training/compile: blocks needs {missing} on every node, and this one has "
             "none; install it, or set compile to none"
         )
 
 
+# ---- the formulas: in fp32 whatever the type of their inputs, with one rounding at the end
+
+
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide = to_fp32(x)
-    rstd = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return (wide * rstd * weight).to(x.dtype), rstd
+    x_fp32 = to_fp32(x)
+    rstd = (x_fp32.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x_fp32 * rstd * weight).to(x.dtype), rstd
 
 
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
     normed = to_fp32(x) * rstd
-    wide = to_fp32(grad)
-    projected = wide * normed
-    mean = (projected * weight).mean(-1, keepdim=True)
-    return ((wide * weight - normed * mean) * rstd).to(x.dtype), projected.sum(0)
+    grad_fp32 = to_fp32(grad)
+    grad_times_normed = grad_fp32 * normed
+    mean = (grad_times_normed * weight).mean(-1, keepdim=True)
+    grad_x = (grad_fp32 * weight - normed * mean) * rstd
+    return grad_x.to(x.dtype), grad_times_normed.sum(0)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    first, second = x.chunk(2, -1)
+    return to_fp32(first), to_fp32(second)
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
+    gate, up = _halves(gate_up)
     return (gate * gate.sigmoid() * up).to(gate_up.dtype)
 
 
 def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
-    wide = to_fp32(grad)
-    share = gate.sigmoid()
-    grad_gate = wide * up * share * (1 + gate * (1 - share))
-    return torch.cat([grad_gate, wide * gate * share], -1).to(gate_up.dtype)
+    gate, up = _halves(gate_up)
+    grad_fp32 = to_fp32(grad)
+    sigmoid = gate.sigmoid()
+    # The slope of silu(g) = g s(g) is s + g s (1 - s).
+    grad_gate = grad_fp32 * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_up = grad_fp32 * gate * sigmoid
+    return torch.cat([grad_gate, grad_up], -1).to(gate_up.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(GELU by its tanh approximation (Hendrycks and Gimpel 2016), its slope)."""
+    """Returns GELU by its tanh approximation (Hendrycks and Gimpel 2016) and its slope."""
     scale = sqrt(2 / pi)
     cubic = 0.044715
-    bent = (scale * (x + cubic * x * x * x)).tanh()
-    slope = 0.5 * (1 + bent) + 0.5 * x * (1 - bent * bent) * scale * (1 + 3 * cubic * x * x)
-    return 0.5 * x * (1 + bent), slope
+    tanh = (scale * (x + cubic * x * x * x)).tanh()
+    inner_slope = scale * (1 + 3 * cubic * x * x)
+    slope = 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * inner_slope
+    return 0.5 * x * (1 + tanh), slope
 
 
 def _geglu_tanh(gate_up: Tensor) -> Tensor:
-    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
-    return (_gelu_tanh(gate)[0] * up).to(gate_up.dtype)
+    gate, up = _halves(gate_up)
+    gelu, _ = _gelu_tanh(gate)
+    return (gelu * up).to(gate_up.dtype)
 
 
 def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    gate, up = (to_fp32(half) for half in gate_up.chunk(2, -1))
-    wide = to_fp32(grad)
-    (gelu, slope) = _gelu_tanh(gate)
-    return torch.cat([wide * up * slope, wide * gelu], -1).to(gate_up.dtype)
+    gate, up = _halves(gate_up)
+    grad_fp32 = to_fp32(grad)
+    gelu, slope = _gelu_tanh(gate)
+    return torch.cat([grad_fp32 * up * slope, grad_fp32 * gelu], -1).to(gate_up.dtype)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[B, S, heads, D]; cos and sin of half a head's width."""
-    first, second = (to_fp32(half) for half in x.chunk(2, -1))
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(
-        x.dtype
-    )
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates [B, S, heads, D]; cos and sin are of half a head's width."""
+    first, second = _halves(x)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.to(x.dtype)
 
 
-def _halves(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Without the doubling and the sign that rotary_angles gives them."""
+def _half_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Removes the doubling, and the sign, that rotary_angles gives cos and sin."""
     half = cos.shape[-1] // 2
     return cos[..., half:], sin[..., half:]
 
@@ -167,36 +187,39 @@ def _rotate_qkv(
 ) -> tuple[Tensor, ...]:
     split = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
     q, k, v = torch.split(split, [heads, groups, groups], dim=2)
-    parts = [_rotated(q, *_halves(cos, sin)), _rotated(k, *_halves(cos, sin)), v.clone()]
-    # heads first in memory, see RotateQKV
+    half_cos, half_sin = _half_angles(cos, sin)
+    # A copy of v, so that qkv is not kept for its sake.
+    parts = [_rotate(q, half_cos, half_sin), _rotate(k, half_cos, half_sin), v.clone()]
+    by_head = [part.transpose(1, 2) for part in parts]
     if rotates_in_fp32(qkv.device.type, qkv.dtype):
-        return tuple(part.transpose(1, 2).contiguous() for part in parts)
-    return tuple(part.transpose(1, 2) for part in parts)
+        # Heads first in memory too, see RotateQKV.
+        by_head = [part.contiguous() for part in by_head]
+    return tuple(by_head)
 
 
 def _rotate_qkv_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    half_cos, half_sin = _halves(cos, sin)
-    rotated = [
-        _rotated(grad.transpose(1, 2), half_cos, -half_sin) for grad in (grad_q, grad_k)
-    ]
-    return torch.cat([*rotated, grad_v.transpose(1, 2)], 2).flatten(2)
+    half_cos, half_sin = _half_angles(cos, sin)
+    # The gradient is rotated back.
+    q = _rotate(grad_q.transpose(1, 2), half_cos, -half_sin)
+    k = _rotate(grad_k.transpose(1, 2), half_cos, -half_sin)
+    return torch.cat([q, k, grad_v.transpose(1, 2)], 2).flatten(2)
 
 
-def _exponentials_(logits: Tensor, local: Tensor) -> SoftmaxStats:
-    wide = to_fp32(logits)
-    largest = wide.amax(1)
-    chosen = wide.gather(1, local[:, None]).squeeze(1)
-    shares = (wide - largest[:, None]).exp()
+def _softmax_shares_(logits: Tensor, columns: Tensor) -> SoftmaxStats:
+    logits_fp32 = to_fp32(logits)
+    largest = logits_fp32.amax(1)
+    label_logit = logits_fp32.gather(1, columns[:, None]).squeeze(1)
+    shares = (logits_fp32 - largest[:, None]).exp()
     total = shares.sum(1)
     if logits.dtype.itemsize >= 4:
         logits.copy_(shares)
-        return SoftmaxStats(largest, total, chosen, torch.ones_like(total))
+        return SoftmaxStats(largest, total, label_logit, torch.ones_like(total))
     # As probabilities, so that what is rounded is multiplied by one, and not rounded
-    # again, where nobody shares the vocabulary.
+    # again, where the vocabulary is not cut.
     logits.copy_(shares / total[:, None])
-    return SoftmaxStats(largest, total, chosen, total.clone())
+    return SoftmaxStats(largest, total, label_logit, total.clone())
 
 
 FORMULAS = CompiledOps(
@@ -204,5 +227,5 @@ FORMULAS = CompiledOps(
     swiglu=DifferentiableOp(_swiglu, _swiglu_backward),
     geglu_tanh=DifferentiableOp(_geglu_tanh, _geglu_tanh_backward),
     rotation=DifferentiableOp(_rotate_qkv, _rotate_qkv_backward),
-    softmax_shares_=_exponentials_,
+    softmax_shares_=_softmax_shares_,
 )

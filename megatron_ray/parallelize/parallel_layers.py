@@ -1,6 +1,7 @@
-"""The `local` spec: layers on plain torch, for any device.
+"""Makes the parallel layers of a model: plain torch modules, for any device.
 
-Owns: which class fills which slot. Must not know: who builds what when.
+A layer's local shapes come from its spec (`sharding.layer_specs`), as the rows of the
+parameter table do. Must not know: the order of assembly.
 """
 
 from collections.abc import Callable
@@ -16,225 +17,201 @@ from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, RouterLinear
-from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.dropout import AttentionWithDropout, Dropout
 from megatron_ray.models.layers import Dispatcher
-from megatron_ray.sharding.parameters import padded_vocabulary
+from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
+from megatron_ray.sharding.layer_specs import (
+    ColumnSpec,
+    NormSpec,
+    QKVSpec,
+    ReplicatedSpec,
+    RowSpec,
+    ShardPosition,
+    VocabularySpec,
+)
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
+from megatron_ray.tensor_parallel.embedding import PositionEmbedding, VocabParallelEmbedding
+from megatron_ray.tensor_parallel.group import TensorParallel
 from megatron_ray.tensor_parallel.layers import (
     ColumnParallelLinear,
     GatherFromSequenceParallel,
-    PositionEmbedding,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    VocabParallelEmbedding,
 )
 from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 
 
 @dataclass(frozen=True)
 class ExpertParallelGroups:
-    """Who has which experts, and how tokens get there."""
+    """The groups that share a mixture's experts, and how tokens reach them."""
 
     ep_group: Group = None
     etp_group: Group = None
     token_group: Group = None
-    """Who holds tokens of the same microbatch."""
+    """Ranks with tokens of the same microbatch."""
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
 
 class ParallelLayerFactory:
-    """`models.layers.Layers` for a tensor-parallel group (None: one rank)."""
+    """Makes a rank's layers; implements `models.layers.Layers`."""
 
     def __init__(
         self,
         config: ModelConfig,
-        group: Group,
-        tp: int,
-        *,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
+        position: ShardPosition,
+        tp: TensorParallel,
         experts: ExpertParallelGroups,
+        *,
+        dtype: torch.dtype,
         streams: Streams,
-        attention: Callable[[int | None], nn.Module] = LocalAttention,
+        attention: Callable[[int | None], nn.Module],
     ) -> None:
-        self.config = config
-        self.group = group
-        self.sequence_parallel = sequence_parallel
-        self.dtype = dtype
-        self.experts = experts
-        self._attention = attention
+        self._config = config
+        self._position = position
+        self._tp = tp
+        self._experts = experts
+        self._dtype = dtype
         self._streams = streams
-        self.rows = padded_vocabulary(config, tp)
+        self._attention = attention
 
-    def embedding(self, width: int, uses: int) -> nn.Module:
-        found = VocabParallelEmbedding(
-            self.rows,
-            width,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-        )
-        found.uses = uses
-        return found
+    # ---- layers with weights
 
-    def position_embedding(self, rows: int, width: int) -> nn.Module:
-        return PositionEmbedding(
-            rows,
-            width,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-        )
+    def embedding(self, spec: VocabularySpec, uses: int) -> nn.Module:
+        """Makes the word embedding, cut over the vocabulary."""
+        shape = spec.shapes(self._position)["weight"]
+        return VocabParallelEmbedding(shape, tp=self._tp, dtype=self._dtype, uses=uses)
 
-    def norm(self, width: int) -> nn.Module:
-        config = self.config
-        group = self.group
-        sequence_parallel = self.sequence_parallel
-        dtype = self.dtype
-        if config.norm == "layernorm":
-            return LayerNorm(
-                width,
-                config.norm_eps,
-                group=group,
-                sequence_parallel=sequence_parallel,
-                dtype=dtype,
-            )
-        centred = config.zero_centered_norm
-        return RMSNorm(
-            width,
-            config.norm_eps,
-            group=group,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-            zero_centered=centred,
-        )
+    def position_embedding(self, spec: ReplicatedSpec) -> nn.Module:
+        """Makes a table of positions, whole on every rank."""
+        shape = spec.shapes(self._position)["weight"]
+        return PositionEmbedding(shape, tp=self._tp, dtype=self._dtype)
 
-    def column(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        return ColumnParallelLinear(
-            inputs,
-            outputs,
-            bias=bias,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-        )
+    def norm(self, spec: NormSpec) -> nn.Module:
+        """Makes a norm, whole on every rank."""
+        shape = spec.shapes(self._position)["weight"]
+        # LayerNorm is the kind with a bias.
+        eps = self._config.norm_eps
+        if spec.bias:
+            return LayerNorm(shape, eps, dtype=self._dtype)
+        return RMSNorm(shape, eps, dtype=self._dtype, zero_centered=spec.zero_centered)
 
-    def replicated(self, inputs: int, outputs: int) -> nn.Module:
-        return ReplicatedLinear(
-            inputs,
-            outputs,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-        )
+    def column(self, spec: ColumnSpec) -> nn.Module:
+        """Makes a linear layer whose outputs are cut over tp."""
+        shape = spec.shapes(self._position)["weight"]
+        return ColumnParallelLinear(shape, bias=spec.bias, tp=self._tp, dtype=self._dtype)
 
-    def shared_by_heads(self) -> nn.Module:
-        return GatherFromSequenceParallel(self.group, self.sequence_parallel)
-
-    def qkv(
-        self, inputs: int, heads: int, groups: int, head_width: int, bias: bool
-    ) -> QKVParallelLinear:
+    def qkv(self, spec: QKVSpec) -> QKVParallelLinear:
+        """Makes the projection to this rank's queries, keys and values."""
         return QKVParallelLinear(
-            inputs,
-            heads,
-            groups,
-            head_width,
-            bias=bias,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
+            spec.shapes(self._position)["weight"],
+            heads=spec.local_heads(self._tp.size),
+            groups=spec.local_groups(self._tp.size),
+            bias=spec.bias,
+            tp=self._tp,
+            dtype=self._dtype,
         )
 
-    def row(self, inputs: int, outputs: int, bias: bool) -> nn.Module:
-        return RowParallelLinear(
-            inputs,
-            outputs,
-            bias=bias,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
+    def row(self, spec: RowSpec) -> nn.Module:
+        """Makes a linear layer whose inputs are cut over tp."""
+        shape = spec.shapes(self._position)["weight"]
+        return RowParallelLinear(shape, bias=spec.bias, tp=self._tp, dtype=self._dtype)
+
+    def replicated(self, spec: ReplicatedSpec) -> nn.Module:
+        """Makes a linear layer that is whole on every rank."""
+        return ReplicatedLinear(spec.shapes(self._position)["weight"], dtype=self._dtype)
+
+    def router(self, spec: ReplicatedSpec) -> nn.Module:
+        """Makes the product of a router, whole on every rank."""
+        return RouterLinear(spec.shapes(self._position)["weight"], dtype=self._dtype)
+
+    def expert_column(self, spec: GroupedColumnSpec) -> nn.Module:
+        """Makes the first product of this rank's experts."""
+        shape = spec.shapes(self._position)["weight"]
+        num_experts = spec.local_experts(self._position)
+        return GroupedLinear(shape, num_experts, dtype=self._dtype)
+
+    def expert_row(self, spec: GroupedRowSpec) -> nn.Module:
+        """Makes the last product of this rank's experts."""
+        shape = spec.shapes(self._position)["weight"]
+        num_experts = spec.local_experts(self._position)
+        return GroupedLinear(shape, num_experts, dtype=self._dtype)
+
+    def head(
+        self, spec: VocabularySpec, embedding: nn.Module | None, uses: int
+    ) -> nn.Module:
+        """Makes the output head, on the embedding's weight when one is passed."""
+        # A tied head computes with the embedding's parameter itself: its table has no row
+        # for the head then.
+        tied = None
+        if embedding is not None:
+            assert isinstance(embedding, VocabParallelEmbedding)
+            tied = embedding.weight
+        return VocabParallelHead(
+            spec.shapes(self._position)["weight"],
+            valid_rows=spec.valid_rows(self._position),
+            vocabulary=spec.vocabulary,
+            tp=self._tp,
+            dtype=self._dtype,
+            tied=tied,
+            uses=uses,
         )
+
+    # ---- layers without weights
+
+    def gather_from_sequence_parallel(self) -> nn.Module:
+        """Makes the gathering of rows that the heads of all tp ranks read."""
+        return GatherFromSequenceParallel(self._tp)
 
     def attention(self, window: int | None) -> nn.Module:
+        """Makes the attention that fits context parallelism."""
         return self._attention(window)
 
-    def router(self, width: int, num_experts: int) -> nn.Module:
-        return RouterLinear(
-            width,
-            num_experts,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-        )
+    def attention_with_dropout(self, name: str, window: int | None) -> nn.Module | None:
+        """Makes attention with dropout, or None where the model has none."""
+        rate = self._config.attention_dropout
+        if not rate:
+            return None
+        # Each tp rank has its own heads, so it draws its own masks.
+        stream = self._streams.stream(name, ("cp", "tp"))
+        return AttentionWithDropout(rate, stream, window)
 
-    def expert_column(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        local = num_experts // collectives.size(self.experts.ep_group)
-        return GroupedLinear(
-            local,
-            inputs,
-            outputs // collectives.size(self.experts.etp_group),
-            dtype=self.dtype,
-        )
-
-    def expert_row(self, num_experts: int, inputs: int, outputs: int) -> nn.Module:
-        local = num_experts // collectives.size(self.experts.ep_group)
-        return GroupedLinear(
-            local,
-            inputs // collectives.size(self.experts.etp_group),
-            outputs,
-            dtype=self.dtype,
-        )
+    def hidden_dropout(self, name: str) -> nn.Module | None:
+        """Makes dropout of hidden states, or None where the model has none."""
+        rate = self._config.hidden_dropout
+        if not rate:
+            return None
+        # Ranks that have the same tokens must draw the same masks.
+        cut_by: tuple[str, ...] = ("cp",)
+        if self._tp.sequence_parallel:
+            cut_by = ("cp", "tp")
+        return Dropout(rate, self._streams.stream(name, cut_by))
 
     def expert_bias(self, num_experts: int, rate: float) -> ExpertBias:
+        """Makes the bias that balances a router's choices."""
         return ExpertBias(num_experts, rate)
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
-        kind = (
-            AllToAllDispatcher
-            if self.experts.dispatcher == "alltoall"
-            else AllGatherDispatcher
-        )
-        return kind(num_experts, self.experts.ep_group, self.experts.etp_group)
+        """Makes what carries tokens to their experts and back."""
+        experts = self._experts
+        if experts.dispatcher == "alltoall":
+            return AllToAllDispatcher(num_experts, experts.ep_group, experts.etp_group)
+        return AllGatherDispatcher(num_experts, experts.ep_group, experts.etp_group)
 
-    def attached_loss(self, kind: str, divisor: float, *, of_own_tokens: bool) -> AuxLoss:
-        return AuxLoss(
-            kind, divisor if of_own_tokens else divisor * collectives.size(self.group)
-        )
+    def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:
+        """Makes an auxiliary loss; see `models.layers.Layers`."""
+        if not is_per_rank:
+            # All tp ranks count the same loss, and counts are summed over them.
+            divisor *= self._tp.size
+        return AuxLoss(kind, divisor)
 
-    def own_rows(self, tensor: Tensor) -> Tensor:
-        return collectives.local_rows(
-            tensor, self.group if self.sequence_parallel else None
-        )
+    # ---- what depends on where tokens are
+
+    def local_rows(self, tensor: Tensor) -> Tensor:
+        """Returns the rows of those tokens whose activations are on this rank."""
+        return collectives.local_rows(tensor, self._tp.sequence_group)
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        return collectives.all_reduce(tensor, self.experts.token_group)
-
-    def hidden_dropout(self, place: str) -> nn.Module | None:
-        cut_by = ("cp", "tp") if self.sequence_parallel else ("cp",)
-        rate = self.config.hidden_dropout
-        return Dropout(rate, self._streams.stream(place, cut_by)) if rate else None
-
-    def dropping_attention(self, place: str, window: int | None) -> nn.Module | None:
-        rate = self.config.attention_dropout
-        return (
-            AttentionWithDropout(rate, self._streams.stream(place, ("cp", "tp")), window)
-            if rate
-            else None
-        )
-
-    def head(self, width: int, embedding: nn.Module | None, uses: int) -> nn.Module:
-        tied = embedding.weight if embedding is not None else None
-        found = VocabParallelHead(
-            self.rows,
-            width,
-            self.config.vocabulary,
-            group=self.group,
-            sequence_parallel=self.sequence_parallel,
-            dtype=self.dtype,
-            tied=tied,  # type: ignore[arg-type]
-        )
-        found.uses = uses
-        return found
+        """Sums in place over all ranks with tokens of the same microbatch."""
+        return collectives.all_reduce(tensor, self._experts.token_group)

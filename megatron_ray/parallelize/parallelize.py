@@ -1,39 +1,30 @@
-"""From a config and a mesh to a model on this rank, its buffers and its gradient path.
+"""Turns a config and a mesh into a model on this rank, with its buffers and gradients.
 
-Owns: the order of assembly.
-
-The only place that sees both the model and the layout. Must not know: the optimizer's
-arithmetic, data, the loop.
+Owns the order of assembly, and is the only place that sees both the model and the layout.
+Must not know: the optimizer's arithmetic, data, the loop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.config.training import TrainingConfig
 from megatron_ray.context_parallel.all_gather import AllGatherAttention
 from megatron_ray.context_parallel.all_to_all import UlyssesAttention
 from megatron_ray.context_parallel.ring import RingAttention
-from megatron_ray.data_parallel.buffers import (
-    FlatBuffers,
-    GradReducer,
-    ParameterGroup,
-    attach_slots,
-    bind_parameters,
-)
-from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer
-from megatron_ray.distributed import collectives
+from megatron_ray.data_parallel.buffers import OnReduce, ParameterGroup
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.gpt import GPT
-from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 from megatron_ray.ops.weight_grad import WeightGradSink
 from megatron_ray.parallelize.compile import apply_compile, compiled_ops
 from megatron_ray.parallelize.parallel_layers import (
@@ -41,12 +32,20 @@ from megatron_ray.parallelize.parallel_layers import (
     ParallelLayerFactory,
 )
 from megatron_ray.parallelize.recompute import apply_recompute
+from megatron_ray.parallelize.storage import (
+    ParameterStorage,
+    StorageOptions,
+    attach_grad_slots,
+    place_in_buffers,
+    shard_fully,
+)
 from megatron_ray.pipeline_parallel.schedules.actions import Order
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
-from megatron_ray.sharding.buckets import Bucket, plan_buckets
-from megatron_ray.sharding.parameters import LocalParameter, freeze, local_parameters
-from megatron_ray.sharding.row_shards import shard_rows
+from megatron_ray.sharding.layer_specs import ShardPosition
+from megatron_ray.sharding.parameter_types import LocalParameter
+from megatron_ray.sharding.parameters import freeze, local_parameters
+from megatron_ray.tensor_parallel.group import TensorParallel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -56,33 +55,98 @@ class ParallelModel:
     """This rank's model with everything that its gradients flow through."""
 
     module: GPT
-    parameters: tuple[LocalParameter, ...]
-    families: tuple[ParameterGroup, ...]
-    """The dense parameters, then the experts where there are any."""
+    storage: ParameterStorage
+    sink: WeightGradSink
     expert_biases: dict[str, ExpertBias]
     """By logical name."""
     aux_losses: dict[str, list[AuxLoss]]
-    """This rank's places of every kind there is, the same kinds in the same order on
-    all ranks."""
-    sink: WeightGradSink
+    """This rank's modules of every kind of loss in the model; the same kinds in the same
+    order on all ranks."""
     pipeline: PipelinePlan
     actions: Order
-    """This rank's list for a step; empty where there is one stage only."""
+    """This rank's actions of a step; empty where there is one stage only."""
     sequence_parallel: bool
     dtype: torch.dtype
     """Of activations; under ZeRO-3 not that of the buffers, whose fp32 weights are
     gathered in this type."""
 
     @property
+    def parameters(self) -> tuple[LocalParameter, ...]:
+        """What this rank's buffers contain."""
+        return self.storage.parameters
+
+    @property
+    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
+        """The dense parameters, then those of experts where there are any."""
+        return self.storage.groups
+
+    @property
     def has_loss(self) -> bool:
-        """Whether the last stage is here."""
+        """Whether the last stage is on this rank."""
         return self.module.has_head
 
     def begin_step(self) -> None:
         """Forgets the last step's gradients."""
         self.sink.begin_step()
-        for family in self.families:
-            family.reducer.begin_step(set(self.sink.slots))
+        trainable = set(self.sink.slots)
+        for group in self.parameter_groups:
+            group.reducer.begin_step(trainable)
+
+
+def parallelize(
+    config: TrainConfig, mesh: ParallelMesh, *, on_reduce: OnReduce | None = None
+) -> ParallelModel:
+    """Builds this rank's model in flat buffers (zeros) and wires its gradients to them.
+
+    `on_reduce` is called with every bucket whose reduction starts, for tests and traces.
+    """
+    model = config.model
+    parallel = config.parallel
+    training = config.training
+    pipeline = plan_pipeline(config)
+    stages = pipeline.held(mesh.pp_rank)
+    # Fully sharded weights are kept in fp32 and gathered in the type of the model.
+    dtype = DTYPES[training.precision]
+    is_fully_sharded = parallel.zero == 3 and mesh.shard_group is not None
+    weight_dtype = dtype
+    if is_fully_sharded:
+        weight_dtype = torch.float32
+
+    # On device meta: nothing is allocated until the weights are placed.
+    module = build_model(
+        model, mesh, parallel, dtype=weight_dtype, held=stages, seed=training.seed
+    )
+    # Compiled operations first: recomputation wraps the forwards that then use them.
+    if training.compile == "blocks":
+        apply_compile(module, compiled_ops())
+    apply_recompute(module, training.recompute)
+
+    table = local_parameters(
+        model,
+        mesh.dims,
+        mesh.rank,
+        sequence_parallel=parallel.sequence_parallel,
+        held=stages,
+    )
+    # Frozen parameters stay in the table and in the buffers, but have no gradients.
+    table = freeze(table, config.optimizer.freeze)
+    _require_grads(module, table)
+
+    place = place_in_buffers
+    if is_fully_sharded:
+        place = shard_fully
+    storage = place(module, table, mesh, _storage_options(parallel, dtype, on_reduce))
+    return ParallelModel(
+        module,
+        storage,
+        attach_grad_slots(module, storage),
+        allocate_expert_biases(module, mesh.device),
+        _aux_losses(module, model),
+        pipeline,
+        _training_actions(pipeline, training, mesh),
+        parallel.sequence_parallel,
+        dtype,
+    )
 
 
 def build_model(
@@ -94,20 +158,22 @@ def build_model(
     held: Sequence[StageContents] | None = None,
     seed: int = 0,
 ) -> GPT:
-    """The rank's part of the model (`held`: its pipeline stages) on device `meta`:
-    nothing is allocated yet. `seed` is dropout's.
+    """Builds the rank's part of the model on device `meta`, without memory.
+
+    `held`: its pipeline stages, all when not given; `seed`: that of dropout.
     """
+    # The factory knows the layout, the model only its factory.
+    sequence_parallel = parallel.sequence_parallel
     layers = ParallelLayerFactory(
         config,
-        mesh.tp_group,
-        mesh.dims.tp,
-        sequence_parallel=parallel.sequence_parallel,
-        dtype=dtype,
-        experts=ExpertParallelGroups(
+        ShardPosition.of_rank(mesh.dims, mesh.rank, sequence_parallel=sequence_parallel),
+        TensorParallel.of_group(mesh.tp_group, sequence_parallel=sequence_parallel),
+        ExpertParallelGroups(
             mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher
         ),
-        attention=lambda window: context_attention(parallel.cp_method, mesh, window),
+        dtype=dtype,
         streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),
+        attention=partial(context_attention, parallel.cp_method, mesh),
     )
     with torch.device("meta"):
         return GPT(config, layers, held)
@@ -116,8 +182,9 @@ def build_model(
 def context_attention(
     method: str, mesh: ParallelMesh, window: int | None = None
 ) -> nn.Module:
-    """Attention over sequences, or the last `window` tokens of them, that
-    context-parallel ranks share, or that lie whole on this one.
+    """Makes the attention over sequences that context-parallel ranks share.
+
+    With a `window` it is over their last tokens only.
     """
     if mesh.cp_group is None:
         return LocalAttention(window)
@@ -127,175 +194,49 @@ def context_attention(
         return AllGatherAttention(mesh.cp_group, window)
     if method == "a2a":
         return UlyssesAttention(mesh.cp_group, LocalAttention(window))
+    # a2a+p2p: heads are exchanged among near ranks, keys and values go round far ones.
     exchange, ring = mesh.cp_levels
     return UlyssesAttention(exchange, RingAttention(ring, window))
 
 
-def parallelize(
-    config: TrainConfig,
-    mesh: ParallelMesh,
-    *,
-    on_reduce: Callable[[Bucket], None] | None = None,
-) -> ParallelModel:
-    """Builds the model, places its parameters in flat buffers (zeros) and wires
-    gradients to the buckets.
-
-    `on_reduce` hears of every bucket whose reduction starts (tests and traces).
-    """
-    parallel = config.parallel
-    dtype = DTYPES[config.training.precision]
-    pipeline = plan_pipeline(config)
-    held = pipeline.held(mesh.pp_rank)
-    fully_sharded = parallel.zero == 3 and mesh.shard_group is not None
-    held_type = torch.float32 if fully_sharded else dtype
-    module = build_model(
-        config.model, mesh, parallel, dtype=held_type, held=held, seed=config.training.seed
-    )
-    if config.training.compile == "blocks":
-        apply_compile(module, compiled_ops())
-    apply_recompute(module, config.training.recompute)
-    table = local_parameters(
-        config.model,
-        mesh.dims,
-        mesh.rank,
-        sequence_parallel=parallel.sequence_parallel,
-        held=held,
-    )
-    table = freeze(table, config.optimizer.freeze)
+def _require_grads(module: GPT, table: Sequence[LocalParameter]) -> None:
+    """Makes autograd leave out what the table has frozen."""
     for local in table:
         module.get_parameter(local.name).requires_grad_(local.trainable)
-    num_microbatches = config.training.global_batch_size // (
-        config.training.micro_batch_size * mesh.dims.dp
-    )
-    actions = (
-        pipeline.training_actions(num_microbatches, mesh.pp_rank)
-        if pipeline.stages.num_stages > 1
-        else []
-    )
-    if fully_sharded:
-        table, families = _fully_sharded(config, mesh, module, table)
-        sink = WeightGradSink(families[0].reducer.ready)
-    else:
-        families = _families(config, mesh, table, on_reduce)
-        bind_parameters(module, _views(families, _weights))
-        reducers = {
-            name: family.reducer
-            for family in families
-            for name in family.buffers.views(family.buffers.gradients)
-        }
-        sink = WeightGradSink(lambda slot: reducers[slot.name].ready(slot))
-        attach_slots(module, _views(families, _gradients), sink)
-    biases = allocate_expert_biases(module, mesh.device)
-    kinds = config.model.aux_losses
-    losses = {
-        kind: [
-            part
-            for part in module.modules()
-            if isinstance(part, AuxLoss) and part.kind == kind
-        ]
-        for kind in kinds
-    }
-    return ParallelModel(
-        module,
-        table,
-        families,
-        biases,
-        losses,
-        sink,
-        pipeline,
-        actions,
-        parallel.sequence_parallel,
-        dtype,
-    )
+
+
+def _storage_options(
+    parallel: ParallelismConfig, dtype: torch.dtype, on_reduce: OnReduce | None
+) -> StorageOptions:
+    return StorageOptions(dtype, parallel.bucket_elements, parallel.zero == 1, on_reduce)
 
 
 def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:
-    """The model's balancing biases by logical name, zero in real memory."""
-    found = {
-        name: part for name, part in module.named_modules() if isinstance(part, ExpertBias)
-    }
-    for bias in found.values():
-        bias.allocate(device)
-    return found
+    """Puts the model's balancing biases in memory (zeros); returns them by logical name."""
+    biases = {}
+    for name, part in module.named_modules():
+        if isinstance(part, ExpertBias):
+            part.allocate(device)
+            biases[name] = part
+    return biases
 
 
-def _families(
-    config: TrainConfig,
-    mesh: ParallelMesh,
-    table: Sequence[LocalParameter],
-    on_reduce: Callable[[Bucket], None] | None,
-) -> tuple[ParameterGroup, ...]:
-    """Flat buffers (zeros) of the dense parameters and of the experts, each with the
-    reduction over its own replicas.
-    """
-    found = []
-    for of_expert, group in (
-        (False, mesh.replica_group),
-        (True, mesh.expert_replica_group),
-    ):
-        parameters = [parameter for parameter in table if parameter.of_expert == of_expert]
-        if of_expert and not parameters:
-            continue
-        plan = plan_buckets(
-            parameters, collectives.size(group), config.parallel.bucket_elements
-        )
-        buffers = FlatBuffers.allocate(plan, DTYPES[config.training.precision], mesh.device)
-        reducer = GradReducer(
-            buffers, group, sharded=config.parallel.zero == 1, on_start=on_reduce
-        )
-        found.append(ParameterGroup(buffers, reducer, group))
-    return tuple(found)
+def _aux_losses(module: GPT, config: ModelConfig) -> dict[str, list[AuxLoss]]:
+    # By the kinds of the whole model, in its order: ranks sum them in one collective, and
+    # a pipeline stage may have none of a kind.
+    losses: dict[str, list[AuxLoss]] = {kind: [] for kind in config.aux_losses}
+    for part in module.modules():
+        if isinstance(part, AuxLoss) and part.kind in losses:
+            losses[part.kind].append(part)
+    return losses
 
 
-def _fully_sharded(
-    config: TrainConfig, mesh: ParallelMesh, module: GPT, table: Sequence[LocalParameter]
-) -> tuple[tuple[LocalParameter, ...], tuple[ParameterGroup, ...]]:
-    """This rank's rows, and both families as torch's fully_shard cuts them: dense
-    parameters over dp x cp, or a part of it where there are copies, experts over edp.
-    """
-    experts = [
-        part for part in module.modules() if isinstance(part, GatedExperts | PlainExperts)
-    ]
-    dense = Shards(
-        [*module.layers.values(), *module.mtp.values(), module],
-        mesh.shard_group,
-        mesh.copy_group,
-    )
-    of_experts = Shards(experts, mesh.expert_replica_group)
-    shards = FullShard(module, [of_experts, dense], DTYPES[config.training.precision])
-    families = list[ParameterGroup]()
-    found = list[LocalParameter]()
-    for of_expert, part in ((False, dense), (True, of_experts)):
-        if of_expert and not experts:
-            continue
-        mine = [parameter for parameter in table if parameter.of_expert == of_expert]
-        rows = shard_rows(mine, collectives.rank(part.group), collectives.size(part.group))
-        found += rows
-        buffers = FlatBuffers.allocate(
-            plan_buckets(rows, 1, config.parallel.bucket_elements),
-            torch.float32,
-            mesh.device,
-        )
-        adopt = shards.adopt if not of_expert else lambda: None
-        families.append(ParameterGroup(buffers, TorchReducer(buffers), part.copies, adopt))
-    weights, gradients = (_views(families, choose) for choose in (_weights, _gradients))
-    shards.attach(weights, gradients, mesh.device)
-    return tuple(found), tuple(families)
-
-
-def _weights(buffers: FlatBuffers) -> Tensor:
-    return buffers.parameters
-
-
-def _gradients(buffers: FlatBuffers) -> Tensor:
-    return buffers.gradients
-
-
-def _views(
-    families: Sequence[ParameterGroup], choose: Callable[[FlatBuffers], Tensor]
-) -> dict[str, Tensor]:
-    return {
-        name: view
-        for family in families
-        for name, view in family.buffers.views(choose(family.buffers)).items()
-    }
+def _training_actions(
+    pipeline: PipelinePlan, training: TrainingConfig, mesh: ParallelMesh
+) -> Order:
+    """Returns this rank's actions of a step; none where there is one stage only."""
+    if pipeline.stages.num_stages == 1:
+        return []
+    samples = training.micro_batch_size * mesh.dims.dp
+    num_microbatches = training.global_batch_size // samples
+    return pipeline.training_actions(num_microbatches, mesh.pp_rank)

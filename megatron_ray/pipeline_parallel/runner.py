@@ -8,7 +8,7 @@ their content is used, so that they overlap with computing. Must not know: which
 schedule it is, layers, the loss.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,11 +28,9 @@ the next stage, or the last stage's loss (a scalar). The first stage receives No
 class WeightGrads(Protocol):
     """Where weight gradients go; see tensor_parallel.weight_grad."""
 
-    def begin_microbatch(self, *, last: bool) -> None: ...
+    def begin_microbatch(self, *, last: bool, defer_to: Hashable | None = None) -> None: ...
 
-    def put_off(self, key: object) -> None: ...
-
-    def catch_up(self, key: object) -> None: ...
+    def run_deferred(self, key: Hashable, *, last: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -154,10 +152,9 @@ class PipelineRunner:
         stash = self._stashes.pop(key)
         gradient = self._take(self._gradients, Op.RECV_BACKWARD, key)
         if self._weight_grads is not None:
-            if action.op is Op.BACKWARD:
-                self._weight_grads.begin_microbatch(last=place == self._last[action.chunk])
-            else:
-                self._weight_grads.put_off(key)
+            is_last = place == self._last[action.chunk]
+            defer_to = key if action.op is Op.BACKWARD_INPUT else None
+            self._weight_grads.begin_microbatch(last=is_last, defer_to=defer_to)
         if stash.output.requires_grad:  # not where all of the first stage is frozen
             torch.autograd.backward(stash.output) if gradient is None else Backward(
                 stash.output
@@ -172,8 +169,8 @@ class PipelineRunner:
     def _backward_weight(self, place: int, action: Action) -> None:
         if self._weight_grads is None:
             raise ValueError("weight gradients apart need a place that can put them off")
-        self._weight_grads.begin_microbatch(last=place == self._last[action.chunk])
-        self._weight_grads.catch_up((action.chunk, action.microbatch))
+        is_last = place == self._last[action.chunk]
+        self._weight_grads.run_deferred((action.chunk, action.microbatch), last=is_last)
 
     # ---- moving
 

@@ -14,7 +14,8 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
 from megatron_ray.planning.microbatch import width_of
 from megatron_ray.sharding.buckets import BucketPlan, plan_buckets
-from megatron_ray.sharding.parameters import LocalParameter, freeze, local_parameters
+from megatron_ray.sharding.parameter_types import LocalParameter
+from megatron_ray.sharding.parameters import freeze, local_parameters
 from megatron_ray.sharding.row_shards import shard_rows
 
 

@@ -35,7 +35,7 @@ from megatron_ray.planning.microbatch import (
     tokens_of,
     width_of,
 )
-from megatron_ray.sharding.parameters import Part
+from megatron_ray.sharding.parameter_types import Part
 
 Axis = Literal["tp", "cp", "pp", "dp", "ep", "etp", "edp", "embedding", "tokens", "world"]
 """`dp`: the replicas of dense parameters, dp x cp; `edp`: those of an expert; `tokens`:

@@ -27,7 +27,7 @@ from megatron_ray.planning.buffers import (
 )
 from megatron_ray.planning.microbatch import num_microbatches, width_of
 from megatron_ray.planning.pipeline import kept_and_released
-from megatron_ray.sharding.parameters import LocalParameter
+from megatron_ray.sharding.parameter_types import LocalParameter
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,4 @@
-"""Boxes: n-dimensional blocks of logical tensors.
-
-Pure. Must not know: who holds which.
-"""
+"""Defines boxes: n-dimensional blocks of logical tensors. Pure Python."""
 
 from dataclasses import dataclass
 from math import prod
@@ -20,14 +17,18 @@ class Box:
         return prod(self.size)
 
     def intersection(self, other: "Box") -> "Box | None":
-        """What lies in both; None when they have no element in common.
+        """Returns what lies in both boxes of the same tensor.
 
-        Both are of the same tensor.
+        None when they have no element in common.
         """
-        spans = list(zip(self.offset, self.size, other.offset, other.size, strict=True))
-        start = tuple(max(mine, theirs) for mine, _, theirs, _ in spans)
-        end = tuple(
-            min(mine + length, theirs + extent) for mine, length, theirs, extent in spans
-        )
-        size = tuple(high - low for low, high in zip(start, end, strict=True))
-        return Box(start, size) if all(length > 0 for length in size) else None
+        offset = []
+        size = []
+        for dim in range(len(self.size)):
+            start = max(self.offset[dim], other.offset[dim])
+            own_end = self.offset[dim] + self.size[dim]
+            end = min(own_end, other.offset[dim] + other.size[dim])
+            if start >= end:
+                return None
+            offset.append(start)
+            size.append(end - start)
+        return Box(tuple(offset), tuple(size))

@@ -1,24 +1,23 @@
-"""Which parameter lies where in the flat buffers, and how they are cut into buckets.
+"""Plans where parameters lie in the flat buffers, and how these are cut into buckets.
 
-Owns: that plan, a pure function of the spec.
-
-Never of arrival order, so that sums are the same in every run. Torch-free. Must not
-know: gradients, groups.
+The plan is a function of the parameter table and of sizes only, never of the order in
+which gradients arrive, so that sums are the same in every run. Torch-free. Must not know:
+gradients, groups.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from megatron_ray.sharding.parameters import LocalParameter, Part
+from megatron_ray.sharding.parameter_types import LocalParameter, Part
 
-# Start of every parameter in elements: 256 bytes in fp32, what vector units and copy
-# engines like.
+# Every parameter starts at a multiple of so many elements: 256 bytes in fp32, what vector
+# units and copy engines like.
 ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedParameter:
     """One parameter's range in the flat buffers."""
 
     parameter: LocalParameter
@@ -30,7 +29,7 @@ class Placed:
         return self.start + prod(self.parameter.shape)
 
     def part_start(self, part: Part) -> int:
-        """First element of one of its parts."""
+        """Returns the first element of one of its parts."""
         return self.start + part.start * prod(self.parameter.shape[1:])
 
 
@@ -41,90 +40,136 @@ class Bucket:
     index: int
     start: int
     end: int
-    placed: tuple[Placed, ...]
+    placed: tuple[PlacedParameter, ...]
 
     def shard(self, dp_rank: int, dp: int) -> tuple[int, int]:
-        """The equal part that one data-parallel rank owns under ZeRO-1."""
+        """Returns the range that one data-parallel rank owns under ZeRO-1."""
         length = (self.end - self.start) // dp
-        return self.start + dp_rank * length, self.start + (dp_rank + 1) * length
+        start = self.start + dp_rank * length
+        return start, start + length
 
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Buckets in the order in which a backward pass completes them, and behind them
-    what is frozen.
+    """Buckets in the order in which a backward pass completes them.
+
+    Frozen parameters lie behind them.
     """
 
     buckets: tuple[Bucket, ...]
-    frozen: tuple[Placed, ...] = ()
+    frozen: tuple[PlacedParameter, ...] = ()
 
     @property
     def num_trainable(self) -> int:
         """Length of the flat gradients."""
-        return self.buckets[-1].end if self.buckets else 0
+        if not self.buckets:
+            return 0
+        return self.buckets[-1].end
 
     @property
     def num_elements(self) -> int:
         """Length of the flat parameters."""
-        return self.frozen[-1].end if self.frozen else self.num_trainable
+        if not self.frozen:
+            return self.num_trainable
+        return self.frozen[-1].end
 
     @property
-    def placed(self) -> Iterable[Placed]:
-        """Every parameter's place, in buffer order."""
-        return (
-            *(placed for bucket in self.buckets for placed in bucket.placed),
-            *self.frozen,
-        )
+    def placed(self) -> Sequence[PlacedParameter]:
+        """Every parameter's range, in the order of the buffer."""
+        placed: list[PlacedParameter] = []
+        for bucket in self.buckets:
+            placed.extend(bucket.placed)
+        placed.extend(self.frozen)
+        return placed
 
 
 def default_bucket_elements(dp: int, trainable: int) -> int:
-    """Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an
-    eighth of a small model, where one bucket would leave nothing to overlap with, nor
-    less than 1e6 x dp, below which a ring is bound by latency.
+    """Returns the elements at which a bucket of a model of so many closes.
+
+    Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an eighth
+    of a small model, where one bucket would leave nothing to overlap with, nor less than
+    1e6 x dp, below which a ring is bound by latency.
     """
-    return min(max(40_000_000, 1_000_000 * dp), max(trainable // 8, 1_000_000 * dp))
+    smallest = 1_000_000 * dp
+    return min(max(40_000_000, smallest), max(trainable // 8, smallest))
 
 
 def plan_buckets(
     parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None
 ) -> BucketPlan:
-    """Reverse table order (a backward pass goes from the head to the embedding); a
-    bucket closes once it is full enough.
+    """Cuts parameters into buckets in reverse table order; one closes when it is full.
 
-    What two pipeline stages hold is alone in its bucket: its shards are then the same
-    rows on both.
+    A backward pass goes from the head to the embedding, so it completes them in this
+    order. `bucket_elements`: when a bucket is full; by the size of the model when None.
     """
     table = list(parameters)
-    trainable = [parameter for parameter in reversed(table) if parameter.trainable]
-    limit = bucket_elements or default_bucket_elements(
-        dp, sum(prod(parameter.shape) for parameter in trainable)
-    )
-    buckets: list[Bucket] = []
-    placed: list[Placed] = []
-    bucket_start = cursor = 0
-
-    def close() -> None:
-        nonlocal bucket_start, cursor, placed
-        if placed:
-            cursor = bucket_start + _round_up(cursor - bucket_start, ALIGNMENT * dp)
-            buckets.append(Bucket(len(buckets), bucket_start, cursor, tuple(placed)))
-            bucket_start = cursor
-            placed = []
-
+    trainable = []
+    num_elements = 0
+    for parameter in reversed(table):
+        if parameter.trainable:
+            trainable.append(parameter)
+            num_elements += prod(parameter.shape)
+    # By trainable elements: frozen ones have no gradients to overlap.
+    limit = bucket_elements or default_bucket_elements(dp, num_elements)
+    cutter = _Cutter(dp)
     for parameter in trainable:
+        # What two pipeline stages share is alone in its bucket: its ZeRO-1 shards are
+        # then the same rows on both.
         if parameter.is_shared_embedding:
-            close()
-        placed.append(Placed(parameter, cursor))
-        cursor = _round_up(placed[-1].end, ALIGNMENT)
-        if cursor - bucket_start >= limit or parameter.is_shared_embedding:
-            close()
-    close()
-    frozen: list[Placed] = []
+            cutter.close()
+        cutter.place(parameter)
+        if cutter.num_elements >= limit or parameter.is_shared_embedding:
+            cutter.close()
+    cutter.close()
+    # Behind all buckets, so that the flat gradients can simply end before them.
+    frozen = _place_frozen(table, cutter.end)
+    return BucketPlan(tuple(cutter.buckets), frozen)
+
+
+class _Cutter:
+    """Places parameters one after another and closes buckets."""
+
+    def __init__(self, dp: int) -> None:
+        self._dp = dp
+        self._start = 0
+        self._placed: list[PlacedParameter] = []
+        self.end = 0
+        """Where the next parameter starts."""
+        self.buckets: list[Bucket] = []
+
+    @property
+    def num_elements(self) -> int:
+        """Length of the open bucket so far."""
+        return self.end - self._start
+
+    def place(self, parameter: LocalParameter) -> None:
+        """Appends a parameter to the open bucket."""
+        placed = PlacedParameter(parameter, self.end)
+        self._placed.append(placed)
+        self.end = _round_up(placed.end, ALIGNMENT)
+
+    def close(self) -> None:
+        """Closes the open bucket, if there is anything in it."""
+        if not self._placed:
+            return
+        # Its parts for the dp ranks are equal and aligned.
+        self.end = self._start + _round_up(self.num_elements, ALIGNMENT * self._dp)
+        bucket = Bucket(len(self.buckets), self._start, self.end, tuple(self._placed))
+        self.buckets.append(bucket)
+        self._start = self.end
+        self._placed = []
+
+
+def _place_frozen(
+    table: Sequence[LocalParameter], start: int
+) -> tuple[PlacedParameter, ...]:
+    frozen = []
     for parameter in table:
         if not parameter.trainable:
-            frozen.append(Placed(parameter, cursor))
-            cursor = _round_up(frozen[-1].end, ALIGNMENT)
-    return BucketPlan(tuple(buckets), tuple(frozen))
+            placed = PlacedParameter(parameter, start)
+            frozen.append(placed)
+            start = _round_up(placed.end, ALIGNMENT)
+    return tuple(frozen)
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -1,12 +1,11 @@
-"""A flat range of a row-major tensor as n-dimensional boxes.
-
-Owns: that arithmetic. Pure; must not know: torch, files.
+"""Describes a flat range of a row-major tensor as n-dimensional boxes.
 
 An optimizer shard is a range of a flattened parameter; a checkpoint knows only boxes of
-logical tensors. A range of a 2-d tensor is at most three: the rest of a row, whole
-rows, the start of a row.
+logical tensors. A range of a 2-d tensor is at most three boxes: the rest of a row, whole
+rows, the start of a row. Pure Python. Must not know: files.
 """
 
+from dataclasses import dataclass
 from math import prod
 
 from megatron_ray.sharding.boxes import Box
@@ -17,8 +16,9 @@ flattened tensor."""
 
 
 def flat_range_to_boxes(shape: tuple[int, ...], start: int, end: int) -> list[FlatBox]:
-    """Boxes that cover the flat range [start, end) of a tensor of `shape`, in flat
-    order: at most 2 x dims - 1 of them.
+    """Returns boxes that cover the flat range [start, end) of a tensor of `shape`.
+
+    They are in flat order, and at most 2 x dims - 1.
 
     Raises ValueError when the range is not inside the tensor.
     """
@@ -26,48 +26,57 @@ def flat_range_to_boxes(shape: tuple[int, ...], start: int, end: int) -> list[Fl
         raise ValueError(
             f"flat range [{start}, {end}) is not inside a tensor of shape {shape}"
         )
-    return _boxes(shape, start, end, (), 0)
+    return _boxes(_Block(shape), start, end)
 
 
-def _boxes(
-    shape: tuple[int, ...], start: int, end: int, outer: tuple[int, ...], base: int
-) -> list[FlatBox]:
-    """`outer` are the indices of the dimensions already fixed, `base` the flat position
-    of that block's first element.
-    """
+@dataclass(frozen=True)
+class _Block:
+    """A block of the tensor whose first dimensions are fixed."""
+
+    shape: tuple[int, ...]
+    """Of the dimensions that are not fixed."""
+    fixed: tuple[int, ...] = ()
+    """Indices in the dimensions that are."""
+    base: int = 0
+    """Flat position of the block's first element."""
+
+    def row(self, index: int) -> "_Block":
+        """Returns the block with one dimension more fixed."""
+        inner = self.shape[1:]
+        return _Block(inner, (*self.fixed, index), self.base + index * prod(inner))
+
+
+def _boxes(block: _Block, start: int, end: int) -> list[FlatBox]:
+    """Covers [start, end), counted from the block's first element."""
     if start == end:
         return []
-    if not shape:
-        return [(Box(outer, (1,) * len(outer)), base, base + 1)]
-    row = prod(shape[1:])
-    inner = shape[1:]
-    # whole rows
-    first = -(-start // row)
-    last = end // row
-    if first > last:  # both ends inside one row
-        return _row(inner, start, end, outer, base, last, row)
-    found = _row(inner, start, first * row, outer, base, first - 1, row)
-    if first < last:
-        box = Box(
-            (*outer, first, *(0 for _ in inner)),
-            (*(1 for _ in outer), last - first, *inner),
-        )
-        found.append((box, base + first * row, base + last * row))
-    return found + _row(inner, last * row, end, outer, base, last, row)
+    if not block.shape:
+        box = Box(block.fixed, (1,) * len(block.fixed))
+        return [(box, block.base, block.base + 1)]
+    # Whole rows are one box; the rows that the range cuts are covered one dimension
+    # further in, so the recursion is as deep as the tensor has dimensions.
+    row = prod(block.shape[1:])
+    first_whole = -(-start // row)
+    end_whole = end // row
+    if first_whole > end_whole:
+        # Both ends are inside one row.
+        offset = end_whole * row
+        return _boxes(block.row(end_whole), start - offset, end - offset)
+    boxes: list[FlatBox] = []
+    if start < first_whole * row:
+        # The rest of the row before.
+        offset = (first_whole - 1) * row
+        boxes += _boxes(block.row(first_whole - 1), start - offset, row)
+    if first_whole < end_whole:
+        boxes.append(_whole_rows(block, first_whole, end_whole, row))
+    if end_whole * row < end:
+        # The start of the row behind.
+        boxes += _boxes(block.row(end_whole), 0, end - end_whole * row)
+    return boxes
 
 
-def _row(
-    inner: tuple[int, ...],
-    start: int,
-    end: int,
-    outer: tuple[int, ...],
-    base: int,
-    index: int,
-    row: int,
-) -> list[FlatBox]:
-    """The part [start, end) of one row."""
-    if start == end:
-        return []
-    return _boxes(
-        inner, start - index * row, end - index * row, (*outer, index), base + index * row
-    )
+def _whole_rows(block: _Block, first: int, end: int, row: int) -> FlatBox:
+    inner = block.shape[1:]
+    offset = (*block.fixed, first, *[0] * len(inner))
+    size = (*[1] * len(block.fixed), end - first, *inner)
+    return Box(offset, size), block.base + first * row, block.base + end * row

@@ -1,64 +1,61 @@
-"""Which rows of a tensor a rank keeps where parameters themselves are sharded over
-replicas.
+"""Cuts the parameter table into the rows that a rank keeps under ZeRO-3.
 
-Owns: that cut of the parameter table.
-
-It is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so what is sharded and what is
-planned agree. Pure. Must not know: torch, groups.
+The cut is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so what is sharded and what
+is planned agree. Pure Python. Must not know: groups.
 """
 
 from collections.abc import Iterable
 from dataclasses import replace
 
 from megatron_ray.sharding.boxes import Box
-from megatron_ray.sharding.parameters import LocalParameter, Part
+from megatron_ray.sharding.parameter_types import LocalParameter, Part
 
 
 def shard_rows(
     table: Iterable[LocalParameter], rank: int, shards: int
 ) -> tuple[LocalParameter, ...]:
-    """The rows of each tensor that one of `shards` ranks keeps: blocks of ceil(rows /
-    shards), the last ones shorter or none, as torch.chunk cuts. Tensors of which it has
-    none are left out.
+    """Returns the rows of each tensor that one of `shards` ranks keeps.
+
+    They are blocks of ceil(rows / shards), the last ones shorter or empty, as torch.chunk
+    cuts. Tensors of which the rank has none are left out.
     """
-    found = []
+    sharded = []
     for parameter in table:
         rows = parameter.shape[0]
         block = -(-rows // shards)
         start = min(rank * block, rows)
         end = min((rank + 1) * block, rows)
         if start < end:
-            parts = tuple(
-                part
-                for whole in parameter.parts
-                if (part := _rows_of(whole, start, end)) is not None
-            )
-            found.append(
-                replace(
-                    parameter,
-                    shape=(end - start, *parameter.shape[1:]),
-                    parts=parts or (_nothing_of(parameter),),
-                )
-            )
-    return tuple(found)
+            sharded.append(_rows_of_parameter(parameter, start, end))
+    return tuple(sharded)
 
 
-def _rows_of(part: Part, start: int, end: int) -> Part | None:
-    """What of a part lies in local rows [start, end), as a part of those."""
-    low = max(part.start, start)
-    high = min(part.start + part.box.size[0], end)
-    if low >= high:
+def _rows_of_parameter(parameter: LocalParameter, start: int, end: int) -> LocalParameter:
+    parts = []
+    for whole in parameter.parts:
+        part = _rows_of_part(whole, start, end)
+        if part is not None:
+            parts.append(part)
+    if not parts:
+        # Only padding rows. The parameter's rules (decay, reduction) are read from its
+        # first part, so it keeps one, an empty one.
+        parts = [_empty_part(parameter)]
+    shape = (end - start, *parameter.shape[1:])
+    return replace(parameter, shape=shape, parts=tuple(parts))
+
+
+def _rows_of_part(part: Part, start: int, end: int) -> Part | None:
+    """Returns what of a part lies in local rows [start, end), counted from `start`."""
+    first = max(part.start, start)
+    last = min(part.start + part.box.size[0], end)
+    if first >= last:
         return None
-    box = Box(
-        (part.box.offset[0] + low - part.start, *part.box.offset[1:]),
-        (high - low, *part.box.size[1:]),
-    )
-    return replace(part, box=box, start=low - start)
+    offset = (part.box.offset[0] + first - part.start, *part.box.offset[1:])
+    box = Box(offset, (last - first, *part.box.size[1:]))
+    return replace(part, box=box, start=first - start)
 
 
-def _nothing_of(parameter: LocalParameter) -> Part:
-    """Only padding rows: the rules of the parameter hold, and no element means
-    anything.
-    """
-    first = parameter.parts[0]
-    return replace(first, box=Box(first.box.offset, (0, *first.box.size[1:])), start=0)
+def _empty_part(parameter: LocalParameter) -> Part:
+    part = parameter.parts[0]
+    box = Box(part.box.offset, (0, *part.box.size[1:]))
+    return replace(part, box=box, start=0)

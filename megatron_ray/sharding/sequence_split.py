@@ -1,11 +1,9 @@
-"""Which tokens of a sequence a context-parallel rank has.
+"""Cuts sequences among context-parallel ranks, in a zig-zag.
 
-Owns: the zig-zag cut. Torch-free. Must not know: batches, groups.
-
-Causal attention costs a token as much as it has before it, so cutting a sequence into
-cp equal parts in order would leave the first rank idle. It is cut into 2 cp chunks
-instead, and rank r has chunks r and 2 cp - 1 - r (Llama 3 and Megatron-LM do so): one
-cheap, one dear.
+Causal attention costs a token as much as it has before it, so cutting a sequence into cp
+equal parts in order would leave the first rank idle. It is cut into 2 cp chunks instead,
+and rank r has chunks r and 2 cp - 1 - r (as in Llama 3 and Megatron-LM): a cheap one and
+a dear one. Torch-free. Must not know: batches, groups.
 """
 
 from dataclasses import dataclass
@@ -16,9 +14,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """The part of every sequence that one of `cp` ranks has, in the order in which it
-    lies there.
-    """
+    """The part of every sequence that one of `cp` ranks has, in the order in memory."""
 
     cp: int = 1
     rank: int = 0
@@ -29,9 +25,9 @@ class SequenceCut:
         return self.rank, 2 * self.cp - 1 - self.rank
 
     def positions(self, length: int) -> npt.NDArray[np.int64]:
-        """Indices into a sequence of `length` tokens.
+        """Returns the rank's indices into a sequence of `length` tokens.
 
-        Raises ValueError when 2 cp does not divide it.
+        Raises ValueError when 2 cp does not divide the length.
         """
         if self.cp == 1:
             return np.arange(length, dtype=np.int64)
@@ -40,9 +36,6 @@ class SequenceCut:
             raise ValueError(
                 f"a sequence of {length} tokens is no multiple of 2 x cp = {2 * self.cp}"
             )
-        return np.concatenate(
-            [
-                np.arange(number * chunk, (number + 1) * chunk, dtype=np.int64)
-                for number in self.chunks
-            ]
-        )
+        in_chunk = np.arange(chunk, dtype=np.int64)
+        first, second = self.chunks
+        return np.concatenate([first * chunk + in_chunk, second * chunk + in_chunk])

@@ -1,6 +1,6 @@
-"""What a rank holds of logical tensors, as boxes over live memory.
+"""Describes a rank's state for a checkpoint: boxes of logical tensors over live memory.
 
-Owns: the state's types. Must not know: files, layouts, what the tensors mean.
+Must not know: files, layouts, what the tensors mean.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megatron_ray.sharding.boxes import Box
 
 @dataclass
 class TensorBox:
-    """A box of a logical tensor and the memory that holds it."""
+    """A box of a logical tensor and the memory of its elements."""
 
     box: Box
     tensor: torch.Tensor
@@ -29,34 +29,37 @@ class TensorBox:
 
 @dataclass
 class ShardedTensor:
-    """The boxes of one logical tensor that this rank holds; boxes of all ranks together
-    cover it, replicas are equal boxes.
+    """This rank's boxes of one logical tensor.
+
+    Boxes of all ranks together cover it; replicas are equal boxes.
     """
 
     shape: tuple[int, ...]
     boxes: list[TensorBox]
 
-    def held(self) -> Iterator[TensorBox]:
-        """Boxes with elements in them."""
-        return (held for held in self.boxes if held.box.num_elements)
+    def nonempty(self) -> Iterator[TensorBox]:
+        """Yields the boxes with elements in them."""
+        for part in self.boxes:
+            if part.box.num_elements:
+                yield part
 
     def memory(self, box: Box) -> torch.Tensor:
-        """The live memory of a box held here, without gradient history.
+        """Returns the live memory of one of this rank's boxes, without gradient history.
 
-        Raises KeyError when it is not.
+        Raises KeyError when this rank does not have it.
         """
-        for held in self.held():
-            if held.box == box:
-                return held.tensor.detach()
+        for part in self.nonempty():
+            if part.box == box:
+                return part.tensor.detach()
         raise KeyError(f"no {box} on this rank")
 
 
 ShardedState = dict[str, ShardedTensor]
-"""`model/<logical name>`, `optimizer/exp_avg/<logical name>`,
-`optimizer/exp_avg_sq/<logical name>` -> what this rank holds."""
+"""This rank's boxes by `model/<logical name>`, `optimizer/exp_avg/<logical name>` and
+`optimizer/exp_avg_sq/<logical name>`."""
 
 
 def whole_tensor(tensor: torch.Tensor) -> ShardedTensor:
-    """Of a tensor that a rank holds whole."""
+    """Describes a tensor that a rank has whole."""
     shape = tuple(tensor.shape)
     return ShardedTensor(shape, [TensorBox(Box((0,) * len(shape), shape), tensor)])

@@ -1,15 +1,13 @@
-"""Column- and row-parallel linear layers, vocabulary-parallel embedding, norms.
+"""Computes linear layers whose weights are cut over the tensor-parallel group.
 
-Owns: the tensor-parallel forward and backward.
-
-The f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence parallelism
-(Korthikanti et al. 2022), in the form of whole layers because the overlap of
+These are the f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence
+parallelism (Korthikanti et al. 2022), in the form of whole layers, because the overlap of
 communication with the weight gradient needs both in one backward. Activations are flat
 tokens [T, width], so the sequence-parallel cut is along dim 0 whatever the batch. Every
-layer takes its group as an argument. Must not know: the model, data parallelism.
+layer is constructed with the local shape of its weight, which the parameter table
+determines. Must not know: the model, data parallelism.
 
-Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O
-outputs, H hidden, V vocabulary rows.
+Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs.
 """
 
 from functools import partial
@@ -20,196 +18,66 @@ from torch import Tensor, nn
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.grad_slots import (
     SlottedModule,
-    deliver_bias,
-    deliver_linear,
-    deliver_rows,
+    deliver_bias_grad,
+    deliver_weight_grad,
     needs_grad,
 )
 from megatron_ray.ops.matmul import (
+    accumulate_weight_grad,
     forward_product,
     forward_product_plus,
     input_grad_product,
 )
+from megatron_ray.tensor_parallel.group import TensorParallel
+
+Shape = tuple[int, ...]
 
 
 class ColumnParallelLinear(SlottedModule):
     """Y = X W^T + b with the rows of W cut over the group: [T or t, I] -> [T, O/tp]."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        bias: bool,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
+        self, weight_shape: Shape, *, bias: bool, tp: TensorParallel, dtype: torch.dtype
     ) -> None:
-        super().__init__(group, sequence_parallel)
-        local = outputs // collectives.size(group)
-        self.weight = nn.Parameter(torch.empty(local, inputs, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(local, dtype=dtype)) if bias else None
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(weight_shape[0], dtype=dtype))
 
     def forward(self, inputs_TI: Tensor) -> Tensor:
-        return _Column.apply(inputs_TI, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+        """Returns this rank's outputs for all tokens."""
+        return _Column.apply(inputs_TI, self.weight, self.bias, self)
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Queries, keys and values of the heads of this rank, one after another.
+    """Queries, keys and values of this rank's heads, one after another.
 
-    Where there are fewer key/value heads than ranks, several ranks hold the same one.
+    Where there are fewer key/value heads than ranks, several ranks have the same one.
     """
 
     def __init__(
         self,
-        inputs: int,
+        weight_shape: Shape,
+        *,
         heads: int,
         groups: int,
-        head_width: int,
-        *,
         bias: bool,
-        group: Group,
-        sequence_parallel: bool,
+        tp: TensorParallel,
         dtype: torch.dtype,
     ) -> None:
-        tp = collectives.size(group)
-        held = max(groups, tp)
-        super().__init__(
-            inputs,
-            (heads + 2 * held) * head_width,
-            bias=bias,
-            group=group,
-            sequence_parallel=sequence_parallel,
-            dtype=dtype,
-        )
-        self.heads = heads // tp
-        self.groups = held // tp
+        super().__init__(weight_shape, bias=bias, tp=tp, dtype=dtype)
+        self.heads = heads
+        """Query heads on this rank."""
+        self.groups = groups
+        """Key/value heads on this rank."""
 
 
-class RowParallelLinear(SlottedModule):
-    """Y = residual (if given) + sum over ranks of X W^T, + b, with the columns of W cut
-    over the group: [T, I/tp] -> [T or t, O].
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        bias: bool,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, sequence_parallel)
-        self.weight = nn.Parameter(
-            torch.empty(outputs, inputs // collectives.size(group), dtype=dtype)
-        )
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype)) if bias else None
-
-    def forward(
-        self,
-        inputs_TI: Tensor,
-        residual_TO: Tensor | None,
-        *,
-        is_output_needed: bool = True,
-    ) -> Tensor:
-        """Returns Y; when `is_output_needed` is False its values are left undefined and
-        only what the backward pass needs is kept, as in a recomputation.
-        """
-        return _Row.apply(  # type: ignore[no-any-return, no-untyped-call]
-            inputs_TI, residual_TO, self.weight, self.bias, self, is_output_needed
-        )
-
-
-class ReplicatedLinear(SlottedModule):
-    """Y = X W^T with W whole on every rank: [T or t, I] -> [T or t, O], nothing sent.
-
-    Under sequence parallelism each rank sees its own tokens only, and the parameter
-    table says that the gradients are then summed over tp.
-    """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, sequence_parallel)
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
-
-    def forward(self, inputs_TI: Tensor) -> Tensor:
-        return _Replicated.apply(inputs_TI, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class GatherFromSequenceParallel(SlottedModule):
-    """What the heads of all ranks read: [T or t, width] -> [T, width].
-
-    Each rank's heads give a part of its gradient.
-    """
-
-    def forward(self, x_TW: Tensor) -> Tensor:
-        return _SharedByHeads.apply(x_TW, self)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class VocabParallelEmbedding(SlottedModule):
-    """Rows of the table cut over the group: ids [T] -> [T or t, H]."""
-
-    def __init__(
-        self,
-        rows: int,
-        width: int,
-        *,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, sequence_parallel)
-        self.weight = nn.Parameter(
-            torch.empty(rows // collectives.size(group), width, dtype=dtype)
-        )
-
-    def forward(self, ids_T: Tensor) -> Tensor:
-        return _VocabEmbedding.apply(ids_T, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class PositionEmbedding(SlottedModule):
-    """A table that every rank holds whole: position ids [T] -> [T or t, H]."""
-
-    def __init__(
-        self,
-        rows: int,
-        width: int,
-        *,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, sequence_parallel)
-        self.weight = nn.Parameter(torch.empty(rows, width, dtype=dtype))
-
-    def forward(self, ids_T: Tensor) -> Tensor:
-        ids = collectives.local_rows(ids_T, self.sequence_group)
-        return _Lookup.apply(ids, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def start_input_grad_reduction(
-    module: SlottedModule, grad_TI: Tensor
-) -> tuple[Tensor, collectives.Pending]:
-    """Starts the sum of a column-cut product's input gradient over tp; each rank keeps
-    its tokens under sequence parallelism.
-    """
-    if module.sequence_group is not None:
-        return collectives.start_reduce_scatter_rows(grad_TI, module.sequence_group)
-    return grad_TI, collectives.start_all_reduce(grad_TI, module.group)
-
-
-class _Column(torch.autograd.Function):
+class _Column(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,
@@ -218,44 +86,115 @@ class _Column(torch.autograd.Function):
         bias: Tensor | None,
         module: ColumnParallelLinear,
     ) -> Tensor:
+        # Only this rank's tokens are kept, not the gathered ones.
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
-        gathered = collectives.all_gather_rows(inputs, module.sequence_group)
+        gathered = collectives.all_gather_rows(inputs, module.tp.sequence_group)
         output = forward_product(gathered, weight)
-        return output.add_(bias) if bias is not None else output
+        if bias is not None:
+            output.add_(bias)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: ColumnParallelLinear = ctx.module
         grad = grad.contiguous()
-        # Inputs are gathered again instead of kept: behind the input gradient's
-        # product, or when the weight's product is computed if that is later, so that a
-        # schedule which puts it off holds no more than others.
-        slot = module.slot("weight")
-        later = slot is not None and slot.puts_off
-        gathers = needs_grad(module, "weight") and not later
-        gathered, arriving = collectives.start_all_gather_rows(
-            inputs, module.sequence_group if gathers else None
-        )
+        # Behind the input gradient's product the inputs are gathered, and behind the
+        # weight gradient's product the input gradient is reduced.
+        gathered, arriving = _start_gather_for_weight_grad(module, inputs)
         grad_inputs = input_grad_product(grad, weight)
         arriving.wait()
-        reduced, pending = start_input_grad_reduction(module, grad_inputs)
+        reduced, pending = start_input_grad_reduction(module.tp, grad_inputs)
         grad_weight = None
-        if slot is not None and later:
-            slot.linear(
-                partial(collectives.all_gather_rows, inputs, module.sequence_group), grad
-            )
+        if module.is_deferred("weight"):
+            _defer_weight_grad(module, inputs, grad)
         else:
-            grad_weight = deliver_linear(
-                module, gathered, grad
-            )  # overlaps with the reduction
-        grad_bias = deliver_bias(module, grad)
+            grad_weight = deliver_weight_grad(module, gathered, grad)
+        grad_bias = deliver_bias_grad(module, grad)
         pending.wait()
         return reduced, grad_weight, grad_bias, None
 
 
-class _Row(torch.autograd.Function):
+# Inputs are gathered again in the backward instead of kept. Where the weight's product is
+# deferred they are gathered only when that is computed, so that a zero-bubble schedule
+# keeps no more than others.
+
+
+def _start_gather_for_weight_grad(
+    module: ColumnParallelLinear, inputs_tI: Tensor
+) -> tuple[Tensor, collectives.Pending]:
+    group = None
+    if needs_grad(module, "weight") and not module.is_deferred("weight"):
+        group = module.tp.sequence_group
+    return collectives.start_all_gather_rows(inputs_tI, group)
+
+
+def _defer_weight_grad(
+    module: ColumnParallelLinear, inputs_tI: Tensor, grad_TO: Tensor
+) -> None:
+    slot = module.slots["weight"]
+    group = module.tp.sequence_group
+    slot.contribute(partial(_accumulate_gathered, inputs_tI, group, grad_TO))
+
+
+def _accumulate_gathered(
+    inputs_tI: Tensor, group: Group, grad_TO: Tensor, main_OI: Tensor, *, fresh: bool
+) -> None:
+    """Accumulates grad^T @ inputs, for which the inputs are gathered only now."""
+    inputs_TI = collectives.all_gather_rows(inputs_tI, group)
+    accumulate_weight_grad(main_OI, grad_TO, inputs_TI, fresh=fresh)
+
+
+def start_input_grad_reduction(
+    tp: TensorParallel, grad_TI: Tensor
+) -> tuple[Tensor, collectives.Pending]:
+    """Starts the sum over tp of the input gradient of a column-cut product.
+
+    Returns what will hold the sum (each rank keeps its tokens under sequence
+    parallelism) and the collective under way.
+    """
+    if tp.sequence_group is not None:
+        return collectives.start_reduce_scatter_rows(grad_TI, tp.sequence_group)
+    return grad_TI, collectives.start_all_reduce(grad_TI, tp.group)
+
+
+class RowParallelLinear(SlottedModule):
+    """Y = residual (if given) + sum over ranks of X W^T, + b.
+
+    The columns of W are cut over the group: [T, I/tp] -> [T or t, O]. The bias is whole
+    on every rank and is added after the sum.
+    """
+
+    def __init__(
+        self, weight_shape: Shape, *, bias: bool, tp: TensorParallel, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.tp = tp
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(weight_shape[0], dtype=dtype))
+
+    def forward(
+        self,
+        inputs_TI: Tensor,
+        residual_TO: Tensor | None,
+        *,
+        is_output_needed: bool = True,
+    ) -> Tensor:
+        """Returns the sum over all ranks, with the residual added.
+
+        Without `is_output_needed` the output stays uninitialised. That is for a
+        recomputation whose last layer this is: it needs what this layer's backward
+        saves and never reads the output, so product and communication are spared.
+        """
+        return _Row.apply(
+            inputs_TI, residual_TO, self.weight, self.bias, self, is_output_needed
+        )
+
+
+class _Row(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,
@@ -267,48 +206,64 @@ class _Row(torch.autograd.Function):
         is_output_needed: bool,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-
         ctx.module = module
-        ctx.adds = residual is not None
+        ctx.has_residual = residual is not None
+        tp = module.tp
         if not is_output_needed:
-            return inputs.new_empty(
-                inputs.shape[0] // collectives.size(module.sequence_group), weight.shape[0]
-            )
-        if module.group is None:
-            output = (
-                forward_product(inputs, weight)
-                if residual is None
-                else forward_product_plus(inputs, weight, residual)
-            )
+            tokens = inputs.shape[0] // collectives.size(tp.sequence_group)
+            return inputs.new_empty(tokens, weight.shape[0])
+        # On one rank the product adds the residual itself, with one rounding. On several
+        # it is added after the sum, or each rank would add it.
+        if tp.group is None and residual is not None:
+            output = forward_product_plus(inputs, weight, residual)
         else:
-            partial = forward_product(inputs, weight)
-            if module.sequence_group is not None:
-                output = collectives.reduce_scatter_rows(partial, module.sequence_group)
+            output = forward_product(inputs, weight)
+            if tp.sequence_group is not None:
+                output = collectives.reduce_scatter_rows(output, tp.sequence_group)
             else:
-                output = collectives.all_reduce(partial, module.group)
+                output = collectives.all_reduce(output, tp.group)
             if residual is not None:
                 output.add_(residual)
-        return output.add_(bias) if bias is not None else output
+        if bias is not None:
+            output.add_(bias)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: RowParallelLinear = ctx.module
+        # The forward scattered tokens, so the backward gathers them; the weight gradient
+        # needs them all too.
         grad = grad.contiguous()
-        gathered = collectives.all_gather_rows(grad, module.sequence_group)
+        gathered = collectives.all_gather_rows(grad, module.tp.sequence_group)
         grad_inputs = input_grad_product(gathered, weight)
-        grad_weight = deliver_linear(module, inputs, gathered)
-        return (
-            grad_inputs,
-            grad if ctx.adds else None,
-            grad_weight,
-            deliver_bias(module, grad),
-            None,
-            None,
-        )
+        grad_residual = None
+        if ctx.has_residual:
+            grad_residual = grad
+        grad_weight = deliver_weight_grad(module, inputs, gathered)
+        # Of this rank's tokens only, where tokens are cut: the parameter table marks the
+        # bias as summed over tp then.
+        grad_bias = deliver_bias_grad(module, grad)
+        return grad_inputs, grad_residual, grad_weight, grad_bias, None, None
 
 
-class _Replicated(torch.autograd.Function):
+class ReplicatedLinear(SlottedModule):
+    """Y = X W^T with W whole on every rank: [T or t, I] -> [T or t, O], nothing is sent.
+
+    Under sequence parallelism each rank sees its own tokens only, and the parameter
+    table marks the weight's gradient as summed over tp.
+    """
+
+    def __init__(self, weight_shape: Shape, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
+
+    def forward(self, inputs_TI: Tensor) -> Tensor:
+        """Returns the outputs of this rank's tokens."""
+        return _Replicated.apply(inputs_TI, self.weight, self)
+
+
+class _Replicated(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, module: ReplicatedLinear
@@ -321,76 +276,33 @@ class _Replicated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        return (
-            input_grad_product(grad, weight),
-            deliver_linear(ctx.module, inputs, grad),
-            None,
-        )
+        grad_weight = deliver_weight_grad(ctx.module, inputs, grad)
+        return input_grad_product(grad, weight), grad_weight, None
 
 
-class _SharedByHeads(torch.autograd.Function):
+class GatherFromSequenceParallel(nn.Module):
+    """Gathers what the heads of all ranks read: [T or t, width] -> [T, width].
+
+    Its backward sums: each rank's heads contribute a part of the gradient.
+    """
+
+    def __init__(self, tp: TensorParallel) -> None:
+        super().__init__()
+        self.tp = tp
+
+    def forward(self, x_TW: Tensor) -> Tensor:
+        """Returns the rows of all tokens."""
+        return _GatherFromSequenceParallel.apply(x_TW, self.tp)
+
+
+class _GatherFromSequenceParallel(AutogradFunction[Tensor]):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: GatherFromSequenceParallel) -> Tensor:
-        ctx.module = module
-        return collectives.all_gather_rows(x.contiguous(), module.sequence_group)
+    def forward(ctx: Any, x: Tensor, tp: TensorParallel) -> Tensor:
+        ctx.tp = tp
+        return collectives.all_gather_rows(x.contiguous(), tp.sequence_group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        reduced, pending = start_input_grad_reduction(ctx.module, grad.contiguous())
+        reduced, pending = start_input_grad_reduction(ctx.tp, grad.contiguous())
         pending.wait()
         return reduced, None
-
-
-class _VocabEmbedding(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, ids: Tensor, weight: Tensor, module: VocabParallelEmbedding
-    ) -> Tensor:
-        ctx.module = module
-        ctx.save_for_backward(ids, weight)
-        rows, outside = local_ids(ids, weight.shape[0], module.group)
-        found = torch.nn.functional.embedding(rows, weight)
-        if outside is None:
-            return found
-        found.masked_fill_(outside[:, None], 0)
-        if module.sequence_group is not None:
-            return collectives.reduce_scatter_rows(found, module.sequence_group)
-        return collectives.all_reduce(found, module.group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        module: VocabParallelEmbedding = ctx.module
-        ids, weight = ctx.saved_tensors
-        if not needs_grad(module, "weight"):
-            return None, None, None
-        grad = collectives.all_gather_rows(grad.contiguous(), module.sequence_group)
-        rows, outside = local_ids(ids, weight.shape[0], module.group)
-        if outside is not None:
-            grad = grad.masked_fill(outside[:, None], 0)
-        return None, deliver_rows(module, weight, rows, grad), None
-
-
-def local_ids(ids: Tensor, rows: int, group: Group) -> tuple[Tensor, Tensor | None]:
-    """Ids as rows of this rank, which has `rows` of the vocabulary; those of other
-    ranks point at row 0 and are marked in the mask; None where there are none.
-    """
-    if group is None:
-        return ids, None
-    local = ids - group.rank() * rows
-    outside = (local < 0) | (local >= rows)
-    return local.masked_fill(outside, 0), outside
-
-
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, module: PositionEmbedding) -> Tensor:
-        ctx.module = module
-        ctx.save_for_backward(ids, weight)
-        return torch.nn.functional.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids, weight = ctx.saved_tensors
-        if not needs_grad(ctx.module, "weight"):
-            return None, None, None
-        return None, deliver_rows(ctx.module, weight, ids, grad), None

@@ -1,12 +1,11 @@
-"""RMSNorm and LayerNorm whose weight gradients go to slots.
+"""Computes RMSNorm and LayerNorm, whose weight gradients go to slots.
 
-Owns: their forward and backward. Must not know: the model.
+Weights are whole on every rank. Under sequence parallelism each rank sees its own tokens
+only, and the parameter table marks the gradients as summed over tp; those of norms of
+heads always are, since each rank sees its heads only. Arithmetic is fp32 whatever the
+type of the activations. Must not know: the model, groups.
 
-Weights are whole on every rank; under sequence parallelism each rank sees its own
-tokens only, and the parameter table says that the gradients are then summed over tp;
-those of norms of heads always are, since each rank sees its heads only. Arithmetic is
-fp32 whatever the type of the activations. Shapes: T tokens (or heads of tokens), H
-hidden (or head width).
+Shapes: T tokens (or heads of tokens), H hidden (or head width).
 """
 
 from typing import Any
@@ -14,117 +13,112 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.differentiable_op import DifferentiableOp
 from megatron_ray.ops.dtypes import to_fp32
-from megatron_ray.ops.grad_slots import SlottedModule, deliver
+from megatron_ray.ops.grad_slots import SlottedModule, deliver_computed_grad
+from megatron_ray.tensor_parallel.layers import Shape
 
 
 class RMSNorm(SlottedModule):
-    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019); times 1 + w where
-    weights are centred on zero (Gemma).
+    """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019).
+
+    Times 1 + w where weights are centred on zero (Gemma).
     """
 
     def __init__(
         self,
-        width: int,
+        weight_shape: Shape,
         eps: float,
         *,
-        group: Group,
-        sequence_parallel: bool,
         dtype: torch.dtype,
         zero_centered: bool = False,
     ) -> None:
-        super().__init__(group, sequence_parallel)
+        super().__init__()
         self.eps = eps
         self.zero_centered = zero_centered
         self.kernel = RMS_NORM
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        return _RMSNorm.apply(x_TH, self.weight, self)  # type: ignore[no-any-return, no-untyped-call]
+        """Returns the normalised rows."""
+        return _RMSNorm.apply(x_TH, self.weight, self)
 
     def scale(self, weight: Tensor) -> Tensor:
-        """What normed activations are multiplied by; 1 + weight would lose most of a
-        bf16 weight, so it is wide.
+        """Returns what normalised activations are multiplied by.
+
+        1 + weight in bf16 would lose most of the weight, so the sum is fp32.
         """
-        return to_fp32(weight) + 1 if self.zero_centered else weight
-
-
-class LayerNorm(SlottedModule):
-    """y = (x - mean) / sqrt(var + eps) * w + b."""
-
-    def __init__(
-        self,
-        width: int,
-        eps: float,
-        *,
-        group: Group,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        super().__init__(group, sequence_parallel)
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(width, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(width, dtype=dtype))
-
-    def forward(self, x_TH: Tensor) -> Tensor:
-        return _LayerNorm.apply(x_TH, self.weight, self.bias, self)  # type: ignore[no-any-return, no-untyped-call]
+        if self.zero_centered:
+            return to_fp32(weight) + 1
+        return weight
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(y, 1 / sqrt(mean(x^2) + eps) [T, 1])."""
-    wide = to_fp32(x)
+    """Returns y and 1 / sqrt(mean(x^2) + eps) [T, 1]."""
+    x_fp32 = to_fp32(x)
     # vector_norm and not mean(x*x): one pass, nothing of size [T, H] in between.
     rstd = (
-        torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True)
         .square_()
         .div_(x.shape[-1])
         .add_(eps)
         .rsqrt_()
     )
-    normed: Tensor = wide * rstd
+    normed: Tensor = x_fp32 * rstd
     return normed.mul_(weight).to(x.dtype), rstd
 
 
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of x, that of the weight in fp32)."""
-    grad_wide = to_fp32(grad)
+    """Returns the gradients of x and, in fp32, of the weight."""
+    grad_fp32 = to_fp32(grad)
     normed = to_fp32(x) * rstd
-    projected = grad_wide * normed
-    # dx = rstd * (g w - n mean(g w n))
-    coefficient = torch.mv(projected, to_fp32(weight)).div_(-x.shape[-1]).unsqueeze_(-1)
-    grad_x = normed.mul_(coefficient).addcmul_(grad_wide, to_fp32(weight)).mul_(rstd)
-    return grad_x.to(x.dtype), projected.sum(0)
+    grad_times_normed = grad_fp32 * normed
+    # With n the normed x: dx = rstd * (g w - n mean(g w n)). The mean over H is a
+    # matrix-vector product, and what follows is done in place in n's memory.
+    coefficient = torch.mv(grad_times_normed, to_fp32(weight)).div_(-x.shape[-1])
+    grad_x = normed.mul_(coefficient.unsqueeze_(-1))
+    grad_x = grad_x.addcmul_(grad_fp32, to_fp32(weight)).mul_(rstd)
+    return grad_x.to(x.dtype), grad_times_normed.sum(0)
 
 
 RMS_NORM = DifferentiableOp(_rms_norm, _rms_norm_backward)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, module: RMSNorm) -> Tensor:
         output, rstd = module.kernel.forward(x, module.scale(weight), module.eps)
         ctx.save_for_backward(x, weight, rstd)
         ctx.module = module
-        return output  # type: ignore[no-any-return]
+        normed: Tensor = output
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        grad_x, grad_weight = ctx.module.kernel.backward(
-            grad, x, ctx.module.scale(weight), rstd
-        )
-        return (
-            grad_x,
-            deliver(ctx.module, "weight", grad_weight) if weight.requires_grad else None,
-            None,
-        )
+        module: RMSNorm = ctx.module
+        grad_x, grad_weight = module.kernel.backward(grad, x, module.scale(weight), rstd)
+        return grad_x, deliver_computed_grad(module, "weight", grad_weight), None
 
 
-class _LayerNorm(torch.autograd.Function):
+class LayerNorm(SlottedModule):
+    """y = (x - mean) / sqrt(var + eps) * w + b."""
+
+    def __init__(self, weight_shape: Shape, eps: float, *, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
+
+    def forward(self, x_TH: Tensor) -> Tensor:
+        """Returns the normalised rows."""
+        return _LayerNorm.apply(x_TH, self.weight, self.bias, self)
+
+
+class _LayerNorm(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: LayerNorm
@@ -139,14 +133,12 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
+        module: LayerNorm = ctx.module
+        # A gradient that the mask leaves out is None, and is not delivered either.
         mask = [True, weight.requires_grad, bias.requires_grad]
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
             grad.contiguous(), x, [x.shape[-1]], mean, rstd, weight, bias, mask
         )
-        delivered_weight = (
-            deliver(ctx.module, "weight", grad_weight) if weight.requires_grad else None
-        )
-        delivered_bias = (
-            deliver(ctx.module, "bias", grad_bias) if bias.requires_grad else None
-        )
-        return grad_x, delivered_weight, delivered_bias, None
+        grad_weight = deliver_computed_grad(module, "weight", grad_weight)
+        grad_bias = deliver_computed_grad(module, "bias", grad_bias)
+        return grad_x, grad_weight, grad_bias, None

@@ -192,15 +192,15 @@ def build(
     """
     model = parallelize(config, mesh)
     optimizer = ShardedOptimizer(
-        config.optimizer, model.families, sharded=config.parallel.zero == 1
+        config.optimizer, model.parameter_groups, sharded=config.parallel.zero == 1
     )
     if initialise:
         for parameter in model.parameters:
             optimizer.initialise(
                 parameter.name, init_local(parameter, config.training.seed)
             )
-        for family in model.families:
-            family.adopt()
+        for family in model.parameter_groups:
+            family.sync_model()
     return model, optimizer
 
 

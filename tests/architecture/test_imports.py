@@ -23,6 +23,11 @@ TORCH_FREE_PACKAGES = (
 )
 TORCH_FREE_FILES = (
     "megatron_ray/parallel_dims.py",
+    "megatron_ray/sharding/expert_specs.py",
+    "megatron_ray/sharding/layer_specs.py",
+    "megatron_ray/sharding/model_specs.py",
+    "megatron_ray/sharding/named_layers.py",
+    "megatron_ray/sharding/parameter_types.py",
     "megatron_ray/sharding/parameters.py",
     "megatron_ray/sharding/buckets.py",
     "megatron_ray/sharding/row_shards.py",

@@ -31,6 +31,7 @@ def blocks_of(
         model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
     )
     context = model.module.forward_context(batch, ForwardMode.TRAIN, hidden)
+    model.sink.begin_microbatch(last=False)
     return model.module, hidden, context
 
 

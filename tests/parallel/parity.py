@@ -269,7 +269,7 @@ def run_layout(
         ),
         sum(
             family.buffers.parameters.numel() * family.buffers.parameters.element_size()
-            for family in model.families
+            for family in model.parameter_groups
         ),
         chosen,
     )

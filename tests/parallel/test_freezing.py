@@ -82,7 +82,7 @@ def one_step(config: TrainConfig, mesh: ParallelMesh) -> Step:
     )
     with Products() as products:
         forward_backward(model, mesh, loader.step(0))
-    for family in model.families:
+    for family in model.parameter_groups:
         family.reducer.finish()
     return sum(reduced), products.linear, linear_layers(model.module, trained_only=True)
 

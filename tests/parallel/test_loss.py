@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
+from megatron_ray.tensor_parallel.group import TensorParallel
 
 TOKENS = 24
 WIDTH = 16
@@ -45,14 +46,13 @@ def found(
     """(loss, gradient of hidden, of this rank's rows of the weight)."""
     hidden, weight, labels, mask = drawn(spread)
     group = dist.group.WORLD if world_size > 1 else None
+    rows = ROWS // world_size
     head = VocabParallelHead(
-        ROWS,
-        WIDTH,
-        VOCABULARY,
-        group=group,
-        sequence_parallel=False,
+        (rows, WIDTH),
+        valid_rows=max(0, min(VOCABULARY - rank * rows, rows)),
+        vocabulary=VOCABULARY,
+        tp=TensorParallel.of_group(group),
         dtype=dtype,
-        tied=None,
     )
     padded = torch.cat([weight, torch.zeros(ROWS - VOCABULARY, WIDTH)]).to(dtype)
     head.weight = nn.Parameter(padded.chunk(world_size)[rank].clone())

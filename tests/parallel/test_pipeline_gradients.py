@@ -173,7 +173,7 @@ def compare_one(config: TrainConfig, mesh: ParallelMesh) -> Found:
     ).step(0)
     model, _ = build(config, mesh)
     loss = forward_backward(model, mesh, batches)
-    buffers = model.families[0].buffers
+    buffers = model.parameter_groups[0].buffers
     ours = buffers.views(buffers.gradients)
     weights = buffers.views(buffers.parameters)
     stages = model.pipeline.stages

@@ -19,6 +19,7 @@ from megatron_ray.pipeline_parallel.schedules.orders import (
     compute_orders,
     stage_map,
 )
+from megatron_ray.tensor_parallel.group import TensorParallel
 from megatron_ray.tensor_parallel.layers import ColumnParallelLinear
 
 pytestmark = pytest.mark.parallel
@@ -33,12 +34,7 @@ class Part(nn.Module):
     def __init__(self, stage: int, last: bool) -> None:
         super().__init__()
         self.linear = ColumnParallelLinear(
-            WIDTH,
-            WIDTH,
-            bias=True,
-            group=None,
-            sequence_parallel=False,
-            dtype=torch.float32,
+            (WIDTH, WIDTH), bias=True, tp=TensorParallel(), dtype=torch.float32
         )
         generator = torch.Generator().manual_seed(stage)
         with torch.no_grad():

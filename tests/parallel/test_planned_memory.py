@@ -58,7 +58,7 @@ def held(config: TrainConfig, rank: int) -> tuple[int, int, int]:
             ParallelMesh.create(dims, World(rank, dims.world_size, 0, device)),
             initialise=False,
         )
-    buffers = [family.buffers for family in model.families]
+    buffers = [family.buffers for family in model.parameter_groups]
     state = [tensor for shard in optimizer.shards for tensor in shard.state.values()]
     state += [
         shard._main_shard for shard in optimizer.shards if shard._main_shard is not None

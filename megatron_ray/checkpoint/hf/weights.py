@@ -153,7 +153,7 @@ def load_whole(weights: HfWeights, name: str) -> Tensor:
 
 
 def _reads(place: Place, stored: StoredTensor, wanted: ShardedTensor) -> Iterator[Read]:
-    for held in wanted.held():
+    for held in wanted.nonempty():
         for here, there in place.pieces(wanted.shape, held.box):
             target = held.tensor.detach()
             for dim, (offset, length) in enumerate(

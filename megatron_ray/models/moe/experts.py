@@ -11,6 +11,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import gated_activation, plain_activation
 from megatron_ray.ops.matmul import Counts
+from megatron_ray.sharding.model_specs import gated_experts_spec, plain_experts_spec
 
 
 class GatedExperts(nn.Module):
@@ -19,10 +20,9 @@ class GatedExperts(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
         self.activation = gated_activation(config)
-        self.gate_up = layers.expert_column(
-            num_experts, config.hidden_size, 2 * config.expert_width
-        )
-        self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
+        spec = gated_experts_spec(config, num_experts)
+        self.gate_up = layers.expert_column(spec.gate_up)
+        self.down = layers.expert_row(spec.down)
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """Returns [R, H]; `counts` are the rows of each expert here."""
@@ -36,8 +36,9 @@ class PlainExperts(nn.Module):
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
         self.activation = plain_activation(config)
-        self.up = layers.expert_column(num_experts, config.hidden_size, config.expert_width)
-        self.down = layers.expert_row(num_experts, config.expert_width, config.hidden_size)
+        spec = plain_experts_spec(config, num_experts)
+        self.up = layers.expert_column(spec.up)
+        self.down = layers.expert_row(spec.down)
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
         """Returns [R, H]; `counts` are the rows of each expert here."""

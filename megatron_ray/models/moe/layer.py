@@ -18,6 +18,7 @@ from megatron_ray.models.layers import Layers
 from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe import router
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
+from megatron_ray.sharding.model_specs import moe_spec
 
 
 class MoE(nn.Module):
@@ -33,7 +34,7 @@ class MoE(nn.Module):
         self.moe = moe
         self.index = index
         self.layers = layers
-        self.router = layers.router(config.hidden_size, moe.num_experts)
+        self.router = layers.router(moe_spec(config, moe).router)
         self.expert_bias: ExpertBias | None = None
         if moe.expert_bias:
             self.expert_bias = layers.expert_bias(moe.num_experts, moe.bias_update_rate)
@@ -79,7 +80,7 @@ class MoE(nn.Module):
         replayed_TK = None
         if context.routing_replay is not None:
             # The replay is of whole sequences, this router sees its rank's tokens only.
-            replayed_TK = self.layers.own_rows(context.routing_replay[:, self.index])
+            replayed_TK = self.layers.local_rows(context.routing_replay[:, self.index])
         bias = None
         if self.expert_bias is not None:
             bias = self.expert_bias.value
@@ -134,7 +135,7 @@ class MoE(nn.Module):
         sequence_T = torch.arange(context.batch_size, device=device).repeat_interleave(
             context.seq_length, output_size=context.batch_size * context.seq_length
         )
-        return self.layers.own_rows(sequence_T), context.batch_size
+        return self.layers.local_rows(sequence_T), context.batch_size
 
 
 def _aux_loss(config: ModelConfig, layers: Layers, kind: str) -> AuxLoss | None:
@@ -142,4 +143,4 @@ def _aux_loss(config: ModelConfig, layers: Layers, kind: str) -> AuxLoss | None:
     weights = config.aux_losses
     if kind not in weights:
         return None
-    return layers.attached_loss(kind, weights[kind], of_own_tokens=True)
+    return layers.aux_loss(kind, weights[kind], is_per_rank=True)

@@ -72,7 +72,7 @@ def loss(
     return [
         found.largest,
         found.total,
-        found.chosen,
+        found.label_logit,
         logits.to(found.unit.dtype) * found.unit[:, None],
     ]
 

@@ -9,7 +9,8 @@ from megatron_ray.models import initialization
 from megatron_ray.models.initialization import draw_box, init_local
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.boxes import Box
-from megatron_ray.sharding.parameters import Init, LogicalParameter, local_parameters
+from megatron_ray.sharding.parameter_types import Init, LogicalParameter
+from megatron_ray.sharding.parameters import local_parameters
 
 
 def normal(shape: tuple[int, ...]) -> LogicalParameter:

@@ -112,7 +112,7 @@ def gradients(config: TrainConfig) -> tuple[Tensor, Tensor]:
         RandomDataset(config.model.vocabulary, 32), 2, 4, 0, 1, batch_maker(config, mesh)
     )
     loss = forward_backward(model, mesh, loader.step(0))
-    return loss, torch.cat([family.buffers.gradients for family in model.families])
+    return loss, torch.cat([family.buffers.gradients for family in model.parameter_groups])
 
 
 @pytest.fixture(autouse=True)

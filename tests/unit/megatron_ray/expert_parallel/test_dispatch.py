@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(
     if not capacity.dropless:
         experts[2, 1] = experts[5, 0] = EXPERTS
     x, weights, matrices = inputs()
-    linear = GroupedLinear(EXPERTS, WIDTH, WIDTH, dtype=torch.float32)
+    linear = GroupedLinear((EXPERTS * WIDTH, WIDTH), EXPERTS, dtype=torch.float32)
     linear.weight = torch.nn.Parameter(matrices.detach().clone())
     dispatched = kind(EXPERTS, None, None).dispatch(x, experts, capacity)
     counts = [int((experts == expert).sum()) for expert in range(EXPERTS)]
@@ -130,7 +130,7 @@ def test_nobody_may_go_anywhere() -> None:
     dispatched = AllToAllDispatcher(EXPERTS, None, None).dispatch(
         x, nowhere, Capacity(dropless=False)
     )
-    linear = GroupedLinear(EXPERTS, WIDTH, WIDTH, dtype=torch.float32)
+    linear = GroupedLinear((EXPERTS * WIDTH, WIDTH), EXPERTS, dtype=torch.float32)
     output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     output.sum().backward()
     assert output.abs().sum() == 0

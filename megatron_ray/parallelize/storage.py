@@ -1,0 +1,181 @@
+"""Places a rank's parameters and gradients in memory.
+
+Either whole in flat buffers that the model's parameters are views of (ZeRO-0 and 1), or
+as shards under torch's fully_shard (ZeRO-3). Both ways return the same kind of storage.
+Must not know: the model's config, the order of assembly.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from megatron_ray.data_parallel.buffers import (
+    FlatBuffers,
+    GradReducer,
+    OnReduce,
+    ParameterGroup,
+    Reducer,
+    attach_slots,
+    bind_parameters,
+    buffer_views,
+)
+from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.gpt import GPT
+from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
+from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
+from megatron_ray.sharding.buckets import plan_buckets
+from megatron_ray.sharding.parameter_types import LocalParameter
+from megatron_ray.sharding.row_shards import shard_rows
+
+
+@dataclass(frozen=True)
+class ParameterStorage:
+    """A rank's parameters and gradients in memory."""
+
+    parameters: tuple[LocalParameter, ...]
+    """What the buffers contain: under ZeRO-3 rows of the tensors of the table."""
+    groups: tuple[ParameterGroup, ...]
+    """The dense parameters, then those of experts where there are any."""
+    uses_slots: bool
+    """Whether layers accumulate gradients in slots; otherwise autograd does."""
+
+
+@dataclass(frozen=True)
+class StorageOptions:
+    """How buffers are laid out and reduced."""
+
+    dtype: torch.dtype
+    """Of the weights that a forward pass multiplies with."""
+    bucket_elements: int | None
+    """None: by the size of the model."""
+    shards_gradients: bool
+    """ZeRO-1: each replica receives the sum of its own part only."""
+    on_reduce: OnReduce | None = None
+
+
+def place_in_buffers(
+    module: GPT,
+    table: Sequence[LocalParameter],
+    mesh: ParallelMesh,
+    options: StorageOptions,
+) -> ParameterStorage:
+    """Makes the model's parameters views of flat buffers (zeros), one pair per group."""
+    dense, experts = _split(table)
+    groups = [_reduced_group(dense, mesh.replica_group, mesh.device, options)]
+    if experts:
+        group = _reduced_group(experts, mesh.expert_replica_group, mesh.device, options)
+        groups.append(group)
+    bind_parameters(module, buffer_views(groups, _weights))
+    return ParameterStorage(tuple(table), tuple(groups), uses_slots=True)
+
+
+def _reduced_group(
+    parameters: Sequence[LocalParameter],
+    group: Group,
+    device: torch.device,
+    options: StorageOptions,
+) -> ParameterGroup:
+    plan = plan_buckets(parameters, collectives.size(group), options.bucket_elements)
+    buffers = FlatBuffers.allocate(plan, options.dtype, device)
+    reducer = GradReducer(
+        buffers, group, sharded=options.shards_gradients, on_start=options.on_reduce
+    )
+    return ParameterGroup(buffers, reducer, group)
+
+
+def shard_fully(
+    module: GPT,
+    table: Sequence[LocalParameter],
+    mesh: ParallelMesh,
+    options: StorageOptions,
+) -> ParameterStorage:
+    """Shards the model's parameters over its replicas and keeps the shards in buffers.
+
+    Dense parameters are sharded over dp x cp, or a part of it where there are copies,
+    those of experts over edp. The module must be fp32: that is the type of the shards.
+    """
+    # Wrapping cuts the (meta) parameters; only then torch's shapes can be compared with the
+    # table's rows, and memory be attached.
+    shards = _wrap(module, mesh, options.dtype)
+    groups = []
+    parameters: list[LocalParameter] = []
+    for part, tensors in zip((shards.dense, shards.experts), _split(table), strict=True):
+        if not part.modules:
+            continue
+        rank = collectives.rank(part.group)
+        rows = shard_rows(tensors, rank, collectives.size(part.group))
+        parameters.extend(rows)
+        # Buffers of shards are this rank's alone: as if there were one replica.
+        plan = plan_buckets(rows, 1, options.bucket_elements)
+        buffers = FlatBuffers.allocate(plan, torch.float32, mesh.device)
+        groups.append(ParameterGroup(buffers, TorchReducer(buffers), part.copies))
+    # One call syncs the whole model, so only the first group has it.
+    groups[0] = replace(groups[0], sync_model=shards.model.sync_model)
+    weights = buffer_views(groups, _weights)
+    shards.model.attach(weights, buffer_views(groups, _gradients), mesh.device)
+    return ParameterStorage(tuple(parameters), tuple(groups), uses_slots=False)
+
+
+@dataclass(frozen=True)
+class _WrappedModel:
+    model: FullShard
+    dense: Shards
+    experts: Shards
+
+
+def _wrap(module: GPT, mesh: ParallelMesh, dtype: torch.dtype) -> _WrappedModel:
+    expert_modules: list[nn.Module] = []
+    for part in module.modules():
+        if isinstance(part, GatedExperts | PlainExperts):
+            expert_modules.append(part)
+    experts = Shards(expert_modules, mesh.expert_replica_group)
+    # One unit per block, and one of what is left of the model around them.
+    units = [*module.layers.values(), *module.mtp.values(), module]
+    dense = Shards(units, mesh.shard_group, mesh.copy_group)
+    # Experts lie inside blocks, so they are wrapped before them.
+    return _WrappedModel(FullShard(module, [experts, dense], dtype), dense, experts)
+
+
+def attach_grad_slots(module: GPT, storage: ParameterStorage) -> WeightGradSink:
+    """Wires the layers' weight gradients to the storage and returns the sink between."""
+    reducers: dict[str, Reducer] = {}
+    for group in storage.groups:
+        for placed in group.buffers.plan.placed:
+            reducers[placed.parameter.name] = group.reducer
+    # The dense parameters and the experts are reduced over different replicas.
+    sink = WeightGradSink(partial(_pass_on, reducers))
+    if storage.uses_slots:
+        attach_slots(module, buffer_views(storage.groups, _gradients), sink)
+    return sink
+
+
+def _pass_on(reducers: dict[str, Reducer], slot: GradSlot) -> None:
+    reducers[slot.name].ready(slot)
+
+
+def _split(
+    table: Sequence[LocalParameter],
+) -> tuple[list[LocalParameter], list[LocalParameter]]:
+    """Returns the dense parameters and those of experts."""
+    dense = []
+    experts = []
+    for parameter in table:
+        if parameter.of_expert:
+            experts.append(parameter)
+        else:
+            dense.append(parameter)
+    return dense, experts
+
+
+def _weights(buffers: FlatBuffers) -> Tensor:
+    return buffers.parameters
+
+
+def _gradients(buffers: FlatBuffers) -> Tensor:
+    return buffers.gradients

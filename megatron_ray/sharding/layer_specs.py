@@ -1,0 +1,315 @@
+"""Declares the kinds of layers with weights: shape, cut, init and reduction of each.
+
+A spec is the only place where these are said. The parameter table lists the rows that
+specs emit (`parameters.local_parameters`), and the layer factory gives a layer the local
+shapes of its spec (`LayerSpec.shapes`), so table and modules cannot differ. Pure Python.
+Must not know: torch, process groups, which layers a model has.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.sharding.boxes import Box
+from megatron_ray.sharding.parameter_types import (
+    Init,
+    LocalParameter,
+    LogicalParameter,
+    Part,
+    Shape,
+)
+
+ZEROS = Init("zeros")
+ONES = Init("ones")
+
+
+@dataclass(frozen=True)
+class ShardPosition:
+    """A rank's position in the grids that weights are cut over."""
+
+    tp: int = 1
+    tp_rank: int = 0
+    ep: int = 1
+    ep_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
+    sequence_parallel: bool = False
+
+    @classmethod
+    def of_rank(
+        cls, dims: ParallelDims, rank: int, *, sequence_parallel: bool = False
+    ) -> "ShardPosition":
+        """Returns the position of a global rank."""
+        dense = dims.coordinates(rank)
+        experts = dims.experts.coordinates(rank)
+        return cls(
+            tp=dims.tp,
+            tp_rank=dense["tp"],
+            ep=dims.ep,
+            ep_rank=experts["ep"],
+            etp=dims.expert_tp,
+            etp_rank=experts["etp"],
+            sequence_parallel=sequence_parallel,
+        )
+
+
+class LayerSpec(ABC):
+    """The declaration of one layer's parameters."""
+
+    @abstractmethod
+    def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
+        """Returns a rank's tensors of the layer, whose module has this name.
+
+        Raises ValueError when a degree does not divide a dimension that it cuts.
+        """
+
+    def shapes(self, position: ShardPosition) -> dict[str, Shape]:
+        """Returns local shapes by the parameter's name in its module, e.g. `weight`."""
+        # From the table's own rows, so that module and table cannot differ. Shapes do not
+        # depend on the name, so any will do.
+        shapes = {}
+        for parameter in self.parameters("layer", position):
+            shapes[parameter.name.removeprefix("layer.")] = parameter.shape
+        return shapes
+
+
+@dataclass(frozen=True)
+class Output:
+    """One of the logical weights that a column-parallel layer computes together."""
+
+    name: str
+    """Its name, beside that of the layer: `q`, fused in the layer `qkv`."""
+    rows: int
+    num_heads: int | None = None
+    """Heads that are copied where there are fewer of them than tp ranks."""
+
+    def num_replicas(self, tp: int) -> int:
+        """Returns how many neighbouring tp ranks have the same rows."""
+        if self.num_heads is None:
+            return 1
+        return max(1, tp // self.num_heads)
+
+
+@dataclass(frozen=True)
+class ColumnSpec(LayerSpec):
+    """A linear layer whose output rows are cut over tp, of one or more fused weights."""
+
+    inputs: int
+    outputs: tuple[Output, ...]
+    init: Init
+    bias: bool = False
+
+    def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
+        """Returns the weight and, where the layer has one, the bias; both cut."""
+        found = [self._fused(name, "weight", (self.inputs,), self.init, position)]
+        if self.bias:
+            found.append(self._fused(name, "bias", (), ZEROS, position))
+        return found
+
+    def _fused(
+        self, name: str, kind: str, inner: Shape, init: Init, position: ShardPosition
+    ) -> LocalParameter:
+        """Fuses the parts of one kind; `inner` are the dimensions that stay whole."""
+        siblings = sibling_prefix(name)
+        # One after another along dim 0, so that one product computes all of them.
+        parts: list[Part] = []
+        start = 0
+        for output in self.outputs:
+            logical = LogicalParameter(
+                f"{siblings}{output.name}.{kind}",
+                (output.rows, *inner),
+                init,
+                0,
+                decay=kind == "weight",
+            )
+            part = _column_part(siblings + output.name, output, logical, start, position)
+            parts.append(part)
+            start += part.box.size[0]
+        return LocalParameter(f"{name}.{kind}", (start, *inner), tuple(parts))
+
+
+def _column_part(
+    name: str,
+    output: Output,
+    logical: LogicalParameter,
+    start: int,
+    position: ShardPosition,
+) -> Part:
+    # With replicas, tp / replicas ranks share the rows, and neighbours have the same box.
+    replicas = output.num_replicas(position.tp)
+    rows = _divide(name, output.rows * replicas, position.tp)
+    first = rows * (position.tp_rank // replicas)
+    inner = logical.shape[1:]
+    box = Box((first, *_zeros(inner)), (rows, *inner))
+    owns_norm = position.tp_rank % replicas == 0
+    return Part(logical, box, start, replicas, owns_norm)
+
+
+@dataclass(frozen=True)
+class QKVSpec(ColumnSpec):
+    """The fused projection to queries, keys and values."""
+
+    heads: int = 1
+    groups: int = 1
+
+    def local_heads(self, tp: int) -> int:
+        """Returns the query heads of one rank."""
+        return self.heads // tp
+
+    def local_groups(self, tp: int) -> int:
+        """Returns the key/value heads of one rank, at least one."""
+        # With fewer heads than ranks each rank has a replica of one of them.
+        return max(self.groups, tp) // tp
+
+
+@dataclass(frozen=True)
+class RowSpec(LayerSpec):
+    """A linear layer whose input columns are cut over tp.
+
+    The bias is whole on every rank and is added after the sum over tp.
+    """
+
+    inputs: int
+    outputs: int
+    init: Init
+    bias: bool = False
+
+    def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
+        """Returns the cut weight and, where the layer has one, the whole bias."""
+        # Never fused with another, so it is one part.
+        columns = _divide(name, self.inputs, position.tp)
+        logical = LogicalParameter(
+            f"{name}.weight", (self.outputs, self.inputs), self.init, 1, decay=True
+        )
+        box = Box((0, columns * position.tp_rank), (self.outputs, columns))
+        weight = LocalParameter(logical.name, box.size, (Part(logical, box, 0),))
+        if not self.bias:
+            return [weight]
+        return [weight, _whole(f"{name}.bias", (self.outputs,), ZEROS, position)]
+
+
+@dataclass(frozen=True)
+class ReplicatedSpec(LayerSpec):
+    """A matrix [outputs, inputs] that every rank has whole: a linear layer or a table."""
+
+    inputs: int
+    outputs: int
+    init: Init
+
+    def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
+        """Returns the whole weight."""
+        shape = (self.outputs, self.inputs)
+        return [_whole(f"{name}.weight", shape, self.init, position, decay=True)]
+
+
+@dataclass(frozen=True)
+class NormSpec(LayerSpec):
+    """A norm over a vector of `width`, whole on every rank."""
+
+    width: int
+    bias: bool = False
+    zero_centered: bool = False
+    """Activations are multiplied by 1 + weight."""
+    is_over_heads: bool = False
+    """Each tp rank norms its own heads, so that the gradient is summed over tp even
+    where tokens are not cut."""
+
+    def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
+        """Returns the whole weight and, where the norm has one, the whole bias."""
+        shape = (self.width,)
+        init = ONES
+        if self.zero_centered:
+            init = ZEROS
+        partial = self.is_over_heads
+        found = [_whole(f"{name}.weight", shape, init, position, partial=partial)]
+        if self.bias:
+            found.append(_whole(f"{name}.bias", shape, ZEROS, position, partial=partial))
+        return found
+
+
+@dataclass(frozen=True)
+class VocabularySpec(LayerSpec):
+    """The word embedding or the output head: one row per token, cut over tp."""
+
+    vocabulary: int
+    """Rows without padding."""
+    multiple: int
+    """Rows are padded to a multiple of this times tp."""
+    width: int
+    init: Init
+    logical_name: str | None = None
+    """Where a tied head on a later stage is a copy of the embedding: that one's name."""
+    is_shared_embedding: bool = False
+    owns_norm: bool = True
+
+    def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
+        """Returns this rank's rows; those beyond the vocabulary are padding."""
+        name = f"{name}.weight"
+        logical = LogicalParameter(
+            self.logical_name or name,
+            (self.vocabulary, self.width),
+            self.init,
+            0,
+            decay=True,
+        )
+        # All ranks have equally many rows. Those of the last ones may be padding only, for
+        # which the box is empty and starts at the vocabulary's end.
+        rows = padded_rows(self.vocabulary, self.multiple, position.tp) // position.tp
+        first = min(position.tp_rank * rows, self.vocabulary)
+        box = Box((first, 0), (self.valid_rows(position), self.width))
+        return [
+            LocalParameter(
+                name,
+                (rows, self.width),
+                (Part(logical, box, 0),),
+                self.is_shared_embedding,
+                self.owns_norm,
+            )
+        ]
+
+    def valid_rows(self, position: ShardPosition) -> int:
+        """Returns how many of a rank's rows are no padding."""
+        rows = padded_rows(self.vocabulary, self.multiple, position.tp) // position.tp
+        first = min(position.tp_rank * rows, self.vocabulary)
+        return min(first + rows, self.vocabulary) - first
+
+
+def padded_rows(vocabulary: int, multiple: int, tp: int) -> int:
+    """Returns the vocabulary's rows with padding, over all tp ranks (Megatron's rule)."""
+    return -(-vocabulary // (multiple * tp)) * multiple * tp
+
+
+def _whole(
+    name: str,
+    shape: Shape,
+    init: Init,
+    position: ShardPosition,
+    *,
+    decay: bool = False,
+    partial: bool = False,
+) -> LocalParameter:
+    """Returns a tensor that every tp rank has whole.
+
+    With `partial` each of them has a part of its gradient, whether or not tokens are cut.
+    """
+    # Under sequence parallelism a rank sees its own tokens only, so its gradient is a part
+    # of the sum in any case.
+    sum_over_tp = position.sequence_parallel or partial
+    logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=sum_over_tp)
+    return LocalParameter(name, shape, (Part(logical, Box(_zeros(shape), shape), 0),))
+
+
+def _zeros(shape: Sequence[int]) -> Shape:
+    return (0,) * len(shape)
+
+
+def sibling_prefix(name: str) -> str:
+    """Returns what the names of a module and of its siblings begin with."""
+    return name[: name.rfind(".") + 1]
+
+
+def _divide(name: str, size: int, tp: int) -> int:
+    if size % tp:
+        raise ValueError(f"{name}: {size} is not divisible by tp={tp}")
+    return size // tp

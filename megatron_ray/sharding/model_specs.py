@@ -1,0 +1,340 @@
+"""Declares which layers a model has, in the order of its forward pass.
+
+A block is a tree of dataclasses. The names of fields are those of modules and, joined by
+dots, those of parameters; their order is that of the parameter table. Modules take their
+layers from here, so a weight's size is said once. Pure Python. Must not know: torch,
+ranks, how anything is cut.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.moe import MoEConfig
+from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
+from megatron_ray.sharding.layer_specs import (
+    ColumnSpec,
+    NormSpec,
+    Output,
+    QKVSpec,
+    ReplicatedSpec,
+    RowSpec,
+    VocabularySpec,
+)
+from megatron_ray.sharding.parameter_types import Init
+
+# ---- attention
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """The layers of multi-head or grouped-query attention."""
+
+    qkv: QKVSpec
+    q_norm: NormSpec | None
+    k_norm: NormSpec | None
+    o: RowSpec
+
+
+def attention_spec(model: ModelConfig) -> AttentionSpec:
+    """Returns the layers of a model's attention."""
+    heads = model.num_attention_heads
+    groups = model.kv_heads
+    # In the order in which attention splits the product.
+    qkv = QKVSpec(
+        inputs=model.hidden_size,
+        outputs=(
+            Output("q", heads * model.head_width),
+            Output("k", groups * model.head_width, num_heads=groups),
+            Output("v", groups * model.head_width, num_heads=groups),
+        ),
+        init=_normal(model),
+        bias=model.has_qkv_bias,
+        heads=heads,
+        groups=groups,
+    )
+    # One vector for all heads; queries and keys have one each.
+    head_norm = None
+    if model.qk_norm:
+        head_norm = norm_spec(model, model.head_width, is_over_heads=True)
+    o = _to_residual(model, heads * model.head_width)
+    return AttentionSpec(qkv, head_norm, head_norm, o)
+
+
+@dataclass(frozen=True)
+class LatentAttentionSpec:
+    """The layers of multi-head latent attention.
+
+    Heads are cut over tp; what comes before them is whole on every rank. Queries come
+    either from `q` or from a latent by `q_down`, `q_norm` and `q_up`.
+    """
+
+    q: ColumnSpec | None
+    q_down: ReplicatedSpec | None
+    q_norm: NormSpec | None
+    q_up: ColumnSpec | None
+    kv_down: ReplicatedSpec
+    kv_norm: NormSpec
+    kv_up: ColumnSpec
+    o: RowSpec
+
+
+def latent_attention_spec(
+    model: ModelConfig, mla: LatentAttentionConfig
+) -> LatentAttentionSpec:
+    """Returns the layers of a model's latent attention."""
+    heads = model.num_attention_heads
+    q = None
+    q_down = None
+    q_norm = None
+    q_up = None
+    # `q` and the `_up` layers are cut by heads, so they need no replicas: latent attention
+    # has as many key/value heads as query heads.
+    queries = heads * mla.qk_head_dim
+    if mla.q_lora_rank is None:
+        q = _column(model, model.hidden_size, queries, "q")
+    else:
+        q_down = replicated_spec(model, model.hidden_size, mla.q_lora_rank)
+        q_norm = norm_spec(model, mla.q_lora_rank)
+        q_up = _column(model, mla.q_lora_rank, queries, "q_up")
+    # The rotated part of the key is one for all heads and comes with the latent.
+    latent = mla.kv_lora_rank
+    keys_values = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return LatentAttentionSpec(
+        q=q,
+        q_down=q_down,
+        q_norm=q_norm,
+        q_up=q_up,
+        kv_down=replicated_spec(model, model.hidden_size, latent + mla.qk_rope_head_dim),
+        kv_norm=norm_spec(model, latent),
+        kv_up=_column(model, latent, keys_values, "kv_up"),
+        o=_to_residual(model, heads * mla.v_head_dim),
+    )
+
+
+# ---- feed-forward
+
+
+@dataclass(frozen=True)
+class GatedMLPSpec:
+    """The layers of an MLP with a gate."""
+
+    gate_up: ColumnSpec
+    down: RowSpec
+
+
+@dataclass(frozen=True)
+class PlainMLPSpec:
+    """The layers of an MLP without a gate."""
+
+    up: ColumnSpec
+    down: RowSpec
+
+
+def gated_mlp_spec(model: ModelConfig, width: int) -> GatedMLPSpec:
+    """Returns the layers of an MLP that is `width` wide inside."""
+    # The gate first: the activation splits the product into halves.
+    gate_up = _fused_column(model, model.hidden_size, ("gate", "up"), width)
+    return GatedMLPSpec(gate_up, _to_residual(model, width))
+
+
+def plain_mlp_spec(model: ModelConfig, width: int) -> PlainMLPSpec:
+    """Returns the layers of an MLP that is `width` wide inside."""
+    up = _fused_column(model, model.hidden_size, ("up",), width)
+    return PlainMLPSpec(up, _to_residual(model, width))
+
+
+def mlp_spec(model: ModelConfig, width: int) -> GatedMLPSpec | PlainMLPSpec:
+    """Returns the layers of the kind of MLP that a model has."""
+    if model.gated:
+        return gated_mlp_spec(model, width)
+    return plain_mlp_spec(model, width)
+
+
+@dataclass(frozen=True)
+class GatedExpertsSpec:
+    """The layers of experts with a gate."""
+
+    gate_up: GroupedColumnSpec
+    down: GroupedRowSpec
+
+
+@dataclass(frozen=True)
+class PlainExpertsSpec:
+    """The layers of experts without a gate."""
+
+    up: GroupedColumnSpec
+    down: GroupedRowSpec
+
+
+def gated_experts_spec(model: ModelConfig, num_experts: int) -> GatedExpertsSpec:
+    """Returns the layers of a mixture's experts."""
+    gate_up = _grouped_column(model, num_experts, ("gate", "up"))
+    return GatedExpertsSpec(gate_up, _grouped_row(model, num_experts))
+
+
+def plain_experts_spec(model: ModelConfig, num_experts: int) -> PlainExpertsSpec:
+    """Returns the layers of a mixture's experts."""
+    up = _grouped_column(model, num_experts, ("up",))
+    return PlainExpertsSpec(up, _grouped_row(model, num_experts))
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """The layers of a mixture of experts."""
+
+    router: ReplicatedSpec
+    experts: GatedExpertsSpec | PlainExpertsSpec
+    shared: GatedMLPSpec | PlainMLPSpec | None
+
+
+def moe_spec(model: ModelConfig, moe: MoEConfig) -> MoESpec:
+    """Returns the layers of a model's mixture of experts."""
+    experts: GatedExpertsSpec | PlainExpertsSpec
+    if model.gated:
+        experts = gated_experts_spec(model, moe.num_experts)
+    else:
+        experts = plain_experts_spec(model, moe.num_experts)
+    shared = None
+    if moe.shared_expert_ffn_hidden_size is not None:
+        shared = mlp_spec(model, moe.shared_expert_ffn_hidden_size)
+    router = replicated_spec(model, model.hidden_size, moe.num_experts)
+    return MoESpec(router, experts, shared)
+
+
+# ---- blocks and what is around them
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """The layers of a transformer block; either an MLP or a mixture of experts."""
+
+    attention_norm: NormSpec
+    attention: AttentionSpec | LatentAttentionSpec
+    mlp_norm: NormSpec
+    mlp: GatedMLPSpec | PlainMLPSpec | None
+    moe: MoESpec | None
+
+
+def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
+    """Returns the layers of a block; `layer` counts over the whole model, MTP included."""
+    attention: AttentionSpec | LatentAttentionSpec
+    if model.mla is None:
+        attention = attention_spec(model)
+    else:
+        attention = latent_attention_spec(model, model.mla)
+    # MTP layers count on from the model's own, so that a pattern of experts covers them.
+    mlp = None
+    moe = None
+    moe_config = model.experts_on(layer)
+    if moe_config is None:
+        mlp = mlp_spec(model, model.ffn_width)
+    else:
+        moe = moe_spec(model, moe_config)
+    norm = norm_spec(model, model.hidden_size)
+    return BlockSpec(norm, attention, norm, mlp, moe)
+
+
+@dataclass(frozen=True)
+class MTPSpec:
+    """The layers of multi-token prediction at one depth."""
+
+    embedding_norm: NormSpec
+    hidden_norm: NormSpec
+    projection: ReplicatedSpec
+    block: BlockSpec
+    final_norm: NormSpec
+
+
+def mtp_spec(model: ModelConfig, depth: int) -> MTPSpec:
+    """Returns the layers of multi-token prediction at a depth, which counts from 0."""
+    norm = norm_spec(model, model.hidden_size)
+    # It takes the embedding of the next token and the hidden state side by side.
+    projection = replicated_spec(model, 2 * model.hidden_size, model.hidden_size)
+    return MTPSpec(
+        norm, norm, projection, block_spec(model, model.num_layers + depth), norm
+    )
+
+
+def vocabulary_spec(
+    model: ModelConfig,
+    *,
+    logical_name: str | None = None,
+    is_shared_embedding: bool = False,
+    owns_norm: bool = True,
+) -> VocabularySpec:
+    """Returns the word embedding or the head of a model."""
+    return VocabularySpec(
+        model.vocabulary,
+        model.vocab_multiple,
+        model.hidden_size,
+        _normal(model),
+        logical_name,
+        is_shared_embedding,
+        owns_norm,
+    )
+
+
+def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
+    """Returns the table of learned positions."""
+    return replicated_spec(model, model.hidden_size, model.max_sequence_length)
+
+
+# ---- single layers
+
+
+def norm_spec(model: ModelConfig, width: int, *, is_over_heads: bool = False) -> NormSpec:
+    """Returns a norm of the kind that a model has."""
+    return NormSpec(
+        width,
+        bias=model.norm == "layernorm",
+        zero_centered=model.zero_centered_norm,
+        is_over_heads=is_over_heads,
+    )
+
+
+def replicated_spec(model: ModelConfig, inputs: int, outputs: int) -> ReplicatedSpec:
+    """Returns a matrix that is whole on every rank."""
+    return ReplicatedSpec(inputs, outputs, _normal(model))
+
+
+def _column(model: ModelConfig, inputs: int, outputs: int, name: str) -> ColumnSpec:
+    return ColumnSpec(inputs, (Output(name, outputs),), _normal(model))
+
+
+def _fused_column(
+    model: ModelConfig, inputs: int, names: Sequence[str], width: int
+) -> ColumnSpec:
+    outputs = tuple(Output(name, width) for name in names)
+    return ColumnSpec(inputs, outputs, _normal(model), model.linear_bias)
+
+
+def _to_residual(model: ModelConfig, inputs: int) -> RowSpec:
+    """Returns a layer whose output is added to the residual stream."""
+    return RowSpec(inputs, model.hidden_size, _residual_init(model), model.linear_bias)
+
+
+def _grouped_column(
+    model: ModelConfig, num_experts: int, names: tuple[str, ...]
+) -> GroupedColumnSpec:
+    hidden = model.hidden_size
+    width = model.expert_width
+    return GroupedColumnSpec(num_experts, hidden, width, names, _normal(model))
+
+
+def _grouped_row(model: ModelConfig, num_experts: int) -> GroupedRowSpec:
+    hidden = model.hidden_size
+    width = model.expert_width
+    return GroupedRowSpec(num_experts, width, hidden, "down", _residual_init(model))
+
+
+def _normal(model: ModelConfig) -> Init:
+    return Init("normal", model.init_std)
+
+
+def _residual_init(model: ModelConfig) -> Init:
+    # GPT-2: 2 x num_layers outputs are added to the residual stream, whose variance then
+    # does not grow with depth.
+    return Init("normal", model.init_std / sqrt(2 * model.num_layers))

@@ -1,0 +1,35 @@
+"""Describes the tensor-parallel group that a layer is cut over."""
+
+from dataclasses import dataclass
+
+from megatron_ray.distributed import collectives
+from megatron_ray.distributed.collectives import Group
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The ranks that share the weights of a layer; one rank by default."""
+
+    group: Group = None
+    size: int = 1
+    rank: int = 0
+    """This rank's index in the group."""
+    sequence_parallel: bool = False
+    """Whether activations between such layers are cut along the tokens."""
+
+    @classmethod
+    def of_group(cls, group: Group, *, sequence_parallel: bool = False) -> "TensorParallel":
+        """Describes a live process group, or one rank where it is None."""
+        return cls(
+            group, collectives.size(group), collectives.rank(group), sequence_parallel
+        )
+
+    @property
+    def sequence_group(self) -> Group:
+        """The group that tokens are gathered from and scattered to.
+
+        None, for which those collectives are the identity, without sequence parallelism.
+        """
+        if self.sequence_parallel:
+            return self.group
+        return None
