@@ -28,6 +28,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.sharding.sequence_split import SequenceCut
 
 
@@ -50,7 +51,7 @@ class AllGatherAttention(nn.Module):
         documents = None
         if packed is not None:
             documents = packed.documents_BS
-        return _Gather.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)  # type: ignore[no-any-return, no-untyped-call]
+        return _Gather.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)
 
 
 def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile]:
@@ -100,7 +101,7 @@ def _documents(cut: SequenceCut, documents: Tensor | None) -> Documents | None:
     return Documents(chunks_of(documents, cut, dim=1), documents)
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,

@@ -10,13 +10,13 @@ exchange.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from megatron_ray.context_parallel.all_gather import merge_chunks, split_by_rank
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.models.batch import Packed
+from megatron_ray.ops.autograd import AutogradFunction
 
 
 class UlyssesAttention(nn.Module):
@@ -36,10 +36,10 @@ class UlyssesAttention(nn.Module):
         self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
     ) -> Tensor:
         """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
-        q = _ToHeads.apply(q_BNSD, self.group)  # type: ignore[no-untyped-call]
-        k = _ToHeads.apply(k_BGSD, self.group)  # type: ignore[no-untyped-call]
-        v = _ToHeads.apply(v_BGSD, self.group)  # type: ignore[no-untyped-call]
-        return _ToTokens.apply(self.inner(q, k, v, packed), self.group)  # type: ignore[no-any-return, no-untyped-call]
+        q = _ToHeads.apply(q_BNSD, self.group)
+        k = _ToHeads.apply(k_BGSD, self.group)
+        v = _ToHeads.apply(v_BGSD, self.group)
+        return _ToTokens.apply(self.inner(q, k, v, packed), self.group)
 
 
 def _to_heads(x_BNSD: Tensor, group: Group) -> Tensor:
@@ -58,7 +58,7 @@ def _to_tokens(x_BNLD: Tensor, group: Group) -> Tensor:
     return by_sender.transpose(0, 1).flatten(1, 2)
 
 
-class _ToHeads(torch.autograd.Function):
+class _ToHeads(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
@@ -69,7 +69,7 @@ class _ToHeads(torch.autograd.Function):
         return _to_tokens(grad, ctx.group), None
 
 
-class _ToTokens(torch.autograd.Function):
+class _ToTokens(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
         ctx.group = group

@@ -29,6 +29,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.sharding.sequence_split import SequenceCut
 
 
@@ -93,7 +94,7 @@ class RingAttention(nn.Module):
         documents = None
         if packed is not None:
             documents = packed.documents_BS
-        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)  # type: ignore[no-any-return, no-untyped-call]
+        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window)
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class _Hops:
         )
 
 
-class _Ring(torch.autograd.Function):
+class _Ring(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,

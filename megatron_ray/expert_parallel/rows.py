@@ -17,12 +17,13 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
 
 
 def take_tokens(x_TH: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
     """Returns [R, H]: row r is token slots_R[r] // top_k, zero for slot T x top_k."""
-    return _Take.apply(x_TH, slots_R, top_k)  # type: ignore[no-any-return, no-untyped-call]
+    return _Take.apply(x_TH, slots_R, top_k)
 
 
 def weigh_and_sum(rows_RH: Tensor, weights_TK: Tensor, slots_R: Tensor) -> Tensor:
@@ -30,12 +31,12 @@ def weigh_and_sum(rows_RH: Tensor, weights_TK: Tensor, slots_R: Tensor) -> Tenso
 
     Where a token has no row for one of its K there is nothing to add.
     """
-    return _WeighAndSum.apply(rows_RH, weights_TK, slots_R)  # type: ignore[no-any-return, no-untyped-call]
+    return _WeighAndSum.apply(rows_RH, weights_TK, slots_R)
 
 
 def reorder(rows_RH: Tensor, order_R: Tensor) -> Tensor:
     """Returns rows[order], where the order is a permutation."""
-    return _Reorder.apply(rows_RH, order_R)  # type: ignore[no-any-return, no-untyped-call]
+    return _Reorder.apply(rows_RH, order_R)
 
 
 def exchange(
@@ -44,21 +45,21 @@ def exchange(
     """All-to-all of send[r] rows to rank r; the gradient takes the opposite direction."""
     if group is None:
         return rows
-    return _Exchange.apply(rows, send, receive, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _Exchange.apply(rows, send, receive, group)
 
 
 def gather(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """All-gather of counts[r] rows from rank r; the gradient is summed and scattered."""
     if group is None:
         return rows
-    return _Gather.apply(rows, counts, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _Gather.apply(rows, counts, group)
 
 
 def sum_and_scatter(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """Reduce-scatter of counts[r] rows to rank r; the gradient is gathered."""
     if group is None:
         return rows
-    return _SumAndScatter.apply(rows, counts, group)  # type: ignore[no-any-return, no-untyped-call]
+    return _SumAndScatter.apply(rows, counts, group)
 
 
 def _scatter_to_slots(rows: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
@@ -70,7 +71,7 @@ def _scatter_to_slots(rows: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
     return by_slot.index_copy_(0, slots_R, rows)[:num_slots]
 
 
-class _Take(torch.autograd.Function):
+class _Take(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(slots)
@@ -89,7 +90,7 @@ class _Take(torch.autograd.Function):
         return by_slot.view(ctx.num_tokens, ctx.top_k, -1).sum(1), None, None
 
 
-class _WeighAndSum(torch.autograd.Function):
+class _WeighAndSum(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, slots)
@@ -116,7 +117,7 @@ class _WeighAndSum(torch.autograd.Function):
         return grad_rows, grad_weights.view(weights.shape), None
 
 
-class _Reorder(torch.autograd.Function):
+class _Reorder(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
@@ -129,7 +130,7 @@ class _Reorder(torch.autograd.Function):
         return torch.empty_like(grad).index_copy_(0, order, grad), None
 
 
-class _Exchange(torch.autograd.Function):
+class _Exchange(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,
@@ -149,7 +150,7 @@ class _Exchange(torch.autograd.Function):
         return returned, None, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
         ctx.counts = counts
@@ -164,7 +165,7 @@ class _Gather(torch.autograd.Function):
         return summed, None, None
 
 
-class _SumAndScatter(torch.autograd.Function):
+class _SumAndScatter(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
         ctx.counts = counts

@@ -148,7 +148,7 @@ class Attention(CausalAttention):
         if self.q_norm is not None and self.k_norm is not None:
             qkv = _normalize_queries_and_keys(qkv, self.q_norm, self.k_norm, sizes)
         if context.cos is not None:
-            q, k, v = RotateQKV.apply(qkv, context.cos, context.sin, sizes, self.rotation)  # type: ignore[no-untyped-call]
+            q, k, v = RotateQKV.apply(qkv, context.cos, context.sin, sizes, self.rotation)
         else:
             q, k, v = split_qkv(qkv, *sizes)
         attended = self.attend(q, k, v, context, cache)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ray.ops.autograd import AutogradFunction
+
 
 class AuxLoss(nn.Module):
     """One auxiliary loss of one layer (Megatron-LM: `MoEAuxLossAutoScaler`).
@@ -34,7 +36,7 @@ class AuxLoss(nn.Module):
         As everywhere the gradient of a loss is taken to be one: dividing by the tokens
         of the step comes at its end.
         """
-        return _Attach.apply(activations, loss, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Attach.apply(activations, loss, self)
 
     def count(self, loss: Tensor) -> None:
         """Adds one microbatch's loss to the sum."""
@@ -56,7 +58,7 @@ class AuxLoss(nn.Module):
         return total / self._divisor
 
 
-class _Attach(torch.autograd.Function):
+class _Attach(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, activations: Tensor, loss: Tensor, aux_loss: AuxLoss) -> Tensor:
         ctx.save_for_backward(loss)

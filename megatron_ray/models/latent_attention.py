@@ -26,6 +26,7 @@ from megatron_ray.models.attention import CausalAttention, KeyValueCache
 from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotates_in_fp32, yarn_magnitude
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.sharding.model_specs import latent_attention_spec
 
@@ -70,7 +71,7 @@ class LatentAttention(CausalAttention):
         )
         keys_values = self.kv_up(self.kv_norm(latent_TC))
         shared_key = self.rotated_key(key_TR)
-        q, k, v = _AssembleHeads.apply(  # type: ignore[no-untyped-call]
+        q, k, v = _AssembleHeads.apply(
             queries.view(shape),
             keys_values.view(shape),
             shared_key.view(shape),
@@ -106,7 +107,7 @@ def query_factor(scaling: RopeScaling | None) -> float:
     return yarn_magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
-class _AssembleHeads(torch.autograd.Function):
+class _AssembleHeads(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
     """Makes q, k and v [B, N, S, D] of projections, and rotates them.
 
     Those are queries [B, S, N D], keys with values [B, S, N (P + V)] and the rotated

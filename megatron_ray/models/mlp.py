@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.layers import Layers
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.differentiable_op import DifferentiableOp
 from megatron_ray.sharding.model_specs import gated_mlp_spec, plain_mlp_spec
 
@@ -80,7 +81,7 @@ class GatedActivation(nn.Module):
 
     def forward(self, gate_up: Tensor) -> Tensor:
         """Returns [T, F]."""
-        return _Gated.apply(gate_up, self.kernel)  # type: ignore[no-any-return, no-untyped-call]
+        return _Gated.apply(gate_up, self.kernel)
 
 
 def gated_activation(config: ModelConfig) -> GatedActivation:
@@ -138,13 +139,14 @@ SWIGLU = DifferentiableOp(_swiglu, _swiglu_backward)
 GEGLU_TANH = DifferentiableOp(_geglu_tanh, _geglu_tanh_backward)
 
 
-class _Gated(torch.autograd.Function):
+class _Gated(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, kernel: DifferentiableOp) -> Tensor:
         # Only the fused product is kept, neither half's activation nor their product.
         ctx.save_for_backward(gate_up)
         ctx.kernel = kernel
-        return kernel.forward(gate_up)  # type: ignore[no-any-return]
+        output: Tensor = kernel.forward(gate_up)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.positions import RopeScaling
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.differentiable_op import DifferentiableOp
 
 
@@ -207,7 +208,7 @@ def _rotate_qkv_backward(
 ROTATION = DifferentiableOp(_rotate_qkv, _rotate_qkv_backward)
 
 
-class RotateQKV(torch.autograd.Function):
+class RotateQKV(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
     """Splits a fused [B, S, (N + 2 G) D] into q, k and v, and rotates q and k.
 
     The results are q [B, N, S, D], k and v [B, G, S, D].
@@ -230,7 +231,8 @@ class RotateQKV(torch.autograd.Function):
         """Returns q, k and v; `sizes`: N, G, D."""
         ctx.save_for_backward(cos, sin)
         ctx.kernel = kernel
-        return kernel.forward(qkv, cos, sin, *sizes)  # type: ignore[no-any-return]
+        q, k, v = kernel.forward(qkv, cos, sin, *sizes)
+        return q, k, v
 
     @staticmethod
     def backward(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.backward import Backward
 
 
@@ -45,7 +46,8 @@ class _DiscardBetween:
         if not needs_grad(inputs):
             # A function below autograd's first leaf would cut off the gradients of the
             # producer's own parameters.
-            return self._run_producer(*inputs)  # type: ignore[no-any-return]
+            plain_output: Tensor = self._run_producer(*inputs)
+            return plain_output
         checkpoint = CheckpointWithoutOutput(self._run_producer)
         output = checkpoint.run(*inputs)
         if output.requires_grad:  # else autograd is not recording: there is no backward
@@ -86,7 +88,7 @@ class CheckpointWithoutOutput:
 
     def run(self, *inputs: Tensor) -> Tensor:
         """Runs the producer without keeping anything but its inputs."""
-        output: Tensor = _FirstRun.apply(self, *inputs)  # type: ignore[no-untyped-call]
+        output: Tensor = _FirstRun.apply(self, *inputs)
         self._node = output.grad_fn
         self._storage = output.untyped_storage()
         return output
@@ -138,7 +140,7 @@ class CheckpointWithoutOutput:
         return leaf_grads(inputs)
 
 
-class _FirstRun(torch.autograd.Function):
+class _FirstRun(AutogradFunction[Tensor]):
     """Runs a producer outside of autograd, which then keeps its inputs only."""
 
     @staticmethod

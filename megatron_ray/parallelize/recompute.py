@@ -21,6 +21,7 @@ from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.models.block import Block, RunBlocks, run_sequentially
 from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.gpt import GPT
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.backward import Backward
 from megatron_ray.parallelize.discard_output import (
     detached_leaves,
@@ -59,10 +60,10 @@ def recomputed(
         # Autograd would not go through such a region, and its parameters would get no
         # gradients, so it is run as it is.
         return run(*inputs)
-    return _Recomputed.apply(first or run, again or run, *inputs)  # type: ignore[no-any-return, no-untyped-call]
+    return _Recomputed.apply(first or run, again or run, *inputs)
 
 
-class _Recomputed(torch.autograd.Function):
+class _Recomputed(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,

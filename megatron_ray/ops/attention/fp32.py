@@ -10,10 +10,10 @@ Shapes: B batch, S sequence, N query heads, G key/value heads, D head width.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_ray.ops.attention import fused
+from megatron_ray.ops.autograd import AutogradFunction
 
 
 def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
@@ -21,10 +21,10 @@ def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Ten
 
     The result is [B, N, S, D], in memory [B, S, N, D].
     """
-    return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)  # type: ignore[no-any-return, no-untyped-call]
+    return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)
 
 
-class _WideAttention(torch.autograd.Function):
+class _WideAttention(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wide, lse = fused.forward(q, k, v, causal=True, bias=None)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_ray.ops.attention import fused
 from megatron_ray.ops.attention.fused import band, band_bias
+from megatron_ray.ops.autograd import AutogradFunction
 
 # Fewer rows make slow products.
 _ROWS = 128
@@ -64,7 +65,7 @@ def windowed_attention(
     """
     if fused.differentiates_masked(q_BNSD.device.type):
         return _by_torch(q_BNSD, k_BGSD, v_BGSD, window)
-    return _Windowed.apply(q_BNSD, k_BGSD, v_BGSD, window)  # type: ignore[no-any-return, no-untyped-call]
+    return _Windowed.apply(q_BNSD, k_BGSD, v_BGSD, window)
 
 
 def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:
@@ -83,7 +84,7 @@ def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Te
     return torch.cat(attended, 2)
 
 
-class _Windowed(torch.autograd.Function):
+class _Windowed(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
         wide = torch.promote_types(q.dtype, torch.float32)
