@@ -70,6 +70,7 @@ def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile
             first = max(0, start - window + 1)
             tiles.append(Tile(rows, slice(first, end), band=(start - first, window)))
             continue
+        # Two tiles and not one: the kernels' triangle is for squares only.
         if number:
             tiles.append(Tile(rows, slice(0, start)))
         tiles.append(Tile(rows, slice(start, end), causal=True))
@@ -132,6 +133,7 @@ class _Gather(AutogradFunction[Tensor]):
         q, own, output, lse = ctx.saved_tensors
         cut: SequenceCut = ctx.cut
         whole = _gathered(own, ctx.group)
+        # Keys of later chunks are in no tile, and keep a gradient of zero.
         gradients = TileGradients(
             torch.zeros_like(q, dtype=lse.dtype), torch.zeros_like(whole, dtype=lse.dtype)
         )

@@ -61,6 +61,7 @@ class Documents:
         query_documents = self.of_queries[:, None, tile.queries, None]
         key_documents = self.of_keys[:, None, None, tile.keys]
         is_seen = query_documents == key_documents
+        # A document is one run of tokens, so order within it is order in the sequence.
         queries, keys = is_seen.shape[-2:]
         device = is_seen.device
         if tile.band is not None:
@@ -166,6 +167,7 @@ def attend_backward(
 
     `final` is the output over all tiles, in the type of q, and its log-sum-exp.
     """
+    # With the final log-sum-exp a tile's probabilities are those of the whole softmax.
     output, lse = final
     for tile in tiles:
         rows = tile.queries
@@ -182,6 +184,7 @@ def attend_backward(
             tile.causal,
             _bias(tile, documents, q, k),
         )
+        # Tiles of a list may overlap in queries and in keys.
         gradients.queries[:, :, rows] += grad_q
         gradients.keys_values[0, :, :, tile.keys] += grad_k
         gradients.keys_values[1, :, :, tile.keys] += grad_v

@@ -167,6 +167,7 @@ class AllToAllDispatcher:
         ep = collectives.size(self.ep_group)
         etp = collectives.size(self.etp_group)
         local = self.num_experts // ep
+        # Each sender's rows arrive expert by expert.
         expert_of_row = (
             torch.arange(local, device=device)
             .repeat_interleave(rows_per_expert)

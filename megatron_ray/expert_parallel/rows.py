@@ -86,6 +86,7 @@ class _Take(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slots,) = ctx.saved_tensors
         num_slots = ctx.num_tokens * ctx.top_k
+        # A token's gradient is the sum over its K rows.
         by_slot = _scatter_to_slots(grad, slots, num_slots)
         return by_slot.view(ctx.num_tokens, ctx.top_k, -1).sum(1), None, None
 
@@ -111,6 +112,7 @@ class _WeighAndSum(AutogradFunction[Tensor]):
         row_weights = weights.flatten()[slots.clamp(max=num_slots - 1)]
         row_weights.masked_fill_(slots == num_slots, 0)
         grads = to_fp32(grad.index_select(0, tokens))
+        # A weight's gradient is the product of its row with the token's gradient.
         grad_row_weights = torch.linalg.vecdot(grads, to_fp32(rows))
         grad_weights = _scatter_to_slots(grad_row_weights, slots, num_slots)
         grad_rows = grads.mul_(row_weights[:, None]).to(rows.dtype)

@@ -92,6 +92,7 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
             "it does not say which model it holds (no config in its train state)",
         )
     config = TrainConfig.from_mapping(train_state["config"])
+    # The model of one rank: checkpoints are resharded as they are read.
     mesh = ParallelMesh.single(device)
     model = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float32)
     plan = plan_buckets(
@@ -226,11 +227,14 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     ranked, ids = (logits_V.double() / sampling.temperature).sort(
         descending=True, stable=True
     )
+    # `None` keeps all tokens.
     probabilities = ranked[: sampling.top_k].softmax(0)
     if sampling.top_p is not None:
+        # Mass of the more likely tokens: one is kept while they do not reach top_p.
         more_likely = probabilities.cumsum(0) - probabilities
         num_kept = max(1, int((more_likely < sampling.top_p).sum()))
         probabilities = probabilities[:num_kept]
+    # Not normalised again: the drawn number is scaled instead.
     cumulative = probabilities.cumsum(0)
     drawn = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
     index = int(torch.searchsorted(cumulative, drawn, right=True))

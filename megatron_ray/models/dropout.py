@@ -69,6 +69,7 @@ class AttentionWithDropout(nn.Module):
         batch, heads, sequence, width = q_BNSD.shape
         groups = k_BGSD.shape[1]
         # The heads that share keys lie together: one product for all of them.
+        # [B, G, (N / G) S, D] x [B, G, D, S].
         queries = q_BNSD.reshape(batch, groups, -1, width)
         scores = torch.matmul(queries, k_BGSD.transpose(2, 3)).view(
             batch, heads, sequence, sequence
@@ -78,6 +79,7 @@ class AttentionWithDropout(nn.Module):
             scores = scores.float()
         bias = _causal_bias(sequence, self.window, packed, scores)
         probabilities = torch.softmax(scores.mul(width**-0.5).add_(bias), -1)
+        # Not divided by 1 - rate here: that would be a pass over all scores, see below.
         dropped = probabilities.to(q_BNSD.dtype).masked_fill(
             self.dropout.mask(probabilities, first_sample), 0
         )
@@ -94,6 +96,7 @@ def _causal_bias(
     Those are later tokens, tokens before the window and, when documents are packed,
     tokens of other documents.
     """
+    # Without a window the band is as wide as the sequence: causal attention.
     bias = band_bias(sequence, sequence, 0, window or sequence, like)
     if packed is None:
         return bias

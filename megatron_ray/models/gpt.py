@@ -122,6 +122,7 @@ class GPT(nn.Module):
         # What another stage sends was dropped there.
         if received_TH is None:
             hidden_TH = self._drop_embedded(hidden_TH, context)
+        # A rank may have several stages of a model (virtual stages); this is one of them.
         blocks = [self.layers[str(index)] for index in stage.layers]
         # A stage may have no blocks at all: an embedding or a head of its own.
         hidden_TH = self.run_blocks(blocks, hidden_TH, context)
@@ -233,6 +234,7 @@ class GPT(nn.Module):
 
         Its tensors are on the device of `like` and fit its type.
         """
+        # Routers see tokens in one row, [B x S].
         routing_replay_TLK = None
         if batch.routing_replay is not None:
             routing_replay_TLK = batch.routing_replay.flatten(0, 1)

@@ -24,6 +24,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.activation = gated_activation(config)
         spec = gated_mlp_spec(config, width)
+        # One product for both, since they read the same input.
         self.gate_up = layers.column(spec.gate_up)
         self.down = layers.row(spec.down)
 
@@ -112,6 +113,7 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
     # The activation is computed again: keeping it would cost another [T, F].
     torch.mul(grad, nn.functional.silu(gate), out=grad_up)
+    # The gradient of the gate is that of silu, weighed by the other half.
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
     return grad_gate_up
 

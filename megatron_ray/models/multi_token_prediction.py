@@ -34,6 +34,7 @@ class MultiTokenPredictionLayer(nn.Module):
         self.final_norm = layers.norm(spec.final_norm)
         self.embedding_dropout = layers.hidden_dropout(f"mtp.{depth}.embedding")
         self.projection = layers.replicated(spec.projection)
+        # Blocks of MTP layers are numbered on from the last one of the model.
         self.block = Block(config, layers, config.num_layers + depth)
         kind = f"mtp_{depth + 1}_loss"
         # A loss of weight 0 is in no table and is not reported, so its divisor is free.

@@ -42,6 +42,7 @@ def rotary_angles(
     `width` D is what is rotated, and `dtype` the type of the activations. Rotated x = x
     cos + (x with its halves exchanged) sin, hence the sine's first half is negative.
     """
+    # In fp32 also for bf16: positions beyond 256 are not exact there.
     angles = position_ids_BS[:, :, None, None].float() * inverse_frequencies(
         width, theta, scaling, position_ids_BS.device
     )
@@ -201,6 +202,7 @@ def _rotate_qkv_backward(
             part.copy_(_rotate_in_fp32(grad_rotated, cos, sin, -1.0).transpose(1, 2))
         else:
             _rotate_into(part, grad_rotated.transpose(1, 2), cos, sin, -1.0)
+    # Values are not rotated.
     v.copy_(grad_v.transpose(1, 2))
     return grad
 
@@ -229,6 +231,7 @@ class RotateQKV(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
         kernel: DifferentiableOp,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns q, k and v; `sizes`: N, G, D."""
+        # A rotation's gradient needs the angles only, no activations are kept.
         ctx.save_for_backward(cos, sin)
         ctx.kernel = kernel
         q, k, v = kernel.forward(qkv, cos, sin, *sizes)

@@ -155,6 +155,7 @@ def _run_without_output(
 
 def _recompute_core_attention(block: Block) -> None:
     attention = block.attention
+    # Scores and probabilities are computed again; q, k and v are kept.
     attention.core = _RecomputedCore(attention.core)
     if attention.core_with_dropout is not None:
         attention.core_with_dropout = _RecomputedCore(attention.core_with_dropout)

@@ -21,6 +21,7 @@ class GatedExperts(nn.Module):
         super().__init__()
         self.activation = gated_activation(config)
         spec = gated_experts_spec(config, num_experts)
+        # One product for both, since they read the same rows.
         self.gate_up = layers.expert_column(spec.gate_up)
         self.down = layers.expert_row(spec.down)
 

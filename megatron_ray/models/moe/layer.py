@@ -130,6 +130,7 @@ class MoE(nn.Module):
         self, context: ForwardContext, num_tokens: int, device: torch.device
     ) -> tuple[Tensor, int]:
         """Returns (the sequence that each token is balanced in, number of sequences)."""
+        # `aux_loss` balances over the whole microbatch, as if it were one sequence.
         if self.moe.aux_loss == "aux_loss":
             return torch.zeros(num_tokens, dtype=torch.int64, device=device), 1
         sequence_T = torch.arange(context.batch_size, device=device).repeat_interleave(

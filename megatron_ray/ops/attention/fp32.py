@@ -27,6 +27,7 @@ def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Ten
 class _WideAttention(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # fp32 copies of q, k and v live for the length of the kernel only.
         wide, lse = fused.forward(q, k, v, causal=True, bias=None)
         output = fused.tokens_first(wide, q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)

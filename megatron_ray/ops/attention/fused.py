@@ -168,6 +168,7 @@ def _backward(
     p = (_scores(q, k, causal, bias) - lse[..., None]).exp_()
     grad = grad.to(p.dtype)
     grad_p = torch.matmul(grad, v.to(p.dtype).mT)
+    # Softmax's gradient is p x (grad_p - sum over keys of p x grad_p).
     # The sum over keys of p x grad_p is that over the head's width of grad x output.
     row_sums = (grad * output).sum(-1, keepdim=True)
     grad_s = p * (grad_p - row_sums) * q.shape[-1] ** -0.5
@@ -222,6 +223,7 @@ def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
     scores: Tensor = torch.matmul(q.float(), k.float().mT) * q.shape[-1] ** -0.5
     if bias is not None:
         return scores.add_(bias)
+    # The kernels above apply the causal mask themselves; here it is done by hand.
     if not causal:
         return scores
     is_future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

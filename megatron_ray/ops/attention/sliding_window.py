@@ -87,6 +87,7 @@ def _by_torch(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Te
 class _Windowed(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+        # In the kernels' own type: rounded once, when all stripes are done.
         wide = torch.promote_types(q.dtype, torch.float32)
         output = torch.empty_like(q, dtype=wide)
         lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)

@@ -113,7 +113,7 @@ def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
     )
     logits = torch.from_numpy(LOGITS).requires_grad_()
     sequence = torch.arange(sequences).repeat_interleave(TOKENS // sequences)
-    experts, weights = router.choose(moe, logits)
+    experts, _ = router.choose(moe, logits)
     counts = router.count_tokens(experts, EXPERTS, sequence, sequences)
     length = TOKENS // sequences
     scores = (
