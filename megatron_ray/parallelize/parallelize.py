@@ -100,13 +100,12 @@ def parallelize(
 
     `on_reduce` is called with every bucket whose reduction starts, for tests and traces.
     """
-    model = config.model
     parallel = config.parallel
     training = config.training
     pipeline = plan_pipeline(config)
     stages = pipeline.held(mesh.pp_rank)
-    # Fully sharded weights are kept in fp32 and gathered in the type of the model.
     dtype = DTYPES[training.precision]
+    # Fully sharded weights are kept in fp32 and gathered in the type of the model.
     is_fully_sharded = parallel.zero == 3 and mesh.shard_group is not None
     weight_dtype = dtype
     if is_fully_sharded:
@@ -114,38 +113,36 @@ def parallelize(
 
     # On device meta: nothing is allocated until the weights are placed.
     module = build_model(
-        model, mesh, parallel, dtype=weight_dtype, held=stages, seed=training.seed
+        config.model, mesh, parallel, dtype=weight_dtype, held=stages, seed=training.seed
     )
-    # Compiled operations first: recomputation wraps the forwards that then use them.
     if training.compile == "blocks":
         apply_compile(module, compiled_ops())
     apply_recompute(module, training.recompute)
 
-    table = local_parameters(
-        model,
-        mesh.dims,
-        mesh.rank,
-        sequence_parallel=parallel.sequence_parallel,
-        held=stages,
-    )
     # Frozen parameters stay in the table and in the buffers, but have no gradients.
-    table = freeze(table, config.optimizer.freeze)
+    table = freeze(_parameter_table(config, mesh, stages), config.optimizer.freeze)
     _require_grads(module, table)
 
-    place = place_in_buffers
-    if is_fully_sharded:
-        place = shard_fully
-    storage = place(module, table, mesh, _storage_options(parallel, dtype, on_reduce))
-    return ParallelModel(
-        module,
-        storage,
-        attach_grad_slots(module, storage),
-        allocate_expert_biases(module, mesh.device),
-        _aux_losses(module, model),
-        pipeline,
-        _training_actions(pipeline, training, mesh),
-        parallel.sequence_parallel,
+    options = StorageOptions(
         dtype,
+        parallel.bucket_elements,
+        shards_gradients=parallel.zero == 1,
+        on_reduce=on_reduce,
+    )
+    if is_fully_sharded:
+        storage = shard_fully(module, table, mesh, options)
+    else:
+        storage = place_in_buffers(module, table, mesh, options)
+    return ParallelModel(
+        module=module,
+        storage=storage,
+        sink=attach_grad_slots(module, storage),
+        expert_biases=allocate_expert_biases(module, mesh.device),
+        aux_losses=_aux_losses(module, config.model),
+        pipeline=pipeline,
+        actions=_training_actions(pipeline, training, mesh),
+        sequence_parallel=parallel.sequence_parallel,
+        dtype=dtype,
     )
 
 
@@ -199,16 +196,22 @@ def context_attention(
     return UlyssesAttention(exchange, RingAttention(ring, window))
 
 
+def _parameter_table(
+    config: TrainConfig, mesh: ParallelMesh, stages: Sequence[StageContents]
+) -> tuple[LocalParameter, ...]:
+    return local_parameters(
+        config.model,
+        mesh.dims,
+        mesh.rank,
+        sequence_parallel=config.parallel.sequence_parallel,
+        held=stages,
+    )
+
+
 def _require_grads(module: GPT, table: Sequence[LocalParameter]) -> None:
     """Makes autograd leave out what the table has frozen."""
     for local in table:
         module.get_parameter(local.name).requires_grad_(local.trainable)
-
-
-def _storage_options(
-    parallel: ParallelismConfig, dtype: torch.dtype, on_reduce: OnReduce | None
-) -> StorageOptions:
-    return StorageOptions(dtype, parallel.bucket_elements, parallel.zero == 1, on_reduce)
 
 
 def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:

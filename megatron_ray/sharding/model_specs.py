@@ -225,7 +225,7 @@ def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
         attention = attention_spec(model)
     else:
         attention = latent_attention_spec(model, model.mla)
-    # MTP layers count on from the model's own, so that a pattern of experts covers them.
+    # MTP layers count on from the last layer, and have experts wherever the model has any.
     mlp = None
     moe = None
     moe_config = model.experts_on(layer)

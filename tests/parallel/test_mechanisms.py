@@ -94,7 +94,7 @@ def test_buckets_are_reduced_while_the_backward_goes_on(zero: int) -> None:
         assert waits_inside == []
 
 
-def rows_put_off(
+def deferred_rows(
     rank: int, world_size: int, config: TrainConfig
 ) -> tuple[dict[str, int], dict[str, bool]]:
     """Rows of the inputs that wait for their weight products, and whether the gradients
@@ -130,7 +130,7 @@ def rows_put_off(
 
 def test_weight_products_that_wait_hold_no_gathered_inputs() -> None:
     config = make_config(LLAMA, {"tp": 2, "sequence_parallel": True}, steps=1)
-    for waiting, equal in run_ranks(rows_put_off, 2, config):
+    for waiting, equal in run_ranks(deferred_rows, 2, config):
         inside = {
             name: rows
             for name, rows in waiting.items()

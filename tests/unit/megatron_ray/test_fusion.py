@@ -160,12 +160,8 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced(
         for name, module in model.named_modules()
         if isinstance(module, GatedActivation) and of(module) is not mark
     ]
-    assert len(replaced) == 2 * (norms + 2) + 2 and kept == [
-        f"layers.{layer}.moe.experts.activation" for layer in range(2)
-    ], (
-        replaced,
-        kept,
-    )
+    assert len(replaced) == 2 * (norms + 2) + 2, replaced
+    assert kept == [f"layers.{layer}.moe.experts.activation" for layer in range(2)]
 
 
 def test_a_machine_without_a_compiler_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

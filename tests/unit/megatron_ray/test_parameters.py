@@ -199,7 +199,7 @@ def test_a_degree_that_does_not_divide_is_refused() -> None:
         ValueError, match="4 experts 48 wide do not divide by ep=3 and etp=1"
     ):
         local_parameters(ModelConfig.model_validate(MIXTURE), ParallelDims(dp=3, ep=3), 0)
-    with pytest.raises(ValueError, match="attention.q: 64 is not divisible by tp=3"):
+    with pytest.raises(ValueError, match=r"attention\.q: 64 is not divisible by tp=3"):
         local_parameters(ModelConfig.model_validate(SHAPES["llama"]), ParallelDims(tp=3), 0)
 
 
