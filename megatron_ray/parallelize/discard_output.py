@@ -28,11 +28,11 @@ def discard_output(producer: nn.Module, consumer: nn.Module) -> None:
 
 
 class _DiscardBetween:
-    """Wires a producer and its consumer; each forward pass gets a record of its own.
+    """Wires a producer and its consumer, with a checkpoint for each forward pass.
 
     Several microbatches may be between their forward and their backward pass at once,
-    but the consumer always runs right after the producer, so at most one record waits
-    for its consumer.
+    but the consumer always runs right after the producer, so at most one checkpoint
+    waits for its consumer.
     """
 
     def __init__(self, producer: nn.Module, consumer: nn.Module) -> None:
@@ -44,8 +44,8 @@ class _DiscardBetween:
 
     def _forward_of_producer(self, *inputs: Tensor) -> Tensor:
         if not needs_grad(inputs):
-            # A function below autograd's first leaf would cut off the gradients of the
-            # producer's own parameters.
+            # Autograd does not go through a function whose inputs need no gradient, and
+            # the producer's parameters would get none.
             plain_output: Tensor = self._run_producer(*inputs)
             return plain_output
         checkpoint = CheckpointWithoutOutput(self._run_producer)
@@ -94,7 +94,10 @@ class CheckpointWithoutOutput:
         return output
 
     def discard_output_until_backward_of(self, consumed: Tensor) -> None:
-        """Frees the output's memory until the backward of its reader's `consumed`."""
+        """Frees the output's memory until the backward pass of its consumer.
+
+        `consumed` is what the consumer has returned.
+        """
         assert self._storage is not None
         assert consumed.grad_fn is not None
         node = self._node
