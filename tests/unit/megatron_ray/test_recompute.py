@@ -55,7 +55,7 @@ MODELS = {
     "gpt2": GPT2 | {"num_layers": LAYERS},
     "moe": LLAMA | {"num_layers": LAYERS, "moe": EXPERTS},
     "latent": WITHOUT_GROUPS | {"num_layers": LAYERS, "mla": LATENT},
-    "latent-further": WITHOUT_GROUPS
+    "latent-mtp": WITHOUT_GROUPS
     | {
         "num_layers": LAYERS,
         "mla": LATENT | {"q_lora_rank": None},
@@ -134,8 +134,8 @@ def one_thread() -> Iterator[None]:
         ("moe", "fp32", True),
         ("moe", "bf16", False),
         ("latent", "fp32", True),
-        ("latent-further", "fp32", False),
-        ("latent-further", "bf16", True),
+        ("latent-mtp", "fp32", False),
+        ("latent-mtp", "bf16", True),
         ("families", "fp32", False),
         ("families", "bf16", True),
     ],
@@ -225,14 +225,14 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
     assert runs == {"layer": layer_runs, **part_runs}
 
 
-def test_choices_are_heard_and_other_losses_counted_once() -> None:
-    found = []
+def test_routing_is_reported_and_aux_losses_are_counted_once() -> None:
+    results = []
     for setting in ("none", "norm-moe", "uniform2", "block2"):
         config = config_of(setting, "moe", "fp32", False)
         mesh = ParallelMesh.single()
-        heard = list[tuple[int, Tensor]]()
+        routed = list[tuple[int, Tensor]]()
         model, optimizer = build(config, mesh)
-        model.module.on_route = lambda layer, experts, heard=heard: heard.append(
+        model.module.on_route = lambda layer, experts, routed=routed: routed.append(
             (layer, experts)
         )  # type: ignore[misc]
         batches = StepLoader(
@@ -247,9 +247,9 @@ def test_choices_are_heard_and_other_losses_counted_once() -> None:
         stats = finalize_grads(
             model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
         )
-        assert [layer for layer, _ in heard] == [0, 2] * 2, setting
-        found.append((torch.stack([experts for _, experts in heard]), stats.values))
-    (choices, values), *others = found
+        assert [layer for layer, _ in routed] == [0, 2] * 2, setting
+        results.append((torch.stack([experts for _, experts in routed]), stats.values))
+    (choices, values), *others = results
     assert (values[3:5] > 0).all()
     for other, recomputed_values in others:
         assert torch.equal(other, choices)
