@@ -111,6 +111,8 @@ def test_validation_counts_nothing_even_where_autograd_records(recompute: str) -
     model, config = model_of({"moe": EXPERTS}, recompute)
     batch = step_batches(config)[0]
     validation_loss(model, config)
+    model.begin_step()
+    model.sink.begin_microbatch(last=True)
     model.module(batch, ForwardMode.EVAL).backward()
     for bias in model.expert_biases.values():
         assert bias.tokens.sum() == 0
