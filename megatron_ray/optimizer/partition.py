@@ -85,7 +85,9 @@ def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
                 yield Piece(placed, start, end, run.shard_start + start - run.start)
 
 
-def _spans(bucket: Bucket, low: int, high: int) -> Iterator[tuple[int, int, PlacedParameter, Part]]:
+def _spans(
+    bucket: Bucket, low: int, high: int
+) -> Iterator[tuple[int, int, PlacedParameter, Part]]:
     """The parts of the bucket's parameters cut to [low, high), each stretched over the
     gap that follows it.
     """

@@ -58,7 +58,9 @@ def test_deferred_contributions_run_with_their_key_and_complete_then() -> None:
 
 def test_a_wrong_order_of_calls_is_an_error() -> None:
     sink, slot = make_slot([])
-    with pytest.raises(RuntimeError, match="weight: a gradient came before begin_microbatch"):
+    with pytest.raises(
+        RuntimeError, match="weight: a gradient came before begin_microbatch"
+    ):
         slot.contribute(partial(accumulate, 1.0))
     sink.begin_microbatch(last=True)
     slot.contribute(partial(accumulate, 1.0))
