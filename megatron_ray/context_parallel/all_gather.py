@@ -1,11 +1,13 @@
-"""Attention over gathered keys and values.
+"""Attention over gathered keys and values (Llama 3's form of context parallelism).
 
-Owns: that form of context parallelism (Llama 3's): one gather, then everything is
-local.
+Owns: the gather, and what a rank's queries see of whole sequences. Must not know:
+heads, layers.
 
-Simpler than the ring and with fewer, larger messages, but each rank holds the keys and
-values of whole sequences for the length of one layer. Must not know: heads exchanged,
-layers. Shapes: as in ring; L = cp x S tokens of a whole sequence.
+One gather, then everything is local. Simpler than the ring and with fewer, larger
+messages, but each rank holds the keys and values of whole sequences for the length of
+one layer.
+
+Shapes: as in ring; L = cp x S tokens of a whole sequence.
 """
 
 from typing import Any
@@ -27,82 +29,88 @@ from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 class AllGatherAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the
-    sequences of the whole group.
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D].
+
+    Queries see the sequences of the whole group.
     """
 
     def __init__(self, group: Group, device: DeviceKind, window: int | None = None) -> None:
-        """`device`: what it runs on; `window`: tokens that a token sees, itself
-        included; None for all.
+        """Creates it for ranks on such devices.
+
+        `window`: tokens that a token sees, itself included; None for all.
         """
         super().__init__()
-        self.device = device
         self.group = group
+        self.device = device
         self.window = window
 
     def forward(
         self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
     ) -> Tensor:
-        documents = packed.documents_BS if packed is not None else None
-        wide = self.device.widens(q_BNSD.dtype == torch.bfloat16)
-        return _Gather.apply(  # type: ignore[no-any-return, no-untyped-call]
-            q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, wide
+        """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
+        documents = None
+        if packed is not None:
+            documents = packed.documents_BS
+        in_fp32 = self.device.widens(q_BNSD.dtype == torch.bfloat16)
+        return _Gather.apply(
+            q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, in_fp32
         )
 
 
 def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile]:
-    """What a rank's `length` queries see of keys in natural order: all chunks before
-    each of its two, and their own by a triangle; with a window, what of both is within
-    it.
+    """Returns what a rank's `length` queries see of keys in natural order.
+
+    Each of its two chunks sees all chunks before it and a triangle of itself; with a
+    window, what of both is within it.
     """
     chunk = length // 2
     tiles = []
-    for place, number in enumerate(cut.chunks):
-        rows = slice(place * chunk, (place + 1) * chunk)
+    for index, number in enumerate(cut.chunks):
+        rows = slice(index * chunk, (index + 1) * chunk)
+        start = number * chunk
+        end = start + chunk
         if window is not None:
-            first = max(0, number * chunk - window + 1)
-            tiles.append(
-                Tile(
-                    rows,
-                    slice(first, (number + 1) * chunk),
-                    band=(number * chunk - first, window),
-                )
-            )
+            first = max(0, start - window + 1)
+            tiles.append(Tile(rows, slice(first, end), band=(start - first, window)))
             continue
+        # Two tiles and not one: the kernels' triangle is for squares only.
         if number:
-            tiles.append(Tile(rows, slice(0, number * chunk)))
-        tiles.append(Tile(rows, slice(number * chunk, (number + 1) * chunk), causal=True))
+            tiles.append(Tile(rows, slice(0, start)))
+        tiles.append(Tile(rows, slice(start, end), causal=True))
     return tiles
 
 
-def in_order(parts: Tensor, dim: int) -> Tensor:
-    """[cp, ...] the parts of all ranks, each two chunks along `dim` -> whole sequences
-    along dim - 1 of the result, in natural order.
+def merge_chunks(parts: Tensor, dim: int) -> Tensor:
+    """Returns whole sequences, in natural order, of the parts of all ranks [cp, ...].
+
+    A part is two chunks along `dim`, one early and one late; the sequences lie along
+    dim - 1 of the result.
     """
     early, late = parts.chunk(2, dim=dim)
+    # The late chunks of the first ranks are the latest, see `SequenceCut`.
     return torch.cat([*early.unbind(0), *late.flip(0).unbind(0)], dim=dim - 1)
 
 
-def by_rank(whole: Tensor, cp: int, dim: int) -> Tensor:
-    """Inverse of `in_order`: [cp, ...], contiguous."""
-    return torch.stack(
-        [chunks_of(whole, SequenceCut(cp, rank), dim - 1) for rank in range(cp)]
-    )
+def split_by_rank(whole: Tensor, cp: int, dim: int) -> Tensor:
+    """Returns the parts of all ranks, [cp, ...] and contiguous; undoes `merge_chunks`."""
+    parts = []
+    for rank in range(cp):
+        parts.append(chunks_of(whole, SequenceCut(cp, rank), dim - 1))
+    return torch.stack(parts)
 
 
 def _documents(cut: SequenceCut, documents: Tensor | None) -> Documents | None:
-    return (
-        Documents(chunks_of(documents, cut, dim=1), documents)
-        if documents is not None
-        else None
-    )
+    if documents is None:
+        return None
+    return Documents(chunks_of(documents, cut, dim=1), documents)
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,
@@ -112,39 +120,35 @@ class _Gather(torch.autograd.Function):
         documents: Tensor | None,
         group: Group,
         window: int | None,
-        wide: bool,
+        in_fp32: bool,
     ) -> Tensor:
         cut = SequenceCut(collectives.size(group), collectives.rank(group))
-        so_far = PartialAttention.nothing(q, wide)
+        partial = PartialAttention.empty(q, in_fp32=in_fp32)
         own = torch.stack([k, v])
-        keys, values = _gathered(own, cut.cp, group)
-        attend(
-            so_far,
-            q,
-            keys,
-            values,
-            gather_tiles(cut, q.shape[2], window),
-            _documents(cut, documents),
-        )
-        output = tokens_first(so_far.output, q.dtype)
-        ctx.save_for_backward(q, own, output, so_far.lse)
-        ctx.wide = wide
+        keys, values = _gathered(own, group)
+        tiles = gather_tiles(cut, q.shape[2], window)
+        attend(partial, q, keys, values, tiles, _documents(cut, documents))
+        output = tokens_first(partial.output, q.dtype)
+        # The backward gathers again: what is kept is this rank's part only.
+        ctx.save_for_backward(q, own, output, partial.lse)
         ctx.cut = cut
         ctx.group = group
         ctx.documents = documents
         ctx.window = window
+        ctx.in_fp32 = in_fp32
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, own, output, lse = ctx.saved_tensors
         cut: SequenceCut = ctx.cut
-        whole = _gathered(own, cut.cp, ctx.group)
-        grad_q = torch.zeros_like(q, dtype=lse.dtype)
+        whole = _gathered(own, ctx.group)
+        # Keys of later chunks are in no tile, and keep a gradient of zero.
         gradients = TileGradients(
-            grad_q, torch.zeros_like(whole, dtype=lse.dtype), ctx.wide
+            torch.zeros_like(q, dtype=lse.dtype),
+            torch.zeros_like(whole, dtype=lse.dtype),
+            in_fp32=ctx.in_fp32,
         )
-        tiles = gather_tiles(cut, q.shape[2], ctx.window)
         attend_backward(
             gradients,
             grad,
@@ -152,20 +156,17 @@ class _Gather(torch.autograd.Function):
             whole[0],
             whole[1],
             (output, lse),
-            tiles,
+            gather_tiles(cut, q.shape[2], ctx.window),
             _documents(cut, ctx.documents),
         )
-        parts = by_rank(gradients.keys_values, cut.cp, dim=4)
-        grad_k, grad_v = (
-            collectives.reduce_scatter_rows(parts, ctx.group)
-            .squeeze(0)
-            .to(q.dtype)
-            .unbind(0)
-        )
+        # Every rank has added to the keys of all others; each gets the sum for its own.
+        parts = split_by_rank(gradients.keys_values, cut.cp, dim=4)
+        summed = collectives.reduce_scatter_rows(parts, ctx.group).squeeze(0)
+        grad_k, grad_v = summed.to(q.dtype).unbind(0)
         return gradients.queries.to(q.dtype), grad_k, grad_v, None, None, None, None
 
 
-def _gathered(own_2BGSD: Tensor, cp: int, group: Group) -> Tensor:
-    """[2, B, G, L, D] in natural order."""
+def _gathered(own_2BGSD: Tensor, group: Group) -> Tensor:
+    """Returns keys and values of whole sequences, [2, B, G, L, D] in natural order."""
     parts = collectives.all_gather_rows(own_2BGSD[None], group)
-    return in_order(parts, dim=4)
+    return merge_chunks(parts, dim=4)

@@ -1,14 +1,16 @@
-"""Ring attention: keys and values go round the context-parallel ranks, point to point
-(Liu et al. 2023). Owns: that order of hops.
+"""Ring attention: keys and values go round the context-parallel ranks (Liu et al. 2023).
 
-While a rank attends to one block of keys and values the next is on its way, so it never
-holds more than two. In the backward each block goes round once more, its gradient one
-hop behind it, so that it arrives home complete. Must not know: heads exchanged, layers.
+Owns: the order of the hops. Must not know: heads, layers.
+
+While a rank attends to one block of keys and values, the next is on its way, so it
+never holds more than two. In the backward pass each block goes round once more, its
+gradient one hop behind it, so that the gradient arrives complete at the block's owner.
 
 Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens:
-two chunks of every sequence (data.sequence_cut).
+two chunks of every sequence (sharding.sequence_split).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,18 +30,21 @@ from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
-    """What a rank's `length` queries see of the keys of `owner`; as much work for every
-    pair but a rank and itself.
+    """Returns what the `length` queries of `rank` see of the keys of `owner`.
+
+    That is as much work for every pair but a rank and itself.
     """
     half = length // 2
     everything = slice(0, length)
     if owner == rank:
         return [Tile(everything, everything, causal=True)]
-    # its early chunk lies before both of ours, its late one after both
+    # Rank r has chunks r and 2 cp - 1 - r. So an owner of lower rank has an early chunk
+    # before both of ours and a late one after both, and the other way round.
     if owner < rank:
         return [Tile(everything, slice(0, half))]
     return [Tile(slice(half, length), everything)]
@@ -48,56 +53,73 @@ def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
 def windowed_ring_tiles(
     cut: SequenceCut, owner: int, length: int, window: int
 ) -> list[Tile]:
-    """As `ring_tiles`, chunk against chunk: those too far apart are left out, and a
-    window that ends inside one is said.
+    """Returns the same for attention within a window, chunk against chunk.
+
+    Chunks too far apart are left out.
     """
     chunk = length // 2
     tiles = []
-    for place, number in enumerate(cut.chunks):
-        for other_place, other in enumerate(SequenceCut(cut.cp, owner).chunks):
-            behind = (number - other) * chunk
-            nearest = max(0, behind - chunk + 1)
-            farthest = behind + chunk - 1
-            if behind < 0 or nearest >= window:
+    for query_index, query_chunk in enumerate(cut.chunks):
+        for key_index, key_chunk in enumerate(SequenceCut(cut.cp, owner).chunks):
+            # Tokens from a key to the query at the same place of its chunk.
+            distance = (query_chunk - key_chunk) * chunk
+            nearest = max(0, distance - chunk + 1)
+            farthest = distance + chunk - 1
+            if distance < 0 or nearest >= window:
                 continue
-            rows, columns = (
-                slice(which * chunk, (which + 1) * chunk) for which in (place, other_place)
-            )
-            tiles.append(
-                Tile(
-                    rows,
-                    columns,
-                    causal=behind == 0,
-                    band=(behind, window) if farthest >= window else None,
-                )
-            )
+            band = None
+            if farthest >= window:
+                band = (distance, window)
+            rows = slice(query_index * chunk, (query_index + 1) * chunk)
+            columns = slice(key_index * chunk, (key_index + 1) * chunk)
+            tiles.append(Tile(rows, columns, causal=distance == 0, band=band))
     return tiles
 
 
 class RingAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D] over the
-    sequences of the whole group.
+    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D].
+
+    Queries see the sequences of the whole group.
     """
 
     def __init__(self, group: Group, device: DeviceKind, window: int | None = None) -> None:
-        """`device`: what it runs on; `window`: tokens that a token sees, itself
-        included; None for all.
+        """Creates it for ranks on such devices.
+
+        `window`: tokens that a token sees, itself included; None for all.
         """
         super().__init__()
-        self.device = device
         self.group = group
+        self.device = device
         self.window = window
 
     def forward(
         self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
     ) -> Tensor:
-        documents = packed.documents_BS if packed is not None else None
-        wide = self.device.widens(q_BNSD.dtype == torch.bfloat16)
-        return _Ring.apply(q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, wide)  # type: ignore[no-any-return, no-untyped-call]
+        """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
+        documents = None
+        if packed is not None:
+            documents = packed.documents_BS
+        in_fp32 = self.device.widens(q_BNSD.dtype == torch.bfloat16)
+        return _Ring.apply(
+            q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, in_fp32
+        )
+
+
+@dataclass(frozen=True)
+class _Arriving:
+    """A tensor that is on its way from the rank before."""
+
+    tensor: Tensor
+    pending: collectives.Pending
+
+    def wait(self) -> Tensor:
+        """Returns the tensor once it is here."""
+        self.pending.wait()
+        return self.tensor
 
 
 class _Hops:
-    """Which block is here at which hop, and moving it to the next rank."""
+    """Knows which block is here at which hop, and moves blocks to the next rank."""
 
     def __init__(self, group: Group, documents: Tensor | None, window: int | None) -> None:
         self.group = group
@@ -107,39 +129,40 @@ class _Hops:
         self._window = window
 
     def owner(self, hop: int) -> int:
+        """Returns the rank whose keys and values are here at a hop."""
         return (self.rank - hop) % self.size
 
-    def start(self, tensor: Tensor) -> tuple[Tensor, collectives.Pending]:
-        """What the rank before sends is in the first item after `wait`; `tensor` must
-        stay as it is until then.
+    def start(self, tensor: Tensor) -> _Arriving:
+        """Starts to send `tensor` on and to receive what the rank before sends.
+
+        `tensor` must stay as it is until the wait for the other is over.
         """
-        arriving = torch.empty_like(tensor)
-        after = (self.rank + 1) % self.size
-        before = (self.rank - 1) % self.size
-        return arriving, collectives.start_exchange(
-            tensor, after, arriving, before, self.group
+        incoming = torch.empty_like(tensor)
+        next_rank = (self.rank + 1) % self.size
+        previous_rank = (self.rank - 1) % self.size
+        pending = collectives.start_exchange(
+            tensor, next_rank, incoming, previous_rank, self.group
         )
+        return _Arriving(incoming, pending)
 
     def tiles(self, owner: int, length: int) -> list[Tile]:
-        """What this rank's queries see of an owner's keys."""
+        """Returns what this rank's queries see of an owner's keys."""
         if self._window is None:
             return ring_tiles(self.rank, owner, length)
-        return windowed_ring_tiles(
-            SequenceCut(self.size, self.rank), owner, length, self._window
-        )
+        cut = SequenceCut(self.size, self.rank)
+        return windowed_ring_tiles(cut, owner, length, self._window)
 
     def documents(self, owner: int) -> Documents | None:
+        """Returns the documents of this rank's queries and an owner's keys."""
         if self._documents is None:
             return None
         return Documents(
-            *(
-                chunks_of(self._documents, SequenceCut(self.size, rank), dim=1)
-                for rank in (self.rank, owner)
-            )
+            chunks_of(self._documents, SequenceCut(self.size, self.rank), dim=1),
+            chunks_of(self._documents, SequenceCut(self.size, owner), dim=1),
         )
 
 
-class _Ring(torch.autograd.Function):
+class _Ring(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,
@@ -149,32 +172,29 @@ class _Ring(torch.autograd.Function):
         documents: Tensor | None,
         group: Group,
         window: int | None,
-        wide: bool,
+        in_fp32: bool,
     ) -> Tensor:
         hops = _Hops(group, documents, window)
-        so_far = PartialAttention.nothing(q, wide)
-        length = q.shape[2]
+        partial = PartialAttention.empty(q, in_fp32=in_fp32)
+        # Keys and values travel in one message.
         own = torch.stack([k, v])
         block = own
         for hop in range(hops.size):
+            # The last block to come goes nowhere: its owner has it.
+            next_block = None
             if hop + 1 < hops.size:
-                arriving, pending = hops.start(block)
+                next_block = hops.start(block)
             owner = hops.owner(hop)
-            attend(
-                so_far,
-                q,
-                block[0],
-                block[1],
-                hops.tiles(owner, length),
-                hops.documents(owner),
-            )
-            if hop + 1 < hops.size:
-                pending.wait()
-                block = arriving
-        output = tokens_first(so_far.output, q.dtype)
-        ctx.save_for_backward(q, own, output, so_far.lse)
+            tiles = hops.tiles(owner, q.shape[2])
+            # Computes while the next block arrives.
+            attend(partial, q, block[0], block[1], tiles, hops.documents(owner))
+            if next_block is not None:
+                block = next_block.wait()
+        output = tokens_first(partial.output, q.dtype)
+        # Blocks of other ranks are not kept: they go round once more in the backward.
+        ctx.save_for_backward(q, own, output, partial.lse)
         ctx.hops = hops
-        ctx.wide = wide
+        ctx.in_fp32 = in_fp32
         return output
 
     @staticmethod
@@ -182,16 +202,17 @@ class _Ring(torch.autograd.Function):
         q, block, output, lse = ctx.saved_tensors
         hops: _Hops = ctx.hops
         grad_q = torch.zeros_like(q, dtype=lse.dtype)
-        travelling: tuple[Tensor, collectives.Pending] | None = None
+        # What the ranks before have added to the gradient of the block that is here.
+        arriving_grad: _Arriving | None = None
         for hop in range(hops.size):
-            last = hop + 1 == hops.size
-            if not last:
-                next_block, pending = hops.start(block)
+            next_block = None
+            if hop + 1 < hops.size:
+                next_block = hops.start(block)
             owner = hops.owner(hop)
+            # This rank's part of the block's gradient, to which that of others is added.
             gradients = TileGradients(
-                grad_q, torch.zeros_like(block, dtype=lse.dtype), ctx.wide
+                grad_q, torch.zeros_like(block, dtype=lse.dtype), in_fp32=ctx.in_fp32
             )
-            tiles = hops.tiles(owner, q.shape[2])
             attend_backward(
                 gradients,
                 grad,
@@ -199,17 +220,15 @@ class _Ring(torch.autograd.Function):
                 block[0],
                 block[1],
                 (output, lse),
-                tiles,
+                hops.tiles(owner, q.shape[2]),
                 hops.documents(owner),
             )
-            if travelling is not None:
-                travelling[1].wait()
-                gradients.keys_values += travelling[0]
-            if not last:
-                pending.wait()
-                block = next_block
-            travelling = hops.start(gradients.keys_values)
-        assert travelling is not None
-        travelling[1].wait()
-        grad_k, grad_v = travelling[0].to(q.dtype).unbind(0)
-        return grad_q.to(q.dtype), grad_k, grad_v, None, None, None, None
+            if arriving_grad is not None:
+                gradients.keys_values += arriving_grad.wait()
+            if next_block is not None:
+                block = next_block.wait()
+            # One hop more than the blocks themselves, to come back to the owner.
+            arriving_grad = hops.start(gradients.keys_values)
+        assert arriving_grad is not None
+        own_grad = arriving_grad.wait().to(q.dtype)
+        return grad_q.to(q.dtype), own_grad[0], own_grad[1], None, None, None, None

@@ -1,12 +1,11 @@
-"""Attention by tiles: blocks of queries against blocks of keys, put together by their
-softmax sums.
+"""Computes attention by tiles: some queries against some keys, merged by softmax sums.
 
-Owns: the arithmetic of a tile, of joining tiles, and of their gradients. Must not know:
-groups, who holds which tokens.
+Owns: the arithmetic of a tile, of merging tiles, and of their gradients. Must not know:
+groups, which rank has which tokens.
 
-A tile's output is exact within the tile; with its log-sum-exp two tiles of the same
-queries join to what one softmax over both would have given (online softmax: Milakov and
-Gimelshein 2018; FlashAttention, Dao et al. 2022). In the backward, a tile's
+A tile's output is exact within the tile. With its log-sum-exp two tiles of the same
+queries merge into what one softmax over both would have given (online softmax: Milakov
+and Gimelshein 2018; FlashAttention, Dao et al. 2022). In the backward pass a tile's
 probabilities are exp(scores - final log-sum-exp), so each tile is done by itself.
 
 Shapes: B batch, N query heads, G key/value heads, D head width, Q queries and K keys of
@@ -26,130 +25,134 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 @dataclass(frozen=True)
 class Tile:
-    """Queries [start, end) of what is held against keys [start, end) of what is there;
-    a causal tile is square, on the diagonal.
-    """
+    """Which of the queries here attend to which of the keys at hand."""
 
     queries: slice
     keys: slice
     causal: bool = False
+    """Whether the tile is a square on the diagonal, where later keys are hidden."""
     band: tuple[int, int] | None = None
-    """Where a window cuts through it: how many tokens the first query is behind the
-    first key, and the window. Says who is seen, later tokens included."""
+    """Set when a window ends inside of the tile: how many tokens the first query is
+    behind the first key, and the window. Replaces `causal`, since it hides later keys
+    too."""
 
 
 def chunks_of(whole: Tensor, cut: SequenceCut, dim: int) -> Tensor:
-    """A rank's two chunks of whole sequences, which lie along `dim`."""
+    """Returns a rank's two chunks of whole sequences, which lie along `dim`."""
     chunks = whole.chunk(2 * cut.cp, dim=dim)
     return torch.cat([chunks[number] for number in cut.chunks], dim=dim)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Document numbers of the queries [B, Q] and keys [B, K] of a list of tiles: who is
-    of another document is not seen.
+    """Document numbers of the queries [B, Q] and keys [B, K] of a list of tiles.
+
+    A query does not see keys of other documents.
     """
 
     of_queries: Tensor
     of_keys: Tensor
 
     def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
-        """[B, 1, Q, K]: 0 where a key is seen, -inf elsewhere, the diagonal of a causal
-        tile included.
+        """Returns [B, 1, Q, K]: 0 where a query sees a key, -inf elsewhere.
+
+        That includes the diagonal of a causal tile.
         """
-        seen = (
-            self.of_queries[:, None, tile.queries, None]
-            == self.of_keys[:, None, None, tile.keys]
-        )
+        query_documents = self.of_queries[:, None, tile.queries, None]
+        key_documents = self.of_keys[:, None, None, tile.keys]
+        is_seen = query_documents == key_documents
+        # A document is one run of tokens, so order within it is order in the sequence.
+        queries, keys = is_seen.shape[-2:]
+        device = is_seen.device
         if tile.band is not None:
-            seen = seen & band(seen.shape[-2], seen.shape[-1], *tile.band, seen.device)
+            is_seen = is_seen & band(queries, keys, *tile.band, device)
         elif tile.causal:
-            seen = (
-                seen
-                & torch.ones(seen.shape[-2:], dtype=torch.bool, device=seen.device).tril()
-            )
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-            ~seen, -torch.inf
-        )
+            square = torch.ones((queries, keys), dtype=torch.bool, device=device)
+            is_seen = is_seen & square.tril()
+        bias = torch.zeros(is_seen.shape, dtype=dtype, device=device)
+        return bias.masked_fill_(~is_seen, -torch.inf)
 
 
 def _bias(
     tile: Tile, documents: Documents | None, q_BNQD: Tensor, k_BGKD: Tensor
 ) -> Tensor | None:
-    """What is added to the scores of a tile [B or 1, 1, Q, K]; None where the kernel's
-    own triangle says it all.
+    """Returns what is added to the scores of a tile, [B or 1, 1, Q, K].
+
+    None where the kernel's own causal mask is all that is needed.
     """
     if documents is not None:
         return documents.bias(tile, q_BNQD.dtype)
-    return (
-        band_bias(q_BNQD.shape[2], k_BGKD.shape[2], *tile.band, q_BNQD)
-        if tile.band is not None
-        else None
-    )
+    if tile.band is not None:
+        return band_bias(q_BNQD.shape[2], k_BGKD.shape[2], *tile.band, q_BNQD)
+    return None
 
 
 @dataclass
 class PartialAttention:
-    """What queries have got so far: output [B, N, Q, D] and log-sum-exp of their scores
-    [B, N, Q], both fp32 or wider.
+    """The attention of some queries over the keys that they have seen so far.
+
+    Output [B, N, Q, D] and log-sum-exp of the scores [B, N, Q], fp32 or wider.
     """
 
     output: Tensor
     lse: Tensor
-    wide: bool
+    in_fp32: bool
     """Whether bf16 is multiplied in fp32."""
 
     @classmethod
-    def nothing(cls, q_BNQD: Tensor, wide: bool) -> "PartialAttention":
-        """No key seen yet."""
+    def empty(cls, q_BNQD: Tensor, *, in_fp32: bool) -> "PartialAttention":
+        """Returns the attention over no keys at all."""
         dtype = torch.promote_types(q_BNQD.dtype, torch.float32)
         output = torch.zeros_like(q_BNQD, dtype=dtype)
-        return cls(
-            output, q_BNQD.new_full(q_BNQD.shape[:-1], -torch.inf, dtype=dtype), wide
-        )
+        lse = q_BNQD.new_full(q_BNQD.shape[:-1], -torch.inf, dtype=dtype)
+        return cls(output, lse, in_fp32)
 
-    def join(self, rows: slice, output: Tensor, lse: Tensor) -> None:
+    def merge(self, rows: slice, output: Tensor, lse: Tensor) -> None:
         """Adds keys that the queries in `rows` had not seen yet."""
-        before = self.lse[:, :, rows]
-        both = torch.logaddexp(before, lse)
-        # Where nothing is seen on either side both are -inf, and their difference is no
-        # number.
-        old, new = (
-            (part - both).nan_to_num_(nan=-torch.inf).exp_()[..., None]
-            for part in (before, lse)
+        old_lse = self.lse[:, :, rows]
+        # Each side's output is weighed by its share of the sum of exponentials.
+        merged_lse = torch.logaddexp(old_lse, lse)
+        # Where nothing is seen on either side both are -inf and their difference is not
+        # a number; such a side has weight 0.
+        old_weight = (old_lse - merged_lse).nan_to_num_(nan=-torch.inf).exp_()
+        new_weight = (lse - merged_lse).nan_to_num_(nan=-torch.inf).exp_()
+        old_output = self.output[:, :, rows]
+        self.output[:, :, rows] = (
+            old_output * old_weight[..., None] + output * new_weight[..., None]
         )
-        self.output[:, :, rows] = self.output[:, :, rows] * old + output * new
-        self.lse[:, :, rows] = both
+        self.lse[:, :, rows] = merged_lse
 
 
 def attend(
-    so_far: PartialAttention,
+    partial: PartialAttention,
     q_BNQD: Tensor,
     k_BGKD: Tensor,
     v_BGKD: Tensor,
     tiles: Sequence[Tile],
     documents: Documents | None,
 ) -> None:
-    """Lets the queries see the keys of these tiles."""
+    """Merges the attention to the keys of these tiles into `partial`."""
     for tile in tiles:
         q = q_BNQD[:, :, tile.queries]
-        k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
+        k = k_BGKD[:, :, tile.keys]
+        v = v_BGKD[:, :, tile.keys]
         bias = _bias(tile, documents, q, k)
-        output, lse = fused.forward(q, k, v, tile.causal, bias, wide=so_far.wide)
-        if bias is not None:  # the kernel says 0 for who sees nothing
+        output, lse = fused.forward(q, k, v, tile.causal, bias, in_fp32=partial.in_fp32)
+        if bias is not None:
+            # The kernel returns 0 for queries that see no key; their sum is empty.
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
-        so_far.join(tile.queries, output, lse)
+        partial.merge(tile.queries, output, lse)
 
 
 @dataclass
 class TileGradients:
-    """Gradients of all queries [B, N, Q, D] and of the keys and values at hand [2, B,
-    G, K, D]; fp32 or wider, added to tile by tile.
-    """
+    """Sums over tiles of gradients, fp32 or wider."""
 
     queries: Tensor
+    """Of all queries here, [B, N, Q, D]."""
     keys_values: Tensor
-    wide: bool
+    """Of the keys and values at hand, [2, B, G, K, D]."""
+    in_fp32: bool
     """Whether bf16 is multiplied in fp32."""
 
 
@@ -163,19 +166,28 @@ def attend_backward(
     tiles: Sequence[Tile],
     documents: Documents | None,
 ) -> None:
-    """Adds the gradients of these tiles; `final` is the output, in the type of q, and
-    its log-sum-exp, over all tiles.
+    """Adds the gradients of these tiles to `gradients`.
+
+    `final` is the output over all tiles, in the type of q, and its log-sum-exp.
     """
+    # With the final log-sum-exp a tile's probabilities are those of the whole softmax.
     output, lse = final
     for tile in tiles:
         rows = tile.queries
         q = q_BNQD[:, :, rows]
-        k, v = (x[:, :, tile.keys] for x in (k_BGKD, v_BGKD))
-        bias = _bias(tile, documents, q, k)
-        said = (output[:, :, rows], lse[:, :, rows])
-        found = fused.backward(
-            grad_BNQD[:, :, rows], q, k, v, said, tile.causal, bias, wide=gradients.wide
+        k = k_BGKD[:, :, tile.keys]
+        v = v_BGKD[:, :, tile.keys]
+        grad_q, grad_k, grad_v = fused.backward(
+            grad_BNQD[:, :, rows],
+            q,
+            k,
+            v,
+            (output[:, :, rows], lse[:, :, rows]),
+            tile.causal,
+            _bias(tile, documents, q, k),
+            in_fp32=gradients.in_fp32,
         )
-        gradients.queries[:, :, rows] += found[0]
-        for place, grad in enumerate(found[1:]):
-            gradients.keys_values[place, :, :, tile.keys] += grad
+        # Tiles of a list may overlap in queries and in keys.
+        gradients.queries[:, :, rows] += grad_q
+        gradients.keys_values[0, :, :, tile.keys] += grad_k
+        gradients.keys_values[1, :, :, tile.keys] += grad_v

@@ -1,14 +1,15 @@
-"""Which rows go where: from each token's experts to rows that lie expert by expert on
-the ranks that hold them, and back.
+"""Dispatches tokens to the ranks of their experts, and combines what the experts return.
 
-Owns: the two dispatchers, `alltoall` and `allgather`. Experts lie in order over ep,
-each cut over etp; every rank has tokens of its own (under tensor parallelism by
-sequence parallelism), so that a dispatch is the same whatever the layout of the dense
-layers. Must not know: what an expert computes, who chose.
+Owns: the two dispatchers, `alltoall` and `allgather`. Must not know: what an expert
+computes, how experts were chosen.
 
-An expert's number of rows depends on the data and the host must know it to size
+Experts lie in order over ep, each cut over etp. Every rank has tokens of its own (under
+tensor parallelism by sequence parallelism), so a dispatch is the same whatever the
+layout of the dense layers.
+
+An expert's number of rows depends on the data, and the host must know it to size
 messages and buffers: the one place in a step where it waits for the device. It does not
-where every expert has room for equally many rows (`room`).
+wait where every expert takes equally many rows (`Capacity.rows_per_expert`).
 
 Shapes: T tokens of this rank, K experts of a token, E experts, L of them on this rank,
 H hidden, R rows.
@@ -46,61 +47,86 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What is known of the choice beforehand."""
+    """What is known of a choice of experts before its tokens are counted."""
 
     dropless: bool = True
-    """No token was sent away from one of its experts."""
-    rows: int | None = None
-    """Rows that each rank gives every expert, filled up with zeros; as many as there
-    are when None."""
+    """Whether every token goes to all of its experts."""
+    rows_per_expert: int | None = None
+    """Rows that each rank sends to every expert, padded with zeros; None for as many as
+    chose it."""
 
 
 def sort_slots(
-    experts_TK: Tensor, num_experts: int, room: Capacity
+    experts_TK: Tensor, num_experts: int, capacity: Capacity
 ) -> tuple[Tensor, Counts]:
-    """(slots [R], rows of each expert): row r comes from slot slots[r] of the flattened
-    choice.
+    """Returns (slots [R], rows of each expert).
 
-    Rows lie expert by expert, those of one in the order of tokens. An expert
-    `num_experts` means none at all. Rows that are only padding come from slot T x K.
+    Row r comes from slot slots[r] of the flattened choice. Rows lie expert by expert,
+    those of one in the order of tokens. An expert `num_experts` means none at all. Rows
+    that are only padding come from slot T x K.
     """
+    # Sorting by expert is stable, so rows of one expert stay in the order of tokens.
     flat = experts_TK.flatten()
     order = torch.argsort(flat, stable=True)
-    in_order = flat[order]
+    sorted_experts = flat[order]
     ends = torch.searchsorted(
-        in_order, torch.arange(num_experts, device=flat.device), right=True
+        sorted_experts, torch.arange(num_experts, device=flat.device), right=True
     )
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
-    if room.rows is not None:
-        places = (
-            in_order * room.rows
-            + torch.arange(len(flat), device=flat.device)
-            - torch.cat([starts, ends[-1:]])[in_order]
+    if capacity.rows_per_expert is not None:
+        # Dropped slots are those of expert `num_experts`, which begins at the last end.
+        starts = torch.cat([starts, ends[-1:]])
+        rank_in_expert = (
+            torch.arange(len(flat), device=flat.device) - starts[sorted_experts]
         )
-        slots = flat.new_full((num_experts * room.rows + 1,), len(flat))
-        slots.index_copy_(0, places.clamp(max=num_experts * room.rows), order)
-        return slots[:-1], room.rows
-    if not room.dropless:
-        order = order[: int(ends[-1])]
+        rows = sorted_experts * capacity.rows_per_expert + rank_in_expert
+        num_rows = num_experts * capacity.rows_per_expert
+        # One row more than there are collects all dropped slots, and is cut off.
+        slots = flat.new_full((num_rows + 1,), len(flat))
+        slots.index_copy_(0, rows.clamp(max=num_rows), order)
+        return slots[:-1], capacity.rows_per_expert
+    if not capacity.dropless:
+        order = order[: int(ends[-1])]  # the host waits here
     return order, ends - starts
 
 
 @dataclass(frozen=True)
-class _Way:
-    """Numbers of rows by rank, and their order on arrival."""
+class AllToAllPlan:
+    """How many rows go from which rank to which, and their order on arrival."""
 
     send: list[int]
+    """Rows to each ep rank."""
     receive: list[int]
+    """Rows from each ep rank."""
     gathered: list[int]
-    """Rows of each etp rank."""
-    by_expert_R: Tensor
-    back_R: Tensor
+    """Rows that each etp rank has received."""
+    to_expert_order_R: Tensor
+    """Rows arrive by etp rank, then by ep rank, then by expert; this sorts them by
+    expert."""
+    to_arrival_order_R: Tensor
+    """The inverse."""
     counts: Counts
+    """Rows of each expert of this rank."""
+
+    @classmethod
+    def of(
+        cls,
+        send: list[int],
+        receive: list[int],
+        gathered: list[int],
+        expert_of_row_R: Tensor,
+        counts: Counts,
+    ) -> "AllToAllPlan":
+        """Returns the plan for rows that arrive with these (local) experts."""
+        to_expert_order = torch.argsort(expert_of_row_R, stable=True)
+        to_arrival_order = torch.argsort(to_expert_order)
+        return cls(send, receive, gathered, to_expert_order, to_arrival_order, counts)
 
 
 class AllToAllDispatcher:
-    """A row goes to the ep rank that has its expert; the etp ranks there show each
-    other theirs, since each has a part of the expert.
+    """Sends each row to the ep rank that has its expert.
+
+    Each etp rank there has a part of the expert, so they gather each other's rows.
     """
 
     def __init__(self, num_experts: int, ep_group: Group, etp_group: Group) -> None:
@@ -108,9 +134,10 @@ class AllToAllDispatcher:
         self.ep_group = ep_group
         self.etp_group = etp_group
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Capacity) -> Dispatched:
-        """Rows of this rank's experts from all ranks."""
-        slots, counts = sort_slots(experts_TK, self.num_experts, room)
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
+        """Returns the rows of this rank's experts from all ranks."""
+        # Sorted by expert is sorted by rank too, since experts lie in order over ep.
+        slots, counts = sort_slots(experts_TK, self.num_experts, capacity)
         rows = take_tokens(x_TH, slots, experts_TK.shape[1])
         if self.ep_group is None and self.etp_group is None:
             return Dispatched(
@@ -118,110 +145,110 @@ class AllToAllDispatcher:
                 counts,
                 lambda outputs, weights: weigh_and_sum(outputs, weights, slots),
             )
-        way = (
-            self._counted_way(counts)
-            if isinstance(counts, Tensor)
-            else self._even_way(counts, slots.device)
-        )
-        arrived = gather(
-            exchange(rows, way.send, way.receive, self.ep_group),
-            way.gathered,
-            self.etp_group,
-        )
+        if isinstance(counts, Tensor):
+            plan = self._plan_by_counts(counts)
+        else:
+            plan = self._plan_evenly(counts, slots.device)
+        # First to the ep rank with the expert, then to all etp ranks that share it.
+        received = exchange(rows, plan.send, plan.receive, self.ep_group)
+        arrived = gather(received, plan.gathered, self.etp_group)
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
-            summed = sum_and_scatter(
-                reorder(outputs_RH, way.back_R), way.gathered, self.etp_group
-            )
-            return weigh_and_sum(
-                exchange(summed, way.receive, way.send, self.ep_group), weights_TK, slots
-            )
+            # The same moves backwards: etp ranks have partial sums of every row.
+            partial_sums = reorder(outputs_RH, plan.to_arrival_order_R)
+            summed = sum_and_scatter(partial_sums, plan.gathered, self.etp_group)
+            returned = exchange(summed, plan.receive, plan.send, self.ep_group)
+            return weigh_and_sum(returned, weights_TK, slots)
 
-        return Dispatched(reorder(arrived, way.by_expert_R), way.counts, combine)
+        return Dispatched(reorder(arrived, plan.to_expert_order_R), plan.counts, combine)
 
-    def _even_way(self, rows: int, device: torch.device) -> _Way:
-        """Every rank gives every expert as many rows."""
+    def _plan_evenly(self, rows_per_expert: int, device: torch.device) -> AllToAllPlan:
+        """Plans for equally many rows from every rank to every expert."""
         ep = collectives.size(self.ep_group)
         etp = collectives.size(self.etp_group)
         local = self.num_experts // ep
-        of_row = torch.arange(local, device=device).repeat_interleave(rows).repeat(etp * ep)
-        return _way(
-            [rows * local] * ep,
-            [rows * local] * ep,
-            [rows * local * ep] * etp,
-            of_row,
-            rows * ep * etp,
+        # Each sender's rows arrive expert by expert.
+        expert_of_row = (
+            torch.arange(local, device=device)
+            .repeat_interleave(rows_per_expert)
+            .repeat(etp * ep)
+        )
+        return AllToAllPlan.of(
+            [rows_per_expert * local] * ep,
+            [rows_per_expert * local] * ep,
+            [rows_per_expert * local * ep] * etp,
+            expert_of_row,
+            rows_per_expert * ep * etp,
         )
 
-    def _counted_way(self, counts_E: Tensor) -> _Way:
+    def _plan_by_counts(self, counts_E: Tensor) -> AllToAllPlan:
+        """Plans by the rows that this rank has for each expert, and tells the others."""
         ep = collectives.size(self.ep_group)
-        etp = collectives.size(self.etp_group)
+        # [ep, L]: rows to the experts of each ep rank.
         leaving = counts_E.view(ep, -1)
-        arriving = collectives.all_gather_rows(
-            collectives.all_to_all_rows(leaving, self.ep_group), self.etp_group
-        )
-        numbers = torch.cat(
-            [leaving.sum(1), arriving.sum(1)]
-        ).tolist()  # the host waits here
-        send = numbers[:ep]
-        by_rank = numbers[ep:]
-        first = ep * collectives.rank(self.etp_group)
-        gathered = [sum(by_rank[start : start + ep]) for start in range(0, etp * ep, ep)]
-        experts = torch.arange(leaving.shape[1], device=counts_E.device).repeat(etp * ep)
-        of_row = torch.repeat_interleave(
-            experts, arriving.flatten(), output_size=sum(gathered)
-        )
-        return _way(send, by_rank[first : first + ep], gathered, of_row, arriving.sum(0))
+        received = collectives.all_to_all_rows(leaving, self.ep_group)
+        # [etp x ep, L]: rows to the experts here from each rank, of all etp ranks.
+        arriving = collectives.all_gather_rows(received, self.etp_group)
+        totals = torch.cat([leaving.sum(1), arriving.sum(1)]).tolist()  # the host waits
+        send = totals[:ep]
+        received_by_etp_rank = list[list[int]]()
+        for start in range(ep, len(totals), ep):
+            received_by_etp_rank.append(totals[start : start + ep])
+        gathered = [sum(rows) for rows in received_by_etp_rank]
 
-
-def _way(
-    send: list[int],
-    receive: list[int],
-    gathered: list[int],
-    expert_of_row: Tensor,
-    counts: Counts,
-) -> _Way:
-    by_expert = torch.argsort(expert_of_row, stable=True)
-    return _Way(send, receive, gathered, by_expert, torch.argsort(by_expert), counts)
+        experts = torch.arange(leaving.shape[1], device=counts_E.device)
+        expert_of_row = torch.repeat_interleave(
+            experts.repeat(len(arriving)), arriving.flatten(), output_size=sum(gathered)
+        )
+        receive = received_by_etp_rank[collectives.rank(self.etp_group)]
+        return AllToAllPlan.of(send, receive, gathered, expert_of_row, arriving.sum(0))
 
 
 class AllGatherDispatcher:
-    """Every rank sees the tokens of all ranks that share its experts and picks the rows
-    of its own; outputs are summed where the tokens came from. More bytes, but no
-    message depends on the data.
+    """Gathers the tokens of all ranks that share experts, and picks the rows of its own.
+
+    Outputs are summed where the tokens came from. This sends more bytes, but no message
+    depends on the data.
     """
 
     def __init__(self, num_experts: int, ep_group: Group, etp_group: Group) -> None:
-        self.groups = etp_group, ep_group
-        self.local = num_experts // collectives.size(ep_group)
-        self.first = self.local * collectives.rank(ep_group)
+        self.groups = (etp_group, ep_group)
+        self.num_local = num_experts // collectives.size(ep_group)
+        self.first_local = self.num_local * collectives.rank(ep_group)
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Capacity) -> Dispatched:
-        """Rows of this rank's experts from all ranks."""
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
+        """Returns the rows of this rank's experts from all ranks."""
         experts = experts_TK
         for group in self.groups:
             experts = collectives.all_gather_rows(experts, group)
-        mine = experts - self.first
-        mine = mine.masked_fill((mine < 0) | (mine >= self.local), self.local)
-        ranks = len(experts) // len(experts_TK)
+        # Experts of other ranks become number `num_local`, which means none.
+        local = experts - self.first_local
+        is_elsewhere = (local < 0) | (local >= self.num_local)
+        local = local.masked_fill(is_elsewhere, self.num_local)
+        # An expert here takes its rows of every rank at once.
+        rows_per_expert = capacity.rows_per_expert
+        if rows_per_expert is not None:
+            num_ranks = len(experts) // len(experts_TK)
+            rows_per_expert = rows_per_expert * num_ranks
         slots, counts = sort_slots(
-            mine,
-            self.local,
-            Capacity(False, None if room.rows is None else room.rows * ranks),
+            local,
+            self.num_local,
+            Capacity(dropless=False, rows_per_expert=rows_per_expert),
         )
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
-            sums = weigh_and_sum(outputs_RH, self._from_all(weights_TK), slots)
+            # Weighed before they are summed over ranks: tokens travel once, not K times.
+            sums = weigh_and_sum(outputs_RH, self._gather(weights_TK), slots)
             for group in reversed(self.groups):
                 size = collectives.size(group)
                 sums = sum_and_scatter(sums, [len(sums) // size] * size, group)
             return sums
 
-        return Dispatched(
-            take_tokens(self._from_all(x_TH), slots, experts.shape[1]), counts, combine
-        )
+        rows = take_tokens(self._gather(x_TH), slots, experts.shape[1])
+        return Dispatched(rows, counts, combine)
 
-    def _from_all(self, rows: Tensor) -> Tensor:
+    def _gather(self, rows: Tensor) -> Tensor:
+        """Returns the rows of all ranks that share experts."""
         for group in self.groups:
             rows = gather(rows, [len(rows)] * collectives.size(group), group)
         return rows

@@ -158,13 +158,8 @@ class ExpertBias(nn.Module):
         self.tokens = torch.zeros(self.tokens.shape, device=device)
 
     def count(self, tokens_E: Tensor) -> None:
-        """Adds a microbatch's tokens per expert.
-
-        Forward passes without gradients do not count: evaluation, and the first pass of
-        recomputed layers, which count in the second.
-        """
-        if torch.is_grad_enabled():
-            self.tokens += tokens_E
+        """Adds a microbatch's tokens per expert."""
+        self.tokens += tokens_E
 
 
 @torch.no_grad()

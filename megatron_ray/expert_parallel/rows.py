@@ -1,8 +1,9 @@
-"""Moving tokens to where their experts are and back, with gradients.
+"""Moves tokens to where their experts are and back, with gradients.
 
-Owns: the differentiable moves, one class each.
+Owns: the differentiable moves, one class each. Must not know: layers, which rank has
+which expert.
 
-Every sum over ranks is a sum. Must not know: layers, who holds which expert.
+Every reduction over ranks is a sum.
 
 Shapes: T tokens, K experts of a token, H hidden, R rows (a token once for each of its
 experts that are here).
@@ -16,99 +17,109 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
 
 
 def take_tokens(x_TH: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
-    """Row r is token slots_R[r] // top_k, zero where slots_R[r] is T x top_k: [R, H]."""
-    return _Take.apply(x_TH, slots_R, top_k)  # type: ignore[no-any-return, no-untyped-call]
+    """Returns [R, H]: row r is token slots_R[r] // top_k, zero for slot T x top_k."""
+    return _Take.apply(x_TH, slots_R, top_k)
 
 
 def weigh_and_sum(rows_RH: Tensor, weights_TK: Tensor, slots_R: Tensor) -> Tensor:
-    """Each token's rows times their weights, added up in fp32: [T, H].
+    """Returns each token's rows times their weights, added up in fp32: [T, H].
 
     Where a token has no row for one of its K there is nothing to add.
     """
-    return _WeighAndSum.apply(rows_RH, weights_TK, slots_R)  # type: ignore[no-any-return, no-untyped-call]
+    return _WeighAndSum.apply(rows_RH, weights_TK, slots_R)
 
 
 def reorder(rows_RH: Tensor, order_R: Tensor) -> Tensor:
-    """rows[order], of a permutation."""
-    return _Reorder.apply(rows_RH, order_R)  # type: ignore[no-any-return, no-untyped-call]
+    """Returns rows[order], where the order is a permutation."""
+    return _Reorder.apply(rows_RH, order_R)
 
 
 def exchange(
     rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group
 ) -> Tensor:
-    """All-to-all; the gradient goes back the way the rows came."""
-    return rows if group is None else _Exchange.apply(rows, send, receive, group)  # type: ignore[no-untyped-call]
+    """All-to-all of send[r] rows to rank r; the gradient takes the opposite direction."""
+    if group is None:
+        return rows
+    return _Exchange.apply(rows, send, receive, group)
 
 
 def gather(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """All-gather of counts[r] rows from rank r; the gradient is summed and scattered."""
-    return rows if group is None else _Gather.apply(rows, counts, group)  # type: ignore[no-untyped-call]
+    if group is None:
+        return rows
+    return _Gather.apply(rows, counts, group)
 
 
 def sum_and_scatter(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
     """Reduce-scatter of counts[r] rows to rank r; the gradient is gathered."""
-    return rows if group is None else _SumAndScatter.apply(rows, counts, group)  # type: ignore[no-untyped-call]
+    if group is None:
+        return rows
+    return _SumAndScatter.apply(rows, counts, group)
 
 
-def _spread(rows: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
-    """Each row at its slot, zeros elsewhere: [slots, ...].
+def _scatter_to_slots(rows: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
+    """Returns [slots, ...]: each row at its slot, zeros elsewhere.
 
     Rows that are only padding all go to one more slot, which is cut off.
     """
-    spread = rows.new_zeros((num_slots + 1, *rows.shape[1:]))
-    return spread.index_copy_(0, slots_R, rows)[:num_slots]
+    by_slot = rows.new_zeros((num_slots + 1, *rows.shape[1:]))
+    return by_slot.index_copy_(0, slots_R, rows)[:num_slots]
 
 
-class _Take(torch.autograd.Function):
+class _Take(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, x: Tensor, slots: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(slots)
-        ctx.shape = x.shape[0], top_k
+        ctx.num_tokens = x.shape[0]
+        ctx.top_k = top_k
         tokens = torch.div(slots, top_k, rounding_mode="floor")
+        # Padding has the token T, which does not exist: any row is taken, then cleared.
         rows = x.index_select(0, tokens.clamp(max=x.shape[0] - 1))
         return rows.masked_fill_((tokens == x.shape[0])[:, None], 0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (slots,) = ctx.saved_tensors
-        tokens, top_k = ctx.shape
-        return (
-            _spread(grad, slots, tokens * top_k).view(tokens, top_k, -1).sum(1),
-            None,
-            None,
-        )
+        num_slots = ctx.num_tokens * ctx.top_k
+        # A token's gradient is the sum over its K rows.
+        by_slot = _scatter_to_slots(grad, slots, num_slots)
+        return by_slot.view(ctx.num_tokens, ctx.top_k, -1).sum(1), None, None
 
 
-class _WeighAndSum(torch.autograd.Function):
+class _WeighAndSum(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor, slots: Tensor) -> Tensor:
         ctx.save_for_backward(rows, weights, slots)
-        spread = _spread(rows, slots, weights.numel()).view(*weights.shape, -1)
-        total = to_fp32(spread[:, 0]) * weights[:, :1]
+        by_slot = _scatter_to_slots(rows, slots, weights.numel()).view(*weights.shape, -1)
+        # K additions in fp32, one rounding.
+        total = to_fp32(by_slot[:, 0]) * weights[:, :1]
         for k in range(1, weights.shape[1]):
-            total.addcmul_(to_fp32(spread[:, k]), weights[:, k : k + 1])
+            total.addcmul_(to_fp32(by_slot[:, k]), weights[:, k : k + 1])
         return total.to(rows.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, weights, slots = ctx.saved_tensors
-        tokens = torch.div(slots, weights.shape[1], rounding_mode="floor").clamp_(
-            max=weights.shape[0] - 1
-        )
-        of_row = weights.flatten()[slots.clamp(max=weights.numel() - 1)].masked_fill_(
-            slots == weights.numel(), 0
-        )
+        num_tokens, top_k = weights.shape
+        num_slots = weights.numel()
+        # Padding has the slot T x K, which does not exist: its weight is zero.
+        tokens = torch.div(slots, top_k, rounding_mode="floor").clamp_(max=num_tokens - 1)
+        row_weights = weights.flatten()[slots.clamp(max=num_slots - 1)]
+        row_weights.masked_fill_(slots == num_slots, 0)
         grads = to_fp32(grad.index_select(0, tokens))
-        grad_of_row = torch.linalg.vecdot(grads, to_fp32(rows))
-        grad_weights = _spread(grad_of_row, slots, weights.numel()).view(weights.shape)
-        return grads.mul_(of_row[:, None]).to(rows.dtype), grad_weights, None
+        # A weight's gradient is the product of its row with the token's gradient.
+        grad_row_weights = torch.linalg.vecdot(grads, to_fp32(rows))
+        grad_weights = _scatter_to_slots(grad_row_weights, slots, num_slots)
+        grad_rows = grads.mul_(row_weights[:, None]).to(rows.dtype)
+        return grad_rows, grad_weights.view(weights.shape), None
 
 
-class _Reorder(torch.autograd.Function):
+class _Reorder(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, order: Tensor) -> Tensor:
         ctx.save_for_backward(order)
@@ -117,10 +128,11 @@ class _Reorder(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (order,) = ctx.saved_tensors
+        # Each row is written once, so nothing has to be added or cleared.
         return torch.empty_like(grad).index_copy_(0, order, grad), None
 
 
-class _Exchange(torch.autograd.Function):
+class _Exchange(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
         ctx: Any,
@@ -129,36 +141,42 @@ class _Exchange(torch.autograd.Function):
         receive: Sequence[int] | None,
         group: Group,
     ) -> Tensor:
-        ctx.way = send, receive, group
+        ctx.send = send
+        ctx.receive = receive
+        ctx.group = group
         return collectives.all_to_all_rows(rows, group, send, receive)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        send, receive, group = ctx.way
-        return collectives.all_to_all_rows(grad, group, receive, send), None, None, None
+        returned = collectives.all_to_all_rows(grad, ctx.group, ctx.receive, ctx.send)
+        return returned, None, None, None
 
 
-class _Gather(torch.autograd.Function):
+class _Gather(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-        ctx.way = counts, group
+        ctx.counts = counts
+        ctx.group = group
         return collectives.all_gather_uneven_rows(rows, counts, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (
-            collectives.reduce_scatter_uneven_rows(grad.contiguous(), *ctx.way),
-            None,
-            None,
+        summed = collectives.reduce_scatter_uneven_rows(
+            grad.contiguous(), ctx.counts, ctx.group
         )
+        return summed, None, None
 
 
-class _SumAndScatter(torch.autograd.Function):
+class _SumAndScatter(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-        ctx.way = counts, group
+        ctx.counts = counts
+        ctx.group = group
         return collectives.reduce_scatter_uneven_rows(rows, counts, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return collectives.all_gather_uneven_rows(grad.contiguous(), *ctx.way), None, None
+        gathered = collectives.all_gather_uneven_rows(
+            grad.contiguous(), ctx.counts, ctx.group
+        )
+        return gathered, None, None

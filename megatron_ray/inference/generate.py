@@ -1,9 +1,12 @@
-"""Text from a committed checkpoint, on one process.
+"""Generates text from a committed checkpoint, in one process.
 
-Owns: loading a model for inference, the sampler with its cache, the command.
+Owns: loading a model for inference, the sampler with its cache, the command. Must not
+know: jobs.
 
 `python -m megatron_ray.inference.generate --checkpoint PATH --prompt TEXT` prints
-prompt and continuation. Must not know: jobs.
+prompt and continuation.
+
+Shapes: V vocabulary.
 """
 
 import argparse
@@ -31,7 +34,6 @@ from megatron_ray.sharding.buckets import plan_buckets
 from megatron_ray.sharding.parameter_types import LocalParameter
 from megatron_ray.sharding.parameters import local_parameters
 from megatron_ray.sharding.sharded_state import (
-    ShardedState,
     ShardedTensor,
     TensorBox,
     whole_tensor,
@@ -42,7 +44,7 @@ from megatron_ray.storage.storage import open_storage
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated."""
+    """A prompt and its continuation."""
 
     prompt: str
     text: str
@@ -56,7 +58,7 @@ class Generation:
 class Sampling:
     """How the next token is chosen.
 
-    Raises ValueError for values that choose nothing.
+    Raises ValueError for values that leave no token to choose.
     """
 
     temperature: float = 1.0
@@ -77,11 +79,11 @@ class Sampling:
 
 
 def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenizer]:
-    """The trained model in fp32 on one device, and its tokenizer, whatever layout saved
-    them.
+    """Returns the trained model in fp32 on one device, and its tokenizer.
 
-    Raises StorageError (CheckpointError when the checkpoint may not be loaded),
-    ValueError when its config is not understood.
+    The checkpoint may have been saved under any layout. Raises StorageError
+    (CheckpointError when the checkpoint may not be loaded), ValueError when its config
+    is not understood.
     """
     train_state = read_train_state(checkpoint_path, 0)
     if "config" not in train_state:
@@ -91,40 +93,40 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
             "it does not say which model it holds (no config in its train state)",
         )
     config = TrainConfig.from_mapping(train_state["config"])
+    # The model of one rank: checkpoints are resharded as they are read.
     mesh = ParallelMesh.single(device)
     model = build_model(config.model, mesh, ParallelismConfig(), dtype=torch.float32)
     plan = plan_buckets(
         local_parameters(config.model, mesh.dims, 0), 1, config.parallel.bucket_elements
     )
     weights = torch.zeros(plan.num_elements, device=mesh.device)
-    buffers = FlatBuffers(plan, weights, torch.empty(0))  # nobody asks for gradients
+    # There is no backward pass, so the buffer of gradients stays empty.
+    buffers = FlatBuffers(plan, weights, torch.empty(0))
     views = buffers.views(weights)
     bind_parameters(model, views)
-    biases = {
-        f"model/{name}": whole_tensor(bias.value)
-        for name, bias in allocate_expert_biases(model, mesh.device).items()
-    }
-    load_into(
-        checkpoint_path,
-        _model_state([placed.parameter for placed in plan.placed], views) | biases,
-    )
-    model.requires_grad_(False).eval()
+    state = _model_state([placed.parameter for placed in plan.placed], views)
+    for name, bias in allocate_expert_biases(model, mesh.device).items():
+        state[f"model/{name}"] = whole_tensor(bias.value)
+    load_into(checkpoint_path, state)
+    model.requires_grad_(False)
     return model, _load_tokenizer(checkpoint_path, train_state.get("end_of_document"))
 
 
-def _model_state(table: Sequence[LocalParameter], views: dict[str, Tensor]) -> ShardedState:
-    return {
-        f"model/{part.logical.name}": ShardedTensor(
-            part.logical.shape,
-            [
-                TensorBox(
-                    part.box, views[local.name].narrow(0, part.start, part.box.size[0])
-                )
-            ],
-        )
-        for local in table
-        for part in local.parts
-    }
+def _model_state(
+    table: Sequence[LocalParameter], views: dict[str, Tensor]
+) -> dict[str, ShardedTensor]:
+    """Returns where each logical parameter of a checkpoint goes in local memory.
+
+    A local parameter may be fused of several logical ones, each some of its rows.
+    """
+    state = dict[str, ShardedTensor]()
+    for local in table:
+        for part in local.parts:
+            memory = views[local.name].narrow(0, part.start, part.box.size[0])
+            state[f"model/{part.logical.name}"] = ShardedTensor(
+                part.logical.shape, [TensorBox(part.box, memory)]
+            )
+    return state
 
 
 def _load_tokenizer(checkpoint_path: str, end_of_document: int | None) -> Tokenizer:
@@ -149,11 +151,10 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Generation:
-    """Continues `prompt` until a document ends or `max_new_tokens` are there; an empty
-    prompt begins a new document.
+    """Continues `prompt` until a document ends or there are `max_new_tokens`.
 
-    The same seed gives the same text. Raises ValueError for wrong sampling values and
-    for more tokens than learned positions.
+    An empty prompt begins a new document. The same seed gives the same text. Raises
+    ValueError for wrong sampling values and for more tokens than learned positions.
     """
     start = tokenizer.encode(prompt) or [tokenizer.end_of_document]
     tokens = generate_tokens(
@@ -165,18 +166,19 @@ def generate(
         stop=tokenizer.end_of_document,
         vocabulary=tokenizer.vocab_size,
     )
-    ended = bool(tokens) and tokens[-1] == tokenizer.end_of_document
-    new = tokens[:-1] if ended else tokens
-    # Some tokenizers drop a leading space when they decode; what the prompt adds to the
-    # whole keeps it.
-    before = tokenizer.decode(start)
-    whole = tokenizer.decode(start + new)
-    text = (
-        whole[len(before) :]
-        if prompt and whole.startswith(before)
-        else tokenizer.decode(new)
-    )
-    return Generation(prompt, text, tuple(new), "end_of_document" if ended else "length")
+    finish_reason: Literal["length", "end_of_document"] = "length"
+    if tokens and tokens[-1] == tokenizer.end_of_document:
+        finish_reason = "end_of_document"
+        tokens = tokens[:-1]
+    # Some tokenizers drop a leading space when they decode, so the continuation is what
+    # the new tokens add to the decoded prompt.
+    decoded_prompt = tokenizer.decode(start)
+    decoded = tokenizer.decode(start + tokens)
+    if prompt and decoded.startswith(decoded_prompt):
+        text = decoded[len(decoded_prompt) :]
+    else:
+        text = tokenizer.decode(tokens)
+    return Generation(prompt, text, tuple(tokens), finish_reason)
 
 
 @torch.no_grad()
@@ -190,54 +192,63 @@ def generate_tokens(
     stop: int,
     vocabulary: int,
 ) -> list[int]:
-    """New token ids, `stop` included when it came; ids from `vocabulary` on (the
-    model's spare rows) are never chosen.
+    """Returns new token ids, up to and with the first `stop`.
+
+    Ids from `vocabulary` on, which are padding of the embedding, are never chosen.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     _check_positions(model, len(prompt), max_new_tokens)
+    # Allocated once, for the longest continuation that there may be.
     caches = _empty_caches(model, len(prompt) + max_new_tokens)
     device = caches[0].keys.device
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that devices agree
+    # On the CPU, so that all devices draw the same.
+    generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
-    new = list[int]()
-    seen = 0
-    while len(new) < max_new_tokens and (not new or new[-1] != stop):
-        fresh = torch.tensor([tokens[seen:]], device=device)
-        positions = torch.arange(seen, len(tokens), device=device)[None]
-        hidden = model.hidden(fresh, positions, caches)
+    num_cached = 0
+    # First the whole prompt goes through the model, then one token at a time.
+    while len(tokens) < len(prompt) + max_new_tokens:
+        inputs = torch.tensor([tokens[num_cached:]], device=device)
+        positions = torch.arange(num_cached, len(tokens), device=device)[None]
+        hidden = model.hidden(inputs, positions, caches)
         logits: Tensor = model.head.logits(hidden[-1:])  # type: ignore[operator]
-        seen = len(tokens)
-        new.append(choose(logits[0, :vocabulary].float().cpu(), sampling, generator))
-        tokens.append(new[-1])
-    return new
+        num_cached = len(tokens)
+        token = choose(logits[0, :vocabulary].float().cpu(), sampling, generator)
+        tokens.append(token)
+        if token == stop:
+            break
+    return tokens[len(prompt) :]
 
 
 def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id; consumes one random number unless temperature is 0."""
+    """Returns one token id; consumes one random number unless temperature is 0."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
+    # fp64, and a stable sort, so that all devices choose the same.
     ranked, ids = (logits_V.double() / sampling.temperature).sort(
         descending=True, stable=True
     )
+    # `None` keeps all tokens.
     probabilities = ranked[: sampling.top_k].softmax(0)
     if sampling.top_p is not None:
-        before = probabilities.cumsum(0) - probabilities
-        kept = max(1, int((before < sampling.top_p).sum()))
-        probabilities = probabilities[:kept]
-    reached = probabilities.cumsum(0)
-    drawn = torch.rand((), dtype=torch.float64, generator=generator) * reached[-1]
-    return int(
-        ids[min(int(torch.searchsorted(reached, drawn, right=True)), len(reached) - 1)]
-    )
+        # Mass of the more likely tokens: one is kept while they do not reach top_p.
+        more_likely = probabilities.cumsum(0) - probabilities
+        num_kept = max(1, int((more_likely < sampling.top_p).sum()))
+        probabilities = probabilities[:num_kept]
+    # Not normalised again: the drawn number is scaled instead.
+    cumulative = probabilities.cumsum(0)
+    drawn = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
+    index = int(torch.searchsorted(cumulative, drawn, right=True))
+    # Rounding may put the drawn number on the very end.
+    return int(ids[min(index, len(cumulative) - 1)])
 
 
 def _check_positions(model: GPT, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises ValueError for more tokens than a model with learned positions has."""
+    if model.config.position_embedding != "learned":
+        return
     limit = model.config.max_sequence_length
-    if (
-        model.config.position_embedding != "learned"
-        or prompt_tokens + max_new_tokens <= limit
-    ):
+    if prompt_tokens + max_new_tokens <= limit:
         return
     if prompt_tokens >= limit:
         raise ValueError(
@@ -255,10 +266,10 @@ def _empty_caches(model: GPT, capacity: int) -> list[KeyValueCache]:
     config = model.config
     like = next(model.parameters())
     shape = (1, config.kv_heads, capacity, config.head_width)
-    return [
-        KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
-        for _ in range(config.num_layers)
-    ]
+    caches = list[KeyValueCache]()
+    for _ in range(config.num_layers):
+        caches.append(KeyValueCache(like.new_zeros(shape), like.new_zeros(shape)))
+    return caches
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -291,30 +302,41 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code. A user's mistake is one line on stderr."""
+    """Runs the command and returns its exit code.
+
+    A user's mistake becomes one line on stderr.
+    """
     options = _parse(arguments)
-    device = (
-        options.device
-        if options.device != "auto"
-        else ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    sampling = {
-        name: getattr(options, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    }
     try:
-        model, tokenizer = load_model(options.checkpoint, device)
-        generation = generate(model, tokenizer, options.prompt, **sampling)
+        model, tokenizer = load_model(options.checkpoint, _device(options.device))
+        generation = generate(
+            model,
+            tokenizer,
+            options.prompt,
+            max_new_tokens=options.max_new_tokens,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        )
     except (StorageError, ValueError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        message = " ".join(str(error).split())
+        sys.stderr.write(f"error: {message}\n")
         return 1
-    text = (
-        json.dumps(asdict(generation))
-        if options.json
-        else generation.prompt + generation.text
-    )
-    sys.stdout.write(f"{text}\n")
+    output = generation.prompt + generation.text
+    if options.json:
+        output = json.dumps(asdict(generation))
+    sys.stdout.write(f"{output}\n")
     return 0
+
+
+def _device(name: str) -> str:
+    """Returns the device to use, where `auto` is the GPU if there is one."""
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "cpu"
 
 
 if __name__ == "__main__":

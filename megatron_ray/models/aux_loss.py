@@ -1,7 +1,7 @@
-"""Losses that are trained on beside the model's own.
+"""Attaches auxiliary losses, which are trained on beside the model's own loss.
 
 Owns: how their gradients join the backward pass, and their sums over a step. Must not
-know: which, who reports them.
+know: which losses there are, who reports them.
 """
 
 from typing import Any
@@ -9,54 +9,66 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ray.ops.autograd import AutogradFunction
+
 
 class AuxLoss(nn.Module):
-    """One place where such a loss arises.
+    """One auxiliary loss of one layer (Megatron-LM: `MoEAuxLossAutoScaler`).
 
-    What it adds up to is counted in the backward pass, which every microbatch that is
-    trained on goes through once, recomputed or not; it stays on the device until
-    somebody takes it.
+    Its sum is counted in the backward pass, which every microbatch of a step goes
+    through exactly once, recomputed or not. The sum stays on the device until `take`.
     """
 
     def __init__(self, kind: str, divisor: float) -> None:
-        """`kind`: what it is reported as; `divisor`: what makes a sum over all places
-        and ranks that number.
+        """Creates the loss of one layer.
+
+        `kind` is the name it is reported by. `divisor` turns a sum over all layers and
+        ranks into the reported number.
         """
         super().__init__()
         self.kind = kind
         self._divisor = divisor
         self._total: Tensor | None = None
 
-    def forward(self, to: Tensor, loss: Tensor) -> Tensor:
-        """`to` as it is; the backward pass adds the gradient of the loss, a scalar.
+    def forward(self, activations: Tensor, loss: Tensor) -> Tensor:
+        """Returns `activations` unchanged; their backward pass adds d(loss), a scalar.
 
-        As everywhere the gradient of a loss is taken to be one: the scaling by tokens
-        comes in the end.
+        As everywhere the gradient of a loss is taken to be one: dividing by the tokens
+        of the step comes at its end.
         """
-        return _Attach.apply(to, loss, self)  # type: ignore[no-any-return, no-untyped-call]
+        return _Attach.apply(activations, loss, self)
 
     def count(self, loss: Tensor) -> None:
-        """Adds one microbatch's."""
-        self._total = loss.double() if self._total is None else self._total + loss
+        """Adds one microbatch's loss to the sum."""
+        if self._total is None:
+            # fp64, since this is summed over all microbatches of a step.
+            self._total = loss.double()
+        else:
+            self._total = self._total + loss
 
     def take(self) -> Tensor | None:
-        """This place's part since it was taken before, an fp64 scalar; None where there
-        was nothing.
+        """Returns this layer's share since the last call, and starts a new sum.
+
+        The share is an fp64 scalar on the device; None when nothing was counted.
         """
         total = self._total
         self._total = None
-        return None if total is None else total / self._divisor
+        if total is None:
+            return None
+        return total / self._divisor
 
 
-class _Attach(torch.autograd.Function):
+class _Attach(AutogradFunction[Tensor]):
     @staticmethod
-    def forward(ctx: Any, to: Tensor, loss: Tensor, place: AuxLoss) -> Tensor:
+    def forward(ctx: Any, activations: Tensor, loss: Tensor, aux_loss: AuxLoss) -> Tensor:
         ctx.save_for_backward(loss)
-        ctx.place = place
-        return to.clone()  # and no view: ZeRO-3 hangs its hooks on what a stage returns
+        ctx.aux_loss = aux_loss
+        # A copy and not a view: ZeRO-3 puts its hooks on what a stage returns.
+        return activations.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = ctx.saved_tensors
-        ctx.place.count(loss)
+        # Counted here and not in forward, which runs twice where it is recomputed.
+        ctx.aux_loss.count(loss)
         return grad, torch.ones_like(loss), None

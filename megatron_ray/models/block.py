@@ -1,24 +1,33 @@
-"""One transformer block.
+"""Wires one transformer block.
 
 Owns: pre-norm residual wiring. Must not know: ranks, groups.
+
+Shapes: T tokens, H hidden.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.attention import Attention, ForwardContext, KeyValueCache
+from megatron_ray.models.attention import Attention, KeyValueCache
+from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.latent_attention import LatentAttention
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.mlp import make_mlp
+from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe.layer import MoE
 from megatron_ray.sharding.model_specs import block_spec
 
+RunBlocks = Callable[[Iterable[nn.Module], Tensor, ForwardContext], Tensor]
+"""How a model takes hidden states [T, H] through some blocks."""
+
 
 class Block(nn.Module):
-    """hidden + attention(norm(hidden)), then + mlp(norm(.)), or + experts(norm(.)); a
-    residual is added inside its half's last product.
+    """hidden + attention(norm(hidden)), then hidden + mlp(norm(hidden)).
+
+    The MLP may be a mixture of experts. Each residual is added inside the last product
+    of its half, which saves a pass over the hidden states. With dropout it has to be
+    added after the product instead.
     """
 
     def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
@@ -27,65 +36,74 @@ class Block(nn.Module):
         self.attention_norm = layers.norm(spec.attention_norm)
         self.attention = make_attention(config, layers, index)
         self.mlp_norm = layers.norm(spec.mlp_norm)
+        self.mlp: GatedMLP | PlainMLP | None = None
+        self.moe: MoE | None = None
         moe = config.experts_on(index)
-        self.mlp = make_mlp(config, layers, config.ffn_width) if moe is None else None
-        self.moe = MoE(config, moe, layers, index) if moe is not None else None
+        if moe is None:
+            self.mlp = make_mlp(config, layers, config.ffn_width)
+        else:
+            self.moe = MoE(config, moe, layers, index)
         self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
     def forward(
         self,
         hidden_TH: Tensor,
-        positions: ForwardContext,
+        context: ForwardContext,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        if (
-            self.attention_dropout is not None
-            and self.mlp_dropout is not None
-            and positions.first_sample is not None
-        ):
-            return self._dropping(hidden_TH, positions, positions.first_sample)
+        """Returns the hidden states [T, H] after this block.
+
+        `cache` holds the keys and values of earlier tokens, in generation.
+        """
+        if self.attention_dropout is not None and context.mode.is_training:
+            return self._forward_with_dropout(hidden_TH, context)
+        # Each half takes its input twice: normalised, and as the residual.
         hidden_TH = self.attention(
-            self.attention_norm(hidden_TH), hidden_TH, positions, cache
+            self.attention_norm(hidden_TH), hidden_TH, context, cache
         )
-        return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, positions)
+        return self._feed_forward(self.mlp_norm(hidden_TH), hidden_TH, context)
 
     def _feed_forward(
-        self, x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext
+        self, x_TH: Tensor, residual_TH: Tensor | None, context: ForwardContext
     ) -> Tensor:
         if self.moe is not None:
-            output: Tensor = self.moe(x_TH, residual_TH, positions)
-        else:
-            output = self.mlp(x_TH, residual_TH)  # type: ignore[misc]
-        return output
+            output: Tensor = self.moe(x_TH, residual_TH, context)
+            return output
+        assert self.mlp is not None
+        expanded: Tensor = self.mlp(
+            x_TH, residual_TH, is_output_needed=context.is_output_needed
+        )
+        return expanded
 
-    def _dropping(
-        self, hidden_TH: Tensor, positions: ForwardContext, first_sample: int
-    ) -> Tensor:
-        """With dropout the residual is added after it, so not inside a product."""
+    def _forward_with_dropout(self, hidden_TH: Tensor, context: ForwardContext) -> Tensor:
+        """Adds each residual after the dropout of its half, not inside a product."""
         assert self.attention_dropout is not None
         assert self.mlp_dropout is not None
-        attended = self.attention(self.attention_norm(hidden_TH), None, positions)
-        hidden_TH = self.attention_dropout(attended, first_sample).add_(hidden_TH)
-        fed = self._feed_forward(self.mlp_norm(hidden_TH), None, positions)
-        output: Tensor = self.mlp_dropout(fed, first_sample).add_(hidden_TH)
+        # Dropout works in place on fresh results, and so does adding the residual: the
+        # sums need no memory of their own.
+        sample = context.dropout_sample
+        attended = self.attention(self.attention_norm(hidden_TH), None, context)
+        hidden_TH = self.attention_dropout(attended, sample).add_(hidden_TH)
+        expanded = self._feed_forward(self.mlp_norm(hidden_TH), None, context)
+        output: Tensor = self.mlp_dropout(expanded, sample).add_(hidden_TH)
         return output
 
 
 def make_attention(
     config: ModelConfig, layers: Layers, index: int
 ) -> Attention | LatentAttention:
-    """The kind of attention that a layer has."""
-    place = f"layers.{index}.attention"
+    """Returns the kind of attention that a layer has."""
+    path = f"layers.{index}.attention"
     if config.mla is not None:
-        return LatentAttention(config, config.mla, layers, place)
-    return Attention(config, layers, place, config.window_on(index))
+        return LatentAttention(config, config.mla, layers, path)
+    return Attention(config, layers, path, config.window_on(index))
 
 
 def run_sequentially(
-    blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: ForwardContext
+    blocks: Iterable[nn.Module], hidden_TH: Tensor, context: ForwardContext
 ) -> Tensor:
-    """Activations through a row of blocks."""
+    """Runs blocks one after another and keeps all of their activations."""
     for block in blocks:
-        hidden_TH = block(hidden_TH, positions, None)
+        hidden_TH = block(hidden_TH, context, None)
     return hidden_TH

@@ -1,10 +1,9 @@
 """Dropout (Srivastava et al. 2014).
 
-Owns: the mask and its place in the arithmetic. Must not know: ranks, groups.
+Owns: the masks and where they enter the arithmetic. Must not know: ranks, groups.
 
 Masks are functions of the stream and of the batch's first sample, so a second forward
-of the same microbatch drops the same. Without a sample (evaluation, generation) nothing
-is dropped; where the rate is 0 there is no module at all.
+of the same microbatch drops the same. Where the rate is 0 there is no module at all.
 
 Shapes: T tokens, H hidden, B batch, S sequence, N query heads, G key/value heads, D
 head width.
@@ -27,29 +26,30 @@ class Dropout(nn.Module):
         self.stream = stream
 
     def mask(self, like: Tensor, first_sample: int) -> Tensor:
-        """True where dropped."""
-        dropped = torch.empty_like(
+        """Returns a mask in the shape of `like`, True where elements are dropped."""
+        # Contiguous whatever `like` is, so that the same numbers fall on the same elements.
+        mask = torch.empty_like(
             like, dtype=torch.bool, memory_format=torch.contiguous_format
         )
-        return dropped.bernoulli_(
-            self.rate, generator=self.stream.at(first_sample, like.device)
-        )
+        generator = self.stream.at(first_sample, like.device)
+        return mask.bernoulli_(self.rate, generator=generator)
 
     def forward(self, fresh_TH: Tensor, first_sample: int) -> Tensor:
-        """In place: `fresh_TH` must be a result that nobody else reads, or keeps for a
-        backward pass.
+        """Drops in place.
+
+        `fresh_TH` must be a result that nothing else reads and that autograd does not
+        keep.
         """
-        return fresh_TH.masked_fill_(self.mask(fresh_TH, first_sample), 0).mul_(
-            1 / (1 - self.rate)
-        )
+        mask = self.mask(fresh_TH, first_sample)
+        return fresh_TH.masked_fill_(mask, 0).mul_(1 / (1 - self.rate))
 
 
 class AttentionWithDropout(nn.Module):
-    """Causal attention with dropout on its probabilities, by plain products: scores [B,
-    N, S, S] are made in full.
+    """Causal attention with dropout on its probabilities.
 
-    torch's fused attention draws from its global generator, and the blocks of bf16 on
-    CPU drop nothing.
+    Plain products make all scores [B, N, S, S]. The fused kernels cannot be used:
+    torch's draws its masks from the global generator, and the blockwise one for bf16 on
+    CPU has no dropout.
     """
 
     def __init__(self, rate: float, stream: Stream, window: int | None = None) -> None:
@@ -62,35 +62,44 @@ class AttentionWithDropout(nn.Module):
         q_BNSD: Tensor,
         k_BGSD: Tensor,
         v_BGSD: Tensor,
-        about: tuple[Packed | None, int],
+        packed: Packed | None,
+        first_sample: int,
     ) -> Tensor:
-        """`about`: the batch's documents, if they are apart, and its first sample."""
-        packed, first_sample = about
-        (batch, heads, sequence, width) = q_BNSD.shape
+        """Returns the attention outputs [B, N, S, D]."""
+        batch, heads, sequence, width = q_BNSD.shape
         groups = k_BGSD.shape[1]
         # The heads that share keys lie together: one product for all of them.
+        # [B, G, (N / G) S, D] x [B, G, D, S].
         queries = q_BNSD.reshape(batch, groups, -1, width)
         scores = torch.matmul(queries, k_BGSD.transpose(2, 3)).view(
             batch, heads, sequence, sequence
         )
-        wide = scores.float() if scores.dtype.itemsize < 4 else scores
-        hidden = _hidden(sequence, self.window, packed, wide)
-        probabilities = torch.softmax(wide.mul(width**-0.5).add_(hidden), -1)
+        # A softmax in bf16 would round its sums.
+        if scores.dtype.itemsize < 4:
+            scores = scores.float()
+        bias = _causal_bias(sequence, self.window, packed, scores)
+        probabilities = torch.softmax(scores.mul(width**-0.5).add_(bias), -1)
+        # Not divided by 1 - rate here: that would be a pass over all scores, see below.
         dropped = probabilities.to(q_BNSD.dtype).masked_fill(
             self.dropout.mask(probabilities, first_sample), 0
         )
         attended = torch.matmul(dropped.view(batch, groups, -1, sequence), v_BGSD)
+        # Values are scaled after the product, which has fewer elements than scores.
         return attended.mul_(1 / (1 - self.dropout.rate)).view(q_BNSD.shape)
 
 
-def _hidden(
+def _causal_bias(
     sequence: int, window: int | None, packed: Packed | None, like: Tensor
 ) -> Tensor:
-    """What is added to scores: minus infinity for later tokens, for those out of the
-    window and, where documents are apart, for other documents'.
+    """Returns what is added to scores: -inf where a token must not be seen.
+
+    Those are later tokens, tokens before the window and, when documents are packed,
+    tokens of other documents.
     """
-    hidden = band_bias(sequence, sequence, 0, window or sequence, like)
+    # Without a window the band is as wide as the sequence: causal attention.
+    bias = band_bias(sequence, sequence, 0, window or sequence, like)
     if packed is None:
-        return hidden
-    other = packed.documents_BS[:, None, :, None] != packed.documents_BS[:, None, None, :]
-    return hidden.masked_fill(other, -torch.inf)
+        return bias
+    documents = packed.documents_BS
+    is_other = documents[:, None, :, None] != documents[:, None, None, :]
+    return bias.masked_fill(is_other, -torch.inf)

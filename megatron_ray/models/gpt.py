@@ -1,20 +1,22 @@
-"""A GPT-class decoder.
+"""Assembles a GPT-class decoder.
 
-Owns: the order of its parts. Must not know: ranks, groups, where a batch comes from.
+Owns: the order of its parts, and which of them the pipeline stages of a rank need. Must
+not know: ranks, groups, where a batch comes from.
 
-Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary.
+Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary, L layers, K
+experts of a token.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.attention import ForwardContext, KeyValueCache
+from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.batch import Batch
-from megatron_ray.models.block import Block, run_sequentially
+from megatron_ray.models.block import Block, RunBlocks, run_sequentially
+from megatron_ray.models.forward_context import ForwardContext, ForwardMode
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_ray.models.rope import rotary_angles
@@ -28,98 +30,117 @@ from megatron_ray.sharding.parameters import whole_model
 
 
 class GPT(nn.Module):
-    """Embedding, blocks, norm, head; parameter names are those of the parameter table."""
+    """Embedding, blocks, norm and head of some pipeline stages, or of a whole model.
+
+    Parameter names are those of the parameter table, whatever the stages.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         layers: Layers,
-        held: Sequence[StageContents] | None = None,
+        stages: Sequence[StageContents] | None = None,
     ) -> None:
-        """With the parts of the pipeline stages `held`; all of them when not given."""
+        """Creates the parts of `stages`; all parts when None."""
         super().__init__()
         self.config = config
-        self.held = whole_model(config) if held is None else tuple(held)
+        self.stages = whole_model(config) if stages is None else tuple(stages)
+        self.run_blocks: RunBlocks = run_sequentially
+        """How hidden states go through the blocks of a stage; `apply_recompute`
+        replaces it."""
         self.on_route: Callable[[int, Tensor], None] | None = None
-        """Hears of every router's choice, see `Positions`; for whoever records them."""
-        begins, ends = (
-            any(getattr(stage, part) for stage in self.held)
-            for part in ("embedding", "loss")
-        )
-        depths = [depth for stage in self.held for depth in stage.mtp_layers]
-        uses = begins + len(depths)
-        self.embedding = layers.embedding(vocabulary_spec(config), uses) if uses else None
-        if begins and config.position_embedding == "learned":
+        """Called for every router's choice, see `ForwardContext`."""
+        self.has_embedding = any(stage.embedding for stage in self.stages)
+        self.has_head = any(stage.loss for stage in self.stages)
+        indices = list[int]()
+        depths = list[int]()
+        for stage in self.stages:
+            indices.extend(stage.layers)
+            depths.extend(stage.mtp_layers)
+
+        # An MTP layer embeds tokens too, so the last stage then has a copy.
+        embedding_uses = int(self.has_embedding) + len(depths)
+        self.embedding: nn.Module | None = None
+        if embedding_uses:
+            self.embedding = layers.embedding(vocabulary_spec(config), embedding_uses)
+        if self.has_embedding and config.position_embedding == "learned":
             self.position_embedding = layers.position_embedding(
                 position_embedding_spec(config)
             )
         self.embedding_dropout = layers.hidden_dropout("embedding")
-        # A dictionary, so that a layer keeps its name when a pipeline cut leaves only
-        # some of them.
-        self.layers = nn.ModuleDict(
-            {
-                str(index): Block(config, layers, index)
-                for stage in self.held
-                for index in stage.layers
-            }
-        )
-        self.through = run_sequentially
-        """How activations go through the blocks of a stage; recomputation puts its own
-        way here."""
-        if ends:
+        # Dictionaries, so that a layer keeps its name when a stage has only some.
+        self.layers = nn.ModuleDict()
+        for index in indices:
+            self.layers[str(index)] = Block(config, layers, index)
+        if self.has_head:
             self.final_norm = layers.norm(norm_spec(config, config.hidden_size))
+            tied_embedding = self.embedding if config.tie_embeddings else None
             self.head = layers.head(
-                vocabulary_spec(config),
-                self.embedding if config.tie_embeddings else None,
-                1 + len(depths),
+                vocabulary_spec(config), tied_embedding, 1 + len(depths)
             )
-        self.mtp = nn.ModuleDict(
-            {
-                str(depth): MultiTokenPredictionLayer(config, layers, depth)
-                for depth in depths
-            }
-        )
+        self.mtp = nn.ModuleDict()
+        for depth in depths:
+            self.mtp[str(depth)] = MultiTokenPredictionLayer(config, layers, depth)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """All that are here, those that predict further tokens included."""
-        found = [*self.layers.values(), *(predict.block for predict in self.mtp.values())]
-        return tuple(block for block in found if isinstance(block, Block))
+        """All blocks here, those of MTP layers included."""
+        blocks = list[Block]()
+        for block in self.layers.values():
+            assert isinstance(block, Block)
+            blocks.append(block)
+        for mtp_layer in self.mtp.values():
+            assert isinstance(mtp_layer, MultiTokenPredictionLayer)
+            blocks.append(mtp_layer.block)
+        return tuple(blocks)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Sum over tokens of loss_mask x -log p(label), fp32 scalar."""
-        (whole,) = self.held
-        return self.stage(whole, None, batch)
+    def forward(self, batch: Batch, mode: ForwardMode = ForwardMode.TRAIN) -> Tensor:
+        """Returns the sum over tokens of loss_mask x -log p(label), an fp32 scalar.
+
+        The model must be a single stage.
+        """
+        (whole,) = self.stages
+        return self.stage(whole, None, batch, mode)
 
     def stage(
-        self, stage: StageContents, received_TH: Tensor | None, batch: Batch
+        self,
+        stage: StageContents,
+        received_TH: Tensor | None,
+        batch: Batch,
+        mode: ForwardMode = ForwardMode.TRAIN,
     ) -> Tensor:
-        """One of the stages held: activations [T, H] from those of the stage before, or
-        the loss from the last one.
+        """Runs one of the pipeline stages that are here.
+
+        `received_TH` is the output of the stage before, None for the first one. Returns
+        hidden states [T, H], or the loss when this is the last stage.
         """
-        hidden_TH = (
-            self._embed(batch.tokens_BS, batch.position_ids, batch.first_sample)
-            if received_TH is None
-            else received_TH
-        )
-        positions = self.positions_of(batch, hidden_TH)
-        hidden_TH = self.through(
-            [self.layers[str(index)] for index in stage.layers], hidden_TH, positions
-        )
+        if received_TH is None:
+            hidden_TH = self._embed(batch.tokens_BS, batch.position_ids)
+        else:
+            hidden_TH = received_TH
+        context = self.forward_context(batch, mode, hidden_TH)
+        # What another stage sends was dropped there.
+        if received_TH is None:
+            hidden_TH = self._drop_embedded(hidden_TH, context)
+        # A rank may have several stages of a model (virtual stages); this is one of them.
+        blocks = [self.layers[str(index)] for index in stage.layers]
+        # A stage may have no blocks at all: an embedding or a head of its own.
+        hidden_TH = self.run_blocks(blocks, hidden_TH, context)
         if not stage.loss:
             return hidden_TH
         hidden_TH = self.final_norm(hidden_TH)
         loss: Tensor = self.head(
             hidden_TH, batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)
         )
-        if self.mtp and torch.is_grad_enabled():
-            loss = self._with_further_tokens(loss, hidden_TH, batch, positions)
+        # MTP layers only change gradients: no other pass has a use for them.
+        if self.mtp and mode.attaches_losses:
+            loss = self._attach_mtp_losses(loss, hidden_TH, batch, context)
         return loss
 
-    def _with_further_tokens(
-        self, loss: Tensor, hidden_TH: Tensor, batch: Batch, positions: ForwardContext
+    def _attach_mtp_losses(
+        self, loss: Tensor, hidden_TH: Tensor, batch: Batch, context: ForwardContext
     ) -> Tensor:
-        """The loss with the gradients of the losses of further tokens attached.
+        """Returns `loss` with the gradients of the MTP losses attached.
 
         Each is a sum over the tokens that have such a label, times loss_coeff / depths,
         and is divided by the tokens of the step as the loss itself is: the mean over T
@@ -127,47 +148,50 @@ class GPT(nn.Module):
         somewhat fewer tokens with such a label, as in Megatron-LM with
         calculate_per_token_loss.)
         """
-        mtp = self.config.mtp
-        further = batch.further
-        assert mtp is not None
-        assert self.embedding is not None
-        if further is None:
+        assert self.config.mtp is not None
+        weight = self.config.mtp.weight
+        targets = batch.mtp_targets
+        if targets is None:
             raise ValueError(
-                "a model that predicts further tokens is trained on batches with further labels"
+                "a model with MTP layers needs batches with mtp_targets in training"
             )
         tokens_BS = batch.labels_BS
-        for predict, labels_BS, mask_BS in zip(
-            self.mtp.values(), further.labels_DBS, further.loss_mask_DBS, strict=True
+        for mtp_layer, labels_BS, mask_BS in zip(
+            self.mtp.values(), targets.labels_DBS, targets.loss_mask_DBS, strict=True
         ):
-            assert isinstance(predict, MultiTokenPredictionLayer)
-            hidden_TH = predict(hidden_TH, self._words(tokens_BS), positions, self.through)
-            loss = predict.loss(
-                loss,
-                self.head(
-                    hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * mtp.weight
-                ),
+            assert isinstance(mtp_layer, MultiTokenPredictionLayer)
+            hidden_TH = mtp_layer(
+                hidden_TH, self._embed_tokens(tokens_BS), context, self.run_blocks
             )
+            # The weight goes into the mask and not on the loss, whose gradient is one.
+            mtp_loss = self.head(
+                hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight
+            )
+            loss = mtp_layer.loss(loss, mtp_loss)
+            # What this depth predicted is the token that the next depth starts from.
             tokens_BS = labels_BS
         return loss
 
-    def _words(self, tokens_BS: Tensor) -> Tensor:
+    def _embed_tokens(self, tokens_BS: Tensor) -> Tensor:
         assert self.embedding is not None
-        words_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
+        embedded_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
         if self.config.embedding_scale != 1.0:
-            words_TH = words_TH * self.config.embedding_scale
-        return words_TH
+            embedded_TH = embedded_TH * self.config.embedding_scale
+        return embedded_TH
 
-    def _embed(
-        self, tokens_BS: Tensor, position_ids: Tensor, first_sample: int | None = None
-    ) -> Tensor:
-        hidden_TH = self._words(tokens_BS)
+    def _embed(self, tokens_BS: Tensor, position_ids: Tensor) -> Tensor:
+        hidden_TH = self._embed_tokens(tokens_BS)
         if self.config.position_embedding == "learned":
             hidden_TH = hidden_TH + self.position_embedding(
                 position_ids.expand(tokens_BS.shape).reshape(-1)
             )
-        if self.embedding_dropout is not None and first_sample is not None:
-            hidden_TH = self.embedding_dropout(hidden_TH, first_sample)
         return hidden_TH
+
+    def _drop_embedded(self, hidden_TH: Tensor, context: ForwardContext) -> Tensor:
+        if self.embedding_dropout is None or not context.mode.is_training:
+            return hidden_TH
+        dropped: Tensor = self.embedding_dropout(hidden_TH, context.dropout_sample)
+        return dropped
 
     def hidden(
         self,
@@ -175,13 +199,21 @@ class GPT(nn.Module):
         position_ids: Tensor,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """Activations [T, H] after the last norm, of a whole model."""
+        """Returns hidden states [T, H] after the last norm, for generation.
+
+        The model must be a single stage. `caches`: one per layer, of the tokens before
+        these.
+        """
+        # The head is left out here, since generation needs logits of the last token only.
         hidden_TH = self._embed(tokens_BS, position_ids)
-        positions = self._positions(tokens_BS.shape, position_ids, hidden_TH)
+        context = self._base_context(
+            ForwardMode.GENERATE, tokens_BS.shape, position_ids, hidden_TH
+        )
         for index, block in enumerate(self.layers.values()):
-            hidden_TH = block(
-                hidden_TH, positions, caches[index] if caches is not None else None
-            )
+            cache = None
+            if caches is not None:
+                cache = caches[index]
+            hidden_TH = block(hidden_TH, context, cache)
         output: Tensor = self.final_norm(hidden_TH)
         return output
 
@@ -191,28 +223,41 @@ class GPT(nn.Module):
         position_ids: Tensor,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """[B, S, V], for inference and judges."""
+        """Returns logits [B, S, V] of the same."""
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
-    def positions_of(self, batch: Batch, like: Tensor) -> ForwardContext:
-        """What blocks need to know of a batch; angles are on the device of `like` and
-        fit its type.
+    def forward_context(
+        self, batch: Batch, mode: ForwardMode, like: Tensor
+    ) -> ForwardContext:
+        """Returns what blocks must know of a batch.
+
+        Its tensors are on the device of `like` and fit its type.
         """
+        # Routers see tokens in one row, [B x S].
+        routing_replay_TLK = None
+        if batch.routing_replay is not None:
+            routing_replay_TLK = batch.routing_replay.flatten(0, 1)
         return replace(
-            self._positions(batch.tokens_BS.shape, batch.position_ids, like),
+            self._base_context(mode, batch.tokens_BS.shape, batch.position_ids, like),
             packed=batch.packed,
             first_sample=batch.first_sample,
-            routing_replay=_by_token(batch.routing_replay),
+            routing_replay=routing_replay_TLK,
             on_route=self.on_route,
         )
 
-    def _positions(
-        self, shape: tuple[int, ...], position_ids: Tensor, like: Tensor
+    def _base_context(
+        self,
+        mode: ForwardMode,
+        shape: tuple[int, ...],
+        position_ids: Tensor,
+        like: Tensor,
     ) -> ForwardContext:
-        batch, sequence = shape
+        """Returns the context of tokens of which only positions are known."""
+        batch_size, seq_length = shape
         if self.config.position_embedding != "rope":
-            return ForwardContext(batch, sequence, None, None)
+            return ForwardContext(mode, batch_size, seq_length, None, None)
+        # Angles are computed once a microbatch and shared by all layers.
         cos, sin = rotary_angles(
             position_ids,
             self.config.rotated_width,
@@ -220,8 +265,4 @@ class GPT(nn.Module):
             like.dtype,
             self.config.rope_scaling,
         )
-        return ForwardContext(batch, sequence, cos, sin)
-
-
-def _by_token(choices_BSLK: Tensor | None) -> Tensor | None:
-    return None if choices_BSLK is None else choices_BSLK.flatten(0, 1)
+        return ForwardContext(mode, batch_size, seq_length, cos, sin)

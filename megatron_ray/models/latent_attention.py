@@ -3,14 +3,15 @@
 Owns: how queries, keys and values come from low-rank latents. Must not know: ranks,
 groups.
 
-Queries come from one latent, keys and values together from another; a head's query and
+Queries come from one latent, keys and values together from another. A head's query and
 key have a part without positions and a rotated part, and the rotated part of the key is
-one for all heads. Training makes full keys and values of the latents and attends as
-usual, and so does the cache of generation, which is larger than it need be, and right.
+the same for all heads. Training makes full keys and values of the latents and attends
+as usual. Generation caches full keys and values too, which is correct but larger than a
+cache of latents.
 
-Shapes: T = B x S tokens, B batch, S sequence, N query heads (as held on this rank), D
-width of a head's query and key, P of that without positions, R rotated, D = P + R; V
-width of a head's value, C that of the latent of keys and values.
+Shapes: T = B x S tokens, B batch, S sequence, N query heads (of this rank), D width of
+a head's query and key, P of that without positions, R rotated, D = P + R; V width of a
+head's value, C that of the latent of keys and values.
 """
 
 from typing import Any
@@ -21,25 +22,27 @@ from torch import Tensor
 from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.positions import RopeScaling
-from megatron_ray.models.attention import CausalAttention, ForwardContext, KeyValueCache
+from megatron_ray.models.attention import CausalAttention, KeyValueCache
+from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.layers import Layers
 from megatron_ray.models.rope import rotates_in_fp32, yarn_magnitude
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.sharding.model_specs import latent_attention_spec
 
 
 class LatentAttention(CausalAttention):
-    """x -> residual (if given) + O(softmax(scale Q K^T) V)."""
+    """x -> residual + O(softmax(scale Q K^T) V)."""
 
     def __init__(
-        self, config: ModelConfig, mla: LatentAttentionConfig, layers: Layers, place: str
+        self, config: ModelConfig, mla: LatentAttentionConfig, layers: Layers, path: str
     ) -> None:
-        super().__init__(layers, place, None)
+        super().__init__(layers, path, None)
         self.mla = mla
         self.query_factor = query_factor(config.rope_scaling)
         spec = latent_attention_spec(config, mla)
-        # The latents are made of the tokens that are here; what the heads read of them
-        # is gathered, and is little.
+        # Under sequence parallelism latents are made of a rank's own tokens only. What
+        # the heads read of them is gathered, which is little: latents are narrow.
         if spec.q is not None:
             self.q = layers.column(spec.q)
         if spec.q_down is not None and spec.q_norm is not None and spec.q_up is not None:
@@ -56,53 +59,66 @@ class LatentAttention(CausalAttention):
         self,
         x_TH: Tensor,
         residual_TH: Tensor | None,
-        positions: ForwardContext,
+        context: ForwardContext,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
-        shape = positions.batch, positions.sequence, -1
-        queries = (
-            self.q(x_TH)
-            if self.mla.q_lora_rank is None
-            else self.q_up(self.q_norm(self.q_down(x_TH)))
-        )
+        """Returns residual (unless None) + attention, [T, H]."""
+        shape = (context.batch_size, context.seq_length, -1)
+        # Queries and keys have several parts in one product each; see the shapes above.
+        queries = self._queries(x_TH)
         latent_TC, key_TR = self.kv_down(x_TH).split(
             [self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=1
         )
         keys_values = self.kv_up(self.kv_norm(latent_TC))
-        key = self.rotated_key(key_TR)
-        q, k, v = _Heads.apply(  # type: ignore[no-untyped-call]
+        shared_key = self.rotated_key(key_TR)
+        q, k, v = _AssembleHeads.apply(
             queries.view(shape),
             keys_values.view(shape),
-            key.view(shape),
-            positions.cos,
-            positions.sin,
+            shared_key.view(shape),
+            context.cos,
+            context.sin,
             self.mla,
             self.query_factor,
         )
-        attended = self.attended(q, k, v, positions, cache)[..., : self.mla.v_head_dim]
+        # Values were padded to the width of keys.
+        attended = self.attend(q, k, v, context, cache)[..., : self.mla.v_head_dim]
+        num_tokens = context.batch_size * context.seq_length
         output: Tensor = self.o(
-            attended.transpose(1, 2).reshape(positions.batch * positions.sequence, -1),
-            residual_TH,
+            attended.transpose(1, 2).reshape(num_tokens, -1), residual_TH
         )
         return output
 
+    def _queries(self, x_TH: Tensor) -> Tensor:
+        """Returns [T, N x D], before rotation."""
+        if self.mla.q_lora_rank is None:
+            queries: Tensor = self.q(x_TH)
+        else:
+            queries = self.q_up(self.q_norm(self.q_down(x_TH)))
+        return queries
+
 
 def query_factor(scaling: RopeScaling | None) -> float:
-    """What scores are multiplied by beside 1 / sqrt(D): under YaRN m(mscale_all_dim)
-    squared (DeepSeek-V2's published code).
+    """Returns what scores are multiplied by beside 1 / sqrt(D).
+
+    Under YaRN that is m(mscale_all_dim) squared (DeepSeek-V2's published code).
     """
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     return yarn_magnitude(scaling.factor, scaling.mscale_all_dim) ** 2
 
 
-class _Heads(torch.autograd.Function):
-    """Queries [B, S, N D], keys with values [B, S, N (P + V)] and the rotated part of
-    all keys [B, S, R] -> q, k and v [B, N, S, D].
+class _AssembleHeads(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
+    """Makes q, k and v [B, N, S, D] of projections, and rotates them.
 
-    Values are filled up with zeros to the width of keys: every kernel and every
+    Those are queries [B, S, N D], keys with values [B, S, N (P + V)] and the rotated
+    part that all keys share [B, S, R].
+
+    Values are padded with zeros to the width of keys: every attention kernel and every
     exchange between ranks takes them then, and zeros add nothing. In memory tokens come
     first, or heads where rotation is in fp32, as in `rope.RotateQKV`.
+
+    One function, so that forward and backward write each result into one tensor instead
+    of concatenating, and so that only the angles are kept.
     """
 
     @staticmethod
@@ -110,83 +126,116 @@ class _Heads(torch.autograd.Function):
         ctx: Any,
         queries: Tensor,
         keys_values: Tensor,
-        key: Tensor,
+        shared_key: Tensor,
         cos: Tensor,
         sin: Tensor,
         mla: LatentAttentionConfig,
         factor: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # The backward is linear in the gradients: it needs the angles, no activations.
         ctx.save_for_backward(cos, sin)
-
         ctx.mla = mla
         ctx.factor = factor
-        plain = mla.qk_nope_head_dim
-        rotated = mla.qk_rope_head_dim
-        value = mla.v_head_dim
-        q_plain, q_rotated = torch.split(
-            _by_head(queries, mla.qk_head_dim), [plain, rotated], -1
-        )
-        k_plain, values = torch.split(
-            _by_head(keys_values, plain + value), [plain, value], -1
-        )
-        q, k, v = (_room(queries, q_plain.shape[2], mla.qk_head_dim) for _ in range(3))
-        q[..., :plain] = _times(q_plain, factor)
-        q[..., plain:] = _times(_rotated(q_rotated, cos, sin, 1.0), factor)
-        k[..., :plain] = k_plain
-        k[..., plain:] = _rotated(key[:, :, None], cos, sin, 1.0)
-        v[..., :value] = values
-        v[..., value:] = 0
+        q = _assemble_queries(_by_head(queries, mla.qk_head_dim), cos, sin, mla, factor)
+        by_head = _by_head(keys_values, mla.qk_nope_head_dim + mla.v_head_dim)
+        k = _assemble_keys(by_head, shared_key, cos, sin, mla)
+        v = _empty_heads(by_head, mla.qk_head_dim)
+        v[..., : mla.v_head_dim] = by_head[..., mla.qk_nope_head_dim :]
+        v[..., mla.v_head_dim :] = 0
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     def backward(
         ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> tuple[Tensor | None, ...]:
-        (cos, sin) = ctx.saved_tensors
-        mla = ctx.mla
-        factor = ctx.factor
+        cos, sin = ctx.saved_tensors
+        mla: LatentAttentionConfig = ctx.mla
         plain = mla.qk_nope_head_dim
-        rotated = mla.qk_rope_head_dim
-        value = mla.v_head_dim
-        q, k, v = (grad.transpose(1, 2) for grad in (grad_q, grad_k, grad_v))
-        queries = q.new_empty(*q.shape[:3], plain + rotated)
-        keys_values = q.new_empty(*q.shape[:3], plain + value)
-        queries[..., :plain] = _times(q[..., :plain], factor)
-        queries[..., plain:] = _times(_rotated(q[..., plain:], cos, sin, -1.0), factor)
-        keys_values[..., :plain] = k[..., :plain]
-        keys_values[..., plain:] = v[..., :value]
-        key = (
-            _rotated(to_fp32(k[..., plain:]).sum(2, keepdim=True), cos, sin, -1.0)
-            .squeeze(2)
-            .to(q.dtype)
+        grad_q = grad_q.transpose(1, 2)
+        grad_k = grad_k.transpose(1, 2)
+        grad_v = grad_v.transpose(1, 2)
+
+        grad_queries = grad_q.new_empty(*grad_q.shape[:3], mla.qk_head_dim)
+        # The inverse of a rotation is the rotation by the opposite angle.
+        unrotated = _rotate(grad_q[..., plain:], cos, sin, -1.0)
+        grad_queries[..., :plain] = _scale(grad_q[..., :plain], ctx.factor)
+        grad_queries[..., plain:] = _scale(unrotated, ctx.factor)
+
+        grad_keys_values = grad_q.new_empty(*grad_q.shape[:3], plain + mla.v_head_dim)
+        grad_keys_values[..., :plain] = grad_k[..., :plain]
+        grad_keys_values[..., plain:] = grad_v[..., : mla.v_head_dim]
+
+        # All heads read the same rotated key, so its gradient is the sum over heads, in
+        # fp32 since there may be many.
+        summed = to_fp32(grad_k[..., plain:]).sum(2, keepdim=True)
+        grad_shared_key = _rotate(summed, cos, sin, -1.0).squeeze(2).to(grad_q.dtype)
+        return (
+            grad_queries.flatten(2),
+            grad_keys_values.flatten(2),
+            grad_shared_key,
+            None,
+            None,
+            None,
+            None,
         )
-        return queries.flatten(2), keys_values.flatten(2), key, None, None, None, None
 
 
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x * factor
+def _assemble_queries(
+    queries: Tensor, cos: Tensor, sin: Tensor, mla: LatentAttentionConfig, factor: float
+) -> Tensor:
+    """Returns queries [B, S, N, D] with their last R rotated and all scaled."""
+    plain = mla.qk_nope_head_dim
+    # The factor goes on the queries, since kernels scale scores by 1 / sqrt(D) only.
+    q = _empty_heads(queries, mla.qk_head_dim)
+    q[..., :plain] = _scale(queries[..., :plain], factor)
+    q[..., plain:] = _scale(_rotate(queries[..., plain:], cos, sin, 1.0), factor)
+    return q
+
+
+def _assemble_keys(
+    keys_values: Tensor,
+    shared_key: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mla: LatentAttentionConfig,
+) -> Tensor:
+    """Returns keys [B, S, N, D]: each head's own P, then the R that all heads share."""
+    plain = mla.qk_nope_head_dim
+    k = _empty_heads(keys_values, mla.qk_head_dim)
+    k[..., :plain] = keys_values[..., :plain]
+    k[..., plain:] = _rotate(shared_key[:, :, None], cos, sin, 1.0)
+    return k
+
+
+def _scale(x: Tensor, factor: float) -> Tensor:
+    if factor == 1.0:
+        return x
+    return x * factor
 
 
 def _by_head(x: Tensor, width: int) -> Tensor:
-    """[B, S, N x width] -> [B, S, N, width]."""
+    """Returns a view [B, S, N, width] of [B, S, N x width]."""
     return x.view(*x.shape[:2], -1, width)
 
 
-def _room(like: Tensor, heads: int, width: int) -> Tensor:
-    """Memory for [B, S, heads, width]."""
-    batch, sequence = like.shape[:2]
+def _empty_heads(like: Tensor, width: int) -> Tensor:
+    """Returns uninitialised memory [B, S, N, width] for the heads of `like`."""
+    batch, sequence, heads, _ = like.shape
+    # Heads first in memory where products are batched over heads, tokens first elsewhere.
     if rotates_in_fp32(like.device.type, like.dtype):
         return like.new_empty(batch, heads, sequence, width).transpose(1, 2)
     return like.new_empty(batch, sequence, heads, width)
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """X [B, S, heads, R] rotated by direction x angle, in the type of the angles if
-    that is wider.
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """Returns x [B, S, heads, R] rotated by direction x angle.
+
+    The result has the type of the angles if that is wider.
     """
     half = x.shape[-1] // 2
     first = x[..., :half]
     second = x[..., half:]
+    # `rotary_angles` doubles both and makes the sine's first half negative.
     cos = cos[..., half:]
     sin = sin[..., half:] * direction
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

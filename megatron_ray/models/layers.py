@@ -40,7 +40,7 @@ class Head(Protocol):
 class Dispatcher(Protocol):
     """Carries tokens to their experts and back; see expert_parallel.dispatch."""
 
-    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, room: Capacity) -> Dispatched:
+    def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
         """Returns the rows for the experts on this rank, and the way back."""
         ...
 
@@ -147,8 +147,8 @@ class Layers(Protocol):
     def attention_with_dropout(self, name: str, window: int | None) -> nn.Module | None:
         """As `attention`, with dropout on its probabilities.
 
-        Its last argument is (Packed or None, first sample). `name` is that of the random
-        number stream. None: nothing is dropped.
+        The first sample is one argument more. `name` is that of the random number
+        stream. None: nothing is dropped.
         """
         ...
 

@@ -1,9 +1,9 @@
 """Rotary position embedding (Su et al. 2021), rotating halves as Llama does.
 
-Owns: angles, their stretching, the rotation of a fused qkv.
+Owns: angles, their scaling to longer sequences, the rotation of a fused qkv. Must not
+know: parallelism.
 
 Reads position ids, never an offset from a rank, so any cut of the sequence is right.
-Must not know: parallelism.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width (all as held
 on this rank).
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.positions import RopeScaling
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.differentiable_op import DifferentiableOp
 
 
 def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:
-    """Whether the rotation widens first.
+    """Returns whether the rotation converts its inputs to fp32 first.
 
     On CPU that is faster, since bf16 arithmetic goes through fp32 anyway and whole
     heads rotate in long rows, and it rounds once. On CUDA it would move four times the
@@ -36,12 +37,12 @@ def rotary_angles(
     dtype: torch.dtype,
     scaling: RopeScaling | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Cos and signed sin, each [B or 1, S, 1, D], for activations of type `dtype`;
-    computed in fp32. `width` D is what is rotated.
+    """Returns cos and signed sin, each [B or 1, S, 1, D], computed in fp32.
 
-    Rotated x = x cos + (x with its halves exchanged) sin, hence the sine's first half
-    is negative.
+    `width` D is what is rotated, and `dtype` the type of the activations. Rotated x = x
+    cos + (x with its halves exchanged) sin, hence the sine's first half is negative.
     """
+    # In fp32 also for bf16: positions beyond 256 are not exact there.
     angles = position_ids_BS[:, :, None, None].float() * inverse_frequencies(
         width, theta, scaling, position_ids_BS.device
     )
@@ -49,10 +50,10 @@ def rotary_angles(
         dtype = torch.float32
     cos = angles.cos()
     sin = angles.sin()
-    longer = concentration(scaling)
-    if longer != 1.0:
-        cos = cos * longer
-        sin = sin * longer
+    magnitude = concentration(scaling)
+    if magnitude != 1.0:
+        cos = cos * magnitude
+        sin = sin * magnitude
     cos = cos.to(dtype)
     sin = sin.to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -61,51 +62,61 @@ def rotary_angles(
 def inverse_frequencies(
     width: int, theta: float, scaling: RopeScaling | None, device: torch.device
 ) -> Tensor:
-    """Radians per position of each pair of a rotated width: fp32 [width / 2], theta^(-2
-    i / width), stretched as `scaling` says.
+    """Returns radians per position of each rotated pair: fp32 [width / 2].
+
+    Unscaled theta^(-2 i / width) for pair i. Scaling divides each by the factor, leaves
+    it, or interpolates, depending on its kind.
     """
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
-    plain = 1.0 / theta**exponents
+    unscaled = 1.0 / theta**exponents
     if scaling is None:
-        return plain
+        return unscaled
+    # 1 where a frequency stays, 0 where it is divided by the factor.
     if scaling.kind == "linear":
-        kept = torch.zeros_like(plain)
+        unscaled_share = torch.zeros_like(unscaled)
     elif scaling.kind == "llama3":
-        # Rotations over the original length: as many as high_freq_factor stay, as few
-        # as low_freq_factor are divided by the factor.
-        rotations = scaling.original_max_position_embeddings / (2 * pi) * plain
-        kept = (rotations - scaling.low_freq_factor) / (
+        # By rotations over the original length: those with at least high_freq_factor
+        # stay, those with at most low_freq_factor are divided.
+        rotations = scaling.original_max_position_embeddings / (2 * pi) * unscaled
+        unscaled_share = (rotations - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
         )
     else:
         first, last = _yarn_ramp(width, theta, scaling)
-        kept = 1 - (
-            torch.arange(width // 2, device=device, dtype=torch.float32) - first
-        ) / (last - first)
-    kept = kept.clamp(0, 1)
-    return plain * kept + plain / scaling.factor * (1 - kept)
+        pairs = torch.arange(width // 2, device=device, dtype=torch.float32)
+        unscaled_share = 1 - (pairs - first) / (last - first)
+    unscaled_share = unscaled_share.clamp(0, 1)
+    return unscaled * unscaled_share + unscaled / scaling.factor * (1 - unscaled_share)
 
 
 def _yarn_ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
-    """Pairs from which YaRN (Peng et al. 2023, section 3.2) begins and ends to divide:
-    those that rotate beta_fast and beta_slow times.
+    """Returns the first and the last pair of YaRN's interpolation.
+
+    Between them it goes from leaving frequencies to dividing them (Peng et al. 2023,
+    section 3.2). They rotate beta_fast and beta_slow times over the original length.
     """
+    fast = _pair_with_rotations(scaling.beta_fast, width, theta, scaling)
+    slow = _pair_with_rotations(scaling.beta_slow, width, theta, scaling)
+    first = max(floor(fast), 0)
+    last = min(ceil(slow), width - 1)
+    if last == first:
+        # Keeps the ramp from dividing by zero, as in YaRN's published code.
+        return first, last + 0.001
+    return first, last
 
-    def pair(rotations: float) -> float:
-        return (
-            width
-            * log(scaling.original_max_position_embeddings / (rotations * 2 * pi))
-            / (2 * log(theta))
-        )
 
-    first = max(floor(pair(scaling.beta_fast)), 0)
-    last = min(ceil(pair(scaling.beta_slow)), width - 1)
-    return first, last if last != first else last + 0.001
+def _pair_with_rotations(
+    rotations: float, width: int, theta: float, scaling: RopeScaling
+) -> float:
+    """Returns the index, not rounded, of the pair that rotates so many times."""
+    original_length = scaling.original_max_position_embeddings
+    return width * log(original_length / (rotations * 2 * pi)) / (2 * log(theta))
 
 
 def concentration(scaling: RopeScaling | None) -> float:
-    """What cos and sin are multiplied by, so that attention is sharper over longer
-    sequences: only YaRN's is not 1.
+    """Returns what cos and sin are multiplied by; 1 for all but YaRN.
+
+    It makes attention sharper over longer sequences.
     """
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -115,8 +126,9 @@ def concentration(scaling: RopeScaling | None) -> float:
 
 
 def yarn_magnitude(factor: float, weight: float) -> float:
-    """0.1 x weight x ln(factor) + 1: how much larger queries and keys together grow
-    with the sequence.
+    """Returns YaRN's mscale, 0.1 x weight x ln(factor) + 1.
+
+    Queries and keys together grow by it with the sequence.
     """
     return 0.1 * weight * log(factor) + 1
 
@@ -124,10 +136,12 @@ def yarn_magnitude(factor: float, weight: float) -> float:
 def _rotate_into(
     out: Tensor, x: Tensor, cos: Tensor, sin: Tensor, direction: float
 ) -> None:
-    """Out = x rotated by direction x angle, without temporaries; shapes [B, S, heads,
-    D].
+    """Writes x rotated by direction x angle to `out`, without temporaries.
+
+    Shapes: [B, S, heads, D].
     """
     half = x.shape[-1] // 2
+    # The second halves: cos is doubled, and the sine's first half has a minus.
     cos = cos[..., half:]
     sin = sin[..., half:]
     x1 = x[..., :half]
@@ -140,34 +154,32 @@ def _rotate_into(
     out2.addcmul_(x1, sin, value=direction)
 
 
-def _rotated_wide(x_BNSD: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
-    """X rotated, fp32 and contiguous [B, heads, S, D]: a head's positions lie together,
-    so rows of S x D run against the angles.
+def _rotate_in_fp32(x_BNSD: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    """Returns x rotated, fp32 and contiguous [B, heads, S, D].
+
+    A head's positions lie together, so rows of S x D run against the angles.
     """
     half = x_BNSD.shape[-1] // 2
-    wide = torch.empty(x_BNSD.shape, dtype=torch.float32, device=x_BNSD.device).copy_(
-        x_BNSD
-    )
+    wide = torch.empty(x_BNSD.shape, dtype=torch.float32, device=x_BNSD.device)
+    wide.copy_(x_BNSD)
+    # x cos + (x with its halves exchanged) sin, in two passes over whole rows.
     exchanged = torch.empty_like(wide)
     exchanged[..., :half] = wide[..., half:]
     exchanged[..., half:] = wide[..., :half]
-    return wide.mul_(cos.transpose(1, 2)).addcmul_(
-        exchanged, sin.transpose(1, 2), value=direction
-    )
+    rotated = wide.mul_(cos.transpose(1, 2))
+    return rotated.addcmul_(exchanged, sin.transpose(1, 2), value=direction)
 
 
 def _rotate_qkv(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, groups: int, head_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotated q, rotated k and v, as RotateQKV returns them."""
+    """Returns rotated q, rotated k and v, in the shapes of `RotateQKV`."""
     q, k, v = _split(qkv, heads, groups, head_width)
     if rotates_in_fp32(qkv.device.type, qkv.dtype):
-        wide_q, wide_k = (_rotated_wide(x.transpose(1, 2), cos, sin, 1.0) for x in (q, k))
-        return (
-            wide_q.to(qkv.dtype),
-            wide_k.to(qkv.dtype),
-            v.transpose(1, 2).clone(memory_format=torch.contiguous_format),
-        )
+        wide_q = _rotate_in_fp32(q.transpose(1, 2), cos, sin, 1.0)
+        wide_k = _rotate_in_fp32(k.transpose(1, 2), cos, sin, 1.0)
+        v_BGSD = v.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return wide_q.to(qkv.dtype), wide_k.to(qkv.dtype), v_BGSD
     rotated_q = q.new_empty(q.shape)
     rotated_k = k.new_empty(k.shape)
     _rotate_into(rotated_q, q, cos, sin, 1.0)
@@ -179,16 +191,18 @@ def _rotate_qkv(
 def _rotate_qkv_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
-    """Gradient of the fused [B, S, (N + 2 G) D]."""
-    (batch, heads, sequence, head_width) = grad_q.shape
+    """Returns the gradient of the fused [B, S, (N + 2 G) D]."""
+    batch, heads, sequence, head_width = grad_q.shape
     groups = grad_k.shape[1]
     grad = grad_q.new_empty(batch, sequence, (heads + 2 * groups) * head_width)
     q, k, v = _split(grad, heads, groups, head_width)
-    for part, rotated in ((q, grad_q), (k, grad_k)):
+    # The inverse of a rotation is the rotation by the opposite angle.
+    for part, grad_rotated in ((q, grad_q), (k, grad_k)):
         if rotates_in_fp32(grad.device.type, grad.dtype):
-            part.copy_(_rotated_wide(rotated, cos, sin, -1.0).transpose(1, 2))
+            part.copy_(_rotate_in_fp32(grad_rotated, cos, sin, -1.0).transpose(1, 2))
         else:
-            _rotate_into(part, rotated.transpose(1, 2), cos, sin, -1.0)
+            _rotate_into(part, grad_rotated.transpose(1, 2), cos, sin, -1.0)
+    # Values are not rotated.
     v.copy_(grad_v.transpose(1, 2))
     return grad
 
@@ -196,13 +210,15 @@ def _rotate_qkv_backward(
 ROTATION = DifferentiableOp(_rotate_qkv, _rotate_qkv_backward)
 
 
-class RotateQKV(torch.autograd.Function):
-    """Splits a fused [B, S, (N + 2 G) D] into rotated q [B, N, S, D], rotated k [B, G,
-    S, D] and v [B, G, S, D].
+class RotateQKV(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
+    """Splits a fused [B, S, (N + 2 G) D] into q, k and v, and rotates q and k.
+
+    The results are q [B, N, S, D], k and v [B, G, S, D].
 
     One function, so that the backward writes the three gradients straight into one
-    fused buffer instead of concatenating. In memory tokens come first, as fused
-    attention likes it; where rotation is in fp32, heads do, as batched products do.
+    fused buffer instead of concatenating. In memory tokens come first, the order that
+    fused attention is fastest with; where rotation is in fp32, heads come first, as
+    batched products need them.
     """
 
     @staticmethod
@@ -214,15 +230,18 @@ class RotateQKV(torch.autograd.Function):
         sizes: tuple[int, int, int],
         kernel: DifferentiableOp,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`sizes`: N, G, D."""
+        """Returns q, k and v; `sizes`: N, G, D."""
+        # A rotation's gradient needs the angles only, no activations are kept.
         ctx.save_for_backward(cos, sin)
         ctx.kernel = kernel
-        return kernel.forward(qkv, cos, sin, *sizes)  # type: ignore[no-any-return]
+        q, k, v = kernel.forward(qkv, cos, sin, *sizes)
+        return q, k, v
 
     @staticmethod
     def backward(
         ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> tuple[Tensor | None, ...]:
+        """Returns the gradient of the fused qkv."""
         cos, sin = ctx.saved_tensors
         return ctx.kernel.backward(grad_q, grad_k, grad_v, cos, sin), None, None, None, None
 
@@ -230,15 +249,15 @@ class RotateQKV(torch.autograd.Function):
 def _split(
     qkv: Tensor, heads: int, groups: int, head_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [B, S, heads, D] of the three parts."""
-    split = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
-    q, k, v = torch.split(split, [heads, groups, groups], dim=2)
+    """Returns views [B, S, heads, D] of the three parts."""
+    by_head = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
+    q, k, v = torch.split(by_head, [heads, groups, groups], dim=2)
     return q, k, v
 
 
 def split_qkv(
     qkv: Tensor, heads: int, groups: int, head_width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three parts [B, heads, S, D] unrotated, for models without rotary positions."""
+    """Returns q, k and v [B, heads, S, D] unrotated, for models without RoPE."""
     q, k, v = _split(qkv, heads, groups, head_width)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -83,7 +83,7 @@ class ParallelModel:
     @property
     def has_loss(self) -> bool:
         """Whether the last stage is on this rank."""
-        return any(stage.loss for stage in self.module.held)
+        return self.module.has_head
 
     def begin_step(self) -> None:
         """Forgets the last step's gradients."""

@@ -1,19 +1,16 @@
-"""Activations that the backward pass computes again instead of keeping them (Chen et
-al. 2016).
+"""Computes activations again in the backward pass instead of keeping them.
 
-Owns: how, and with which parts of a model.
+Owns: regions that are recomputed, and which parts of a model they are. Must not know:
+schedules, groups.
 
-Two ways. `recomputed` keeps a region's inputs and runs it again. `discard_output` frees
-the output of a small module once its consumer has used it and writes it again into the
-same memory before the consumer's backward reads it. Nothing of a region's forward but
-its inputs decides what it computes, random numbers included (rng.py), so the second run
-equals the first bit for bit. Weight gradients go to their slots in the backward only,
-once, whoever ran the forward how often. Must not know: schedules, groups.
+There are two ways. `recomputed` keeps a region's inputs and runs it again (Chen et al.
+2016); `discard_output` keeps a small module's inputs and frees its output. Nothing but its
+inputs decides what a region computes, random numbers included (rng.py), so the second
+run equals the first bit for bit. Weight gradients go to their slots in the backward
+pass only, once a microbatch, however often the forward runs.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,84 +18,144 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.training import RecomputeConfig
-from megatron_ray.models.attention import ForwardContext
-from megatron_ray.models.block import Block, run_sequentially
+from megatron_ray.models.block import Block, RunBlocks, run_sequentially
+from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.gpt import GPT
+from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.backward import Backward
-from megatron_ray.tensor_parallel.layers import RowParallelLinear
+from megatron_ray.parallelize.discard_output import (
+    detached_leaves,
+    discard_output,
+    leaf_grads,
+    needs_grad,
+)
 
 
 def apply_recompute(model: GPT, config: RecomputeConfig) -> None:
-    """Puts recomputation into a model as the config asks for it."""
+    """Changes a model so that it recomputes what the config asks for."""
     if config.granularity == "full":
-        assert config.num_layers is not None
-        model.through = (
-            _Chunks(config.num_layers)
-            if config.method == "uniform"
-            else _FirstLayers(config.num_layers)
-        )
+        model.run_blocks = _run_blocks(config)
     for block in model.blocks:
         for name in config.chosen_modules:
             _MODULES[name](block)
 
 
+# ---- regions that are kept as their inputs
+
+
+def recomputed(
+    run: Callable[..., Tensor],
+    *inputs: Tensor | None,
+    first: Callable[..., Tensor] | None = None,
+    again: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """Returns run(*inputs), and keeps only the inputs for the backward pass.
+
+    `first` and `again` compute the same as `run` and are used in its place for the run
+    in the forward and for that in the backward pass, where the two have to differ in
+    something else. `run` must be a function of its inputs alone; everything that needs
+    a gradient is an input, or a parameter.
+    """
+    if not needs_grad(inputs):
+        # Autograd would not go through such a region, and its parameters would get no
+        # gradients, so it is run as it is.
+        return run(*inputs)
+    return _Recomputed.apply(first or run, again or run, *inputs)
+
+
+class _Recomputed(AutogradFunction[Tensor]):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        first: Callable[..., Tensor],
+        again: Callable[..., Tensor],
+        *inputs: Tensor | None,
+    ) -> Tensor:
+        ctx.again = again
+        ctx.save_for_backward(*inputs)
+        # Autograd records nothing inside a function's forward.
+        return first(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = detached_leaves(ctx.saved_tensors)
+        # The region's own graph, from detached inputs to its output.
+        with torch.enable_grad():
+            second_run = Backward(ctx.again(*inputs))
+        second_run.run(grad)
+        return None, None, *leaf_grads(inputs)
+
+
 # ---- whole layers
 
 
-class _Chunks:
-    """Chunks of `length` layers, each kept as its input."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def __call__(
-        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: ForwardContext
-    ) -> Tensor:
-        row = list(blocks)
-        for start in range(0, len(row), self._length):
-            hidden_TH = _layers(row[start : start + self._length], hidden_TH, positions)
-        return hidden_TH
+def _run_blocks(config: RecomputeConfig) -> RunBlocks:
+    assert config.num_layers is not None
+    if config.method == "uniform":
+        return partial(_run_in_chunks, config.num_layers)
+    return partial(_run_first_recomputed, config.num_layers)
 
 
-class _FirstLayers:
-    """The first `count` layers, each kept as its input, and the others as they are."""
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __call__(
-        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, positions: ForwardContext
-    ) -> Tensor:
-        for place, block in enumerate(blocks):
-            hidden_TH = (
-                _layers([block], hidden_TH, positions)
-                if place < self._count
-                else block(hidden_TH, positions, None)
-            )
-        return hidden_TH
-
-
-def _layers(
-    blocks: Sequence[nn.Module], hidden_TH: Tensor, positions: ForwardContext
+def _run_in_chunks(
+    length: int, blocks: Iterable[nn.Module], hidden_TH: Tensor, context: ForwardContext
 ) -> Tensor:
-    def run(positions: ForwardContext, hidden_TH: Tensor) -> Tensor:
-        return run_sequentially(blocks, hidden_TH, positions)
+    """Recomputes all layers, in chunks of `length` that are kept as their input."""
+    stage_blocks = list(blocks)
+    for start in range(0, len(stage_blocks), length):
+        chunk = stage_blocks[start : start + length]
+        hidden_TH = _recomputed_blocks(chunk, hidden_TH, context)
+    return hidden_TH
 
-    first = partial(run, positions)
-    again = partial(run, _unheard(positions))
-    return recomputed(first, hidden_TH, again=again, last=_last_product(blocks[-1]))
+
+def _run_first_recomputed(
+    count: int, blocks: Iterable[nn.Module], hidden_TH: Tensor, context: ForwardContext
+) -> Tensor:
+    """Recomputes the first `count` layers, each by itself."""
+    for index, block in enumerate(blocks):
+        if index < count:
+            hidden_TH = _recomputed_blocks([block], hidden_TH, context)
+        else:
+            hidden_TH = block(hidden_TH, context, None)
+    return hidden_TH
 
 
-def _unheard(positions: ForwardContext) -> ForwardContext:
-    """For a second run, of whose choices nobody is to hear again."""
-    return replace(positions, on_route=None)
+def _recomputed_blocks(
+    blocks: Sequence[nn.Module], hidden_TH: Tensor, context: ForwardContext
+) -> Tensor:
+    # Other passes keep no activations, and their mode must stay as it is.
+    if not context.mode.is_training:
+        return run_sequentially(blocks, hidden_TH, context)
+    return recomputed(
+        lambda hidden_TH: run_sequentially(blocks, hidden_TH, context),
+        hidden_TH,
+        first=lambda hidden_TH: run_sequentially(
+            blocks, hidden_TH, context.for_first_run()
+        ),
+        again=lambda hidden_TH: _run_without_output(
+            blocks, hidden_TH, context.for_recompute()
+        ),
+    )
+
+
+def _run_without_output(
+    blocks: Sequence[nn.Module], hidden_TH: Tensor, context: ForwardContext
+) -> Tensor:
+    """Runs blocks for their gradients only.
+
+    Nothing in the region reads the output of the last block, so its last product is
+    left out, and under tensor parallelism the communication of it.
+    """
+    hidden_TH = run_sequentially(blocks[:-1], hidden_TH, context)
+    output: Tensor = blocks[-1](hidden_TH, context.without_output(), None)
+    return output
 
 
 # ---- some modules of every layer
 
 
-def _core_attention(block: Block) -> None:
+def _recompute_core_attention(block: Block) -> None:
     attention = block.attention
+    # Scores and probabilities are computed again; q, k and v are kept.
     attention.core = _RecomputedCore(attention.core)
     if attention.core_with_dropout is not None:
         attention.core_with_dropout = _RecomputedCore(attention.core_with_dropout)
@@ -110,206 +167,83 @@ class _RecomputedCore(nn.Module):
         self.core = core
 
     def forward(
-        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, about: object
+        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *arguments: object
     ) -> Tensor:
-        return recomputed(lambda q, k, v: self.core(q, k, v, about), q_BNSD, k_BGSD, v_BGSD)
+        """Runs the core; `arguments` are those that need no gradient."""
+
+        def run(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
+            output: Tensor = self.core(q_BNSD, k_BGSD, v_BGSD, *arguments)
+            return output
+
+        return recomputed(run, q_BNSD, k_BGSD, v_BGSD)
 
 
-def _mlp(block: Block) -> None:
+def _recompute_mlp(block: Block) -> None:
     if block.mlp is None:
         return
-    plain = block.mlp.forward
-    last = _last_product(block)
+    # The MLP ends in a product whose output nothing in the region reads.
+    run = block.mlp.forward
 
-    def forward(x_TH: Tensor, residual_TH: Tensor | None) -> Tensor:
-        if residual_TH is None:
-            return recomputed(lambda x: plain(x, None), x_TH, last=last)
-        return recomputed(plain, x_TH, residual_TH, last=last)
+    def forward(
+        x_TH: Tensor, residual_TH: Tensor | None, *, is_output_needed: bool = True
+    ) -> Tensor:
+        again = partial(run, is_output_needed=False)
+        return recomputed(run, x_TH, residual_TH, again=again)
 
     _replace_forward(block.mlp, forward)
 
 
-def _moe(block: Block) -> None:
+def _recompute_moe(block: Block) -> None:
     if block.moe is None:
         return
-    plain = block.moe.forward
-
-    def run(
-        positions: ForwardContext, x_TH: Tensor, residual_TH: Tensor | None = None
-    ) -> Tensor:
-        output: Tensor = plain(x_TH, residual_TH, positions)
-        return output
+    run = block.moe.forward
 
     def forward(
-        x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext
+        x_TH: Tensor, residual_TH: Tensor | None, context: ForwardContext
     ) -> Tensor:
-        inputs = [x_TH] if residual_TH is None else [x_TH, residual_TH]
+        if not context.mode.is_training:
+            return run(x_TH, residual_TH, context)
         return recomputed(
-            partial(run, positions), *inputs, again=partial(run, _unheard(positions))
+            partial(run, context=context),
+            x_TH,
+            residual_TH,
+            first=partial(run, context=context.for_first_run()),
+            again=partial(run, context=context.for_recompute()),
         )
 
     _replace_forward(block.moe, forward)
 
 
-def _norm(block: Block) -> None:
+def _discard_norm_outputs(block: Block) -> None:
+    # What reads a norm is the first product of the half behind it.
     discard_output(block.attention_norm, block.attention)
-    second = block.mlp if block.moe is None else block.moe
-    assert second is not None
-    discard_output(block.mlp_norm, second)
+    feed_forward = block.mlp or block.moe
+    assert feed_forward is not None
+    discard_output(block.mlp_norm, feed_forward)
 
 
-def _activation(block: Block) -> None:
-    inside = [block.mlp] if block.moe is None else [block.moe.experts, block.moe.shared]
-    for part in inside:
-        if part is not None:
-            discard_output(part.activation, part.down)
+def _discard_activations(block: Block) -> None:
+    if block.mlp is not None:
+        discard_output(block.mlp.activation, block.mlp.down)
+    if block.moe is not None:
+        discard_output(block.moe.experts.activation, block.moe.experts.down)
+        if block.moe.shared is not None:
+            discard_output(block.moe.shared.activation, block.moe.shared.down)
 
 
 _MODULES: dict[str, Callable[[Block], None]] = {
-    "core_attention": _core_attention,
-    "norm": _norm,
-    "activation": _activation,
-    "mlp": _mlp,
-    "moe": _moe,
+    "core_attention": _recompute_core_attention,
+    "norm": _discard_norm_outputs,
+    "activation": _discard_activations,
+    "mlp": _recompute_mlp,
+    "moe": _recompute_moe,
 }
 
 
 def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    """Not a module around the module: names of parameters are those of the table."""
+    """Replaces a module's forward.
+
+    Another module around it would change the names of its parameters, which are those
+    of the parameter table.
+    """
     module.forward = forward
-
-
-def _last_product(block: nn.Module) -> RowParallelLinear | None:
-    """The product that makes the output of a block's MLP; experts have none such."""
-    assert isinstance(block, Block)
-    return (
-        block.mlp.down
-        if block.mlp is not None and isinstance(block.mlp.down, RowParallelLinear)
-        else None
-    )
-
-
-# ---- regions kept as their inputs
-
-
-def recomputed(
-    run: Callable[..., Tensor],
-    *inputs: Tensor,
-    again: Callable[..., Tensor] | None = None,
-    last: RowParallelLinear | None = None,
-) -> Tensor:
-    """run(*inputs), of which only the inputs are kept for the backward pass.
-
-    `again` computes the same in the backward pass, where that is to be told apart.
-    `last`: the layer that makes the output and of which nothing in the region reads the
-    output; its second product, and under tensor parallelism the communication of it,
-    are spared. `run` must be a function of its inputs alone; everything that needs a
-    gradient is an input, or a parameter.
-    """
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in inputs):
-        return run(*inputs)
-    return _Recomputed.apply(run, again or run, last, *inputs)  # type: ignore[no-any-return, no-untyped-call]
-
-
-class _Recomputed(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        run: Callable[..., Tensor],
-        again: Callable[..., Tensor],
-        last: RowParallelLinear | None,
-        *inputs: Tensor,
-    ) -> Tensor:
-
-        ctx.run = again
-        ctx.last = last
-        ctx.save_for_backward(*inputs)
-        return run(*inputs)  # autograd records nothing inside a function's forward
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = _leaves(ctx.saved_tensors)
-        with torch.enable_grad(), _unread(ctx.last):
-            again = Backward(ctx.run(*inputs))
-        again.run(grad)
-        return None, None, None, *(tensor.grad for tensor in inputs)
-
-
-def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in tensors]
-
-
-@contextmanager
-def _unread(layer: RowParallelLinear | None) -> Iterator[None]:
-    if layer is None:
-        yield
-        return
-    plain = layer.forward
-    _replace_forward(layer, partial(plain, is_output_needed=False))
-    try:
-        yield
-    finally:
-        _replace_forward(layer, plain)
-
-
-# ---- outputs given back
-
-
-def discard_output(producer: nn.Module, consumer: nn.Module) -> None:
-    """Frees the output of `producer` after `consumer`, the only one to read it, has
-    run; it is there again for the consumer's backward.
-
-    Costs one run of the producer and one copy of its output. The output must have
-    memory of its own.
-    """
-    plain = producer.forward
-    under_way = list[Any]()
-
-    def produce(*inputs: Tensor) -> Tensor:
-        if not torch.is_grad_enabled() or not any(
-            tensor.requires_grad for tensor in inputs
-        ):
-            return plain(*inputs)  # type: ignore[no-any-return]
-        output: Tensor = DiscardedOutput.apply(plain, *inputs)  # type: ignore[no-untyped-call]
-        under_way.append((output.grad_fn, output.untyped_storage()))
-        return output
-
-    def after(_: nn.Module, __: Any, consumed: Tensor) -> None:
-        if under_way:
-            node, memory = under_way.pop()
-            size = memory.nbytes()
-            memory.resize_(0)
-            assert consumed.grad_fn is not None
-            # Of the node and not of the tensor, whose hooks come before: under ZeRO-3
-            # one of them gathers the weights.
-            consumed.grad_fn.register_prehook(lambda _: _write_again(node, memory, size))
-
-    _replace_forward(producer, produce)
-    consumer.register_forward_hook(after)
-
-
-class DiscardedOutput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        ctx.run = run
-        ctx.save_for_backward(*inputs)
-        return run(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, again = ctx.again
-        ctx.again = None
-        again.run(grad)
-        return None, *(tensor.grad for tensor in inputs)
-
-
-def _write_again(node: Any, memory: torch.UntypedStorage, size: int) -> None:
-    """Runs the producer once more, for its graph and for its output, which goes where
-    the consumer has it from.
-    """
-    inputs = _leaves(node.saved_tensors)
-    with torch.enable_grad():
-        output = node.run(*inputs)
-        node.again = inputs, Backward(output)
-    memory.resize_(size)
-    memory.copy_(output.untyped_storage())

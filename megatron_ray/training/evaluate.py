@@ -12,6 +12,7 @@ import torch
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
+from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import EvalReport
 from megatron_ray.training.stages import run_stages
@@ -45,9 +46,9 @@ def evaluate(
     )
     for group in _groups(batches, mesh):
         if model.actions:
-            losses = run_stages(model, mesh, actions(len(group)), group)
+            losses = run_stages(model, mesh, actions(len(group)), group, ForwardMode.EVAL)
         else:
-            losses = [model.module(batch) for batch in group]
+            losses = [model.module(batch, ForwardMode.EVAL) for batch in group]
         if counts_loss:
             for loss, batch in zip(losses, group, strict=True):
                 sums[0] += loss

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
+from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.pipeline_parallel.schedules.actions import Order
@@ -17,14 +18,18 @@ from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 
 
 def run_stages(
-    model: ParallelModel, mesh: ParallelMesh, actions: Order, batches: Sequence[Batch]
+    model: ParallelModel,
+    mesh: ParallelMesh,
+    actions: Order,
+    batches: Sequence[Batch],
+    mode: ForwardMode,
 ) -> list[Tensor]:
     """Executes a rank's list of actions on these microbatches.
 
     Returns the losses by microbatch on the rank of the last stage, else none.
     """
     # A runner per call: an evaluation has other actions, and shapes may differ.
-    chunks = [_chunk(model, stage, batches) for stage in model.module.held]
+    chunks = [_chunk(model, stage, batches, mode) for stage in model.module.stages]
     return PipelineRunner(
         actions,
         model.pipeline.stages,
@@ -36,12 +41,15 @@ def run_stages(
 
 
 def _chunk(
-    model: ParallelModel, stage: StageContents, batches: Sequence[Batch]
+    model: ParallelModel,
+    stage: StageContents,
+    batches: Sequence[Batch],
+    mode: ForwardMode,
 ) -> Callable[[Tensor | None, int], Tensor]:
     """Returns what runs one stage; the runner knows microbatches by number only."""
 
     def run(received_TH: Tensor | None, microbatch: int) -> Tensor:
-        return model.module.stage(stage, received_TH, batches[microbatch])
+        return model.module.stage(stage, received_TH, batches[microbatch], mode)
 
     return run
 

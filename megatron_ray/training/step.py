@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
+from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.optimizer.finalize_grads import finalize_grads, squared_grad_norm
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
@@ -30,13 +31,15 @@ def forward_backward(
     """
     model.begin_step()
     if model.actions:
-        return loss_sum(run_stages(model, mesh, model.actions, batches), mesh)
+        return loss_sum(
+            run_stages(model, mesh, model.actions, batches, ForwardMode.TRAIN), mesh
+        )
     total: Tensor | None = None
     for index, batch in enumerate(batches):
         # A parameter's reduction starts as soon as its last gradient is there, so the
         # sink must know which microbatch is the last.
         model.sink.begin_microbatch(last=index == len(batches) - 1)
-        loss = model.module(batch)
+        loss = model.module(batch, ForwardMode.TRAIN)
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:

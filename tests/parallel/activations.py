@@ -6,7 +6,7 @@ from torch import Tensor
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.models.attention import ForwardContext
+from megatron_ray.models.forward_context import ForwardContext, ForwardMode
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import RandomDataset
@@ -15,7 +15,7 @@ from tests.parallel.parity import RandomDataset
 def blocks_of(
     config: TrainConfig, mesh: ParallelMesh
 ) -> tuple[GPT, Tensor, ForwardContext]:
-    """A model, what its first block takes, and the positions."""
+    """A model, what its first block takes, and its context."""
     model, _ = build(config, mesh)
     dataset = RandomDataset(config.model.vocabulary, config.training.seq_length)
     size = config.training.micro_batch_size
@@ -30,16 +30,16 @@ def blocks_of(
     hidden = (
         model.module._embed(batch.tokens_BS, batch.position_ids).detach().requires_grad_()
     )
-    positions = model.module.positions_of(batch, hidden)
+    context = model.module.forward_context(batch, ForwardMode.TRAIN, hidden)
     model.sink.begin_microbatch(last=False)
-    return model.module, hidden, positions
+    return model.module, hidden, context
 
 
 def kept_bytes(config: TrainConfig, mesh: ParallelMesh) -> int:
     """Storages that autograd holds between forward and backward; parameters and the
     angles that all layers share are left out.
     """
-    model, hidden, positions = blocks_of(config, mesh)
+    model, hidden, context = blocks_of(config, mesh)
     held: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -47,10 +47,10 @@ def kept_bytes(config: TrainConfig, mesh: ParallelMesh) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = model.through(model.layers.values(), hidden, positions)
+        output = model.run_blocks(model.layers.values(), hidden, context)
     shared = [
         *model.parameters(),
-        *(angles for angles in (positions.cos, positions.sin) if angles is not None),
+        *(angles for angles in (context.cos, context.sin) if angles is not None),
     ]
     not_counted = {tensor.untyped_storage()._cdata for tensor in shared}
     storages = {

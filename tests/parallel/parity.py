@@ -412,11 +412,11 @@ def float64_gradients(
     )
     batches = (loader if choices is None else Replay(loader, choices)).step(0)
     for batch in batches:
-        further = batch.further
-        if further is not None:
-            further = replace(further, loss_mask_DBS=further.loss_mask_DBS.double())
+        targets = batch.mtp_targets
+        if targets is not None:
+            targets = replace(targets, loss_mask_DBS=targets.loss_mask_DBS.double())
         module(
-            replace(batch, loss_mask_BS=batch.loss_mask_BS.double(), further=further)
+            replace(batch, loss_mask_BS=batch.loss_mask_BS.double(), mtp_targets=targets)
         ).backward()
     tokens = sum(batch.num_tokens for batch in batches)
     found = {}

@@ -91,12 +91,12 @@ class counting:  # noqa: N801 - reads as a statement
         self.start = start = ring._Hops.start
 
         def watched(hops: Any, tensor: Tensor) -> Any:
-            arriving, pending = start(hops, tensor)
-            self.blocks.append(weakref.ref(arriving))
+            arriving = start(hops, tensor)
+            self.blocks.append(weakref.ref(arriving.tensor))
             self.most[0] = max(
                 self.most[0], sum(block() is not None for block in self.blocks)
             )
-            return arriving, pending
+            return arriving
 
         ring._Hops.start = watched  # type: ignore[method-assign]
         gc.collect()
@@ -224,9 +224,9 @@ def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it(
     documents = Documents(
         torch.tensor([[0, 0, 0, 1, 1, 1]]), torch.tensor([[0, 0, 0, 1, 1, 1]])
     )
-    so_far = PartialAttention.nothing(q, wide)
+    partial = PartialAttention.empty(q, in_fp32=wide)
     for keys in (slice(0, 3), slice(3, 6)):
-        attend(so_far, q, k, v, [Tile(slice(0, 6), keys)], documents)
+        attend(partial, q, k, v, [Tile(slice(0, 6), keys)], documents)
     apart = torch.cat(
         [
             nn.functional.scaled_dot_product_attention(
@@ -236,7 +236,7 @@ def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it(
         ],
         2,
     )
-    torch.testing.assert_close(so_far.output, apart, rtol=off, atol=off)
+    torch.testing.assert_close(partial.output, apart, rtol=off, atol=off)
 
 
 def test_one_rank_attends_to_whole_sequences() -> None:

@@ -1,4 +1,4 @@
-"""Latent attention and the prediction of further tokens in every layout equal one rank,
+"""Latent attention and the multi-token prediction in every layout equal one rank,
 with and without experts.
 """
 
@@ -69,25 +69,25 @@ ROUTER: dict[str, Any] = {
 MODELS: dict[str, dict[str, Any]] = {
     "latent": BASE | {"mla": MLA, "rope_scaling": YARN},
     "latent-direct-queries": BASE | {"mla": MLA | {"q_lora_rank": None}},
-    "further": LLAMA | {"mtp": MTP},
-    "further-tied": LLAMA | {"mtp": MTP, "tie_embeddings": True},
+    "mtp": LLAMA | {"mtp": MTP},
+    "mtp-tied": LLAMA | {"mtp": MTP, "tie_embeddings": True},
     "both": BASE | {"mla": MLA, "mtp": MTP, "rope_scaling": YARN},
     "deepseek": BASE
     | {"mla": MLA, "mtp": MTP | {"num_layers": 1}, "moe": ROUTER, "rope_scaling": YARN},
 }
 SP = {"tp": 2, "sequence_parallel": True}
-FURTHER_LAYOUTS: dict[str, dict[str, Any]] = {
+MTP_LAYOUTS: dict[str, dict[str, Any]] = {
     "pp2-zb-v": {"pp": 2, "vpp": 2, "schedule": "zb-v", "layout": "E|t|t|mmL"},
     "pp2-vpp2-tp2-sp": SP | {"pp": 2, "vpp": 2, "layout": "Et||t|mmL"},
     "pp4": {"pp": 4, "layout": "E|t|t|mmL"},
 }
-ALL = LAYOUTS | CONTEXT_LAYOUTS | FULL_SHARD | FURTHER_LAYOUTS
+ALL = LAYOUTS | CONTEXT_LAYOUTS | FULL_SHARD | MTP_LAYOUTS
 IN_CHECK = [
     ("latent", "tp2"),
     ("both", "cp2-p2p-tp2-sp"),
     ("both", "pp2-zb-v"),
     ("both", "dp2-pp2-zero3"),
-    ("further-tied", "pp2-zb-dp2-zero1"),
+    ("mtp-tied", "pp2-zb-dp2-zero1"),
 ]
 LONG = [
     *(
@@ -103,7 +103,7 @@ LONG = [
     ),
     *(("latent-direct-queries", name) for name in ("tp2", "tp2-sp-dp2-zero1")),
     *(
-        ("further", name)
+        ("mtp", name)
         for name in (
             "tp2",
             "tp2-sp",
@@ -117,7 +117,7 @@ LONG = [
         )
     ),
     *(
-        ("further-tied", name)
+        ("mtp-tied", name)
         for name in (
             "tp2-sp",
             "pp2-tp2-uneven",

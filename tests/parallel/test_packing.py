@@ -56,21 +56,21 @@ def test_a_packed_batch_says_which_documents_it_has() -> None:
     assert batch.num_tokens == 6
 
 
-def test_labels_further_on_stay_in_the_sample_and_in_the_document() -> None:
+def test_mtp_labels_stay_in_the_sample_and_in_the_document() -> None:
     tokens = np.array([[1, 2, END, 3, 4, 5, END, 6, 8]])
-    further = BatchMaker(CPU, end_of_document=END, num_mtp_layers=2)(tokens).further
-    assert further is not None
-    assert further.labels_DBS.tolist() == [
+    targets = BatchMaker(CPU, end_of_document=END, num_mtp_layers=2)(tokens).mtp_targets
+    assert targets is not None
+    assert targets.labels_DBS.tolist() == [
         [[END, 3, 4, 5, END, 6, 8, 8]],
         [[3, 4, 5, END, 6, 8, 8, 8]],
     ]
-    assert further.loss_mask_DBS.tolist() == [
+    assert targets.loss_mask_DBS.tolist() == [
         [[1, 0, 0, 1, 1, 0, 0, 0]],
         [[0, 0, 0, 1, 0, 0, 0, 0]],
     ]
     together = BatchMaker(CPU, num_mtp_layers=2)(
         np.concatenate([tokens, tokens]), counted_rows=1
-    ).further
+    ).mtp_targets
     assert together is not None
     assert together.loss_mask_DBS.tolist() == [
         [[1] * 7 + [0], [0] * 8],
@@ -90,7 +90,8 @@ def test_a_cut_batch_has_the_tokens_of_its_two_chunks() -> None:
             assert torch.equal(getattr(part, name), getattr(whole, name)[:, here]), name
         for name in ("labels_DBS", "loss_mask_DBS"):
             assert torch.equal(
-                getattr(part.further, name), getattr(whole.further, name)[:, :, here]
+                getattr(part.mtp_targets, name),
+                getattr(whole.mtp_targets, name)[:, :, here],
             ), name
         parts.append(part.num_tokens)
     assert sum(parts) == whole.num_tokens

@@ -179,7 +179,7 @@ def compare_one(config: TrainConfig, mesh: ParallelMesh) -> Found:
     stages = model.pipeline.stages
     contents = {
         stages.stage(mesh.pp_rank, chunk): stage
-        for chunk, stage in enumerate(model.module.held)
+        for chunk, stage in enumerate(model.module.stages)
     }
     torchs_loss, torchs = torchs_gradients(
         config, mesh, contents, stages.num_stages, weights, batches

@@ -185,7 +185,7 @@ def assert_kept(config: TrainConfig, device: DeviceKind, within: float) -> None:
         mesh = ParallelMesh.create(dims, World(rank, dims.world_size, 0, "cpu"))
         mesh = replace(mesh, device_kind=device)
         model, _ = build(config, mesh, initialise=False)
-        for stage in model.module.held:
+        for stage in model.module.stages:
             planned = kept_by_stage(config, stage, device)
             assert planned == pytest.approx(kept(model, stage, config, mesh), rel=within)
 

@@ -57,7 +57,7 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
     batches = StepLoader(dataset, 1, count, 0, 1, batch_maker(config, mesh)).step(0)
     module = model.module
     transfer = Transfer((TOKENS, config.model.hidden_size), torch.float32, mesh.device)
-    chunks = [partial(run_stage, module, stage, batches) for stage in module.held]
+    chunks = [partial(run_stage, module, stage, batches) for stage in module.stages]
     found: list[tuple[Action, Counts]] = []
     model.begin_step()
     with Products() as products:
@@ -74,7 +74,9 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
             model.sink,
             note,
         ).step()
-    return Counted(found, [linear_layers(parts_of(module, stage)) for stage in module.held])
+    return Counted(
+        found, [linear_layers(parts_of(module, stage)) for stage in module.stages]
+    )
 
 
 def run_stage(

@@ -1,15 +1,15 @@
-"""What an expert computes: an MLP, for many experts at once.
+"""Computes what experts do with their tokens: an MLP, for many experts at once.
 
-Owns: its maths. Must not know: ranks, who sent the rows.
+Owns: its maths. Must not know: ranks, where the rows came from.
 
-Shapes: R rows that lie expert by expert, L experts here, H hidden, F inner width.
+Shapes: R rows that lie expert by expert, H hidden.
 """
 
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.mlp import gated_activation
+from megatron_ray.models.mlp import gated_activation, plain_activation
 from megatron_ray.ops.matmul import Counts
 from megatron_ray.sharding.model_specs import gated_experts_spec, plain_experts_spec
 
@@ -21,10 +21,12 @@ class GatedExperts(nn.Module):
         super().__init__()
         self.activation = gated_activation(config)
         spec = gated_experts_spec(config, num_experts)
+        # One product for both, since they read the same rows.
         self.gate_up = layers.expert_column(spec.gate_up)
         self.down = layers.expert_row(spec.down)
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        """Returns [R, H]; `counts` are the rows of each expert here."""
         output: Tensor = self.down(self.activation(self.gate_up(rows_RH, counts)), counts)
         return output
 
@@ -34,13 +36,12 @@ class PlainExperts(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
         super().__init__()
-        self.activation = nn.GELU(
-            approximate="tanh" if config.activation == "gelu_tanh" else "none"
-        )
+        self.activation = plain_activation(config)
         spec = plain_experts_spec(config, num_experts)
         self.up = layers.expert_column(spec.up)
         self.down = layers.expert_row(spec.down)
 
     def forward(self, rows_RH: Tensor, counts: Counts) -> Tensor:
+        """Returns [R, H]; `counts` are the rows of each expert here."""
         output: Tensor = self.down(self.activation(self.up(rows_RH, counts)), counts)
         return output

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.expert_parallel.dispatch import Capacity
-from megatron_ray.models.attention import ForwardContext
+from megatron_ray.expert_parallel.layers import ExpertBias
+from megatron_ray.models.aux_loss import AuxLoss
+from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.layers import Layers
-from megatron_ray.models.mlp import make_mlp
+from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe import router
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 from megatron_ray.sharding.model_specs import moe_spec
 
 
 class MoE(nn.Module):
-    """x -> residual (if given) + sum over a token's experts of weight x expert(x), + a
-    shared expert where there is one.
+    """x -> residual + sum over a token's experts of weight x expert(x).
+
+    A shared expert is added where there is one.
     """
 
     def __init__(
@@ -32,76 +35,90 @@ class MoE(nn.Module):
         self.index = index
         self.layers = layers
         self.router = layers.router(moe_spec(config, moe).router)
-        self.expert_bias = (
-            layers.expert_bias(moe.num_experts, moe.bias_update_rate)
-            if moe.expert_bias
-            else None
-        )
-        kind = GatedExperts if config.gated else PlainExperts
-        self.experts = kind(config, layers, moe.num_experts)
-        shared = moe.shared_expert_ffn_hidden_size
-        self.shared = make_mlp(config, layers, shared) if shared is not None else None
+        self.expert_bias: ExpertBias | None = None
+        if moe.expert_bias:
+            self.expert_bias = layers.expert_bias(moe.num_experts, moe.bias_update_rate)
+        self.experts: GatedExperts | PlainExperts
+        if config.gated:
+            self.experts = GatedExperts(config, layers, moe.num_experts)
+        else:
+            self.experts = PlainExperts(config, layers, moe.num_experts)
+        self.shared: GatedMLP | PlainMLP | None = None
+        if moe.shared_expert_ffn_hidden_size is not None:
+            self.shared = make_mlp(config, layers, moe.shared_expert_ffn_hidden_size)
         self.dispatcher = layers.dispatcher(moe.num_experts)
-        weights = config.aux_losses
-        self.balancing_loss, self.z_loss = (
-            layers.aux_loss(kind, weights[kind], is_per_rank=True)
-            if kind in weights
-            else None
-            for kind in (moe.balancing_loss, "z_loss")
-        )
+        self.balancing_loss = _aux_loss(config, layers, moe.balancing_loss)
+        self.z_loss = _aux_loss(config, layers, "z_loss")
 
     def forward(
-        self, x_TH: Tensor, residual_TH: Tensor | None, positions: ForwardContext
+        self, x_TH: Tensor, residual_TH: Tensor | None, context: ForwardContext
     ) -> Tensor:
-        experts, weights = self._route(self.router(x_TH), positions)
-        # A generated token must not depend on what else is in its batch, so only a
-        # model that is trained sends tokens away.
-        most = router.capacity(self.moe, len(experts)) if self.training else None
-        if most is not None:
-            experts, weights = router.limit(self.moe, experts, weights, most)
-        room = Capacity(
-            dropless=most is None, rows=most if self.moe.pad_to_capacity else None
-        )
-        dispatched = self.dispatcher.dispatch(x_TH, experts, room)
+        """Returns residual (unless None) + experts, [T, H]."""
+        experts, weights = self._route(self.router(x_TH), context)
+        # Tokens are dropped in training only: elsewhere they must not depend on what
+        # else is in their batch.
+        max_rows = None
+        if context.mode.is_training:
+            max_rows = router.capacity(self.moe, len(experts))
+        capacity = Capacity()
+        if max_rows is not None:
+            experts, weights = router.limit(self.moe, experts, weights, max_rows)
+            padded_rows = max_rows if self.moe.pad_to_capacity else None
+            capacity = Capacity(dropless=False, rows_per_expert=padded_rows)
+        dispatched = self.dispatcher.dispatch(x_TH, experts, capacity)
+        # The shared expert takes the residual into its last product.
         if self.shared is not None:
             residual_TH = self.shared(x_TH, residual_TH)
         outputs: Tensor = self.experts(dispatched.rows_RH, dispatched.counts)
         combined = dispatched.combine(outputs, weights)
-        return combined if residual_TH is None else residual_TH + combined
+        if residual_TH is None:
+            return combined
+        return residual_TH + combined
 
-    def _route(self, logits_TE: Tensor, positions: ForwardContext) -> tuple[Tensor, Tensor]:
-        given = positions.routing_replay
-        if given is not None:
-            given = self.layers.local_rows(given[:, self.index])
-        bias = self.expert_bias.value if self.expert_bias is not None else None
-        experts, weights = router.choose(self.moe, logits_TE, bias, given)
-        if positions.on_route is not None:
-            positions.on_route(self.index, experts)
-        if torch.is_grad_enabled():
-            weights = self._balanced(logits_TE, experts, weights, positions)
+    def _route(self, logits_TE: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Returns (experts [T, K], weights [T, K])."""
+        replayed_TK = None
+        if context.routing_replay is not None:
+            # The replay is of whole sequences, this router sees its rank's tokens only.
+            replayed_TK = self.layers.local_rows(context.routing_replay[:, self.index])
+        bias = None
+        if self.expert_bias is not None:
+            bias = self.expert_bias.value
+        experts, weights = router.choose(self.moe, logits_TE, bias, replayed_TK)
+        if context.on_route is not None and context.mode.is_first_run:
+            context.on_route(self.index, experts)
+        # Losses hang on the weights, which every token's output is multiplied by.
+        if context.mode.attaches_losses:
+            self._count_tokens(experts)
+            weights = self._attach_losses(logits_TE, experts, weights, context)
         return experts, weights
 
-    def _balanced(
+    def _count_tokens(self, experts_TK: Tensor) -> None:
+        """Counts the tokens of each expert, which its balancing bias is moved by."""
+        if self.expert_bias is None:
+            return
+        single_sequence = torch.zeros_like(experts_TK[:, 0])
+        counts = router.count_tokens(experts_TK, self.moe.num_experts, single_sequence, 1)
+        self.expert_bias.count(counts[0])
+
+    def _attach_losses(
         self,
         logits_TE: Tensor,
         experts_TK: Tensor,
         weights_TK: Tensor,
-        positions: ForwardContext,
+        context: ForwardContext,
     ) -> Tensor:
-        """The weights with the gradients of the balancing losses attached; a bias hears
-        who was chosen.
-        """
+        """Returns the weights with the gradients of the auxiliary losses attached."""
         moe = self.moe
-        if self.expert_bias is not None:
-            everything = torch.zeros_like(experts_TK[:, 0])
-            self.expert_bias.count(
-                router.count_tokens(experts_TK, moe.num_experts, everything, 1)[0]
-            )
         if self.balancing_loss is not None:
-            sequence, count = self._sequences(positions, len(experts_TK), experts_TK.device)
-            tokens = self.layers.sum_over_tokens(
-                router.count_tokens(experts_TK, moe.num_experts, sequence, count)
+            sequence, num_sequences = self._sequences(
+                context, len(experts_TK), experts_TK.device
             )
+            counts = router.count_tokens(
+                experts_TK, moe.num_experts, sequence, num_sequences
+            )
+            # Balance is over a microbatch, wherever its tokens are.
+            tokens = self.layers.sum_over_tokens(counts)
             weights_TK = self.balancing_loss(
                 weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence)
             )
@@ -110,12 +127,21 @@ class MoE(nn.Module):
         return weights_TK
 
     def _sequences(
-        self, positions: ForwardContext, num_tokens: int, device: torch.device
+        self, context: ForwardContext, num_tokens: int, device: torch.device
     ) -> tuple[Tensor, int]:
-        """(which sequence each of these tokens is balanced with, how many there are)."""
+        """Returns (the sequence that each token is balanced in, number of sequences)."""
+        # `aux_loss` balances over the whole microbatch, as if it were one sequence.
         if self.moe.aux_loss == "aux_loss":
             return torch.zeros(num_tokens, dtype=torch.int64, device=device), 1
-        which = torch.arange(positions.batch, device=device).repeat_interleave(
-            positions.sequence, output_size=positions.batch * positions.sequence
+        sequence_T = torch.arange(context.batch_size, device=device).repeat_interleave(
+            context.seq_length, output_size=context.batch_size * context.seq_length
         )
-        return self.layers.local_rows(which), positions.batch
+        return self.layers.local_rows(sequence_T), context.batch_size
+
+
+def _aux_loss(config: ModelConfig, layers: Layers, kind: str) -> AuxLoss | None:
+    """Returns the loss of one layer, None for a kind that the model does not have."""
+    weights = config.aux_losses
+    if kind not in weights:
+        return None
+    return layers.aux_loss(kind, weights[kind], is_per_rank=True)

@@ -1,16 +1,16 @@
-"""Causal attention by blocks of query rows, from batched products in bf16.
+"""Computes causal attention tile by tile, from batched products in bf16.
 
-Owns: its forward and backward.
+Owns: its forward and backward. Must not know: positions,
+caches, ranks.
 
 torch's fused attention on CPU multiplies bf16 no faster than fp32 in its backward;
-batched products do, so this is twice as quick there. On CUDA the fused kernels are the
-right ones. Keeps only q, k and v for the backward and works on a block of scores at a
-time, so memory grows with the sequence and not with its square. Must not know:
-positions, caches, ranks.
+batched products do, so this is twice as fast there. On CUDA the fused kernels are
+better. Keeps only q, k and v for the backward and works on one tile of scores at a
+time, so memory grows with the sequence and not with its square.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width; P = B x G
-pairs of a sequence and a key/value head, R the query rows of a block that meet one such
-pair (N/G heads of a few rows each), C the columns (keys) they see.
+pairs of a sequence and a key/value head, R the query rows of a tile that read one such
+pair (N/G heads of a few rows each), C the columns (keys) that they see.
 """
 
 from dataclasses import dataclass
@@ -20,85 +20,98 @@ import torch
 from torch import Tensor
 
 from megatron_ray.ops.attention.fused import tokens_first
+from megatron_ray.ops.autograd import AutogradFunction
 
-# Query rows per block: the masked half of a diagonal block is wasted work, narrow
-# products are slow ones.
+# Query rows per tile: the masked half of a diagonal tile is wasted work, and narrow
+# products are slow.
 _ROWS = 128
-# Scores (fp32) worked on at a time: a few heads together keep products quick, more than
-# the second-level cache holds does not.
+# Scores (fp32) of a tile: a few heads together keep products fast, more than the
+# second-level cache holds does not.
 _SCORES = 512 * 1024
-# Scores of one key/value head at most: bounds memory when its queries or the sequence
-# are many.
+# Scores of one key/value head at most: bounds memory when it has many queries or the
+# sequence is long.
 _LARGEST = 2 * 1024 * 1024
 
 
 def _rows(per_pair: int, sequence: int) -> int:
+    """Returns the query rows of a tile, where `per_pair` heads share keys."""
     return max(16, min(_ROWS, sequence, _LARGEST // (per_pair * sequence)))
 
 
 def causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S,
-    D], in memory [B, S, N, D].
+    """Returns softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own.
+
+    The result is [B, N, S, D], in memory [B, S, N, D].
     """
-    return _CausalAttention.apply(q_BNSD, k_BGSD, v_BGSD)  # type: ignore[no-any-return, no-untyped-call]
+    return _CausalAttention.apply(q_BNSD, k_BGSD, v_BGSD)
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Some (sequence, head) pairs and some query rows, which see `columns` keys, the
-    last `rows` of them by a triangle.
-    """
+class _Tile:
+    """Some pairs and some query rows, which see all keys up to their own."""
 
     pairs: slice
     first: int
+    """The first query row."""
     columns: int
+    """Keys that the rows see. The last of them, as many as there are rows, are on the
+    diagonal, where a row sees only a part."""
 
     @property
     def rows(self) -> slice:
         return slice(self.first, self.columns)
 
+    @property
+    def num_scores(self) -> int:
+        """Scores of one of the heads that share keys."""
+        num_pairs: int = self.pairs.stop - self.pairs.start
+        return num_pairs * (self.columns - self.first) * self.columns
 
-def _blocks(pairs: int, per_pair: int, sequence: int) -> list[_Block]:
+    def rows_of(self, by_pair: Tensor) -> Tensor:
+        """Returns the tile's rows [P, R, D] of [P, N/G, S, D]."""
+        return by_pair[self.pairs, :, self.rows].flatten(1, 2)
+
+    def columns_of(self, keys: Tensor) -> Tensor:
+        """Returns a view of the tile's keys or values, [P, C, D]."""
+        return keys[self.pairs, : self.columns]
+
+
+def _tiles(queries: Tensor) -> list[_Tile]:
+    """Returns the tiles of queries [P, N/G, S, D], in the order of pairs and rows."""
+    pairs, per_pair, sequence, _ = queries.shape
     rows = _rows(per_pair, sequence)
-    together = max(1, _SCORES // (per_pair * rows * sequence))
-    return [
-        _Block(slice(low, min(low + together, pairs)), first, min(first + rows, sequence))
-        for low in range(0, pairs, together)
-        for first in range(0, sequence, rows)
-    ]
+    # As many heads together as the cache allows.
+    pairs_at_once = max(1, _SCORES // (per_pair * rows * sequence))
+    tiles = []
+    for low in range(0, pairs, pairs_at_once):
+        high = min(low + pairs_at_once, pairs)
+        for first in range(0, sequence, rows):
+            tiles.append(_Tile(slice(low, high), first, min(first + rows, sequence)))
+    return tiles
 
 
 def _by_pair(heads_BNSD: Tensor, groups: int) -> Tensor:
-    """[P, N/G, S, D]; a copy only where the heads' rows do not lie together."""
+    """Returns [P, N/G, S, D]; copies only where the heads' rows do not lie together."""
     batch, heads, sequence, width = heads_BNSD.shape
     return heads_BNSD.reshape(batch * groups, heads // groups, sequence, width)
 
 
-def _block_rows(by_pair: Tensor, block: _Block) -> Tensor:
-    """[P, R, D] of a block."""
-    return by_pair[block.pairs, :, block.rows].flatten(1, 2)
+class _ScoreBuffer:
+    """Memory for the scores of a tile, used again for every tile.
 
-
-class _Buffer:
-    """Memory used again for every block: fresh memory of this size costs the system
-    more than the arithmetic on it.
+    Fresh memory of this size would cost the system more than the arithmetic on it.
     """
 
-    def __init__(self, blocks: list[_Block], per_pair: int, like: Tensor) -> None:
-        self.per_pair = per_pair
-        largest = max(
-            (block.pairs.stop - block.pairs.start)
-            * (block.columns - block.first)
-            * block.columns
-            for block in blocks
-        )
-        self._wide = torch.empty(largest * per_pair, device=like.device)
-        self._short = self._wide.new_empty(largest * per_pair, dtype=like.dtype)
+    def __init__(self, tiles: list[_Tile], queries: Tensor) -> None:
+        self.per_pair = queries.shape[1]
+        largest = max(tile.num_scores for tile in tiles) * self.per_pair
+        self._wide = torch.empty(largest, device=queries.device)
+        self._short = self._wide.new_empty(largest, dtype=queries.dtype)
 
     def product(
         self, left: Tensor, right: Tensor, scale: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Scale x left @ right, and room for it in fp32."""
+        """Returns scale x left @ right, and memory for it in fp32."""
         shape = (left.shape[0], left.shape[1], right.shape[2])
         size = shape[0] * shape[1] * shape[2]
         short = self._short[:size].view(shape)
@@ -107,97 +120,129 @@ class _Buffer:
 
 
 def _probabilities(
-    q_PRD: Tensor, k_PCD: Tensor, hide_future: Tensor, buffer: _Buffer
+    q_PRD: Tensor, k_PCD: Tensor, hide_future: Tensor, buffer: _ScoreBuffer
 ) -> tuple[Tensor, Tensor]:
-    """Softmax of the masked scores [P, R, C], in fp32 and rounded, in the buffer.
+    """Returns the softmax of the masked scores [P, R, C], in fp32 and rounded.
 
-    A product in bf16 rounds the scores, by more the larger they are, so it is done once
-    more for what the rounding lost. Without, sharp attention (scores of ten and more)
-    is three times as far off as with fp32 scores.
+    Both are in the buffer. A product in bf16 rounds the scores, by more the larger they
+    are, so it is done once more for what the rounding lost. Otherwise sharp attention
+    (scores of ten and more) is three times as far off as with fp32 scores.
     """
     keys_first = k_PCD.transpose(1, 2)
     scale = q_PRD.shape[-1] ** -0.5
     short, scores = buffer.product(q_PRD, keys_first, scale)
     scores.copy_(short)
+    # scale x q k^T minus its own rounding, added in fp32.
     scores.add_(torch.baddbmm(short, q_PRD, keys_first, beta=-1, alpha=scale, out=short))
     rows = q_PRD.shape[1] // buffer.per_pair
-    triangle = scores.view(len(scores), buffer.per_pair, rows, -1)[..., -rows:]
-    triangle.add_(hide_future[:rows, :rows])
-    # Largest, difference, exponential, sum and quotient while a row is in cache; a row
-    # may be written over its scores.
+    diagonal = scores.view(len(scores), buffer.per_pair, rows, -1)[..., -rows:]
+    diagonal.add_(hide_future[:rows, :rows])
+    # One kernel computes largest, difference, exponential, sum and quotient while a row
+    # is in cache; it may write a row over its scores.
     torch.softmax(scores, -1, out=scores)
     return scores, short.copy_(scores)
 
 
-def _hide_future(rows: int, device: torch.device) -> Tensor:
-    """What is added to the scores of a diagonal block."""
-    return torch.full((rows, rows), -torch.inf, device=device).triu_(1)
+def _hide_future(queries: Tensor) -> Tensor:
+    """Returns what is added to the scores of a diagonal square, [rows, rows]."""
+    rows = _rows(queries.shape[1], queries.shape[2])
+    return torch.full((rows, rows), -torch.inf, device=queries.device).triu_(1)
 
 
-class _CausalAttention(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients of queries [P, N/G, S, D], and of keys and values [P, S, D].
+
+    Every tile adds to the keys it sees, and many roundings to bf16 would add up, so
+    those of keys and values are fp32.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+
+    @classmethod
+    def zeros(cls, queries: Tensor, keys: Tensor) -> "_Gradients":
+        """Returns gradients to which all tiles are still to be added."""
+        return cls(
+            torch.empty_like(queries),
+            torch.zeros(keys.shape, device=keys.device),
+            torch.zeros(keys.shape, device=keys.device),
+        )
+
+    def add_scores(self, tile: _Tile, grad_s: Tensor, q_PRD: Tensor, k_PCD: Tensor) -> None:
+        """Adds what the gradient of a tile's scores gives queries and keys."""
+        _, per_pair, _, width = self.queries.shape
+        scale = width**-0.5
+        # A query's gradient is complete after its own tile, a key's only after all.
+        grad_q = torch.bmm(grad_s, k_PCD).view(len(grad_s), per_pair, -1, width)
+        torch.mul(grad_q, scale, out=self.queries[tile.pairs, :, tile.rows])
+        grad_k = torch.bmm(grad_s.transpose(1, 2), q_PRD)
+        tile.columns_of(self.keys).add_(grad_k, alpha=scale)
+
+    def add_values(self, tile: _Tile, p_PRC: Tensor, grad_PRD: Tensor) -> None:
+        """Adds what a tile's probabilities and outputs give values."""
+        tile.columns_of(self.values).add_(torch.bmm(p_PRC.transpose(1, 2), grad_PRD))
+
+
+class _CausalAttention(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch, heads, sequence, width = q.shape
-        groups = k.shape[1]
-        per_pair = heads // groups
-        queries = _by_pair(q, groups)
+        queries = _by_pair(q, k.shape[1])
         keys = k.flatten(0, 1)
         values = v.flatten(0, 1)
         ctx.save_for_backward(queries, keys, values)
-        ctx.batch = batch
-        blocks = _blocks(len(keys), per_pair, sequence)
-        buffer = _Buffer(blocks, per_pair, q)
+        ctx.batch = q.shape[0]
+        tiles = _tiles(queries)
+        buffer = _ScoreBuffer(tiles, queries)
+        hide_future = _hide_future(queries)
         attended = torch.empty_like(queries)
-        hide_future = _hide_future(_rows(per_pair, sequence), q.device)
-        for block in blocks:
-            k_PCD = keys[block.pairs, : block.columns]
-            v_PCD = values[block.pairs, : block.columns]
+        for tile in tiles:
             _, p_PRC = _probabilities(
-                _block_rows(queries, block), k_PCD, hide_future, buffer
+                tile.rows_of(queries), tile.columns_of(keys), hide_future, buffer
             )
-            attended[block.pairs, :, block.rows] = torch.bmm(p_PRC, v_PCD).view(
-                len(p_PRC), per_pair, -1, width
-            )
+            output = torch.bmm(p_PRC, tile.columns_of(values))
+            by_head = (len(output), queries.shape[1], -1, queries.shape[3])
+            attended[tile.pairs, :, tile.rows] = output.view(by_head)
         return tokens_first(attended.view(q.shape), q.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         queries, keys, values = ctx.saved_tensors
-        pairs, per_pair, sequence, width = queries.shape
-        blocks = _blocks(pairs, per_pair, sequence)
-        hide_future = _hide_future(_rows(per_pair, sequence), grad.device)
-        grads = _by_pair(grad, pairs // ctx.batch)
-        scale = width**-0.5
-        p_buffer = _Buffer(blocks, per_pair, queries)
-        grad_buffer = _Buffer(blocks, per_pair, queries)
-        grad_q = torch.empty_like(queries)
-        # Every block of rows adds to the keys it sees; many roundings to bf16 would add
-        # up.
-        grad_k, grad_v = (torch.zeros(keys.shape, device=keys.device) for _ in range(2))
-        for block in blocks:
-            k_PCD = keys[block.pairs, : block.columns]
-            v_PCD = values[block.pairs, : block.columns]
-            q_PRD = _block_rows(queries, block)
-            grad_PRD = _block_rows(grads, block)
-            p_PRC, p_short = _probabilities(q_PRD, k_PCD, hide_future, p_buffer)
-            short, grad_p = grad_buffer.product(grad_PRD, v_PCD.transpose(1, 2))
-            grad_p.copy_(short)
-            # p (grad_p - sum of p grad_p) while a row is in cache.
-            torch._softmax_backward_data(
-                grad_p, p_PRC, -1, torch.float32, grad_input=grad_p
-            )
-            grad_s = short.copy_(grad_p)
-            by_rows = torch.bmm(grad_s, k_PCD).view(len(grad_s), per_pair, -1, width)
-            torch.mul(by_rows, scale, out=grad_q[block.pairs, :, block.rows])
-            grad_k[block.pairs, : block.columns].add_(
-                torch.bmm(grad_s.transpose(1, 2), q_PRD), alpha=scale
-            )
-            grad_v[block.pairs, : block.columns].add_(
-                torch.bmm(p_short.transpose(1, 2), grad_PRD)
-            )
-        by_head = (ctx.batch, -1, sequence, width)
+        grads = _by_pair(grad, len(keys) // ctx.batch)
+        gradients = _backward(grads, queries, keys, values)
+        by_head = (ctx.batch, -1, *queries.shape[2:])
         return (
-            grad_q.view(by_head),
-            grad_k.to(keys.dtype).view(by_head),
-            grad_v.to(keys.dtype).view(by_head),
+            gradients.queries.view(by_head),
+            gradients.keys.to(keys.dtype).view(by_head),
+            gradients.values.to(keys.dtype).view(by_head),
         )
+
+
+def _backward(grads: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> _Gradients:
+    """Returns the gradients; the probabilities of each tile are computed again."""
+    tiles = _tiles(queries)
+    hide_future = _hide_future(queries)
+    p_buffer = _ScoreBuffer(tiles, queries)
+    grad_buffer = _ScoreBuffer(tiles, queries)
+    gradients = _Gradients.zeros(queries, keys)
+    for tile in tiles:
+        q_PRD = tile.rows_of(queries)
+        k_PCD = tile.columns_of(keys)
+        grad_PRD = tile.rows_of(grads)
+        p_wide, p_PRC = _probabilities(q_PRD, k_PCD, hide_future, p_buffer)
+        grad_s = _grad_of_scores(p_wide, grad_PRD, tile.columns_of(values), grad_buffer)
+        gradients.add_scores(tile, grad_s, q_PRD, k_PCD)
+        gradients.add_values(tile, p_PRC, grad_PRD)
+    return gradients
+
+
+def _grad_of_scores(
+    p_PRC: Tensor, grad_PRD: Tensor, v_PCD: Tensor, buffer: _ScoreBuffer
+) -> Tensor:
+    """Returns the gradient of a tile's scores [P, R, C], in the buffer and rounded."""
+    short, grad_p = buffer.product(grad_PRD, v_PCD.transpose(1, 2))
+    grad_p.copy_(short)
+    # One kernel computes p (grad_p - sum of p grad_p) while a row is in cache.
+    torch._softmax_backward_data(grad_p, p_PRC, -1, torch.float32, grad_input=grad_p)
+    return short.copy_(grad_p)

@@ -1,31 +1,34 @@
-"""Causal attention of bf16 on a CPU that cannot multiply it: the fused kernel in fp32,
-of which only bf16 is kept for the backward.
+"""Computes causal attention of bf16 on a CPU that cannot multiply bf16.
 
-torch's own function takes 7 times as long there, forward and backward. Must not know:
-positions, caches, ranks.
+Owns: the fused kernel in fp32, of which only bf16 is kept for the backward. Must not
+know: positions, caches, ranks.
+
+torch's own function takes 7 times as long there, forward and backward.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width.
 """
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_ray.ops.attention import fused
+from megatron_ray.ops.autograd import AutogradFunction
 
 
 def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own: [B, N, S,
-    D], in memory [B, S, N, D].
+    """Returns softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own.
+
+    The result is [B, N, S, D], in memory [B, S, N, D].
     """
-    return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)  # type: ignore[no-any-return, no-untyped-call]
+    return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)
 
 
-class _WideAttention(torch.autograd.Function):
+class _WideAttention(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wide, lse = fused.forward(q, k, v, causal=True, bias=None, wide=True)
+        # fp32 copies of q, k and v live for the length of the kernel only.
+        wide, lse = fused.forward(q, k, v, causal=True, bias=None, in_fp32=True)
         output = fused.tokens_first(wide, q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)
         return output
@@ -34,6 +37,6 @@ class _WideAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         grad_q, grad_k, grad_v = fused.backward(
-            grad, q, k, v, (output, lse), causal=True, bias=None, wide=True
+            grad, q, k, v, (output, lse), causal=True, bias=None, in_fp32=True
         )
         return grad_q.to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)

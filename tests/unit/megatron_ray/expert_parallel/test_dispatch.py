@@ -47,20 +47,20 @@ def expected(x: Tensor, weights: Tensor, matrices: Tensor, experts: Tensor) -> T
 
 @pytest.mark.parametrize("kind", [AllToAllDispatcher, AllGatherDispatcher])
 @pytest.mark.parametrize(
-    "room",
-    [Capacity(), Capacity(dropless=False), Capacity(dropless=False, rows=5)],
+    "capacity",
+    [Capacity(), Capacity(dropless=False), Capacity(dropless=False, rows_per_expert=5)],
     ids=["all", "dropped", "padded"],
 )
 def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(
-    kind: Any, room: Capacity
+    kind: Any, capacity: Capacity
 ) -> None:
     experts = CHOICES.clone()
-    if not room.dropless:
+    if not capacity.dropless:
         experts[2, 1] = experts[5, 0] = EXPERTS
     x, weights, matrices = inputs()
     linear = GroupedLinear((EXPERTS * WIDTH, WIDTH), EXPERTS, dtype=torch.float32)
     linear.weight = torch.nn.Parameter(matrices.detach().clone())
-    dispatched = kind(EXPERTS, None, None).dispatch(x, experts, room)
+    dispatched = kind(EXPERTS, None, None).dispatch(x, experts, capacity)
     counts = [int((experts == expert).sum()) for expert in range(EXPERTS)]
     assert (
         dispatched.counts == 5

@@ -271,7 +271,7 @@ def test_learned_positions_end_somewhere(tmp_path: Path) -> None:
         generate(model, tokenizer, "x" * 70, 1)
     with pytest.raises(
         ValueError,
-        match="60 prompt tokens and 9 new ones need more than the 64 positions .* at most 4 new "
+        match=r"60 prompt tokens and 9 new ones need more than the 64 positions .* at most 4 new "
         "tokens",
     ):
         generate(model, tokenizer, "x" * 60, 9)
@@ -298,10 +298,10 @@ def test_the_main_parameters_of_a_bf16_run_are_what_is_loaded(tmp_path: Path) ->
     )
 
 
-def test_checkpoints_that_cannot_speak_say_so(tmp_path: Path) -> None:
+def test_checkpoints_without_tokenizer_or_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError,
-        match="it holds no tokenizer.json, so its tokens cannot be turned into text",
+        match=r"it holds no tokenizer\.json, so its tokens cannot be turned into text",
     ):
         load_model(checkpoint(tmp_path / "a", LLAMA, tokenizer=False))
     path = checkpoint(tmp_path / "b", LLAMA)

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_ray.ops.attention.blockwise import (
     _LARGEST,
     _SCORES,
-    _blocks,
+    _tiles,
     causal_attention,
 )
 from megatron_ray.ops.attention.fp32 import fp32_causal_attention
@@ -111,13 +111,13 @@ def test_is_repeatable_to_the_bit() -> None:
     ("pairs", "per_pair", "sequence"),
     [(16, 1, 256), (8, 4, 2048), (3, 8, 100), (2, 1, 65536), (1, 32, 8192), (5, 1, 16)],
 )
-def test_blocks_cover_every_query_once_within_the_memory_allowed(
+def test_tiles_cover_every_query_once_within_the_memory_allowed(
     pairs: int, per_pair: int, sequence: int
 ) -> None:
     seen = torch.zeros(pairs, sequence)
-    for block in _blocks(pairs, per_pair, sequence):
-        seen[block.pairs, block.rows] += 1
-        together = block.pairs.stop - block.pairs.start
-        scores = together * per_pair * (block.columns - block.first) * block.columns
+    for tile in _tiles(torch.empty(pairs, per_pair, sequence, 1)):
+        seen[tile.pairs, tile.rows] += 1
+        num_pairs = tile.pairs.stop - tile.pairs.start
+        scores = num_pairs * per_pair * (tile.columns - tile.first) * tile.columns
         assert scores <= max(_SCORES, _LARGEST, 16 * per_pair * sequence)
     assert torch.equal(seen, torch.ones_like(seen))

@@ -57,8 +57,8 @@ def run(
 
 
 WAYS: dict[str, Callable[..., Tensor]] = {
-    "fused": partial(windowed_attention, wide=False),
-    "fused-in-fp32": partial(windowed_attention, wide=True),
+    "fused": partial(windowed_attention, in_fp32=False),
+    "fused-in-fp32": partial(windowed_attention, in_fp32=True),
     "by-torch": masked_attention,
 }
 WAYS_AND_TYPES = [
@@ -129,5 +129,5 @@ def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
         0.0, Streams(7, {"tp": 0, "cp": 0}).stream("layers.0", ("cp", "tp")), 6
     )
     torch.testing.assert_close(
-        dropping(q, k, v, (packed, 0)), expected, rtol=1e-12, atol=1e-12
+        dropping(q, k, v, packed, 0), expected, rtol=1e-12, atol=1e-12
     )

@@ -1,5 +1,5 @@
 """Masks have their rate and belong to nobody else; attention with dropout is softmax
-attention; without a sample nothing is dropped.
+attention; only training drops anything.
 """
 
 from dataclasses import replace
@@ -19,6 +19,7 @@ from megatron_ray.distributed.rng import Streams
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.batch import Batch, Packed
 from megatron_ray.models.dropout import AttentionWithDropout, Dropout
+from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.parity import LLAMA, RandomDataset, make_config
@@ -54,9 +55,9 @@ def test_a_mask_drops_at_its_rate(rate: float) -> None:
 
 def test_masks_differ_by_place_sample_seed_and_cut_and_by_nothing_else() -> None:
     drawn = mask()
-    assert torch.equal(drawn, mask()) and torch.equal(
-        drawn, mask(streams=Streams(7, {"tp": 1, "cp": 0}))
-    ), "tp does not cut this"
+    assert torch.equal(drawn, mask())
+    other_tp_rank = mask(streams=Streams(7, {"tp": 1, "cp": 0}))
+    assert torch.equal(drawn, other_tp_rank), "tp does not cut this"
     others = [
         mask(place="layers.1.mlp"),
         mask(place="layers.0.attention"),
@@ -98,7 +99,7 @@ def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> Non
     inputs = qkv(torch.float64)
     again = qkv(torch.float64)
     attention = LocalAttention(DeviceKind("cpu", bf16_products=True))
-    found = AttentionWithDropout(0.0, WHERE)(*inputs, (packed, 0))
+    found = AttentionWithDropout(0.0, WHERE)(*inputs, packed, 0)
     expected = attention(*again, packed)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for output in (found, expected):
@@ -123,7 +124,7 @@ def test_dropped_probabilities_count_for_nothing_and_the_others_for_more(
     kept = probabilities.masked_fill(core.dropout.mask(probabilities, 5), 0) / 0.6
     expected = kept @ v.double().repeat_interleave(2, 1)
     torch.testing.assert_close(
-        core(q, k, v, (None, 5)).double(), expected, rtol=tolerance, atol=tolerance
+        core(q, k, v, None, 5).double(), expected, rtol=tolerance, atol=tolerance
     )
 
 
@@ -159,7 +160,7 @@ def test_a_rate_of_zero_adds_no_module_and_no_operation() -> None:
     with Operations() as training:
         loss = model(batch)
     with Operations() as evaluation:
-        without = model(replace(batch, first_sample=None))
+        without = model(batch, ForwardMode.EVAL)
     assert torch.equal(loss, without)
     assert training.names == evaluation.names
     assert batch.first_sample == 2
@@ -169,12 +170,19 @@ def test_evaluation_and_generation_drop_nothing() -> None:
     plain, batch = model_and_batch()
     dropping, _ = model_and_batch(hidden_dropout=0.3, attention_dropout=0.2)
     with torch.no_grad():
-        assert torch.equal(dropping(replace(batch, first_sample=None)), plain(batch))
+        assert torch.equal(dropping(batch, ForwardMode.EVAL), plain(batch))
         assert torch.equal(
             dropping.logits(batch.tokens_BS, batch.position_ids),
             plain.logits(batch.tokens_BS, batch.position_ids),
         )
         assert not torch.equal(dropping(batch), plain(batch))
+
+
+@pytest.mark.parametrize("dropout", [{"hidden_dropout": 0.3}, {"attention_dropout": 0.3}])
+def test_training_with_dropout_needs_a_sample_number(dropout: dict[str, float]) -> None:
+    model, batch = model_and_batch(**dropout)
+    with pytest.raises(ValueError, match="first_sample"):
+        model(replace(batch, first_sample=None))
 
 
 @pytest.mark.parametrize("dropout", [{"hidden_dropout": 0.3}, {"attention_dropout": 0.3}])

@@ -90,7 +90,7 @@ def test_experts_and_weights(fields: dict[str, Any], bias: np.ndarray | None) ->
 def test_given_experts_are_taken_with_weights_of_their_own_scores() -> None:
     moe = MoEConfig(num_experts=EXPERTS, top_k=2)
     given = torch.arange(TOKENS)[:, None] % 3 + torch.tensor([0, 4])
-    experts, weights = router.choose(moe, torch.from_numpy(LOGITS), given_TK=given)
+    experts, weights = router.choose(moe, torch.from_numpy(LOGITS), replayed_TK=given)
     assert torch.equal(experts, given)
     for logits, chosen, weight in zip(
         LOGITS, given.tolist(), weights.tolist(), strict=True
@@ -113,7 +113,7 @@ def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
     )
     logits = torch.from_numpy(LOGITS).requires_grad_()
     sequence = torch.arange(sequences).repeat_interleave(TOKENS // sequences)
-    experts, weights = router.choose(moe, logits)
+    experts, _ = router.choose(moe, logits)
     counts = router.count_tokens(experts, EXPERTS, sequence, sequences)
     length = TOKENS // sequences
     scores = (
@@ -200,12 +200,8 @@ def test_there_is_no_capacity_without_a_factor_and_never_more_than_the_tokens() 
     assert router.capacity(MoEConfig(num_experts=4, top_k=2, capacity_factor=9), 100) == 100
 
 
-def test_a_bias_moves_by_the_sign_of_what_is_missing_and_counts_only_with_gradients() -> (
-    None
-):
+def test_a_bias_moves_by_the_sign_of_what_is_missing() -> None:
     bias = ExpertBias(4, rate=0.25)
-    with torch.no_grad():
-        bias.count(torch.tensor([9.0, 9.0, 9.0, 9.0]))
     bias.count(torch.tensor([4.0, 1.0, 1.0, 2.0]))
     update_expert_biases([bias], None, None)
     assert bias.value.tolist() == [-0.25, 0.25, 0.25, 0.0]
