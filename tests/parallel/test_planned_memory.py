@@ -61,12 +61,12 @@ def size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def rank_memory(config: TrainConfig, rank: int) -> RankMemory:
+def rank_memory(config: TrainConfig, rank: int, device: DeviceKind) -> RankMemory:
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     buffers = rank_buffers(config, dims, pipeline, rank)
     state = state_memory(config, dims, buffers)
-    return with_activations(config, pipeline, state, buffers.pp_rank)
+    return with_activations(config, pipeline, state, buffers.pp_rank, device)
 
 
 def held(config: TrainConfig, rank: int) -> tuple[int, int, int]:

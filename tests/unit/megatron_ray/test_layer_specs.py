@@ -1,11 +1,13 @@
 """Modules have the shapes of the parameter table, on every rank of every cut."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.gpt import GPT
@@ -29,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def make_module(model: ModelConfig, dims: ParallelDims, rank: int) -> GPT:
     position = ShardPosition.of_rank(dims, rank)
+    device = DeviceKind("cpu", bf16_products=True)
     layers = ParallelLayerFactory(
         model,
         position,
@@ -36,7 +39,7 @@ def make_module(model: ModelConfig, dims: ParallelDims, rank: int) -> GPT:
         ExpertParallelGroups(),
         dtype=torch.float32,
         streams=Streams(0, {"tp": position.tp_rank, "cp": 0}),
-        attention=LocalAttention,
+        attention=partial(LocalAttention, device),
     )
     with torch.device("meta"):
         return GPT(model, layers)
