@@ -311,4 +311,4 @@ def test_what_a_driver_had_begun_to_stop_stays_stopped_while_the_service_is_away
     job = job_context("job-p", str(paper.folder))
     assert job.wish is DesiredState.RUN
     job.write(stopping=DesiredState.CANCEL)
-    assert context("job-p", str(paper.folder)).wish is DesiredState.CANCEL
+    assert job_context("job-p", str(paper.folder)).wish is DesiredState.CANCEL
