@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from workers.exceptions import WorkersError
 from workers.protocol.wire import (
     PROTOCOL,
     AgentReport,
@@ -29,11 +30,11 @@ _TIMEOUT_S = 10.0
 _POLL_SLACK_S = 10.0
 
 
-class ServiceUnavailableError(Exception):
+class ServiceUnavailableError(WorkersError):
     """The service did not answer, or not sensibly: try again later."""
 
 
-class ServiceRefusedError(Exception):
+class ServiceRefusedError(WorkersError):
     """The service understood and said no; `status` and `code` are those of its problem
     document.
     """
@@ -44,7 +45,7 @@ class ServiceRefusedError(Exception):
         self.code = code
 
 
-class ReplacedError(Exception):
+class ReplacedError(WorkersError):
     """A newer incarnation of this driver has spoken to the service: this one must end."""
 
 

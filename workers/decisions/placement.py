@@ -18,13 +18,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from megatron_ray.parallel_dims import ParallelDims
+from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
 _EPSILON = 1e-6
 
 
-class PlacementError(Exception):
+class PlacementError(WorkersError):
     """The reported places do not make up the planned world; the text says which and
     how.
     """

@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_ray.checkpoint.directory import latest_committed, list_checkpoints
-from workers.decisions import policies, recovery
+from workers.decisions import recovery, restart_policy
+from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.placement import PlacementPlan, assign_ranks
-from workers.decisions.policies import Failure, FailureKind, RestartHistory
 from workers.decisions.recovery import RecoveryWatch
+from workers.decisions.restart_policy import RestartHistory
 from workers.decisions.slot_assignment import SlotAssignment, assign_slots
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
@@ -227,7 +228,7 @@ class Attempts:
         history = RestartHistory(
             entry.failures, entry.preemptions, entry.commits_at_failure
         )
-        decision = policies.decide_restart(
+        decision = restart_policy.decide_restart(
             job.spec.restart, history, cause, entry.last_commit, self._random.random()
         )
         spent = decision.history

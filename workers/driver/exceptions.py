@@ -4,6 +4,7 @@ Owns: these exceptions. Must not know: who takes them.
 """
 
 from workers.driver.journal import Ending
+from workers.exceptions import WorkersError
 from workers.protocol.states import JobState, StatusReason
 
 
@@ -27,7 +28,7 @@ class JobEnds(Exception):
         )
 
 
-class DriverReplacedError(Exception):
+class DriverReplacedError(WorkersError):
     """A newer incarnation drives this job."""
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_ray.storage.storage import Storage, open_storage
+from workers.decisions.failures import FailureKind
 from workers.decisions.placement import RankPlace
-from workers.decisions.policies import FailureKind
+from workers.exceptions import WorkersError
 from workers.protocol.states import DesiredState
 from workers.rank.environment import RankEnv
 from workers.rank.messages import StartOrder
@@ -24,11 +25,11 @@ FOLDER = "attempts"
 FORMAT_VERSION = 1
 
 
-class JournalError(Exception):
+class JournalError(WorkersError):
     """A journal that cannot be used; the text names the file and why."""
 
 
-class ForeignJournalError(Exception):
+class ForeignJournalError(WorkersError):
     """The folder holds another job: its checkpoints and records must not be mixed with
     this one's.
     """

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, StepReport
 from megatron_ray.storage.storage import StorageError
-from workers.decisions import policies
+from workers.decisions import failures, liveness
+from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.liveness import Progress
 from workers.decisions.placement import RankPlace
-from workers.decisions.policies import Failure, FailureKind, Progress
 from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole, source_of
 from workers.driver.logs import JobLogs
 from workers.driver.outbox import Outbox
@@ -228,7 +229,7 @@ class Supervision:
                 FailureKind.START, "its worker does not run this attempt", view.place.rank
             )
         elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:
-            kind, message = policies.describe_error(reply.error or {})
+            kind, message = failures.describe_error(reply.error or {})
             self._fail(
                 kind,
                 message,
@@ -284,13 +285,13 @@ class Supervision:
 
     def _look_at_clock(self) -> None:
         now = time.monotonic()
-        limit = policies.SILENCE_S if self._stepped else policies.START_SILENCE_S
+        limit = liveness.SILENCE_S if self._stepped else liveness.START_SILENCE_S
         waiting = {
             rank: view.heard_at
             for rank, view in self.views.items()
             if not view.state.is_over
         }
-        for rank in policies.silent_ranks(now, waiting, limit):
+        for rank in liveness.silent_ranks(now, waiting, limit):
             self._dead.add(rank)
             self.views[rank].state = RankState.FAILED
             self._fail(
@@ -298,7 +299,7 @@ class Supervision:
                 f"node {self.views[rank].place.address} has not answered for {limit:.0f} s",
                 rank,
             )
-        sentence = policies.hang(now, self._progress) if waiting else None
+        sentence = liveness.hang(now, self._progress) if waiting else None
         if sentence:
             self._fail(FailureKind.HANG, sentence, None)
 
@@ -393,7 +394,7 @@ class Supervision:
             for answer in self._group.collect(0.05):
                 self._take(answer)
         self._finish_commits()
-        cause = policies.root_cause(self._failures)
+        cause = failures.root_cause(self._failures)
         if cause.kind is FailureKind.HANG:
             self._dead.update(self.views)
         return AttemptEnd(EndKind.FAILED, cause, tuple(sorted(self._dead)))
@@ -417,7 +418,7 @@ def relayed(line: Line) -> Line:
             f"{data['seconds']:.2f} s"
         )
     elif line.kind == "failed":
-        kind, words = policies.describe_error(data)
+        kind, words = failures.describe_error(data)
         # Of a rank that only lost another one; whoever reads warnings alone is to find
         # the cause first.
         echo = kind is FailureKind.COLLATERAL

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from workers.exceptions import WorkersError
+
 AGENT_TOKEN = "MEGATRON_RAY_AGENT_TOKEN"
 AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
 
 _SIOCGIFADDR = 0x8915  # Linux: address of a network interface
 
 
-class ProcessEnvironmentError(Exception):
+class ProcessEnvironmentError(WorkersError):
     """A variable that must be there is missing or malformed; the text names it and the
     remedy.
     """

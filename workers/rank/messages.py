@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from megatron_ray.exceptions import InputError
+from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
 from workers.rank.spool import Line
 
@@ -26,20 +28,20 @@ class RankState(StrEnum):
         return self in (RankState.FINISHED, RankState.STOPPED, RankState.FAILED)
 
 
-class UserError(Exception):
+class UserError(InputError):
     """Something the user wrote cannot work; the text says what and how to mend it.
 
     Never retried, never shown with a traceback.
     """
 
 
-class FencedError(Exception):
+class FencedError(WorkersError):
     """A caller with an (attempt, epoch) lower than one already seen; it has been
     replaced and must end.
     """
 
 
-class BusyError(Exception):
+class BusyError(WorkersError):
     """A start order while the training thread of another attempt is still alive."""
 
 
@@ -105,6 +107,6 @@ class NextReply:
     reports: int = 0
     """Reports written in this attempt, filtered ones included: the sign of progress."""
     error: dict[str, Any] | None = None
-    """{type, message, traceback, user} once failed."""
+    """{type, message, failure_kind, traceback, step} once failed."""
     log_offset: int = 0
     log: bytes = b""

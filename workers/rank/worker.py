@@ -154,6 +154,7 @@ class RankAttempt:
             self.error = {
                 "type": type(error).__name__,
                 "message": str(error) or type(error).__name__,
+                "failure_kind": str(getattr(error, "failure_kind", "")),
                 "traceback": text[-16000:],
             }
             self.error["step"] = self.step

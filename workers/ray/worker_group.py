@@ -18,9 +18,10 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.commands import Command
+from workers.decisions.failures import FailureKind
 from workers.decisions.placement import PlacementPlan, SlotFacts
-from workers.decisions.policies import FailureKind
 from workers.decisions.slot_assignment import WorkerToStart
+from workers.exceptions import WorkersError
 from workers.rank.messages import Fence, FencedError, NextReply, Poll, StartOrder
 from workers.ray.nodes import NODE_ID_LABEL
 
@@ -28,7 +29,7 @@ GONE_S = 10.0
 """How long a killed actor's name may linger."""
 
 
-class WorkerGroupError(Exception):
+class WorkerGroupError(WorkersError):
     """Actors that did not come up; `dead_slots` names those that must be made anew,
     `kind` says of what they died.
     """

@@ -9,8 +9,8 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
+from workers.decisions.failures import FailureKind
 from workers.decisions.placement import PlacementPlan, SlotFacts
-from workers.decisions.policies import FailureKind
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.outbox import RecordLog
 from workers.protocol.states import DesiredState, JobState, may_follow

@@ -5,7 +5,7 @@ import json
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from workers.decisions.policies import FailureKind
+from workers.decisions.failures import FailureKind
 from workers.driver.supervision import relayed
 from workers.rank.spool import Line
 from workers.ray.worker_group import death_of
