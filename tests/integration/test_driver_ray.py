@@ -440,7 +440,7 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
     plan = plan_placement(JobSpec.from_mapping(spec()), [node], "cpu")
     assert ray.get(group.placement_group(plan).ready(), timeout=30)
     try:
-        group.create(plan, assign_slots(plan, (), (), (), group.nodes(plan)).recruits, 1)
+        group.create(plan, assign_slots(plan, (), (), (), group.nodes(plan)).workers_to_start, 1)
         group.probe([0], fence, 60, lambda: None)
         assert folder.exists()
         assert group.retire(fence, 2, 0.5) == () and not folder.exists(), (

@@ -12,7 +12,7 @@ import pytest
 from megatron_ray.parallel_dims import ParallelDims
 from tests.integration.fake_service import NAMESPACE
 from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
-from workers.decisions.slot_assignment import assign_slots, standbys_wanted
+from workers.decisions.slot_assignment import assign_slots, spares_to_start
 from workers.rank.environment import RankEnv
 from workers.rank.messages import Fence, StartOrder
 
@@ -25,7 +25,7 @@ PLAN = PlacementPlan(
     (Bundle(0, {"CPU": 2.0, "GPU": 2.0}, (0, 1)),),
     {"CPU": 1.0, "GPU": 1.0},
     ParallelDims(tp=2),
-    room=1,
+    capacity=1,
 )
 
 
@@ -53,23 +53,23 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(
     assert group.placement_group(PLAN).wait(30)
     try:
         first = assign_slots(PLAN, (), (), (), group.nodes(PLAN))
-        group.create(PLAN, first.recruits, 1)
+        group.create(PLAN, first.workers_to_start, 1)
         places = assign_ranks(
-            first.posted(group.probe(first.posts, FENCE, 60, lambda: None)), PLAN.dims
+            first.apply(group.probe(first.slots, FENCE, 60, lambda: None)), PLAN.dims
         )
         assert sorted(place.gpu for place in places) == [0, 1], (
             "Ray gave each one of its own"
         )
-        group.create(PLAN, standbys_wanted(PLAN, places, group.slots, {}), 1)
+        group.create(PLAN, spares_to_start(PLAN, places, group.slots, ()), 1)
         (waiting,) = group.probe([2], FENCE, 60, lambda: None)
-        assert (waiting.gpu, waiting.standby, waiting.bundle) == (None, True, 0)
+        assert (waiting.gpu, waiting.is_spare, waiting.bundle) == (None, True, 0)
 
         dead = places[1]
         group.kill_slots([dead.slot])
         second = assign_slots(PLAN, places, group.slots, [waiting], group.nodes(PLAN))
         assert second.promoted == (2,)
-        assert second.recruits == ()
-        facts = second.posted(group.probe(second.posts, FENCE, 60, lambda: None))
+        assert second.workers_to_start == ()
+        facts = second.apply(group.probe(second.slots, FENCE, 60, lambda: None))
         again = {place.slot: place for place in assign_ranks(facts, PLAN.dims)}
         assert again[2].gpu == dead.gpu
         assert seen(group, 2, tmp_path / "stepped-in", again[2].gpu) == str(dead.gpu)
@@ -81,11 +81,11 @@ def test_the_one_that_stands_by_sees_the_dead_ones_gpu(
         third = assign_slots(
             PLAN, tuple(again.values()), group.slots, [], group.nodes(PLAN)
         )
-        group.create(PLAN, third.recruits, 1)
-        (recruit,) = third.recruits
+        group.create(PLAN, third.workers_to_start, 1)
+        (recruit,) = third.workers_to_start
         (fresh,) = [
             facts
-            for facts in third.posted(group.probe(third.posts, FENCE, 60, lambda: None))
+            for facts in third.apply(group.probe(third.slots, FENCE, 60, lambda: None))
             if facts.slot == recruit.slot
         ]
         assert fresh.gpu == places[0].gpu, (

@@ -315,12 +315,12 @@ class Attempts:
         marks = [time.monotonic()]
         staff = self._staff(plan)
         self._group.kill_slots(staff.released)
-        self._group.create(plan, staff.recruits, job.spec.resources.num_threads)
+        self._group.create(plan, staff.workers_to_start, job.spec.resources.num_threads)
         facts = self._group.probe(
-            staff.posts, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted
+            staff.slots, job.fence, _START_TIMEOUT_S, job.stop_if_unwanted
         )
         marks.append(time.monotonic())
-        places = assign_ranks(staff.posted(facts), plan.dims)
+        places = assign_ranks(staff.apply(facts), plan.dims)
         store = None
         if (
             job.world_size > 1

@@ -205,11 +205,11 @@ class JobLifecycle:
             if now > explain_at:
                 explain_at = now + _EXPLAIN_EVERY_S
                 plan = plan_placement(job.spec, read_nodes(), job.entry.accelerator)
-                if now - started < _EXPLAIN_EVERY_S or not plan.feasible:
+                if now - started < _EXPLAIN_EVERY_S or not plan.is_feasible:
                     job.say.event(
                         "placement.waiting",
                         plan.explanation,
-                        "info" if plan.feasible else "warn",
+                        "info" if plan.is_feasible else "warn",
                     )
             if now - started > limit:
                 text = f"no room within {limit:g} s: {plan.explanation}"

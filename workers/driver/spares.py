@@ -10,7 +10,7 @@ turns; nothing here waits long. Must not know: HTTP, torch, what follows a death
 import time
 
 from workers.decisions.placement import PlacementPlan
-from workers.decisions.slot_assignment import standbys_wanted
+from workers.decisions.slot_assignment import spares_to_start
 from workers.driver.context import JobContext
 from workers.ray.worker_group import WorkerGroup
 
@@ -51,8 +51,8 @@ class SparePool:
             )
             job.say.event("standby.given_up", text, "warn")
         elif standing is not None:
-            wanted = standbys_wanted(
-                self._plan, job.entry.ranks, self._group.slots, standing
+            wanted = spares_to_start(
+                self._plan, job.entry.ranks, self._group.slots, standing.values()
             )
             if wanted:
                 self._group.create(self._plan, wanted, job.spec.resources.num_threads)

@@ -259,7 +259,7 @@ class RankWorker:
             address=self._address,
             pid=os.getpid(),
             gpu=gpus[0] if gpus else None,
-            standby=self._standby,
+            is_spare=self._standby,
             domain=domain_of(nodes[0]) if nodes else "",
             local_dir=str(self._folder),
         )

@@ -144,7 +144,7 @@ class WorkerGroup:
                 ),
             }
             actor = self._worker_class.options(**options).remote(
-                self._job_id, recruit.slot, recruit.bundle, num_threads, recruit.standby
+                self._job_id, recruit.slot, recruit.bundle, num_threads, recruit.is_spare
             )
             self._slots[recruit.slot] = actor
 

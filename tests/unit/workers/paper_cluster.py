@@ -181,7 +181,7 @@ class PaperCluster:
     def recruit(self, recruit: WorkerToStart) -> _Worker:
         """A new process, of the code that is installed now."""
         self.pids += 1
-        return _Worker(recruit.slot, self.pids, recruit.standby, self.version)
+        return _Worker(recruit.slot, self.pids, recruit.is_spare, self.version)
 
     def advance(self, worker: _Worker) -> None:
         """One step, unless the attempt is over; all ranks are told apart by nothing but
@@ -280,7 +280,7 @@ class PaperGroup:
         return SlotFacts(
             slot=slot,
             pid=worker.pid,
-            standby=worker.standby,
+            is_spare=worker.standby,
             bundle=0,
             node_id="node",
             address="127.0.0.1",
