@@ -117,7 +117,7 @@ def _taken(storage_path: str) -> list[Problem]:
     this one's, and its records overwritten.
     """
     try:
-        found = Journal(storage_path).latest()
+        found = Journal(open_storage(storage_path)).latest()
         owner = found.job_id if found else None
     except JournalError as problem:
         owner = str(problem)
