@@ -123,10 +123,14 @@ class FakeControlPlane:
             self._take_state(JobState(record.data["state"]))
 
     def _take_state(self, new: JobState) -> None:
-        if may_follow(self.state, new):
-            self.state = new
-        else:
+        if not may_follow(self.state, new):
             self.ignored.append(f"{new} after {self.state}")
+            return
+        self.state = new
+        # A user who pauses a job wants it to go on some day: here, at once.
+        if new is JobState.PAUSED:
+            self.state = JobState.QUEUED
+            self.desire(DesiredState.RUN)
 
     def take_report(self, record: dict[str, Any]) -> None:
         if record["kind"] == "step":

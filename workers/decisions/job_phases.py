@@ -235,8 +235,9 @@ def _preparation_failed(entry: JournalEntry, seen: PreparationFailed) -> Transit
 
 
 def _run_requested(entry: JournalEntry, seen: RunRequested) -> Transition:
-    journal = {"given_back": None, "ranks": ()}
-    return Transition(Phase.SCHEDULING, journal, job=JobStatus(JobState.SCHEDULING))
+    # The state is recorded in the phase, not before it: a successor that came back to
+    # READY would record the release once more.
+    return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": ()})
 
 
 def _stop_requested(entry: JournalEntry, seen: StopRequested) -> Transition:

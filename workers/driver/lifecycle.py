@@ -110,6 +110,7 @@ class JobLifecycle:
                 self._scheduling.release()
                 return self._scheduling.await_run()
             case Phase.SCHEDULING:
+                self._job.records.state(JobState.SCHEDULING)
                 return self._scheduling.place()
             case Phase.STARTING:
                 return self._start()

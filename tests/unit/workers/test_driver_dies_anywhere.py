@@ -246,6 +246,28 @@ def test_a_cancelled_job_is_never_begun_again(tmp_path: Path) -> None:
         assert set(attempt_states(job).values()) <= {"stopped", "failed"}, where
 
 
+def test_a_paused_job_releases_its_resources_and_goes_on(tmp_path: Path) -> None:
+    def pause_at_step_3(job: FakeJob) -> None:
+        paused: list[int] = []
+
+        def pause(process: FakeProcess) -> None:
+            if process.step == 3 and not paused:
+                paused.append(process.step)
+                job.control_plane.desire(DesiredState.PAUSE)
+
+        job.cluster.on_step = pause
+
+    for die_at, job in jobs(tmp_path, pause_at_step_3, dies=None):
+        where = f"died at act {die_at}"
+        job.assert_nothing_left()
+        assert job.control_plane.state is JobState.SUCCEEDED, where
+        assert sorted(job.control_plane.steps) == list(range(1, 9)), where
+        states = [record.data["state"] for record in job.control_plane.of_kind("state")]
+        assert states.count("paused") == 1, where
+        assert states.count("scheduling") == 2, where
+        assert set(attempt_states(job).values()) <= {"stopped", "failed", "succeeded"}
+
+
 def test_a_stop_that_was_begun_holds_while_the_service_is_away(tmp_path: Path) -> None:
     """The stop is in the journal: a driver that comes back without having reached the
     service does not start the job again.
