@@ -93,17 +93,21 @@ def latest_committed(storage_path: str) -> CheckpointInfo | None:
 
 
 def commit(
-    path: str, manifest: Mapping[str, Any], reports: Iterable[Mapping[str, Any]]
+    path: str,
+    manifest: Mapping[str, Any],
+    reports: Iterable[Mapping[str, Any]],
+    storage: Storage | None = None,
 ) -> None:
     """Makes a checkpoint count: reports, then the manifest with all files, then the
     marker.
 
     Committing again changes nothing.
 
-    All ranks must have said that their part is durable. Raises CheckpointError when the
-    common part or a rank's part is missing.
+    All ranks must have said that their part is durable. `storage` is that of `path`, when
+    it is open already. Raises CheckpointError when the common part or a rank's part is
+    missing.
     """
-    storage = open_storage(path)
+    storage = storage or open_storage(path)
     if storage.exists(COMMITTED):
         return
     _check_parts(storage, path)

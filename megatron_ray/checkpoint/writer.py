@@ -20,6 +20,7 @@ from megatron_ray.checkpoint.directory import INDEX
 from megatron_ray.checkpoint.index import RankPlan, data_file, plan_save
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.exceptions import MegatronRayError
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.storage.storage import open_storage
@@ -29,7 +30,7 @@ RANK_KEYS = ("rng",)
 """Keys of the train state that differ between ranks."""
 
 
-class WriteAbandonedError(Exception):
+class WriteAbandonedError(MegatronRayError):
     """The save was given up half-way; what it has written never counts."""
 
 

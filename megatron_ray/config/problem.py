@@ -5,6 +5,8 @@ Owns: the shape of that statement. Must not know: any rule.
 
 from dataclasses import dataclass
 
+from megatron_ray.exceptions import InputError
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -18,7 +20,7 @@ class Problem:
     """What is wrong, with the numbers, and what to do about it."""
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError, ValueError):
     """A config that contradicts itself, its data or its world: the user's to mend, so
     nothing is gained by trying again.
     """

@@ -36,6 +36,7 @@ from megatron_ray.data.sources import (
     in_sampling_order,
 )
 from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
+from megatron_ray.exceptions import InputError
 from megatron_ray.storage.files import Place, place, read_bytes
 
 # Part of every cache key: raise it when the same input would be turned into something
@@ -47,7 +48,7 @@ _Owned = tuple[str, FoundSource]
 """A source and its JSON pointer."""
 
 
-class UnusableDataError(Exception):
+class UnusableDataError(InputError):
     """The data cannot be prepared as asked; `problems` say which fields to change and
     how.
     """

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from megatron_ray.config.data import DataConfig, DataSource
 from megatron_ray.config.problem import Problem
+from megatron_ray.exceptions import InputError
 from megatron_ray.storage.files import (
     FileStat,
     Place,
@@ -44,7 +45,7 @@ _WILD = "*?["
 _PIECE_CHARS = 1 << 18
 
 
-class DataError(Exception):
+class DataError(InputError):
     """A user's mistake in one field, before it is known which entry of the spec it was
     in.
     """

@@ -14,6 +14,8 @@ from typing import Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_ray.exceptions import InputError
+
 END_OF_DOCUMENT = "<|endoftext|>"
 _USUAL_ENDS = (
     END_OF_DOCUMENT,
@@ -27,7 +29,7 @@ _USUAL_ENDS = (
 )
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError, ValueError):
     """A tokenizer.json that cannot be used; `code` and `field` say what to change."""
 
     def __init__(self, code: str, detail: str, field: str) -> None:

@@ -20,12 +20,16 @@ from urllib.parse import unquote, urlsplit
 
 from pyarrow import ArrowException, fs
 
+from megatron_ray.exceptions import ErrorKind, MegatronRayError
+
 _PARTIAL = ".partial"
 _SCHEMES = ("file", "s3", "gs", "gcs")
 
 
-class StorageError(Exception):
+class StorageError(MegatronRayError):
     """An operation on storage failed; the text names operation, path and cause."""
+
+    failure_kind = ErrorKind.STORAGE
 
     def __init__(self, operation: str, path: str, cause: object) -> None:
         super().__init__(f"cannot {operation} {path}: {cause}")

@@ -19,6 +19,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import StepStats, finalize_grads, scale_and_clip
 from megatron_ray.optimizer.lr_schedule import learning_rate
@@ -40,12 +41,14 @@ class Progress:
     consumed_samples: int = 0
 
 
-class NonFiniteLossError(Exception):
+class NonFiniteLossError(MegatronRayError):
     """Loss or gradient norm of a step is no number; every rank raises it at the same
     step.
 
     Going on would only repeat it.
     """
+
+    failure_kind = ErrorKind.NUMERICS
 
     def __init__(self, report: StepReport) -> None:
         found = (

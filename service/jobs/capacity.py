@@ -5,13 +5,11 @@ Owns: counting islands per node. Pure. Must not know: jobs, the database.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import floor, inf
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
+from workers.decisions.placement import is_usable, islands_that_fit
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
-
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,11 @@ class _Node:
     accelerator: str | None = None
 
     def islands(self, need: ResourceRequest) -> int:
-        ranks = min(self.cpus / need.cpus_per_rank, self.gpus if need.gpu else inf)
-        return max(0, floor(ranks / need.island + _ROUNDING))
+        per_rank = {"CPU": need.cpus_per_rank}
+        if need.gpu:
+            per_rank["GPU"] = 1.0
+        available = {"CPU": self.cpus, "GPU": self.gpus}
+        return islands_that_fit(available, per_rank, need.island)
 
     def take(self, need: ResourceRequest, ranks: int) -> None:
         self.cpus -= ranks * need.cpus_per_rank
@@ -47,7 +48,7 @@ class ClusterCapacity:
 
     def __init__(self, nodes: Iterable[NodeInfo]) -> None:
         """Nodes that are dead, or that cannot read the shared storage, do not count."""
-        usable = [node for node in nodes if node.alive and node.storage_ok is not False]
+        usable = [node for node in nodes if is_usable(node)]
         self._nodes = [
             _Node(node.node_id, node.cpus, node.gpus, node.accelerator_type)
             for node in usable

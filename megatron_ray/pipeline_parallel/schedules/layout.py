@@ -13,12 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from megatron_ray.exceptions import InputError
+
 _PARTS = "EtmL"
 _MOST_PARTS = 100_000
 _MOST_NESTING = 20
 
 
-class LayoutError(ValueError):
+class LayoutError(InputError, ValueError):
     """A layout that cannot be; the text says what is wrong and what would be right,
     `field` which of `parallel` to change.
     """

@@ -12,10 +12,11 @@ no tags and no buffers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from megatron_ray.exceptions import MegatronRayError
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
 
 
-class ScheduleError(Exception):
+class ScheduleError(MegatronRayError):
     """A schedule that never ends, or whose sends and receives do not match; the text
     says where.
     """

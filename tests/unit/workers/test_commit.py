@@ -22,7 +22,7 @@ def test_whole_when_every_rank_wrote_and_the_step_is_reported() -> None:
         ledger.reported(step(n))
     ledger.written(0, 2, "/c/2", 10)
     assert ledger.take_whole() is None
-    assert ledger.waiting
+    assert ledger.is_waiting
     ledger.written(1, 2, "/c/2", 5)
     whole = ledger.take_whole()
     assert whole is not None
@@ -35,7 +35,7 @@ def test_whole_when_every_rank_wrote_and_the_step_is_reported() -> None:
     )
     assert whole.reports == (step(1), step(2))
     assert ledger.take_whole() is None
-    assert not ledger.waiting
+    assert not ledger.is_waiting
 
 
 def test_a_report_that_comes_later_holds_the_commit_back() -> None:

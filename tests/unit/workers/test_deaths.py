@@ -5,8 +5,8 @@ import json
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from workers.decisions.policies import FailureKind
-from workers.driver.supervision import relayed
+from workers.decisions.failures import FailureKind
+from workers.driver.relay import to_record
 from workers.rank.spool import Line
 from workers.ray.deaths import death_of
 
@@ -75,7 +75,7 @@ def test_deaths_are_told_apart(
             "RuntimeError",
             "Connection reset by peer",
             "info",
-            "rank 0 lost a rank it was working with: RuntimeError: Connection reset by peer",
+            "rank 0: a peer disconnected",
         ),
     ],
 )
@@ -87,5 +87,7 @@ def test_warnings_begin_with_the_cause_not_with_its_echo(
         "kind": "failed",
         "data": {"type": type_name, "message": text, "traceback": "..."},
     }
-    event = json.loads(relayed(Line(7, "failed", json.dumps(record).encode())).text)["data"]
+    event = json.loads(to_record(Line(7, "failed", json.dumps(record).encode())).text)[
+        "data"
+    ]
     assert (event["level"], event["message"], event["ranks"]) == (level, words, [0])

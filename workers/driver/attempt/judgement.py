@@ -1,0 +1,79 @@
+"""Judges a running attempt: which command the ranks get, and whether it is over.
+
+Pure. Must not know: clocks, Ray, how anything is observed or done.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from megatron_ray.commands import Command
+from workers.decisions.failures import Failure, FailureKind, root_cause
+from workers.decisions.job_phases import AttemptFailed, AttemptFinished
+from workers.driver.attempt.plan import AttemptPlan
+from workers.protocol.states import DesiredState
+from workers.protocol.wire import DesiredJob
+from workers.rank.messages import RankState
+
+STOPPING = (DesiredState.CANCEL, DesiredState.PAUSE)
+
+
+@dataclass(frozen=True)
+class RanksStopped:
+    """The ranks stopped as they were told, or the grace period ran out (`forced`)."""
+
+    forced: bool = False
+
+
+@dataclass(frozen=True)
+class StopDecision:
+    """The ranks are to stop."""
+
+    command: Command
+    stopping: DesiredState | None
+    """What the journal must remember; None: it does already, or need not."""
+
+
+def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:
+    """Returns how ranks that were not told yet are to stop; None: they go on.
+
+    `desired` is None until the service has been reached; then an earlier incarnation's
+    stop holds.
+    """
+    state = plan.stopping
+    if desired is not None:
+        state = desired.desired
+    is_stopping = state in STOPPING
+    if not is_stopping and not plan.renew:
+        return None
+    # Ranks that are only renewed always save: they go on from that checkpoint.
+    saves = not is_stopping or desired is None or desired.final_checkpoint
+    command = Command.STOP
+    if saves:
+        command = Command.CHECKPOINT_AND_STOP
+    stopping = None
+    if is_stopping and state is not plan.stopping:
+        stopping = state
+    return StopDecision(command, stopping)
+
+
+def judge_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
+    """Returns how an attempt without a failure has ended; None while it runs."""
+    if not all(state.is_over for state in states):
+        return None
+    if all(state is RankState.FINISHED for state in states):
+        return AttemptFinished()
+    return RanksStopped()
+
+
+def judge_failure(
+    failures: Sequence[Failure], dead: Collection[int], ranks: Collection[int]
+) -> AttemptFailed:
+    """Returns the root cause, and the ranks whose process is gone or must go.
+
+    Raises ValueError when there is no failure.
+    """
+    cause = root_cause(failures)
+    # A hung rank does not leave its collectives, so its process cannot be used again.
+    if cause.kind is FailureKind.HANG:
+        dead = ranks
+    return AttemptFailed(cause, tuple(sorted(dead)))
