@@ -71,6 +71,7 @@ class JobRecords:
         message: str = "",
     ) -> None:
         """Records the attempt's state; an attempt that has ended stays ended."""
+        # STOPPED after FAILED, for one, is what a cancelled job gives after a failure.
         known = self._attempts.get(self._attempt())
         if known == state or known in _ENDED:
             return
@@ -129,6 +130,7 @@ class JobRecords:
 
     def committed(self, step: int, path: str, size: int, loss: float | None) -> None:
         """Records that a checkpoint is committed."""
+        # Paths carry step and attempt, so one path is one checkpoint.
         if path in self._kept:
             return
         data = {"step": step, "path": path, "bytes": size, "loss": loss}

@@ -81,6 +81,7 @@ class CheckpointCommitter:
     def advance(self) -> Committed | CommitFailed | None:
         """Returns the result of a commit, once, and begins the next when it is time."""
         result = None
+        # The result is taken in the driver's thread: records and journal are its own.
         if self._pending is not None:
             if not self._pending[1].done():
                 return None
