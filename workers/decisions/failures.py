@@ -158,7 +158,7 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
 
 def classify(type_name: str, message: str, failure_kind: str | None = None) -> FailureKind:
     """Returns the class of an exception: by its own kind, else by type name and text."""
-    # Our own exceptions say what they are; INTERNAL says nothing, so the text decides.
+    # Our own exceptions carry their kind; where that is INTERNAL, the text decides.
     own_kind = _KIND_OF_ERROR.get(failure_kind or "")
     if own_kind is not None:
         return own_kind

@@ -68,7 +68,7 @@ class DataPrepared:
 
 @dataclass(frozen=True)
 class DataRejected:
-    """The data cannot be used; a record has told the service already."""
+    """The data cannot be used; the service has a record of the problems already."""
 
     message: str
 
@@ -218,7 +218,7 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
     return rule(entry, observation)
 
 
-# ---- one rule per observation; its phase only matters where the table says so
+# ---- one rule per observation; its phase only matters where the rule tests it
 
 
 def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:

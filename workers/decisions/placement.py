@@ -81,7 +81,7 @@ class SlotFacts(BaseModel):
     address: str
     pid: int
     gpu: int | None = None
-    """Index on its node; None on CPU, and for a process that Ray has given none."""
+    """Index on its node; None on CPU, and for a process without one in Ray's books."""
     is_spare: bool = False
     """Started to wait until a rank dies."""
     gpu_uuid: str | None = None
@@ -148,8 +148,8 @@ def plan_placement(
     `accelerator` repeats an earlier decision; None decides by the spec and the nodes.
     """
     kind: Literal["cpu", "gpu"] = "cpu"
-    wanted = accelerator or spec.resources.accelerator
-    if wanted == "gpu" or (wanted == "auto" and has_gpus(nodes)):
+    choice = accelerator or spec.resources.accelerator
+    if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
         kind = "gpu"
     dims = ParallelDims.of(spec.parallel)
     # A rank has one whole GPU or none; its CPUs may be a fraction.

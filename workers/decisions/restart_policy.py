@@ -56,7 +56,7 @@ def decide_restart(
     if cause.kind in DETERMINISTIC:
         message = f"{message} (not restarted: the error is deterministic)"
         return RestartDecision(False, 0.0, cause.reason, message, history)
-    # Preemptions say nothing about the job, so they have a budget of their own.
+    # Preemptions are not the job's fault, so they have a budget of their own.
     if cause.kind is FailureKind.PREEMPTED:
         return _after_preemption(policy, history, cause)
     spent = RestartHistory(

@@ -6,8 +6,8 @@ Pure. Must not know: Ray, torch.
 A slot number names one process of the job. What a rank needs is a `Slot`: a bundle and,
 where there are GPUs, one of that bundle's. The first processes in a bundle get their
 GPUs from Ray. From then on the bundle's GPUs are known from the last rank map, and the
-process that takes over for a dead rank holds no GPU in Ray's books: it is told which one
-to use. That is safe because the bundle belongs to the job, so Ray gives the GPU to no
+process that takes over for a dead rank holds no GPU in Ray's books: the start order names
+the one to use. That is safe because the bundle belongs to the job, so Ray gives the GPU to no
 one else.
 """
 
@@ -210,7 +210,7 @@ class _SlotAssigner:
     def _released(self) -> tuple[int, ...]:
         """Unassigned processes, except spares that wait on."""
         # Spares that were not needed go on waiting. A process that was a rank, or that
-        # does not answer, cannot be told to wait.
+        # does not answer, cannot become a spare.
         waiting = set(self._unmapped)
         for place in self._places:
             waiting.discard(place.slot)

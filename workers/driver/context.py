@@ -105,7 +105,7 @@ class JobContext:
 
     @property
     def desired(self) -> DesiredJob | None:
-        """What the service last asked for; None until this incarnation has been told."""
+        """What the service last asked for; None before this incarnation has reached it."""
         return self.ports.outbox.desired
 
     @property

@@ -66,7 +66,7 @@ class JobLifecycle:
         return f"attempt {self._job.entry.attempt}, {self._job.entry.phase.value}"
 
     def run(self, ending: Ending | None = None) -> None:
-        """Runs the job to its end, at once when that is given.
+        """Runs the job to its end, at once when `ending` is not None.
 
         Returns when the service has stored the last record. Raises DriverReplacedError,
         FencedError, StorageError.

@@ -1,4 +1,4 @@
-"""Writes a job's own records and remembers what they say.
+"""Writes a job's own records and remembers their contents.
 
 Owns: the fields of each kind of record, and that nothing is recorded twice. Must not
 know: when something is recorded.
@@ -148,7 +148,7 @@ class JobRecords:
         self._note(kind, data, attempt)
 
     def _note(self, kind: str, data: dict[str, Any], attempt: int) -> None:
-        """Remembers what a record says, so that it is not repeated."""
+        """Remembers a record, so that it is not repeated."""
         match kind:
             case "state":
                 self._state = data

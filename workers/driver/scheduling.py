@@ -29,7 +29,7 @@ class Scheduling:
         self._plan: PlacementPlan | None = None
 
     def release(self) -> None:
-        """Releases what the journal says is not held any more, then records the state."""
+        """Carries out the release in the journal, if there is one, and records the state."""
         released = self._job.entry.given_back
         if released is None:
             return
@@ -83,7 +83,7 @@ class Scheduling:
         began = clock()
         explain_at = began + _FIRST_EXPLANATION_S
         limit_s = job.spec.resources.placement_timeout_s
-        # Ray says nothing while it waits; the explanation comes from comparing what is
+        # Ray gives no reason while it waits; the explanation comes from comparing what is
         # asked for with what the nodes have.
         while not placement_group.wait(_TURN_S):
             stop = job.stop_requested()

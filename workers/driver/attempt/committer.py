@@ -54,7 +54,7 @@ class CheckpointCommitter:
         self._ledger = CheckpointLedger(len(plan.places), plan.attempt)
         self._pending: tuple[WholeCheckpoint, Future[Sequence[str]]] | None = None
         self._written_n: dict[int, dict[int, int]] = {}
-        """Number of the report that says that a checkpoint is written, by step and rank."""
+        """Number of the CheckpointReport, by step and rank."""
         self._step_n: dict[int, int] = {}
         """Number of rank 0's step report, by step."""
 

@@ -19,7 +19,7 @@ STOPPING = (DesiredState.CANCEL, DesiredState.PAUSE)
 
 @dataclass(frozen=True)
 class RanksStopped:
-    """The ranks stopped as they were told, or the grace period ran out (`forced`)."""
+    """The ranks stopped on command, or the grace period ran out (`forced`)."""
 
     forced: bool = False
 
@@ -34,13 +34,13 @@ class StopDecision:
 
 
 def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:
-    """Returns how ranks that were not told yet are to stop; None: they go on.
+    """Returns how ranks without a stop command are to stop; None: they go on.
 
     `desired` is None until the service has been reached; then an earlier incarnation's
     stop holds.
     """
-    # Adopted ranks that an earlier incarnation told to stop get the command again: it may
-    # have died before it was sent, and a second one changes nothing.
+    # Adopted ranks get the stop command of an earlier incarnation again: it may have died
+    # before it was sent, and a second one changes nothing.
     state = plan.stopping
     if desired is not None:
         state = desired.desired

@@ -74,7 +74,7 @@ class SparePool:
         lost = [*dead, *late]
         self._group.kill_slots(lost)
         self._deaths += len(lost)
-        # One that is still importing torch cannot say on which node it is.
+        # Of one that is still importing torch the node is not known.
         if silent.difference(late):
             return None
         return nodes
