@@ -392,9 +392,7 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
         lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
     )  # type: ignore[attr-defined]
     assert rank_pids(fake_service, job_id) == after
-    fake_service.wait(
-        "another spare", lambda: f"{job_id}/w1" in actors(job_id), 40
-    )
+    fake_service.wait("another spare", lambda: f"{job_id}/w1" in actors(job_id), 40)
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)
     fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 20)
     assert_nothing_left(fake_service, job_id, after)
@@ -440,7 +438,9 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
     plan = plan_placement(JobSpec.from_mapping(spec()), [node], "cpu")
     assert ray.get(group.placement_group(plan).ready(), timeout=30)
     try:
-        group.create(plan, assign_slots(plan, (), (), (), group.nodes(plan)).workers_to_start, 1)
+        group.create(
+            plan, assign_slots(plan, (), (), (), group.nodes(plan)).workers_to_start, 1
+        )
         group.probe([0], fence, 60, lambda: None)
         assert folder.exists()
         assert group.retire(fence, 2, 0.5) == () and not folder.exists(), (

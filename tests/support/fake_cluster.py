@@ -128,7 +128,7 @@ class FakeControlPlane:
             self.ignored.append(f"{new} after {self.state}")
             return
         self.state = new
-        # A user who pauses a job wants it to go on some day: here, at once.
+        # A paused job is resumed some day: here, at once.
         if new is JobState.PAUSED:
             self.state = JobState.QUEUED
             self.desire(DesiredState.RUN)
@@ -232,7 +232,7 @@ class FakeProcess:
         self.step = 0
         if order.resume_from:
             self.step = int(order.resume_from.rpartition("step-")[2].split("-")[0])
-        # Training was over; only the driver that was to say so had died.
+        # Training was over; the driver died before it recorded that.
         if self.step == last_step:
             self.state = RankState.FINISHED
 

@@ -101,6 +101,7 @@ GROUP_TYPES = (
     "ConnectionError",
 )
 """Exceptions that torch.distributed raises when a peer goes away."""
+# Collected from gloo and NCCL; they arrive as exceptions of GROUP_TYPES.
 _PEER_LOST_TEXTS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -149,6 +150,7 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
     type_name = str(error.get("type", ""))
     message = str(error.get("message", ""))
     kind = classify(type_name, message, error.get("failure_kind"))
+    # A user's mistake is worded for the user: a class name would not help.
     if kind is FailureKind.USER:
         return kind, message
     return kind, f"{type_name or 'error'}: {message}"
@@ -156,6 +158,7 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
 
 def classify(type_name: str, message: str, failure_kind: str | None = None) -> FailureKind:
     """Returns the class of an exception: by its own kind, else by type name and text."""
+    # Our own exceptions carry their kind; where that is INTERNAL, the text decides.
     own_kind = _KIND_OF_ERROR.get(failure_kind or "")
     if own_kind is not None:
         return own_kind
@@ -168,6 +171,7 @@ def classify(type_name: str, message: str, failure_kind: str | None = None) -> F
         return FailureKind.OOM
     if known is not None:
         return known
+    # Any other exception with such a text is a cause of its own.
     if type_name in GROUP_TYPES and _contains_any(text, _PEER_LOST_TEXTS):
         return FailureKind.COLLATERAL
     return FailureKind.EXCEPTION

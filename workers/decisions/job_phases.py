@@ -68,7 +68,7 @@ class DataPrepared:
 
 @dataclass(frozen=True)
 class DataRejected:
-    """The data cannot be used; a record has told the service already."""
+    """The data cannot be used; the service has a record of the problems already."""
 
     message: str
 
@@ -218,7 +218,7 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
     return rule(entry, observation)
 
 
-# ---- one rule per observation; its phase only matters where the table says so
+# ---- one rule per observation; its phase only matters where the rule tests it
 
 
 def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
@@ -226,6 +226,7 @@ def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
 
 
 def _data_rejected(entry: JournalEntry, seen: DataRejected) -> Transition:
+    # The problems' own record has failed the job in the service.
     status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, seen.message)
     return _end(status, told=True)
 
@@ -250,6 +251,7 @@ def _start_cancelled(entry: JournalEntry, seen: StopRequested) -> Transition:
 
 
 def _placed(entry: JournalEntry, seen: Placed) -> Transition:
+    # A new attempt is a new journal file; the one before stays as it ended.
     journal = {
         "attempt": entry.attempt + 1,
         "code_version": seen.code_version,
@@ -262,15 +264,18 @@ def _placed(entry: JournalEntry, seen: Placed) -> Transition:
 
 
 def _placement_timed_out(entry: JournalEntry, seen: PlacementTimedOut) -> Transition:
+    # No budget is charged: that the cluster is full is not the job's failure.
     status = JobStatus(JobState.QUEUED, StatusReason.WAITING_GANG, seen.message)
     return _release(status, seen.revision, None)
 
 
 def _ranks_started(entry: JournalEntry, seen: RanksStarted) -> Transition:
+    # The job's state becomes RUNNING with the first step, which may be minutes away.
     return Transition(Phase.RUNNING)
 
 
 def _attempt_abandoned(entry: JournalEntry, seen: AttemptAbandoned) -> Transition:
+    # The driver died, not the ranks: nothing is charged to the job's budget.
     status = AttemptStatus(AttemptState.STOPPED, None, "abandoned while starting")
     return Transition(Phase.RECOVERING, {"failed": None}, attempt=status)
 
@@ -322,6 +327,8 @@ def _restart_decided(entry: JournalEntry, seen: RestartDecided) -> Transition:
         "commits_at_failure": decision.history.commits_at_failure,
         "failed": None,
     }
+    # Budget and ending in one write: a driver that died in between would start an attempt
+    # that the budget does not have.
     if not decision.retry:
         status = JobStatus(JobState.FAILED, decision.reason, decision.message)
         return _end(status, journal=spent)
@@ -370,15 +377,18 @@ def _end(
 Rule = Callable[[JournalEntry, Any], Transition]
 
 TRANSITIONS: dict[tuple[Phase, type], Rule] = {
+    # No resources are held: CPU work on the data, then the queue.
     (Phase.PREPARING, DataPrepared): _data_prepared,
     (Phase.PREPARING, DataRejected): _data_rejected,
     (Phase.PREPARING, PreparationFailed): _preparation_failed,
     (Phase.PREPARING, StopRequested): _stop_requested,
     (Phase.READY, RunRequested): _run_requested,
     (Phase.READY, StopRequested): _stop_requested,
+    # The service has admitted the job; Ray finds room for it.
     (Phase.SCHEDULING, Placed): _placed,
     (Phase.SCHEDULING, PlacementTimedOut): _placement_timed_out,
     (Phase.SCHEDULING, StopRequested): _stop_requested,
+    # One attempt, from its first process to its last report.
     (Phase.STARTING, RanksStarted): _ranks_started,
     (Phase.STARTING, AttemptFailed): _attempt_failed,
     (Phase.STARTING, AttemptAbandoned): _attempt_abandoned,
@@ -386,6 +396,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.RUNNING, AttemptFinished): _attempt_finished,
     (Phase.RUNNING, AttemptStopped): _attempt_stopped,
     (Phase.RUNNING, AttemptFailed): _attempt_failed,
+    # Between two attempts; processes and placement group are kept where they live.
     (Phase.RECOVERING, RestartDecided): _restart_decided,
     (Phase.RECOVERING, Placed): _placed,
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,

@@ -40,7 +40,7 @@ class Ending(BaseModel):
     reason: str | None = None
     message: str = ""
     told: bool = False
-    """Whether another record has already told the service."""
+    """Whether the service has it already, by another record."""
 
 
 class FailedAttempt(BaseModel):
@@ -110,7 +110,7 @@ class JournalEntry(BaseModel):
     checkpoint_requests: int = 0
     """Requests for a checkpoint that were passed on to the ranks."""
     stopping: DesiredState | None = None
-    """Why the ranks of this attempt were told to stop."""
+    """Why the ranks of this attempt got a stop command."""
     failed: FailedAttempt | None = None
     dead: tuple[DeadRank, ...] = ()
     """Dead ranks whose files may not have been fetched yet."""

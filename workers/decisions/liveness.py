@@ -60,6 +60,7 @@ def silent_ranks(
 
 def hang(now: float, progress: Progress) -> str | None:
     """Returns a sentence when nothing has advanced for too long, else None."""
+    # The limit follows the job's own pace: a report may be minutes apart, or milliseconds.
     limit = FIRST_STEP_S
     if progress.reports:
         limit = max(HANG_FLOOR_S, 10 * progress.longest_gap_s)

@@ -81,7 +81,7 @@ class SlotFacts(BaseModel):
     address: str
     pid: int
     gpu: int | None = None
-    """Index on its node; None on CPU, and for a process that Ray has given none."""
+    """Index on its node; None on CPU, and for a process without one in Ray's books."""
     is_spare: bool = False
     """Started to wait until a rank dies."""
     gpu_uuid: str | None = None
@@ -117,7 +117,11 @@ def is_usable(node: NodeInfo) -> bool:
 
 def has_gpus(nodes: Iterable[NodeInfo]) -> bool:
     """Whether `accelerator: auto` means GPUs on these nodes."""
-    return any(node.gpus >= 1 and is_usable(node) for node in nodes)
+    for node in nodes:
+        # A node that refuses the storage can hold no rank, so its GPUs do not count.
+        if node.gpus >= 1 and is_usable(node):
+            return True
+    return False
 
 
 def islands_that_fit(
@@ -130,6 +134,7 @@ def islands_that_fit(
     """
     counts = []
     for name, amount in per_rank.items():
+        # What is asked for in no amount limits nothing.
         if amount > 0:
             counts.append(available.get(name, 0.0) / (amount * island))
     return max(0, floor(min(counts) + _EPSILON))
@@ -143,10 +148,11 @@ def plan_placement(
     `accelerator` repeats an earlier decision; None decides by the spec and the nodes.
     """
     kind: Literal["cpu", "gpu"] = "cpu"
-    wanted = accelerator or spec.resources.accelerator
-    if wanted == "gpu" or (wanted == "auto" and has_gpus(nodes)):
+    choice = accelerator or spec.resources.accelerator
+    if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
         kind = "gpu"
     dims = ParallelDims.of(spec.parallel)
+    # A rank has one whole GPU or none; its CPUs may be a fraction.
     per_rank = {"CPU": spec.resources.cpus_per_rank}
     if kind == "gpu":
         per_rank["GPU"] = 1.0
@@ -158,6 +164,7 @@ def plan_placement(
     capacity = 0
     reasons = []
     avoid_nodes = []
+    # Dead nodes are left out; living ones that cannot be used are explained to the user.
     for node in nodes:
         if node.alive:
             islands = _islands_on(node, per_rank, dims.tp)
@@ -206,8 +213,9 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
     one node.
     """
     reported = list(slots)
-    distinct = {facts.slot for facts in reported}
-    if len(distinct) != len(reported) or len(reported) != dims.world_size:
+    by_slot = {facts.slot: facts for facts in reported}
+    # A slot that reports twice, or one that is missing, would shift every rank behind it.
+    if len(by_slot) != len(reported) or len(reported) != dims.world_size:
         raise PlacementError(
             f"{len(reported)} workers reported for a world of {dims.world_size} ranks"
         )
@@ -224,6 +232,7 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
         for rank in group:
             facts_of[rank] = members[dims.coordinates(rank)["tp"]]
     places = _with_local_ranks(facts_of, dims)
+    # True by construction; checked all the same, since a wrong map hangs NCCL silently.
     assert_groups_local(places, dims)
     return places
 
@@ -233,18 +242,26 @@ def _check_island(bundle: int, members: list[SlotFacts], size: int) -> None:
         raise PlacementError(
             f"bundle {bundle} has {len(members)} workers, a tensor-parallel group needs {size}"
         )
-    if len({facts.node_id for facts in members}) != 1:
-        addresses = sorted({facts.address for facts in members})
+    addresses: dict[str, str] = {}
+    gpus: set[str | int] = set()
+    shared_gpu: str | int | None = None
+    for facts in members:
+        addresses[facts.node_id] = facts.address
+        # An index is only unique on its node; the UUID is, where Ray reports one.
+        gpu = facts.gpu_uuid or facts.gpu
+        if gpu is None:
+            continue
+        if gpu in gpus:
+            shared_gpu = gpu
+        gpus.add(gpu)
+    if len(addresses) != 1:
+        nodes = ", ".join(sorted(addresses.values()))
+        raise PlacementError(f"bundle {bundle} lies on several nodes: {nodes}")
+    if shared_gpu is not None:
+        address = members[0].address
         raise PlacementError(
-            f"bundle {bundle} lies on several nodes: {', '.join(addresses)}"
+            f"bundle {bundle}: several workers report GPU {shared_gpu} on node {address}"
         )
-    gpus = Counter(facts.gpu_uuid or facts.gpu for facts in members)
-    for gpu, count in gpus.items():
-        if gpu is not None and count > 1:
-            raise PlacementError(
-                f"bundle {bundle}: several workers report GPU {gpu} on node "
-                f"{members[0].address}"
-            )
 
 
 def _island_key(members: Sequence[SlotFacts]) -> tuple[object, ...]:
@@ -272,6 +289,7 @@ def _with_local_ranks(
     places = []
     for rank in sorted(facts_of):
         facts = facts_of[rank]
+        # Nodes are numbered in the order of their lowest rank, as torchrun does.
         node_ranks.setdefault(facts.node_id, len(node_ranks))
         place = RankPlace(
             rank=rank,
@@ -299,7 +317,9 @@ def assert_groups_local(places: Sequence[RankPlace], dims: ParallelDims) -> None
     """
     node_of = {place.rank: place.node_id for place in places}
     for group in dims.groups(["tp"]):
-        if len({node_of[rank] for rank in group}) != 1:
-            raise PlacementError(
-                f"tensor-parallel group {list(group)} lies on several nodes"
-            )
+        first = node_of[group[0]]
+        for rank in group:
+            if node_of[rank] != first:
+                raise PlacementError(
+                    f"tensor-parallel group {list(group)} lies on several nodes"
+                )

@@ -40,10 +40,13 @@ class RecoveryWatch:
 
         Returns the split once the step is the first that had not been done before.
         """
+        # From here on, steps are repeated that were done since the checkpoint.
         if self._first_step_at is None:
             self._first_step_at = now
         if step <= self.reached:
             return None
+        # The phases of a rank's start are measured in the rank; what is left of the time
+        # until its first step went into processes, store and rendezvous.
         until_first_step = self._first_step_at - self.noticed_at
         return {
             "seconds": round(now - self.noticed_at, 3),

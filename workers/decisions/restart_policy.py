@@ -52,9 +52,11 @@ def decide_restart(
     committed checkpoint (0: none); `jitter` is uniform in [0, 1).
     """
     message = cause.sentence()
+    # These are not counted either: the job ends here whatever its budget is.
     if cause.kind in DETERMINISTIC:
         message = f"{message} (not restarted: the error is deterministic)"
         return RestartDecision(False, 0.0, cause.reason, message, history)
+    # Preemptions are not the job's fault, so they have a budget of their own.
     if cause.kind is FailureKind.PREEMPTED:
         return _after_preemption(policy, history, cause)
     spent = RestartHistory(
@@ -72,6 +74,7 @@ def decide_restart(
         if spent.failures > 1:
             reason = StatusReason.BUDGET_SPENT
         return RestartDecision(False, 0.0, reason, message, spent)
+    # A large budget must not be burnt by a job that fails at the same place every time.
     if _is_crash_loop(spent.commits_at_failure):
         message = (
             f"{message} ({PROGRESS_ATTEMPTS} attempts failed without a checkpoint beyond step "
@@ -113,6 +116,7 @@ def _is_crash_loop(commits: tuple[int, ...]) -> bool:
     """Whether the last three failed attempts ended no further than the one before them."""
     if len(commits) < PROGRESS_ATTEMPTS:
         return False
+    # With exactly three failures there is no earlier one: then the job began at step 0.
     before = 0
     if len(commits) > PROGRESS_ATTEMPTS:
         before = commits[-PROGRESS_ATTEMPTS - 1]

@@ -6,8 +6,8 @@ Pure. Must not know: Ray, torch.
 A slot number names one process of the job. What a rank needs is a `Slot`: a bundle and,
 where there are GPUs, one of that bundle's. The first processes in a bundle get their
 GPUs from Ray. From then on the bundle's GPUs are known from the last rank map, and the
-process that takes over for a dead rank holds no GPU in Ray's books: it is told which one
-to use. That is safe because the bundle belongs to the job, so Ray gives the GPU to no
+process that takes over for a dead rank holds no GPU in Ray's books: the start order names
+the one to use. That is safe because the bundle belongs to the job, so Ray gives the GPU to no
 one else.
 """
 
@@ -93,6 +93,7 @@ def spares_to_start(
     """
     free_slots = _free_slots(plan, living)
     first_bundle: dict[str, int] = {}
+    # Any bundle of the node will do: it only says where Ray starts the process.
     for place in places:
         first_bundle.setdefault(place.node_id, place.bundle)
     spares = []
@@ -146,6 +147,7 @@ class _SlotAssigner:
         """The bundle's rows of the last rank map, unless Ray has moved it since."""
         node_id = self._nodes.get(bundle.index)
         places = []
+        # After the loss of a node Ray moves the bundle; its old GPUs mean nothing there.
         for place in self._places:
             if place.bundle == bundle.index and place.node_id == node_id:
                 places.append(place)
@@ -161,6 +163,7 @@ class _SlotAssigner:
             number: int | None = place.slot
             if number not in self._living:
                 number = self._take_idle(place.node_id)
+            # A spare or half-started process is up already; a new one takes seconds.
             if number is None:
                 number = self._start_worker(bundle, resources)
             self._slots[number] = Slot(bundle.index, place.gpu)
@@ -191,6 +194,7 @@ class _SlotAssigner:
         for number in sorted(self._unmapped):
             facts = self._unmapped[number]
             holds_gpu = facts.gpu is not None
+            # One that holds a GPU in Ray's books cannot be moved to another.
             if facts.node_id != node_id or holds_gpu or number in self._slots:
                 continue
             if facts.is_spare:
@@ -205,11 +209,13 @@ class _SlotAssigner:
 
     def _released(self) -> tuple[int, ...]:
         """Unassigned processes, except spares that wait on."""
-        mapped = {place.slot for place in self._places}
+        # Spares that were not needed go on waiting. A process that was a rank, or that
+        # does not answer, cannot become a spare.
+        waiting = set(self._unmapped)
+        for place in self._places:
+            waiting.discard(place.slot)
         released = []
         for number in sorted(self._living - self._slots.keys()):
-            facts = self._unmapped.get(number)
-            waits_on = number not in mapped and facts is not None and facts.is_spare
-            if not waits_on:
+            if number not in waiting or not self._unmapped[number].is_spare:
                 released.append(number)
         return tuple(released)

@@ -71,6 +71,8 @@ class CheckpointLedger:
         parts = self._written.pop(step)
         included = self._reports[: self._end_of(step)]
         following = self._reports[len(included) :]
+        # What the service lacks goes into the next checkpoint as well: retention may delete
+        # this one before the service is back.
         unstored = []
         if stored is not None:
             unstored = [record for record in included if record["n"] > stored]
@@ -89,6 +91,7 @@ class CheckpointLedger:
         )
 
     def _lowest_whole_step(self) -> int | None:
+        # In order, so that each checkpoint gets the reports since the one before it.
         for step in sorted(self._written):
             if len(self._written[step]) == self.world_size and step <= self._last_step:
                 return step
@@ -123,6 +126,8 @@ def commit_whole(
 
     Returns the deleted paths. Raises StorageError.
     """
+    # Committing again changes nothing, so a driver that dies after the commit and before
+    # the retention is followed by one that only does the rest.
     facts = {
         "step": whole.step,
         "attempt": whole.attempt,
@@ -142,6 +147,7 @@ def contained_records(storage_path: str) -> dict[str, list[Line]]:
     perhaps nothing of it had been sent. Raises StorageError.
     """
     by_source: dict[str, dict[int, Line]] = {}
+    # Later checkpoints repeat what the service had not stored; by number, each counts once.
     for info in list_checkpoints(storage_path):
         lines = by_source.setdefault(source_of(info.attempt), {})
         if info.committed:

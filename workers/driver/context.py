@@ -40,6 +40,7 @@ class JobContext:
         self._journal = Journal(ports.open_storage(job_dir))
         self.previous_entry = self._journal.latest()
         """The entry that an earlier incarnation left; None for a new job."""
+        # Checked before anything is written: another job's folder stays as it is.
         if self.previous_entry is not None and self.previous_entry.job_id != job_id:
             raise ForeignJournalError(job_dir, self.previous_entry.job_id)
         entry = self.previous_entry or JournalEntry(job_id=job_id, epoch=0)
@@ -62,6 +63,7 @@ class JobContext:
 
     def commit(self, transition: Transition) -> None:
         """Records and journals a transition: the driver is in its phase from now on."""
+        # Records before the journal: see Transition.
         if transition.attempt is not None:
             status = transition.attempt
             self.records.attempt(
@@ -91,6 +93,11 @@ class JobContext:
         """Worker processes that the job can ever have at once."""
         return num_slots(ParallelDims.of(self.spec.parallel))
 
+    def unmapped_slots(self) -> list[int]:
+        """Returns the slots with a process that is no rank: spares, half-started ones."""
+        mapped = {place.slot for place in self.entry.ranks}
+        return [slot for slot in self.ports.group.slots if slot not in mapped]
+
     @property
     def fence(self) -> Fence:
         """Attempt and epoch, by which workers tell a newer driver from an older one."""
@@ -98,7 +105,7 @@ class JobContext:
 
     @property
     def desired(self) -> DesiredJob | None:
-        """What the service last asked for; None until this incarnation has been told."""
+        """What the service last asked for; None before this incarnation has reached it."""
         return self.ports.outbox.desired
 
     @property
@@ -115,6 +122,7 @@ class JobContext:
         Until the service has been reached, that is what an earlier incarnation has begun
         to carry out: a cancelled job never starts again because the service is away.
         """
+        # The service's word is newer than the journal's, as soon as it is known.
         if self.desired is not None:
             return self.desired.desired
         return self.entry.stopping or DesiredState.RUN

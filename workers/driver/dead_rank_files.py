@@ -49,6 +49,7 @@ class DeadRankFiles:
             if key in self._fetched:
                 continue
             self._fetched.add(key)
+            # A thread each: nodes answer slowly or not at all, and the recovery goes on.
             thread = threading.Thread(
                 target=self._fetch,
                 args=(rank.attempt, rank.place),
@@ -66,10 +67,11 @@ class DeadRankFiles:
 
     def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
         """Begins to remove the job's folder on those of the nodes that still live."""
-        living = {node.node_id for node in read_nodes() if node.alive}
+        job_nodes = set(nodes)
         self._sweeps = []
-        for node_id in nodes:
-            if node_id in living:
+        for node in read_nodes():
+            node_id = node.node_id
+            if node.alive and node_id in job_nodes:
                 folder = str(job_folder(node_id, job_id))
                 self._sweeps.append(on_node(node_id, delete_job_folder, folder))
 
@@ -83,6 +85,8 @@ class DeadRankFiles:
         folder = Path(place.local_dir)
         source = source_of(attempt)
         log_offset = self._logs.size(attempt, place.rank)
+        # The log goes on where it was cut off; of the reports only those are fetched that
+        # are neither stored nor on their way.
         cursor = _NO_REPORTS
         if place.rank == 0:
             cursor = self._outbox.last(source)
@@ -96,6 +100,7 @@ class DeadRankFiles:
             _LOG_BYTES,
         )
         files = result_or_none(call, _FETCH_S)
+        # The node may be gone with the rank, and with it the files.
         if files is None:
             return
         lines, log = files

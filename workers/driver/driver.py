@@ -73,6 +73,7 @@ class JobDriver:
     worker_class: ClassVar[type] = RankWorker
 
     def __init__(self, job_id: str, job_dir: str) -> None:
+        # A driver shares its node with ranks; it needs little CPU and must not delay them.
         lower_priority()
         self._job_id = job_id
         self._job_dir = job_dir
@@ -129,6 +130,7 @@ class JobDriver:
             except ForeignJournalError as error:
                 self._refuse(error)
                 continue
+            # Storage comes back some day; until then ranks train on and the journal waits.
             except (StorageError, JournalError) as error:
                 self._trouble = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; the journal says where to go on
@@ -141,11 +143,13 @@ class JobDriver:
                         reason=StatusReason.INTERNAL.value,
                         message=f"the job's driver cannot go on: {self._trouble}",
                     )
+            # Each entry has ports of its own: threads of the last one must not send on.
             finally:
                 if self._ports is not None:
                     self._ports.close()
             time.sleep(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
             failures += 1
+        # With no_restart: an actor that merely returned would stay for ever.
         kill(ray.get_runtime_context().current_actor)
 
     def _refuse(self, error: ForeignJournalError) -> None:

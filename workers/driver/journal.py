@@ -56,6 +56,7 @@ class Journal:
 
         Raises JournalError when it cannot be read as one.
         """
+        # Numbers, not names: attempt 10000 has five digits.
         attempts = []
         for file in self._storage.list(FOLDER):
             stem, _, extension = file.name.rpartition(".")

@@ -57,6 +57,7 @@ class JobLifecycle:
         self._starter = RankStarter(self._job)
         self._progress = JobProgress(self._job)
         self._recovery = Recovery(self._job, self._starter, self._progress)
+        # In memory only: a driver that comes back has waited long enough.
         self._retry_at = 0.0
 
     @property
@@ -65,7 +66,7 @@ class JobLifecycle:
         return f"attempt {self._job.entry.attempt}, {self._job.entry.phase.value}"
 
     def run(self, ending: Ending | None = None) -> None:
-        """Runs the job to its end, at once when that is given.
+        """Runs the job to its end, at once when `ending` is not None.
 
         Returns when the service has stored the last record. Raises DriverReplacedError,
         FencedError, StorageError.
@@ -74,10 +75,12 @@ class JobLifecycle:
         self._record_takeover()
         if ending is not None and job.entry.ending is None:
             job.commit(Transition(Phase.ENDING, {"ending": ending}))
+        # What the ranks did meanwhile is an observation like any other.
         if job.previous_entry is not None and job.entry.phase in WITH_RANKS:
             observation = self._recovery.adopt()
             if observation is not None:
                 self._carry_out(next_phase(job.entry, observation))
+        # Observe, decide, act. The phase is that of the journal, never one in memory.
         while job.entry.phase is not Phase.ENDING:
             self._carry_out(next_phase(job.entry, self._work()))
         self._end()
@@ -195,6 +198,8 @@ class JobLifecycle:
         assert ending is not None
         files.finish(job.entry.dead)
         self._ports.logs.flush()
+        # Workers remove their own files: a task for it on a busy node takes seconds. Only
+        # nodes without a living worker are swept by tasks.
         if job.entry.spec is not None:
             group = self._ports.group
             cleaned = group.retire(job.fence, job.num_slots, _RETIRE_S)
@@ -208,6 +213,7 @@ class JobLifecycle:
                 reason = StatusReason(ending.reason)
             job.records.state(JobState(ending.state), reason, ending.message)
             outbox.flush()
+        # flush also returns when this driver was replaced: then it is not its job to end.
         job.check_replaced()
         outbox.close()
         files.await_sweep(_LATE_SWEEP_S)

@@ -88,6 +88,7 @@ class JobLogs:
                 self.problem = str(error)
 
     def _write_local(self, path: Path, offset: int, data: bytes) -> None:
+        # The file ends with the mark; what comes later stays in the rank's own log.
         if offset >= CAP_BYTES:
             return
         end = offset + len(data)
@@ -95,6 +96,7 @@ class JobLogs:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
+                # At its own offset: writing a piece twice changes nothing.
                 os.pwrite(file, data, offset)
                 if end >= CAP_BYTES:
                     os.pwrite(file, _CUT_MARK, end)

@@ -154,6 +154,7 @@ class Outbox:
 
     def attach(self, url: str, token: str, desired: DesiredJob) -> None:
         """Takes the service's address and what it desires."""
+        # A new address ends the pause of a thread that waits for the old one.
         with self._changed:
             self._address = (url, token)
             self._accept(desired)
@@ -169,6 +170,7 @@ class Outbox:
     def relay(self, source: str, lines: Iterable[Line]) -> None:
         """Adds a rank's reports; those that are stored or pending already are dropped."""
         with self._changed:
+            # A restarted driver reads a spool again from its last released report.
             queue = self._source(source)
             last_n = queue.last_n
             for line in lines:
@@ -299,6 +301,7 @@ class Outbox:
                 self._from_checkpoints = {}
                 self._is_synced = True
         with self._changed:
+            # Records stay pending until they are stored: a batch may be lost on its way.
             batches = self._next_batches()
             if not batches:
                 self._changed.wait(1.0)
@@ -315,6 +318,7 @@ class Outbox:
             known_revision = self.desired.revision
         desired = client.desired_job(self._job_id, known_revision, _LONG_POLL_S)
         with self._changed:
+            # Looked at again under the lock: the other thread may have been faster.
             is_new = self.desired is None or desired.revision > self.desired.revision
             self._accept(desired)
             self._changed.notify_all()

@@ -31,6 +31,7 @@ class DataPreparation:
         self._job.records.state(
             JobState.PREPARING, StatusReason.PREPARING_DATA, "preparing data"
         )
+        # A restarted driver prepares again; prepared files are found by their content's key.
         call = self._tasks.anywhere(prepare_task, self._job.entry.spec)
         try:
             while not self._tasks.is_done(call):

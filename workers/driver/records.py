@@ -1,4 +1,4 @@
-"""Writes a job's own records and remembers what they say.
+"""Writes a job's own records and remembers their contents.
 
 Owns: the fields of each kind of record, and that nothing is recorded twice. Must not
 know: when something is recorded.
@@ -71,6 +71,7 @@ class JobRecords:
         message: str = "",
     ) -> None:
         """Records the attempt's state; an attempt that has ended stays ended."""
+        # STOPPED after FAILED, for one, is what a cancelled job gives after a failure.
         known = self._attempts.get(self._attempt())
         if known == state or known in _ENDED:
             return
@@ -129,6 +130,7 @@ class JobRecords:
 
     def committed(self, step: int, path: str, size: int, loss: float | None) -> None:
         """Records that a checkpoint is committed."""
+        # Paths carry step and attempt, so one path is one checkpoint.
         if path in self._kept:
             return
         data = {"step": step, "path": path, "bytes": size, "loss": loss}
@@ -146,7 +148,7 @@ class JobRecords:
         self._note(kind, data, attempt)
 
     def _note(self, kind: str, data: dict[str, Any], attempt: int) -> None:
-        """Remembers what a record says, so that it is not repeated."""
+        """Remembers a record, so that it is not repeated."""
         match kind:
             case "state":
                 self._state = data

@@ -49,10 +49,13 @@ class Recovery:
         Returns what has ended the attempt meanwhile; None when the phase goes on.
         """
         job = self._job
+        # By name, so nothing needs to be known of how far a start had come.
         missing = job.ports.group.adopt(range(job.num_slots))
         self._record_checkpoints()
         if job.entry.phase is Phase.RUNNING:
             return self._adopt_running(missing)
+        # Some ranks may train already and some not: which, only they know. They are
+        # freed, and the next attempt starts them together.
         if job.entry.phase is Phase.STARTING:
             message = (
                 "the driver ended while the ranks were starting; they are started again"
@@ -66,7 +69,12 @@ class Recovery:
         job = self._job
         # The earlier incarnation may not have come to the end of fetching them.
         job.ports.dead_rank_files.collect(job.entry.dead)
-        dead = [place for place in job.entry.ranks if place.slot in missing]
+        dead = []
+        pids = []
+        for place in job.entry.ranks:
+            pids.append(place.pid)
+            if place.slot in missing:
+                dead.append(place)
         if dead:
             message = (
                 f"its process was gone when the driver came back (pid {dead[0].pid} on node "
@@ -74,7 +82,6 @@ class Recovery:
             )
             cause = Failure(FailureKind.PROCESS_DIED, message, dead[0].rank)
             return AttemptFailed(cause, tuple(place.rank for place in dead))
-        pids = [place.pid for place in job.entry.ranks]
         job.records.event(
             "driver.adopted", f"{len(pids)} running ranks adopted", data={"pids": pids}
         )
@@ -86,6 +93,7 @@ class Recovery:
         for info in list_checkpoints(self._job.job_dir):
             if info.committed:
                 committed[info.path] = info
+        # What is on storage counts: a commit is durable before it is recorded.
         for path in self._job.records.kept_checkpoints.keys() - committed.keys():
             self._job.records.deleted(path)
         for info in sorted(committed.values(), key=lambda info: info.order):
@@ -115,6 +123,7 @@ class Recovery:
     def judge(self, failed: FailedAttempt) -> RestartDecided | StopRequested:
         """Frees the ranks, records the failure, and asks the policy what follows."""
         job = self._job
+        # The recovery is measured from here, before anything is waited for.
         self._progress.attempt_failed()
         cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
         self._record_failure(cause, self._free_ranks())

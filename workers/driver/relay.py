@@ -20,6 +20,7 @@ def to_record(line: Line) -> Line:
     """
     if line.kind in METRICS:
         return line
+    # The number stays: the service takes no gaps within a source.
     record = json.loads(line.text)
     data = record["data"]
     level, message = _describe(line.kind, data)

@@ -29,10 +29,11 @@ class Scheduling:
         self._plan: PlacementPlan | None = None
 
     def release(self) -> None:
-        """Releases what the journal says is not held any more, then records the state."""
+        """Carries out the release in the journal, if there is one, and records the state."""
         released = self._job.entry.given_back
         if released is None:
             return
+        # The state follows the release: admission gives the room away on its word.
         self._group.remove_all(self._job.num_slots)
         reason = None
         if released.reason:
@@ -45,6 +46,8 @@ class Scheduling:
         revision = -1
         if job.entry.given_back is not None:
             revision = job.entry.given_back.revision
+        # A request that was already there when the resources were released is the one
+        # that has just been carried out.
         while True:
             stop = job.stop_requested()
             if stop is not None:
@@ -80,6 +83,8 @@ class Scheduling:
         began = clock()
         explain_at = began + _FIRST_EXPLANATION_S
         limit_s = job.spec.resources.placement_timeout_s
+        # Ray gives no reason while it waits; the explanation comes from comparing what is
+        # asked for with what the nodes have.
         while not placement_group.wait(_TURN_S):
             stop = job.stop_requested()
             if stop is not None:

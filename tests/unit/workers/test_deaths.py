@@ -1,4 +1,4 @@
-"""What Ray says of an actor's end, in our words, and what a rank says of its own."""
+"""How an actor's death is classified and worded, and a rank's own failure."""
 
 import json
 
@@ -19,7 +19,7 @@ SIGKILL = (
 )
 
 
-class Said(ActorDiedError):
+class FakeActorDiedError(ActorDiedError):
     def __init__(self, text: str, preempted: bool = False) -> None:
         super().__init__()
         self.error_msg = text
@@ -30,22 +30,22 @@ class Said(ActorDiedError):
     ("error", "kind", "words"),
     [
         (
-            Said(SIGKILL),
+            FakeActorDiedError(SIGKILL),
             FailureKind.PROCESS_DIED,
             "process killed or crashed (possibly out of memory)",
         ),
         (
-            Said("The actor died because its node has died. Node Id: 12ab"),
+            FakeActorDiedError("The actor died because its node has died. Node Id: 12ab"),
             FailureKind.NODE_LOST,
             "its node has died. Node Id: 12ab",
         ),
         (
-            Said("The actor died because its node has died.", preempted=True),
+            FakeActorDiedError("The actor died because its node has died.", preempted=True),
             FailureKind.PREEMPTED,
             "node preempted: ",
         ),
         (
-            Said(
+            FakeActorDiedError(
                 "The actor died because Task was killed due to the node running low on memory."
             ),
             FailureKind.NODE_MEMORY,

@@ -163,7 +163,9 @@ def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) 
 def test_failures_of_the_link_have_classes(service: FakeService) -> None:
     with (
         ServiceClient(service.url, "wrong") as link,
-        pytest.raises(ServiceRefusedError, match="refused .401 unauthorized.: wrong token"),
+        pytest.raises(
+            ServiceRefusedError, match=r"refused .401 unauthorized.: wrong token"
+        ),
     ):
         link.hello()
     with ServiceClient(service.url, f"token-{JOB}") as link:

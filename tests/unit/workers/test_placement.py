@@ -151,7 +151,7 @@ def test_a_wrong_number_of_workers_is_refused() -> None:
 
 def test_one_gpu_for_two_workers_is_refused() -> None:
     with pytest.raises(
-        PlacementError, match="several workers report GPU 0 on node 10.0.0.1"
+        PlacementError, match=r"several workers report GPU 0 on node 10.0.0.1"
     ):
         assign_ranks([facts(0, 0, "1", 0), facts(1, 0, "1", 0)], ParallelDims(tp=2))
 

@@ -71,7 +71,8 @@ def test_token_from_file_before_environment(tmp_path: Path) -> None:
     with pytest.raises(ProcessEnvironmentError, match="no agent token: give --token-file"):
         agent_token(None, {})
     with pytest.raises(
-        ProcessEnvironmentError, match="cannot read the agent's token file .*: No such file"
+        ProcessEnvironmentError,
+        match=r"cannot read the agent's token file .*: No such file",
     ):
         agent_token(tmp_path / "none", {})
 

@@ -189,7 +189,7 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     spool.append("step", {})
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:10]))
-    with pytest.raises(OSError, match="only 10 of .* the disk is full"):
+    with pytest.raises(OSError, match=r"only 10 of .* the disk is full"):
         spool.append("step", {})
     monkeypatch.undo()
     assert spool.append("step", {}) == 2

@@ -54,7 +54,7 @@ class CheckpointCommitter:
         self._ledger = CheckpointLedger(len(plan.places), plan.attempt)
         self._pending: tuple[WholeCheckpoint, Future[Sequence[str]]] | None = None
         self._written_n: dict[int, dict[int, int]] = {}
-        """Number of the report that says that a checkpoint is written, by step and rank."""
+        """Number of the CheckpointReport, by step and rank."""
         self._step_n: dict[int, int] = {}
         """Number of rank 0's step report, by step."""
 
@@ -81,6 +81,7 @@ class CheckpointCommitter:
     def advance(self) -> Committed | CommitFailed | None:
         """Returns the result of a commit, once, and begins the next when it is time."""
         result = None
+        # The result is taken in the driver's thread: records and journal are its own.
         if self._pending is not None:
             if not self._pending[1].done():
                 return None

@@ -19,7 +19,7 @@ STOPPING = (DesiredState.CANCEL, DesiredState.PAUSE)
 
 @dataclass(frozen=True)
 class RanksStopped:
-    """The ranks stopped as they were told, or the grace period ran out (`forced`)."""
+    """The ranks stopped on command, or the grace period ran out (`forced`)."""
 
     forced: bool = False
 
@@ -34,11 +34,13 @@ class StopDecision:
 
 
 def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:
-    """Returns how ranks that were not told yet are to stop; None: they go on.
+    """Returns how ranks without a stop command are to stop; None: they go on.
 
     `desired` is None until the service has been reached; then an earlier incarnation's
     stop holds.
     """
+    # Adopted ranks get the stop command of an earlier incarnation again: it may have died
+    # before it was sent, and a second one changes nothing.
     state = plan.stopping
     if desired is not None:
         state = desired.desired
@@ -58,11 +60,18 @@ def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision |
 
 def judge_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
     """Returns how an attempt without a failure has ended; None while it runs."""
-    if not all(state.is_over for state in states):
+    if not is_over(states):
         return None
-    if all(state is RankState.FINISHED for state in states):
+    # The ranks agree on the step after which they stop, so either all of them have done
+    # the last step or none has.
+    if set(states) == {RankState.FINISHED}:
         return AttemptFinished()
     return RanksStopped()
+
+
+def is_over(states: Collection[RankState]) -> bool:
+    """Whether the attempt has ended on every rank."""
+    return all(state.is_over for state in states)
 
 
 def judge_failure(

@@ -1,4 +1,4 @@
-"""Holds what one attempt was started with, and who is told what happens in it.
+"""Holds what one attempt was started with, and the interface of its listener.
 
 Owns: these values only.
 """
@@ -29,7 +29,7 @@ class AttemptPlan:
     checkpoint_requests: int = 0
     """Requests for a checkpoint that were passed on to the ranks before."""
     stopping: DesiredState | None = None
-    """Why an earlier incarnation told the ranks to stop."""
+    """Why an earlier incarnation sent the ranks a stop command."""
     renew: bool = False
     """Stop at a checkpoint: another version of the code has started the ranks."""
 

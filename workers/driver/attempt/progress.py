@@ -44,10 +44,12 @@ class JobProgress:
 
     def stepped(self, data: dict[str, Any]) -> None:
         """Rank 0 has done a step."""
+        # Called for each step of rank 0: everything here is cheap, or rare.
         self._job.ports.gauges.show(data)
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()
+        # A recovery is over with the first step that had never been done before.
         step = data["step"]
         self._highest_step = max(self._highest_step, step)
         if self._recovery is None:
@@ -79,6 +81,8 @@ class JobProgress:
 
     def record_commit(self, step: int, path: str, size: int, loss: float | None) -> None:
         """Records a committed checkpoint, and journals its step when it is the newest."""
+        # Recorded first: on a restart all committed checkpoints are recorded again, and
+        # those that are known are dropped.
         self._job.records.committed(step, path, size, loss)
         if step > self._job.entry.last_commit:
             self._job.write(last_commit=step)

@@ -59,6 +59,7 @@ class RankMonitor:
         self._progress = Progress(now)
         self._views: dict[int, RankView] = {}
         for place in plan.places:
+            # Logs go on where an earlier incarnation stopped writing them.
             offset = self._logs.size(plan.attempt, place.rank)
             self._views[place.rank] = RankView(place, now, offset)
         self.failures: list[Failure] = []
@@ -66,14 +67,14 @@ class RankMonitor:
         """Ranks whose process is gone."""
 
     @property
-    def states(self) -> list[RankState]:
-        """State of each rank."""
-        return [view.state for view in self._views.values()]
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the attempt."""
+        return tuple(self._views)
 
     @property
-    def is_over(self) -> bool:
-        """Whether the attempt has ended on every rank."""
-        return all(state.is_over for state in self.states)
+    def states(self) -> set[RankState]:
+        """The states that ranks are in."""
+        return {view.state for view in self._views.values()}
 
     def start(self) -> None:
         """Makes the first poll of every rank."""
@@ -87,6 +88,8 @@ class RankMonitor:
         when this driver was replaced.
         """
         reports = []
+        # One poll per rank is outstanding: its answer is reports, log and liveness, its
+        # failure is death, its lateness is silence.
         for answer in self._group.collect(timeout_s):
             view = self._views[answer.rank]
             view.answered_at = self._clock()
@@ -109,6 +112,8 @@ class RankMonitor:
             address = self._views[rank].place.address
             message = f"node {address} has not answered for {limit_s:.0f} s"
             self._lose(rank, FailureKind.SILENT, message)
+        # Ranks wait for each other in every step, so a hang is the lack of anybody's
+        # progress.
         if answered_at:
             message_of_hang = liveness.hang(now, self._progress)
             if message_of_hang:
@@ -156,6 +161,7 @@ class RankMonitor:
 
     def _check_reply(self, view: RankView, reply: NextReply) -> None:
         rank = view.place.rank
+        # A worker process that was started anew behind the driver's back runs no attempt.
         if reply.attempt != self._plan.attempt:
             self._fail(FailureKind.START, "its worker does not run this attempt", rank)
         elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:

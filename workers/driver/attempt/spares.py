@@ -39,11 +39,13 @@ class SparePool:
         """Replaces dead spares when it is time for a check. Raises FencedError."""
         job = self._job
         now = self._clock()
+        # Without a checkpoint an attempt starts from nothing anyway.
         is_enabled = job.spec.restart.standby and job.entry.last_commit > 0
         if now < self._next_check or not is_enabled:
             return
         self._next_check = now + EVERY_S
         nodes = self._nodes_with_spares(now)
+        # Spares that keep dying (no memory, most likely) must not take more of it.
         if self._deaths >= _MAX_DEATHS:
             self._next_check = float("inf")
             message = (
@@ -61,15 +63,29 @@ class SparePool:
 
         Dead ones are ended, so that their slots are free again.
         """
-        mapped = {place.slot for place in self._job.entry.ranks}
-        spares = [slot for slot in self._group.slots if slot not in mapped]
+        spares = self._job.unmapped_slots()
         living, dead = self._group.look_up(spares, self._job.fence, _ANSWER_S)
-        silent = set(spares) - {facts.slot for facts in living} - set(dead)
-        self._silent_since = {slot: self._silent_since.get(slot, now) for slot in silent}
-        late = [slot for slot in silent if now - self._silent_since[slot] > _BOOT_S]
+        silent = set(spares).difference(dead)
+        nodes = set()
+        for facts in living:
+            silent.discard(facts.slot)
+            nodes.add(facts.node_id)
+        late = self._late(silent, now)
         lost = [*dead, *late]
         self._group.kill_slots(lost)
         self._deaths += len(lost)
-        if silent.difference(lost):
+        # Of one that is still importing torch the node is not known.
+        if silent.difference(late):
             return None
-        return {facts.node_id for facts in living}
+        return nodes
+
+    def _late(self, silent: set[int], now: float) -> list[int]:
+        """Silent spares that have had enough time to start."""
+        silent_since = {}
+        late = []
+        for slot in silent:
+            silent_since[slot] = self._silent_since.get(slot, now)
+            if now - silent_since[slot] > _BOOT_S:
+                late.append(slot)
+        self._silent_since = silent_since
+        return late

@@ -64,19 +64,22 @@ class RankStarter:
         except _StartCancelled as cancelled:
             return cancelled.request
         except WorkerGroupError as error:
+            # Their slots are started anew by the next attempt; the others are reused.
             self._group.kill_slots(error.dead_slots)
             return AttemptFailed(Failure(error.kind, f"the ranks did not start: {error}"))
         return RanksStarted()
 
     def record_start(self) -> None:
         """Records a start once it is journaled: one that is repeated is recorded once."""
+        # None after a restart: the earlier incarnation has recorded its own start.
         if self._timing is None:
             return
         timing = self._timing
         self._timing = None
-        ranks = [place.rank for place in timing.promoted]
         message = f"{len(self._job.entry.ranks)} ranks started"
+        ranks = []
         for place in timing.promoted:
+            ranks.append(place.rank)
             message += f"; rank {place.rank} runs in a spare process (pid {place.pid})"
         data = {**timing.seconds, "promoted": ranks}
         self._job.records.event("ranks.started", message, data=data)
@@ -86,9 +89,11 @@ class RankStarter:
 
         Returns the slots whose process can be used again.
         """
+        # All at once: a rank in a collective comes out when its peers close their ends;
+        # alone it would wait for the collective's timeout.
         free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
-        stuck = [slot for slot in self._group.slots if slot not in free]
-        self._group.kill_slots(stuck)
+        stuck = set(self._group.slots).difference(free)
+        self._group.kill_slots(sorted(stuck))
         return free
 
     def end_other_versions(self) -> None:
@@ -103,8 +108,10 @@ class RankStarter:
         """Raises WorkerGroupError, _StartCancelled."""
         job = self._job
         timing = StartTiming()
+        # Get-or-create throughout: a repeated start finds what the first one made.
         began = self._clock()
         assignment = self._assign(plan)
+        # Before new ones are created: they may hold resources in the same bundle.
         self._group.kill_slots(assignment.released)
         self._group.create(
             plan, assignment.workers_to_start, job.spec.resources.num_threads
@@ -129,16 +136,19 @@ class RankStarter:
         orders = start_orders(job.entry, plan.accelerator)
         self._group.start(job.fence, orders, _START_TIMEOUT_S, self._check_stop)
         self._note(timing, "start", began)
-        timing.promoted = [place for place in places if place.slot in assignment.promoted]
+        for place in places:
+            if place.slot in assignment.promoted:
+                timing.promoted.append(place)
         return timing
 
     def _assign(self, plan: PlacementPlan) -> SlotAssignment:
         """Chooses the processes of the attempt among the living and those to start."""
-        places = self._job.entry.ranks
-        mapped = {place.slot for place in places}
-        others = [slot for slot in self._group.slots if slot not in mapped]
-        unmapped, _ = self._group.look_up(others, self._job.fence, _LOOK_UP_S)
+        slots = self._job.unmapped_slots()
+        # Those that do not answer in time are released: waiting for them would cost more
+        # than starting another.
+        unmapped, _ = self._group.look_up(slots, self._job.fence, _LOOK_UP_S)
         nodes = self._group.nodes(plan)
+        places = self._job.entry.ranks
         return assign_slots(plan, places, self._group.slots, unmapped, nodes)
 
     def _note(self, timing: StartTiming, part: str, began: float) -> float:

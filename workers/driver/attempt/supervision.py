@@ -14,6 +14,7 @@ from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.judgement import (
     RanksStopped,
     decide_stop,
+    is_over,
     judge_end,
     judge_failure,
 )
@@ -60,15 +61,19 @@ class Supervision:
                 if end is not None:
                     return end
         finally:
+            # Answers to this attempt's polls must not reach the next one's monitor.
             self._ports.group.drop_calls()
 
     def _turn(self) -> AttemptEnd | None:
         self._observe(_TURN_S)
+        # After the answers are taken: a driver that was frozen itself must not take its
+        # ranks for silent.
         self._monitor.check_clock(has_stepped=self._has_stepped)
         self._commit()
         if self._monitor.failures:
             return self._await_root_cause()
         self._apply_desired_state(self._ports.outbox.desired)
+        # Ranks that do not stop in time are ended with their processes.
         deadline = self._stop_deadline
         if deadline is not None and self._ports.clock() > deadline:
             return RanksStopped(forced=True)
@@ -91,6 +96,8 @@ class Supervision:
             self._committer.take_written(rank, lines)
             if rank == 0 and lines:
                 records = [to_record(line) for line in lines]
+                # What is sent must be in the next checkpoint too: a driver that comes up
+                # on another node sends it again from there.
                 self._take_records(records)
                 self._ports.outbox.relay(self._plan.source, records)
 
@@ -158,8 +165,10 @@ class Supervision:
     def _await_root_cause(self) -> AttemptFailed:
         """Waits shortly for more failures: the first is seldom the cause, often its echo."""
         deadline = self._ports.clock() + ROOT_CAUSE_S
-        while self._ports.clock() < deadline and not self._monitor.is_over:
+        while self._ports.clock() < deadline and not is_over(self._monitor.states):
             self._observe(_SHORT_TURN_S)
+        # A checkpoint that became whole in the last moment is kept for the next attempt.
         self._finish_commits()
-        ranks = [place.rank for place in self._plan.places]
-        return judge_failure(self._monitor.failures, self._monitor.dead, ranks)
+        return judge_failure(
+            self._monitor.failures, self._monitor.dead, self._monitor.ranks
+        )
