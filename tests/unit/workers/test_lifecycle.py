@@ -117,5 +117,5 @@ def test_an_unharmed_job_goes_through_its_states_in_order(
     attempts = [record.data["state"] for record in control_plane.of_kind("attempt")]
     assert attempts == ["starting", "running", "succeeded"]
     first = control_plane.of_kind("attempt")[0]
-    assert first.data["message"] == "training starts at step 0"
+    assert first.data["message"] == "from step 0"
     assert control_plane.ignored == []
