@@ -3,24 +3,27 @@
 Owns: every transition between phases, and the records and journal fields that belong to
 it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
 
-    PREPARING ──DataPrepared──> READY <───────────────────────────────┐
-                                  │ RunRequested                      │
-                                  v                                   │ PlacementTimedOut,
-                              SCHEDULING ─────────────────────────────┤ StopRequested(pause),
-                                  │ Placed                            │ AttemptStopped(pause)
-                                  v                                   │
-              ┌──Placed───── STARTING ────────────────────────────────┤
-              │  ┌──────────>  │  │ RanksStarted                      │
-              │  │             │  v                                   │
-              │  │             │ RUNNING ─────────────────────────────┤
-              │  │  AttemptFailed, │ AttemptFailed,                   │
-              │  │  AttemptAbandoned │ AttemptStopped(run)            │
-              │  │             v  v                                   │
-              └──┴────────── RECOVERING ──────────────────────────────┘
-                               │    ^
-                               └────┘ RestartDecided(retry)
+    PREPARING
+        │ DataPrepared
+        v
+    READY <─────────────────────────────────────┐
+        │ RunRequested                          │ PlacementTimedOut
+        v                                       │ StopRequested(pause)
+    SCHEDULING ─────────────────────────────────┤ AttemptStopped(pause)
+        │ Placed                                │
+        v                                       │
+    STARTING <────────────────┐ ────────────────┤
+        │ RanksStarted        │                 │
+        v                     │ Placed          │
+    RUNNING ──────────────────┼─────────────────┤
+        │ AttemptFailed       │                 │
+        v AttemptStopped(run) │                 │
+    RECOVERING ───────────────┘ ────────────────┘
+        ^     │
+        └─────┘ RestartDecided(retry)
 
-    any phase ──StopRequested(cancel)──> ENDING
+    STARTING ──AttemptFailed, AttemptAbandoned──> RECOVERING
+    any phase but RUNNING ──StopRequested(cancel)──> ENDING
     PREPARING ──DataRejected, PreparationFailed──> ENDING
     RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING

@@ -1,8 +1,7 @@
-"""What is said about the weights that a job begins with, before anything is held for
-it.
-"""
+"""Problems of the weights that a job starts from, found before it holds resources."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def write_folder(folder: Path, *, vocab_size: int = 300) -> None:
         shapes | {f"model.layers.0.{name}": shape for name, shape in layer.items()}
     ).items():
         start = end
-        end = end + 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
+        end = start + 2 * math.prod(shape)
         header[f"{name}.weight"] = {
             "dtype": "BF16",
             "shape": shape,

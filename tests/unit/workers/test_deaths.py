@@ -58,7 +58,7 @@ class FakeActorDiedError(ActorDiedError):
         ),
     ],
 )
-def test_deaths_are_told_apart(
+def test_deaths_are_classified_and_worded(
     error: ActorDiedError, kind: FailureKind, words: str
 ) -> None:
     death = death_of(error)

@@ -144,7 +144,7 @@ def test_every_kind_has_a_precedence_and_a_reason() -> None:
         assert isinstance(Failure(kind, "").reason, StatusReason)
 
 
-def test_errors_of_ranks_in_words() -> None:
+def test_errors_of_ranks_are_described() -> None:
     assert describe_error({"type": "ValueError", "message": "bad"}) == (
         FailureKind.EXCEPTION,
         "ValueError: bad",

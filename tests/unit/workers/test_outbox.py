@@ -57,7 +57,7 @@ def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(
     assert len(list((tmp_path / "driver").iterdir())) == 3
     second = open_outbox(tmp_path, epoch=2)
     second.append("event", {"type": "t", "index": 205}, 1)
-    assert not second.flush(timeout_s=0.2), "nobody has said where the service is"
+    assert not second.flush(timeout_s=0.2), "the address of the service is not known yet"
     attach(second, service)
     assert second.flush(timeout_s=10)
     assert [record["data"]["index"] for record in service.stored(JOB)] == list(range(206))
@@ -113,7 +113,7 @@ def test_a_restarted_driver_asks_what_is_stored(
         ),
     ],
 )
-def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
+def test_records_in_checkpoints_are_sent_before_those_of_the_ranks(
     tmp_path: Path,
     service: FakeService,
     from_checkpoints: tuple[int, ...],
@@ -133,7 +133,7 @@ def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
     outbox.close()
 
 
-def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> None:
+def test_requests_arrive_without_records(tmp_path: Path, service: FakeService) -> None:
     outbox = open_outbox(tmp_path, epoch=1)
     attach(outbox, service)
     service.want(JOB, desired="cancel")
@@ -146,7 +146,7 @@ def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> 
         f"token-{JOB}",
         outbox.desired.model_copy(update={"revision": 0, "desired": "run"}),
     )
-    assert outbox.desired.desired == "cancel", "an older wish does not undo a newer one"
+    assert outbox.desired.desired == "cancel", "an older request does not undo a newer one"
     outbox.close()
 
 

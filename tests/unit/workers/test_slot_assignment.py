@@ -2,6 +2,8 @@
 without.
 """
 
+from typing import Literal
+
 from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions.placement import (
     Bundle,
@@ -26,9 +28,13 @@ NODES = {0: "a", 1: "b"}
 
 
 def plan(gpus: bool = True) -> PlacementPlan:
-    resources = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+    accelerator: Literal["cpu", "gpu"] = "cpu"
+    resources = {"CPU": 1.0}
+    if gpus:
+        accelerator = "gpu"
+        resources["GPU"] = 1.0
     bundles = tuple(Bundle(index, {}, (index * TP, index * TP + 1)) for index in range(DP))
-    return PlacementPlan("gpu" if gpus else "cpu", bundles, resources, DIMS, capacity=DP)
+    return PlacementPlan(accelerator, bundles, resources, DIMS, capacity=DP)
 
 
 def facts(
@@ -47,14 +53,14 @@ def facts(
 
 def rank_map(gpus: bool = True) -> tuple[RankPlace, ...]:
     """GPU 6 and 7 on node a, 0 and 1 on node b."""
-    found = [(0, "a", 6, 0), (1, "a", 7, 0), (2, "b", 0, 1), (3, "b", 1, 1)]
-    return assign_ranks(
-        [
-            facts(slot, node, gpu if gpus else None, bundle=bundle)
-            for slot, node, gpu, bundle in found
-        ],
-        DIMS,
-    )
+    rows = [(0, "a", 6, 0), (1, "a", 7, 0), (2, "b", 0, 1), (3, "b", 1, 1)]
+    reported = []
+    for slot, node, gpu, bundle in rows:
+        report = facts(slot, node, gpu, bundle=bundle)
+        if not gpus:
+            report = report.model_copy(update={"gpu": None})
+        reported.append(report)
+    return assign_ranks(reported, DIMS)
 
 
 def test_at_first_all_processes_are_started_and_get_their_gpus_from_ray() -> None:

@@ -184,7 +184,7 @@ def test_a_report_costs_microseconds(tmp_path: Path) -> None:
     )
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool(tmp_path / "r.jsonl", 1)
     spool.append("step", {})
     write = os.write

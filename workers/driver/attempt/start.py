@@ -164,6 +164,7 @@ class RankStarter:
 
 
 def _describe_begin(job: JobContext) -> str:
+    """Returns where the attempt begins; `show` prints it after the attempt's state."""
     if job.entry.last_commit:
-        return f"resumes from checkpoint step {job.entry.last_commit}"
-    return "training starts at step 0"
+        return f"from checkpoint step {job.entry.last_commit}"
+    return "from step 0"
