@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from workers.exceptions import WorkersError
 from workers.protocol.wire import (
     PROTOCOL,
     AgentReport,
@@ -32,11 +33,11 @@ _UPGRADE_REQUIRED = 426
 _TRANSIENT_STATUSES = (408, 429)
 
 
-class ServiceUnavailableError(Exception):
+class ServiceUnavailableError(WorkersError):
     """The service did not reply, or not as the protocol requires: try again later."""
 
 
-class ServiceRefusedError(Exception):
+class ServiceRefusedError(WorkersError):
     """The service refused a request.
 
     `status` and `code` are those of its problem document.
@@ -49,7 +50,7 @@ class ServiceRefusedError(Exception):
 
 
 # Not a ServiceRefusedError: callers retry or log those, but must end on this one.
-class ReplacedError(Exception):
+class ReplacedError(WorkersError):
     """A newer incarnation of this driver has called the service: this one must end."""
 
 

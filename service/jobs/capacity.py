@@ -5,14 +5,11 @@ Owns: islands per node. Pure. Must not know: jobs' states, the database.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import floor
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
+from workers.decisions.placement import is_usable, islands_that_fit
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
-
-_ROUNDING = 1e-9
-"""Keeps sums of fractional CPUs, such as 3 x 0.1, from losing a rank."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +34,12 @@ class _FreeNode:
     accelerator: str | None = None
 
     def max_islands(self, request: ResourceRequest) -> int:
-        # The scarcer resource decides; a GPU rank needs both.
-        ranks = self.cpus / request.cpus_per_rank
+        per_rank = {"CPU": request.cpus_per_rank}
         if request.gpu:
-            ranks = min(ranks, self.gpus)
-        return max(0, floor(ranks / request.island + _ROUNDING))
+            per_rank["GPU"] = 1.0
+        available = {"CPU": self.cpus, "GPU": self.gpus}
+        # The rule by which the driver places ranks, so that both agree.
+        return islands_that_fit(available, per_rank, request.island)
 
     def reserve(self, request: ResourceRequest, ranks: int) -> None:
         self.cpus -= ranks * request.cpus_per_rank
@@ -58,8 +56,7 @@ class ClusterCapacity:
     def __init__(self, nodes: Iterable[NodeInfo]) -> None:
         self._nodes: list[_FreeNode] = []
         for node in nodes:
-            # None: the agent has not tried yet. Only a node that failed is left out.
-            if node.alive and node.storage_ok is not False:
+            if is_usable(node):
                 self._nodes.append(
                     _FreeNode(node.node_id, node.cpus, node.gpus, node.accelerator_type)
                 )

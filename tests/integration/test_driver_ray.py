@@ -290,7 +290,7 @@ def test_no_room_in_time_goes_back_to_the_queue(
     fake_service.wait("queued", lambda: "queued" in fake_service.states(job_id))
     said = fake_service.stored(job_id, kind="state")[-1]["data"]
     assert said["reason"] == "waiting_gang"
-    assert "no room within 1 s: asked for 1 x 128 CPU" in said["message"]
+    assert "not placed within 1 s: asked for 1 x 128 CPU" in said["message"]
     fake_service.want(job_id, desired="run")
     fake_service.wait(
         "a second try", lambda: fake_service.states(job_id).count("scheduling") == 2
@@ -374,14 +374,14 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
     import ray
 
     job_id = submit(spec(steps=100_000, step_s="0.02"))
-    fake_service.wait("one that stands by", lambda: f"{job_id}/w2" in actors(job_id), 40)
+    fake_service.wait("a spare", lambda: f"{job_id}/w2" in actors(job_id), 40)
     before = rank_pids(fake_service, job_id)
     os.kill(before[1], signal.SIGKILL)
     started = fake_service.wait(
         "a second attempt", lambda: fake_service.events(job_id, "ranks.started")[1:]
     )[0]
     assert started["data"]["promoted"] == [1]
-    assert "; rank 1 in a process that stood by (pid " in started["message"]
+    assert "; rank 1 runs in a spare process (pid " in started["message"]
     fake_service.wait("its steps", lambda: fake_service.steps(job_id, 2))
     after = rank_pids(fake_service, job_id)
     assert after[0] == before[0]
@@ -392,9 +392,7 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
         lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
     )  # type: ignore[attr-defined]
     assert rank_pids(fake_service, job_id) == after
-    fake_service.wait(
-        "another one that stands by", lambda: f"{job_id}/w1" in actors(job_id), 40
-    )
+    fake_service.wait("another spare", lambda: f"{job_id}/w1" in actors(job_id), 40)
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)
     fake_service.wait("cancelled", lambda: "cancelled" in fake_service.states(job_id), 20)
     assert_nothing_left(fake_service, job_id, after)
@@ -440,7 +438,9 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
     plan = plan_placement(JobSpec.from_mapping(spec()), [node], "cpu")
     assert ray.get(group.placement_group(plan).ready(), timeout=30)
     try:
-        group.create(plan, assign_slots(plan, (), (), (), group.nodes(plan)).recruits, 1)
+        group.create(
+            plan, assign_slots(plan, (), (), (), group.nodes(plan)).workers_to_start, 1
+        )
         group.probe([0], fence, 60, lambda: None)
         assert folder.exists()
         assert group.retire(fence, 2, 0.5) == () and not folder.exists(), (

@@ -12,7 +12,7 @@ import pytest
 from megatron_ray.parallel_dims import ParallelDims
 from tests.integration.fake_service import NAMESPACE
 from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
-from workers.decisions.slot_assignment import assign_slots, standbys_wanted
+from workers.decisions.slot_assignment import assign_slots, spares_to_start
 from workers.rank.environment import RankEnv
 from workers.rank.messages import Fence, StartRequest
 
@@ -25,7 +25,7 @@ PLAN = PlacementPlan(
     (Bundle(0, {"CPU": 2.0, "GPU": 2.0}, (0, 1)),),
     {"CPU": 1.0, "GPU": 1.0},
     ParallelDims(tp=2),
-    room=1,
+    capacity=1,
 )
 
 
@@ -54,15 +54,15 @@ def test_a_promoted_or_new_process_uses_the_dead_ones_gpu(
     assert group.placement_group(PLAN).wait(30)
     try:
         first = assign_slots(PLAN, (), (), (), group.nodes(PLAN))
-        group.create(PLAN, first.recruits, 1)
-        facts = first.posted(group.probe(first.posts, FENCE, 60, no_stop))
+        group.create(PLAN, first.workers_to_start, 1)
+        facts = first.apply(group.probe(first.slots, FENCE, 60, no_stop))
         places = assign_ranks(facts, PLAN.dims)
         assert sorted(place.gpu for place in places) == [0, 1], "Ray assigned one to each"
 
         # A spare takes no GPU from Ray.
-        group.create(PLAN, standbys_wanted(PLAN, places, group.slots, {}), 1)
+        group.create(PLAN, spares_to_start(PLAN, places, group.slots, ()), 1)
         (spare,) = group.probe([2], FENCE, 60, no_stop)
-        assert (spare.gpu, spare.standby, spare.bundle) == (None, True, 0)
+        assert (spare.gpu, spare.is_spare, spare.bundle) == (None, True, 0)
 
         # It is promoted when rank 1 dies, and uses the dead one's GPU.
         survivor = places[0]
@@ -70,8 +70,8 @@ def test_a_promoted_or_new_process_uses_the_dead_ones_gpu(
         group.kill_slots([dead.slot])
         second = assign_slots(PLAN, places, group.slots, [spare], group.nodes(PLAN))
         assert second.promoted == (2,)
-        assert second.recruits == ()
-        facts = second.posted(group.probe(second.posts, FENCE, 60, no_stop))
+        assert second.workers_to_start == ()
+        facts = second.apply(group.probe(second.slots, FENCE, 60, no_stop))
         places = assign_ranks(facts, PLAN.dims)
         gpus = {place.slot: place.gpu for place in places}
         assert gpus[2] == dead.gpu
@@ -83,9 +83,9 @@ def test_a_promoted_or_new_process_uses_the_dead_ones_gpu(
         # while the promoted process uses it.
         group.kill_slots([survivor.slot])
         third = assign_slots(PLAN, places, group.slots, [], group.nodes(PLAN))
-        group.create(PLAN, third.recruits, 1)
-        (new,) = third.recruits
-        facts = third.posted(group.probe(third.posts, FENCE, 60, no_stop))
+        group.create(PLAN, third.workers_to_start, 1)
+        (new,) = third.workers_to_start
+        facts = third.apply(group.probe(third.slots, FENCE, 60, no_stop))
         (gpu_of_new,) = [item.gpu for item in facts if item.slot == new.slot]
         assert gpu_of_new == survivor.gpu
         gpu = visible_gpus(group, new.slot, tmp_path / "new", gpu_of_new)

@@ -24,13 +24,16 @@ from megatron_ray.checkpoint.directory import (
 )
 from megatron_ray.checkpoint.train_state import read_train_state, saved_model
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.storage.storage import open_storage
 from service.settings import Settings
 from service.store.metrics import KEYS
 from service.store.schema import REVISION, Table
+from tests.support.fake_cluster import FakeCluster, FakeControlPlane, fake_ports
 from tests.unit.service.conftest import AGENT_TOKEN, USER_TOKEN, Driver, Running
+from workers.decisions.journal_entry import Phase
 from workers.driver.commit import contained_records
 from workers.driver.context import JobContext
-from workers.driver.journal import Journal, Phase, start_orders
+from workers.driver.journal import Journal, start_orders
 from workers.driver.outbox import RecordLog
 from workers.protocol import wire
 from workers.protocol.job import JobSpec
@@ -288,15 +291,17 @@ def test_a_driver_of_today_takes_over_where_the_journal_of_then_stands(
     tmp_path: Path,
 ) -> None:
     folder = job_dir("interrupted", tmp_path / "job")
-    context = JobContext(RUNNING, str(folder))
-    context.outbox.close()
+    cluster = FakeCluster(steps=1, save_every=1)
+    control_plane = FakeControlPlane({}, str(folder))
+    ports = fake_ports(cluster, control_plane, str(folder))
+    context = JobContext(RUNNING, str(folder), ports)
     entry = context.entry
     assert (entry.attempt, entry.epoch, entry.phase) == (2, 2, Phase.RUNNING)
     assert (entry.failures, entry.commits_at_failure, entry.last_commit) == (1, (4,), 6)
     assert entry.resumed_from == f"{folder}/checkpoints/step-00000004-a0001"
     assert context.world_size == 2
-    assert context.say.last_state is JobState.RUNNING
-    assert list(context.say.kept_checkpoints.values()) == [6]
+    assert context.records.last_state is JobState.RUNNING
+    assert list(context.records.kept_checkpoints.values()) == [6]
     data = PreparedData.model_validate(entry.prepared)
     assert Path(data.tokenizer_path).exists()
     assert Path(f"{data.train[0].prefix}.bin").exists()
@@ -312,7 +317,7 @@ def test_a_driver_of_today_takes_over_where_the_journal_of_then_stands(
 )
 def test_no_field_of_a_journal_is_lost(name: str, attempt: int, ending: str | None) -> None:
     folder = PREVIOUS / "job_dir" / name
-    entry = Journal(str(folder)).latest()
+    entry = Journal(open_storage(str(folder))).latest()
     assert entry is not None
     assert entry.attempt == attempt
     assert (entry.ending.state if entry.ending else None) == ending
@@ -327,7 +332,7 @@ def test_what_a_driver_has_said_is_read_again(
     name: str, records: int, reports: int
 ) -> None:
     folder = PREVIOUS / "job_dir" / name
-    said = RecordLog(str(folder)).load()
+    said = RecordLog(open_storage(str(folder))).load()
     assert [record.n for record in said] == list(range(1, records + 1))
     found = contained_records(str(folder))
     (lines,) = found.values()

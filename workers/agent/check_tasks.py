@@ -52,7 +52,7 @@ def _find_other_job(storage_path: str) -> list[Problem]:
     overwritten.
     """
     try:
-        entry = Journal(storage_path).latest()
+        entry = Journal(open_storage(storage_path)).latest()
     # A journal that cannot be read still belongs to some job.
     except JournalError as error:
         owner = str(error)

@@ -1,16 +1,15 @@
-"""Where ranks go.
+"""Plans where ranks go.
 
-Owns: bundles before placement, the rank map after it, and the reason when neither is
-possible. Pure.
+Owns: the bundles before placement, the rank map after it, how many islands a node
+holds, and the explanation when a job does not fit. Pure. Must not know: Ray, torch.
 
-A bundle is an island, the ranks that must share NVLink (a tensor-parallel group). A
-bundle cannot span nodes, so "TP inside a node" holds by construction. Ray orders
-bundles as it likes: ranks are assigned from what the workers report. Must not know:
-Ray, torch.
+A bundle is an island: the ranks of one tensor-parallel group, which must share NVLink.
+Ray never spreads a bundle over nodes, so "TP inside a node" holds by construction. Ray
+orders bundles as it likes, so ranks are assigned from what the workers report.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import Literal
@@ -18,21 +17,21 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from megatron_ray.parallel_dims import ParallelDims
+from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
 _EPSILON = 1e-6
+"""Of an island: 0.3 CPUs hold three ranks of 0.1, although 0.3 / 0.1 < 3 in floats."""
 
 
-class PlacementError(Exception):
-    """The reported places do not make up the planned world; the text says which and
-    how.
-    """
+class PlacementError(WorkersError):
+    """The reported slots do not make up the planned world; the text says how."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """One island: resources asked of one node, and the slots (workers) in it."""
+    """One island: the resources asked of one node, and the slots (workers) in it."""
 
     index: int
     resources: dict[str, float]
@@ -48,7 +47,7 @@ class PlacementPlan:
     worker_resources: dict[str, float]
     """What one worker takes out of its bundle."""
     dims: ParallelDims
-    room: int
+    capacity: int
     """Islands that the cluster could hold if it were empty."""
     node_reasons: tuple[str, ...] = ()
     """One line per node: how many islands it could hold, and what limits it."""
@@ -56,23 +55,23 @@ class PlacementPlan:
     """Node ids that must not be used."""
 
     @property
-    def feasible(self) -> bool:
-        """Whether the empty cluster has room; a busy one may still make the job wait."""
-        return self.room >= len(self.bundles)
+    def is_feasible(self) -> bool:
+        """Whether the job fits into the empty cluster; a busy one may still delay it."""
+        return self.capacity >= len(self.bundles)
 
     @property
     def explanation(self) -> str:
-        """Asked against available, node by node."""
-        asked = (
-            f"{len(self.bundles)} x {_words(self.bundles[0].resources)}, each on one node"
-        )
-        return f"asked for {asked}; the cluster could hold {self.room}: " + (
-            "; ".join(self.node_reasons) or "it has no nodes"
+        """Compares what is asked for with what there is, node by node."""
+        resources = _format_resources(self.bundles[0].resources)
+        reasons = "; ".join(self.node_reasons) or "it has no nodes"
+        return (
+            f"asked for {len(self.bundles)} x {resources}, each on one node; "
+            f"the cluster could hold {self.capacity}: {reasons}"
         )
 
 
 class SlotFacts(BaseModel):
-    """What a worker reports about its place."""
+    """What a worker reports about itself and the node that it runs on."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -82,9 +81,9 @@ class SlotFacts(BaseModel):
     address: str
     pid: int
     gpu: int | None = None
-    """Index on its node; None on CPU, and for a process that Ray has given none."""
-    standby: bool = False
-    """Made to wait until a rank dies."""
+    """Index on its node; None on CPU, and for a process without one in Ray's books."""
+    is_spare: bool = False
+    """Started to wait until a rank dies."""
     gpu_uuid: str | None = None
     domain: str = ""
     """NVLink domain, where nodes carry such a label."""
@@ -93,7 +92,7 @@ class SlotFacts(BaseModel):
 
 
 class RankPlace(BaseModel):
-    """One row of the rank map: who runs where, and where it stands in the grid."""
+    """One row of the rank map; journals and records keep it."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -111,101 +110,131 @@ class RankPlace(BaseModel):
     local_dir: str = ""
 
 
+def is_usable(node: NodeInfo) -> bool:
+    """Whether a node may hold ranks: it is alive and not known to miss the storage."""
+    return node.alive and node.storage_ok is not False
+
+
+def has_gpus(nodes: Iterable[NodeInfo]) -> bool:
+    """Whether `accelerator: auto` means GPUs on these nodes."""
+    for node in nodes:
+        # A node that refuses the storage can hold no rank, so its GPUs do not count.
+        if node.gpus >= 1 and is_usable(node):
+            return True
+    return False
+
+
+def islands_that_fit(
+    available: Mapping[str, float], per_rank: Mapping[str, float], island: int
+) -> int:
+    """Returns how many islands of `island` ranks fit into the resources of one node.
+
+    Admission and placement both count by this rule, so a job that is admitted can be
+    placed. `available` and `per_rank` are by Ray's resource names.
+    """
+    counts = []
+    for name, amount in per_rank.items():
+        # What is asked for in no amount limits nothing.
+        if amount > 0:
+            counts.append(available.get(name, 0.0) / (amount * island))
+    return max(0, floor(min(counts) + _EPSILON))
+
+
 def plan_placement(
     spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | None = None
 ) -> PlacementPlan:
-    """Bundles for a resolved spec and what the cluster could hold of them.
+    """Returns the bundles of a resolved spec and how many the cluster could hold.
 
-    `accelerator` repeats an earlier decision.
+    `accelerator` repeats an earlier decision; None decides by the spec and the nodes.
     """
-    alive = [node for node in nodes if node.alive]
-    kind = accelerator or spec.resources.accelerator
-    if kind == "auto":
-        kind = "gpu" if any(node.gpus >= 1 for node in alive) else "cpu"
+    kind: Literal["cpu", "gpu"] = "cpu"
+    choice = accelerator or spec.resources.accelerator
+    if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
+        kind = "gpu"
     dims = ParallelDims.of(spec.parallel)
-    island = dims.tp
-    per_rank = {"CPU": spec.resources.cpus_per_rank} | (
-        {"GPU": 1.0} if kind == "gpu" else {}
-    )
-    resources = {name: amount * island for name, amount in per_rank.items()}
-    bundles = tuple(
-        Bundle(index, resources, tuple(range(index * island, (index + 1) * island)))
-        for index in range(dims.world_size // island)
-    )
-    room = {node.node_id: _islands_on(node, resources) for node in alive}
+    # A rank has one whole GPU or none; its CPUs may be a fraction.
+    per_rank = {"CPU": spec.resources.cpus_per_rank}
+    if kind == "gpu":
+        per_rank["GPU"] = 1.0
+    resources = {name: amount * dims.tp for name, amount in per_rank.items()}
+    bundles = []
+    for index in range(dims.world_size // dims.tp):
+        slots = range(index * dims.tp, (index + 1) * dims.tp)
+        bundles.append(Bundle(index, resources, tuple(slots)))
+    capacity = 0
+    reasons = []
+    avoid_nodes = []
+    # Dead nodes are left out; living ones that cannot be used are explained to the user.
+    for node in nodes:
+        if node.alive:
+            islands = _islands_on(node, per_rank, dims.tp)
+            capacity += islands
+            reasons.append(_reason(node, per_rank, islands))
+            if not is_usable(node):
+                avoid_nodes.append(node.node_id)
     return PlacementPlan(
-        accelerator="gpu" if kind == "gpu" else "cpu",
-        bundles=bundles,
+        accelerator=kind,
+        bundles=tuple(bundles),
         worker_resources=per_rank,
         dims=dims,
-        room=sum(room.values()),
-        node_reasons=tuple(_reason(node, resources, room[node.node_id]) for node in alive),
-        avoid_nodes=tuple(node.node_id for node in alive if node.storage_ok is False),
+        capacity=capacity,
+        node_reasons=tuple(reasons),
+        avoid_nodes=tuple(avoid_nodes),
     )
 
 
-def _islands_on(node: NodeInfo, resources: dict[str, float]) -> int:
-    if node.storage_ok is False:
+def _islands_on(node: NodeInfo, per_rank: Mapping[str, float], island: int) -> int:
+    if not is_usable(node):
         return 0
-    has = {"CPU": node.cpus, "GPU": node.gpus}
-    return min(
-        floor(has[name] / amount + _EPSILON)
-        for name, amount in resources.items()
-        if amount > 0
-    )
+    return islands_that_fit({"CPU": node.cpus, "GPU": node.gpus}, per_rank, island)
 
 
-def _reason(node: NodeInfo, resources: dict[str, float], islands: int) -> str:
-    if node.storage_ok is False:
+def _reason(node: NodeInfo, per_rank: Mapping[str, float], islands: int) -> str:
+    if not is_usable(node):
         return f"node {node.address} refused: it does not see the job storage"
-    has = _words({"CPU": node.cpus} | ({"GPU": node.gpus} if "GPU" in resources else {}))
-    return f"node {node.address} has {has}: room for {islands}"
+    available = {"CPU": node.cpus}
+    if "GPU" in per_rank:
+        available["GPU"] = node.gpus
+    return f"node {node.address} has {_format_resources(available)}: room for {islands}"
 
 
-def _words(resources: dict[str, float]) -> str:
+def _format_resources(resources: Mapping[str, float]) -> str:
     return " + ".join(f"{amount:g} {name}" for name, amount in sorted(resources.items()))
 
 
 def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPlace, ...]:
-    """The rank map, by rank: islands sorted by NVLink domain, node and GPU, each one
-    tensor-parallel group of neighbouring ranks.
+    """Returns the rank map, by rank.
 
-    A pure function of the reported places, so it comes out the same after a restart in
-    the same place. Raises PlacementError when the slots are not exactly one world, or
-    an island is not on one node.
+    Islands are sorted by NVLink domain, node and GPU; each is one tensor-parallel group
+    of neighbouring ranks. A pure function of the reported facts, so it comes out the same
+    after a restart on the same nodes.
+
+    Raises PlacementError when the slots are not exactly one world, or an island is not on
+    one node.
     """
-    islands: dict[int, list[SlotFacts]] = {}
-    found = list(slots)
-    if len({facts.slot for facts in found}) != len(found) or len(found) != dims.world_size:
+    reported = list(slots)
+    by_slot = {facts.slot: facts for facts in reported}
+    # A slot that reports twice, or one that is missing, would shift every rank behind it.
+    if len(by_slot) != len(reported) or len(reported) != dims.world_size:
         raise PlacementError(
-            f"{len(found)} workers reported for a world of {dims.world_size} ranks"
+            f"{len(reported)} workers reported for a world of {dims.world_size} ranks"
         )
-    for facts in found:
+    islands: dict[int, list[SlotFacts]] = {}
+    for facts in reported:
         islands.setdefault(facts.bundle, []).append(facts)
     for bundle, members in islands.items():
         _check_island(bundle, members, dims.tp)
-    order = sorted(
-        islands.values(),
-        key=lambda members: (
-            *_node_key(members[0]),
-            min(_device_key(facts) for facts in members),
-        ),
-    )
-    placed = [facts for members in order for facts in sorted(members, key=_device_key)]
-    ranked = {
-        rank: facts
-        for group, rank in _ranks_by_group(dims)
-        for facts in [placed[group * dims.tp + dims.coordinates(rank)["tp"]]]
-    }
-    places = _with_local_ranks(ranked, dims)
+        members.sort(key=_device_key)
+    ordered = sorted(islands.values(), key=_island_key)
+    # The n-th island becomes the n-th tensor-parallel group, its devices in TP order.
+    facts_of: dict[int, SlotFacts] = {}
+    for members, group in zip(ordered, dims.groups(["tp"]), strict=True):
+        for rank in group:
+            facts_of[rank] = members[dims.coordinates(rank)["tp"]]
+    places = _with_local_ranks(facts_of, dims)
+    # True by construction; checked all the same, since a wrong map hangs NCCL silently.
     assert_groups_local(places, dims)
     return places
-
-
-def _ranks_by_group(dims: ParallelDims) -> Iterable[tuple[int, int]]:
-    return (
-        (index, rank) for index, group in enumerate(dims.groups(["tp"])) for rank in group
-    )
 
 
 def _check_island(bundle: int, members: list[SlotFacts], size: int) -> None:
@@ -213,41 +242,54 @@ def _check_island(bundle: int, members: list[SlotFacts], size: int) -> None:
         raise PlacementError(
             f"bundle {bundle} has {len(members)} workers, a tensor-parallel group needs {size}"
         )
-    nodes = sorted({facts.address for facts in members})
-    if len({facts.node_id for facts in members}) != 1:
-        raise PlacementError(f"bundle {bundle} lies on several nodes: {', '.join(nodes)}")
-    gpus = [
-        gpu
-        for gpu, count in Counter(facts.gpu_uuid or facts.gpu for facts in members).items()
-        if gpu is not None and count > 1
-    ]
-    if gpus:
+    addresses: dict[str, str] = {}
+    gpus: set[str | int] = set()
+    shared_gpu: str | int | None = None
+    for facts in members:
+        addresses[facts.node_id] = facts.address
+        # An index is only unique on its node; the UUID is, where Ray reports one.
+        gpu = facts.gpu_uuid or facts.gpu
+        if gpu is None:
+            continue
+        if gpu in gpus:
+            shared_gpu = gpu
+        gpus.add(gpu)
+    if len(addresses) != 1:
+        nodes = ", ".join(sorted(addresses.values()))
+        raise PlacementError(f"bundle {bundle} lies on several nodes: {nodes}")
+    if shared_gpu is not None:
+        address = members[0].address
         raise PlacementError(
-            f"bundle {bundle}: several workers report GPU {gpus[0]} on node {nodes[0]}"
+            f"bundle {bundle}: several workers report GPU {shared_gpu} on node {address}"
         )
 
 
-def _node_key(facts: SlotFacts) -> tuple[str, tuple[int, ...], str, str]:
-    parts = facts.address.split(".")
-    numbers = (
-        tuple(int(part) for part in parts) if all(part.isdigit() for part in parts) else ()
-    )
-    return facts.domain, numbers, facts.address, facts.node_id
+def _island_key(members: Sequence[SlotFacts]) -> tuple[object, ...]:
+    """Sorts islands by domain, numeric address and first device."""
+    first = members[0]
+    numbers: tuple[int, ...] = ()
+    parts = first.address.split(".")
+    # 10.0.0.9 comes before 10.0.0.10; host names have no numeric order.
+    if all(part.isdigit() for part in parts):
+        numbers = tuple(int(part) for part in parts)
+    return first.domain, numbers, first.address, first.node_id, _device_key(first)
 
 
 def _device_key(facts: SlotFacts) -> tuple[int, int]:
-    return (facts.gpu if facts.gpu is not None else 0), facts.slot
+    return facts.gpu or 0, facts.slot
 
 
 def _with_local_ranks(
-    ranked: dict[int, SlotFacts], dims: ParallelDims
+    facts_of: Mapping[int, SlotFacts], dims: ParallelDims
 ) -> tuple[RankPlace, ...]:
-    sizes = Counter(facts.node_id for facts in ranked.values())
+    """Numbers the ranks of each node, and the nodes in order of their first rank."""
+    ranks_on_node = Counter(facts.node_id for facts in facts_of.values())
     node_ranks: dict[str, int] = {}
-    used: Counter[str] = Counter()
+    next_local_rank: Counter[str] = Counter()
     places = []
-    for rank in sorted(ranked):
-        facts = ranked[rank]
+    for rank in sorted(facts_of):
+        facts = facts_of[rank]
+        # Nodes are numbered in the order of their lowest rank, as torchrun does.
         node_ranks.setdefault(facts.node_id, len(node_ranks))
         place = RankPlace(
             rank=rank,
@@ -257,25 +299,27 @@ def _with_local_ranks(
             address=facts.address,
             gpu=facts.gpu,
             pid=facts.pid,
-            local_rank=used[facts.node_id],
-            local_world_size=sizes[facts.node_id],
+            local_rank=next_local_rank[facts.node_id],
+            local_world_size=ranks_on_node[facts.node_id],
             node_rank=node_ranks[facts.node_id],
             coordinates=dims.coordinates(rank),
             local_dir=facts.local_dir,
         )
-        used[facts.node_id] += 1
+        next_local_rank[facts.node_id] += 1
         places.append(place)
     return tuple(places)
 
 
 def assert_groups_local(places: Sequence[RankPlace], dims: ParallelDims) -> None:
-    """Every tensor-parallel group on one node, before any collective.
+    """Checks that every tensor-parallel group is on one node, before any collective.
 
     Raises PlacementError with the group.
     """
     node_of = {place.rank: place.node_id for place in places}
     for group in dims.groups(["tp"]):
-        if len({node_of[rank] for rank in group}) != 1:
-            raise PlacementError(
-                f"tensor-parallel group {list(group)} lies on several nodes"
-            )
+        first = node_of[group[0]]
+        for rank in group:
+            if node_of[rank] != first:
+                raise PlacementError(
+                    f"tensor-parallel group {list(group)} lies on several nodes"
+                )

@@ -1,14 +1,14 @@
-"""Which process fills which place.
+"""Assigns processes to the ranks of the next attempt.
 
-Owns: who goes on, who steps in for the dead, who is made anew, where one stands by.
-Pure.
+Owns: who goes on, which spare is promoted, who is started anew, where a spare waits.
+Pure. Must not know: Ray, torch.
 
-A slot is the number of one process of the job, nothing more. A post is what a rank
-needs: a bundle and, where there are GPUs, one of that bundle's. The first processes in
-a bundle get their GPUs from Ray. From then on the bundle's GPUs are known from the last
-rank map, and whoever takes over a dead rank's post holds no GPU in Ray's books and is
-told which one to use: the bundle is the job's own, so nobody else can be given it. Must
-not know: Ray, torch.
+A slot number names one process of the job. What a rank needs is a `Slot`: a bundle and,
+where there are GPUs, one of that bundle's. The first processes in a bundle get their
+GPUs from Ray. From then on the bundle's GPUs are known from the last rank map, and the
+process that takes over for a dead rank holds no GPU in Ray's books: the start order names
+the one to use. That is safe because the bundle belongs to the job, so Ray gives the GPU to no
+one else.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFa
 
 @dataclass(frozen=True)
 class Slot:
-    """What a told process is told."""
+    """Bundle and GPU that a reused or spare process must take."""
 
     bundle: int
     gpu: int | None
@@ -28,190 +28,194 @@ class Slot:
 
 @dataclass(frozen=True)
 class WorkerToStart:
-    """A process to be made."""
+    """A process to be started."""
 
     slot: int
     bundle: int
     resources: Mapping[str, float]
     """What it takes out of its bundle, in Ray's books."""
-    standby: bool = False
+    is_spare: bool = False
 
 
 @dataclass(frozen=True)
 class SlotAssignment:
-    """Who serves in the next attempt."""
+    """The processes of the next attempt."""
 
-    posts: Mapping[int, Slot | None]
-    """By slot; None: the process has what it reports."""
-    recruits: tuple[WorkerToStart, ...] = ()
+    slots: Mapping[int, Slot | None]
+    """By slot number; None: the process keeps the bundle and GPU that it reports."""
+    workers_to_start: tuple[WorkerToStart, ...] = ()
     promoted: tuple[int, ...] = ()
-    """Slots that stood by until now."""
+    """Slot numbers of spares that become ranks."""
     released: tuple[int, ...] = ()
-    """Living processes that fit nowhere."""
+    """Slot numbers of living processes that no rank can use."""
 
-    def posted(self, facts: Iterable[SlotFacts]) -> list[SlotFacts]:
-        """What the serving processes report, with what they are told."""
-        told = [(item, self.posts[item.slot]) for item in facts]
-        return [
-            item
-            if post is None
-            else item.model_copy(update={"bundle": post.bundle, "gpu": post.gpu})
-            for item, post in told
-        ]
+    def apply(self, reported: Iterable[SlotFacts]) -> list[SlotFacts]:
+        """Returns the facts with the bundles and GPUs that are assigned here."""
+        assigned = []
+        for facts in reported:
+            slot = self.slots[facts.slot]
+            if slot is not None:
+                facts = facts.model_copy(update={"bundle": slot.bundle, "gpu": slot.gpu})
+            assigned.append(facts)
+        return assigned
 
 
 def num_slots(dims: ParallelDims) -> int:
-    """Slots that a job can ever have: its ranks, and at most one process that stands by
-    per bundle.
-    """
+    """Returns the slots that a job can ever have: its ranks and one spare per bundle."""
     return dims.world_size + dims.world_size // dims.tp
-
-
-def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
-    return (slot for slot in range(num_slots(plan.dims)) if slot not in living)
 
 
 def assign_slots(
     plan: PlacementPlan,
     places: Sequence[RankPlace],
     living: Collection[int],
-    others: Sequence[SlotFacts],
+    unmapped: Sequence[SlotFacts],
     nodes: Mapping[int, str],
 ) -> SlotAssignment:
-    """The next attempt's processes.
+    """Returns the next attempt's processes.
 
     `places` is the last rank map, `living` the slots whose process can be used again,
-    `others` what those of them report that are not in the map, `nodes` the node of each
-    bundle now.
+    `unmapped` the facts of those of them that are not in the map, `nodes` the node that
+    each bundle lies on now.
     """
-    return _Filling(plan, places, living, others, nodes).staff()
+    return _SlotAssigner(plan, places, living, unmapped, nodes).assign()
 
 
-class _Filling:
+def spares_to_start(
+    plan: PlacementPlan,
+    places: Sequence[RankPlace],
+    living: Collection[int],
+    spare_nodes: Collection[str],
+) -> list[WorkerToStart]:
+    """Returns one spare for each of the job's nodes that has none.
+
+    `spare_nodes` are the nodes that have one.
+    """
+    free_slots = _free_slots(plan, living)
+    first_bundle: dict[str, int] = {}
+    # Any bundle of the node will do: it only says where Ray starts the process.
+    for place in places:
+        first_bundle.setdefault(place.node_id, place.bundle)
+    spares = []
+    for node_id, bundle in first_bundle.items():
+        if node_id not in spare_nodes:
+            # A spare takes nothing in Ray's books, so it never delays a rank.
+            spares.append(WorkerToStart(next(free_slots), bundle, {}, is_spare=True))
+    return spares
+
+
+def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
+    return (slot for slot in range(num_slots(plan.dims)) if slot not in living)
+
+
+class _SlotAssigner:
+    """Fills the bundles of a plan one by one."""
+
     def __init__(
         self,
         plan: PlacementPlan,
         places: Sequence[RankPlace],
         living: Collection[int],
-        others: Sequence[SlotFacts],
+        unmapped: Sequence[SlotFacts],
         nodes: Mapping[int, str],
     ) -> None:
         self._plan = plan
         self._places = places
         self._living = set(living)
         self._nodes = nodes
-        self._others = {facts.slot: facts for facts in others}
-        self._numbers = _free_slots(plan, self._living)
-        self._posts: dict[int, Slot | None] = {}
-        self._recruits: list[WorkerToStart] = []
-        self._stepped_in: list[int] = []
+        self._unmapped = {facts.slot: facts for facts in unmapped}
+        self._free_slots = _free_slots(plan, self._living)
+        self._slots: dict[int, Slot | None] = {}
+        self._workers_to_start: list[WorkerToStart] = []
+        self._promoted: list[int] = []
 
-    def staff(self) -> SlotAssignment:
+    def assign(self) -> SlotAssignment:
         for bundle in self._plan.bundles:
-            at_home = [
-                place
-                for place in self._places
-                if place.bundle == bundle.index
-                and place.node_id == self._nodes.get(bundle.index)
-            ]
-            if len(at_home) == len(bundle.slots):
-                self._fill_known(bundle, at_home)
+            places = self._places_in(bundle)
+            if len(places) == len(bundle.slots):
+                self._refill(bundle, places)
             else:
-                self._fill_new(bundle)
-        in_map = {place.slot for place in self._places}
-        unused = self._living - self._posts.keys()
-        released = [
-            slot
-            for slot in unused
-            if slot in in_map or slot not in self._others or not self._others[slot].standby
-        ]
+                self._fill_anew(bundle)
         return SlotAssignment(
-            self._posts,
-            tuple(self._recruits),
-            tuple(self._stepped_in),
-            tuple(sorted(released)),
+            self._slots,
+            tuple(self._workers_to_start),
+            tuple(self._promoted),
+            self._released(),
         )
 
-    def _fill_known(self, bundle: Bundle, at_home: Sequence[RankPlace]) -> None:
-        """A bundle that lies where it lay: its posts are the same, the dead are
-        replaced.
-        """
-        for place in at_home:
-            post = Slot(bundle.index, place.gpu)
-            if place.slot in self._living:
-                self._posts[place.slot] = post
-                continue
-            idle = self._idle(place.node_id)
-            if idle is None:
-                told = {
-                    name: amount
-                    for name, amount in self._plan.worker_resources.items()
-                    if name != "GPU"
-                }
-                idle = self._recruit(bundle, told)
-            self._posts[idle] = post
+    def _places_in(self, bundle: Bundle) -> list[RankPlace]:
+        """The bundle's rows of the last rank map, unless Ray has moved it since."""
+        node_id = self._nodes.get(bundle.index)
+        places = []
+        # After the loss of a node Ray moves the bundle; its old GPUs mean nothing there.
+        for place in self._places:
+            if place.bundle == bundle.index and place.node_id == node_id:
+                places.append(place)
+        return places
 
-    def _fill_new(self, bundle: Bundle) -> None:
-        """A bundle without a history, or moved to another node: its processes get their
-        GPUs from Ray.
-        """
-        holders = [
-            facts.slot
-            for facts in self._others.values()
-            if self._holds_what_it_needs(facts, bundle)
-        ]
+    def _refill(self, bundle: Bundle, places: Sequence[RankPlace]) -> None:
+        """Keeps the slots of a bundle that lies where it lay and replaces the dead."""
+        # Ray may think that the dead process's GPU is free, but another successor may
+        # already use it: a new process gets its GPU from the rank map, not from Ray.
+        resources = dict(self._plan.worker_resources)
+        resources.pop("GPU", None)
+        for place in places:
+            number: int | None = place.slot
+            if number not in self._living:
+                number = self._take_idle(place.node_id)
+            # A spare or half-started process is up already; a new one takes seconds.
+            if number is None:
+                number = self._start_worker(bundle, resources)
+            self._slots[number] = Slot(bundle.index, place.gpu)
+
+    def _fill_anew(self, bundle: Bundle) -> None:
+        """Fills a bundle that is new or has moved; its processes get GPUs from Ray."""
+        reusable = []
+        for facts in self._unmapped.values():
+            if self._holds_resources_in(facts, bundle):
+                reusable.append(facts.slot)
         for _ in bundle.slots:
-            slot = (
-                holders.pop()
-                if holders
-                else self._recruit(bundle, self._plan.worker_resources)
-            )
-            self._posts[slot] = None
+            if reusable:
+                number = reusable.pop()
+            else:
+                number = self._start_worker(bundle, self._plan.worker_resources)
+            self._slots[number] = None
 
-    def _holds_what_it_needs(self, facts: SlotFacts, bundle: Bundle) -> bool:
-        at_home = facts.bundle == bundle.index and facts.node_id == self._nodes.get(
-            bundle.index
-        )
-        return (
-            at_home
-            and not facts.standby
-            and (facts.gpu is not None or self._plan.accelerator == "cpu")
-        )
+    def _holds_resources_in(self, facts: SlotFacts, bundle: Bundle) -> bool:
+        """Whether an earlier, unfinished start has made this process for the bundle."""
+        if facts.is_spare or facts.bundle != bundle.index:
+            return False
+        if facts.node_id != self._nodes.get(bundle.index):
+            return False
+        return facts.gpu is not None or self._plan.accelerator == "cpu"
 
-    def _idle(self, node_id: str) -> int | None:
-        """A process on the node that belongs to nobody and holds no GPU of its own."""
-        for facts in sorted(self._others.values(), key=lambda facts: facts.slot):
-            if (
-                facts.node_id == node_id
-                and facts.gpu is None
-                and facts.slot not in self._posts
-            ):
-                if facts.standby:
-                    self._stepped_in.append(facts.slot)
-                return facts.slot
+    def _take_idle(self, node_id: str) -> int | None:
+        """An unassigned process on the node that holds no GPU of its own."""
+        for number in sorted(self._unmapped):
+            facts = self._unmapped[number]
+            holds_gpu = facts.gpu is not None
+            # One that holds a GPU in Ray's books cannot be moved to another.
+            if facts.node_id != node_id or holds_gpu or number in self._slots:
+                continue
+            if facts.is_spare:
+                self._promoted.append(number)
+            return number
         return None
 
-    def _recruit(self, bundle: Bundle, resources: Mapping[str, float]) -> int:
-        slot = next(self._numbers)
-        self._recruits.append(WorkerToStart(slot, bundle.index, resources))
-        return slot
+    def _start_worker(self, bundle: Bundle, resources: Mapping[str, float]) -> int:
+        number = next(self._free_slots)
+        self._workers_to_start.append(WorkerToStart(number, bundle.index, resources))
+        return number
 
-
-def standbys_wanted(
-    plan: PlacementPlan,
-    places: Sequence[RankPlace],
-    living: Collection[int],
-    standing: Mapping[int, str],
-) -> list[WorkerToStart]:
-    """One process for each of the job's nodes where none stands by; `standing` is the
-    node of each that does.
-    """
-    numbers = _free_slots(plan, living)
-    bundles: dict[str, int] = {}
-    for place in places:
-        bundles.setdefault(place.node_id, place.bundle)
-    return [
-        WorkerToStart(next(numbers), bundle, {}, standby=True)
-        for node, bundle in bundles.items()
-        if node not in standing.values()
-    ]
+    def _released(self) -> tuple[int, ...]:
+        """Unassigned processes, except spares that wait on."""
+        # Spares that were not needed go on waiting. A process that was a rank, or that
+        # does not answer, cannot become a spare.
+        waiting = set(self._unmapped)
+        for place in self._places:
+            waiting.discard(place.slot)
+        released = []
+        for number in sorted(self._living - self._slots.keys()):
+            if number not in waiting or not self._unmapped[number].is_spare:
+                released.append(number)
+        return tuple(released)

@@ -1,13 +1,13 @@
-"""When a checkpoint counts.
+"""Decides when a checkpoint is whole, commits it, and reads back what it contains.
 
-Owns: collecting ranks' reports until a step is whole, the commit itself, reading back
-what it contains.
+Owns: collecting the ranks' reports until a step is whole, the commit itself. Torch-free.
+Must not know: Ray, HTTP.
 
 Used by the driver under Ray and by rank 0 under torchrun, so that both commit by the
-same rule. Torch-free. Must not know: Ray, HTTP.
+same rule.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,135 +18,150 @@ from megatron_ray.checkpoint.directory import (
     read_reports,
 )
 from megatron_ray.reports import EvalReport, StepReport
+from megatron_ray.storage.storage import Storage, open_storage
 from workers.rank.spool import Line, parse_line
 
 
 @dataclass(frozen=True)
 class WholeCheckpoint:
-    """A checkpoint all ranks have written, with what must be stored beside it."""
+    """A checkpoint that all ranks have written, with what is stored beside it."""
 
     step: int
     attempt: int
     path: str
     bytes_written: int
     reports: tuple[dict[str, Any], ...]
-    """Rank 0's records since the previous checkpoint, as the service is told them, in
-    order, and those before that it has not stored: an older checkpoint with them may be
-    deleted while it is away."""
+    """Rank 0's records since the previous checkpoint, in order, preceded by older ones
+    that the service has not stored: the older checkpoint that has them may be deleted
+    before the service is back."""
     loss: float | None
 
 
 @dataclass
 class CheckpointLedger:
-    """Reports of one attempt on their way to a commit."""
+    """Collects the reports of one attempt until a checkpoint can be committed."""
 
     world_size: int
     attempt: int
     _written: dict[int, dict[int, tuple[str, int]]] = field(default_factory=dict)
+    """Path and bytes of each rank's part, by step and rank."""
     _reports: list[dict[str, Any]] = field(default_factory=list)
     _last_step: int = 0
 
     def reported(self, record: dict[str, Any]) -> None:
-        """A record of rank 0, {kind, data, ...}."""
+        """Adds a record of rank 0, {kind, data, ...}."""
         self._reports.append(record)
         if record["kind"] == StepReport.kind:
             self._last_step = max(self._last_step, int(record["data"]["step"]))
 
     def written(self, rank: int, step: int, path: str, bytes_written: int) -> None:
-        """A rank's part of a checkpoint is durable."""
+        """Adds a rank's part of a checkpoint, which is durable."""
         self._written.setdefault(step, {})[rank] = (path, bytes_written)
 
     def take_whole(self, stored: int | None = None) -> WholeCheckpoint | None:
-        """The lowest step that every rank has written and rank 0 has reported, once;
-        None while there is none.
+        """Returns the lowest step that is whole, once; None while there is none.
 
-        `stored`: highest number of rank 0's records that the service has; None where
-        there is no service.
+        A step is whole when every rank has written it and rank 0 has reported it.
+        `stored` is the highest number of rank 0's records that the service has; None
+        where there is no service.
         """
-        whole = [
-            step
-            for step, ranks in self._written.items()
-            if len(ranks) == self.world_size and step <= self._last_step
-        ]
-        if not whole:
+        step = self._lowest_whole_step()
+        if step is None:
             return None
-        step = min(whole)
-        ranks = self._written.pop(step)
-        of_steps = [
-            index
-            for index, record in enumerate(self._reports)
-            if record["kind"] in (StepReport.kind, EvalReport.kind)
-        ]
-        end = max(
-            (
-                index + 1
-                for index in of_steps
-                if self._reports[index]["data"]["step"] <= step
-            ),
-            default=0,
-        )
-        included = self._reports[:end]
-        again = (
-            []
-            if stored is None
-            else [record for record in included if record["n"] > stored]
-        )
-        self._reports = again + self._reports[end:]
-        losses = [
-            record["data"]["loss"]
-            for record in included
-            if record["kind"] == StepReport.kind
-        ]
+        parts = self._written.pop(step)
+        included = self._reports[: self._end_of(step)]
+        following = self._reports[len(included) :]
+        # What the service lacks goes into the next checkpoint as well: retention may delete
+        # this one before the service is back.
+        unstored = []
+        if stored is not None:
+            unstored = [record for record in included if record["n"] > stored]
+        self._reports = unstored + following
+        loss = None
+        for record in included:
+            if record["kind"] == StepReport.kind:
+                loss = record["data"]["loss"]
         return WholeCheckpoint(
             step=step,
             attempt=self.attempt,
-            path=ranks[0][0],
-            bytes_written=sum(size for _, size in ranks.values()),
+            path=parts[0][0],
+            bytes_written=sum(size for _, size in parts.values()),
             reports=tuple(included),
-            loss=losses[-1] if losses else None,
+            loss=loss,
         )
 
+    def _lowest_whole_step(self) -> int | None:
+        # In order, so that each checkpoint gets the reports since the one before it.
+        for step in sorted(self._written):
+            if len(self._written[step]) == self.world_size and step <= self._last_step:
+                return step
+        return None
+
+    def _end_of(self, step: int) -> int:
+        """Index after the last report of a step or evaluation up to `step`.
+
+        Events in between are included, so that the numbers have no gaps.
+        """
+        end = 0
+        for index, record in enumerate(self._reports):
+            is_metric = record["kind"] in (StepReport.kind, EvalReport.kind)
+            if is_metric and record["data"]["step"] <= step:
+                end = index + 1
+        return end
+
     @property
-    def waiting(self) -> bool:
+    def is_waiting(self) -> bool:
         """Whether some rank has written a step that is not whole yet."""
         return bool(self._written)
 
 
 def commit_whole(
-    whole: WholeCheckpoint, storage_path: str, keep_last: int, manifest: dict[str, Any]
+    whole: WholeCheckpoint,
+    storage_path: str,
+    keep_last: int,
+    manifest: dict[str, Any],
+    open_storage: Callable[[str], Storage] = open_storage,
 ) -> Sequence[str]:
-    """Commits, then deletes what retention no longer keeps; returns the deleted paths.
+    """Commits a checkpoint, then deletes what retention no longer keeps.
 
-    Raises StorageError.
+    Returns the deleted paths. Raises StorageError.
     """
+    # Committing again changes nothing, so a driver that dies after the commit and before
+    # the retention is followed by one that only does the rest.
     facts = {
         "step": whole.step,
         "attempt": whole.attempt,
         "bytes": whole.bytes_written,
         "loss": whole.loss,
     }
-    commit(whole.path, {**manifest, **facts}, whole.reports)
+    commit(
+        whole.path, {**manifest, **facts}, whole.reports, storage=open_storage(whole.path)
+    )
     return list(apply_retention(storage_path, keep_last))
 
 
 def contained_records(storage_path: str) -> dict[str, list[Line]]:
-    """What the checkpoints of a job contain of rank 0's numbered records, in order, by
-    source.
+    """Returns rank 0's numbered records in a job's checkpoints, in order, by source.
 
-    Raises StorageError.
-
-    For a driver that comes back after its node was lost: the rank's own file is gone,
-    and perhaps nobody had sent it on.
+    For a driver that comes back after its node was lost: the rank's own file is gone, and
+    perhaps nothing of it had been sent. Raises StorageError.
     """
-    found: dict[str, dict[int, Line]] = {}
+    by_source: dict[str, dict[int, Line]] = {}
+    # Later checkpoints repeat what the service had not stored; by number, each counts once.
     for info in list_checkpoints(storage_path):
-        lines = map(parse_line, read_reports(info.path)) if info.committed else ()
-        found.setdefault(source_of(info.attempt), {}).update(
-            (line.n, line) for line in lines if line is not None
-        )
-    return {source: [lines[n] for n in sorted(lines)] for source, lines in found.items()}
+        lines = by_source.setdefault(source_of(info.attempt), {})
+        if info.committed:
+            for report in read_reports(info.path):
+                line = parse_line(report)
+                # Under torchrun records have no numbers; there is no service to send to.
+                if line is not None:
+                    lines[line.n] = line
+    ordered = {}
+    for source, lines in by_source.items():
+        ordered[source] = [lines[n] for n in sorted(lines)]
+    return ordered
 
 
 def source_of(attempt: int) -> str:
-    """Name of rank 0's records of an attempt."""
+    """Returns the name under which rank 0's records of an attempt are numbered."""
     return f"a{attempt}/r0"

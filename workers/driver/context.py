@@ -1,55 +1,82 @@
-"""What one incarnation of a driver knows of its job and says about it.
+"""Holds what one incarnation of a driver knows of its job.
 
-Owns: journal entry, epoch, records, the service's wish.
-
-Shared by the phases (`job_life`) and the attempts (`attempts`). Must not know: Ray,
-HTTP, what comes next.
+Owns: the journal entry, the epoch, the records, the state that the service desires.
+Shared by all phases. Must not know: Ray, HTTP, what comes next.
 """
 
 from typing import Any
 
 from megatron_ray.parallel_dims import ParallelDims
+from workers.decisions.job_phases import StopRequested, Transition
+from workers.decisions.journal_entry import JournalEntry, Phase
 from workers.decisions.slot_assignment import num_slots
 from workers.driver.commit import contained_records
-from workers.driver.exceptions import BackToQueue, DriverReplacedError, JobEnds
-from workers.driver.journal import ForeignJournalError, Journal, JournalEntry, Phase
-from workers.driver.outbox import Outbox, RecordLog
+from workers.driver.journal import ForeignJournalError, Journal
+from workers.driver.ports import JobPorts
 from workers.driver.records import JobRecords
+from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
-from workers.protocol.states import DesiredState, JobState, StatusReason
+from workers.protocol.states import DesiredState
 from workers.protocol.wire import DesiredJob
 from workers.rank.messages import Fence
 
 
-class JobContext:
-    """Takes the next epoch when made. Raises StorageError, JournalError."""
+class DriverReplacedError(WorkersError):
+    """A newer incarnation drives this job."""
 
-    def __init__(self, job_id: str, job_dir: str) -> None:
+
+class JobContext:
+    """One incarnation's view of its job; takes the next epoch when made.
+
+    Raises StorageError, JournalError, and ForeignJournalError when the folder belongs to
+    another job.
+    """
+
+    def __init__(self, job_id: str, job_dir: str, ports: JobPorts) -> None:
         self.job_id = job_id
         self.job_dir = job_dir
+        self.ports = ports
         self._spec: JobSpec | None = None
-        self._journal = Journal(job_dir)
-        self.found = self._journal.latest()
+        self._journal = Journal(ports.open_storage(job_dir))
+        self.previous_entry = self._journal.latest()
         """The entry that an earlier incarnation left; None for a new job."""
-        if self.found is not None and self.found.job_id != job_id:
-            raise ForeignJournalError(job_dir, self.found.job_id)
-        entry = self.found or JournalEntry(job_id=job_id, epoch=0)
+        # Checked before anything is written: another job's folder stays as it is.
+        if self.previous_entry is not None and self.previous_entry.job_id != job_id:
+            raise ForeignJournalError(job_dir, self.previous_entry.job_id)
+        entry = self.previous_entry or JournalEntry(job_id=job_id, epoch=0)
+        # The epoch is durable before anything is sent: from here on, workers and service
+        # refuse the incarnation before.
         self.entry = entry.model_copy(update={"epoch": entry.epoch + 1})
         self._journal.write(self.entry)
-        book = RecordLog(job_dir)
-        said = book.load()
-        recalled = {} if self.found is None else contained_records(job_dir)
-        self.outbox = Outbox(job_id, book, said, self.entry.epoch, recalled)
-        self.say = JobRecords(self.outbox, lambda: self.entry.attempt, said)
+        # Reports may be in checkpoints only: their rank's node may be lost, and the
+        # driver before may have died with them on their way.
+        from_checkpoints = {}
+        if self.previous_entry is not None:
+            from_checkpoints = contained_records(job_dir)
+        logged = ports.outbox.open(self.entry.epoch, from_checkpoints)
+        self.records = JobRecords(ports.outbox, lambda: self.entry.attempt, logged)
 
     def write(self, **changes: Any) -> None:
-        """Journal first, then act."""
+        """Changes fields of the journal entry, durable on return."""
         self.entry = self.entry.model_copy(update=changes)
         self._journal.write(self.entry)
 
+    def commit(self, transition: Transition) -> None:
+        """Records and journals a transition: the driver is in its phase from now on."""
+        # Records before the journal: see Transition.
+        if transition.attempt is not None:
+            status = transition.attempt
+            self.records.attempt(
+                status.state, self.world_size, status.reason, status.message
+            )
+        if transition.job is not None:
+            job = transition.job
+            self.records.state(job.state, job.reason, job.message)
+        self.write(phase=transition.phase, **transition.journal)
+
     @property
     def spec(self) -> JobSpec:
-        """The resolved spec. Raises ValueError before the agent has told it."""
+        """The resolved spec. Raises ValueError before the agent has sent it."""
         if self._spec is None:
             if self.entry.spec is None:
                 raise ValueError("the job's spec is not known yet")
@@ -66,46 +93,55 @@ class JobContext:
         """Worker processes that the job can ever have at once."""
         return num_slots(ParallelDims.of(self.spec.parallel))
 
+    def unmapped_slots(self) -> list[int]:
+        """Returns the slots with a process that is no rank: spares, half-started ones."""
+        mapped = {place.slot for place in self.entry.ranks}
+        return [slot for slot in self.ports.group.slots if slot not in mapped]
+
     @property
     def fence(self) -> Fence:
-        """Who this driver is to its workers."""
+        """Attempt and epoch, by which workers tell a newer driver from an older one."""
         return Fence(self.entry.attempt, self.entry.epoch)
 
     @property
     def desired(self) -> DesiredJob | None:
-        """What the service last asked for; None until this incarnation has heard it."""
-        return self.outbox.desired
+        """What the service last asked for; None before this incarnation has reached it."""
+        return self.ports.outbox.desired
 
     @property
     def revision(self) -> int:
-        """Number of the service's last wish; -1 before the first."""
-        return self.desired.revision if self.desired else -1
+        """Number of the service's last request; -1 before the first."""
+        if self.desired is None:
+            return -1
+        return self.desired.revision
 
     @property
-    def wish(self) -> DesiredState:
-        """What is to be done now: the service's word, and until it is heard what an
-        earlier incarnation has begun to carry out.
+    def desired_state(self) -> DesiredState:
+        """What is to be done now.
+
+        Until the service has been reached, that is what an earlier incarnation has begun
+        to carry out: a cancelled job never starts again because the service is away.
         """
-        return (
-            self.desired.desired
-            if self.desired
-            else self.entry.stopping or DesiredState.RUN
-        )
+        # The service's word is newer than the journal's, as soon as it is known.
+        if self.desired is not None:
+            return self.desired.desired
+        return self.entry.stopping or DesiredState.RUN
 
     def check_replaced(self) -> None:
         """Raises DriverReplacedError when a newer incarnation is at work."""
-        if self.outbox.replaced:
-            raise DriverReplacedError(self.outbox.replaced)
+        if self.ports.outbox.replaced:
+            raise DriverReplacedError(self.ports.outbox.replaced)
 
-    def stop_if_unwanted(self) -> None:
-        """Raises JobEnds or BackToQueue when the job is no longer wanted to run;
-        DriverReplacedError when this driver is not.
+    def stop_requested(self) -> StopRequested | None:
+        """Returns the request to cancel or pause the job, where there is one.
+
+        A job that holds no resources has nothing to pause. Raises DriverReplacedError.
         """
         self.check_replaced()
-        if self.wish is DesiredState.CANCEL:
-            raise JobEnds(JobState.CANCELLED, StatusReason.USER_CANCELLED)
-        if self.wish is DesiredState.PAUSE and self.entry.phase not in (
-            Phase.PREPARING,
-            Phase.READY,
+        desired = self.desired_state
+        holds_resources = self.entry.phase not in (Phase.PREPARING, Phase.READY)
+        if desired is DesiredState.CANCEL or (
+            desired is DesiredState.PAUSE and holds_resources
         ):
-            raise BackToQueue(JobState.PAUSED, None, "", self.revision)
+            return StopRequested(desired, self.revision)
+        return None

@@ -1,7 +1,7 @@
-"""Files of ranks on their nodes.
+"""Fetches the files that dead ranks left on their nodes, and removes a job's files.
 
-Owns: fetching what dead ranks left, removing what a job leaves. Best effort, beside the
-recovery.
+Owns: the tasks that do it and how long they are waited for. Best effort, beside the
+recovery: a node may be gone. Must not know: what follows a death.
 """
 
 import threading
@@ -11,92 +11,99 @@ from pathlib import Path
 from typing import Any
 
 from workers.data_tasks import delete_job_folder, read_dead_rank_files
+from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of
-from workers.driver.journal import DeadRank
 from workers.driver.logs import JobLogs
 from workers.driver.outbox import Outbox
-from workers.driver.supervision import relayed
+from workers.driver.relay import to_record
 from workers.rank.log_file import log_path
 from workers.rank.spool import report_path
 from workers.ray.nodes import job_folder, read_nodes
 from workers.ray.tasks import on_node, result_or_none
 
-_SALVAGE_S = 20.0
+_FETCH_S = 20.0
 _LOG_BYTES = 1 << 20
-_NOTHING = 1 << 62
+_NO_REPORTS = 1 << 62
+"""A cursor beyond every report: only rank 0's reports are relayed."""
 
 
 class DeadRankFiles:
-    """Of one job."""
+    """The files of one job's ranks on their nodes."""
 
     def __init__(self, outbox: Outbox, logs: JobLogs) -> None:
         self._outbox = outbox
         self._logs = logs
         self._threads: list[threading.Thread] = []
-        self._asked: set[tuple[int, int]] = set()
+        self._fetched: set[tuple[int, int]] = set()
         self._sweeps: list[Any] = []
 
     def collect(self, dead: Iterable[DeadRank]) -> None:
-        """Starts fetching reports (of rank 0, the only one whose steps are relayed) and
-        the ends of logs; of each dead rank once.
+        """Starts fetching reports (of rank 0) and the ends of logs, of each rank once.
 
-        To be called when their successors run, since starting a process for it would
-        hold those up.
+        To be called when the successors run: starting a process for it would delay them.
         """
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        for attempt, place in ((found.attempt, found.place) for found in dead):
-            if (attempt, place.rank) not in self._asked:
-                self._asked.add((attempt, place.rank))
-                thread = threading.Thread(
-                    target=self._salvage_rank,
-                    args=(attempt, place),
-                    name=f"salvage-{place.rank}",
-                    daemon=True,
-                )
-                thread.start()
-                self._threads.append(thread)
+        for rank in dead:
+            key = (rank.attempt, rank.place.rank)
+            if key in self._fetched:
+                continue
+            self._fetched.add(key)
+            # A thread each: nodes answer slowly or not at all, and the recovery goes on.
+            thread = threading.Thread(
+                target=self._fetch,
+                args=(rank.attempt, rank.place),
+                name=f"salvage-{rank.place.rank}",
+                daemon=True,
+            )
+            thread.start()
+            self._threads.append(thread)
 
     def finish(self, dead: Iterable[DeadRank]) -> None:
-        """Until all that the dead left is fetched, or cannot be."""
+        """Waits until all files of the dead are fetched, or cannot be."""
         self.collect(dead)
         for thread in self._threads:
-            thread.join(_SALVAGE_S)
+            thread.join(_FETCH_S)
 
     def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
         """Begins to remove the job's folder on those of the nodes that still live."""
-        alive = {node.node_id for node in read_nodes() if node.alive}
-        self._sweeps = [
-            on_node(node, delete_job_folder, str(job_folder(node, job_id)))
-            for node in nodes
-            if node in alive
-        ]
+        job_nodes = set(nodes)
+        self._sweeps = []
+        for node in read_nodes():
+            node_id = node.node_id
+            if node.alive and node_id in job_nodes:
+                folder = str(job_folder(node_id, job_id))
+                self._sweeps.append(on_node(node_id, delete_job_folder, folder))
 
     def await_sweep(self, timeout_s: float) -> None:
-        """Until that is done, at most so long."""
+        """Waits until the folders are removed, at most `timeout_s` for all."""
         deadline = time.monotonic() + timeout_s
         for call in self._sweeps:
             result_or_none(call, max(0.0, deadline - time.monotonic()))
 
-    def _salvage_rank(self, attempt: int, place: RankPlace) -> None:
+    def _fetch(self, attempt: int, place: RankPlace) -> None:
         folder = Path(place.local_dir)
         source = source_of(attempt)
-        offset = self._logs.size(attempt, place.rank)
-        reports = report_path(folder, attempt, place.rank)
-        log = log_path(folder, attempt, place.rank)
-        after = self._outbox.last(source) if place.rank == 0 else _NOTHING
+        log_offset = self._logs.size(attempt, place.rank)
+        # The log goes on where it was cut off; of the reports only those are fetched that
+        # are neither stored nor on their way.
+        cursor = _NO_REPORTS
+        if place.rank == 0:
+            cursor = self._outbox.last(source)
         call = on_node(
             place.node_id,
             read_dead_rank_files,
-            str(reports),
-            after,
-            str(log),
-            offset,
+            str(report_path(folder, attempt, place.rank)),
+            cursor,
+            str(log_path(folder, attempt, place.rank)),
+            log_offset,
             _LOG_BYTES,
         )
-        found = result_or_none(call, _SALVAGE_S)
-        if found is not None:
-            lines, data = found
-            if place.rank == 0:
-                self._outbox.relay(source, [relayed(line) for line in lines])
-            self._logs.write(attempt, place.rank, offset, data)
+        files = result_or_none(call, _FETCH_S)
+        # The node may be gone with the rank, and with it the files.
+        if files is None:
+            return
+        lines, log = files
+        if place.rank == 0:
+            self._outbox.relay(source, [to_record(line) for line in lines])
+        self._logs.write(attempt, place.rank, log_offset, log)

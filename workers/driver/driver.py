@@ -1,133 +1,176 @@
-"""JobDriver: the detached, named Ray actor of one job.
+"""Defines JobDriver, the detached, named Ray actor of one job.
 
-Owns: the actor's face and its thread. What it does is in `job_life`.
+Owns: the actor's methods, its thread, the real dependencies of the job's lifecycle. What
+the thread does is in `lifecycle`. Must not know: torch, phases.
 
-Its constructor takes ids only and does nothing that can raise: an actor whose
-constructor raises on restart is dead for ever. Where the service is, and the token,
-come by `attach` from the agent at run time. Must not know: torch, phases.
+The constructor takes ids only and does nothing that can raise: an actor whose constructor
+raises on restart is dead for ever. The service's address and the token come by `attach`
+from the agent at run time.
 """
 
 import os
+import random
 import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import ray
 
 from megatron_ray.storage.errors import StorageError
-from workers.driver.exceptions import DriverReplacedError
-from workers.driver.journal import Ending, ForeignJournalError, JournalError
+from megatron_ray.storage.storage import open_storage
+from workers.decisions.journal_entry import Ending
+from workers.driver.context import DriverReplacedError
+from workers.driver.dead_rank_files import DeadRankFiles
+from workers.driver.gauges import TrainingGauges
+from workers.driver.journal import ForeignJournalError, JournalError
 from workers.driver.lifecycle import JobLifecycle
+from workers.driver.logs import JobLogs
+from workers.driver.outbox import Outbox, RecordLog
+from workers.driver.ports import JobPorts
 from workers.protocol.states import JobState, StatusReason
+from workers.protocol.version import code_version
 from workers.protocol.wire import DesiredJob, DriverStatus
 from workers.rank.environment import lower_priority
 from workers.rank.messages import FencedError
+from workers.ray import tasks
 from workers.ray.actors import kill
+from workers.ray.nodes import read_nodes
 from workers.ray.rank_worker import RankWorker
+from workers.ray.worker_group import WorkerGroup
 
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-_MOST_BUGS = 4
-"""Unexpected errors of the driver itself after which the job is failed instead of
+_MAX_BUGS = 4
+"""Unexpected errors of the driver itself after which the job fails instead of being
 entered again."""
 
 
+def open_ports(job_id: str, job_dir: str, namespace: str, worker_class: type) -> JobPorts:
+    """Returns the real dependencies of a job's driver. Raises StorageError."""
+    storage = open_storage(job_dir)
+    outbox = Outbox(job_id, RecordLog(storage))
+    logs = JobLogs(storage)
+    return JobPorts(
+        open_storage=open_storage,
+        outbox=outbox,
+        group=WorkerGroup(job_id, namespace, worker_class),
+        tasks=tasks,
+        read_nodes=read_nodes,
+        dead_rank_files=DeadRankFiles(outbox, logs),
+        logs=logs,
+        gauges=TrainingGauges(job_id),
+        executor=ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit"),
+        clock=time.monotonic,
+        jitter=random.random,
+        code_version=code_version(),
+    )
+
+
 class JobDriver:
-    """`attach` and `status` answer at once; the job's thread does the work."""
+    """Drives one job; `attach` and `status` return at once, a thread does the work."""
 
     worker_class: ClassVar[type] = RankWorker
 
     def __init__(self, job_id: str, job_dir: str) -> None:
+        # A driver shares its node with ranks; it needs little CPU and must not delay them.
         lower_priority()
         self._job_id = job_id
         self._job_dir = job_dir
         self._attached: tuple[str, str, DesiredJob] | None = None
-        self._life: JobLifecycle | None = None
+        self._ports: JobPorts | None = None
+        self._lifecycle: JobLifecycle | None = None
         self._trouble = ""
         self._ending: Ending | None = None
         self._lock = threading.Lock()
         threading.Thread(target=self._main, name="job", daemon=True).start()
 
     def attach(self, url: str, token: str, desired: dict[str, Any]) -> DriverStatus:
-        """Where the service is and what it wants; said again whenever the agent sees
-        either change, or just to be sure.
+        """Takes the service's address and what it desires.
+
+        Called again whenever the agent sees either change, or just to be sure.
         """
         with self._lock:
-            self._attached = (
-                url,
-                token,
-                DesiredJob.model_validate({**desired, "token": token}),
-            )
-            if self._life is not None:
-                self._life.outbox.attach(*self._attached)
+            job = DesiredJob.model_validate({**desired, "token": token})
+            self._attached = (url, token, job)
+            if self._ports is not None:
+                self._ports.outbox.attach(*self._attached)
         return self.status()
 
     def status(self) -> DriverStatus:
-        """What a person wants to know of it."""
-        life = self._life
-        return DriverStatus(
-            job_id=self._job_id,
-            alive=True,
-            detail=self._trouble or (life.phase if life else "starting"),
-        )
+        """Returns a one-line status for the agent's report."""
+        detail = "starting"
+        if self._trouble:
+            detail = self._trouble
+        elif self._lifecycle is not None:
+            detail = self._lifecycle.phase
+        return DriverStatus(job_id=self._job_id, alive=True, detail=detail)
 
     def pid(self) -> int:
-        """Process id, for operators and tests."""
+        """Returns the process id, for operators and tests."""
         return os.getpid()
 
     def _main(self) -> None:
-        """Runs the job's life; after trouble (storage away, a bug) it is entered again
-        from the journal.
+        """Runs the job to its end, then this actor's own.
+
+        After trouble (storage away, a bug) the job is entered again from the journal.
         """
-        failures = bugs = 0
+        failures = 0
+        bugs = 0
         while True:
             try:
-                self._live()
+                self._run_lifecycle()
                 break
-            except (DriverReplacedError, FencedError) as why:
-                sys.stderr.write(f"this driver was replaced and ends: {why}\n")
+            except (DriverReplacedError, FencedError) as error:
+                sys.stderr.write(f"this driver was replaced and ends: {error}\n")
                 sys.stderr.flush()
                 # Not ray.kill: that would end the newer incarnation, which has the same
                 # actor id.
                 os._exit(0)
-            except ForeignJournalError as foreign:
-                ending = Ending(
-                    state=JobState.FAILED.value,
-                    reason=StatusReason.SPEC_INVALID.value,
-                    message=f"/storage/path: {foreign}",
-                )
-                self._job_dir = f"{self._job_dir}/refused-{self._job_id}"
-                self._ending = ending
+            except ForeignJournalError as error:
+                self._refuse(error)
                 continue
+            # Storage comes back some day; until then ranks train on and the journal waits.
             except (StorageError, JournalError) as error:
                 self._trouble = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; the journal says where to go on
                 self._trouble = f"{type(error).__name__}: {error}"
                 bugs += 1
                 traceback.print_exc()
-                if bugs == _MOST_BUGS:
-                    text = f"the job's driver cannot go on: {self._trouble}"
+                if bugs == _MAX_BUGS:
                     self._ending = Ending(
                         state=JobState.FAILED.value,
                         reason=StatusReason.INTERNAL.value,
-                        message=text,
+                        message=f"the job's driver cannot go on: {self._trouble}",
                     )
+            # Each entry has ports of its own: threads of the last one must not send on.
             finally:
-                if self._life is not None:
-                    self._life.outbox.close()
+                if self._ports is not None:
+                    self._ports.close()
             time.sleep(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
             failures += 1
+        # With no_restart: an actor that merely returned would stay for ever.
         kill(ray.get_runtime_context().current_actor)
 
-    def _live(self) -> None:
-        namespace = ray.get_runtime_context().namespace
-        life = JobLifecycle(
-            self._job_id, self._job_dir, namespace, type(self).worker_class, self._trouble
+    def _refuse(self, error: ForeignJournalError) -> None:
+        """Fails the job in a folder of its own: the given one belongs to another job."""
+        self._job_dir = f"{self._job_dir}/refused-{self._job_id}"
+        self._ending = Ending(
+            state=JobState.FAILED.value,
+            reason=StatusReason.SPEC_INVALID.value,
+            message=f"/storage/path: {error}",
         )
-        self._trouble = ""
+
+    def _run_lifecycle(self) -> None:
+        namespace = ray.get_runtime_context().namespace
+        ports = open_ports(self._job_id, self._job_dir, namespace, type(self).worker_class)
+        # Attached first: until the epoch is taken, nothing is sent.
         with self._lock:
-            self._life = life
+            self._ports = ports
             if self._attached is not None:
-                life.outbox.attach(*self._attached)
-        life.run(self._ending)
+                ports.outbox.attach(*self._attached)
+        lifecycle = JobLifecycle(self._job_id, self._job_dir, ports, self._trouble)
+        self._trouble = ""
+        self._lifecycle = lifecycle
+        lifecycle.run(self._ending)

@@ -1,6 +1,6 @@
-"""Training gauges on Ray's own metrics port, for its dashboard and Prometheus.
+"""Shows training gauges on Ray's own metrics port, for its dashboard and Prometheus.
 
-Owns: their names. Live curves go another way.
+Owns: their names. Live curves of the service do not come from here.
 """
 
 import math
@@ -16,19 +16,19 @@ _GAUGES = {
 
 
 class TrainingGauges:
-    """Gauges of one job, labelled with its id."""
+    """The gauges of one job, labelled with its id."""
 
     def __init__(self, job_id: str) -> None:
-        self._gauges = {
-            key: Gauge(name, description=text, tag_keys=("job",))
-            for key, (name, text) in _GAUGES.items()
-        }
-        for gauge in self._gauges.values():
+        self._gauges = {}
+        for key, (name, description) in _GAUGES.items():
+            gauge = Gauge(name, description=description, tag_keys=("job",))
             gauge.set_default_tags({"job": job_id})
+            self._gauges[key] = gauge
 
     def show(self, step: dict[str, Any]) -> None:
-        """The newest step report."""
+        """Sets the gauges to the newest step report."""
         for key, gauge in self._gauges.items():
             value = step.get(key)
+            # Prometheus could show infinities, but no dashboard draws them well.
             if value is not None and math.isfinite(value):
                 gauge.set(float(value))

@@ -1,61 +1,64 @@
-"""A job from its first data task to its last actor.
+"""Runs a job from its first data task to its last actor.
 
-Owns: the order of phases, and what is left at the end (nothing).
+Owns: the loop that carries out the transitions of `job_phases`, and what is left at the
+end (nothing). Must not know: HTTP, torch, how the work of a phase is done.
 
-Runs in the driver's own thread. Every phase is written to the journal before it is
-begun, every creation is get-or-create, and nothing is said twice, so a restarted driver
-enters at the phase that it finds. Must not know: HTTP, torch, actor plumbing.
+Runs in the driver's own thread. Every phase is in the journal before it is begun, every
+creation is get-or-create, and nothing is recorded twice, so a restarted driver enters at
+the phase that it finds.
 """
 
-import time
-
-from megatron_ray.data.prepared import PreparedData
-from workers.data_tasks import prepare_task
-from workers.decisions.placement import PlacementPlan, plan_placement
-from workers.driver.attempts import Attempts
+from workers.decisions.job_phases import (
+    AttemptFailed,
+    AttemptFinished,
+    AttemptStopped,
+    Observation,
+    RanksStarted,
+    StopRequested,
+    Transition,
+    next_phase,
+)
+from workers.decisions.journal_entry import Ending, Phase
+from workers.driver.attempt.judgement import RanksStopped
+from workers.driver.attempt.plan import AttemptPlan
+from workers.driver.attempt.progress import JobProgress
+from workers.driver.attempt.spares import SparePool
+from workers.driver.attempt.start import RankStarter
+from workers.driver.attempt.supervision import Supervision
 from workers.driver.context import JobContext
-from workers.driver.dead_rank_files import DeadRankFiles
-from workers.driver.exceptions import BackToQueue, JobEnds
-from workers.driver.journal import Ending, Phase, ResourcesReleased
-from workers.driver.logs import JobLogs
+from workers.driver.ports import JobPorts
+from workers.driver.preparation import DataPreparation
+from workers.driver.recovering import WITH_RANKS, Recovery
+from workers.driver.scheduling import Scheduling
 from workers.protocol.states import DesiredState, JobState, StatusReason
-from workers.protocol.version import code_version
-from workers.ray import tasks
-from workers.ray.nodes import read_nodes
-from workers.ray.tasks import TaskFailedError
-from workers.ray.worker_group import WorkerGroup
 
-_EXPLAIN_EVERY_S = 15.0
 _RETIRE_S = 2.0
 _SWEEP_S = 5.0
 _LATE_SWEEP_S = 60.0
-"""A node that is too busy to start a process for the clean-up holds nobody up: it may
-come after the last word."""
+"""A node that is too busy to start a process for the clean-up delays nothing: it may come
+after the last record."""
 
 
 class JobLifecycle:
     """One incarnation's work on one job.
 
-    `worker_class` is what runs the ranks; `trouble` is what ended the incarnation
-    before.
-
-    Raises StorageError, JournalError, ForeignJournalError.
+    `trouble` is what ended the incarnation before. Raises StorageError, JournalError,
+    ForeignJournalError.
     """
 
     def __init__(
-        self,
-        job_id: str,
-        job_dir: str,
-        namespace: str,
-        worker_class: type,
-        trouble: str = "",
+        self, job_id: str, job_dir: str, ports: JobPorts, trouble: str = ""
     ) -> None:
-        self._job = JobContext(job_id, job_dir)
-        self.outbox = self._job.outbox
+        self._job = JobContext(job_id, job_dir, ports)
+        self._ports = ports
         self._trouble = trouble
-        self._group = WorkerGroup(job_id, namespace, worker_class)
-        self._logs = JobLogs(job_dir)
-        self._leftovers = DeadRankFiles(self.outbox, self._logs)
+        self._preparation = DataPreparation(self._job)
+        self._scheduling = Scheduling(self._job)
+        self._starter = RankStarter(self._job)
+        self._progress = JobProgress(self._job)
+        self._recovery = Recovery(self._job, self._starter, self._progress)
+        # In memory only: a driver that comes back has waited long enough.
+        self._retry_at = 0.0
 
     @property
     def phase(self) -> str:
@@ -63,196 +66,154 @@ class JobLifecycle:
         return f"attempt {self._job.entry.attempt}, {self._job.entry.phase.value}"
 
     def run(self, ending: Ending | None = None) -> None:
-        """To the end of the job, at once when it is given; returns when the service has
-        stored the last record.
+        """Runs the job to its end, at once when `ending` is not None.
 
-        Raises DriverReplacedError.
+        Returns when the service has stored the last record. Raises DriverReplacedError,
+        FencedError, StorageError.
         """
         job = self._job
-        if job.found is not None:
-            why = f" after: {self._trouble}" if self._trouble else ""
-            text = (
-                f"driver incarnation {job.entry.epoch} took over in phase "
-                f"{job.found.phase.value}{why}"
-            )
-            job.say.event("driver.restarted", text, "warn")
-        ending = job.entry.ending or ending
-        if ending is None:
-            try:
-                self._through_phases()
-            except JobEnds as ends:
-                ending = ends.ending
-        assert ending is not None
-        self._end(ending)
+        self._record_takeover()
+        if ending is not None and job.entry.ending is None:
+            job.commit(Transition(Phase.ENDING, {"ending": ending}))
+        # What the ranks did meanwhile is an observation like any other.
+        if job.previous_entry is not None and job.entry.phase in WITH_RANKS:
+            observation = self._recovery.adopt()
+            if observation is not None:
+                self._carry_out(next_phase(job.entry, observation))
+        # Observe, decide, act. The phase is that of the journal, never one in memory.
+        while job.entry.phase is not Phase.ENDING:
+            self._carry_out(next_phase(job.entry, self._work()))
+        self._end()
 
-    # ---- phases
-
-    def _through_phases(self) -> None:
-        """Raises JobEnds."""
-        self._await_spec()
-        self._prepare()
-        attempts = Attempts(
-            self._job, self._group, self._logs, self._leftovers, self._place
+    def _record_takeover(self) -> None:
+        previous = self._job.previous_entry
+        if previous is None:
+            return
+        message = (
+            f"driver incarnation {self._job.entry.epoch} took over in phase "
+            f"{previous.phase.value}"
         )
-        found = self._job.found
-        if found is None or found.phase in (Phase.PREPARING, Phase.READY):
-            found = None
-            self._clear_up()
-        while True:
-            if found is None:
-                self._await_run()
-            try:
-                plan = self._place() if found is not None else self._place_anew()
-                attempts.run(plan, found)
-            except BackToQueue as back:
-                self._job.write(phase=Phase.READY, given_back=_given_back(back))
-                self._clear_up()
-            found = None
+        if self._trouble:
+            message = f"{message} after: {self._trouble}"
+        self._job.records.event("driver.restarted", message, "warn")
 
-    def _clear_up(self) -> None:
-        """Gives back what the journal says is not held any more."""
-        back = self._job.entry.given_back
-        if back is not None:
-            self._group.remove_all(self._job.num_slots)
-            reason = StatusReason(back.reason) if back.reason else None
-            self._job.say.state(JobState(back.state), reason, back.message)
+    def _carry_out(self, transition: Transition) -> None:
+        self._retry_at = self._ports.clock() + transition.delay_s
+        self._job.commit(transition)
 
-    def _await_spec(self) -> None:
-        """A new job's spec comes with the first attach; an old one's is in the journal."""
+    # ---- the work of each phase, until something is observed
+
+    def _work(self) -> Observation:
+        match self._job.entry.phase:
+            case Phase.PREPARING:
+                return self._preparation.run()
+            case Phase.READY:
+                # What holds in this phase whenever it is entered, again or anew.
+                self._preparation.record_result()
+                self._scheduling.release()
+                return self._scheduling.await_run()
+            case Phase.SCHEDULING:
+                self._job.records.state(JobState.SCHEDULING)
+                return self._scheduling.place()
+            case Phase.STARTING:
+                return self._start()
+            case Phase.RUNNING:
+                return self._supervise()
+            case _:
+                return self._recover()
+
+    def _start(self) -> RanksStarted | AttemptFailed | StopRequested:
+        self._recovery.attempt_began()
+        self._progress.attempt_starts()
+        return self._starter.start(self._scheduling.current_plan())
+
+    def _supervise(self) -> AttemptFinished | AttemptStopped | AttemptFailed:
         job = self._job
-        while job.entry.spec is None:
-            job.check_replaced()
-            if job.desired is not None:
-                job.write(spec=job.desired.spec, code_version=code_version())
-                return
-            job.outbox.wait(1.0)
+        # The successors run, so fetching files delays nothing any more.
+        self._ports.dead_rank_files.collect(job.entry.dead)
+        self._starter.record_start()
+        self._recovery.attempt_began()
+        self._progress.attempt_runs(SparePool(job, self._scheduling.current_plan()))
+        end = Supervision(self._attempt_plan(), self._ports, self._progress).run()
+        if not isinstance(end, RanksStopped):
+            return end
+        return AttemptStopped(job.desired_state, job.revision, self._describe_stop(end))
 
-    def _prepare(self) -> None:
+    def _recover(self) -> Observation:
+        failed = self._job.entry.failed
+        if failed is not None:
+            return self._recovery.judge(failed)
+        stop = self._recovery.prepare_next(self._retry_at)
+        if stop is not None:
+            return stop
+        return self._scheduling.place()
+
+    def _attempt_plan(self) -> AttemptPlan:
         job = self._job
-        if job.entry.prepared is None:
-            job.say.state(
-                JobState.PREPARING,
-                StatusReason.PREPARING_DATA,
-                "the data are being prepared",
-            )
-            job.write(prepared=self._prepared_data(), phase=Phase.READY)
-        data = PreparedData.model_validate(job.entry.prepared)
-        tokens = sum(corpus.num_tokens for corpus in data.train)
-        job.say.prepared(data.model_dump(mode="json"), tokens, data.unigram_nats)
+        entry = job.entry
+        manifest = {
+            "world_size": len(entry.ranks),
+            "spec": entry.spec,
+            "code_version": entry.code_version,
+        }
+        return AttemptPlan(
+            attempt=entry.attempt,
+            epoch=entry.epoch,
+            places=entry.ranks,
+            storage_path=job.job_dir,
+            keep_last=job.spec.checkpoint.keep_last,
+            grace_s=job.spec.grace_s,
+            manifest=manifest,
+            last_commit=entry.last_commit,
+            checkpoint_requests=entry.checkpoint_requests,
+            stopping=entry.stopping,
+            renew=entry.code_version != self._ports.code_version,
+        )
 
-    def _prepared_data(self) -> dict[str, object]:
-        """From a task on CPU, which ends when the job does. Raises JobEnds."""
-        call = tasks.anywhere(prepare_task, self._job.entry.spec)
-        try:
-            while not tasks.is_done(call):
-                self._job.stop_if_unwanted()
-                self._job.outbox.wait(0.1)
-            found = tasks.result(call)
-        except TaskFailedError as failure:
-            raise JobEnds(
-                JobState.FAILED,
-                StatusReason.INTERNAL,
-                f"preparing the data failed: {failure}",
-            ) from failure
-        finally:
-            tasks.end(call)
-        if "problems" in found:
-            self._job.say.problems(found["problems"])
-            first = found["problems"][0]
-            raise JobEnds(
-                JobState.FAILED,
-                StatusReason.SPEC_INVALID,
-                f"{first['pointer']}: {first['detail']}",
-                told=True,
-            )
-        return dict(found["prepared"])
-
-    def _await_run(self) -> None:
+    def _describe_stop(self, end: RanksStopped) -> str:
         job = self._job
-        used = job.entry.given_back.revision if job.entry.given_back else -1
-        while True:
-            job.stop_if_unwanted()
-            desired = job.desired
-            if (
-                desired is not None
-                and desired.desired is DesiredState.RUN
-                and desired.revision > used
-            ):
-                return
-            job.outbox.wait(1.0)
-
-    def _place_anew(self) -> PlacementPlan:
-        self._job.say.state(JobState.SCHEDULING)
-        self._job.write(phase=Phase.SCHEDULING, given_back=None, ranks=())
-        return self._place()
-
-    def _place(self) -> PlacementPlan:
-        """The placement group, ready.
-
-        Raises BackToQueue at the deadline, JobEnds when cancelled.
-        """
-        job = self._job
-        plan = plan_placement(job.spec, read_nodes(), job.entry.accelerator)
-        if plan.accelerator != job.entry.accelerator:
-            job.write(accelerator=plan.accelerator)
-        placed = self._group.placement_group(plan)
-        started = time.monotonic()
-        explain_at = time.monotonic() + 2.0
-        limit = job.spec.resources.placement_timeout_s
-        while not placed.wait(0.2):
-            job.stop_if_unwanted()
-            now = time.monotonic()
-            if now > explain_at:
-                explain_at = now + _EXPLAIN_EVERY_S
-                plan = plan_placement(job.spec, read_nodes(), job.entry.accelerator)
-                if now - started < _EXPLAIN_EVERY_S or not plan.feasible:
-                    job.say.event(
-                        "placement.waiting",
-                        plan.explanation,
-                        "info" if plan.feasible else "warn",
-                    )
-            if now - started > limit:
-                text = f"no room within {limit:g} s: {plan.explanation}"
-                raise BackToQueue(
-                    JobState.QUEUED, StatusReason.WAITING_GANG, text, job.revision
+        if job.desired_state in (DesiredState.CANCEL, DesiredState.PAUSE):
+            if end.forced:
+                return (
+                    f"stopped after the grace period of {job.spec.grace_s:g} s, without a "
+                    "final checkpoint"
                 )
-        nodes = {*job.entry.nodes, *self._group.nodes(plan).values()}
-        if len(nodes) > len(job.entry.nodes):
-            job.write(nodes=tuple(sorted(nodes)))
-        return plan
+            return ""
+        if job.entry.code_version != self._ports.code_version:
+            return "stopped at a checkpoint for a new version of the code"
+        return "stopped at a checkpoint and is to run again"
 
-    # ---- ends
+    # ---- the end
 
-    def _end(self, ending: Ending) -> None:
-        """Leaves nothing behind, says the last word last, and waits until the service
-        has heard it.
+    def _end(self) -> None:
+        """Leaves nothing behind and records the final state last.
+
+        The final state lets the service forget the job, so everything else must be stored
+        before it.
         """
         job = self._job
-        job.write(phase=Phase.ENDING, ending=ending)
-        self._leftovers.finish(job.entry.dead)
-        self._logs.flush()
+        files = self._ports.dead_rank_files
+        outbox = self._ports.outbox
+        ending = job.entry.ending
+        assert ending is not None
+        files.finish(job.entry.dead)
+        self._ports.logs.flush()
+        # Workers remove their own files: a task for it on a busy node takes seconds. Only
+        # nodes without a living worker are swept by tasks.
         if job.entry.spec is not None:
-            cleaned = self._group.retire(job.fence, job.num_slots, _RETIRE_S)
-            self._group.remove_all(job.num_slots)
-            self._leftovers.start_sweep(job.job_id, set(job.entry.nodes) - set(cleaned))
-        self._leftovers.await_sweep(_SWEEP_S)
-        job.outbox.flush()
+            group = self._ports.group
+            cleaned = group.retire(job.fence, job.num_slots, _RETIRE_S)
+            group.remove_all(job.num_slots)
+            files.start_sweep(job.job_id, set(job.entry.nodes) - set(cleaned))
+        files.await_sweep(_SWEEP_S)
+        outbox.flush()
         if not ending.told:
-            job.say.state(
-                JobState(ending.state),
-                StatusReason(ending.reason) if ending.reason else None,
-                ending.message,
-            )
-            job.outbox.flush()
+            reason = None
+            if ending.reason:
+                reason = StatusReason(ending.reason)
+            job.records.state(JobState(ending.state), reason, ending.message)
+            outbox.flush()
+        # flush also returns when this driver was replaced: then it is not its job to end.
         job.check_replaced()
-        job.outbox.close()
-        self._leftovers.await_sweep(_LATE_SWEEP_S)
-
-
-def _given_back(back: BackToQueue) -> ResourcesReleased:
-    return ResourcesReleased(
-        state=back.state.value,
-        reason=back.reason.value if back.reason else None,
-        message=str(back),
-        revision=back.revision,
-    )
+        outbox.close()
+        files.await_sweep(_LATE_SWEEP_S)

@@ -1,10 +1,10 @@
-"""The ranks' logs in the job's folder.
+"""Writes the ranks' logs into the job's folder, where the service reads them.
 
-Owns: writing shipped bytes where the service reads them. Must not know: Ray, HTTP.
+Owns: the files and their caps. Must not know: Ray, HTTP.
 
 Local folders are written in place at the byte's own offset, so that a restarted driver
-may ship a piece again. Object stores cannot append: there the newest piece of each log
-is kept in memory and put as a whole now and then.
+may write a piece again. Object stores cannot append: there the beginning of each log is
+kept in memory and put as a whole now and then.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from megatron_ray.storage.errors import MissingFileError, StorageError
-from megatron_ray.storage.storage import LocalStorage, open_storage
+from megatron_ray.storage.storage import LocalStorage, Storage
 
 FOLDER = "logs"
 CAP_BYTES = 64 << 20
@@ -21,85 +21,91 @@ CAP_BYTES = 64 << 20
 OBJECT_CAP_BYTES = 1 << 20
 """The same in an object store."""
 _PUT_EVERY_S = 10.0
+_CUT_MARK = b"\n[log cut here: it may hold 64 MiB]\n"
 
 
 def log_name(attempt: int, rank: int) -> str:
-    """Name of a rank's log below the job's folder."""
+    """Returns the name of a rank's log below the job's folder."""
     return f"{FOLDER}/attempt-{attempt:04d}/rank-{rank:05d}.log"
 
 
 class JobLogs:
-    """Logs of one job.
+    """The logs of one job.
 
-    Storage trouble never reaches training: bytes are dropped, and the newest problem is
-    kept to be told.
+    Storage trouble never reaches training: bytes are dropped, and `problem` holds the
+    newest reason.
     """
 
-    def __init__(self, job_dir: str) -> None:
-        self._storage = open_storage(job_dir)
-        self._local = (
-            Path(self._storage.root) if isinstance(self._storage, LocalStorage) else None
-        )
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._folder: Path | None = None
+        if isinstance(storage, LocalStorage):
+            self._folder = Path(storage.root)
         self._objects: dict[str, bytearray] = {}
-        self._dirty: set[str] = set()
+        self._unwritten: set[str] = set()
         self._put_at = time.monotonic()
         self.problem: str | None = None
 
     def size(self, attempt: int, rank: int) -> int:
-        """Bytes already shipped: where to go on from."""
+        """Returns the bytes that are written: the offset to go on from."""
         name = log_name(attempt, rank)
-        if self._local is not None:
-            path = self._local / name
-            return path.stat().st_size if path.exists() else 0
-        return len(self._object(name))
+        if self._folder is None:
+            return len(self._object(name))
+        try:
+            return (self._folder / name).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def write(self, attempt: int, rank: int, offset: int, data: bytes) -> None:
         """Puts bytes at their offset."""
         if not data:
             return
         name = log_name(attempt, rank)
-        if self._local is not None:
-            self._write_local(self._local / name, offset, data)
+        if self._folder is not None:
+            self._write_local(self._folder / name, offset, data)
             return
-        held = self._object(name)
-        if len(held) < OBJECT_CAP_BYTES:
-            del held[offset:]
-            held += data[: OBJECT_CAP_BYTES - len(held)]
-            self._dirty.add(name)
+        log = self._object(name)
+        if len(log) < OBJECT_CAP_BYTES:
+            # What lay beyond the offset is written again by this piece.
+            del log[offset:]
+            log += data[: OBJECT_CAP_BYTES - len(log)]
+            self._unwritten.add(name)
         if time.monotonic() - self._put_at > _PUT_EVERY_S:
             self.flush()
 
     def flush(self) -> None:
-        """Puts what object stores do not have yet."""
+        """Puts what an object store does not have yet."""
         self._put_at = time.monotonic()
-        for name in sorted(self._dirty):
+        for name in sorted(self._unwritten):
             try:
                 self._storage.write_bytes_atomic(name, bytes(self._objects[name]))
-                self._dirty.discard(name)
+                self._unwritten.discard(name)
             except StorageError as error:
                 self.problem = str(error)
 
     def _write_local(self, path: Path, offset: int, data: bytes) -> None:
+        # The file ends with the mark; what comes later stays in the rank's own log.
         if offset >= CAP_BYTES:
             return
+        end = offset + len(data)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
+                # At its own offset: writing a piece twice changes nothing.
                 os.pwrite(file, data, offset)
-                if offset + len(data) >= CAP_BYTES:
-                    os.pwrite(
-                        file, b"\n[log cut here: it may hold 64 MiB]\n", offset + len(data)
-                    )
+                if end >= CAP_BYTES:
+                    os.pwrite(file, _CUT_MARK, end)
             finally:
                 os.close(file)
         except OSError as error:
             self.problem = f"cannot write {path}: {error.strerror}"
 
     def _object(self, name: str) -> bytearray:
+        """The log of an object store; what an earlier incarnation has put is read once."""
         if name not in self._objects:
-            held = bytearray()
+            log = bytearray()
             with contextlib.suppress(MissingFileError, StorageError):
-                held += self._storage.read_bytes(name)
-            self._objects[name] = held
+                log += self._storage.read_bytes(name)
+            self._objects[name] = log
         return self._objects[name]

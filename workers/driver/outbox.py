@@ -1,10 +1,11 @@
-"""What a driver has to say, until the service has stored it.
+"""Sends a driver's records to the service and keeps them until they are stored.
 
-Owns: the driver's own numbered records and the pushing thread.
+Owns: the driver's own numbered records on storage, the threads that talk to the service.
+Must not know: Ray, torch, what a record means.
 
 The driver's records are written to the job's folder before they are sent, so that a
-restart goes on numbering; a rank's are in its spool. Nothing here blocks training:
-while the service is away, lines wait. Must not know: Ray, torch, what a record means.
+restart goes on numbering; a rank's are in its spool. Nothing here blocks training: while
+the service is away, records wait.
 """
 
 import threading
@@ -12,9 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from megatron_ray.storage.storage import open_storage
+from megatron_ray.storage.storage import Storage
 from workers.protocol.wire import DesiredJob, Record, RecordBatch
 from workers.rank.spool import Line
 from workers.service_client import (
@@ -29,268 +31,296 @@ FOLDER = "driver"
 _PER_FILE = 100
 _PER_BATCH = 500
 _RETRY_S = (0.2, 0.5, 1.0, 2.0)
+_LONG_POLL_S = 20.0
+_MIN_POLL_INTERVAL_S = 0.1
+"""A service that answers at once with nothing new must not be asked in a tight loop."""
 
 
 class RecordLog:
-    """The driver's own records on storage: files of up to 100, the last one rewritten
-    whole with each record.
+    """The driver's own records on storage.
+
+    Files hold up to 100 records; the last one is rewritten whole with each record.
     """
 
-    def __init__(self, job_dir: str) -> None:
-        self._storage = open_storage(job_dir)
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
         self._tail: list[Record] = []
         self.last_n = 0
 
     def load(self) -> list[Record]:
-        """Every record written by earlier incarnations, in order."""
-        found: list[Record] = []
-        for entry in self._storage.list(FOLDER):
-            if entry.name.startswith("records-") and entry.name.endswith(".jsonl"):
-                lines = self._storage.read_bytes(f"{FOLDER}/{entry.name}").splitlines()
-                found += [Record.model_validate_json(line) for line in lines]
-        self.last_n = found[-1].n if found else 0
-        self._tail = found[len(found) - len(found) % _PER_FILE :]
-        return found
+        """Returns every record written by earlier incarnations, in order."""
+        records = []
+        for file in self._storage.list(FOLDER):
+            if file.name.startswith("records-") and file.name.endswith(".jsonl"):
+                content = self._storage.read_bytes(f"{FOLDER}/{file.name}")
+                for line in content.splitlines():
+                    records.append(Record.model_validate_json(line))
+        if records:
+            self.last_n = records[-1].n
+        self._tail = records[len(records) - len(records) % _PER_FILE :]
+        return records
 
     def append(self, kind: str, data: dict[str, Any], attempt: int) -> Record:
         """Numbers a record and makes it durable. Raises StorageError."""
         record = Record(
             n=self.last_n + 1, at=time.time(), kind=kind, attempt=attempt, data=data
         )
+        # Nothing changes in memory before the write: after a StorageError the number is
+        # free again.
         tail = [*self._tail, record]
         name = f"{FOLDER}/records-{(record.n - 1) // _PER_FILE:06d}.jsonl"
-        self._storage.write_bytes_atomic(
-            name, "".join(item.model_dump_json() + "\n" for item in tail).encode()
-        )
+        lines = [row.model_dump_json() + "\n" for row in tail]
+        self._storage.write_bytes_atomic(name, "".join(lines).encode())
         self.last_n = record.n
-        self._tail = [] if len(tail) == _PER_FILE else tail
+        self._tail = tail
+        if len(tail) == _PER_FILE:
+            self._tail = []
         return record
 
 
 @dataclass
 class _Source:
-    """One producer's records on their way."""
+    """The records of one producer that the service may lack, in order."""
 
     pending: deque[Record] = field(default_factory=deque)
     stored: int = 0
+    """Highest number that the service has stored, as far as is known."""
+
+    @property
+    def last_n(self) -> int:
+        """Highest number that is stored or pending."""
+        if self.pending:
+            return self.pending[-1].n
+        return self.stored
+
+    def mark_stored(self, n: int) -> None:
+        """Forgets what the service has."""
+        self.stored = max(self.stored, n)
+        while self.pending and self.pending[0].n <= self.stored:
+            self.pending.popleft()
+
+    def prepend_missing(self, lines: Iterable[Line]) -> None:
+        """Puts the lines that follow the stored ones before the pending ones.
+
+        The service takes no gaps, so they end where one begins.
+        """
+        end: int | None = None
+        if self.pending:
+            end = self.pending[0].n
+        missing: list[Record] = []
+        for line in lines:
+            is_next = line.n == self.stored + 1 + len(missing)
+            if is_next and (end is None or line.n < end):
+                missing.append(Record.model_validate_json(line.text))
+        self.pending.extendleft(reversed(missing))
 
 
 class Outbox:
-    """Pushes records in the background; `desired` is what the service last asked for."""
+    """Pushes records in the background; `desired` is what the service last asked for.
 
-    def __init__(
-        self,
-        job_id: str,
-        book: RecordLog,
-        said: Iterable[Record],
-        epoch: int,
-        recalled: Mapping[str, Sequence[Line]] | None = None,
-    ) -> None:
-        """`said`: what the book holds; `recalled`: ranks' reports by source, in order,
-        that are kept elsewhere than in their own files.
+    Two threads talk to the service, one that pushes and one that long-polls. All state
+    below `_changed` is shared with the driver's thread and guarded by it.
+    """
 
-        The service may lack some of either.
-        """
+    def __init__(self, job_id: str, log: RecordLog) -> None:
         self._job_id = job_id
-        self._book = book
-        self._epoch = epoch
-        self._recalled = dict(recalled or {})
-        self._sources: dict[str, _Source] = {DRIVER: _Source(deque(said))}
+        self._log = log
+        self._epoch = 0
+        self._from_checkpoints: dict[str, Sequence[Line]] = {}
         self._changed = threading.Condition()
+        self._sources: dict[str, _Source] = {}
         self._address: tuple[str, str] | None = None
-        self._synced = False
-        self._closed = False
+        self._is_synced = False
+        self._is_closed = False
         self.replaced: str | None = None
+        """Why this driver must end, once the service has refused its epoch."""
         self.desired: DesiredJob | None = None
-        self._threads = [
-            threading.Thread(target=run, name=run.__name__, daemon=True)
-            for run in (self._push, self._follow)
-        ]
-        for thread in self._threads:
-            thread.start()
+
+    def open(
+        self, epoch: int, from_checkpoints: Mapping[str, Sequence[Line]] | None = None
+    ) -> list[Record]:
+        """Starts sending and returns what earlier incarnations have logged.
+
+        `from_checkpoints` holds ranks' reports by source, in order, that may be missing
+        in the ranks' own files. The service may lack some of either.
+        """
+        logged = self._log.load()
+        self._epoch = epoch
+        self._from_checkpoints = dict(from_checkpoints or {})
+        self._sources[DRIVER] = _Source(deque(logged))
+        for loop in (self._push_loop, self._poll_loop):
+            threading.Thread(target=loop, name=loop.__name__, daemon=True).start()
+        return logged
 
     def attach(self, url: str, token: str, desired: DesiredJob) -> None:
-        """Where the service is now, and what it wants."""
+        """Takes the service's address and what it desires."""
+        # A new address ends the pause of a thread that waits for the old one.
         with self._changed:
             self._address = (url, token)
-            self._learn(desired)
+            self._accept(desired)
             self._changed.notify_all()
 
-    def say(self, kind: str, data: dict[str, Any], attempt: int) -> None:
-        """A record of the driver's own, durable when this returns.
-
-        Raises StorageError.
-        """
-        record = self._book.append(kind, data, attempt)
+    def append(self, kind: str, data: dict[str, Any], attempt: int) -> None:
+        """Adds a record of the driver's own, durable on return. Raises StorageError."""
+        record = self._log.append(kind, data, attempt)
         with self._changed:
             self._sources[DRIVER].pending.append(record)
             self._changed.notify_all()
 
     def relay(self, source: str, lines: Iterable[Line]) -> None:
-        """A rank's reports; lines that the service has already stored are dropped."""
+        """Adds a rank's reports; those that are stored or pending already are dropped."""
         with self._changed:
-            queue = self._sources.setdefault(source, _Source())
-            last = queue.pending[-1].n if queue.pending else queue.stored
-            queue.pending.extend(
-                Record.model_validate_json(line.text) for line in lines if line.n > last
-            )
+            # A restarted driver reads a spool again from its last released report.
+            queue = self._source(source)
+            last_n = queue.last_n
+            for line in lines:
+                if line.n > last_n:
+                    queue.pending.append(Record.model_validate_json(line.text))
             self._changed.notify_all()
 
     def stored(self, source: str) -> int:
-        """Highest number of a source that the service has stored, as far as is known."""
+        """Returns the highest number of a source that the service has stored."""
         with self._changed:
-            return self._sources.setdefault(source, _Source()).stored
+            return self._source(source).stored
 
     def last(self, source: str) -> int:
-        """Highest number of a source that is stored or on its way."""
+        """Returns the highest number of a source that is stored or pending."""
         with self._changed:
-            found = self._sources.setdefault(source, _Source())
-            return found.pending[-1].n if found.pending else found.stored
+            return self._source(source).last_n
 
     def wait(self, timeout_s: float) -> None:
-        """Until something is wanted or stored anew, at most so long."""
+        """Waits until the service desires or has stored something new."""
         with self._changed:
             self._changed.wait(timeout_s)
 
     def flush(self, *, timeout_s: float | None = None) -> bool:
-        """Waits until everything said is stored (for ever, without a timeout); False
-        when time runs out or this driver is replaced.
+        """Waits until every record is stored, for ever without a timeout.
+
+        Returns False when time runs out or this driver is replaced.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline = float("inf")
+        if timeout_s is not None:
+            deadline = time.monotonic() + timeout_s
         with self._changed:
-            while self._recalled or any(
-                source.pending for source in self._sources.values()
-            ):
-                left = None if deadline is None else deadline - time.monotonic()
-                if self.replaced or (left is not None and left <= 0):
+            while self._has_unsent():
+                remaining = deadline - time.monotonic()
+                if self.replaced or remaining <= 0:
                     return False
-                self._changed.wait(1.0 if left is None else min(1.0, left))
+                self._changed.wait(min(1.0, remaining))
         return True
 
     def close(self) -> None:
         """Ends the threads."""
         with self._changed:
-            self._closed = True
+            self._is_closed = True
             self._changed.notify_all()
 
-    def _learn(self, desired: DesiredJob) -> None:
-        """Under the lock: keeps the newest wish."""
+    # ---- under the lock
+
+    def _source(self, name: str) -> _Source:
+        return self._sources.setdefault(name, _Source())
+
+    def _has_unsent(self) -> bool:
+        return bool(self._from_checkpoints) or any(
+            source.pending for source in self._sources.values()
+        )
+
+    def _accept(self, desired: DesiredJob) -> None:
+        """Keeps the newest request: two threads and the agent bring them in any order."""
         if self.desired is None or desired.revision >= self.desired.revision:
             self.desired = desired
 
-    def _push(self) -> None:
-        self._talk(self._push_once)
+    def _next_batches(self) -> list[RecordBatch]:
+        batches = []
+        for name, source in self._sources.items():
+            if source.pending:
+                records = tuple(islice(source.pending, _PER_BATCH))
+                batch = RecordBatch(
+                    job_id=self._job_id, epoch=self._epoch, source=name, records=records
+                )
+                batches.append(batch)
+        return batches
 
-    def _follow(self) -> None:
-        self._talk(self._follow_once)
+    # ---- the two threads
 
-    def _talk(self, once: Callable[[ServiceClient], None]) -> None:
-        """Repeats one exchange for as long as the driver lives, over a link to wherever
-        the service is now.
-        """
-        link = None
-        address = None
+    def _push_loop(self) -> None:
+        self._sync_loop(self._push_once)
+
+    def _poll_loop(self) -> None:
+        self._sync_loop(self._poll_once)
+
+    def _sync_loop(self, exchange: Callable[[ServiceClient], None]) -> None:
+        """Repeats an exchange with the service at its current address until closed."""
+        client = None
+        client_address = None
         failures = 0
-        while not self._closed and not self.replaced:
+        while not self._is_closed and not self.replaced:
             with self._changed:
                 if self._address is None:
                     self._changed.wait(1.0)
                     continue
-                current = self._address
-            if link is None or current != address:
-                if link is not None:
-                    link.close()
-                link = ServiceClient(*current)
-                address = current
+                address = self._address
+            if client is None or address != client_address:
+                if client is not None:
+                    client.close()
+                client = ServiceClient(*address)
+                client_address = address
             try:
-                once(link)
+                exchange(client)
                 failures = 0
-            except ReplacedError as why:
+            except ReplacedError as error:
                 with self._changed:
-                    self.replaced = str(why)
+                    self.replaced = str(error)
                     self._changed.notify_all()
             except (ServiceUnavailableError, ServiceRefusedError):
                 # A refusal is no different from silence here: the agent brings a new
-                # token or address, or a person mends the service.
+                # token or address, or an operator repairs the service.
                 self._pause(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
                 failures += 1
-        if link is not None:
-            link.close()
+        if client is not None:
+            client.close()
 
     def _pause(self, seconds: float) -> None:
         """Sleeps, but not through a new address or the end."""
         with self._changed:
             before = self._address
-            self._changed.wait_for(lambda: self._closed or self._address != before, seconds)
-
-    def _push_once(self, link: ServiceClient) -> None:
-        if not self._synced:
-            found = link.cursor(self._job_id, self._epoch).stored
-            with self._changed:
-                for name, n in found.items():
-                    self._store(name, n)
-                self._recall()
-                self._synced = True
-        with self._changed:
-            waiting = [
-                (name, source) for name, source in self._sources.items() if source.pending
-            ]
-            if not waiting:
-                self._changed.wait(1.0)
-                return
-            batches = [
-                (
-                    name,
-                    tuple(
-                        source.pending[index]
-                        for index in range(min(_PER_BATCH, len(source.pending)))
-                    ),
-                )
-                for name, source in waiting
-            ]
-        for name, records in batches:
-            batch = RecordBatch(
-                job_id=self._job_id, epoch=self._epoch, source=name, records=records
+            self._changed.wait_for(
+                lambda: self._is_closed or self._address != before, seconds
             )
-            reply = link.records(batch)
+
+    def _push_once(self, client: ServiceClient) -> None:
+        # What the service has is asked first, so that nothing is sent in vain and the
+        # reports from checkpoints are put in the right place.
+        if not self._is_synced:
+            stored = client.cursor(self._job_id, self._epoch).stored
             with self._changed:
-                self._store(name, reply.stored)
-                self._learn(reply.desired)
+                for name, n in stored.items():
+                    self._source(name).mark_stored(n)
+                for name, lines in self._from_checkpoints.items():
+                    self._source(name).prepend_missing(lines)
+                self._from_checkpoints = {}
+                self._is_synced = True
+        with self._changed:
+            # Records stay pending until they are stored: a batch may be lost on its way.
+            batches = self._next_batches()
+            if not batches:
+                self._changed.wait(1.0)
+        for batch in batches:
+            reply = client.records(batch)
+            with self._changed:
+                self._source(batch.source).mark_stored(reply.stored)
+                self._accept(reply.desired)
                 self._changed.notify_all()
 
-    def _recall(self) -> None:
-        """Under the lock, as soon as it is known what the service has: puts what
-        follows that before what is on its way.
-        """
-        for name, lines in self._recalled.items():
-            source = self._sources.setdefault(name, _Source())
-            end = source.pending[0].n if source.pending else None
-            missing: list[Record] = []
-            for line in lines:
-                if line.n == source.stored + 1 + len(missing) and (
-                    end is None or line.n < end
-                ):
-                    missing.append(Record.model_validate_json(line.text))
-            source.pending.extendleft(reversed(missing))
-        self._recalled = {}
-
-    def _store(self, name: str, n: int) -> None:
-        """Under the lock: forgets what the service has."""
-        source = self._sources.setdefault(name, _Source())
-        source.stored = max(source.stored, n)
-        while source.pending and source.pending[0].n <= source.stored:
-            source.pending.popleft()
-
-    def _follow_once(self, link: ServiceClient) -> None:
-        after = self.desired.revision if self.desired else 0
-        desired = link.desired_job(self._job_id, after, 20.0)
+    def _poll_once(self, client: ServiceClient) -> None:
+        known_revision = 0
+        if self.desired is not None:
+            known_revision = self.desired.revision
+        desired = client.desired_job(self._job_id, known_revision, _LONG_POLL_S)
         with self._changed:
-            fresh = self.desired is None or desired.revision > self.desired.revision
-            self._learn(desired)
+            # Looked at again under the lock: the other thread may have been faster.
+            is_new = self.desired is None or desired.revision > self.desired.revision
+            self._accept(desired)
             self._changed.notify_all()
-        if not fresh:
-            self._pause(
-                0.1
-                # a service that answers at once with nothing new must not be asked in a
-                # tight loop
-            )
+        if not is_new:
+            self._pause(_MIN_POLL_INTERVAL_S)

@@ -1,10 +1,11 @@
-"""A job's own records in the words of the wire.
+"""Writes a job's own records and remembers their contents.
 
-Owns: their fields, and that nothing is said twice. Must not know: when.
+Owns: the fields of each kind of record, and that nothing is recorded twice. Must not
+know: when something is recorded.
 
-A driver writes its journal and says its records in two steps, and may die in between.
-Each step can therefore be taken again: what an earlier incarnation has said already is
-known from its own book of records and is not said a second time.
+A driver writes its journal and its records in two steps and may die in between, so each
+step can be taken again: what an earlier incarnation has recorded is known from its log
+and is not recorded a second time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,52 +20,48 @@ _ENDED = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.STOPPED)
 
 
 class JobRecords:
-    """Says things about one job; `attempt` gives the current attempt's number, `said`
-    what earlier incarnations have said.
+    """The records of one job.
 
-    Methods raise StorageError.
+    `attempt` returns the current attempt's number; `logged` are the records of earlier
+    incarnations. Methods raise StorageError.
     """
 
     def __init__(
-        self, outbox: Outbox, attempt: Callable[[], int], said: Iterable[Record] = ()
+        self, outbox: Outbox, attempt: Callable[[], int], logged: Iterable[Record] = ()
     ) -> None:
         self._outbox = outbox
         self._attempt = attempt
         self._state: dict[str, Any] = {}
         self._attempts: dict[int, AttemptState] = {}
-        self._mapped: set[int] = set()
-        self._prepared = False
+        self._attempts_with_map: set[int] = set()
+        self._has_prepared = False
         self._kept: dict[str, int] = {}
-        for record in said:
-            self._learn(record.kind, record.data, record.attempt)
+        for record in logged:
+            self._note(record.kind, record.data, record.attempt)
 
     @property
     def last_state(self) -> JobState | None:
-        """The job's state as it was last said."""
-        return JobState(self._state["state"]) if self._state else None
+        """The job's state as it was last recorded."""
+        if not self._state:
+            return None
+        return JobState(self._state["state"])
 
     @property
     def kept_checkpoints(self) -> dict[str, int]:
-        """Steps of the checkpoints that were said to be committed and not yet to be
-        deleted, by path.
-        """
+        """Steps by path of checkpoints recorded as committed and not yet as deleted."""
         return dict(self._kept)
 
     def attempt_state(self, attempt: int) -> AttemptState | None:
-        """An attempt's state as it was last said."""
+        """Returns an attempt's state as it was last recorded."""
         return self._attempts.get(attempt)
 
     def state(
         self, state: JobState, reason: StatusReason | None = None, message: str = ""
     ) -> None:
-        """The job's observed state."""
-        data = {
-            "state": state.value,
-            "reason": reason.value if reason else None,
-            "message": message,
-        }
+        """Records the job's observed state."""
+        data = {"state": state.value, "reason": reason, "message": message}
         if data != self._state:
-            self._say("state", data)
+            self._append("state", data)
 
     def attempt(
         self,
@@ -73,30 +70,32 @@ class JobRecords:
         reason: StatusReason | None = None,
         message: str = "",
     ) -> None:
-        """The attempt's state; one that has ended stays ended."""
+        """Records the attempt's state; an attempt that has ended stays ended."""
+        # STOPPED after FAILED, for one, is what a cancelled job gives after a failure.
         known = self._attempts.get(self._attempt())
-        if known != state and known not in _ENDED:
-            data = {
-                "state": state.value,
-                "reason": reason.value if reason else None,
-                "message": message,
-                "world_size": world_size,
-            }
-            self._say("attempt", data)
+        if known == state or known in _ENDED:
+            return
+        data = {
+            "state": state.value,
+            "reason": reason,
+            "message": message,
+            "world_size": world_size,
+        }
+        self._append("attempt", data)
 
     def event(
         self,
-        kind: str,
+        code: str,
         message: str,
         level: str = "info",
         data: dict[str, Any] | None = None,
         ranks: Sequence[int] = (),
     ) -> None:
-        """Anything worth a line in the history."""
-        self._say(
+        """Records a line of the history."""
+        self._append(
             "event",
             {
-                "type": kind,
+                "type": code,
                 "level": level,
                 "message": message,
                 "data": data or {},
@@ -105,73 +104,61 @@ class JobRecords:
         )
 
     def ranks(self, places: Sequence[RankPlace]) -> None:
-        """The attempt's rank map."""
-        if self._attempt() not in self._mapped:
-            self._say(
-                "ranks",
-                {
-                    "ranks": [
-                        place.model_dump(mode="json", exclude={"local_dir"})
-                        for place in places
-                    ]
-                },
-            )
+        """Records the attempt's rank map."""
+        if self._attempt() in self._attempts_with_map:
+            return
+        # Folders on nodes are the driver's business; the rest is served to clients.
+        rows = [place.model_dump(mode="json", exclude={"local_dir"}) for place in places]
+        self._append("ranks", {"ranks": rows})
 
     def prepared(
         self, manifest: dict[str, Any], num_train_tokens: int, unigram_nats: float | None
     ) -> None:
-        """The data are ready."""
-        if not self._prepared:
-            self._say(
-                "prepared",
-                {
-                    "manifest": manifest,
-                    "num_train_tokens": num_train_tokens,
-                    "unigram_nats": unigram_nats,
-                },
-            )
+        """Records that the data are ready."""
+        if self._has_prepared:
+            return
+        data = {
+            "manifest": manifest,
+            "num_train_tokens": num_train_tokens,
+            "unigram_nats": unigram_nats,
+        }
+        self._append("prepared", data)
 
     def problems(self, problems: list[dict[str, str]]) -> None:
-        """The user's mistakes; the service fails the job with them."""
-        self._say("problem", {"problems": problems})
+        """Records the user's mistakes; the service fails the job with them."""
+        self._append("problem", {"problems": problems})
 
     def committed(self, step: int, path: str, size: int, loss: float | None) -> None:
-        """A checkpoint counts from now on."""
-        if path not in self._kept:
-            self._say(
-                "checkpoint",
-                {
-                    "action": "committed",
-                    "step": step,
-                    "path": path,
-                    "bytes": size,
-                    "loss": loss,
-                },
-            )
+        """Records that a checkpoint is committed."""
+        # Paths carry step and attempt, so one path is one checkpoint.
+        if path in self._kept:
+            return
+        data = {"step": step, "path": path, "bytes": size, "loss": loss}
+        self._append("checkpoint", {"action": "committed", **data})
 
     def deleted(self, path: str) -> None:
-        """Retention has deleted a checkpoint."""
+        """Records that retention has deleted a checkpoint."""
         if path in self._kept:
-            self._say(
-                "checkpoint", {"action": "deleted", "step": self._kept[path], "path": path}
-            )
+            data = {"action": "deleted", "step": self._kept[path], "path": path}
+            self._append("checkpoint", data)
 
-    def _say(self, kind: str, data: dict[str, Any]) -> None:
+    def _append(self, kind: str, data: dict[str, Any]) -> None:
         attempt = self._attempt()
-        self._outbox.say(kind, data, attempt)
-        self._learn(kind, data, attempt)
+        self._outbox.append(kind, data, attempt)
+        self._note(kind, data, attempt)
 
-    def _learn(self, kind: str, data: dict[str, Any], attempt: int) -> None:
-        """What has been said."""
-        if kind == "state":
-            self._state = data
-        elif kind == "attempt":
-            self._attempts[attempt] = AttemptState(data["state"])
-        elif kind == "ranks":
-            self._mapped.add(attempt)
-        elif kind == "prepared":
-            self._prepared = True
-        elif kind == "checkpoint" and data["action"] == "committed":
-            self._kept[data["path"]] = data["step"]
-        elif kind == "checkpoint":
-            self._kept.pop(data["path"], None)
+    def _note(self, kind: str, data: dict[str, Any], attempt: int) -> None:
+        """Remembers a record, so that it is not repeated."""
+        match kind:
+            case "state":
+                self._state = data
+            case "attempt":
+                self._attempts[attempt] = AttemptState(data["state"])
+            case "ranks":
+                self._attempts_with_map.add(attempt)
+            case "prepared":
+                self._has_prepared = True
+            case "checkpoint" if data["action"] == "committed":
+                self._kept[data["path"]] = data["step"]
+            case "checkpoint":
+                self._kept.pop(data["path"], None)

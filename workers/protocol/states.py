@@ -15,9 +15,7 @@ class JobState(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     RECOVERING = "recovering"
-    PAUSING = "pausing"
     PAUSED = "paused"
-    RESIZING = "resizing"
     CANCELLING = "cancelling"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
@@ -74,7 +72,6 @@ class StatusReason(StrEnum):
     USER_CANCELLED = "user_cancelled"
     SPEC_INVALID = "spec_invalid"
     STORAGE_ERROR = "storage_error"
-    DEADLINE = "deadline"
     INTERNAL = "internal"
 
 
@@ -87,15 +84,12 @@ _END = frozenset({_S.FAILED, _S.CANCELLED})
 TRANSITIONS: dict[JobState, frozenset[JobState]] = {
     _S.PREPARING: frozenset({_S.QUEUED, _S.CANCELLING}) | _END,
     _S.QUEUED: frozenset({_S.SCHEDULING, _S.CANCELLING, _S.PAUSED}) | _END,
-    _S.SCHEDULING: frozenset({_S.STARTING, _S.QUEUED, _S.CANCELLING, _S.PAUSING}) | _END,
+    _S.SCHEDULING: frozenset({_S.STARTING, _S.QUEUED, _S.CANCELLING, _S.PAUSED}) | _END,
     _S.STARTING: frozenset(
-        {_S.RUNNING, _S.RECOVERING, _S.CANCELLING, _S.PAUSING, _S.QUEUED, _S.SUCCEEDED}
+        {_S.RUNNING, _S.RECOVERING, _S.CANCELLING, _S.PAUSED, _S.QUEUED, _S.SUCCEEDED}
     )
     | _END,
-    _S.RUNNING: frozenset(
-        {_S.SUCCEEDED, _S.RECOVERING, _S.PAUSING, _S.RESIZING, _S.CANCELLING}
-    )
-    | _END,
+    _S.RUNNING: frozenset({_S.SUCCEEDED, _S.RECOVERING, _S.PAUSED, _S.CANCELLING}) | _END,
     _S.RECOVERING: frozenset(
         {
             _S.STARTING,
@@ -103,14 +97,12 @@ TRANSITIONS: dict[JobState, frozenset[JobState]] = {
             _S.QUEUED,
             _S.SCHEDULING,
             _S.CANCELLING,
-            _S.PAUSING,
+            _S.PAUSED,
             _S.SUCCEEDED,
         }
     )
     | _END,
-    _S.PAUSING: frozenset({_S.PAUSED, _S.SUCCEEDED, _S.CANCELLING}) | _END,
     _S.PAUSED: frozenset({_S.QUEUED, _S.CANCELLING}) | _END,
-    _S.RESIZING: frozenset({_S.STARTING, _S.RUNNING, _S.RECOVERING, _S.CANCELLING}) | _END,
     _S.CANCELLING: frozenset({_S.SUCCEEDED}) | _END,
     _S.SUCCEEDED: frozenset(),
     _S.FAILED: frozenset(),

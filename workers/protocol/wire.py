@@ -6,7 +6,7 @@ The service accepts protocol N and N-1. Unknown fields are ignored, so a newer p
 may add some.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -180,6 +180,3 @@ class CursorReply(Message):
     protocol: int = PROTOCOL
     stored: dict[str, int] = Field(default_factory=dict)
     """Highest n stored, by source."""
-
-
-LogLevel = Literal["info", "warn", "error"]

@@ -182,6 +182,7 @@ class RankAttempt:
             self.error = {
                 "type": type(error).__name__,
                 "message": str(error) or type(error).__name__,
+                "failure_kind": str(getattr(error, "failure_kind", "")),
                 "traceback": text[-_TRACEBACK_CHARS:],
             }
             self.error["step"] = self.step

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from workers.exceptions import WorkersError
+
 AGENT_TOKEN = "MEGATRON_RAY_AGENT_TOKEN"
 AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
 
@@ -26,7 +28,7 @@ _LOWER_PRIORITY = 10
 """Niceness added to what must not slow down the ranks on its node."""
 
 
-class ProcessEnvironmentError(Exception):
+class ProcessEnvironmentError(WorkersError):
     """A variable is missing or malformed; the message names it and the remedy."""
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from megatron_ray.exceptions import InputError
+from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
 from workers.rank.spool import Line
 
@@ -26,21 +28,21 @@ class RankState(StrEnum):
         return self in (RankState.FINISHED, RankState.STOPPED, RankState.FAILED)
 
 
-class UserError(Exception):
+class UserError(InputError):
     """Something the user wrote cannot work; the text says what and how to mend it.
 
     Never retried, never shown with a traceback.
     """
 
 
-class FencedError(Exception):
+class FencedError(WorkersError):
     """The caller's (attempt, epoch) is lower than one already seen.
 
     It has been replaced by a newer driver and must end.
     """
 
 
-class BusyError(Exception):
+class BusyError(WorkersError):
     """The training thread of another attempt is still alive, so none can be started."""
 
 
@@ -108,7 +110,7 @@ class NextReply:
     """Number of reports written in this attempt, including those not returned; a rank
     makes progress while it grows."""
     error: dict[str, Any] | None = None
-    """{type, message, traceback, step} of a failed rank."""
+    """{type, message, failure_kind, traceback, step} of a failed rank."""
     log_offset: int = 0
     """Offset of the first byte of `log`."""
     log: bytes = b""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from workers.decisions.policies import FailureKind
+from workers.decisions.failures import FailureKind
 from workers.rank.messages import FencedError
 
 _NODE_LOST_TEXTS = ("node has died", "node is dead", "node was terminated")

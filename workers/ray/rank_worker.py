@@ -123,7 +123,7 @@ class RankWorker:
             address=self._address,
             pid=os.getpid(),
             gpu=gpu,
-            standby=self._standby,
+            is_spare=self._standby,
             domain=nvlink_domain(self._node_id),
             local_dir=str(self._folder),
         )

@@ -12,10 +12,12 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from workers.exceptions import WorkersError
+
 _END_S = 5.0
 
 
-class TaskFailedError(Exception):
+class TaskFailedError(WorkersError):
     """A task raised or its process died; the message is one sentence."""
 
 

@@ -18,9 +18,10 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.commands import Command
+from workers.decisions.failures import FailureKind
 from workers.decisions.placement import PlacementPlan, SlotFacts
-from workers.decisions.policies import FailureKind
 from workers.decisions.slot_assignment import WorkerToStart
+from workers.exceptions import WorkersError
 from workers.rank.messages import Fence, NextReply, Poll, StartRequest
 from workers.ray.actors import find_actor, kill, worker_name
 from workers.ray.deaths import Death, death_of, raise_if_fenced
@@ -33,7 +34,7 @@ _GONE_CHECK_S = 0.02
 _LOOKUP_THREADS = 16
 
 
-class WorkerGroupError(Exception):
+class WorkerGroupError(WorkersError):
     """Workers did not come up.
 
     `dead_slots` names those that must be created anew, `kind` says what they died of.
@@ -140,7 +141,7 @@ class WorkerGroup:
                 ),
             }
             actor = self._worker_class.options(**options).remote(
-                self._job_id, worker.slot, worker.bundle, num_threads, worker.standby
+                self._job_id, worker.slot, worker.bundle, num_threads, worker.is_spare
             )
             self._slots[worker.slot] = actor
 

@@ -16,13 +16,17 @@ def step(n: int) -> dict[str, Any]:
     return {"n": n, "kind": "step", "data": {"step": n, "loss": 1.0 / n}}
 
 
+def numbers_of(whole: WholeCheckpoint) -> list[int]:
+    return [record["n"] for record in whole.reports]
+
+
 def test_whole_when_every_rank_wrote_and_the_step_is_reported() -> None:
     ledger = CheckpointLedger(2, attempt=3)
     for n in (1, 2):
         ledger.reported(step(n))
     ledger.written(0, 2, "/c/2", 10)
     assert ledger.take_whole() is None
-    assert ledger.waiting
+    assert ledger.is_waiting
     ledger.written(1, 2, "/c/2", 5)
     whole = ledger.take_whole()
     assert whole is not None
@@ -35,7 +39,7 @@ def test_whole_when_every_rank_wrote_and_the_step_is_reported() -> None:
     )
     assert whole.reports == (step(1), step(2))
     assert ledger.take_whole() is None
-    assert not ledger.waiting
+    assert not ledger.is_waiting
 
 
 def test_a_report_that_comes_later_holds_the_commit_back() -> None:
@@ -64,10 +68,8 @@ def test_reports_go_to_the_checkpoint_they_belong_to() -> None:
     second = ledger.take_whole()
     assert first is not None
     assert second is not None
-    assert [[record["n"] for record in whole.reports] for whole in (first, second)] == [
-        [1, 2],
-        [3, 4],
-    ]
+    assert numbers_of(first) == [1, 2]
+    assert numbers_of(second) == [3, 4]
 
 
 def event(n: int) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def test_events_between_steps_are_contained_so_that_no_number_is_missing() -> No
     ledger.written(0, 4, "/c/4", 1)
     whole = ledger.take_whole()
     assert whole is not None
-    assert [record["n"] for record in whole.reports] == [1, 2, 3, 4]
+    assert numbers_of(whole) == [1, 2, 3, 4]
 
 
 def test_what_the_service_lacks_is_contained_again() -> None:
@@ -95,7 +97,7 @@ def test_what_the_service_lacks_is_contained_again() -> None:
         whole = ledger.take_whole(stored)
         assert whole is not None
         assert whole.loss == 1.0 / n
-        contained.append([record["n"] for record in whole.reports])
+        contained.append(numbers_of(whole))
     assert contained == [[1, 2], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [4, 5, 6, 7, 8]]
 
 
@@ -119,10 +121,13 @@ def test_what_checkpoints_contain_is_read_back_by_source(tmp_path: Path) -> None
         8, 3, [{"kind": "step", "data": {"step": 8}}]
     )  # under torchrun nobody numbers them
     (tmp_path / "checkpoints" / "step-00000010-a0001").mkdir()
-    found = contained_records(str(tmp_path))
-    assert {source: [line.n for line in lines] for source, lines in found.items()} == {
+    records = contained_records(str(tmp_path))
+    numbers = {}
+    for source, lines in records.items():
+        numbers[source] = [line.n for line in lines]
+    assert numbers == {
         "a1/r0": [1, 2, 3, 4],
         "a2/r0": [6],
         "a3/r0": [],
     }
-    assert found["a2/r0"][0].value() == step(6)
+    assert records["a2/r0"][0].value() == step(6)

@@ -1,8 +1,7 @@
-"""What is said about the weights that a job begins with, before anything is held for
-it.
-"""
+"""Problems of the weights that a job starts from, found before it holds resources."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def write_folder(folder: Path, *, vocab_size: int = 300) -> None:
         shapes | {f"model.layers.0.{name}": shape for name, shape in layer.items()}
     ).items():
         start = end
-        end = end + 2 * shape[0] * (shape[1] if len(shape) == 2 else 1)
+        end = start + 2 * math.prod(shape)
         header[f"{name}.weight"] = {
             "dtype": "BF16",
             "shape": shape,
@@ -96,8 +95,8 @@ def test_weights_of_another_model_are_found_before_the_data_are_prepared(
     )
     with pytest.raises(
         UnusableDataError,
-        match="ffn_hidden_size=32 contradicts the weights of checkpoint.start_from, which were "
-        "made with 16",
+        match=r"ffn_hidden_size=32 contradicts the weights of checkpoint.start_from, which were "
+        r"made with 16",
     ):
         prepare_data(JobSpec.from_mapping(spec))
     assert not (tmp_path / "storage").exists()
@@ -108,7 +107,7 @@ def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
 ) -> None:
     write_folder(tmp_path / "hf", vocab_size=100)
     with pytest.raises(
-        UnusableDataError, match="model.vocab_size=100 is smaller than the tokenizer's 257"
+        UnusableDataError, match=r"model.vocab_size=100 is smaller than the tokenizer's 257"
     ):
         prepare_data(JobSpec.from_mapping(spec))
     (tmp_path / "hf" / "model.safetensors").unlink()

@@ -1,12 +1,12 @@
-"""What Ray says of an actor's end, in our words, and what a rank says of its own."""
+"""How an actor's death is classified and worded, and a rank's own failure."""
 
 import json
 
 import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
-from workers.decisions.policies import FailureKind
-from workers.driver.supervision import relayed
+from workers.decisions.failures import FailureKind
+from workers.driver.relay import to_record
 from workers.rank.spool import Line
 from workers.ray.deaths import death_of
 
@@ -19,7 +19,7 @@ SIGKILL = (
 )
 
 
-class Said(ActorDiedError):
+class FakeActorDiedError(ActorDiedError):
     def __init__(self, text: str, preempted: bool = False) -> None:
         super().__init__()
         self.error_msg = text
@@ -30,22 +30,22 @@ class Said(ActorDiedError):
     ("error", "kind", "words"),
     [
         (
-            Said(SIGKILL),
+            FakeActorDiedError(SIGKILL),
             FailureKind.PROCESS_DIED,
             "process killed or crashed (possibly out of memory)",
         ),
         (
-            Said("The actor died because its node has died. Node Id: 12ab"),
+            FakeActorDiedError("The actor died because its node has died. Node Id: 12ab"),
             FailureKind.NODE_LOST,
             "its node has died. Node Id: 12ab",
         ),
         (
-            Said("The actor died because its node has died.", preempted=True),
+            FakeActorDiedError("The actor died because its node has died.", preempted=True),
             FailureKind.PREEMPTED,
             "node preempted: ",
         ),
         (
-            Said(
+            FakeActorDiedError(
                 "The actor died because Task was killed due to the node running low on memory."
             ),
             FailureKind.NODE_MEMORY,
@@ -58,7 +58,7 @@ class Said(ActorDiedError):
         ),
     ],
 )
-def test_deaths_are_told_apart(
+def test_deaths_are_classified_and_worded(
     error: ActorDiedError, kind: FailureKind, words: str
 ) -> None:
     death = death_of(error)
@@ -75,7 +75,7 @@ def test_deaths_are_told_apart(
             "RuntimeError",
             "Connection reset by peer",
             "info",
-            "rank 0 lost a rank it was working with: RuntimeError: Connection reset by peer",
+            "rank 0: a peer disconnected",
         ),
     ],
 )
@@ -87,5 +87,7 @@ def test_warnings_begin_with_the_cause_not_with_its_echo(
         "kind": "failed",
         "data": {"type": type_name, "message": text, "traceback": "..."},
     }
-    event = json.loads(relayed(Line(7, "failed", json.dumps(record).encode())).text)["data"]
+    event = json.loads(to_record(Line(7, "failed", json.dumps(record).encode())).text)[
+        "data"
+    ]
     assert (event["level"], event["message"], event["ranks"]) == (level, words, [0])

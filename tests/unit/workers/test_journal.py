@@ -4,19 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ray.storage.storage import open_storage
+from tests.support.fake_cluster import FakeCluster, FakeControlPlane, fake_ports
 from workers.agent.check_tasks import check_task
+from workers.decisions.journal_entry import JournalEntry, Phase
 from workers.driver.context import JobContext
-from workers.driver.journal import (
-    ForeignJournalError,
-    Journal,
-    JournalEntry,
-    JournalError,
-    Phase,
-)
+from workers.driver.journal import ForeignJournalError, Journal, JournalError
+
+
+def open_journal(folder: Path) -> Journal:
+    return Journal(open_storage(str(folder)))
 
 
 def test_the_highest_attempt_is_the_latest(tmp_path: Path) -> None:
-    journal = Journal(str(tmp_path))
+    journal = open_journal(tmp_path)
     assert journal.latest() is None
     for attempt in (0, 1, 10, 9):
         journal.write(JournalEntry(job_id="job-a", attempt=attempt, epoch=attempt + 1))
@@ -27,7 +28,7 @@ def test_the_highest_attempt_is_the_latest(tmp_path: Path) -> None:
 
 
 def test_an_entry_is_replaced_whole(tmp_path: Path) -> None:
-    journal = Journal(str(tmp_path))
+    journal = open_journal(tmp_path)
     entry = JournalEntry(
         job_id="job-a", store=("10.0.0.1", 4000), commits_at_failure=(1, 2)
     )
@@ -45,26 +46,29 @@ def test_what_is_no_entry_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(
         JournalError, match=r"attempts/0003.json is not a journal entry of format 1"
     ):
-        Journal(str(tmp_path)).latest()
+        open_journal(tmp_path).latest()
 
 
 def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
-    Journal(str(tmp_path)).write(JournalEntry(job_id="job-old", epoch=3))
+    open_journal(tmp_path).write(JournalEntry(job_id="job-old", epoch=3))
+    cluster = FakeCluster(steps=1, save_every=1)
+    ports = fake_ports(cluster, FakeControlPlane({}, str(tmp_path)), str(tmp_path))
     with pytest.raises(
         ForeignJournalError,
         match=r"belongs to job-old; give this job a storage.path of its own, or leave it out",
     ):
-        JobContext("job-new", str(tmp_path))
+        JobContext("job-new", str(tmp_path), ports)
     assert [path.name for path in tmp_path.iterdir()] == ["attempts"]
-    latest = Journal(str(tmp_path)).latest()
-    assert latest is not None and latest.epoch == 3, "nothing was touched"
+    latest = open_journal(tmp_path).latest()
+    assert latest is not None
+    assert latest.epoch == 3, "nothing was touched"
 
 
 def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
     tmp_path: Path,
 ) -> None:
     storage = tmp_path / "storage"
-    Journal(str(storage)).write(JournalEntry(job_id="job-old"))
+    open_journal(storage).write(JournalEntry(job_id="job-old"))
     (tmp_path / "corpus.txt").write_text("some words " * 1000)
     spec = {
         "model": {"preset": "gpt-tiny"},

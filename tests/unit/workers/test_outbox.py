@@ -1,4 +1,4 @@
-"""What a driver says while the service comes and goes."""
+"""What becomes of a driver's records while the service comes and goes."""
 
 import json
 import time
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ray.storage.storage import open_storage
 from tests.integration.fake_service import FakeService
 from workers.driver.outbox import Outbox, RecordLog
 from workers.protocol.wire import DesiredJob, RecordBatch
@@ -31,9 +32,10 @@ def service() -> Iterator[FakeService]:
         fake.down()
 
 
-def open_outbox(folder: Path, epoch: int, recalled: Sequence[Line] = ()) -> Outbox:
-    book = RecordLog(str(folder))
-    return Outbox(JOB, book, book.load(), epoch, {"a1/r0": recalled} if recalled else None)
+def open_outbox(folder: Path, epoch: int, from_checkpoints: Sequence[Line] = ()) -> Outbox:
+    outbox = Outbox(JOB, RecordLog(open_storage(str(folder))))
+    outbox.open(epoch, {"a1/r0": from_checkpoints})
+    return outbox
 
 
 def attach(outbox: Outbox, service: FakeService) -> None:
@@ -50,12 +52,12 @@ def test_records_are_on_disk_before_they_are_sent_and_go_on_numbering(
 ) -> None:
     first = open_outbox(tmp_path, epoch=1)
     for index in range(205):
-        first.say("event", {"type": "t", "index": index}, 1)
+        first.append("event", {"type": "t", "index": index}, 1)
     first.close()
     assert len(list((tmp_path / "driver").iterdir())) == 3
     second = open_outbox(tmp_path, epoch=2)
-    second.say("event", {"type": "t", "index": 205}, 1)
-    assert not second.flush(timeout_s=0.2), "nobody has said where the service is"
+    second.append("event", {"type": "t", "index": 205}, 1)
+    assert not second.flush(timeout_s=0.2), "the address of the service is not known yet"
     attach(second, service)
     assert second.flush(timeout_s=10)
     assert [record["data"]["index"] for record in service.stored(JOB)] == list(range(206))
@@ -96,7 +98,7 @@ def test_a_restarted_driver_asks_what_is_stored(
 
 
 @pytest.mark.parametrize(
-    ("recalled", "relayed", "stored"),
+    ("from_checkpoints", "relayed", "stored"),
     [
         ((1, 2, 3, 4, 5), (), (1, 2, 3, 4, 5)),
         ((1, 2, 3, 4, 5), (4, 5, 6), (1, 2, 3, 4, 5, 6)),
@@ -111,18 +113,18 @@ def test_a_restarted_driver_asks_what_is_stored(
         ),
     ],
 )
-def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
+def test_records_in_checkpoints_are_sent_before_those_of_the_ranks(
     tmp_path: Path,
     service: FakeService,
-    recalled: tuple[int, ...],
+    from_checkpoints: tuple[int, ...],
     relayed: tuple[int, ...],
     stored: tuple[int, ...],
 ) -> None:
     service.records[(JOB, "a1/r0")] = [
         {"n": n, "kind": "step", "data": {"step": n}} for n in (1, 2)
     ]
-    outbox = open_outbox(tmp_path, 2, [line(n) for n in recalled])
-    outbox.say("event", {"type": "t"}, 1)
+    outbox = open_outbox(tmp_path, 2, [line(n) for n in from_checkpoints])
+    outbox.append("event", {"type": "t"}, 1)
     outbox.relay("a1/r0", [line(n) for n in relayed])
     attach(outbox, service)
     assert outbox.flush(timeout_s=10)
@@ -131,7 +133,7 @@ def test_what_checkpoints_contain_comes_before_what_the_ranks_say(
     outbox.close()
 
 
-def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> None:
+def test_requests_arrive_without_records(tmp_path: Path, service: FakeService) -> None:
     outbox = open_outbox(tmp_path, epoch=1)
     attach(outbox, service)
     service.want(JOB, desired="cancel")
@@ -144,14 +146,14 @@ def test_wishes_arrive_without_records(tmp_path: Path, service: FakeService) -> 
         f"token-{JOB}",
         outbox.desired.model_copy(update={"revision": 0, "desired": "run"}),
     )
-    assert outbox.desired.desired == "cancel", "an older wish does not undo a newer one"
+    assert outbox.desired.desired == "cancel", "an older request does not undo a newer one"
     outbox.close()
 
 
 def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) -> None:
     service.epochs[JOB] = 5
     outbox = open_outbox(tmp_path, epoch=4)
-    outbox.say("event", {"type": "t"}, 1)
+    outbox.append("event", {"type": "t"}, 1)
     attach(outbox, service)
     assert not outbox.flush(timeout_s=10)
     assert outbox.replaced == "epoch 4 is over"
@@ -161,7 +163,9 @@ def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) 
 def test_failures_of_the_link_have_classes(service: FakeService) -> None:
     with (
         ServiceClient(service.url, "wrong") as link,
-        pytest.raises(ServiceRefusedError, match="refused .401 unauthorized.: wrong token"),
+        pytest.raises(
+            ServiceRefusedError, match=r"refused .401 unauthorized.: wrong token"
+        ),
     ):
         link.hello()
     with ServiceClient(service.url, f"token-{JOB}") as link:

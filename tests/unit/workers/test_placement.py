@@ -10,6 +10,7 @@ from workers.decisions.placement import (
     PlacementError,
     SlotFacts,
     assign_ranks,
+    islands_that_fit,
     plan_placement,
 )
 from workers.protocol.job import JobSpec
@@ -39,16 +40,16 @@ def test_a_bundle_is_a_tensor_parallel_group() -> None:
     assert [bundle.slots for bundle in plan.bundles] == [(0, 1, 2, 3), (4, 5, 6, 7)]
     assert plan.bundles[0].resources == {"CPU": 4.0, "GPU": 4.0}
     assert plan.worker_resources == {"CPU": 1.0, "GPU": 1.0}
-    assert plan.room == 2
-    assert plan.feasible
+    assert plan.capacity == 2
+    assert plan.is_feasible
 
 
 def test_an_island_never_straddles_nodes() -> None:
     plan = plan_placement(
         spec(2, 3), [node("1", gpus=3, cpus=9), node("2", gpus=3, cpus=9)]
     )
-    assert plan.room == 2, "six GPUs, but only one pair a node"
-    assert not plan.feasible
+    assert plan.capacity == 2, "six GPUs, but only one pair a node"
+    assert not plan.is_feasible
     assert plan.explanation == (
         "asked for 3 x 2 CPU + 2 GPU, each on one node; the cluster could hold 2: "
         "node 10.0.0.1 has 9 CPU + 3 GPU: room for 1; node 10.0.0.2 has 9 CPU + 3 GPU: room for 1"
@@ -57,12 +58,24 @@ def test_an_island_never_straddles_nodes() -> None:
 
 def test_cpu_limits_gpu_jobs_too() -> None:
     plan = plan_placement(spec(2, 1, cpus_per_rank=8), [node("1", gpus=8, cpus=20)])
-    assert plan.room == 1
+    assert plan.capacity == 1
+
+
+def test_a_fraction_of_a_cpu_fits_as_often_as_it_should() -> None:
+    assert islands_that_fit({"CPU": 0.3}, {"CPU": 0.1}, 1) == 3
+    assert islands_that_fit({"CPU": 0.8}, {"CPU": 0.1}, 2) == 4
+    assert islands_that_fit({"CPU": -1.0}, {"CPU": 0.1}, 1) == 0
+    assert islands_that_fit({"CPU": 8.0}, {"CPU": 1.0, "GPU": 1.0}, 1) == 0
+
+
+def test_gpus_of_a_node_that_does_not_see_the_storage_do_not_count() -> None:
+    nodes = [node("1", gpus=8, storage_ok=False), node("2")]
+    assert plan_placement(spec(1, 1), nodes).accelerator == "cpu"
 
 
 def test_accelerator_is_decided_once() -> None:
     assert plan_placement(spec(1, 1), [node("1")]).accelerator == "cpu"
-    assert plan_placement(spec(1, 1), [node("1")], accelerator="gpu").room == 0
+    assert plan_placement(spec(1, 1), [node("1")], accelerator="gpu").capacity == 0
     assert (
         plan_placement(spec(1, 1, accelerator="cpu"), [node("1", gpus=8)]).accelerator
         == "cpu"
@@ -138,7 +151,7 @@ def test_a_wrong_number_of_workers_is_refused() -> None:
 
 def test_one_gpu_for_two_workers_is_refused() -> None:
     with pytest.raises(
-        PlacementError, match="several workers report GPU 0 on node 10.0.0.1"
+        PlacementError, match=r"several workers report GPU 0 on node 10.0.0.1"
     ):
         assign_ranks([facts(0, 0, "1", 0), facts(1, 0, "1", 0)], ParallelDims(tp=2))
 

@@ -1,4 +1,4 @@
-"""The environment: torchrun's words, tokens from files, gloo's interface."""
+"""The environment: torchrun's variables, tokens from files, gloo's interface."""
 
 import os
 import subprocess
@@ -30,7 +30,7 @@ TORCHRUN = {
 }
 
 
-def test_what_torchrun_says_round_trips() -> None:
+def test_torchrun_variables_round_trip() -> None:
     env = RankEnv.from_environ(TORCHRUN)
     assert env == RankEnv(3, 4, 1, 2, 1, "10.0.0.1", 29500)
     assert RankEnv.from_environ(env.to_environ()) == env
@@ -71,7 +71,8 @@ def test_token_from_file_before_environment(tmp_path: Path) -> None:
     with pytest.raises(ProcessEnvironmentError, match="no agent token: give --token-file"):
         agent_token(None, {})
     with pytest.raises(
-        ProcessEnvironmentError, match="cannot read the agent's token file .*: No such file"
+        ProcessEnvironmentError,
+        match=r"cannot read the agent's token file .*: No such file",
     ):
         agent_token(tmp_path / "none", {})
 
@@ -92,7 +93,7 @@ def test_threads_are_set_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true", "an operator's own choice wins"
 
 
-def test_a_told_gpu_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_of_an_order_is_the_only_one_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     set_visible_gpu(6)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
@@ -101,30 +102,30 @@ def test_a_told_gpu_is_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
 PRIORITIES = """
 import os, threading
 from workers.rank.environment import lower_priority, raise_priority
-def mine():
+def priority():
     return os.getpriority(os.PRIO_PROCESS, 0)
 go, done, other = threading.Event(), threading.Event(), []
 def wait():
     go.wait()
-    other.append(mine())
+    other.append(priority())
     done.set()
-before = mine()
+before = priority()
 lower_priority()
 threading.Thread(target=wait).start()
-lowered = mine()
+lowered = priority()
 raise_priority()
 go.set()
 done.wait()
-print(before, lowered, mine(), other[0])
+print(before, lowered, priority(), other[0])
 """
 
 
 def test_a_process_that_steps_back_and_comes_forward() -> None:
     """In a process of its own, whose priority it changes."""
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", PRIORITIES], check=True, capture_output=True, text=True
     ).stdout
-    before, lowered, raised, other = map(int, said.split())
+    before, lowered, raised, other = map(int, output.split())
     assert lowered == min(19, before + 10)
     assert raised == other == (0 if may_raise_priority() else lowered), (
         "all threads, those that were there before too"

@@ -1,6 +1,6 @@
 """The split of a recovery's time."""
 
-from workers.decisions.recovery import RecoveryWatch, in_words
+from workers.decisions.recovery import RecoveryWatch, describe
 
 
 def test_the_split_adds_up_and_comes_with_the_first_new_step() -> None:
@@ -24,8 +24,8 @@ def test_the_split_adds_up_and_comes_with_the_first_new_step() -> None:
         "from_step": 100,
         "step": 121,
     }
-    assert in_words(split, 2).startswith(
-        "steps go on at 121 (attempt 2), 3.2 s after the failure was noticed: rebuild 1.5 s"
+    assert describe(split, 2).startswith(
+        "recovered at step 121 in 3.2 s (attempt 2): rebuild 1.5 s, load 0.5 s"
     )
 
 

@@ -184,12 +184,12 @@ def test_a_report_costs_microseconds(tmp_path: Path) -> None:
     )
 
 
-def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spool = Spool(tmp_path / "r.jsonl", 1)
     spool.append("step", {})
     write = os.write
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:10]))
-    with pytest.raises(OSError, match="only 10 of .* the disk is full"):
+    with pytest.raises(OSError, match=r"only 10 of .* the disk is full"):
         spool.append("step", {})
     monkeypatch.undo()
     assert spool.append("step", {}) == 2

@@ -37,7 +37,7 @@ def run(train: Callable[..., str], folder: Path) -> RankAttempt:
     return attempt
 
 
-def test_a_finished_attempt_tells_everything(tmp_path: Path) -> None:
+def test_a_finished_attempt_reports_everything(tmp_path: Path) -> None:
     attempt = run(three_steps, tmp_path)
     reply = attempt.next(Poll(after=None, wait_s=0), None)
     assert [line.kind for line in reply.lines] == [
@@ -68,7 +68,7 @@ def test_a_finished_attempt_tells_everything(tmp_path: Path) -> None:
     ], "a new driver goes on after the released"
 
 
-def test_a_failed_attempt_says_why(tmp_path: Path) -> None:
+def test_a_failed_attempt_reports_its_error(tmp_path: Path) -> None:
     def fail(*_: object) -> str:
         raise LookupError("no such thing")
 

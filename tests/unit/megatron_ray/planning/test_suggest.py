@@ -11,7 +11,7 @@ from megatron_ray.planning.hardware import HARDWARE
 from megatron_ray.planning.memory import fullest_rank
 from megatron_ray.planning.step_time import step_time
 from megatron_ray.planning.suggest import nearest, suggest
-from megatron_ray.validation import check
+from megatron_ray.validation import check, resolution
 
 H100 = HARDWARE["H100"]
 MOE = {
@@ -53,8 +53,8 @@ def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> No
     found = suggest(config(model), 32, H100, most=5)
     assert len(found) == 5
     for suggestion in found:
-        assert check.check(suggestion.config, 32) == []
-        assert check.world_size(suggestion.config) == 32
+        assert check.find_problems(suggestion.config, 32) == []
+        assert resolution.world_size(suggestion.config) == 32
         assert fullest_rank(suggestion.config, H100.device) == suggestion.memory
         assert H100.memory_bytes is not None
         assert suggestion.memory.total_bytes <= H100.memory_bytes

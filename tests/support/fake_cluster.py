@@ -1,0 +1,551 @@
+"""Everything that a job's driver acts on, without Ray, HTTP or time.
+
+The fakes keep the promises of the real ones, as far as the driver relies on them, and
+count its acts, so that a driver can die before or after any of them.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ray.checkpoint.directory import checkpoint_path
+from megatron_ray.commands import Command
+from megatron_ray.storage.storage import LocalStorage
+from workers.decisions.failures import FailureKind
+from workers.decisions.journal_entry import DeadRank
+from workers.decisions.placement import PlacementPlan, SlotFacts
+from workers.decisions.slot_assignment import WorkerToStart
+from workers.driver.logs import JobLogs
+from workers.driver.outbox import RecordLog
+from workers.driver.ports import JobPorts
+from workers.protocol.states import DesiredState, JobState, may_follow
+from workers.protocol.wire import DesiredJob, NodeInfo, Record
+from workers.rank.messages import Fence, NextReply, Poll, RankState, StartRequest
+from workers.rank.spool import Line
+from workers.ray.deaths import Death
+from workers.ray.worker_group import PollResult
+
+JOB_ID = "job-f"
+NODE = NodeInfo(node_id="node", address="127.0.0.1", cpus=4)
+PREPARED = {
+    "train": [],
+    "validation": [],
+    "tokenizer_path": "t",
+    "vocab_size": 256,
+    "end_of_document": 0,
+    "unigram_nats": 5.0,
+}
+
+
+class DriverDies(BaseException):
+    """The driver's process is killed."""
+
+
+class FaultInjector:
+    """Counts the driver's acts and kills it at one of them; at 0 it never does."""
+
+    def __init__(self, at: int = 0) -> None:
+        self.at = at
+        self.acts = 0
+
+    def act(self) -> None:
+        self.acts += 1
+        if self.acts == self.at:
+            raise DriverDies
+
+
+class FakeClock:
+    """A monotonic clock that only moves when somebody waits or a step is done."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class FakeStorage(LocalStorage):
+    """A folder written without waiting for a disk: only drivers die, not the machine."""
+
+    def __init__(self, root: str, faults: FaultInjector) -> None:
+        super().__init__(root)
+        self._faults = faults
+
+    def write_bytes_atomic(self, name: str, data: bytes) -> None:
+        self._faults.act()
+        path = Path(self.root, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        self._faults.act()
+
+
+class FakeControlPlane:
+    """Keeps records as the service does.
+
+    It checks that numbers have no holes, follows the table of states, and admits the job
+    at once.
+    """
+
+    def __init__(self, spec: dict[str, Any], job_dir: str) -> None:
+        self.records: list[Record] = []
+        self.steps: dict[int, int] = {}
+        """Highest attempt that has reported each step."""
+        self.loses_reports = False
+        """Ranks' reports do not come through."""
+        self.state = JobState.PREPARING
+        self.ignored: list[str] = []
+        """State records that the table of transitions does not allow."""
+        self._revision = 1
+        self._fields = {"job_id": JOB_ID, "spec": spec, "job_dir": job_dir, "token": "t"}
+        self.desired: DesiredJob | None = self._desired(DesiredState.PREPARE)
+
+    def _desired(self, state: DesiredState) -> DesiredJob:
+        return DesiredJob(desired=state, revision=self._revision, **self._fields)
+
+    def desire(self, state: DesiredState) -> None:
+        self._revision += 1
+        self.desired = self._desired(state)
+
+    def take(self, record: Record) -> None:
+        if record.n <= len(self.records):
+            return
+        assert record.n == len(self.records) + 1, "a hole in the driver's numbers"
+        self.records.append(record)
+        if record.kind == "prepared" and self.state is JobState.PREPARING:
+            self.state = JobState.QUEUED
+            self.desire(DesiredState.RUN)
+        if record.kind == "state":
+            self._take_state(JobState(record.data["state"]))
+
+    def _take_state(self, new: JobState) -> None:
+        if not may_follow(self.state, new):
+            self.ignored.append(f"{new} after {self.state}")
+            return
+        self.state = new
+        # A paused job is resumed some day: here, at once.
+        if new is JobState.PAUSED:
+            self.state = JobState.QUEUED
+            self.desire(DesiredState.RUN)
+
+    def take_report(self, record: dict[str, Any]) -> None:
+        if record["kind"] == "step":
+            step = record["data"]["step"]
+            self.steps[step] = max(self.steps.get(step, 0), record["attempt"])
+
+    def of_kind(self, kind: str) -> list[Record]:
+        return [record for record in self.records if record.kind == kind]
+
+    def events(self, code: str) -> list[Record]:
+        return [row for row in self.of_kind("event") if row.data["type"] == code]
+
+
+class FakeOutbox:
+    """The outbox over a connection that never waits."""
+
+    replaced: str | None = None
+
+    def __init__(
+        self, control_plane: FakeControlPlane, log: RecordLog, clock: FakeClock
+    ) -> None:
+        self._control_plane = control_plane
+        self._log = log
+        self._clock = clock
+
+    def open(
+        self, epoch: int, from_checkpoints: Mapping[str, Sequence[Line]] | None = None
+    ) -> list[Record]:
+        logged = self._log.load()
+        for record in logged:
+            self._control_plane.take(record)
+        for source, lines in (from_checkpoints or {}).items():
+            self.relay(source, lines)
+        return logged
+
+    @property
+    def desired(self) -> DesiredJob | None:
+        return self._control_plane.desired
+
+    def append(self, kind: str, data: dict[str, Any], attempt: int) -> None:
+        self._control_plane.take(self._log.append(kind, data, attempt))
+
+    def relay(self, source: str, lines: Iterable[Line]) -> None:
+        if self._control_plane.loses_reports:
+            return  # on their way, and gone with the driver
+        for line in lines:
+            self._control_plane.take_report(line.value())
+
+    def stored(self, source: str) -> int:
+        if self._control_plane.loses_reports:
+            return 0
+        return 1 << 30
+
+    def last(self, source: str) -> int:
+        return 0
+
+    def wait(self, timeout_s: float) -> None:
+        self._clock.advance(timeout_s)
+
+    def flush(self, *, timeout_s: float | None = None) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class FakeProcess:
+    """One worker process; it does a step each time it is polled."""
+
+    def __init__(self, slot: int, pid: int, is_spare: bool, version: str) -> None:
+        self.slot = slot
+        self.pid = pid
+        self.is_spare = is_spare
+        self.version = version
+        self.order: StartRequest | None = None
+        self.step = 0
+        self.lines: list[Line] = []
+        self.state = RankState.IDLE
+        self.must_stop = False
+
+    def report(self, kind: str, data: dict[str, Any]) -> None:
+        assert self.order is not None
+        n = len(self.lines) + 1
+        record = {
+            "n": n,
+            "at": 0.0,
+            "kind": kind,
+            "attempt": self.order.attempt,
+            "data": data,
+        }
+        self.lines.append(Line(n, kind, json.dumps(record).encode()))
+
+    def start(self, order: StartRequest, last_step: int) -> None:
+        self.order = order
+        self.state = RankState.RUNNING
+        self.must_stop = False
+        self.lines = []
+        self.step = 0
+        if order.resume_from:
+            self.step = int(order.resume_from.rpartition("step-")[2].split("-")[0])
+        # Training was over; the driver died before it recorded that.
+        if self.step == last_step:
+            self.state = RankState.FINISHED
+
+
+@dataclass
+class FakeCluster:
+    """Processes and resources; they live on when the driver dies."""
+
+    steps: int
+    """The job's last step."""
+    save_every: int
+    dies: tuple[int, int] | None = None
+    """Rank that dies before a step, and the step; once."""
+    step_s: float = 0.0
+    clock: FakeClock = field(default_factory=FakeClock)
+    on_step: Callable[[FakeProcess], None] = lambda process: None
+    workers: dict[int, FakeProcess] = field(default_factory=dict)
+    is_placed: bool = False
+    pids: int = 100
+    version: str = "1"
+    """Version of the code that is installed now."""
+
+    def start_process(self, worker: WorkerToStart) -> None:
+        if worker.slot not in self.workers:
+            self.pids += 1
+            process = FakeProcess(worker.slot, self.pids, worker.is_spare, self.version)
+            self.workers[worker.slot] = process
+
+    def advance(self, process: FakeProcess) -> None:
+        """Does one step, unless the attempt is over."""
+        assert process.order is not None
+        rank = process.order.env.rank
+        if process.state is not RankState.RUNNING:
+            return
+        if self.dies == (rank, process.step + 1):
+            self.dies = None
+            del self.workers[process.slot]
+            return
+        process.step += 1
+        if rank == 0:
+            self.clock.advance(self.step_s)
+        process.report("step", {"step": process.step, "loss": 1.0 / process.step})
+        is_last = process.step == self.steps
+        if is_last or process.must_stop or process.step % self.save_every == 0:
+            self._save(process, rank)
+        if is_last:
+            process.state = RankState.FINISHED
+        elif process.must_stop:
+            process.state = RankState.STOPPED
+        self.on_step(process)
+
+    def _save(self, process: FakeProcess, rank: int) -> None:
+        assert process.order is not None
+        storage_path = process.order.spec["storage"]["path"]
+        folder = Path(checkpoint_path(storage_path, process.step, process.order.attempt))
+        folder.mkdir(parents=True, exist_ok=True)
+        index = {"files": {"rank-0": 1, "rank-1": 1}}
+        (folder / "index.json").write_text(json.dumps(index))
+        (folder / f"rank-{rank}").write_text("x")
+        process.report(
+            "checkpoint_written",
+            {
+                "step": process.step,
+                "path": str(folder),
+                "bytes_written": 1,
+                "seconds": 0.0,
+            },
+        )
+
+
+class ReadyPlacementGroup:
+    """A placement group that needs no waiting for."""
+
+    def wait(self, timeout_s: float) -> bool:
+        return True
+
+
+class FakeGroup:
+    """WorkerGroup over the fake cluster; every act may be the driver's last."""
+
+    def __init__(self, cluster: FakeCluster, faults: FaultInjector) -> None:
+        self._cluster = cluster
+        self._faults = faults
+        self._slots: set[int] = set()
+        self._calls: dict[int, tuple[int, Poll]] = {}
+
+    def placement_group(self, plan: PlacementPlan) -> ReadyPlacementGroup:
+        self._faults.act()
+        self._cluster.is_placed = True
+        return ReadyPlacementGroup()
+
+    def nodes(self, plan: PlacementPlan) -> dict[int, str]:
+        return {bundle.index: NODE.node_id for bundle in plan.bundles}
+
+    def create(
+        self, plan: PlacementPlan, workers: Iterable[WorkerToStart], num_threads: int
+    ) -> None:
+        for worker in workers:
+            self._faults.act()
+            self._cluster.start_process(worker)
+            self._slots.add(worker.slot)
+
+    def adopt(self, slots: Iterable[int]) -> tuple[int, ...]:
+        asked = set(slots)
+        living = self._cluster.workers.keys()
+        self._slots |= asked & living
+        return tuple(sorted(asked - living))
+
+    def open_store(
+        self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]
+    ) -> tuple[str, int]:
+        self._faults.act()
+        return "store", self._cluster.workers[slot].pid
+
+    def probe(
+        self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]
+    ) -> list[SlotFacts]:
+        return [self._facts(slot) for slot in sorted(slots)]
+
+    def look_up(
+        self, slots: Iterable[int], fence: Fence, timeout_s: float
+    ) -> tuple[list[SlotFacts], tuple[int, ...]]:
+        living = []
+        dead = []
+        for slot in slots:
+            if slot in self._cluster.workers:
+                living.append(self._facts(slot))
+            else:
+                dead.append(slot)
+        return living, tuple(dead)
+
+    def _facts(self, slot: int) -> SlotFacts:
+        process = self._cluster.workers[slot]
+        return SlotFacts(
+            slot=slot,
+            pid=process.pid,
+            is_spare=process.is_spare,
+            bundle=0,
+            node_id=NODE.node_id,
+            address=NODE.address,
+        )
+
+    def start(
+        self,
+        fence: Fence,
+        orders: Mapping[int, StartRequest],
+        timeout_s: float,
+        stop: Callable[[], None],
+    ) -> None:
+        for slot, order in orders.items():
+            self._faults.act()
+            process = self._cluster.workers[slot]
+            assert process.state is not RankState.RUNNING, (
+                "the ranks of the attempt before must have left"
+            )
+            assert process.version == self._cluster.version, (
+                "a driver gives orders to processes of its own version"
+            )
+            process.start(order, self._cluster.steps)
+
+    def poll(self, slot: int, rank: int, fence: Fence, poll: Poll) -> None:
+        self._calls[rank] = (slot, poll)
+
+    def collect(self, timeout_s: float) -> list[PollResult]:
+        self._cluster.clock.advance(timeout_s)
+        calls = sorted(self._calls.items())
+        self._calls.clear()
+        return [self._answer(rank, slot, poll) for rank, (slot, poll) in calls]
+
+    def _answer(self, rank: int, slot: int, poll: Poll) -> PollResult:
+        process = self._cluster.workers.get(slot)
+        if process is not None:
+            self._cluster.advance(process)
+        if slot not in self._cluster.workers:
+            death = Death(FailureKind.PROCESS_DIED, "its process died: SIGKILL")
+            return PollResult(rank, death=death)
+        assert process is not None
+        assert process.order is not None
+        after = poll.after
+        if after is None:
+            after = poll.released
+        lines = []
+        for line in process.lines:
+            if line.n > after and (poll.steps or line.kind != "step"):
+                lines.append(line)
+        reply = NextReply(
+            state=process.state,
+            attempt=process.order.attempt,
+            last_n=len(process.lines),
+            lines=lines,
+            step=process.step,
+            reports=process.step,
+        )
+        return PollResult(rank, reply)
+
+    def drop_calls(self) -> None:
+        self._calls.clear()
+
+    def command(self, slot: int, fence: Fence, command: Command) -> None:
+        self._faults.act()
+        # The ranks agree among themselves.
+        for process in self._cluster.workers.values():
+            process.must_stop = process.must_stop or command >= Command.STOP
+
+    def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
+        self._faults.act()
+        free = sorted(self._slots & self._cluster.workers.keys())
+        for slot in free:
+            self._cluster.workers[slot].state = RankState.IDLE
+        return tuple(free)
+
+    def kill_slots(self, slots: Sequence[int]) -> None:
+        for slot in slots:
+            self._faults.act()
+            self._cluster.workers.pop(slot, None)
+            self._slots.discard(slot)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return tuple(sorted(self._slots))
+
+    def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
+        self._faults.act()
+        return (NODE.node_id,)
+
+    def remove_all(self, num_slots: int) -> None:
+        self._faults.act()
+        self._cluster.workers.clear()
+        self._faults.act()
+        self._cluster.is_placed = False
+        self._slots.clear()
+
+
+class FakeTasks:
+    """Runs no task: the data are prepared already."""
+
+    def anywhere(self, body: Callable[..., Any], *args: Any) -> None:
+        return None
+
+    def is_done(self, call: None) -> bool:
+        return True
+
+    def result(self, call: None) -> dict[str, Any]:
+        return {"prepared": PREPARED}
+
+    def end(self, call: None) -> None:
+        pass
+
+
+class FakeDeadRankFiles:
+    """Notes the attempts and ranks whose files were fetched."""
+
+    def __init__(self, fetched: set[tuple[int, int]]) -> None:
+        self._fetched = fetched
+
+    def collect(self, dead: Iterable[DeadRank]) -> None:
+        for rank in dead:
+            self._fetched.add((rank.attempt, rank.place.rank))
+
+    def finish(self, dead: Iterable[DeadRank]) -> None:
+        self.collect(dead)
+
+    def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
+        pass
+
+    def await_sweep(self, timeout_s: float) -> None:
+        pass
+
+
+class FakeGauges:
+    """Shows nothing."""
+
+    def show(self, step: dict[str, Any]) -> None:
+        pass
+
+
+class ImmediateExecutor:
+    """An executor in the caller's thread, so that every run goes the same way."""
+
+    def submit(self, body: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(body(*args))
+        except Exception as error:  # noqa: BLE001 - as an executor does
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, wait: bool = True) -> None:
+        pass
+
+
+def fake_ports(
+    cluster: FakeCluster,
+    control_plane: FakeControlPlane,
+    job_dir: str,
+    faults: FaultInjector | None = None,
+    fetched: set[tuple[int, int]] | None = None,
+) -> JobPorts:
+    """Returns the dependencies of one incarnation of the driver."""
+    faults = faults or FaultInjector()
+    storage = FakeStorage(job_dir, faults)
+    fakes: dict[str, Any] = {
+        "open_storage": lambda path: FakeStorage(path, faults),
+        "outbox": FakeOutbox(control_plane, RecordLog(storage), cluster.clock),
+        "group": FakeGroup(cluster, faults),
+        "tasks": FakeTasks(),
+        "read_nodes": lambda: (NODE,),
+        "dead_rank_files": FakeDeadRankFiles(set() if fetched is None else fetched),
+        "logs": JobLogs(storage),
+        "gauges": FakeGauges(),
+        "executor": ImmediateExecutor(),
+        "clock": cluster.clock,
+        "jitter": lambda: 0.5,
+        "code_version": cluster.version,
+    }
+    return JobPorts(**fakes)

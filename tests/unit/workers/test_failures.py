@@ -1,0 +1,156 @@
+"""Classes of failures, and the root cause among several."""
+
+import builtins
+import importlib
+import pkgutil
+from collections.abc import Iterator
+
+import pydantic
+import pytest
+import torch
+
+import megatron_ray
+import workers
+from megatron_ray.exceptions import ErrorKind, MegatronRayError
+from workers.decisions.failures import (
+    BY_PRECEDENCE,
+    FOREIGN_TYPES,
+    GROUP_TYPES,
+    Failure,
+    FailureKind,
+    classify,
+    describe_error,
+    root_cause,
+)
+from workers.protocol.states import StatusReason
+
+EXPECTED = {
+    ErrorKind.USER: FailureKind.USER,
+    ErrorKind.STORAGE: FailureKind.STORAGE,
+    ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
+    ErrorKind.INTERNAL: FailureKind.EXCEPTION,
+}
+
+
+def own_exceptions() -> list[type[MegatronRayError]]:
+    """Returns every exception class that the library and the workers define."""
+    for package in (megatron_ray, workers):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if not module.name.endswith("__main__"):
+                importlib.import_module(module.name)
+    return sorted(set(subclasses(MegatronRayError)), key=lambda error: error.__name__)
+
+
+def subclasses(base: type[MegatronRayError]) -> Iterator[type[MegatronRayError]]:
+    for error in base.__subclasses__():
+        yield error
+        yield from subclasses(error)
+
+
+def test_every_exception_of_ours_is_classified_by_its_kind_not_its_name() -> None:
+    errors = own_exceptions()
+    names = {error.__name__ for error in errors}
+    assert {"ConfigError", "UnusableDataError", "UserError", "StorageError"} <= names
+    assert {"MissingFileError", "NonFiniteLossError", "WorkerGroupError"} <= names
+    for error in errors:
+        assert error.__name__.endswith("Error")
+        reported = {"type": "Renamed", "message": "m", "failure_kind": error.failure_kind}
+        kind, _ = describe_error(reported)
+        assert kind is EXPECTED[error.failure_kind], error.__name__
+
+
+def test_every_exception_class_of_these_packages_is_in_the_tree() -> None:
+    own_exceptions()
+    strays = []
+    for error in all_subclasses(Exception):
+        ours = error.__module__.startswith(("megatron_ray.", "workers."))
+        is_public = not error.__name__.startswith("_")
+        if ours and is_public and not issubclass(error, MegatronRayError):
+            strays.append(error)
+    assert strays == []
+
+
+def all_subclasses(base: type) -> Iterator[type]:
+    for child in type.__subclasses__(base):
+        yield child
+        yield from all_subclasses(child)
+
+
+def test_exceptions_of_other_libraries_have_the_names_that_are_matched() -> None:
+    namespaces = (builtins, pydantic, torch, torch.distributed)
+    for name in (*FOREIGN_TYPES, *GROUP_TYPES):
+        assert any(hasattr(namespace, name) for namespace in namespaces), name
+
+
+@pytest.mark.parametrize(
+    ("type_name", "message", "kind"),
+    [
+        ("UnusableDataError", "/data/train/0/path: nothing there", FailureKind.USER),
+        (
+            "ConfigError",
+            "model.vocab_size=10 is smaller than the tokenizer's 256",
+            FailureKind.USER,
+        ),
+        ("OutOfMemoryError", "CUDA out of memory", FailureKind.OOM),
+        (
+            "RuntimeError",
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory",
+            FailureKind.OOM,
+        ),
+        (
+            "RuntimeError",
+            "[gloo/transport/tcp/pair.cc] Connection closed by peer [10.0.0.1]",
+            FailureKind.COLLATERAL,
+        ),
+        (
+            "DistBackendError",
+            "NCCL error: remote process exited or there was a network error",
+            FailureKind.COLLATERAL,
+        ),
+        ("StorageError", "cannot write x: No space left on device", FailureKind.STORAGE),
+        ("LookupError", "connection closed by peer", FailureKind.EXCEPTION),
+        ("RuntimeError", "shape mismatch", FailureKind.EXCEPTION),
+        ("DataProblem", "recorded by an older version", FailureKind.USER),
+        ("NonFiniteLoss", "recorded by an older version", FailureKind.NAN_LOSS),
+        ("MissingFile", "recorded by an older version", FailureKind.STORAGE),
+    ],
+)
+def test_classes_of_exceptions_without_a_kind(
+    type_name: str, message: str, kind: FailureKind
+) -> None:
+    assert classify(type_name, message) is kind
+
+
+def test_an_internal_error_is_classified_by_its_text() -> None:
+    assert classify("RuntimeError", "broken pipe", "internal") is FailureKind.COLLATERAL
+    assert classify("SomeError", "out of memory", "internal") is FailureKind.OOM
+    assert classify("SomeError", "no such thing", "a later kind") is FailureKind.EXCEPTION
+
+
+def test_an_echo_that_arrives_first_is_not_the_cause() -> None:
+    echo = Failure(FailureKind.COLLATERAL, "connection closed", rank=0, order=0)
+    later_echo = Failure(FailureKind.COLLATERAL, "connection closed", rank=2, order=2)
+    died = Failure(FailureKind.PROCESS_DIED, "died", rank=1, order=1)
+    assert root_cause([echo, died, later_echo]).rank == 1
+    assert root_cause([echo, later_echo]).rank == 0
+    with pytest.raises(ValueError, match="no failure"):
+        root_cause([])
+
+
+def test_every_kind_has_a_precedence_and_a_reason() -> None:
+    assert set(BY_PRECEDENCE) == set(FailureKind)
+    assert len(BY_PRECEDENCE) == len(FailureKind)
+    for kind in FailureKind:
+        assert isinstance(Failure(kind, "").reason, StatusReason)
+
+
+def test_errors_of_ranks_are_described() -> None:
+    assert describe_error({"type": "ValueError", "message": "bad"}) == (
+        FailureKind.EXCEPTION,
+        "ValueError: bad",
+    )
+    assert describe_error({"type": "UserError", "message": "bad"}) == (
+        FailureKind.USER,
+        "bad",
+    )
+    assert describe_error({})[0] is FailureKind.EXCEPTION

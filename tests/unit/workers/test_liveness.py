@@ -1,0 +1,26 @@
+"""When ranks count as silent or hung."""
+
+from workers.decisions.liveness import Progress, hang, silence_limit_s, silent_ranks
+
+
+def test_silence() -> None:
+    answered_at = {rank: 100.0 - rank % 2 * 20 for rank in range(4096)}
+    assert silent_ranks(100.0, answered_at, 15.0) == tuple(range(1, 4096, 2))
+
+
+def test_starting_processes_may_be_silent_for_longer() -> None:
+    assert silence_limit_s(has_stepped=True) == 15.0
+    assert silence_limit_s(has_stepped=False) == 90.0
+
+
+def test_hang_waits_for_ten_of_the_longest_gaps() -> None:
+    progress = Progress(0.0)
+    assert hang(1000.0, progress) is None, "the first step may take long"
+    assert "1801 s" in (hang(1801.0, progress) or "")
+    progress = progress.advanced(900.0).advanced(930.0)
+    assert progress.longest_gap_s == 30.0
+    assert hang(930.0 + 299, progress) is None
+    assert (
+        hang(930.0 + 301, progress) == "no rank reported anything for 301 s (limit 300 s)"
+    )
+    assert hang(10.0 + 121, Progress(10.0, 0.1, 5)) is not None

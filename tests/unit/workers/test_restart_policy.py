@@ -1,0 +1,94 @@
+"""Whether and when a failed attempt is followed by another."""
+
+import pytest
+
+from workers.decisions import restart_policy
+from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.restart_policy import RestartHistory
+from workers.protocol.job import RestartConfig
+from workers.protocol.states import StatusReason
+
+DIED = Failure(FailureKind.PROCESS_DIED, "its process died", rank=1)
+POLICY = RestartConfig(max_failures=3, backoff_s=1.0)
+
+
+def decide(
+    cause: Failure = DIED,
+    history: RestartHistory | None = None,
+    commit: int = 0,
+    policy: RestartConfig = POLICY,
+):
+    return restart_policy.decide_restart(
+        policy, history or RestartHistory(), cause, commit, jitter=0.0
+    )
+
+
+@pytest.mark.parametrize("kind", [FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS])
+def test_what_would_only_repeat_is_not_tried_again(kind: FailureKind) -> None:
+    decision = decide(Failure(kind, "no", rank=3))
+    assert not decision.retry
+    assert decision.message == "rank 3: no (not restarted: the error is deterministic)"
+    assert decision.history == RestartHistory()
+
+
+def test_first_try_is_immediate_then_waits_double() -> None:
+    assert [
+        restart_policy.backoff_s(POLICY, failures, 0.0) for failures in range(1, 6)
+    ] == [
+        0,
+        1,
+        2,
+        4,
+        8,
+    ]
+    assert restart_policy.backoff_s(POLICY, 40, 0.0) == 60
+    assert restart_policy.backoff_s(POLICY, 3, 0.5) == pytest.approx(1.5)
+
+
+def test_budget_of_failures() -> None:
+    history = RestartHistory(failures=3, commits_at_failure=(5, 10, 15))
+    decision = decide(history=history, commit=20)
+    assert not decision.retry
+    assert decision.reason is StatusReason.BUDGET_SPENT
+    assert "failure 4, restart.max_failures is 3" in decision.message
+    alone = decide(policy=RestartConfig(max_failures=0))
+    assert alone.reason is StatusReason.WORKER_DIED, (
+        "the only failure is the reason, not the budget"
+    )
+
+
+def test_preemptions_have_a_budget_of_their_own() -> None:
+    cause = Failure(FailureKind.PREEMPTED, "node drained")
+    decision = decide(cause, RestartHistory(failures=3))
+    assert decision.retry
+    assert decision.history == RestartHistory(failures=3, preemptions=1)
+    spent = decide(
+        cause, RestartHistory(preemptions=2), policy=RestartConfig(max_preemptions=2)
+    )
+    assert not spent.retry
+    assert spent.reason is StatusReason.BUDGET_SPENT
+
+
+@pytest.mark.parametrize(
+    ("before", "commit", "retry"),
+    [
+        ((), 0, True),
+        ((0,), 0, True),
+        ((0, 0), 0, False),
+        ((50, 50), 50, True),
+        ((50, 50, 50), 50, False),
+        ((0, 0), 5, True),
+    ],
+)
+def test_crash_loop_guard(before: tuple[int, ...], commit: int, retry: bool) -> None:
+    history = RestartHistory(failures=len(before), commits_at_failure=before)
+    decision = decide(
+        history=history, commit=commit, policy=RestartConfig(max_failures=100)
+    )
+    assert decision.retry is retry
+    if not retry:
+        assert decision.reason is StatusReason.NO_PROGRESS
+        assert (
+            f"3 attempts failed without a checkpoint beyond step {commit}"
+            in decision.message
+        )

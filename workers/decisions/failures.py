@@ -1,0 +1,195 @@
+"""Classifies what went wrong in an attempt and picks the root cause.
+
+Owns: the kinds of failures, their order, how an error that a rank reported is
+classified. Pure. Must not know: what follows a failure, Ray, torch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from megatron_ray.exceptions import ErrorKind
+from workers.protocol.states import StatusReason
+
+
+class FailureKind(StrEnum):
+    """Classes of what ends an attempt; journals keep them by value."""
+
+    USER = "user"
+    OOM = "oom"
+    NAN_LOSS = "nan_loss"
+    EXCEPTION = "exception"
+    STORAGE = "storage"
+    PROCESS_DIED = "process_died"
+    NODE_LOST = "node_lost"
+    NODE_MEMORY = "node_memory"
+    """The memory of the whole node ran out, perhaps through another job: retried, unlike
+    a rank's own OOM."""
+    PREEMPTED = "preempted"
+    SILENT = "silent"
+    HANG = "hang"
+    START = "start"
+    COLLATERAL = "collateral"
+    """A rank's error after a peer went away: the cause only when nothing else is known."""
+
+
+BY_PRECEDENCE = (
+    FailureKind.USER,
+    FailureKind.OOM,
+    FailureKind.NAN_LOSS,
+    FailureKind.EXCEPTION,
+    FailureKind.STORAGE,
+    FailureKind.PREEMPTED,
+    FailureKind.NODE_LOST,
+    FailureKind.NODE_MEMORY,
+    FailureKind.PROCESS_DIED,
+    FailureKind.SILENT,
+    FailureKind.START,
+    FailureKind.HANG,
+    FailureKind.COLLATERAL,
+)
+"""Of failures seen together the first in this order is the cause."""
+
+_REASONS = {
+    FailureKind.USER: StatusReason.SPEC_INVALID,
+    FailureKind.OOM: StatusReason.OOM,
+    FailureKind.NAN_LOSS: StatusReason.NAN_LOSS,
+    FailureKind.STORAGE: StatusReason.STORAGE_ERROR,
+    FailureKind.PROCESS_DIED: StatusReason.WORKER_DIED,
+    FailureKind.NODE_LOST: StatusReason.NODE_LOST,
+    FailureKind.NODE_MEMORY: StatusReason.OOM,
+    FailureKind.SILENT: StatusReason.NODE_LOST,
+    FailureKind.PREEMPTED: StatusReason.PREEMPTED,
+    FailureKind.HANG: StatusReason.HANG,
+    FailureKind.EXCEPTION: StatusReason.WORKER_DIED,
+    FailureKind.COLLATERAL: StatusReason.WORKER_DIED,
+    FailureKind.START: StatusReason.INTERNAL,
+}
+
+_KIND_OF_ERROR: dict[str, FailureKind] = {
+    ErrorKind.USER: FailureKind.USER,
+    ErrorKind.STORAGE: FailureKind.STORAGE,
+    ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
+}
+
+FOREIGN_TYPES = {
+    "ValidationError": FailureKind.USER,  # pydantic
+    "OutOfMemoryError": FailureKind.OOM,  # torch
+    "MemoryError": FailureKind.OOM,
+}
+"""Exceptions of other libraries, which carry no failure kind, by class name."""
+LEGACY_TYPES = {
+    "ConfigProblem": FailureKind.USER,
+    "ConfigError": FailureKind.USER,
+    "DataProblem": FailureKind.USER,
+    "UnusableDataError": FailureKind.USER,
+    "UserMistake": FailureKind.USER,
+    "UserError": FailureKind.USER,
+    "NonFiniteLoss": FailureKind.NAN_LOSS,
+    "NonFiniteLossError": FailureKind.NAN_LOSS,
+    "StorageError": FailureKind.STORAGE,
+    "MissingFile": FailureKind.STORAGE,
+    "MissingFileError": FailureKind.STORAGE,
+}
+"""Our own exceptions in records of versions that did not report the kind yet."""
+GROUP_TYPES = (
+    "DistBackendError",
+    "DistNetworkError",
+    "DistStoreError",
+    "RuntimeError",
+    "ConnectionError",
+)
+"""Exceptions that torch.distributed raises when a peer goes away."""
+# Collected from gloo and NCCL; they arrive as exceptions of GROUP_TYPES.
+_PEER_LOST_TEXTS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "socket timeout",
+    "timed out waiting",
+    "remote process exited or there was a network error",
+    "nccl communicator was aborted",
+    "read error",
+    "write error",
+)
+_OOM_TEXTS = ("out of memory", "can't allocate memory")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One thing that went wrong, as the driver saw it."""
+
+    kind: FailureKind
+    message: str
+    rank: int | None = None
+    order: int = 0
+    """Counts an attempt's failures as they arrived."""
+    detail: str = ""
+    """Traceback, for the history; never shown for a user's mistake."""
+
+    @property
+    def reason(self) -> StatusReason:
+        """Returns the status reason that clients see."""
+        return _REASONS[self.kind]
+
+    def sentence(self) -> str:
+        """Returns the message, with its rank where there is one."""
+        if self.rank is None:
+            return self.message
+        return f"rank {self.rank}: {self.message}"
+
+
+def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
+    """Returns class and message of an error that a rank reported.
+
+    `error` holds type, message and failure_kind; the last is absent for exceptions of
+    other libraries and in records of older versions.
+    """
+    type_name = str(error.get("type", ""))
+    message = str(error.get("message", ""))
+    kind = classify(type_name, message, error.get("failure_kind"))
+    # A user's mistake is worded for the user: a class name would not help.
+    if kind is FailureKind.USER:
+        return kind, message
+    return kind, f"{type_name or 'error'}: {message}"
+
+
+def classify(type_name: str, message: str, failure_kind: str | None = None) -> FailureKind:
+    """Returns the class of an exception: by its own kind, else by type name and text."""
+    # Our own exceptions carry their kind; where that is INTERNAL, the text decides.
+    own_kind = _KIND_OF_ERROR.get(failure_kind or "")
+    if own_kind is not None:
+        return own_kind
+    known = FOREIGN_TYPES.get(type_name) or LEGACY_TYPES.get(type_name)
+    if known is FailureKind.USER:
+        return known
+    text = message.lower()
+    # torch raises plain RuntimeErrors for the host's memory, so the text counts too.
+    if _contains_any(text, _OOM_TEXTS):
+        return FailureKind.OOM
+    if known is not None:
+        return known
+    # Any other exception with such a text is a cause of its own.
+    if type_name in GROUP_TYPES and _contains_any(text, _PEER_LOST_TEXTS):
+        return FailureKind.COLLATERAL
+    return FailureKind.EXCEPTION
+
+
+def root_cause(failures: Sequence[Failure]) -> Failure:
+    """Returns the failure that explains the others: first by class, then by arrival.
+
+    Raises ValueError when there is none.
+    """
+    if not failures:
+        raise ValueError("no failure to explain")
+    return min(failures, key=_precedence)
+
+
+def _precedence(failure: Failure) -> tuple[int, int]:
+    return BY_PRECEDENCE.index(failure.kind), failure.order
+
+
+def _contains_any(text: str, parts: Sequence[str]) -> bool:
+    return any(part in text for part in parts)

@@ -1,0 +1,408 @@
+"""Decides what a job's driver does next: one state machine, pure and tabulated.
+
+Owns: every transition between phases, and the records and journal fields that belong to
+it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
+
+    PREPARING
+        │ DataPrepared
+        v
+    READY <─────────────────────────────────────┐
+        │ RunRequested                          │ PlacementTimedOut
+        v                                       │ StopRequested(pause)
+    SCHEDULING ─────────────────────────────────┤ AttemptStopped(pause)
+        │ Placed                                │
+        v                                       │
+    STARTING <────────────────┐ ────────────────┤
+        │ RanksStarted        │                 │
+        v                     │ Placed          │
+    RUNNING ──────────────────┼─────────────────┤
+        │ AttemptFailed       │                 │
+        v AttemptStopped(run) │                 │
+    RECOVERING ───────────────┘ ────────────────┘
+        ^     │
+        └─────┘ RestartDecided(retry)
+
+    STARTING ──AttemptFailed, AttemptAbandoned──> RECOVERING
+    any phase but RUNNING ──StopRequested(cancel)──> ENDING
+    PREPARING ──DataRejected, PreparationFailed──> ENDING
+    RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
+    RECOVERING ──RestartDecided(give up)──> ENDING
+
+The driver works in a phase until it observes something, asks `next_phase`, sends the
+records of the transition and writes the journal. A driver that dies anywhere in between
+is followed by one that enters at the phase in the journal and observes again; records
+that were sent already are not sent twice.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from workers.decisions.failures import Failure
+from workers.decisions.journal_entry import (
+    DeadRank,
+    Ending,
+    FailedAttempt,
+    JournalEntry,
+    Phase,
+    ResourcesReleased,
+)
+from workers.decisions.restart_policy import RestartDecision
+from workers.exceptions import WorkersError
+from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
+
+_MAX_DETAIL = 4000
+"""Characters of a traceback that a journal entry keeps: its end names the cause."""
+
+
+class InvalidTransitionError(WorkersError):
+    """Something was observed in a phase in which it cannot happen: a bug."""
+
+
+# ---- what a driver observes
+
+
+@dataclass(frozen=True)
+class DataPrepared:
+    """The data task is done; `prepared` is PreparedData as JSON."""
+
+    prepared: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class DataRejected:
+    """The data cannot be used; the service has a record of the problems already."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class PreparationFailed:
+    """The data task failed for a reason that is not the user's."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class RunRequested:
+    """The service has admitted the job."""
+
+
+@dataclass(frozen=True)
+class StopRequested:
+    """The job is to be cancelled or paused while no attempt runs."""
+
+    desired: DesiredState
+    revision: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The placement group is ready; the next attempt can start."""
+
+    code_version: str
+    checkpoint_path: str | None
+    """Newest committed checkpoint; None: from the beginning."""
+    checkpoint_step: int = 0
+
+
+@dataclass(frozen=True)
+class PlacementTimedOut:
+    """The placement group did not become ready in time."""
+
+    message: str
+    revision: int
+
+
+@dataclass(frozen=True)
+class RanksStarted:
+    """Every rank runs its training thread."""
+
+
+@dataclass(frozen=True)
+class AttemptAbandoned:
+    """A restarted driver has ended ranks that its predecessor had half started."""
+
+
+@dataclass(frozen=True)
+class AttemptFinished:
+    """Every rank has done its last step, and all checkpoints are committed."""
+
+
+@dataclass(frozen=True)
+class AttemptStopped:
+    """The ranks stopped, or the grace period ran out; `desired` is what comes now."""
+
+    desired: DesiredState
+    revision: int
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class AttemptFailed:
+    """The attempt failed, while starting or running."""
+
+    cause: Failure
+    dead_ranks: tuple[int, ...] = ()
+    """Ranks whose process is gone or must go."""
+
+
+@dataclass(frozen=True)
+class RestartDecided:
+    """The failure is recorded and judged by the restart policy."""
+
+    decision: RestartDecision
+
+
+Observation = (
+    DataPrepared
+    | DataRejected
+    | PreparationFailed
+    | RunRequested
+    | StopRequested
+    | Placed
+    | PlacementTimedOut
+    | RanksStarted
+    | AttemptAbandoned
+    | AttemptFinished
+    | AttemptStopped
+    | AttemptFailed
+    | RestartDecided
+)
+
+
+# ---- what follows
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """A job's state as it is recorded."""
+
+    state: JobState
+    reason: StatusReason | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class AttemptStatus:
+    """An attempt's state as it is recorded."""
+
+    state: AttemptState
+    reason: StatusReason | None = None
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """The phase to enter, and what is recorded and journaled before.
+
+    The records go first: until the journal is written, a successor repeats the
+    transition, and records that repeat are dropped. The other way round, one would miss.
+    """
+
+    phase: Phase
+    journal: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the journal entry that change with the phase."""
+    attempt: AttemptStatus | None = None
+    job: JobStatus | None = None
+    delay_s: float = 0.0
+    """How long to wait before the next attempt."""
+
+
+def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
+    """Returns the transition that an observation causes in the journal's phase.
+
+    Raises InvalidTransitionError when the table has no such row.
+    """
+    rule = TRANSITIONS.get((entry.phase, type(observation)))
+    if rule is None:
+        name = type(observation).__name__
+        raise InvalidTransitionError(f"{name} cannot happen in phase {entry.phase.value}")
+    return rule(entry, observation)
+
+
+# ---- one rule per observation; its phase only matters where the rule tests it
+
+
+def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
+    return Transition(Phase.READY, {"prepared": dict(seen.prepared)})
+
+
+def _data_rejected(entry: JournalEntry, seen: DataRejected) -> Transition:
+    # The problems' own record has failed the job in the service.
+    status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, seen.message)
+    return _end(status, told=True)
+
+
+def _preparation_failed(entry: JournalEntry, seen: PreparationFailed) -> Transition:
+    return _end(JobStatus(JobState.FAILED, StatusReason.INTERNAL, seen.message))
+
+
+def _run_requested(entry: JournalEntry, seen: RunRequested) -> Transition:
+    # The state is recorded in the phase, not before it: a successor that came back to
+    # READY would record the release once more.
+    return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": ()})
+
+
+def _stop_requested(entry: JournalEntry, seen: StopRequested) -> Transition:
+    return _stop(seen.desired, seen.revision, None)
+
+
+def _start_cancelled(entry: JournalEntry, seen: StopRequested) -> Transition:
+    # Unlike in the other phases, there is an attempt whose end must be recorded.
+    return _stop(seen.desired, seen.revision, AttemptStatus(AttemptState.STOPPED))
+
+
+def _placed(entry: JournalEntry, seen: Placed) -> Transition:
+    # A new attempt is a new journal file; the one before stays as it ended.
+    journal = {
+        "attempt": entry.attempt + 1,
+        "code_version": seen.code_version,
+        "resumed_from": seen.checkpoint_path,
+        "last_commit": seen.checkpoint_step,
+        "stopping": None,
+        "failed": None,
+    }
+    return Transition(Phase.STARTING, journal)
+
+
+def _placement_timed_out(entry: JournalEntry, seen: PlacementTimedOut) -> Transition:
+    # No budget is charged: that the cluster is full is not the job's failure.
+    status = JobStatus(JobState.QUEUED, StatusReason.WAITING_GANG, seen.message)
+    return _release(status, seen.revision, None)
+
+
+def _ranks_started(entry: JournalEntry, seen: RanksStarted) -> Transition:
+    # The job's state becomes RUNNING with the first step, which may be minutes away.
+    return Transition(Phase.RUNNING)
+
+
+def _attempt_abandoned(entry: JournalEntry, seen: AttemptAbandoned) -> Transition:
+    # The driver died, not the ranks: nothing is charged to the job's budget.
+    status = AttemptStatus(AttemptState.STOPPED, None, "abandoned while starting")
+    return Transition(Phase.RECOVERING, {"failed": None}, attempt=status)
+
+
+def _attempt_finished(entry: JournalEntry, seen: AttemptFinished) -> Transition:
+    attempt = AttemptStatus(AttemptState.SUCCEEDED)
+    return _end(JobStatus(JobState.SUCCEEDED), attempt)
+
+
+def _attempt_stopped(entry: JournalEntry, seen: AttemptStopped) -> Transition:
+    attempt = AttemptStatus(AttemptState.STOPPED, None, seen.message)
+    if seen.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
+        return _stop(seen.desired, seen.revision, attempt)
+    # Stopped for a new version of the code, or the pause was taken back meanwhile.
+    return Transition(
+        Phase.RECOVERING,
+        {"failed": None, "stopping": None},
+        attempt=attempt,
+        job=JobStatus(JobState.RECOVERING, None, seen.message),
+    )
+
+
+def _attempt_failed(entry: JournalEntry, seen: AttemptFailed) -> Transition:
+    cause = seen.cause
+    failed = FailedAttempt(
+        kind=cause.kind,
+        message=cause.message,
+        rank=cause.rank,
+        detail=cause.detail[-_MAX_DETAIL:],
+        dead_ranks=seen.dead_ranks,
+    )
+    dead = {}
+    # Once an attempt runs, the files of the dead before it are being fetched; when it
+    # never ran, nobody has asked for them yet.
+    if entry.phase is not Phase.RUNNING:
+        dead = {(rank.attempt, rank.place.rank): rank for rank in entry.dead}
+    for place in entry.ranks:
+        if place.rank in seen.dead_ranks:
+            rank = DeadRank(attempt=entry.attempt, place=place)
+            dead[entry.attempt, place.rank] = rank
+    return Transition(Phase.RECOVERING, {"failed": failed, "dead": tuple(dead.values())})
+
+
+def _restart_decided(entry: JournalEntry, seen: RestartDecided) -> Transition:
+    decision = seen.decision
+    spent = {
+        "failures": decision.history.failures,
+        "preemptions": decision.history.preemptions,
+        "commits_at_failure": decision.history.commits_at_failure,
+        "failed": None,
+    }
+    # Budget and ending in one write: a driver that died in between would start an attempt
+    # that the budget does not have.
+    if not decision.retry:
+        status = JobStatus(JobState.FAILED, decision.reason, decision.message)
+        return _end(status, journal=spent)
+    status = JobStatus(JobState.RECOVERING, decision.reason, decision.message)
+    return Transition(Phase.RECOVERING, spent, job=status, delay_s=decision.delay_s)
+
+
+def _stop(
+    desired: DesiredState, revision: int, attempt: AttemptStatus | None
+) -> Transition:
+    """Ends a job that is cancelled; releases the resources of one that is paused."""
+    message = ""
+    if attempt is not None:
+        message = attempt.message
+    if desired is DesiredState.CANCEL:
+        status = JobStatus(JobState.CANCELLED, StatusReason.USER_CANCELLED, message)
+        return _end(status, attempt)
+    return _release(JobStatus(JobState.PAUSED, None, message), revision, attempt)
+
+
+def _release(status: JobStatus, revision: int, attempt: AttemptStatus | None) -> Transition:
+    """Back to READY; the state is recorded once the resources are released."""
+    released = ResourcesReleased(
+        state=status.state.value,
+        reason=status.reason,
+        message=status.message,
+        revision=revision,
+    )
+    return Transition(Phase.READY, {"given_back": released}, attempt=attempt)
+
+
+def _end(
+    status: JobStatus,
+    attempt: AttemptStatus | None = None,
+    *,
+    told: bool = False,
+    journal: Mapping[str, Any] | None = None,
+) -> Transition:
+    """Ends the job; its state is recorded last, after the clean-up."""
+    ending = Ending(
+        state=status.state.value, reason=status.reason, message=status.message, told=told
+    )
+    return Transition(Phase.ENDING, {**(journal or {}), "ending": ending}, attempt=attempt)
+
+
+Rule = Callable[[JournalEntry, Any], Transition]
+
+TRANSITIONS: dict[tuple[Phase, type], Rule] = {
+    # No resources are held: CPU work on the data, then the queue.
+    (Phase.PREPARING, DataPrepared): _data_prepared,
+    (Phase.PREPARING, DataRejected): _data_rejected,
+    (Phase.PREPARING, PreparationFailed): _preparation_failed,
+    (Phase.PREPARING, StopRequested): _stop_requested,
+    (Phase.READY, RunRequested): _run_requested,
+    (Phase.READY, StopRequested): _stop_requested,
+    # The service has admitted the job; Ray finds room for it.
+    (Phase.SCHEDULING, Placed): _placed,
+    (Phase.SCHEDULING, PlacementTimedOut): _placement_timed_out,
+    (Phase.SCHEDULING, StopRequested): _stop_requested,
+    # One attempt, from its first process to its last report.
+    (Phase.STARTING, RanksStarted): _ranks_started,
+    (Phase.STARTING, AttemptFailed): _attempt_failed,
+    (Phase.STARTING, AttemptAbandoned): _attempt_abandoned,
+    (Phase.STARTING, StopRequested): _start_cancelled,
+    (Phase.RUNNING, AttemptFinished): _attempt_finished,
+    (Phase.RUNNING, AttemptStopped): _attempt_stopped,
+    (Phase.RUNNING, AttemptFailed): _attempt_failed,
+    # Between two attempts; processes and placement group are kept where they live.
+    (Phase.RECOVERING, RestartDecided): _restart_decided,
+    (Phase.RECOVERING, Placed): _placed,
+    (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,
+    (Phase.RECOVERING, StopRequested): _stop_requested,
+}
+"""Every transition there is; ENDING is final and has none."""

@@ -1,0 +1,118 @@
+"""Holds what a job's driver must remember to go on after its own death.
+
+Owns: the journal's fields, which are a file format: a newer driver reads the entries of
+an older one. Never holds a token. Must not know: storage, Ray, torch, HTTP.
+"""
+
+from enum import StrEnum
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from workers.decisions.failures import FailureKind
+from workers.decisions.placement import RankPlace
+from workers.protocol.states import DesiredState
+
+FORMAT_VERSION = 1
+
+
+class Phase(StrEnum):
+    """What the driver was doing when it wrote the entry; see `job_phases`."""
+
+    PREPARING = "preparing"
+    READY = "ready"
+    SCHEDULING = "scheduling"
+    STARTING = "starting"
+    RUNNING = "running"
+    RECOVERING = "recovering"
+    ENDING = "ending"
+
+
+class Ending(BaseModel):
+    """How the job ends.
+
+    Written before the clean-up, so that a restarted driver ends the job the same way.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    state: str
+    reason: str | None = None
+    message: str = ""
+    told: bool = False
+    """Whether the service has it already, by another record."""
+
+
+class FailedAttempt(BaseModel):
+    """Why the current attempt failed, until it is decided what follows."""
+
+    model_config = ConfigDict(frozen=True)
+
+    kind: FailureKind
+    message: str
+    rank: int | None = None
+    detail: str = ""
+    dead_ranks: tuple[int, ...] = ()
+
+
+class DeadRank(BaseModel):
+    """A rank that died in an attempt; its report and log files lie on its node."""
+
+    model_config = ConfigDict(frozen=True)
+
+    attempt: int
+    place: RankPlace
+
+
+class ResourcesReleased(BaseModel):
+    """Why the resources are released, or about to be.
+
+    The job waits until it is to run at a revision above `revision`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    state: str
+    reason: str | None
+    message: str
+    revision: int
+
+
+class JournalEntry(BaseModel):
+    """State of one attempt; attempt 0 is the time before the first."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format_version: int = Field(default=FORMAT_VERSION, le=FORMAT_VERSION)
+    job_id: str
+    attempt: int = 0
+    epoch: int = 1
+    """Incarnation of the driver; workers and service refuse lower ones."""
+    phase: Phase = Phase.PREPARING
+    code_version: str = ""
+    spec: dict[str, Any] | None = None
+    """Resolved JobSpec as JSON; None until the agent has sent it."""
+    prepared: dict[str, Any] | None = None
+    """PreparedData as JSON, once the data are ready."""
+    accelerator: str | None = None
+    nodes: tuple[str, ...] = ()
+    """Every node that the job was ever placed on, for the clean-up."""
+    ranks: tuple[RankPlace, ...] = ()
+    store: tuple[str, int] | None = None
+    """Host and port of the TCPStore."""
+    failures: int = 0
+    preemptions: int = 0
+    commits_at_failure: tuple[int, ...] = ()
+    """Highest committed step when each failed attempt ended, oldest first."""
+    last_commit: int = 0
+    """Step of the newest committed checkpoint; 0: none."""
+    resumed_from: str | None = None
+    checkpoint_requests: int = 0
+    """Requests for a checkpoint that were passed on to the ranks."""
+    stopping: DesiredState | None = None
+    """Why the ranks of this attempt got a stop command."""
+    failed: FailedAttempt | None = None
+    dead: tuple[DeadRank, ...] = ()
+    """Dead ranks whose files may not have been fetched yet."""
+    given_back: ResourcesReleased | None = None
+    ending: Ending | None = None

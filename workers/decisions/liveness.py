@@ -1,0 +1,70 @@
+"""Decides when ranks count as dead or hung.
+
+Owns: the limits of silence and of a lack of progress. Pure: times come in as values.
+Must not know: Ray, torch, clocks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+SILENCE_S = 15.0
+"""A rank that has not answered for this long counts as dead. Ray itself notices a frozen
+node after a minute only."""
+START_SILENCE_S = 90.0
+"""The same while processes start: importing torch on a busy machine blocks the
+interpreter for long."""
+HANG_FLOOR_S = 120.0
+"""An attempt is hung when no rank reports anything for max(this, 10 x the longest gap so
+far)."""
+FIRST_STEP_S = 1800.0
+"""The first report of an attempt may wait for loading and compiling."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """When anything last advanced, on any rank."""
+
+    last_at: float
+    longest_gap_s: float = 0.0
+    reports: int = 0
+
+    def advanced(self, now: float) -> "Progress":
+        """Returns the progress after a new report."""
+        gap = 0.0
+        # The first report waits for loading and compiling, so its gap is not a pace.
+        if self.reports:
+            gap = now - self.last_at
+        return Progress(now, max(self.longest_gap_s, gap), self.reports + 1)
+
+
+def silence_limit_s(*, has_stepped: bool) -> float:
+    """Returns how long a rank may stay silent, before and after the first step."""
+    if has_stepped:
+        return SILENCE_S
+    return START_SILENCE_S
+
+
+def silent_ranks(
+    now: float, answered_at: Mapping[int, float], limit_s: float
+) -> tuple[int, ...]:
+    """Returns the ranks whose last answer is older than the limit, in order.
+
+    `answered_at` and `now` are seconds of the driver's monotonic clock.
+    """
+    silent = []
+    for rank, at in sorted(answered_at.items()):
+        if now - at > limit_s:
+            silent.append(rank)
+    return tuple(silent)
+
+
+def hang(now: float, progress: Progress) -> str | None:
+    """Returns a sentence when nothing has advanced for too long, else None."""
+    # The limit follows the job's own pace: a report may be minutes apart, or milliseconds.
+    limit = FIRST_STEP_S
+    if progress.reports:
+        limit = max(HANG_FLOOR_S, 10 * progress.longest_gap_s)
+    quiet = now - progress.last_at
+    if quiet <= limit:
+        return None
+    return f"no rank reported anything for {quiet:.0f} s (limit {limit:.0f} s)"

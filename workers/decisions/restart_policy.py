@@ -1,0 +1,123 @@
+"""Decides whether a failed attempt is followed by another, and when.
+
+Owns: the budgets, the back-off and the guard against crash loops. Pure: clocks and
+random numbers come in as values. Must not know: Ray, torch.
+"""
+
+from dataclasses import dataclass, replace
+
+from workers.decisions.failures import Failure, FailureKind
+from workers.protocol.job import RestartConfig
+from workers.protocol.states import StatusReason
+
+PROGRESS_ATTEMPTS = 3
+"""Failed attempts in a row without a higher committed step that end a job."""
+BACKOFF_CAP_S = 60.0
+DETERMINISTIC = (FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS)
+"""Failures that another attempt would only repeat."""
+
+
+@dataclass(frozen=True)
+class RestartHistory:
+    """The budget that a job has spent."""
+
+    failures: int = 0
+    preemptions: int = 0
+    commits_at_failure: tuple[int, ...] = ()
+    """Highest committed step when each failed attempt ended, oldest first."""
+
+
+@dataclass(frozen=True)
+class RestartDecision:
+    """Whether to restart, and why."""
+
+    retry: bool
+    delay_s: float
+    reason: StatusReason
+    message: str
+    history: RestartHistory
+    """The budget spent, this failure included."""
+
+
+def decide_restart(
+    policy: RestartConfig,
+    history: RestartHistory,
+    cause: Failure,
+    last_commit: int,
+    jitter: float,
+) -> RestartDecision:
+    """Returns what follows a failed attempt.
+
+    `history` does not include this failure; `last_commit` is the step of the newest
+    committed checkpoint (0: none); `jitter` is uniform in [0, 1).
+    """
+    message = cause.sentence()
+    # These are not counted either: the job ends here whatever its budget is.
+    if cause.kind in DETERMINISTIC:
+        message = f"{message} (not restarted: the error is deterministic)"
+        return RestartDecision(False, 0.0, cause.reason, message, history)
+    # Preemptions are not the job's fault, so they have a budget of their own.
+    if cause.kind is FailureKind.PREEMPTED:
+        return _after_preemption(policy, history, cause)
+    spent = RestartHistory(
+        history.failures + 1,
+        history.preemptions,
+        (*history.commits_at_failure, last_commit),
+    )
+    if spent.failures > policy.max_failures:
+        message = (
+            f"{message} (failure {spent.failures}, restart.max_failures is "
+            f"{policy.max_failures})"
+        )
+        # The only failure is itself the reason; "budget spent" would hide it.
+        reason = cause.reason
+        if spent.failures > 1:
+            reason = StatusReason.BUDGET_SPENT
+        return RestartDecision(False, 0.0, reason, message, spent)
+    # A large budget must not be burnt by a job that fails at the same place every time.
+    if _is_crash_loop(spent.commits_at_failure):
+        message = (
+            f"{message} ({PROGRESS_ATTEMPTS} attempts failed without a checkpoint beyond step "
+            f"{last_commit})"
+        )
+        return RestartDecision(False, 0.0, StatusReason.NO_PROGRESS, message, spent)
+    delay_s = backoff_s(policy, spent.failures, jitter)
+    return RestartDecision(True, delay_s, cause.reason, message, spent)
+
+
+def _after_preemption(
+    policy: RestartConfig, history: RestartHistory, cause: Failure
+) -> RestartDecision:
+    """Preemptions have a budget of their own and are retried at once."""
+    spent = replace(history, preemptions=history.preemptions + 1)
+    message = cause.sentence()
+    if 0 <= policy.max_preemptions < spent.preemptions:
+        message = (
+            f"{message} (preempted {spent.preemptions} times, restart.max_preemptions is "
+            f"{policy.max_preemptions})"
+        )
+        return RestartDecision(False, 0.0, StatusReason.BUDGET_SPENT, message, spent)
+    return RestartDecision(True, 0.0, cause.reason, message, spent)
+
+
+def backoff_s(policy: RestartConfig, failures: int, jitter: float) -> float:
+    """Returns the wait before the attempt that follows failure number `failures`.
+
+    None after the first failure; then it doubles up to 60 s, less up to half by jitter.
+    """
+    if failures <= 1:
+        return 0.0
+    # The exponent is bounded so that a large number of failures cannot overflow.
+    doubled = policy.backoff_s * 2.0 ** min(failures - 2, 30)
+    return min(BACKOFF_CAP_S, doubled) * (1.0 - 0.5 * jitter)
+
+
+def _is_crash_loop(commits: tuple[int, ...]) -> bool:
+    """Whether the last three failed attempts ended no further than the one before them."""
+    if len(commits) < PROGRESS_ATTEMPTS:
+        return False
+    # With exactly three failures there is no earlier one: then the job began at step 0.
+    before = 0
+    if len(commits) > PROGRESS_ATTEMPTS:
+        before = commits[-PROGRESS_ATTEMPTS - 1]
+    return commits[-1] <= before

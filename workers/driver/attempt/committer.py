@@ -1,0 +1,130 @@
+"""Commits the checkpoints of one attempt.
+
+Owns: the ledger, the one commit under way, which reports a commit makes superfluous.
+Must not know: Ray, the service, what follows a failed commit.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ray.reports import CheckpointReport
+from megatron_ray.storage.errors import StorageError
+from workers.driver.attempt.plan import AttemptPlan
+from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
+from workers.driver.ports import JobPorts
+from workers.rank.spool import Line
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A commit that succeeded."""
+
+    whole: WholeCheckpoint
+    deleted: Sequence[str]
+    """Paths of checkpoints that retention has deleted."""
+    released: dict[int, int]
+    """By rank: reports up to this number are in the checkpoint."""
+
+
+@dataclass(frozen=True)
+class CommitFailed:
+    """A commit that the storage refused."""
+
+    step: int
+    error: StorageError
+
+    @property
+    def message(self) -> str:
+        """Sentence for the history."""
+        return f"the checkpoint of step {self.step} cannot be committed: {self.error}"
+
+
+class CheckpointCommitter:
+    """Commits whole checkpoints in the executor, one at a time.
+
+    Storage may be slow, and ranks must be polled meanwhile; one at a time, so that
+    retention never counts a checkpoint that is only being committed.
+    """
+
+    def __init__(self, plan: AttemptPlan, ports: JobPorts) -> None:
+        self._plan = plan
+        self._ports = ports
+        self._ledger = CheckpointLedger(len(plan.places), plan.attempt)
+        self._pending: tuple[WholeCheckpoint, Future[Sequence[str]]] | None = None
+        self._written_n: dict[int, dict[int, int]] = {}
+        """Number of the CheckpointReport, by step and rank."""
+        self._step_n: dict[int, int] = {}
+        """Number of rank 0's step report, by step."""
+
+    def take_written(self, rank: int, lines: Sequence[Line]) -> None:
+        """Takes a rank's reports that its part of a checkpoint is durable."""
+        for line in lines:
+            if line.kind != CheckpointReport.kind:
+                continue
+            data = line.value()["data"]
+            step = data["step"]
+            # An adopted attempt sends again what was committed before.
+            if step > self._plan.last_commit:
+                self._written_n.setdefault(step, {})[rank] = line.n
+                self._ledger.written(rank, step, data["path"], data["bytes_written"])
+
+    def take_record(self, record: dict[str, Any]) -> None:
+        """Takes a record of rank 0, which the next checkpoint is to contain."""
+        self._ledger.reported(record)
+
+    def take_step(self, step: int, n: int) -> None:
+        """Notes the number of the report of a step."""
+        self._step_n[step] = n
+
+    def advance(self) -> Committed | CommitFailed | None:
+        """Returns the result of a commit, once, and begins the next when it is time."""
+        result = None
+        # The result is taken in the driver's thread: records and journal are its own.
+        if self._pending is not None:
+            if not self._pending[1].done():
+                return None
+            result = self._take_result()
+        whole = self._ledger.take_whole(self._ports.outbox.stored(self._plan.source))
+        if whole is not None:
+            future = self._ports.executor.submit(
+                commit_whole,
+                whole,
+                self._plan.storage_path,
+                self._plan.keep_last,
+                self._plan.manifest,
+                self._ports.open_storage,
+            )
+            self._pending = (whole, future)
+        return result
+
+    def wait(self) -> bool:
+        """Waits for the commit under way; returns False when there is none."""
+        if self._pending is None:
+            return False
+        self._pending[1].exception()
+        return True
+
+    def _take_result(self) -> Committed | CommitFailed:
+        assert self._pending is not None
+        whole, future = self._pending
+        self._pending = None
+        try:
+            deleted = future.result()
+        except StorageError as error:
+            return CommitFailed(whole.step, error)
+        return Committed(whole, deleted, self._released_by(whole.step))
+
+    def _released_by(self, step: int) -> dict[int, int]:
+        """Reports that the checkpoint of a step makes superfluous, by rank."""
+        released = self._written_n.pop(step, {})
+        # Of rank 0 only step reports up to the step are in the checkpoint; those that it
+        # wrote before its part was durable may be of later steps.
+        last_n = 0
+        for reported in sorted(self._step_n):
+            if reported <= step:
+                last_n = max(last_n, self._step_n.pop(reported))
+        if last_n and 0 in released:
+            released[0] = min(released[0], last_n)
+        return released

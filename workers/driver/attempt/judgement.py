@@ -1,0 +1,88 @@
+"""Judges a running attempt: which command the ranks get, and whether it is over.
+
+Pure. Must not know: clocks, Ray, how anything is observed or done.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from megatron_ray.commands import Command
+from workers.decisions.failures import Failure, FailureKind, root_cause
+from workers.decisions.job_phases import AttemptFailed, AttemptFinished
+from workers.driver.attempt.plan import AttemptPlan
+from workers.protocol.states import DesiredState
+from workers.protocol.wire import DesiredJob
+from workers.rank.messages import RankState
+
+STOPPING = (DesiredState.CANCEL, DesiredState.PAUSE)
+
+
+@dataclass(frozen=True)
+class RanksStopped:
+    """The ranks stopped on command, or the grace period ran out (`forced`)."""
+
+    forced: bool = False
+
+
+@dataclass(frozen=True)
+class StopDecision:
+    """The ranks are to stop."""
+
+    command: Command
+    stopping: DesiredState | None
+    """What the journal must remember; None: it does already, or need not."""
+
+
+def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:
+    """Returns how ranks without a stop command are to stop; None: they go on.
+
+    `desired` is None until the service has been reached; then an earlier incarnation's
+    stop holds.
+    """
+    # Adopted ranks get the stop command of an earlier incarnation again: it may have died
+    # before it was sent, and a second one changes nothing.
+    state = plan.stopping
+    if desired is not None:
+        state = desired.desired
+    is_stopping = state in STOPPING
+    if not is_stopping and not plan.renew:
+        return None
+    # Ranks that are only renewed always save: they go on from that checkpoint.
+    saves = not is_stopping or desired is None or desired.final_checkpoint
+    command = Command.STOP
+    if saves:
+        command = Command.CHECKPOINT_AND_STOP
+    stopping = None
+    if is_stopping and state is not plan.stopping:
+        stopping = state
+    return StopDecision(command, stopping)
+
+
+def judge_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
+    """Returns how an attempt without a failure has ended; None while it runs."""
+    if not is_over(states):
+        return None
+    # The ranks agree on the step after which they stop, so either all of them have done
+    # the last step or none has.
+    if set(states) == {RankState.FINISHED}:
+        return AttemptFinished()
+    return RanksStopped()
+
+
+def is_over(states: Collection[RankState]) -> bool:
+    """Whether the attempt has ended on every rank."""
+    return all(state.is_over for state in states)
+
+
+def judge_failure(
+    failures: Sequence[Failure], dead: Collection[int], ranks: Collection[int]
+) -> AttemptFailed:
+    """Returns the root cause, and the ranks whose process is gone or must go.
+
+    Raises ValueError when there is no failure.
+    """
+    cause = root_cause(failures)
+    # A hung rank does not leave its collectives, so its process cannot be used again.
+    if cause.kind is FailureKind.HANG:
+        dead = ranks
+    return AttemptFailed(cause, tuple(sorted(dead)))

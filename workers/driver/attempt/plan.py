@@ -1,0 +1,63 @@
+"""Holds what one attempt was started with, and the interface of its listener.
+
+Owns: these values only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from workers.decisions.placement import RankPlace
+from workers.driver.commit import WholeCheckpoint, source_of
+from workers.protocol.states import DesiredState
+from workers.rank.messages import Fence
+
+
+@dataclass(frozen=True)
+class AttemptPlan:
+    """What an attempt was started with."""
+
+    attempt: int
+    epoch: int
+    places: tuple[RankPlace, ...]
+    storage_path: str
+    keep_last: int
+    grace_s: float
+    manifest: dict[str, Any]
+    last_commit: int
+    """Step that the attempt started from."""
+    checkpoint_requests: int = 0
+    """Requests for a checkpoint that were passed on to the ranks before."""
+    stopping: DesiredState | None = None
+    """Why an earlier incarnation sent the ranks a stop command."""
+    renew: bool = False
+    """Stop at a checkpoint: another version of the code has started the ranks."""
+
+    @property
+    def fence(self) -> Fence:
+        """What the ranks know the driver by."""
+        return Fence(self.attempt, self.epoch)
+
+    @property
+    def source(self) -> str:
+        """Name under which rank 0's records are numbered."""
+        return source_of(self.attempt)
+
+
+class AttemptListener(Protocol):
+    """Keeps the books of an attempt; called in the driver's thread."""
+
+    def stepped(self, data: dict[str, Any]) -> None:
+        """Rank 0 has done a step."""
+
+    def phase(self, data: dict[str, Any]) -> None:
+        """Rank 0 has finished a phase of its start."""
+
+    def committed(self, whole: WholeCheckpoint, deleted: Sequence[str]) -> None:
+        """A checkpoint is committed, and others are deleted."""
+
+    def stop_requested(self, desired: DesiredState) -> None:
+        """The ranks are about to get a stop command."""
+
+    def checkpoint_requested(self, checkpoint_requests: int) -> None:
+        """The ranks got checkpoint commands, `checkpoint_requests` in all."""

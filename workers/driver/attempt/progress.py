@@ -1,0 +1,98 @@
+"""Keeps the books of attempts while they run.
+
+Owns: what a step, a phase or a commit of an attempt changes in records, journal, gauges
+and spares, and how long a recovery took. Must not know: how ranks are observed.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from workers.decisions import recovery
+from workers.decisions.recovery import RecoveryWatch
+from workers.driver.attempt.spares import SparePool
+from workers.driver.commit import WholeCheckpoint
+from workers.driver.context import JobContext
+from workers.protocol.states import AttemptState, DesiredState, JobState
+
+
+class JobProgress:
+    """The progress of one job over the attempts of one incarnation.
+
+    It is the `AttemptListener` of each of them.
+    """
+
+    def __init__(self, job: JobContext) -> None:
+        self._job = job
+        self._highest_step = 0
+        self._recovery: RecoveryWatch | None = None
+        self._spares: SparePool | None = None
+
+    def attempt_failed(self) -> None:
+        """Starts to measure the recovery."""
+        self._recovery = RecoveryWatch(self._job.ports.clock(), self._highest_step)
+
+    def attempt_starts(self) -> None:
+        """Notes the step that the recovery goes back to."""
+        if self._recovery is not None:
+            self._recovery.from_step = self._job.entry.last_commit
+
+    def attempt_runs(self, spares: SparePool) -> None:
+        """Takes the spares of the attempt that runs from now on."""
+        self._spares = spares
+
+    # ---- the attempt's listener
+
+    def stepped(self, data: dict[str, Any]) -> None:
+        """Rank 0 has done a step."""
+        # Called for each step of rank 0: everything here is cheap, or rare.
+        self._job.ports.gauges.show(data)
+        self._record_running()
+        if self._spares is not None:
+            self._spares.maintain()
+        # A recovery is over with the first step that had never been done before.
+        step = data["step"]
+        self._highest_step = max(self._highest_step, step)
+        if self._recovery is None:
+            return
+        split = self._recovery.step(step, self._job.ports.clock())
+        if split is not None:
+            self._recovery = None
+            message = recovery.describe(split, self._job.entry.attempt)
+            self._job.records.event("job.recovered", message, data=split)
+
+    def phase(self, data: dict[str, Any]) -> None:
+        """Rank 0 has finished a phase of its start."""
+        if self._recovery is not None:
+            self._recovery.phase(data)
+
+    def committed(self, whole: WholeCheckpoint, deleted: Sequence[str]) -> None:
+        """A checkpoint is committed, and others are deleted."""
+        self.record_commit(whole.step, whole.path, whole.bytes_written, whole.loss)
+        for path in deleted:
+            self._job.records.deleted(path)
+
+    def stop_requested(self, desired: DesiredState) -> None:
+        """The ranks are about to get a stop command."""
+        self._job.write(stopping=desired)
+
+    def checkpoint_requested(self, checkpoint_requests: int) -> None:
+        """The ranks got checkpoint commands, `checkpoint_requests` in all."""
+        self._job.write(checkpoint_requests=checkpoint_requests)
+
+    def record_commit(self, step: int, path: str, size: int, loss: float | None) -> None:
+        """Records a committed checkpoint, and journals its step when it is the newest."""
+        # Recorded first: on a restart all committed checkpoints are recorded again, and
+        # those that are known are dropped.
+        self._job.records.committed(step, path, size, loss)
+        if step > self._job.entry.last_commit:
+            self._job.write(last_commit=step)
+
+    def _record_running(self) -> None:
+        """The attempt's first step makes the job a running one."""
+        job = self._job
+        if job.records.attempt_state(job.entry.attempt) is AttemptState.RUNNING:
+            return
+        # A job that is being cancelled does not become running again.
+        if job.desired_state is DesiredState.RUN:
+            job.records.state(JobState.RUNNING)
+        job.records.attempt(AttemptState.RUNNING, job.world_size)

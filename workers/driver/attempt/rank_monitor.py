@@ -1,0 +1,189 @@
+"""Observes the ranks of one attempt.
+
+Owns: the one outstanding poll per rank, cursors and logs, what went wrong so far. Must
+not know: what follows from it, checkpoints, the service.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from workers.decisions import liveness
+from workers.decisions.failures import Failure, FailureKind, describe_error
+from workers.decisions.liveness import Progress
+from workers.decisions.placement import RankPlace
+from workers.driver.attempt.plan import AttemptPlan
+from workers.driver.logs import JobLogs
+from workers.driver.ports import JobPorts
+from workers.rank.messages import NextReply, Poll, RankState
+from workers.rank.spool import Line
+from workers.ray.deaths import Death
+from workers.ray.worker_group import PollResult, WorkerGroup
+
+_WAIT_S = 2.0
+_LOG_BYTES = 64 << 10
+"""Of one rank's log in one answer."""
+_TOTAL_LOG_BYTES = 4 << 20
+"""Of all ranks' logs in one round of answers."""
+
+
+@dataclass
+class RankView:
+    """What is known of one rank."""
+
+    place: RankPlace
+    answered_at: float
+    log_offset: int
+    cursor: int | None = None
+    """Highest report number in hand; None: begin after the last released one."""
+    released: int = 0
+    """Reports up to here are in a committed checkpoint."""
+    state: RankState = RankState.RUNNING
+    num_reports: int = 0
+
+
+class RankMonitor:
+    """The ranks of one attempt, as the driver sees them.
+
+    `stored` returns the highest number of rank 0's reports that the service has.
+    """
+
+    def __init__(
+        self, plan: AttemptPlan, ports: JobPorts, stored: Callable[[], int]
+    ) -> None:
+        self._plan = plan
+        self._group: WorkerGroup = ports.group
+        self._logs: JobLogs = ports.logs
+        self._clock = ports.clock
+        self._stored = stored
+        now = self._clock()
+        self._progress = Progress(now)
+        self._views: dict[int, RankView] = {}
+        for place in plan.places:
+            # Logs go on where an earlier incarnation stopped writing them.
+            offset = self._logs.size(plan.attempt, place.rank)
+            self._views[place.rank] = RankView(place, now, offset)
+        self.failures: list[Failure] = []
+        self.dead: set[int] = set()
+        """Ranks whose process is gone."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks of the attempt."""
+        return tuple(self._views)
+
+    @property
+    def states(self) -> set[RankState]:
+        """The states that ranks are in."""
+        return {view.state for view in self._views.values()}
+
+    def start(self) -> None:
+        """Makes the first poll of every rank."""
+        for view in self._views.values():
+            self._poll(view)
+
+    def collect(self, timeout_s: float) -> list[tuple[int, list[Line]]]:
+        """Takes the answers that came back and polls those ranks again.
+
+        Returns the reports by rank, in the order of their arrival. Raises FencedError
+        when this driver was replaced.
+        """
+        reports = []
+        # One poll per rank is outstanding: its answer is reports, log and liveness, its
+        # failure is death, its lateness is silence.
+        for answer in self._group.collect(timeout_s):
+            view = self._views[answer.rank]
+            view.answered_at = self._clock()
+            if answer.reply is None:
+                self._take_death(view, answer)
+            else:
+                self._take_reply(view, answer.reply)
+                reports.append((answer.rank, answer.reply.lines))
+        return reports
+
+    def check_clock(self, *, has_stepped: bool) -> None:
+        """Notes ranks that have been silent for too long, and a hang of all of them."""
+        now = self._clock()
+        limit_s = liveness.silence_limit_s(has_stepped=has_stepped)
+        answered_at = {}
+        for rank, view in self._views.items():
+            if not view.state.is_over:
+                answered_at[rank] = view.answered_at
+        for rank in liveness.silent_ranks(now, answered_at, limit_s):
+            address = self._views[rank].place.address
+            message = f"node {address} has not answered for {limit_s:.0f} s"
+            self._lose(rank, FailureKind.SILENT, message)
+        # Ranks wait for each other in every step, so a hang is the lack of anybody's
+        # progress.
+        if answered_at:
+            message_of_hang = liveness.hang(now, self._progress)
+            if message_of_hang:
+                self._fail(FailureKind.HANG, message_of_hang, None)
+
+    def release(self, released: dict[int, int]) -> None:
+        """Lets ranks forget reports up to a number; they are in a committed checkpoint."""
+        for rank, n in released.items():
+            self._views[rank].released = n
+
+    def fail(self, kind: FailureKind, message: str) -> None:
+        """Notes a failure that is no rank's."""
+        self._fail(kind, message, None)
+
+    def _poll(self, view: RankView) -> None:
+        rank = view.place.rank
+        released = view.released
+        # Rank 0's reports go to the service as well, and may only be forgotten when they
+        # are in both places.
+        if rank == 0:
+            released = min(released, self._stored())
+        poll = Poll(
+            view.cursor,
+            released,
+            _WAIT_S,
+            steps=rank == 0,
+            log_offset=view.log_offset,
+            log_bytes=min(_LOG_BYTES, _TOTAL_LOG_BYTES // len(self._views)),
+        )
+        self._group.poll(view.place.slot, rank, self._plan.fence, poll)
+
+    def _take_reply(self, view: RankView, reply: NextReply) -> None:
+        rank = view.place.rank
+        view.cursor = reply.last_n
+        self._logs.write(self._plan.attempt, rank, reply.log_offset, reply.log)
+        view.log_offset = reply.log_offset + len(reply.log)
+        if reply.reports > view.num_reports:
+            view.num_reports = reply.reports
+            self._progress = self._progress.advanced(view.answered_at)
+        self._check_reply(view, reply)
+        view.state = reply.state
+        # A rank that is over is polled on until its log has come whole.
+        if not view.state.is_over or reply.log:
+            self._poll(view)
+
+    def _check_reply(self, view: RankView, reply: NextReply) -> None:
+        rank = view.place.rank
+        # A worker process that was started anew behind the driver's back runs no attempt.
+        if reply.attempt != self._plan.attempt:
+            self._fail(FailureKind.START, "its worker does not run this attempt", rank)
+        elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:
+            error = reply.error or {}
+            kind, message = describe_error(error)
+            self._fail(kind, message, rank, str(error.get("traceback", "")))
+
+    def _take_death(self, view: RankView, answer: PollResult) -> None:
+        death = answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
+        place = view.place
+        where = f"pid {place.pid} on node {place.address}"
+        if place.gpu is not None:
+            where = f"{where}, GPU {place.gpu}"
+        self._lose(place.rank, death.kind, f"{death.message} ({where})")
+
+    def _lose(self, rank: int, kind: FailureKind, message: str) -> None:
+        self.dead.add(rank)
+        self._views[rank].state = RankState.FAILED
+        self._fail(kind, message, rank)
+
+    def _fail(
+        self, kind: FailureKind, message: str, rank: int | None, detail: str = ""
+    ) -> None:
+        order = len(self.failures)
+        self.failures.append(Failure(kind, message, rank, order, detail))

@@ -1,0 +1,170 @@
+"""Starts the ranks of an attempt, and ends those of another.
+
+Owns: the order of workers, rank map, store and start orders. Must not know: what follows
+a start that fails, HTTP, torch.
+"""
+
+from dataclasses import dataclass, field
+
+from workers.decisions.failures import Failure
+from workers.decisions.job_phases import (
+    AttemptFailed,
+    RanksStarted,
+    StopRequested,
+)
+from workers.decisions.placement import PlacementPlan, RankPlace, assign_ranks
+from workers.decisions.slot_assignment import SlotAssignment, assign_slots
+from workers.driver.context import JobContext
+from workers.driver.journal import start_orders
+from workers.protocol.states import AttemptState, JobState
+from workers.ray.worker_group import WorkerGroupError
+
+_START_TIMEOUT_S = 180.0
+_LEAVE_TIMEOUT_S = 6.0
+_LOOK_UP_S = 2.0
+
+
+class _StartCancelled(Exception):  # noqa: N818 - leaves the group's blocking calls
+    """The job was cancelled or paused while the ranks were starting."""
+
+    def __init__(self, request: StopRequested) -> None:
+        super().__init__()
+        self.request = request
+
+
+@dataclass
+class StartTiming:
+    """How long the parts of a start took, for the history."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    promoted: list[RankPlace] = field(default_factory=list)
+    """Ranks that run in processes that were spares."""
+
+
+class RankStarter:
+    """Starts and ends the ranks of one job's attempts."""
+
+    def __init__(self, job: JobContext) -> None:
+        self._job = job
+        self._group = job.ports.group
+        self._clock = job.ports.clock
+        self._timing: StartTiming | None = None
+
+    def start(self, plan: PlacementPlan) -> RanksStarted | AttemptFailed | StopRequested:
+        """Starts the attempt of the journal; a start that fails is a failed attempt."""
+        job = self._job
+        # A recovery is one state to users, whatever its parts.
+        if job.records.last_state is not JobState.RECOVERING:
+            job.records.state(JobState.STARTING)
+        job.records.attempt(
+            AttemptState.STARTING, job.world_size, None, _describe_begin(job)
+        )
+        try:
+            self._timing = self._start_ranks(plan)
+        except _StartCancelled as cancelled:
+            return cancelled.request
+        except WorkerGroupError as error:
+            # Their slots are started anew by the next attempt; the others are reused.
+            self._group.kill_slots(error.dead_slots)
+            return AttemptFailed(Failure(error.kind, f"the ranks did not start: {error}"))
+        return RanksStarted()
+
+    def record_start(self) -> None:
+        """Records a start once it is journaled: one that is repeated is recorded once."""
+        # None after a restart: the earlier incarnation has recorded its own start.
+        if self._timing is None:
+            return
+        timing = self._timing
+        self._timing = None
+        message = f"{len(self._job.entry.ranks)} ranks started"
+        ranks = []
+        for place in timing.promoted:
+            ranks.append(place.rank)
+            message += f"; rank {place.rank} runs in a spare process (pid {place.pid})"
+        data = {**timing.seconds, "promoted": ranks}
+        self._job.records.event("ranks.started", message, data=data)
+
+    def free_ranks(self) -> tuple[int, ...]:
+        """Makes all living ranks leave their groups and ends those that cannot.
+
+        Returns the slots whose process can be used again.
+        """
+        # All at once: a rank in a collective comes out when its peers close their ends;
+        # alone it would wait for the collective's timeout.
+        free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
+        stuck = set(self._group.slots).difference(free)
+        self._group.kill_slots(sorted(stuck))
+        return free
+
+    def end_other_versions(self) -> None:
+        """Ends processes that run another version of the code than this driver.
+
+        They may lack what this driver asks of them.
+        """
+        if self._job.entry.code_version != self._job.ports.code_version:
+            self._group.kill_slots(self._group.slots)
+
+    def _start_ranks(self, plan: PlacementPlan) -> StartTiming:
+        """Raises WorkerGroupError, _StartCancelled."""
+        job = self._job
+        timing = StartTiming()
+        # Get-or-create throughout: a repeated start finds what the first one made.
+        began = self._clock()
+        assignment = self._assign(plan)
+        # Before new ones are created: they may hold resources in the same bundle.
+        self._group.kill_slots(assignment.released)
+        self._group.create(
+            plan, assignment.workers_to_start, job.spec.resources.num_threads
+        )
+        facts = self._group.probe(
+            assignment.slots, job.fence, _START_TIMEOUT_S, self._check_stop
+        )
+        began = self._note(timing, "probe", began)
+        places = assign_ranks(assignment.apply(facts), plan.dims)
+        store = None
+        # Rank 0 serves the store: an attempt ends with any of its ranks, and the next one
+        # opens another. A single rank needs none.
+        if job.world_size > 1:
+            store = self._group.open_store(
+                places[0].slot, job.fence, _START_TIMEOUT_S, self._check_stop
+            )
+        began = self._note(timing, "store", began)
+        # The map is journaled before any rank starts: a driver that comes back must find
+        # every process that may be training.
+        job.write(ranks=places, store=store)
+        job.records.ranks(places)
+        orders = start_orders(job.entry, plan.accelerator)
+        self._group.start(job.fence, orders, _START_TIMEOUT_S, self._check_stop)
+        self._note(timing, "start", began)
+        for place in places:
+            if place.slot in assignment.promoted:
+                timing.promoted.append(place)
+        return timing
+
+    def _assign(self, plan: PlacementPlan) -> SlotAssignment:
+        """Chooses the processes of the attempt among the living and those to start."""
+        slots = self._job.unmapped_slots()
+        # Those that do not answer in time are released: waiting for them would cost more
+        # than starting another.
+        unmapped, _ = self._group.look_up(slots, self._job.fence, _LOOK_UP_S)
+        nodes = self._group.nodes(plan)
+        places = self._job.entry.ranks
+        return assign_slots(plan, places, self._group.slots, unmapped, nodes)
+
+    def _note(self, timing: StartTiming, part: str, began: float) -> float:
+        now = self._clock()
+        timing.seconds[part] = round(now - began, 3)
+        return now
+
+    def _check_stop(self) -> None:
+        """Called by the group while it waits. Raises _StartCancelled, DriverReplacedError."""
+        request = self._job.stop_requested()
+        if request is not None:
+            raise _StartCancelled(request)
+
+
+def _describe_begin(job: JobContext) -> str:
+    """Returns where the attempt begins; `show` prints it after the attempt's state."""
+    if job.entry.last_commit:
+        return f"from checkpoint step {job.entry.last_commit}"
+    return "from step 0"

@@ -1,0 +1,174 @@
+"""Supervises one attempt while it runs: observes, judges, acts.
+
+Owns: the order of these in each turn. It restarts nothing: it returns how the attempt
+ended. Must not know: HTTP, torch, how workers are started.
+"""
+
+from collections.abc import Sequence
+
+from megatron_ray.commands import Command
+from megatron_ray.reports import PhaseReport, StepReport
+from workers.decisions.failures import FailureKind
+from workers.decisions.job_phases import AttemptFailed, AttemptFinished
+from workers.driver.attempt.committer import CheckpointCommitter, Committed
+from workers.driver.attempt.judgement import (
+    RanksStopped,
+    decide_stop,
+    is_over,
+    judge_end,
+    judge_failure,
+)
+from workers.driver.attempt.plan import AttemptListener, AttemptPlan
+from workers.driver.attempt.rank_monitor import RankMonitor
+from workers.driver.ports import JobPorts
+from workers.driver.relay import to_record
+from workers.protocol.wire import DesiredJob
+from workers.rank.spool import Line
+
+ROOT_CAUSE_S = 0.3
+"""After the first failure the others are awaited this long: the cause may be among
+them."""
+_TURN_S = 0.2
+_SHORT_TURN_S = 0.05
+
+AttemptEnd = AttemptFinished | RanksStopped | AttemptFailed
+
+
+class Supervision:
+    """Runs one attempt to its end."""
+
+    def __init__(
+        self, plan: AttemptPlan, ports: JobPorts, listener: AttemptListener
+    ) -> None:
+        self._plan = plan
+        self._ports = ports
+        self._listener = listener
+        self._monitor = RankMonitor(plan, ports, self._stored)
+        self._committer = CheckpointCommitter(plan, ports)
+        self._has_stepped = False
+        self._stop_deadline: float | None = None
+        self._checkpoint_requests = plan.checkpoint_requests
+
+    def run(self) -> AttemptEnd:
+        """Returns how the attempt ended.
+
+        Raises FencedError when a newer driver is at work.
+        """
+        try:
+            self._monitor.start()
+            while True:
+                end = self._turn()
+                if end is not None:
+                    return end
+        finally:
+            # Answers to this attempt's polls must not reach the next one's monitor.
+            self._ports.group.drop_calls()
+
+    def _turn(self) -> AttemptEnd | None:
+        self._observe(_TURN_S)
+        # After the answers are taken: a driver that was frozen itself must not take its
+        # ranks for silent.
+        self._monitor.check_clock(has_stepped=self._has_stepped)
+        self._commit()
+        if self._monitor.failures:
+            return self._await_root_cause()
+        self._apply_desired_state(self._ports.outbox.desired)
+        # Ranks that do not stop in time are ended with their processes.
+        deadline = self._stop_deadline
+        if deadline is not None and self._ports.clock() > deadline:
+            return RanksStopped(forced=True)
+        end = judge_end(self._monitor.states)
+        if end is None:
+            return None
+        self._finish_commits()
+        # The last checkpoint may have failed: without it the attempt is not finished.
+        if self._monitor.failures:
+            return self._await_root_cause()
+        return end
+
+    # ---- observing
+
+    def _stored(self) -> int:
+        return self._ports.outbox.stored(self._plan.source)
+
+    def _observe(self, timeout_s: float) -> None:
+        for rank, lines in self._monitor.collect(timeout_s):
+            self._committer.take_written(rank, lines)
+            if rank == 0 and lines:
+                records = [to_record(line) for line in lines]
+                # What is sent must be in the next checkpoint too: a driver that comes up
+                # on another node sends it again from there.
+                self._take_records(records)
+                self._ports.outbox.relay(self._plan.source, records)
+
+    def _take_records(self, records: Sequence[Line]) -> None:
+        """Adds rank 0's records to the ledger of the next checkpoint."""
+        for line in records:
+            record = line.value()
+            data = record["data"]
+            self._committer.take_record(record)
+            if record["kind"] == StepReport.kind:
+                # An adopted rank sends again what is in the checkpoint already.
+                if data["step"] > self._plan.last_commit:
+                    self._committer.take_step(data["step"], record["n"])
+                    self._has_stepped = True
+                    self._listener.stepped(data)
+            elif data.get("type") == f"rank.{PhaseReport.kind}":
+                self._listener.phase(data["data"])
+
+    # ---- acting
+
+    def _apply_desired_state(self, desired: DesiredJob | None) -> None:
+        """Tells the ranks to stop, or to write a checkpoint, once for each request."""
+        stop = None
+        if self._stop_deadline is None:
+            stop = decide_stop(self._plan, desired)
+        if stop is not None:
+            # Journaled first: a driver that comes back while the service is away must
+            # not start the job again.
+            if stop.stopping is not None:
+                self._listener.stop_requested(stop.stopping)
+            self._command(stop.command)
+            self._stop_deadline = self._ports.clock() + self._plan.grace_s
+        elif (
+            desired is not None and desired.checkpoint_requests > self._checkpoint_requests
+        ):
+            self._command(Command.CHECKPOINT)
+            self._checkpoint_requests = desired.checkpoint_requests
+            self._listener.checkpoint_requested(self._checkpoint_requests)
+
+    def _command(self, command: Command) -> None:
+        """Sends a command to rank 0 alone.
+
+        The ranks agree on the largest command in the reduction of the next step, so all
+        of them follow it at the same step.
+        """
+        slot = self._plan.places[0].slot
+        self._ports.group.command(slot, self._plan.fence, command)
+
+    def _commit(self) -> None:
+        result = self._committer.advance()
+        if result is None:
+            return
+        if isinstance(result, Committed):
+            self._monitor.release(result.released)
+            self._listener.committed(result.whole, result.deleted)
+        else:
+            self._monitor.fail(FailureKind.STORAGE, result.message)
+
+    def _finish_commits(self) -> None:
+        """Commits every whole checkpoint before the attempt counts as over."""
+        self._commit()
+        while self._committer.wait():
+            self._commit()
+
+    def _await_root_cause(self) -> AttemptFailed:
+        """Waits shortly for more failures: the first is seldom the cause, often its echo."""
+        deadline = self._ports.clock() + ROOT_CAUSE_S
+        while self._ports.clock() < deadline and not is_over(self._monitor.states):
+            self._observe(_SHORT_TURN_S)
+        # A checkpoint that became whole in the last moment is kept for the next attempt.
+        self._finish_commits()
+        return judge_failure(
+            self._monitor.failures, self._monitor.dead, self._monitor.ranks
+        )

@@ -1,0 +1,70 @@
+"""Prepares the data of a job.
+
+Owns: the phase PREPARING. Must not know: Ray, how data are prepared.
+"""
+
+from megatron_ray.data.prepared import PreparedData
+from workers.data_tasks import prepare_task
+from workers.decisions.job_phases import (
+    DataPrepared,
+    DataRejected,
+    PreparationFailed,
+    StopRequested,
+)
+from workers.driver.context import JobContext
+from workers.protocol.states import JobState, StatusReason
+from workers.ray.tasks import TaskFailedError
+
+_TURN_S = 0.1
+
+
+class DataPreparation:
+    """Prepares the data once, in a task on CPU that ends when the job does."""
+
+    def __init__(self, job: JobContext) -> None:
+        self._job = job
+        self._tasks = job.ports.tasks
+
+    def run(self) -> DataPrepared | DataRejected | PreparationFailed | StopRequested:
+        """Waits for the spec, then for the data."""
+        self._await_spec()
+        self._job.records.state(
+            JobState.PREPARING, StatusReason.PREPARING_DATA, "preparing data"
+        )
+        # A restarted driver prepares again; prepared files are found by their content's key.
+        call = self._tasks.anywhere(prepare_task, self._job.entry.spec)
+        try:
+            while not self._tasks.is_done(call):
+                stop = self._job.stop_requested()
+                if stop is not None:
+                    return stop
+                self._job.ports.outbox.wait(_TURN_S)
+            result = self._tasks.result(call)
+        except TaskFailedError as error:
+            return PreparationFailed(f"preparing the data failed: {error}")
+        finally:
+            self._tasks.end(call)
+        if "problems" in result:
+            # The service fails the job with these, so the ending needs no state record.
+            self._job.records.problems(result["problems"])
+            first = result["problems"][0]
+            return DataRejected(f"{first['pointer']}: {first['detail']}")
+        return DataPrepared(dict(result["prepared"]))
+
+    def record_result(self) -> None:
+        """Records that the data are ready; the service then queues the job."""
+        data = PreparedData.model_validate(self._job.entry.prepared)
+        num_tokens = sum(corpus.num_tokens for corpus in data.train)
+        self._job.records.prepared(
+            data.model_dump(mode="json"), num_tokens, data.unigram_nats
+        )
+
+    def _await_spec(self) -> None:
+        """A new job's spec comes with the first attach; later it is in the journal."""
+        job = self._job
+        while job.entry.spec is None:
+            job.check_replaced()
+            if job.desired is None:
+                job.ports.outbox.wait(1.0)
+            else:
+                job.write(spec=job.desired.spec, code_version=job.ports.code_version)

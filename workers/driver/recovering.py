@@ -1,0 +1,176 @@
+"""Recovers a job: after a failed or stopped attempt, and after the driver's own death.
+
+Owns: the phase RECOVERING, and what a restarted driver finds. Must not know: the policy,
+how ranks are started or supervised, HTTP, torch.
+"""
+
+from typing import Any
+
+from megatron_ray.checkpoint.directory import list_checkpoints
+from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.job_phases import (
+    AttemptAbandoned,
+    AttemptFailed,
+    RestartDecided,
+    StopRequested,
+)
+from workers.decisions.journal_entry import FailedAttempt, Phase
+from workers.decisions.restart_policy import (
+    RestartDecision,
+    RestartHistory,
+    decide_restart,
+)
+from workers.driver.attempt.progress import JobProgress
+from workers.driver.attempt.start import RankStarter
+from workers.driver.context import JobContext
+from workers.protocol.states import AttemptState
+
+_TURN_S = 0.2
+WITH_RANKS = (Phase.STARTING, Phase.RUNNING, Phase.RECOVERING)
+"""Phases in which processes of ranks may live."""
+
+
+class Recovery:
+    """Frees ranks, judges failures and adopts what an earlier incarnation left."""
+
+    def __init__(
+        self, job: JobContext, starter: RankStarter, progress: JobProgress
+    ) -> None:
+        self._job = job
+        self._starter = starter
+        self._progress = progress
+        self._has_freed_ranks = False
+
+    # ---- after the driver's own death
+
+    def adopt(self) -> AttemptAbandoned | AttemptFailed | None:
+        """Adopts what an earlier incarnation left in a phase with ranks.
+
+        Returns what has ended the attempt meanwhile; None when the phase goes on.
+        """
+        job = self._job
+        # By name, so nothing needs to be known of how far a start had come.
+        missing = job.ports.group.adopt(range(job.num_slots))
+        self._record_checkpoints()
+        if job.entry.phase is Phase.RUNNING:
+            return self._adopt_running(missing)
+        # Some ranks may train already and some not: which, only they know. They are
+        # freed, and the next attempt starts them together.
+        if job.entry.phase is Phase.STARTING:
+            message = (
+                "the driver ended while the ranks were starting; they are started again"
+            )
+            job.records.event("attempt.abandoned", message, "warn")
+            self._free_ranks()
+            return AttemptAbandoned()
+        return None
+
+    def _adopt_running(self, missing: tuple[int, ...]) -> AttemptFailed | None:
+        job = self._job
+        # The earlier incarnation may not have come to the end of fetching them.
+        job.ports.dead_rank_files.collect(job.entry.dead)
+        dead = []
+        pids = []
+        for place in job.entry.ranks:
+            pids.append(place.pid)
+            if place.slot in missing:
+                dead.append(place)
+        if dead:
+            message = (
+                f"its process was gone when the driver came back (pid {dead[0].pid} on node "
+                f"{dead[0].address})"
+            )
+            cause = Failure(FailureKind.PROCESS_DIED, message, dead[0].rank)
+            return AttemptFailed(cause, tuple(place.rank for place in dead))
+        job.records.event(
+            "driver.adopted", f"{len(pids)} running ranks adopted", data={"pids": pids}
+        )
+        return None
+
+    def _record_checkpoints(self) -> None:
+        """Records commits and deletions of which the earlier incarnation died."""
+        committed = {}
+        for info in list_checkpoints(self._job.job_dir):
+            if info.committed:
+                committed[info.path] = info
+        # What is on storage counts: a commit is durable before it is recorded.
+        for path in self._job.records.kept_checkpoints.keys() - committed.keys():
+            self._job.records.deleted(path)
+        for info in sorted(committed.values(), key=lambda info: info.order):
+            self._progress.record_commit(info.step, info.path, info.bytes, info.loss)
+
+    # ---- after an attempt
+
+    def attempt_began(self) -> None:
+        """Notes that there are ranks to free again."""
+        self._has_freed_ranks = False
+
+    def prepare_next(self, retry_at: float) -> StopRequested | None:
+        """Frees the ranks, unless that is done, and waits for the back-off to pass."""
+        if not self._has_freed_ranks:
+            self._free_ranks()
+        job = self._job
+        while job.ports.clock() < retry_at:
+            stop = job.stop_requested()
+            if stop is not None:
+                return stop
+            remaining = retry_at - job.ports.clock()
+            job.ports.outbox.wait(max(0.0, min(_TURN_S, remaining)))
+        # Freed first: they are not to be ended in the middle of a write.
+        self._starter.end_other_versions()
+        return None
+
+    def judge(self, failed: FailedAttempt) -> RestartDecided | StopRequested:
+        """Frees the ranks, records the failure, and asks the policy what follows."""
+        job = self._job
+        # The recovery is measured from here, before anything is waited for.
+        self._progress.attempt_failed()
+        cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
+        self._record_failure(cause, self._free_ranks())
+        # A job that is cancelled anyway is not judged.
+        stop = job.stop_requested()
+        if stop is not None:
+            return stop
+        entry = job.entry
+        history = RestartHistory(
+            entry.failures, entry.preemptions, entry.commits_at_failure
+        )
+        decision = decide_restart(
+            job.spec.restart, history, cause, entry.last_commit, job.ports.jitter()
+        )
+        self._record_decision(decision)
+        return RestartDecided(decision)
+
+    def _free_ranks(self) -> tuple[int, ...]:
+        self._has_freed_ranks = True
+        return self._starter.free_ranks()
+
+    def _record_failure(self, cause: Failure, kept_slots: tuple[int, ...]) -> None:
+        job = self._job
+        data: dict[str, Any] = {"kind": cause.kind.value, "kept_slots": list(kept_slots)}
+        # A traceback of our code does not help a user to mend his input.
+        if cause.detail and cause.kind is not FailureKind.USER:
+            data["traceback"] = cause.detail
+        ranks = []
+        if cause.rank is not None:
+            ranks = [cause.rank]
+        message = cause.sentence()
+        if job.records.attempt_state(job.entry.attempt) is not AttemptState.FAILED:
+            job.records.event("attempt.failed", message, "error", data, ranks)
+        job.records.attempt(AttemptState.FAILED, job.world_size, cause.reason, message)
+
+    def _record_decision(self, decision: RestartDecision) -> None:
+        message = f"not restarting: {decision.message}"
+        level = "error"
+        if decision.retry:
+            step = self._job.entry.last_commit
+            message = f"restarting from step {step}: {decision.message}"
+            level = "warn"
+        data = {
+            "retry": decision.retry,
+            "delay_s": round(decision.delay_s, 3),
+            "reason": decision.reason.value,
+            "failures": decision.history.failures,
+            "preemptions": decision.history.preemptions,
+        }
+        self._job.records.event("policy.decision", message, level, data)

@@ -1,0 +1,60 @@
+"""Turns a rank's reports into records that the service knows.
+
+Owns: the events that reports become, and their wording. Pure.
+"""
+
+import json
+from typing import Any
+
+from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, StepReport
+from workers.decisions.failures import FailureKind, describe_error
+from workers.rank.spool import Line
+
+METRICS = (StepReport.kind, EvalReport.kind)
+
+
+def to_record(line: Line) -> Line:
+    """Returns a report of rank 0 as the record that is sent, with the same number.
+
+    Steps and evaluations are sent as they are; everything else becomes an event.
+    """
+    if line.kind in METRICS:
+        return line
+    # The number stays: the service takes no gaps within a source.
+    record = json.loads(line.text)
+    data = record["data"]
+    level, message = _describe(line.kind, data)
+    event = {
+        "type": f"rank.{line.kind}",
+        "level": level,
+        "message": message,
+        "data": data,
+        "ranks": [0],
+    }
+    record |= {"kind": "event", "data": event}
+    return Line(line.n, "event", json.dumps(record).encode())
+
+
+def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
+    """Returns level and message of an event."""
+    if kind == PhaseReport.kind:
+        return "info", f"{data['phase']} took {data['seconds']:.2f} s"
+    if kind == CheckpointReport.kind:
+        return "info", (
+            f"wrote {data['bytes_written']} bytes of the checkpoint of step {data['step']} in "
+            f"{data['seconds']:.2f} s"
+        )
+    if kind == "failed":
+        return _describe_failure(data)
+    if kind == "ended":
+        return "info", f"{data['outcome']} at step {data['step']}"
+    return "info", ""
+
+
+def _describe_failure(data: dict[str, Any]) -> tuple[str, str]:
+    failure_kind, message = describe_error(data)
+    # A rank that only lost a peer is not the cause: readers of warnings are to find the
+    # cause first. The raw text stays in the event's data.
+    if failure_kind is FailureKind.COLLATERAL:
+        return "info", "rank 0: a peer disconnected"
+    return "warn", f"rank 0: {message}"

@@ -1,0 +1,32 @@
+"""Draws the tree of the workers' exceptions and owns its base class.
+
+The library's tree is in `megatron_ray.exceptions`; this one hangs below it. Each class
+is defined beside the code that raises it:
+
+    MegatronRayError                        internal
+    ├── InputError                          user
+    │   └── UserError                       rank.messages
+    └── WorkersError                        internal
+        ├── PlacementError                  decisions.placement
+        ├── InvalidTransitionError          decisions.job_phases
+        ├── JournalError                    driver.journal
+        ├── ForeignJournalError             driver.journal
+        ├── DriverReplacedError             driver.context
+        ├── ReplacedError                   service_client
+        ├── ServiceUnavailableError         service_client
+        ├── ServiceRefusedError             service_client
+        ├── WorkerGroupError                ray.worker_group
+        ├── TaskFailedError                 ray.tasks
+        ├── ProcessEnvironmentError         rank.environment
+        ├── FencedError                     rank.messages
+        └── BusyError                       rank.messages
+
+A rank reports the `failure_kind` of the exception that ended it, so that renaming a
+class never changes whether an attempt is tried again.
+"""
+
+from megatron_ray.exceptions import MegatronRayError
+
+
+class WorkersError(MegatronRayError):
+    """Base of the exceptions that agent, driver and ranks define."""
