@@ -6,8 +6,8 @@ optimizers.
 """
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
-from megatron_ray.checkpoint.hf.folder import HfFolder
 from megatron_ray.checkpoint.hf.files import is_hf_folder
+from megatron_ray.checkpoint.hf.folder import HfFolder
 from megatron_ray.checkpoint.train_state import read_train_state, saved_model
 from megatron_ray.config.checkpoint import CheckpointConfig
 from megatron_ray.config.model import ModelConfig

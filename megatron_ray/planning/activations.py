@@ -103,7 +103,7 @@ def layer_activations(config: TrainConfig, index: int) -> LayerActivations:
     return LayerActivations(
         layer_input=residual,
         norm=2 * residual + 2 * _norm_statistics(config) * own,
-        core_attention=_core_bytes(config, index),
+        core_attention=_core_bytes(config),
         pre_activation=inner * (2 if model.gated else 1),
         activation=inner,
         experts=_dispatch_bytes(config, index),
@@ -121,7 +121,7 @@ def _norm_statistics(config: TrainConfig) -> int:
     return 2 * _FP32
 
 
-def _core_bytes(config: TrainConfig, index: int) -> int:
+def _core_bytes(config: TrainConfig) -> int:
     """Returns the bytes that attention keeps besides queries, keys, values and output."""
     model = config.model
     heads = tokens_of(config) * model.num_attention_heads // config.parallel.tp
@@ -129,18 +129,18 @@ def _core_bytes(config: TrainConfig, index: int) -> int:
         # fp32 probabilities, a mask of one byte, and the dropped probabilities.
         per_score = _FP32 + 1 + width_of(config)
         return heads * config.training.seq_length * per_score
-    return heads * _kept_by_kernel(config, index)
+    return heads * _kept_by_kernel(config)
 
 
-def _kept_by_kernel(config: TrainConfig, index: int) -> int:
-    """Returns the bytes of a token and head that the kernel of a layer keeps."""
+def _kept_by_kernel(config: TrainConfig) -> int:
+    """Returns the bytes of a token and head that the attention kernel keeps."""
     return _FP32 + _own_output(config) * width_of(config)
 
 
 def _own_output(config: TrainConfig) -> int:
     """Returns the elements of a head's output that the kernel keeps for itself.
 
-    None where the projection after attention keeps the same tensor.
+    They are 0 where the projection after attention keeps the same tensor.
     """
     model = config.model
     parallel = config.parallel
@@ -230,11 +230,11 @@ def _router_bytes(moe: MoEConfig) -> int:
 
 def _by_layer(config: TrainConfig, layers: Sequence[int]) -> list[LayerActivations]:
     """Returns the activations of each layer; layers of one kind share an object."""
-    model = config.model
-    by_kind: dict[object, LayerActivations] = {}
+    # Layers differ in nothing but having experts or not.
+    by_kind: dict[bool, LayerActivations] = {}
     activations = []
     for index in layers:
-        kind = (model.experts_on(index) is not None, model.window_on(index))
+        kind = config.model.experts_on(index) is not None
         if kind not in by_kind:
             by_kind[kind] = layer_activations(config, index)
         activations.append(by_kind[kind])

@@ -87,6 +87,7 @@ class MicrobatchTime:
         products = self.products / efficiency.products
         attention = self.attention / efficiency.attention
         memory = self.memory / efficiency.memory
+        # The ring overlaps with the attention of its own tokens only.
         ring = max(0.0, self.ring / efficiency.network - attention)
         overlapped = self.overlapped / efficiency.network
         overlapped = max(0.0, overlapped - products - attention - memory)
@@ -135,6 +136,8 @@ class StepParts:
         attention = slowest.attention * self.num_microbatches
         memory = slowest.memory * self.num_microbatches
         communication = slowest.communication * self.num_microbatches
+        # The backward pass, which gradient reduction overlaps with, takes twice as long
+        # as the forward pass.
         idle = self.bubble * microbatch
         update = self._update_seconds(efficiency, backward=microbatch * 2 / 3)
         step = products + attention + memory + communication + idle + update
@@ -229,12 +232,16 @@ def step_update(
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
     network = _Network(dims, hardware)
-    updates = [_update(config, dims, pipeline, buffers, network) for buffers in ranks]
-    return UpdateTime(
-        memory=max(update.memory for update in updates),
-        reduced=max(update.reduced for update in updates),
-        published=max(update.published for update in updates),
-    )
+    memory = 0.0
+    reduced = 0.0
+    published = 0.0
+    for buffers in ranks:
+        update = _update(config, dims, pipeline, buffers, network)
+        # The ranks wait for each other in each of the three parts.
+        memory = max(memory, update.memory)
+        reduced = max(reduced, update.reduced)
+        published = max(published, update.published)
+    return UpdateTime(memory, reduced, published)
 
 
 def _microbatch(
@@ -265,6 +272,7 @@ def _microbatch(
     others: list[tuple[Axis, Kind]] = []
     operations = 0
     for key in communication.bytes:
+        # Hops in the ring overlap with attention, so their latency is hidden too.
         if key == ("cp", "send"):
             ring.append(key)
         else:
@@ -326,10 +334,12 @@ def _update(
     network: "_Network",
 ) -> UpdateTime:
     """Returns the time of the update on one pipeline rank."""
-    work = update_work(
-        updated=sum(buffer.num_updated for buffer in buffers.buffers),
-        trained=sum(buffer.plan.num_trainable for buffer in buffers.buffers),
-    )
+    updated = 0
+    trained = 0
+    for buffer in buffers.buffers:
+        updated += buffer.num_updated
+        trained += buffer.plan.num_trainable
+    work = update_work(updated, trained)
     memory = work.memory / network.hardware.memory_bandwidth
     if is_fully_sharded(config, dims):
         # Gradients arrive scattered, and weights are gathered by the next forward pass.
@@ -338,6 +348,7 @@ def _update(
     reductions: list[tuple[Axis, Kind]] = []
     others: list[tuple[Axis, Kind]] = []
     for axis, kind in communication.bytes:
+        # Buckets are reduced as soon as the backward pass has filled them.
         if axis in ("dp", "edp") and kind != "all_gather":
             reductions.append((axis, kind))
         else:
@@ -364,6 +375,7 @@ class _Network:
             "edp": dims.experts.group_of(0, ("edp",)),
             "embedding": dims.embedding_group_of(0),
             "tokens": dims.group_of(0, ("tp", "cp")),
+            # Its few bytes do not matter, so two ranks stand for all.
             "world": (0, dims.world_size - 1),
         }
         self._sizes = dict[Axis, int]()
@@ -373,6 +385,7 @@ class _Network:
             self._bandwidths[axis] = self._bandwidth(members)
 
     def _bandwidth(self, members: tuple[int, ...]) -> float:
+        # Ranks are placed node by node, so the first ones share a node with rank 0.
         in_first_node = sum(member < self.hardware.node_size for member in members)
         if in_first_node == len(members):
             return self.hardware.link_bandwidth
