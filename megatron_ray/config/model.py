@@ -220,6 +220,7 @@ class ModelConfig(Config):
             for layer in range(self.num_layers + self.num_mtp_layers):
                 if self.experts_on(layer) is not None:
                     moe_layers += 1
+            # Each layer adds its loss with the coefficient, hence the number of layers.
             if moe_layers and moe.aux_loss_coeff:
                 coefficients[moe.balancing_loss] = moe.aux_loss_coeff * moe_layers
             if moe_layers and moe.z_loss_coeff:

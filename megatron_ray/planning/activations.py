@@ -162,7 +162,7 @@ def _kept_by_kernel(config: TrainConfig, index: int, device: DeviceKind) -> int:
 def _own_output(config: TrainConfig) -> int:
     """Returns the elements of a head's output that the kernel keeps for itself.
 
-    None where the projection after attention keeps the same tensor.
+    They are 0 where the projection after attention keeps the same tensor.
     """
     model = config.model
     parallel = config.parallel
@@ -254,11 +254,11 @@ def _by_layer(
     config: TrainConfig, layers: Sequence[int], device: DeviceKind
 ) -> list[LayerActivations]:
     """Returns the activations of each layer; layers of one kind share an object."""
-    model = config.model
+    # Layers differ in having experts or not, and in their window, which decides the kernel.
     by_kind: dict[object, LayerActivations] = {}
     activations = []
     for index in layers:
-        kind = (model.experts_on(index) is not None, model.window_on(index))
+        kind = (config.model.experts_on(index) is not None, config.model.window_on(index))
         if kind not in by_kind:
             by_kind[kind] = layer_activations(config, index, device)
         activations.append(by_kind[kind])

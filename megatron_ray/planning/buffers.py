@@ -134,6 +134,7 @@ def _planned_buffers(
     replicas = dims.group_of(rank, ("dp", "cp"))
     expert_replicas = dims.experts.group_of(rank, ("edp",))
     if is_fully_sharded(config, dims):
+        # With zero_replicas dense rows are sharded over a part of the replicas only.
         shard_group = dims.shard_levels_of(rank)[0]
         buffers = [_sharded_rows(config, dense, rank, replicas, shard_group)]
         if experts:
@@ -174,6 +175,7 @@ def _sharded_rows(
     """Returns a buffer with this rank's rows of the weights in fp32 (ZeRO-3)."""
     rows = shard_rows(parameters, shard_group.index(rank), len(shard_group))
     return PlannedBuffer(
+        # torch reduces these gradients itself, so buckets need no padding for replicas.
         plan=plan_buckets(rows, 1, config.parallel.bucket_elements),
         of_expert=_are_experts(parameters),
         width=4,

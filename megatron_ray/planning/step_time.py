@@ -10,7 +10,7 @@ Owns: turning work and bytes into seconds on a given device. Pure. Must not know
 the service.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.layer_communication import stage_communication
 from megatron_ray.planning.microbatch import num_microbatches, width_of
+from megatron_ray.planning.network import Network
 from megatron_ray.planning.pipeline import bubble
 from megatron_ray.planning.tally import Axis, Kind, Tally
 from megatron_ray.planning.work import Work, stage_work, update_work
@@ -87,6 +88,7 @@ class MicrobatchTime:
         products = self.products / efficiency.products
         attention = self.attention / efficiency.attention
         memory = self.memory / efficiency.memory
+        # The ring overlaps with the attention of its own tokens only.
         ring = max(0.0, self.ring / efficiency.network - attention)
         overlapped = self.overlapped / efficiency.network
         overlapped = max(0.0, overlapped - products - attention - memory)
@@ -135,6 +137,8 @@ class StepParts:
         attention = slowest.attention * self.num_microbatches
         memory = slowest.memory * self.num_microbatches
         communication = slowest.communication * self.num_microbatches
+        # The backward pass, which gradient reduction overlaps with, takes twice as long
+        # as the forward pass.
         idle = self.bubble * microbatch
         update = self._update_seconds(efficiency, backward=microbatch * 2 / 3)
         step = products + attention + memory + communication + idle + update
@@ -195,7 +199,7 @@ def step_parts(
         ranks = distinct_buffers(config, dims, pipeline)
     if update is None:
         update = step_update(config, hardware, ranks)
-    network = _Network(dims, hardware)
+    network = Network(dims, hardware)
     stages = []
     for buffers in ranks:
         stages.append(_microbatch(config, dims, pipeline, buffers, network, precision))
@@ -228,13 +232,17 @@ def step_update(
     """Returns the update's time, each part of the rank for which it takes longest."""
     dims = ParallelDims.of(config.parallel)
     pipeline = plan_pipeline(config)
-    network = _Network(dims, hardware)
-    updates = [_update(config, dims, pipeline, buffers, network) for buffers in ranks]
-    return UpdateTime(
-        memory=max(update.memory for update in updates),
-        reduced=max(update.reduced for update in updates),
-        published=max(update.published for update in updates),
-    )
+    network = Network(dims, hardware)
+    memory = 0.0
+    reduced = 0.0
+    published = 0.0
+    for buffers in ranks:
+        update = _update(config, dims, pipeline, buffers, network)
+        # The ranks wait for each other in each of the three parts.
+        memory = max(memory, update.memory)
+        reduced = max(reduced, update.reduced)
+        published = max(published, update.published)
+    return UpdateTime(memory, reduced, published)
 
 
 def _microbatch(
@@ -242,7 +250,7 @@ def _microbatch(
     dims: ParallelDims,
     pipeline: PipelinePlan,
     buffers: RankBuffers,
-    network: "_Network",
+    network: Network,
     precision: str,
 ) -> MicrobatchTime:
     """Returns the time of a microbatch through all chunks of one pipeline rank."""
@@ -265,6 +273,7 @@ def _microbatch(
     others: list[tuple[Axis, Kind]] = []
     operations = 0
     for key in communication.bytes:
+        # Hops in the ring overlap with attention, so their latency is hidden too.
         if key == ("cp", "send"):
             ring.append(key)
         else:
@@ -289,7 +298,7 @@ def _attention_peak(hardware: Hardware, precision: str) -> float:
 
 
 def _zero3_seconds(
-    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers, network: "_Network"
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers, network: Network
 ) -> float:
     """Returns the seconds in which ZeRO-3 gathers weights and scatters gradients.
 
@@ -323,13 +332,15 @@ def _update(
     dims: ParallelDims,
     pipeline: PipelinePlan,
     buffers: RankBuffers,
-    network: "_Network",
+    network: Network,
 ) -> UpdateTime:
     """Returns the time of the update on one pipeline rank."""
-    work = update_work(
-        updated=sum(buffer.num_updated for buffer in buffers.buffers),
-        trained=sum(buffer.plan.num_trainable for buffer in buffers.buffers),
-    )
+    updated = 0
+    trained = 0
+    for buffer in buffers.buffers:
+        updated += buffer.num_updated
+        trained += buffer.plan.num_trainable
+    work = update_work(updated, trained)
     memory = work.memory / network.hardware.memory_bandwidth
     if is_fully_sharded(config, dims):
         # Gradients arrive scattered, and weights are gathered by the next forward pass.
@@ -338,6 +349,7 @@ def _update(
     reductions: list[tuple[Axis, Kind]] = []
     others: list[tuple[Axis, Kind]] = []
     for axis, kind in communication.bytes:
+        # Buckets are reduced as soon as the backward pass has filled them.
         if axis in ("dp", "edp") and kind != "all_gather":
             reductions.append((axis, kind))
         else:
@@ -347,56 +359,3 @@ def _update(
         network.total(communication, reductions),
         network.total(communication, others),
     )
-
-
-class _Network:
-    """Seconds of collectives at full bandwidth, for the groups of rank 0."""
-
-    def __init__(self, dims: ParallelDims, hardware: Hardware) -> None:
-        self.hardware = hardware
-        groups: dict[Axis, tuple[int, ...]] = {
-            "tp": dims.group_of(0, ("tp",)),
-            "cp": dims.group_of(0, ("cp",)),
-            "pp": dims.group_of(0, ("pp",)),
-            "dp": dims.group_of(0, ("dp", "cp")),
-            "ep": dims.experts.group_of(0, ("ep",)),
-            "etp": dims.experts.group_of(0, ("etp",)),
-            "edp": dims.experts.group_of(0, ("edp",)),
-            "embedding": dims.embedding_group_of(0),
-            "tokens": dims.group_of(0, ("tp", "cp")),
-            "world": (0, dims.world_size - 1),
-        }
-        self._sizes = dict[Axis, int]()
-        self._bandwidths = dict[Axis, float]()
-        for axis, members in groups.items():
-            self._sizes[axis] = len(members)
-            self._bandwidths[axis] = self._bandwidth(members)
-
-    def _bandwidth(self, members: tuple[int, ...]) -> float:
-        in_first_node = sum(member < self.hardware.node_size for member in members)
-        if in_first_node == len(members):
-            return self.hardware.link_bandwidth
-        return self.hardware.link(in_first_node)
-
-    def seconds(self, axis: Axis, kind: Kind, size: float) -> float:
-        """Returns the seconds of a collective of `size` bytes.
-
-        Ring algorithms are assumed, in which each of n ranks sends n - 1 parts, or twice
-        as many for an all-reduce (nccl-tests, doc/PERFORMANCE.md).
-        """
-        n = self._sizes[axis]
-        sent_share = {
-            "all_reduce": 2 * (n - 1) / n,
-            "reduce_scatter": (n - 1) / n,
-            "all_to_all": (n - 1) / n,
-            "all_gather": n - 1,
-            "send": 1,
-        }
-        return sent_share[kind] * size / self._bandwidths[axis]
-
-    def total(self, tally: Tally, keys: Iterable[tuple[Axis, Kind]]) -> float:
-        """Returns the seconds of these entries of a tally."""
-        seconds = 0.0
-        for axis, kind in keys:
-            seconds += self.seconds(axis, kind, tally.bytes[axis, kind])
-        return seconds

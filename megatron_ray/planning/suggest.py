@@ -105,6 +105,7 @@ def nearest(config: TrainConfig, world: int, hardware: Hardware) -> Suggestion |
     """
     if config.training.precision not in hardware.efficiencies:
         return None
+    # Estimates are expensive, so layouts with more changes are looked at only if needed.
     by_changes: dict[int, list[TrainConfig]] = {}
     for layout in _layouts(config, world, hardware):
         by_changes.setdefault(_num_changes(config, layout), []).append(layout)
@@ -181,6 +182,7 @@ def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[Tr
         for vpp, (ep, etp) in product(
             _chunks(config.model.num_layers, pp), _expert_degrees(config)
         ):
+            # A cheap test first: most layouts of a large model do not fit.
             least = (dense_bytes / tp + expert_bytes / (ep * (etp or tp))) / pp
             if hardware.memory_bytes is not None and least > hardware.memory_bytes:
                 continue
@@ -275,6 +277,7 @@ def _layout(model: ModelConfig, stages: int) -> str | None:
     as one layer, if that divides evenly and the last stage has room for them.
     """
     num_mtp = model.num_mtp_layers
+    # Megatron's rule for embedding and head (account_for_embedding_in_pipeline_split).
     per_stage, rest = divmod(model.num_layers + num_mtp + 2, stages)
     if model.num_layers % stages == 0 or stages == 1:
         return None
@@ -344,6 +347,7 @@ def _least_recomputation(
     """
     pipeline = plan_pipeline(layout)
     memory_limit = hardware.memory_bytes
+    # Less recomputation is faster, so the first that fits is the best.
     for recompute in _RECOMPUTE:
         config = _with_training(layout, recompute=recompute)
         ranks = []

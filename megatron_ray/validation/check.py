@@ -55,6 +55,7 @@ def _batch_problems(config: TrainConfig, world_size: int | None) -> list[Problem
     dp = parallel.dp
     if dp == "auto":
         dp = least_dp(config)
+    # All of these are reported at once, since one may not follow from another.
     problems = _grid_problems(config, dp)
 
     micro = config.training.micro_batch_size

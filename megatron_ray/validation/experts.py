@@ -50,6 +50,7 @@ def _parallelism_problems(
             "ep that does"
         )
         problems.append(Problem("/parallel/ep", "ep_divides", detail))
+    # Without etp experts are split by tp, so that is the field to change.
     if model.expert_width % parallel.expert_tp:
         name = "etp" if parallel.etp else "tp"
         detail = (
@@ -84,6 +85,7 @@ def _shape_problems(model: ModelConfig, moe: MoEConfig) -> list[Problem]:
     if model.linear_bias:
         detail = "experts have no biases in this version; set linear_bias to false"
         problems.append(Problem("/model/linear_bias", "experts_bias", detail))
+    # A list names every layer, MTP layers excepted.
     pattern = moe.layer_pattern
     if not isinstance(pattern, LayerPattern) and len(pattern) != model.num_layers:
         detail = (
@@ -99,6 +101,7 @@ def _routing_problems(moe: MoEConfig) -> list[Problem]:
     if moe.top_k > moe.num_experts:
         detail = f"top_k={moe.top_k} is more than num_experts={moe.num_experts}; lower it"
         problems.append(Problem("/model/moe/top_k", "top_k", detail))
+    # A constant weight has no gradient.
     if moe.score_function == "softmax" and moe.top_k == 1 and not moe.pre_softmax:
         detail = (
             "top_k=1 with softmax over the chosen experts gives every expert weight 1, so the "

@@ -75,6 +75,7 @@ def _partly_frozen_tensor(
     for parameter in parameters:
         names = _names(parameter)
         trained = [name for name in names if not _is_frozen(name, patterns)]
+        # `freeze` freezes a tensor as soon as one of its parts matches.
         if parameter.trainable or not trained:
             continue
         detail = (

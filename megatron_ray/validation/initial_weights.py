@@ -48,6 +48,7 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
         fields["sliding_window"] = [
             model.window_on(layer) for layer in range(model.num_layers)
         ]
+    # linear_bias implies it.
     fields["qkv_bias"] = model.has_qkv_bias
     # Fields without effect get one value, whatever they were set to.
     if model.position_embedding != "rope":
@@ -56,6 +57,7 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
     if model.mla is not None:
         fields["head_dim"] = None
         fields["num_query_groups"] = None
+    # The weight of its loss is a matter of training.
     if model.mtp is not None:
         fields["mtp"] = model.mtp.num_layers
     ffn_width = fields.pop("ffn_hidden_size")

@@ -21,6 +21,7 @@ def latent_attention_problems(config: TrainConfig) -> list[Problem]:
             f"position_embedding={model.position_embedding}; use rope"
         )
         problems.append(Problem("/model/position_embedding", "latent_attention", detail))
+    # The two fields below have defaults that fit; only values of the user's own can fail.
     if model.kv_heads != model.num_attention_heads:
         detail = (
             f"mla has a key for each of the {model.num_attention_heads} query heads, so "
@@ -33,6 +34,7 @@ def latent_attention_problems(config: TrainConfig) -> list[Problem]:
             f"{mla.qk_head_dim}; leave it out"
         )
         problems.append(Problem("/model/head_dim", "latent_attention", detail))
+    # Kernels take queries, keys and values of one width: narrower values are padded.
     if mla.v_head_dim > mla.qk_head_dim:
         detail = (
             f"v_head_dim={mla.v_head_dim} is wider than queries and keys ({mla.qk_head_dim}), "

@@ -30,6 +30,7 @@ def tensor_parallel_problems(config: TrainConfig) -> list[Problem]:
     """Returns problems of tensor and sequence parallelism: what tp must divide."""
     model = config.model
     tp = config.parallel.tp
+    # Attention is split by heads, the MLP by its inner columns.
     sizes = {
         "num_attention_heads": model.num_attention_heads,
         "ffn_hidden_size": model.ffn_width,
@@ -51,6 +52,7 @@ def tensor_parallel_problems(config: TrainConfig) -> list[Problem]:
             "evenly; use a tp that is one of both, or another num_query_groups"
         )
         problems.append(Problem("/parallel/tp", "tp_divides", detail))
+    # Each context-parallel rank splits its part of the sequence over tp again.
     num_parts = tp * config.parallel.cp
     seq_length = config.training.seq_length
     if config.parallel.sequence_parallel and seq_length % num_parts:
@@ -110,6 +112,7 @@ def _hierarchy_problems(parallel: ParallelismConfig) -> list[Problem]:
 
 def _head_exchange_problems(config: TrainConfig) -> list[Problem]:
     parallel = config.parallel
+    # Ranks among which heads are exchanged, on top of their split over tp.
     ranks = 1
     if parallel.cp_method == "a2a":
         ranks = parallel.cp
@@ -161,6 +164,8 @@ def pipeline_problems(config: TrainConfig) -> list[Problem]:
             "last_stage_layers"
         )
         return [Problem("/parallel/layout", "layout_or_sizes", detail)]
+    # Planning the pipeline checks the rest: that layers divide, and that the schedule
+    # supports the number of chunks.
     try:
         plan_pipeline(config)
     except LayoutError as error:
@@ -169,6 +174,7 @@ def pipeline_problems(config: TrainConfig) -> list[Problem]:
 
 
 def _problems_without_pipeline(parallel: ParallelismConfig) -> list[Problem]:
+    # These fields would be ignored silently.
     fields: dict[str, object] = {
         "first_stage_layers": parallel.first_stage_layers,
         "last_stage_layers": parallel.last_stage_layers,

@@ -39,6 +39,7 @@ def recompute_problems(config: TrainConfig) -> list[Problem]:
         for name, remedy in _REMEDIES.items():
             if fields[name] is None:
                 problems.append(_problem(name, f"granularity=full needs {name}; {remedy}"))
+        # The number of layers can be judged only if it is given and the method is known.
         if not problems:
             problems += _layer_problems(config)
     return problems + _module_problems(config)

@@ -24,6 +24,7 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
     most = max(1, max_world // ranks_per_replica)
     microbatches = training.global_batch_size // training.micro_batch_size
     step = least_dp(config)
+    # From the most replicas downwards, since more finish sooner.
     for dp in range(most - most % step, 0, -step):
         if microbatches % dp == 0:
             return dp
@@ -56,6 +57,7 @@ def _replica_dp_multiple(config: TrainConfig) -> int:
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
     """Fills in dp, and turns sequence parallelism off at tp=1."""
     parallel = config.parallel
+    # Sequence parallelism over one rank splits nothing; the layers rely on it being off.
     resolved = parallel.model_copy(
         update={
             "dp": resolve_dp(config, max_world),

@@ -53,6 +53,7 @@ def _head_problems(model: ModelConfig) -> list[Problem]:
             f"{model.head_width}; use fewer heads, a larger hidden_size, or give head_dim"
         )
         problems.append(Problem("/model/num_attention_heads", "head_width", detail))
+    # Rotation turns pairs of elements.
     if model.position_embedding == "rope" and model.rotated_width % 2:
         detail = (
             f"rotary positions need an even head_dim, not {model.head_width}; change "

@@ -47,7 +47,7 @@ LATENT["mla"] = {
     "v_head_dim": 6,
 }
 DIRECT = LATENT | {"mla": LATENT["mla"] | {"q_lora_rank": None}}
-FURTHER = {"mtp": {"num_layers": 2}}
+MTP = {"mtp": {"num_layers": 2}}
 DEEPSEEK = LATENT | {
     "mtp": {"num_layers": 1},
     "moe": MOE["moe"]
@@ -163,38 +163,38 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ),
     (
         "latent attention, heads exchanged",
-        LATENT | FURTHER,
+        LATENT | MTP,
         {"tp": 2, "cp": 4, "cp_method": "a2a"},
         {"precision": "fp32"},
     ),
     (
         "latent attention, gathered keys",
-        LATENT | FURTHER,
+        LATENT | MTP,
         {"cp": 4, "cp_method": "all_gather"},
         {"recompute": CORE},
     ),
-    ("further tokens", SHAPE | FURTHER, {"tp": 4, "sequence_parallel": True}, {}),
+    ("mtp", SHAPE | MTP, {"tp": 4, "sequence_parallel": True}, {}),
     (
-        "further tokens in a pipeline",
-        SHAPE | FURTHER,
+        "mtp in a pipeline",
+        SHAPE | MTP,
         {"tp": 2, "pp": 4, "layout": "Ett|tt|ttt|tmmL"},
         {},
     ),
     (
-        "further tokens, tied embeddings",
-        SHAPE | FURTHER | {"tie_embeddings": True},
+        "mtp, tied embeddings",
+        SHAPE | MTP | {"tie_embeddings": True},
         {"pp": 2, "vpp": 2, "bucket_elements": 5000},
         {},
     ),
     (
-        "further tokens in a V",
-        LATENT | FURTHER,
+        "mtp in a V",
+        LATENT | MTP,
         {"tp": 2, "pp": 4, "vpp": 2, "schedule": "zb-v"},
         {},
     ),
     (
-        "further tokens recomputed",
-        LATENT | FURTHER,
+        "mtp recomputed",
+        LATENT | MTP,
         {"tp": 4, "sequence_parallel": True, "pp": 2},
         {"recompute": FULL},
     ),

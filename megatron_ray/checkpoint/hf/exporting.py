@@ -94,6 +94,7 @@ def export_folder(
     model = saved_model(checkpoint, train_state)
     family = _family(model, train_state.get("family"))
     saved = SavedCheckpoint(checkpoint)
+    # Everything that can be refused is refused before a folder is created.
     outputs = _outputs(saved, family, model, dtype)
     with new_folder(out) as folder:
         files = _write_shards(folder, saved, outputs, shard_bytes)
@@ -123,6 +124,8 @@ def _outputs(
 ) -> list[Output]:
     """Returns the tensors to write, in forward order and copies last."""
     shapes = logical_shapes(model)
+    # Several logical tensors can be parts of one stored tensor, such as GPT-2's fused
+    # queries, keys and values.
     parts: dict[str, list[tuple[str, TensorLocation]]] = {}
     for name, location in find_locations(family.rules(model), shapes).items():
         if location is None:
@@ -154,11 +157,14 @@ def _write_shards(
     folder: Path, saved: SavedCheckpoint, outputs: Sequence[Output], shard_bytes: int
 ) -> tuple[str, ...]:
     """Writes the safetensors files, and their index if there are several."""
+    # File names contain the number of files, so tensors are distributed before any is
+    # written.
     shards = _shards(outputs, shard_bytes)
     if len(shards) == 1:
         _write_shard(folder / SINGLE, saved, shards[0])
         return (SINGLE,)
     files = []
+    total = 0
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -166,7 +172,7 @@ def _write_shards(
         files.append(file)
         for output in shard:
             weight_map[output.name] = file
-    total = sum(output.num_bytes for output in outputs)
+            total += output.num_bytes
     index = {
         "metadata": {"total_size": total},
         "weight_map": dict(sorted(weight_map.items())),
@@ -217,6 +223,7 @@ def _assemble(saved: SavedCheckpoint, output: Output) -> Tensor:
     whole = torch.empty(output.shape, dtype=output.dtype)
     for name, location in output.parts:
         shape = saved.tensors[f"model/{name}"].shape
+        # A transposed view has logical rows as its first dimension.
         rows = whole
         if location.transposed:
             rows = whole.t()

@@ -104,6 +104,7 @@ def _weight_files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list
     weight_map = _read_json(storage, SHARDS).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("read", storage.uri(SHARDS), "it has no weight_map")
+    # Where each tensor is stands in the headers too; only the names of files are needed.
     files = sorted(set(map(str, weight_map.values())))
     missing = [file for file in files if file not in sizes]
     if missing:

@@ -86,6 +86,7 @@ class HfFolder:
         """Rows and columns of the blocks of fp8 weights."""
         self.tensors = _full_names(stored, self.family)
         """Stored tensors by name."""
+        # config.json may list parts of the model that the files do not have.
         model = read_model(self.family, stored.config, where)
         self.model = self.family.present(model, self.tensors)
         self.shapes = logical_shapes(self.model)
@@ -93,6 +94,8 @@ class HfFolder:
         self.locations = self._find_locations()
         """Where each logical tensor is stored."""
         self._check_names()
+        # Names are checked before shapes: a wrong number of layers should not be reported
+        # as a wrong shape.
         for name in self.locations:
             self._check_shape(name)
 
@@ -114,6 +117,7 @@ class HfFolder:
 
     def _check_names(self) -> None:
         """Raises ConfigError when a tensor is missing, or is not one of the model's."""
+        # Several logical tensors may be in one stored tensor.
         needed = {location.name for location in self.locations.values()}
         missing = sorted(needed - self.tensors.keys())
         if missing:
@@ -136,6 +140,7 @@ class HfFolder:
             return True
         if not name.endswith(SCALES):
             return False
+        # Factors belong to an fp8 weight, or to a repeated one, which is not read.
         weight = name.removesuffix(SCALES)
         if weight in self.copies:
             return True
@@ -144,6 +149,7 @@ class HfFolder:
     @cached_property
     def copies(self) -> Mapping[str, str]:
         """Stored tensor -> the stored tensor that it repeats, where both are there."""
+        # Of tied embeddings some files have the head too, and some have it not.
         copies = dict(self.family.copies(self.model))
         if self.model.tie_embeddings:
             rules = self.family.rules(self.model)

@@ -52,6 +52,8 @@ def import_folder(source: str, out: str) -> Imported:
     model is not supported.
     """
     weights = HfWeights(source)
+    # The files may have tied weights twice. The checkpoint has them once, so they must be
+    # equal.
     weights.check_copies()
     with new_folder(out) as folder:
         storage = open_storage(str(folder))
@@ -67,6 +69,7 @@ def import_folder(source: str, out: str) -> Imported:
         train_state = json.dumps(_train_state(weights, config))
         storage.write_bytes_atomic(TRAIN_STATE, train_state.encode())
         storage.write_bytes_atomic(SPEC, _spec(config, final).encode())
+        # The marker comes last, so that a checkpoint is never complete without its files.
         commit(str(folder), {"imported_from": source}, [])
     return Imported(
         path=out,
@@ -83,6 +86,7 @@ def _write_tensors(weights: HfWeights, storage: Storage) -> int:
     for name, shape in weights.shapes.items():
         box = Box((0,) * len(shape), shape)
         tensors.append(BoxSpec(f"model/{name}", shape, box, weights.dtype(name)))
+    # The same plan as that of a training run's only rank, so that the index has one form.
     plan = plan_all([tensors])[0]
     if not isinstance(plan, RankPlan) or plan.index is None:
         raise CheckpointError("write", storage.uri(), plan)

@@ -89,6 +89,7 @@ class TensorLocation:
         runs: Iterable[tuple[int, int, int]] = [(start, start, rows)]
         if self.rotary is not None:
             runs = self.rotary.runs(start, start + rows)
+        # Only rows are in another order, so each run is a box in both.
         for logical_row, stored_row, count in runs:
             size = (count, *box.size[1:])
             offset = (stored_row + self.part * shape[0], *box.offset[1:])
@@ -132,6 +133,7 @@ def find_locations(
     rules: Iterable[Rule], names: Iterable[str]
 ) -> dict[str, TensorLocation | None]:
     """Returns the location of each logical name, or None where no rule matches."""
+    # A name is looked up with its numbers replaced, as rules are written.
     by_logical = {rule.logical: rule for rule in rules}
     locations: dict[str, TensorLocation | None] = {}
     for name in names:

@@ -74,6 +74,7 @@ class HfWeights(HfFolder):
             else:
                 reads_by_file[stored.file] += reads
         read_all(self.storage, reads_by_file)
+        # These take several reads each, of values and of factors.
         for read in fp8_reads:
             self._read_fp8(read)
 
@@ -82,6 +83,7 @@ class HfWeights(HfFolder):
         stored = self.tensors[read.slot.fqn]
         first_row, first_column = read.part.offset
         rows, columns = read.part.size
+        # Some rows at a time, because fp32 values need four times the memory.
         step = max(1, _CHUNK_ELEMENTS // columns)
         for start in range(0, rows, step):
             count = min(step, rows - start)
@@ -136,7 +138,7 @@ class HfWeights(HfFolder):
             offset = (start,) + (0,) * (len(size) - 1)
             chunk = torch.empty(size, dtype=DTYPES[stored.dtype])
             self._read_box(stored, Box(offset, size), chunk)
-            yield chunk.float()
+            yield chunk.float()  # a type that can be compared, whatever the stored one
 
 
 def load_whole(weights: HfWeights, name: str) -> Tensor:
@@ -152,6 +154,7 @@ def _reads(
     """Yields what to read from a stored tensor to fill the boxes of a logical one."""
     for local in tensor.nonempty():
         for logical_box, stored_box in location.pieces(tensor.shape, local.box):
+            # The view of the local tensor that this piece belongs into.
             target = local.tensor.detach()
             for dim, offset in enumerate(logical_box.offset):
                 start = offset - local.box.offset[dim]

@@ -43,9 +43,9 @@ PUBLISHED = {
     "moonlight-16b": 15_960_108_544,
     "deepseek-v3": 671_026_404_352 + 11_610_067_968,
 }
-"""Parameters, shared ones once: as the model cards' safetensors count them. Routers'
-biases are none here; DeepSeek-V3's are those of the model and of the prediction of a
-further token."""
+"""Numbers of parameters, shared ones counted once, as the model cards' safetensors count
+them. Biases of routers are not counted; DeepSeek-V3's are those of the model and of its
+MTP layer."""
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)

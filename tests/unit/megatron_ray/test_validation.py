@@ -432,13 +432,13 @@ def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
         == 5000
     )
     with pytest.raises(
-        ValueError, match="model.vocab_size=200 is smaller than the tokenizer's 300"
+        ValueError, match=r"model\.vocab_size=200 is smaller than the tokenizer's 300"
     ):
         resolution.with_vocabulary(config(model={"vocab_size": 200}), 300)
 
 
 def test_a_world_must_be_resolved_before_it_is_counted() -> None:
-    with pytest.raises(ValueError, match="parallel.dp is not resolved"):
+    with pytest.raises(ValueError, match=r"parallel\.dp is not resolved"):
         resolution.world_size(config())
 
 

@@ -74,7 +74,7 @@ def write_sizes(model: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": model.tie_embeddings,
         "initializer_range": model.init_std,
         "attention_dropout": model.attention_dropout,
-        "use_cache": True,
+        "use_cache": True,  # transformers' default, for generation
         **write_rope(model),
     }
 
@@ -94,6 +94,7 @@ def read_windows(config: HfConfig, num_layers: int) -> dict[str, Any]:
     if not config.flag("use_sliding_window", False) or window is None:
         return {}
     is_full = _full_attention_layers(config, num_layers)
+    # No layer, all layers, or every n-th layer without a window.
     if True not in is_full:
         return {"sliding_window": window}
     if False not in is_full:

@@ -53,6 +53,7 @@ _SCORES_PER_GROUP = 2
 
 
 def _read(config: HfConfig) -> dict[str, Any]:
+    # Variants that ModelConfig does not have are refused unless they are switched off.
     config.one_of("attention_bias", (False,), False)
     config.one_of("rope_interleave", (True,), True)
     config.one_of("norm_topk_prob", (True,), True)
@@ -131,7 +132,9 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": width,
+        # Shared experts are written as so many of the width of the others.
         "n_shared_experts": (moe.shared_expert_ffn_hidden_size or 0) // width,
+        # The number of layers before the first with experts.
         "first_k_dense_replace": [*layers_with_experts(model), 1].index(1),
         "moe_layer_freq": 1,
         "n_group": moe.num_groups or 1,

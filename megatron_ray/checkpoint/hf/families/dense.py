@@ -44,6 +44,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
 def _read_mistral(config: HfConfig) -> dict[str, Any]:
     # A missing key is the default window, null is no window.
     window = config.values.get("sliding_window", 4096)
+    # The default number of key/value heads is that of the published 7B model.
     return read_decoder(config) | {
         "sliding_window": window,
         "num_query_groups": config.get("num_key_value_heads", 8),
@@ -55,6 +56,7 @@ def _write_mistral(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(config: HfConfig) -> dict[str, Any]:
+    # Qwen2 has biases in these projections whatever its config.json says.
     fields = read_decoder(config)
     return fields | read_windows(config, fields["num_layers"]) | {"qkv_bias": True}
 
@@ -65,6 +67,7 @@ def _write_qwen2(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen3(config: HfConfig) -> dict[str, Any]:
     config.one_of("attention_bias", (False,), False)
+    # Qwen3's heads do not divide hidden_size, so their width has a default of its own.
     fields = read_decoder(config, head_dim=128)
     return fields | read_windows(config, fields["num_layers"]) | {"qk_norm": True}
 

@@ -62,6 +62,7 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 
 def _mixtral_rules(model: ModelConfig) -> list[Rule]:
     stored = STORED_LAYER + "block_sparse_moe."
+    # Mixtral numbers its matrices; w1 and w3 are the two inputs of the gated MLP.
     matrices = {"gate": "w1", "up": "w3", "down": "w2"}
     return [
         *decoder_rules(model),
@@ -86,6 +87,7 @@ def _read_qwen3_moe(config: HfConfig) -> dict[str, Any]:
         "num_experts": num_experts,
         "top_k": config.number("num_experts_per_tok", 8),
         "ffn_hidden_size": config.number("moe_intermediate_size", 768),
+        # Softmax over the chosen experts equals softmax over all and normalizing after it.
         "pre_softmax": not config.flag("norm_topk_prob", False),
         "layer_pattern": layer_pattern,
     }

@@ -26,9 +26,11 @@ _LINEARS = {
 
 
 def _read(config: HfConfig) -> dict[str, Any]:
+    # Variants that ModelConfig does not have must have GPT-2's own values.
     config.one_of("scale_attn_weights", (True,), True)
     config.one_of("scale_attn_by_inverse_layer_idx", (False,), False)
     config.one_of("add_cross_attention", (False,), False)
+    # ModelConfig has one rate for both.
     dropout = config.number("resid_pdrop", 0.1)
     if config.number("embd_pdrop", 0.1) != dropout:
         raise config.error(
@@ -95,6 +97,7 @@ def _rules(model: ModelConfig) -> list[Rule]:
             ),
             Rule(f"{layer}{logical_name}.bias", f"{stored}{stored_name}.bias"),
         ]
+    # c_attn has the outputs for queries, keys and values one after another.
     for part, name in enumerate("qkv"):
         logical = f"{layer}attention.{name}."
         fused = f"{stored}attn.c_attn."

@@ -41,6 +41,7 @@ def find_family(values: Mapping[str, Any], where: str) -> Family:
     """
     model_type = values.get("model_type")
     architectures = values.get("architectures") or []
+    # A folder may lack one of the two keys, but they must not contradict each other.
     family = FAMILIES.get(str(model_type)) or _family_of_class(architectures)
     if family is not None and (not architectures or family.architecture in architectures):
         return family
@@ -54,10 +55,10 @@ def find_family(values: Mapping[str, Any], where: str) -> Family:
 
 
 def _family_of_class(architectures: Sequence[str]) -> Family | None:
-    by_class = {family.architecture: family for family in FAMILIES.values()}
     for name in architectures:
-        if name in by_class:
-            return by_class[name]
+        for family in FAMILIES.values():
+            if family.architecture == name:
+                return family
     return None
 
 
@@ -104,6 +105,8 @@ def family_for(model: ModelConfig) -> Family:
 
 
 def _nearest(model: ModelConfig) -> Family:
+    # From the rarest feature to the most common: the first family that has it is the only
+    # one that may express the model.
     if model.position_embedding == "learned" or model.norm == "layernorm":
         return GPT2
     if model.mla is not None:

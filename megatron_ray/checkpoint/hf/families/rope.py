@@ -29,6 +29,7 @@ def read_rope(config: HfConfig, theta: float = 10000.0) -> dict[str, Any]:
         )
     rope = HfConfig(values, f"{config.where}: rope_parameters")
     rope.one_of("partial_rotary_factor", (1, 1.0), config.get("partial_rotary_factor", 1.0))
+    # Older files have `type`.
     kind = rope.get("rope_type", rope.get("type", "default"))
     fields: dict[str, Any] = {
         "rope_theta": rope.number("rope_theta", config.number("rope_theta", theta))
@@ -44,6 +45,7 @@ def read_rope(config: HfConfig, theta: float = 10000.0) -> dict[str, Any]:
     for name in _FACTORS[kind]:
         if rope.get(name) is not None:
             scaling[name] = float(rope.number(name))
+    # The original length may be beside the parameters, or be the length of the model.
     if kind != "linear":
         length = config.number(
             "original_max_position_embeddings",
@@ -72,6 +74,8 @@ def _read_yarn(rope: HfConfig) -> dict[str, Any]:
     # Transformers uses the two numbers only where neither is zero.
     if not mscale_all_dim:
         mscale = 1.0
+    # A given attention_factor replaces the one that the two numbers imply, which
+    # RopeScaling cannot express.
     implied = _multiplier(factor, mscale) / _multiplier(factor, mscale_all_dim)
     attention_factor = rope.number("attention_factor", implied)
     if not isclose(attention_factor, implied, rel_tol=1e-6):
@@ -105,6 +109,7 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, Any]:
         fields["original_max_position_embeddings"] = (
             scaling.original_max_position_embeddings
         )
+    # At 0 transformers ignores both numbers, so they are left out.
     if scaling.kind == "yarn" and scaling.mscale_all_dim:
         fields |= {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
     return fields

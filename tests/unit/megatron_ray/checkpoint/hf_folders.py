@@ -133,10 +133,10 @@ def publish(
     model = make(family, **changed)
     if dtype is not None:
         model = model.to(dtype)
-    further = family.endswith("-mtp")
-    model.save_pretrained(folder, max_shard_size="5GB" if further else shard)  # type: ignore[operator]
-    if further:
-        add_further_layer(folder)
+    has_mtp = family.endswith("-mtp")
+    model.save_pretrained(folder, max_shard_size="5GB" if has_mtp else shard)  # type: ignore[operator]
+    if has_mtp:
+        add_mtp_layer(folder)
     return model
 
 
@@ -158,32 +158,32 @@ def edit_tensors(
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def add_further_layer(folder: Path) -> None:
-    """What DeepSeek publishes behind the last layer and transformers does not save."""
+def add_mtp_layer(folder: Path) -> None:
+    """Adds the MTP layer that DeepSeek publishes and transformers does not save."""
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     last = f"model.layers.{layers - 1}."
-    further = f"model.layers.{layers}."
+    mtp_layer = f"model.layers.{layers}."
 
     def add(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         block = {
-            further + name.removeprefix(last): tensor + 0.01
+            mtp_layer + name.removeprefix(last): tensor + 0.01
             for name, tensor in tensors.items()
             if name.startswith(last)
         }
         norms = {
-            f"{further}{name}.weight": torch.rand(32)
+            f"{mtp_layer}{name}.weight": torch.rand(32)
             for name in ("enorm", "hnorm", "shared_head.norm")
         }
         copies = {
-            further + "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
-            further + "shared_head.head.weight": tensors["lm_head.weight"].clone(),
+            mtp_layer + "embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
+            mtp_layer + "shared_head.head.weight": tensors["lm_head.weight"].clone(),
         }
         return (
             tensors
             | block
             | norms
             | copies
-            | {further + "eh_proj.weight": torch.randn(32, 64)}
+            | {mtp_layer + "eh_proj.weight": torch.randn(32, 64)}
         )
 
     edit_tensors(folder, add)

@@ -53,7 +53,8 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 def assert_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
 
 
 def settings_of(path: str) -> TrainConfig:
@@ -375,10 +376,10 @@ def test_a_bad_folder_is_one_message_and_leaves_nothing(
     damage(tmp_path / "hf")
     capsys.readouterr()
     assert main(["import", str(tmp_path / "hf"), str(tmp_path / "out")]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith("error: ") and len(said.splitlines()) == 1 and words in said, (
-        said
-    )
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    assert words in message
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
@@ -399,7 +400,7 @@ def test_out_must_be_new_and_in_must_be_a_folder(
     assert "it is not committed" in capsys.readouterr().err
     with pytest.raises(
         CheckpointError,
-        match="neither a committed checkpoint .* nor a folder in Hugging Face's format",
+        match=r"neither a committed checkpoint .* nor a folder in Hugging Face's format",
     ):
         initial_model(str(tmp_path / "there"))
 
@@ -414,16 +415,16 @@ def test_what_fails_half_way_leaves_nothing(
     import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     monkeypatch.setattr(exporting, "_write_tokenizer", full)
     with pytest.raises(
-        CheckpointError, match="cannot write .*/out: No space left on device"
+        CheckpointError, match=r"cannot write .*/out: No space left on device"
     ):
         export_folder(str(tmp_path / "ours"), str(tmp_path / "out"))
     monkeypatch.setattr(importing, "commit", full)
     with pytest.raises(
-        CheckpointError, match="cannot write .*/new: No space left on device"
+        CheckpointError, match=r"cannot write .*/new: No space left on device"
     ):
         import_folder(str(tmp_path / "hf"), str(tmp_path / "new"))
     (data,) = (tmp_path / "ours" / "data").iterdir()
     data.write_bytes(data.read_bytes()[:-64])
-    with pytest.raises(CheckpointError, match="has .* bytes, .* were written"):
+    with pytest.raises(CheckpointError, match=r"has .* bytes, .* were written"):
         export_folder(str(tmp_path / "ours"), str(tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "ours"]

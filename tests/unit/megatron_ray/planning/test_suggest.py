@@ -44,7 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"preset": "llama3-8b"},
     "experts": MOE | {"moe": {"num_experts": 8, "top_k": 2}},
     "latent": {"preset": "deepseek-v2-lite"},
-    "further": {"preset": "llama3-8b", "num_layers": 31, "mtp": {}},
+    "mtp": {"preset": "llama3-8b", "num_layers": 31, "mtp": {}},
 }
 
 
@@ -64,7 +64,7 @@ def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(
-    "model", [MODELS["dense"], MODELS["dense"] | {"mtp": {}}], ids=["dense", "further"]
+    "model", [MODELS["dense"], MODELS["dense"] | {"mtp": {}}], ids=["dense", "mtp"]
 )
 def test_none_is_missed_by_looking_at_the_most_promising_first(
     model: dict[str, Any],
@@ -87,9 +87,7 @@ def test_405b_on_1024_devices_takes_seconds_at_most_and_stays_inside_nodes() -> 
     )
 
 
-def test_layers_that_predict_further_tokens_have_a_place_in_a_layout_of_uneven_stages() -> (
-    None
-):
+def test_mtp_layers_are_part_of_a_layout_of_uneven_stages() -> None:
     found = nearest(
         config({"preset": "llama3-8b", "num_layers": 29, "mtp": {}}, tp=8, pp=4), 32, H100
     )
