@@ -38,7 +38,8 @@ GOALS = {
     "packed_assignments_per_kloc": Goal(0.6),
     "comprehensions_per_kloc": Goal(6.5),
     "conditional_expressions_per_kloc": Goal(5.5),
-    "comment_lines_percent": Goal(4.7, more_is_better=True),
+    # 3 to 6 % is the aim; the anchors lie between 4.2 and 9.3 %.
+    "comment_lines_percent": Goal(3.0, more_is_better=True),
     "docstrings_percent": Goal(46, more_is_better=True),
     "function_lines_p95": Goal(56),
     "nesting_max": Goal(5),
