@@ -17,8 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.integration.chaos_road import RankFile, busy_workers, history, until
-from tests.integration.road import Road, stack
+from tests.support.fault_injection import RankFile, busy_workers, history, until
+from tests.support.running_stack import Road, stack
 
 KILLS = 10
 EVERY_STEPS = 50

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.integration.chaos_road import (
+from tests.support.fault_injection import (
     Observer,
     assert_nothing_left,
     busy_workers,
@@ -25,7 +25,7 @@ from tests.integration.chaos_road import (
     story,
     until,
 )
-from tests.integration.road import Road
+from tests.support.running_stack import Road
 
 pytestmark = pytest.mark.ray
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.fake_service import NAMESPACE, FakeService
+from tests.support.fake_service import NAMESPACE, FakeService
 from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray
@@ -45,7 +45,7 @@ def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Subm
     """Does for one job what agent and service do: makes the driver, attaches it, admits
     the job once its data are ready.
     """
-    from tests.integration.fake_job import FakeDriver
+    from tests.support.fake_job import FakeDriver
     from workers.agent.driver_registry import DriverRegistry
     from workers.protocol.wire import DesiredReply
 
@@ -229,7 +229,7 @@ def test_service_away_loses_nothing(submit: Submit, fake_service: FakeService) -
 
 
 def submit_url(submit: Submit, service: FakeService) -> None:
-    from tests.integration.fake_job import FakeDriver
+    from tests.support.fake_job import FakeDriver
     from workers.agent.driver_registry import DriverRegistry
     from workers.protocol.wire import DesiredReply
 
@@ -424,7 +424,7 @@ def test_a_wish_for_a_checkpoint_is_granted_once(
 def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> None:
     import ray
 
-    from tests.integration.fake_job import LateWorker
+    from tests.support.fake_job import LateWorker
     from workers.decisions.placement import plan_placement
     from workers.decisions.slot_assignment import assign_slots
     from workers.rank.messages import Fence

@@ -5,7 +5,6 @@ stand-ins, so only the stack is on trial.
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,8 @@ from service.local_stack.record import read_record
 from service.local_stack.sessions import members
 from service.local_stack.stack import LocalStack
 from service.local_stack.teardown import TeardownReport, down
-
-sys.path.insert(0, str(Path(__file__).parent))
-from stand_in_stack import stand_in_options
-
-from tests.integration.watched import Watched
+from tests.support.fake_stack import stand_in_options
+from tests.support.watched_stack import Watched
 
 pytestmark = pytest.mark.ray
 

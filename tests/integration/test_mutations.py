@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.integration.road import SPEC, Road
+from tests.support.running_stack import SPEC, Road
 from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray

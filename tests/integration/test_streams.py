@@ -16,8 +16,8 @@ import pytest
 
 from service.client import Client, ServiceError
 from service.store.metrics import KEYS
-from tests.integration.cutting_proxy import CuttingProxy
-from tests.integration.service_process import (
+from tests.support.cutting_proxy import CuttingProxy
+from tests.support.service_process import (
     SPEC,
     Records,
     ServiceProcess,

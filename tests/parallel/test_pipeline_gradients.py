@@ -34,8 +34,8 @@ from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.sharding.parameters import local_parameters
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
-from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
-from tests.ranks import run_ranks
+from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

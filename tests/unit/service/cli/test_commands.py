@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.service.cli.scripted_service import JOB, FakeService, Run
+from tests.support.fake_rest_service import JOB, FakeService, Run
 
 
 def test_submit_sends_the_spec_with_overrides_and_absolute_paths(

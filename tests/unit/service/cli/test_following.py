@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.unit.service.cli.scripted_service import JOB, FakeService, Run, stream
+from tests.support.fake_rest_service import JOB, FakeService, Run, stream
 
 
 def test_logs_follow_until_the_job_ends(

@@ -8,7 +8,7 @@ import pytest
 
 from service.cli.commands import generate as generate_module
 from service.cli.failure import CommandError
-from tests.unit.service.cli.scripted_service import FakeService, Run
+from tests.support.fake_rest_service import FakeService, Run
 
 
 def test_generate_takes_the_newest_checkpoint_of_a_job(
@@ -52,7 +52,7 @@ def test_generation_that_fails_gives_its_last_words(
 def test_convert_gives_back_what_it_took(
     run: Run, service: FakeService, tmp_path: Path
 ) -> None:
-    from tests.unit.megatron_ray.checkpoint.hf_folders import (
+    from tests.support.hf_folders import (
         publish,
     )  # takes seconds that no other test here needs
 

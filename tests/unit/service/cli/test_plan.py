@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.service.cli.scripted_service import FakeService, Run
+from tests.support.fake_rest_service import FakeService, Run
 
 TIME = {
     "step_s": 1.5,

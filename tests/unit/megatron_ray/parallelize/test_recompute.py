@@ -25,8 +25,8 @@ from megatron_ray.tensor_parallel import layers
 from megatron_ray.tensor_parallel.norm import RMSNorm
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel.activations import blocks_of, kept_bytes
-from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config
+from tests.support.activations import blocks_of, kept_bytes
+from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config
 
 LAYERS = 3
 EXPERTS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ray.storage.storage import open_storage
-from tests.integration.fake_service import FakeService
+from tests.support.fake_service import FakeService
 from workers.driver.outbox import Outbox, RecordLog
 from workers.protocol.wire import DesiredJob, RecordBatch
 from workers.rank.spool import Line

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs.capacity import ClusterCapacity, need_of
+from service.jobs.capacity import ClusterCapacity, resource_request
 from workers.decisions.placement import plan_placement
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
@@ -54,7 +54,7 @@ def test_what_is_admitted_can_be_placed_and_nothing_else(
 ) -> None:
     plan = plan_placement(spec, nodes)
     capacity = ClusterCapacity(nodes)
-    need = need_of(spec, plan.dims.world_size, has_gpus=capacity.has_gpus)
-    assert need.gpu == (plan.accelerator == "gpu")
-    assert capacity.ranks(need) == plan.capacity * plan.dims.tp
-    assert capacity.take(need) == plan.is_feasible
+    request = resource_request(spec, plan.dims.world_size, has_gpus=capacity.has_gpus)
+    assert request.gpu == (plan.accelerator == "gpu")
+    assert capacity.max_ranks(request) == plan.capacity * plan.dims.tp
+    assert capacity.reserve(request) == plan.is_feasible

@@ -19,7 +19,7 @@ from megatron_ray.parallelize.parallel_layers import (
 from megatron_ray.sharding.layer_specs import ShardPosition
 from megatron_ray.sharding.parameters import local_parameters
 from megatron_ray.tensor_parallel.group import TensorParallel
-from tests.unit.megatron_ray.test_parameters import MIXTURE, SHAPES
+from tests.unit.megatron_ray.sharding.test_parameters import MIXTURE, SHAPES
 
 MODELS: dict[str, dict[str, Any]] = {
     **SHAPES,

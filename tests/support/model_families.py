@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from megatron_ray.config.model import ModelConfig
-from tests.unit.megatron_ray.models.hf_names import decoder_logical, gpt2_logical, perturb
+from tests.support.hf_names import decoder_logical, gpt2_logical, perturb
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.validation.initial_weights import contradictions, model_signature
-from tests.unit.megatron_ray.checkpoint import hf_folders
+from tests.support import hf_folders
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

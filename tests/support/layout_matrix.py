@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.validation import check
-from tests.parallel.parity import LLAMA
+from tests.support.parity import LLAMA
 
 SEED = 20261121
 MOST_RANKS = 8

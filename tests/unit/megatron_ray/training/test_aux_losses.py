@@ -18,7 +18,7 @@ from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
-from tests.parallel.parity import LLAMA, NoSaver, RandomDataset, make_config
+from tests.support.parity import LLAMA, NoSaver, RandomDataset, make_config
 
 EXPERTS = {
     "num_experts": 4,

@@ -1,5 +1,5 @@
 """`up` with stand-ins for service and agent (Ray is real), for tests that kill it:
-python stand_in_stack.py DATA_DIR.
+python fake_stack.py DATA_DIR.
 """
 
 import sys

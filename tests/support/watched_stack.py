@@ -13,7 +13,7 @@ from pathlib import Path
 from service.local_stack.record import StackRecord, read_record
 from service.local_stack.sessions import Session, members
 
-SCRIPT = Path(__file__).parent / "stand_in_stack.py"
+SCRIPT = Path(__file__).parent / "fake_stack.py"
 
 
 class Watched:

@@ -17,7 +17,7 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.evaluate import evaluate
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
-from tests.parallel.parity import LLAMA, RandomDataset, make_config
+from tests.support.parity import LLAMA, RandomDataset, make_config
 
 EXPERTS: dict[str, Any] = {
     "num_experts": 4,

@@ -9,7 +9,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.forward_context import ForwardContext, ForwardMode
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build
-from tests.parallel.parity import RandomDataset
+from tests.support.parity import RandomDataset
 
 
 def blocks_of(

@@ -29,7 +29,7 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedTensor, TensorBox
 from megatron_ray.training.saving import start_from_weights
 from megatron_ray.training.session import build
-from tests.unit.megatron_ray.checkpoint.hf_folders import (
+from tests.support.hf_folders import (
     FAMILIES,
     SEQUENCE,
     VOCABULARY,

@@ -26,7 +26,7 @@ from megatron_ray.pipeline_parallel.schedules.simulation import (
     simulate_computing,
 )
 
-GOLDEN = Path(__file__).parents[3] / "golden" / "schedule_bubbles.json"
+GOLDEN = Path(__file__).parents[4] / "golden" / "schedule_bubbles.json"
 """Bubbles that no formula gives, by `name pp vpp microbatches`, at F = B = W = 1.
 Written by `python -m tests.golden.schedule_bubbles`."""
 Case = tuple[ScheduleName, int, int, int]

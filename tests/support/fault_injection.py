@@ -25,7 +25,7 @@ import httpx
 
 from service.local_stack.ray_head import ray_environment
 from service.local_stack.sessions import Session, members, read_process, send_signal
-from tests.integration.road import ENDS, Road
+from tests.support.running_stack import ENDS, Road
 
 SEED = int(os.environ.get("MEGATRON_RAY_SEED") or random.SystemRandom().randrange(1 << 31))
 OBSERVER = Path(__file__).parent / "ray_observer.py"
