@@ -10,7 +10,7 @@ from tests.unit.service.cli.scripted_service import JOB, FakeService, Run, strea
 def test_logs_follow_until_the_job_ends(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.commands.log_reader.time.sleep", lambda seconds: None)
     pieces = [
         {"data": "one\n", "next_offset": 4},
         {"data": "", "next_offset": 4},
@@ -31,7 +31,7 @@ def test_logs_follow_until_the_job_ends(
 def test_logs_go_on_with_the_next_attempt(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.commands.log_reader.time.sleep", lambda seconds: None)
     pieces = [{"data": "one\n", "next_offset": 4}, {"data": "", "next_offset": 4}] * 2
     service.routes["GET /v1/jobs/job-abc/logs"] = (
         200,
@@ -53,7 +53,7 @@ def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, {"data": "", "next_offset": 0})
     code, _, err = run("logs", "job-abc", "--rank", "3", "--url", service.url)
     assert code == 1
-    assert "rank 3 of job-abc has written no log yet" in err
+    assert "rank 3 of job-abc has no log yet" in err
 
 
 WATCHED = stream(
@@ -108,7 +108,7 @@ def test_watch_json_is_one_event_a_line(run: Run, service: FakeService) -> None:
     assert [json.loads(line)["event"] for line in out.splitlines()][-1] == "end"
 
 
-def test_interrupted_watch_says_that_the_job_goes_on(
+def test_interrupted_watch_leaves_the_job_running(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
@@ -117,4 +117,6 @@ def test_interrupted_watch_says_that_the_job_goes_on(
     monkeypatch.setattr("service.client.Client.stream", interrupt)
     code, _, err = run("watch", "job-abc", "--url", service.url)
     assert code == 130
-    assert "job-abc goes on" in err
+    assert "job-abc is still running" in err
+    assert "megatron-ray watch job-abc" in err
+    assert "megatron-ray cancel job-abc" in err
