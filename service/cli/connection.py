@@ -26,7 +26,7 @@ Token = Annotated[
     str | None,
     typer.Option(
         "--token",
-        help="Token, or @FILE to read it from a file. Default: the local stack's.",
+        help="Token, or @FILE to read it from a file. Default without --url: the local stack's.",
         rich_help_panel="Service",
     ),
 ]
@@ -79,6 +79,7 @@ def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client
         return Client(url, secret)
     folder = resolve_data_dir(data_dir)
     record = local_stack(folder)
+    # A stack that is starting has a record, but its address only when the service listens.
     if record is None or not record.url:
         raise CommandError(
             f"no local stack is up (data dir {folder})",
@@ -88,6 +89,7 @@ def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client
 
 
 def _read_token(option: str | None) -> str | None:
+    # A file keeps the token out of the shell's history and the process list.
     if option is None or not option.startswith("@"):
         return option
     try:

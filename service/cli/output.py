@@ -27,6 +27,8 @@ _PIPE_WIDTH = 400
 
 def console() -> Console:
     """Returns a console on the current stdout."""
+    # Made anew each time: stdout may have been replaced, as tests do. soft_wrap leaves
+    # long lines whole, so that they can be copied and searched.
     return Console(highlight=False, soft_wrap=True)
 
 
@@ -101,6 +103,7 @@ def styled_level(level: str) -> str:
 def moment(value: Any) -> str:
     """Returns an ISO time in UTC to the second, or `value` when it is not a time."""
     try:
+        # UTC: the service and its readers may be in different time zones.
         at = datetime.fromisoformat(str(value)).astimezone(UTC)
     except ValueError:
         return str(value)
@@ -111,6 +114,7 @@ def number(value: Any, digits: int = 4) -> str:
     """Returns a number with separators; a dash for None."""
     if value is None:
         return "-"
+    # Counts are exact, so they get no digits after the point.
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.{digits}f}"

@@ -18,8 +18,7 @@ from pathlib import Path
 # A Unix socket path has at most 107 bytes; Ray appends about 65 to its temp dir.
 MAX_TEMP_DIR_LENGTH = 40
 
-# Every port that Ray would otherwise choose itself: two stacks on one machine must not
-# collide, and the record must name them all.
+# All of Ray's ports: with its defaults, two stacks on one machine would collide.
 _PORT_OPTIONS = {
     "ray_gcs": "--port",
     "ray_node_manager": "--node-manager-port",

@@ -91,7 +91,7 @@ def start_ray(processes: StackProcesses, options: StackOptions) -> None:
             ray_address=f"127.0.0.1:{ports['ray_gcs']}",
             dashboard_url=dashboard_url,
         )
-        # A failed try leaves session files behind that the next one must not read.
+        # Another folder for each try: a failed one may leave session files behind.
         folder_name = "ray"
         if attempt > 1:
             folder_name = str(attempt)

@@ -75,7 +75,7 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         assert record.token.encode() not in arguments
 
         with pytest.raises(
-            StackError, match="already up at http://127.0.0.1:.*megatron-ray down"
+            StackError, match=r"already up at http://127\.0\.0\.1:.*megatron-ray down"
         ):
             LocalStack(
                 stand_in_options(tmp_path / "data"),

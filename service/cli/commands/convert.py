@@ -15,7 +15,9 @@ from service.cli.failure import CommandError
 from service.cli.library import as_arguments, checkpoint_path, run_library
 from service.cli.output import AsJson, console, print_json, size
 
+# Run as a module in a process of its own: it imports torch.
 _MODULE = "megatron_ray.checkpoint.hf"
+# Sizes are read as transformers reads them: KB is 1000 bytes, KiB is 1024.
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -81,6 +83,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to a folder that transformers can load."""
+    # Checked here, before the service is asked for a path.
     if dtype not in (None, "bf16", "fp32"):
         raise CommandError(
             f"--dtype {dtype!r} is not supported", remedy="use bf16 or fp32", exit_code=2

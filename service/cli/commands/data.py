@@ -40,6 +40,7 @@ def prepare(
 
     Jobs with the same data and cache use these files.
     """
+    # Checked here, because no service takes part.
     job = validated(read_spec(spec, overrides))
     folder = job.data.cache
     if cache is not None:

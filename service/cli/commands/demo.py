@@ -17,7 +17,6 @@ from rich.markup import escape
 from service.cli.commands.generate import run_generation
 from service.cli.commands.stack import INTERRUPTED, Cpus, with_stack
 from service.cli.commands.watch import watch_job
-from service.cli.connection import DataDir
 from service.cli.failure import CommandError, from_service
 from service.cli.output import number, size
 from service.cli.spec_file import Overrides, read_spec
@@ -27,10 +26,19 @@ from service.local_stack.options import StackOptions
 from service.local_stack.record import StackRecord
 from service.local_stack.stack import LocalStack
 
+DemoDataDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        help="Folder of the demo's stack and results. Default: runs/demo-DATE-TIME.",
+        rich_help_panel="Service",
+    ),
+]
 SPEC = Path("deploy/jobs/stdlib-tp2.yaml")
 MIN_GAIN_NATS = 1.5
 SAMPLE_CHARACTERS = 300
 
+# The start of a module: the corpus is Python's standard library.
 _PROMPT = "import os\n\ndef "
 _MAX_SEEDS = 5
 _TIMEOUT_S = 1200.0
@@ -44,7 +52,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     spec: Annotated[Path, typer.Option(help="Job spec to run.")] = SPEC,
     overrides: Overrides = None,
-    data_dir: DataDir = None,
+    data_dir: DemoDataDir = None,
     cpus: Cpus = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the stack up at the end, until Ctrl-C.")
@@ -53,6 +61,7 @@ def demo(
     """Train a small GPT on this machine through the service, then stop everything."""
     interruption = Interruption()
     interruption.listen()
+    # Read before the stack starts: a mistake in it shows at once.
     values = read_spec(spec, overrides)
     # A new folder each time: the demo shows a first run, and never resumes.
     folder = data_dir or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
@@ -209,6 +218,7 @@ def _supervise(
 ) -> None:
     """Supervises the stack until the demo is over, and with `keep` until Ctrl-C."""
     run.begin(record)
+    # The demo runs in a thread, because only the main thread restarts what exits.
     deadline = time.monotonic() + _TIMEOUT_S
     stack.supervise(until=lambda: run.is_over() or time.monotonic() > deadline)
     if run.failure is not None:

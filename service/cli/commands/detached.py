@@ -11,6 +11,7 @@ from service.local_stack.record import StackRecord
 from service.local_stack.sessions import GatedProcess, is_running, send_signal
 
 _POLL_S = 0.1
+# 128 + SIGINT, as shells report it.
 _INTERRUPTED = 130
 
 
@@ -24,7 +25,7 @@ def up_detached(
     log = folder / "logs" / "up.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        # The log is appended to; only what this process writes is its error.
+        # The log is appended to; what follows belongs to this start.
         log_start = 0
         if log.exists():
             log_start = log.stat().st_size
@@ -54,6 +55,7 @@ def up_detached(
 
 
 def _up_command(folder: Path, cpus: int | None, ready_timeout_s: float) -> list[str]:
+    # The log is plain text, so `up` runs without --json.
     command = [
         sys.executable,
         "-m",

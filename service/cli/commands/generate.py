@@ -9,6 +9,7 @@ from service.cli.connection import DataDir, Token, Url
 from service.cli.library import as_arguments, checkpoint_path, run_library
 from service.cli.output import AsJson, print_json
 
+# Run as a module in a process of its own: it imports torch.
 _MODULE = "megatron_ray.inference.generate"
 
 
@@ -62,6 +63,7 @@ def generate(
     answer = run_generation(path, prompt, options)
     if as_json:
         print_json(answer)
+    # Not through rich, which would read brackets of the text as markup.
     else:
         sys.stdout.write(f"{answer['prompt']}{answer['text']}\n")
 
@@ -71,6 +73,7 @@ def run_generation(checkpoint: str, prompt: str, options: dict[str, Any]) -> dic
 
     Raises CommandError with the last line of its stderr.
     """
+    # The answer may hold its own prompt; a prompt given here is the default.
     arguments = ["--checkpoint", checkpoint, "--prompt", prompt, *as_arguments(options)]
     answer = run_library(_MODULE, arguments, "text")
     return {"prompt": prompt, **answer, "text": str(answer["text"])}

@@ -28,6 +28,7 @@ _PAGE = 100
 
 def register(app: typer.Typer) -> None:
     """Adds these commands."""
+    # The order in which `--help` lists them.
     for command in (jobs, show, watch, logs, events, metrics, checkpoints, ranks):
         app.command(command.__name__)(command)
 
@@ -48,6 +49,7 @@ def jobs(
     with connect(url, token, data_dir) as client:
 
         def fetch(after: str | None, page_size: int) -> dict[str, Any]:
+            # A page's size differs from --limit: the service caps it.
             return client.jobs(limit=page_size, after=after, status=status)
 
         page = _pages(fetch, limit)
@@ -107,6 +109,7 @@ def logs(
                 client, job_id, rank=rank, attempt=attempt, follow=follow, as_json=as_json
             )
         except KeyboardInterrupt:
+            # The usual way to end --follow is no error and gets no message.
             raise SystemExit(130) from None
 
 
@@ -145,7 +148,9 @@ def metrics(
     ] = None,
     max_points: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of rows, evenly thinned. Default: all."),
+        typer.Option(
+            min=1, help="Thin out to at most this many rows. Default: no thinning."
+        ),
     ] = None,
     attempt: Annotated[
         int | None,
@@ -163,6 +168,7 @@ def metrics(
         page = client.metrics(
             job_id, keys=keys, from_step=from_step, max_points=max_points, attempt=attempt
         )
+    # A step may have been run by several attempts, so each row names its own.
     columns: dict[str, Column] = {
         "step": lambda row: str(row["step"]),
         "attempt": lambda row: str(row.get("attempt")),
@@ -237,6 +243,7 @@ def _pages(
 
 
 def _age(job: Mapping[str, Any]) -> str:
+    # By this machine's clock, which may differ from the service's.
     try:
         created = datetime.fromisoformat(str(job.get("created_at")))
     except ValueError:
@@ -252,6 +259,8 @@ def _gpu(entry: Mapping[str, Any]) -> str:
 
 
 def _metric_column(name: str) -> Column:
+    # A function, so that each column keeps its own name: a lambda in the loop would
+    # read the last one.
     return lambda row: _metric(row.get(name))
 
 

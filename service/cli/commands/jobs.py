@@ -83,9 +83,11 @@ def cancel(
     """Cancel a job after a final checkpoint."""
     with connect(url, token, data_dir) as client:
         job = client.cancel(job_id)
+        # The request returns at once; the final checkpoint takes longer.
         if wait:
             job = _wait_for_end(client, job, timeout_s)
     status = str(job["status"])
+    # A job that ended otherwise is reported below, as an error.
     if as_json:
         print_json(job)
     elif status not in TERMINAL or status == "cancelled":
@@ -102,6 +104,7 @@ def cancel(
 
 
 def _wait_for_end(client: Client, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    # Polled rather than streamed: this wait has a deadline.
     deadline = time.monotonic() + timeout_s
     while job["status"] not in TERMINAL and time.monotonic() < deadline:
         time.sleep(_POLL_S)

@@ -71,6 +71,7 @@ class _LogReader:
             piece = self.client.logs(
                 self.job_id, rank=self.rank, attempt=self.attempt, offset=self.offset
             )
+            # An unchanged offset is the end of the log so far.
             offset = int(piece.get("next_offset") or self.offset)
             if offset <= self.offset:
                 return

@@ -71,6 +71,7 @@ def plan(
 ) -> None:
     """Show how a job would run, without starting it. Exit code 0 only when it fits."""
     values = read_spec(spec, overrides)
+    # Without --suggest the number would be ignored silently.
     if ranks is not None and not suggest:
         raise CommandError(
             "--ranks needs --suggest; a plan's ranks follow from its parallel degrees"
@@ -91,6 +92,7 @@ def plan(
 
 def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
     """Raises CommandError when the job does not fit."""
+    # The plan is printed in any case, so that one sees what does not fit where.
     # On stdout the answer is complete already; only a JSON error repeats it.
     body = None
     if as_json:
@@ -106,6 +108,7 @@ def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
 
 
 def _print_plan(answer: Json) -> None:
+    # Sections without data are left out: what is not known depends on spec and cluster.
     out = console()
     parallel = (answer.get("resolved_spec") or {}).get("parallel") or {}
     degrees = " x ".join(f"{axis}={parallel[axis]}" for axis in _AXES if axis in parallel)
@@ -157,6 +160,7 @@ def _print_time(answer: Json) -> None:
             f"MFU {100 * time['mfu']:.1f} %"
         )
         for key, label in _TIME_PARTS.items():
+            # Parts that take no time would only hide the others.
             if time[key]:
                 out.print(f"  {label:24} {_seconds(time[key])}")
     # Without a known device there is no time, but the schedule alone gives the bubble.
@@ -172,6 +176,7 @@ def _print_notes(answer: Json) -> None:
 
 
 def _print_ranks(ranks: Sequence[Json]) -> None:
+    # A plan may have thousands of ranks.
     rows: list[list[str]] = []
     for rank in ranks[:_MAX_RANK_ROWS]:
         island = str(rank.get("island", "-"))

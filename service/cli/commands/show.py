@@ -96,6 +96,7 @@ def event_style(event: Json) -> str:
 def step_of(job: Json) -> str:
     """Returns a job's step and its number of steps, such as `5/10`."""
     num_steps = nested(job, "progress.steps")
+    # A job without progress has no number of steps yet.
     if not num_steps:
         return "-"
     return f"{nested(job, 'progress.step') or 0}/{num_steps}"
@@ -124,9 +125,11 @@ def _state(job: Json) -> dict[str, str]:
 def _history(
     job: Json, attempts: Sequence[Json], started: Json | None, recovered: Json | None
 ) -> dict[str, str]:
+    # Before the first attempt there is only the job's own number, 0.
     current = str(job.get("attempt") or "-")
     if attempts:
         current = _attempt(attempts[-1], started)
+    # Attempts come oldest first: the last match is the newest.
     last_failure = ""
     for attempt in attempts:
         if attempt["state"] == "failed":

@@ -54,6 +54,7 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start Ray, the service and its agent on this machine, and run until Ctrl-C."""
+    # First of all: from here on a signal ends the stack in order.
     interruption = Interruption()
     interruption.listen()
     folder = resolve_data_dir(data_dir)
@@ -67,6 +68,7 @@ def up(
         _print_addresses(record, as_json)
         if not as_json:
             console().print("stop everything with Ctrl-C or `megatron-ray down`")
+        # The reader of a pipe waits for the addresses while this process runs on.
         sys.stdout.flush()
         stack.supervise()
 
@@ -162,6 +164,7 @@ def down(
     Works even if `up` was killed, and may be repeated.
     """
     folder = resolve_data_dir(data_dir)
+    # Messages come while jobs are ending, which can take the whole grace period.
     screen = _screen(as_json)
     try:
         teardown = end_stack(

@@ -53,7 +53,7 @@ class Watcher:
 
     def update_job(self, job: Mapping[str, Any]) -> None:
         """Reads the size of the job from a Job object."""
-        # A job has no resolved spec before it was scheduled for the first time.
+        # Only the resolved spec holds defaults, such as the batch size.
         spec = job.get("resolved_spec") or job.get("spec") or {}
         steps = nested(job, "progress.steps") or nested(spec, "training.steps")
         if isinstance(steps, int):
@@ -171,7 +171,7 @@ def watch_job(
             f"`megatron-ray cancel {job_id}`",
             exit_code=130,
         ) from None
-    # The stream ends before its last state may have been read.
+    # Fetched again, because --json does not track the state.
     job = client.show(job_id)
     if job["status"] != "succeeded":
         raise ended_badly(job)

@@ -1,4 +1,4 @@
-"""The watcher's numbers and lines, and the bar that a terminal sees."""
+"""The watcher's numbers and lines, and the progress bar on a terminal."""
 
 import io
 from collections.abc import Iterator
@@ -104,7 +104,15 @@ def test_details_and_repetitions_are_left_to_the_events_command() -> None:
     ) == ["queued"]
 
 
-def test_unknown_events_pass() -> None:
+def test_removed_checkpoints_are_shown_with_verbose_only() -> None:
+    event = StreamEvent(
+        "checkpoint.deleted", "1.0", {"message": "removed checkpoint 30", "level": "info"}
+    )
+    assert Watcher().handle_event(event) == []
+    assert Watcher(verbose=True).handle_event(event) == ["[dim]removed checkpoint 30[/dim]"]
+
+
+def test_unknown_events_are_ignored_or_printed_by_level() -> None:
     watcher = Watcher()
     assert (
         watcher.handle_event(StreamEvent("something.new", "1.0", {"no": "message"})) == []
@@ -131,7 +139,7 @@ class ScriptedClient(Client):
         yield from self.events
 
 
-def test_a_terminal_sees_a_bar_and_the_lines_above_it() -> None:
+def test_a_terminal_shows_a_bar_and_the_lines_above_it() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, highlight=False)
     events = (
@@ -147,7 +155,7 @@ def test_a_terminal_sees_a_bar_and_the_lines_above_it() -> None:
     assert "step 100/100  loss 3.0000  4,096 tokens/s  ETA 0:00" in shown
 
 
-def test_a_job_that_ends_otherwise_is_a_failure_with_its_words() -> None:
+def test_a_job_that_does_not_succeed_is_an_error_with_its_cause() -> None:
     with pytest.raises(CommandError, match="job-abc cancelled: no reason was recorded"):
         watch_job(
             ScriptedClient(status="cancelled"), "job-abc", out=Console(file=io.StringIO())
@@ -160,7 +168,7 @@ def test_a_job_that_ends_otherwise_is_a_failure_with_its_words() -> None:
     assert str(failure) == "job-abc failed: bad data\n  /data/train/0/path: empty; add text"
 
 
-def test_demo_ends_with_everything_asked_for() -> None:
+def test_demo_prints_losses_checkpoint_and_sample() -> None:
     record = StackRecord(
         stack_id="s",
         boot_id="b",

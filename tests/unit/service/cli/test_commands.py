@@ -1,5 +1,5 @@
-"""Every command against a scripted HTTP service: output, JSON, exit codes, and the one
-message that a mistake is worth.
+"""Every command against a scripted HTTP service: output, JSON, exit codes, and one
+message for a mistake.
 """
 
 import json
@@ -123,14 +123,14 @@ def test_unreadable_specs(
     assert service.requests == []
 
 
-def test_no_service_named_and_none_up(run: Run, tmp_path: Path) -> None:
+def test_without_url_and_local_stack(run: Run, tmp_path: Path) -> None:
     code, _, err = run("jobs")
     assert code == 1
     assert f"no local stack is up (data dir {tmp_path}/nothing-here)" in err
     assert "megatron-ray up" in err
 
 
-def test_unreachable_service_says_what_to_do(run: Run) -> None:
+def test_unreachable_service_names_the_remedy(run: Run) -> None:
     code, _, err = run("jobs", "--url", "http://127.0.0.1:9")
     assert code == 1
     assert "no service answers at http://127.0.0.1:9" in err

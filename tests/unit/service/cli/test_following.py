@@ -85,6 +85,18 @@ def test_watch_prints_plain_lines_without_a_terminal(
     ]
 
 
+def test_watch_prints_single_ranks_with_verbose_only(
+    run: Run, service: FakeService
+) -> None:
+    events = stream(
+        ("rank.phase", {"message": "model took 0.8 s", "level": "info"}), ("end", {})
+    )
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, events)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
+    assert "model took" not in run("watch", "job-abc", "--url", service.url)[1]
+    assert "model took" in run("watch", "job-abc", "--verbose", "--url", service.url)[1]
+
+
 def test_submit_watch_fails_with_the_job(run: Run, service: FakeService) -> None:
     failed = {**JOB, "status": "failed", "message": "rank 1 died of a signal"}
     service.routes["POST /v1/jobs"] = (201, JOB)
