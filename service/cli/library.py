@@ -51,6 +51,7 @@ def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str,
 
     Raises CommandError with the last line of its stderr.
     """
+    # The same interpreter, whose environment has torch installed.
     command = [sys.executable, "-m", module, *arguments, "--json"]
     try:
         done = subprocess.run(

@@ -27,7 +27,7 @@ def after_end(crashes: int, lived_s: float, ready_s: float | None) -> Restart:
     ready, None when it never was.
     """
     # A process that worked is restarted at once, however often it is killed: its exit
-    # says nothing against the next start.
+    # is no evidence against the next start.
     if ready_s is not None and ready_s >= PROVEN_S:
         return Restart(wait_s=0.0, crashes=0)
     # The table holds distances between starts, so a long life shortens the wait.

@@ -55,6 +55,8 @@ def wait_for_service(processes: StackProcesses, options: StackOptions) -> None:
     """
     port_file = _port_file(processes)
     child = processes.children["service"]
+    # The service writes its port file once it listens; with port 0 nothing else names
+    # the port.
     deadline = time.monotonic() + options.ready_timeout_s
     while not port_file.exists():
         processes.sleep(_PORT_FILE_POLL_S)

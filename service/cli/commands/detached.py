@@ -76,9 +76,12 @@ def _failed_start(child: GatedProcess, log: Path, log_start: int) -> CommandErro
     with log.open("rb") as file:
         file.seek(log_start)
         message = file.read().decode(errors="replace").strip()
+    # Messages of the teardown may come before the error.
+    _, marker, error = message.partition("error: ")
+    if marker:
+        message = error
     return CommandError(
-        message.removeprefix("error: ") or "`up` exited during startup",
-        exit_code=child.process.returncode or 1,
+        message or "`up` exited during startup", exit_code=child.process.returncode or 1
     )
 
 

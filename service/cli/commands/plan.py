@@ -98,7 +98,7 @@ def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
     if as_json:
         body = answer
     if suggest and not answer.get("data"):
-        raise CommandError("no layout fits", body=body)
+        raise CommandError("no layout can be suggested", body=body)
     problems = answer.get("problems") or ()
     if problems or answer.get("fits") is False:
         fields: list[tuple[str, str]] = []

@@ -191,6 +191,7 @@ def ended_badly(job: Mapping[str, Any]) -> CommandError:
     for error in problem.get("errors") or ():
         fields.append((error.get("pointer"), error.get("detail")))
     remedy = ""
+    # A cancelled job needs no investigation.
     if job["status"] == "failed":
         remedy = (
             f"see `megatron-ray logs {job['id']}` and `megatron-ray events {job['id']}`"
