@@ -38,9 +38,11 @@ def end_quietly(data_dir: Path) -> TeardownReport:
 
 
 def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     stack = LocalStack(
-        stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption()
+        stand_in_options(tmp_path / "data"),
+        report=messages.append,
+        interruption=Interruption(),
     )
     try:
         record = stack.start()
@@ -69,17 +71,17 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         assert record.token.encode() not in arguments
 
         with pytest.raises(
-            StackError, match="already up at http://127.0.0.1:.*megatron-ray down"
+            StackError, match=r"already up at http://127\.0\.0\.1:.*megatron-ray down"
         ):
             LocalStack(
                 stand_in_options(tmp_path / "data"),
-                say=said.append,
+                report=messages.append,
                 interruption=Interruption(),
             ).start()
 
         for _ in range(4):
             kill_the_service(stack, record.url, tmp_path / "data")
-        assert said == ["the service ended (signal 9); restarting"] * 4, (
+        assert messages == ["the service exited (signal 9); restarting"] * 4, (
             "one that worked is started again without a wait"
         )
 
@@ -91,9 +93,7 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         os.kill(gcs.pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
         stack.supervise(
-            until=lambda: (
-                time.monotonic() > deadline or "the agent is started again" in said
-            )
+            until=lambda: time.monotonic() > deadline or "agent restarted" in messages
         )
         again = read_record(tmp_path / "data")
         assert again is not None

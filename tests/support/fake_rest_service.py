@@ -1,4 +1,4 @@
-"""A scripted HTTP service for the command line's tests, and what it says of a job."""
+"""A scripted HTTP service for the command line's tests, with an example job."""
 
 import json
 import threading
@@ -42,8 +42,8 @@ JOB: dict[str, Any] = {
 
 
 class FakeService:
-    """Routes `METHOD /path` to (status, body); a list of bodies is given out in turn,
-    the last one repeats.
+    """Routes `METHOD /path` to (status, body); of a list, each request gets the next
+    body, and the last one repeats.
     """
 
     def __init__(self) -> None:

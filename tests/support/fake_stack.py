@@ -13,8 +13,9 @@ with importing():
     from service.cli.commands.stack import with_stack
     from service.cli.failure import CommandError
     from service.local_stack.interruption import Interruption
+    from service.local_stack.options import StackOptions
     from service.local_stack.record import StackRecord
-    from service.local_stack.stack import LocalStack, StackOptions
+    from service.local_stack.stack import LocalStack
 
 SERVICE = """
 import http.server, json, os, pathlib, subprocess, sys

@@ -1,5 +1,5 @@
-"""A stack in a process group of its own, watched: every session it ever recorded is
-remembered, so that what is left can be told.
+"""A stack in a process group of its own; collects every session it ever recorded, so
+that a test can find what is left running.
 """
 
 import os
@@ -79,15 +79,15 @@ def processes_that_name(text: str) -> list[int]:
     """Pids whose command line or environment holds the text, this process and its
     parents aside.
     """
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) in (os.getpid(), os.getppid()):
             continue
         for name in ("cmdline", "environ"):
             try:
-                held = (entry / name).read_bytes()
+                content = (entry / name).read_bytes()
             except OSError:
                 continue
-            if text.encode() in held:
-                found.append(int(entry.name))
-    return found
+            if text.encode() in content:
+                pids.append(int(entry.name))
+    return pids

@@ -39,7 +39,7 @@ def test_an_interruption_is_not_lost_in_an_import() -> None:
 
 
 @pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
-def test_afterwards_everything_is_as_it_was(handler: signal.Handlers) -> None:
+def test_the_handler_is_restored_afterwards(handler: signal.Handlers) -> None:
     before = signal.signal(signal.SIGINT, handler)
     try:
         with importing():

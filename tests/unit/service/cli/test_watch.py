@@ -1,4 +1,4 @@
-"""The watcher's numbers and lines, and the bar that a terminal sees."""
+"""The watcher's numbers and lines, and the progress bar on a terminal."""
 
 import io
 from collections.abc import Iterator
@@ -37,29 +37,29 @@ def row(step: int, **values: Any) -> StreamEvent:
 
 def test_eta_comes_from_smoothed_throughput() -> None:
     watcher = Watcher()
-    watcher.learn(JOB)
+    watcher.update_job(JOB)
     assert watcher.eta_s is None
-    watcher.take(row(40))
+    watcher.handle_event(row(40))
     assert watcher.eta_s == pytest.approx(60 * 4096 / 4096)
-    watcher.take(row(41, tokens_per_s=40960.0))
+    watcher.handle_event(row(41, tokens_per_s=40960.0))
     assert watcher.eta_s == pytest.approx(59 * 4096 / (0.9 * 4096 + 0.1 * 40960))
-    assert watcher.numbers() == "step 41/100  loss 3.0000  40,960 tokens/s  ETA 0:31"
+    assert watcher.progress_line() == "step 41/100  loss 3.0000  40,960 tokens/s  ETA 0:31"
 
 
 def test_a_resumed_job_steps_back() -> None:
     watcher = Watcher()
-    watcher.learn(JOB)
-    watcher.take(row(60))
-    watcher.take(row(51))
+    watcher.update_job(JOB)
+    watcher.handle_event(row(60))
+    watcher.handle_event(row(51))
     assert watcher.step == 51
 
 
 def test_state_changes_are_lines_and_repeats_are_not() -> None:
     watcher = Watcher()
     state = StreamEvent("state", None, {**JOB, "message": "2 ranks on [node-1]"})
-    assert watcher.take(state) == ["[cyan]running[/cyan]  2 ranks on \\[node-1]"]
-    assert watcher.take(state) == []
-    assert watcher.take(
+    assert watcher.handle_event(state) == ["[cyan]running[/cyan]  2 ranks on \\[node-1]"]
+    assert watcher.handle_event(state) == []
+    assert watcher.handle_event(
         StreamEvent(
             "state", None, {**JOB, "status": "recovering", "status_reason": "worker_died"}
         )
@@ -68,8 +68,8 @@ def test_state_changes_are_lines_and_repeats_are_not() -> None:
 
 def test_evaluation_rows_without_loss_do_not_hide_the_loss() -> None:
     watcher = Watcher()
-    watcher.take(row(10))
-    watcher.take(
+    watcher.handle_event(row(10))
+    watcher.handle_event(
         StreamEvent(
             "metrics", "0.11", {"rows": [{"step": 10, "attempt": 1, "val_loss": 2.0}]}
         )
@@ -80,35 +80,45 @@ def test_evaluation_rows_without_loss_do_not_hide_the_loss() -> None:
 def test_details_and_repetitions_are_left_to_the_events_command() -> None:
     watcher = Watcher()
     assert (
-        watcher.take(
+        watcher.handle_event(
             StreamEvent(
                 "rank.phase", "1.0", {"message": "model took 0.8 s", "level": "info"}
             )
         )
         == []
     )
-    assert watcher.take(
+    assert watcher.handle_event(
         StreamEvent("rank.died", "2.0", {"message": "rank 1 died", "level": "error"})
     ) == ["[red]rank 1 died[/red]"]
     assert (
-        watcher.take(
+        watcher.handle_event(
             StreamEvent("job.queued", "3.0", {"message": "ready to run", "level": "info"})
         )
         == []
     )
-    assert watcher.take(
+    assert watcher.handle_event(
         StreamEvent("job.admitted", "4.0", {"message": "2 ranks", "level": "info"})
     ) == ["[dim]2 ranks[/dim]"]
-    assert watcher.take(
+    assert watcher.handle_event(
         StreamEvent("state", None, {**JOB, "status": "queued", "message": "2 ranks"})
     ) == ["queued"]
 
 
-def test_unknown_events_pass() -> None:
+def test_removed_checkpoints_are_shown_with_verbose_only() -> None:
+    event = StreamEvent(
+        "checkpoint.deleted", "1.0", {"message": "removed checkpoint 30", "level": "info"}
+    )
+    assert Watcher().handle_event(event) == []
+    assert Watcher(verbose=True).handle_event(event) == ["[dim]removed checkpoint 30[/dim]"]
+
+
+def test_unknown_events_are_ignored_or_printed_by_level() -> None:
     watcher = Watcher()
-    assert watcher.take(StreamEvent("something.new", "1.0", {"no": "message"})) == []
-    assert watcher.take(StreamEvent("something.new", "1.0", ["no mapping"])) == []
-    assert watcher.take(
+    assert (
+        watcher.handle_event(StreamEvent("something.new", "1.0", {"no": "message"})) == []
+    )
+    assert watcher.handle_event(StreamEvent("something.new", "1.0", ["no mapping"])) == []
+    assert watcher.handle_event(
         StreamEvent("job.warned", "2.0", {"message": "slow disk", "level": "warn"})
     ) == ["[yellow]slow disk[/yellow]"]
 
@@ -129,7 +139,7 @@ class ScriptedClient(Client):
         yield from self.events
 
 
-def test_a_terminal_sees_a_bar_and_the_lines_above_it() -> None:
+def test_a_terminal_shows_a_bar_and_the_lines_above_it() -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, highlight=False)
     events = (
@@ -145,7 +155,7 @@ def test_a_terminal_sees_a_bar_and_the_lines_above_it() -> None:
     assert "step 100/100  loss 3.0000  4,096 tokens/s  ETA 0:00" in shown
 
 
-def test_a_job_that_ends_otherwise_is_a_failure_with_its_words() -> None:
+def test_a_job_that_does_not_succeed_is_an_error_with_its_cause() -> None:
     with pytest.raises(CommandError, match="job-abc cancelled: no reason was recorded"):
         watch_job(
             ScriptedClient(status="cancelled"), "job-abc", out=Console(file=io.StringIO())
@@ -158,7 +168,7 @@ def test_a_job_that_ends_otherwise_is_a_failure_with_its_words() -> None:
     assert str(failure) == "job-abc failed: bad data\n  /data/train/0/path: empty; add text"
 
 
-def test_demo_ends_with_everything_asked_for() -> None:
+def test_demo_prints_losses_checkpoint_and_sample() -> None:
     record = StackRecord(
         stack_id="s",
         boot_id="b",

@@ -1,9 +1,9 @@
-"""When `up` starts again what has ended."""
+"""When `up` restarts a process that has exited."""
 
 from service.local_stack.backoff import PROVEN_S, Restart, after_end
 
 
-def test_what_worked_is_started_again_at_once_however_often_it_is_killed() -> None:
+def test_a_proven_process_is_restarted_at_once_however_often_it_is_killed() -> None:
     crashes = 0
     for _ in range(20):
         restart = after_end(crashes, lived_s=4.0, ready_s=3.0)
@@ -11,7 +11,7 @@ def test_what_worked_is_started_again_at_once_however_often_it_is_killed() -> No
         crashes = restart.crashes
 
 
-def test_starts_of_what_never_works_move_apart() -> None:
+def test_starts_of_a_process_that_never_works_move_apart() -> None:
     crashes = 0
     waits = []
     for _ in range(9):
@@ -22,7 +22,7 @@ def test_starts_of_what_never_works_move_apart() -> None:
     assert crashes == 9
 
 
-def test_ready_and_gone_at_once_is_a_crash() -> None:
+def test_an_exit_soon_after_readiness_is_a_crash() -> None:
     assert after_end(2, lived_s=0.25, ready_s=PROVEN_S / 2) == Restart(
         wait_s=0.75, crashes=3
     )
@@ -31,5 +31,5 @@ def test_ready_and_gone_at_once_is_a_crash() -> None:
     )
 
 
-def test_one_good_life_is_forgiveness() -> None:
+def test_a_proven_process_resets_the_crashes() -> None:
     assert after_end(6, lived_s=3.0, ready_s=PROVEN_S) == Restart(wait_s=0.0, crashes=0)

@@ -1,5 +1,5 @@
-"""Sessions and records: nothing runs unrecorded, nobody else's process is hit, what was
-interrupted can be repeated.
+"""Sessions and records: nothing runs unrecorded, no unrelated process is killed, and an
+interrupted teardown can be repeated.
 """
 
 import os
@@ -140,7 +140,7 @@ def test_killing_takes_children_in_other_process_groups_too(log: Path) -> None:
     assert members([gated.session]) == []
 
 
-def test_a_recycled_number_is_left_alone(log: Path) -> None:
+def test_a_recycled_pid_is_left_alone(log: Path) -> None:
     gated = GatedProcess(["sleep", "100"], log=log)
     older = Session(
         gated.session.sid, gated.session.start_ticks - 1000
@@ -192,28 +192,28 @@ def test_nothing_is_killed_after_a_reboot_or_in_another_container(
     gated.abandon()
 
 
-def test_down_kills_an_up_that_does_not_listen(
+def test_down_kills_an_up_that_ignores_sigterm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.local_stack.teardown._UP_GRACE_S", 0.3)
     script = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', "
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', "
         "flush=True); time.sleep(100)"
     )
-    deaf = subprocess.Popen(
+    stubborn = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
     )
-    assert deaf.stdout is not None
-    assert deaf.stdout.readline() == "deaf\n"
-    process = read_process(deaf.pid)
+    assert stubborn.stdout is not None
+    assert stubborn.stdout.readline() == "ready\n"
+    process = read_process(stubborn.pid)
     assert process is not None
     write_record(
         make_record(tmp_path, up_pid=process.pid, up_start_ticks=process.start_ticks)
     )
     assert not down(tmp_path, lambda text: None, job_grace_s=0).ended_by_up
-    assert deaf.wait(timeout=5) == -signal.SIGKILL
+    assert stubborn.wait(timeout=5) == -signal.SIGKILL
     assert read_record(tmp_path) is None
-    deaf.stdout.close()
+    stubborn.stdout.close()
 
 
 def test_only_temp_dirs_of_stacks_are_removed(tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_only_temp_dirs_of_stacks_are_removed(tmp_path: Path) -> None:
     assert tmp_path.exists()
 
 
-def test_ray_is_told_every_port_and_no_secret() -> None:
+def test_ray_gets_every_port_and_no_secret() -> None:
     ports = free_ports(PORT_NAMES)
     assert len(set(ports.values())) == len(PORT_NAMES)
     assert all(is_free(port) for port in ports.values())
