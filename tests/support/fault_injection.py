@@ -327,9 +327,8 @@ def assert_as_undisturbed(
     assert job["status"] == "succeeded", f"{job['status']}: {job['message']}\n{said}"
     rows = road.rows(job["id"])
     missing = sorted({row["step"] for row in undisturbed} - {row["step"] for row in rows})
-    assert not missing and len(rows) == len(undisturbed), (
-        f"steps missing: {missing}, {len(rows)} rows\n{said}"
-    )
+    assert not missing, f"steps missing: {missing}\n{said}"
+    assert len(rows) == len(undisturbed), f"{len(rows)} rows\n{said}"
     differing = [
         step
         for (step, *found), (_, *wanted) in zip(
