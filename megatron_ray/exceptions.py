@@ -47,7 +47,7 @@ class MegatronRayError(Exception):
 
 
 class InputError(MegatronRayError):
-    """The user gave something that cannot work; the text says what and how to mend it.
+    """An input of the user cannot work; the message names it and how to mend it.
 
     Nothing is gained by trying again.
     """

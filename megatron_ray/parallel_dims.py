@@ -227,7 +227,7 @@ class ParallelDims:
     @property
     def expert_tp(self) -> int:
         """Tensor parallel degree inside an expert."""
-        # As in Megatron, experts are cut like everything else unless told otherwise.
+        # As in Megatron, experts are cut like everything else unless etp is set.
         if self.etp is None:
             return self.tp
         return self.etp

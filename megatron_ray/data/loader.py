@@ -1,6 +1,6 @@
 """Turns samples into tensors on the device.
 
-Owns: which samples a rank turns into which microbatch, and what a batch says of them.
+Owns: which samples of a rank form which microbatch, and the tensors of a batch.
 The only file of this folder that imports torch. Must not know: the model, how corpora
 were made.
 

@@ -182,7 +182,7 @@ class AllToAllDispatcher:
         )
 
     def _plan_by_counts(self, counts_E: Tensor) -> AllToAllPlan:
-        """Plans by the rows that this rank has for each expert, and tells the others."""
+        """Plans by the rows that each rank has for each expert, which ranks exchange."""
         ep = collectives.size(self.ep_group)
         # [ep, L]: rows to the experts of each ep rank.
         leaving = counts_E.view(ep, -1)

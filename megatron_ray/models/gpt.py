@@ -17,7 +17,7 @@ from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.batch import Batch
 from megatron_ray.models.block import Block, RunBlocks, run_sequentially
 from megatron_ray.models.forward_context import ForwardContext, ForwardMode
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_ray.models.rope import rotary_angles
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
@@ -38,7 +38,7 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        layers: Layers,
+        layers: LayerFactory,
         stages: Sequence[StageContents] | None = None,
     ) -> None:
         """Creates the parts of `stages`; all parts when None."""

@@ -61,7 +61,7 @@ class QKV(Protocol):
         ...
 
 
-class Layers(Protocol):
+class LayerFactory(Protocol):
     """Makes each layer of a model from its spec.
 
     What follows are the shapes as one rank sees them; "this rank's" tokens are all

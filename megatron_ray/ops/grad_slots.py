@@ -33,13 +33,13 @@ class SlottedModule(nn.Module):
         return self.slots.get(name)
 
     def is_deferred(self, name: str) -> bool:
-        """Tells whether a parameter's gradient is computed after this backward pass."""
+        """Returns whether a parameter's gradient is computed after this backward pass."""
         slot = self.slot(name)
         return slot is not None and slot.is_deferred
 
 
 def needs_grad(module: SlottedModule, name: str) -> bool:
-    """Tells whether a layer has a parameter of this name that is trained."""
+    """Returns whether a layer has a parameter of this name that is trained."""
     parameter = getattr(module, name)
     return parameter is not None and parameter.requires_grad
 

@@ -113,7 +113,7 @@ def parallelize(
 
     # On device meta: nothing is allocated until the weights are placed.
     module = build_model(
-        config.model, mesh, parallel, dtype=weight_dtype, held=stages, seed=training.seed
+        config.model, mesh, parallel, dtype=weight_dtype, stages=stages, seed=training.seed
     )
     if training.compile == "blocks":
         apply_compile(module, compiled_ops())
@@ -152,12 +152,12 @@ def build_model(
     parallel: ParallelismConfig,
     *,
     dtype: torch.dtype,
-    held: Sequence[StageContents] | None = None,
+    stages: Sequence[StageContents] | None = None,
     seed: int = 0,
 ) -> GPT:
     """Builds the rank's part of the model on device `meta`, without memory.
 
-    `held`: its pipeline stages, all when not given; `seed`: that of dropout.
+    `stages`: its pipeline stages, all when not given; `seed`: that of dropout.
     """
     # The factory knows the layout, the model only its factory.
     sequence_parallel = parallel.sequence_parallel
@@ -173,7 +173,7 @@ def build_model(
         attention=partial(context_attention, parallel.cp_method, mesh),
     )
     with torch.device("meta"):
-        return GPT(config, layers, held)
+        return GPT(config, layers, stages)
 
 
 def context_attention(
@@ -205,7 +205,7 @@ def _parameter_table(
         mesh.dims,
         mesh.rank,
         sequence_parallel=config.parallel.sequence_parallel,
-        held=stages,
+        stages=stages,
     )
 
 

@@ -3,7 +3,7 @@
 Owns: activations between forward and backward, transfers under way. Must not know: which
 schedule it is, layers, the loss.
 
-It does what the list says, in its order, and decides nothing: a trace of what it did
+It runs the actions of the list in order and decides nothing: a trace of what it did
 equals the list. Transfers are started where the list has them and waited for where
 their content is used, so that they overlap with computing.
 """

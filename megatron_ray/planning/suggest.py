@@ -292,7 +292,7 @@ def _layout(model: ModelConfig, stages: int) -> str | None:
 
 
 def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:
-    """Returns (ep, etp) to try: experts are whole on a rank unless the job says etp."""
+    """Returns (ep, etp) to try: experts are whole on a rank unless etp is set."""
     moe = config.model.moe
     if moe is None:
         return [(1, None)]

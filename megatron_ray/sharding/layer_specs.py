@@ -1,6 +1,6 @@
 """Declares the kinds of layers with weights: shape, cut, init and reduction of each.
 
-A spec is the only place where these are said. The parameter table lists the rows that
+A spec is the only place where these are stated. The parameter table lists the rows that
 specs emit (`parameters.local_parameters`), and the layer factory gives a layer the local
 shapes of its spec (`LayerSpec.shapes`), so table and modules cannot differ. Pure Python.
 Must not know: torch, process groups, which layers a model has.
@@ -102,10 +102,10 @@ class ColumnSpec(LayerSpec):
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
         """Returns the weight and, where the layer has one, the bias; both cut."""
-        found = [self._fused(name, "weight", (self.inputs,), self.init, position)]
+        table = [self._fused(name, "weight", (self.inputs,), self.init, position)]
         if self.bias:
-            found.append(self._fused(name, "bias", (), ZEROS, position))
-        return found
+            table.append(self._fused(name, "bias", (), ZEROS, position))
+        return table
 
     def _fused(
         self, name: str, kind: str, inner: Shape, init: Init, position: ShardPosition
@@ -222,10 +222,10 @@ class NormSpec(LayerSpec):
         if self.zero_centered:
             init = ZEROS
         partial = self.is_over_heads
-        found = [_whole(f"{name}.weight", shape, init, position, partial=partial)]
+        table = [_whole(f"{name}.weight", shape, init, position, partial=partial)]
         if self.bias:
-            found.append(_whole(f"{name}.bias", shape, ZEROS, position, partial=partial))
-        return found
+            table.append(_whole(f"{name}.bias", shape, ZEROS, position, partial=partial))
+        return table
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A block is a tree of dataclasses. The names of fields are those of modules and, joined by
 dots, those of parameters; their order is that of the parameter table. Modules take their
-layers from here, so a weight's size is said once. Pure Python. Must not know: torch,
+layers from here, so a weight's size is stated once. Pure Python. Must not know: torch,
 ranks, how anything is cut.
 """
 

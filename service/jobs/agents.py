@@ -75,7 +75,7 @@ class Agents:
                 check.future.set_result(problems)
 
     def forget_check(self, check: "PathCheck") -> None:
-        """Removes a check that nobody waits for any more."""
+        """Removes a check whose request has stopped waiting for it."""
         self._checks.get(check.cluster, {}).pop(check.request.check_id, None)
 
 

@@ -132,7 +132,7 @@ class ClusterCapacity:
             for node in self._nodes:
                 node.reserve(request, ranks_by_node.get(node.node_id, 0))
         elif not self.reserve(request):
-            # The job holds its ranks whatever the report says: what is left goes to it.
+            # The job holds its ranks even if the report shows less: it takes what is left.
             for node in self._nodes:
                 node.reserve(request, node.max_islands(request) * request.island)
 

@@ -231,7 +231,7 @@ def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
 def _data_rejected(entry: JournalEntry, seen: DataRejected) -> Transition:
     # The problems' own record has failed the job in the service.
     status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, seen.message)
-    return _end(status, told=True)
+    return _end(status, is_recorded=True)
 
 
 def _preparation_failed(entry: JournalEntry, seen: PreparationFailed) -> Transition:
@@ -312,7 +312,7 @@ def _attempt_failed(entry: JournalEntry, seen: AttemptFailed) -> Transition:
     )
     dead = {}
     # Once an attempt runs, the files of the dead before it are being fetched; when it
-    # never ran, nobody has asked for them yet.
+    # never ran, no task to fetch them has been started yet.
     if entry.phase is not Phase.RUNNING:
         dead = {(rank.attempt, rank.place.rank): rank for rank in entry.dead}
     for place in entry.ranks:
@@ -367,12 +367,15 @@ def _end(
     status: JobStatus,
     attempt: AttemptStatus | None = None,
     *,
-    told: bool = False,
+    is_recorded: bool = False,
     journal: Mapping[str, Any] | None = None,
 ) -> Transition:
     """Ends the job; its state is recorded last, after the clean-up."""
     ending = Ending(
-        state=status.state.value, reason=status.reason, message=status.message, told=told
+        state=status.state.value,
+        reason=status.reason,
+        message=status.message,
+        is_recorded=is_recorded,
     )
     return Transition(Phase.ENDING, {**(journal or {}), "ending": ending}, attempt=attempt)
 

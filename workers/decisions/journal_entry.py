@@ -34,12 +34,13 @@ class Ending(BaseModel):
     Written before the clean-up, so that a restarted driver ends the job the same way.
     """
 
-    model_config = ConfigDict(frozen=True)
+    # The key in the journal is that of earlier versions.
+    model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     state: str
     reason: str | None = None
     message: str = ""
-    told: bool = False
+    is_recorded: bool = Field(default=False, alias="told")
     """Whether the service has it already, by another record."""
 
 

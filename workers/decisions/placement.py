@@ -26,7 +26,7 @@ _EPSILON = 1e-6
 
 
 class PlacementError(WorkersError):
-    """The reported slots do not make up the planned world; the text says how."""
+    """The reported slots do not make up the planned world; the message names why."""
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def spares_to_start(
     """
     free_slots = _free_slots(plan, living)
     first_bundle: dict[str, int] = {}
-    # Any bundle of the node will do: it only says where Ray starts the process.
+    # Any bundle of the node will do: it only determines where Ray starts the process.
     for place in places:
         first_bundle.setdefault(place.node_id, place.bundle)
     spares = []

@@ -13,7 +13,7 @@ from workers.decisions.slot_assignment import num_slots
 from workers.driver.commit import contained_records
 from workers.driver.journal import ForeignJournalError, Journal
 from workers.driver.ports import JobPorts
-from workers.driver.records import JobRecords
+from workers.driver.records.job_records import JobRecords
 from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState

@@ -207,7 +207,7 @@ class JobLifecycle:
             files.start_sweep(job.job_id, set(job.entry.nodes) - set(cleaned))
         files.await_sweep(_SWEEP_S)
         outbox.flush()
-        if not ending.told:
+        if not ending.is_recorded:
             reason = None
             if ending.reason:
                 reason = StatusReason(ending.reason)

@@ -13,7 +13,7 @@ from megatron_ray.storage.storage import Storage
 from workers.driver.dead_rank_files import DeadRankFiles
 from workers.driver.gauges import TrainingGauges
 from workers.driver.logs import JobLogs
-from workers.driver.outbox import Outbox
+from workers.driver.records.outbox import Outbox
 from workers.protocol.wire import NodeInfo
 from workers.ray.worker_group import WorkerGroup
 

@@ -37,7 +37,7 @@ _LOOKUP_THREADS = 16
 class WorkerGroupError(WorkersError):
     """Workers did not come up.
 
-    `dead_slots` names those that must be created anew, `kind` says what they died of.
+    `dead_slots` are those that must be created anew, `kind` is what they died of.
     """
 
     def __init__(

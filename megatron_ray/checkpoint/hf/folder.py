@@ -1,8 +1,8 @@
-"""Opens a folder in Hugging Face format and checks that it is what config.json says.
+"""Opens a folder in Hugging Face format and checks it against its config.json.
 
 `HfFolder` is what the rest of the library uses: `model` is the model as a ModelConfig,
-`shapes` lists its logical tensors, `locations` says where each is stored. Tensors that
-are missing, unknown or of another shape are refused. Only headers are read.
+`shapes` lists its logical tensors, `locations` maps each to where it is stored. Tensors
+that are missing, unknown or of another shape are refused. Only headers are read.
 
 Torch-free. Must not know: what is done with the tensors (`weights` reads them).
 """
@@ -103,8 +103,8 @@ class HfFolder:
         """Raises ConfigError when the family has no name for a tensor of the model."""
         locations = dict[str, TensorLocation]()
         unknown = []
-        found = find_locations(self.family.rules(self.model), self.shapes)
-        for name, location in found.items():
+        candidates = find_locations(self.family.rules(self.model), self.shapes)
+        for name, location in candidates.items():
             if location is None:
                 unknown.append(name)
             else:

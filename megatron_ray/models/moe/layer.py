@@ -14,7 +14,7 @@ from megatron_ray.expert_parallel.dispatch import Capacity
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.forward_context import ForwardContext
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe import router
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
@@ -28,7 +28,7 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, moe: MoEConfig, layers: Layers, index: int
+        self, config: ModelConfig, moe: MoEConfig, layers: LayerFactory, index: int
     ) -> None:
         super().__init__()
         self.moe = moe
@@ -139,7 +139,7 @@ class MoE(nn.Module):
         return self.layers.local_rows(sequence_T), context.batch_size
 
 
-def _aux_loss(config: ModelConfig, layers: Layers, kind: str) -> AuxLoss | None:
+def _aux_loss(config: ModelConfig, layers: LayerFactory, kind: str) -> AuxLoss | None:
     """Returns the loss of one layer, None for a kind that the model does not have."""
     weights = config.aux_losses
     if kind not in weights:

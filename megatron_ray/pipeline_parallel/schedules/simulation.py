@@ -186,7 +186,7 @@ def _need(op: Op, stage: int, microbatch: int, num_stages: int) -> Result | None
         if stage == 0:
             return None
         return stage - 1, Op.FORWARD, microbatch
-    # Only the rank's own backward comes before it, which its list already says.
+    # It depends on the rank's own backward only, which its list puts before it already.
     if op is Op.BACKWARD_WEIGHT:
         return None
     # The last stage's backward starts from the loss.

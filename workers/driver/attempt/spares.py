@@ -16,7 +16,7 @@ AFTER_S = 10.0
 """Of running, before the first spare: a short job needs none, and the first seconds
 belong to the ranks."""
 EVERY_S = 10.0
-"""Well below the time after which a worker that nobody calls ends itself."""
+"""Well below the time after which a worker that gets no calls ends itself."""
 _ANSWER_S = 0.1
 _BOOT_S = 120.0
 """A spare that has not answered for this long counts as dead."""
