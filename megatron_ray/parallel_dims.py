@@ -121,7 +121,7 @@ class ParallelDims:
     etp: int | None = None
     """tp when not given."""
     order: tuple[str, ...] = ORDER
-    """Of the axes of both grids (Megatron's `--order`)."""
+    """Order of the axes of both grids (Megatron's `--order`)."""
     cp_sizes: tuple[int, ...] | None = None
     """Context parallelism as a hierarchy, innermost first; one level when not given."""
     zero_replicas: int = 1

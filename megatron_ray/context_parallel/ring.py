@@ -1,4 +1,4 @@
-"""Ring attention: keys and values go round the context-parallel ranks (Liu et al. 2023).
+"""Computes ring attention: ranks pass keys and values around (Liu et al. 2023).
 
 Owns: the order of the hops. Must not know: heads, layers.
 

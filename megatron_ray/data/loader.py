@@ -32,8 +32,8 @@ class BatchMaker:
     cut: SequenceCut = field(default_factory=SequenceCut)
     """This rank's part of each sequence."""
     end_of_document: int | None = None
-    """Where set, documents are kept apart: positions count from 0 in each, and what
-    follows its last token is no label."""
+    """The token that ends a document. When set, documents are kept apart: positions count
+    from 0 in each, and the token after its last one is no label."""
     num_mtp_layers: int = 0
     """Tokens beyond the next one that have labels too."""
 

@@ -19,7 +19,7 @@ from megatron_ray.models.moe.layer import MoE
 from megatron_ray.sharding.model_specs import block_spec
 
 RunBlocks = Callable[[Iterable[nn.Module], Tensor, ForwardContext], Tensor]
-"""How a model takes hidden states [T, H] through some blocks."""
+"""Runs blocks one after another on hidden states [T, H]."""
 
 
 class Block(nn.Module):

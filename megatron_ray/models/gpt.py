@@ -46,8 +46,7 @@ class GPT(nn.Module):
         self.config = config
         self.stages = whole_model(config) if stages is None else tuple(stages)
         self.run_blocks: RunBlocks = run_sequentially
-        """How hidden states go through the blocks of a stage; `apply_recompute`
-        replaces it."""
+        """Runs the blocks of a stage; `apply_recompute` replaces it."""
         self.on_route: Callable[[int, Tensor], None] | None = None
         """Called for every router's choice, see `ForwardContext`."""
         self.has_embedding = any(stage.embedding for stage in self.stages)
@@ -84,7 +83,7 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks here, those of MTP layers included."""
+        """All blocks on this rank, those of MTP layers included."""
         blocks = list[Block]()
         for block in self.layers.values():
             assert isinstance(block, Block)
@@ -230,7 +229,7 @@ class GPT(nn.Module):
     def forward_context(
         self, batch: Batch, mode: ForwardMode, like: Tensor
     ) -> ForwardContext:
-        """Returns what blocks must know of a batch.
+        """Returns the context of a batch for the blocks.
 
         Its tensors are on the device of `like` and fit its type.
         """

@@ -23,10 +23,10 @@ class SlottedModule(nn.Module):
     def __init__(self, uses: int = 1) -> None:
         super().__init__()
         self.slots: dict[str, GradSlot] = {}
-        """By the name of the parameter in this module; trainable ones only."""
+        """Slots by the name of the parameter in this module; trainable ones only."""
         self.uses = uses
-        """How often a microbatch goes through the layer, and so how often each of its
-        gradients is delivered."""
+        """Number of times that a microbatch runs through the layer, and so the number of
+        contributions to each gradient."""
 
     def slot(self, name: str) -> GradSlot | None:
         """Returns the slot of a parameter, or None where there is none."""

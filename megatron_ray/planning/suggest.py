@@ -40,7 +40,7 @@ _RECOMPUTE = (
     RecomputeConfig(granularity="selective", modules=("norm", "activation")),
     RecomputeConfig(granularity="full", method="uniform", num_layers=1),
 )
-"""From the fastest to the one that keeps least."""
+"""Recompute options from the fastest to the one that keeps least."""
 _MOST_BUBBLE = 0.5
 """Largest share of a step in which the pipeline may be idle."""
 

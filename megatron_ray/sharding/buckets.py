@@ -134,7 +134,7 @@ class _Cutter:
         self._start = 0
         self._placed: list[PlacedParameter] = []
         self.end = 0
-        """Where the next parameter starts."""
+        """Offset at which the next parameter starts."""
         self.buckets: list[Bucket] = []
 
     @property

@@ -239,7 +239,7 @@ class VocabularySpec(LayerSpec):
     width: int
     init: Init
     logical_name: str | None = None
-    """Where a tied head on a later stage is a copy of the embedding: that one's name."""
+    """Name of the embedding's weight, for a tied head on a later stage that is its copy."""
     is_shared_embedding: bool = False
     owns_norm: bool = True
 

@@ -23,7 +23,7 @@ class Agents:
         self._lost_s = lost_s
         self._last_contact: dict[str, float] = {}
         self._checks: dict[str, dict[str, PathCheck]] = {}
-        """By cluster and check id."""
+        """Open checks by cluster and check id."""
 
     def record_contact(self, cluster: str) -> None:
         """Notes that the agent has just sent a request."""

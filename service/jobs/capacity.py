@@ -26,7 +26,7 @@ class ResourceRequest:
 
 @dataclass
 class _FreeNode:
-    """What is free on one node."""
+    """The free CPUs and GPUs of one node."""
 
     node_id: str
     cpus: float
@@ -48,7 +48,7 @@ class _FreeNode:
 
 
 class ClusterCapacity:
-    """What is free on each node of a cluster; reservations use it up.
+    """The free resources of each node of a cluster; reservations reduce them.
 
     Nodes that are dead, or that cannot read the shared storage, do not count.
     """

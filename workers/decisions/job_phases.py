@@ -206,7 +206,7 @@ class Transition:
     attempt: AttemptStatus | None = None
     job: JobStatus | None = None
     delay_s: float = 0.0
-    """How long to wait before the next attempt."""
+    """Seconds to wait before the next attempt."""
 
 
 def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
@@ -353,7 +353,7 @@ def _stop(
 
 
 def _release(status: JobStatus, revision: int, attempt: AttemptStatus | None) -> Transition:
-    """Back to READY; the state is recorded once the resources are released."""
+    """Returns to READY; the state is recorded once the resources are released."""
     released = ResourcesReleased(
         state=status.state.value,
         reason=status.reason,
@@ -408,4 +408,4 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,
     (Phase.RECOVERING, StopRequested): _stop_requested,
 }
-"""Every transition there is; ENDING is final and has none."""
+"""All transitions; ENDING is final and has none."""

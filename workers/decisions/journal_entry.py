@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 
 class Phase(StrEnum):
-    """What the driver was doing when it wrote the entry; see `job_phases`."""
+    """The phase of the job when the driver wrote the entry; see `job_phases`."""
 
     PREPARING = "preparing"
     READY = "ready"
@@ -29,7 +29,7 @@ class Phase(StrEnum):
 
 
 class Ending(BaseModel):
-    """How the job ends.
+    """The final state of a job that is about to end.
 
     Written before the clean-up, so that a restarted driver ends the job the same way.
     """

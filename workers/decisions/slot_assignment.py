@@ -33,7 +33,7 @@ class WorkerToStart:
     slot: int
     bundle: int
     resources: Mapping[str, float]
-    """What it takes out of its bundle, in Ray's books."""
+    """Resources that Ray's scheduler counts for it in its bundle."""
     is_spare: bool = False
 
 
@@ -42,7 +42,7 @@ class SlotAssignment:
     """The processes of the next attempt."""
 
     slots: Mapping[int, Slot | None]
-    """By slot number; None: the process keeps the bundle and GPU that it reports."""
+    """Slot by number; None: the process keeps the bundle and GPU that it reports."""
     workers_to_start: tuple[WorkerToStart, ...] = ()
     promoted: tuple[int, ...] = ()
     """Slot numbers of spares that become ranks."""
@@ -144,7 +144,7 @@ class _SlotAssigner:
         )
 
     def _places_in(self, bundle: Bundle) -> list[RankPlace]:
-        """The bundle's rows of the last rank map, unless Ray has moved it since."""
+        """Returns the bundle's rows of the last rank map, unless Ray has moved it since."""
         node_id = self._nodes.get(bundle.index)
         places = []
         # After the loss of a node Ray moves the bundle; its old GPUs mean nothing there.
@@ -182,7 +182,7 @@ class _SlotAssigner:
             self._slots[number] = None
 
     def _holds_resources_in(self, facts: SlotFacts, bundle: Bundle) -> bool:
-        """Whether an earlier, unfinished start has made this process for the bundle."""
+        """Returns whether an earlier, unfinished start made this process for the bundle."""
         if facts.is_spare or facts.bundle != bundle.index:
             return False
         if facts.node_id != self._nodes.get(bundle.index):
@@ -190,7 +190,7 @@ class _SlotAssigner:
         return facts.gpu is not None or self._plan.accelerator == "cpu"
 
     def _take_idle(self, node_id: str) -> int | None:
-        """An unassigned process on the node that holds no GPU of its own."""
+        """Takes an unassigned process on the node that holds no GPU of its own."""
         for number in sorted(self._unmapped):
             facts = self._unmapped[number]
             holds_gpu = facts.gpu is not None
@@ -208,7 +208,7 @@ class _SlotAssigner:
         return number
 
     def _released(self) -> tuple[int, ...]:
-        """Unassigned processes, except spares that wait on."""
+        """Returns the unassigned processes, except spares that keep waiting."""
         # Spares that were not needed go on waiting. A process that was a rank, or that
         # does not answer, cannot become a spare.
         waiting = set(self._unmapped)

@@ -62,7 +62,7 @@ class JobLifecycle:
 
     @property
     def phase(self) -> str:
-        """Where the job is, for the agent's report."""
+        """Phase of the job, for the agent's report."""
         return f"attempt {self._job.entry.attempt}, {self._job.entry.phase.value}"
 
     def run(self, ending: Ending | None = None) -> None:

@@ -25,7 +25,7 @@ class TaskRunner(Protocol):
         """Starts a function on any node and returns a reference to its result."""
 
     def is_done(self, call: Any) -> bool:
-        """Whether the result (or failure) is there."""
+        """Whether there is a result or a failure."""
 
     def result(self, call: Any) -> Any:
         """Returns the result. Raises TaskFailedError."""

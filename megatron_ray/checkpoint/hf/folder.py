@@ -92,7 +92,7 @@ class HfFolder:
         self.shapes = logical_shapes(self.model)
         """Logical tensors by name."""
         self.locations = self._find_locations()
-        """Where each logical tensor is stored."""
+        """Place of each logical tensor in the files."""
         self._check_names()
         # Names are checked before shapes: a wrong number of layers should not be reported
         # as a wrong shape.
@@ -148,7 +148,7 @@ class HfFolder:
 
     @cached_property
     def copies(self) -> Mapping[str, str]:
-        """Stored tensor -> the stored tensor that it repeats, where both are there."""
+        """Maps a stored tensor to the one that it repeats, where both exist."""
         # Of tied embeddings some files have the head too, and some have it not.
         copies = dict(self.family.copies(self.model))
         if self.model.tie_embeddings:
