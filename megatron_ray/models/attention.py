@@ -102,6 +102,7 @@ class CausalAttention(nn.Module):
             return attended
         # The new tokens see the window before them, or everything.
         window = self.window or k_BGSD.shape[2]
+        # The oldest key that the first of the new queries sees.
         first = max(0, num_cached - window + 1)
         k_BGSD = k_BGSD[:, :, first:]
         v_BGSD = v_BGSD[:, :, first:]

@@ -66,6 +66,7 @@ class GPT(nn.Module):
             self.position_embedding = layers.position_embedding(
                 position_embedding_spec(config)
             )
+        # On every stage, since a layer without weights costs nothing; only the first uses it.
         self.embedding_dropout = layers.hidden_dropout("embedding")
         # Dictionaries, so that a layer keeps its name when a stage has only some.
         self.layers = nn.ModuleDict()
@@ -98,6 +99,7 @@ class GPT(nn.Module):
 
         The model must be a single stage.
         """
+        # A pipeline's runner calls `stage`, with what it has received, instead of this.
         (whole,) = self.stages
         return self.stage(whole, None, batch, mode)
 
@@ -127,6 +129,7 @@ class GPT(nn.Module):
         hidden_TH = self.run_blocks(blocks, hidden_TH, context)
         if not stage.loss:
             return hidden_TH
+        # The last stage. MTP layers start from the normalised states, as the head does.
         hidden_TH = self.final_norm(hidden_TH)
         loss: Tensor = self.head(
             hidden_TH, batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)

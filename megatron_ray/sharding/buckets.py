@@ -44,6 +44,8 @@ class Bucket:
 
     def shard(self, dp_rank: int, dp: int) -> tuple[int, int]:
         """Returns the range that one data-parallel rank owns under ZeRO-1."""
+        # Cut by elements and not by parameters, so that all shards of a bucket are equal
+        # and one reduce-scatter suffices.
         length = (self.end - self.start) // dp
         start = self.start + dp_rank * length
         return start, start + length

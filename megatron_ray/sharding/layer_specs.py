@@ -41,6 +41,8 @@ class ShardPosition:
         cls, dims: ParallelDims, rank: int, *, sequence_parallel: bool = False
     ) -> "ShardPosition":
         """Returns the position of a global rank."""
+        # The same ranks form two grids: attention and MLPs are cut over tp, experts over
+        # ep and etp, whose neighbours are other ranks.
         dense = dims.coordinates(rank)
         experts = dims.experts.coordinates(rank)
         return cls(
@@ -125,6 +127,7 @@ class ColumnSpec(LayerSpec):
             )
             part = _column_part(siblings + output.name, output, logical, start, position)
             parts.append(part)
+            # By the local rows: replicas of key/value heads make them more than rows / tp.
             start += part.box.size[0]
         return LocalParameter(f"{name}.{kind}", (start, *inner), tuple(parts))
 
@@ -140,8 +143,10 @@ def _column_part(
     replicas = output.num_replicas(position.tp)
     rows = _divide(name, output.rows * replicas, position.tp)
     first = rows * (position.tp_rank // replicas)
+    # A bias has no dimension but its rows, a weight has the inputs too.
     inner = logical.shape[1:]
     box = Box((first, *_zeros(inner)), (rows, *inner))
+    # Of equal boxes only the first counts for the global norm.
     owns_norm = position.tp_rank % replicas == 0
     return Part(logical, box, start, replicas, owns_norm)
 
@@ -184,6 +189,7 @@ class RowSpec(LayerSpec):
         )
         box = Box((0, columns * position.tp_rank), (self.outputs, columns))
         weight = LocalParameter(logical.name, box.size, (Part(logical, box, 0),))
+        # The bias is not cut: it is added to the sum, so each rank needs all of it.
         if not self.bias:
             return [weight]
         return [weight, _whole(f"{name}.bias", (self.outputs,), ZEROS, position)]
@@ -219,6 +225,7 @@ class NormSpec(LayerSpec):
         """Returns the whole weight and, where the norm has one, the whole bias."""
         shape = (self.width,)
         init = ONES
+        # The norm multiplies by 1 + weight, so zero is the identity.
         if self.zero_centered:
             init = ZEROS
         partial = self.is_over_heads
@@ -277,6 +284,7 @@ class VocabularySpec(LayerSpec):
 
 def padded_rows(vocabulary: int, multiple: int, tp: int) -> int:
     """Returns the vocabulary's rows with padding, over all tp ranks (Megatron's rule)."""
+    # Rounded up. The multiple depends on tp, so a checkpoint stores unpadded rows only.
     return -(-vocabulary // (multiple * tp)) * multiple * tp
 
 

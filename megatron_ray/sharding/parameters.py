@@ -40,6 +40,8 @@ def local_parameters(
     position = ShardPosition.of_rank(dims, rank, sequence_parallel=sequence_parallel)
     if stages is None:
         stages = whole_model(model)
+    # A pure function of config and rank: every rank, and the planner, can compute the
+    # table of any other rank without communication.
     table: list[LocalParameter] = []
     for name, spec in named_layers(model, stages):
         table.extend(spec.parameters(name, position))
@@ -70,6 +72,7 @@ def freeze(
     """
     frozen = []
     for local in table:
+        # Kept in the table: a frozen parameter is still loaded, saved and exported.
         if _matches(local, patterns):
             local = replace(local, trainable=False)
         frozen.append(local)

@@ -214,6 +214,7 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
 
     Raises InvalidTransitionError when the table has no such row.
     """
+    # A missing row is a bug of the driver: it must not be taken for "nothing to do".
     rule = TRANSITIONS.get((entry.phase, type(observation)))
     if rule is None:
         name = type(observation).__name__
@@ -225,6 +226,7 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
 
 
 def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
+    # Journaled, so that a successor does not prepare the data again.
     return Transition(Phase.READY, {"prepared": dict(seen.prepared)})
 
 
@@ -346,6 +348,7 @@ def _stop(
     message = ""
     if attempt is not None:
         message = attempt.message
+    # A paused job waits in READY, from where it may run again; a cancelled one ends.
     if desired is DesiredState.CANCEL:
         status = JobStatus(JobState.CANCELLED, StatusReason.USER_CANCELLED, message)
         return _end(status, attempt)

@@ -91,6 +91,7 @@ def spares_to_start(
 
     `spare_nodes` are the nodes that have one.
     """
+    # Numbers of dead processes are used again, so a job needs no more than `num_slots`.
     free_slots = _free_slots(plan, living)
     first_bundle: dict[str, int] = {}
     # Any bundle of the node will do: it only determines where Ray starts the process.
@@ -130,6 +131,8 @@ class _SlotAssigner:
         self._promoted: list[int] = []
 
     def assign(self) -> SlotAssignment:
+        # A bundle that stayed keeps its processes, which saves their start; one that moved
+        # has none on its new node.
         for bundle in self._plan.bundles:
             places = self._places_in(bundle)
             if len(places) == len(bundle.slots):
@@ -185,8 +188,10 @@ class _SlotAssigner:
         """Returns whether an earlier, unfinished start made this process for the bundle."""
         if facts.is_spare or facts.bundle != bundle.index:
             return False
+        # The bundle has moved since the process started.
         if facts.node_id != self._nodes.get(bundle.index):
             return False
+        # A process without a GPU was started by `_refill`, for a GPU of the rank map.
         return facts.gpu is not None or self._plan.accelerator == "cpu"
 
     def _take_idle(self, node_id: str) -> int | None:
@@ -197,6 +202,7 @@ class _SlotAssigner:
             # One that holds a GPU in Ray's books cannot be moved to another.
             if facts.node_id != node_id or holds_gpu or number in self._slots:
                 continue
+            # The driver reports promotions, and starts a new spare for the node later.
             if facts.is_spare:
                 self._promoted.append(number)
             return number

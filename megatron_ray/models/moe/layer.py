@@ -97,6 +97,7 @@ class MoE(nn.Module):
         """Counts the tokens of each expert, which its balancing bias is moved by."""
         if self.expert_bias is None:
             return
+        # The bias balances all tokens of a step, whatever sequence they are of.
         single_sequence = torch.zeros_like(experts_TK[:, 0])
         counts = router.count_tokens(experts_TK, self.moe.num_experts, single_sequence, 1)
         self.expert_bias.count(counts[0])
