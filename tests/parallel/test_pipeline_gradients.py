@@ -87,7 +87,7 @@ class Stage(nn.Module):
         super().__init__()
         self.contents = contents
         self.part: GPT = build_model(
-            config.model, mesh, config.parallel, dtype=torch.float32, held=[contents]
+            config.model, mesh, config.parallel, dtype=torch.float32, stages=[contents]
         )
         self.part.to_empty(device="cpu")
         for name, parameter in self.part.named_parameters():

@@ -74,7 +74,7 @@ def test_stages_hold_each_layer_once_and_an_embedding_that_the_last_needs_twice(
     held = [
         local
         for rank, stage in enumerate(stages)
-        for local in local_parameters(model, dims, rank, held=[stage])
+        for local in local_parameters(model, dims, rank, stages=[stage])
     ]
     names = [part.logical.name for local in held for part in local.parts]
     further = model.num_mtp_layers > 0

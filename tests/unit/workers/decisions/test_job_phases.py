@@ -158,10 +158,10 @@ def test_data_that_were_rejected_are_recorded_already() -> None:
     ending = next_phase(entry(Phase.PREPARING), DataRejected("/data: none")).journal[
         "ending"
     ]
-    assert ending.told
+    assert ending.is_recorded
     assert (ending.reason, ending.message) == ("spec_invalid", "/data: none")
     failed = next_phase(entry(Phase.PREPARING), PreparationFailed("x")).journal["ending"]
-    assert not failed.told
+    assert not failed.is_recorded
     assert failed.reason == "internal"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ray.storage.storage import open_storage
 from tests.support.fake_service import FakeService
-from workers.driver.outbox import Outbox, RecordLog
+from workers.driver.records.outbox import Outbox, RecordLog
 from workers.protocol.wire import DesiredJob, RecordBatch
 from workers.rank.spool import Line
 from workers.service_client import (

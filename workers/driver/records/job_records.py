@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from workers.decisions.placement import RankPlace
-from workers.driver.outbox import Outbox
+from workers.driver.records.outbox import Outbox
 from workers.protocol.states import AttemptState, JobState, StatusReason
 from workers.protocol.wire import Record
 
