@@ -8,9 +8,8 @@ Data, indices and checkpoints go below FOLDER (default: runs/library).
 import sys
 from pathlib import Path
 
-from megatron_ray.data.prepare import prepare
-
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import Report
 from megatron_ray.training.session import TrainingSession
