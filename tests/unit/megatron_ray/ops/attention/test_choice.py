@@ -44,7 +44,9 @@ def test_the_device_the_type_and_the_shape_decide(
 def test_only_bf16_on_a_cpu_that_does_not_multiply_it_is_widened() -> None:
     assert OLD.needs_fp32(bf16=True)
     assert not OLD.needs_fp32(bf16=False)
-    assert not any(kind.needs_fp32(bf16) for kind in (NEW, GPU, META) for bf16 in (True, False))
+    assert not any(
+        kind.needs_fp32(bf16) for kind in (NEW, GPU, META) for bf16 in (True, False)
+    )
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
