@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class Command(IntEnum):
-    """What the loop does at the next step boundary; the larger of two commands wins."""
+    """An order for the next step boundary; the larger of two orders wins."""
 
     CONTINUE = 0
     CHECKPOINT = 1

@@ -28,7 +28,7 @@ from typing import ClassVar
 
 
 class ErrorKind(StrEnum):
-    """Who or what has to change before another try can end differently."""
+    """The cause of an error: who has to change something before another try."""
 
     USER = "user"
     """The user's config, data or files; the message names the field and the remedy."""
@@ -47,7 +47,7 @@ class MegatronRayError(Exception):
 
 
 class InputError(MegatronRayError):
-    """The user gave something that cannot work; the text says what and how to mend it.
+    """An input of the user cannot work; the message names it and how to mend it.
 
     Nothing is gained by trying again.
     """

@@ -121,7 +121,7 @@ class ParallelDims:
     etp: int | None = None
     """tp when not given."""
     order: tuple[str, ...] = ORDER
-    """Of the axes of both grids (Megatron's `--order`)."""
+    """Order of the axes of both grids (Megatron's `--order`)."""
     cp_sizes: tuple[int, ...] | None = None
     """Context parallelism as a hierarchy, innermost first; one level when not given."""
     zero_replicas: int = 1
@@ -227,7 +227,7 @@ class ParallelDims:
     @property
     def expert_tp(self) -> int:
         """Tensor parallel degree inside an expert."""
-        # As in Megatron, experts are cut like everything else unless told otherwise.
+        # As in Megatron, experts are cut like everything else unless etp is set.
         if self.etp is None:
             return self.tp
         return self.etp

@@ -38,7 +38,7 @@ class StepReport:
     other_losses: dict[str, float] = field(default_factory=dict)
     """Auxiliary losses before weighting, per loss token: load_balancing_loss (or
     seq_load_balancing_loss) and z_loss, means over the layers with experts, and
-    mtp_<n>_loss of each further token."""
+    mtp_<n>_loss of each MTP layer."""
 
 
 @dataclass(frozen=True)

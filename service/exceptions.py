@@ -25,9 +25,9 @@ from megatron_ray.config.problem import Problem
 
 
 class ServiceProblemError(Exception):
-    """Base of all errors that a caller is told about.
+    """Base of all errors that are shown to the caller.
 
-    `detail` says what is wrong and what to do about it; `errors` name single fields;
+    `detail` is what is wrong and what to do about it; `errors` name single fields;
     `extra` is added to the answer for programs that must react to the error.
     """
 

@@ -124,14 +124,14 @@ class Server(uvicorn.Server):
         await super().startup(sockets=sockets)
         if self.started and self.port_file is not None and sockets:
             self.port_file.parent.mkdir(parents=True, exist_ok=True)
-            # Written beside it and renamed: whoever polls for the file finds it complete.
+            # Written beside it and renamed: a process that polls for it finds it complete.
             temporary = self.port_file.with_name(f".{self.port_file.name}.{os.getpid()}")
             temporary.write_text(f"{sockets[0].getsockname()[1]}\n")
             temporary.replace(self.port_file)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops serving; called by uvicorn."""
-        # Before uvicorn waits for connections: streams end only when they are told to.
+        # Before uvicorn waits for connections: streams do not end by themselves.
         self.notifier.close()
         await super().shutdown(sockets=sockets)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests.ranks import run_ranks as _run_ranks
+from tests.support.ranks import run_ranks as _run_ranks
 
 # A machine busy with something else makes an example slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
@@ -30,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def run_ranks() -> Callable[..., list[Any]]:
     """`run_ranks(fn, world_size, *args, timeout_s=60)`: a module-level function on real
-    gloo ranks, see tests/ranks.py.
+    gloo ranks, see tests/support/ranks.py.
     """
     return _run_ranks
 

@@ -24,7 +24,7 @@ COMMITTED = "COMMITTED"
 MANIFEST = "manifest.json"
 REPORTS = "reports.jsonl"
 INDEX = "index.json"
-"""Where each box of each logical tensor lies; written by rank 0 with its part."""
+"""Name of the index of all boxes of all logical tensors; written by rank 0."""
 
 _NAME = re.compile(r"step-(\d{8,})-a(\d{4,})")
 
@@ -45,7 +45,7 @@ class CheckpointInfo:
     path: str
     """Folder or URI."""
     committed: bool
-    """Marker, manifest and all files in it are there."""
+    """Marker, manifest and all files of the manifest exist."""
     loss: float | None
     """Training loss at the step; None when not committed or not known."""
     bytes: int

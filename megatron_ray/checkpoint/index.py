@@ -55,14 +55,14 @@ class BoxSpec:
 
     fqn: str
     shape: Shape
-    """Of the logical tensor."""
+    """Shape of the logical tensor."""
     box: Box
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """What one rank writes."""
+    """The boxes that one rank writes, and their places in its file."""
 
     slots: tuple[Slot, ...]
     index: bytes | None

@@ -27,7 +27,7 @@ class Read:
 
     slot: Slot
     part: Box
-    """In the logical tensor."""
+    """Box of the logical tensor that is read."""
     target: torch.Tensor
 
 

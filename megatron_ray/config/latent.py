@@ -38,7 +38,7 @@ class MultiTokenPredictionConfig(Config):
     """Multi-token prediction (MTP, DeepSeek-V3 section 2.2).
 
     Each MTP layer stands behind the last transformer block and predicts one token
-    further into the future than the one before it.
+    later than the one before it.
     """
 
     num_layers: int = Field(default=1, ge=1, le=16)

@@ -56,7 +56,7 @@ class AllGatherAttention(nn.Module):
         documents = None
         if packed is not None:
             documents = packed.documents_BS
-        in_fp32 = self.device.widens(q_BNSD.dtype == torch.bfloat16)
+        in_fp32 = self.device.needs_fp32(q_BNSD.dtype == torch.bfloat16)
         return _Gather.apply(
             q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, in_fp32
         )

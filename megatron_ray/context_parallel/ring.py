@@ -1,4 +1,4 @@
-"""Ring attention: keys and values go round the context-parallel ranks (Liu et al. 2023).
+"""Computes ring attention: ranks pass keys and values around (Liu et al. 2023).
 
 Owns: the order of the hops. Must not know: heads, layers.
 
@@ -99,7 +99,7 @@ class RingAttention(nn.Module):
         documents = None
         if packed is not None:
             documents = packed.documents_BS
-        in_fp32 = self.device.widens(q_BNSD.dtype == torch.bfloat16)
+        in_fp32 = self.device.needs_fp32(q_BNSD.dtype == torch.bfloat16)
         return _Ring.apply(
             q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, in_fp32
         )

@@ -149,9 +149,9 @@ class TileGradients:
     """Sums over tiles of gradients, fp32 or wider."""
 
     queries: Tensor
-    """Of all queries here, [B, N, Q, D]."""
+    """Gradient of all queries of this rank, [B, N, Q, D]."""
     keys_values: Tensor
-    """Of the keys and values at hand, [2, B, G, K, D]."""
+    """Gradient of the keys and values of the current block, [2, B, G, K, D]."""
     in_fp32: bool
     """Whether bf16 is multiplied in fp32."""
 

@@ -1,6 +1,6 @@
 """Turns samples into tensors on the device.
 
-Owns: which samples a rank turns into which microbatch, and what a batch says of them.
+Owns: which samples of a rank form which microbatch, and the tensors of a batch.
 The only file of this folder that imports torch. Must not know: the model, how corpora
 were made.
 
@@ -32,8 +32,8 @@ class BatchMaker:
     cut: SequenceCut = field(default_factory=SequenceCut)
     """This rank's part of each sequence."""
     end_of_document: int | None = None
-    """Where set, documents are kept apart: positions count from 0 in each, and what
-    follows its last token is no label."""
+    """The token that ends a document. When set, documents are kept apart: positions count
+    from 0 in each, and the token after its last one is no label."""
     num_mtp_layers: int = 0
     """Tokens beyond the next one that have labels too."""
 

@@ -20,7 +20,7 @@ class PreparedCorpus(Config):
 
 
 class PreparedData(Config):
-    """All that a rank needs to read samples; small, passed as JSON."""
+    """The description of prepared data from which ranks read samples; passed as JSON."""
 
     train: tuple[PreparedCorpus, ...]
     """Corpora to train on."""

@@ -33,7 +33,7 @@ class Pending(Protocol):
 
 
 class _Done:
-    """What has nothing to wait for."""
+    """The handle of a transfer that is complete already."""
 
     def wait(self) -> object:
         return None

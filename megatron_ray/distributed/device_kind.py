@@ -1,6 +1,6 @@
-"""What of a device decides which kernels run on it.
+"""Describes the properties of a device that decide which kernels run on it.
 
-Torch-free: a plan is made elsewhere than where it runs.
+Torch-free: a plan is made on another machine than the one where it runs.
 """
 
 from dataclasses import dataclass
@@ -8,16 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DeviceKind:
-    """What of a device decides which kernels run on it."""
+    """The properties of a device that decide which kernels run on it."""
 
     type: str
-    """As torch names it: `cpu`, `cuda` or `meta`."""
+    """torch's name of the device type: `cpu`, `cuda` or `meta`."""
     bf16_products: bool
-    """Whether its library multiplies bf16; elsewhere products of bf16 are done in fp32.
-    Of CPUs those with AVX-512 or AMX do, as oneDNN sees them (device.kind_of)."""
+    """Whether the device's library multiplies bf16; otherwise products of bf16 are done
+    in fp32. CPUs with AVX-512 or AMX do, as oneDNN reports them (device.kind_of)."""
 
-    def widens(self, bf16: bool) -> bool:
-        """Returns whether products of such inputs are done in fp32; `bf16`: whether
-        they are bf16.
-        """
+    def needs_fp32(self, bf16: bool) -> bool:
+        """Returns whether products of inputs in bf16 (or not) are done in fp32."""
         return self.type == "cpu" and bf16 and not self.bf16_products

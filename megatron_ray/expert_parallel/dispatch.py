@@ -47,7 +47,7 @@ class Dispatched:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What is known of a choice of experts before its tokens are counted."""
+    """The bounds on rows per expert that are known before tokens are counted."""
 
     dropless: bool = True
     """Whether every token goes to all of its experts."""
@@ -92,7 +92,7 @@ def sort_slots(
 
 @dataclass(frozen=True)
 class AllToAllPlan:
-    """How many rows go from which rank to which, and their order on arrival."""
+    """The number of rows between each pair of ranks, and their order on arrival."""
 
     send: list[int]
     """Rows to each ep rank."""
@@ -182,7 +182,7 @@ class AllToAllDispatcher:
         )
 
     def _plan_by_counts(self, counts_E: Tensor) -> AllToAllPlan:
-        """Plans by the rows that this rank has for each expert, and tells the others."""
+        """Plans by the rows that each rank has for each expert, which ranks exchange."""
         ep = collectives.size(self.ep_group)
         # [ep, L]: rows to the experts of each ep rank.
         leaving = counts_E.view(ep, -1)

@@ -42,21 +42,21 @@ def reorder(rows_RH: Tensor, order_R: Tensor) -> Tensor:
 def exchange(
     rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group
 ) -> Tensor:
-    """All-to-all of send[r] rows to rank r; the gradient takes the opposite direction."""
+    """Sends send[r] rows to rank r (all-to-all); the gradient goes the opposite way."""
     if group is None:
         return rows
     return _Exchange.apply(rows, send, receive, group)
 
 
 def gather(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-    """All-gather of counts[r] rows from rank r; the gradient is summed and scattered."""
+    """Gathers counts[r] rows of each rank r; the gradient is summed and scattered."""
     if group is None:
         return rows
     return _Gather.apply(rows, counts, group)
 
 
 def sum_and_scatter(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
-    """Reduce-scatter of counts[r] rows to rank r; the gradient is gathered."""
+    """Sums rows and scatters counts[r] of them to rank r; the gradient is gathered."""
     if group is None:
         return rows
     return _SumAndScatter.apply(rows, counts, group)

@@ -56,7 +56,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen.
+    """The parameters of sampling the next token.
 
     Raises ValueError for values that leave no token to choose.
     """

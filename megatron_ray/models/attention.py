@@ -16,7 +16,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Packed
 from megatron_ray.models.forward_context import ForwardContext
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.rope import ROTATION, RotateQKV, split_qkv
 from megatron_ray.ops.attention.blockwise import causal_attention
 from megatron_ray.ops.attention.choice import attention_kernel
@@ -58,7 +58,7 @@ class KeyValueCache:
 class CausalAttention(nn.Module):
     """softmax(Q K^T / sqrt(D)) V; subclasses make queries, keys and values."""
 
-    def __init__(self, layers: Layers, path: str, window: int | None) -> None:
+    def __init__(self, layers: LayerFactory, path: str, window: int | None) -> None:
         """Creates the attention of the layer at `path`, a name for its random numbers.
 
         `window`: tokens that a token sees, itself included; None for all.
@@ -102,6 +102,7 @@ class CausalAttention(nn.Module):
             return attended
         # The new tokens see the window before them, or everything.
         window = self.window or k_BGSD.shape[2]
+        # The oldest key that the first of the new queries sees.
         first = max(0, num_cached - window + 1)
         k_BGSD = k_BGSD[:, :, first:]
         v_BGSD = v_BGSD[:, :, first:]
@@ -121,7 +122,7 @@ class Attention(CausalAttention):
     """
 
     def __init__(
-        self, config: ModelConfig, layers: Layers, path: str, window: int | None
+        self, config: ModelConfig, layers: LayerFactory, path: str, window: int | None
     ) -> None:
         super().__init__(layers, path, window)
         self.head_width = config.head_width
@@ -222,7 +223,7 @@ class LocalAttention(nn.Module):
             return masked_attention(q_BNSD, k_BGSD, v_BGSD, window)
         if kernel == "stripes":
             assert window is not None
-            in_fp32 = self.device.widens(is_bf16)
+            in_fp32 = self.device.needs_fp32(is_bf16)
             return windowed_attention(q_BNSD, k_BGSD, v_BGSD, window, in_fp32=in_fp32)
         if kernel == "fused_in_fp32":
             return fp32_causal_attention(q_BNSD, k_BGSD, v_BGSD)

@@ -31,8 +31,8 @@ class MTPTargets:
     """
 
     labels_DBS: Tensor
-    """At depth d the token d + 2 places later. The last ones of a sample lack one and
-    have some token in its place."""
+    """Labels of the MTP layers: at depth d the token d + 2 places later. The last positions
+    of a sample have no such token; theirs are arbitrary and masked."""
     loss_mask_DBS: Tensor
     """fp32; 0 where a label does not count."""
 

@@ -13,13 +13,13 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.attention import Attention, KeyValueCache
 from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.latent_attention import LatentAttention
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe.layer import MoE
 from megatron_ray.sharding.model_specs import block_spec
 
 RunBlocks = Callable[[Iterable[nn.Module], Tensor, ForwardContext], Tensor]
-"""How a model takes hidden states [T, H] through some blocks."""
+"""Runs blocks one after another on hidden states [T, H]."""
 
 
 class Block(nn.Module):
@@ -30,7 +30,7 @@ class Block(nn.Module):
     added after the product instead.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, index: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, index: int) -> None:
         super().__init__()
         spec = block_spec(config, index)
         self.attention_norm = layers.norm(spec.attention_norm)
@@ -91,7 +91,7 @@ class Block(nn.Module):
 
 
 def make_attention(
-    config: ModelConfig, layers: Layers, index: int
+    config: ModelConfig, layers: LayerFactory, index: int
 ) -> Attention | LatentAttention:
     """Returns the kind of attention that a layer has."""
     path = f"layers.{index}.attention"

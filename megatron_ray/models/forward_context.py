@@ -1,4 +1,4 @@
-"""Says which pass a forward belongs to and what its layers must know of the microbatch.
+"""Defines the context of a forward pass: its mode, and its microbatch's data.
 
 Owns: the modes of a forward pass, and the context that every block receives. Must not
 know: layers, ranks, groups.
@@ -70,7 +70,7 @@ class ForwardMode(Enum):
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """What a block must know of a microbatch besides its activations."""
+    """The data of a microbatch that a block needs besides its activations."""
 
     mode: ForwardMode
     batch_size: int
@@ -112,5 +112,5 @@ class ForwardContext:
         return replace(self, mode=ForwardMode.RECOMPUTE)
 
     def without_output(self) -> "ForwardContext":
-        """Returns the context for a run whose output nobody reads."""
+        """Returns the context for a run whose output is not used."""
         return replace(self, is_output_needed=False)

@@ -17,7 +17,7 @@ from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.batch import Batch
 from megatron_ray.models.block import Block, RunBlocks, run_sequentially
 from megatron_ray.models.forward_context import ForwardContext, ForwardMode
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.multi_token_prediction import MultiTokenPredictionLayer
 from megatron_ray.models.rope import rotary_angles
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
@@ -38,7 +38,7 @@ class GPT(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        layers: Layers,
+        layers: LayerFactory,
         stages: Sequence[StageContents] | None = None,
     ) -> None:
         """Creates the parts of `stages`; all parts when None."""
@@ -46,8 +46,7 @@ class GPT(nn.Module):
         self.config = config
         self.stages = whole_model(config) if stages is None else tuple(stages)
         self.run_blocks: RunBlocks = run_sequentially
-        """How hidden states go through the blocks of a stage; `apply_recompute`
-        replaces it."""
+        """Runs the blocks of a stage; `apply_recompute` replaces it."""
         self.on_route: Callable[[int, Tensor], None] | None = None
         """Called for every router's choice, see `ForwardContext`."""
         self.has_embedding = any(stage.embedding for stage in self.stages)
@@ -67,6 +66,7 @@ class GPT(nn.Module):
             self.position_embedding = layers.position_embedding(
                 position_embedding_spec(config)
             )
+        # On every stage, since a layer without weights costs nothing; only the first uses it.
         self.embedding_dropout = layers.hidden_dropout("embedding")
         # Dictionaries, so that a layer keeps its name when a stage has only some.
         self.layers = nn.ModuleDict()
@@ -84,7 +84,7 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks here, those of MTP layers included."""
+        """All blocks on this rank, those of MTP layers included."""
         blocks = list[Block]()
         for block in self.layers.values():
             assert isinstance(block, Block)
@@ -99,6 +99,7 @@ class GPT(nn.Module):
 
         The model must be a single stage.
         """
+        # A pipeline's runner calls `stage`, with what it has received, instead of this.
         (whole,) = self.stages
         return self.stage(whole, None, batch, mode)
 
@@ -128,6 +129,7 @@ class GPT(nn.Module):
         hidden_TH = self.run_blocks(blocks, hidden_TH, context)
         if not stage.loss:
             return hidden_TH
+        # The last stage. MTP layers start from the normalised states, as the head does.
         hidden_TH = self.final_norm(hidden_TH)
         loss: Tensor = self.head(
             hidden_TH, batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)
@@ -230,7 +232,7 @@ class GPT(nn.Module):
     def forward_context(
         self, batch: Batch, mode: ForwardMode, like: Tensor
     ) -> ForwardContext:
-        """Returns what blocks must know of a batch.
+        """Returns the context of a batch for the blocks.
 
         Its tensors are on the device of `like` and fit its type.
         """

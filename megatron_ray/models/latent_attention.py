@@ -24,7 +24,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.positions import RopeScaling
 from megatron_ray.models.attention import CausalAttention, KeyValueCache
 from megatron_ray.models.forward_context import ForwardContext
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.rope import rotates_in_fp32, yarn_magnitude
 from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
@@ -35,7 +35,11 @@ class LatentAttention(CausalAttention):
     """x -> residual + O(softmax(scale Q K^T) V)."""
 
     def __init__(
-        self, config: ModelConfig, mla: LatentAttentionConfig, layers: Layers, path: str
+        self,
+        config: ModelConfig,
+        mla: LatentAttentionConfig,
+        layers: LayerFactory,
+        path: str,
     ) -> None:
         super().__init__(layers, path, None)
         self.mla = mla

@@ -1,7 +1,7 @@
 """Defines the protocol between a model and the factory of its layers.
 
 A model asks for layers by their specs, which name full sizes; the factory returns layers
-that may have a part of them. Must not know: any layout, or how anything is cut.
+that may have only a part of them. Must not know: any layout, how anything is cut.
 
 Shapes: T tokens, R rows that lie expert by expert, E experts, K experts of a token, V
 vocabulary; B batch, N query heads, G key/value heads, S sequence, D width of a head.
@@ -41,7 +41,7 @@ class Dispatcher(Protocol):
     """Carries tokens to their experts and back; see expert_parallel.dispatch."""
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
-        """Returns the rows for the experts on this rank, and the way back."""
+        """Returns the rows of the experts on this rank and a handle to return them."""
         ...
 
 
@@ -61,62 +61,63 @@ class QKV(Protocol):
         ...
 
 
-class Layers(Protocol):
+class LayerFactory(Protocol):
     """Makes each layer of a model from its spec.
 
-    What follows are the shapes as one rank sees them; "this rank's" tokens are all
-    tokens of its sequences but under sequence parallelism.
+    Shapes are those of one rank. "This rank's" tokens are all tokens of its sequences,
+    or its part of them under sequence parallelism.
     """
 
     # ---- layers with weights
 
     def embedding(self, spec: VocabularySpec, uses: int) -> nn.Module:
-        """Token ids [T] -> [T, width] of this rank's tokens.
+        """Makes a layer: token ids [T] -> [T, width] of this rank's tokens.
 
         `uses`: how often a microbatch goes through the layer.
         """
         ...
 
     def position_embedding(self, spec: ReplicatedSpec) -> nn.Module:
-        """Position ids [T] -> [T, width] of this rank's tokens."""
+        """Makes a layer: position ids [T] -> [T, width] of this rank's tokens."""
         ...
 
     def norm(self, spec: NormSpec) -> nn.Module:
-        """[rows, width] -> [rows, width]; rows are tokens, or heads of tokens."""
+        """Makes a layer: [rows, width] -> same; rows are tokens, or heads of tokens."""
         ...
 
     def column(self, spec: ColumnSpec) -> nn.Module:
-        """[T, inputs] of this rank's tokens -> [T, outputs cut over tp] of all."""
+        """Makes a layer: [T, inputs], this rank's tokens -> [T, outputs cut over tp], all."""
         ...
 
     def qkv(self, spec: QKVSpec) -> QKV:
-        """As `column`, for the heads on this rank."""
+        """Makes a `QKV`, a column-parallel layer for the heads on this rank."""
         ...
 
     def row(self, spec: RowSpec) -> nn.Module:
-        """([T, inputs cut over tp], residual or None) -> [T, outputs].
+        """Makes a layer: ([T, inputs cut over tp], residual or None) -> [T, outputs].
 
         The residual and the outputs are of this rank's tokens.
         """
         ...
 
     def replicated(self, spec: ReplicatedSpec) -> nn.Module:
-        """[T, inputs] -> [T, outputs], both of this rank's tokens."""
+        """Makes a layer: [T, inputs] -> [T, outputs], both of this rank's tokens."""
         ...
 
     def router(self, spec: ReplicatedSpec) -> nn.Module:
-        """[T, width] -> logits [T, E], at least fp32."""
+        """Makes a layer: [T, width] -> logits [T, E], at least fp32."""
         ...
 
     def expert_column(self, spec: GroupedColumnSpec) -> nn.Module:
-        """(rows [R, inputs], rows of each expert) -> [R, outputs cut over etp].
+        """Makes a layer: (rows [R, inputs], counts [E]) -> [R, outputs cut over etp].
 
-        Rows are those of the experts on this rank, expert by expert.
+        Rows are those of the experts on this rank, expert by expert; `counts` are the
+        rows of each expert.
         """
         ...
 
     def expert_row(self, spec: GroupedRowSpec) -> nn.Module:
-        """(rows [R, inputs cut over etp], rows of each expert) -> [R, outputs].
+        """Makes a layer: (rows [R, inputs cut over etp], counts [E]) -> [R, outputs].
 
         The outputs are to be summed over etp, which the dispatcher does on the way back.
         """
@@ -134,26 +135,26 @@ class Layers(Protocol):
     # ---- layers without weights
 
     def gather_from_sequence_parallel(self) -> nn.Module:
-        """[T, width] of this rank's tokens -> of all, for the heads of every tp rank."""
+        """Makes a layer: [T, width], this rank's tokens -> all, for heads on any tp rank."""
         ...
 
     def attention(self, window: int | None) -> nn.Module:
-        """(q [B, N, S, D], k and v [B, G, S, D], Packed or None) -> [B, N, S, D].
+        """Makes a layer: (q [B, N, S, D], k, v [B, G, S, D], Packed or None) -> [B, N, S, D].
 
         Causal attention, over whole sequences or over their last `window` tokens.
         """
         ...
 
     def attention_with_dropout(self, name: str, window: int | None) -> nn.Module | None:
-        """As `attention`, with dropout on its probabilities.
+        """Makes a layer like `attention` with dropout on its probabilities.
 
-        The first sample is one argument more. `name` is that of the random number
+        The first sample is an additional argument. `name` is that of the random number
         stream. None: nothing is dropped.
         """
         ...
 
     def hidden_dropout(self, name: str) -> nn.Module | None:
-        """([T, width] of this rank's tokens, first sample) -> [T, width].
+        """Makes a layer: ([T, width] of this rank's tokens, first sample) -> [T, width].
 
         `name` is that of the random number stream. None: nothing is dropped.
         """
@@ -167,7 +168,7 @@ class Layers(Protocol):
         ...
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
-        """Makes what carries tokens to their experts and back."""
+        """Makes the dispatcher that carries tokens to their experts and back."""
         ...
 
     def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:

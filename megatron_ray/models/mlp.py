@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.differentiable_op import DifferentiableOp
 from megatron_ray.sharding.model_specs import gated_mlp_spec, plain_mlp_spec
@@ -20,7 +20,7 @@ from megatron_ray.sharding.model_specs import gated_mlp_spec, plain_mlp_spec
 class GatedMLP(nn.Module):
     """x -> residual + down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, width: int) -> None:
         super().__init__()
         self.activation = gated_activation(config)
         spec = gated_mlp_spec(config, width)
@@ -46,7 +46,7 @@ class GatedMLP(nn.Module):
 class PlainMLP(nn.Module):
     """x -> residual + down(gelu(up(x)))."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, width: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, width: int) -> None:
         super().__init__()
         self.activation = plain_activation(config)
         spec = plain_mlp_spec(config, width)
@@ -66,7 +66,7 @@ class PlainMLP(nn.Module):
         return output
 
 
-def make_mlp(config: ModelConfig, layers: Layers, width: int) -> GatedMLP | PlainMLP:
+def make_mlp(config: ModelConfig, layers: LayerFactory, width: int) -> GatedMLP | PlainMLP:
     """Returns the kind of MLP that the model has, `width` wide inside."""
     if config.gated:
         return GatedMLP(config, layers, width)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.models.block import Block, RunBlocks
 from megatron_ray.models.forward_context import ForwardContext
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.sharding.model_specs import mtp_spec
 
 
@@ -26,7 +26,7 @@ class MultiTokenPredictionLayer(nn.Module):
     The model's head turns it into logits.
     """
 
-    def __init__(self, config: ModelConfig, layers: Layers, depth: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, depth: int) -> None:
         super().__init__()
         spec = mtp_spec(config, depth)
         self.embedding_norm = layers.norm(spec.embedding_norm)

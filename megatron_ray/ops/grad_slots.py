@@ -23,23 +23,23 @@ class SlottedModule(nn.Module):
     def __init__(self, uses: int = 1) -> None:
         super().__init__()
         self.slots: dict[str, GradSlot] = {}
-        """By the name of the parameter in this module; trainable ones only."""
+        """Slots by the name of the parameter in this module; trainable ones only."""
         self.uses = uses
-        """How often a microbatch goes through the layer, and so how often each of its
-        gradients is delivered."""
+        """Number of times that a microbatch runs through the layer, and so the number of
+        contributions to each gradient."""
 
     def slot(self, name: str) -> GradSlot | None:
         """Returns the slot of a parameter, or None where there is none."""
         return self.slots.get(name)
 
     def is_deferred(self, name: str) -> bool:
-        """Tells whether a parameter's gradient is computed after this backward pass."""
+        """Returns whether a parameter's gradient is computed after this backward pass."""
         slot = self.slot(name)
         return slot is not None and slot.is_deferred
 
 
 def needs_grad(module: SlottedModule, name: str) -> bool:
-    """Tells whether a layer has a parameter of this name that is trained."""
+    """Returns whether a layer has a parameter of this name that is trained."""
     parameter = getattr(module, name)
     return parameter is not None and parameter.requires_grad
 

@@ -1,12 +1,12 @@
-"""The three matrix products of a linear layer.
+"""Computes the three matrix products of a linear layer.
 
-Owns: which library multiplies. Must not know: layers, groups.
+Owns: the choice of the library that multiplies. Must not know: layers, groups.
 
-On CUDA torch's own products are the right ones. On x86 CPUs torch hands fp32 products
-to MKL, which has no use for the AVX-512 of another maker (measured: 110 against 250
-GFLOP/s on one core); oneDNN, which torch ships too and already uses for bf16, has.
-Where there is only AVX2, MKL is the faster one (80 against 60). Both are deterministic.
-bf16 on a CPU without instructions for it is multiplied in fp32 and rounded once.
+CUDA uses torch's own products. On x86 CPUs torch passes fp32 products to MKL, which
+does not use the AVX-512 of other makers than Intel (measured: 110 against 250 GFLOP/s on
+one core). oneDNN does; torch ships it too and already uses it for bf16. With AVX2 only,
+MKL is faster (80 against 60). Both are deterministic. bf16 on a CPU without instructions
+for it is multiplied in fp32 and rounded once.
 
 The grouped products multiply rows that lie expert by expert, each expert's with its own
 matrix: one kernel on CUDA in bf16, which reads the counts on the device; elsewhere one
@@ -23,23 +23,26 @@ from torch import Tensor
 from megatron_ray.distributed.device import kind_of
 
 Library = Literal["torch", "onednn", "fp32"]
-"""`fp32`: operands are made fp32, and then whichever is quicker there. Every product
-takes one; where none is given, the device of its operands decides."""
+"""`fp32`: operands are converted to fp32, then the faster library for fp32 multiplies.
+Every product takes a library; without one, device and type of its operands decide."""
 
 
 def library_for(device: str, dtype: torch.dtype) -> Library:
-    """Returns what multiplies such operands. torch multiplies bf16 one by one where
-    oneDNN does not (measured: 1 to 20 GFLOP/s for 80 in fp32).
-    """
+    """Returns the library that multiplies operands of a type on a device."""
     if device != "cpu":
         return "torch"
-    if kind_of(device).widens(dtype == torch.bfloat16):
+    # Where oneDNN has no bf16, torch multiplies element by element (measured: 1 to 20
+    # GFLOP/s, against 80 in fp32).
+    if kind_of(device).needs_fp32(dtype == torch.bfloat16):
         return "fp32"
-    onednn = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch._C._has_mkldnn
-    return "onednn" if onednn and dtype == torch.float32 else "torch"
+    # torch calls oneDNN for bf16 by itself; only fp32 goes to MKL.
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if has_avx512 and torch._C._has_mkldnn and dtype == torch.float32:
+        return "onednn"
+    return "torch"
 
 
-def _of(tensor: Tensor, library: Library | None) -> Library:
+def _library_or_default(tensor: Tensor, library: Library | None) -> Library:
     return library or library_for(tensor.device.type, tensor.dtype)
 
 
@@ -47,7 +50,7 @@ def forward_product(
     inputs_TI: Tensor, weight_OI: Tensor, library: Library | None = None
 ) -> Tensor:
     """Returns inputs @ weight^T: [T, O]."""
-    library = _of(inputs_TI, library)
+    library = _library_or_default(inputs_TI, library)
     if library == "fp32":
         return forward_product(inputs_TI.float(), weight_OI.float()).to(inputs_TI.dtype)
     if library == "onednn":
@@ -61,7 +64,7 @@ def forward_product_plus(
     inputs_TI: Tensor, weight_OI: Tensor, addend_TO: Tensor, library: Library | None = None
 ) -> Tensor:
     """Returns addend + inputs @ weight^T, rounded once: [T, O]."""
-    library = _of(inputs_TI, library)
+    library = _library_or_default(inputs_TI, library)
     if library == "fp32":
         product = forward_product_plus(
             inputs_TI.float(), weight_OI.float(), addend_TO.float()
@@ -78,7 +81,7 @@ def input_grad_product(
     grad_TO: Tensor, weight_OI: Tensor, library: Library | None = None
 ) -> Tensor:
     """Returns grad @ weight: [T, I]."""
-    library = _of(grad_TO, library)
+    library = _library_or_default(grad_TO, library)
     if library == "fp32":
         return input_grad_product(grad_TO.float(), weight_OI.float()).to(grad_TO.dtype)
     if library == "onednn":
@@ -92,7 +95,7 @@ def weight_grad_product(
     grad_TO: Tensor, inputs_TI: Tensor, library: Library | None = None
 ) -> Tensor:
     """Returns grad^T @ inputs: [O, I]."""
-    library = _of(grad_TO, library)
+    library = _library_or_default(grad_TO, library)
     if library == "fp32":
         return weight_grad_product(grad_TO.float(), inputs_TI.float()).to(grad_TO.dtype)
     if library == "onednn":
@@ -110,17 +113,23 @@ def accumulate_weight_grad(
     fresh: bool,
     library: Library | None = None,
 ) -> None:
-    """Adds grad^T @ inputs to main (fp32), or sets it to that where it is fresh,
-    without a temporary where the library can.
+    """Adds grad^T @ inputs to main [O, I] (fp32).
+
+    `fresh`: main has no contribution yet and is overwritten, whatever it contains.
     """
-    library = _of(inputs_TI, library)
+    library = _library_or_default(inputs_TI, library)
     if library == "fp32":
         inputs_TI = inputs_TI.float()
         grad_TO = grad_TO.float()
         library = library_for(inputs_TI.device.type, inputs_TI.dtype)
+    # oneDNN cannot write into a given tensor, and torch's products write only into one of
+    # the type of their operands: these two need a temporary.
     if inputs_TI.dtype != main_OI.dtype or library == "onednn":
         product = weight_grad_product(grad_TO, inputs_TI, library)
-        main_OI.copy_(product) if fresh else main_OI.add_(product)
+        if fresh:
+            main_OI.copy_(product)
+        else:
+            main_OI.add_(product)
     elif fresh:
         torch.mm(grad_TO.t(), inputs_TI, out=main_OI)
     else:
@@ -128,11 +137,12 @@ def accumulate_weight_grad(
 
 
 Counts = Tensor | int
-"""Rows of each expert [E], or the number that every one of them has: then nobody needs
-to ask the device."""
+"""Rows of each expert [E], or one number when all have the same: then the host needs no
+copy from the device."""
 
 
-def _one_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
+def _has_grouped_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
+    # The kernel needs rows of 16 bytes, which are 8 elements of bf16.
     aligned = weight_EOI.shape[1] % 8 == 0 and weight_EOI.shape[2] % 8 == 0
     return (
         rows.device.type == "cuda"
@@ -142,44 +152,46 @@ def _one_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
     )
 
 
-def _by_expert(rows: Tensor, counts: Counts) -> tuple[Tensor, ...]:
-    return torch.split(rows, counts if isinstance(counts, int) else counts.tolist())
+def _split_by_expert(rows: Tensor, counts: Counts) -> tuple[Tensor, ...]:
+    if isinstance(counts, int):
+        return torch.split(rows, counts)
+    return torch.split(rows, counts.tolist())
 
 
 def grouped_forward_product(
     inputs_TI: Tensor, weight_EOI: Tensor, counts: Counts, library: Library | None = None
 ) -> Tensor:
     """Returns each expert's inputs @ its weight^T: [T, O]."""
-    if _one_kernel(inputs_TI, weight_EOI):
+    if _has_grouped_kernel(inputs_TI, weight_EOI):
         return torch.nn.functional.grouped_mm(
-            inputs_TI, weight_EOI.transpose(1, 2), offs=_ends(counts, inputs_TI)
+            inputs_TI, weight_EOI.transpose(1, 2), offs=_row_ends(counts, inputs_TI)
         )
-    parts = zip(_by_expert(inputs_TI, counts), weight_EOI, strict=True)
+    parts = zip(_split_by_expert(inputs_TI, counts), weight_EOI, strict=True)
     products = [
         forward_product(rows, weight, library) for rows, weight in parts if len(rows)
     ]
-    return _joined(products, inputs_TI, weight_EOI.shape[1])
+    return _concatenate(products, inputs_TI, weight_EOI.shape[1])
 
 
 def grouped_input_grad_product(
     grad_TO: Tensor, weight_EOI: Tensor, counts: Counts, library: Library | None = None
 ) -> Tensor:
     """Returns each expert's grad @ its weight: [T, I]."""
-    if _one_kernel(grad_TO, weight_EOI):
+    if _has_grouped_kernel(grad_TO, weight_EOI):
         return torch.nn.functional.grouped_mm(
-            grad_TO, weight_EOI, offs=_ends(counts, grad_TO)
+            grad_TO, weight_EOI, offs=_row_ends(counts, grad_TO)
         )
-    parts = zip(_by_expert(grad_TO, counts), weight_EOI, strict=True)
+    parts = zip(_split_by_expert(grad_TO, counts), weight_EOI, strict=True)
     products = [
         input_grad_product(rows, weight, library) for rows, weight in parts if len(rows)
     ]
-    return _joined(products, grad_TO, weight_EOI.shape[2])
+    return _concatenate(products, grad_TO, weight_EOI.shape[2])
 
 
 def grouped_weight_grad_product(
     grad_TO: Tensor, inputs_TI: Tensor, counts: Counts, num_experts: int
 ) -> Tensor:
-    """Each expert's grad^T @ inputs: [E, O, I], zero for one without rows."""
+    """Returns each expert's grad^T @ inputs: [E, O, I]; zero for one without rows."""
     product = grad_TO.new_zeros(num_experts, grad_TO.shape[1], inputs_TI.shape[1])
     accumulate_grouped_weight_grad(product, grad_TO, inputs_TI, counts, fresh=True)
     return product
@@ -194,29 +206,38 @@ def accumulate_grouped_weight_grad(
     fresh: bool,
     library: Library | None = None,
 ) -> None:
-    """Adds each expert's grad^T @ inputs to main (fp32), or sets it to that where it is
-    fresh.
+    """Adds each expert's grad^T @ inputs to main [E, O, I] (fp32).
+
+    `fresh`: main has no contribution yet and is overwritten, whatever it contains.
     """
-    if _one_kernel(inputs_TI, main_EOI):
+    if _has_grouped_kernel(inputs_TI, main_EOI):
         product = torch.nn.functional.grouped_mm(
-            grad_TO.t(), inputs_TI, offs=_ends(counts, inputs_TI)
+            grad_TO.t(), inputs_TI, offs=_row_ends(counts, inputs_TI)
         )
-        # On some GPUs the kernel leaves what it likes for an expert without rows
-        # (pytorch issue 172439).
+        # On some GPUs the kernel leaves the product of an expert without rows
+        # uninitialized (pytorch issue 172439).
         if not isinstance(counts, int):
             product.masked_fill_((counts == 0)[:, None, None], 0)
-        main_EOI.copy_(product) if fresh else main_EOI.add_(product)
+        if fresh:
+            main_EOI.copy_(product)
+        else:
+            main_EOI.add_(product)
         return
     for main, grad, inputs in zip(
-        main_EOI, _by_expert(grad_TO, counts), _by_expert(inputs_TI, counts), strict=True
+        main_EOI,
+        _split_by_expert(grad_TO, counts),
+        _split_by_expert(inputs_TI, counts),
+        strict=True,
     ):
         if len(grad):
             accumulate_weight_grad(main, grad, inputs, fresh=fresh, library=library)
         elif fresh:
+            # It still contains the sum of the step before.
             main.zero_()
 
 
-def _ends(counts: Counts, rows: Tensor) -> Tensor:
+def _row_ends(counts: Counts, rows: Tensor) -> Tensor:
+    """Returns one past the last row of each expert [E], as the kernel expects them."""
     if isinstance(counts, int):
         return torch.arange(
             counts, len(rows) + 1, counts, dtype=torch.int32, device=rows.device
@@ -224,5 +245,8 @@ def _ends(counts: Counts, rows: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-def _joined(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
-    return torch.cat(parts) if parts else like.new_empty(0, width)
+def _concatenate(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
+    # No expert here has rows: torch.cat refuses an empty list.
+    if not parts:
+        return like.new_empty(0, width)
+    return torch.cat(parts)

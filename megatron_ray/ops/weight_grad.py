@@ -137,7 +137,7 @@ class WeightGradSink:
 
     def _run(self, slot: GradSlot, accumulate: Accumulate) -> None:
         accumulate(slot.main_grad, fresh=slot.fresh)
-        # The flag and not a cleared buffer tells the first contribution of a step, which
+        # The flag, not a cleared buffer, marks the first contribution of a step: that
         # saves a pass over all gradients.
         slot.fresh = False
         # Read now and not when it was contributed: a deferred computation belongs to the

@@ -49,7 +49,7 @@ class OptimizerShard:
     def __init__(
         self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool
     ) -> None:
-        """With `sharded` (ZeRO-1) each replica updates a part of its own, else all of it."""
+        """Makes a shard: with `sharded` (ZeRO-1) a part for each replica, else all of it."""
         self.buffers = family.buffers
         self.group = family.group
         # A group of one rank has nothing to share out, and so nothing to gather either.
@@ -233,7 +233,7 @@ class OptimizerShard:
 
 
 class ShardedOptimizer:
-    """All that this rank updates: one shard per group of parameters.
+    """The optimizer of this rank: one shard per group of parameters.
 
     Dense parameters and experts have replicas on different ranks, hence two groups.
     """

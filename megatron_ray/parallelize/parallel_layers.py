@@ -55,7 +55,7 @@ class ExpertParallelGroups:
 
 
 class ParallelLayerFactory:
-    """Makes a rank's layers; implements `models.layers.Layers`."""
+    """Makes a rank's layers; implements `models.layers.LayerFactory`."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class ParallelLayerFactory:
         return AllGatherDispatcher(num_experts, experts.ep_group, experts.etp_group)
 
     def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:
-        """Makes an auxiliary loss; see `models.layers.Layers`."""
+        """Makes an auxiliary loss; see `models.layers.LayerFactory`."""
         if not is_per_rank:
             # All tp ranks count the same loss, and counts are summed over them.
             divisor *= self._tp.size

@@ -58,7 +58,7 @@ class ParallelModel:
     storage: ParameterStorage
     sink: WeightGradSink
     expert_biases: dict[str, ExpertBias]
-    """By logical name."""
+    """Biases by logical name."""
     aux_losses: dict[str, list[AuxLoss]]
     """This rank's modules of every kind of loss in the model; the same kinds in the same
     order on all ranks."""
@@ -67,12 +67,12 @@ class ParallelModel:
     """This rank's actions of a step; empty where there is one stage only."""
     sequence_parallel: bool
     dtype: torch.dtype
-    """Of activations; under ZeRO-3 not that of the buffers, whose fp32 weights are
-    gathered in this type."""
+    """Type of activations. Under ZeRO-3 the buffers have another one: their fp32 weights
+    are gathered in this type."""
 
     @property
     def parameters(self) -> tuple[LocalParameter, ...]:
-        """What this rank's buffers contain."""
+        """Parameters in this rank's buffers."""
         return self.storage.parameters
 
     @property
@@ -113,7 +113,7 @@ def parallelize(
 
     # On device meta: nothing is allocated until the weights are placed.
     module = build_model(
-        config.model, mesh, parallel, dtype=weight_dtype, held=stages, seed=training.seed
+        config.model, mesh, parallel, dtype=weight_dtype, stages=stages, seed=training.seed
     )
     if training.compile == "blocks":
         apply_compile(module, compiled_ops())
@@ -152,12 +152,12 @@ def build_model(
     parallel: ParallelismConfig,
     *,
     dtype: torch.dtype,
-    held: Sequence[StageContents] | None = None,
+    stages: Sequence[StageContents] | None = None,
     seed: int = 0,
 ) -> GPT:
     """Builds the rank's part of the model on device `meta`, without memory.
 
-    `held`: its pipeline stages, all when not given; `seed`: that of dropout.
+    `stages`: its pipeline stages, all when not given; `seed`: that of dropout.
     """
     # The factory knows the layout, the model only its factory.
     sequence_parallel = parallel.sequence_parallel
@@ -173,7 +173,7 @@ def build_model(
         attention=partial(context_attention, parallel.cp_method, mesh),
     )
     with torch.device("meta"):
-        return GPT(config, layers, held)
+        return GPT(config, layers, stages)
 
 
 def context_attention(
@@ -192,7 +192,8 @@ def context_attention(
         return AllGatherAttention(mesh.cp_group, device, window)
     if method == "a2a":
         return UlyssesAttention(mesh.cp_group, LocalAttention(device, window))
-    # a2a+p2p: heads are exchanged among near ranks, keys and values go round far ones.
+    # a2a+p2p: heads are exchanged among near ranks, keys and values are passed
+    # around a ring of far ones, since a ring overlaps its transfers with computing.
     exchange, ring = mesh.cp_levels
     return UlyssesAttention(exchange, RingAttention(ring, device, window))
 
@@ -205,7 +206,7 @@ def _parameter_table(
         mesh.dims,
         mesh.rank,
         sequence_parallel=config.parallel.sequence_parallel,
-        held=stages,
+        stages=stages,
     )
 
 

@@ -39,7 +39,7 @@ class ParameterStorage:
     """A rank's parameters and gradients in memory."""
 
     parameters: tuple[LocalParameter, ...]
-    """What the buffers contain: under ZeRO-3 rows of the tensors of the table."""
+    """Parameters in the buffers: under ZeRO-3 rows of the tensors of the table."""
     groups: tuple[ParameterGroup, ...]
     """The dense parameters, then those of experts where there are any."""
     uses_slots: bool
@@ -48,10 +48,10 @@ class ParameterStorage:
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """How buffers are laid out and reduced."""
+    """The options that decide how buffers are laid out and reduced."""
 
     dtype: torch.dtype
-    """Of the weights that a forward pass multiplies with."""
+    """Type of the weights that a forward pass multiplies with."""
     bucket_elements: int | None
     """None: by the size of the model."""
     shards_gradients: bool

@@ -3,7 +3,7 @@
 Owns: activations between forward and backward, transfers under way. Must not know: which
 schedule it is, layers, the loss.
 
-It does what the list says, in its order, and decides nothing: a trace of what it did
+It runs the actions of the list in order and decides nothing: a trace of what it did
 equals the list. Transfers are started where the list has them and waited for where
 their content is used, so that they overlap with computing.
 """
@@ -68,15 +68,15 @@ class _StepState:
     activations: dict[_Key, Tensor] = field(default_factory=dict)
     """Inputs of forward passes."""
     gradients: dict[_Key, Tensor] = field(default_factory=dict)
-    """Of outputs, for backward passes."""
+    """Gradients of outputs, for backward passes."""
     to_send: dict[tuple[Op, _Key], Tensor] = field(default_factory=dict)
-    """By the action that will send it."""
+    """Tensors by the action that will send them."""
     receives: dict[tuple[Op, _Key], Pending] = field(default_factory=dict)
     """Receives that have been started, whose buffers are in one of the inputs above."""
     sends: list[tuple[Pending, Tensor]] = field(default_factory=list)
     """Sends that have been started; a tensor must live until its send is complete."""
     losses: dict[int, Tensor] = field(default_factory=dict)
-    """By microbatch, on the rank of the last stage."""
+    """Losses by microbatch, on the rank of the last stage only."""
 
 
 class PipelineRunner:

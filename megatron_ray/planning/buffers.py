@@ -83,7 +83,7 @@ def rank_buffers(
         dims,
         rank,
         sequence_parallel=config.parallel.sequence_parallel,
-        held=pipeline.stages_of(pp_rank),
+        stages=pipeline.stages_of(pp_rank),
     )
     table = freeze(parameters, config.optimizer.freeze)
     buffers = _planned_buffers(config, dims, table, rank)

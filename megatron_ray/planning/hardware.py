@@ -62,8 +62,7 @@ class Hardware:
 
 
 GPU = DeviceKind("cuda", bf16_products=True)
-"""Of all kinds there are here, and what a plan assumes where nobody says what it is
-for."""
+"""Every GPU in the tables; also the kind that a plan assumes when none is named."""
 
 _A100 = {"bf16": Efficiency(products=0.70, attention=0.10, memory=0.60, network=0.72)}
 """Fitted to 10 runs of 2021, before fused attention."""

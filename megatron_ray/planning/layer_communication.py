@@ -39,7 +39,8 @@ def stage_communication(
     communication.recomputed_layers(stage.layers)
     if stage.loss:
         communication.head()
-    # Each MTP layer looks up the tokens one further ahead, and has a loss of its own.
+    # Each MTP layer looks up tokens one place later than the layer before it, and has a
+    # loss of its own.
     for layer in mtp_layers:
         communication.embedding()
         communication.recomputed_layers([layer])

@@ -114,7 +114,7 @@ class UpdateTime:
 
 @dataclass(frozen=True)
 class StepParts:
-    """What the time of a step consists of, at a device's published figures."""
+    """The parts of a step's time, at a device's published figures."""
 
     stages: tuple[MicrobatchTime, ...]
     """One microbatch through all chunks of a rank, by kind of pipeline rank."""

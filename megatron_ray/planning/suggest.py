@@ -40,7 +40,7 @@ _RECOMPUTE = (
     RecomputeConfig(granularity="selective", modules=("norm", "activation")),
     RecomputeConfig(granularity="full", method="uniform", num_layers=1),
 )
-"""From the fastest to the one that keeps least."""
+"""Recompute options from the fastest to the one that keeps least."""
 _MOST_BUBBLE = 0.5
 """Largest share of a step in which the pipeline may be idle."""
 
@@ -292,7 +292,7 @@ def _layout(model: ModelConfig, stages: int) -> str | None:
 
 
 def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:
-    """Returns (ep, etp) to try: experts are whole on a rank unless the job says etp."""
+    """Returns (ep, etp) to try: experts are whole on a rank unless etp is set."""
     moe = config.model.moe
     if moe is None:
         return [(1, None)]

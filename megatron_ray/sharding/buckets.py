@@ -44,6 +44,8 @@ class Bucket:
 
     def shard(self, dp_rank: int, dp: int) -> tuple[int, int]:
         """Returns the range that one data-parallel rank owns under ZeRO-1."""
+        # Cut by elements and not by parameters, so that all shards of a bucket are equal
+        # and one reduce-scatter suffices.
         length = (self.end - self.start) // dp
         start = self.start + dp_rank * length
         return start, start + length
@@ -134,7 +136,7 @@ class _Cutter:
         self._start = 0
         self._placed: list[PlacedParameter] = []
         self.end = 0
-        """Where the next parameter starts."""
+        """Offset at which the next parameter starts."""
         self.buckets: list[Bucket] = []
 
     @property

@@ -43,6 +43,7 @@ class GroupedColumnSpec(LayerSpec):
             for inner in self.names:
                 logical_name = f"{siblings}{expert}.{inner}.weight"
                 logical = _expert_weight(logical_name, shape, self.init, 0)
+                # All parts have `width` rows, so their number gives the start of the next.
                 parts.append(Part(logical, box, width * len(parts)))
         shape = (width * len(parts), self.inputs)
         return [LocalParameter(f"{name}.weight", shape, tuple(parts))]
@@ -66,6 +67,7 @@ class GroupedRowSpec(LayerSpec):
         """Returns one tensor with the rows of all of the rank's experts."""
         siblings = sibling_prefix(name)
         experts, width = _cut_experts(siblings, self.num_experts, self.inputs, position)
+        # Its outputs are partial sums; the dispatcher sums them over etp on the way back.
         box = Box((0, width * position.etp_rank), (self.outputs, width))
         shape = (self.outputs, self.inputs)
         parts: list[Part] = []
@@ -82,6 +84,7 @@ class GroupedRowSpec(LayerSpec):
 
 
 def _expert_weight(name: str, shape: Shape, init: Init, shard_dim: int) -> LogicalParameter:
+    # One logical tensor per expert, so a checkpoint fits any ep and etp.
     return LogicalParameter(name, shape, init, shard_dim, decay=True, of_expert=True)
 
 
@@ -96,6 +99,7 @@ def _cut_experts(
             f"{prefix}: {num_experts} experts {width} wide do not divide by ep={ep} and "
             f"etp={etp}"
         )
+    # Neighbours, so that rows sorted by expert are sorted by ep rank too.
     each = num_experts // ep
     first = each * position.ep_rank
     return range(first, first + each), width // etp

@@ -34,7 +34,7 @@ class _Block:
     """A block of the tensor whose first dimensions are fixed."""
 
     shape: tuple[int, ...]
-    """Of the dimensions that are not fixed."""
+    """Sizes of the dimensions that are not fixed."""
     fixed: tuple[int, ...] = ()
     """Indices in the dimensions that are."""
     base: int = 0

@@ -1,6 +1,6 @@
 """Declares the kinds of layers with weights: shape, cut, init and reduction of each.
 
-A spec is the only place where these are said. The parameter table lists the rows that
+A spec is the only place where these are stated. The parameter table lists the rows that
 specs emit (`parameters.local_parameters`), and the layer factory gives a layer the local
 shapes of its spec (`LayerSpec.shapes`), so table and modules cannot differ. Pure Python.
 Must not know: torch, process groups, which layers a model has.
@@ -41,6 +41,8 @@ class ShardPosition:
         cls, dims: ParallelDims, rank: int, *, sequence_parallel: bool = False
     ) -> "ShardPosition":
         """Returns the position of a global rank."""
+        # The same ranks form two grids: attention and MLPs are cut over tp, experts over
+        # ep and etp, whose neighbours are other ranks.
         dense = dims.coordinates(rank)
         experts = dims.experts.coordinates(rank)
         return cls(
@@ -102,10 +104,10 @@ class ColumnSpec(LayerSpec):
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
         """Returns the weight and, where the layer has one, the bias; both cut."""
-        found = [self._fused(name, "weight", (self.inputs,), self.init, position)]
+        table = [self._fused(name, "weight", (self.inputs,), self.init, position)]
         if self.bias:
-            found.append(self._fused(name, "bias", (), ZEROS, position))
-        return found
+            table.append(self._fused(name, "bias", (), ZEROS, position))
+        return table
 
     def _fused(
         self, name: str, kind: str, inner: Shape, init: Init, position: ShardPosition
@@ -125,6 +127,7 @@ class ColumnSpec(LayerSpec):
             )
             part = _column_part(siblings + output.name, output, logical, start, position)
             parts.append(part)
+            # By the local rows: replicas of key/value heads make them more than rows / tp.
             start += part.box.size[0]
         return LocalParameter(f"{name}.{kind}", (start, *inner), tuple(parts))
 
@@ -140,8 +143,10 @@ def _column_part(
     replicas = output.num_replicas(position.tp)
     rows = _divide(name, output.rows * replicas, position.tp)
     first = rows * (position.tp_rank // replicas)
+    # A bias has no dimension but its rows, a weight has the inputs too.
     inner = logical.shape[1:]
     box = Box((first, *_zeros(inner)), (rows, *inner))
+    # Of equal boxes only the first counts for the global norm.
     owns_norm = position.tp_rank % replicas == 0
     return Part(logical, box, start, replicas, owns_norm)
 
@@ -184,6 +189,7 @@ class RowSpec(LayerSpec):
         )
         box = Box((0, columns * position.tp_rank), (self.outputs, columns))
         weight = LocalParameter(logical.name, box.size, (Part(logical, box, 0),))
+        # The bias is not cut: it is added to the sum, so each rank needs all of it.
         if not self.bias:
             return [weight]
         return [weight, _whole(f"{name}.bias", (self.outputs,), ZEROS, position)]
@@ -219,13 +225,14 @@ class NormSpec(LayerSpec):
         """Returns the whole weight and, where the norm has one, the whole bias."""
         shape = (self.width,)
         init = ONES
+        # The norm multiplies by 1 + weight, so zero is the identity.
         if self.zero_centered:
             init = ZEROS
         partial = self.is_over_heads
-        found = [_whole(f"{name}.weight", shape, init, position, partial=partial)]
+        table = [_whole(f"{name}.weight", shape, init, position, partial=partial)]
         if self.bias:
-            found.append(_whole(f"{name}.bias", shape, ZEROS, position, partial=partial))
-        return found
+            table.append(_whole(f"{name}.bias", shape, ZEROS, position, partial=partial))
+        return table
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,7 @@ class VocabularySpec(LayerSpec):
     width: int
     init: Init
     logical_name: str | None = None
-    """Where a tied head on a later stage is a copy of the embedding: that one's name."""
+    """Name of the embedding's weight, for a tied head on a later stage that is its copy."""
     is_shared_embedding: bool = False
     owns_norm: bool = True
 
@@ -277,6 +284,7 @@ class VocabularySpec(LayerSpec):
 
 def padded_rows(vocabulary: int, multiple: int, tp: int) -> int:
     """Returns the vocabulary's rows with padding, over all tp ranks (Megatron's rule)."""
+    # Rounded up. The multiple depends on tp, so a checkpoint stores unpadded rows only.
     return -(-vocabulary // (multiple * tp)) * multiple * tp
 
 

@@ -1,4 +1,4 @@
-"""Says how many tokens the loss works on at once.
+"""Chooses how many tokens the loss works on at once.
 
 Torch-free, since planning counts with it too.
 """

@@ -2,7 +2,7 @@
 
 A block is a tree of dataclasses. The names of fields are those of modules and, joined by
 dots, those of parameters; their order is that of the parameter table. Modules take their
-layers from here, so a weight's size is said once. Pure Python. Must not know: torch,
+layers from here, so a weight's size is stated once. Pure Python. Must not know: torch,
 ranks, how anything is cut.
 """
 
@@ -59,6 +59,7 @@ def attention_spec(model: ModelConfig) -> AttentionSpec:
     head_norm = None
     if model.qk_norm:
         head_norm = norm_spec(model, model.head_width, is_over_heads=True)
+    # The width of all heads, which need not be the hidden size.
     o = _to_residual(model, heads * model.head_width)
     return AttentionSpec(qkv, head_norm, head_norm, o)
 
@@ -197,9 +198,11 @@ def moe_spec(model: ModelConfig, moe: MoEConfig) -> MoESpec:
         experts = gated_experts_spec(model, moe.num_experts)
     else:
         experts = plain_experts_spec(model, moe.num_experts)
+    # Every token goes through the shared expert, so it is an ordinary MLP, cut over tp.
     shared = None
     if moe.shared_expert_ffn_hidden_size is not None:
         shared = mlp_spec(model, moe.shared_expert_ffn_hidden_size)
+    # Whole on every rank, which routes its own tokens over all experts.
     router = replicated_spec(model, model.hidden_size, moe.num_experts)
     return MoESpec(router, experts, shared)
 
@@ -233,6 +236,7 @@ def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
         mlp = mlp_spec(model, model.ffn_width)
     else:
         moe = moe_spec(model, moe_config)
+    # Both norms have the same declaration; the names of the fields keep their weights apart.
     norm = norm_spec(model, model.hidden_size)
     return BlockSpec(norm, attention, norm, mlp, moe)
 
@@ -279,6 +283,7 @@ def vocabulary_spec(
 
 def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
     """Returns the table of learned positions."""
+    # A row per position, as [outputs, inputs]: small beside the vocabulary, so not cut.
     return replicated_spec(model, model.hidden_size, model.max_sequence_length)
 
 
@@ -307,6 +312,7 @@ def _column(model: ModelConfig, inputs: int, outputs: int, name: str) -> ColumnS
 def _fused_column(
     model: ModelConfig, inputs: int, names: Sequence[str], width: int
 ) -> ColumnSpec:
+    # Each weight is cut by itself, so a rank has matching rows of all of them.
     outputs = tuple(Output(name, width) for name in names)
     return ColumnSpec(inputs, outputs, _normal(model), model.linear_bias)
 

@@ -36,6 +36,7 @@ def named_layers(
     if has_head:
         yield "final_norm", norm_spec(model, model.hidden_size)
         yield from _head(model, has_embedding)
+    # After the head, because MTP layers run on the final hidden states.
     for stage in stages:
         for depth in stage.mtp_layers:
             yield from _layers_of(mtp_spec(model, depth), f"mtp.{depth}.")
@@ -75,6 +76,7 @@ def _head(model: ModelConfig, has_embedding: bool) -> Iterator[NamedLayer]:
 def _layers_of(spec: Any, prefix: str) -> Iterator[NamedLayer]:
     """Yields the leaves of a tree of dataclasses, named by the path of fields."""
     for field in fields(spec):
+        # None: a part that this model does not have, such as the norms of queries.
         child = getattr(spec, field.name)
         name = prefix + field.name
         if isinstance(child, LayerSpec):

@@ -83,7 +83,8 @@ class LocalParameter:
     trainable: bool = True
     """False where it is frozen: no gradient, no optimizer state."""
 
-    # Parts of one tensor agree in what follows, so the first one answers.
+    # Fused parts have the same rules (attention's q, k, v; an MLP's gate and up), so the
+    # first part's rules are those of the tensor.
 
     @property
     def decay(self) -> bool:

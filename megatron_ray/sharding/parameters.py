@@ -28,19 +28,20 @@ def local_parameters(
     rank: int,
     *,
     sequence_parallel: bool = False,
-    held: Sequence[StageContents] | None = None,
+    stages: Sequence[StageContents] | None = None,
 ) -> tuple[LocalParameter, ...]:
     """Returns the tensors of one rank, in the order in which the forward pass uses them.
 
-    `held`: its pipeline stages; the whole model when not given.
+    `stages`: its pipeline stages; the whole model when not given.
 
     Raises ValueError when a degree does not divide a dimension that it cuts (validation
     refuses such a config earlier, with the remedy).
     """
     position = ShardPosition.of_rank(dims, rank, sequence_parallel=sequence_parallel)
-    stages = whole_model(model)
-    if held is not None:
-        stages = tuple(held)
+    if stages is None:
+        stages = whole_model(model)
+    # A pure function of config and rank: every rank, and the planner, can compute the
+    # table of any other rank without communication.
     table: list[LocalParameter] = []
     for name, spec in named_layers(model, stages):
         table.extend(spec.parameters(name, position))
@@ -71,6 +72,7 @@ def freeze(
     """
     frozen = []
     for local in table:
+        # Kept in the table: a frozen parameter is still loaded, saved and exported.
         if _matches(local, patterns):
             local = replace(local, trainable=False)
         frozen.append(local)

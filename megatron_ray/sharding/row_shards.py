@@ -22,6 +22,7 @@ def shard_rows(
     sharded = []
     for parameter in table:
         rows = parameter.shape[0]
+        # Equal to torch's cut in FSDP, whose shards are attached to this table's buffers.
         block = -(-rows // shards)
         start = min(rank * block, rows)
         end = min((rank + 1) * block, rows)
@@ -50,6 +51,7 @@ def _rows_of_part(part: Part, start: int, end: int) -> Part | None:
     last = min(part.start + part.box.size[0], end)
     if first >= last:
         return None
+    # From local rows to rows of the logical tensor.
     offset = (part.box.offset[0] + first - part.start, *part.box.offset[1:])
     box = Box(offset, (last - first, *part.box.size[1:]))
     return replace(part, box=box, start=first - start)

@@ -22,7 +22,7 @@ _UPLOAD_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class FileStat:
-    """What identifies a version of a file without reading it."""
+    """The identity of a file's version, known without reading the file."""
 
     path: str
     size: int

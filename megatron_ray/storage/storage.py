@@ -27,14 +27,14 @@ _SCHEMES = ("file", "s3", "gs", "gcs")
 
 
 class Writable(Protocol):
-    """What `open_output` yields; `write` takes any contiguous buffer."""
+    """An output file that `open_output` yields; `write` takes any contiguous buffer."""
 
     def write(self, data: Any, /) -> int | None:
         """Writes all bytes of the buffer."""
 
 
 class Readable(Protocol):
-    """What `open_input` yields: positioned reads over a file of known size."""
+    """An input file that `open_input` yields: positioned reads, known size."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills the buffer from byte `offset` on.

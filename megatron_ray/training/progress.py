@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; all that the loop needs to go on from here."""
+    """The progress of a run: all that the loop needs to go on from here."""
 
     step: int = 0
     """Optimizer steps taken."""

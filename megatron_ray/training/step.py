@@ -63,7 +63,7 @@ def reduce_step(
     finalize_grads(model, optimizer, mesh)
     aux_losses = model.aux_losses.values()
     votes_start = NUM_FIXED + len(aux_losses)
-    # fp64, because counts of tokens and sums of squares outgrow what fp32 tells apart.
+    # fp64, because counts of tokens and sums of squares outgrow the precision of fp32.
     values = torch.zeros(votes_start + len(votes), dtype=torch.float64, device=mesh.device)
     # The ranks of a tp group compute the same loss: one of them counts it.
     if mesh.tp_rank == 0 and model.has_loss:

@@ -21,7 +21,7 @@ from megatron_ray.training.step_timer import StepTimes
 
 @dataclass(frozen=True)
 class HostNumbers:
-    """What the host knows of a step when it has launched it."""
+    """The numbers of a step that the host knows when it has launched it."""
 
     progress: Progress
     """This step included."""
@@ -41,7 +41,7 @@ class StepNumbers:
     loss: float
     """Mean over those tokens, as are the other losses; nats."""
     grad_norm: float
-    """Of the mean gradient, before clipping."""
+    """L2 norm of the mean gradient, before clipping."""
     other_losses: tuple[float, ...]
     """The model's auxiliary losses, in its order."""
     command: Command

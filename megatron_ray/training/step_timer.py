@@ -13,7 +13,7 @@ class StepTimes:
 
     total_s: float
     parts_s: dict[str, float]
-    """By the name that the part was marked with."""
+    """Seconds by the name with which a part was marked."""
 
 
 class StepTimer:

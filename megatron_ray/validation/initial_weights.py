@@ -92,7 +92,7 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
     own = model_signature(model)
     expected = model_signature(weights)
     if (model.moe is None) != (weights.moe is None):
-        # One problem says that only one of them has experts; the fields inside `moe`
+        # One problem reports that only one of them has experts; the fields inside `moe`
         # would only repeat it.
         own = _without_moe_details(own)
         expected = _without_moe_details(expected)

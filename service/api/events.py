@@ -78,7 +78,7 @@ def list_events(
 
 @dataclass(frozen=True)
 class Position:
-    """How far a stream's reader has got."""
+    """The position of a stream's reader."""
 
     seq: int = 0
     """Last event received."""
@@ -91,7 +91,7 @@ class Position:
 
 @dataclass(frozen=True)
 class _Update:
-    """What has been stored after a position."""
+    """The rows that have been stored after a position."""
 
     rows: list[dict[str, Any]]
     events: list[Event]

@@ -34,7 +34,7 @@ from workers.protocol.wire import (
 )
 
 MAX_TERMINAL = 200
-"""Ended jobs that the agent is told about, beside those it still sees something of."""
+"""Ended jobs sent to the agent, beside those of which it still reports something."""
 WaitSeconds = Annotated[float, Query(ge=0, le=3600)]
 router = APIRouter(prefix="/internal/v1", include_in_schema=False)
 Body = TypeVar("Body", bound=BaseModel)
@@ -165,7 +165,7 @@ def _store_report(context: Context, agent_report: AgentReport) -> None:
         session.flush()
         queue.admit_jobs(session, row)
         if has_changed:
-            # Which ended jobs the agent is told about depends on what it has seen.
+            # Which ended jobs are sent to the agent depends on what it reports.
             lifecycle.raise_revision(session, agent_report.cluster)
 
 
@@ -174,8 +174,8 @@ def _resolve_waiting_jobs(
 ) -> dict[str, Resolution]:
     """Returns how the jobs that waited for this cluster run on it, by job id.
 
-    Done before the transaction: a search for a layout may take seconds, and nobody else
-    could write meanwhile.
+    Done before the transaction: a search for a layout may take seconds, during which no
+    other request could write.
     """
     capacity = ClusterCapacity(agent_report.nodes)
     if not capacity.is_known:

@@ -305,13 +305,13 @@ class Plan(Body):
     memory: PlanMemory | None
     """null while the vocabulary size is unknown."""
     communication: list[PlanTraffic] | None
-    """null when it is unknown; `notes` says why."""
+    """null when it is unknown; `notes` has the reason."""
     bubble_share: float | None
     """Share of a step in which a pipeline rank waits for other ranks."""
     hardware: str | None
     """Device that `time` is estimated for."""
     time: PlanTime | None
-    """null when it is unknown; `notes` says why."""
+    """null when it is unknown; `notes` has the reason."""
     fits: bool | None
     """Whether the job fits in the empty cluster; null while the cluster is unknown."""
     room: int | None

@@ -212,7 +212,7 @@ def _device_of(
     """Returns the device that the job would run on; None while it is unknown."""
     if resolved.resources.accelerator == "gpu":
         return capacity.gpu_hardware
-    # An unknown cluster resolves `auto` to cpu, which says nothing about its devices.
+    # An unknown cluster resolves `auto` to cpu, whatever its devices are.
     if capacity.is_known or spec.resources.accelerator == "cpu":
         return HARDWARE["CPU"]
     return None

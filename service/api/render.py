@@ -245,7 +245,7 @@ def _progress(row: JobRow) -> Progress:
 def _eta_s(row: JobRow) -> float | None:
     step = row.progress.get("step")
     step_s = row.progress.get("step_s")
-    # While it does not run, the pace of its last steps says nothing about its end.
+    # While it does not run, the pace of its last steps does not predict its end.
     if row.status != JobState.RUNNING or step is None or step_s is None:
         return None
     steps = int(row.resolved_spec["training"]["steps"])

@@ -1,7 +1,7 @@
-"""Where the service is.
+"""Resolves which service a command talks to.
 
-Owns: --url, --token, --data-dir, and stack.json when nothing is given. Must not know:
-commands.
+Owns: --url, --token and --data-dir; without --url, the address in stack.json. Must not
+know: commands.
 """
 
 from pathlib import Path
@@ -18,30 +18,35 @@ Url = Annotated[
     str | None,
     typer.Option(
         "--url",
-        help="Address of the service; the local stack's when not given.",
+        help="Address of the service. Default: the local stack's.",
         rich_help_panel="Service",
     ),
 ]
 Token = Annotated[
     str | None,
     typer.Option(
-        "--token", help="Token, or @FILE that holds it.", rich_help_panel="Service"
+        "--token",
+        help="Token, or @FILE to read it from a file. Default without --url: the local stack's.",
+        rich_help_panel="Service",
     ),
 ]
 DataDir = Annotated[
     Path | None,
     typer.Option(
         "--data-dir",
-        help="Folder of the local stack; MEGATRON_RAY_DATA_DIR or ~/.megatron-ray.",
+        help="Folder of the local stack. Default: $MEGATRON_RAY_DATA_DIR or ~/.megatron-ray.",
         rich_help_panel="Service",
     ),
 ]
 
 
-def resolve_data_dir(given: Path | None) -> Path:
-    """The data dir asked for, or the one in the settings. Raises Failure."""
-    if given is not None:
-        return given.expanduser().absolute()
+def resolve_data_dir(data_dir: Path | None) -> Path:
+    """Returns `data_dir` as an absolute path, or the data dir of the settings.
+
+    Raises CommandError when a setting is invalid.
+    """
+    if data_dir is not None:
+        return data_dir.expanduser().absolute()
     try:
         return Settings.from_environment().data_dir
     except SettingsError as error:
@@ -49,7 +54,10 @@ def resolve_data_dir(given: Path | None) -> Path:
 
 
 def local_stack(data_dir: Path) -> StackRecord | None:
-    """What is recorded of the local stack. Raises Failure."""
+    """Returns the record of the local stack, or None.
+
+    Raises CommandError when it cannot be read.
+    """
     try:
         return read_record(data_dir)
     except RecordUnreadableError as error:
@@ -57,9 +65,9 @@ def local_stack(data_dir: Path) -> StackRecord | None:
 
 
 def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client:
-    """A client for the service asked for.
+    """Returns a client of the service at `url`, or of the local stack.
 
-    Raises Failure when none is named and none is up here.
+    Raises CommandError when there is neither.
     """
     secret = _read_token(token)
     if url is not None:
@@ -67,24 +75,27 @@ def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client
             raise CommandError(
                 f"--url {url}: not an address", remedy="write it as http://host:port"
             )
+        # The local stack's token is never sent to another service.
         return Client(url, secret)
     folder = resolve_data_dir(data_dir)
     record = local_stack(folder)
+    # A stack that is starting has a record, but its address only when the service listens.
     if record is None or not record.url:
         raise CommandError(
             f"no local stack is up (data dir {folder})",
-            remedy="start one with `megatron-ray up`, or name a service with --url",
+            remedy="start one with `megatron-ray up`, or set --url",
         )
     return Client(record.url, secret or record.token)
 
 
-def _read_token(given: str | None) -> str | None:
-    if given is None or not given.startswith("@"):
-        return given
+def _read_token(option: str | None) -> str | None:
+    # A file keeps the token out of the shell's history and the process list.
+    if option is None or not option.startswith("@"):
+        return option
     try:
-        return Path(given[1:]).expanduser().read_text().strip()
+        return Path(option[1:]).expanduser().read_text().strip()
     except OSError as error:
         raise CommandError(
-            f"--token {given}: {error.strerror}",
-            remedy="name a file that holds the token alone",
+            f"--token {option}: {error.strerror}",
+            remedy="set it to a file that contains only the token",
         ) from error

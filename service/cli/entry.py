@@ -1,7 +1,6 @@
-"""What runs first.
+"""Runs the command line; the only module that is imported before Ctrl-C is safe.
 
-Owns: that Ctrl-C works while the command line is being imported. Must not know: any
-command.
+Must not know: any command.
 """
 
 import signal
@@ -11,12 +10,13 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """SIGINT ends the process at once.
+    """Lets SIGINT end the process at once while modules are imported.
 
-    A KeyboardInterrupt could be lost in the middle of an import, whose clean-up
-    swallows what is raised there, and nothing has been started yet that would need an
-    orderly end. Who ignores SIGINT (a background job) goes on doing so.
+    A process that ignores SIGINT, such as a background job, keeps ignoring it.
     """
+    # Python's default handler raises KeyboardInterrupt, which can be lost when it is
+    # raised in the clean-up of an import. Nothing has been started yet that would need
+    # an orderly end, so the kernel's default is safe here.
     handler = signal.getsignal(signal.SIGINT)
     if handler is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -27,7 +27,7 @@ def importing() -> Iterator[None]:
 
 
 def main() -> None:
-    """The command `megatron-ray`."""
+    """Runs the command `megatron-ray`."""
     with importing():
         from service.cli.main import main as run
     run()

@@ -1,10 +1,11 @@
-"""What a command says when it fails.
+"""Turns errors into one message with field and remedy.
 
-Owns: turning errors into one message with field and remedy. Must not know: commands.
+Must not know: commands.
 """
 
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
@@ -12,17 +13,16 @@ from rich.markup import escape
 
 from service.client import ServiceError
 
+# By error code, then by HTTP status.
 _REMEDIES = {
     "unreachable": "start the local stack with `megatron-ray up`, or check --url",
-    "http_401": "pass the right --token (`megatron-ray up` prints where the local one is)",
-    "http_404": "`megatron-ray jobs` lists what there is",
+    "http_401": "set --token (`megatron-ray up` prints where the local stack's token is)",
+    "http_404": "`megatron-ray jobs` lists all jobs",
 }
 
 
 class CommandError(Exception):
-    """The asked-for thing did not happen: one message, what to do about it, and the
-    exit code.
-    """
+    """A command failed; holds the message, the remedy and the exit code."""
 
     def __init__(
         self,
@@ -38,32 +38,40 @@ class CommandError(Exception):
         self.body = body
 
     def as_json(self) -> dict[str, Any]:
-        """The problem as the service gave it, or one of the same shape."""
+        """Returns the service's problem document, or one of the same shape."""
         return self.body or {"title": "failed", "detail": str(self), "remedy": self.remedy}
 
 
+def with_field_lines(title: str, errors: Iterable[tuple[str, str]]) -> str:
+    """Returns a message of the title and one line per (JSON pointer, detail)."""
+    lines = [title]
+    for pointer, detail in errors:
+        lines.append(f"  {pointer or '/'}: {detail}")
+    return "\n".join(lines)
+
+
 def from_service(error: ServiceError) -> CommandError:
-    """A refusal in words: one line per wrong field."""
-    # With wrong fields the detail repeats the first of them, so the title says better
-    # what this is about.
-    lines = [
-        str(error.problem.get("title") or error.detail) if error.errors else error.detail
-    ]
-    lines += [f"  {problem.pointer or '/'}: {problem.detail}" for problem in error.errors]
+    """Returns the error of a refused request, with one line per invalid field."""
+    title = error.detail
+    if error.errors:
+        # The detail repeats the first invalid field, so the title is the better start.
+        title = str(error.problem.get("title") or error.detail)
+    fields = [(problem.pointer, problem.detail) for problem in error.errors]
     remedy = _REMEDIES.get(error.code) or _REMEDIES.get(f"http_{error.status}", "")
     if error.status >= 500 and error.request_id:
-        remedy = f"the service's log says more, under request {error.request_id}"
+        remedy = f"see request {error.request_id} in the service's log"
+    # A service that did not answer sent no problem document.
     body = error.problem or {
         "title": "failed",
         "code": error.code,
         "detail": error.detail,
         "remedy": remedy,
     }
-    return CommandError("\n".join(lines), remedy=remedy, body=body)
+    return CommandError(with_field_lines(title, fields), remedy=remedy, body=body)
 
 
 def show_failure(failure: CommandError, as_json: bool) -> None:
-    """To stderr: JSON when the command was asked for JSON, else words."""
+    """Prints the failure to stderr, as JSON or as text."""
     if as_json:
         sys.stderr.write(json.dumps(failure.as_json()) + "\n")
         return

@@ -1,6 +1,7 @@
-"""The library's own commands, run in a process of their own because the service never
-imports torch. Owns: calling them, and finding the checkpoint that a person means. Must
-not know: what they do.
+"""Runs the library's own commands in a process, since the service never imports torch.
+
+Owns: calling them, and resolving a job id to its newest checkpoint. Must not know: what
+the commands do.
 """
 
 import json
@@ -17,37 +18,40 @@ from service.cli.failure import CommandError
 def checkpoint_path(
     checkpoint: str, url: str | None, token: str | None, data_dir: Path | None
 ) -> str:
-    """The path as it is, or that of a job's newest checkpoint.
+    """Returns a checkpoint's path as it is, and for a job id its newest checkpoint.
 
-    Raises Failure when the job has none.
+    Raises CommandError when the job has none.
     """
+    # A folder may be named like a job.
     if not checkpoint.startswith("job-") or Path(checkpoint).exists():
         return checkpoint
     with connect(url, token, data_dir) as client:
-        found = client.checkpoints(checkpoint)["data"]
-    if not found:
+        checkpoints = client.checkpoints(checkpoint)["data"]
+    if not checkpoints:
         raise CommandError(
             f"{checkpoint} has no committed checkpoint yet",
-            remedy=f"`megatron-ray show {checkpoint}` says where it is",
+            remedy=f"`megatron-ray show {checkpoint}` shows its progress",
         )
-    return str(max(found, key=lambda entry: (entry["step"], entry["attempt"]))["path"])
+    # A restarted attempt may commit a step again; its version is the newer one.
+    newest = max(checkpoints, key=lambda entry: (entry["step"], entry["attempt"]))
+    return str(newest["path"])
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Options that were given, as a command line."""
-    return [
-        part
-        for name, value in options.items()
-        if value is not None
-        for part in (name, str(value))
-    ]
+    """Returns the options that are not None as command line arguments."""
+    arguments: list[str] = []
+    for name, value in options.items():
+        if value is not None:
+            arguments += [name, str(value)]
+    return arguments
 
 
 def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str, Any]:
-    """The JSON object that the command answers with; `needed` must be in it.
+    """Returns the JSON object that the command prints, which must have the key `needed`.
 
-    Raises Failure with its last words.
+    Raises CommandError with the last line of its stderr.
     """
+    # The same interpreter, whose environment has torch installed.
     command = [sys.executable, "-m", module, *arguments, "--json"]
     try:
         done = subprocess.run(
@@ -56,17 +60,17 @@ def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str,
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise CommandError(
-            said[-1].removeprefix("error: ")
-            if said
-            else f"{module} ended with exit code {done.returncode}"
-        )
+        # Above the last line there may be a traceback or warnings of libraries.
+        message = f"{module} failed with exit code {done.returncode}"
+        error_lines = done.stderr.strip().splitlines()
+        if error_lines:
+            message = error_lines[-1].removeprefix("error: ")
+        raise CommandError(message)
     try:
         answer: dict[str, Any] = json.loads(done.stdout)
         answer[needed]
     except (ValueError, KeyError, TypeError) as error:
         raise CommandError(
-            f"{module} did not answer with JSON that has `{needed}`"
+            f"{module} did not print JSON with the key {needed!r}"
         ) from error
     return answer

@@ -1,9 +1,7 @@
-"""The command line.
+"""Defines the command line and its exit codes.
 
-Owns: the list of commands and the way out: exit code 0 only when the asked-for thing
-happened.
-
-Must not know: what a command does.
+The exit code is 0 only when the command did what it was asked to do. Must not know: what
+a command does.
 """
 
 import sys
@@ -21,15 +19,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+# The order in which `--help` lists them.
 for commands in (stack, plan, jobs, inspect, generate, convert, data, demo):
     commands.register(app)
 
 
 def main() -> None:
-    """Entry point.
-
-    A mistake of the user's ends in one message, never in a traceback.
-    """
+    """Runs the command line; a user's mistake ends in one message, not a traceback."""
+    # Errors may come before the options are parsed, hence argv.
     try:
         app()
     except CommandError as failure:
@@ -39,5 +36,7 @@ def main() -> None:
         show_failure(from_service(error), as_json="--json" in sys.argv)
         raise SystemExit(1) from error
     except BrokenPipeError:
-        sys.stderr.close()  # `megatron-ray jobs | head`: nobody listens any more
+        # As in `megatron-ray jobs | head`. Closed, so that the interpreter does not
+        # report the same error again when it exits.
+        sys.stderr.close()
         raise SystemExit(1) from None

@@ -1,7 +1,6 @@
-"""What commands print.
+"""Prints JSON and tables, and formats numbers and times.
 
-Owns: JSON, tables, how numbers and times read. Must not know: where the values come
-from.
+Must not know: where the values come from.
 """
 
 import itertools
@@ -17,25 +16,30 @@ from rich.markup import escape
 from rich.table import Table
 
 Column = Callable[[Mapping[str, Any]], str]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+"""Returns a cell's text for one entry of a list."""
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
 
 _LEVELS = {"warn": "yellow", "error": "red"}
 _STYLES = {"succeeded": "green", "running": "cyan", "failed": "red", "cancelled": "yellow"}
+# Wide enough that no column is cut in a pipe, which has no width of its own.
+_PIPE_WIDTH = 400
 
 
 def console() -> Console:
-    """A console on stdout as it is now."""
+    """Returns a console on the current stdout."""
+    # Made anew each time: stdout may have been replaced, as tests do. soft_wrap leaves
+    # long lines whole, so that they can be copied and searched.
     return Console(highlight=False, soft_wrap=True)
 
 
 def print_json(body: Any) -> None:
-    """One JSON document on stdout."""
+    """Prints one JSON document."""
     sys.stdout.write(json.dumps(body, indent=2) + "\n")
     sys.stdout.flush()
 
 
 def print_json_line(body: Any) -> None:
-    """One JSON document on one line, at once."""
+    """Prints one JSON document on one line, flushed for readers of a pipe."""
     sys.stdout.write(json.dumps(body) + "\n")
     sys.stdout.flush()
 
@@ -47,14 +51,19 @@ def print_page(
     empty: str,
     style: Column = lambda entry: "",
 ) -> None:
-    """One page of a list, as it came or as a table: `columns` says how each cell is
-    made of an entry, `style` a row's colour.
+    """Prints one page of a list, as JSON or as a table.
+
+    `columns` maps a heading to its cells, `style` returns the colour of a row.
     """
     if as_json:
         print_json(page)
         return
-    rows = [[cell(entry) for cell in columns.values()] for entry in page["data"]]
-    print_table(list(columns), rows, empty, styles=[style(entry) for entry in page["data"]])
+    rows: list[list[str]] = []
+    styles: list[str] = []
+    for entry in page["data"]:
+        rows.append([cell(entry) for cell in columns.values()])
+        styles.append(style(entry))
+    print_table(list(columns), rows, empty, styles)
 
 
 def print_table(
@@ -63,75 +72,90 @@ def print_table(
     empty: str,
     styles: Sequence[str] = (),
 ) -> None:
-    """A borderless table, or the sentence `empty` when there is no row; `styles` are
-    the rows' colours.
-    """
+    """Prints a borderless table, or the sentence `empty` when there are no rows."""
     cells = list(rows)
     if not cells:
         console().print(escape(empty))
         return
     table = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for row, style in itertools.zip_longest(cells, styles, fillvalue=""):
-        table.add_row(*(escape(cell) for cell in row), style=style)
-    # A pipe has no width: let no column be cut there.
-    out = Console(highlight=False, width=None if sys.stdout.isatty() else 400)
-    out.print(table)
+        # Names and messages may contain brackets, which are markup to rich.
+        table.add_row(*map(escape, row), style=style)
+    width = None
+    if not sys.stdout.isatty():
+        width = _PIPE_WIDTH
+    Console(highlight=False, width=width).print(table)
 
 
 def styled_status(status: str) -> str:
-    """A job's status with its colour, as console markup."""
+    """Returns a job's status as console markup."""
     style = _STYLES.get(status)
-    return f"[{style}]{status}[/{style}]" if style else status
+    if style is None:
+        return status
+    return f"[{style}]{status}[/{style}]"
 
 
 def styled_level(level: str) -> str:
-    """The colour of an event's level; none for what is no news."""
+    """Returns the colour of an event's level; empty for debug and info."""
     return _LEVELS.get(level, "")
 
 
 def moment(value: Any) -> str:
-    """A time as the service gives it, to the second; as it is when it cannot be read."""
+    """Returns an ISO time in UTC to the second, or `value` when it is not a time."""
     try:
-        return (
-            datetime.fromisoformat(str(value))
-            .astimezone(UTC)
-            .strftime("%Y-%m-%d %H:%M:%SZ")
-        )
+        # UTC: the service and its readers may be in different time zones.
+        at = datetime.fromisoformat(str(value)).astimezone(UTC)
     except ValueError:
         return str(value)
+    return at.strftime("%Y-%m-%d %H:%M:%SZ")
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number for people; a dash when there is none."""
+    """Returns a number with separators; a dash for None."""
     if value is None:
         return "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+    # Counts are exact, so they get no digits after the point.
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.{digits}f}"
 
 
 def size(value: Any) -> str:
-    """Bytes for people."""
+    """Returns a number of bytes in a binary unit; a dash for None."""
     if value is None:
         return "-"
     amount = float(value)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+    if amount < 1024:
+        return f"{amount:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
         amount /= 1024
-    return f"{amount:.1f} TiB"
+        if amount < 1024:
+            return f"{amount:.1f} {unit}"
+    return f"{amount / 1024:.1f} TiB"
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as h:mm:ss or m:ss; a dash when not known."""
+    """Returns seconds as h:mm:ss or m:ss."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(max(0, int(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"
+
+
+def coordinates(entry: Mapping[str, Any]) -> str:
+    """Returns a rank's coordinates, such as `tp0 dp1`."""
+    axes = entry.get("coordinates") or {}
+    return " ".join(f"{axis}{index}" for axis, index in axes.items())
 
 
 def nested(value: Mapping[str, Any], path: str) -> Any:
-    """`a.b.c` of nested mappings; None where anything is missing."""
+    """Returns `a.b.c` of nested mappings, or None where a part is missing."""
     node: Any = value
     for key in path.split("."):
-        node = node.get(key) if isinstance(node, Mapping) else None
+        if not isinstance(node, Mapping):
+            return None
+        node = node.get(key)
     return node

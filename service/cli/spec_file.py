@@ -1,6 +1,6 @@
-"""Job specs from files.
+"""Reads job specs from files and applies --set.
 
-Owns: reading, --set, relative paths. Must not know: the service, which validates.
+Must not know: the service, which validates the spec.
 """
 
 import json
@@ -14,90 +14,101 @@ from megatron_ray.config.train_config import apply_overrides, read_mapping
 from service.cli.failure import CommandError
 
 SpecFile = Annotated[
-    Path, typer.Argument(help="Job spec, YAML or JSON.", metavar="SPEC", show_default=False)
+    Path,
+    typer.Argument(
+        help="Job spec, a YAML or JSON file.", metavar="SPEC", show_default=False
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="path.to.field=value over the spec; may be repeated.",
+        help="Override a field of the spec, such as training.steps=10. Repeatable.",
         metavar="PATH=VALUE",
     ),
 ]
 
 
 def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
-    """The spec with overrides applied. Raises Failure naming file or override."""
+    """Returns the spec with overrides applied.
+
+    Raises CommandError with the file or the override that cannot be read.
+    """
     try:
         values = read_mapping(path)
     except OSError as error:
         raise CommandError(
             f"cannot read the job spec {path}: {error.strerror}",
-            remedy="name a YAML or JSON file",
+            remedy="set SPEC to a YAML or JSON file",
             exit_code=2,
         ) from error
     except UnicodeDecodeError as error:
         raise CommandError(
-            f"{path} is not text", remedy="name a YAML or JSON file", exit_code=2
+            f"{path} is not text", remedy="set SPEC to a YAML or JSON file", exit_code=2
         ) from error
+    # RecursionError: deeply nested or self-referencing YAML.
     except (ValueError, RecursionError) as error:
         raise CommandError(
             str(error),
-            remedy="see deploy/jobs/stdlib-tp2.yaml for a spec that works",
+            remedy="see deploy/jobs/stdlib-tp2.yaml for a valid spec",
             exit_code=2,
         ) from error
-    _require_json(values, path)
+    _check_json(values, path)
     try:
         values = apply_overrides(values, overrides or ())
     except ValueError as error:
         raise CommandError(
             str(error), remedy="for example --set training.steps=10", exit_code=2
         ) from error
-    _require_json(values, "--set")
+    _check_json(values, "--set")
     return anchor_paths(values, Path.cwd())
 
 
-def _require_json(values: dict[str, Any], source: Path | str) -> None:
-    """YAML has dates, infinities and loops, which no request can carry."""
+def _check_json(values: dict[str, Any], source: Path | str) -> None:
+    # YAML has dates, infinities and cycles, which no request can carry.
     try:
         json.dumps(values, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CommandError(
-            f"{source} holds a value that JSON cannot: {error}",
-            remedy="write a number, or quote it",
+            f"{source} has a value that JSON does not support: {error}",
+            remedy="use a number, or put the value in quotes",
             exit_code=2,
         ) from error
 
 
 def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Relative paths mean what they mean where the command runs: the service and the
-    ranks run in other folders.
+    """Returns a copy of the spec whose relative paths start at `folder`.
+
+    The service and the ranks run in other folders than the command.
     """
-
-    def anchored(path: Any) -> Any:
-        if not isinstance(path, str) or not path or "://" in path or path.startswith("/"):
-            return path
-        return str((folder / Path(path).expanduser()).absolute())
-
-    def in_group(group: Any, key: str) -> Any:
-        return (
-            {**group, key: anchored(group[key])}
-            if isinstance(group, dict) and key in group
-            else group
-        )
-
     result = {**spec}
     if "storage" in spec:
-        result["storage"] = in_group(spec["storage"], "path")
+        result["storage"] = _anchor_field(spec["storage"], "path", folder)
     if "checkpoint" in spec:
-        result["checkpoint"] = in_group(spec["checkpoint"], "start_from")
-    data = spec.get("data")
-    if isinstance(data, dict):
-        data = in_group(data, "cache")
-        if "tokenizer" in data:
-            data = {**data, "tokenizer": in_group(data["tokenizer"], "path")}
-        for split in ("train", "validation"):
-            if isinstance(data.get(split), list):
-                data = {**data, split: [in_group(source, "path") for source in data[split]]}
-        result["data"] = data
+        result["checkpoint"] = _anchor_field(spec["checkpoint"], "start_from", folder)
+    # Whatever has the wrong type stays as it is: the service reports it.
+    if isinstance(spec.get("data"), dict):
+        result["data"] = _anchor_data(spec["data"], folder)
     return result
+
+
+def _anchor_data(data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = {**_anchor_field(data, "cache", folder)}
+    if "tokenizer" in data:
+        result["tokenizer"] = _anchor_field(data["tokenizer"], "path", folder)
+    for split in ("train", "validation"):
+        sources = data.get(split)
+        if isinstance(sources, list):
+            result[split] = [_anchor_field(source, "path", folder) for source in sources]
+    return result
+
+
+def _anchor_field(group: Any, key: str, folder: Path) -> Any:
+    """Returns the group with the path in field `key`, if any, made absolute."""
+    if not isinstance(group, dict) or key not in group:
+        return group
+    path = group[key]
+    # URIs, such as s3:// and builtin://, are no paths.
+    if not isinstance(path, str) or not path or "://" in path or path.startswith("/"):
+        return group
+    return {**group, key: str((folder / Path(path).expanduser()).absolute())}

@@ -37,7 +37,7 @@ class Caller:
 
     scope: Scope
     token_id: str
-    """Tells callers apart without revealing the token."""
+    """Fingerprint that distinguishes callers without revealing the token."""
     job_id: str | None = None
     """Only for tokens of jobs."""
 

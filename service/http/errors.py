@@ -3,7 +3,7 @@
 Owns: status and title of each error code, and the form of the document. Must not know:
 routes, jobs.
 
-A detail says what is wrong and what to do about it; what went wrong inside the service is
+A detail is what is wrong and what to do about it; what went wrong inside the service is
 logged under the request's id and never shown.
 """
 

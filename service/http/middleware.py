@@ -119,7 +119,7 @@ def _limit_body(
 ) -> Receive:
     """Returns a `receive` that refuses a body that turns out to be too large.
 
-    Raises ProblemError at once when Content-Length says so already.
+    Raises ProblemError at once when Content-Length is over the limit already.
     """
     limit = settings.max_body_bytes
     if scope["path"].startswith("/internal/"):

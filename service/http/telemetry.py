@@ -94,7 +94,7 @@ class Telemetry:
     ) -> None:
         """Counts a request that was answered.
 
-        `is_long_wait`: a stream or long poll, whose duration says nothing about speed.
+        `is_long_wait`: a stream or long poll, whose duration is no measure of speed.
         """
         if method not in _METHODS:
             # A method may be any word the client likes.

@@ -19,7 +19,7 @@ _REMEDY = "make one with: python -c 'import secrets; print(secrets.token_urlsafe
 
 
 class Scope(StrEnum):
-    """What a token allows."""
+    """The API that a token grants access to."""
 
     USER = "user"
     """The public API."""

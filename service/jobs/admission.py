@@ -34,7 +34,7 @@ class AdmittedJob:
     job_id: str
     request: ResourceRequest
     ranks_by_node: Mapping[str, int] = field(default_factory=dict)
-    """By node id; empty while it is unknown where the ranks are."""
+    """Number of ranks by node id; empty while it is unknown where they are."""
 
 
 @dataclass(frozen=True)

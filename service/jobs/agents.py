@@ -23,7 +23,7 @@ class Agents:
         self._lost_s = lost_s
         self._last_contact: dict[str, float] = {}
         self._checks: dict[str, dict[str, PathCheck]] = {}
-        """By cluster and check id."""
+        """Open checks by cluster and check id."""
 
     def record_contact(self, cluster: str) -> None:
         """Notes that the agent has just sent a request."""
@@ -75,7 +75,7 @@ class Agents:
                 check.future.set_result(problems)
 
     def forget_check(self, check: "PathCheck") -> None:
-        """Removes a check that nobody waits for any more."""
+        """Removes a check whose request has stopped waiting for it."""
         self._checks.get(check.cluster, {}).pop(check.request.check_id, None)
 
 

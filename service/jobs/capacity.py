@@ -26,7 +26,7 @@ class ResourceRequest:
 
 @dataclass
 class _FreeNode:
-    """What is free on one node."""
+    """The free CPUs and GPUs of one node."""
 
     node_id: str
     cpus: float
@@ -48,7 +48,7 @@ class _FreeNode:
 
 
 class ClusterCapacity:
-    """What is free on each node of a cluster; reservations use it up.
+    """The free resources of each node of a cluster; reservations reduce them.
 
     Nodes that are dead, or that cannot read the shared storage, do not count.
     """
@@ -132,7 +132,7 @@ class ClusterCapacity:
             for node in self._nodes:
                 node.reserve(request, ranks_by_node.get(node.node_id, 0))
         elif not self.reserve(request):
-            # The job holds its ranks whatever the report says: what is left goes to it.
+            # The job holds its ranks even if the report shows less: it takes what is left.
             for node in self._nodes:
                 node.reserve(request, node.max_islands(request) * request.island)
 

@@ -24,7 +24,7 @@ from megatron_ray.validation import resolution
 BYTE_VOCABULARY = 257
 """Bytes and the end of a document."""
 LARGEST_TERMS = 3
-"""How many terms of a rank's memory a message names."""
+"""Number of terms of a rank's memory that a message names."""
 _GIB = 2**30
 
 
@@ -34,9 +34,9 @@ class Estimates:
 
     vocab_size: int
     memory: RankMemory
-    """Of the most loaded rank, on the named device, or on a GPU where none is named."""
+    """Memory of the most loaded rank, on the named device, or on a GPU by default."""
     communication: Tally | None
-    """Of that rank; None where torch sends a part of it (zero=3)."""
+    """Communication of that rank; None where torch sends a part of it (zero=3)."""
     bubble_share: float
     time: StepTime | None
     """None without a device, or without figures for the device in this precision."""

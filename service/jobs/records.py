@@ -314,7 +314,7 @@ class RecordApplier:
             row.ranks = []
             row.state = AttemptState.STARTING
             if JobState(self._job.status).is_terminal:
-                # Heard of only after the job's end: nothing else would ever close it.
+                # Reported only after the job's end: nothing else would ever close it.
                 row.state = AttemptState.STOPPED
                 row.ended_at = record.at
             self._session.add(row)

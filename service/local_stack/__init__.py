@@ -1,1 +1,1 @@
-"""Ray, service and agent on one machine: what `up` starts and `down` ends."""
+"""Starts and stops Ray, service and agent on one machine, for `up` and `down`."""

@@ -1,6 +1,6 @@
-"""Why a stack ends before it should.
+"""Records the signals that end a stack, and defines the errors of its start.
 
-Owns: signals as a flag, and the two errors of a start. Must not know: what is started.
+Must not know: what is started.
 """
 
 import signal
@@ -8,8 +8,10 @@ from types import FrameType
 
 
 class StackError(Exception):
-    """The stack cannot be started; the message says why and what to do, `log_tail` what
-    the responsible process wrote last.
+    """The stack cannot be started.
+
+    The message holds the reason and the remedy, `log_tail` the last log lines of the
+    process that failed.
     """
 
     def __init__(self, message: str, log_tail: str = "") -> None:
@@ -18,34 +20,36 @@ class StackError(Exception):
 
 
 class StartInterruptedError(Exception):
-    """A signal came while the stack was starting."""
+    """A signal arrived while the stack was starting."""
 
 
 class Interruption:
-    """Counts SIGINT, SIGTERM and SIGHUP from `listen` on; the first ends the stack, the
-    second ends it without waiting for jobs.
+    """Counts SIGINT, SIGTERM and SIGHUP after `listen`.
+
+    The first signal ends the stack; the second one ends it without waiting for jobs.
     """
 
     def __init__(self) -> None:
         self.count = 0
         self.signal = signal.SIGTERM
-        """The newest one heard."""
+        """The latest signal received."""
 
     def listen(self) -> None:
-        """Takes the three signals over for the rest of this process; main thread only."""
+        """Installs the handlers for the rest of this process; main thread only."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._heard)
+            signal.signal(number, self._handle)
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        # Only a flag: an exception raised here could interrupt a clean-up half way.
         self.count += 1
         self.signal = signal.Signals(number)
 
     @property
-    def asked(self) -> bool:
-        """Whether to end."""
+    def is_requested(self) -> bool:
+        """Whether the stack should end."""
         return self.count > 0
 
     @property
-    def urgent(self) -> bool:
-        """Whether to end without grace."""
+    def is_urgent(self) -> bool:
+        """Whether the stack should end without waiting for jobs."""
         return self.count > 1

@@ -1,9 +1,9 @@
-"""Command line and environment of a local Ray head.
+"""Builds the command line and the environment of a local Ray head.
 
 Owns: its ports, its temp dir, its token. Never imports ray.
 
-Ray's ports are open on all interfaces whatever address it is given, hence token mode,
-always, with the token in the environment only.
+Ray listens on all interfaces, whatever address it is given. Token authentication is
+therefore always on, and the token travels in the environment only.
 """
 
 import contextlib
@@ -15,9 +15,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-# Unix socket paths end at 107 bytes; Ray puts about 65 behind its temp dir.
+# A Unix socket path has at most 107 bytes; Ray appends about 65 to its temp dir.
 MAX_TEMP_DIR_LENGTH = 40
 
+# All of Ray's ports: with its defaults, two stacks on one machine would collide.
 _PORT_OPTIONS = {
     "ray_gcs": "--port",
     "ray_node_manager": "--node-manager-port",
@@ -31,30 +32,27 @@ _PORT_OPTIONS = {
 }
 PORT_NAMES: tuple[str, ...] = tuple(_PORT_OPTIONS)
 
-_OBJECT_STORE_BYTES = (
-    256 << 20
-)  # training never puts tensors there; Ray's default would be a third of the machine
+# Training never puts tensors into the object store; Ray's default is a third of the
+# machine's memory.
+_OBJECT_STORE_BYTES = 256 << 20
 
 
 def free_ports(names: Sequence[str]) -> dict[str, int]:
-    """One port per name, free on all interfaces a moment ago, picked by the kernel; all
-    held at once, so all differ.
-    """
-    sockets = [socket.socket() for _ in names]
-    try:
-        for held in sockets:
-            held.bind(("", 0))
-        return {
-            name: held.getsockname()[1] for name, held in zip(names, sockets, strict=True)
-        }
-    finally:
-        for held in sockets:
-            held.close()
+    """Returns one port per name that was free on all interfaces a moment ago."""
+    ports: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        # All sockets stay bound until the last port is chosen, so no port comes twice.
+        for name in names:
+            bound = stack.enter_context(socket.socket())
+            bound.bind(("", 0))
+            ports[name] = bound.getsockname()[1]
+    return ports
 
 
 def is_free(port: int) -> bool:
-    """Whether a server could listen on this loopback port now."""
+    """Returns whether a server could listen on this loopback port now."""
     with socket.socket() as probe:
+        # As servers do: connections in TIME_WAIT do not make a port busy.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
@@ -64,8 +62,9 @@ def is_free(port: int) -> bool:
 
 
 def head_command(ports: dict[str, int], temp_dir: Path, num_cpus: int) -> list[str]:
-    """`ray start --head`, staying in the foreground so that its process leads the
-    session for as long as Ray lives.
+    """Returns the `ray start --head` command line.
+
+    Ray stays in the foreground, so its process leads the session while Ray lives.
     """
     command = [
         sys.executable,
@@ -75,73 +74,78 @@ def head_command(ports: dict[str, int], temp_dir: Path, num_cpus: int) -> list[s
         "--head",
         "--block",
         "--node-ip-address=127.0.0.1",
-    ]
-    command += [
         "--include-dashboard=true",
         "--dashboard-host=127.0.0.1",
         "--disable-usage-stats",
         f"--temp-dir={temp_dir}",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
+        f"--num-cpus={num_cpus}",
     ]
-    command += [f"--object-store-memory={_OBJECT_STORE_BYTES}"]
-    command += [f"--num-cpus={num_cpus}"]
-    return command + [f"{option}={ports[name]}" for name, option in _PORT_OPTIONS.items()]
+    for name, option in _PORT_OPTIONS.items():
+        command.append(f"{option}={ports[name]}")
+    return command
 
 
 def available_cpus(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Cores that this process may use, a container's quota included; at least 2, so
-    that a two-rank job fits on any machine.
+    """Returns the cores this process may use within its affinity and container quota.
+
+    At least 2, so that a two-rank job fits on any machine.
     """
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = quota_file.read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
-        pass  # no quota
+        pass  # no cgroup, or its quota is "max"
     return max(2, cores)
 
 
 def may_raise_priority() -> bool:
-    """Whether processes of this user may take back a priority they gave away.
-
-    Tried by a thread, which ends with what it has lost.
-    """
-    found = []
+    """Returns whether this user's processes may take back a priority they gave up."""
+    raised = threading.Event()
 
     def lower_and_raise() -> None:
-        with contextlib.suppress(
-            PermissionError
-        ):  # of the first already where this process runs at a lower priority
+        # The first call fails too where this process already runs at a lower priority.
+        with contextlib.suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, 1)
             os.setpriority(os.PRIO_PROCESS, 0, 0)
-            found.append(True)
+            raised.set()
 
+    # Linux keeps priorities per thread: a thread that cannot raise its own again
+    # takes the loss with it when it ends.
     trial = threading.Thread(target=lower_and_raise)
     trial.start()
     trial.join()
-    return bool(found)
+    return raised.is_set()
 
 
 def ray_environment(token: str, temp_dir: Path) -> dict[str, str | None]:
-    """What every process that starts or joins this Ray needs."""
+    """Returns the variables of every process that starts or joins this Ray cluster.
+
+    None stands for a variable to remove.
+    """
+    worker_niceness = "0"
+    if may_raise_priority():
+        # Ray's default: starting processes, data preparation and standby processes
+        # yield to the ranks, which raise their own priority where they may.
+        worker_niceness = "15"
     return {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A process that has run a task waits a minute for another one even while ranks
-        # have all CPUs; Ray would end it after a second, and each check of a spec would
-        # begin with two seconds of imports.
+        # An idle task process is kept for a minute even while ranks occupy all CPUs;
+        # with Ray's default of a second, every spec check would start with two seconds
+        # of imports.
         "RAY_idle_worker_killing_time_threshold_ms": "60000",
-        # Ray's default: what starts, prepares data or stands by lets the ranks go
-        # first, which raise themselves where they may.
-        "RAY_worker_niceness": "15" if may_raise_priority() else "0",
-        # A rank keeps its memory (megatron_ray.distributed.device.MallocTuning); what
-        # can no longer be set in a living process is set here. a Ray worker has many
-        # arenas before a rank can say that it keeps its memory in one
+        "RAY_worker_niceness": worker_niceness,
+        # Ranks keep their memory (megatron_ray.distributed.device.MallocTuning). These
+        # two can only be set before a process starts: a Ray worker has many arenas
+        # before a rank could limit them to one, and cached scraps of aligned blocks
+        # would keep those blocks from being merged and reused.
         "MALLOC_ARENA_MAX": "1",
-        # else scraps of aligned blocks keep those from being joined and used again
         "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0",
-        "RAY_ADDRESS": None,  # another cluster's address would be taken for this one's
-        "TMPDIR": str(
-            temp_dir
-        ),  # killed processes leave sockets behind; here they go with the temp dir
+        # An inherited address of another cluster would be used instead of this one's.
+        "RAY_ADDRESS": None,
+        # Killed processes leave sockets behind; here they go with the temp dir.
+        "TMPDIR": str(temp_dir),
     }

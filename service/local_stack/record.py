@@ -1,9 +1,7 @@
-"""stack.json.
+"""Reads and writes stack.json, the record of a local stack.
 
-Owns: what is recorded of a local stack, before each thing starts, so that `down` can
-always end it.
-
-Must not know: how anything is started or ended.
+Every process is recorded before it runs, so that `down` can always stop the stack. Must
+not know: how anything is started or stopped.
 """
 
 import os
@@ -19,17 +17,20 @@ RECORD_NAME = "stack.json"
 LOCK_NAME = "stack.lock"
 TEMP_PREFIX = "mr-"
 
+ProcessName = Literal["ray", "service", "agent"]
+PROCESS_NAMES: tuple[ProcessName, ...] = ("ray", "service", "agent")
+
 
 class RecordUnreadableError(Exception):
-    """stack.json is there but cannot be understood; the message says what to do."""
+    """stack.json exists but cannot be read; the message names the remedy."""
 
 
 class RecordedSession(BaseModel):
-    """One session that was or is about to be started."""
+    """The session of one process that runs or is about to run."""
 
     model_config = ConfigDict(frozen=True)
 
-    name: Literal["ray", "service", "agent"]
+    name: ProcessName
     sid: int
     start_ticks: int
 
@@ -40,23 +41,25 @@ class RecordedSession(BaseModel):
 
 
 class StackRecord(BaseModel):
-    """One local stack. Frozen: a change is a new record, written at once."""
+    """The record of one local stack.
+
+    Frozen: every change is a new record, which is written at once.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     version: Literal[1] = 1
     stack_id: str
     boot_id: str
-    """Start times count from this boot; after another one nothing of the stack can be
-    alive."""
+    """Boot that start times count from; after a reboot no process of the stack lives."""
     pid_namespace: int
-    """Pids mean something only in here."""
+    """Namespace in which the pids are valid."""
     phase: Literal["starting", "ready"] = "starting"
     up_pid: int
-    """The process that supervises."""
+    """Pid of the `up` process, which supervises the others."""
     up_start_ticks: int
     temp_dir: str
-    """Removed at the end; holds nothing worth keeping."""
+    """Folder for sockets and Ray's session files; removed at the end."""
     data_dir: str
     url: str = ""
     """Address of the REST service."""
@@ -66,47 +69,32 @@ class StackRecord(BaseModel):
     """host:port of Ray's GCS."""
     dashboard_url: str = ""
     ray_token: str = ""
-    """What the Ray dashboard asks for."""
+    """Token for the Ray cluster and its dashboard."""
     ports: dict[str, int] = Field(default_factory=dict)
     sessions: tuple[RecordedSession, ...] = ()
 
-    def with_session(
-        self, name: Literal["ray", "service", "agent"], session: Session
-    ) -> "StackRecord":
-        """This record with `name` now being that session."""
-        others = tuple(entry for entry in self.sessions if entry.name != name)
-        return self.model_copy(
-            update={
-                "sessions": (
-                    *others,
-                    RecordedSession(
-                        name=name, sid=session.sid, start_ticks=session.start_ticks
-                    ),
-                )
-            }
-        )
+    def with_session(self, name: ProcessName, session: Session) -> "StackRecord":
+        """Returns a copy in which the process `name` has this session."""
+        entry = RecordedSession(name=name, sid=session.sid, start_ticks=session.start_ticks)
+        others = tuple(other for other in self.sessions if other.name != name)
+        return self.model_copy(update={"sessions": (*others, entry)})
 
     @property
     def may_be_alive(self) -> bool:
-        """Whether this boot and this pid namespace are the ones that the stack was
-        started in.
-        """
+        """Whether the stack was started in this boot and this pid namespace."""
         return self.boot_id == boot_id() and self.pid_namespace == pid_namespace()
 
 
 def record_path(data_dir: Path) -> Path:
-    """Where the record of a data dir's stack lies."""
+    """Returns the path of a data dir's stack.json."""
     return data_dir / RECORD_NAME
 
 
 def write_record(record: StackRecord) -> None:
-    """Replaces stack.json atomically and durably; readable by its owner only, because
-    it holds tokens.
-    """
+    """Replaces stack.json atomically and durably."""
     folder = Path(record.data_dir)
-    handle, name = tempfile.mkstemp(
-        dir=folder, prefix=RECORD_NAME + "."
-    )  # mode 0600 by definition
+    # The record holds tokens; mkstemp makes files that only their owner can read.
+    handle, name = tempfile.mkstemp(dir=folder, prefix=RECORD_NAME + ".")
     try:
         with os.fdopen(handle, "w") as file:
             file.write(record.model_dump_json(indent=2))
@@ -119,7 +107,10 @@ def write_record(record: StackRecord) -> None:
 
 
 def read_record(data_dir: Path) -> StackRecord | None:
-    """The recorded stack; None when none is. Raises RecordUnreadableError."""
+    """Returns the recorded stack, or None without a record.
+
+    Raises RecordUnreadableError when the record belongs to another user or version.
+    """
     path = record_path(data_dir)
     try:
         return StackRecord.model_validate_json(path.read_bytes())
@@ -127,27 +118,27 @@ def read_record(data_dir: Path) -> StackRecord | None:
         return None
     except PermissionError as error:
         raise RecordUnreadableError(
-            f"{path} belongs to somebody else; name your own with --data-dir"
+            f"{path} belongs to another user; choose another folder with --data-dir"
         ) from error
     except ValidationError as error:
         raise RecordUnreadableError(
-            f"{path} was written by another version; end that stack with the version that "
-            "started it"
+            f"{path} was written by another version; stop that stack with the version "
+            "that started it"
         ) from error
 
 
 def forget(data_dir: Path) -> None:
-    """Takes the record away, and what an interrupted write left of it."""
+    """Removes the record and the leftovers of interrupted writes."""
     record_path(data_dir).unlink(missing_ok=True)
-    for rest in data_dir.glob(RECORD_NAME + ".*"):
-        rest.unlink(missing_ok=True)
+    for leftover in data_dir.glob(RECORD_NAME + ".*"):
+        leftover.unlink(missing_ok=True)
 
 
 def boot_id() -> str:
-    """Random id of this boot of the machine."""
+    """Returns the random id of this boot of the machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def pid_namespace() -> int:
-    """Identity of the pid namespace that this process lives in."""
+    """Returns the identity of this process's pid namespace."""
     return os.stat("/proc/self/ns/pid").st_ino

@@ -1,13 +1,11 @@
-"""Process sessions.
+"""Starts commands in process sessions of their own, and finds and kills sessions.
 
-Owns: starting a command in a session of its own, finding and killing all that lives in
-it. Linux only.
-
-Every process that Ray forks keeps the session id of `ray start`, whereas process groups
-and environments change on the way. So a session is what is recorded and what is killed.
-Must not know: what the commands are for.
+Linux only. Every process that Ray forks keeps the session id of `ray start`, whereas
+process groups and environments change on the way. So sessions are what is recorded and
+killed. Must not know: what the commands are for.
 """
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The gate: reads NAME=VALUE lines (-NAME takes one away) and runs the command once it
-# reads `go`. When its parent dies before that, it reads the end of the pipe and exits.
-# So no command ever runs that its parent has not recorded first, and secrets travel by
+# The gate reads NAME=VALUE lines (-NAME removes a variable) and runs the command once
+# it reads `go`. When its parent dies before that, it reads the end of the pipe and
+# exits. So no command runs before its parent has recorded it, and secrets travel by
 # pipe, neither in an argument list nor in this process's own environment.
 _GATE = """while IFS= read -r line; do case "$line" in
 go) exec "$@" </dev/null ;;
@@ -36,21 +34,21 @@ class Process:
     pid: int
     session: int
     state: str
-    """`Z` for a process that has ended and waits to be reaped."""
+    """State letter; `Z` is a zombie, which has exited but was not reaped."""
     start_ticks: int
-    """Clock ticks from boot to its start: with the pid, its identity."""
+    """Clock ticks from boot to the start; identifies the process together with its pid."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """A session by the identity of its leader."""
+    """A process session, identified by its leader."""
 
     sid: int
     start_ticks: int
 
 
 class GatedProcess:
-    """A command that waits at the gate, in a session of its own, until `release`."""
+    """A command in its own session that does not run before `release`."""
 
     def __init__(self, argv: Sequence[str], *, log: Path, cwd: Path | None = None) -> None:
         with log.open("ab") as output:
@@ -65,81 +63,87 @@ class GatedProcess:
             )
         leader = read_process(self.process.pid)
         if leader is None:
-            raise OSError(
-                f"could not read /proc/{self.process.pid}/stat of a process just started"
-            )
+            raise OSError(f"cannot read /proc/{self.process.pid}/stat of a new process")
         self.session = Session(leader.pid, leader.start_ticks)
 
     def release(self, environment: Mapping[str, str | None]) -> None:
-        """Adds to the inherited environment (None takes away) and runs the command.
+        """Runs the command with `environment` added to the inherited variables.
 
-        Values must be single lines.
+        None removes a variable. Raises ValueError when a value spans several lines.
         """
-        lines = [
-            f"-{name}" if value is None else f"{name}={value}"
-            for name, value in environment.items()
-        ]
-        if any("\n" in line for line in lines):
-            raise ValueError("an environment value spans several lines")
+        lines: list[str] = []
+        for name, value in environment.items():
+            line = f"{name}={value}"
+            if value is None:
+                line = f"-{name}"
+            # A line break would let a value smuggle commands to the gate.
+            if "\n" in line:
+                raise ValueError(f"environment variable {name} spans several lines")
+            lines.append(line)
+        lines.append("go\n")
         gate = self.process.stdin
         assert gate is not None
         try:
-            gate.write(("\n".join([*lines, "go"]) + "\n").encode())
+            gate.write("\n".join(lines).encode())
             gate.close()
         except BrokenPipeError:
-            pass  # killed at the gate; whoever polls the process sees that
+            pass  # killed at the gate; the caller sees it when it polls the process
 
     def abandon(self) -> None:
-        """Closes the gate for good: the command never runs."""
+        """Closes the gate: the command never runs."""
         if self.process.stdin is not None:
             self.process.stdin.close()
         self.process.wait()
 
 
 def read_process(pid: int) -> Process | None:
-    """What /proc says of a pid; None when there is no such process."""
+    """Returns a pid's entry of /proc, or None when there is no such process."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = text[text.rindex(")") + 2 :].split()
+    # The command's name comes in parentheses and may itself hold spaces and `)`.
+    fields = stat[stat.rindex(")") + 2 :].split()
     return Process(
         pid=pid, state=fields[0], session=int(fields[3]), start_ticks=int(fields[19])
     )
 
 
 def is_running(pid: int, start_ticks: int) -> bool:
-    """Whether this very process, not a later one of the same number, still runs."""
+    """Returns whether this very process runs, not a later one with the same pid."""
     process = read_process(pid)
-    return (
-        process is not None and process.start_ticks == start_ticks and process.state != "Z"
-    )
+    if process is None:
+        return False
+    return process.start_ticks == start_ticks and process.state != "Z"
 
 
 def members(sessions: Iterable[Session]) -> list[Process]:
-    """All processes of these sessions, zombies included; none of a session whose number
-    was given to somebody else.
+    """Returns all processes of these sessions, zombies included.
+
+    A session whose id was reused by an unrelated process has no members.
     """
-    # A number cannot be given away while one process of the session lives. A leader
-    # with another start time therefore means that all of the session is gone, and so
+    # The kernel does not reuse an id while one process of the session lives. A leader
+    # with another start time therefore means that the whole session is gone, and so
     # does a member older than the leader.
-    starts = {
-        session.sid: session.start_ticks for session in sessions if not _taken_over(session)
-    }
-    numbers = (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-    found = (process for process in map(read_process, numbers) if process is not None)
-    return [
-        process
-        for process in found
-        if process.session in starts and process.start_ticks >= starts[process.session]
-    ]
+    start_ticks: dict[int, int] = {}
+    for session in sessions:
+        if not _is_reused(session):
+            start_ticks[session.sid] = session.start_ticks
+    processes: list[Process] = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        process = read_process(int(entry.name))
+        if process is None or process.session not in start_ticks:
+            continue
+        if process.start_ticks >= start_ticks[process.session]:
+            processes.append(process)
+    return processes
 
 
 def send_signal(pid: int, start_ticks: int, number: signal.Signals) -> bool:
-    """Signals exactly this process; False when it is gone.
-
-    The handle is opened before the check, so no recycled pid is hit.
-    """
+    """Signals exactly this process; returns False when it is gone."""
+    # The handle is opened before the check, so a recycled pid is never hit.
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -156,33 +160,31 @@ def send_signal(pid: int, start_ticks: int, number: signal.Signals) -> bool:
 
 
 def kill_sessions(sessions: Sequence[Session], timeout_s: float = 20.0) -> int:
-    """SIGKILLs every member until none is left; how many were killed.
+    """Sends SIGKILL until no process of the sessions runs; returns how many it killed.
 
-    Raises TimeoutError with the pids that would not go.
+    Raises TimeoutError with the pids of processes that survive.
     """
     killed: set[int] = set()
     deadline = time.monotonic() + timeout_s
+    # Repeated until nothing is left: a process may fork while its parent is killed.
     while True:
         alive = [process for process in members(sessions) if process.state != "Z"]
         if not alive:
             break
         if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"processes that do not end: {', '.join(str(process.pid) for process in alive)}"
-            )
-        killed.update(
-            process.pid
-            for process in alive
-            if send_signal(process.pid, process.start_ticks, signal.SIGKILL)
-        )
+            pids = ", ".join(str(process.pid) for process in alive)
+            raise TimeoutError(f"processes still running after SIGKILL: {pids}")
+        for process in alive:
+            if send_signal(process.pid, process.start_ticks, signal.SIGKILL):
+                killed.add(process.pid)
         time.sleep(0.02)
     _wait_for_reaping(sessions)
     return len(killed)
 
 
 def _wait_for_reaping(sessions: Sequence[Session]) -> None:
-    # Orphans are reaped by process 1, on some systems only every second or so; one that
-    # never does is no reason to wait for ever.
+    # Process 1 reaps orphans, on some systems only every second or so, and on some
+    # never; hence the deadline.
     deadline = time.monotonic() + _ZOMBIE_WAIT_S
     while members(sessions) and time.monotonic() < deadline:
         for session in sessions:
@@ -191,12 +193,11 @@ def _wait_for_reaping(sessions: Sequence[Session]) -> None:
 
 
 def _reap(pid: int) -> None:
-    try:
+    # Not a child of this process, or reaped already.
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass  # not our child, or reaped already
 
 
-def _taken_over(session: Session) -> bool:
+def _is_reused(session: Session) -> bool:
     leader = read_process(session.sid)
     return leader is not None and leader.start_ticks != session.start_ticks

@@ -1,9 +1,7 @@
-"""The end of a local stack.
+"""Stops a local stack.
 
-Owns: `down`. Works from stack.json alone, whoever died at whatever moment; may be
-repeated.
-
-Must not know: how the stack was started.
+Works from stack.json alone, whatever died at whatever moment, and may be repeated. Must
+not know: how the stack was started.
 """
 
 import os
@@ -19,69 +17,69 @@ from service.local_stack.record import TEMP_PREFIX, StackRecord, forget, read_re
 from service.local_stack.sessions import is_running, kill_sessions, send_signal
 from workers.protocol.states import JobState
 
-# `up` that is asked to end cancels the jobs and kills what it started; it gets this
-# long before `down` does it instead.
+# After SIGTERM, `up` cancels the jobs and kills what it started; it gets this long
+# before `down` does both itself.
 _UP_GRACE_S = 60.0
 _POLL_S = 0.2
 _TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
+"""Receives one message for the user."""
 
 
 @dataclass(frozen=True)
 class TeardownReport:
-    """What `down` found and did."""
+    """The outcome of a teardown."""
 
     was_up: bool
     ended_by_up: bool = False
-    """`up` was alive and did it itself."""
+    """Whether `up` was alive and did the teardown itself."""
     processes_killed: int = 0
     jobs_cancelled: tuple[str, ...] = ()
     jobs_interrupted: tuple[str, ...] = ()
-    """Jobs that had not ended when their processes were killed; they go on from their
-    last checkpoint at the next `up`."""
+    """Jobs whose processes were killed before they ended; the next `up` resumes them
+    from their last checkpoint."""
 
 
-def down(data_dir: Path, say: Say, job_grace_s: float = 20.0) -> TeardownReport:
-    """Ends the stack of this data dir.
+def down(data_dir: Path, report: Report, job_grace_s: float = 20.0) -> TeardownReport:
+    """Stops the stack of this data dir.
 
     Raises RecordUnreadableError, and TimeoutError when processes survive SIGKILL.
     """
     record = read_record(data_dir)
     if record is None:
         return TeardownReport(was_up=False)
-    if (
-        record.may_be_alive
-        and record.up_pid != os.getpid()
-        and is_running(record.up_pid, record.up_start_ticks)
-    ):
-        say(f"asking `up` (pid {record.up_pid}) to end")
+    if _has_other_supervisor(record):
+        report(f"stopping the stack (pid {record.up_pid})")
         if _end_supervisor(record):
+            # `up` removes its record as the last step; one that is still there shows
+            # that it exited half way.
             remaining = read_record(data_dir)
             if remaining is None or remaining.stack_id != record.stack_id:
                 return TeardownReport(was_up=True, ended_by_up=True)
-    return end_recorded(record, say, job_grace_s)
+    return end_recorded(record, report, job_grace_s)
 
 
 def end_recorded(
     record: StackRecord,
-    say: Say,
+    report: Report,
     job_grace_s: float,
-    hurry: Callable[[], bool] = lambda: False,
+    is_urgent: Callable[[], bool] = lambda: False,
 ) -> TeardownReport:
-    """Cancels the jobs, kills the sessions, removes the temp dir, forgets the record;
-    in this order, so that it may be repeated.
+    """Cancels the jobs, kills the sessions, removes the temp dir and the record.
 
-    `hurry` is asked while jobs are ending; True stops waiting for them.
+    `is_urgent` is polled while jobs are ending; True stops waiting for them.
     """
     cancelled: tuple[str, ...] = ()
     interrupted: tuple[str, ...] = ()
     killed = 0
     sessions = [entry.session for entry in record.sessions]
+    # Pids of another boot or container belong to unrelated processes.
     if record.may_be_alive and sessions:
         if record.phase == "ready" and job_grace_s > 0:
-            cancelled, interrupted = _cancel_jobs(record, say, job_grace_s, hurry)
+            cancelled, interrupted = _cancel_jobs(record, report, job_grace_s, is_urgent)
         killed = kill_sessions(sessions)
+    # The record goes last: until then, an interrupted teardown can be repeated.
     remove_temp_dir(Path(record.temp_dir))
     forget(Path(record.data_dir))
     return TeardownReport(
@@ -93,59 +91,68 @@ def end_recorded(
 
 
 def remove_temp_dir(path: Path) -> None:
-    """Removes a stack's temp dir, and refuses anything that is not named like one."""
+    """Removes a stack's temp dir.
+
+    Raises ValueError when the folder is not named like one.
+    """
     if not path.name.startswith(TEMP_PREFIX):
         raise ValueError(
-            f"{path} is not a temp dir of a local stack; remove stack.json by hand if it was edited"
+            f"{path} is not a temp dir of a local stack; if stack.json was edited, "
+            "remove it by hand"
         )
     shutil.rmtree(path, ignore_errors=True)
 
 
+def _has_other_supervisor(record: StackRecord) -> bool:
+    if not record.may_be_alive or record.up_pid == os.getpid():
+        return False
+    return is_running(record.up_pid, record.up_start_ticks)
+
+
 def _end_supervisor(record: StackRecord) -> bool:
-    """True once `up` has ended by itself; else it is killed, so that it starts nothing
-    again.
-    """
+    """Returns True when `up` exits after SIGTERM, False when it had to be killed."""
     pid = record.up_pid
-    start = record.up_start_ticks
+    start_ticks = record.up_start_ticks
     deadline = time.monotonic() + _UP_GRACE_S
-    send_signal(pid, start, signal.SIGTERM)
-    while is_running(pid, start) and time.monotonic() < deadline:
+    send_signal(pid, start_ticks, signal.SIGTERM)
+    while is_running(pid, start_ticks) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    ended = not send_signal(pid, start, signal.SIGKILL)
-    while is_running(pid, start):
+    # A supervisor that lived on would restart what is about to be killed.
+    has_exited = not send_signal(pid, start_ticks, signal.SIGKILL)
+    while is_running(pid, start_ticks):
         time.sleep(_POLL_S)
-    return ended
+    return has_exited
 
 
 def _cancel_jobs(
-    record: StackRecord, say: Say, grace_s: float, hurry: Callable[[], bool]
+    record: StackRecord, report: Report, grace_s: float, is_urgent: Callable[[], bool]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(cancelled, still running after the grace).
-
-    A service that does not answer has no say.
-    """
+    """Returns (jobs that ended, jobs still running after the grace period)."""
     deadline = time.monotonic() + grace_s
-    cancelled: list[str] = []
+    ended: list[str] = []
     try:
         with Client(record.url, record.token, timeout_s=5.0) as client:
-            running = [
-                job["id"]
-                for job in client.jobs(limit=100)["data"]
-                if job["status"] not in _TERMINAL
-            ]
+            running = _unfinished_jobs(client)
             for job_id in running:
-                say(f"cancelling {job_id}")
+                report(f"cancelling {job_id}")
                 client.cancel(job_id)
-            while running and time.monotonic() < deadline and not hurry():
-                ended = [
-                    job_id
-                    for job_id in running
-                    if client.show(job_id)["status"] in _TERMINAL
-                ]
-                cancelled += ended
-                running = [job_id for job_id in running if job_id not in ended]
-                time.sleep(_POLL_S if running else 0)
-            return tuple(cancelled), tuple(running)
+            while running and time.monotonic() < deadline and not is_urgent():
+                for job_id in list(running):
+                    if client.show(job_id)["status"] in _TERMINAL:
+                        ended.append(job_id)
+                        running.remove(job_id)
+                if running:
+                    time.sleep(_POLL_S)
+            return tuple(ended), tuple(running)
     except ServiceError as error:
-        say(f"could not cancel jobs: {error}")
-        return tuple(cancelled), ()
+        # A service that does not answer must not keep its stack alive.
+        report(f"could not cancel jobs: {error}")
+        return tuple(ended), ()
+
+
+def _unfinished_jobs(client: Client) -> list[str]:
+    job_ids: list[str] = []
+    for job in client.jobs(limit=100)["data"]:
+        if job["status"] not in _TERMINAL:
+            job_ids.append(job["id"])
+    return job_ids

@@ -62,7 +62,7 @@ class StepRow:
 
     step: int
     values: dict[str, Any]
-    """By KEYS; None where the driver sent nothing."""
+    """Values by KEYS; None where the driver sent nothing."""
 
 
 def parse_step(data: Mapping[str, Any]) -> StepRow:

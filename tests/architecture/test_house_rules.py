@@ -152,6 +152,27 @@ def test_tests_are_no_packages() -> None:
     ] == []
 
 
+def test_unit_tests_lie_where_their_source_lies() -> None:
+    unit = ROOT / "tests" / "unit"
+    strays = []
+    for path in unit.rglob("test_*.py"):
+        folder = path.parent.relative_to(unit)
+        if not (ROOT / folder).is_dir():
+            strays.append(folder.as_posix())
+    assert strays == []
+
+
+def test_what_covers_what_names_files_that_exist() -> None:
+    text = (ROOT / "tests" / "README.md").read_text()
+    named = re.findall(r"`((?:unit|parallel|integration|support)/[\w./]*)`", text)
+    sources = re.findall(
+        r"^\| `((?:megatron_ray|workers|service)[\w./]*)`", text, re.MULTILINE
+    )
+    missing = [name for name in named if not (ROOT / "tests" / name).exists()]
+    missing += [name for name in sources if not (ROOT / name).exists()]
+    assert missing == []
+
+
 def config_models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield model
     for field in model.model_fields.values():

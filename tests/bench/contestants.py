@@ -68,7 +68,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from megatron_ray.parallel_dims import ParallelDims
     from megatron_ray.training.session import build
     from megatron_ray.training.step import forward_backward, reduce_step
-    from tests.unit.megatron_ray.models.hf_names import decoder_logical, fill
+    from tests.support.hf_names import decoder_logical, fill
 
     degrees = {"dp": terms.dp, "tp": terms.tp, "pp": terms.pp}
     config = TrainConfig.from_mapping(

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from tests.integration.road import Road, stack
+from tests.support.running_stack import Road, stack
 
 JOBS = 5
 GOALS = {"cold": None, "warm": 8.0}

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from megatron_ray.reports import StepReport
-from tests.integration.road import Road, stack
+from tests.support.running_stack import Road, stack
 from workers.protocol.wire import AgentReport, NodeInfo
 from workers.rank.attempt import RankAttempt
 from workers.rank.environment import RankEnv

@@ -14,11 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tests.integration.chaos_road import RankFile, busy_workers, history, until
-from tests.integration.road import Road, stack
+from tests.support.fault_injection import RankFile, busy_workers, history, until
+from tests.support.running_stack import Road, stack
 
 KILLS = 10
 EVERY_STEPS = 50
@@ -209,7 +210,7 @@ def kill_driver(road: Road, job_id: str, file: RankFile) -> Measured:
         for row in file.steps()
         if row["step"] >= first and row["at"] <= killed + WATCHED_S
     ]
-    gaps = [later - earlier for earlier, later in zip(rows, rows[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(rows)]
     median = statistics.median(gaps)
     return max(gaps) / median, {"median_step_s": median, "longest_s": max(gaps)}
 

@@ -7,7 +7,7 @@ import json
 
 from megatron_ray.pipeline_parallel.schedules.orders import compute_orders, stage_map
 from megatron_ray.pipeline_parallel.schedules.simulation import simulate_computing
-from tests.unit.megatron_ray.schedules.test_schedules import (
+from tests.unit.megatron_ray.pipeline_parallel.schedules.test_schedules import (
     GOLDEN,
     LARGE,
     SMALL,

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.integration.fake_service import NAMESPACE, FakeService
-from tests.integration.road import road
+from tests.support.fake_service import NAMESPACE, FakeService
+from tests.support.running_stack import road
 
 __all__ = ["road"]
 

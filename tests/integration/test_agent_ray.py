@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.fake_service import AGENT_TOKEN, NAMESPACE, FakeService
+from tests.support.fake_service import AGENT_TOKEN, NAMESPACE, FakeService
 
 pytestmark = pytest.mark.ray
 

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.integration.chaos_road import (
+from tests.support.fault_injection import (
     Observer,
     assert_nothing_left,
     busy_workers,
@@ -25,7 +25,7 @@ from tests.integration.chaos_road import (
     story,
     until,
 )
-from tests.integration.road import Road
+from tests.support.running_stack import Road
 
 pytestmark = pytest.mark.ray
 
@@ -163,13 +163,15 @@ def end(road: Road, observer: Observer, job_id: str, **body: Any) -> float:
     job = road.finish(job_id)
     seconds = time.monotonic() - started
     said = story(road, job_id)
-    assert job["status"] == "cancelled" and job["status_reason"] == "user_cancelled", said
+    assert job["status"] == "cancelled", said
+    assert job["status_reason"] == "user_cancelled", said
     assert seconds <= GRACE_S, said
     if before == "running":
         last = job["last_checkpoint"]
         rows = road.rows(job_id)
         if body.get("checkpoint", True):
-            assert last is not None and last["step"] == rows[-1]["step"], said
+            assert last is not None, said
+            assert last["step"] == rows[-1]["step"], said
         else:
             assert last is None, said
     assert_nothing_left(road, observer, [job_id])

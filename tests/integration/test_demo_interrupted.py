@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.local_stack.teardown import down
-from tests.integration.watched import Watched
+from tests.support.watched_stack import Watched
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.fake_service import NAMESPACE, FakeService
+from tests.support.fake_service import NAMESPACE, FakeService
 from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray
@@ -45,7 +45,7 @@ def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Subm
     """Does for one job what agent and service do: makes the driver, attaches it, admits
     the job once its data are ready.
     """
-    from tests.integration.fake_job import FakeDriver
+    from tests.support.fake_job import FakeDriver
     from workers.agent.driver_registry import DriverRegistry
     from workers.protocol.wire import DesiredReply
 
@@ -229,7 +229,7 @@ def test_service_away_loses_nothing(submit: Submit, fake_service: FakeService) -
 
 
 def submit_url(submit: Submit, service: FakeService) -> None:
-    from tests.integration.fake_job import FakeDriver
+    from tests.support.fake_job import FakeDriver
     from workers.agent.driver_registry import DriverRegistry
     from workers.protocol.wire import DesiredReply
 
@@ -375,6 +375,8 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
 
     job_id = submit(spec(steps=100_000, step_s="0.02"))
     fake_service.wait("a spare", lambda: f"{job_id}/w2" in actors(job_id), 40)
+    # Its name is there before the process has imported everything.
+    ray.get(ray.get_actor(f"{job_id}/w2").__ray_ready__.remote(), timeout=40)
     before = rank_pids(fake_service, job_id)
     os.kill(before[1], signal.SIGKILL)
     started = fake_service.wait(
@@ -424,7 +426,7 @@ def test_a_wish_for_a_checkpoint_is_granted_once(
 def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> None:
     import ray
 
-    from tests.integration.fake_job import LateWorker
+    from tests.support.fake_job import LateWorker
     from workers.decisions.placement import plan_placement
     from workers.decisions.slot_assignment import assign_slots
     from workers.rank.messages import Fence
@@ -443,9 +445,8 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
         )
         group.probe([0], fence, 60, lambda: None)
         assert folder.exists()
-        assert group.retire(fence, 2, 0.5) == () and not folder.exists(), (
-            "the first one has removed what there was"
-        )
+        assert group.retire(fence, 2, 0.5) == ()
+        assert not folder.exists(), "the first one has removed what there was"
         group.probe([1], fence, 60, lambda: None)
         assert group.retire(fence, 2, 5.0) == (node.node_id,)
         assert not folder.exists()

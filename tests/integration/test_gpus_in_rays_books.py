@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
-from tests.integration.fake_service import NAMESPACE
+from tests.support.fake_service import NAMESPACE
 from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
 from workers.decisions.slot_assignment import assign_slots, spares_to_start
 from workers.rank.environment import RankEnv
@@ -47,7 +47,7 @@ def visible_gpus(group: Any, slot: int, path: Path, gpu: int | None) -> str:
 def test_a_promoted_or_new_process_uses_the_dead_ones_gpu(
     ray_cluster: str, tmp_path: Path
 ) -> None:
-    from tests.integration.fake_job import GpuTeller
+    from tests.support.fake_job import GpuTeller
     from workers.ray.worker_group import WorkerGroup
 
     group = WorkerGroup("job-gpus", NAMESPACE, GpuTeller)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_ray.checkpoint.directory import latest_committed
-from tests.integration.chaos_road import (
+from tests.support.fault_injection import (
     Observer,
     RankFile,
     assert_as_undisturbed,
@@ -28,7 +28,7 @@ from tests.integration.chaos_road import (
     until,
     values,
 )
-from tests.integration.road import ENDS, Road
+from tests.support.running_stack import ENDS, Road
 
 pytestmark = pytest.mark.ray
 

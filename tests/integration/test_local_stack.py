@@ -5,7 +5,6 @@ stand-ins, so only the stack is on trial.
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,8 @@ from service.local_stack.record import read_record
 from service.local_stack.sessions import members
 from service.local_stack.stack import LocalStack
 from service.local_stack.teardown import TeardownReport, down
-
-sys.path.insert(0, str(Path(__file__).parent))
-from stand_in_stack import stand_in_options
-
-from tests.integration.watched import Watched
+from tests.support.fake_stack import stand_in_options
+from tests.support.watched_stack import Watched
 
 pytestmark = pytest.mark.ray
 
@@ -42,9 +38,11 @@ def end_quietly(data_dir: Path) -> TeardownReport:
 
 
 def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     stack = LocalStack(
-        stand_in_options(tmp_path / "data"), say=said.append, interruption=Interruption()
+        stand_in_options(tmp_path / "data"),
+        report=messages.append,
+        interruption=Interruption(),
     )
     try:
         record = stack.start()
@@ -73,17 +71,17 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         assert record.token.encode() not in arguments
 
         with pytest.raises(
-            StackError, match="already up at http://127.0.0.1:.*megatron-ray down"
+            StackError, match=r"already up at http://127\.0\.0\.1:.*megatron-ray down"
         ):
             LocalStack(
                 stand_in_options(tmp_path / "data"),
-                say=said.append,
+                report=messages.append,
                 interruption=Interruption(),
             ).start()
 
         for _ in range(4):
             kill_the_service(stack, record.url, tmp_path / "data")
-        assert said == ["the service ended (signal 9); restarting"] * 4, (
+        assert messages == ["the service exited (signal 9); restarting"] * 4, (
             "one that worked is started again without a wait"
         )
 
@@ -95,9 +93,7 @@ def test_up_is_whole_heals_and_ends_without_trace(tmp_path: Path) -> None:
         os.kill(gcs.pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
         stack.supervise(
-            until=lambda: (
-                time.monotonic() > deadline or "the agent is started again" in said
-            )
+            until=lambda: time.monotonic() > deadline or "agent restarted" in messages
         )
         again = read_record(tmp_path / "data")
         assert again is not None

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.integration.road import SPEC, Road
+from tests.support.running_stack import SPEC, Road
 from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray
@@ -100,10 +100,10 @@ def check(road: Road, change: str, spec: dict[str, Any]) -> None:
     if response.status_code != 201:
         assert 400 <= response.status_code < 500, f"{change}: {response.text}"
         problem = response.json()
-        assert problem["errors"] and all(
-            entry["pointer"].startswith("/") and entry["detail"]
-            for entry in problem["errors"]
-        ), problem
+        assert problem["errors"], problem
+        for entry in problem["errors"]:
+            assert entry["pointer"].startswith("/"), problem
+            assert entry["detail"], problem
         return
     job_id = response.json()["id"]
     job = road.wait(
@@ -115,7 +115,8 @@ def check(road: Road, change: str, spec: dict[str, Any]) -> None:
     if job["status"] == "failed":
         # Only what reading the data has shown may come this late, still by field and
         # before any rank was placed.
-        assert job["attempt"] == 0 and job["problem"]["errors"], f"{change}: {job}"
+        assert job["attempt"] == 0, f"{change}: {job}"
+        assert job["problem"]["errors"], f"{change}: {job}"
     httpx.post(
         f"{road.record.url}/v1/jobs/{job_id}/cancel",
         json={"checkpoint": False},

@@ -17,7 +17,7 @@ import pytest
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import Report
-from tests.integration.fake_service import NAMESPACE, FakeService
+from tests.support.fake_service import NAMESPACE, FakeService
 from workers.driver.driver import JobDriver
 from workers.rank.attempt import import_and_train
 from workers.rank.messages import StartRequest

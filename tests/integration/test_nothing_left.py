@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.chaos_road import (
+from tests.support.fault_injection import (
     Observer,
     assert_nothing_left,
     history,
@@ -24,8 +24,8 @@ from tests.integration.chaos_road import (
     story,
     until,
 )
-from tests.integration.road import ENDS, Road
-from tests.integration.service_process import open_files
+from tests.support.running_stack import ENDS, Road
+from tests.support.service_process import open_files
 
 pytestmark = pytest.mark.ray
 

@@ -34,7 +34,7 @@ from workers.decisions.journal_entry import Phase
 from workers.driver.commit import contained_records
 from workers.driver.context import JobContext
 from workers.driver.journal import Journal, start_orders
-from workers.driver.outbox import RecordLog
+from workers.driver.records.outbox import RecordLog
 from workers.protocol import wire
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.road import CLI, Road
+from tests.support.running_stack import CLI, Road
 
 pytestmark = pytest.mark.ray
 

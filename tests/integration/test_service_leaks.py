@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from service.client import Client
-from tests.integration.service_process import (
+from tests.support.service_process import (
     SPEC,
     Records,
     ServiceProcess,

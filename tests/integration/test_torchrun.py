@@ -10,7 +10,7 @@ import pytest
 
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.data.tokenizer import Tokenizer
-from tests.unit.megatron_ray.checkpoint.hf_folders import publish
+from tests.support.hf_folders import publish
 from workers.rank.messages import UserError
 from workers.standalone import read_spec
 

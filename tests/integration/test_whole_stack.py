@@ -132,14 +132,9 @@ def test_mistakes_are_one_message(cli: CommandLine) -> None:
         ("parallel.dp=2", "/parallel: "),
     ]:
         done = cli.run("submit", "spec.yaml", "--set", override)
-        assert (
-            done.returncode == 1
-            and pointer in done.stderr
-            and "Traceback" not in done.stderr
-        ), (
-            override,
-            done.stderr,
-        )
+        assert done.returncode == 1, (override, done.stderr)
+        assert pointer in done.stderr, (override, done.stderr)
+        assert "Traceback" not in done.stderr, (override, done.stderr)
     assert "already up" in cli.run("up").stderr
 
 

@@ -28,7 +28,7 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 from megatron_ray.storage.errors import StorageError
-from tests.ranks import RankFailedError
+from tests.support.ranks import RankFailedError
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]

@@ -16,9 +16,9 @@ from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.planning.communication import step_communication
 from megatron_ray.validation import check, resolution
-from tests.parallel.matrix import EXPERTS
-from tests.parallel.parity import GPT2, LLAMA
 from tests.parallel.test_meta_step import step
+from tests.support.layout_matrix import EXPERTS
+from tests.support.parity import GPT2, LLAMA
 
 RANK = 17
 RANKS = 4096

@@ -19,8 +19,8 @@ from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.batch import Packed
 from megatron_ray.parallelize.parallelize import context_attention
 from megatron_ray.sharding.sequence_split import SequenceCut
-from tests.parallel.parity import LLAMA, make_config, make_mesh
-from tests.ranks import run_ranks
+from tests.support.parity import LLAMA, make_config, make_mesh
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 HIERARCHY = {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)}

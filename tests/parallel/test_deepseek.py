@@ -12,15 +12,6 @@ import pytest
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.inference.generate import generate, load_model
-from tests.parallel import parity
-from tests.parallel.parity import (
-    LLAMA,
-    RankResult,
-    assemble,
-    make_config,
-    record_choices,
-    worst_relative_l2,
-)
 from tests.parallel.test_checkpoint_training import config as checkpoint_config
 from tests.parallel.test_checkpoint_training import goes_on_here_and_elsewhere
 from tests.parallel.test_parity import (
@@ -33,7 +24,16 @@ from tests.parallel.test_parity import (
     distance_from,
     world,
 )
-from tests.ranks import run_ranks
+from tests.support import parity
+from tests.support.parity import (
+    LLAMA,
+    RankResult,
+    assemble,
+    make_config,
+    record_choices,
+    worst_relative_l2,
+)
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

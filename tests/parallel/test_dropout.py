@@ -18,8 +18,10 @@ from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
-from tests.parallel import parity
-from tests.parallel.parity import (
+from tests.parallel.test_parity import STEPS
+from tests.parallel.test_parity import compare as compare_with_one_rank
+from tests.support import parity
+from tests.support.parity import (
     GPT2,
     LLAMA,
     NoSaver,
@@ -28,9 +30,7 @@ from tests.parallel.parity import (
     make_config,
     make_mesh,
 )
-from tests.parallel.test_parity import STEPS
-from tests.parallel.test_parity import compare as compare_with_one_rank
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

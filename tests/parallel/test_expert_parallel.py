@@ -16,12 +16,12 @@ from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.sampler import sample_ids
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims
-from tests.parallel import parity
-from tests.parallel.parity import LLAMA, RankResult, assemble, make_config, record_choices
 from tests.parallel.test_checkpoint_training import config as checkpoint_config
 from tests.parallel.test_checkpoint_training import goes_on_here_and_elsewhere
 from tests.parallel.test_parity import STEPS, compare, distance_from
-from tests.ranks import run_ranks
+from tests.support import parity
+from tests.support.parity import LLAMA, RankResult, assemble, make_config, record_choices
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

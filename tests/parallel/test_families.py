@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parallel import parity
-from tests.parallel.parity import (
+from tests.parallel.test_parity import STEPS, compare, distance_from, world
+from tests.support import parity
+from tests.support.parity import (
     LLAMA,
     RankResult,
     assemble,
     make_config,
     worst_relative_l2,
 )
-from tests.parallel.test_parity import STEPS, compare, distance_from, world
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

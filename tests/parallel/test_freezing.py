@@ -22,7 +22,7 @@ from megatron_ray.parallelize.parallelize import parallelize
 from megatron_ray.training.saving import resume
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel.parity import (
+from tests.support.parity import (
     GPT2,
     LLAMA,
     RandomDataset,
@@ -32,8 +32,8 @@ from tests.parallel.parity import (
     make_mesh,
     run_layout,
 )
-from tests.parallel.products import Products, Shape, linear_layers
-from tests.ranks import run_ranks
+from tests.support.products import Products, Shape, linear_layers
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 TOKENS = 32

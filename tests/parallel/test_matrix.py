@@ -15,12 +15,12 @@ from megatron_ray.checkpoint.directory import commit
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from tests.parallel import parity
-from tests.parallel.matrix import AXES, ENTRIES, QUOTAS, SEED, Entry, draw
-from tests.parallel.parity import RankResult, assemble, record_choices, worst_relative_l2
 from tests.parallel.test_mechanisms import train_session
 from tests.parallel.test_parity import distance_from
-from tests.ranks import run_ranks
+from tests.support import parity
+from tests.support.layout_matrix import AXES, ENTRIES, QUOTAS, SEED, Entry, draw
+from tests.support.parity import RankResult, assemble, record_choices, worst_relative_l2
+from tests.support.ranks import run_ranks
 
 STEPS = 10
 MATRIX = draw(int(os.environ.get("MATRIX_SEED", SEED)))

@@ -21,7 +21,7 @@ from megatron_ray.reports import CheckpointReport, Report, StepReport
 from megatron_ray.sharding.buckets import ALIGNMENT
 from megatron_ray.training.session import TrainingSession, batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel.parity import (
+from tests.support.parity import (
     LLAMA,
     RandomDataset,
     boxes,
@@ -29,7 +29,7 @@ from tests.parallel.parity import (
     make_mesh,
     run_layout,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

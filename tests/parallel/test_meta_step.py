@@ -24,9 +24,9 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
 from megatron_ray.validation import check
-from tests.parallel.matrix import EXPERTS, Entry
-from tests.parallel.parity import END, LLAMA, make_config
 from tests.parallel.test_matrix import MATRIX
+from tests.support.layout_matrix import EXPERTS, Entry
+from tests.support.parity import END, LLAMA, make_config
 
 LARGE: dict[str, Any] = {
     "model": {"preset": "llama3-405b"},

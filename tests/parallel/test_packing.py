@@ -14,8 +14,8 @@ from megatron_ray.models.batch import Batch
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.session import build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel import parity
-from tests.parallel.parity import (
+from tests.support import parity
+from tests.support.parity import (
     END,
     GPT2,
     LLAMA,
@@ -27,7 +27,7 @@ from tests.parallel.parity import (
     split_vanishing,
     worst_relative_l2,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 CPU = torch.device("cpu")
 LAYOUTS: dict[str, dict[str, Any]] = {

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parallel import parity
-from tests.parallel.parity import (
+from tests.support import parity
+from tests.support.parity import (
     GPT2,
     LLAMA,
     RankResult,
@@ -18,7 +18,7 @@ from tests.parallel.parity import (
     split_vanishing,
     worst_relative_l2,
 )
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

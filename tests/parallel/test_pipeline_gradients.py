@@ -34,8 +34,8 @@ from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.sharding.parameters import local_parameters
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
-from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
-from tests.ranks import run_ranks
+from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 
@@ -87,7 +87,7 @@ class Stage(nn.Module):
         super().__init__()
         self.contents = contents
         self.part: GPT = build_model(
-            config.model, mesh, config.parallel, dtype=torch.float32, held=[contents]
+            config.model, mesh, config.parallel, dtype=torch.float32, stages=[contents]
         )
         self.part.to_empty(device="cpu")
         for name, parameter in self.part.named_parameters():
@@ -211,7 +211,8 @@ def test_gradients_are_those_of_torchs_schedules(
     for layout, config, *by_rank in zip(layouts, configs, *ranks, strict=True):
         ours = sum(found.our_loss for found in by_rank)
         torchs = sum(found.torchs_loss for found in by_rank)
-        assert ours == pytest.approx(torchs, rel=1e-6) and ours > 1000, layout
+        assert ours == pytest.approx(torchs, rel=1e-6), layout
+        assert ours > 1000, layout
         distances = [
             (name, value) for found in by_rank for name, value in found.distances.items()
         ]

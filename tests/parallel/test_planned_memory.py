@@ -28,10 +28,10 @@ from megatron_ray.planning.memory import (
     with_activations,
 )
 from megatron_ray.training.session import batch_maker, build
-from tests.parallel.matrix import EXPERTS, Entry
-from tests.parallel.parity import RandomDataset, make_config
 from tests.parallel.test_matrix import MATRIX
 from tests.parallel.test_meta_step import world
+from tests.support.layout_matrix import EXPERTS, Entry
+from tests.support.parity import RandomDataset, make_config
 
 PRECISIONS = ("fp32", "bf16")
 CPUS = {

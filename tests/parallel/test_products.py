@@ -23,9 +23,9 @@ from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.training.session import batch_maker, build
-from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
-from tests.parallel.products import Products, Shape, flops, linear_layers
-from tests.ranks import run_ranks
+from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
+from tests.support.products import Products, Shape, flops, linear_layers
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 TOKENS = 32

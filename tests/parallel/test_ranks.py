@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RankFailedError
+from tests.support.ranks import RankFailedError
 
 pytestmark = pytest.mark.parallel
 

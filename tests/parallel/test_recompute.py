@@ -14,9 +14,9 @@ from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.planning.activations import kept_activations
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel.activations import kept_bytes
-from tests.parallel.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
-from tests.ranks import run_ranks
+from tests.support.activations import kept_bytes
+from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config, make_mesh
+from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 

@@ -23,7 +23,7 @@ from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
-from tests.unit.megatron_ray.checkpoint.hf_folders import VOCABULARY, edit_config, publish
+from tests.support.hf_folders import VOCABULARY, edit_config, publish
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]

@@ -19,8 +19,8 @@ from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.logs import JobLogs
-from workers.driver.outbox import RecordLog
 from workers.driver.ports import JobPorts
+from workers.driver.records.outbox import RecordLog
 from workers.protocol.states import DesiredState, JobState, may_follow
 from workers.protocol.wire import DesiredJob, NodeInfo, Record
 from workers.rank.messages import Fence, NextReply, Poll, RankState, StartRequest

@@ -49,7 +49,7 @@ BY_PRECEDENCE = (
     FailureKind.HANG,
     FailureKind.COLLATERAL,
 )
-"""Of failures seen together the first in this order is the cause."""
+"""Kinds by precedence: of failures seen together the first one is the cause."""
 
 _REASONS = {
     FailureKind.USER: StatusReason.SPEC_INVALID,

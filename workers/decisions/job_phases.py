@@ -206,7 +206,7 @@ class Transition:
     attempt: AttemptStatus | None = None
     job: JobStatus | None = None
     delay_s: float = 0.0
-    """How long to wait before the next attempt."""
+    """Seconds to wait before the next attempt."""
 
 
 def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
@@ -214,6 +214,7 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
 
     Raises InvalidTransitionError when the table has no such row.
     """
+    # A missing row is a bug of the driver: it must not be taken for "nothing to do".
     rule = TRANSITIONS.get((entry.phase, type(observation)))
     if rule is None:
         name = type(observation).__name__
@@ -225,13 +226,14 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
 
 
 def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
+    # Journaled, so that a successor does not prepare the data again.
     return Transition(Phase.READY, {"prepared": dict(seen.prepared)})
 
 
 def _data_rejected(entry: JournalEntry, seen: DataRejected) -> Transition:
     # The problems' own record has failed the job in the service.
     status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, seen.message)
-    return _end(status, told=True)
+    return _end(status, is_recorded=True)
 
 
 def _preparation_failed(entry: JournalEntry, seen: PreparationFailed) -> Transition:
@@ -312,7 +314,7 @@ def _attempt_failed(entry: JournalEntry, seen: AttemptFailed) -> Transition:
     )
     dead = {}
     # Once an attempt runs, the files of the dead before it are being fetched; when it
-    # never ran, nobody has asked for them yet.
+    # never ran, no task to fetch them has been started yet.
     if entry.phase is not Phase.RUNNING:
         dead = {(rank.attempt, rank.place.rank): rank for rank in entry.dead}
     for place in entry.ranks:
@@ -346,6 +348,7 @@ def _stop(
     message = ""
     if attempt is not None:
         message = attempt.message
+    # A paused job waits in READY, from where it may run again; a cancelled one ends.
     if desired is DesiredState.CANCEL:
         status = JobStatus(JobState.CANCELLED, StatusReason.USER_CANCELLED, message)
         return _end(status, attempt)
@@ -353,7 +356,7 @@ def _stop(
 
 
 def _release(status: JobStatus, revision: int, attempt: AttemptStatus | None) -> Transition:
-    """Back to READY; the state is recorded once the resources are released."""
+    """Returns to READY; the state is recorded once the resources are released."""
     released = ResourcesReleased(
         state=status.state.value,
         reason=status.reason,
@@ -367,12 +370,15 @@ def _end(
     status: JobStatus,
     attempt: AttemptStatus | None = None,
     *,
-    told: bool = False,
+    is_recorded: bool = False,
     journal: Mapping[str, Any] | None = None,
 ) -> Transition:
     """Ends the job; its state is recorded last, after the clean-up."""
     ending = Ending(
-        state=status.state.value, reason=status.reason, message=status.message, told=told
+        state=status.state.value,
+        reason=status.reason,
+        message=status.message,
+        is_recorded=is_recorded,
     )
     return Transition(Phase.ENDING, {**(journal or {}), "ending": ending}, attempt=attempt)
 
@@ -405,4 +411,4 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,
     (Phase.RECOVERING, StopRequested): _stop_requested,
 }
-"""Every transition there is; ENDING is final and has none."""
+"""All transitions; ENDING is final and has none."""

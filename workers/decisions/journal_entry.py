@@ -17,7 +17,7 @@ FORMAT_VERSION = 1
 
 
 class Phase(StrEnum):
-    """What the driver was doing when it wrote the entry; see `job_phases`."""
+    """The phase of the job when the driver wrote the entry; see `job_phases`."""
 
     PREPARING = "preparing"
     READY = "ready"
@@ -29,17 +29,18 @@ class Phase(StrEnum):
 
 
 class Ending(BaseModel):
-    """How the job ends.
+    """The final state of a job that is about to end.
 
     Written before the clean-up, so that a restarted driver ends the job the same way.
     """
 
-    model_config = ConfigDict(frozen=True)
+    # The key in the journal is that of earlier versions.
+    model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     state: str
     reason: str | None = None
     message: str = ""
-    told: bool = False
+    is_recorded: bool = Field(default=False, alias="told")
     """Whether the service has it already, by another record."""
 
 

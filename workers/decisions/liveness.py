@@ -11,8 +11,8 @@ SILENCE_S = 15.0
 """A rank that has not answered for this long counts as dead. Ray itself notices a frozen
 node after a minute only."""
 START_SILENCE_S = 90.0
-"""The same while processes start: importing torch on a busy machine blocks the
-interpreter for long."""
+"""Silence that is tolerated while processes start: importing torch on a busy machine
+blocks the interpreter for long."""
 HANG_FLOOR_S = 120.0
 """An attempt is hung when no rank reports anything for max(this, 10 x the longest gap so
 far)."""
@@ -22,7 +22,7 @@ FIRST_STEP_S = 1800.0
 
 @dataclass(frozen=True)
 class Progress:
-    """When anything last advanced, on any rank."""
+    """The last time at which anything advanced, on any rank."""
 
     last_at: float
     longest_gap_s: float = 0.0

@@ -22,16 +22,16 @@ from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
 _EPSILON = 1e-6
-"""Of an island: 0.3 CPUs hold three ranks of 0.1, although 0.3 / 0.1 < 3 in floats."""
+"""Tolerance in islands: 0.3 CPUs hold three ranks of 0.1, yet 0.3 / 0.1 < 3 in floats."""
 
 
 class PlacementError(WorkersError):
-    """The reported slots do not make up the planned world; the text says how."""
+    """The reported slots do not make up the planned world; the message names why."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """One island: the resources asked of one node, and the slots (workers) in it."""
+    """One island: the resources requested on one node, and the slots (workers) in it."""
 
     index: int
     resources: dict[str, float]
@@ -40,12 +40,12 @@ class Bundle:
 
 @dataclass(frozen=True)
 class PlacementPlan:
-    """What to ask Ray for, decided before anything is created."""
+    """The resources to request from Ray, decided before anything is created."""
 
     accelerator: Literal["cpu", "gpu"]
     bundles: tuple[Bundle, ...]
     worker_resources: dict[str, float]
-    """What one worker takes out of its bundle."""
+    """Resources that one worker takes out of its bundle."""
     dims: ParallelDims
     capacity: int
     """Islands that the cluster could hold if it were empty."""
@@ -61,7 +61,7 @@ class PlacementPlan:
 
     @property
     def explanation(self) -> str:
-        """Compares what is asked for with what there is, node by node."""
+        """Compares the requested resources with those of each node."""
         resources = _format_resources(self.bundles[0].resources)
         reasons = "; ".join(self.node_reasons) or "it has no nodes"
         return (
@@ -71,7 +71,7 @@ class PlacementPlan:
 
 
 class SlotFacts(BaseModel):
-    """What a worker reports about itself and the node that it runs on."""
+    """The report of a worker about itself and its node."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -134,7 +134,7 @@ def islands_that_fit(
     """
     counts = []
     for name, amount in per_rank.items():
-        # What is asked for in no amount limits nothing.
+        # A resource of which none is requested limits nothing.
         if amount > 0:
             counts.append(available.get(name, 0.0) / (amount * island))
     return max(0, floor(min(counts) + _EPSILON))

@@ -113,7 +113,7 @@ def backoff_s(policy: RestartConfig, failures: int, jitter: float) -> float:
 
 
 def _is_crash_loop(commits: tuple[int, ...]) -> bool:
-    """Whether the last three failed attempts ended no further than the one before them."""
+    """Returns whether three failed attempts in a row have committed no later step."""
     if len(commits) < PROGRESS_ATTEMPTS:
         return False
     # With exactly three failures there is no earlier one: then the job began at step 0.

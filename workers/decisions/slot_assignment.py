@@ -33,7 +33,7 @@ class WorkerToStart:
     slot: int
     bundle: int
     resources: Mapping[str, float]
-    """What it takes out of its bundle, in Ray's books."""
+    """Resources that Ray's scheduler counts for it in its bundle."""
     is_spare: bool = False
 
 
@@ -42,7 +42,7 @@ class SlotAssignment:
     """The processes of the next attempt."""
 
     slots: Mapping[int, Slot | None]
-    """By slot number; None: the process keeps the bundle and GPU that it reports."""
+    """Slot by number; None: the process keeps the bundle and GPU that it reports."""
     workers_to_start: tuple[WorkerToStart, ...] = ()
     promoted: tuple[int, ...] = ()
     """Slot numbers of spares that become ranks."""
@@ -91,9 +91,10 @@ def spares_to_start(
 
     `spare_nodes` are the nodes that have one.
     """
+    # Numbers of dead processes are used again, so a job needs no more than `num_slots`.
     free_slots = _free_slots(plan, living)
     first_bundle: dict[str, int] = {}
-    # Any bundle of the node will do: it only says where Ray starts the process.
+    # Any bundle of the node will do: it only determines where Ray starts the process.
     for place in places:
         first_bundle.setdefault(place.node_id, place.bundle)
     spares = []
@@ -130,6 +131,8 @@ class _SlotAssigner:
         self._promoted: list[int] = []
 
     def assign(self) -> SlotAssignment:
+        # A bundle that stayed keeps its processes, which saves their start; one that moved
+        # has none on its new node.
         for bundle in self._plan.bundles:
             places = self._places_in(bundle)
             if len(places) == len(bundle.slots):
@@ -144,7 +147,7 @@ class _SlotAssigner:
         )
 
     def _places_in(self, bundle: Bundle) -> list[RankPlace]:
-        """The bundle's rows of the last rank map, unless Ray has moved it since."""
+        """Returns the bundle's rows of the last rank map, unless Ray has moved it since."""
         node_id = self._nodes.get(bundle.index)
         places = []
         # After the loss of a node Ray moves the bundle; its old GPUs mean nothing there.
@@ -182,21 +185,24 @@ class _SlotAssigner:
             self._slots[number] = None
 
     def _holds_resources_in(self, facts: SlotFacts, bundle: Bundle) -> bool:
-        """Whether an earlier, unfinished start has made this process for the bundle."""
+        """Returns whether an earlier, unfinished start made this process for the bundle."""
         if facts.is_spare or facts.bundle != bundle.index:
             return False
+        # The bundle has moved since the process started.
         if facts.node_id != self._nodes.get(bundle.index):
             return False
+        # A process without a GPU was started by `_refill`, for a GPU of the rank map.
         return facts.gpu is not None or self._plan.accelerator == "cpu"
 
     def _take_idle(self, node_id: str) -> int | None:
-        """An unassigned process on the node that holds no GPU of its own."""
+        """Takes an unassigned process on the node that holds no GPU of its own."""
         for number in sorted(self._unmapped):
             facts = self._unmapped[number]
             holds_gpu = facts.gpu is not None
             # One that holds a GPU in Ray's books cannot be moved to another.
             if facts.node_id != node_id or holds_gpu or number in self._slots:
                 continue
+            # The driver reports promotions, and starts a new spare for the node later.
             if facts.is_spare:
                 self._promoted.append(number)
             return number
@@ -208,7 +214,7 @@ class _SlotAssigner:
         return number
 
     def _released(self) -> tuple[int, ...]:
-        """Unassigned processes, except spares that wait on."""
+        """Returns the unassigned processes, except spares that keep waiting."""
         # Spares that were not needed go on waiting. A process that was a rank, or that
         # does not answer, cannot become a spare.
         waiting = set(self._unmapped)

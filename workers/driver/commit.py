@@ -98,7 +98,7 @@ class CheckpointLedger:
         return None
 
     def _end_of(self, step: int) -> int:
-        """Index after the last report of a step or evaluation up to `step`.
+        """Returns the index after the last report of a step or evaluation up to `step`.
 
         Events in between are included, so that the numbers have no gaps.
         """

@@ -13,7 +13,7 @@ from workers.decisions.slot_assignment import num_slots
 from workers.driver.commit import contained_records
 from workers.driver.journal import ForeignJournalError, Journal
 from workers.driver.ports import JobPorts
-from workers.driver.records import JobRecords
+from workers.driver.records.job_records import JobRecords
 from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState
@@ -105,7 +105,7 @@ class JobContext:
 
     @property
     def desired(self) -> DesiredJob | None:
-        """What the service last asked for; None before this incarnation has reached it."""
+        """The service's last request; None before this incarnation has reached it."""
         return self.ports.outbox.desired
 
     @property
@@ -117,9 +117,9 @@ class JobContext:
 
     @property
     def desired_state(self) -> DesiredState:
-        """What is to be done now.
+        """The state that the job is to have now.
 
-        Until the service has been reached, that is what an earlier incarnation has begun
+        Until the service has been reached, it is the one that an earlier incarnation has begun
         to carry out: a cancelled job never starts again because the service is away.
         """
         # The service's word is newer than the journal's, as soon as it is known.

@@ -15,7 +15,7 @@ from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of
 from workers.driver.logs import JobLogs
-from workers.driver.outbox import Outbox
+from workers.driver.records.outbox import Outbox
 from workers.driver.relay import to_record
 from workers.rank.log_file import log_path
 from workers.rank.spool import report_path

@@ -28,8 +28,8 @@ from workers.driver.gauges import TrainingGauges
 from workers.driver.journal import ForeignJournalError, JournalError
 from workers.driver.lifecycle import JobLifecycle
 from workers.driver.logs import JobLogs
-from workers.driver.outbox import Outbox, RecordLog
 from workers.driver.ports import JobPorts
+from workers.driver.records.outbox import Outbox, RecordLog
 from workers.protocol.states import JobState, StatusReason
 from workers.protocol.version import code_version
 from workers.protocol.wire import DesiredJob, DriverStatus
@@ -134,7 +134,7 @@ class JobDriver:
             # Storage comes back some day; until then ranks train on and the journal waits.
             except (StorageError, JournalError) as error:
                 self._trouble = str(error)
-            except Exception as error:  # noqa: BLE001 - the thread must not die silently; the journal says where to go on
+            except Exception as error:  # noqa: BLE001 - the thread must not die silently; it goes on from the journal
                 self._trouble = f"{type(error).__name__}: {error}"
                 bugs += 1
                 traceback.print_exc()

@@ -4,8 +4,8 @@ Owns: the files, and the start orders that follow from an entry. Must not know: 
 torch, HTTP.
 
 An entry is written whole before the driver acts and read by the next incarnation. The
-database says what is desired and what happened; the journal says how the job runs, so
-that recovery goes on while the service is away.
+database holds what is desired and what happened; the journal holds how the job runs,
+so that recovery goes on while the service is away.
 """
 
 import json

@@ -62,7 +62,7 @@ class JobLifecycle:
 
     @property
     def phase(self) -> str:
-        """Where the job is, for the agent's report."""
+        """Phase of the job, for the agent's report."""
         return f"attempt {self._job.entry.attempt}, {self._job.entry.phase.value}"
 
     def run(self, ending: Ending | None = None) -> None:
@@ -207,7 +207,7 @@ class JobLifecycle:
             files.start_sweep(job.job_id, set(job.entry.nodes) - set(cleaned))
         files.await_sweep(_SWEEP_S)
         outbox.flush()
-        if not ending.told:
+        if not ending.is_recorded:
             reason = None
             if ending.reason:
                 reason = StatusReason(ending.reason)

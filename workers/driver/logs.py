@@ -17,9 +17,9 @@ from megatron_ray.storage.storage import LocalStorage, Storage
 
 FOLDER = "logs"
 CAP_BYTES = 64 << 20
-"""Per rank and attempt, in a folder."""
+"""Limit of a rank's log of one attempt, in a folder."""
 OBJECT_CAP_BYTES = 1 << 20
-"""The same in an object store."""
+"""Limit of a log in an object store, which is rewritten whole."""
 _PUT_EVERY_S = 10.0
 _CUT_MARK = b"\n[log cut here: it may hold 64 MiB]\n"
 
@@ -102,7 +102,7 @@ class JobLogs:
             self.problem = f"cannot write {path}: {error.strerror}"
 
     def _object(self, name: str) -> bytearray:
-        """The log of an object store; what an earlier incarnation has put is read once."""
+        """Returns a log in an object store; an earlier incarnation's part is read once."""
         if name not in self._objects:
             log = bytearray()
             with contextlib.suppress(MissingFileError, StorageError):

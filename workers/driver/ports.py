@@ -13,7 +13,7 @@ from megatron_ray.storage.storage import Storage
 from workers.driver.dead_rank_files import DeadRankFiles
 from workers.driver.gauges import TrainingGauges
 from workers.driver.logs import JobLogs
-from workers.driver.outbox import Outbox
+from workers.driver.records.outbox import Outbox
 from workers.protocol.wire import NodeInfo
 from workers.ray.worker_group import WorkerGroup
 
@@ -25,7 +25,7 @@ class TaskRunner(Protocol):
         """Starts a function on any node and returns a reference to its result."""
 
     def is_done(self, call: Any) -> bool:
-        """Whether the result (or failure) is there."""
+        """Whether there is a result or a failure."""
 
     def result(self, call: Any) -> Any:
         """Returns the result. Raises TaskFailedError."""

@@ -60,7 +60,7 @@ class DataPreparation:
         )
 
     def _await_spec(self) -> None:
-        """A new job's spec comes with the first attach; later it is in the journal."""
+        """Waits for a new job's spec, which the first attach brings; later it is journaled."""
         job = self._job
         while job.entry.spec is None:
             job.check_replaced()

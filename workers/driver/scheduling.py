@@ -109,7 +109,7 @@ class Scheduling:
         return plan_placement(job.spec, job.ports.read_nodes(), job.entry.accelerator)
 
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:
-        """Says what is waited for: once, and again while it can never be had."""
+        """Records what the job waits for: once, and again while it can never be had."""
         level = "info"
         if not plan.is_feasible:
             level = "warn"

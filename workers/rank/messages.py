@@ -29,7 +29,7 @@ class RankState(StrEnum):
 
 
 class UserError(InputError):
-    """Something the user wrote cannot work; the text says what and how to mend it.
+    """An input of the user cannot work; the message names it and how to mend it.
 
     Never retried, never shown with a traceback.
     """

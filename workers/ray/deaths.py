@@ -14,7 +14,7 @@ from workers.rank.messages import FencedError
 _NODE_LOST_TEXTS = ("node has died", "node is dead", "node was terminated")
 _NODE_MEMORY_TEXTS = ("running low on memory", "OutOfMemory")
 _KILLED_TEXT = "connection error code 2. End of file"
-"""All that Ray reports of a process that was killed by a signal."""
+"""Ray's whole report of a process that was killed by a signal."""
 _EXIT_DETAIL = "Worker exit detail:"
 _REASON_MARKS = (_EXIT_DETAIL, "The actor died because", "The actor is dead because")
 _ADVICE = "Some common causes"
@@ -23,7 +23,7 @@ _ADVICE = "Some common causes"
 
 @dataclass(frozen=True)
 class Death:
-    """How an actor ended, as far as Ray reports."""
+    """The death of an actor, as far as Ray reports it."""
 
     kind: FailureKind
     message: str

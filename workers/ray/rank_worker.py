@@ -45,7 +45,7 @@ SWITCH_S = 0.001
 """A thread that answers the driver returns the interpreter to the training thread after
 this long; Python's default of 5 ms is a fifth of a short step."""
 LEAVE_S = 4.0
-"""How long `leave` waits for the training thread to come out of its collectives."""
+"""Seconds that `leave` waits for the training thread to leave its collectives."""
 _EXIT_LEASE_EXPIRED = 3
 _BOOT_LOG_BYTES = 64 << 10
 

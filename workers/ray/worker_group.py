@@ -28,7 +28,7 @@ from workers.ray.deaths import Death, death_of, raise_if_fenced
 from workers.ray.nodes import NODE_ID_LABEL
 
 GONE_S = 10.0
-"""How long to wait for a killed actor's name to become free."""
+"""Seconds to wait for a killed actor's name to become free."""
 _STOP_CHECK_S = 0.2
 _GONE_CHECK_S = 0.02
 _LOOKUP_THREADS = 16
@@ -37,7 +37,7 @@ _LOOKUP_THREADS = 16
 class WorkerGroupError(WorkersError):
     """Workers did not come up.
 
-    `dead_slots` names those that must be created anew, `kind` says what they died of.
+    `dead_slots` are those that must be created anew, `kind` is what they died of.
     """
 
     def __init__(

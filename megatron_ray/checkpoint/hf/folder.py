@@ -1,8 +1,8 @@
-"""Opens a folder in Hugging Face format and checks that it is what config.json says.
+"""Opens a folder in Hugging Face format and checks it against its config.json.
 
 `HfFolder` is what the rest of the library uses: `model` is the model as a ModelConfig,
-`shapes` lists its logical tensors, `locations` says where each is stored. Tensors that
-are missing, unknown or of another shape are refused. Only headers are read.
+`shapes` lists its logical tensors, `locations` maps each to where it is stored. Tensors
+that are missing, unknown or of another shape are refused. Only headers are read.
 
 Torch-free. Must not know: what is done with the tensors (`weights` reads them).
 """
@@ -92,7 +92,7 @@ class HfFolder:
         self.shapes = logical_shapes(self.model)
         """Logical tensors by name."""
         self.locations = self._find_locations()
-        """Where each logical tensor is stored."""
+        """Place of each logical tensor in the files."""
         self._check_names()
         # Names are checked before shapes: a wrong number of layers should not be reported
         # as a wrong shape.
@@ -103,8 +103,8 @@ class HfFolder:
         """Raises ConfigError when the family has no name for a tensor of the model."""
         locations = dict[str, TensorLocation]()
         unknown = []
-        found = find_locations(self.family.rules(self.model), self.shapes)
-        for name, location in found.items():
+        candidates = find_locations(self.family.rules(self.model), self.shapes)
+        for name, location in candidates.items():
             if location is None:
                 unknown.append(name)
             else:
@@ -148,7 +148,7 @@ class HfFolder:
 
     @cached_property
     def copies(self) -> Mapping[str, str]:
-        """Stored tensor -> the stored tensor that it repeats, where both are there."""
+        """Maps a stored tensor to the one that it repeats, where both exist."""
         # Of tied embeddings some files have the head too, and some have it not.
         copies = dict(self.family.copies(self.model))
         if self.model.tie_embeddings:

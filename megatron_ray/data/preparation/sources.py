@@ -41,7 +41,7 @@ class SourceFiles:
     root: Location
     """The source's path; for `prepared` the prefix, for `builtin` the folder."""
     files: tuple[FileStat, ...]
-    """In reading order."""
+    """Files of the source in reading order."""
 
     @property
     def num_bytes(self) -> int:

@@ -8,7 +8,7 @@ Shapes: R rows that lie expert by expert, H hidden.
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.mlp import gated_activation, plain_activation
 from megatron_ray.ops.matmul import Counts
 from megatron_ray.sharding.model_specs import gated_experts_spec, plain_experts_spec
@@ -17,7 +17,7 @@ from megatron_ray.sharding.model_specs import gated_experts_spec, plain_experts_
 class GatedExperts(nn.Module):
     """down(activation(gate(x)) * up(x)) with the matrices of each row's expert."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, num_experts: int) -> None:
         super().__init__()
         self.activation = gated_activation(config)
         spec = gated_experts_spec(config, num_experts)
@@ -34,7 +34,7 @@ class GatedExperts(nn.Module):
 class PlainExperts(nn.Module):
     """down(gelu(up(x))) with the matrices of each row's expert."""
 
-    def __init__(self, config: ModelConfig, layers: Layers, num_experts: int) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, num_experts: int) -> None:
         super().__init__()
         self.activation = plain_activation(config)
         spec = plain_experts_spec(config, num_experts)

@@ -14,7 +14,7 @@ from megatron_ray.expert_parallel.dispatch import Capacity
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.forward_context import ForwardContext
-from megatron_ray.models.layers import Layers
+from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe import router
 from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
@@ -28,7 +28,7 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, moe: MoEConfig, layers: Layers, index: int
+        self, config: ModelConfig, moe: MoEConfig, layers: LayerFactory, index: int
     ) -> None:
         super().__init__()
         self.moe = moe
@@ -97,6 +97,7 @@ class MoE(nn.Module):
         """Counts the tokens of each expert, which its balancing bias is moved by."""
         if self.expert_bias is None:
             return
+        # The bias balances all tokens of a step, whatever sequence they are of.
         single_sequence = torch.zeros_like(experts_TK[:, 0])
         counts = router.count_tokens(experts_TK, self.moe.num_experts, single_sequence, 1)
         self.expert_bias.count(counts[0])
@@ -139,7 +140,7 @@ class MoE(nn.Module):
         return self.layers.local_rows(sequence_T), context.batch_size
 
 
-def _aux_loss(config: ModelConfig, layers: Layers, kind: str) -> AuxLoss | None:
+def _aux_loss(config: ModelConfig, layers: LayerFactory, kind: str) -> AuxLoss | None:
     """Returns the loss of one layer, None for a kind that the model does not have."""
     weights = config.aux_losses
     if kind not in weights:

@@ -53,6 +53,7 @@ def choose(
     if softmax_over_chosen:
         weights = weights.softmax(-1)
     elif moe.score_function == "sigmoid" and moe.top_k > 1:
+        # With one expert the weight would always be 1 and carry no gradient to the router.
         weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)
     if moe.scaling_factor != 1.0:
         weights = weights * moe.scaling_factor
@@ -62,6 +63,8 @@ def choose(
 def _top_experts(moe: MoEConfig, ranking_TE: Tensor) -> Tensor:
     """Returns the K best of each token, [T, K], out of its best groups if limited."""
     if moe.num_groups is not None and moe.group_top_k is not None:
+        # Group-limited routing (DeepSeek-V3): with a group per node, the experts of a
+        # token lie on few nodes.
         by_group = ranking_TE.view(len(ranking_TE), moe.num_groups, -1)
         # A group ranks by the sum of as many of its best as a token takes of it.
         per_group = moe.top_k // moe.group_top_k
@@ -77,6 +80,7 @@ def capacity(moe: MoEConfig, num_tokens: int) -> int | None:
     """Returns the rows that an expert takes of `num_tokens` tokens; None for all."""
     if moe.capacity_factor is None:
         return None
+    # Rows of each expert if tokens were spread evenly; at most all tokens.
     balanced = num_tokens * moe.top_k / moe.num_experts
     return min(num_tokens, ceil(balanced * moe.capacity_factor))
 
@@ -111,6 +115,8 @@ def count_tokens(
     experts_TK: Tensor, num_experts: int, sequence_T: Tensor, num_sequences: int
 ) -> Tensor:
     """Returns how many tokens of each sequence chose each expert: [N, E], fp32."""
+    # One index per (sequence, expert). scatter_add_ and not bincount: the latter makes
+    # the host wait for the device.
     cell = (sequence_T[:, None] * num_experts + experts_TK).flatten()
     counts = torch.zeros(num_sequences * num_experts, device=cell.device)
     counts.scatter_add_(0, cell, torch.ones_like(cell, dtype=counts.dtype))

@@ -1,9 +1,8 @@
-"""Which kernel attends on a device.
+"""Chooses the kernel that computes attention on a device.
 
-Owns: that choice, which the model runs and planning counts with. Torch-free.
-
-What of the device decides it is a value, passed in: a plan is made elsewhere than where
-it runs.
+Owns: that choice, for the model that runs and for the plan that counts its cost. The
+device is passed in as a value, since a plan is made on another machine than the one
+where it runs. Torch-free.
 """
 
 from typing import Literal
@@ -13,24 +12,30 @@ from megatron_ray.distributed.device_kind import DeviceKind
 AttentionKernel = Literal["fused", "fused_in_fp32", "blocks", "stripes", "masked"]
 """`fused`: torch's own function. `fused_in_fp32`: its kernel for CPUs on inputs made
 fp32 (ops.attention.fp32). `blocks`: batched products in bf16
-(ops.attention.blockwise). `stripes`: of a window, by the fused kernel with a bias
+(ops.attention.blockwise). `stripes`: stripes of a window, by the fused kernel with a bias
 (ops.attention.sliding_window). `masked`: the same stripes by torch's own function with a
 mask."""
 
-_SHORTEST_BY_BLOCKS = 16
-"""Tokens; measured on sequences of 16 to 4096."""
+_MIN_TOKENS_FOR_BLOCKS = 16
+"""Measured on sequences of 16 to 4096 tokens."""
 
 
 def attention_kernel(
     device: DeviceKind, *, bf16: bool, sequence: int, window: int | None
 ) -> AttentionKernel:
-    """Returns what attends causally to whole sequences, or to the last `window` tokens
-    of them.
+    """Returns the kernel of causal attention over `sequence` tokens.
+
+    Each token attends to all before it, or to the last `window` tokens only.
     """
+    # A window as long as the sequence hides nothing: the causal kernels are cheaper.
     if window is not None and window < sequence:
-        return "masked" if device.type == "cuda" else "stripes"
-    if device.widens(bf16):
+        if device.type == "cuda":
+            return "masked"
+        return "stripes"
+    # Before `blocks`, whose products in bf16 such a CPU would do one by one.
+    if device.needs_fp32(bf16):
         return "fused_in_fp32"
-    if device.type == "cpu" and bf16 and sequence >= _SHORTEST_BY_BLOCKS:
+    # The backward of torch's kernel for CPUs gains nothing from bf16; batched products do.
+    if device.type == "cpu" and bf16 and sequence >= _MIN_TOKENS_FOR_BLOCKS:
         return "blocks"
     return "fused"

@@ -22,7 +22,7 @@ _MAX_NESTING = 20
 
 
 class LayoutError(InputError, ValueError):
-    """A layout is impossible; the text says what is wrong and what would be right.
+    """A layout is impossible; the message names the problem and the remedy.
 
     `field` is the field of `parallel` to change.
     """

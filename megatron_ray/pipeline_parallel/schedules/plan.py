@@ -29,7 +29,7 @@ class PipelinePlan:
     schedule: ScheduleName
     stages: StageMap
     contents: tuple[StageContents, ...]
-    """By stage."""
+    """Contents of each stage."""
 
     def stages_of(self, pp_rank: int) -> tuple[StageContents, ...]:
         """Returns the stages of a pipeline rank, by chunk."""

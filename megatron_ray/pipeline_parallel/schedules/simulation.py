@@ -61,10 +61,10 @@ papers' formulas are usually given for."""
 
 @dataclass(frozen=True)
 class ScheduleResult:
-    """What a schedule comes to; times in the unit of its costs."""
+    """The result of a simulation; times are in the unit of its costs."""
 
     makespan: float
-    """From the first action of any rank to the last of all."""
+    """Time from the first action of any rank to the last action of all."""
     bubble: float
     """Time in which the rank with the least work does nothing."""
     peak_activations: tuple[int, ...]
@@ -98,7 +98,7 @@ def simulate(
 def run_computing(
     orders: Sequence[Order], stages: StageMap, costs: Costs
 ) -> tuple[dict[Result, float], list[float]]:
-    """Returns when each result is there, and when each rank ends.
+    """Returns when each result is complete, and when each rank ends.
 
     Raises ScheduleError when ranks wait for each other for ever.
     """
@@ -124,7 +124,7 @@ def peak_activations(order: Order) -> int:
 
 
 class _ComputingMachine:
-    """Runs computing actions; a rank that waits is continued when its result is there.
+    """Runs computing actions; a rank that waits goes on when its input is complete.
 
     So every action is looked at once or twice, in whatever order ranks become ready: the
     times do not depend on it.
@@ -186,7 +186,7 @@ def _need(op: Op, stage: int, microbatch: int, num_stages: int) -> Result | None
         if stage == 0:
             return None
         return stage - 1, Op.FORWARD, microbatch
-    # Only the rank's own backward comes before it, which its list already says.
+    # It depends on the rank's own backward only, which its list puts before it already.
     if op is Op.BACKWARD_WEIGHT:
         return None
     # The last stage's backward starts from the loss.
@@ -226,12 +226,12 @@ _Transfer = tuple[Op, int, int]
 
 @dataclass
 class _Queue:
-    """What two ranks have posted to each other."""
+    """The transfers that two ranks have posted to each other."""
 
     posted: dict[int, list[tuple[float, _Transfer]]]
-    """By rank, in its order: when it was posted, and what."""
+    """Transfers of each rank in its order, each with the time of its post."""
     done: float = 0.0
-    """When the last entry that both have posted was done."""
+    """Time at which the last entry that both have posted was done."""
 
 
 class _LoweredMachine:
@@ -246,7 +246,7 @@ class _LoweredMachine:
         self._places = [0] * len(lists)
         self._queues: dict[tuple[int, int], _Queue] = {}
         self._arrived: dict[tuple[int, _Transfer], float] = {}
-        """When a rank's receive was done."""
+        """Time at which each receive of a rank was done."""
         self._waiting: dict[tuple[int, _Transfer], int] = {}
         self._ready = list(range(len(lists)))
 

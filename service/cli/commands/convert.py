@@ -1,6 +1,6 @@
-"""Commands that take models from Hugging Face's format and give them back.
+"""Commands that convert models from and to Hugging Face's format.
 
-Both run where the command does and need no service.
+Both run in the folder of the command and need no service.
 """
 
 import re
@@ -15,7 +15,9 @@ from service.cli.failure import CommandError
 from service.cli.library import as_arguments, checkpoint_path, run_library
 from service.cli.output import AsJson, console, print_json, size
 
+# Run as a module in a process of its own: it imports torch.
 _MODULE = "megatron_ray.checkpoint.hf"
+# Sizes are read as transformers reads them: KB is 1000 bytes, KiB is 1024.
 _UNITS = {
     "": 1,
     "KB": 10**3,
@@ -27,10 +29,12 @@ _UNITS = {
 }
 
 convert_app = typer.Typer(
-    name="convert", help="Models from and to Hugging Face's format.", no_args_is_help=True
+    name="convert",
+    help="Convert models from and to Hugging Face's format.",
+    no_args_is_help=True,
 )
 Out = Annotated[
-    Path, typer.Argument(help="Folder to write; must not be there yet.", show_default=False)
+    Path, typer.Argument(help="Folder to write; must not exist.", show_default=False)
 ]
 
 
@@ -44,15 +48,16 @@ def import_(
     folder: Annotated[
         str,
         typer.Argument(
-            help="Folder (or URI) with config.json and safetensors.", show_default=False
+            help="Folder or URI with config.json and safetensors files.",
+            show_default=False,
         ),
     ],
     out: Out,
     as_json: AsJson = False,
 ) -> None:
-    """Make a checkpoint of a published model, with a job spec that begins with it."""
+    """Convert a Hugging Face model to a checkpoint, with a job spec that starts from it."""
     answer = run_library(_MODULE, ["import", folder, str(out)], "path")
-    _show(answer, as_json, f"train it further: megatron-ray submit {answer.get('spec')}")
+    _show(answer, as_json, f"train it with: megatron-ray submit {answer.get('spec')}")
 
 
 @convert_app.command("export")
@@ -60,47 +65,51 @@ def export(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="Path or URI of a committed checkpoint, or a job id for its newest.",
+            help="Path or URI of a committed checkpoint, or a job id for its newest one.",
             show_default=False,
         ),
     ],
     out: Out,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="bf16 or fp32; as the checkpoint has the weights when not given."
-        ),
+        typer.Option(help="Weight dtype, bf16 or fp32. Default: the checkpoint's."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file, such as 5GB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Maximum size of one file, such as 5GB.")
+    ] = "5GB",
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a folder of safetensors that transformers loads."""
+    """Convert a checkpoint to a folder that transformers can load."""
+    # Checked here, before the service is asked for a path.
     if dtype not in (None, "bf16", "fp32"):
         raise CommandError(
-            f"--dtype {dtype!r} is not known", remedy="use bf16 or fp32", exit_code=2
+            f"--dtype {dtype!r} is not supported", remedy="use bf16 or fp32", exit_code=2
         )
-    options = {"--dtype": dtype, "--max-shard-bytes": _bytes(max_shard_size)}
+    options = {"--dtype": dtype, "--max-shard-bytes": _num_bytes(max_shard_size)}
     path = checkpoint_path(checkpoint, url, token, data_dir)
     answer = run_library(
         _MODULE, ["export", path, str(out), *as_arguments(options)], "path"
     )
-    _show(answer, as_json, f"AutoModelForCausalLM.from_pretrained({str(out)!r}) loads it")
+    load = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    _show(answer, as_json, f"load it with: {load}")
 
 
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match[2].upper()) if match else None
-    amount = int(float(match[1]) * unit) if match and unit else 0
-    if amount < 1:
+def _num_bytes(option: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", option.strip())
+    num_bytes = 0
+    if match:
+        # An unknown unit counts as zero bytes, which is refused below.
+        num_bytes = int(float(match[1]) * _UNITS.get(match[2].upper(), 0))
+    if num_bytes < 1:
         raise CommandError(
-            f"--max-shard-size {text!r} is not a size",
+            f"--max-shard-size {option!r} is not a size",
             remedy="use a number and a unit, such as 500MB or 5GB",
             exit_code=2,
         )
-    return amount
+    return num_bytes
 
 
 def _show(answer: dict[str, Any], as_json: bool, next_step: str) -> None:

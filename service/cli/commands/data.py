@@ -1,6 +1,4 @@
-"""Commands for data: `data prepare` does ahead of time what a job's preparing state
-does.
-"""
+"""The command that tokenizes data ahead of a job, as its preparing state would."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,13 +7,14 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
-from service.cli.failure import CommandError
+from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
+from service.pydantic_messages import plain_message
 from workers.protocol.job import JobSpec
 
 data_app = typer.Typer(
-    name="data", help="Corpora: tokenize and index ahead of a job.", no_args_is_help=True
+    name="data", help="Tokenize and index corpora ahead of a job.", no_args_is_help=True
 )
 
 
@@ -31,79 +30,73 @@ def prepare(
     cache: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for .bin/.idx, shared by jobs that set data.cache to it; the spec's "
-            "data.cache when not given."
+            help="Folder for .bin and .idx files, shared by jobs whose data.cache names it. "
+            "Default: the spec's data.cache."
         ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenize a spec's corpora into .bin/.idx.
+    """Tokenize a spec's corpora into .bin and .idx files.
 
-    A job with the same data and cache finds them done.
+    Jobs with the same data and cache use these files.
     """
+    # Checked here, because no service takes part.
     job = validated(read_spec(spec, overrides))
-    folder = str(cache.expanduser().absolute()) if cache is not None else job.data.cache
+    folder = job.data.cache
+    if cache is not None:
+        folder = str(cache.expanduser().absolute())
     if folder is None:
         raise CommandError(
-            "no folder to write to",
-            remedy="name one with --cache, or --set data.cache=...",
-            exit_code=2,
+            "no folder to write to", remedy="set --cache or data.cache", exit_code=2
         )
-    # Imported here because pyarrow and tokenizers take most of a second that no other
+    # Imported here: pyarrow and tokenizers take most of a second, which no other
     # command needs.
     from megatron_ray.data.preparation.errors import UnusableDataError
     from megatron_ray.data.preparation.prepare import prepare as prepare_corpora
 
     out = console()
+
+    def print_progress(message: str) -> None:
+        if not as_json:
+            out.print(f"[dim]{escape(message)}[/dim]")
+
     try:
         prepared = prepare_corpora(
-            job.data,
-            folder,
-            seq_length=job.training.seq_length,
-            progress=(lambda text: None)
-            if as_json
-            else (lambda text: out.print(f"[dim]{escape(text)}[/dim]")),
+            job.data, folder, seq_length=job.training.seq_length, progress=print_progress
         )
     except UnusableDataError as error:
-        raise problems_failure(
-            "the data cannot be used",
-            [(problem.pointer, problem.detail) for problem in error.problems],
-        ) from error
-    manifest = prepared.model_dump(mode="json")
+        problems = [(problem.pointer, problem.detail) for problem in error.problems]
+        raise problems_failure("the data cannot be used", problems) from error
     if as_json:
-        print_json(manifest)
-    else:
-        tokens = sum(corpus.num_tokens for corpus in prepared.train)
-        out.print(
-            f"prepared in {escape(folder)}: {tokens:,} training tokens, vocabulary of "
-            f"{prepared.vocab_size:,}"
-        )
+        print_json(prepared.model_dump(mode="json"))
+        return
+    num_tokens = sum(corpus.num_tokens for corpus in prepared.train)
+    out.print(
+        f"data ready in {escape(folder)}: {num_tokens:,} training tokens, vocabulary "
+        f"{prepared.vocab_size:,}"
+    )
 
 
 def validated(values: dict[str, Any]) -> JobSpec:
-    """The spec as the library reads it.
+    """Returns the spec as the library reads it.
 
-    Raises Failure with one line per wrong field.
+    Raises CommandError with one line per invalid field.
     """
     try:
         return JobSpec.model_validate(values)
     except ValidationError as error:
-        found = [
-            ("/" + "/".join(str(part) for part in item["loc"]), item["msg"])
-            for item in error.errors()
-        ]
-        raise problems_failure("the job spec is wrong", found) from error
+        problems: list[tuple[str, str]] = []
+        for item in error.errors():
+            pointer = "/" + "/".join(map(str, item["loc"]))
+            problems.append((pointer, plain_message(item)))
+        raise problems_failure("the job spec is invalid", problems) from error
 
 
-def problems_failure(title: str, found: list[tuple[str, str]]) -> CommandError:
-    """A failure with a line per field."""
-    body = {
-        "title": title,
-        "detail": title,
-        "errors": [{"pointer": pointer, "detail": detail} for pointer, detail in found],
-    }
-    return CommandError(
-        "\n".join([title, *(f"  {pointer}: {detail}" for pointer, detail in found)]),
-        exit_code=2,
-        body=body,
-    )
+def problems_failure(title: str, problems: list[tuple[str, str]]) -> CommandError:
+    """Returns an error with one line per (JSON pointer, detail)."""
+    errors: list[dict[str, str]] = []
+    for pointer, detail in problems:
+        errors.append({"pointer": pointer, "detail": detail})
+    # The shape of the service's problem documents.
+    body = {"title": title, "detail": title, "errors": errors}
+    return CommandError(with_field_lines(title, problems), exit_code=2, body=body)

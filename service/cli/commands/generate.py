@@ -1,4 +1,4 @@
-"""The command that lets a checkpoint speak."""
+"""The command that generates text from a checkpoint."""
 
 import sys
 from typing import Annotated, Any
@@ -9,6 +9,7 @@ from service.cli.connection import DataDir, Token, Url
 from service.cli.library import as_arguments, checkpoint_path, run_library
 from service.cli.output import AsJson, print_json
 
+# Run as a module in a process of its own: it imports torch.
 _MODULE = "megatron_ray.inference.generate"
 
 
@@ -21,25 +22,30 @@ def generate(
     checkpoint: Annotated[
         str,
         typer.Argument(
-            help="Path or URI of a committed checkpoint, or a job id for its newest.",
+            help="Path or URI of a committed checkpoint, or a job id for its newest one.",
             show_default=False,
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add.")] = 100,
+    prompt: Annotated[str, typer.Option(help="Prompt text.")] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of generated tokens.")
+    ] = 100,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 always takes the likeliest token.")
+        float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.8,
     top_k: Annotated[
-        int | None, typer.Option(min=1, help="Choose among this many tokens.")
+        int | None,
+        typer.Option(min=1, help="Sample from the k most likely tokens. Default: all."),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
-            min=0, max=1, help="Choose among tokens that make up this probability."
+            min=0,
+            max=1,
+            help="Sample from the most likely tokens with this total probability. Default: all.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 0,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -57,15 +63,17 @@ def generate(
     answer = run_generation(path, prompt, options)
     if as_json:
         print_json(answer)
+    # Not through rich, which would read brackets of the text as markup.
     else:
         sys.stdout.write(f"{answer['prompt']}{answer['text']}\n")
 
 
 def run_generation(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
-    """{prompt, text, ...} from the library's own command.
+    """Returns {prompt, text, ...} from the library's command.
 
-    Raises Failure with its last words.
+    Raises CommandError with the last line of its stderr.
     """
+    # The answer may hold its own prompt; a prompt given here is the default.
     arguments = ["--checkpoint", checkpoint, "--prompt", prompt, *as_arguments(options)]
     answer = run_library(_MODULE, arguments, "text")
     return {"prompt": prompt, **answer, "text": str(answer["text"])}

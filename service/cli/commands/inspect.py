@@ -1,48 +1,45 @@
-"""Commands that only look: jobs, watch, logs, events, metrics, checkpoints, ranks.
+"""Read-only commands: jobs, show, watch, logs, events, metrics, checkpoints, ranks."""
 
-They change nothing.
-"""
-
-import sys
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
 from service.cli.commands.jobs import JobId
+from service.cli.commands.log_reader import print_log
 from service.cli.commands.show import EVENT_COLUMNS, event_style, show, step_of
-from service.cli.commands.watch import TERMINAL, watch_job
+from service.cli.commands.watch import watch_job
 from service.cli.connection import DataDir, Token, Url, connect
-from service.cli.failure import CommandError
 from service.cli.output import (
     AsJson,
     Column,
+    coordinates,
     duration,
     nested,
     number,
-    print_json_line,
     print_page,
     size,
 )
-from service.client import Client
 
-_LOG_POLL_S = 0.5
 _METRICS = "loss,grad_norm,lr,tokens_per_s"
 _PAGE = 100
 
 
 def register(app: typer.Typer) -> None:
     """Adds these commands."""
+    # The order in which `--help` lists them.
     for command in (jobs, show, watch, logs, events, metrics, checkpoints, ranks):
         app.command(command.__name__)(command)
 
 
 def jobs(
-    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
-    status: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Maximum number of jobs, newest first.")
+    ] = 20,
+    status: Annotated[
+        str | None, typer.Option(help="Only jobs with this status. Default: all.")
+    ] = None,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -50,42 +47,55 @@ def jobs(
 ) -> None:
     """List jobs."""
     with connect(url, token, data_dir) as client:
-        page = _pages(
-            lambda after, size: client.jobs(limit=size, after=after, status=status), limit
-        )
+
+        def fetch(after: str | None, page_size: int) -> dict[str, Any]:
+            # A page's size differs from --limit: the service caps it.
+            return client.jobs(limit=page_size, after=after, status=status)
+
+        page = _pages(fetch, limit)
     columns: dict[str, Column] = {
         "id": lambda job: str(job["id"]),
         "name": lambda job: str(job.get("name")),
         "status": lambda job: str(job["status"]),
         "step": step_of,
         "loss": lambda job: number(nested(job, "progress.loss")),
-        "age": _ago,
+        "age": _age,
     }
     print_page(
-        page, as_json, columns, empty="no jobs yet; `megatron-ray submit SPEC` makes one"
+        page,
+        as_json,
+        columns,
+        empty="no jobs yet; submit one with `megatron-ray submit SPEC`",
     )
 
 
 def watch(
     job_id: JobId,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", help="Print every event, including those of single ranks."
+        ),
+    ] = False,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Follow a job to its end, live. Exit code 0 only when it succeeds."""
+    """Follow a job to its end. Exit code 0 only when it succeeds."""
     with connect(url, token, data_dir) as client:
-        watch_job(client, job_id, as_json=as_json)
+        watch_job(client, job_id, as_json=as_json, verbose=verbose)
 
 
 def logs(
     job_id: JobId,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
     attempt: Annotated[
-        int | None, typer.Option(min=1, help="The newest when not given.")
+        int | None,
+        typer.Option(min=1, help="Attempt whose log to print. Default: newest."),
     ] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
+        bool, typer.Option("--follow", "-f", help="Follow until the job ends.")
     ] = False,
     url: Url = None,
     token: Token = None,
@@ -95,65 +105,78 @@ def logs(
     """Print a rank's log."""
     with connect(url, token, data_dir) as client:
         try:
-            _print_log(
+            print_log(
                 client, job_id, rank=rank, attempt=attempt, follow=follow, as_json=as_json
             )
         except KeyboardInterrupt:
+            # The usual way to end --follow is no error and gets no message.
             raise SystemExit(130) from None
 
 
 def events(
     job_id: JobId,
-    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of events.")] = 1000,
     level: Annotated[
-        str | None, typer.Option(help="Only these levels, such as warn,error.")
+        str | None,
+        typer.Option(help="Only these levels, such as warn,error. Default: all."),
     ] = None,
     newest: Annotated[
-        bool, typer.Option("--newest", help="The newest ones first; else the oldest.")
+        bool, typer.Option("--newest", help="Newest first. Default: oldest first.")
     ] = False,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a job's history."""
+    """List a job's events."""
     with connect(url, token, data_dir) as client:
-        page = _pages(
-            lambda after, size: client.events(
-                job_id, limit=size, after=after, levels=level, newest_first=newest
-            ),
-            limit,
-        )
+
+        def fetch(after: str | None, page_size: int) -> dict[str, Any]:
+            return client.events(
+                job_id, limit=page_size, after=after, levels=level, newest_first=newest
+            )
+
+        page = _pages(fetch, limit)
     print_page(page, as_json, EVENT_COLUMNS, empty="no events", style=event_style)
 
 
 def metrics(
     job_id: JobId,
-    keys: Annotated[str, typer.Option(help="Comma-separated names.")] = _METRICS,
-    from_step: Annotated[int | None, typer.Option(min=0, help="First step.")] = None,
+    keys: Annotated[str, typer.Option(help="Comma-separated names of metrics.")] = _METRICS,
+    from_step: Annotated[
+        int | None, typer.Option(min=0, help="First step. Default: the job's first.")
+    ] = None,
     max_points: Annotated[
-        int | None, typer.Option(min=1, help="Thin out to this many rows.")
+        int | None,
+        typer.Option(
+            min=1, help="Thin out to at most this many rows. Default: no thinning."
+        ),
     ] = None,
     attempt: Annotated[
         int | None,
-        typer.Option(min=1, help="Only this attempt; the newest per step when not given."),
+        typer.Option(
+            min=1, help="Only this attempt. Default: the newest that ran each step."
+        ),
     ] = None,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print a job's metrics by step."""
+    """List a job's metrics by step."""
     with connect(url, token, data_dir) as client:
         page = client.metrics(
             job_id, keys=keys, from_step=from_step, max_points=max_points, attempt=attempt
         )
-    names = [name.strip() for name in keys.split(",") if name.strip()]
+    # A step may have been run by several attempts, so each row names its own.
     columns: dict[str, Column] = {
         "step": lambda row: str(row["step"]),
         "attempt": lambda row: str(row.get("attempt")),
     }
-    columns |= {name: lambda row, name=name: _cell(row.get(name)) for name in names}  # type: ignore[misc]
+    for key in keys.split(","):
+        name = key.strip()
+        if name:
+            columns[name] = _metric_column(name)
     print_page(page, as_json, columns, empty="no metrics yet")
 
 
@@ -184,18 +207,16 @@ def ranks(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which rank runs where."""
+    """List where each rank of a job runs."""
     with connect(url, token, data_dir) as client:
         page = client.ranks(job_id)
     columns: dict[str, Column] = {
         "rank": lambda entry: str(entry["rank"]),
         "slot": lambda entry: str(entry.get("slot")),
         "address": lambda entry: str(entry.get("address")),
-        "gpu": lambda entry: str(entry.get("gpu") if entry.get("gpu") is not None else "-"),
+        "gpu": _gpu,
         "pid": lambda entry: str(entry.get("pid")),
-        "coordinates": lambda entry: " ".join(
-            f"{axis}{index}" for axis, index in (entry.get("coordinates") or {}).items()
-        ),
+        "coordinates": coordinates,
     }
     print_page(page, as_json, columns, empty="no ranks yet")
 
@@ -203,94 +224,26 @@ def ranks(
 def _pages(
     fetch: Callable[[str | None, int], dict[str, Any]], limit: int
 ) -> dict[str, Any]:
-    """Up to `limit` entries, over as many pages as that takes."""
-    data: list[Any] = []
+    """Returns up to `limit` entries as one page; `fetch` gets (after, page size)."""
+    entries: list[Any] = []
     after: str | None = None
     while True:
-        page = fetch(after, min(_PAGE, limit - len(data)))
-        data += page["data"]
-        more = bool(page.get("has_more"))
-        if not more or len(data) >= limit or not page["data"]:
-            return {
-                **page,
-                "data": data,
-                "first_id": _id(data[0]) if data else None,
-                "last_id": _id(data[-1]) if data else None,
-            }
-        after = page.get("last_id") or _id(page["data"][-1])
+        page = fetch(after, min(_PAGE, limit - len(entries)))
+        entries += page["data"]
+        # A page without entries ends the loop even if it claims that there are more.
+        if not page.get("has_more") or len(entries) >= limit or not page["data"]:
+            break
+        after = page.get("last_id") or str(page["data"][-1]["id"])
+    # One page that spans all that were fetched.
+    merged = {**page, "data": entries, "first_id": None, "last_id": None}
+    if entries:
+        merged["first_id"] = str(entries[0]["id"])
+        merged["last_id"] = str(entries[-1]["id"])
+    return merged
 
 
-def _id(entry: Mapping[str, Any]) -> str:
-    return str(entry["id"])
-
-
-@dataclass
-class _LogReader:
-    """Reads one rank's log piece by piece, from one attempt into the next when none was
-    asked for.
-    """
-
-    client: Client
-    job_id: str
-    rank: int
-    attempt: int | None
-    newest: bool = True
-    offset: int = 0
-    wrote: bool = False
-
-    def read(self, as_json: bool) -> bool:
-        """Prints all there is; whether the job had ended before (what is written later
-        is then none).
-        """
-        job = self.client.show(self.job_id)
-        current = int(job.get("attempt") or 0)
-        if self.attempt is None or (self.newest and current > self.attempt):
-            if self.attempt:
-                self._drain(as_json)
-            self.attempt = current or None
-            self.offset = 0
-        if self.attempt:
-            self._drain(as_json)
-        return job["status"] in TERMINAL
-
-    def _drain(self, as_json: bool) -> None:
-        while True:
-            piece = self.client.logs(
-                self.job_id, rank=self.rank, attempt=self.attempt, offset=self.offset
-            )
-            text = str(piece.get("data") or "")
-            offset = int(piece.get("next_offset") or self.offset)
-            if offset <= self.offset:
-                return
-            self.offset = offset
-            self.wrote = True
-            if as_json:
-                print_json_line(piece)
-            else:
-                sys.stdout.write(text)
-                sys.stdout.flush()
-
-
-def _print_log(
-    client: Client,
-    job_id: str,
-    *,
-    rank: int,
-    attempt: int | None,
-    follow: bool,
-    as_json: bool,
-) -> None:
-    reader = _LogReader(client, job_id, rank, attempt, newest=attempt is None)
-    while not reader.read(as_json) and follow:
-        time.sleep(_LOG_POLL_S)
-    if not reader.wrote:
-        raise CommandError(
-            f"rank {rank} of {job_id} has written no log yet",
-            remedy=f"`megatron-ray show {job_id}` says where the job is",
-        )
-
-
-def _ago(job: Mapping[str, Any]) -> str:
+def _age(job: Mapping[str, Any]) -> str:
+    # By this machine's clock, which may differ from the service's.
     try:
         created = datetime.fromisoformat(str(job.get("created_at")))
     except ValueError:
@@ -298,7 +251,23 @@ def _ago(job: Mapping[str, Any]) -> str:
     return duration((datetime.now(UTC) - created).total_seconds())
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):  # the split of a step, or other losses
-        return ", ".join(f"{name} {_cell(part)}" for name, part in value.items()) or "-"
-    return f"{value:.6g}" if isinstance(value, float) else number(value)
+def _gpu(entry: Mapping[str, Any]) -> str:
+    # GPU 0 is a GPU: `or` would drop it.
+    if entry.get("gpu") is None:
+        return "-"
+    return str(entry["gpu"])
+
+
+def _metric_column(name: str) -> Column:
+    # A function, so that each column keeps its own name: a lambda in the loop would
+    # read the last one.
+    return lambda row: _metric(row.get(name))
+
+
+def _metric(value: Any) -> str:
+    # Some metrics have parts: the split of a step's time, the other losses.
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_metric(part)}" for name, part in value.items()) or "-"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return number(value)

@@ -1,6 +1,6 @@
-"""Commands that make or change a job: submit, cancel.
+"""Commands that create or change a job: submit, cancel.
 
-Must not know: how a job is watched or shown.
+Must not know: how a job is followed or displayed.
 """
 
 import time
@@ -17,7 +17,8 @@ from service.cli.spec_file import Overrides, SpecFile, read_spec
 from service.client import Client
 
 JobId = Annotated[
-    str, typer.Argument(help="Job id, as `megatron-ray jobs` shows it.", show_default=False)
+    str,
+    typer.Argument(help="Job id, as listed by `megatron-ray jobs`.", show_default=False),
 ]
 _POLL_S = 0.3
 
@@ -34,12 +35,14 @@ def submit(
     watch: Annotated[
         bool,
         typer.Option(
-            "--watch", help="Follow the job to its end; exit code 0 only when it succeeds."
+            "--watch", help="Follow the job to its end. Exit code 0 only when it succeeds."
         ),
     ] = False,
     idempotency_key: Annotated[
         str | None,
-        typer.Option(help="Submitting again with the same key gives the same job."),
+        typer.Option(
+            help="Submitting again with the same key returns the same job. Default: random."
+        ),
     ] = None,
     url: Url = None,
     token: Token = None,
@@ -50,18 +53,19 @@ def submit(
     values = read_spec(spec, overrides)
     with connect(url, token, data_dir) as client:
         job = client.submit(values, idempotency_key)
+        job_id = escape(job["id"])
         if watch:
+            # With --json, stdout holds the events alone.
             if not as_json:
-                console().print(
-                    f"submitted [bold]{escape(job['id'])}[/bold] ({escape(str(job.get('name')))})"
-                )
+                name = escape(str(job.get("name")))
+                console().print(f"submitted [bold]{job_id}[/bold] ({name})")
             watch_job(client, job["id"], as_json=as_json)
         elif as_json:
             print_json(job)
         else:
             console().print(
-                f"submitted [bold]{escape(job['id'])}[/bold]; `megatron-ray watch "
-                f"{escape(job['id'])}` follows it"
+                f"submitted [bold]{job_id}[/bold]; follow it with "
+                f"`megatron-ray watch {job_id}`"
             )
 
 
@@ -70,33 +74,37 @@ def cancel(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Wait until the job has ended.")
     ] = True,
-    timeout_s: Annotated[float, typer.Option(help="Longest wait, in seconds.")] = 180.0,
+    timeout_s: Annotated[float, typer.Option(help="Maximum wait, in seconds.")] = 180.0,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cancel a job. It writes a last checkpoint, then ends."""
+    """Cancel a job after a final checkpoint."""
     with connect(url, token, data_dir) as client:
         job = client.cancel(job_id)
+        # The request returns at once; the final checkpoint takes longer.
         if wait:
             job = _wait_for_end(client, job, timeout_s)
     status = str(job["status"])
+    # A job that ended otherwise is reported below, as an error.
     if as_json:
         print_json(job)
     elif status not in TERMINAL or status == "cancelled":
         console().print(f"{escape(job_id)} {styled_status(status)}")
+    # The job may end by itself between the request and the cancellation.
     if status in ("succeeded", "failed"):
-        raise CommandError(f"{job_id} had {status} before it could be cancelled", body=job)
+        raise CommandError(f"{job_id} {status} before it could be cancelled", body=job)
     if wait and status != "cancelled":
         raise CommandError(
             f"{job_id} is still {status} after {timeout_s:.0f} s",
-            remedy=f"`megatron-ray events {job_id}` says why",
+            remedy=f"see `megatron-ray events {job_id}`",
             body=job,
         )
 
 
 def _wait_for_end(client: Client, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    # Polled rather than streamed: this wait has a deadline.
     deadline = time.monotonic() + timeout_s
     while job["status"] not in TERMINAL and time.monotonic() < deadline:
         time.sleep(_POLL_S)

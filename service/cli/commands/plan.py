@@ -1,6 +1,6 @@
-"""`megatron-ray plan`: how a job would run, and which layouts would be quickest.
+"""`megatron-ray plan`: how a job would run, and the fastest layouts that fit.
 
-Must not know: how any of it is worked out.
+Must not know: how anything is estimated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,36 @@ import typer
 from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url, connect
-from service.cli.failure import CommandError
-from service.cli.output import AsJson, console, number, print_json, print_table, size
+from service.cli.failure import CommandError, with_field_lines
+from service.cli.output import (
+    AsJson,
+    console,
+    coordinates,
+    number,
+    print_json,
+    print_table,
+    size,
+)
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 
-_MOST_ROWS = 64
+_MAX_RANK_ROWS = 64
 _AXES = ("tp", "cp", "ep", "dp", "pp")
+_SUGGESTED_AXES = ("tp", "pp", "vpp", "cp", "ep", "dp")
+# Field of the answer -> what people call it, in the order in which they are printed.
+_TIME_PARTS = {
+    "products_s": "matmuls",
+    "attention_s": "attention",
+    "memory_s": "memory-bound ops",
+    "communication_s": "exposed communication",
+    "bubble_s": "pipeline bubble",
+    "update_s": "optimizer",
+}
 Json = Mapping[str, Any]
 Hardware = Annotated[
     str | None,
     typer.Option(
         "--hardware",
-        help="Device to plan for: A100, H100, H200, B200 or CPU; the cluster's when not given.",
+        help="Device to plan for: A100, H100, H200, B200 or CPU. Default: the cluster's.",
     ),
 ]
 
@@ -36,13 +54,14 @@ def plan(
     overrides: Overrides = None,
     hardware: Hardware = None,
     suggest: Annotated[
-        bool, typer.Option("--suggest", help="Show the quickest layouts that fit instead.")
+        bool,
+        typer.Option("--suggest", help="List the fastest layouts that fit instead."),
     ] = False,
     ranks: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="With --suggest: how many ranks; what the job would get when not given.",
+            help="With --suggest: number of ranks. Default: as many as the job would get.",
         ),
     ] = None,
     url: Url = None,
@@ -50,156 +69,160 @@ def plan(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how a job would run, and start nothing.
-
-    Exit code 0 only when it would fit.
-    """
+    """Show how a job would run, without starting it. Exit code 0 only when it fits."""
     values = read_spec(spec, overrides)
+    # Without --suggest the number would be ignored silently.
     if ranks is not None and not suggest:
         raise CommandError(
-            "--ranks goes with --suggest; a plan has the ranks of its degrees"
+            "--ranks needs --suggest; a plan's ranks follow from its parallel degrees"
         )
     with connect(url, token, data_dir) as client:
-        answer = (
-            client.suggest(values, hardware=hardware, ranks=ranks)
-            if suggest
-            else client.plan(values, hardware=hardware)
-        )
+        if suggest:
+            answer = client.suggest(values, hardware=hardware, ranks=ranks)
+        else:
+            answer = client.plan(values, hardware=hardware)
     if as_json:
         print_json(answer)
     elif suggest:
         _print_suggestions(answer)
     else:
         _print_plan(answer)
+    _check_fits(answer, suggest, as_json)
+
+
+def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
+    """Raises CommandError when the job does not fit."""
+    # The plan is printed in any case, so that one sees what does not fit where.
+    # On stdout the answer is complete already; only a JSON error repeats it.
+    body = None
+    if as_json:
+        body = answer
     if suggest and not answer.get("data"):
-        raise CommandError("no layout can be suggested", body=answer if as_json else None)
-    if answer.get("problems") or answer.get("fits") is False:
-        lines = [
-            f"{problem.get('pointer') or '/'}: {problem.get('detail')}"
-            for problem in answer.get("problems") or ()
-        ]
-        raise CommandError(
-            "\n  ".join(["the job would not run as it is", *lines]),
-            body=answer if as_json else None,
-        )
+        raise CommandError("no layout can be suggested", body=body)
+    problems = answer.get("problems") or ()
+    if problems or answer.get("fits") is False:
+        fields: list[tuple[str, str]] = []
+        for problem in problems:
+            fields.append((problem.get("pointer") or "/", problem.get("detail")))
+        raise CommandError(with_field_lines("this job does not fit", fields), body=body)
 
 
 def _print_plan(answer: Json) -> None:
+    # Sections without data are left out: what is not known depends on spec and cluster.
     out = console()
     parallel = (answer.get("resolved_spec") or {}).get("parallel") or {}
     degrees = " x ".join(f"{axis}={parallel[axis]}" for axis in _AXES if axis in parallel)
     out.print(f"[bold]{answer.get('world_size', '?')} ranks[/bold]  {degrees}")
     _print_memory(answer.get("memory") or {})
-    _print_traffic(answer.get("communication") or ())
+    _print_communication(answer.get("communication") or ())
     _print_time(answer)
     if answer.get("room") is not None:
-        out.print(f"room for {answer['room']} ranks of this kind")
-    for note in answer.get("notes") or ():
-        out.print(f"[dim]{escape(str(note))}[/dim]")
+        out.print(f"the cluster fits {answer['room']} such ranks")
+    _print_notes(answer)
     _print_ranks(answer.get("ranks") or ())
 
 
 def _print_memory(memory: Json) -> None:
+    out = console()
     if memory:
-        console().print(f"[bold]memory[/bold] of the fullest rank, {memory.get('rank', 0)}")
+        out.print(
+            f"[bold]memory[/bold] on the most loaded rank (rank {memory.get('rank', 0)})"
+        )
     for name, amount in memory.items():
-        if amount and name != "rank":
-            words = name.replace("_bytes", "").replace("_", " ")
-            console().print(
-                f"  {words:24} {size(amount) if '_bytes' in name else number(amount)}"
-            )
+        if not amount or name == "rank":
+            continue
+        label = name.replace("_bytes", "").replace("_", " ")
+        # All but the number of parameters are bytes.
+        value = number(amount)
+        if "_bytes" in name:
+            value = size(amount)
+        out.print(f"  {label:24} {value}")
 
 
-def _print_traffic(traffic: Sequence[Json]) -> None:
-    if traffic:
-        console().print("[bold]sent[/bold] by that rank in a step")
-    for entry in traffic:
-        words = f"{entry['axis']} {str(entry['kind']).replace('_', '-')}"
-        console().print(
-            f"  {words:24} {size(entry['bytes'])} in {number(entry['operations'])}"
+def _print_communication(communication: Sequence[Json]) -> None:
+    out = console()
+    if communication:
+        out.print("[bold]communication[/bold] of that rank per step")
+    for entry in communication:
+        label = f"{entry['axis']} {str(entry['kind']).replace('_', '-')}"
+        out.print(
+            f"  {label:24} {size(entry['bytes'])} in {number(entry['operations'])} calls"
         )
 
 
 def _print_time(answer: Json) -> None:
+    out = console()
     time = answer.get("time")
-    share = answer.get("bubble_share")
     if time:
-        rest = f"{number(time['tokens_per_s'], 0)} tokens/s, MFU {100 * time['mfu']:.1f} %"
-        console().print(
-            f"[bold]step[/bold] on {answer.get('hardware')}, estimated: "
-            f"{_seconds(time['step_s'])}, {rest}"
+        out.print(
+            f"[bold]step time[/bold] on {answer.get('hardware')}, estimated: "
+            f"{_seconds(time['step_s'])}, {number(time['tokens_per_s'], 0)} tokens/s, "
+            f"MFU {100 * time['mfu']:.1f} %"
         )
-        for name in (
-            "products",
-            "attention",
-            "memory",
-            "communication",
-            "bubble",
-            "update",
-        ):
-            if time[f"{name}_s"]:
-                console().print(f"  {name:24} {_seconds(time[f'{name}_s'])}")
-    elif share:
-        console().print(f"[bold]bubble[/bold] {100 * share:.1f} % of a step")
+        for key, label in _TIME_PARTS.items():
+            # Parts that take no time would only hide the others.
+            if time[key]:
+                out.print(f"  {label:24} {_seconds(time[key])}")
+    # Without a known device there is no time, but the schedule alone gives the bubble.
+    elif answer.get("bubble_share"):
+        out.print(
+            f"[bold]pipeline bubble[/bold] {100 * answer['bubble_share']:.1f} % of a step"
+        )
+
+
+def _print_notes(answer: Json) -> None:
+    for note in answer.get("notes") or ():
+        console().print(f"[dim]{escape(str(note))}[/dim]")
 
 
 def _print_ranks(ranks: Sequence[Json]) -> None:
-    rows = [
-        [
-            str(rank.get("rank")),
-            str(rank.get("island", "-")),
-            " ".join(
-                f"{axis}{index}" for axis, index in (rank.get("coordinates") or {}).items()
-            ),
-        ]
-        for rank in ranks
-    ]
-    print_table(["rank", "island", "coordinates"], rows[:_MOST_ROWS], empty="no rank map")
-    if len(rows) > _MOST_ROWS:
-        console().print(f"... and {len(rows) - _MOST_ROWS} more; --json shows all")
+    # A plan may have thousands of ranks.
+    rows: list[list[str]] = []
+    for rank in ranks[:_MAX_RANK_ROWS]:
+        island = str(rank.get("island", "-"))
+        rows.append([str(rank.get("rank")), island, coordinates(rank)])
+    print_table(["rank", "island", "coordinates"], rows, empty="no ranks")
+    if len(ranks) > _MAX_RANK_ROWS:
+        console().print(f"{len(ranks) - _MAX_RANK_ROWS} more ranks; see all with --json")
 
 
 def _print_suggestions(answer: Json) -> None:
-    out = console()
-    if answer.get("data"):
-        out.print(
+    suggestions = answer.get("data") or ()
+    if suggestions:
+        console().print(
             f"[bold]{answer.get('world_size')} ranks[/bold] of {answer.get('hardware')}, "
-            "quickest first; --set takes a row's fields"
-        )
-    rows = []
-    for entry in answer.get("data") or ():
-        changes = entry["changes"]
-        time = entry["time"]
-        degrees = [
-            str(changes.get(f"parallel.{axis}") or 1)
-            for axis in ("tp", "pp", "vpp", "cp", "ep", "dp")
-        ]
-        recompute = (changes.get("training.recompute") or {}).get("granularity", "none")
-        estimate = [
-            _seconds(time["step_s"]),
-            f"{100 * time['mfu']:.1f} %",
-            size(entry["total_bytes_estimate"]),
-        ]
-        rows.append(
-            [*degrees, str(changes.get("training.micro_batch_size")), recompute, *estimate]
+            "fastest first; apply a row with --set"
         )
     columns = [
-        "tp",
-        "pp",
-        "vpp",
-        "cp",
-        "ep",
-        "dp",
-        "micro",
+        *_SUGGESTED_AXES,
+        "micro batch",
         "recompute",
         "step",
         "MFU",
-        "fullest rank",
+        "memory per rank",
     ]
+    rows: list[list[str]] = []
+    for suggestion in suggestions:
+        rows.append(_suggestion_row(suggestion))
     print_table(columns, rows, empty="no layout fits")
-    for note in answer.get("notes") or ():
-        out.print(f"[dim]{escape(str(note))}[/dim]")
+    _print_notes(answer)
+
+
+def _suggestion_row(suggestion: Json) -> list[str]:
+    changes = suggestion["changes"]
+    time = suggestion["time"]
+    # A degree of 1 is left out of the changes.
+    row = [str(changes.get(f"parallel.{axis}") or 1) for axis in _SUGGESTED_AXES]
+    recompute = changes.get("training.recompute") or {}
+    row.append(str(changes.get("training.micro_batch_size")))
+    row.append(recompute.get("granularity", "none"))
+    row.append(_seconds(time["step_s"]))
+    row.append(f"{100 * time['mfu']:.1f} %")
+    row.append(size(suggestion["total_bytes_estimate"]))
+    return row
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+    if value >= 1:
+        return f"{value:.2f} s"
+    return f"{1000 * value:.1f} ms"

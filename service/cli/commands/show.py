@@ -1,7 +1,4 @@
-"""`megatron-ray show`: where a job is, what went wrong last, what is left to spend.
-
-Must not know: how it is fetched by others.
-"""
+"""`megatron-ray show`: a job's state, progress, restarts and last problems."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,7 +22,7 @@ from service.cli.output import (
 )
 from service.client import Client
 
-_NEWEST_TROUBLES = 6
+_NUM_PROBLEM_EVENTS = 6
 Json = Mapping[str, Any]
 EVENT_COLUMNS: dict[str, Column] = {
     "seq": lambda event: str(event["seq"]),
@@ -44,7 +41,7 @@ def show(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one job: where it is, what went wrong last, what is left of its restarts."""
+    """Show a job's state, progress, restarts and last problems."""
     with connect(url, token, data_dir) as client:
         job = client.show(job_id)
         if as_json:
@@ -54,126 +51,146 @@ def show(
 
 
 def _print_job(client: Client, job: Json) -> None:
-    attempts = client.attempts(job["id"])["data"]
-    started, recovered = (
-        _newest(client, job["id"], kind) for kind in ("attempt.started", "job.recovered")
-    )
-    troubles = client.events(
-        job["id"], levels="warn,error", newest_first=True, limit=_NEWEST_TROUBLES
+    # All requests come before the first line: a failed one must not leave half a page.
+    job_id = job["id"]
+    attempts = client.attempts(job_id)["data"]
+    started = _newest_event(client, job_id, "attempt.started")
+    recovered = _newest_event(client, job_id, "job.recovered")
+    problem_events = client.events(
+        job_id, levels="warn,error", newest_first=True, limit=_NUM_PROBLEM_EVENTS
     )["data"]
     out = console()
-    out.print(
-        f"[bold]{escape(job['id'])}[/bold] {escape(str(job.get('name')))}  "
-        f"{styled_status(job['status'])}"
-    )
-    for name, value in {
+    name = escape(str(job.get("name")))
+    out.print(f"[bold]{escape(job_id)}[/bold] {name}  {styled_status(job['status'])}")
+    fields = {
         **_state(job),
         **_history(job, attempts, started, recovered),
-        **_place(job),
-    }.items():
+        **_storage(job),
+    }
+    for label, value in fields.items():
         if value:
-            out.print(f"  {name:16} {escape(value)}")
+            out.print(f"  {label:16} {escape(value)}")
     for error in nested(job, "problem.errors") or ():
-        out.print(
-            f"  [red]{escape(str(error.get('pointer')))}[/red] {escape(str(error.get('detail')))}"
-        )
-    if troubles:
+        pointer = escape(str(error.get("pointer")))
+        out.print(f"  [red]{pointer}[/red] {escape(str(error.get('detail')))}")
+    if problem_events:
         out.print("[bold]newest warnings and errors[/bold]")
-        print_page(
-            {"data": troubles[::-1]}, False, EVENT_COLUMNS, empty="", style=event_style
-        )
+        # Fetched newest first to get the last ones; read oldest first.
+        page = {"data": problem_events[::-1]}
+        print_page(page, False, EVENT_COLUMNS, empty="", style=event_style)
 
 
-def _newest(client: Client, job_id: str, kind: str) -> Json | None:
-    """The newest event of a type."""
-    found: list[Json] = client.events(job_id, types=kind, newest_first=True, limit=1)[
-        "data"
-    ]
-    return found[0] if found else None
+def _newest_event(client: Client, job_id: str, event_type: str) -> Json | None:
+    page = client.events(job_id, types=event_type, newest_first=True, limit=1)
+    for event in page["data"]:
+        newest: Json = event
+        return newest
+    return None
 
 
 def event_style(event: Json) -> str:
-    """The colour of an event's row."""
+    """Returns the colour of an event's row."""
     return styled_level(str(event.get("level")))
 
 
 def step_of(job: Json) -> str:
-    """Step and steps of a job."""
-    step = nested(job, "progress.step")
-    steps = nested(job, "progress.steps")
-    return f"{step or 0}/{steps}" if steps else "-"
+    """Returns a job's step and its number of steps, such as `5/10`."""
+    num_steps = nested(job, "progress.steps")
+    # A job without progress has no number of steps yet.
+    if not num_steps:
+        return "-"
+    return f"{nested(job, 'progress.step') or 0}/{num_steps}"
 
 
 def _state(job: Json) -> dict[str, str]:
     progress = job.get("progress") or {}
+    # Both are often empty; an empty value prints no line.
+    reasons: list[str] = []
+    for key in ("status_reason", "message"):
+        if job.get(key):
+            reasons.append(str(job[key]))
+    eta = ""
+    if job["status"] == "running":
+        eta = duration(progress.get("eta_s"))
     return {
-        "reason": ": ".join(
-            str(job[key]) for key in ("status_reason", "message") if job.get(key)
-        ),
+        "reason": ": ".join(reasons),
         "step": step_of(job),
         "loss": number(progress.get("loss")),
         "validation loss": number(progress.get("val_loss")),
         "tokens/s": number(progress.get("tokens_per_s"), 0),
-        "ETA": duration(progress.get("eta_s")) if job["status"] == "running" else "",
+        "ETA": eta,
     }
 
 
 def _history(
     job: Json, attempts: Sequence[Json], started: Json | None, recovered: Json | None
 ) -> dict[str, str]:
-    current = attempts[-1] if attempts else None
-    failed = [attempt for attempt in attempts if attempt["state"] == "failed"]
+    # Before the first attempt there is only the job's own number, 0.
+    current = str(job.get("attempt") or "-")
+    if attempts:
+        current = _attempt(attempts[-1], started)
+    # Attempts come oldest first: the last match is the newest.
+    last_failure = ""
+    for attempt in attempts:
+        if attempt["state"] == "failed":
+            last_failure = _failure(attempt)
+    last_recovery = ""
+    if recovered:
+        last_recovery = f"{moment(recovered['created_at'])}  {recovered['message']}"
     return {
-        "attempt": _attempt(current, started)
-        if current is not None
-        else str(job.get("attempt") or "-"),
-        "restarts": _restarts(job),
-        "last failure": _failure(failed[-1]) if failed else "",
-        "last recovery": f"{moment(recovered['created_at'])}  {recovered['message']}"
-        if recovered
-        else "",
+        "attempt": current,
+        "restarts used": _restarts(job),
+        "last failure": last_failure,
+        "last recovery": last_recovery,
     }
 
 
 def _attempt(attempt: Json, started: Json | None) -> str:
-    """`started` is the newest event of a start, whose message is where from."""
-    origin = (
-        f" {started['message']}"
-        if started is not None and started["attempt"] == attempt["attempt"]
-        else ""
-    )
-    since = f", since {moment(attempt['started_at'])}" if attempt.get("started_at") else ""
-    ended = f", ended {moment(attempt['ended_at'])}" if attempt.get("ended_at") else ""
-    return f"{attempt['attempt']} {attempt['state']}{origin}{since}{ended}"
+    text = f"{attempt['attempt']} {attempt['state']}"
+    # The event's message holds the step or checkpoint that the attempt starts from.
+    if started is not None and started["attempt"] == attempt["attempt"]:
+        text += f" ({started['message']})"
+    if attempt.get("started_at"):
+        text += f", since {moment(attempt['started_at'])}"
+    if attempt.get("ended_at"):
+        text += f", ended {moment(attempt['ended_at'])}"
+    return text
 
 
 def _failure(attempt: Json) -> str:
-    """The root cause, in the words of the driver that has seen it."""
-    at = f"{moment(attempt['ended_at'])}  " if attempt.get("ended_at") else ""
-    reason = f" ({attempt['reason']})" if attempt.get("reason") else ""
-    return (
-        f"{at}attempt {attempt['attempt']}: "
-        f"{attempt.get('message') or 'no cause was recorded'}{reason}"
-    )
+    """Returns the root cause of a failed attempt, as the driver reported it."""
+    message = attempt.get("message") or "no cause was recorded"
+    text = f"attempt {attempt['attempt']}: {message}"
+    if attempt.get("ended_at"):
+        text = f"{moment(attempt['ended_at'])}  {text}"
+    if attempt.get("reason"):
+        text += f" ({attempt['reason']})"
+    return text
 
 
 def _restarts(job: Json) -> str:
-    """How much of the budget is spent; the attempt that fails with nothing left ends
-    the job.
-    """
-    failures = int(job.get("failures") or 0)
-    most = nested(job, "resolved_spec.restart.max_failures")
-    text = (
-        f"{failures} failures" if most is None else f"{failures} of {most} failures spent"
-    )
-    return text + (f", {job['preemptions']} preemptions" if job.get("preemptions") else "")
+    """Returns how many restarts are used; a failure beyond the last one ends the job."""
+    text = str(int(job.get("failures") or 0))
+    max_failures = nested(job, "resolved_spec.restart.max_failures")
+    if max_failures is not None:
+        text += f" of {max_failures}"
+    # Preemptions have a budget of their own.
+    if job.get("preemptions"):
+        text += f", plus {job['preemptions']} preemptions"
+    return text
 
 
-def _place(job: Json) -> dict[str, str]:
-    last = job.get("last_checkpoint")
+def _storage(job: Json) -> dict[str, str]:
+    last_checkpoint = "-"
+    checkpoint = job.get("last_checkpoint")
+    if checkpoint:
+        last_checkpoint = f"step {checkpoint['step']}  {checkpoint['path']}"
+    ended = ""
+    if job.get("ended_at"):
+        ended = moment(job["ended_at"])
     return {
-        "last checkpoint": f"step {last['step']}  {last['path']}" if last else "-",
+        "last checkpoint": last_checkpoint,
         "created": moment(job.get("created_at")),
-        "ended": moment(job["ended_at"]) if job.get("ended_at") else "",
+        "ended": ended,
         "storage": str(job.get("storage_path")),
     }

@@ -1,34 +1,31 @@
 """Commands for the stack on this machine: up, down.
 
-Must not know: how it is started or ended (service/local_stack does).
+Must not know: how it is started or stopped (service/local_stack).
 """
 
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from service.cli.connection import DataDir, local_stack, resolve_data_dir
+from service.cli.commands.detached import up_detached
+from service.cli.connection import DataDir, resolve_data_dir
 from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
 from service.local_stack.interruption import Interruption, StackError, StartInterruptedError
+from service.local_stack.options import StackOptions
 from service.local_stack.record import RecordUnreadableError, StackRecord
-from service.local_stack.sessions import GatedProcess, is_running, send_signal
-from service.local_stack.stack import LocalStack, StackOptions
+from service.local_stack.stack import LocalStack
 from service.local_stack.teardown import TeardownReport
 from service.local_stack.teardown import down as end_stack
 
 Cpus = Annotated[
     int | None,
     typer.Option(
-        "--cpus",
-        min=1,
-        help="CPUs that Ray may hand out; those of the machine when not given.",
+        "--cpus", min=1, help="CPUs that Ray may use. Default: all CPUs of the machine."
     ),
 ]
 INTERRUPTED = 130
@@ -45,30 +42,42 @@ def up(
     cpus: Cpus = None,
     detach: Annotated[
         bool,
-        typer.Option("--detach", help="Return once everything is ready; `down` ends it."),
+        typer.Option(
+            "--detach",
+            help="Return when the stack is ready and keep it running; stop it with `down`.",
+        ),
     ] = False,
     ready_timeout_s: Annotated[
-        float, typer.Option(min=1, help="Longest wait until everything is there.")
+        float,
+        typer.Option(min=1, help="Maximum wait until the stack is ready, in seconds."),
     ] = 120.0,
     as_json: AsJson = False,
 ) -> None:
-    """Start Ray, the service and its agent on this machine, and look after them until
-    Ctrl-C.
-    """
+    """Start Ray, the service and its agent on this machine, and run until Ctrl-C."""
+    # First of all: from here on a signal ends the stack in order.
     interruption = Interruption()
     interruption.listen()
     folder = resolve_data_dir(data_dir)
     if detach:
-        _up_detached(folder, cpus, ready_timeout_s, interruption, as_json)
+        record = up_detached(folder, cpus, ready_timeout_s, interruption)
+        _print_addresses(record, as_json)
         return
     options = StackOptions(folder, num_cpus=cpus, ready_timeout_s=ready_timeout_s)
-    screen = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    with_stack(
-        options,
-        interruption,
-        screen,
-        lambda stack, record: _announce(stack, record, as_json),
-    )
+
+    def run(stack: LocalStack, record: StackRecord) -> None:
+        _print_addresses(record, as_json)
+        if not as_json:
+            console().print("stop everything with Ctrl-C or `megatron-ray down`")
+        # The reader of a pipe waits for the addresses while this process runs on.
+        sys.stdout.flush()
+        stack.supervise()
+
+    with_stack(options, interruption, _screen(as_json), run)
+
+
+def _screen(as_json: bool) -> Console:
+    # With --json, stdout holds JSON alone.
+    return Console(stderr=as_json, highlight=False, soft_wrap=True)
 
 
 def with_stack(
@@ -77,19 +86,19 @@ def with_stack(
     screen: Console,
     body: Callable[[LocalStack, StackRecord], None],
 ) -> TeardownReport:
-    """Starts a stack, runs `body` with it, ends it whatever happens.
+    """Starts a stack, runs `body` with it, and ends it in any case.
 
-    Raises Failure when it does not start or is interrupted.
+    Raises CommandError when it does not start or is interrupted.
     """
 
-    def say(text: str) -> None:
-        screen.print(escape(text))
+    def print_message(message: str) -> None:
+        screen.print(escape(message))
 
-    stack = LocalStack(options, say=say, interruption=interruption)
+    stack = LocalStack(options, report=print_message, interruption=interruption)
     failure: CommandError | None = None
     try:
         with screen.status("starting") as status:
-            stack.progress = lambda text: status.update(escape(text))
+            stack.progress = lambda message: status.update(escape(message))
             record = stack.start()
         body(stack, record)
     except StartInterruptedError:
@@ -97,40 +106,44 @@ def with_stack(
             "interrupted while starting; nothing is left running", exit_code=INTERRUPTED
         )
     except StackError as error:
-        text = f"{error}\n{error.log_tail}" if error.log_tail else str(error)
-        failure = CommandError(text)
+        message = str(error)
+        if error.log_tail:
+            message = f"{message}\n{error.log_tail}"
+        failure = CommandError(message)
     except RecordUnreadableError as error:
         failure = CommandError(str(error))
+    # Also after an unexpected error: no process may outlive this one.
     finally:
-        report = end_with_words(stack, screen)
+        teardown = end_and_report(stack, screen)
+    # Raised only now, since its message claims that nothing is left running.
     if failure is not None:
         raise failure
-    return report
+    return teardown
 
 
-def end_with_words(stack: LocalStack, screen: Console) -> TeardownReport:
-    """Ends a stack and says what that came to.
+def end_and_report(stack: LocalStack, screen: Console) -> TeardownReport:
+    """Ends a stack and prints what was killed and cancelled.
 
-    Raises Failure for processes that survive SIGKILL.
+    Raises CommandError when processes survive SIGKILL.
     """
     try:
-        report = stack.end()
+        teardown = stack.end()
     except TimeoutError as error:
-        raise CommandError(str(error), remedy="`megatron-ray down` tries again") from error
-    if report.was_up:
-        screen.print(escape(describe(report)))
-    return report
+        raise CommandError(str(error), remedy="run `megatron-ray down`") from error
+    if teardown.was_up:
+        screen.print(escape(describe(teardown)))
+    return teardown
 
 
-def describe(report: TeardownReport) -> str:
-    """One or two lines about an end."""
-    lines = [f"ended: {report.processes_killed} processes, temp dir removed"]
-    if report.jobs_cancelled:
-        lines.append(f"cancelled: {', '.join(report.jobs_cancelled)}")
-    if report.jobs_interrupted:
+def describe(teardown: TeardownReport) -> str:
+    """Returns one to three lines about a teardown."""
+    lines = [f"stopped: {teardown.processes_killed} processes, temp dir removed"]
+    if teardown.jobs_cancelled:
+        lines.append(f"cancelled: {', '.join(teardown.jobs_cancelled)}")
+    if teardown.jobs_interrupted:
+        job_ids = ", ".join(teardown.jobs_interrupted)
         lines.append(
-            f"interrupted: {', '.join(report.jobs_interrupted)}; the next `up` takes them "
-            "on from their last checkpoint"
+            f"interrupted: {job_ids}; the next `up` resumes from the last checkpoint"
         )
     return "\n".join(lines)
 
@@ -140,19 +153,23 @@ def down(
     job_grace_s: Annotated[
         float,
         typer.Option(
-            min=0, help="How long running jobs may take to write a last checkpoint."
+            min=0,
+            help="Seconds that running jobs may take for a final checkpoint; 0 kills them.",
         ),
     ] = 20.0,
     as_json: AsJson = False,
 ) -> None:
-    """End the local stack and all it started.
+    """Stop the local stack and everything it started.
 
-    May be repeated; works too when `up` was killed.
+    Works even if `up` was killed, and may be repeated.
     """
     folder = resolve_data_dir(data_dir)
-    screen = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    # Messages come while jobs are ending, which can take the whole grace period.
+    screen = _screen(as_json)
     try:
-        report = end_stack(folder, lambda text: screen.print(escape(text)), job_grace_s)
+        teardown = end_stack(
+            folder, lambda message: screen.print(escape(message)), job_grace_s
+        )
     except RecordUnreadableError as error:
         raise CommandError(str(error)) from error
     except TimeoutError as error:
@@ -160,25 +177,18 @@ def down(
     if as_json:
         print_json(
             {
-                "was_up": report.was_up,
-                "processes_killed": report.processes_killed,
+                "was_up": teardown.was_up,
+                "processes_killed": teardown.processes_killed,
                 "data_dir": str(folder),
             }
         )
-    elif not report.was_up:
+    elif not teardown.was_up:
         console().print(f"nothing is up (data dir {escape(str(folder))})")
-    elif report.ended_by_up:
-        console().print("ended; nothing is left running")
+    elif teardown.ended_by_up:
+        # The counts are on the terminal of `up`.
+        console().print("stopped; nothing is left running")
     else:
-        console().print(escape(describe(report)))
-
-
-def _announce(stack: LocalStack, record: StackRecord, as_json: bool) -> None:
-    _print_addresses(record, as_json)
-    if not as_json:
-        console().print("Ctrl-C ends everything, and so does `megatron-ray down`.")
-    sys.stdout.flush()
-    stack.supervise()
+        console().print(escape(describe(teardown)))
 
 
 def _print_addresses(record: StackRecord, as_json: bool) -> None:
@@ -186,19 +196,19 @@ def _print_addresses(record: StackRecord, as_json: bool) -> None:
         print_json(addresses(record))
         return
     out = console()
+    data_dir = escape(record.data_dir)
+    # Paths of the tokens, not the tokens: a terminal may be shared or recorded.
     out.print("[bold green]megatron-ray is up[/bold green]")
+    out.print(f"  service    {escape(record.url)}  (token: {data_dir}/tokens.json)")
     out.print(
-        f"  service    {escape(record.url)}  (tokens: {escape(record.data_dir)}/tokens.json)"
+        f"  dashboard  {escape(record.dashboard_url)}  (token: ray_token in "
+        f"{data_dir}/stack.json)"
     )
-    out.print(
-        f"  dashboard  {escape(record.dashboard_url)}  (it asks for a token: ray_token in "
-        f"{escape(record.data_dir)}/stack.json)"
-    )
-    out.print(f"  logs       {escape(record.data_dir)}/logs")
+    out.print(f"  logs       {data_dir}/logs")
 
 
 def addresses(record: StackRecord) -> dict[str, Any]:
-    """Where things are; no secret among them."""
+    """Returns addresses and paths of a stack, without its secrets."""
     return {
         "url": record.url,
         "dashboard_url": record.dashboard_url,
@@ -207,60 +217,3 @@ def addresses(record: StackRecord) -> dict[str, Any]:
         "tokens_file": f"{record.data_dir}/tokens.json",
         "pid": record.up_pid,
     }
-
-
-def _up_detached(
-    folder: Path,
-    cpus: int | None,
-    ready_timeout_s: float,
-    interruption: Interruption,
-    as_json: bool,
-) -> None:
-    """Runs `up` as a process of its own and waits until it is ready.
-
-    It records itself before it starts anything.
-    """
-    command = [
-        sys.executable,
-        "-m",
-        "service.cli.entry",
-        "up",
-        "--data-dir",
-        str(folder),
-        "--ready-timeout-s",
-        str(ready_timeout_s),
-    ]
-    command += [] if cpus is None else ["--cpus", str(cpus)]
-    log = folder / "logs" / "up.log"
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        before = log.stat().st_size if log.exists() else 0
-        child = GatedProcess(command, log=log)
-    except OSError as error:
-        raise CommandError(
-            f"cannot write to the data dir {folder}: {error.strerror}",
-            remedy="name another with --data-dir",
-        ) from error
-    child.release({})
-    leader = child.session
-    while True:
-        if child.process.poll() is not None:
-            with log.open("rb") as file:
-                file.seek(before)
-                said = file.read().decode(errors="replace").strip().removeprefix("error: ")
-            raise CommandError(
-                said or "`up` ended while starting", exit_code=child.process.returncode or 1
-            )
-        if interruption.asked:
-            send_signal(leader.sid, leader.start_ticks, interruption.signal)
-            while is_running(leader.sid, leader.start_ticks):
-                time.sleep(0.1)
-                child.process.poll()
-            raise CommandError(
-                "interrupted while starting; nothing is left running", exit_code=INTERRUPTED
-            )
-        record = local_stack(folder)
-        if record is not None and record.up_pid == leader.sid and record.phase == "ready":
-            _print_addresses(record, as_json)
-            return
-        time.sleep(0.1)

@@ -1,10 +1,7 @@
-"""A job while it lives.
-
-Owns: the live progress bar, and its plain lines where there is no terminal. Must not
-know: commands.
+"""Follows a job: a progress bar on a terminal, plain lines elsewhere.
 
 `Watcher` turns stream events into lines and numbers and knows no terminal; `watch_job`
-draws them.
+prints them. Must not know: commands.
 """
 
 import sys
@@ -17,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
-from service.cli.failure import CommandError
+from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import (
     duration,
     nested,
@@ -30,133 +27,151 @@ from service.client import Client, StreamEvent
 from workers.protocol.states import JobState
 
 TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
+"""Statuses of a job that has ended."""
 
-_PLAIN_LINE_EVERY_S = 5.0
-# weight of the newest step in the throughput that the ETA is made from
+_SECONDS_BETWEEN_LINES = 5.0
+# Weight of the newest step in the throughput behind the ETA.
 _SMOOTHING = 0.1
 _STATE_EVENTS = frozenset(f"job.{state.value}" for state in JobState)
 
 
 @dataclass
 class Watcher:
-    """What is known of a job, from its stream so far."""
+    """The state of a job, as far as its stream has been read."""
 
+    verbose: bool = False
+    """Whether single ranks' events and removed checkpoints get lines too."""
     steps: int | None = None
-    """Steps of the whole job."""
+    """Number of steps of the whole job."""
     tokens_per_step: int | None = None
     status: str = ""
     step: int = 0
     loss: float | None = None
     tokens_per_s: float | None = None
-    _smooth: float | None = field(default=None, repr=False)
-    _said: str = field(default="", repr=False)
+    _smooth_tokens_per_s: float | None = field(default=None, repr=False)
+    _last_message: str = field(default="", repr=False)
 
-    def learn(self, job: Mapping[str, Any]) -> None:
-        """Takes what a Job object says about size and progress."""
+    def update_job(self, job: Mapping[str, Any]) -> None:
+        """Reads the size of the job from a Job object."""
+        # Only the resolved spec holds defaults, such as the batch size.
         spec = job.get("resolved_spec") or job.get("spec") or {}
         steps = nested(job, "progress.steps") or nested(spec, "training.steps")
-        batch = nested(spec, "training.global_batch_size")
-        length = nested(spec, "training.seq_length")
-        self.steps = steps if isinstance(steps, int) else self.steps
-        if isinstance(batch, int) and isinstance(length, int):
-            self.tokens_per_step = batch * length
+        if isinstance(steps, int):
+            self.steps = steps
+        batch_size = nested(spec, "training.global_batch_size")
+        seq_length = nested(spec, "training.seq_length")
+        if isinstance(batch_size, int) and isinstance(seq_length, int):
+            self.tokens_per_step = batch_size * seq_length
 
-    def take(self, event: StreamEvent) -> list[str]:
-        """Updates from one event; the lines (console markup) it is worth."""
-        data = event.data if isinstance(event.data, Mapping) else {}
+    def handle_event(self, event: StreamEvent) -> list[str]:
+        """Updates the state and returns the lines to print, as console markup."""
+        # Events of newer services may have other shapes; they print nothing.
+        data: Mapping[str, Any] = {}
+        if isinstance(event.data, Mapping):
+            data = event.data
         if event.event == "metrics":
             for row in data.get("rows") or ():
-                self._take_row(row)
+                self._update_metrics(row)
             return []
         if event.event == "state":
-            return self._take_state(data)
+            return self._update_status(data)
         message = str(data.get("message") or "")
-        level = str(data.get("level"))
-        if (
-            event.event == "end"
-            or not message
-            or (not styled_level(level) and _is_detail(event.event))
-        ):
+        if event.event == "end" or not message:
             return []
-        self._said = message
-        style = styled_level(level) or "dim"
+        style = styled_level(str(data.get("level")))
+        # Warnings and errors are printed whatever they are about.
+        if not style and not self.verbose and _is_detail(event.event):
+            return []
+        self._last_message = message
+        style = style or "dim"
         return [f"[{style}]{escape(message)}[/{style}]"]
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to the last step, from the smoothed throughput; None until a step has
-        been seen.
-        """
-        if not self._smooth or self.steps is None or self.tokens_per_step is None:
+        """Seconds to the last step at the smoothed throughput; None before the first."""
+        if not self._smooth_tokens_per_s or self.steps is None:
             return None
-        return max(0, self.steps - self.step) * self.tokens_per_step / self._smooth
+        if self.tokens_per_step is None:
+            return None
+        remaining_steps = max(0, self.steps - self.step)
+        return remaining_steps * self.tokens_per_step / self._smooth_tokens_per_s
 
-    def numbers(self) -> str:
-        """Step, loss, throughput and ETA on one line."""
-        speed = f"{self.tokens_per_s:,.0f}" if self.tokens_per_s is not None else "-"
+    def progress_line(self) -> str:
+        """Returns step, loss, throughput and ETA on one line."""
+        speed = number(self.tokens_per_s, 0)
         return (
-            f"step {self.step}/{self.steps or '?'}  loss {number(self.loss)}  {speed} tokens/s "
-            f" ETA {duration(self.eta_s)}"
+            f"step {self.step}/{self.steps or '?'}  loss {number(self.loss)}  "
+            f"{speed} tokens/s  ETA {duration(self.eta_s)}"
         )
 
-    def _take_row(self, row: Mapping[str, Any]) -> None:
+    def _update_metrics(self, row: Mapping[str, Any]) -> None:
+        # Rows of an evaluation have no loss; the training loss stays on display.
         if isinstance(row.get("step"), int) and row.get("loss") is not None:
             self.step = row["step"]
             self.loss = row["loss"]
         speed = row.get("tokens_per_s")
-        if isinstance(speed, int | float) and speed > 0:
-            self.tokens_per_s = float(speed)
-            self._smooth = (
-                float(speed)
-                if self._smooth is None
-                else (1 - _SMOOTHING) * self._smooth + _SMOOTHING * float(speed)
-            )
+        if not isinstance(speed, int | float) or speed <= 0:
+            return
+        self.tokens_per_s = float(speed)
+        # Exponential moving average, which starts at the first value.
+        if self._smooth_tokens_per_s is None:
+            self._smooth_tokens_per_s = float(speed)
+        else:
+            self._smooth_tokens_per_s *= 1 - _SMOOTHING
+            self._smooth_tokens_per_s += _SMOOTHING * float(speed)
 
-    def _take_state(self, job: Mapping[str, Any]) -> list[str]:
-        self.learn(job)
+    def _update_status(self, job: Mapping[str, Any]) -> list[str]:
+        self.update_job(job)
         status = str(job.get("status") or "")
         if not status or status == self.status:
             return []
         self.status = status
-        text = str(job.get("message") or job.get("status_reason") or "")
-        if text == self._said:
-            text = ""  # the event that led here has said it
-        return [f"{styled_status(status)}{f'  {escape(text)}' if text else ''}"]
+        line = styled_status(status)
+        message = str(job.get("message") or job.get("status_reason") or "")
+        # The event that caused the change often has the same message.
+        if message and message != self._last_message:
+            line += f"  {escape(message)}"
+        return [line]
 
 
 def _is_detail(event_type: str) -> bool:
-    """Whether `megatron-ray events` is the place for it: single ranks' doings, and
-    state changes, which have lines of their own.
-    """
-    return event_type.startswith("rank.") or event_type in _STATE_EVENTS
+    """Returns whether only `megatron-ray events` and --verbose show this event."""
+    if event_type.startswith("rank.") or event_type == "checkpoint.deleted":
+        return True
+    # Status changes have lines of their own.
+    return event_type in _STATE_EVENTS
 
 
 def watch_job(
-    client: Client, job_id: str, *, as_json: bool = False, out: Console | None = None
+    client: Client,
+    job_id: str,
+    *,
+    as_json: bool = False,
+    verbose: bool = False,
+    out: Console | None = None,
 ) -> dict[str, Any]:
-    """Follows a job to its end; the job as it ended.
+    """Follows a job to its end and returns it.
 
-    Raises Failure unless it succeeded.
+    Raises CommandError unless it succeeded.
     """
-    watcher = Watcher()
-    job = client.show(job_id)
-    watcher.learn(job)
+    watcher = Watcher(verbose=verbose)
+    watcher.update_job(client.show(job_id))
+    screen = out or Console(highlight=False)
     try:
         if as_json:
             _follow_json(client, job_id)
+        elif screen.is_terminal:
+            _follow_live(client, job_id, watcher, screen)
         else:
-            screen = out or Console(highlight=False)
-            (_follow_live if screen.is_terminal else _follow_plain)(
-                client, job_id, watcher, screen
-            )
+            _follow_plain(client, job_id, watcher, screen)
     except KeyboardInterrupt:
-        remedy = (
-            f"`megatron-ray watch {job_id}` comes back to it, `megatron-ray cancel {job_id}` "
-            "ends it"
-        )
         raise CommandError(
-            f"no longer watching; {job_id} goes on", remedy=remedy, exit_code=130
+            f"stopped watching; {job_id} is still running",
+            remedy=f"reattach with `megatron-ray watch {job_id}`, cancel it with "
+            f"`megatron-ray cancel {job_id}`",
+            exit_code=130,
         ) from None
+    # Fetched again, because --json does not track the state.
     job = client.show(job_id)
     if job["status"] != "succeeded":
         raise ended_badly(job)
@@ -164,28 +179,25 @@ def watch_job(
 
 
 def ended_badly(job: Mapping[str, Any]) -> CommandError:
-    """The failure of a job that did not succeed, in the job's own words."""
+    """Returns the error of a job that failed or was cancelled."""
     problem = job.get("problem") or {}
-    lines = [
-        str(
-            job.get("message")
-            or problem.get("detail")
-            or job.get("status_reason")
-            or "no reason was recorded"
+    cause = (
+        job.get("message")
+        or problem.get("detail")
+        or job.get("status_reason")
+        or "no reason was recorded"
+    )
+    fields: list[tuple[str, str]] = []
+    for error in problem.get("errors") or ():
+        fields.append((error.get("pointer"), error.get("detail")))
+    remedy = ""
+    # A cancelled job needs no investigation.
+    if job["status"] == "failed":
+        remedy = (
+            f"see `megatron-ray logs {job['id']}` and `megatron-ray events {job['id']}`"
         )
-    ]
-    lines += [
-        f"  {error.get('pointer') or '/'}: {error.get('detail')}"
-        for error in problem.get("errors") or ()
-    ]
-    remedy = (
-        f"`megatron-ray logs {job['id']}` and `megatron-ray events {job['id']}` say more"
-        if job["status"] == "failed"
-        else ""
-    )
-    return CommandError(
-        f"{job['id']} {job['status']}: " + "\n".join(lines), remedy=remedy, body=dict(job)
-    )
+    title = f"{job['id']} {job['status']}: {cause}"
+    return CommandError(with_field_lines(title, fields), remedy=remedy, body=dict(job))
 
 
 def _follow_json(client: Client, job_id: str) -> None:
@@ -202,11 +214,14 @@ def _follow_live(client: Client, job_id: str, watcher: Watcher, screen: Console)
     with Progress(*columns, console=screen, expand=True) as progress:
         task = progress.add_task(escape(job_id), total=watcher.steps, numbers="waiting")
         for event in client.stream(job_id):
-            for line in watcher.take(event):
+            # Printed through the progress bar, which keeps them above itself.
+            for line in watcher.handle_event(event):
                 progress.console.print(line)
-            shown = watcher.numbers() if watcher.step else watcher.status
+            numbers = watcher.status
+            if watcher.step:
+                numbers = watcher.progress_line()
             progress.update(
-                task, total=watcher.steps, completed=watcher.step, numbers=shown
+                task, total=watcher.steps, completed=watcher.step, numbers=numbers
             )
 
 
@@ -217,16 +232,16 @@ def _follow_plain(
     screen: Console,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
-    last_line = -_PLAIN_LINE_EVERY_S
+    last_line_at = -_SECONDS_BETWEEN_LINES
     last_step = 0
     for event in client.stream(job_id):
-        lines = watcher.take(event)
-        finished = watcher.step == watcher.steps or event.event == "end"
-        if watcher.step > last_step and (
-            finished or clock() - last_line >= _PLAIN_LINE_EVERY_S
-        ):
-            lines = [watcher.numbers(), *lines]
-            last_line = clock()
+        lines = watcher.handle_event(event)
+        # The last step gets its line even when another one was printed just before.
+        is_last = watcher.step == watcher.steps or event.event == "end"
+        is_due = clock() - last_line_at >= _SECONDS_BETWEEN_LINES
+        if watcher.step > last_step and (is_last or is_due):
+            lines = [watcher.progress_line(), *lines]
+            last_line_at = clock()
             last_step = watcher.step
         for line in lines:
             screen.print(line, soft_wrap=True)

@@ -25,7 +25,7 @@ class Committed:
     deleted: Sequence[str]
     """Paths of checkpoints that retention has deleted."""
     released: dict[int, int]
-    """By rank: reports up to this number are in the checkpoint."""
+    """Number of each rank's last report that is in the checkpoint."""
 
 
 @dataclass(frozen=True)

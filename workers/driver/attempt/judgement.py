@@ -30,7 +30,7 @@ class StopDecision:
 
     command: Command
     stopping: DesiredState | None
-    """What the journal must remember; None: it does already, or need not."""
+    """Reason of a stop to journal; None: it is there already, or not needed."""
 
 
 def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:

@@ -15,7 +15,7 @@ from workers.rank.messages import Fence
 
 @dataclass(frozen=True)
 class AttemptPlan:
-    """What an attempt was started with."""
+    """The parameters with which an attempt was started."""
 
     attempt: int
     epoch: int
@@ -35,7 +35,7 @@ class AttemptPlan:
 
     @property
     def fence(self) -> Fence:
-        """What the ranks know the driver by."""
+        """Attempt and epoch, by which ranks recognize their driver."""
         return Fence(self.attempt, self.epoch)
 
     @property

@@ -21,14 +21,14 @@ from workers.ray.worker_group import PollResult, WorkerGroup
 
 _WAIT_S = 2.0
 _LOG_BYTES = 64 << 10
-"""Of one rank's log in one answer."""
+"""Limit of one rank's log in one answer."""
 _TOTAL_LOG_BYTES = 4 << 20
-"""Of all ranks' logs in one round of answers."""
+"""Limit of all ranks' logs in one round of answers."""
 
 
 @dataclass
 class RankView:
-    """What is known of one rank."""
+    """The last known condition of one rank."""
 
     place: RankPlace
     answered_at: float

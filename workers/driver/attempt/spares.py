@@ -13,10 +13,11 @@ from workers.decisions.slot_assignment import spares_to_start
 from workers.driver.context import JobContext
 
 AFTER_S = 10.0
-"""Of running, before the first spare: a short job needs none, and the first seconds
-belong to the ranks."""
+"""Seconds of training before the first spare starts: a short job needs none, and at first
+the ranks need the CPU."""
 EVERY_S = 10.0
-"""Well below the time after which a worker that nobody calls ends itself."""
+"""Seconds between checks, well below the time after which a worker that gets no calls
+ends itself."""
 _ANSWER_S = 0.1
 _BOOT_S = 120.0
 """A spare that has not answered for this long counts as dead."""
@@ -59,7 +60,7 @@ class SparePool:
                 self._group.create(self._plan, spares, job.spec.resources.num_threads)
 
     def _nodes_with_spares(self, now: float) -> set[str] | None:
-        """Nodes that have a living spare; None while one is still starting.
+        """Returns the nodes that have a living spare; None while one is still starting.
 
         Dead ones are ended, so that their slots are free again.
         """
@@ -80,7 +81,7 @@ class SparePool:
         return nodes
 
     def _late(self, silent: set[int], now: float) -> list[int]:
-        """Silent spares that have had enough time to start."""
+        """Returns silent spares that have had enough time to start."""
         silent_since = {}
         late = []
         for slot in silent:

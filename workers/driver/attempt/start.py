@@ -34,7 +34,7 @@ class _StartCancelled(Exception):  # noqa: N818 - leaves the group's blocking ca
 
 @dataclass
 class StartTiming:
-    """How long the parts of a start took, for the history."""
+    """The durations of a start's parts, for the history."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     promoted: list[RankPlace] = field(default_factory=list)

@@ -119,7 +119,7 @@ class Supervision:
     # ---- acting
 
     def _apply_desired_state(self, desired: DesiredJob | None) -> None:
-        """Tells the ranks to stop, or to write a checkpoint, once for each request."""
+        """Sends the ranks a stop or checkpoint command, once for each request."""
         stop = None
         if self._stop_deadline is None:
             stop = decide_stop(self._plan, desired)

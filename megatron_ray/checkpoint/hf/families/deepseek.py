@@ -60,7 +60,7 @@ def _read(config: HfConfig) -> dict[str, Any]:
     config.one_of("scoring_func", ("sigmoid",), "sigmoid")
     config.one_of("topk_method", ("noaux_tc",), "noaux_tc")
     config.one_of("moe_layer_freq", (1,), 1)
-    # The norms of latents have this value in transformers, whatever the key says.
+    # transformers ignores the key for the norms of latents and always uses this value.
     config.one_of("rms_norm_eps", (_EPS,), _EPS)
     activation = SILU[config.one_of("hidden_act", SILU, "silu")]
     fields = {

@@ -56,7 +56,7 @@ def _write_mistral(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen2(config: HfConfig) -> dict[str, Any]:
-    # Qwen2 has biases in these projections whatever its config.json says.
+    # Qwen2 always has biases in these projections; no key of config.json turns them off.
     fields = read_decoder(config)
     return fields | read_windows(config, fields["num_layers"]) | {"qkv_bias": True}
 

@@ -22,14 +22,14 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.session import build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel.parity import make_mesh
-from tests.ranks import run_ranks
-from tests.unit.megatron_ray.models.hf_names import (
+from tests.support.hf_names import (
     deepseek_block,
     deepseek_logical,
     fill,
     perturb,
 )
+from tests.support.parity import make_mesh
+from tests.support.ranks import run_ranks
 
 VOCABULARY = 211
 SEQUENCE = 24

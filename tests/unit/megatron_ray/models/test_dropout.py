@@ -22,7 +22,7 @@ from megatron_ray.models.dropout import AttentionWithDropout, Dropout
 from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build
-from tests.parallel.parity import LLAMA, RandomDataset, make_config
+from tests.support.parity import LLAMA, RandomDataset, make_config
 
 HERE = Streams(7, {"tp": 0, "cp": 0})
 WHERE = HERE.stream("layers.0.mlp", ("cp", "tp"))

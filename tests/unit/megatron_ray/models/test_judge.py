@@ -20,10 +20,10 @@ from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel.parity import assemble, boxes, make_mesh
-from tests.ranks import run_ranks
-from tests.unit.megatron_ray.models.families import FAMILIES, Family, Sizes
-from tests.unit.megatron_ray.models.hf_names import fill
+from tests.support.hf_names import fill
+from tests.support.model_families import FAMILIES, Family, Sizes
+from tests.support.parity import assemble, boxes, make_mesh
+from tests.support.ranks import run_ranks
 
 SIZES = Sizes()
 SAMPLES = 2

@@ -19,7 +19,7 @@ from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.parallel.parity import GPT2, LLAMA, NoSaver, RandomDataset, make_config
+from tests.support.parity import GPT2, LLAMA, NoSaver, RandomDataset, make_config
 
 pytestmark = [
     pytest.mark.gpu,

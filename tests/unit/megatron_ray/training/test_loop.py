@@ -13,7 +13,7 @@ from megatron_ray.training.progress import Progress, is_due
 from megatron_ray.training.step_numbers import StepsInFlight
 from megatron_ray.training.step_reporter import NonFiniteLossError, StepReporter
 from megatron_ray.training.step_timer import StepTimer, StepTimes
-from tests.parallel.parity import LLAMA, make_config
+from tests.support.parity import LLAMA, make_config
 
 TIMES = StepTimes(0.5, {"data": 0.1})
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from service.cli import main as main_module
-from tests.unit.service.cli.scripted_service import JOB, SPEC, FakeService, Run
+from tests.support.fake_rest_service import JOB, SPEC, FakeService, Run
 
 
 @pytest.fixture(scope="module")

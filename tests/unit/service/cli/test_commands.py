@@ -1,5 +1,5 @@
-"""Every command against a scripted HTTP service: output, JSON, exit codes, and the one
-message that a mistake is worth.
+"""Every command against a scripted HTTP service: output, JSON, exit codes, and one
+message for a mistake.
 """
 
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.service.cli.scripted_service import JOB, FakeService, Run
+from tests.support.fake_rest_service import JOB, FakeService, Run
 
 
 def test_submit_sends_the_spec_with_overrides_and_absolute_paths(
@@ -88,7 +88,7 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
         (["broken.yaml"], "broken.yaml is not valid YAML or JSON"),
         (["list.yaml"], "list.yaml holds list, expected a mapping of fields"),
         (["binary.yaml"], "binary.yaml is not text"),
-        (["date.yaml"], "holds a value that JSON cannot"),
+        (["date.yaml"], "date.yaml has a value that JSON does not support"),
         (
             ["spec.yaml", "--set", "training.steps"],
             "--set 'training.steps': expected path.to.field=value",
@@ -98,10 +98,13 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
             ["spec.yaml", "--set", "training.steps=[1"],
             "--set 'training.steps=[1': the value is not valid YAML",
         ),
-        (["spec.yaml", "--set", "name=2026-11-20"], "--set holds a value that JSON cannot"),
+        (
+            ["spec.yaml", "--set", "name=2026-11-20"],
+            "--set has a value that JSON does not support",
+        ),
         (
             ["spec.yaml", "--set", "optimizer.lr=.nan"],
-            "--set holds a value that JSON cannot",
+            "--set has a value that JSON does not support",
         ),
     ],
 )
@@ -120,14 +123,14 @@ def test_unreadable_specs(
     assert service.requests == []
 
 
-def test_no_service_named_and_none_up(run: Run, tmp_path: Path) -> None:
+def test_without_url_and_local_stack(run: Run, tmp_path: Path) -> None:
     code, _, err = run("jobs")
     assert code == 1
     assert f"no local stack is up (data dir {tmp_path}/nothing-here)" in err
     assert "megatron-ray up" in err
 
 
-def test_unreachable_service_says_what_to_do(run: Run) -> None:
+def test_unreachable_service_names_the_remedy(run: Run) -> None:
     code, _, err = run("jobs", "--url", "http://127.0.0.1:9")
     assert code == 1
     assert "no service answers at http://127.0.0.1:9" in err
@@ -222,7 +225,7 @@ def test_show_and_its_json(run: Run, service: FakeService) -> None:
     assert "megatron-ray jobs" in err
 
 
-def test_show_tells_cause_budget_attempt_and_recovery(
+def test_show_prints_cause_budget_attempt_and_recovery(
     run: Run, service: FakeService
 ) -> None:
     budget = {**JOB["resolved_spec"], "restart": {"max_failures": 3}}
@@ -253,8 +256,8 @@ def test_show_tells_cause_budget_attempt_and_recovery(
         {"object": "list", "data": [first, second], "has_more": False},
     )
     text = (
-        "steps go on at 121 (attempt 2), 3.3 s after the failure was noticed: rebuild 1.9 s, "
-        "load 0.1 s, recompute 1.3 s"
+        "recovered at step 121 in 3.3 s (attempt 2): rebuild 1.9 s, load 0.1 s, "
+        "recompute 1.3 s"
     )
     recovered = {
         "seq": 9,
@@ -270,7 +273,7 @@ def test_show_tells_cause_budget_attempt_and_recovery(
         "attempt": 2,
         "level": "info",
         "type": "attempt.started",
-        "message": "from step 100",
+        "message": "resumes from checkpoint step 100",
     }
     trouble = {
         "seq": 7,
@@ -292,8 +295,11 @@ def test_show_tells_cause_budget_attempt_and_recovery(
         if line.startswith("  ")
     }
     assert code == 0
-    assert lines["attempt"] == "2 running from step 100, since 2026-11-21 03:12:06Z"
-    assert lines["restarts"] == "1 of 3 failures spent, 2 preemptions"
+    assert (
+        lines["attempt"]
+        == "2 running (resumes from checkpoint step 100), since 2026-11-21 03:12:06Z"
+    )
+    assert lines["restarts used"] == "1 of 3, plus 2 preemptions"
     assert (
         lines["last failure"]
         == "2026-11-21 03:12:05Z  attempt 1: rank 1: killed by signal 9 (SIGKILL) (worker_died)"
@@ -397,7 +403,7 @@ def test_cancel_fails_when_the_job_ended_otherwise_or_not_at_all(
     service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "succeeded"})
     code, _, err = run("cancel", "job-abc", "--url", service.url)
     assert code == 1
-    assert "had succeeded before it could be cancelled" in err
+    assert "job-abc succeeded before it could be cancelled" in err
     service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
     code, _, err = run("cancel", "job-abc", "--timeout-s", "0", "--url", service.url)
     assert code == 1

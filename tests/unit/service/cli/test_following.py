@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from tests.unit.service.cli.scripted_service import JOB, FakeService, Run, stream
+from tests.support.fake_rest_service import JOB, FakeService, Run, stream
 
 
 def test_logs_follow_until_the_job_ends(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.commands.log_reader.time.sleep", lambda seconds: None)
     pieces = [
         {"data": "one\n", "next_offset": 4},
         {"data": "", "next_offset": 4},
@@ -31,7 +31,7 @@ def test_logs_follow_until_the_job_ends(
 def test_logs_go_on_with_the_next_attempt(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.commands.inspect.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.commands.log_reader.time.sleep", lambda seconds: None)
     pieces = [{"data": "one\n", "next_offset": 4}, {"data": "", "next_offset": 4}] * 2
     service.routes["GET /v1/jobs/job-abc/logs"] = (
         200,
@@ -53,7 +53,7 @@ def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, {"data": "", "next_offset": 0})
     code, _, err = run("logs", "job-abc", "--rank", "3", "--url", service.url)
     assert code == 1
-    assert "rank 3 of job-abc has written no log yet" in err
+    assert "rank 3 of job-abc has no log yet" in err
 
 
 WATCHED = stream(
@@ -85,6 +85,18 @@ def test_watch_prints_plain_lines_without_a_terminal(
     ]
 
 
+def test_watch_prints_single_ranks_with_verbose_only(
+    run: Run, service: FakeService
+) -> None:
+    events = stream(
+        ("rank.phase", {"message": "model took 0.8 s", "level": "info"}), ("end", {})
+    )
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, events)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
+    assert "model took" not in run("watch", "job-abc", "--url", service.url)[1]
+    assert "model took" in run("watch", "job-abc", "--verbose", "--url", service.url)[1]
+
+
 def test_submit_watch_fails_with_the_job(run: Run, service: FakeService) -> None:
     failed = {**JOB, "status": "failed", "message": "rank 1 died of a signal"}
     service.routes["POST /v1/jobs"] = (201, JOB)
@@ -108,7 +120,7 @@ def test_watch_json_is_one_event_a_line(run: Run, service: FakeService) -> None:
     assert [json.loads(line)["event"] for line in out.splitlines()][-1] == "end"
 
 
-def test_interrupted_watch_says_that_the_job_goes_on(
+def test_interrupted_watch_leaves_the_job_running(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object, **kwargs: object) -> None:
@@ -117,4 +129,6 @@ def test_interrupted_watch_says_that_the_job_goes_on(
     monkeypatch.setattr("service.client.Client.stream", interrupt)
     code, _, err = run("watch", "job-abc", "--url", service.url)
     assert code == 130
-    assert "job-abc goes on" in err
+    assert "job-abc is still running" in err
+    assert "megatron-ray watch job-abc" in err
+    assert "megatron-ray cancel job-abc" in err

@@ -8,7 +8,7 @@ import pytest
 
 from service.cli.commands import generate as generate_module
 from service.cli.failure import CommandError
-from tests.unit.service.cli.scripted_service import FakeService, Run
+from tests.support.fake_rest_service import FakeService, Run
 
 
 def test_generate_takes_the_newest_checkpoint_of_a_job(
@@ -41,28 +41,26 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(
     )
 
 
-def test_generation_that_fails_gives_its_last_words(
+def test_a_failed_generation_reports_its_last_error_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(generate_module, "_MODULE", "service.no_such_module")
-    with pytest.raises(CommandError, match="No module named service.no_such_module"):
+    with pytest.raises(CommandError, match=r"No module named service\.no_such_module"):
         generate_module.run_generation("/x", "", {})
 
 
-def test_convert_gives_back_what_it_took(
+def test_convert_imports_and_exports(
     run: Run, service: FakeService, tmp_path: Path
 ) -> None:
-    from tests.unit.megatron_ray.checkpoint.hf_folders import (
+    from tests.support.hf_folders import (
         publish,
     )  # takes seconds that no other test here needs
 
     publish("llama", tmp_path / "hf")
     code, out, err = run("convert", "import", "hf", "ours")
-    assert (
-        code == 0
-        and "wrote ours: 21 tensors of llama" in out
-        and "megatron-ray submit ours/spec.yaml" in out
-    ), err
+    assert code == 0, err
+    assert "wrote ours: 21 tensors of llama" in out
+    assert "megatron-ray submit ours/spec.yaml" in out
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (
         200,
         {"data": [{"step": 5, "attempt": 1, "path": str(tmp_path / "ours")}]},
@@ -80,7 +78,8 @@ def test_convert_gives_back_what_it_took(
         "--url",
         service.url,
     )
-    assert code == 0 and len(json.loads(out)["files"]) > 1, err
+    assert code == 0, err
+    assert len(json.loads(out)["files"]) > 1
     code, out, _ = run("convert", "import", "hf", "ours", "--json")
     assert code == 1
     assert out == ""

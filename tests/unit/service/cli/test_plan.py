@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.unit.service.cli.scripted_service import FakeService, Run
+from tests.support.fake_rest_service import FakeService, Run
 
 TIME = {
     "step_s": 1.5,
@@ -49,10 +49,11 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     assert "tp=2 x dp=1" in out
     assert "4.0 MiB" in out
     assert "tp all-reduce" in out
-    assert "3.0 MiB in 12" in out
+    assert "memory on the most loaded rank (rank 0)" in out
+    assert "3.0 MiB in 12 calls" in out
     assert "on H100, estimated: 1.50 s" in out
     assert "MFU 41.0 %" in out
-    assert "products" in out
+    assert "matmuls" in out
     assert "800.0 ms" in out
     assert "bubble" not in out
     assert code == (0 if fits else 1)
@@ -114,5 +115,5 @@ def test_suggestions(run: Run, service: FakeService) -> None:
 def test_ranks_of_a_plan_are_those_of_its_degrees(run: Run, service: FakeService) -> None:
     code, _, err = run("plan", "spec.yaml", "--ranks", "64", "--url", service.url)
     assert code == 1
-    assert "--ranks goes with --suggest" in err
+    assert "--ranks needs --suggest" in err
     assert service.requests == []

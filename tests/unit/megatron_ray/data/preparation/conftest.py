@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.megatron_ray.data.preparation.corpus_files import TEXTS, write
+from tests.support.corpus_files import TEXTS, write
 
 
 @pytest.fixture

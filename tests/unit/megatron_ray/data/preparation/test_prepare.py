@@ -23,7 +23,7 @@ from megatron_ray.data.preparation import sources, tokenizer_choice
 from megatron_ray.data.preparation.prepare import prepare, unigram_nats
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage import files, location
-from tests.unit.megatron_ray.data.preparation.corpus_files import (
+from tests.support.corpus_files import (
     BYTES,
     TEXTS,
     assert_refused,

@@ -10,7 +10,7 @@ from megatron_ray.data.indexed import IndexedDatasetBuilder
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.tokenizer import Tokenizer
-from tests.unit.megatron_ray.data.preparation.corpus_files import (
+from tests.support.corpus_files import (
     TEXTS,
     assert_refused,
     config,

@@ -1,0 +1,197 @@
+"""The watcher's numbers and lines, and the progress bar on a terminal."""
+
+import io
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from service.cli.commands.demo import closing_lines
+from service.cli.commands.watch import Watcher, ended_badly, watch_job
+from service.cli.failure import CommandError
+from service.client import Client, StreamEvent
+from service.local_stack.record import StackRecord
+
+JOB: dict[str, Any] = {
+    "id": "job-abc",
+    "status": "running",
+    "progress": {"steps": 100},
+    "resolved_spec": {
+        "training": {"steps": 100, "global_batch_size": 16, "seq_length": 256}
+    },
+}
+
+
+def row(step: int, **values: Any) -> StreamEvent:
+    return StreamEvent(
+        "metrics",
+        f"0.{step}",
+        {
+            "rows": [
+                {"step": step, "attempt": 1, "loss": 3.0, "tokens_per_s": 4096.0, **values}
+            ]
+        },
+    )
+
+
+def test_eta_comes_from_smoothed_throughput() -> None:
+    watcher = Watcher()
+    watcher.update_job(JOB)
+    assert watcher.eta_s is None
+    watcher.handle_event(row(40))
+    assert watcher.eta_s == pytest.approx(60 * 4096 / 4096)
+    watcher.handle_event(row(41, tokens_per_s=40960.0))
+    assert watcher.eta_s == pytest.approx(59 * 4096 / (0.9 * 4096 + 0.1 * 40960))
+    assert watcher.progress_line() == "step 41/100  loss 3.0000  40,960 tokens/s  ETA 0:31"
+
+
+def test_a_resumed_job_steps_back() -> None:
+    watcher = Watcher()
+    watcher.update_job(JOB)
+    watcher.handle_event(row(60))
+    watcher.handle_event(row(51))
+    assert watcher.step == 51
+
+
+def test_state_changes_are_lines_and_repeats_are_not() -> None:
+    watcher = Watcher()
+    state = StreamEvent("state", None, {**JOB, "message": "2 ranks on [node-1]"})
+    assert watcher.handle_event(state) == ["[cyan]running[/cyan]  2 ranks on \\[node-1]"]
+    assert watcher.handle_event(state) == []
+    assert watcher.handle_event(
+        StreamEvent(
+            "state", None, {**JOB, "status": "recovering", "status_reason": "worker_died"}
+        )
+    ) == ["recovering  worker_died"]
+
+
+def test_evaluation_rows_without_loss_do_not_hide_the_loss() -> None:
+    watcher = Watcher()
+    watcher.handle_event(row(10))
+    watcher.handle_event(
+        StreamEvent(
+            "metrics", "0.11", {"rows": [{"step": 10, "attempt": 1, "val_loss": 2.0}]}
+        )
+    )
+    assert (watcher.step, watcher.loss) == (10, 3.0)
+
+
+def test_details_and_repetitions_are_left_to_the_events_command() -> None:
+    watcher = Watcher()
+    assert (
+        watcher.handle_event(
+            StreamEvent(
+                "rank.phase", "1.0", {"message": "model took 0.8 s", "level": "info"}
+            )
+        )
+        == []
+    )
+    assert watcher.handle_event(
+        StreamEvent("rank.died", "2.0", {"message": "rank 1 died", "level": "error"})
+    ) == ["[red]rank 1 died[/red]"]
+    assert (
+        watcher.handle_event(
+            StreamEvent("job.queued", "3.0", {"message": "ready to run", "level": "info"})
+        )
+        == []
+    )
+    assert watcher.handle_event(
+        StreamEvent("job.admitted", "4.0", {"message": "2 ranks", "level": "info"})
+    ) == ["[dim]2 ranks[/dim]"]
+    assert watcher.handle_event(
+        StreamEvent("state", None, {**JOB, "status": "queued", "message": "2 ranks"})
+    ) == ["queued"]
+
+
+def test_removed_checkpoints_are_shown_with_verbose_only() -> None:
+    event = StreamEvent(
+        "checkpoint.deleted", "1.0", {"message": "removed checkpoint 30", "level": "info"}
+    )
+    assert Watcher().handle_event(event) == []
+    assert Watcher(verbose=True).handle_event(event) == ["[dim]removed checkpoint 30[/dim]"]
+
+
+def test_unknown_events_are_ignored_or_printed_by_level() -> None:
+    watcher = Watcher()
+    assert (
+        watcher.handle_event(StreamEvent("something.new", "1.0", {"no": "message"})) == []
+    )
+    assert watcher.handle_event(StreamEvent("something.new", "1.0", ["no mapping"])) == []
+    assert watcher.handle_event(
+        StreamEvent("job.warned", "2.0", {"message": "slow disk", "level": "warn"})
+    ) == ["[yellow]slow disk[/yellow]"]
+
+
+class ScriptedClient(Client):
+    """A client whose job has this stream."""
+
+    def __init__(self, *events: StreamEvent, status: str = "succeeded") -> None:
+        self.events = events
+        self.status = status
+
+    def show(self, job_id: str) -> dict[str, Any]:
+        return {**JOB, "status": self.status}
+
+    def stream(
+        self, job_id: str, *, last_event_id: str | None = None, give_up_after_s: float = 0
+    ) -> Iterator[StreamEvent]:
+        yield from self.events
+
+
+def test_a_terminal_shows_a_bar_and_the_lines_above_it() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=120, highlight=False)
+    events = (
+        StreamEvent("state", None, {**JOB, "status": "running"}),
+        row(50),
+        row(100),
+        StreamEvent("end", "1.100", {}),
+    )
+    watch_job(ScriptedClient(*events), "job-abc", out=console)
+    shown = screen.getvalue()
+    assert "running" in shown
+    assert "━" in shown
+    assert "step 100/100  loss 3.0000  4,096 tokens/s  ETA 0:00" in shown
+
+
+def test_a_job_that_does_not_succeed_is_an_error_with_its_cause() -> None:
+    with pytest.raises(CommandError, match="job-abc cancelled: no reason was recorded"):
+        watch_job(
+            ScriptedClient(status="cancelled"), "job-abc", out=Console(file=io.StringIO())
+        )
+    problem = {
+        "detail": "bad data",
+        "errors": [{"pointer": "/data/train/0/path", "detail": "empty; add text"}],
+    }
+    failure = ended_badly({**JOB, "status": "failed", "problem": problem})
+    assert str(failure) == "job-abc failed: bad data\n  /data/train/0/path: empty; add text"
+
+
+def test_demo_prints_losses_checkpoint_and_sample() -> None:
+    record = StackRecord(
+        stack_id="s",
+        boot_id="b",
+        pid_namespace=1,
+        up_pid=1,
+        up_start_ticks=1,
+        temp_dir="/tmp/mr-x",
+        data_dir="/runs/demo",
+        url="http://127.0.0.1:1",
+        dashboard_url="http://127.0.0.1:2",
+    )
+    job = {
+        **JOB,
+        "progress": {"val_loss": 3.25, "unigram_nats": 6.5},
+        "last_checkpoint": {"path": "/runs/demo/c", "step": 200},
+    }
+    text = "\n".join(closing_lines(job, record, 3 << 20, "x" * 300))
+    for expected in (
+        "3.250",
+        "6.500",
+        "gain               [bold]3.250",
+        "/runs/demo/c (step 200, 3.0 MiB)",
+        "http://127.0.0.1:1/v1/jobs/job-abc",
+    ):
+        assert expected in text
+    assert text.count("x") == 300 + record.dashboard_url.count("x")

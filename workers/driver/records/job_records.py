@@ -1,0 +1,164 @@
+"""Writes a job's own records and remembers their contents.
+
+Owns: the fields of each kind of record, and that nothing is recorded twice. Must not
+know: when something is recorded.
+
+A driver writes its journal and its records in two steps and may die in between, so each
+step can be taken again: what an earlier incarnation has recorded is known from its log
+and is not recorded a second time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from workers.decisions.placement import RankPlace
+from workers.driver.records.outbox import Outbox
+from workers.protocol.states import AttemptState, JobState, StatusReason
+from workers.protocol.wire import Record
+
+_ENDED = (AttemptState.SUCCEEDED, AttemptState.FAILED, AttemptState.STOPPED)
+
+
+class JobRecords:
+    """The records of one job.
+
+    `attempt` returns the current attempt's number; `logged` are the records of earlier
+    incarnations. Methods raise StorageError.
+    """
+
+    def __init__(
+        self, outbox: Outbox, attempt: Callable[[], int], logged: Iterable[Record] = ()
+    ) -> None:
+        self._outbox = outbox
+        self._attempt = attempt
+        self._state: dict[str, Any] = {}
+        self._attempts: dict[int, AttemptState] = {}
+        self._attempts_with_map: set[int] = set()
+        self._has_prepared = False
+        self._kept: dict[str, int] = {}
+        for record in logged:
+            self._note(record.kind, record.data, record.attempt)
+
+    @property
+    def last_state(self) -> JobState | None:
+        """The job's state as it was last recorded."""
+        if not self._state:
+            return None
+        return JobState(self._state["state"])
+
+    @property
+    def kept_checkpoints(self) -> dict[str, int]:
+        """Steps by path of checkpoints recorded as committed and not yet as deleted."""
+        return dict(self._kept)
+
+    def attempt_state(self, attempt: int) -> AttemptState | None:
+        """Returns an attempt's state as it was last recorded."""
+        return self._attempts.get(attempt)
+
+    def state(
+        self, state: JobState, reason: StatusReason | None = None, message: str = ""
+    ) -> None:
+        """Records the job's observed state."""
+        data = {"state": state.value, "reason": reason, "message": message}
+        if data != self._state:
+            self._append("state", data)
+
+    def attempt(
+        self,
+        state: AttemptState,
+        world_size: int,
+        reason: StatusReason | None = None,
+        message: str = "",
+    ) -> None:
+        """Records the attempt's state; an attempt that has ended stays ended."""
+        # STOPPED after FAILED, for one, is what a cancelled job gives after a failure.
+        known = self._attempts.get(self._attempt())
+        if known == state or known in _ENDED:
+            return
+        data = {
+            "state": state.value,
+            "reason": reason,
+            "message": message,
+            "world_size": world_size,
+        }
+        self._append("attempt", data)
+
+    def event(
+        self,
+        code: str,
+        message: str,
+        level: str = "info",
+        data: dict[str, Any] | None = None,
+        ranks: Sequence[int] = (),
+    ) -> None:
+        """Records a line of the history."""
+        self._append(
+            "event",
+            {
+                "type": code,
+                "level": level,
+                "message": message,
+                "data": data or {},
+                "ranks": list(ranks),
+            },
+        )
+
+    def ranks(self, places: Sequence[RankPlace]) -> None:
+        """Records the attempt's rank map."""
+        if self._attempt() in self._attempts_with_map:
+            return
+        # Folders on nodes are the driver's business; the rest is served to clients.
+        rows = [place.model_dump(mode="json", exclude={"local_dir"}) for place in places]
+        self._append("ranks", {"ranks": rows})
+
+    def prepared(
+        self, manifest: dict[str, Any], num_train_tokens: int, unigram_nats: float | None
+    ) -> None:
+        """Records that the data are ready."""
+        if self._has_prepared:
+            return
+        data = {
+            "manifest": manifest,
+            "num_train_tokens": num_train_tokens,
+            "unigram_nats": unigram_nats,
+        }
+        self._append("prepared", data)
+
+    def problems(self, problems: list[dict[str, str]]) -> None:
+        """Records the user's mistakes; the service fails the job with them."""
+        self._append("problem", {"problems": problems})
+
+    def committed(self, step: int, path: str, size: int, loss: float | None) -> None:
+        """Records that a checkpoint is committed."""
+        # Paths carry step and attempt, so one path is one checkpoint.
+        if path in self._kept:
+            return
+        data = {"step": step, "path": path, "bytes": size, "loss": loss}
+        self._append("checkpoint", {"action": "committed", **data})
+
+    def deleted(self, path: str) -> None:
+        """Records that retention has deleted a checkpoint."""
+        if path in self._kept:
+            data = {"action": "deleted", "step": self._kept[path], "path": path}
+            self._append("checkpoint", data)
+
+    def _append(self, kind: str, data: dict[str, Any]) -> None:
+        attempt = self._attempt()
+        self._outbox.append(kind, data, attempt)
+        self._note(kind, data, attempt)
+
+    def _note(self, kind: str, data: dict[str, Any], attempt: int) -> None:
+        """Remembers a record, so that it is not repeated."""
+        match kind:
+            case "state":
+                self._state = data
+            case "attempt":
+                self._attempts[attempt] = AttemptState(data["state"])
+            case "ranks":
+                self._attempts_with_map.add(attempt)
+            case "prepared":
+                self._has_prepared = True
+            case "checkpoint" if data["action"] == "committed":
+                self._kept[data["path"]] = data["step"]
+            case "checkpoint":
+                self._kept.pop(data["path"], None)
