@@ -2,7 +2,7 @@
 
 Owns: their names, what makes one count, which are kept. Must not know: tensors, torch.
 
-A checkpoint counts once its COMMITTED marker is there, which is written last and
+A checkpoint counts once its COMMITTED marker exists, which is written last and
 deleted first; manifest.json lists every file with its size, so that a folder that lost
 one is recognised.
 """
@@ -142,7 +142,7 @@ def read_reports(path: str) -> list[bytes]:
 
 
 def _check_parts(storage: Storage, path: str) -> None:
-    """Checks that every rank's file is there with the size that was planned."""
+    """Checks that every rank's file exists with the planned size."""
     try:
         index = json.loads(storage.read_bytes(INDEX))
     except MissingFileError as error:

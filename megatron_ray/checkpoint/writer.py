@@ -187,7 +187,7 @@ class CheckpointWriter:
         if plan.index is not None:
             small_files += files.items()
             small_files.append((TRAIN_STATE, json.dumps(common_state).encode()))
-            # Last: a commit takes it as the sign that the common part is there.
+            # Last: a commit takes it as the sign that the common part is written.
             small_files.append((INDEX, plan.index))
         return small_files
 

@@ -3,7 +3,7 @@
 Owns: the order of the hops. Must not know: heads, layers.
 
 While a rank attends to one block of keys and values, the next is on its way, so it
-never holds more than two. In the backward pass each block goes round once more, its
+never holds more than two. In the backward pass each block is passed around again, its
 gradient one hop behind it, so that the gradient arrives complete at the block's owner.
 
 Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens:
@@ -191,7 +191,7 @@ class _Ring(AutogradFunction[Tensor]):
             if next_block is not None:
                 block = next_block.wait()
         output = tokens_first(partial.output, q.dtype)
-        # Blocks of other ranks are not kept: they go round once more in the backward.
+        # Blocks of other ranks are not kept: the backward passes them around again.
         ctx.save_for_backward(q, own, output, partial.lse)
         ctx.hops = hops
         ctx.in_fp32 = in_fp32
@@ -227,7 +227,7 @@ class _Ring(AutogradFunction[Tensor]):
                 gradients.keys_values += arriving_grad.wait()
             if next_block is not None:
                 block = next_block.wait()
-            # One hop more than the blocks themselves, to come back to the owner.
+            # One hop more than the blocks themselves, to return to the owner.
             arriving_grad = hops.start(gradients.keys_values)
         assert arriving_grad is not None
         own_grad = arriving_grad.wait().to(q.dtype)

@@ -93,7 +93,7 @@ class FullShard:
                 )
             shard = nn.Parameter(_like(parameter, weight), parameter.requires_grad)
             if parameter.requires_grad:
-                # torch adds gradients to what is there, which is the buffer's memory.
+                # torch adds gradients to existing ones, which are the buffer's memory.
                 gradient = _view_or_zeros(gradients, name, shape, device)
                 shard.grad = _like(parameter, gradient)
             replaced[parameter] = shard
@@ -120,7 +120,7 @@ class TorchReducer:
         self._buffers = buffers
 
     def begin_step(self, trainable: set[str]) -> None:
-        """Clears the gradients: torch adds to what is there."""
+        """Clears the gradients, since torch adds to existing ones."""
         self._buffers.gradients.zero_()
 
     def ready(self, slot: GradSlot) -> None:

@@ -94,7 +94,7 @@ class Storage(ABC):
 
     @abstractmethod
     def exists(self, name: str) -> bool:
-        """Returns whether a file or folder is there."""
+        """Returns whether a file or folder exists."""
 
     @abstractmethod
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
@@ -166,7 +166,7 @@ class LocalStorage(Storage):
             yield _LocalInput(file, str(path))
 
     def exists(self, name: str) -> bool:
-        """Returns whether a file or folder is there."""
+        """Returns whether a file or folder exists."""
         return self._path(name).exists()
 
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
@@ -298,7 +298,7 @@ class ObjectStorage(Storage):
             yield _ObjectInput(file, self.uri(name))
 
     def exists(self, name: str) -> bool:
-        """Returns whether an object, or one below that prefix, is there."""
+        """Returns whether an object, or one below that prefix, exists."""
         with storage_errors("look for", self.uri(name)):
             info = self.filesystem.get_file_info(self._key(name))
         return bool(info.type != fs.FileType.NotFound)

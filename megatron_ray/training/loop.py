@@ -81,7 +81,7 @@ def _train_step(
     timer.mark("data")
     loss_sum = forward_backward(components.model, components.mesh, batches)
     timer.mark("forward_backward")
-    # Every rank votes for the command it has got. The votes of all ranks come back with the
+    # Every rank votes for the command it has got. The votes of all ranks return with the
     # step's numbers, so all act on the same command at the same boundary.
     sums = reduce_step(
         components.model,

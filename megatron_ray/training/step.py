@@ -36,7 +36,7 @@ def forward_backward(
         )
     total: Tensor | None = None
     for index, batch in enumerate(batches):
-        # A parameter's reduction starts as soon as its last gradient is there, so the
+        # A parameter's reduction starts as soon as its last gradient is done, so the
         # sink must know which microbatch is the last.
         model.sink.begin_microbatch(last=index == len(batches) - 1)
         loss = model.module(batch, ForwardMode.TRAIN)

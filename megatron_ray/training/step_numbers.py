@@ -67,7 +67,7 @@ class StepNumbers:
 class StepsInFlight:
     """The steps that have been launched and whose numbers were not read yet.
 
-    Numbers are read when they are there: at once on CPU, one step later on CUDA, where
+    Numbers are read when they are complete: at once on CPU, one step later on CUDA, where
     the device's queue would otherwise run empty while the host waits for the newest.
     """
 

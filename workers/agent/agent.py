@@ -105,7 +105,7 @@ class Agent:
         return 0
 
     def _connect_service(self, client: ServiceClient) -> Hello | None:
-        """Returns the service's settings once it is there; None when stopped before."""
+        """Returns the service's settings once it answers; None when stopped before."""
         while not self._stopping.is_set():
             try:
                 return client.hello()

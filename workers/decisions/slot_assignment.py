@@ -6,7 +6,7 @@ Pure. Must not know: Ray, torch.
 A slot number names one process of the job. What a rank needs is a `Slot`: a bundle and,
 where there are GPUs, one of that bundle's. The first processes in a bundle get their
 GPUs from Ray. From then on the bundle's GPUs are known from the last rank map, and the
-process that takes over for a dead rank holds no GPU in Ray's books: the start order names
+process that replaces a dead one holds no GPU in Ray's books: the start order names
 the one to use. That is safe because the bundle belongs to the job, so Ray gives the GPU to no
 one else.
 """

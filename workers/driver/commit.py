@@ -143,7 +143,7 @@ def commit_whole(
 def contained_records(storage_path: str) -> dict[str, list[Line]]:
     """Returns rank 0's numbered records in a job's checkpoints, in order, by source.
 
-    For a driver that comes back after its node was lost: the rank's own file is gone, and
+    For a driver that restarts after its node was lost: the rank's own file is gone, and
     perhaps nothing of it had been sent. Raises StorageError.
     """
     by_source: dict[str, dict[int, Line]] = {}

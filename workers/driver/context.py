@@ -1,4 +1,4 @@
-"""Holds what one incarnation of a driver knows of its job.
+"""Holds the state of a job that one incarnation of its driver works with.
 
 Owns: the journal entry, the epoch, the records, the state that the service desires.
 Shared by all phases. Must not know: Ray, HTTP, what comes next.

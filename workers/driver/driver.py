@@ -131,7 +131,7 @@ class JobDriver:
             except ForeignJournalError as error:
                 self._refuse(error)
                 continue
-            # Storage comes back some day; until then ranks train on and the journal waits.
+            # Storage outages end; until then ranks train on and the journal waits.
             except (StorageError, JournalError) as error:
                 self._trouble = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; it goes on from the journal

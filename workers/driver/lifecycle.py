@@ -57,7 +57,7 @@ class JobLifecycle:
         self._starter = RankStarter(self._job)
         self._progress = JobProgress(self._job)
         self._recovery = Recovery(self._job, self._starter, self._progress)
-        # In memory only: a driver that comes back has waited long enough.
+        # In memory only: a restarted driver has waited long enough.
         self._retry_at = 0.0
 
     @property

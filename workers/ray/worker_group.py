@@ -131,7 +131,7 @@ class WorkerGroup:
                 "namespace": self._namespace,
                 "lifetime": "detached",
                 "get_if_exists": True,
-                # Never restarted by Ray: a rank that comes back alone would meet the
+                # Never restarted by Ray: a rank that restarts alone would meet the
                 # others in the middle of a step.
                 "max_restarts": 0,
                 "num_cpus": worker.resources.get("CPU", 0),
@@ -224,7 +224,7 @@ class WorkerGroup:
             return []
         done, _ = ray.wait(list(self._polls), num_returns=1, timeout=timeout_s)
         if done:
-            # The first is there: take all others that are, without waiting.
+            # The first has arrived: take all others that have, without waiting.
             done, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
         return [self._poll_result(call) for call in done]
 

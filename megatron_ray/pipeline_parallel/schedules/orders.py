@@ -90,7 +90,7 @@ def _gpipe(num_microbatches: int) -> Order:
 def _one_f_one_b(pp: int, rank: int, num_microbatches: int) -> Order:
     forwards = _row(Op.FORWARD, num_microbatches)
     backwards = _row(Op.BACKWARD, num_microbatches)
-    # As many as it takes until the first gradient has come back from the last rank.
+    # As many as it takes until the first gradient arrives from the last rank.
     num_warmup = min(pp - rank - 1, num_microbatches)
     return _one_forward_one_backward(forwards, backwards, num_warmup)
 
@@ -119,7 +119,7 @@ def _interleaved(pp: int, rank: int, vpp: int, num_microbatches: int, group: int
         for chunk in range(vpp):
             for microbatch in range(start, start + size):
                 forwards.append(Action(Op.FORWARD, chunk, microbatch))
-                # Gradients come back through the chunks the other way round.
+                # Gradients pass through the chunks in the opposite order.
                 backwards.append(Action(Op.BACKWARD, vpp - 1 - chunk, microbatch))
         start += size
     # Megatron's count: all chunks but the last of the first group, and two more for every
@@ -190,7 +190,7 @@ def _zb_v(pp: int, rank: int, num_microbatches: int) -> Order:
     # Warm-up: down to the last rank and back, then what comes back beside what goes down.
     repeat(2 * (pp - rank) - 1, _F0)
     repeat(rank, _F1, _F0)
-    # The last stage's loss is there: its gradients set out through chunk 1.
+    # The last stage has its loss: the backward passes of chunk 1 begin.
     repeat(pp - rank, _F1, _B1, _W1)
     # Steady state, until chunk 0 has seen all microbatches and then chunk 1.
     repeat(num_full - num_done[_F0], _F0, _B0, _W0, _F1, _B1, _W1)

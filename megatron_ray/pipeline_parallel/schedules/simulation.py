@@ -5,7 +5,7 @@ Owns: judging a list of actions. Pure; must not know: torch.
 There are two machines. `run_computing` gives the times of the computing actions alone,
 transfers costing nothing. `simulate` runs the lowered lists as NCCL would: a pair of
 ranks shares one queue, both sides put their sends and receives into it in their own
-order, and entry k of one side is done when entry k of the other side is there too and
+order, and entry k of one side is done when entry k of the other side is posted too and
 matches; there are no tags and no buffers.
 """
 
@@ -297,7 +297,7 @@ class _LoweredMachine:
         queue = self._queues.setdefault(pair, _Queue({pair[0]: [], pair[1]: []}))
         own = queue.posted[rank]
         own.append((self._clocks[rank], (action.op, action.chunk, action.microbatch)))
-        # The peer has posted its side of this entry already: both are there now.
+        # The peer has posted its side of this entry already, so both are posted now.
         if len(own) <= len(queue.posted[action.peer]):
             self._complete(queue, len(own) - 1, rank, action.peer)
 

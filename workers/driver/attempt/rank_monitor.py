@@ -112,8 +112,8 @@ class RankMonitor:
             address = self._views[rank].place.address
             message = f"node {address} has not answered for {limit_s:.0f} s"
             self._lose(rank, FailureKind.SILENT, message)
-        # Ranks wait for each other in every step, so a hang is the lack of anybody's
-        # progress.
+        # Ranks wait for each other in every step, so a hang is when no rank
+        # makes progress.
         if answered_at:
             message_of_hang = liveness.hang(now, self._progress)
             if message_of_hang:

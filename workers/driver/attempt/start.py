@@ -129,7 +129,7 @@ class RankStarter:
                 places[0].slot, job.fence, _START_TIMEOUT_S, self._check_stop
             )
         began = self._note(timing, "store", began)
-        # The map is journaled before any rank starts: a driver that comes back must find
+        # The map is journaled before any rank starts: a restarted driver must find
         # every process that may be training.
         job.write(ranks=places, store=store)
         job.records.ranks(places)

@@ -124,7 +124,7 @@ class Supervision:
         if self._stop_deadline is None:
             stop = decide_stop(self._plan, desired)
         if stop is not None:
-            # Journaled first: a driver that comes back while the service is away must
+            # Journaled first: a driver that restarts while the service is away must
             # not start the job again.
             if stop.stopping is not None:
                 self._listener.stop_requested(stop.stopping)
