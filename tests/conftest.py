@@ -35,6 +35,7 @@ def run_ranks() -> Callable[..., list[Any]]:
     return _run_ranks
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives every test its group for xdist, whose tests share a process.
 
