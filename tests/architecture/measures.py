@@ -22,14 +22,14 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 @dataclass(frozen=True)
 class Goal:
-    """The median of the anchors for one measure and which side of it is better."""
+    """The bound of one measure, most often the anchors' median, and its better side."""
 
-    median: float
+    bound: float
     more_is_better: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a value is at the median or better."""
-        return value >= self.median if self.more_is_better else value <= self.median
+        """Whether a value is at the bound or better."""
+        return value >= self.bound if self.more_is_better else value <= self.bound
 
 
 GOALS = {
@@ -38,7 +38,7 @@ GOALS = {
     "packed_assignments_per_kloc": Goal(0.6),
     "comprehensions_per_kloc": Goal(6.5),
     "conditional_expressions_per_kloc": Goal(5.5),
-    # 3 to 6 % is the aim; the anchors lie between 4.2 and 9.3 %.
+    # Not the median, which is 4.7: 3 to 6 % is the aim.
     "comment_lines_percent": Goal(3.0, more_is_better=True),
     "docstrings_percent": Goal(46, more_is_better=True),
     "function_lines_p95": Goal(56),
@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> None:
     for name, value in values.items():
         goal = GOALS[name]
         mark = "" if goal.holds(value) else "   short of it"
-        print(f"{name:34} {value:8.1f}   anchors' median {goal.median:6.1f}{mark}")
+        print(f"{name:34} {value:8.1f}   goal {goal.bound:6.1f}{mark}")
 
 
 if __name__ == "__main__":
