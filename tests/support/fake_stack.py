@@ -29,7 +29,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args): pass
 port = int(os.environ["MEGATRON_RAY_PORT"])
 server = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
-pathlib.Path(os.environ["MEGATRON_RAY_PORT_FILE"]).write_text(str(server.server_address[1]))
+# Renamed into place, as the service does: who polls for the file finds it complete.
+port_file = pathlib.Path(os.environ["MEGATRON_RAY_PORT_FILE"])
+port_file.with_suffix(".new").write_text(str(server.server_address[1]))
+port_file.with_suffix(".new").replace(port_file)
 server.serve_forever()
 """
 AGENT = """
