@@ -14,10 +14,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BENCH  ?=
 JOBS   ?= 2
-# Tests of one group share a process and its fixtures (tests/conftest.py); long groups come first.
+# tests/conftest.py sends a file's tests to one process; files come in their order, long ones first.
 # Tests start many processes: what was compiled once is kept, whatever the shell's setting.
 export PYTHONDONTWRITEBYTECODE :=
-SHARED := -n $(JOBS) --dist loadgroup --no-loadscope-reorder
+SHARED := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
 .PHONY: setup demo test unit check docs coverage bench parity chaos

@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
+
 from tests.support.ranks import run_ranks as _run_ranks
+
+SHARED_STACK = "tests/integration/stack/"
 
 # A machine busy with something else makes an example slow, not wrong.
 settings.register_profile("unhurried", deadline=None)
@@ -35,13 +40,19 @@ def run_ranks() -> Callable[..., list[Any]]:
     return _run_ranks
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Gives every test its group for xdist, whose tests share a process.
+class FileScheduling(LoadScopeScheduling):
+    """Sends all tests of a file to one process, where they share its fixtures.
 
-    A module's tests share its fixtures; all tests of the running stack share that stack.
+    The tests of SHARED_STACK are one file in this respect: they share a running stack.
     """
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        group = "stack" if "road" in names else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        return SHARED_STACK if path.startswith(SHARED_STACK) else path
+
+
+@pytest.hookimpl(optionalhook=True)  # there is none when xdist is switched off
+def pytest_xdist_make_scheduler(
+    config: pytest.Config, log: Producer
+) -> LoadScopeScheduling:
+    return FileScheduling(config, log)

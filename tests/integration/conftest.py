@@ -7,9 +7,6 @@ from collections.abc import Iterator
 import pytest
 
 from tests.support.fake_service import NAMESPACE, FakeService
-from tests.support.running_stack import road
-
-__all__ = ["road"]
 
 
 @pytest.fixture(scope="module")

@@ -31,15 +31,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# pytest is here because a child re-imports the program that started its parent; of the
-# project only what takes long to import.
+# pytest is here because a child re-imports the program that started its parent. The first
+# step of any torch optimizer imports torch._dynamo, which costs more than most tests.
 _PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "numpy",
-    "pyarrow.fs",
     "pytest",
-    "megatron_ray.config.train_config",
+    "pyarrow.fs",
+    "torch._dynamo",
+    "megatron_ray.training.session",
+    "tests.support.parity",
 ]
 _GRACE_S = 1.5
 

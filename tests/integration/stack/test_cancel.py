@@ -29,7 +29,7 @@ from tests.support.running_stack import Road
 
 pytestmark = pytest.mark.ray
 
-DEMO = Path(__file__).parents[2] / "deploy/jobs/stdlib-tp2.yaml"
+DEMO = Path(__file__).parents[3] / "deploy/jobs/stdlib-tp2.yaml"
 GRACE_S = 60.0
 DEMO_S = 5.0
 
