@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 

@@ -13,8 +13,9 @@ Shapes: as in ring; L = cp x S tokens of a whole sequence.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron_ray.context_parallel.attention import ContextParallelAttention
 from megatron_ray.context_parallel.tiles import (
     Documents,
     PartialAttention,
@@ -26,40 +27,9 @@ from megatron_ray.context_parallel.tiles import (
 )
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.distributed.device_kind import DeviceKind
-from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
 from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.sharding.sequence_split import SequenceCut
-
-
-class AllGatherAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D].
-
-    Queries see the sequences of the whole group.
-    """
-
-    def __init__(self, group: Group, device: DeviceKind, window: int | None = None) -> None:
-        """Creates it for ranks on such devices.
-
-        `window`: tokens that a token sees, itself included; None for all.
-        """
-        super().__init__()
-        self.group = group
-        self.device = device
-        self.window = window
-
-    def forward(
-        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
-    ) -> Tensor:
-        """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
-        documents = None
-        if packed is not None:
-            documents = packed.documents_BS
-        in_fp32 = self.device.needs_fp32(q_BNSD.dtype == torch.bfloat16)
-        return _Gather.apply(
-            q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, in_fp32
-        )
 
 
 def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile]:
@@ -170,3 +140,9 @@ def _gathered(own_2BGSD: Tensor, group: Group) -> Tensor:
     """Returns keys and values of whole sequences, [2, B, G, L, D] in natural order."""
     parts = collectives.all_gather_rows(own_2BGSD[None], group)
     return merge_chunks(parts, dim=4)
+
+
+class AllGatherAttention(ContextParallelAttention):
+    """Gathers keys and values; each rank holds those of whole sequences for a while."""
+
+    kernel = _Gather

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from megatron_ray.context_parallel.attention import ContextParallelAttention
 from megatron_ray.context_parallel.tiles import (
     Documents,
     PartialAttention,
@@ -27,8 +28,6 @@ from megatron_ray.context_parallel.tiles import (
 )
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.distributed.device_kind import DeviceKind
-from megatron_ray.models.batch import Packed
 from megatron_ray.ops.attention.fused import tokens_first
 from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.sharding.sequence_split import SequenceCut
@@ -74,35 +73,6 @@ def windowed_ring_tiles(
             columns = slice(key_index * chunk, (key_index + 1) * chunk)
             tiles.append(Tile(rows, columns, causal=distance == 0, band=band))
     return tiles
-
-
-class RingAttention(nn.Module):
-    """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D].
-
-    Queries see the sequences of the whole group.
-    """
-
-    def __init__(self, group: Group, device: DeviceKind, window: int | None = None) -> None:
-        """Creates it for ranks on such devices.
-
-        `window`: tokens that a token sees, itself included; None for all.
-        """
-        super().__init__()
-        self.group = group
-        self.device = device
-        self.window = window
-
-    def forward(
-        self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, packed: Packed | None
-    ) -> Tensor:
-        """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
-        documents = None
-        if packed is not None:
-            documents = packed.documents_BS
-        in_fp32 = self.device.needs_fp32(q_BNSD.dtype == torch.bfloat16)
-        return _Ring.apply(
-            q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, in_fp32
-        )
 
 
 @dataclass(frozen=True)
@@ -232,3 +202,9 @@ class _Ring(AutogradFunction[Tensor]):
         assert arriving_grad is not None
         own_grad = arriving_grad.wait().to(q.dtype)
         return grad_q.to(q.dtype), own_grad[0], own_grad[1], None, None, None, None
+
+
+class RingAttention(ContextParallelAttention):
+    """Passes keys and values around; no rank holds those of whole sequences."""
+
+    kernel = _Ring
