@@ -238,7 +238,7 @@ def _allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
     memory = torch.empty(num_bytes, dtype=torch.uint8).zero_()
     if device.type == "cuda" and num_bytes:
         # Registered and not `pin_memory`, whose allocator rounds up to a power of two.
-        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))  # type: ignore[no-untyped-call]
+        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
         if status:
             raise MemoryError(
                 f"cannot page-lock {num_bytes} bytes of host memory for checkpoints (CUDA "
@@ -249,4 +249,4 @@ def _allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
 
 def _unregister_host(memory: torch.Tensor) -> None:
     if memory.numel():
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())

@@ -113,7 +113,7 @@ def start_copy_to_host(values: Tensor) -> Callable[[], list[float]]:
     # the stream, ends before the kernels that were launched after it.
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied = torch.cuda.Event()
     copied.record()
 
     def read() -> list[float]:

@@ -47,7 +47,7 @@ TOP_LEVEL = {
 }
 LICENCES = ("LICENSE", "LICENCE", "NOTICE")
 
-# Prose that hides what happens: nobody but a person says, hears or wants something.
+# Prose that hides what happens: only persons do what these verbs mean.
 BANNED_WORDS = (
     "nobody",
     "somebody",
@@ -190,11 +190,10 @@ def nested_models(annotation: object) -> list[type[BaseModel]]:
     ]
 
 
-@pytest.mark.parametrize(
-    "model",
-    sorted(set(config_models(JobSpec)), key=lambda model: model.__name__),
-    ids=lambda model: model.__name__,
-)
+CONFIG_MODELS = sorted(set(config_models(JobSpec)), key=lambda model: model.__name__)
+
+
+@pytest.mark.parametrize("model", CONFIG_MODELS, ids=lambda model: model.__name__)
 def test_every_config_field_is_documented(model: type[BaseModel]) -> None:
     assert issubclass(model, Config), (
         f"{model.__name__} does not inherit the strict base class"

@@ -119,8 +119,12 @@ def test_a_model_file_contains_only_the_model(path: Path) -> None:
         "megatron_ray.distributed.mesh",
         "megatron_ray.distributed.collectives",
     )
-    found = [name for name in imported_names(path) if name.startswith(forbidden)]
-    assert found == [], f"{path.name} reaches for ranks or collectives: {found}"
+    forbidden_imports = [
+        name for name in imported_names(path) if name.startswith(forbidden)
+    ]
+    assert forbidden_imports == [], (
+        f"{path.name} reaches for ranks or collectives: {forbidden_imports}"
+    )
     assert "torch.distributed" not in attribute_chains(path)
 
 

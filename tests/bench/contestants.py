@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
         }
     )
     mesh = ParallelMesh.create(
-        ParallelDims(**degrees), World(rank, terms.world_size, rank, "cpu")
+        ParallelDims(dp=terms.dp, tp=terms.tp, pp=terms.pp),
+        World(rank, terms.world_size, rank, "cpu"),
     )
     model, optimizer = build(config, mesh, initialise=False)
     fill(model, optimizer, decoder_logical(reference.weights(), config.model))
@@ -117,6 +119,7 @@ def ours(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
 def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    options: dict[str, Any] = {"attn_implementation": "sdpa"}
     config = LlamaConfig(
         vocab_size=reference.VOCABULARY,
         hidden_size=reference.HIDDEN,
@@ -127,7 +130,7 @@ def transformers(terms: Terms, rank: int, *, compiled: bool = False) -> Step:
         max_position_embeddings=reference.SEQUENCE,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        **options,
     )
     model = LlamaForCausalLM(config)
     model.load_state_dict(reference.weights(), strict=False)

@@ -10,6 +10,8 @@ accumulation in the product, and attention by Transformer Engine.
 import logging
 import re
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 warnings.filterwarnings("ignore")
 logging.getLogger("megatron").setLevel(logging.ERROR)
@@ -122,9 +124,9 @@ def _model(config: TransformerConfig, terms: Terms) -> DistributedDataParallel:
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            found = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
-            if found:  # numbered from zero in every stage
-                name = f"{model.decoder.layers[int(found[1])].layer_number - 1}.{found[2]}"
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name)
+            if match:  # numbered from zero in every stage
+                name = f"{model.decoder.layers[int(match[1])].layer_number - 1}.{match[2]}"
             parameter.copy_(_part(name, whole[name], tp_rank, terms.tp))
     wrapped = DistributedDataParallel(
         config=config,
@@ -142,7 +144,7 @@ def _megatron_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Rows of the fused projection go head by head: query, key, value.
     """
-    found = {
+    renamed = {
         "embedding.word_embeddings.weight": state["model.embed_tokens.weight"],
         "decoder.final_layernorm.weight": state["model.norm.weight"],
         "output_layer.weight": state["lm_head.weight"],
@@ -155,7 +157,7 @@ def _megatron_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
             )
             for name in "qkv"
         ]
-        found |= {
+        renamed |= {
             f"{layer}.self_attention.linear_qkv.weight": torch.cat(heads, dim=1).reshape(
                 -1, reference.HIDDEN
             ),
@@ -171,7 +173,7 @@ def _megatron_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 prefix + "post_attention_layernorm.weight"
             ],
         }
-    return found
+    return renamed
 
 
 def _part(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
@@ -187,9 +189,7 @@ def _part(name: str, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
     ]
 
 
-def _step(
-    terms: Terms, rank: int, model: DistributedDataParallel, optimizer: object
-) -> Step:
+def _step(terms: Terms, rank: int, model: DistributedDataParallel, optimizer: Any) -> Step:
     positions = torch.arange(reference.SEQUENCE).unsqueeze(0).expand(terms.micro_batch, -1)
     mask = torch.triu(
         torch.ones(reference.SEQUENCE, reference.SEQUENCE), diagonal=1
@@ -202,14 +202,16 @@ def _step(
             "loss": loss.detach().clone()
         }  # the schedule divides the loss in place
 
-    def forward_step(microbatches: object, model: nn.Module) -> tuple[Tensor, object]:
-        part = next(microbatches)  # type: ignore[call-overload]
+    def forward_step(
+        microbatches: Iterator[Tensor], model: nn.Module
+    ) -> tuple[Tensor, object]:
+        part = next(microbatches)
         return model(part[:, :-1], positions, mask, labels=part[:, 1:]), loss_function
 
     def step(rows: np.ndarray, exact: bool) -> tuple[float, float] | None:
         microbatches = [torch.from_numpy(part) for part in terms.microbatches(rows, rank)]
         model.zero_grad_buffer()
-        optimizer.zero_grad()  # type: ignore[attr-defined]
+        optimizer.zero_grad()
         output = forward_backward(
             forward_step_func=forward_step,
             data_iterator=iter(microbatches),
@@ -219,7 +221,7 @@ def _step(
             micro_batch_size=terms.micro_batch,
             forward_only=False,
         )
-        _, norm, _ = optimizer.step()  # type: ignore[attr-defined]
+        _, norm, _ = optimizer.step()
         if not parallel_state.is_pipeline_last_stage():
             return None
         loss = torch.stack([part["loss"] for part in output]).mean()

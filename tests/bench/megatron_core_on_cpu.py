@@ -105,11 +105,11 @@ def install() -> None:
 
     def type_name(self: torch.Tensor, *args: Any, **options: Any) -> Any:
         """Both of its optimizers dispatch on this string."""
-        found = plain(self, *args, **options)
+        name = plain(self, *args, **options)
         return (
-            found.replace("torch.", "torch.cuda.", 1)
-            if not args and not options and ".cuda." not in found
-            else found
+            name.replace("torch.", "torch.cuda.", 1)
+            if not args and not options and ".cuda." not in name
+            else name
         )
 
     tensor.type = type_name

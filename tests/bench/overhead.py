@@ -124,7 +124,9 @@ def wait_in_queue(road: Road, folder: str) -> str:
     )["id"]
     road.wait(
         job_id,
-        lambda found: found["status"] == "queued" and "nodes" in (found["message"] or ""),
+        lambda queued: (
+            queued["status"] == "queued" and "nodes" in (queued["message"] or "")
+        ),
     )
     return job_id
 
@@ -151,14 +153,15 @@ def job(road: Road, folder: str, ranks: int) -> dict[str, Any]:
 
 
 def as_job(road: Road, spec: dict[str, Any]) -> float:
-    """Median seconds of a step of a job that somebody follows to its end."""
+    """Median seconds of a step of a job that a reader follows to its end."""
     job_id = road.client.submit(spec)["id"]
     with reader(road, job_id) as stream:
         stream.wait(timeout=600)
     assert road.client.show(job_id)["status"] == "succeeded", road.client.show(job_id)
     rows = road.client.metrics(job_id, keys="step_s")["data"]
     assert [row["step"] for row in rows] == list(range(1, WARMUP + STEPS + 1))
-    return statistics.median(row["step_s"] for row in rows[WARMUP:])
+    steps: list[float] = [row["step_s"] for row in rows]
+    return statistics.median(steps[WARMUP:])
 
 
 def under_torchrun(
@@ -199,9 +202,9 @@ def under_torchrun(
             cwd=ROOT,
             env=os.environ | threads,
         )
-        found = [json.loads(line) for line in reports.read_bytes().splitlines()]
-    steps = [
-        record["data"]["step_s"] for record in found if record["kind"] == StepReport.kind
+        records = [json.loads(line) for line in reports.read_bytes().splitlines()]
+    steps: list[float] = [
+        record["data"]["step_s"] for record in records if record["kind"] == StepReport.kind
     ]
     assert len(steps) == WARMUP + STEPS
     return statistics.median(steps[WARMUP:])

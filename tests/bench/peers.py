@@ -48,10 +48,12 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """By name."""
-    found = {}
+    by_name = {}
     for precision, eager, compiled in (("fp32", 1.15, 1.05), ("bf16", 1.3, 1.3)):
-        found[f"eager-{precision}"] = Case("ours", "transformers", Terms(precision), eager)
-        found[f"compiled-{precision}"] = Case(
+        by_name[f"eager-{precision}"] = Case(
+            "ours", "transformers", Terms(precision), eager
+        )
+        by_name[f"compiled-{precision}"] = Case(
             "ours-compiled", "transformers-compiled", Terms(precision), compiled
         )
         for axis, degrees in (
@@ -60,11 +62,11 @@ def cases() -> dict[str, Case]:
             ("pp2", {"pp": 2, "micro_batch": 1}),
         ):
             terms = Terms(precision, **degrees)
-            found[f"{axis}-{precision}"] = Case("ours", "megatron-core", terms, 1.25)
-            found[f"{axis}-compiled-{precision}"] = Case(
+            by_name[f"{axis}-{precision}"] = Case("ours", "megatron-core", terms, 1.25)
+            by_name[f"{axis}-compiled-{precision}"] = Case(
                 "ours-compiled", "megatron-core-compiled", terms, 1.25
             )
-    return found
+    return by_name
 
 
 class Contestant:
@@ -105,12 +107,12 @@ class Contestant:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
             process.stdin.flush()
-        answers = []
+        answers: list[Answer] = []
         for process in self.ranks:
             assert process.stdout is not None
             line = process.stdout.readline()
             if not line:
-                raise SystemExit(f"a contestant died: {process.args}")
+                raise SystemExit(f"a contestant died: {process.args!r}")
             answers.append(json.loads(line))
         longest = max(answers, key=lambda answer: sum(answer["seconds"]))
         memory = max(answer["peak_mb"] for answer in answers)
@@ -145,25 +147,27 @@ def run() -> Iterator[dict[str, Any]]:
 def compare(name: str, case: Case) -> dict[str, Any]:
     """Median of the ratios of the pairs, with quartiles."""
     with tempfile.TemporaryDirectory(prefix="bench-peers-") as folder:
-        ours, theirs = (
+        ours, peer_program = (
             Contestant(who, case.terms, folder) for who in (case.ours, case.peer)
         )
         try:
             first = ours.take(case.terms.checked)
-            other = theirs.take(case.terms.checked)
+            other = peer_program.take(case.terms.checked)
             steps = (
                 1
                 if max(first["seconds"][-1], other["seconds"][-1]) > LONG_S
                 else STEPS_A_TURN
             )
             turns = [
-                _take_turns(ours, theirs, steps, swapped=bool(number % 2))
+                _take_turns(ours, peer_program, steps, swapped=bool(number % 2))
                 for number in range(PAIRS)
             ]
-            memory = [contestant.take(0)["peak_mb"][0] for contestant in (ours, theirs)]
+            memory = [
+                contestant.take(0)["peak_mb"][0] for contestant in (ours, peer_program)
+            ]
         finally:
             ours.end()
-            theirs.end()
+            peer_program.end()
     pairs = [(_rate(mine), _rate(peer)) for mine, peer in turns]
     low, middle, high = statistics.quantiles([mine / peer for mine, peer in pairs], n=4)
     return {
@@ -197,15 +201,15 @@ def _largest_difference(ours: list[float], others: list[float]) -> float:
 
 
 def _take_turns(
-    ours: Contestant, theirs: Contestant, steps: int, *, swapped: bool
+    ours: Contestant, peer: Contestant, steps: int, *, swapped: bool
 ) -> tuple[Answer, Answer]:
-    """Who is first alternates: the processor is cooler, or the cache another's, for
-    whoever it is.
+    """The first one alternates: it has the cooler processor, or the cache of another
+    program.
     """
-    found = {
-        id(one): one.take(steps) for one in ((theirs, ours) if swapped else (ours, theirs))
+    answers = {
+        id(one): one.take(steps) for one in ((peer, ours) if swapped else (ours, peer))
     }
-    return found[id(ours)], found[id(theirs)]
+    return answers[id(ours)], answers[id(peer)]
 
 
 def _rate(answer: Answer) -> float:

@@ -101,15 +101,15 @@ def measured(
     job_id = road.client.submit(spec)["id"]
     with RankFile(road, job_id) as file:
         file.reached(EVERY_STEPS + 10)
-        found = [kill(road, job_id, file) for _ in range(KILLS)]
+        kills = [kill(road, job_id, file) for _ in range(KILLS)]
         road.client.cancel(job_id)
         road.finish(job_id)
-    return found
+    return kills
 
 
-def line(case: str, unit: str, goal: float | None, found: list[Measured]) -> dict[str, Any]:
+def line(case: str, unit: str, goal: float | None, kills: list[Measured]) -> dict[str, Any]:
     """Median, quartiles and worst; medians of the parts."""
-    values = [value for value, _ in found]
+    values = [value for value, _ in kills]
     low, middle, high = statistics.quantiles(values, n=4)
     return {
         "bench": "recovery",
@@ -121,8 +121,8 @@ def line(case: str, unit: str, goal: float | None, found: list[Measured]) -> dic
         "quartiles": [round(low, 3), round(high, 3)],
         "worst": round(max(values), 3),
         **{
-            part: round(statistics.median(parts[part] for _, parts in found), 4)
-            for part in found[0][1]
+            part: round(statistics.median(parts[part] for _, parts in kills), 4)
+            for part in kills[0][1]
         },
     }
 
@@ -150,11 +150,13 @@ def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
     attempt = steps[-1]["attempt"]
     file.reached(steps[-1]["step"] + random.randrange(EVERY_STEPS), attempt=attempt)
     pid = road.pids(job_id)[-1]
-    said = history(road, job_id)[-1]["id"]
+    last_event = history(road, job_id)[-1]["id"]
     killed = time.time()
     os.kill(pid, signal.SIGKILL)
     recovered = until(
-        "the driver's account of the recovery", lambda: account(road, job_id, said), 120
+        "the driver's account of the recovery",
+        lambda: account(road, job_id, last_event),
+        120,
     )
     seen = datetime.fromisoformat(recovered["created_at"]).timestamp()
     split = recovered["data"]
@@ -173,9 +175,9 @@ def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
 
 
 def account(road: Road, job_id: str, after: str) -> dict[str, Any] | None:
-    """The event that says how long it took to do new work."""
-    found = road.client.events(job_id, limit=1000, after=after)["data"]
-    return next((event for event in found if event["type"] == "job.recovered"), None)
+    """The event with the time that it took to do new work."""
+    events = road.client.events(job_id, limit=1000, after=after)["data"]
+    return next((event for event in events if event["type"] == "job.recovered"), None)
 
 
 def kill_service(road: Road, job_id: str, file: RankFile) -> Measured:
@@ -203,7 +205,7 @@ def kill_driver(road: Road, job_id: str, file: RankFile) -> Measured:
     os.kill(pid, signal.SIGKILL)
     killed = time.time()
     time.sleep(WATCHED_S)  # nothing else, so that looking disturbs nothing
-    until("the next driver", lambda: pid not in (found := drivers(road)) and found, 60)
+    until("the next driver", lambda: pid not in (pids := drivers(road)) and pids, 60)
     assert road.pids(job_id) == pids, "the same ranks go on"
     rows = [
         row["at"]

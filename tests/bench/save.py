@@ -30,8 +30,8 @@ def run() -> Iterator[dict[str, Any]]:
         config = _config(folder)
         data = prepare(config.data, f"{folder}/data", seq_length=config.training.seq_length)
         TrainingSession(config, ParallelMesh.single(), data, report=reports.append).run()
-    quiet = []
-    busy = []
+    quiet: list[float] = []
+    busy: list[float] = []
     saving = False
     for report in reports:
         if isinstance(report, CheckpointReport):

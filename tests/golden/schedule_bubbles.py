@@ -17,17 +17,17 @@ from tests.unit.megatron_ray.pipeline_parallel.schedules.test_schedules import (
 
 
 def main() -> None:
-    found = {}
+    bubbles = {}
     for case in [*SMALL, *LARGE]:
         if formula(case) is None:
             name, pp, vpp, count = case
-            found[key(case)] = round(
+            bubbles[key(case)] = round(
                 simulate_computing(
                     compute_orders(name, pp, count, vpp), stage_map(name, pp, vpp)
                 ).bubble,
                 6,
             )
-    GOLDEN.write_text(json.dumps(found, indent=0) + "\n")
+    GOLDEN.write_text(json.dumps(bubbles, indent=0) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def ray_cluster(request: pytest.FixtureRequest) -> Iterator[str]:
         import ray
 
         folder = tempfile.mkdtemp(prefix="mr-", dir="/tmp")
-        context = ray.init(
+        context: Any = ray.init(
             address="local",
             num_cpus=4,
             num_gpus=getattr(request.module, "NUM_GPUS", 0),

@@ -128,16 +128,16 @@ def test_checks_orphans_and_reaping(
     assert problem["pointer"] == "/data/train/0/path"
     assert "nowhere.txt" in problem["detail"]
 
-    @ray.remote(num_cpus=0)
     class Left:
         def ping(self) -> None:
             pass
 
+    left: Any = ray.remote(num_cpus=0)(Left)
     ended = f"job-{uuid.uuid4().hex[:12]}"
     unknown = f"job-{uuid.uuid4().hex[:12]}"
     actors = []
     for job_id in (ended, unknown):
-        actor = Left.options(name=f"{job_id}/w0", lifetime="detached").remote()
+        actor = left.options(name=f"{job_id}/w0", lifetime="detached").remote()
         ray.get(actor.ping.remote())
         actors.append(actor)
     group = ray.util.placement_group([{"CPU": 1}], name=ended, lifetime="detached")

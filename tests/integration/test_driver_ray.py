@@ -6,7 +6,6 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,65 @@ from workers.protocol.job import JobSpec
 
 pytestmark = pytest.mark.ray
 
-Submit = Callable[..., str]
+
+class Submit:
+    """Does for one job what agent and service do: makes the driver, attaches it, admits
+    the job once its data are ready.
+    """
+
+    def __init__(self, service: FakeService, folder: Path) -> None:
+        from tests.support.fake_job import FakeDriver
+        from workers.agent.driver_registry import DriverRegistry
+
+        self._service = service
+        self._folder = folder
+        self._registry = DriverRegistry(service.url, NAMESPACE, FakeDriver)
+        self._corpus = folder / "corpus.txt"
+        self._corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+
+    def __call__(self, body: dict[str, Any], *, start: bool = True) -> str:
+        job_id = f"job-{uuid.uuid4().hex[:12]}"
+        folder = str(self._folder / job_id)
+        body = {
+            **body,
+            "storage": {"path": folder},
+            "data": {**body["data"], "train": [{"path": str(self._corpus)}]},
+        }
+        self._service.want(job_id, desired="prepare", spec=body, job_dir=folder)
+        self.reconcile()
+        if start:
+            self._service.wait(
+                "prepared data", lambda: self._service.stored(job_id, kind="prepared")
+            )
+            self._service.want(job_id, desired="run")
+        return job_id
+
+    def reconcile(self) -> None:
+        from workers.protocol.wire import DesiredReply
+
+        jobs = [
+            job
+            for job in self._service.jobs.values()
+            if job["job_id"] not in self._service.terminal
+        ]
+        self._registry.set_desired(
+            DesiredReply.model_validate(
+                {"revision": 1, "jobs": jobs, "terminal": sorted(self._service.terminal)}
+            )
+        )
+        self._registry.reconcile()
+
+    def adopted(self, job_id: str) -> list[dict[str, Any]]:
+        """Makes the drivers that are missing; returns the events of their adoptions."""
+        self.reconcile()
+        return self._service.events(job_id, "driver.adopted")
+
+
+def driver_pid(job_id: str) -> int:
+    import ray
+
+    driver: Any = ray.get_actor(f"{job_id}/driver")
+    return int(ray.get(driver.pid.remote()))
 
 
 def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
@@ -42,49 +99,7 @@ def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
 
 @pytest.fixture
 def submit(fake_service: FakeService, ends_actors: None, tmp_path: Path) -> Submit:
-    """Does for one job what agent and service do: makes the driver, attaches it, admits
-    the job once its data are ready.
-    """
-    from tests.support.fake_job import FakeDriver
-    from workers.agent.driver_registry import DriverRegistry
-    from workers.protocol.wire import DesiredReply
-
-    registry = DriverRegistry(fake_service.url, NAMESPACE, FakeDriver)
-    corpus = tmp_path / "corpus.txt"
-    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 200)
-
-    def reconcile() -> None:
-        jobs = [
-            job
-            for job in fake_service.jobs.values()
-            if job["job_id"] not in fake_service.terminal
-        ]
-        registry.set_desired(
-            DesiredReply.model_validate(
-                {"revision": 1, "jobs": jobs, "terminal": sorted(fake_service.terminal)}
-            )
-        )
-        registry.reconcile()
-
-    def run(body: dict[str, Any], *, start: bool = True) -> str:
-        job_id = f"job-{uuid.uuid4().hex[:12]}"
-        folder = str(tmp_path / job_id)
-        body = {
-            **body,
-            "storage": {"path": folder},
-            "data": {**body["data"], "train": [{"path": str(corpus)}]},
-        }
-        fake_service.want(job_id, desired="prepare", spec=body, job_dir=folder)
-        reconcile()
-        if start:
-            fake_service.wait(
-                "prepared data", lambda: fake_service.stored(job_id, kind="prepared")
-            )
-            fake_service.want(job_id, desired="run")
-        return job_id
-
-    run.reconcile = reconcile  # type: ignore[attr-defined]
-    return run
+    return Submit(fake_service, tmp_path)
 
 
 def actors(job_id: str) -> list[str]:
@@ -98,11 +113,11 @@ def rank_pids(service: FakeService, job_id: str) -> list[int]:
 
 
 def committed(service: FakeService, job_id: str) -> list[tuple[int, int]]:
-    """(attempt, step) of each commit told."""
-    found = service.stored(job_id, kind="checkpoint")
+    """(attempt, step) of each reported commit."""
+    records = service.stored(job_id, kind="checkpoint")
     return [
         (record["attempt"], record["data"]["step"])
-        for record in found
+        for record in records
         if record["data"]["action"] == "committed"
     ]
 
@@ -190,17 +205,12 @@ def test_killed_rank_goes_on_from_the_last_commit(
 def test_killed_driver_adopts_the_same_processes(
     submit: Submit, fake_service: FakeService
 ) -> None:
-    import ray
 
     job_id = submit(spec(steps=80, step_s="0.05"))
     fake_service.wait("a commit", lambda: fake_service.stored(job_id, kind="checkpoint"))
     before = rank_pids(fake_service, job_id)
-    pid = ray.get(ray.get_actor(f"{job_id}/driver").pid.remote())
-    os.kill(pid, signal.SIGKILL)
-    fake_service.wait(
-        "adoption",
-        lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
-    )  # type: ignore[attr-defined]
+    os.kill(driver_pid(job_id), signal.SIGKILL)
+    fake_service.wait("adoption", lambda: submit.adopted(job_id))
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.events(job_id, "driver.adopted")[0]["data"]["pids"] == before
     assert fake_service.steps(job_id, 1) == list(range(1, 81))
@@ -220,7 +230,7 @@ def test_service_away_loses_nothing(submit: Submit, fake_service: FakeService) -
     seen = len(fake_service.steps(job_id, 1))
     time.sleep(3)
     assert len(fake_service.steps(job_id, 1)) <= seen + 1
-    fake_service.up()  # on another port: the agent says where
+    fake_service.up()  # on another port, which the agent passes on
     submit_url(submit, fake_service)
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.steps(job_id, 1) == list(range(1, 61))
@@ -254,8 +264,8 @@ def test_cancel_leaves_nothing(
     assert time.monotonic() - asked < 8
     assert_nothing_left(fake_service, job_id, pids)
     last = fake_service.steps(job_id, 1)[-1]
-    found = fake_service.stored(job_id, kind="checkpoint")[commits:]
-    assert any(r["data"]["step"] == last for r in found) == (
+    records = fake_service.stored(job_id, kind="checkpoint")[commits:]
+    assert any(r["data"]["step"] == last for r in records) == (
         final_checkpoint or last % 5 == 0
     )
 
@@ -288,9 +298,9 @@ def test_no_room_in_time_goes_back_to_the_queue(
     }
     job_id = submit(body)
     fake_service.wait("queued", lambda: "queued" in fake_service.states(job_id))
-    said = fake_service.stored(job_id, kind="state")[-1]["data"]
-    assert said["reason"] == "waiting_gang"
-    assert "not placed within 1 s: asked for 1 x 128 CPU" in said["message"]
+    state = fake_service.stored(job_id, kind="state")[-1]["data"]
+    assert state["reason"] == "waiting_gang"
+    assert "not placed within 1 s: asked for 1 x 128 CPU" in state["message"]
     fake_service.want(job_id, desired="run")
     fake_service.wait(
         "a second try", lambda: fake_service.states(job_id).count("scheduling") == 2
@@ -304,8 +314,8 @@ def test_failing_rank_is_the_cause_and_its_log_is_there(
     body["restart"] = {"max_failures": 0}
     job_id = submit(body)
     fake_service.wait("failure", lambda: "failed" in fake_service.states(job_id))
-    said = fake_service.stored(job_id, kind="state")[-1]["data"]
-    assert said["message"].startswith("rank 1: LookupError: planned accident at step 3")
+    state = fake_service.stored(job_id, kind="state")[-1]["data"]
+    assert state["message"].startswith("rank 1: LookupError: planned accident at step 3")
     failed = fake_service.events(job_id, "attempt.failed")[0]
     assert "planned accident" in failed["data"]["traceback"]
     log = tmp_path / job_id / "logs" / "attempt-0001" / "rank-00001.log"
@@ -345,17 +355,17 @@ def test_missing_data_is_the_users_problem(
         "tokenizer": {"kind": "file", "path": "/nowhere/tokenizer.json"},
     }
     job_id = submit(body, start=False)
-    found = fake_service.wait(
+    problems = fake_service.wait(
         "a problem", lambda: fake_service.stored(job_id, kind="problem")
     )
-    assert found[0]["data"]["problems"][0]["pointer"] == "/data/tokenizer/path"
+    assert problems[0]["data"]["problems"][0]["pointer"] == "/data/tokenizer/path"
     fake_service.wait("the driver's end", lambda: actors(job_id) == [], 15)
     assert "failed" not in fake_service.states(job_id)
 
 
 @pytest.mark.chaos
 def test_a_frozen_rank_is_given_up(submit: Submit, fake_service: FakeService) -> None:
-    """Neither its process nor its node is gone, so only its silence (15 s) tells."""
+    """Neither its process nor its node is gone, so only its silence (15 s) shows it."""
     job_id = submit(spec(steps=40, step_s="0.05"))
     fake_service.wait("a commit", lambda: fake_service.stored(job_id, kind="checkpoint"))
     before = rank_pids(fake_service, job_id)
@@ -388,11 +398,8 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
     after = rank_pids(fake_service, job_id)
     assert after[0] == before[0]
     assert after[1] != before[1]
-    os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
-    fake_service.wait(
-        "adoption",
-        lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
-    )  # type: ignore[attr-defined]
+    os.kill(driver_pid(job_id), signal.SIGKILL)
+    fake_service.wait("adoption", lambda: submit.adopted(job_id))
     assert rank_pids(fake_service, job_id) == after
     fake_service.wait("another spare", lambda: f"{job_id}/w1" in actors(job_id), 40)
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)
@@ -403,7 +410,6 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
 def test_a_wish_for_a_checkpoint_is_granted_once(
     submit: Submit, fake_service: FakeService
 ) -> None:
-    import ray
 
     body = spec(steps=2000, step_s="0.02")
     body["checkpoint"] = {"every_steps": 1000, "keep_last": 2}
@@ -411,11 +417,8 @@ def test_a_wish_for_a_checkpoint_is_granted_once(
     fake_service.wait("steps", lambda: fake_service.steps(job_id, 1))
     fake_service.want(job_id, checkpoint_requests=1)
     fake_service.wait("the checkpoint", lambda: committed(fake_service, job_id))
-    os.kill(ray.get(ray.get_actor(f"{job_id}/driver").pid.remote()), signal.SIGKILL)
-    fake_service.wait(
-        "adoption",
-        lambda: submit.reconcile() or fake_service.events(job_id, "driver.adopted"),
-    )  # type: ignore[attr-defined]
+    os.kill(driver_pid(job_id), signal.SIGKILL)
+    fake_service.wait("adoption", lambda: submit.adopted(job_id))
     fake_service.want(job_id, checkpoint_requests=2)
     fake_service.wait("the second", lambda: len(committed(fake_service, job_id)) > 1)
     fake_service.want(job_id, desired="cancel", final_checkpoint=False)

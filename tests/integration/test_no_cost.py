@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -19,7 +19,7 @@ from megatron_ray.commands import Command
 from megatron_ray.reports import Report
 from tests.support.fake_service import NAMESPACE, FakeService
 from workers.driver.driver import JobDriver
-from workers.rank.attempt import import_and_train
+from workers.rank.attempt import Train, import_and_train
 from workers.rank.messages import StartRequest
 from workers.ray.rank_worker import RankWorker
 
@@ -89,11 +89,11 @@ def recorded_train(
 
 
 class RecordedWorker(RankWorker):
-    train = staticmethod(recorded_train)
+    train: ClassVar[Train] = staticmethod(recorded_train)
 
 
 class RecordedDriver(JobDriver):
-    worker_class: Any = RecordedWorker
+    worker_class: ClassVar[type] = RecordedWorker
 
 
 def spec(folder: Path) -> dict[str, Any]:

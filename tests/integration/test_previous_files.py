@@ -123,15 +123,15 @@ def service(tmp_path: Path) -> Iterator[Running]:
 def answer(service: Running, path: str, **query: Any) -> Json:
     response = service.user.get(path, params=query)
     assert response.status_code == 200, f"{path}: {response.text}"
-    found: Json = response.json()
-    return found
+    body: Json = response.json()
+    return body
 
 
 def number(rows: sqlite3.Connection, job_id: str) -> int:
-    found: int = rows.execute("SELECT number FROM jobs WHERE id = ?", [job_id]).fetchone()[
-        0
-    ]
-    return found
+    number_of_job: int = rows.execute(
+        "SELECT number FROM jobs WHERE id = ?", [job_id]
+    ).fetchone()[0]
+    return number_of_job
 
 
 def test_the_database_is_migrated_to_the_tables_of_today(service: Running) -> None:
@@ -182,11 +182,11 @@ def test_the_history_of_a_job_is_as_it_was(
 ) -> None:
     of_job = [number(rows, job_id)]
     events = answer(service, f"/v1/jobs/{job_id}/events", limit=1000)["data"]
-    told = [
+    shown = [
         (event["seq"], event["type"], event["level"], event["attempt"]) for event in events
     ]
     query = "SELECT seq, type, level, attempt FROM events WHERE job = ? ORDER BY seq"
-    assert told == rows.execute(query, of_job).fetchall()
+    assert shown == rows.execute(query, of_job).fetchall()
 
     metrics = answer(service, f"/v1/jobs/{job_id}/metrics", keys=",".join(KEYS))["data"]
     losses = [
@@ -260,7 +260,7 @@ def test_an_agent_and_a_driver_of_then_end_their_job_at_the_service_of_today(
     )
     assert response.json() == {"ok": True}, response.text
 
-    query = {"cluster": "default", "after": -1, "wait_s": 0}
+    query: dict[str, str | int] = {"cluster": "default", "after": -1, "wait_s": 0}
     reply = service.agent.http.get("/internal/v1/agent/desired", params=query).json()
     before = json.loads((recorded / "desired_reply.json").read_text())
     assert set(before) <= set(reply)
@@ -328,14 +328,14 @@ def test_no_field_of_a_journal_is_lost(name: str, attempt: int, ending: str | No
 @pytest.mark.parametrize(
     ("name", "records", "reports"), [("succeeded", 16, 15), ("interrupted", 24, 7)]
 )
-def test_what_a_driver_has_said_is_read_again(
+def test_the_records_of_a_driver_are_read_again(
     name: str, records: int, reports: int
 ) -> None:
     folder = PREVIOUS / "job_dir" / name
-    said = RecordLog(open_storage(str(folder))).load()
-    assert [record.n for record in said] == list(range(1, records + 1))
-    found = contained_records(str(folder))
-    (lines,) = found.values()
+    log = RecordLog(open_storage(str(folder))).load()
+    assert [record.n for record in log] == list(range(1, records + 1))
+    contained = contained_records(str(folder))
+    (lines,) = contained.values()
     assert lines[-1].n == reports
     newest = latest_committed(str(folder))
     assert newest is not None
@@ -380,8 +380,8 @@ def test_no_field_of_a_message_is_lost(name: str) -> None:
 
 
 def reports_after(path: Path, step: int) -> dict[str, float]:
-    """What was said of each later step, by kind, step and field: all but times and memory."""
-    found = dict[str, float]()
+    """What was reported of each later step, by kind, step and field: all but times and memory."""
+    reports = dict[str, float]()
     for record in map(json.loads, path.read_text().splitlines()):
         data = record["data"]
         if record["kind"] not in ("step", "eval") or data["step"] <= step:
@@ -389,8 +389,8 @@ def reports_after(path: Path, step: int) -> dict[str, float]:
         values = {name: data[name] for name in REPORTED if name in data}
         values |= data.get("other_losses", {})
         for name, value in values.items():
-            found[f"{record['kind']} {data['step']} {name}"] = value
-    return found
+            reports[f"{record['kind']} {data['step']} {name}"] = value
+    return reports
 
 
 @pytest.mark.parallel

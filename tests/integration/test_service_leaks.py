@@ -127,12 +127,12 @@ class Fleet:
                 if end == "failed"
                 else "succeeded"
             )
-            told = (
+            attempts = (
                 [("attempt", {"state": "failed" if end == "failed" else "stopped"})]
                 if self.rng.random() < 0.5
                 else []
             )
-            say(*told, ("state", {"state": state}))
+            say(*attempts, ("state", {"state": state}))
 
 
 def resident_bytes(pid: int) -> int:

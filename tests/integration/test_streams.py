@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_readers_cut_fifty_times_each_receive_the_history_once(
         thread.start()
     try:
         for number, cuts in enumerate(KILL_AT):
-            wait_for(lambda cuts=cuts: fewest_cuts(readers) >= cuts, readers, producer)  # type: ignore[misc]
+            wait_for(partial(all_cut, readers, cuts), readers, producer)
             port = service.address[1]
             service.kill()
             service.start(port if number == 1 else free_port())
@@ -306,6 +307,10 @@ def pages(client: Client, job_id: str) -> Iterator[list[Json]]:
 
 def fewest_cuts(readers: list[Reader]) -> int:
     return min(reader.proxy.cuts for reader in readers)
+
+
+def all_cut(readers: list[Reader], cuts: int) -> bool:
+    return fewest_cuts(readers) >= cuts
 
 
 def wait_for(

@@ -194,11 +194,13 @@ def test_an_uncommitted_checkpoint_is_refused(run_ranks: Run, tmp_path: Path) ->
         read_train_state(path, 0)
 
 
+def die(fd: Any) -> None:
+    os._exit(9)
+
+
 def die_while_writing(rank: int, world_size: int, path: str) -> None:
     if rank == 1:
-        os.fsync = lambda _: os._exit(
-            9
-        )  # killed when the bytes are written and not yet durable
+        os.fsync = die  # killed when the bytes are written and not yet durable
     save(rank, world_size, "rows", path)
 
 

@@ -66,8 +66,8 @@ def gathers_and_reductions(rank: int, world_size: int) -> tuple[torch.Tensor, ..
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_everybody_gets_the_same(ranks: int, run_ranks: Callable[..., list[Any]]) -> None:
     results = run_ranks(gathers_and_reductions, ranks)
-    for found in results:
-        gathered, whole, first, largest, empty = found
+    for result in results:
+        gathered, whole, first, largest, empty = result
         assert torch.equal(
             gathered,
             torch.cat([torch.arange(4.0).view(2, 2) + 10 * rank for rank in range(ranks)]),

@@ -1,4 +1,4 @@
-"""What a plan says that a rank sends is what it does send: one whole step of a rank
+"""What a plan gives for a rank's sending is what it does send: one whole step of a rank
 among 4,096, every collective written down.
 """
 
@@ -317,14 +317,14 @@ def test_bytes_per_axis_and_kind_are_those_of_the_plan(
     within = dict.fromkeys(mesh.cp_levels, mesh.cp_group) | {
         mesh.dp_group: mesh.replica_group
     }  # parts of an axis are that axis
-    found = Sent()
+    sent_bytes = Sent()
     expected = Sent()
     for (group, kind), size in sent.items():
-        found[group if group in groups.values() else within[group], kind] += size
+        sent_bytes[group if group in groups.values() else within[group], kind] += size
     for (axis, kind), size in planned.bytes.items():
         expected[groups[axis], kind] += size
     names = {group: axis for axis, group in groups.items()}
-    assert {(names[group], kind): size for (group, kind), size in found.items()} == {
+    assert {(names[group], kind): size for (group, kind), size in sent_bytes.items()} == {
         (names[group], kind): size for (group, kind), size in expected.items()
     }
 

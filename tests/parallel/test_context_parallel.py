@@ -26,6 +26,11 @@ pytestmark = pytest.mark.parallel
 HIERARCHY = {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)}
 
 
+def grad_of(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad
+
+
 def attend_and_count(
     rank: int, world_size: int, parallel: dict[str, Any], dtype: torch.dtype
 ) -> tuple[Counter[str], int, float]:
@@ -45,7 +50,7 @@ def attend_and_count(
     )
     whole = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = nn.functional.scaled_dot_product_attention(
-        *whole, is_causal=True, enable_gqa=True
+        whole[0], whole[1], whole[2], is_causal=True, enable_gqa=True
     )
     expected.backward(grad)
     here = torch.from_numpy(SequenceCut(world_size, rank).positions(length))
@@ -57,7 +62,7 @@ def attend_and_count(
     pairs = [
         (output, expected[:, :, here]),
         *(
-            (part.grad, full.grad[:, :, here])
+            (grad_of(part), grad_of(full)[:, :, here])
             for part, full in zip(mine, whole, strict=True)
         ),
     ]
@@ -73,6 +78,7 @@ class counting:  # noqa: N801 - reads as a statement
         self.blocks = blocks
         self.calls = Counter[str]()
         self.most = [0]
+        self.hops: Any = ring._Hops
         self.names = (
             "batch_isend_irecv",
             "all_to_all_single",
@@ -88,7 +94,7 @@ class counting:  # noqa: N801 - reads as a statement
         }
         for name, original in self.originals.items():
             setattr(dist, name, self.counted(name, original))
-        self.start = start = ring._Hops.start
+        self.start = start = self.hops.start
 
         def watched(hops: Any, tensor: Tensor) -> Any:
             arriving = start(hops, tensor)
@@ -98,7 +104,7 @@ class counting:  # noqa: N801 - reads as a statement
             )
             return arriving
 
-        ring._Hops.start = watched  # type: ignore[method-assign]
+        self.hops.start = watched
         gc.collect()
         return self.calls, self.most
 
@@ -113,7 +119,7 @@ class counting:  # noqa: N801 - reads as a statement
     def __exit__(self, *_: object) -> None:
         for name, original in self.originals.items():
             setattr(dist, name, original)
-        ring._Hops.start = self.start  # type: ignore[method-assign]
+        self.hops.start = self.start
 
 
 def test_the_ring_holds_two_foreign_blocks_and_sends_only_point_to_point() -> None:
@@ -167,7 +173,7 @@ def windowed(
     documents = torch.arange(length).ge(23).int().expand(batch, -1)
     behind = torch.arange(length)[:, None] - torch.arange(length)
     here = torch.from_numpy(SequenceCut(world_size, rank).positions(length))
-    found = {}
+    worst: dict[tuple[str, int, bool], float] = {}
     for parallel in METHODS:
         mesh = make_mesh(
             rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1)
@@ -180,7 +186,7 @@ def windowed(
                 seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
             whole = [x.clone().requires_grad_() for x in (q, k, v)]
             expected = nn.functional.scaled_dot_product_attention(
-                *whole, attn_mask=seen, enable_gqa=True
+                whole[0], whole[1], whole[2], attn_mask=seen, enable_gqa=True
             )
             expected.backward(grad)
             mine = [x[:, :, here].clone().requires_grad_() for x in (q, k, v)]
@@ -190,22 +196,22 @@ def windowed(
             pairs = [
                 (output, expected[:, :, here]),
                 *(
-                    (part.grad, full.grad[:, :, here])
+                    (grad_of(part), grad_of(full)[:, :, here])
                     for part, full in zip(mine, whole, strict=True)
                 ),
             ]
-            found[method, window, packed is not None] = max(
+            worst[method, window, packed is not None] = max(
                 float((a - b).norm() / v.norm()) for a, b in pairs
             )
-    return found
+    return worst
 
 
 def test_every_method_knows_the_window() -> None:
     # Shorter than a chunk of 8 tokens, of one, ending within one, over several, and
     # longer than the sequence.
-    for found in run_ranks(windowed, 4, [1, 3, 8, 9, 21, 60, 64, 100]):
-        assert len(found) == 4 * 8 * 2
-        assert max(found.values()) < 1e-12, found
+    for worst in run_ranks(windowed, 4, [1, 3, 8, 9, 21, 60, 64, 100]):
+        assert len(worst) == 4 * 8 * 2
+        assert max(worst.values()) < 1e-12, worst
 
 
 @pytest.mark.parametrize(
@@ -227,15 +233,11 @@ def test_queries_that_see_nothing_of_a_tile_are_not_touched_by_it(
     partial = PartialAttention.empty(q, in_fp32=wide)
     for keys in (slice(0, 3), slice(3, 6)):
         attend(partial, q, k, v, [Tile(slice(0, 6), keys)], documents)
-    apart = torch.cat(
-        [
-            nn.functional.scaled_dot_product_attention(
-                *(x[:, :, part].float() for x in (q, k, v))
-            )
-            for part in (slice(3), slice(3, 6))
-        ],
-        2,
-    )
+    outputs = []
+    for part in (slice(3), slice(3, 6)):
+        q_part, k_part, v_part = (x[:, :, part].float() for x in (q, k, v))
+        outputs.append(nn.functional.scaled_dot_product_attention(q_part, k_part, v_part))
+    apart = torch.cat(outputs, 2)
     torch.testing.assert_close(partial.output, apart, rtol=off, atol=off)
 
 

@@ -188,7 +188,7 @@ def test_deepseek_with_experts_in_a_layout_equals_one_rank(layout: str) -> None:
 def test_documents_apart_in_a_layout_give_the_gradients_of_one_rank(
     parallel: dict[str, Any],
 ) -> None:
-    found = []
+    by_layout = []
     for layout in ({}, parallel):
         config = make_config(
             MODELS["both"],
@@ -197,10 +197,10 @@ def test_documents_apart_in_a_layout_give_the_gradients_of_one_rank(
             separate_documents=True,
         )
         results = run_ranks(parity.run_layout, world(layout), config, 1)
-        found.append(
+        by_layout.append(
             (assemble(config, [result.gradients for result in results]), results[0].losses)
         )
-    (expected, losses), (measured, others) = found
+    (expected, losses), (measured, others) = by_layout
     distance = worst_relative_l2(measured, expected)
     assert distance[0] <= 5e-6, distance
     np.testing.assert_allclose(others, losses, rtol=1e-5)

@@ -180,9 +180,9 @@ SHAPES = {"llama": LLAMA | BOTH, "gpt2-hidden": GPT2 | {"hidden_dropout": RATE}}
 
 @cache
 def one_rank(shape: str) -> RankResult:
-    return run_ranks(
-        parity.run_layout, 1, make_config(SHAPES[shape], {"dp": 1}, steps=STEPS)
-    )[0]
+    config = make_config(SHAPES[shape], {"dp": 1}, steps=STEPS)
+    results: list[RankResult] = run_ranks(parity.run_layout, 1, config)
+    return results[0]
 
 
 def test_replicas_and_stages_drop_what_one_rank_drops() -> None:

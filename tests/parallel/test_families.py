@@ -59,10 +59,10 @@ IN_CHECK = ("tp2", "cp2-p2p", "tp4")
 
 @cache
 def one_rank() -> RankResult:
-    found: RankResult = run_ranks(
+    result: RankResult = run_ranks(
         parity.run_layout, 1, make_config(EVERYTHING, {"dp": 1}, steps=STEPS)
     )[0]
-    return found
+    return result
 
 
 @pytest.mark.parametrize(

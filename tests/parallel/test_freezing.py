@@ -102,7 +102,7 @@ def test_half_of_the_model_has_half_of_the_gradients_and_of_their_products() -> 
         expected = Counter((TOKENS, inputs, outputs) for outputs, inputs in layers)
         expected += Counter(
             (TOKENS, outputs, inputs) for outputs, inputs in trained
-        )  # nothing below them wants a gradient
+        )  # nothing below them needs a gradient
         expected += Counter((outputs, TOKENS, inputs) for outputs, inputs in trained)
         assert products == expected + expected, "two microbatches"
 
@@ -116,9 +116,9 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 @cache
 def reference(model: str) -> RankResult:
-    return run_ranks(run_layout, 1, frozen_config({}, MODELS[model][1], MODELS[model][0]))[
-        0
-    ]
+    shape, frozen = MODELS[model]
+    results: list[RankResult] = run_ranks(run_layout, 1, frozen_config({}, frozen, shape))
+    return results[0]
 
 
 @pytest.mark.parametrize(
@@ -247,15 +247,15 @@ def load(
 
 def weights(optimizer: ShardedOptimizer) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     state = optimizer.sharded_state()
-    found = [
+    entries = [
         (name.removeprefix("model/"), entry)
         for name, entry in state.items()
         if name.startswith("model/")
     ]
     return [
-        (name, held.box.offset, held.tensor.float().numpy())
-        for name, entry in found
-        for held in entry.boxes
+        (name, shard.box.offset, shard.tensor.float().numpy())
+        for name, entry in entries
+        for shard in entry.boxes
     ]
 
 

@@ -40,7 +40,7 @@ def drawn(spread: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return hidden, weight, torch.arange(TOKENS) % VOCABULARY, mask
 
 
-def found(
+def computed(
     rank: int, world_size: int, spread: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, gradient of hidden, of this rank's rows of the weight)."""
@@ -96,9 +96,9 @@ def test_loss_and_gradients(
     run_ranks: Callable[..., list[Any]],
 ) -> None:
     answers = (
-        run_ranks(found, ranks, spread, dtype)
+        run_ranks(computed, ranks, spread, dtype)
         if ranks > 1
-        else [found(0, 1, spread, dtype)]
+        else [computed(0, 1, spread, dtype)]
     )
     loss, grad_hidden, grad_weight = expected(spread, dtype)
     measured = torch.cat([weight for _, _, weight in answers])

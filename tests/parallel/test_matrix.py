@@ -41,9 +41,9 @@ def some(entries: tuple[Entry, ...]) -> list[Any]:
     ]
 
 
-def alone_config(experts: bool, packed: bool, **wanted: Any) -> TrainConfig:
+def alone_config(experts: bool, packed: bool, **changes: Any) -> TrainConfig:
     return Entry({"dp": 1} | ({"ep": 1} if experts else {}), None, packed).config(
-        alone=True, **wanted
+        alone=True, **changes
     )
 
 

@@ -15,6 +15,8 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.data_parallel.buffers import GradReducer
+from megatron_ray.distributed.collectives import Pending
 from megatron_ray.ops.weight_grad import GradSlot
 from megatron_ray.parallelize.parallelize import parallelize
 from megatron_ray.reports import CheckpointReport, Report, StepReport
@@ -46,16 +48,20 @@ def record_overlap(
         config, mesh, on_reduce=lambda bucket: events.append(f"reduce {bucket.index}")
     )
     reducer = model.parameter_groups[0].reducer
+    assert isinstance(reducer, GradReducer)
     waits = []
     ready = reducer.ready
 
     class Watched:
-        def __init__(self, pending: Any) -> None:
+        def __init__(self, pending: Pending) -> None:
             self.pending = pending
 
         def wait(self) -> None:
             waits.append("wait")
             self.pending.wait()
+
+        def is_completed(self) -> bool:
+            return self.pending.is_completed()
 
     def note(slot: GradSlot) -> None:
         events.append(f"ready {slot.name}")

@@ -126,12 +126,14 @@ def test_packed_documents_equal_the_documents_one_by_one(
             apart.append(
                 replace(one, loss_mask_BS=one.loss_mask_BS * (one.tokens_BS != END))
             )
-    loss, found = gradients(model, [packed], precision)
+    loss, measured = gradients(model, [packed], precision)
     expected_loss, expected = gradients(model, apart, precision)
     assert loss == pytest.approx(expected_loss, rel=1e-6 if precision == "fp32" else 1e-3)
     # bf16 rounds products of other shapes otherwise; the bound is that of two orders of
     # summation.
-    assert worst_relative_l2(found, expected)[0] <= (5e-6 if precision == "fp32" else 3e-2)
+    assert worst_relative_l2(measured, expected)[0] <= (
+        5e-6 if precision == "fp32" else 3e-2
+    )
 
 
 @pytest.mark.parallel

@@ -22,11 +22,11 @@ from tests.support.ranks import run_ranks
 
 pytestmark = pytest.mark.parallel
 
-MODELS = {"llama": LLAMA, "gpt2": GPT2}
+MODELS: dict[str, dict[str, Any]] = {"llama": LLAMA, "gpt2": GPT2}
 STEPS = 20
 SMALL_BUCKETS = {"bucket_elements": 8000}
 
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tp": 2},
     "tp2-sp": {"tp": 2, "sequence_parallel": True},
     "dp2-zero1": {"dp": 2},
@@ -43,14 +43,14 @@ LAYOUTS = {
     "pp2-tp2-uneven": {"pp": 2, "tp": 2, "first_stage_layers": 2, "last_stage_layers": 0},
 }
 
-CONTEXT_LAYOUTS = {
+CONTEXT_LAYOUTS: dict[str, dict[str, Any]] = {
     "cp2-p2p": {"cp": 2},
     "cp2-all-gather-zero0": {"cp": 2, "cp_method": "all_gather", "zero": 0},
     "cp2-a2a-dp2": {"cp": 2, "cp_method": "a2a", "dp": 2},
     "cp2-p2p-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
     "cp4-hierarchical": {"cp": 4, "cp_method": "a2a+p2p", "hierarchical_cp_sizes": (2, 2)},
 }
-FULL_SHARD = {
+FULL_SHARD: dict[str, dict[str, Any]] = {
     "dp2-zero3": {"dp": 2, "zero": 3},
     "dp2-tp2-sp-zero3": {"dp": 2, "tp": 2, "sequence_parallel": True, "zero": 3},
     "dp4-hsdp": {"dp": 4, "zero": 3, "zero_replicas": 2},
@@ -59,7 +59,7 @@ FULL_SHARD = {
 }
 LAYOUTS |= {"dp2-pp2-zero3": FULL_SHARD["dp2-pp2-zero3"]}
 # Of 8 query heads and 2 key/value heads: each of these is on two ranks.
-SHARED_HEADS = {
+SHARED_HEADS: dict[str, dict[str, Any]] = {
     "tp4": {"tp": 4},
     "tp4-sp-zero0": {"tp": 4, "sequence_parallel": True, "zero": 0},
     "tp4-sp-dp2": {"tp": 4, "sequence_parallel": True, "dp": 2},
@@ -80,7 +80,7 @@ IN_CHECK = {
     "cp2-p2p-tp2-sp",
 }
 """The others belong to the long form, with the matrix."""
-LONG_LAYOUTS = FULL_SHARD | {
+LONG_LAYOUTS: dict[str, dict[str, Any]] = FULL_SHARD | {
     "tp4-sp": {"tp": 4, "sequence_parallel": True},
     "dp4-zero1": {"dp": 4},
     "dp4-zero0": {"dp": 4, "zero": 0},
@@ -115,7 +115,10 @@ LONG_LAYOUTS = FULL_SHARD | {
         "zero": 0,
     },
 }
-LONG_MODELS = {"llama": LLAMA | {"num_query_groups": 4}, "gpt2": GPT2}
+LONG_MODELS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA | {"num_query_groups": 4},
+    "gpt2": GPT2,
+}
 
 
 def world(parallel: dict[str, Any]) -> int:
@@ -125,7 +128,9 @@ def world(parallel: dict[str, Any]) -> int:
 @cache
 def reference(models: str, model: str) -> RankResult:
     shape = {"short": MODELS, "long": LONG_MODELS}[models][model]
-    return run_ranks(parity.run_layout, 1, make_config(shape, {"dp": 1}, steps=STEPS))[0]
+    config = make_config(shape, {"dp": 1}, steps=STEPS)
+    results: list[RankResult] = run_ranks(parity.run_layout, 1, config)
+    return results[0]
 
 
 @pytest.mark.parametrize("model", MODELS)

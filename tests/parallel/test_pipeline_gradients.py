@@ -132,9 +132,14 @@ def torchs_gradients(
         for number, module in modules.items()
     ]
     kind = TORCHS[config.parallel.schedule]
-    held: Any = stages[0] if config.parallel.schedule in ("gpipe", "1f1b") else stages
+    stage_or_stages: Any = (
+        stages[0] if config.parallel.schedule in ("gpipe", "1f1b") else stages
+    )
     schedule = kind(
-        held, len(batches), loss_fn=lambda output, _: output.sum(), scale_grads=False
+        stage_or_stages,
+        len(batches),
+        loss_fn=lambda output, _: output.sum(),
+        scale_grads=False,
     )
     losses: list[Tensor] = []
     schedule.step(
@@ -145,13 +150,12 @@ def torchs_gradients(
         tokens=torch.cat([batch.tokens_BS for batch in batches]),
         labels=torch.cat([batch.labels_BS for batch in batches]),
     )
-    gradients = {
-        name: parameter.grad
-        for module in modules.values()
-        for name, parameter in module.part.named_parameters()
-    }
-    assert all(gradient is not None for gradient in gradients.values())
-    return sum(loss.item() for loss in losses), gradients  # type: ignore[return-value]
+    gradients: dict[str, Tensor] = {}
+    for module in modules.values():
+        for name, parameter in module.part.named_parameters():
+            assert parameter.grad is not None, name
+            gradients[name] = parameter.grad
+    return sum(float(loss.item()) for loss in losses), gradients
 
 
 def compare(rank: int, world_size: int, configs: list[TrainConfig]) -> list[Found]:
@@ -209,12 +213,12 @@ def test_gradients_are_those_of_torchs_schedules(
     configs = [make_config(MODELS[model], layout, steps=1, batch=12) for layout in layouts]
     ranks = run_ranks(compare, pp, configs, timeout_s=120)
     for layout, config, *by_rank in zip(layouts, configs, *ranks, strict=True):
-        ours = sum(found.our_loss for found in by_rank)
-        torchs = sum(found.torchs_loss for found in by_rank)
+        ours = sum(result.our_loss for result in by_rank)
+        torchs = sum(result.torchs_loss for result in by_rank)
         assert ours == pytest.approx(torchs, rel=1e-6), layout
         assert ours > 1000, layout
         distances = [
-            (name, value) for found in by_rank for name, value in found.distances.items()
+            (name, value) for result in by_rank for name, value in result.distances.items()
         ]
         assert sorted(name for name, _ in distances) == sorted(
             local.name for local in local_parameters(config.model, ParallelDims(), 0)

@@ -1,5 +1,5 @@
 """The runner on real ranks: every schedule gives one process' losses and gradients, and
-does exactly what its list says.
+does exactly what is on its list.
 """
 
 from collections.abc import Callable
@@ -89,7 +89,8 @@ def piped(
         trace.append,
     )
     for _ in range(steps):
-        ready.clear(), trace.clear()
+        ready.clear()
+        trace.clear()
         sink.begin_step()
         losses = runner.step()
     return [float(loss) for loss in losses], gradients, trace == actions, ready
@@ -105,7 +106,7 @@ def whole(num_stages: int, count: int) -> tuple[list[float], dict[str, Tensor]]:
         for part in parts.values():
             hidden = part(hidden, microbatch)
         assert hidden is not None
-        hidden.backward()  # type: ignore[no-untyped-call]
+        hidden.backward()
         losses.append(float(hidden.detach()))
     return losses, gradients
 
@@ -130,12 +131,12 @@ def test_every_schedule_is_one_process(
     run_ranks: Run, name: ScheduleName, pp: int, vpp: int, count: int
 ) -> None:
     losses, gradients = whole(pp * vpp, count)
-    found = run_ranks(piped, pp, name, vpp, count, 2)
+    by_rank = run_ranks(piped, pp, name, vpp, count, 2)
     at, _ = stage_map(name, pp, vpp).rank_and_chunk(pp * vpp - 1)
-    assert [ranks_losses for ranks_losses, *_ in found] == [
+    assert [ranks_losses for ranks_losses, *_ in by_rank] == [
         losses if rank == at else [] for rank in range(pp)
     ]
-    for _, own, follows, ready in found:
+    for _, own, follows, ready in by_rank:
         assert follows, "the trace is the list"
         assert sorted(ready) == sorted(own), "each gradient was ready once"
         for parameter, gradient in own.items():

@@ -1,4 +1,4 @@
-"""What a plan says that a rank holds is what it does hold: every rank of every layout
+"""What a plan gives for a rank's memory is what it does hold: every rank of every layout
 of the matrix, without other processes.
 """
 
@@ -38,7 +38,7 @@ CPUS = {
     "new": DeviceKind("cpu", bf16_products=True),
     "old": DeviceKind("cpu", bf16_products=False),
 }
-"""Both run on either machine: the kernels are chosen by what a mesh says."""
+"""Both run on either machine: the kernels are chosen by a mesh's device kind."""
 
 
 def runs(entries: Sequence[Entry]) -> list[Any]:
@@ -69,7 +69,7 @@ def rank_memory(config: TrainConfig, rank: int, device: DeviceKind) -> RankMemor
     return with_activations(config, pipeline, state, buffers.pp_rank, device)
 
 
-def held(config: TrainConfig, rank: int) -> tuple[int, int, int]:
+def held_bytes(config: TrainConfig, rank: int) -> tuple[int, int, int]:
     """Bytes of weights, gradients and optimizer state that are allocated on a rank."""
     dims = ParallelDims.of(config.parallel)
     # torch's fully_shard takes no parameters on meta.
@@ -100,12 +100,12 @@ def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(
     device = CPUS["new"]  # of which these bytes know nothing
     planned = [rank_memory(config, rank, device) for rank in range(entry.world_size)]
     for rank in (0, entry.world_size - 1):
-        found = (
+        planned_bytes = (
             planned[rank].parameters_bytes,
             planned[rank].gradients_bytes,
             planned[rank].optimizer_bytes,
         )
-        assert found == held(config, rank)
+        assert planned_bytes == held_bytes(config, rank)
     assert fullest_rank(config, device).total_bytes == max(
         memory.total_bytes for memory in planned
     )
@@ -120,7 +120,7 @@ def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
         memory.parameters_bytes,
         memory.gradients_bytes,
         memory.optimizer_bytes,
-    ) == held(config, 1)
+    ) == held_bytes(config, 1)
 
 
 def kept(
@@ -141,24 +141,24 @@ def kept(
             tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True
         )
     )
-    found: list[Tensor] = []
+    saved: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        found.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         output = model.module.stage(stage, received, batch)
     assert output.requires_grad  # and alive, so that nothing has been freed
     angles = [
-        tensor for tensor in found if tensor.shape[1:3] == (batch.tokens_BS.shape[1], 1)
+        tensor for tensor in saved if tensor.shape[1:3] == (batch.tokens_BS.shape[1], 1)
     ]
     apart = {
         tensor.untyped_storage()._cdata for tensor in (*model.module.parameters(), *angles)
     }
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in found
+        for tensor in saved
     }
     return sum(size for storage, size in storages.items() if storage not in apart)
 
@@ -171,7 +171,7 @@ def test_activations_of_a_microbatch_are_within_a_tenth(
 ) -> None:
     fields: dict[str, Any] = entry.config(steps=1, precision=precision).model_dump()
     fields["training"]["seq_length"] = 64
-    if entry.experts:  # nobody is there to say how many rows come
+    if entry.experts:  # no other rank is there to send its count of rows
         fields["model"]["moe"] = EXPERTS | {"capacity_factor": 1.0, "pad_to_capacity": True}
     for cpu in CPUS.values():
         assert_kept(TrainConfig.from_mapping(fields), cpu, within=0.1)
@@ -240,6 +240,6 @@ def test_latent_attention_and_mtp_are_planned_as_they_are(
             planned.parameters_bytes,
             planned.gradients_bytes,
             planned.optimizer_bytes,
-        ) == held(config, rank)
+        ) == held_bytes(config, rank)
     for cpu in CPUS.values():
         assert_kept(config, cpu, within=0.01)

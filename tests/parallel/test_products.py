@@ -1,4 +1,4 @@
-"""Which products a step computes: a zero-bubble backward is cut where it is said to be,
+"""Which products a step computes: a zero-bubble backward is cut where it should be,
 and nothing is multiplied twice.
 
 Every linear layer [O, I] is one product per pass, known by its shape: T,I,O forward,
@@ -58,12 +58,12 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
     module = model.module
     transfer = Transfer((TOKENS, config.model.hidden_size), torch.float32, mesh.device)
     chunks = [partial(run_stage, module, stage, batches) for stage in module.stages]
-    found: list[tuple[Action, Counts]] = []
+    counts: list[tuple[Action, Counts]] = []
     model.begin_step()
     with Products() as products:
 
         def note(action: Action) -> None:
-            found.append((action, products.take()))
+            counts.append((action, products.take()))
 
         PipelineRunner(
             model.actions,
@@ -75,7 +75,7 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
             note,
         ).step()
     return Counted(
-        found, [linear_layers(parts_of(module, stage)) for stage in module.stages]
+        counts, [linear_layers(parts_of(module, stage)) for stage in module.stages]
     )
 
 

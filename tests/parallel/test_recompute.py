@@ -96,13 +96,13 @@ def compare(model: str, parallel: dict[str, Any], precision: str, dropout: bool)
     world = 1
     for axis in ("tp", "pp", "cp", "dp"):
         world *= int(parallel.get(axis, 1))
-    for found in run_ranks(
+    for by_setting in run_ranks(
         gradients,
         world,
         [config, *(with_recompute(config, setting) for setting in SETTINGS)],
         timeout_s=180,
     ):
-        expected, *others = found
+        expected, *others = by_setting
         assert expected.any()
         for setting, other in zip(SETTINGS, others, strict=True):
             assert torch.equal(other, expected), setting
@@ -134,12 +134,12 @@ def test_bytes_kept_on_a_rank_are_the_formula(parallel: dict[str, Any]) -> None:
     configs = [
         with_recompute(config, setting) for config in plain for setting in ({}, *SETTINGS)
     ]
-    for found in run_ranks(bytes_kept, 2, configs):
+    for measured in run_ranks(bytes_kept, 2, configs):
         planned = [
             kept_activations(config, range(config.model.num_layers), CPU)
             for config in configs
         ]
-        assert found == planned
+        assert measured == planned
 
 
 def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_change() -> (

@@ -40,10 +40,10 @@ def kept_bytes(config: TrainConfig, mesh: ParallelMesh) -> int:
     angles that all layers share are left out.
     """
     model, hidden, context = blocks_of(config, mesh)
-    held: list[Tensor] = []
+    saved: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
-        held.append(tensor)
+        saved.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -55,7 +55,7 @@ def kept_bytes(config: TrainConfig, mesh: ParallelMesh) -> int:
     not_counted = {tensor.untyped_storage()._cdata for tensor in shared}
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
-        for tensor in held
+        for tensor in saved
     }
     assert output.requires_grad  # and alive, so that nothing above has been freed
     return sum(size for storage, size in storages.items() if storage not in not_counted)

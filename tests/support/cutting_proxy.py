@@ -18,8 +18,8 @@ _RESET = struct.pack("ii", 1, 0)
 
 
 class CuttingProxy:
-    """Listens on a port of its own and passes everything on to where `upstream` says;
-    one connection at a time is enough.
+    """Listens on a port of its own and passes everything on to the address that
+    `upstream` returns; one connection at a time is enough.
 
     Cuts the first `most_cuts` connections, each after its own number of bytes from the
     server, some of them in the middle of the response's head; then it leaves them

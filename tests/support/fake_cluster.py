@@ -58,7 +58,7 @@ class FaultInjector:
 
 
 class FakeClock:
-    """A monotonic clock that only moves when somebody waits or a step is done."""
+    """A monotonic clock that only moves when a caller waits or a step is done."""
 
     def __init__(self) -> None:
         self.now = 1000.0

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, Report, StepReport
 from workers.driver.driver import JobDriver
 from workers.protocol.job import JobSpec
+from workers.rank.attempt import Train
 from workers.rank.messages import StartRequest
 from workers.rank.session import process_group
 from workers.ray.rank_worker import RankWorker
@@ -76,10 +77,10 @@ def save(
 
 
 class FakeWorker(RankWorker):
-    train = staticmethod(fake_train)
+    train: ClassVar[Train] = staticmethod(fake_train)
 
 
-def tell_gpus(
+def write_gpus(
     order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> str:
     """Writes which GPUs this process would see."""
@@ -88,7 +89,7 @@ def tell_gpus(
 
 
 class GpuTeller(RankWorker):
-    train = staticmethod(tell_gpus)
+    train: ClassVar[Train] = staticmethod(write_gpus)
 
 
 class LateWorker(FakeWorker):
@@ -100,4 +101,4 @@ class LateWorker(FakeWorker):
 
 
 class FakeDriver(JobDriver):
-    worker_class: Any = FakeWorker
+    worker_class: ClassVar[type] = FakeWorker

@@ -105,8 +105,8 @@ class FakeService:
         self, job_id: str, source: str = "driver", kind: str | None = None
     ) -> list[dict[str, Any]]:
         with self.changed:
-            found = self.records.get((job_id, source), [])
-            return [record for record in found if kind is None or record["kind"] == kind]
+            records = self.records.get((job_id, source), [])
+            return [record for record in records if kind is None or record["kind"] == kind]
 
     def states(self, job_id: str) -> list[str]:
         return [record["data"]["state"] for record in self.stored(job_id, kind="state")]
@@ -127,20 +127,20 @@ class FakeService:
     def wait(self, what: str, condition: Callable[[], Any], timeout_s: float = 60.0) -> Any:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            found = condition()
-            if found:
-                return found
+            answer = condition()
+            if answer:
+                return answer
             with self.changed:
                 self.changed.wait(0.05)
-        said = [
+        newest = [
             f"{key[1]} {record['kind']} "
             f"{record['data'].get('state', record['data'].get('type', ''))} "
             f"{record['data'].get('message', '')}"
             for key, records in self.records.items()
-            for record in [found for found in records if found["kind"] != "step"][-12:]
+            for record in [row for row in records if row["kind"] != "step"][-12:]
         ]
         raise AssertionError(
-            f"waited {timeout_s} s for {what}; newest records:\n" + "\n".join(said)
+            f"waited {timeout_s} s for {what}; newest records:\n" + "\n".join(newest)
         )
 
     # ---- routes
@@ -193,8 +193,8 @@ class FakeService:
             if verb == "cursor":
                 return 200, {
                     "stored": {
-                        source: len(found)
-                        for (job, source), found in self.records.items()
+                        source: len(records)
+                        for (job, source), records in self.records.items()
                         if job == job_id
                     }
                 }

@@ -33,19 +33,19 @@ RAYS_OWN = ("ray::IDLE", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
 
 
 def dice(name: str) -> random.Random:
-    """Random numbers of one test; says how to have them again."""
+    """Random numbers of one test; prints how to have them again."""
     sys.stdout.write(f"{name}: MEGATRON_RAY_SEED={SEED}\n")
     return random.Random(f"{SEED}-{name}")
 
 
-def until(what: str, found: Callable[[], Any], timeout_s: float) -> Any:
+def until(what: str, condition: Callable[[], Any], timeout_s: float) -> Any:
     """The first answer that is not false.
 
     Raises AssertionError when there is none in time.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        answer = found()
+        answer = condition()
         if answer:
             return answer
         assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
@@ -149,16 +149,16 @@ def session(road: Road, name: str) -> Session:
     return next(entry.session for entry in road.record.sessions if entry.name == name)
 
 
-def kill_session(found: Session) -> None:
-    """SIGKILLs all of a session; its zombies are for whoever started it."""
+def kill_session(target: Session) -> None:
+    """SIGKILLs all of a session; its zombies are left to their parent."""
 
     def gone() -> bool:
-        alive = [process for process in members([found]) if process.state != "Z"]
+        alive = [process for process in members([target]) if process.state != "Z"]
         for process in alive:
             send_signal(process.pid, process.start_ticks, signal.SIGKILL)
         return not alive
 
-    until(f"the end of session {found.sid}", gone, 20)
+    until(f"the end of session {target.sid}", gone, 20)
 
 
 def kill(pid: int) -> None:
@@ -181,7 +181,7 @@ def kill(pid: int) -> None:
 @contextmanager
 def service_away(road: Road) -> Iterator[None]:
     """SIGKILLs the service and keeps it away: `up` is stopped and the port taken by
-    somebody who never answers.
+    a process that never answers.
 
     Afterwards `up` goes on and starts the service on another port.
     """
@@ -246,14 +246,14 @@ class RankFile:
     def lines(self, attempt: int | None = None) -> list[dict[str, Any]]:
         """Reports in the order of writing."""
         paths = sorted(self._kept.iterdir())
-        found = [
+        rows = [
             json.loads(text)
             for path in paths
             for text in path.read_bytes().splitlines(keepends=True)
             if text.endswith(b"\n")
         ]
         return sorted(
-            (line for line in found if attempt in (None, line["attempt"])),
+            (line for line in rows if attempt in (None, line["attempt"])),
             key=lambda line: (line["attempt"], line["n"]),
         )
 
@@ -273,7 +273,7 @@ class RankFile:
     def reached(
         self, step: int, timeout_s: float = 120, attempt: int | None = None
     ) -> None:
-        """Waits until the rank has done a step, whoever else lives."""
+        """Waits until the rank has done a step, whichever others live."""
         until(
             f"step {step} in the rank's own file",
             lambda: any(row["step"] >= step for row in self.steps(attempt)),
@@ -297,14 +297,14 @@ def values(rows: Sequence[dict[str, Any]]) -> list[tuple[int, float, float]]:
 
 def history(road: Road, job_id: str) -> list[dict[str, Any]]:
     """All events of a job."""
-    found: list[dict[str, Any]] = []
+    events: list[dict[str, Any]] = []
     while True:
         page = road.client.events(
-            job_id, limit=1000, after=found[-1]["id"] if found else None
+            job_id, limit=1000, after=events[-1]["id"] if events else None
         )
-        found += page["data"]
+        events += page["data"]
         if not page["has_more"]:
-            return found
+            return events
 
 
 def story(road: Road, job_id: str) -> str:
@@ -323,23 +323,23 @@ def assert_as_undisturbed(
     """Succeeded, every step there once, losses and norms bit for bit, a history without
     gaps.
     """
-    said = story(road, job["id"])
-    assert job["status"] == "succeeded", f"{job['status']}: {job['message']}\n{said}"
+    log = story(road, job["id"])
+    assert job["status"] == "succeeded", f"{job['status']}: {job['message']}\n{log}"
     rows = road.rows(job["id"])
     missing = sorted({row["step"] for row in undisturbed} - {row["step"] for row in rows})
-    assert not missing, f"steps missing: {missing}\n{said}"
-    assert len(rows) == len(undisturbed), f"{len(rows)} rows\n{said}"
+    assert not missing, f"steps missing: {missing}\n{log}"
+    assert len(rows) == len(undisturbed), f"{len(rows)} rows\n{log}"
     differing = [
         step
-        for (step, *found), (_, *wanted) in zip(
+        for (step, *measured), (_, *expected) in zip(
             values(rows), values(undisturbed), strict=True
         )
-        if found != wanted
+        if measured != expected
     ]
-    assert not differing, f"loss or norm differ at steps {differing}\n{said}"
+    assert not differing, f"loss or norm differ at steps {differing}\n{log}"
     assert [event["seq"] for event in history(road, job["id"])] == list(
-        range(1, len(said.splitlines()) + 1)
-    ), said
+        range(1, len(log.splitlines()) + 1)
+    ), log
 
 
 def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str, Any]:
@@ -356,7 +356,7 @@ def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str,
             f"*/session_latest/megatron-ray/{job_id}"
         )
     ]
-    found = {
+    left = {
         "actors": ours,
         "groups": [row for row in seen["groups"] if row["name"] in job_ids],
         "processes": [
@@ -364,12 +364,12 @@ def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str,
         ],
         "folders": folders,
     }
-    return {name: rows for name, rows in found.items() if rows}
+    return {name: rows for name, rows in left.items() if rows}
 
 
 def busy_workers(road: Road) -> list[tuple[int, str]]:
     """Ray's worker processes that do something: (pid, title)."""
-    found = []
+    busy = []
     for process in members([session(road, "ray")]):
         try:
             title = (
@@ -382,8 +382,8 @@ def busy_workers(road: Road) -> list[tuple[int, str]]:
         except OSError:
             continue
         if title.startswith("ray::") and not title.startswith(RAYS_OWN):
-            found.append((process.pid, title))
-    return found
+            busy.append((process.pid, title))
+    return busy
 
 
 def assert_nothing_left(

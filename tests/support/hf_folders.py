@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 VOCABULARY = 260
 SEQUENCE = 64
@@ -105,12 +105,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(family: str, **changed: Any) -> nn.Module:
+def make(family: str, **changed: Any) -> transformers.PreTrainedModel:
     """A transformers model whose norms and biases are away from where they begin."""
     name, settings = FAMILIES[family]
     config = getattr(transformers, f"{name}Config")(**settings | changed)
     torch.manual_seed(sum(map(ord, family)))
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(
+    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
         config, experts_implementation="eager"
     )
     for tensor in [
@@ -118,7 +118,8 @@ def make(family: str, **changed: Any) -> nn.Module:
         *(buffer for name, buffer in model.named_buffers() if "correction" in name),
     ]:
         tensor.data.add_(torch.randn_like(tensor), alpha=0.1 if tensor.dim() == 1 else 0.05)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def publish(
@@ -128,13 +129,13 @@ def publish(
     shard: str = "5GB",
     dtype: torch.dtype | None = None,
     **changed: Any,
-) -> nn.Module:
+) -> transformers.PreTrainedModel:
     """Writes the folder and returns the model."""
     model = make(family, **changed)
     if dtype is not None:
         model = model.to(dtype)
     has_mtp = family.endswith("-mtp")
-    model.save_pretrained(folder, max_shard_size="5GB" if has_mtp else shard)  # type: ignore[operator]
+    model.save_pretrained(folder, max_shard_size="5GB" if has_mtp else shard)
     if has_mtp:
         add_mtp_layer(folder)
     return model

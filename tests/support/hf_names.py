@@ -15,12 +15,12 @@ def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
     """Weights (or gradients) of a decoder with Llama's names, with or without biases,
     norms of heads and experts, by logical name.
     """
-    found = {
+    tensors = {
         "embedding.weight": state["model.embed_tokens.weight"],
         "final_norm.weight": state["model.norm.weight"],
     }
     if not config.tie_embeddings:
-        found["head.weight"] = state["lm_head.weight"]
+        tensors["head.weight"] = state["lm_head.weight"]
     names = {
         "attention_norm.weight": "input_layernorm.weight",
         "mlp_norm.weight": "post_attention_layernorm.weight",
@@ -41,54 +41,55 @@ def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
             for part in ("gate", "up", "down")
         }
     for layer in range(config.num_layers):
-        theirs = f"model.layers.{layer}."
-        found |= {
-            f"layers.{layer}.{ours}": state[theirs + name] for ours, name in names.items()
+        hf_prefix = f"model.layers.{layer}."
+        tensors |= {
+            f"layers.{layer}.{ours}": state[hf_prefix + name]
+            for ours, name in names.items()
         }
         if config.moe is not None:
-            found |= _experts(state, theirs + "mlp.", f"layers.{layer}.moe.")
-    return found
+            tensors |= _experts(state, hf_prefix + "mlp.", f"layers.{layer}.moe.")
+    return tensors
 
 
-def _experts(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:
+def _experts(state: dict[str, Tensor], hf_prefix: str, ours: str) -> dict[str, Tensor]:
     """transformers keeps the matrices of a layer's experts in two tensors."""
-    found = {ours + "router.weight": state[theirs + "gate.weight"]}
+    tensors = {ours + "router.weight": state[hf_prefix + "gate.weight"]}
     pairs = zip(
-        state[theirs + "experts.gate_up_proj"],
-        state[theirs + "experts.down_proj"],
+        state[hf_prefix + "experts.gate_up_proj"],
+        state[hf_prefix + "experts.down_proj"],
         strict=True,
     )
     for expert, (gate_up, down) in enumerate(pairs):
         gate, up = gate_up.chunk(2)
-        found |= {
+        tensors |= {
             f"{ours}experts.{expert}.{name}.weight": part
             for name, part in (("gate", gate), ("up", up), ("down", down))
         }
-    return found
+    return tensors
 
 
 def deepseek_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Weights (or gradients) of a DeepseekV3ForCausalLM by logical name; its rotation
     turns neighbouring rows.
     """
-    found = {
+    tensors = {
         "embedding.weight": state["model.embed_tokens.weight"],
         "final_norm.weight": state["model.norm.weight"],
         "head.weight": state["lm_head.weight"],
     }
     for layer in range(config.num_layers):
-        found |= deepseek_block(
+        tensors |= deepseek_block(
             state,
             config,
             f"model.layers.{layer}.",
             f"layers.{layer}.",
             config.experts_on(layer) is not None,
         )
-    return found
+    return tensors
 
 
 def deepseek_block(
-    state: dict[str, Tensor], config: ModelConfig, theirs: str, ours: str, experts: bool
+    state: dict[str, Tensor], config: ModelConfig, hf_prefix: str, ours: str, experts: bool
 ) -> dict[str, Tensor]:
     """One block's."""
     mla = config.mla
@@ -108,29 +109,29 @@ def deepseek_block(
     mlp, expert = ("moe.shared.", "mlp.shared_experts.") if experts else ("mlp.", "mlp.")
     names |= {mlp + name: f"{expert}{name}_proj" for name in ("gate", "up", "down")}
     names |= {"moe.router": "mlp.gate"} if experts else {}
-    found = {
-        f"{ours}{name}.weight": state[f"{theirs}{part}.weight"]
+    tensors = {
+        f"{ours}{name}.weight": state[f"{hf_prefix}{part}.weight"]
         for name, part in names.items()
     }
     for name, order in _rotated_rows(config.num_attention_heads, mla).items():
-        if f"{ours}attention.{name}.weight" in found:
-            found[f"{ours}attention.{name}.weight"] = found[
+        if f"{ours}attention.{name}.weight" in tensors:
+            tensors[f"{ours}attention.{name}.weight"] = tensors[
                 f"{ours}attention.{name}.weight"
             ][order]
     if experts:
         stacked = zip(
-            state[f"{theirs}mlp.experts.gate_up_proj"],
-            state[f"{theirs}mlp.experts.down_proj"],
+            state[f"{hf_prefix}mlp.experts.gate_up_proj"],
+            state[f"{hf_prefix}mlp.experts.down_proj"],
             strict=True,
         )
         for number, (gate_up, down) in enumerate(stacked):
             gate, up = gate_up.chunk(2)
             parts = {"gate": gate, "up": up, "down": down}
-            found |= {
+            tensors |= {
                 f"{ours}moe.experts.{number}.{name}.weight": part
                 for name, part in parts.items()
             }
-    return found
+    return tensors
 
 
 def _rotated_rows(heads: int, mla: LatentAttentionConfig) -> dict[str, list[int]]:
@@ -159,7 +160,7 @@ def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     """Weights (or gradients) of a GPT2LMHeadModel by logical name; its Conv1D matrices
     are stored transposed.
     """
-    found = {
+    tensors = {
         "embedding.weight": state["transformer.wte.weight"],
         "position_embedding.weight": state["transformer.wpe.weight"],
         "final_norm.weight": state["transformer.ln_f.weight"],
@@ -174,10 +175,10 @@ def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
     }
     for layer in range(config.num_layers):
         prefix = f"transformer.h.{layer}."
-        for ours, theirs in names.items():
+        for ours, hf_name in names.items():
             for kind in ("weight", "bias"):
-                tensor = state[f"{prefix}{theirs}.{kind}"]
-                found[f"layers.{layer}.{ours}.{kind}"] = (
+                tensor = state[f"{prefix}{hf_name}.{kind}"]
+                tensors[f"layers.{layer}.{ours}.{kind}"] = (
                     tensor.t() if tensor.dim() == 2 else tensor
                 )
         fused_weight = state[f"{prefix}attn.c_attn.weight"].t()
@@ -185,9 +186,9 @@ def gpt2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Ten
         for name, weight, bias in zip(
             "qkv", fused_weight.chunk(3), fused_bias.chunk(3), strict=True
         ):
-            found[f"layers.{layer}.attention.{name}.weight"] = weight
-            found[f"layers.{layer}.attention.{name}.bias"] = bias
-    return found
+            tensors[f"layers.{layer}.attention.{name}.weight"] = weight
+            tensors[f"layers.{layer}.attention.{name}.bias"] = bias
+    return tensors
 
 
 def perturb(model: torch.nn.Module, seed: int = 0) -> None:

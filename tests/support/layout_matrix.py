@@ -84,13 +84,13 @@ class Entry:
     def features(self) -> set[str]:
         """Axes and options it has."""
         parallel = self.parallel
-        found = {axis for axis in AXES if parallel.get(axis, 1) > 1} | {
+        axes = {axis for axis in AXES if parallel.get(axis, 1) > 1} | {
             f"zero{parallel.get('zero', 1)}"
         }
-        found |= {"sp"} if parallel.get("sequence_parallel") else set()
-        found |= {parallel.get("cp_method", "p2p")} if "cp" in found else set()
+        axes |= {"sp"} if parallel.get("sequence_parallel") else set()
+        axes |= {parallel.get("cp_method", "p2p")} if "cp" in axes else set()
         return (
-            found
+            axes
             | ({"packed"} if self.packed else set())
             | ({"recompute"} if self.recompute else set())
         )
@@ -148,13 +148,13 @@ def draw(seed: int = SEED, count: int = ENTRIES) -> tuple[Entry, ...]:
     is met.
     """
     rng = random.Random(seed)
-    found = []
+    entries: list[Entry] = []
     met = Counter[str]()
-    while len(found) < count:
+    while len(entries) < count:
         offered = [
             entry
             for entry in (_candidate(rng) for _ in range(200))
-            if _legal(entry) and entry not in found
+            if _legal(entry) and entry not in entries
         ]
         lacking = {
             name: quota - met[name] for name, quota in QUOTAS.items() if met[name] < quota
@@ -162,9 +162,9 @@ def draw(seed: int = SEED, count: int = ENTRIES) -> tuple[Entry, ...]:
         best = max(
             offered, key=lambda entry: sum(lacking.get(name, 0) for name in entry.features)
         )
-        found.append(best)
+        entries.append(best)
         met.update(best.features)
-    return tuple(found)
+    return tuple(entries)
 
 
 def _candidate(rng: random.Random) -> Entry:

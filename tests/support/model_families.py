@@ -30,7 +30,7 @@ class Family:
 
     judge: str
     """`JudgeForCausalLM` and `JudgeConfig` of transformers."""
-    theirs: dict[str, Any] = field(default_factory=dict)
+    config_fields: dict[str, Any] = field(default_factory=dict)
     ours: dict[str, Any] = field(default_factory=dict)
     logical: Callable[[dict[str, Tensor], ModelConfig], dict[str, Tensor]] = decoder_logical
 
@@ -71,7 +71,7 @@ class Family:
                 "n_layer": sizes.layers,
             }
         torch.manual_seed(seed)
-        config = getattr(transformers, f"{self.judge}Config")(**plain | self.theirs)
+        config = getattr(transformers, f"{self.judge}Config")(**plain | self.config_fields)
         head = "LMHeadModel" if self.logical is gpt2_logical else "ForCausalLM"
         model: torch.nn.Module = getattr(transformers, self.judge + head)(config)
         perturb(model)

@@ -152,10 +152,10 @@ def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
 def boxes(
     state: ShardedState, prefix: str = ""
 ) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
-    found = []
+    owned = []
     for name, entry in state.items():
         if name.startswith(prefix):
-            found += [
+            owned += [
                 (
                     name.removeprefix(prefix),
                     box.box.offset,
@@ -163,7 +163,7 @@ def boxes(
                 )
                 for box in entry.boxes
             ]
-    return found
+    return owned
 
 
 class Replay:
@@ -342,7 +342,7 @@ def relative_l2(measured: np.ndarray, reference: np.ndarray, floor: float) -> fl
     wide = reference.astype(np.float64)
     return float(
         np.linalg.norm(measured.astype(np.float64) - wide)
-        / max(np.linalg.norm(wide), floor)
+        / max(float(np.linalg.norm(wide)), floor)
     )
 
 
@@ -389,6 +389,8 @@ def float64_gradients(
         config.model, mesh, ParallelismConfig(), dtype=torch.float64
     ).to_empty(device="cpu")
     if config.model.tie_embeddings:
+        assert module.head is not None
+        assert module.embedding is not None
         module.head.weight = (
             module.embedding.weight
         )  # to_empty has made two of the shared one
@@ -419,12 +421,12 @@ def float64_gradients(
             replace(batch, loss_mask_BS=batch.loss_mask_BS.double(), mtp_targets=targets)
         ).backward()
     tokens = sum(batch.num_tokens for batch in batches)
-    found = {}
+    gradients = {}
     for local in table:
         gradient = parameters[local.name].grad
         assert gradient is not None
         for part in local.parts:
-            found[part.logical.name] = (
+            gradients[part.logical.name] = (
                 gradient.narrow(0, part.start, part.box.size[0]) / tokens
             ).numpy()
-    return found
+    return gradients

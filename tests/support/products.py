@@ -19,14 +19,14 @@ Shape = tuple[int, int, int]
 """Of a product [rows, inner] @ [inner, columns]."""
 
 
-class Products(TorchDispatchMode):
+class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`linear` has every product of two matrices by shape; `attention` how often each
     fused attention ran. Batched products, which only unfused attention has, are counted
     with attention: it multiplies activations with each other and has no weights.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.linear: Counter[Shape] = Counter()
         self.attention: Counter[str] = Counter()
 

@@ -6,6 +6,7 @@ that only Ray knows of, `release` gives it back.
 """
 
 import json
+import logging
 import sys
 from typing import Any
 
@@ -40,15 +41,15 @@ def look() -> dict[str, Any]:
 
 
 def main(address: str) -> None:
-    ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-    held: Any = None
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    group: Any = None
     for line in sys.stdin:
         word = line.strip()
         if word == "hold":
-            held = ray.util.placement_group([{"CPU": 1}])
-            answer: dict[str, Any] = {"held": held.wait(30)}
+            group = ray.util.placement_group([{"CPU": 1}])
+            answer: dict[str, Any] = {"held": group.wait(30)}
         elif word == "release":
-            ray.util.remove_placement_group(held)
+            ray.util.remove_placement_group(group)
             answer = {}
         else:
             try:

@@ -88,7 +88,7 @@ class Road:
     ) -> dict[str, Any]:
         """Polls until it is so; a service that is away for a moment is no failure."""
         deadline = time.monotonic() + timeout_s
-        job = {}
+        job: dict[str, Any] = {}
         while time.monotonic() < deadline:
             try:
                 response = self._http.get(

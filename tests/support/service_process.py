@@ -125,7 +125,7 @@ def post(client: httpx.Client, path: str, body: Any) -> Json:
 
 
 def report_nodes(agent: httpx.Client) -> None:
-    """The agent says that there is one node with 4 CPUs."""
+    """The agent reports one node with 4 CPUs."""
     body = {
         "protocol": PROTOCOL,
         "cluster": "default",
@@ -139,7 +139,7 @@ def report_nodes(agent: httpx.Client) -> None:
 
 
 def job_token(agent: httpx.Client, job_id: str) -> str:
-    """What the agent is told for the job's driver."""
+    """What the agent receives for the job's driver."""
     reply = agent.get(
         "/internal/v1/agent/desired",
         params={"cluster": "default", "after": -1, "wait_s": 0},

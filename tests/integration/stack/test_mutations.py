@@ -126,7 +126,7 @@ def check(road: Road, change: str, spec: dict[str, Any]) -> None:
     road.finish(job_id)
 
 
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "deadline": None,
     "phases": [Phase.generate],
     "database": None,
@@ -134,14 +134,14 @@ OPTIONS = {
 }
 
 
-@settings(max_examples=12, derandomize=True, **OPTIONS)  # type: ignore[arg-type]
+@settings(max_examples=12, derandomize=True, **OPTIONS)
 @given(mutated())
 def test_a_few_mutations(road: Road, mutation: tuple[str, dict[str, Any]]) -> None:
     check(road, *mutation)
 
 
 @pytest.mark.chaos
-@settings(max_examples=200, print_blob=True, **OPTIONS)  # type: ignore[arg-type]
+@settings(max_examples=200, print_blob=True, **OPTIONS)
 @given(mutated())
 def test_two_hundred_mutations(road: Road, mutation: tuple[str, dict[str, Any]]) -> None:
     check(road, *mutation)

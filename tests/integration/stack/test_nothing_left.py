@@ -110,12 +110,11 @@ def spends_its_budget(road: Road, observer: Observer) -> str:
 def crashes_in_a_loop(road: Road, observer: Observer) -> str:
     job_id = endless(road, restart={"max_failures": 10, "backoff_s": 0})
     for attempt in (1, 2, 3):
-        road.wait(
-            job_id,
-            lambda job, attempt=attempt: (
-                job["attempt"] == attempt and job["status"] == "running"
-            ),
-        )
+
+        def is_running(job: dict[str, Any], attempt: int = attempt) -> bool:
+            return bool(job["attempt"] == attempt and job["status"] == "running")
+
+        road.wait(job_id, is_running)
         kill_role(observer, job_id, "w0")
     return job_id
 

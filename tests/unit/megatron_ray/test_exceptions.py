@@ -20,11 +20,11 @@ def exceptions_of_the_library() -> dict[str, type[MegatronRayError]]:
     for module in pkgutil.walk_packages(megatron_ray.__path__, "megatron_ray."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    found = {"MegatronRayError": MegatronRayError}
+    by_name = {"MegatronRayError": MegatronRayError}
     for error in subclasses(MegatronRayError):
         if error.__module__.startswith("megatron_ray."):
-            found[error.__name__] = error
-    return found
+            by_name[error.__name__] = error
+    return by_name
 
 
 def test_every_exception_is_in_the_drawn_tree_with_its_kind() -> None:

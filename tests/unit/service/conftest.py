@@ -94,17 +94,19 @@ class Running:
             "/v1/jobs", json=SPEC if spec is None else spec, headers=headers
         )
         assert response.status_code == 201, response.text
-        return response.json()
+        job: Json = response.json()
+        return job
 
     def job(self, job_id: str) -> Json:
         response = self.user.get(f"/v1/jobs/{job_id}")
         assert response.status_code == 200, response.text
-        return response.json()
+        job: Json = response.json()
+        return job
 
     def events(self, job_id: str) -> list[Json]:
-        return self.user.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()[
-            "data"
-        ]
+        response = self.user.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000})
+        events: list[Json] = response.json()["data"]
+        return events
 
     def driver(self, job_id: str, epoch: int = 1) -> "Driver":
         desired = next(job for job in self.agent.desired().jobs if job.job_id == job_id)
@@ -234,7 +236,8 @@ class Driver:
     ) -> Json:
         response = self.post(source, self.number(source, *facts, attempt=attempt))
         assert response.status_code == 200, response.text
-        return response.json()
+        reply: Json = response.json()
+        return reply
 
     def states(self, *states: str, attempt: int = 0, **more: Any) -> Json:
         return self.send(
@@ -259,7 +262,8 @@ class Driver:
             params={"after": after, "wait_s": wait_s},
         )
         assert response.status_code == 200, response.text
-        return response.json()
+        reply: Json = response.json()
+        return reply
 
 
 def step_row(step: int, **more: Any) -> Json:
@@ -285,7 +289,7 @@ def step_row(step: int, **more: Any) -> Json:
 @pytest.fixture(scope="session")
 def new_database(request: pytest.FixtureRequest) -> Iterator[Callable[[], str | None]]:
     """URLs of fresh databases, gone at the end: None for SQLite's in the data dir,
-    which nobody asked to replace by --postgres.
+    which --postgres does not replace.
     """
     server = request.config.getoption("--postgres")
     names = []

@@ -3,13 +3,13 @@ raises, how it follows a stream.
 """
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from service import client as client_module
 from service.client import Client, ServiceError, StreamEvent, parse_stream
 
 Answer = httpx.Response | Exception
@@ -36,7 +36,7 @@ class Script(httpx.BaseTransport):
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waits: list[float] = []
-    monkeypatch.setattr(client_module.time, "sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     return waits
 
 

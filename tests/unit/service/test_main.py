@@ -51,7 +51,7 @@ def create_token(store: Store, scope: Scope, name: str) -> str:
 
 
 def test_settings_come_from_the_environment(tmp_path: Path) -> None:
-    found = Settings.from_environment(
+    settings = Settings.from_environment(
         {
             "MEGATRON_RAY_DATA_DIR": str(tmp_path),
             "MEGATRON_RAY_PORT": "0",
@@ -60,13 +60,13 @@ def test_settings_come_from_the_environment(tmp_path: Path) -> None:
             "HOME": "/x",
         }
     )
-    assert (found.data_dir, found.port, found.clusters, found.host) == (
+    assert (settings.data_dir, settings.port, settings.clusters, settings.host) == (
         tmp_path,
         0,
         ("a", "b"),
         "127.0.0.1",
     )
-    assert found.url == f"sqlite:///{tmp_path}/service.db"
+    assert settings.url == f"sqlite:///{tmp_path}/service.db"
 
 
 def test_the_data_dir_is_in_the_home_folder_when_none_is_given() -> None:

@@ -40,8 +40,8 @@ def test_greedy_order_by_hand() -> None:
     assert arrays["dataset_index"].tolist() == [0, 1, 0, 0, 0, 1, 0, 0]
     assert arrays["dataset_sample_index"].tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
     assert (arrays["dataset_index"].dtype, arrays["dataset_sample_index"].dtype) == (
-        np.int16,
-        np.int64,
+        np.dtype(np.int16),
+        np.dtype(np.int64),
     )
 
 

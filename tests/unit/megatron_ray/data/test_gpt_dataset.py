@@ -60,7 +60,7 @@ def test_equal_to_megatron_core(tmp_path: Path, case: dict[str, Any], cached: bo
         dataset.document_index.dtype,
         dataset.sample_index.dtype,
         dataset.shuffle_index.dtype,
-    ) == (np.int32, np.int32, np.uint32)
+    ) == (np.dtype(np.int32), np.dtype(np.int32), np.dtype(np.uint32))
 
 
 def walk(

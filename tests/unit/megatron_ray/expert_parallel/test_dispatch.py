@@ -21,7 +21,7 @@ TOKENS = 7
 EXPERTS = 4
 WIDTH = 8
 CHOICES = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [3, 1], [1, 3]])
-"""Nobody wants expert 2."""
+"""No token chooses expert 2."""
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -72,12 +72,12 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(
     torch.testing.assert_close(output, truth)
     along = torch.linspace(-1, 1, WIDTH)
     measured = torch.autograd.grad((output * along).sum(), (x, weights, linear.weight))
-    for found, wanted in zip(
+    for grad, true_grad in zip(
         measured,
         torch.autograd.grad((truth * along).sum(), (x, weights, matrices)),
         strict=True,
     ):
-        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(grad, true_grad)
     assert measured[2].view(EXPERTS, -1)[2].abs().sum() == 0
 
 
@@ -95,7 +95,7 @@ def test_rows_of_an_expert_are_in_the_order_of_tokens() -> None:
 def test_one_kernel_multiplies_as_one_product_per_expert_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """On CPU the kernel has an implementation too, which nobody else uses: it shows
+    """On CPU the kernel has an implementation too, which nothing else uses: it shows
     that the arguments are right.
     """
     generator = torch.Generator().manual_seed(0)
@@ -117,8 +117,8 @@ def test_one_kernel_multiplies_as_one_product_per_expert_does(
 
     one_by_one = products()
     monkeypatch.setattr(matmul, "_has_grouped_kernel", lambda *_: True)
-    for found, wanted in zip(products(), one_by_one, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for at_once, one_product in zip(products(), one_by_one, strict=True):
+        torch.testing.assert_close(at_once, one_product)
     assert one_by_one[2][1].abs().max() == 0
 
 

@@ -4,7 +4,7 @@ refuses; and the command on a real checkpoint.
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -181,7 +181,8 @@ def test_generation_ends_with_the_document(loaded: tuple[GPT, Tokenizer]) -> Non
         model, [1, 2, 3], 30, Sampling(1.0), 0, stop=stop, vocabulary=257
     )
     assert early == tokens[: tokens.index(stop) + 1]
-    ended = generate(model, Ended(tokenizer, stop), "\x01\x02\x03", 30)
+    other_end = cast(Tokenizer, Ended(tokenizer, stop))
+    ended = generate(model, other_end, "\x01\x02\x03", 30)
     assert ended.finish_reason == "end_of_document"
     assert list(ended.tokens) == early[:-1]
 
@@ -343,9 +344,9 @@ def test_the_command_prints_text_or_json(
 
 def test_a_mistake_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--checkpoint", str(tmp_path / "none")]) == 1
-    said = capsys.readouterr()
+    printed = capsys.readouterr()
     assert (
-        said.err
+        printed.err
         == f"error: cannot load {tmp_path}/none: there is no checkpoint at this path\n"
     )
-    assert said.out == ""
+    assert printed.out == ""

@@ -46,6 +46,10 @@ CASES: dict[str, dict[str, Any]] = {
     "experts": {"q_lora_rank": 24, "yarn": True, "dense": 1},
     "dense": {"q_lora_rank": None, "yarn": False, "dense": 2},
 }
+IMPLEMENTATIONS: dict[str, Any] = {
+    "attn_implementation": "sdpa",
+    "experts_implementation": "eager",  # the others know no float64
+}
 
 
 def judge(case: dict[str, Any], seed: int = 1) -> DeepseekV3ForCausalLM:
@@ -72,8 +76,7 @@ def judge(case: dict[str, Any], seed: int = 1) -> DeepseekV3ForCausalLM:
         max_position_embeddings=128,
         rope_parameters={"rope_theta": 10000.0}
         | (YARN if case["yarn"] else {"rope_type": "default"}),
-        attn_implementation="sdpa",
-        experts_implementation="eager",  # the others know no float64
+        **IMPLEMENTATIONS,
     )
     torch.manual_seed(seed)
     model = DeepseekV3ForCausalLM(config)
@@ -81,7 +84,8 @@ def judge(case: dict[str, Any], seed: int = 1) -> DeepseekV3ForCausalLM:
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             bias.normal_(0, 0.2)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def config_of(case: dict[str, Any], **changes: Any) -> TrainConfig:
@@ -135,10 +139,10 @@ def config_of(case: dict[str, Any], **changes: Any) -> TrainConfig:
 
 
 def ours(
-    config: TrainConfig, mesh: ParallelMesh, theirs: nn.Module
+    config: TrainConfig, mesh: ParallelMesh, reference: nn.Module
 ) -> tuple[ParallelModel, ShardedOptimizer]:
     model, optimizer = build(config, mesh, initialise=False)
-    state = theirs.state_dict()
+    state = reference.state_dict()
     fill(model, optimizer, logical(state, config))
     for name, bias in model.expert_biases.items():
         layer = name.split(".")[1]
@@ -152,9 +156,8 @@ def ours(
 
 
 def logical(state: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
-    found = deepseek_logical(state, config.model)
+    tensors = deepseek_logical(state, config.model)
     for depth in range(config.model.num_mtp_layers):
-        theirs = f"mtp.{depth}."
         prefix = f"mtp.{depth}."
         names = {
             "embedding_norm": "enorm",
@@ -162,18 +165,18 @@ def logical(state: dict[str, Tensor], config: TrainConfig) -> dict[str, Tensor]:
             "projection": "eh_proj",
             "final_norm": "norm",
         }
-        found |= {
-            f"{prefix}{name}.weight": state[f"{theirs}{part}.weight"]
+        tensors |= {
+            f"{prefix}{name}.weight": state[f"{prefix}{part}.weight"]
             for name, part in names.items()
         }
-        found |= deepseek_block(
+        tensors |= deepseek_block(
             state,
             config.model,
-            f"{theirs}block.",
+            f"{prefix}block.",
             f"{prefix}block.",
             config.model.moe is not None,
         )
-    return found
+    return tensors
 
 
 def relative(measured: Tensor, reference: Tensor, floor: float = 0.0) -> float:
@@ -182,28 +185,28 @@ def relative(measured: Tensor, reference: Tensor, floor: float = 0.0) -> float:
 
 
 def worst_gradient(
-    optimizer: ShardedOptimizer, theirs: nn.Module, config: TrainConfig
+    optimizer: ShardedOptimizer, module: nn.Module, config: TrainConfig
 ) -> dict[str, float]:
     """Largest distance of this rank's boxes, of routers and of all others."""
     named = {
         name: parameter.grad
-        for name, parameter in theirs.named_parameters()
+        for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
-    reference = logical(named, config)
+    expected = logical(named, config)
     measured = optimizer.sharded_gradients()
-    largest = max(float(gradient.norm()) for gradient in reference.values())
-    found = {"router": 0.0, "other": 0.0}
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    worst = {"router": 0.0, "other": 0.0}
     for name, entry in measured.items():
         for box in entry.boxes:
-            expected = reference[name]
+            part = expected[name]
             for dim, (offset, size) in enumerate(
                 zip(box.box.offset, box.box.size, strict=True)
             ):
-                expected = expected.narrow(dim, offset, size)
+                part = part.narrow(dim, offset, size)
             kind = "router" if "router" in name else "other"
-            found[kind] = max(found[kind], relative(box.tensor, expected, 1e-8 * largest))
-    return found
+            worst[kind] = max(worst[kind], relative(box.tensor, part, 1e-8 * largest))
+    return worst
 
 
 def draw(seed: int = 2) -> np.ndarray:
@@ -225,12 +228,12 @@ def distances(
 def _distances(
     rank: int, world_size: int, case: dict[str, Any], parallel: dict[str, Any]
 ) -> dict[str, float]:
-    theirs = judge(case)
+    reference = judge(case)
     config = config_of(case, parallel=parallel)
     mesh = make_mesh(rank, world_size, config)
-    model, optimizer = ours(config, mesh, theirs)
+    model, optimizer = ours(config, mesh, reference)
     batch = BatchMaker(mesh.device)(draw())
-    expected = theirs(input_ids=batch.tokens_BS, use_cache=False).logits
+    expected = reference(input_ids=batch.tokens_BS, use_cache=False).logits
     with torch.no_grad():
         logits = model.module.logits(batch.tokens_BS, batch.position_ids)
     loss = nn.functional.cross_entropy(
@@ -243,11 +246,11 @@ def _distances(
         reduce_step(model, optimizer, mesh, own, batch.num_tokens),
         clip_grad_norm=0,
     )
-    found = {
+    measured = {
         "logits": relative(logits, expected.detach()),
         "loss": abs(float(own) / batch.num_tokens - float(loss.detach())),
     }
-    return found | worst_gradient(optimizer, theirs, config)
+    return measured | worst_gradient(optimizer, reference, config)
 
 
 ALLOWED = {"logits": 5e-6, "loss": 1e-5, "router": 2e-5, "other": 1e-5}
@@ -255,8 +258,8 @@ ALLOWED = {"logits": 5e-6, "loss": 1e-5, "router": 2e-5, "other": 1e-5}
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_those_of_transformers(case: str) -> None:
-    (found,) = distances(0, 1, {case: {}})
-    assert all(found[kind] <= ALLOWED[kind] for kind in ALLOWED), found
+    (measured,) = distances(0, 1, {case: {}})
+    assert all(measured[kind] <= ALLOWED[kind] for kind in ALLOWED), measured
 
 
 @pytest.mark.parallel
@@ -266,8 +269,8 @@ def test_two_tensor_parallel_ranks_give_the_logits_and_gradients_of_transformers
         "dense": {"tp": 2, "zero": 0},
     }
     for rank in run_ranks(distances, 2, layouts):
-        for found in rank:
-            assert all(found[kind] <= ALLOWED[kind] for kind in ALLOWED), found
+        for measured in rank:
+            assert all(measured[kind] <= ALLOWED[kind] for kind in ALLOWED), measured
 
 
 class MTPTargets(nn.Module):
@@ -291,11 +294,15 @@ class MTPTargets(nn.Module):
             nn.init.normal_(bias, 0.0, 0.2)
 
 
-def mtp_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -> list[Tensor]:
+def mtp_losses(
+    reference: DeepseekV3ForCausalLM, tokens: Tensor, ends: bool, depths: int
+) -> list[Tensor]:
     """[sum of the loss over the tokens that have a label] of the next token and of each
     MTP depth; no label is taken from beyond the sample or from another document.
     """
-    base = theirs.model
+    base = reference.model
+    mtp_layers = reference.mtp
+    assert isinstance(mtp_layers, nn.ModuleList)
     length = tokens.shape[1] - 1
     documents = torch.zeros_like(tokens)
     if ends:
@@ -316,7 +323,8 @@ def mtp_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -> li
         )
     states = [base.norm(hidden)]
     for depth in range(depths):
-        part = theirs.mtp[depth]
+        part = mtp_layers[depth]
+        assert isinstance(part, MTPTargets)
         # Places without such a token are filled with the last one; nothing that counts
         # sees them.
         ahead = words[:, torch.arange(length).add(depth + 1).clamp(max=length)]
@@ -331,17 +339,17 @@ def mtp_losses(theirs: nn.Module, tokens: Tensor, ends: bool, depths: int) -> li
                 )
             )
         )
-    found = []
+    losses = []
     for depth, state in enumerate(states):
-        logits = theirs.lm_head(state)
+        logits = reference.lm_head(state)
         total = torch.zeros((), dtype=torch.float64)
         for row in range(len(tokens)):
             for place in range(length - depth):
                 target = place + depth + 1
                 if documents[row, place] == documents[row, target]:
                     total = total - logits[row, place].log_softmax(-1)[tokens[row, target]]
-        found.append(total)
-    return found
+        losses.append(total)
+    return losses
 
 
 @pytest.mark.parametrize(
@@ -354,19 +362,19 @@ def test_mtp_layers_have_the_gradients_of_a_float64_reference(
 ) -> None:
     mtp = {"num_layers": 2, "loss_coeff": 0.6}
     config = config_of(CASES[case], model={"mtp": mtp})
-    theirs = judge(CASES[case])
-    theirs.mtp = nn.ModuleList([MTPTargets(theirs.config) for _ in range(2)])
+    reference = judge(CASES[case])
+    reference.mtp = nn.ModuleList([MTPTargets(reference.config) for _ in range(2)])
     samples = draw()
     if ends:
         samples[0, [3, 4, 9]] = samples[1, [SEQUENCE - 2]] = samples[2, [0, SEQUENCE]] = END
     mesh = ParallelMesh.single()
-    model, optimizer = ours(config, mesh, theirs)
+    model, optimizer = ours(config, mesh, reference)
     batch = BatchMaker(
         mesh.device, end_of_document=END if ends else None, num_mtp_layers=2
     )(samples)
 
     next_token, *later_tokens = mtp_losses(
-        theirs.double(), torch.from_numpy(samples), ends, 2
+        reference.double(), torch.from_numpy(samples), ends, 2
     )
     ((next_token + 0.6 / 2 * torch.stack(later_tokens).sum()) / batch.num_tokens).backward()
     own = forward_backward(model, mesh, [batch])
@@ -378,9 +386,9 @@ def test_mtp_layers_have_the_gradients_of_a_float64_reference(
     assert abs(float(own) - float(next_token.detach())) <= 1e-5 * float(own), (
         "what is reported is the next token's loss"
     )
-    found = worst_gradient(optimizer, theirs, config)
-    assert found["other"] <= 1e-5, found
-    assert found["router"] <= 2e-5, found
+    worst = worst_gradient(optimizer, reference, config)
+    assert worst["other"] <= 1e-5, worst
+    assert worst["router"] <= 2e-5, worst
 
 
 def bf16_distances(seed: int) -> tuple[float, float]:
@@ -389,9 +397,9 @@ def bf16_distances(seed: int) -> tuple[float, float]:
     """
     case = CASES["dense"] | {"yarn": True, "q_lora_rank": 24}
     config = config_of(case, training={"precision": "bf16"})
-    theirs = judge(case, seed)
+    reference = judge(case, seed)
     mesh = ParallelMesh.single()
-    model, optimizer = ours(config, mesh, theirs)
+    model, optimizer = ours(config, mesh, reference)
     batch = BatchMaker(mesh.device)(draw(seed))
 
     def gradients(module: nn.Module, autocast: bool) -> dict[str, Tensor]:
@@ -410,8 +418,8 @@ def bf16_distances(seed: int) -> tuple[float, float]:
             config,
         )
 
-    truth = gradients(copy.deepcopy(theirs).double(), False)
-    autocast = gradients(theirs, True)
+    truth = gradients(copy.deepcopy(reference).double(), False)
+    autocast = gradients(reference, True)
     loss = forward_backward(model, mesh, [batch])
     scale_and_clip(
         optimizer,
@@ -434,16 +442,16 @@ def bf16_distances(seed: int) -> tuple[float, float]:
 
 
 def test_bf16_is_as_close_to_float64_as_autocast() -> None:
-    found = [bf16_distances(seed) for seed in range(8)]
-    own, autocast = (sum(distances) ** 0.5 for distances in zip(*found, strict=True))
+    measured = [bf16_distances(seed) for seed in range(8)]
+    own, autocast = (sum(distances) ** 0.5 for distances in zip(*measured, strict=True))
     assert own <= 1.3 * autocast, own / autocast
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_cached_generation_goes_on_as_the_whole_sequence_would(case: str) -> None:
     config = config_of(CASES[case])
-    theirs = judge(CASES[case])
-    model, _ = ours(config, ParallelMesh.single(), theirs)
+    reference = judge(CASES[case])
+    model, _ = ours(config, ParallelMesh.single(), reference)
     model.module.eval()
     prompt = draw()[0, :6].tolist()
     new = generate_tokens(
@@ -451,5 +459,5 @@ def test_cached_generation_goes_on_as_the_whole_sequence_would(case: str) -> Non
     )
     tokens = torch.tensor([prompt + new])
     with torch.no_grad():
-        expected = theirs(input_ids=tokens, use_cache=False).logits[0, 5:-1].argmax(-1)
+        expected = reference(input_ids=tokens, use_cache=False).logits[0, 5:-1].argmax(-1)
     assert new == expected.tolist()

@@ -1,4 +1,4 @@
-"""Masks have their rate and belong to nobody else; attention with dropout is softmax
+"""Masks have their rate and belong to one place only; attention with dropout is softmax
 attention; only training drops anything.
 """
 
@@ -99,13 +99,13 @@ def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> Non
     inputs = qkv(torch.float64)
     again = qkv(torch.float64)
     attention = LocalAttention(DeviceKind("cpu", bf16_products=True))
-    found = AttentionWithDropout(0.0, WHERE)(*inputs, packed, 0)
+    measured = AttentionWithDropout(0.0, WHERE)(*inputs, packed, 0)
     expected = attention(*again, packed)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    for output in (found, expected):
+    torch.testing.assert_close(measured, expected, rtol=1e-12, atol=1e-12)
+    for output in (measured, expected):
         (output * torch.linspace(0, 1, 16, dtype=torch.float64)).sum().backward()
-    for mine, theirs in zip(inputs, again, strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-12, atol=1e-12)
+    for one, other in zip(inputs, again, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -128,11 +128,11 @@ def test_dropped_probabilities_count_for_nothing_and_the_others_for_more(
     )
 
 
-class Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Names of the operations that run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from megatron_ray.config.model import ModelConfig
@@ -19,7 +20,9 @@ def normal(shape: tuple[int, ...]) -> LogicalParameter:
     )
 
 
-def test_any_box_is_a_slice_of_the_whole(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_any_box_is_a_slice_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(initialization, "BLOCK_ELEMENTS", 7 * 24)
     whole = draw_box(normal((50, 24)), Box((0, 0), (50, 24)), seed=3)
     for offset, size in [

@@ -189,16 +189,16 @@ def relative(measured: Tensor, reference: Tensor, floor: float = 0.0) -> float:
 
 
 def agree(name: str, config: TrainConfig, ranks: list[Found]) -> None:
-    """The ranks together have found what the judge says."""
+    """The ranks together have computed what the judge has."""
     expected = verdict(name)
     model = config.model
-    for found in ranks:
-        assert abs(found.loss - expected.loss) <= 1e-5
-        if found.logits is not None:
-            assert relative(found.logits, expected.logits) <= 5e-6
+    for result in ranks:
+        assert abs(result.loss - expected.loss) <= 1e-5
+        if result.logits is not None:
+            assert relative(result.logits, expected.logits) <= 5e-6
     measured = {
         name: torch.from_numpy(tensor)
-        for name, tensor in assemble(config, [found.gradients for found in ranks]).items()
+        for name, tensor in assemble(config, [result.gradients for result in ranks]).items()
     }
     assert measured.keys() == expected.gradients.keys()
     largest = max(float(gradient.norm()) for gradient in expected.gradients.values())
@@ -291,7 +291,7 @@ def bf16_distances(
             if "q_proj" in parameter_name or "k_proj" in parameter_name:
                 parameter.mul_(sharpness)
     truth = judgement(copy.deepcopy(judge).double(), family, sizes, batch)
-    theirs = judgement(
+    peer = judgement(
         copy.deepcopy(judge) if autocast else copy.deepcopy(judge).bfloat16(),
         family,
         sizes,
@@ -318,19 +318,19 @@ def bf16_distances(
     assert ours.logits is not None
     return {
         "our logits": relative(ours.logits, truth.logits) ** 2,
-        "their logits": relative(theirs.logits, truth.logits) ** 2,
+        "their logits": relative(peer.logits, truth.logits) ** 2,
         "our gradients": squared(our_gradients),
-        "their gradients": squared(theirs.gradients),
+        "their gradients": squared(peer.gradients),
     }
 
 
-def no_farther(found: list[dict[str, float]], kinds: list[str]) -> None:
+def no_farther(distances: list[dict[str, float]], kinds: list[str]) -> None:
     for kind in kinds:
-        ours, theirs = (
-            sum(one[f"{whose} {kind}"] for one in found) ** 0.5
+        ours, peer = (
+            sum(one[f"{whose} {kind}"] for one in distances) ** 0.5
             for whose in ("our", "their")
         )
-        assert ours <= 1.3 * theirs, f"{kind}: {ours / theirs:.3f} times as far"
+        assert ours <= 1.3 * peer, f"{kind}: {ours / peer:.3f} times as far"
 
 
 SMALL = Sizes(layers=3)
@@ -354,11 +354,11 @@ LARGER = Sizes(256, 1024, 256, 3)
 def test_bf16_is_as_close_to_float64_as_autocast(
     sizes: Sizes, sharpness: float, seeds: range, kinds: list[str], device: DeviceKind
 ) -> None:
-    found = [
+    distances = [
         bf16_distances("llama2", seed, sizes, device, sharpness=sharpness, autocast=True)
         for seed in seeds
     ]
-    no_farther(found, kinds)
+    no_farther(distances, kinds)
 
 
 @by_either_attention
@@ -366,8 +366,8 @@ def test_bf16_is_as_close_to_float64_as_autocast(
 def test_bf16_is_as_close_to_float64_as_transformers_in_bf16(
     name: str, device: DeviceKind
 ) -> None:
-    found = [
+    distances = [
         bf16_distances(name, seed, SIZES, device, sharpness=1.0, autocast=False)
         for seed in range(4)
     ]
-    no_farther(found, ["logits", "gradients"])
+    no_farther(distances, ["logits", "gradients"])

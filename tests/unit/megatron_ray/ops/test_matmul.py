@@ -42,12 +42,12 @@ def operands() -> list[Tensor]:
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_a_product_of_bf16_is_the_exact_one_rounded(product: str, library: Library) -> None:
     ours, plain = PRODUCTS[product]
-    found = ours(*operands(), library)
+    measured = ours(*operands(), library)
     exact = plain(*(tensor.double() for tensor in operands()))
-    assert found.dtype == torch.bfloat16
+    assert measured.dtype == torch.bfloat16
     # Half a unit in the last of bf16's eight places, and what fp32 is off by where the
     # sum nearly vanishes.
-    assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all())
+    assert bool(((measured.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all())
 
 
 @pytest.mark.parametrize("library", ["torch", "onednn"])
@@ -56,10 +56,10 @@ def test_a_product_of_fp32_is_the_exact_one_by_either_library(
     product: str, library: Library
 ) -> None:
     ours, plain = PRODUCTS[product]
-    found = ours(*(tensor.float() for tensor in operands()), library)
+    measured = ours(*(tensor.float() for tensor in operands()), library)
     exact = plain(*(tensor.double() for tensor in operands()))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=1e-5)
+    assert measured.dtype == torch.float32
+    torch.testing.assert_close(measured.double(), exact, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("fresh", [True, False])

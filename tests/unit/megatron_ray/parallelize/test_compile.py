@@ -53,13 +53,15 @@ def gated(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
 def rotation(kernel: DifferentiableOp, dtype: torch.dtype) -> list[Tensor]:
     cos, sin = rotary_angles(torch.arange(SEQUENCE)[None], WIDTH, 10_000.0, dtype)
     qkv = draw(dtype, BATCH, SEQUENCE, (HEADS + 2 * GROUPS) * WIDTH)
-    found = kernel.forward(qkv, cos, sin, HEADS, GROUPS, WIDTH)
-    assert all(part.stride(-1) == 1 and part.data_ptr() != qkv.data_ptr() for part in found)
+    rotated = kernel.forward(qkv, cos, sin, HEADS, GROUPS, WIDTH)
+    assert all(
+        part.stride(-1) == 1 and part.data_ptr() != qkv.data_ptr() for part in rotated
+    )
     grads = [
         draw(dtype, BATCH, SEQUENCE, heads, WIDTH, seed=heads).transpose(1, 2)
         for heads in (HEADS, GROUPS, GROUPS)
     ]
-    return [*found, kernel.backward(*grads, cos, sin)]
+    return [*rotated, kernel.backward(*grads, cos, sin)]
 
 
 def loss(
@@ -68,12 +70,12 @@ def loss(
     """Shares times their unit are the same however they are scaled."""
     logits = 3 * draw(dtype, TOKENS, 100)
     local = torch.arange(TOKENS) * 2
-    found = softmax_shares_(logits, local)
+    stats = softmax_shares_(logits, local)
     return [
-        found.largest,
-        found.total,
-        found.label_logit,
-        logits.to(found.unit.dtype) * found.unit[:, None],
+        stats.largest,
+        stats.total,
+        stats.label_logit,
+        logits.to(stats.unit.dtype) * stats.unit[:, None],
     ]
 
 
@@ -143,7 +145,7 @@ def test_every_part_of_a_model_but_its_routed_experts_is_replaced(
     model = build_model(
         config.model, ParallelMesh.single(), config.parallel, dtype=torch.float32
     )
-    mark = DifferentiableOp(lambda: None, lambda: None)
+    mark: Any = DifferentiableOp(lambda: None, lambda: None)
     compile.apply_compile(
         model, compile.CompiledOps(*(mark for _ in compile.CompiledOps._fields))
     )

@@ -19,6 +19,7 @@ from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.block import Block
 from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.models.mlp import GatedActivation
+from megatron_ray.ops.matmul import forward_product_plus
 from megatron_ray.parallelize.recompute import recomputed
 from megatron_ray.planning.activations import kept_activations
 from megatron_ray.tensor_parallel import layers
@@ -145,9 +146,9 @@ def test_gradients_are_those_without_recomputation_to_the_bit(
 ) -> None:
     loss, expected = gradients(config_of("none", model, precision, dropout))
     for setting in SETTINGS:
-        again, found = gradients(config_of(setting, model, precision, dropout))
+        again, measured = gradients(config_of(setting, model, precision, dropout))
         assert torch.equal(again, loss), setting
-        assert torch.equal(found, expected), setting
+        assert torch.equal(measured, expected), setting
 
 
 def without_capacity(config: TrainConfig) -> TrainConfig:
@@ -230,11 +231,9 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
 
         monkeypatch.setattr(kind, "forward", forward)
 
-    product = layers.forward_product_plus
-
     def last_product(inputs: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
         runs["last"] += weight.shape[1] == LLAMA["ffn_hidden_size"]
-        return product(inputs, weight, addend)
+        return forward_product_plus(inputs, weight, addend)
 
     monkeypatch.setattr(layers, "forward_product_plus", last_product)
     for kind, name in (
@@ -261,7 +260,7 @@ def test_routing_is_reported_and_aux_losses_are_counted_once() -> None:
         model, optimizer = build(config, mesh)
         model.module.on_route = lambda layer, experts, routed=routed: routed.append(
             (layer, experts)
-        )  # type: ignore[misc]
+        )
         batches = StepLoader(
             RandomDataset(config.model.vocabulary, 32),
             2,
@@ -300,16 +299,16 @@ def test_an_evaluation_recomputes_nothing_and_frees_nothing() -> None:
 
 def test_a_region_whose_inputs_need_no_gradient_still_gives_its_parameters_theirs() -> None:
     weight = torch.ones(3, requires_grad=True)
-    recomputed(lambda x: x * weight, torch.arange(3.0)).sum().backward()  # type: ignore[no-untyped-call]
+    recomputed(lambda x: x * weight, torch.arange(3.0)).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [0, 1, 2]
 
 
 def test_frozen_embeddings_leave_the_gradients_of_recomputed_layers_as_they_are() -> None:
-    found = []
+    by_setting = []
     for setting in ("none", "uniform1", "norm-activation"):
         fields = config_of(setting, "llama", "fp32", False).model_dump()
         fields["optimizer"]["freeze"] = ["embedding.*"]
-        found.append(gradients(TrainConfig.from_mapping(fields))[1])
-    assert found[0].any()
-    assert all(torch.equal(found[0], other) for other in found[1:])
+        by_setting.append(gradients(TrainConfig.from_mapping(fields))[1])
+    assert by_setting[0].any()
+    assert all(torch.equal(by_setting[0], other) for other in by_setting[1:])

@@ -84,9 +84,9 @@ def test_a_short_step_stands_for_a_long_one(
     whole = simulate_computing(orders, stages, costs)
     assert bubble(plan, count, costs) == pytest.approx(whole.bubble)
     for rank, order in enumerate(orders):
-        held = [0]
+        in_flight = [0]
         for event in kept_and_released(plan, count, rank):
-            held.append(held[-1] + (1 if event > 0 else -1))
-        assert max(held) == whole.peak_activations[rank]
-        assert held[-1] == 0
+            in_flight.append(in_flight[-1] + (1 if event > 0 else -1))
+        assert max(in_flight) == whole.peak_activations[rank]
+        assert in_flight[-1] == 0
         assert any(action.op is Op.FORWARD for action in order)

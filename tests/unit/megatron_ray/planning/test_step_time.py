@@ -45,9 +45,9 @@ def plan(
     }
     config = TrainConfig.from_mapping(fields)
     assert check.find_problems(config) == []
-    found = step_time(config, HARDWARE[hardware])
-    assert found is not None
-    return found
+    estimate = step_time(config, HARDWARE[hardware])
+    assert estimate is not None
+    return estimate
 
 
 def test_published_runs_are_met_by_the_constants_of_their_chip() -> None:
@@ -135,7 +135,7 @@ def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
             * stage_work(config, plan_pipeline(config).stages_of(0)[0]).products
         )
 
-    whole = ModelConfig(preset=model)  # type: ignore[call-arg]
+    whole = ModelConfig.model_validate({"preset": model})
     mixtures = [
         whole.experts_on(layer) for layer in range(whole.num_layers + whole.num_mtp_layers)
     ]
@@ -148,18 +148,20 @@ def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
 
 
 def test_parts_add_up() -> None:
-    found = plan("llama3-8b", {"tp": 2, "pp": 2, "dp": 2, "zero": 3}, batch=32)
+    estimate = plan("llama3-8b", {"tp": 2, "pp": 2, "dp": 2, "zero": 3}, batch=32)
     parts = (
-        found.products_s,
-        found.attention_s,
-        found.memory_s,
-        found.communication_s,
-        found.bubble_s,
-        found.update_s,
+        estimate.products_s,
+        estimate.attention_s,
+        estimate.memory_s,
+        estimate.communication_s,
+        estimate.bubble_s,
+        estimate.update_s,
     )
-    assert sum(parts) == pytest.approx(found.step_s)
-    assert found.tokens_per_s == pytest.approx(32 * 8192 / found.step_s)
-    assert found.mfu == pytest.approx(found.model_flops / (found.step_s * 8 * 989e12))
+    assert sum(parts) == pytest.approx(estimate.step_s)
+    assert estimate.tokens_per_s == pytest.approx(32 * 8192 / estimate.step_s)
+    assert estimate.mfu == pytest.approx(
+        estimate.model_flops / (estimate.step_s * 8 * 989e12)
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,5 +179,5 @@ def test_parts_add_up() -> None:
 def test_devices_are_known_by_what_ray_calls_them(
     text: str | None, name: str | None
 ) -> None:
-    found = hardware_named(text)
-    assert (found.name if found is not None else None) == name
+    hardware = hardware_named(text)
+    assert (hardware.name if hardware is not None else None) == name

@@ -50,16 +50,16 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 def test_suggestions_are_legal_fit_and_are_in_order(model: dict[str, Any]) -> None:
-    found = suggest(config(model), 32, H100, most=5)
-    assert len(found) == 5
-    for suggestion in found:
+    suggestions = suggest(config(model), 32, H100, most=5)
+    assert len(suggestions) == 5
+    for suggestion in suggestions:
         assert check.find_problems(suggestion.config, 32) == []
         assert resolution.world_size(suggestion.config) == 32
         assert fullest_rank(suggestion.config, H100.device) == suggestion.memory
         assert H100.memory_bytes is not None
         assert suggestion.memory.total_bytes <= H100.memory_bytes
         assert step_time(suggestion.config, H100) == suggestion.time
-    steps = [suggestion.time.step_s for suggestion in found]
+    steps = [suggestion.time.step_s for suggestion in suggestions]
     assert steps == sorted(steps)
 
 
@@ -78,21 +78,21 @@ def test_none_is_missed_by_looking_at_the_most_promising_first(
 
 def test_405b_on_1024_devices_takes_seconds_at_most_and_stays_inside_nodes() -> None:
     start = time.process_time()
-    found = suggest(config({"preset": "llama3-405b"}, batch=1536), 1024, H100)
-    assert time.process_time() - start < 8  # 2 where nobody else is at work
-    assert found
+    suggestions = suggest(config({"preset": "llama3-405b"}, batch=1536), 1024, H100)
+    assert time.process_time() - start < 8  # 2 where nothing else runs
+    assert suggestions
     assert all(
         suggestion.config.parallel.tp <= 8 and suggestion.config.parallel.pp > 1
-        for suggestion in found
+        for suggestion in suggestions
     )
 
 
 def test_mtp_layers_are_part_of_a_layout_of_uneven_stages() -> None:
-    found = nearest(
+    suggestion = nearest(
         config({"preset": "llama3-8b", "num_layers": 29, "mtp": {}}, tp=8, pp=4), 32, H100
     )
-    assert found is not None
-    assert found.config.parallel.layout == "Ettttttt|(tttttttt|)*2ttttttmL"
+    assert suggestion is not None
+    assert suggestion.config.parallel.layout == "Ettttttt|(tttttttt|)*2ttttttmL"
 
 
 def test_the_nearest_layout_changes_as_little_as_possible() -> None:
@@ -105,8 +105,11 @@ def test_the_nearest_layout_changes_as_little_as_possible() -> None:
     assert same is not None
     assert other is not None
     degrees = [
-        [getattr(found.config.parallel, axis) for axis in ("tp", "pp", "vpp", "cp", "ep")]
-        for found in (same, other)
+        [
+            getattr(suggestion.config.parallel, axis)
+            for axis in ("tp", "pp", "vpp", "cp", "ep")
+        ]
+        for suggestion in (same, other)
     ]
     assert degrees[0] == [8, 1, 1, 1, 1]
     assert (

@@ -71,25 +71,25 @@ def test_stages_hold_each_layer_once_and_an_embedding_that_the_last_needs_twice(
     layout = "E|" + "t|" * model.num_layers + "m" * model.num_mtp_layers + "L"
     stages = parse_layout(layout, model.num_layers, model.num_mtp_layers)
     dims = ParallelDims(pp=len(stages))
-    held = [
+    on_all_stages = [
         local
         for rank, stage in enumerate(stages)
         for local in local_parameters(model, dims, rank, stages=[stage])
     ]
-    names = [part.logical.name for local in held for part in local.parts]
+    names = [part.logical.name for local in on_all_stages for part in local.parts]
     further = model.num_mtp_layers > 0
     needed = model.tie_embeddings or model.num_mtp_layers > 0
     expected = [parameter.name for parameter in logical_parameters(model)] + (
         ["embedding.weight"] if needed else []
     )
     assert sorted(names) == sorted(expected)
-    twice = [local.name for local in held if local.is_shared_embedding]
+    twice = [local.name for local in on_all_stages if local.is_shared_embedding]
     assert twice == (
         ["embedding.weight", "embedding.weight" if further else "head.weight"]
         if needed
         else []
     )
-    assert [local.name for local in held if not local.owns_norm] == twice[1:]
+    assert [local.name for local in on_all_stages if not local.owns_norm] == twice[1:]
 
 
 MIXTURE = SHAPES["llama"] | {

@@ -42,11 +42,11 @@ def balance(logits_TE: Tensor, by_sequence: bool) -> float:
     are alike.
     """
     parts = logits_TE.chunk(2) if by_sequence else [logits_TE]
-    found = []
+    shares = []
     for part in parts:
         chosen = torch.zeros_like(part).scatter_(1, part.topk(2).indices, 1.0)
-        found.append(4 * (chosen.mean(0) / 2 * part.softmax(-1).mean(0)).sum())
-    return float(torch.stack(found).mean())
+        shares.append(4 * (chosen.mean(0) / 2 * part.softmax(-1).mean(0)).sum())
+    return float(torch.stack(shares).mean())
 
 
 @pytest.mark.parametrize("kind", ["aux_loss", "seq_aux_loss"])
@@ -68,7 +68,7 @@ def test_losses_are_reported_before_their_coefficients_as_means_over_layers(
             part.register_forward_hook(lambda _, __, output: logits.append(output.detach()))
     model.module.head.register_forward_hook(
         lambda _, __, output: losses.append(output.detach())
-    )  # type: ignore[arg-type]
+    )
     (batch,) = loader.step(0)
     assert batch.num_tokens == TOKENS
     forward_backward(model, mesh, [batch])

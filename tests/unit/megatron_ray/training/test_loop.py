@@ -26,9 +26,7 @@ def sums(*values: float, command: Command = Command.CONTINUE) -> StepSums:
 @pytest.mark.parametrize("command", list(Command))
 def test_a_vote_of_one_rank_is_the_command_of_all(command: Command) -> None:
     others = votes_for(Command.CONTINUE)
-    counts = [
-        mine + theirs for mine, theirs in zip(votes_for(command), others, strict=True)
-    ]
+    counts = [vote + other for vote, other in zip(votes_for(command), others, strict=True)]
     assert strongest_voted(counts) is command
 
 

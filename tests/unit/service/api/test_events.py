@@ -21,10 +21,14 @@ def messages(response: httpx.Response) -> Iterator[Message]:
         buffer += text
         while "\n\n" in buffer:
             block, buffer = buffer.split("\n\n", 1)
-            yield dict(
-                line.split(": ", 1) if not line.startswith(":") else ("comment", line[2:])
-                for line in block.split("\n")
-            )
+            message: Message = {}
+            for line in block.split("\n"):
+                if line.startswith(":"):
+                    message["comment"] = line[2:]
+                else:
+                    name, value = line.split(": ", 1)
+                    message[name] = value
+            yield message
 
 
 class Reader:
@@ -83,7 +87,8 @@ def test_history_is_replayed_then_ends(service: Any) -> None:
     again.last_id = reader.last_id
     again.read()
     assert again.ended
-    assert again.rows == again.seqs == []
+    assert again.rows == []
+    assert again.seqs == []
 
 
 def test_cut_anywhere_and_resumed_every_event_and_row_comes_once(
@@ -180,13 +185,13 @@ def test_position_may_come_in_the_query(service: Any) -> None:
     with service.user.stream(
         "GET", f"/v1/jobs/{job_id}/stream", params={"after": "2.0"}
     ) as response:
-        found = list(messages(response))
-    assert [message["event"] for message in found] == [
+        later = list(messages(response))
+    assert [message["event"] for message in later] == [
         "job.cancelled",
         "state",
         "end",
     ]
-    assert found[0]["id"] == "3.0"
+    assert later[0]["id"] == "3.0"
 
 
 def test_too_many_streams_are_refused_and_places_come_free(
@@ -195,8 +200,8 @@ def test_too_many_streams_are_refused_and_places_come_free(
     service = start(settings.model_copy(update={"max_streams": 1}))
     job_id = service.submit()["id"]
     with service.user.stream("GET", f"/v1/jobs/{job_id}/stream") as first:
-        held = messages(first)  # dropping it would close the connection
-        assert next(held)["event"] == "job.created"
+        open_stream = messages(first)  # dropping it would close the connection
+        assert next(open_stream)["event"] == "job.created"
         refused = service.user.get(f"/v1/jobs/{job_id}/stream")
         assert refused.status_code == 429
         assert refused.json()["code"] == "too_many_streams"

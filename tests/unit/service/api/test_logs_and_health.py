@@ -20,7 +20,8 @@ def log_file(service: Any, job_id: str, attempt: int = 1, rank: int = 0) -> Path
 def read(service: Any, job_id: str, **params: Any) -> dict[str, Any]:
     response = service.user.get(f"/v1/jobs/{job_id}/logs", params=params)
     assert response.status_code == 200, response.text
-    return response.json()
+    body: dict[str, Any] = response.json()
+    return body
 
 
 def test_pieces_make_up_the_whole_and_characters_stay_whole(service: Any) -> None:
@@ -139,13 +140,13 @@ def test_cluster_shows_the_last_report(service: Any, make_node: Any) -> None:
         orphans=["job-x/w0"],
         dashboard_url="http://d",
     )
-    found = service.user.get("/v1/cluster").json()["data"][0]
-    assert found["live"]
-    assert found["nodes"][0]["labels"] == {"rack": "r1"}
-    assert found["orphans"] == ["job-x/w0"]
-    assert found["agent_id"] == "agent-1"
-    assert found["dashboard_url"] == "http://d"
-    assert found["reported_at"]
+    cluster = service.user.get("/v1/cluster").json()["data"][0]
+    assert cluster["live"]
+    assert cluster["nodes"][0]["labels"] == {"rack": "r1"}
+    assert cluster["orphans"] == ["job-x/w0"]
+    assert cluster["agent_id"] == "agent-1"
+    assert cluster["dashboard_url"] == "http://d"
+    assert cluster["reported_at"]
 
 
 def test_prometheus_text_has_bounded_labels(service: Any) -> None:

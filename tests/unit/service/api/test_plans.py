@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.planning.suggest import nearest
 from megatron_ray.sharding.parameters import local_parameters
 from service.jobs import estimates as planning
 from workers.protocol.job import JobSpec
@@ -14,7 +15,8 @@ from workers.protocol.job import JobSpec
 def plan(service: Any, spec: dict[str, Any]) -> dict[str, Any]:
     response = service.user.post("/v1/plans", json=spec)
     assert response.status_code == 200, response.text
-    return response.json()
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 @pytest.mark.parametrize(
@@ -33,15 +35,15 @@ def test_bytes_are_counted_from_the_parameter_table(
     service.agent.report(make_node(cpus=4))
     spec["training"]["precision"] = precision
     spec["parallel"] = {"tp": 2, "sequence_parallel": True, "zero": zero}
-    found = plan(service, spec)
-    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(
+    answer = plan(service, spec)
+    model = JobSpec.model_validate(answer["resolved_spec"]).model.model_copy(
         update={"vocab_size": 1024}
     )
     elements = sum(
         item.num_elements for item in local_parameters(model, ParallelDims(tp=2, dp=2), 0)
     )
-    memory = found["memory"]
-    assert (found["world_size"], found["fits"], found["room"], found["problems"]) == (
+    memory = answer["memory"]
+    assert (answer["world_size"], answer["fits"], answer["room"], answer["problems"]) == (
         4,
         True,
         4,
@@ -56,13 +58,13 @@ def test_bytes_are_counted_from_the_parameter_table(
     assert memory["total_bytes_estimate"] == sum(
         memory[name] for name in memory if name not in whole
     )
-    assert {entry["axis"] for entry in found["communication"]} == {
+    assert {entry["axis"] for entry in answer["communication"]} == {
         "tp",
         "dp",
         "world",
     }
-    assert found["bubble_share"] == 0
-    assert found["ranks"][3] == {
+    assert answer["bubble_share"] == 0
+    assert answer["ranks"][3] == {
         "rank": 3,
         "coordinates": {"tp": 1, "cp": 0, "dp": 1, "pp": 0},
         "island": 1,
@@ -90,24 +92,24 @@ def test_a_plan_larger_than_the_cluster_says_by_how_much(
     service: Any, spec: dict[str, Any], make_node: Any
 ) -> None:
     service.agent.report(make_node(cpus=2))
-    found = plan(service, spec | {"parallel": {"dp": 4}})
-    assert (found["world_size"], found["fits"], found["room"], len(found["ranks"])) == (
+    answer = plan(service, spec | {"parallel": {"dp": 4}})
+    assert (answer["world_size"], answer["fits"], answer["room"], len(answer["ranks"])) == (
         4,
         False,
         2,
         4,
     )
-    assert found["problems"][0]["pointer"] == "/parallel"
-    assert "room for 2" in found["problems"][0]["detail"]
+    assert answer["problems"][0]["pointer"] == "/parallel"
+    assert "room for 2" in answer["problems"][0]["detail"]
 
 
 def test_an_unknown_cluster_is_said_to_be_unknown(
     service: Any, spec: dict[str, Any]
 ) -> None:
-    found = plan(service, spec)
-    assert (found["world_size"], found["fits"], found["room"]) == (1, None, None)
-    assert "has not been reported yet" in found["notes"][0]
-    assert "not checked" in found["notes"][1]
+    answer = plan(service, spec)
+    assert (answer["world_size"], answer["fits"], answer["room"]) == (1, None, None)
+    assert "has not been reported yet" in answer["notes"][0]
+    assert "not checked" in answer["notes"][1]
 
 
 def test_a_plan_says_which_kind_of_device_its_memory_assumes(
@@ -117,9 +119,9 @@ def test_a_plan_says_which_kind_of_device_its_memory_assumes(
     nobody_knows = plan(service, spec)
     assert any("memory is estimated for GPUs" in note for note in nobody_knows["notes"])
     service.agent.report(make_node(cpus=4))
-    found = plan(service, spec)
-    assert found["hardware"] == "CPU"
-    assert "memory is estimated for CPUs with bf16 products" in found["notes"][-1]
+    answer = plan(service, spec)
+    assert answer["hardware"] == "CPU"
+    assert "memory is estimated for CPUs with bf16 products" in answer["notes"][-1]
     spec["training"]["precision"] = "fp32"
     assert not any("memory is estimated" in note for note in plan(service, spec)["notes"])
     named = service.user.post("/v1/plans?hardware=h200", json=spec).json()
@@ -136,9 +138,9 @@ def test_vocabularies(service: Any, spec: dict[str, Any]) -> None:
     file = spec | {
         "data": {**spec["data"], "tokenizer": {"kind": "file", "path": "/t.json"}}
     }
-    found = plan(service, file)
-    assert found["memory"] is None
-    assert "set model.vocab_size" in found["notes"][-1]
+    answer = plan(service, file)
+    assert answer["memory"] is None
+    assert "set model.vocab_size" in answer["notes"][-1]
     assert (
         plan(service, file | {"model": {"preset": "gpt-tiny", "vocab_size": 99}})["memory"][
             "vocab_size"
@@ -158,7 +160,7 @@ def test_seventy_billion_parameters_are_planned_in_no_time(
         "steps": 10,
         "precision": "bf16",
     }
-    found = plan(
+    answer = plan(
         service,
         spec
         | {
@@ -167,20 +169,20 @@ def test_seventy_billion_parameters_are_planned_in_no_time(
             "training": training,
         },
     )
-    assert found["world_size"] == 2048
-    assert found["fits"]
-    assert found["ranks"][2047]["island"] == 255
-    assert found["memory"]["parameters_bytes"] == pytest.approx(2 * 70.55e9 / 8, rel=0.01)
+    assert answer["world_size"] == 2048
+    assert answer["fits"]
+    assert answer["ranks"][2047]["island"] == 255
+    assert answer["memory"]["parameters_bytes"] == pytest.approx(2 * 70.55e9 / 8, rel=0.01)
 
 
 def test_experts_are_shared_out_over_their_own_ranks(
     service: Any, spec: dict[str, Any], make_node: Any
 ) -> None:
     service.agent.report(make_node(cpus=4))
-    found = plan(
+    answer = plan(
         service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2}}
     )
-    model = JobSpec.model_validate(found["resolved_spec"]).model.model_copy(
+    model = JobSpec.model_validate(answer["resolved_spec"]).model.model_copy(
         update={"vocab_size": 1024}
     )
     table = local_parameters(model, ParallelDims(dp=4, ep=2), 0)
@@ -190,10 +192,10 @@ def test_experts_are_shared_out_over_their_own_ranks(
     # alignment and padding of buckets
     share = dense / 4 + experts / 2
     close = 2e-3
-    assert found["memory"]["parameters_bytes"] == pytest.approx(
+    assert answer["memory"]["parameters_bytes"] == pytest.approx(
         4 * (dense + experts), rel=close
     )
-    assert found["memory"]["optimizer_bytes"] == pytest.approx(8 * share, rel=close)
+    assert answer["memory"]["optimizer_bytes"] == pytest.approx(8 * share, rel=close)
     memory = plan(
         service,
         spec | {"model": {"preset": "moe-tiny"}, "parallel": {"dp": 4, "ep": 2, "zero": 3}},
@@ -206,8 +208,8 @@ def test_experts_are_shared_out_over_their_own_ranks(
 def test_a_grid_of_experts_that_the_cluster_has_no_room_for_is_planned_all_the_same(
     service: Any, spec: dict[str, Any]
 ) -> None:
-    found = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"ep": 4}})
-    assert found["world_size"] == 4
+    answer = plan(service, spec | {"model": {"preset": "moe-tiny"}, "parallel": {"ep": 4}})
+    assert answer["world_size"] == 4
 
 
 def test_recomputed_activations_need_less(service: Any, spec: dict[str, Any]) -> None:
@@ -242,11 +244,11 @@ LARGE: dict[str, Any] = {
 def test_time_is_estimated_for_the_clusters_gpus_or_for_those_asked_for(
     service: Any, spec: dict[str, Any], make_node: Any
 ) -> None:
-    wanted = spec | LARGE | {"parallel": {"tp": 8, "pp": 4, "sequence_parallel": True}}
-    found = service.user.post("/v1/plans?hardware=h200", json=wanted).json()
-    assert found["hardware"] == "H200"
-    assert found["world_size"] == 32
-    assert found["fits"] is None
+    request = spec | LARGE | {"parallel": {"tp": 8, "pp": 4, "sequence_parallel": True}}
+    answer = service.user.post("/v1/plans?hardware=h200", json=request).json()
+    assert answer["hardware"] == "H200"
+    assert answer["world_size"] == 32
+    assert answer["fits"] is None
     parts = (
         "products_s",
         "attention_s",
@@ -255,19 +257,19 @@ def test_time_is_estimated_for_the_clusters_gpus_or_for_those_asked_for(
         "bubble_s",
         "update_s",
     )
-    assert sum(found["time"][part] for part in parts) == pytest.approx(
-        found["time"]["step_s"]
+    assert sum(answer["time"][part] for part in parts) == pytest.approx(
+        answer["time"]["step_s"]
     )
-    assert 0.2 < found["time"]["mfu"] < 0.7
-    assert 0 < found["bubble_share"] < 0.02
-    assert plan(service, wanted)["hardware"] is None
-    assert "set hardware" in plan(service, wanted)["notes"][-1]
+    assert 0.2 < answer["time"]["mfu"] < 0.7
+    assert 0 < answer["bubble_share"] < 0.02
+    assert plan(service, request)["hardware"] is None
+    assert "set hardware" in plan(service, request)["notes"][-1]
     service.agent.report(
         *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8))
     )
-    assert plan(service, wanted)["hardware"] == "H100"
-    assert plan(service, wanted)["time"]["step_s"] > 0
-    wrong = service.user.post("/v1/plans?hardware=abacus", json=wanted)
+    assert plan(service, request)["hardware"] == "H100"
+    assert plan(service, request)["time"]["step_s"] > 0
+    wrong = service.user.post("/v1/plans?hardware=abacus", json=request)
     assert wrong.status_code == 422
     assert "known: A100, H100, H200, B200, CPU" in wrong.json()["errors"][0]["detail"]
 
@@ -278,10 +280,10 @@ def test_what_cannot_fit_into_the_gpus_is_refused_with_the_nearest_layout_that_d
     service.agent.report(
         *(make_node(f"n{i}", cpus=96, gpus=8, accelerator_type="H100") for i in range(8))
     )
-    wanted = spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}}
-    found = plan(service, wanted)
-    (problem,) = found["problems"]
-    assert found["fits"] is False
+    request = spec | LARGE | {"parallel": {"tp": 8, "dp": 8, "sequence_parallel": True}}
+    answer = plan(service, request)
+    (problem,) = answer["problems"]
+    assert answer["fits"] is False
     assert (problem["pointer"], problem["code"]) == (
         "/parallel",
         "memory_fits",
@@ -290,14 +292,14 @@ def test_what_cannot_fit_into_the_gpus_is_refused_with_the_nearest_layout_that_d
     assert "activations" in problem["detail"]
     assert "H100 has 80" in problem["detail"]
     assert "the nearest layout that fits is tp=8" in problem["detail"]
-    refused = service.user.post("/v1/jobs", json=wanted)
+    refused = service.user.post("/v1/jobs", json=request)
     assert refused.status_code == 422
-    assert refused.json()["errors"] == found["problems"]
+    assert refused.json()["errors"] == answer["problems"]
     assert (
-        service.user.post("/v1/plans?hardware=B200", json=wanted).json()["problems"] == []
+        service.user.post("/v1/plans?hardware=B200", json=request).json()["problems"] == []
     )
     (problem,) = plan(
-        service, wanted | {"training": wanted["training"] | {"precision": "fp32"}}
+        service, request | {"training": request["training"] | {"precision": "fp32"}}
     )["problems"]
     assert "no layouts are compared for fp32 on H100" in problem["detail"]
     assert service.user.get("/v1/jobs").json()["data"] == []
@@ -308,12 +310,11 @@ def test_search_for_a_layout_that_fits_keeps_nobody_from_writing(
 ) -> None:
     large = service.submit(spec | LARGE | {"parallel": {"tp": 8, "dp": 8}})
     others = []
-    search = planning.nearest
 
     def searching(*given: Any) -> Any:
         with ThreadPoolExecutor() as threads:  # would wait for the lock for ever
             others.append(threads.submit(service.submit).result(timeout=10))
-        return search(*given)
+        return nearest(*given)
 
     monkeypatch.setattr(planning, "nearest", searching)
     nodes = [
@@ -359,17 +360,17 @@ def test_the_quickest_layouts_that_fit_are_suggested(
         }
     )
     response = service.user.post("/v1/plans/suggest?hardware=H100&ranks=16", json=small)
-    found = response.json()
+    answer = response.json()
     assert response.status_code == 200
     assert (
-        found["world_size"],
-        found["hardware"],
-        found["notes"],
+        answer["world_size"],
+        answer["hardware"],
+        answer["notes"],
     ) == (16, "H100", [])
-    steps = [entry["time"]["step_s"] for entry in found["data"]]
+    steps = [entry["time"]["step_s"] for entry in answer["data"]]
     assert steps == sorted(steps)
     assert len(steps) == 10
-    for entry in found["data"]:
+    for entry in answer["data"]:
         changes = entry["changes"]
         assert (
             changes["parallel.tp"]

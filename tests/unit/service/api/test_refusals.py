@@ -183,7 +183,7 @@ def test_wrong_fields_are_named_with_a_remedy(
     ):
         if (
             response.status_code == 200
-        ):  # a plan tells why it would not fit, instead of being refused
+        ):  # a plan shows why it would not fit, instead of being refused
             errors = response.json()["problems"]
             assert response.json()["fits"] is False
         else:
@@ -243,8 +243,8 @@ def test_bodies_that_are_no_spec(
         "/v1/jobs", content=body, headers={"Content-Type": "application/json"}
     )
     assert response.status_code == status, response.text
-    found = assert_problem(response, code or response.json()["code"])
-    assert words in found["detail"]
+    problem = assert_problem(response, code or response.json()["code"])
+    assert words in problem["detail"]
 
 
 def test_body_of_unknown_length_is_cut_off(shared: Any) -> None:
@@ -568,7 +568,7 @@ def with_job(
 
 
 def paths(node: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    found = [here] if here else []
+    own = [here] if here else []
     items = (
         node.items()
         if isinstance(node, dict)
@@ -576,7 +576,7 @@ def paths(node: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         if isinstance(node, list)
         else ()
     )
-    return found + [path for key, value in items for path in paths(value, (*here, key))]
+    return own + [path for key, value in items for path in paths(value, (*here, key))]
 
 
 ODD = st.one_of(

@@ -127,7 +127,7 @@ class ScriptedClient(Client):
     """A client whose job has this stream."""
 
     def __init__(self, *events: StreamEvent, status: str = "succeeded") -> None:
-        self.events = events
+        self.script = events
         self.status = status
 
     def show(self, job_id: str) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class ScriptedClient(Client):
     def stream(
         self, job_id: str, *, last_event_id: str | None = None, give_up_after_s: float = 0
     ) -> Iterator[StreamEvent]:
-        yield from self.events
+        yield from self.script
 
 
 def test_a_terminal_shows_a_bar_and_the_lines_above_it() -> None:

@@ -1,4 +1,4 @@
-"""Remembered answers: those that nobody will ask for again are dropped, while the
+"""Remembered answers: those that will not be asked for again are dropped, while the
 service runs too.
 """
 

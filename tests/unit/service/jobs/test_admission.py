@@ -80,27 +80,27 @@ def test_first_come_first_served_within_a_priority() -> None:
 
 def test_small_jobs_do_not_starve_a_large_one() -> None:
     waiting = [QueuedJob("large", 0, 1, cpu(8)), QueuedJob("small", 0, 2, cpu(1))]
-    found = by_id(decide(waiting, [AdmittedJob("running", cpu(4))], [node("a", 8)]))
-    assert not found["large"].admit
-    assert not found["small"].admit
-    assert found["large"].message == "needs 8 CPU ranks; room for 4 now"
-    assert found["small"].message == "queued behind large"
+    decisions = by_id(decide(waiting, [AdmittedJob("running", cpu(4))], [node("a", 8)]))
+    assert not decisions["large"].admit
+    assert not decisions["small"].admit
+    assert decisions["large"].message == "needs 8 CPU ranks; room for 4 now"
+    assert decisions["small"].message == "queued behind large"
 
 
 def test_what_can_never_fit_holds_back_nobody() -> None:
     waiting = [QueuedJob("giant", 0, 1, cpu(100)), QueuedJob("small", 0, 2, cpu(1))]
-    found = by_id(decide(waiting, [], [node("a", 8)]))
-    assert not found["giant"].admit
-    assert found["small"].admit
-    assert "the whole cluster has room for 8" in found["giant"].message
+    decisions = by_id(decide(waiting, [], [node("a", 8)]))
+    assert not decisions["giant"].admit
+    assert decisions["small"].admit
+    assert "the whole cluster has room for 8" in decisions["giant"].message
 
 
 def test_a_wait_for_gpus_does_not_hold_back_cpu_jobs() -> None:
     waiting = [QueuedJob("gpu", 0, 1, gpu(2)), QueuedJob("cpu", 0, 2, cpu(2))]
-    found = by_id(decide(waiting, [AdmittedJob("running", gpu(1))], [node("a", 8, 2)]))
-    assert not found["gpu"].admit
-    assert found["cpu"].admit
-    assert found["cpu"].message == "scheduled: 2 CPU ranks"
+    decisions = by_id(decide(waiting, [AdmittedJob("running", gpu(1))], [node("a", 8, 2)]))
+    assert not decisions["gpu"].admit
+    assert decisions["cpu"].admit
+    assert decisions["cpu"].message == "scheduled: 2 CPU ranks"
 
 
 needs = st.builds(
@@ -150,8 +150,8 @@ def test_a_wait_names_the_ranks_that_must_share_a_node() -> None:
         QueuedJob("wide", 0, 1, gpu(8, island=4)),
         QueuedJob("wider", 5, 2, gpu(8, 8)),
     ]
-    found = by_id(decide(waiting, [], [node("a", 8, 4), node("b", 8, 4)]))
-    assert found["wide"].message == "scheduled: 8 GPU ranks"
-    assert found["wider"].message == (
+    decisions = by_id(decide(waiting, [], [node("a", 8, 4), node("b", 8, 4)]))
+    assert decisions["wide"].message == "scheduled: 8 GPU ranks"
+    assert decisions["wider"].message == (
         "needs 8 GPU ranks in groups of 8 on one node; the whole cluster has room for 0"
     )

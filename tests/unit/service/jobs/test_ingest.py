@@ -132,7 +132,7 @@ def test_malformed_records_are_named(
 
 def test_malformed_batches_are_refused(service: Any) -> None:
     job_id, driver = service.running_job()
-    cases = [
+    cases: list[tuple[dict[str, Any], int, str | None]] = [
         ({"source": "elsewhere"}, 422, "/source"),
         ({"protocol": 99}, 409, None),
         ({"protocol": -1}, 409, None),

@@ -257,13 +257,13 @@ def test_cancel_of_a_running_job_reaches_driver_and_agent_at_once(service: Any) 
     job_id, driver = service.running_job()
     revision = driver.desired()["revision"]
     cluster_revision = service.agent.desired().revision
-    heard: list[Any] = []
+    replies: list[Any] = []
     waits = [
         threading.Thread(
-            target=lambda: heard.append(driver.desired(revision, 20)["desired"])
+            target=lambda: replies.append(driver.desired(revision, 20)["desired"])
         ),
         threading.Thread(
-            target=lambda: heard.append(
+            target=lambda: replies.append(
                 service.agent.desired(cluster_revision, 20).jobs[0].desired
             )
         ),
@@ -277,10 +277,10 @@ def test_cancel_of_a_running_job_reaches_driver_and_agent_at_once(service: Any) 
     assert response.json()["desired_state"] == "cancel"
     for wait in waits:
         wait.join(10)
-    assert heard == ["cancel", "cancel"]
+    assert replies == ["cancel", "cancel"]
     assert time.monotonic() - began < 2
     assert driver.desired()["final_checkpoint"] is False
-    driver.states("running", attempt=1)  # said before it had heard
+    driver.states("running", attempt=1)  # sent before it knew of the cancel
     assert service.job(job_id)["status"] == "cancelling"
     driver.states("cancelled", reason="user_cancelled", attempt=1)
     assert service.job(job_id)["status"] == "cancelled"
@@ -352,10 +352,10 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
     everything = [event["seq"] for event in service.events(job_id)]
 
     def page(**query: Any) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = service.user.get(
+        events: list[dict[str, Any]] = service.user.get(
             f"/v1/jobs/{job_id}/events", params=query
         ).json()["data"]
-        return found
+        return events
 
     newest = page(order="desc", limit=3)
     assert [event["seq"] for event in newest] == everything[::-1][:3]
@@ -372,10 +372,10 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
 
 
 def attempts(service: Any, job_id: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = service.user.get(f"/v1/jobs/{job_id}/attempts").json()[
+    rows: list[dict[str, Any]] = service.user.get(f"/v1/jobs/{job_id}/attempts").json()[
         "data"
     ]
-    return found
+    return rows
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,18 @@ from hypothesis import strategies as st
 
 from service.store.metrics import thin
 
+Point = tuple[float | None, float | None]
+
 value = st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False))
 
 
+def numbers(points: list[Point], column: int) -> list[float]:
+    series = [point[column] for point in points]
+    return [number for number in series if number is not None]
+
+
 @given(st.lists(st.tuples(value, value), min_size=1, max_size=300), st.integers(2, 60))
-def test_first_last_and_extremes_stay(
-    points: list[tuple[float | None, float | None]], most: int
-) -> None:
+def test_first_last_and_extremes_stay(points: list[Point], most: int) -> None:
     kept = thin(points, most)
     assert kept == sorted(set(kept))
     assert len(kept) <= most
@@ -21,13 +26,9 @@ def test_first_last_and_extremes_stay(
     assert kept[-1] == len(points) - 1
     if most >= 6:
         for column in range(2):
-            known = [point[column] for point in points if point[column] is not None]
+            known = numbers(points, column)
             if known:
-                shown = [
-                    points[index][column]
-                    for index in kept
-                    if points[index][column] is not None
-                ]
+                shown = numbers([points[index] for index in kept], column)
                 assert min(shown) == min(known)
                 assert max(shown) == max(known)
 

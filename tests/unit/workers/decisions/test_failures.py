@@ -71,7 +71,8 @@ def test_every_exception_class_of_these_packages_is_in_the_tree() -> None:
 
 
 def all_subclasses(base: type) -> Iterator[type]:
-    for child in type.__subclasses__(base):
+    children: list[type] = type.__subclasses__(base)
+    for child in children:
         yield child
         yield from all_subclasses(child)
 

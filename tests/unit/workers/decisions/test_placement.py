@@ -31,7 +31,7 @@ def spec(tp: int, dp: int, **resources: object) -> JobSpec:
 
 
 def node(name: str, cpus: float = 8, gpus: float = 0, **extra: object) -> NodeInfo:
-    return NodeInfo(node_id=name, address=f"10.0.0.{name}", cpus=cpus, gpus=gpus, **extra)  # type: ignore[arg-type]
+    return NodeInfo(node_id=name, address=f"10.0.0.{name}", cpus=cpus, gpus=gpus, **extra)
 
 
 def test_a_bundle_is_a_tensor_parallel_group() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from workers.decisions import restart_policy
 from workers.decisions.failures import Failure, FailureKind
-from workers.decisions.restart_policy import RestartHistory
+from workers.decisions.restart_policy import RestartDecision, RestartHistory
 from workers.protocol.job import RestartConfig
 from workers.protocol.states import StatusReason
 
@@ -17,7 +17,7 @@ def decide(
     history: RestartHistory | None = None,
     commit: int = 0,
     policy: RestartConfig = POLICY,
-):
+) -> RestartDecision:
     return restart_policy.decide_restart(
         policy, history or RestartHistory(), cause, commit, jitter=0.0
     )

@@ -119,7 +119,7 @@ def test_what_checkpoints_contain_is_read_back_by_source(tmp_path: Path) -> None
     save(6, 2, [step(6)])
     save(
         8, 3, [{"kind": "step", "data": {"step": 8}}]
-    )  # under torchrun nobody numbers them
+    )  # under torchrun they have no numbers
     (tmp_path / "checkpoints" / "step-00000010-a0001").mkdir()
     records = contained_records(str(tmp_path))
     numbers = {}

@@ -41,6 +41,7 @@ def control_plane(tmp_path: Path) -> FakeControlPlane:
 
 
 def run(control_plane: FakeControlPlane, cluster: FakeCluster, **changes: Any) -> None:
+    assert control_plane.desired is not None
     folder = control_plane.desired.job_dir
     ports = replace(fake_ports(cluster, control_plane, folder), **changes)
     JobLifecycle(JOB_ID, folder, ports).run()

@@ -85,8 +85,8 @@ def logits_here(path: str, tokens: Tensor) -> Tensor:
 
 def logits_there(model: nn.Module, tokens: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(tokens).logits
-    return found
+        logits: Tensor = model(tokens).logits
+    return logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -100,9 +100,10 @@ def test_a_folder_goes_in_and_comes_out_equal(tmp_path: Path, name: str) -> None
     assert len(exported.files) > 1
     assert (tmp_path / "again" / "model.safetensors.index.json").exists()
     assert_equal(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again"))
-    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+    result: Any = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "again", output_loading_info=True, experts_implementation="eager"
     )
+    loaded, info = result
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert not info["error_msgs"]
@@ -127,12 +128,12 @@ def test_a_run_that_begins_with_them_computes_the_same(
         0, VOCABULARY, (2, SEQUENCE), generator=torch.Generator().manual_seed(1)
     )
     expected = logits_there(published.double(), tokens)
-    found = (
+    measured = (
         logits_here(str(tmp_path / source), tokens)
         .double()
         .reshape(expected.shape[0], expected.shape[1], -1)[..., :VOCABULARY]
     )
-    assert (found - expected).norm() / expected.norm() <= LOGITS_BAR
+    assert (measured - expected).norm() / expected.norm() <= LOGITS_BAR
 
 
 def test_types_are_kept_or_chosen(tmp_path: Path) -> None:
@@ -199,13 +200,15 @@ def test_names_without_the_prefix_and_computed_tensors_are_read(tmp_path: Path) 
     import_folder(str(tmp_path / "hf"), str(tmp_path / "one"))
     edit_tensors(
         tmp_path / "hf",
-        lambda found: {
-            name.removeprefix("transformer."): tensor for name, tensor in found.items()
+        lambda tensors: {
+            name.removeprefix("transformer."): tensor for name, tensor in tensors.items()
         },
     )
     edit_tensors(
         tmp_path / "hf",
-        lambda found: found | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)},
+        lambda tensors: (
+            tensors | {"h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8)}
+        ),
     )
     import_folder(str(tmp_path / "hf"), str(tmp_path / "two"))
     export_folder(str(tmp_path / "two"), str(tmp_path / "again"))
@@ -275,12 +278,13 @@ def lose_shard(folder: Path) -> None:
 
 def without(name: str) -> Damage:
     return lambda folder: edit_tensors(
-        folder, lambda found: {key: value for key, value in found.items() if key != name}
+        folder,
+        lambda tensors: {key: value for key, value in tensors.items() if key != name},
     )
 
 
 def with_tensor(name: str, tensor: Tensor) -> Damage:
-    return lambda folder: edit_tensors(folder, lambda found: found | {name: tensor})
+    return lambda folder: edit_tensors(folder, lambda tensors: tensors | {name: tensor})
 
 
 def with_config(**changed: Any) -> Damage:
@@ -357,8 +361,8 @@ def with_config(**changed: Any) -> Damage:
         (
             lambda folder: edit_tensors(
                 folder,
-                lambda found: {
-                    name: tensor.to(torch.float8_e4m3fn) for name, tensor in found.items()
+                lambda tensors: {
+                    name: tensor.to(torch.float8_e4m3fn) for name, tensor in tensors.items()
                 },
             ),
             "needs a factor for each block of [128, 128], and there is none",

@@ -26,7 +26,7 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.validation.initial_weights import contradictions, model_signature
 from tests.support import hf_folders
 
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 128256,
@@ -199,7 +199,7 @@ def test_rules_list_all_stored_names_and_no_others(published: Path, name: str) -
 
 
 def test_both_spellings_of_rope_are_one() -> None:
-    scaling = dict(LLAMA["rope_scaling"])  # type: ignore[call-overload]
+    scaling = dict(LLAMA["rope_scaling"])
     newer = {key: value for key, value in LLAMA.items() if not key.startswith("rope")}
     newer["rope_parameters"] = scaling | {"rope_theta": 500000.0}
     assert read(newer) == read(LLAMA)
@@ -318,7 +318,7 @@ def test_a_model_that_no_family_can_express_is_refused(
 
 def test_rotated_pairs_become_halves() -> None:
     location = TensorLocation("q", rotary=InterleavedRotary(every=6, first=2, width=4))
-    order = {}
+    order: dict[int, int] = {}
     for here, there in location.pieces((12, 3), Box((0, 0), (12, 3))):
         order |= {
             here.offset[0] + row: there.offset[0] + row for row in range(here.size[0])
@@ -344,10 +344,12 @@ def test_rotated_rows_compute_what_transformers_computes() -> None:
     cos, sin = (
         function(torch.cat((angles, angles), -1)) for function in (torch.cos, torch.sin)
     )
-    theirs, _ = apply_rotary_pos_emb_interleave(values, values, cos, sin)
+    interleaved, _ = apply_rotary_pos_emb_interleave(values, values, cos, sin)
     order = [rotary.stored_row(row) for row in range(width)]
-    ours, _ = apply_rotary_pos_emb(values[..., order], values[..., order], cos, sin)
-    torch.testing.assert_close(ours @ ours.transpose(2, 3), theirs @ theirs.transpose(2, 3))
+    halves, _ = apply_rotary_pos_emb(values[..., order], values[..., order], cos, sin)
+    torch.testing.assert_close(
+        halves @ halves.transpose(2, 3), interleaved @ interleaved.transpose(2, 3)
+    )
 
 
 BASE = {"preset": "gpt-tiny", "vocab_size": 300}
@@ -400,13 +402,13 @@ BASE = {"preset": "gpt-tiny", "vocab_size": 300}
 def test_a_run_that_contradicts_its_weights(
     run: dict[str, Any], weights: dict[str, Any], pointers: list[str]
 ) -> None:
-    found = contradictions(
+    problems = contradictions(
         ModelConfig.model_validate(BASE | run), ModelConfig.model_validate(BASE | weights)
     )
-    assert [problem.pointer for problem in found] == pointers
+    assert [problem.pointer for problem in problems] == pointers
     assert all(
         "contradicts the weights of checkpoint.start_from" in problem.detail
-        for problem in found
+        for problem in problems
     )
 
 

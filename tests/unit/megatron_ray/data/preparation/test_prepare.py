@@ -164,7 +164,7 @@ def test_unigram_baseline_follows_the_blend() -> None:
 
 def test_the_builtin_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = str(Path(sysconfig.get_path("stdlib"), "json"))
-    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: small)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: small)
     prepared = prepare(config(sources.STDLIB), str(tmp_path / "cache"), seq_length=64)
     assert "def " in "".join(texts_of(prepared.train[0], Tokenizer.of_bytes()))
     assert prepared.unigram_nats is not None

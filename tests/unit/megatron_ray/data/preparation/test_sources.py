@@ -109,15 +109,17 @@ def test_a_name_with_wildcards_that_exists_is_that_file(tmp_path: Path) -> None:
 
 
 def test_standard_library() -> None:
-    found = find_source(DataSource(path=STDLIB))
+    source = find_source(DataSource(path=STDLIB))
     folder = sysconfig.get_path("stdlib")
-    names = [file.path.removeprefix(folder) for file in found.files]
+    names = [file.path.removeprefix(folder) for file in source.files]
     assert names == sorted(names)
     assert "/json/decoder.py" in names
     assert not [name for name in names if "/site-packages/" in name or "/test/" in name]
-    assert found.num_bytes > 5e6
-    assert fingerprint(found) == fingerprint(find_source(DataSource(path=STDLIB)))
-    assert sorted(in_sampling_order(found), key=lambda file: file.path) == list(found.files)
+    assert source.num_bytes > 5e6
+    assert fingerprint(source) == fingerprint(find_source(DataSource(path=STDLIB)))
+    assert sorted(in_sampling_order(source), key=lambda file: file.path) == list(
+        source.files
+    )
 
 
 def test_fingerprint_changes_with_content(tmp_path: Path) -> None:
@@ -267,14 +269,14 @@ def test_find_all_gathers_problems(tmp_path: Path) -> None:
     good, ready, missing = (
         DataSource(path=str(tmp_path / name)) for name in ("d.jsonl", "c", "nothing")
     )
-    found = find_data(DataConfig(train=(good, missing, ready), validation=(missing,)))
-    assert [(problem.pointer, problem.code) for problem in found.problems] == [
+    data = find_data(DataConfig(train=(good, missing, ready), validation=(missing,)))
+    assert [(problem.pointer, problem.code) for problem in data.problems] == [
         ("/data/train/1/path", "not_found"),
         ("/data/validation/0/path", "not_found"),
         ("/data/tokenizer/kind", "tokenizer_needed"),
     ]
-    assert "/data/train/2/path is already tokenized" in found.problems[-1].detail
-    assert [owner for owner, _ in found.train] == ["/data/train/0", "/data/train/2"]
+    assert "/data/train/2/path is already tokenized" in data.problems[-1].detail
+    assert [owner for owner, _ in data.train] == ["/data/train/0", "/data/train/2"]
     with_bytes = DataConfig(train=(ready,), tokenizer=TokenizerConfig(kind="bytes"))
     assert not find_data(with_bytes).problems
     assert find_source(DataSource(path=str(tmp_path / "c.bin"))).root.path == str(

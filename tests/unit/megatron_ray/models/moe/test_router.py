@@ -21,16 +21,23 @@ BIAS = np.linspace(-0.4, 0.4, EXPERTS)
 
 def softmax(values: np.ndarray) -> np.ndarray:
     powers = np.array([exp(value - max(values)) for value in values])
-    return powers / powers.sum()
+    shares: np.ndarray = powers / powers.sum()
+    return shares
+
+
+def sigmoid(values: np.ndarray) -> np.ndarray:
+    scores: np.ndarray = 1 / (1 + np.exp(-values))
+    return scores
+
+
+SCORES = {"softmax": softmax, "sigmoid": sigmoid}
 
 
 def expected_choice(
     moe: MoEConfig, logits: np.ndarray, bias: np.ndarray | None
 ) -> dict[int, float]:
     """Expert -> weight of one token."""
-    scores = {"softmax": softmax, "sigmoid": lambda values: 1 / (1 + np.exp(-values))}[
-        moe.score_function
-    ](logits)
+    scores = SCORES[moe.score_function](logits)
     ranking = scores + (0 if bias is None else bias)
     allowed = set(range(EXPERTS))
     if moe.num_groups is not None and moe.group_top_k is not None:
@@ -99,8 +106,8 @@ def test_given_experts_are_taken_with_weights_of_their_own_scores() -> None:
 
 
 def gradient(loss: Tensor, logits: Tensor) -> np.ndarray:
-    (found,) = torch.autograd.grad(loss, logits)
-    return found.numpy()
+    (grad,) = torch.autograd.grad(loss, logits)
+    return grad.numpy()
 
 
 @pytest.mark.parametrize("score_function", ["softmax", "sigmoid"])
@@ -121,7 +128,7 @@ def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
         if score_function == "softmax"
         else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
     )
-    of_sequences = []
+    total_loss = torch.zeros((), dtype=torch.float64)
     for part in range(sequences):
         rows = slice(part * length, (part + 1) * length)
         tokens = [
@@ -129,11 +136,11 @@ def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
             for expert in range(EXPERTS)
         ]
         assert counts[part].tolist() == tokens
-        total = sum(
-            scores[rows, expert].sum() * tokens[expert] for expert in range(EXPERTS)
-        )
-        of_sequences.append(EXPERTS * 0.3 / (2 * length**2) * total)
-    expected = TOKENS * sum(of_sequences) / sequences
+        total = torch.zeros((), dtype=torch.float64)
+        for expert in range(EXPERTS):
+            total = total + scores[rows, expert].sum() * tokens[expert]
+        total_loss = total_loss + EXPERTS * 0.3 / (2 * length**2) * total
+    expected = TOKENS * total_loss / sequences
     measured = router.aux_loss(moe, logits, counts.double(), sequence)
     assert float(measured.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     np.testing.assert_allclose(
@@ -142,11 +149,11 @@ def test_the_balancing_loss_is_switch_transformers_times_the_tokens(
 
 
 def test_the_z_loss_is_the_mean_squared_logsumexp_times_the_tokens() -> None:
-    found = router.z_loss(
+    z_loss = router.z_loss(
         MoEConfig(num_experts=EXPERTS, z_loss_coeff=1e-2), torch.from_numpy(LOGITS)
     )
     squares = [log(sum(exp(logit) for logit in logits)) ** 2 for logits in LOGITS]
-    assert float(found) == pytest.approx(TOKENS * 1e-2 * sum(squares) / TOKENS, rel=1e-12)
+    assert float(z_loss) == pytest.approx(TOKENS * 1e-2 * sum(squares) / TOKENS, rel=1e-12)
 
 
 def test_an_attached_loss_adds_its_gradient_and_changes_no_value() -> None:

@@ -56,24 +56,26 @@ def test_is_as_exact_as_fused_attention(
     ]
     grad = draw(heads).bfloat16().transpose(1, 2)
 
-    def run(attend: object, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def run(
+        attend: Callable[..., Tensor], dtype: torch.dtype
+    ) -> tuple[Tensor, list[Tensor]]:
         leaves = [
             part.to(dtype).transpose(1, 2).detach().requires_grad_() for part in parts
         ]
-        output = attend(*leaves)  # type: ignore[operator]
+        output = attend(*leaves)
         output.backward(grad.to(dtype))
         return output, [leaf.grad for leaf in leaves if leaf.grad is not None]
 
     truth, true_grads = run(fused, torch.float64)
-    theirs, their_grads = run(fused, torch.bfloat16)
+    fused_output, fused_grads = run(fused, torch.bfloat16)
     ours, our_grads = run(attention, torch.bfloat16)
     assert ours.dtype == torch.bfloat16
-    assert ours.shape == theirs.shape
+    assert ours.shape == fused_output.shape
     assert ours.transpose(1, 2).is_contiguous(), "merging the heads would copy"
-    assert relative(ours, truth) <= 1.3 * relative(theirs, truth)
+    assert relative(ours, truth) <= 1.3 * relative(fused_output, truth)
     # The product behind the gradients of the probabilities is rounded once more here;
-    # what that does to a model, the judges say.
-    for own, peer, exact in zip(our_grads, their_grads, true_grads, strict=True):
+    # what that does to a model, the judges show.
+    for own, peer, exact in zip(our_grads, fused_grads, true_grads, strict=True):
         assert relative(own, exact) <= 1.8 * relative(peer, exact)
 
 

@@ -51,6 +51,6 @@ def test_only_bf16_on_a_cpu_that_does_not_multiply_it_is_widened() -> None:
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "meta"])
 def test_a_device_says_its_kind(device_type: str) -> None:
-    found = device.kind_of(device_type)
-    assert found.type == device_type
-    assert device_type == "cpu" or found.bf16_products
+    kind = device.kind_of(device_type)
+    assert kind.type == device_type
+    assert device_type == "cpu" or kind.bf16_products

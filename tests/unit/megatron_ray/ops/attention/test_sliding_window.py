@@ -75,14 +75,14 @@ def test_stripes_are_a_mask(
 ) -> None:
     qkv = inputs(sequence, dtype)
     truth = run(masked(sequence, window), qkv, torch.float64)
-    found = run(lambda *parts: WAYS[way](*parts, window), qkv, dtype)
-    assert found[0].dtype == dtype
+    measured = run(lambda *parts: WAYS[way](*parts, window), qkv, dtype)
+    assert measured[0].dtype == dtype
     if way != "by-torch":
-        assert found[0].transpose(1, 2).is_contiguous(), "merging the heads would copy"
+        assert measured[0].transpose(1, 2).is_contiguous(), "merging the heads would copy"
     # Scores of a token that sees itself only have no gradient but rounding, of the size
     # of what cancels.
     floor = float(truth[3].norm()) if window == 1 else 0.0
-    for one, exact in zip(found, truth, strict=True):
+    for one, exact in zip(measured, truth, strict=True):
         assert float((one.double() - exact).norm()) <= ALLOWED[dtype] * max(
             float(exact.norm()), floor
         )

@@ -103,12 +103,12 @@ def judged(case: Case) -> ScheduleResult:
 
 
 def check(case: Case, golden: dict[str, float]) -> None:
-    found = judged(case)
+    result = judged(case)
     expected = formula(case)
     if expected is None:
-        assert found.bubble >= lower_bound(case) - 1e-9, case
+        assert result.bubble >= lower_bound(case) - 1e-9, case
         expected = golden[key(case)]
-    assert found.bubble == pytest.approx(expected, abs=1e-6), case
+    assert result.bubble == pytest.approx(expected, abs=1e-6), case
 
 
 def key(case: Case) -> str:
@@ -117,8 +117,8 @@ def key(case: Case) -> str:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, float]:
-    found: dict[str, float] = json.loads(GOLDEN.read_text())
-    return found
+    bubbles: dict[str, float] = json.loads(GOLDEN.read_text())
+    return bubbles
 
 
 def test_bubbles(golden: dict[str, float]) -> None:
@@ -136,21 +136,21 @@ def test_bubbles_of_large_pipelines(case: Case, golden: dict[str, float]) -> Non
 def test_formulas_hold_at_any_costs(name: ScheduleName) -> None:
     costs = Costs(1.0, 1.7, 0.6)
     for pp, count in ((2, 1), (4, 3), (4, 9), (8, 8)):
-        found = simulate_computing(compute_orders(name, pp, count), StageMap(pp), costs)
-        assert found.bubble == pytest.approx(formula((name, pp, 1, count), costs))
+        result = simulate_computing(compute_orders(name, pp, count), StageMap(pp), costs)
+        assert result.bubble == pytest.approx(formula((name, pp, 1, count), costs))
 
 
 def test_every_action_is_there_once() -> None:
     for name, pp, vpp, count in SMALL:
         apart = name in ("zb-h1", "zb-v")
-        wanted = (
+        ops = (
             {Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT}
             if apart
             else {Op.FORWARD, Op.BACKWARD}
         )
         every = Counter(
             Action(op, chunk, microbatch)
-            for op in wanted
+            for op in ops
             for chunk in range(vpp)
             for microbatch in range(count)
         )
@@ -229,11 +229,12 @@ def test_the_order_of_megatron() -> None:
 
 
 def test_one_ranks_list_is_that_of_all() -> None:
-    for name, pp, vpp, count in (
+    some: tuple[Case, ...] = (
         ("gpipe", 2, 1, 3),
         ("interleaved", 4, 3, 9),
         ("zb-h1", 3, 1, 7),
-    ):
+    )
+    for name, pp, vpp, count in some:
         orders = compute_orders(name, pp, count, vpp)
         stages = StageMap(pp, vpp)
         assert [lower_one(orders, stages, rank) for rank in range(pp)] == lower(
