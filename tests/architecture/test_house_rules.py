@@ -93,7 +93,7 @@ def test_the_tree_reads_as_well_as_the_anchors() -> None:
     assert short == {}, "see tests/architecture/measures.py"
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
 def test_docstrings_and_comments_use_plain_words(package: str) -> None:
     banned = re.compile(rf"\b({'|'.join(BANNED_WORDS)})\b", re.IGNORECASE)
     wrong = []
@@ -105,7 +105,7 @@ def test_docstrings_and_comments_use_plain_words(package: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("package", [*PACKAGES, "tests"])
 def test_local_names_say_what_they_hold(package: str) -> None:
     wrong = []
     for path in sorted((ROOT / package).rglob("*.py")):

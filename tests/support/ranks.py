@@ -3,7 +3,7 @@ function on processes of their own.
 
 A forkserver that has torch preloaded makes a rank cheap. The store lives in the calling
 process on a port that the kernel chose. The first rank to fail decides the error;
-whoever is still there at the deadline is killed by pid, its stacks shown.
+a rank that is still there at the deadline is killed by pid, its stacks shown.
 """
 
 import faulthandler
@@ -126,12 +126,12 @@ def run_ranks(
 
 
 def _start(call: _Call) -> tuple[Connection, BaseProcess]:
-    ours, theirs = _context().Pipe()
+    ours, child_end = _context().Pipe()
     process = _context().Process(
-        target=_rank_main, args=(call, theirs), name=f"rank-{call.rank}", daemon=True
+        target=_rank_main, args=(call, child_end), name=f"rank-{call.rank}", daemon=True
     )
     process.start()
-    theirs.close()
+    child_end.close()
     return ours, process
 
 
@@ -216,7 +216,7 @@ def _rank_main(call: _Call, pipe: Connection) -> None:
             answer = _run(call)
             pipe.send_bytes(answer)
             with suppress(EOFError, OSError):
-                pipe.recv_bytes()  # a group is left only when nobody needs it any more
+                pipe.recv_bytes()  # a group is left only when no rank needs it any more
             dist.destroy_process_group()
         except BaseException as error:  # noqa: BLE001 - whatever ends a rank is the caller's to see
             pipe.send_bytes(

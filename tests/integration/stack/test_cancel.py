@@ -36,12 +36,12 @@ DEMO_S = 5.0
 
 @pytest.fixture(scope="module")
 def observer(road: Road) -> Iterator[Observer]:
-    with observed(road) as found:
-        yield found
+    with observed(road) as observing:
+        yield observing
 
 
 def endless(road: Road, **groups: Any) -> dict[str, Any]:
-    """A job that ends only when it is told to, and writes no checkpoint by itself."""
+    """A job that ends only when it is cancelled, and writes no checkpoint by itself."""
     return road.spec(
         training={"steps": 100_000},
         checkpoint={"every_steps": 100_000},
@@ -91,7 +91,7 @@ def queued(road: Road, observer: Observer) -> Iterator[str]:
 
 @contextmanager
 def scheduling(road: Road, observer: Observer) -> Iterator[str]:
-    """Somebody of whom the service knows nothing has a CPU."""
+    """A process unknown to the service has a CPU."""
     observer.hold()
     try:
         job_id = road.client.submit(endless(road))["id"]
@@ -162,18 +162,18 @@ def end(road: Road, observer: Observer, job_id: str, **body: Any) -> float:
     cancel(road, job_id, **body)
     job = road.finish(job_id)
     seconds = time.monotonic() - started
-    said = story(road, job_id)
-    assert job["status"] == "cancelled", said
-    assert job["status_reason"] == "user_cancelled", said
-    assert seconds <= GRACE_S, said
+    log = story(road, job_id)
+    assert job["status"] == "cancelled", log
+    assert job["status_reason"] == "user_cancelled", log
+    assert seconds <= GRACE_S, log
     if before == "running":
         last = job["last_checkpoint"]
         rows = road.rows(job_id)
         if body.get("checkpoint", True):
-            assert last is not None, said
-            assert last["step"] == rows[-1]["step"], said
+            assert last is not None, log
+            assert last["step"] == rows[-1]["step"], log
         else:
-            assert last is None, said
+            assert last is None, log
     assert_nothing_left(road, observer, [job_id])
     sys.stdout.write(f"cancelled in {seconds:.2f} s from {before} {body or ''}\n")
     return seconds
@@ -201,8 +201,8 @@ def test_at_any_moment(road: Road, observer: Observer, number: int) -> None:
     state = list(STATES)[number % len(STATES)]
     body = chance.choice(({}, {"checkpoint": True}, {"checkpoint": False}))
     delay_s = chance.uniform(0.0, 1.5)
-    with ExitStack() as held:
-        job_id = held.enter_context(STATES[state](road, observer))
+    with ExitStack() as stack:
+        job_id = stack.enter_context(STATES[state](road, observer))
         time.sleep(delay_s)
         sys.stdout.write(f"{delay_s:.2f} s after {state}: ")
         end(road, observer, job_id, **({} if state == "cancelling" else body))

@@ -60,8 +60,8 @@ VICTIMS = ("service", "driver", "agent", "rank", "ray")
 
 @pytest.fixture(scope="module")
 def observer(road: Road) -> Iterator[Observer]:
-    with observed(road) as found:
-        yield found
+    with observed(road) as observing:
+        yield observing
 
 
 def quick(road: Road, **groups: Any) -> dict[str, Any]:
@@ -96,7 +96,7 @@ Rows = list[dict[str, Any]]
 
 
 def plain(road: Road, spec: dict[str, Any], timeout_s: float = 120) -> tuple[Rows, float]:
-    """Loss and norm of every step when nobody disturbs it, and the longest pause in
+    """Loss and norm of every step when nothing disturbs it, and the longest pause in
     medians.
     """
     job_id = road.client.submit(spec)["id"]
@@ -105,8 +105,8 @@ def plain(road: Road, spec: dict[str, Any], timeout_s: float = 120) -> tuple[Row
     assert job["status"] == "succeeded", job
     rows = road.rows(job_id)
     assert [row["step"] for row in rows] == list(range(1, spec["training"]["steps"] + 1))
-    median, longest, said = gaps(file)
-    sys.stdout.write(f"undisturbed: {said}\n")
+    median, longest, words = gaps(file)
+    sys.stdout.write(f"undisturbed: {words}\n")
     return rows, longest / median
 
 
@@ -122,18 +122,18 @@ def undisturbed_moments(road: Road) -> Rows:
 
 def gaps(file: RankFile) -> tuple[float, float, str]:
     """(median, longest, both in words) time between two steps, by the rank's own clock."""
-    found = sorted(
+    pauses = sorted(
         (after["at"] - before["at"], after["step"])
         for before, after in pairwise(file.steps())
     )
-    median = statistics.median(seconds for seconds, _ in found)
+    median = statistics.median(seconds for seconds, _ in pauses)
     longest = ", ".join(
-        f"{seconds:.3f} before step {step}" for seconds, step in found[:-4:-1]
+        f"{seconds:.3f} before step {step}" for seconds, step in pauses[:-4:-1]
     )
     return (
         median,
-        found[-1][0],
-        f"median {median:.4f} s, longest {longest}: {found[-1][0] / median:.1f} medians",
+        pauses[-1][0],
+        f"median {median:.4f} s, longest {longest}: {pauses[-1][0] / median:.1f} medians",
     )
 
 
@@ -144,15 +144,15 @@ def assert_no_pause(
 
     The machine may pause by itself, but hardly in two jobs that it disturbs.
     """
-    said = []
+    accounts = []
     for _ in range(2):
         file, driver_died = away()
         median, longest, words = gaps(file)
-        said.append(f"steps: {words}; the driver died {driver_died}")
-        sys.stdout.write(f"{said[-1]}\n")
+        accounts.append(f"steps: {words}; the driver died {driver_died}")
+        sys.stdout.write(f"{accounts[-1]}\n")
         if longest <= max(MOST_GAP, undisturbed_pause) * median:
             return
-    raise AssertionError(" and again ".join(said))
+    raise AssertionError(" and again ".join(accounts))
 
 
 def living(observer: Observer, job_id: str, role: str) -> int:
@@ -298,7 +298,7 @@ def test_rays_head_dies(road: Road, observer: Observer, undisturbed: Rows) -> No
 def strike(
     road: Road, observer: Observer, job_id: str, victim: str, chance: random.Random
 ) -> str:
-    """Kills one thing; says what was hit."""
+    """Kills one thing; returns what was hit."""
     if victim == "service":
         seconds = chance.uniform(0.5, 10.0)
         with service_away(road):
@@ -346,8 +346,8 @@ def test_anything_at_any_moment(
         reach(road, job_id, file, phase)
         time.sleep(delay_s)
         for victim in victims:
-            said = strike(road, observer, job_id, victim, chance)
-            sys.stdout.write(f"{delay_s:.2f} s after {phase}: {said}\n")
+            hit = strike(road, observer, job_id, victim, chance)
+            sys.stdout.write(f"{delay_s:.2f} s after {phase}: {hit}\n")
             time.sleep(chance.uniform(0.0, 2.0))
         job = road.finish(job_id, 300)
     assert job["status"] in ENDS

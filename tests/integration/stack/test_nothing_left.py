@@ -1,5 +1,5 @@
 """Jobs end in every way there is; afterwards Ray holds nothing of them, the database
-has no open row, and nobody has grown.
+has no open row, and no process has grown.
 """
 
 import os
@@ -45,8 +45,8 @@ Way = Callable[[Road, Observer], str]
 
 @pytest.fixture(scope="module")
 def observer(road: Road) -> Iterator[Observer]:
-    with observed(road) as found:
-        yield found
+    with observed(road) as observing:
+        yield observing
 
 
 def short(road: Road, steps: int = 4, **groups: Any) -> dict[str, Any]:
@@ -165,9 +165,7 @@ def is_cancelled_recovering(road: Road, observer: Observer) -> str:
 
 
 def loses_its_storage(road: Road, observer: Observer) -> str:
-    """For a while: nobody could end a job for good while the place of its journal is
-    away.
-    """
+    """For a while: a job cannot end for good while the place of its journal is away."""
     job_id = endless(road)
     folder = Path(road.client.show(job_id)["storage_path"])
     away = folder.with_name(f"{folder.name}-away")
@@ -204,7 +202,7 @@ ALL: dict[Way, tuple[str, ...]] = {
 }
 
 
-def end_in(road: Road, observer: Observer, way: Way, wanted: tuple[str, ...]) -> str:
+def end_in(road: Road, observer: Observer, way: Way, ends: tuple[str, ...]) -> str:
     """One job's life and end."""
     started = time.monotonic()
     job_id = way(road, observer)
@@ -214,7 +212,7 @@ def end_in(road: Road, observer: Observer, way: Way, wanted: tuple[str, ...]) ->
         f"{name}: {job['status']} {job['status_reason'] or ''} after "
         f"{time.monotonic() - started:.1f} s\n"
     )
-    assert job["status"] in wanted, f"{name}\n{story(road, job_id)}"
+    assert job["status"] in ends, f"{name}\n{story(road, job_id)}"
     return job_id
 
 
@@ -222,13 +220,13 @@ def assert_clean(road: Road, observer: Observer, job_ids: list[str]) -> None:
     """No job is alive: nothing at all is held."""
     assert_nothing_left(road, observer, job_ids)
 
-    def held() -> dict[str, Any]:
+    def in_ray() -> dict[str, Any]:
         return {name: rows for name, rows in observer.look().items() if rows}
 
     deadline = time.monotonic() + 20
-    while held() and time.monotonic() < deadline:
+    while in_ray() and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert held() == {}
+    assert in_ray() == {}
     assert open_rows(road) == []
 
 
@@ -236,7 +234,7 @@ def test_a_handful(road: Road, observer: Observer) -> None:
     assert_clean(
         road,
         observer,
-        [end_in(road, observer, way, wanted) for way, wanted in SOME.items()],
+        [end_in(road, observer, way, ends) for way, ends in SOME.items()],
     )
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def undisturbed(road: Road) -> list[dict[str, Any]]:
-    """Loss and norm of every step of the spec when nobody disturbs it."""
+    """Loss and norm of every step of the spec when nothing disturbs it."""
     job = road.finish(road.client.submit(road.spec())["id"])
     assert job["status"] == "succeeded", job
     return road.rows(job["id"])
