@@ -107,7 +107,7 @@ class Contestant:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
             process.stdin.flush()
-        answers: list[Answer] = []
+        answers: list[dict[str, Any]] = []
         for process in self.ranks:
             assert process.stdout is not None
             line = process.stdout.readline()

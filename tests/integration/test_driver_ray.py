@@ -386,7 +386,8 @@ def test_one_stands_by_and_takes_a_dead_ranks_place(
     job_id = submit(spec(steps=100_000, step_s="0.02"))
     fake_service.wait("a spare", lambda: f"{job_id}/w2" in actors(job_id), 40)
     # Its name is there before the process has imported everything.
-    ray.get(ray.get_actor(f"{job_id}/w2").__ray_ready__.remote(), timeout=40)
+    spare: Any = ray.get_actor(f"{job_id}/w2")
+    ray.get(spare.__ray_ready__.remote(), timeout=40)
     before = rank_pids(fake_service, job_id)
     os.kill(before[1], signal.SIGKILL)
     started = fake_service.wait(

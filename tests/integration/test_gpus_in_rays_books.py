@@ -58,8 +58,8 @@ def test_a_promoted_or_new_process_uses_the_dead_ones_gpu(
         group.create(PLAN, first.workers_to_start, 1)
         facts = first.apply(group.probe(first.slots, FENCE, 60, no_stop))
         places = assign_ranks(facts, PLAN.dims)
-        gpus = Counter(place.gpu for place in places)
-        assert gpus == {0: 1, 1: 1}, "Ray assigned one to each"
+        ranks_by_gpu = Counter(place.gpu for place in places)
+        assert ranks_by_gpu == {0: 1, 1: 1}, "Ray assigned one to each"
 
         # A spare takes no GPU from Ray.
         group.create(PLAN, spares_to_start(PLAN, places, group.slots, ()), 1)

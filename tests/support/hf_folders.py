@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 VOCABULARY = 260
 SEQUENCE = 64
@@ -133,7 +133,8 @@ def publish(
     """Writes the folder and returns the model."""
     model = make(family, **changed)
     if dtype is not None:
-        model = model.to(dtype)
+        module: nn.Module = model
+        module.to(dtype)
     has_mtp = family.endswith("-mtp")
     model.save_pretrained(folder, max_shard_size="5GB" if has_mtp else shard)
     if has_mtp:

@@ -19,7 +19,7 @@ Shape = tuple[int, int, int]
 """Of a product [rows, inner] @ [inner, columns]."""
 
 
-class Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Products(TorchDispatchMode):
     """`linear` has every product of two matrices by shape; `attention` how often each
     fused attention ran. Batched products, which only unfused attention has, are counted
     with attention: it multiplies activations with each other and has no weights.

@@ -128,7 +128,7 @@ def test_dropped_probabilities_count_for_nothing_and_the_others_for_more(
     )
 
 
-class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):
     """Names of the operations that run."""
 
     def __init__(self) -> None:
