@@ -14,8 +14,6 @@ from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-from tests.support.ranks import run_ranks as _run_ranks
-
 SHARED_STACK = "tests/integration/stack/"
 
 # A machine busy with something else makes an example slow, not wrong.
@@ -36,7 +34,10 @@ def run_ranks() -> Callable[..., list[Any]]:
     """`run_ranks(fn, world_size, *args, timeout_s=60)`: a module-level function on real
     gloo ranks, see tests/support/ranks.py.
     """
-    return _run_ranks
+    # Here, since tests of the service alone need not import torch.
+    from tests.support.ranks import run_ranks
+
+    return run_ranks
 
 
 class FileScheduling(LoadScopeScheduling):

@@ -1,8 +1,9 @@
 """Trains a tiny GPT on one rank with the library alone: no Ray, no service.
 
-    python docs/examples/train_one_rank.py [FOLDER]
+    python docs/examples/train_one_rank.py [FOLDER] [CORPUS]
 
-Data, indices and checkpoints go below FOLDER (default: runs/library).
+Data, indices and checkpoints go below FOLDER (default: runs/library). CORPUS is a text
+file or a folder of them (default: the sources of Python's standard library).
 """
 
 import sys
@@ -15,12 +16,12 @@ from megatron_ray.reports import Report
 from megatron_ray.training.session import TrainingSession
 
 
-def main(folder: Path, steps: int = 20) -> None:
+def main(folder: Path, corpus: str = "builtin://python-stdlib", steps: int = 20) -> None:
     """Prepares the data, trains, and prints one line per report."""
     config = TrainConfig.from_mapping(
         {
             "model": {"preset": "gpt-tiny"},
-            "data": {"train": [{"path": "builtin://python-stdlib"}]},
+            "data": {"train": [{"path": corpus}]},
             "optimizer": {"lr": 3e-3},
             "training": {"seq_length": 256, "global_batch_size": 8, "steps": steps},
             "storage": {"path": str(folder)},
@@ -35,4 +36,5 @@ def main(folder: Path, steps: int = 20) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/library"))
+    folder, *corpus = sys.argv[1:] or ["runs/library"]
+    main(Path(folder), *corpus)

@@ -14,30 +14,23 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.expert_parallel.layers import update_expert_biases
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_sums import StepSums
-from megatron_ray.parallelize.parallelize import ParallelModel
 
 # A norm over this many elements at a time stays exact enough in fp32; the squares are
 # added in fp64.
 _NORM_CHUNK = 4096
 
 
-def finalize_grads(
-    model: ParallelModel, optimizer: ShardedOptimizer, mesh: ParallelMesh
-) -> None:
-    """Completes every reduction of the step's gradients, which stay sums over tokens."""
-    # First the buckets: what follows adds up parts of gradients that must already be sums
-    # over data-parallel replicas.
-    for family in model.parameter_groups:
-        family.reducer.finish()
-    # Of three kinds of parameter a rank has even now seen only a part of what they did.
+def finalize_grads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
+    """Completes the reductions that no bucket does; gradients stay sums over tokens.
+
+    The buckets must be complete: gradients are sums over data-parallel replicas already.
+    """
+    # A rank's gradient of three kinds of parameter still lacks the parts of other ranks.
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
-    # No gradient, but it too follows from what all ranks saw in this step.
-    update_expert_biases(model.expert_biases.values(), mesh.token_group, mesh.dp_group)
 
 
 def scale_and_clip(

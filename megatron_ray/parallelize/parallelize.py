@@ -21,7 +21,7 @@ from megatron_ray.context_parallel.ring import RingAttention
 from megatron_ray.data_parallel.buffers import OnReduce, ParameterGroup
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.distributed.rng import Streams
-from megatron_ray.expert_parallel.layers import ExpertBias
+from megatron_ray.expert_parallel.layers import ExpertBias, update_expert_biases
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.gpt import GPT
@@ -91,6 +91,15 @@ class ParallelModel:
         trainable = set(self.sink.slots)
         for group in self.parameter_groups:
             group.reducer.begin_step(trainable)
+
+    def finish_reductions(self, mesh: ParallelMesh) -> None:
+        """Waits for the buckets' gradients and updates the biases of experts.
+
+        A bias has no gradient, but depends on the tokens of all ranks in this step.
+        """
+        for group in self.parameter_groups:
+            group.reducer.finish()
+        update_expert_biases(self.expert_biases.values(), mesh.token_group, mesh.dp_group)
 
 
 def parallelize(

@@ -24,6 +24,7 @@ from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.ops.attention.choice import attention_kernel
+from megatron_ray.ops.loss_chunks import rows_at_once
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import (
     local_vocabulary,
@@ -31,7 +32,6 @@ from megatron_ray.planning.microbatch import (
     tokens_of,
     width_of,
 )
-from megatron_ray.sharding.loss_chunks import rows_at_once
 
 _FP32 = 4
 _INT64 = 8

@@ -24,8 +24,8 @@ from megatron_ray.distributed import collectives
 from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.ops.grad_slots import SlottedModule, deliver_weight_grad
+from megatron_ray.ops.loss_chunks import rows_at_once
 from megatron_ray.ops.matmul import forward_product, input_grad_product
-from megatron_ray.sharding.loss_chunks import rows_at_once
 from megatron_ray.tensor_parallel.embedding import local_ids
 from megatron_ray.tensor_parallel.group import TensorParallel
 from megatron_ray.tensor_parallel.layers import Shape, start_input_grad_reduction

@@ -60,7 +60,8 @@ def reduce_step(
     `num_tokens` are this replica's. `votes` are summed as they are: ranks agree on
     something by them without a collective of its own.
     """
-    finalize_grads(model, optimizer, mesh)
+    model.finish_reductions(mesh)
+    finalize_grads(optimizer, mesh)
     aux_losses = model.aux_losses.values()
     votes_start = NUM_FIXED + len(aux_losses)
     # fp64, because counts of tokens and sums of squares outgrow the precision of fp32.

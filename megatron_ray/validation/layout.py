@@ -174,7 +174,7 @@ def pipeline_problems(config: TrainConfig) -> list[Problem]:
 
 
 def _problems_without_pipeline(parallel: ParallelismConfig) -> list[Problem]:
-    # These fields would be ignored silently.
+    # These fields would be ignored silently, or fail once the model is built.
     fields: dict[str, object] = {
         "first_stage_layers": parallel.first_stage_layers,
         "last_stage_layers": parallel.last_stage_layers,
@@ -182,6 +182,8 @@ def _problems_without_pipeline(parallel: ParallelismConfig) -> list[Problem]:
     }
     if parallel.vpp > 1:
         fields = {"vpp": parallel.vpp} | fields
+    if parallel.schedule in ("interleaved", "zb-v"):
+        fields = {"schedule": parallel.schedule} | fields
     problems = []
     for name, value in fields.items():
         if value is not None:

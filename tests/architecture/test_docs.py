@@ -73,9 +73,11 @@ def test_the_pages_build_without_a_warning(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
 def test_examples_run(example: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("the quick brown fox jumps over the lazy dog\n" * 5000)
     program = (
         f"import pathlib, runpy; main = runpy.run_path({str(example)!r})['main']; "
-        f"main(pathlib.Path({str(tmp_path)!r}), steps=2)"
+        f"main(pathlib.Path({str(tmp_path)!r}), {str(corpus)!r}, steps=2)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True

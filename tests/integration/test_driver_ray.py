@@ -77,11 +77,11 @@ def driver_pid(job_id: str) -> int:
     return int(ray.get(driver.pid.remote()))
 
 
-def spec(steps: int = 20, **metadata: str) -> dict[str, Any]:
+def spec(steps: int = 20, ranks: int = 2, **metadata: str) -> dict[str, Any]:
     return {
         "name": "fake",
         "model": {"preset": "gpt-tiny"},
-        "parallel": {"tp": 2, "dp": 1},
+        "parallel": {"tp": ranks, "dp": 1},
         "data": {
             "train": [{"path": "corpus.txt"}],
             "tokenizer": {"kind": "bytes"},
@@ -206,7 +206,7 @@ def test_killed_driver_adopts_the_same_processes(
     submit: Submit, fake_service: FakeService
 ) -> None:
 
-    job_id = submit(spec(steps=80, step_s="0.05"))
+    job_id = submit(spec(steps=80, ranks=1, step_s="0.05"))
     fake_service.wait("a commit", lambda: fake_service.stored(job_id, kind="checkpoint"))
     before = rank_pids(fake_service, job_id)
     os.kill(driver_pid(job_id), signal.SIGKILL)
@@ -224,7 +224,7 @@ def test_killed_driver_adopts_the_same_processes(
 
 
 def test_service_away_loses_nothing(submit: Submit, fake_service: FakeService) -> None:
-    job_id = submit(spec(steps=60, step_s="0.03"))
+    job_id = submit(spec(steps=60, ranks=1, step_s="0.03"))
     fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 5)
     fake_service.down()
     seen = len(fake_service.steps(job_id, 1))
@@ -254,7 +254,7 @@ def submit_url(submit: Submit, service: FakeService) -> None:
 def test_cancel_leaves_nothing(
     submit: Submit, fake_service: FakeService, final_checkpoint: bool
 ) -> None:
-    job_id = submit(spec(steps=2000, step_s="0.05"))
+    job_id = submit(spec(steps=2000, ranks=1, step_s="0.05"))
     fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 2)
     pids = rank_pids(fake_service, job_id)
     commits = len(fake_service.stored(job_id, kind="checkpoint"))
@@ -326,7 +326,7 @@ def test_failing_rank_is_the_cause_and_its_log_is_there(
 def test_native_crash_leaves_its_log_and_is_tried_again(
     submit: Submit, fake_service: FakeService
 ) -> None:
-    job_id = submit(spec(fail_rank="0", fail_step="8", fail_kind="exit"))
+    job_id = submit(spec(ranks=1, fail_rank="0", fail_step="8", fail_kind="exit"))
     fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
     assert fake_service.steps(job_id, 1) == list(range(1, 8)), (
         "steps that only the dead rank's file had are there too"
@@ -338,7 +338,7 @@ def test_native_crash_leaves_its_log_and_is_tried_again(
 def test_crash_loop_ends_with_no_progress(
     submit: Submit, fake_service: FakeService
 ) -> None:
-    body = spec(fail_rank="1", fail_step="3", fail_attempts="9")
+    body = spec(ranks=1, fail_rank="0", fail_step="3", fail_attempts="9")
     body["restart"] = {"max_failures": 10, "backoff_s": 0.1}
     job_id = submit(body)
     fake_service.wait("failure", lambda: "failed" in fake_service.states(job_id))
@@ -412,7 +412,7 @@ def test_a_wish_for_a_checkpoint_is_granted_once(
     submit: Submit, fake_service: FakeService
 ) -> None:
 
-    body = spec(steps=2000, step_s="0.02")
+    body = spec(steps=2000, ranks=1, step_s="0.02")
     body["checkpoint"] = {"every_steps": 1000, "keep_last": 2}
     job_id = submit(body)
     fake_service.wait("steps", lambda: fake_service.steps(job_id, 1))

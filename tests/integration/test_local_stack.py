@@ -142,7 +142,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("moment_s", [0.2, 0.6, 2.0])
+@pytest.mark.parametrize("moment_s", [0.6, 2.0])
 def test_sigkill_of_up_then_down_leaves_nothing(watched: Watched, moment_s: float) -> None:
     watched.watch_for(moment_s)
     watched.signal(signal.SIGKILL)
@@ -152,7 +152,7 @@ def test_sigkill_of_up_then_down_leaves_nothing(watched: Watched, moment_s: floa
     watched.assert_nothing_left()
 
 
-@pytest.mark.parametrize("moment_s", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("moment_s", [0.3, 3.0])
 def test_sigint_to_the_group_leaves_nothing(watched: Watched, moment_s: float) -> None:
     watched.watch_for(moment_s)
     watched.signal(signal.SIGINT)
@@ -196,7 +196,7 @@ def test_up_cleans_up_after_one_that_was_killed(watched: Watched) -> None:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_any_moment_will_do(watched: Watched, number: signal.Signals, seed: int) -> None:
     watched.watch_for(random.Random(f"{seed}{number}").uniform(0.0, 7.0))

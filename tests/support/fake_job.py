@@ -9,9 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-import torch.distributed as dist
-
 from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
 from megatron_ray.reports import CheckpointReport, Report, StepReport
@@ -19,13 +16,18 @@ from workers.driver.driver import JobDriver
 from workers.protocol.job import JobSpec
 from workers.rank.attempt import Train
 from workers.rank.messages import StartRequest
-from workers.rank.session import process_group
 from workers.ray.rank_worker import RankWorker
 
 
 def fake_train(
     order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
 ) -> str:
+    # Here, so that the driver's process, which has this module too, need not import torch.
+    import torch
+    import torch.distributed as dist
+
+    from workers.rank.session import process_group
+
     spec = JobSpec.from_mapping(order.spec)
     plan = spec.metadata
     rank = order.env.rank

@@ -208,12 +208,45 @@ def away_once(
     return file, driver_died
 
 
+def test_agent_service_driver_and_rank_die_in_turn(
+    road: Road, observer: Observer, undisturbed: Rows
+) -> None:
+    job_id = road.client.submit(quick(road))["id"]
+    with RankFile(road, job_id) as file:
+        file.reached(5)
+        before = living(observer, job_id, "w0"), living(observer, job_id, "w1")
+        kill_agent(road)
+        stay_away(road, observer, job_id, file, AWAY_S, AWAY_STEPS)
+        after = observer.actors(job_id)
+        assert (after["w0"], after["w1"]) == before
+        assert {row["attempt"] for row in file.steps()} == {1}
+        # The rank that serves the store.
+        kill(before[0])
+        job = road.finish(job_id)
+    assert job["attempt"] == 2
+    assert job["failures"] == 1
+    assert_as_undisturbed(road, job, undisturbed)
+    assert_nothing_left(road, observer, [job_id])
+
+
+def kill_agent(road: Road) -> None:
+    """Kills the agent and waits for the one that replaces it."""
+    agent = session(road, "agent")
+    kill_session(agent)
+    until("another agent", lambda: session(road, "agent") != agent, 30)
+
+
+# ---- the long forms
+
+
+@pytest.mark.chaos
 def test_the_service_is_away_and_the_driver_dies(
     road: Road, observer: Observer, undisturbed: Rows
 ) -> None:
     away_once(road, observer, quick(road), undisturbed, AWAY_S, AWAY_STEPS)
 
 
+@pytest.mark.chaos
 def test_the_agent_dies_and_then_the_rank_that_serves_the_store(
     road: Road, observer: Observer, undisturbed: Rows
 ) -> None:
@@ -221,9 +254,7 @@ def test_the_agent_dies_and_then_the_rank_that_serves_the_store(
     with RankFile(road, job_id) as file:
         file.reached(10)
         before = living(observer, job_id, "w0"), living(observer, job_id, "w1")
-        agent = session(road, "agent")
-        kill_session(agent)
-        until("another agent", lambda: session(road, "agent") != agent, 30)
+        kill_agent(road)
         file.reached(EVERY + 20)
         after = observer.actors(job_id)
         assert (after["w0"], after["w1"]) == before
@@ -236,6 +267,7 @@ def test_the_agent_dies_and_then_the_rank_that_serves_the_store(
     assert_nothing_left(road, observer, [job_id])
 
 
+@pytest.mark.chaos
 def test_a_rank_dies_while_the_service_is_away(
     road: Road, observer: Observer, undisturbed: Rows
 ) -> None:
@@ -262,9 +294,6 @@ def test_a_rank_dies_while_the_service_is_away(
     assert job["failures"] == 1
     assert_as_undisturbed(road, job, undisturbed)
     assert_nothing_left(road, observer, [job_id])
-
-
-# ---- the long forms
 
 
 @pytest.mark.chaos

@@ -90,6 +90,7 @@ def test_a_pipeline_trains_as_one_rank_does(road: Road) -> None:
     assert len(alone) == 1
 
 
+@pytest.mark.chaos
 def test_the_service_may_die_while_a_job_trains(
     road: Road, undisturbed: list[dict[str, Any]]
 ) -> None:
@@ -106,6 +107,7 @@ def test_the_service_may_die_while_a_job_trains(
     assert road.rows(job_id) == undisturbed
 
 
+@pytest.mark.chaos
 def test_a_rank_may_die(road: Road, undisturbed: list[dict[str, Any]]) -> None:
     job_id = road.client.submit(road.spec())["id"]
     road.wait(job_id, lambda job: job["last_checkpoint"] is not None)
@@ -119,6 +121,7 @@ def test_a_rank_may_die(road: Road, undisturbed: list[dict[str, Any]]) -> None:
     ]
 
 
+@pytest.mark.chaos
 def test_cancel_writes_a_checkpoint_and_leaves_nothing(road: Road) -> None:
     job_id = road.client.submit(road.spec(training={"steps": 5000}))["id"]
     road.step(job_id, 5)

@@ -116,6 +116,12 @@ def test_a_good_config_has_no_problem() -> None:
             "ep=2 needs a model with experts; give model.moe, or leave it out",
         ),
         (
+            {"parallel": {"schedule": "zb-v"}},
+            None,
+            "/parallel/schedule",
+            "schedule=zb-v needs pp > 1; raise pp, or leave it out",
+        ),
+        (
             {"parallel": {"vpp": 2}},
             None,
             "/parallel/vpp",
