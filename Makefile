@@ -51,7 +51,7 @@ bench: setup
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 parity: setup
-	$(BIN)/pytest -m parity
+	$(BIN)/pytest -m "parity or parallel" --steps 20
 
 chaos: setup
 	$(BIN)/pytest -m chaos

@@ -23,6 +23,12 @@ settings.load_profile("unhurried")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--steps",
+        type=int,
+        default=6,
+        help="steps of the runs by which layouts are compared with one rank, at least 6",
+    )
+    parser.addoption(
         "--postgres",
         metavar="URL",
         help="run the service's tests on databases made on this server, postgresql+psycopg://user@host:port/postgres",

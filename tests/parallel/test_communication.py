@@ -276,17 +276,22 @@ def _noting(
     return call
 
 
-RUNS = [
-    (f"{name}, rank {rank}", config, rank)
-    for name, *config in CASES
-    for rank in (RANK, LAST)
-    if rank == RANK or config[1].get("pp")
-]
+LAST_STAGES = ("1f1b", "mtp in a pipeline", "zero bubble in a V", "deepseek")
+"""Cases whose last rank, on another stage, is looked at in every check."""
 
 
-@pytest.mark.parametrize(
-    ("parts", "rank"), [pytest.param(*run[1:], id=run[0]) for run in RUNS]
-)
+def runs() -> list[Any]:
+    """(config's parts, rank) of every case, and of the last stage of a pipeline."""
+    params = []
+    for name, *parts in CASES:
+        params.append(pytest.param(parts, RANK, id=f"{name}, rank {RANK}"))
+        if parts[1].get("pp"):
+            marks = [] if name in LAST_STAGES else [pytest.mark.parity]
+            params.append(pytest.param(parts, LAST, id=f"{name}, rank {LAST}", marks=marks))
+    return params
+
+
+@pytest.mark.parametrize(("parts", "rank"), runs())
 def test_bytes_per_axis_and_kind_are_those_of_the_plan(
     parts: list[dict[str, Any]], rank: int
 ) -> None:

@@ -19,7 +19,6 @@ from tests.parallel.test_parity import (
     FULL_SHARD,
     LAYOUTS,
     SMALL_BUCKETS,
-    STEPS,
     compare,
     distance_from,
     world,
@@ -139,11 +138,11 @@ EXPERT_LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def reference(model: str) -> RankResult:
+def reference(model: str, steps: int) -> RankResult:
     (one,) = run_ranks(
         parity.run_layout,
         1,
-        make_config(MODELS[model], {"dp": 1}, steps=STEPS),
+        make_config(MODELS[model], {"dp": 1}, steps=steps),
         timeout_s=180,
     )
     assert isinstance(one, RankResult)
@@ -154,14 +153,14 @@ def reference(model: str) -> RankResult:
     ("model", "layout"),
     [*IN_CHECK, *(pytest.param(*entry, marks=pytest.mark.parity) for entry in LONG)],
 )
-def test_layout_equals_one_rank(model: str, layout: str) -> None:
-    compare(MODELS[model], ALL[layout], reference(model))
+def test_layout_equals_one_rank(model: str, layout: str, steps: int) -> None:
+    compare(MODELS[model], ALL[layout], reference(model, steps))
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", ["tp2-sp", "pp2-zb-v"])
-def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
-    compare(MODELS["both"], ALL[layout], reference("both"), compiled=True)
+def test_compiled_blocks_equal_one_plain_rank(layout: str, steps: int) -> None:
+    compare(MODELS["both"], ALL[layout], reference("both", steps), compiled=True)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +170,9 @@ def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
         for name in EXPERT_LAYOUTS
     ],
 )
-def test_deepseek_with_experts_in_a_layout_equals_one_rank(layout: str) -> None:
-    one = reference("deepseek")
-    choices = record_choices(make_config(MODELS["deepseek"], {"dp": 1}, steps=STEPS), one)
+def test_deepseek_with_experts_in_a_layout_equals_one_rank(layout: str, steps: int) -> None:
+    one = reference("deepseek", steps)
+    choices = record_choices(make_config(MODELS["deepseek"], {"dp": 1}, steps=steps), one)
     compare(MODELS["deepseek"], EXPERT_LAYOUTS[layout], one, choices)
 
 

@@ -18,7 +18,6 @@ from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build
-from tests.parallel.test_parity import STEPS
 from tests.parallel.test_parity import compare as compare_with_one_rank
 from tests.support import parity
 from tests.support.parity import (
@@ -179,14 +178,14 @@ SHAPES = {"llama": LLAMA | BOTH, "gpt2-hidden": GPT2 | {"hidden_dropout": RATE}}
 
 
 @cache
-def one_rank(shape: str) -> RankResult:
-    config = make_config(SHAPES[shape], {"dp": 1}, steps=STEPS)
+def one_rank(shape: str, steps: int) -> RankResult:
+    config = make_config(SHAPES[shape], {"dp": 1}, steps=steps)
     results: list[RankResult] = run_ranks(parity.run_layout, 1, config)
     return results[0]
 
 
-def test_replicas_and_stages_drop_what_one_rank_drops() -> None:
-    compare_with_one_rank(SHAPES["llama"], {"dp": 2, "pp": 2}, one_rank("llama"))
+def test_replicas_and_stages_drop_what_one_rank_drops(steps: int) -> None:
+    compare_with_one_rank(SHAPES["llama"], {"dp": 2, "pp": 2}, one_rank("llama", steps))
 
 
 @pytest.mark.parity
@@ -195,6 +194,6 @@ def test_replicas_and_stages_drop_what_one_rank_drops() -> None:
     [("gpt2-hidden", {"tp": 2}), ("gpt2-hidden", {"tp": 2, "pp": 2, "schedule": "zb-h1"})],
 )
 def test_tensor_parallel_ranks_drop_the_hidden_states_that_one_rank_drops(
-    shape: str, layout: dict[str, Any]
+    shape: str, layout: dict[str, Any], steps: int
 ) -> None:
-    compare_with_one_rank(SHAPES[shape], layout, one_rank(shape))
+    compare_with_one_rank(SHAPES[shape], layout, one_rank(shape, steps))

@@ -18,7 +18,7 @@ from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims
 from tests.parallel.test_checkpoint_training import config as checkpoint_config
 from tests.parallel.test_checkpoint_training import goes_on_here_and_elsewhere
-from tests.parallel.test_parity import STEPS, compare, distance_from
+from tests.parallel.test_parity import compare, distance_from
 from tests.support import parity
 from tests.support.parity import LLAMA, RankResult, assemble, make_config, record_choices
 from tests.support.ranks import run_ranks
@@ -101,17 +101,17 @@ LONG_LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def reference(model: str) -> tuple[RankResult, np.ndarray]:
+def reference(model: str, steps: int) -> tuple[RankResult, np.ndarray]:
     """One rank, choosing freely, and what it chose."""
-    config = make_config((MODELS | DROPPING)[model], {"dp": 1}, steps=STEPS)
+    config = make_config((MODELS | DROPPING)[model], {"dp": 1}, steps=steps)
     (one,) = run_ranks(parity.run_layout, 1, config, timeout_s=180)
     return one, record_choices(config, one)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_experts_in_a_layout_equal_one_rank(layout: str) -> None:
+def test_experts_in_a_layout_equal_one_rank(layout: str, steps: int) -> None:
     model, parallel = LAYOUTS[layout]
-    one, choices = reference(model)
+    one, choices = reference(model, steps)
     compare((MODELS | DROPPING)[model], parallel, one, choices)
 
 
@@ -122,17 +122,19 @@ def test_experts_in_a_layout_equal_one_rank(layout: str) -> None:
     [name for name, parallel in LONG_LAYOUTS.items() if not parallel.keys() & {"tp", "cp"}],
 )
 def test_full_experts_send_the_same_tokens_away_in_every_layout(
-    layout: str, model: str
+    layout: str, model: str, steps: int
 ) -> None:
-    one, choices = reference(model)
+    one, choices = reference(model, steps)
     compare(DROPPING[model], LONG_LAYOUTS[layout], one, choices)
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", LONG_LAYOUTS)
-def test_experts_in_more_layouts_equal_one_rank(layout: str, model: str) -> None:
-    one, choices = reference(model)
+def test_experts_in_more_layouts_equal_one_rank(
+    layout: str, model: str, steps: int
+) -> None:
+    one, choices = reference(model, steps)
     compare(MODELS[model], LONG_LAYOUTS[layout], one, choices)
 
 
@@ -147,9 +149,9 @@ def test_experts_in_more_layouts_equal_one_rank(layout: str, model: str) -> None
     ],
 )
 def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(
-    layout: dict[str, Any],
+    layout: dict[str, Any], steps: int
 ) -> None:
-    _, choices = reference("softmax")
+    _, choices = reference("softmax", steps)
     config = make_config(MODELS["softmax"], layout, steps=1)
     dims = ParallelDims.of(config.parallel)
     training = config.training
@@ -178,9 +180,9 @@ def test_routers_that_choose_freely_agree_with_one_rank_on_the_first_step(
     "layout", [{"dp": 2, "ep": 2}, SP | {"dp": 2, "ep": 2}], ids=["ep2", "ep2-tp2-dp2"]
 )
 def test_bf16_experts_stay_as_close_to_float64_as_one_bf16_rank(
-    layout: dict[str, Any],
+    layout: dict[str, Any], steps: int
 ) -> None:
-    _, choices = reference("shared")
+    _, choices = reference("shared", steps)
 
     def config(parallel: dict[str, Any]) -> TrainConfig:
         return make_config(MODELS["shared"], parallel, steps=2, precision="bf16")

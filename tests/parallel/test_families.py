@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parallel.test_parity import STEPS, compare, distance_from, world
+from tests.parallel.test_parity import compare, distance_from, world
 from tests.support import parity
 from tests.support.parity import (
     LLAMA,
@@ -58,9 +58,9 @@ IN_CHECK = ("tp2", "cp2-p2p", "tp4")
 
 
 @cache
-def one_rank() -> RankResult:
+def one_rank(steps: int) -> RankResult:
     result: RankResult = run_ranks(
-        parity.run_layout, 1, make_config(EVERYTHING, {"dp": 1}, steps=STEPS)
+        parity.run_layout, 1, make_config(EVERYTHING, {"dp": 1}, steps=steps)
     )[0]
     return result
 
@@ -72,18 +72,20 @@ def one_rank() -> RankResult:
         for name in LAYOUTS
     ],
 )
-def test_layout_equals_one_rank(layout: str) -> None:
-    compare(EVERYTHING, LAYOUTS[layout], one_rank())
+def test_layout_equals_one_rank(layout: str, steps: int) -> None:
+    compare(EVERYTHING, LAYOUTS[layout], one_rank(steps))
 
 
-def test_layer_norms_of_heads_have_biases_whose_gradients_are_summed_too() -> None:
+def test_layer_norms_of_heads_have_biases_whose_gradients_are_summed_too(
+    steps: int,
+) -> None:
     model = EVERYTHING | {
         "norm": "layernorm",
         "zero_centered_norm": False,
         "sliding_window": None,
         "full_attention_every": None,
     }
-    one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=STEPS))[0]
+    one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=steps))[0]
     assert "layers.0.attention.k_norm.bias" in {name for name, _, _ in one.gradients}
     compare(model, LAYOUTS["tp2"], one)
 
@@ -111,8 +113,8 @@ def test_bf16_layouts_stay_as_close_to_float64_as_one_bf16_rank(layouts: str) ->
 
 @pytest.mark.parity
 @pytest.mark.parametrize("layout", ["tp2-sp", "cp2-p2p"])
-def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
-    compare(EVERYTHING, LAYOUTS[layout], one_rank(), compiled=True)
+def test_compiled_blocks_equal_one_plain_rank(layout: str, steps: int) -> None:
+    compare(EVERYTHING, LAYOUTS[layout], one_rank(steps), compiled=True)
 
 
 @pytest.mark.parametrize(

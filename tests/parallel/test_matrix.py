@@ -23,6 +23,7 @@ from tests.support.parity import RankResult, assemble, record_choices, worst_rel
 from tests.support.ranks import run_ranks
 
 STEPS = 10
+"""At most so many steps for each of so many entries."""
 MATRIX = draw(int(os.environ.get("MATRIX_SEED", SEED)))
 SHORT = (4, 8)
 """At most so many ranks, and so many entries: what every check runs."""
@@ -48,9 +49,9 @@ def alone_config(experts: bool, packed: bool, **changes: Any) -> TrainConfig:
 
 
 @cache
-def alone(experts: bool, packed: bool) -> tuple[RankResult, np.ndarray | None]:
+def alone(experts: bool, packed: bool, steps: int) -> tuple[RankResult, np.ndarray | None]:
     """One rank with the same model and data, and what its routers chose."""
-    config = alone_config(experts, packed, steps=STEPS)
+    config = alone_config(experts, packed, steps=steps)
     (one,) = run_ranks(parity.run_layout, 1, config, timeout_s=300)
     return one, record_choices(config, one) if experts else None
 
@@ -67,10 +68,11 @@ def test_the_matrix_meets_every_axis_and_option_often_enough() -> None:
 
 @pytest.mark.parallel
 @pytest.mark.parametrize("entry", some(MATRIX))
-def test_an_entry_equals_one_rank(entry: Entry) -> None:
+def test_an_entry_equals_one_rank(entry: Entry, steps: int) -> None:
     print(f"MATRIX_SEED={os.environ.get('MATRIX_SEED', SEED)}")  # noqa: T201 - shown when it fails
-    one, choices = alone(entry.experts, entry.packed)
-    config = entry.config(steps=STEPS)
+    steps = min(steps, STEPS)
+    one, choices = alone(entry.experts, entry.packed, steps)
+    config = entry.config(steps=steps)
     results = run_ranks(
         parity.run_layout, entry.world_size, config, 5, choices, timeout_s=300
     )
@@ -96,7 +98,7 @@ def test_an_entry_equals_one_rank(entry: Entry) -> None:
 def truth_and_bf16(experts: bool, packed: bool) -> tuple[dict[str, np.ndarray], float]:
     """Gradients in float64, and how far from them one bf16 rank is."""
     config = alone_config(experts, packed, steps=2, precision="bf16")
-    _, choices = alone(experts, packed)
+    _, choices = alone(experts, packed, STEPS)
     truth = run_ranks(parity.float64_gradients, 1, config, choices, timeout_s=300)[0]
     (one,) = run_ranks(parity.run_layout, 1, config, 1, choices, timeout_s=300)
     return truth, distance_from(truth, assemble(config, [one.gradients]))
@@ -108,7 +110,7 @@ def truth_and_bf16(experts: bool, packed: bool) -> tuple[dict[str, np.ndarray], 
 def test_an_entry_in_bf16_stays_as_close_to_float64_as_one_bf16_rank(entry: Entry) -> None:
     truth, of_one = truth_and_bf16(entry.experts, entry.packed)
     config = entry.config(steps=2, precision="bf16")
-    (_, choices) = alone(entry.experts, entry.packed)
+    (_, choices) = alone(entry.experts, entry.packed, STEPS)
     results = run_ranks(
         parity.run_layout, entry.world_size, config, 1, choices, timeout_s=300
     )

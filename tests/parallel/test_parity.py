@@ -23,7 +23,6 @@ from tests.support.ranks import run_ranks
 pytestmark = pytest.mark.parallel
 
 MODELS: dict[str, dict[str, Any]] = {"llama": LLAMA, "gpt2": GPT2}
-STEPS = 20
 SMALL_BUCKETS = {"bucket_elements": 8000}
 
 LAYOUTS: dict[str, dict[str, Any]] = {
@@ -126,9 +125,9 @@ def world(parallel: dict[str, Any]) -> int:
 
 
 @cache
-def reference(models: str, model: str) -> RankResult:
+def reference(models: str, model: str, steps: int) -> RankResult:
     shape = {"short": MODELS, "long": LONG_MODELS}[models][model]
-    config = make_config(shape, {"dp": 1}, steps=STEPS)
+    config = make_config(shape, {"dp": 1}, steps=steps)
     results: list[RankResult] = run_ranks(parity.run_layout, 1, config)
     return results[0]
 
@@ -141,15 +140,15 @@ def reference(models: str, model: str) -> RankResult:
         for name in LAYOUTS
     ],
 )
-def test_layout_equals_one_rank(model: str, layout: str) -> None:
-    compare(MODELS[model], LAYOUTS[layout], reference("short", model))
+def test_layout_equals_one_rank(model: str, layout: str, steps: int) -> None:
+    compare(MODELS[model], LAYOUTS[layout], reference("short", model, steps))
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("model", LONG_MODELS)
 @pytest.mark.parametrize("layout", LONG_LAYOUTS)
-def test_larger_layout_equals_one_rank(model: str, layout: str) -> None:
-    compare(LONG_MODELS[model], LONG_LAYOUTS[layout], reference("long", model))
+def test_larger_layout_equals_one_rank(model: str, layout: str, steps: int) -> None:
+    compare(LONG_MODELS[model], LONG_LAYOUTS[layout], reference("long", model, steps))
 
 
 @pytest.mark.parametrize(
@@ -160,9 +159,9 @@ def test_larger_layout_equals_one_rank(model: str, layout: str) -> None:
     ],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
+def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool, steps: int) -> None:
     model = LLAMA | {"num_attention_heads": 8, "num_query_groups": 2, "linear_bias": bias}
-    one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=STEPS))[0]
+    one = run_ranks(parity.run_layout, 1, make_config(model, {"dp": 1}, steps=steps))[0]
     compare(model, SHARED_HEADS[layout], one)
 
 
@@ -173,9 +172,9 @@ def test_fewer_key_value_heads_than_ranks(layout: str, bias: bool) -> None:
         for name in ("tp2-sp", "pp2-zb-v", "cp2-p2p")
     ],
 )
-def test_compiled_blocks_equal_one_plain_rank(layout: str) -> None:
+def test_compiled_blocks_equal_one_plain_rank(layout: str, steps: int) -> None:
     parallel = (LAYOUTS | CONTEXT_LAYOUTS)[layout]
-    compare(LLAMA, parallel, reference("short", "llama"), compiled=True)
+    compare(LLAMA, parallel, reference("short", "llama", steps), compiled=True)
 
 
 def compare(
@@ -186,11 +185,12 @@ def compare(
     *,
     compiled: bool = False,
 ) -> None:
-    """Trains in the layout, with the experts that are given, and compares with one
-    rank.
+    """Trains in the layout for as many steps as one rank did, and compares with it.
+
+    `choices`: the experts that routers take.
     """
     parallel = {"dp": 1} | layout | SMALL_BUCKETS
-    config = make_config(model, parallel, steps=STEPS, compiled=compiled)
+    config = make_config(model, parallel, steps=len(one.losses), compiled=compiled)
     results = run_ranks(
         parity.run_layout, world(parallel), config, 5, choices, timeout_s=180
     )
