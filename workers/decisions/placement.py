@@ -1,11 +1,12 @@
-"""Plans where ranks go.
+"""Plans on which nodes and GPUs ranks run.
 
 Owns: the bundles before placement, the rank map after it, how many islands a node
 holds, and the explanation when a job does not fit. Pure. Must not know: Ray, torch.
 
 A bundle is an island: the ranks of one tensor-parallel group, which must share NVLink.
-Ray never spreads a bundle over nodes, so "TP inside a node" holds by construction. Ray
-orders bundles as it likes, so ranks are assigned from what the workers report.
+Ray never spreads a bundle over nodes, so tensor parallelism stays within a node by
+construction. The order of bundles in Ray is arbitrary, so ranks are assigned from the
+workers' reports.
 """
 
 from collections import Counter
@@ -26,7 +27,7 @@ _EPSILON = 1e-6
 
 
 class PlacementError(WorkersError):
-    """The reported slots do not make up the planned world; the message names why."""
+    """The reported slots do not form the planned world; the message names the reason."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class PlacementPlan:
     accelerator: Literal["cpu", "gpu"]
     bundles: tuple[Bundle, ...]
     worker_resources: dict[str, float]
-    """Resources that one worker takes out of its bundle."""
+    """Resources of its bundle that one worker uses."""
     dims: ParallelDims
     capacity: int
     """Islands that the cluster could hold if it were empty."""
@@ -81,7 +82,7 @@ class SlotFacts(BaseModel):
     address: str
     pid: int
     gpu: int | None = None
-    """Index on its node; None on CPU, and for a process without one in Ray's books."""
+    """Index on its node; None on CPU, and for a process to which Ray assigned none."""
     is_spare: bool = False
     """Started to wait until a rank dies."""
     gpu_uuid: str | None = None
@@ -111,14 +112,15 @@ class RankPlace(BaseModel):
 
 
 def is_usable(node: NodeInfo) -> bool:
-    """Whether a node may hold ranks: it is alive and not known to miss the storage."""
+    """Whether a node may run ranks: it is alive, and its storage check has not failed."""
     return node.alive and node.storage_ok is not False
 
 
 def has_gpus(nodes: Iterable[NodeInfo]) -> bool:
     """Whether `accelerator: auto` means GPUs on these nodes."""
     for node in nodes:
-        # A node that refuses the storage can hold no rank, so its GPUs do not count.
+        # A node without access to the storage cannot run ranks, so its GPUs do not
+        # count.
         if node.gpus >= 1 and is_usable(node):
             return True
     return False
@@ -143,16 +145,16 @@ def islands_that_fit(
 def plan_placement(
     spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | None = None
 ) -> PlacementPlan:
-    """Returns the bundles of a resolved spec and how many the cluster could hold.
+    """Returns the bundles of a resolved spec and how many the empty cluster fits.
 
-    `accelerator` repeats an earlier decision; None decides by the spec and the nodes.
+    `accelerator` is that of an earlier plan; None: chosen from the spec and the nodes.
     """
     kind: Literal["cpu", "gpu"] = "cpu"
     choice = accelerator or spec.resources.accelerator
     if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
         kind = "gpu"
     dims = ParallelDims.of(spec.parallel)
-    # A rank has one whole GPU or none; its CPUs may be a fraction.
+    # A rank uses one whole GPU or none; its CPUs may be a fraction.
     per_rank = {"CPU": spec.resources.cpus_per_rank}
     if kind == "gpu":
         per_rank["GPU"] = 1.0
@@ -206,15 +208,15 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
     """Returns the rank map, by rank.
 
     Islands are sorted by NVLink domain, node and GPU; each is one tensor-parallel group
-    of neighbouring ranks. A pure function of the reported facts, so it comes out the same
-    after a restart on the same nodes.
+    of neighbouring ranks. A pure function of the reported facts, so a restart on the
+    same nodes yields the same map.
 
     Raises PlacementError when the slots are not exactly one world, or an island is not on
     one node.
     """
     reported = list(slots)
     by_slot = {facts.slot: facts for facts in reported}
-    # A slot that reports twice, or one that is missing, would shift every rank behind it.
+    # A duplicate or missing slot would shift every rank after it.
     if len(by_slot) != len(reported) or len(reported) != dims.world_size:
         raise PlacementError(
             f"{len(reported)} workers reported for a world of {dims.world_size} ranks"
@@ -232,7 +234,7 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
         for rank in group:
             facts_of[rank] = members[dims.coordinates(rank)["tp"]]
     places = _with_local_ranks(facts_of, dims)
-    # True by construction; checked all the same, since a wrong map hangs NCCL silently.
+    # True by construction, but checked: NCCL would hang silently with a wrong map.
     assert_groups_local(places, dims)
     return places
 
