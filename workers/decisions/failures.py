@@ -159,8 +159,7 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
 
 def classify(type_name: str, message: str, failure_kind: str | None = None) -> FailureKind:
     """Returns an exception's kind: its own, else one derived from type and text."""
-    # The project's exceptions carry their kind; where that is INTERNAL, the text
-    # decides.
+    # The project's exceptions carry their kind; if that is INTERNAL, the text decides.
     own_kind = _KIND_OF_ERROR.get(failure_kind or "")
     if own_kind is not None:
         return own_kind
