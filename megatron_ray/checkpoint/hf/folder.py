@@ -1,8 +1,8 @@
 """Opens a folder in Hugging Face format and checks it against its config.json.
 
 `HfFolder` is what the rest of the library uses: `model` is the model as a ModelConfig,
-`shapes` lists its logical tensors, `locations` maps each to where it is stored. Tensors
-that are missing, unknown or of another shape are refused. Only headers are read.
+`shapes` lists its logical tensors, `locations` maps each to where it is stored. Missing
+or unknown tensors and wrong shapes are errors. Only headers are read.
 
 Torch-free. Must not know: what is done with the tensors (`weights` reads them).
 """
