@@ -69,8 +69,7 @@ class AttentionWithDropout(nn.Module):
         """Returns the attention outputs [B, N, S, D]."""
         batch, heads, sequence, width = q_BNSD.shape
         groups = k_BGSD.shape[1]
-        # Heads that share keys are adjacent and use one product: [B, G, (N / G) S, D] x [B,
-        # G, D, S].
+        # Heads that share keys are adjacent, so one product computes their scores.
         queries = q_BNSD.reshape(batch, groups, -1, width)
         scores = torch.matmul(queries, k_BGSD.transpose(2, 3)).view(
             batch, heads, sequence, sequence

@@ -120,7 +120,7 @@ class GPT(nn.Module):
         else:
             hidden_TH = received_TH
         context = self.forward_context(batch, mode, hidden_TH)
-        # The first stage has already applied dropout after the embedding.
+        # Later stages receive states to which the first stage has already applied dropout.
         if received_TH is None:
             hidden_TH = self._drop_embedded(hidden_TH, context)
         # A rank may have several (virtual) stages; only the blocks of this one run.

@@ -41,7 +41,7 @@ class Dispatcher(Protocol):
     """Dispatches tokens to their experts and back; see expert_parallel.dispatch."""
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
-        """Returns the rows for this rank's experts, with the function that combines outputs."""
+        """Returns the rows of this rank's experts and a function to combine outputs."""
         ...
 
 

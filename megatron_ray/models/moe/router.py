@@ -60,7 +60,7 @@ def choose(
 
 
 def _top_experts(moe: MoEConfig, ranking_TE: Tensor) -> Tensor:
-    """Returns the K best experts of each token, [T, K], within its best groups if limited."""
+    """Returns each token's K best experts, [T, K], from its best groups if limited."""
     if moe.num_groups is not None and moe.group_top_k is not None:
         # Group-limited routing (DeepSeek-V3): with a group per node, a token's experts are
         # on few nodes.
@@ -79,7 +79,7 @@ def capacity(moe: MoEConfig, num_tokens: int) -> int | None:
     """Returns an expert's capacity for `num_tokens` tokens; None: no limit."""
     if moe.capacity_factor is None:
         return None
-    # A multiple of each expert's rows under even routing; at most all tokens.
+    # Rows per expert under even routing, times the factor; at most all tokens.
     balanced = num_tokens * moe.top_k / moe.num_experts
     return min(num_tokens, ceil(balanced * moe.capacity_factor))
 
