@@ -83,7 +83,7 @@ class WeightGradSink:
         self.slots: dict[str, GradSlot] = {}
 
     def register(self, name: str, main_grad: Tensor, uses: int = 1) -> GradSlot:
-        """Creates the slot of a trainable parameter."""
+        """Creates the slot of a trainable parameter; frozen ones have none."""
         slot = GradSlot(name, main_grad, self, uses)
         self.slots[name] = slot
         return slot

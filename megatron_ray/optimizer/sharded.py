@@ -49,7 +49,7 @@ class OptimizerShard:
     def __init__(
         self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool
     ) -> None:
-        """Makes the shard: with `sharded` (ZeRO-1) this replica's part, else the whole group."""
+        """Makes the shard: this replica's part (`sharded`, ZeRO-1) or the whole group."""
         self.buffers = family.buffers
         self.group = family.group
         # With a single rank nothing is sharded or gathered.

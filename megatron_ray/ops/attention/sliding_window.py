@@ -37,7 +37,7 @@ class Stripe:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Number of rows and columns, and distance from the first column to the first row."""
+        """Rows, columns, and the distance from the first column to the first row."""
         num_rows = self.rows.stop - self.rows.start
         num_columns = self.columns.stop - self.columns.start
         return num_rows, num_columns, self.rows.start - self.columns.start
