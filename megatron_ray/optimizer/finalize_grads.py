@@ -30,8 +30,8 @@ def finalize_grads(
     """Completes all reductions of the step's gradients, which remain sums over tokens."""
     # Buckets first, because the following reductions need gradients that are already summed
     # over data-parallel replicas.
-    for family in model.parameter_groups:
-        family.reducer.finish()
+    for group in model.parameter_groups:
+        group.reducer.finish()
     # For three kinds of parameters a rank still has only a part of the gradient.
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)

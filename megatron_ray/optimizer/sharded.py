@@ -22,6 +22,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
+from megatron_ray.sharding.parameter_types import Part
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
 
@@ -47,14 +48,14 @@ class OptimizerShard:
     """
 
     def __init__(
-        self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool
+        self, config: OptimizerConfig, group: ParameterGroup, *, sharded: bool
     ) -> None:
         """Makes the shard: this replica's part (`sharded`, ZeRO-1) or the whole group."""
-        self.buffers = family.buffers
-        self.group = family.group
+        self.buffers = group.buffers
+        self.group = group.group
         # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
-        self._adopt = family.sync_model
+        self._sync_model = group.sync_model
         self._config = config
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)
@@ -164,7 +165,7 @@ class OptimizerShard:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
         self._gather()
-        self._adopt()
+        self._sync_model()
 
     def _gather(self) -> None:
         """Gathers the parts of all buckets that other ranks have updated."""
@@ -239,10 +240,10 @@ class ShardedOptimizer:
     """
 
     def __init__(
-        self, config: OptimizerConfig, families: Sequence[ParameterGroup], *, sharded: bool
+        self, config: OptimizerConfig, groups: Sequence[ParameterGroup], *, sharded: bool
     ) -> None:
         self.shards = tuple(
-            OptimizerShard(config, family, sharded=sharded) for family in families
+            OptimizerShard(config, group, sharded=sharded) for group in groups
         )
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
@@ -298,27 +299,39 @@ class ShardedOptimizer:
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
     """Adds the flat range of a piece to the state, as boxes of logical tensors.
 
-    A parameter may fuse several logical tensors along dim 0; padding rows belong to
-    none and are left out.
+    A parameter may fuse several logical tensors along dim 0; padding rows belong to none
+    and are left out.
     """
     for part in piece.placed.parameter.parts:
-        overlap = piece.overlap(part)
-        if overlap is None:
-            continue
-        start, end = overlap
-        part_start = piece.placed.part_start(part)
-        logical = part.logical
-        entry = state.setdefault(prefix + logical.name, ShardedTensor(logical.shape, []))
-        # A flat range is no box in general: it may begin and end in the middle of a row.
-        # It is cut into as few boxes as it takes, which are contiguous and so views.
-        for box, box_start, box_end in flat_range_to_boxes(
-            part.box.size, start - part_start, end - part_start
-        ):
-            # From the box inside this rank's part to the box of the logical tensor ...
-            offset = []
-            for part_offset, inner_offset in zip(part.box.offset, box.offset, strict=True):
-                offset.append(part_offset + inner_offset)
-            # ... and from elements of the part to elements of the piece's memory.
-            shift = part_start - piece.start
-            view = flat[shift + box_start : shift + box_end].view(box.size)
-            entry.boxes.append(TensorBox(Box(tuple(offset), box.size), view))
+        boxes = _part_boxes(piece, part, flat)
+        if boxes:
+            logical = part.logical
+            empty = ShardedTensor(logical.shape, [])
+            state.setdefault(prefix + logical.name, empty).boxes.extend(boxes)
+
+
+def _part_boxes(piece: Piece, part: Part, flat: Tensor) -> list[TensorBox]:
+    """Returns the boxes of one part in a piece, as views of the piece's memory."""
+    overlap = piece.overlap(part)
+    if overlap is None:
+        return []
+    start, end = overlap
+    part_start = piece.placed.part_start(part)
+    shift = part_start - piece.start
+    boxes = []
+    # A flat range is in general not a box, since it may start and end within a row. It is
+    # split into as few boxes as possible, which are contiguous and so views.
+    for box, box_start, box_end in flat_range_to_boxes(
+        part.box.size, start - part_start, end - part_start
+    ):
+        view = flat[shift + box_start : shift + box_end].view(box.size)
+        boxes.append(TensorBox(_shifted(box, part.box.offset), view))
+    return boxes
+
+
+def _shifted(box: Box, offset: Sequence[int]) -> Box:
+    """Returns a box of a part as a box of the logical tensor."""
+    shifted = []
+    for part_offset, inner_offset in zip(offset, box.offset, strict=True):
+        shifted.append(part_offset + inner_offset)
+    return Box(tuple(shifted), box.size)

@@ -218,8 +218,8 @@ def build(
                 parameter.name, init_local(parameter, config.training.seed)
             )
         # All were written to the flat buffers; under ZeRO-3 the model lives elsewhere.
-        for family in model.parameter_groups:
-            family.sync_model()
+        for group in model.parameter_groups:
+            group.sync_model()
     return model, optimizer
 
 

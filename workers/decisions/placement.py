@@ -49,9 +49,9 @@ class PlacementPlan:
     """Resources of its bundle that one worker uses."""
     dims: ParallelDims
     capacity: int
-    """Islands that the cluster could hold if it were empty."""
+    """Number of islands that fit in the empty cluster."""
     node_reasons: tuple[str, ...] = ()
-    """One line per node: how many islands it could hold, and what limits it."""
+    """One line per node: how many islands fit, and the limiting resources."""
     avoid_nodes: tuple[str, ...] = ()
     """Node ids that must not be used."""
 
@@ -149,40 +149,45 @@ def plan_placement(
 
     `accelerator` is that of an earlier plan; None: chosen from the spec and the nodes.
     """
-    kind: Literal["cpu", "gpu"] = "cpu"
-    choice = accelerator or spec.resources.accelerator
-    if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
-        kind = "gpu"
+    kind = _accelerator(accelerator or spec.resources.accelerator, nodes)
     dims = ParallelDims.of(spec.parallel)
     # A rank uses one whole GPU or none; its CPUs may be a fraction.
     per_rank = {"CPU": spec.resources.cpus_per_rank}
     if kind == "gpu":
         per_rank["GPU"] = 1.0
+    # Dead nodes are left out; living ones that cannot be used are explained to the user.
+    living = [node for node in nodes if node.alive]
+    capacity = 0
+    reasons = []
+    for node in living:
+        islands = _islands_on(node, per_rank, dims.tp)
+        capacity += islands
+        reasons.append(_reason(node, per_rank, islands))
+    return PlacementPlan(
+        accelerator=kind,
+        bundles=_bundles(dims, per_rank),
+        worker_resources=per_rank,
+        dims=dims,
+        capacity=capacity,
+        node_reasons=tuple(reasons),
+        avoid_nodes=tuple(node.node_id for node in living if not is_usable(node)),
+    )
+
+
+def _accelerator(choice: str, nodes: Sequence[NodeInfo]) -> Literal["cpu", "gpu"]:
+    if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
+        return "gpu"
+    return "cpu"
+
+
+def _bundles(dims: ParallelDims, per_rank: Mapping[str, float]) -> tuple[Bundle, ...]:
+    """Returns one bundle per tensor-parallel group, with consecutive slots."""
     resources = {name: amount * dims.tp for name, amount in per_rank.items()}
     bundles = []
     for index in range(dims.world_size // dims.tp):
         slots = range(index * dims.tp, (index + 1) * dims.tp)
         bundles.append(Bundle(index, resources, tuple(slots)))
-    capacity = 0
-    reasons = []
-    avoid_nodes = []
-    # Dead nodes are left out; living ones that cannot be used are explained to the user.
-    for node in nodes:
-        if node.alive:
-            islands = _islands_on(node, per_rank, dims.tp)
-            capacity += islands
-            reasons.append(_reason(node, per_rank, islands))
-            if not is_usable(node):
-                avoid_nodes.append(node.node_id)
-    return PlacementPlan(
-        accelerator=kind,
-        bundles=tuple(bundles),
-        worker_resources=per_rank,
-        dims=dims,
-        capacity=capacity,
-        node_reasons=tuple(reasons),
-        avoid_nodes=tuple(avoid_nodes),
-    )
+    return tuple(bundles)
 
 
 def _islands_on(node: NodeInfo, per_rank: Mapping[str, float], island: int) -> int:
@@ -193,7 +198,7 @@ def _islands_on(node: NodeInfo, per_rank: Mapping[str, float], island: int) -> i
 
 def _reason(node: NodeInfo, per_rank: Mapping[str, float], islands: int) -> str:
     if not is_usable(node):
-        return f"node {node.address} refused: it does not see the job storage"
+        return f"node {node.address} is excluded: it cannot read the job storage"
     available = {"CPU": node.cpus}
     if "GPU" in per_rank:
         available["GPU"] = node.gpus
