@@ -76,7 +76,7 @@ def windowed_ring_tiles(
 
 
 @dataclass(frozen=True)
-class _Arriving:
+class _PendingReceive:
     """A tensor that is being received from the previous rank."""
 
     tensor: Tensor
@@ -102,7 +102,7 @@ class _Hops:
         """Returns the owner of the keys and values that are local at a hop."""
         return (self.rank - hop) % self.size
 
-    def start(self, tensor: Tensor) -> _Arriving:
+    def start(self, tensor: Tensor) -> _PendingReceive:
         """Starts sending `tensor` to the next rank and receiving from the previous one.
 
         `tensor` must not change until the received tensor has been waited for.
@@ -113,7 +113,7 @@ class _Hops:
         pending = collectives.start_exchange(
             tensor, next_rank, incoming, previous_rank, self.group
         )
-        return _Arriving(incoming, pending)
+        return _PendingReceive(incoming, pending)
 
     def tiles(self, owner: int, length: int) -> list[Tile]:
         """Returns the tiles of this rank's queries and an owner's keys."""
@@ -173,7 +173,7 @@ class _Ring(AutogradFunction[Tensor]):
         hops: _Hops = ctx.hops
         grad_q = torch.zeros_like(q, dtype=lse.dtype)
         # The gradient of the local block, as accumulated by the previous ranks.
-        arriving_grad: _Arriving | None = None
+        arriving_grad: _PendingReceive | None = None
         for hop in range(hops.size):
             next_block = None
             if hop + 1 < hops.size:

@@ -45,7 +45,7 @@ class _Done:
 DONE: Pending = _Done()
 
 
-class _All:
+class _JointPending:
     """The joint handle of several transfers."""
 
     def __init__(self, works: Sequence[Pending]) -> None:
@@ -61,7 +61,7 @@ class _All:
         return all(work.is_completed() for work in self._works)
 
 
-class _Then:
+class _PendingWithFinish:
     """Transfers and a computation on their results, which `wait` runs once."""
 
     def __init__(self, transfers: Pending, finish: Callable[[], object]) -> None:
@@ -117,7 +117,7 @@ def _start_messages(
         works.append(dist.isend(outgoing[peer], group=group, group_dst=peer, tag=_TAG))
     for peer in peers:
         works.append(dist.irecv(incoming[peer], group=group, group_src=peer, tag=_TAG))
-    return _All(works)  # type: ignore[arg-type]
+    return _JointPending(works)  # type: ignore[arg-type]
 
 
 def _start_pair_reduction(
@@ -135,7 +135,9 @@ def _start_pair_reduction(
         else:
             torch.maximum(tensor, peers_tensor, out=tensor)
 
-    return _Then(_start_messages([tensor] * 2, [peers_tensor] * 2, group), reduce)
+    return _PendingWithFinish(
+        _start_messages([tensor] * 2, [peers_tensor] * 2, group), reduce
+    )
 
 
 def _start_direct_reduce_scatter(
@@ -161,7 +163,7 @@ def _start_direct_reduce_scatter(
 
     # Indexed by sender; the entry of this rank itself is unused.
     incoming = [*received[:own_rank], shard, *received[own_rank:]]
-    return _Then(_start_messages(list(parts), incoming, group), add_up)
+    return _PendingWithFinish(_start_messages(list(parts), incoming, group), add_up)
 
 
 # ---- reductions
@@ -320,11 +322,11 @@ def start_exchange(
     if outgoing.device.type != "cuda":
         # gloo buffers sends, so two separate operations cannot deadlock.
         sent = dist.isend(outgoing, group=group, group_dst=to)
-        return _All([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
+        return _JointPending([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
     # Without a batch, two sends that wait for each other would deadlock in NCCL.
     sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
     receiving = dist.P2POp(dist.irecv, incoming, group=group, group_peer=sender)
-    return _All(dist.batch_isend_irecv([sending, receiving]))
+    return _JointPending(dist.batch_isend_irecv([sending, receiving]))
 
 
 def all_to_all_rows(

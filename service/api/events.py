@@ -27,7 +27,7 @@ ROWS_PER_MESSAGE = 50
 """Small enough for progress on connections that break often, because an interrupted
 message is sent again as a whole."""
 _STREAM_ID = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?")
-_LONGEST_SEQ = 18
+_MAX_SEQ_DIGITS = 18
 router = APIRouter(prefix="/v1", tags=["history"])
 
 
@@ -265,7 +265,7 @@ def _seq(after: str | None, job_id: str) -> int:
     if after is None:
         return 0
     seq = after.removeprefix(f"{job_id}.")
-    if not seq.isascii() or not seq.isdigit() or len(seq) > _LONGEST_SEQ:
+    if not seq.isascii() or not seq.isdigit() or len(seq) > _MAX_SEQ_DIGITS:
         detail = f"after={after[:80]!r} is no event of {job_id}; use last_id of the previous page"
         raise RequestInvalidError.of_field("/query/after", "unknown_id", detail)
     return int(seq)

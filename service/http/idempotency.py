@@ -24,7 +24,7 @@ from service.http.errors import ProblemError
 from service.store.database import Store
 from service.store.schema import IdempotencyRow
 
-LONGEST_KEY = 255
+MAX_KEY_CHARS = 255
 KEPT_S = 7 * 86400
 DELETE_EVERY_S = 3600.0
 logger = logging.getLogger("service")
@@ -52,9 +52,9 @@ class IdempotentRequest:
 
         Raises RequestInvalidError for a key that is empty or too long.
         """
-        if key is not None and not 1 <= len(key) <= LONGEST_KEY:
+        if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
             raise RequestInvalidError(
-                f"an Idempotency-Key has 1 to {LONGEST_KEY} characters, not {len(key)}; use "
+                f"an Idempotency-Key has 1 to {MAX_KEY_CHARS} characters, not {len(key)}; use "
                 "a UUID"
             )
         # Sorted keys: the same object may be serialized in another order.

@@ -23,7 +23,7 @@ from megatron_ray.validation import resolution
 
 BYTE_VOCABULARY = 257
 """Bytes and the end of a document."""
-LARGEST_TERMS = 3
+NUM_LARGEST_TERMS = 3
 """Number of terms of a rank's memory that a message names."""
 _GIB = 2**30
 
@@ -128,7 +128,7 @@ def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
 
 def _largest_terms(memory: RankMemory) -> str:
     terms = []
-    for name, size in list(memory.terms.items())[:LARGEST_TERMS]:
+    for name, size in list(memory.terms.items())[:NUM_LARGEST_TERMS]:
         if size:
             terms.append(f"{name} {size / _GIB:.1f}")
     return ", ".join(terms)

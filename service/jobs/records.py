@@ -27,7 +27,7 @@ from workers.protocol.wire import Record
 
 _SMOOTHING = 0.9
 """Weight of the past in the step time that the ETA is computed from."""
-_LONGEST_KIND = 50
+_MAX_KIND_CHARS = 50
 
 
 class _Data(BaseModel):
@@ -278,7 +278,7 @@ class RecordApplier:
 
     def _keep_unknown(self, record: Record) -> None:
         """Keeps a record of a kind that only a newer service knows."""
-        self._add(self._event(record, f"record.{record.kind[:_LONGEST_KIND]}"))
+        self._add(self._event(record, f"record.{record.kind[:_MAX_KIND_CHARS]}"))
 
     # ---- parts of all kinds
 

@@ -149,7 +149,7 @@ class AttemptFailed:
 
 @dataclass(frozen=True)
 class RestartDecided:
-    """The failure is recorded and judged by the restart policy."""
+    """The failure is recorded, and the restart policy has decided."""
 
     decision: RestartDecision
 

@@ -64,7 +64,7 @@ def hang(now: float, progress: Progress) -> str | None:
     limit = FIRST_STEP_S
     if progress.reports:
         limit = max(HANG_FLOOR_S, 10 * progress.longest_gap_s)
-    quiet = now - progress.last_at
-    if quiet <= limit:
+    silence_s = now - progress.last_at
+    if silence_s <= limit:
         return None
-    return f"no rank reported anything for {quiet:.0f} s (limit {limit:.0f} s)"
+    return f"no rank reported anything for {silence_s:.0f} s (limit {limit:.0f} s)"

@@ -81,7 +81,7 @@ class JobDriver:
         self._attached: tuple[str, str, DesiredJob] | None = None
         self._ports: JobPorts | None = None
         self._lifecycle: JobLifecycle | None = None
-        self._trouble = ""
+        self._last_error = ""
         self._ending: Ending | None = None
         self._lock = threading.Lock()
         threading.Thread(target=self._main, name="job", daemon=True).start()
@@ -101,8 +101,8 @@ class JobDriver:
     def status(self) -> DriverStatus:
         """Returns a one-line status for the agent's report."""
         detail = "starting"
-        if self._trouble:
-            detail = self._trouble
+        if self._last_error:
+            detail = self._last_error
         elif self._lifecycle is not None:
             detail = self._lifecycle.phase
         return DriverStatus(job_id=self._job_id, alive=True, detail=detail)
@@ -129,21 +129,21 @@ class JobDriver:
                 # actor id.
                 os._exit(0)
             except ForeignJournalError as error:
-                self._refuse(error)
+                self._fail_foreign_job(error)
                 continue
             # Storage outages are temporary: ranks keep training, and the journal is
             # read again.
             except (StorageError, JournalError) as error:
-                self._trouble = str(error)
+                self._last_error = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; it goes on from the journal
-                self._trouble = f"{type(error).__name__}: {error}"
+                self._last_error = f"{type(error).__name__}: {error}"
                 bugs += 1
                 traceback.print_exc()
                 if bugs == _MAX_BUGS:
                     self._ending = Ending(
                         state=JobState.FAILED.value,
                         reason=StatusReason.INTERNAL.value,
-                        message=f"the job's driver cannot go on: {self._trouble}",
+                        message=f"the job's driver cannot go on: {self._last_error}",
                     )
             # Every resume gets new ports, so that threads of the previous run send
             # nothing more.
@@ -155,7 +155,7 @@ class JobDriver:
         # With no_restart, because an actor whose methods have returned keeps running.
         kill(ray.get_runtime_context().current_actor)
 
-    def _refuse(self, error: ForeignJournalError) -> None:
+    def _fail_foreign_job(self, error: ForeignJournalError) -> None:
         """Fails the job from a separate folder, as the given one belongs to another job."""
         self._job_dir = f"{self._job_dir}/refused-{self._job_id}"
         self._ending = Ending(
@@ -172,7 +172,7 @@ class JobDriver:
             self._ports = ports
             if self._attached is not None:
                 ports.outbox.attach(*self._attached)
-        lifecycle = JobLifecycle(self._job_id, self._job_dir, ports, self._trouble)
-        self._trouble = ""
+        lifecycle = JobLifecycle(self._job_id, self._job_dir, ports, self._last_error)
+        self._last_error = ""
         self._lifecycle = lifecycle
         lifecycle.run(self._ending)

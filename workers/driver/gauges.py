@@ -25,7 +25,7 @@ class TrainingGauges:
             gauge.set_default_tags({"job": job_id})
             self._gauges[key] = gauge
 
-    def show(self, step: dict[str, Any]) -> None:
+    def update(self, step: dict[str, Any]) -> None:
         """Sets the gauges to the newest step report."""
         for key, gauge in self._gauges.items():
             value = step.get(key)

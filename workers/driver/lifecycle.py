@@ -19,7 +19,7 @@ from workers.decisions.job_phases import (
     next_phase,
 )
 from workers.decisions.journal_entry import Ending, Phase
-from workers.driver.attempt.judgement import RanksStopped
+from workers.driver.attempt.outcome import RanksStopped
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.spares import SparePool
@@ -42,16 +42,16 @@ clean-up process."""
 class JobLifecycle:
     """Runs one job within one incarnation of its driver.
 
-    `trouble` is the error that ended the previous incarnation. Raises StorageError,
+    `last_error` is the error that ended the previous incarnation. Raises StorageError,
     JournalError, ForeignJournalError.
     """
 
     def __init__(
-        self, job_id: str, job_dir: str, ports: JobPorts, trouble: str = ""
+        self, job_id: str, job_dir: str, ports: JobPorts, last_error: str = ""
     ) -> None:
         self._job = JobContext(job_id, job_dir, ports)
         self._ports = ports
-        self._trouble = trouble
+        self._last_error = last_error
         self._preparation = DataPreparation(self._job)
         self._scheduling = Scheduling(self._job)
         self._starter = RankStarter(self._job)
@@ -93,8 +93,8 @@ class JobLifecycle:
             f"driver incarnation {self._job.entry.epoch} took over in phase "
             f"{previous.phase.value}"
         )
-        if self._trouble:
-            message = f"{message} after: {self._trouble}"
+        if self._last_error:
+            message = f"{message} after: {self._last_error}"
         self._job.records.event("driver.restarted", message, "warn")
 
     def _carry_out(self, transition: Transition) -> None:
@@ -123,8 +123,8 @@ class JobLifecycle:
                 return self._recover()
 
     def _start(self) -> RanksStarted | AttemptFailed | StopRequested:
-        self._recovery.attempt_began()
-        self._progress.attempt_starts()
+        self._recovery.mark_ranks_started()
+        self._progress.on_attempt_starting()
         return self._starter.start(self._scheduling.current_plan())
 
     def _supervise(self) -> AttemptFinished | AttemptStopped | AttemptFailed:
@@ -132,8 +132,8 @@ class JobLifecycle:
         # The replacements run, so fetching files can no longer delay their start.
         self._ports.dead_rank_files.collect(job.entry.dead)
         self._starter.record_start()
-        self._recovery.attempt_began()
-        self._progress.attempt_runs(SparePool(job, self._scheduling.current_plan()))
+        self._recovery.mark_ranks_started()
+        self._progress.on_attempt_running(SparePool(job, self._scheduling.current_plan()))
         end = Supervision(self._attempt_plan(), self._ports, self._progress).run()
         if not isinstance(end, RanksStopped):
             return end
@@ -142,7 +142,7 @@ class JobLifecycle:
     def _recover(self) -> Observation:
         failed = self._job.entry.failed
         if failed is not None:
-            return self._recovery.judge(failed)
+            return self._recovery.handle_failure(failed)
         stop = self._recovery.prepare_next(self._retry_at)
         if stop is not None:
             return stop

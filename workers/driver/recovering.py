@@ -102,7 +102,7 @@ class Recovery:
 
     # ---- after an attempt
 
-    def attempt_began(self) -> None:
+    def mark_ranks_started(self) -> None:
         """Marks the ranks as not freed yet."""
         self._has_freed_ranks = False
 
@@ -121,11 +121,11 @@ class Recovery:
         self._starter.end_other_versions()
         return None
 
-    def judge(self, failed: FailedAttempt) -> RestartDecided | StopRequested:
+    def handle_failure(self, failed: FailedAttempt) -> RestartDecided | StopRequested:
         """Frees the ranks, records the failure and applies the restart policy."""
         job = self._job
         # The recovery is measured from here, before any waiting.
-        self._progress.attempt_failed()
+        self._progress.on_attempt_failed()
         cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
         self._record_failure(cause, self._free_ranks())
         # The restart policy does not apply to a job that is being cancelled.

@@ -28,7 +28,7 @@ ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}
 _OTHER_BYTES = {"F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per element of types that only computed buffers have."""
 _LENGTH_BYTES = 8
-_LONGEST_HEADER = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 """Largest header in bytes, as in the safetensors library."""
 
 
@@ -167,7 +167,7 @@ def _header_bytes(storage: Storage, file: str, size: int) -> bytearray:
         source.read_into(0, memoryview(length))
         header_size = int.from_bytes(length, "little")
         # The number is read from the file, so it is checked before memory is allocated.
-        if header_size > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
+        if header_size > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 "read",
                 path,

@@ -28,7 +28,7 @@ from megatron_ray.sharding.parameters import logical_parameters
 
 SCALES = "_scale_inv"
 """Suffix of the tensor with a factor for each block of an fp8 weight."""
-_MOST_NAMES = 4
+_MAX_NAMES = 4
 """Maximum number of names in an error."""
 _ROUTER = "moe.router.weight"
 _EXPERT_BIAS = "moe.expert_bias"
@@ -237,7 +237,7 @@ def _fp8_block(config: Mapping[str, object], where: str) -> tuple[int, int]:
 
 
 def _some(names: list[str]) -> str:
-    listed = ", ".join(names[:_MOST_NAMES])
-    if len(names) > _MOST_NAMES:
-        return f"{listed} and {len(names) - _MOST_NAMES} more"
+    listed = ", ".join(names[:_MAX_NAMES])
+    if len(names) > _MAX_NAMES:
+        return f"{listed} and {len(names) - _MAX_NAMES} more"
     return listed

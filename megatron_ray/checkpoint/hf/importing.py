@@ -27,7 +27,7 @@ from megatron_ray.storage.storage import Storage, Writable, open_storage
 
 SPEC = "spec.yaml"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LONGEST_SEQUENCE = 4096
+_MAX_SEQ_LENGTH = 4096
 """Maximum sequence length in the spec, which users may change."""
 
 
@@ -115,7 +115,7 @@ def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
             "model": model.model_dump(mode="json", exclude_defaults=True),
             "data": data,
             "training": {
-                "seq_length": min(model.max_sequence_length, _LONGEST_SEQUENCE),
+                "seq_length": min(model.max_sequence_length, _MAX_SEQ_LENGTH),
                 "micro_batch_size": 1,
                 "global_batch_size": 16,
                 "steps": 1000,

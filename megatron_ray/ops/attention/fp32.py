@@ -21,10 +21,10 @@ def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Ten
 
     The result is [B, N, S, D], in memory [B, S, N, D].
     """
-    return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)
+    return _Fp32Attention.apply(q_BNSD, k_BGSD, v_BGSD)
 
 
-class _WideAttention(AutogradFunction[Tensor]):
+class _Fp32Attention(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # The fp32 copies of q, k and v are freed after the kernel.

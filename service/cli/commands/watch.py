@@ -174,11 +174,11 @@ def watch_job(
     # Fetched again, because --json does not track the state.
     job = client.show(job_id)
     if job["status"] != "succeeded":
-        raise ended_badly(job)
+        raise failure_of(job)
     return job
 
 
-def ended_badly(job: Mapping[str, Any]) -> CommandError:
+def failure_of(job: Mapping[str, Any]) -> CommandError:
     """Returns the error of a job that failed or was cancelled."""
     problem = job.get("problem") or {}
     cause = (

@@ -27,16 +27,16 @@ class JobProgress:
         self._recovery: RecoveryWatch | None = None
         self._spares: SparePool | None = None
 
-    def attempt_failed(self) -> None:
+    def on_attempt_failed(self) -> None:
         """Starts measuring the recovery."""
         self._recovery = RecoveryWatch(self._job.ports.clock(), self._highest_step)
 
-    def attempt_starts(self) -> None:
+    def on_attempt_starting(self) -> None:
         """Stores the step from which the recovery resumes."""
         if self._recovery is not None:
             self._recovery.from_step = self._job.entry.last_commit
 
-    def attempt_runs(self, spares: SparePool) -> None:
+    def on_attempt_running(self, spares: SparePool) -> None:
         """Sets the spares of the attempt that has started running."""
         self._spares = spares
 
@@ -45,7 +45,7 @@ class JobProgress:
     def stepped(self, data: dict[str, Any]) -> None:
         """Rank 0 has done a step."""
         # Called for each step of rank 0, so frequent work must be cheap.
-        self._job.ports.gauges.show(data)
+        self._job.ports.gauges.update(data)
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()

@@ -94,9 +94,9 @@ class RankMonitor:
             view = self._views[answer.rank]
             view.answered_at = self._clock()
             if answer.reply is None:
-                self._take_death(view, answer)
+                self._handle_death(view, answer)
             else:
-                self._take_reply(view, answer.reply)
+                self._handle_reply(view, answer.reply)
                 reports.append((answer.rank, answer.reply.lines))
         return reports
 
@@ -111,7 +111,7 @@ class RankMonitor:
         for rank in liveness.silent_ranks(now, answered_at, limit_s):
             address = self._views[rank].place.address
             message = f"node {address} has not answered for {limit_s:.0f} s"
-            self._lose(rank, FailureKind.SILENT, message)
+            self._add_dead_rank(rank, FailureKind.SILENT, message)
         # Ranks wait for each other in every step, so in a hang no rank makes progress.
         if answered_at:
             message_of_hang = liveness.hang(now, self._progress)
@@ -144,7 +144,7 @@ class RankMonitor:
         )
         self._group.poll(view.place.slot, rank, self._plan.fence, poll)
 
-    def _take_reply(self, view: RankView, reply: NextReply) -> None:
+    def _handle_reply(self, view: RankView, reply: NextReply) -> None:
         rank = view.place.rank
         view.cursor = reply.last_n
         self._logs.write(self._plan.attempt, rank, reply.log_offset, reply.log)
@@ -168,15 +168,15 @@ class RankMonitor:
             kind, message = describe_error(error)
             self._fail(kind, message, rank, str(error.get("traceback", "")))
 
-    def _take_death(self, view: RankView, answer: PollResult) -> None:
+    def _handle_death(self, view: RankView, answer: PollResult) -> None:
         death = answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
         place = view.place
         where = f"pid {place.pid} on node {place.address}"
         if place.gpu is not None:
             where = f"{where}, GPU {place.gpu}"
-        self._lose(place.rank, death.kind, f"{death.message} ({where})")
+        self._add_dead_rank(place.rank, death.kind, f"{death.message} ({where})")
 
-    def _lose(self, rank: int, kind: FailureKind, message: str) -> None:
+    def _add_dead_rank(self, rank: int, kind: FailureKind, message: str) -> None:
         self.dead.add(rank)
         self._views[rank].state = RankState.FAILED
         self._fail(kind, message, rank)

@@ -12,10 +12,10 @@ from workers.decisions.placement import PlacementPlan
 from workers.decisions.slot_assignment import spares_to_start
 from workers.driver.context import JobContext
 
-AFTER_S = 10.0
+FIRST_SPARE_AFTER_S = 10.0
 """Seconds of training before the first spare starts: a short job needs none, and at first
 the ranks need the CPU."""
-EVERY_S = 10.0
+CHECK_INTERVAL_S = 10.0
 """Seconds between checks, well below the time after which a worker that gets no calls
 ends itself."""
 _ANSWER_S = 0.1
@@ -32,7 +32,7 @@ class SparePool:
         self._group = job.ports.group
         self._clock = job.ports.clock
         self._plan = plan
-        self._next_check = self._clock() + AFTER_S
+        self._next_check = self._clock() + FIRST_SPARE_AFTER_S
         self._deaths = 0
         self._silent_since: dict[int, float] = {}
 
@@ -45,7 +45,7 @@ class SparePool:
         is_enabled = job.spec.restart.standby and job.entry.last_commit > 0
         if now < self._next_check or not is_enabled:
             return
-        self._next_check = now + EVERY_S
+        self._next_check = now + CHECK_INTERVAL_S
         nodes = self._nodes_with_spares(now)
         # Spares that keep dying probably lack memory; starting more would make it
         # worse.

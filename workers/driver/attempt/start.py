@@ -92,8 +92,8 @@ class RankStarter:
         # All at once: a rank blocked in a collective leaves it when its peers close
         # their connections. Otherwise it would wait for the collective's timeout.
         free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
-        stuck = set(self._group.slots).difference(free)
-        self._group.kill_slots(sorted(stuck))
+        unfreed_slots = set(self._group.slots).difference(free)
+        self._group.kill_slots(sorted(unfreed_slots))
         return free
 
     def end_other_versions(self) -> None:
@@ -121,7 +121,7 @@ class RankStarter:
         facts = self._group.probe(
             assignment.slots, job.fence, _START_TIMEOUT_S, self._check_stop
         )
-        began = self._note(timing, "probe", began)
+        began = self._record_duration(timing, "probe", began)
         places = assign_ranks(assignment.apply(facts), plan.dims)
         store = None
         # Rank 0 serves the store. An attempt ends when any of its ranks ends, and the
@@ -130,14 +130,14 @@ class RankStarter:
             store = self._group.open_store(
                 places[0].slot, job.fence, _START_TIMEOUT_S, self._check_stop
             )
-        began = self._note(timing, "store", began)
+        began = self._record_duration(timing, "store", began)
         # The map is journaled before any rank starts: a restarted driver must find
         # every process that may be training.
         job.write(ranks=places, store=store)
         job.records.ranks(places)
         orders = start_orders(job.entry, plan.accelerator)
         self._group.start(job.fence, orders, _START_TIMEOUT_S, self._check_stop)
-        self._note(timing, "start", began)
+        self._record_duration(timing, "start", began)
         for place in places:
             if place.slot in assignment.promoted:
                 timing.promoted.append(place)
@@ -153,7 +153,7 @@ class RankStarter:
         places = self._job.entry.ranks
         return assign_slots(plan, places, self._group.slots, unmapped, nodes)
 
-    def _note(self, timing: StartTiming, part: str, began: float) -> float:
+    def _record_duration(self, timing: StartTiming, part: str, began: float) -> float:
         now = self._clock()
         timing.seconds[part] = round(now - began, 3)
         return now

@@ -1,4 +1,4 @@
-"""Supervises one attempt while it runs: observes, judges, acts.
+"""Supervises one attempt while it runs: observes, decides, acts.
 
 Owns: the order of these in each turn. It restarts nothing: it returns how the attempt
 ended. Must not know: HTTP, torch, how workers are started.
@@ -11,12 +11,12 @@ from megatron_ray.reports import PhaseReport, StepReport
 from workers.decisions.failures import FailureKind
 from workers.decisions.job_phases import AttemptFailed, AttemptFinished
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
-from workers.driver.attempt.judgement import (
+from workers.driver.attempt.outcome import (
     RanksStopped,
+    attempt_end,
+    attempt_failure,
     decide_stop,
     is_over,
-    judge_end,
-    judge_failure,
 )
 from workers.driver.attempt.plan import AttemptListener, AttemptPlan
 from workers.driver.attempt.rank_monitor import RankMonitor
@@ -77,7 +77,7 @@ class Supervision:
         deadline = self._stop_deadline
         if deadline is not None and self._ports.clock() > deadline:
             return RanksStopped(forced=True)
-        end = judge_end(self._monitor.states)
+        end = attempt_end(self._monitor.states)
         if end is None:
             return None
         self._finish_commits()
@@ -169,6 +169,6 @@ class Supervision:
             self._observe(_SHORT_TURN_S)
         # A checkpoint that was completed meanwhile is committed for the next attempt.
         self._finish_commits()
-        return judge_failure(
+        return attempt_failure(
             self._monitor.failures, self._monitor.dead, self._monitor.ranks
         )

@@ -37,7 +37,7 @@ class JobRecords:
         self._has_prepared = False
         self._kept: dict[str, int] = {}
         for record in logged:
-            self._note(record.kind, record.data, record.attempt)
+            self._remember(record.kind, record.data, record.attempt)
 
     @property
     def last_state(self) -> JobState | None:
@@ -146,9 +146,9 @@ class JobRecords:
     def _append(self, kind: str, data: dict[str, Any]) -> None:
         attempt = self._attempt()
         self._outbox.append(kind, data, attempt)
-        self._note(kind, data, attempt)
+        self._remember(kind, data, attempt)
 
-    def _note(self, kind: str, data: dict[str, Any], attempt: int) -> None:
+    def _remember(self, kind: str, data: dict[str, Any], attempt: int) -> None:
         """Remembers a record, so that it is not repeated."""
         match kind:
             case "state":

@@ -59,7 +59,7 @@ def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision |
     return StopDecision(command, stopping)
 
 
-def judge_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
+def attempt_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
     """Returns how an attempt without a failure has ended; None while it runs."""
     if not is_over(states):
         return None
@@ -75,7 +75,7 @@ def is_over(states: Collection[RankState]) -> bool:
     return all(state.is_over for state in states)
 
 
-def judge_failure(
+def attempt_failure(
     failures: Sequence[Failure], dead: Collection[int], ranks: Collection[int]
 ) -> AttemptFailed:
     """Returns the root cause, and the ranks whose process has died or must be ended.
