@@ -1,4 +1,4 @@
-"""Plans where each box of each logical tensor lies in the files of a checkpoint.
+"""Plans the location of each box of each logical tensor in a checkpoint's files.
 
 Owns: which rank writes which box, file offsets, index.json. Must not know: staging,
 threads.

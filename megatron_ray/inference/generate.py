@@ -305,7 +305,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    A user's mistake becomes one line on stderr.
+    A user's error becomes one line on stderr.
     """
     options = _parse(arguments)
     try:

@@ -150,7 +150,7 @@ class OptimizerShard:
             )
 
     def set_steps_taken(self, steps: int) -> None:
-        """Continues bias correction after so many updates, from a loaded checkpoint."""
+        """Sets the number of previous updates, for bias correction after a resume."""
         for update in self._updates:
             for state_step in update.state_steps:
                 state_step.fill_(float(steps))
@@ -260,7 +260,7 @@ class ShardedOptimizer:
         self.publish()
 
     def set_steps_taken(self, steps: int) -> None:
-        """Continues bias correction after so many updates, from a loaded checkpoint."""
+        """Sets the number of previous updates, for bias correction after a resume."""
         for shard in self.shards:
             shard.set_steps_taken(steps)
 

@@ -185,7 +185,9 @@ class PipelineRunner:
 
     def _backward_weight(self, action: Action) -> None:
         if self._weight_grads is None:
-            raise ValueError("weight gradients apart need a place that can put them off")
+            raise ValueError(
+                "a weight-gradient action needs weight_grads, which can defer it"
+            )
         is_last = action in self._completing
         key = (action.chunk, action.microbatch)
         self._weight_grads.run_deferred(key, last=is_last)

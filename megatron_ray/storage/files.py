@@ -32,7 +32,7 @@ class FileStat:
 def file_stat(location: Location) -> FileStat | None:
     """Returns size and time of a file, or None when it does not exist.
 
-    Raises StorageError when it cannot be asked.
+    Raises StorageError when the storage does not answer.
     """
     info = _info(location)
     if info.type != arrow_fs.FileType.File:
@@ -43,7 +43,7 @@ def file_stat(location: Location) -> FileStat | None:
 def is_folder(location: Location) -> bool:
     """Returns whether the location is an existing folder.
 
-    Raises StorageError when it cannot be asked.
+    Raises StorageError when the storage does not answer.
     """
     return bool(_info(location).type == arrow_fs.FileType.Directory)
 

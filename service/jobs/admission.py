@@ -1,4 +1,4 @@
-"""Decides which queued jobs may ask Ray for resources.
+"""Decides which queued jobs may request resources from Ray.
 
 Owns: the queue's rule. Pure. Must not know: the database, HTTP, Ray.
 

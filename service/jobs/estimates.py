@@ -63,10 +63,10 @@ def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def vocab_size_of(config: TrainConfig) -> int | None:
-    """Returns the vocabulary's size; None when only the tokenizer's file knows it."""
+    """Returns the vocabulary's size; None when it depends on the tokenizer's file."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    # A trained tokenizer gets the size asked for, a file's is known once it is read.
+    # A trained tokenizer has the configured size; that of a file is known after reading it.
     tokenizer = config.data.tokenizer
     if tokenizer.kind == "bpe":
         return tokenizer.vocab_size

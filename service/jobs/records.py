@@ -277,7 +277,7 @@ class RecordApplier:
         self._add(self._event(record, "eval.completed", message))
 
     def _keep_unknown(self, record: Record) -> None:
-        """Keeps a record of a kind that only a newer service knows."""
+        """Stores a record of an unknown kind, sent by a newer driver."""
         self._add(self._event(record, f"record.{record.kind[:_MAX_KIND_CHARS]}"))
 
     # ---- parts of all kinds

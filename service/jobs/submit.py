@@ -103,7 +103,7 @@ class Submitter:
             return None
         resolved = cluster_fit.resolve(spec, capacity, job_dir).spec.model_dump(mode="json")
         path_check = self.agents.start_check(spec.cluster, resolved, job_dir)
-        # The check lies ready before the agent's long poll is woken to fetch it.
+        # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
         problems = await path_check.result(self.settings.check_wait_s)
         if problems is None:

@@ -35,7 +35,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def _http_url(url: str) -> str:
-    """Returns the URL as it is. Raises BadParameter if it is not an HTTP address."""
+    """Returns the URL unchanged. Raises BadParameter if it is not an HTTP address."""
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)

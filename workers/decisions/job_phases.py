@@ -176,7 +176,7 @@ Observation = (
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job's state as it is recorded."""
+    """A job's state to be recorded."""
 
     state: JobState
     reason: StatusReason | None = None
@@ -185,7 +185,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class AttemptStatus:
-    """An attempt's state as it is recorded."""
+    """An attempt's state to be recorded."""
 
     state: AttemptState
     reason: StatusReason | None = None
@@ -226,92 +226,92 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
 # ---- one rule per observation; its phase only matters where the rule tests it
 
 
-def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
+def _data_prepared(entry: JournalEntry, observed: DataPrepared) -> Transition:
     # Journaled, so that a successor does not prepare the data again.
-    return Transition(Phase.READY, {"prepared": dict(seen.prepared)})
+    return Transition(Phase.READY, {"prepared": dict(observed.prepared)})
 
 
-def _data_rejected(entry: JournalEntry, seen: DataRejected) -> Transition:
+def _data_rejected(entry: JournalEntry, observed: DataRejected) -> Transition:
     # The record of the problems has already failed the job in the service.
-    status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, seen.message)
+    status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, observed.message)
     return _end(status, is_recorded=True)
 
 
-def _preparation_failed(entry: JournalEntry, seen: PreparationFailed) -> Transition:
-    return _end(JobStatus(JobState.FAILED, StatusReason.INTERNAL, seen.message))
+def _preparation_failed(entry: JournalEntry, observed: PreparationFailed) -> Transition:
+    return _end(JobStatus(JobState.FAILED, StatusReason.INTERNAL, observed.message))
 
 
-def _run_requested(entry: JournalEntry, seen: RunRequested) -> Transition:
+def _run_requested(entry: JournalEntry, observed: RunRequested) -> Transition:
     # The state is recorded within the phase, not here: a successor that re-enters READY
     # would record the release a second time.
     return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": ()})
 
 
-def _stop_requested(entry: JournalEntry, seen: StopRequested) -> Transition:
-    return _stop(seen.desired, seen.revision, None)
+def _stop_requested(entry: JournalEntry, observed: StopRequested) -> Transition:
+    return _stop(observed.desired, observed.revision, None)
 
 
-def _start_cancelled(entry: JournalEntry, seen: StopRequested) -> Transition:
+def _start_cancelled(entry: JournalEntry, observed: StopRequested) -> Transition:
     # Unlike in the other phases, the end of an attempt must be recorded.
-    return _stop(seen.desired, seen.revision, AttemptStatus(AttemptState.STOPPED))
+    return _stop(observed.desired, observed.revision, AttemptStatus(AttemptState.STOPPED))
 
 
-def _placed(entry: JournalEntry, seen: Placed) -> Transition:
+def _placed(entry: JournalEntry, observed: Placed) -> Transition:
     # A new attempt has its own journal file; that of the previous attempt is final.
     journal = {
         "attempt": entry.attempt + 1,
-        "code_version": seen.code_version,
-        "resumed_from": seen.checkpoint_path,
-        "last_commit": seen.checkpoint_step,
+        "code_version": observed.code_version,
+        "resumed_from": observed.checkpoint_path,
+        "last_commit": observed.checkpoint_step,
         "stopping": None,
         "failed": None,
     }
     return Transition(Phase.STARTING, journal)
 
 
-def _placement_timed_out(entry: JournalEntry, seen: PlacementTimedOut) -> Transition:
+def _placement_timed_out(entry: JournalEntry, observed: PlacementTimedOut) -> Transition:
     # No budget is charged: a full cluster is not a failure of the job.
-    status = JobStatus(JobState.QUEUED, StatusReason.WAITING_GANG, seen.message)
-    return _release(status, seen.revision, None)
+    status = JobStatus(JobState.QUEUED, StatusReason.WAITING_GANG, observed.message)
+    return _release(status, observed.revision, None)
 
 
-def _ranks_started(entry: JournalEntry, seen: RanksStarted) -> Transition:
+def _ranks_started(entry: JournalEntry, observed: RanksStarted) -> Transition:
     # The job's state becomes RUNNING with the first step, which may be minutes away.
     return Transition(Phase.RUNNING)
 
 
-def _attempt_abandoned(entry: JournalEntry, seen: AttemptAbandoned) -> Transition:
+def _attempt_abandoned(entry: JournalEntry, observed: AttemptAbandoned) -> Transition:
     # The driver died, not the ranks: nothing is charged to the job's budget.
     status = AttemptStatus(AttemptState.STOPPED, None, "abandoned while starting")
     return Transition(Phase.RECOVERING, {"failed": None}, attempt=status)
 
 
-def _attempt_finished(entry: JournalEntry, seen: AttemptFinished) -> Transition:
+def _attempt_finished(entry: JournalEntry, observed: AttemptFinished) -> Transition:
     attempt = AttemptStatus(AttemptState.SUCCEEDED)
     return _end(JobStatus(JobState.SUCCEEDED), attempt)
 
 
-def _attempt_stopped(entry: JournalEntry, seen: AttemptStopped) -> Transition:
-    attempt = AttemptStatus(AttemptState.STOPPED, None, seen.message)
-    if seen.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
-        return _stop(seen.desired, seen.revision, attempt)
+def _attempt_stopped(entry: JournalEntry, observed: AttemptStopped) -> Transition:
+    attempt = AttemptStatus(AttemptState.STOPPED, None, observed.message)
+    if observed.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
+        return _stop(observed.desired, observed.revision, attempt)
     # Stopped for a new version of the code, or the pause was revoked meanwhile.
     return Transition(
         Phase.RECOVERING,
         {"failed": None, "stopping": None},
         attempt=attempt,
-        job=JobStatus(JobState.RECOVERING, None, seen.message),
+        job=JobStatus(JobState.RECOVERING, None, observed.message),
     )
 
 
-def _attempt_failed(entry: JournalEntry, seen: AttemptFailed) -> Transition:
-    cause = seen.cause
+def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
+    cause = observed.cause
     failed = FailedAttempt(
         kind=cause.kind,
         message=cause.message,
         rank=cause.rank,
         detail=cause.detail[-_MAX_DETAIL:],
-        dead_ranks=seen.dead_ranks,
+        dead_ranks=observed.dead_ranks,
     )
     dead = {}
     # Files of earlier dead ranks are fetched once an attempt runs. If this attempt
@@ -319,14 +319,14 @@ def _attempt_failed(entry: JournalEntry, seen: AttemptFailed) -> Transition:
     if entry.phase is not Phase.RUNNING:
         dead = {(rank.attempt, rank.place.rank): rank for rank in entry.dead}
     for place in entry.ranks:
-        if place.rank in seen.dead_ranks:
+        if place.rank in observed.dead_ranks:
             rank = DeadRank(attempt=entry.attempt, place=place)
             dead[entry.attempt, place.rank] = rank
     return Transition(Phase.RECOVERING, {"failed": failed, "dead": tuple(dead.values())})
 
 
-def _restart_decided(entry: JournalEntry, seen: RestartDecided) -> Transition:
-    decision = seen.decision
+def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transition:
+    decision = observed.decision
     spent = {
         "failures": decision.history.failures,
         "preemptions": decision.history.preemptions,

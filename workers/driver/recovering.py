@@ -78,7 +78,7 @@ class Recovery:
                 dead.append(place)
         if dead:
             message = (
-                f"its process was gone when the driver came back (pid {dead[0].pid} on node "
+                f"its process had died when the driver restarted (pid {dead[0].pid} on node "
                 f"{dead[0].address})"
             )
             cause = Failure(FailureKind.PROCESS_DIED, message, dead[0].rank)

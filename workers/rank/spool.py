@@ -26,7 +26,7 @@ _TAIL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Line:
-    """One report as it is in the file."""
+    """One report line of the file."""
 
     n: int
     kind: str

@@ -145,7 +145,7 @@ def find_locations(
 
 
 def linear(logical: str, stored: str, *, bias: bool = False) -> list[Rule]:
-    """Returns the rules of a weight and, if asked for, of its bias."""
+    """Returns the rules of a weight and, optionally, of its bias."""
     rules = [Rule(f"{logical}.weight", f"{stored}.weight")]
     if bias:
         rules.append(Rule(f"{logical}.bias", f"{stored}.bias"))

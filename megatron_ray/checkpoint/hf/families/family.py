@@ -18,7 +18,7 @@ def no_copies(model: ModelConfig) -> dict[str, str]:
 
 
 def all_present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Returns the model as it is, for families whose files match config.json."""
+    """Returns the model unchanged, for families with files that match config.json."""
     return model
 
 

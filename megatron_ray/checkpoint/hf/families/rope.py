@@ -45,7 +45,7 @@ def read_rope(config: HfConfig, theta: float = 10000.0) -> dict[str, Any]:
     for name in _FACTORS[kind]:
         if rope.get(name) is not None:
             scaling[name] = float(rope.number(name))
-    # The original length may be beside the parameters, or be the length of the model.
+    # The original length is next to the parameters, or is the length of the model.
     if kind != "linear":
         length = config.number(
             "original_max_position_embeddings",
